@@ -1,0 +1,69 @@
+"""A LoRA adapter in memory: one pair of factors for each module, as a pytree."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+@flax.struct.dataclass
+class LoRAFactors:
+    """The update of one linear module with weight W of shape (O, I): dW = scale * b @ a.
+
+    Attributes:
+        a: (K, I), reads the input of the module.
+        b: (O, K), writes its output.
+        scale: a Python float: alpha / r, or alpha / sqrt(r) for rsLoRA. Static, not a leaf.
+    """
+
+    a: Array
+    b: Array
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def rank(self) -> int:
+        """K, the number of rows of `a`."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), the shape of the weight that the update is for."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Where an adapter came from and what could not be read from it.
+
+    Attributes:
+        name: the path or hub id it was read from, or a name given by its maker.
+        base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
+        config: the raw `adapter_config.json`.
+        digest: "sha256:..." of the weights file, or None for an adapter made in memory.
+        ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
+    """
+
+    name: str = "memory"
+    base_name: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    digest: str | None = None
+    ignored: tuple[str, ...] = ()
+
+
+@flax.struct.dataclass
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        modules: module name, as the base model spells it without any PEFT prefix
+            (`model.layers.0.self_attn.q_proj`), to its factors.
+        info: provenance, static.
+    """
+
+    modules: dict[str, LoRAFactors]
+    info: AdapterInfo = flax.struct.field(pytree_node=False, default_factory=AdapterInfo)

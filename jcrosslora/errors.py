@@ -1,0 +1,33 @@
+"""The errors that a user can meet: one family, one line each.
+
+Every message says what came, what was wanted, and what to do. The command line prints the message alone and
+exits with code 2; a traceback means a defect of ours.
+"""
+
+
+class JCrossLoRAError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class CheckpointError(JCrossLoRAError):
+    """A base model cannot be read: missing, truncated, of an unknown family, or with weights that make no sense."""
+
+
+class AdapterError(JCrossLoRAError):
+    """An adapter cannot be read, is of a kind that is not supported, or does not fit its base model."""
+
+
+class PairingError(JCrossLoRAError):
+    """The modules of two bases cannot be paired as asked."""
+
+
+class MethodError(JCrossLoRAError):
+    """A transfer method is unknown, or cannot be used on this pair of bases."""
+
+
+class OutputError(JCrossLoRAError):
+    """A result cannot be written: the place exists, cannot be written to, or is full."""
+
+
+class UsageError(JCrossLoRAError):
+    """A setting has a value that makes no sense."""
