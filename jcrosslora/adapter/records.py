@@ -36,7 +36,7 @@ class LoRAFactors:
         return self.b.shape[0], self.a.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterInfo:
     """Where an adapter came from and what could not be read from it.
 
