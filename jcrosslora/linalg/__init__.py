@@ -1,0 +1,16 @@
+"""Linear algebra that knows no models: decompositions, factored maps, recompression. One algorithm a file.
+
+All functions are unbatched (one matrix); callers add `jax.vmap` and `jax.jit`.
+"""
+
+from jcrosslora.linalg.dot import dot as dot
+from jcrosslora.linalg.linear_map import LinearMap as LinearMap
+from jcrosslora.linalg.linear_map import complement as complement
+from jcrosslora.linalg.linear_map import low_rank as low_rank
+from jcrosslora.linalg.linear_map import select as select
+from jcrosslora.linalg.low_rank_product import product_energy as product_energy
+from jcrosslora.linalg.low_rank_product import recompress as recompress
+from jcrosslora.linalg.truncated_svd import TruncatedSVD as TruncatedSVD
+from jcrosslora.linalg.truncated_svd import decompose as decompose
+from jcrosslora.linalg.truncated_svd import full_svd as full_svd
+from jcrosslora.linalg.truncated_svd import gram_svd as gram_svd

@@ -1,0 +1,58 @@
+"""A linear map P of shape (M_tgt, M_src), kept factored, so that nothing of that size is ever formed."""
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.linalg.dot import dot
+
+
+@flax.struct.dataclass
+class LinearMap:
+    """P x = gain * x[index] + left @ (right' @ x): a weighted choice of rows plus a low-rank term.
+
+    Attributes:
+        left: (M_tgt, R).
+        right: (M_src, R). R may be 0: then only the rows are chosen.
+        index: (M_tgt,) int32, the source row that each target row takes.
+        gain: (M_tgt,), its weight; all zero for a purely low-rank map.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    index: jax.Array
+    gain: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Apply the map to the columns of `x`, (M_src, K) -> (M_tgt, K)."""
+        chex.assert_shape(x, (self.right.shape[0], None))
+        return self.gain[:, None] * x[self.index] + dot(self.left, dot(self.right.T, x))
+
+
+def low_rank(left: jax.Array, right: jax.Array) -> LinearMap:
+    """P = left @ right', from (M_tgt, R) and (M_src, R)."""
+    rows = left.shape[0]
+    return LinearMap(left, right, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, left.dtype))
+
+
+def select(index: jax.Array, gain: jax.Array, size: int) -> LinearMap:
+    """P x = gain * x[index] for x with `size` rows."""
+    empty = jnp.zeros((index.shape[0], 0), gain.dtype)
+    return LinearMap(empty, jnp.zeros((size, 0), gain.dtype), index.astype(jnp.int32), gain)
+
+
+def complement(first: jax.Array, second: jax.Array) -> LinearMap:
+    """P = (I - F F')(I - S S') for orthonormal F and S of shape (M, R) each.
+
+    Expanded, P = I - F F' - (S - F F' S) S': the identity plus a term of inner width 2 R.
+    """
+    chex.assert_equal_shape([first, second])
+    rest = second - dot(first, dot(first.T, second))
+    rows = first.shape[0]
+    return LinearMap(
+        left=-jnp.concatenate([first, rest], axis=1),
+        right=jnp.concatenate([first, second], axis=1),
+        index=jnp.arange(rows, dtype=jnp.int32),
+        gain=jnp.ones(rows, first.dtype),
+    )

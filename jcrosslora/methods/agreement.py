@@ -1,0 +1,89 @@
+"""How well two bases agree in what a method relies on, for one pair of modules. It never sees an adapter."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.linalg import TruncatedSVD
+from jcrosslora.methods.evidence import Evidence, Fit
+
+
+@flax.struct.dataclass
+class Agreement:
+    """Diagnostics of one pair of modules, all scalars; NaN where a figure is not defined or was not asked for.
+
+    Attributes:
+        rank: R, the truncation rank of this pair.
+        energy_src: share of ||W_src||_F^2 in its top R singular pairs.
+        energy_tgt: the same for the target.
+        gap_src: (s_R - s_{R+1}) / s_R of the source: a small gap makes the subspace itself arbitrary.
+        gap_tgt: the same for the target.
+        condition_src: s_1 / s_R of the source.
+        condition_tgt: the same for the target.
+        error_src: estimated error (radians) of what the method uses of the source's decomposition.
+        error_tgt: the same for the target.
+        similarity_out: ||U_s' U_t||_F^2 over its expectation for random subspaces of the same size, R^2 / O; 1 is
+            chance. Defined for equal O, and where neither subspace is the whole space.
+        similarity_in: the same for the right singular vectors and I.
+        vector_ratio: see `Fit`.
+        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt.
+    """
+
+    rank: jax.Array
+    energy_src: jax.Array
+    energy_tgt: jax.Array
+    gap_src: jax.Array
+    gap_tgt: jax.Array
+    condition_src: jax.Array
+    condition_tgt: jax.Array
+    error_src: jax.Array
+    error_tgt: jax.Array
+    similarity_out: jax.Array
+    similarity_in: jax.Array
+    vector_ratio: jax.Array
+    weight_cosine: jax.Array
+
+
+def measure(evidence: Evidence, fit: Fit, *, by_coordinates: bool) -> Agreement:
+    """The agreement of a pair; `by_coordinates` says that the map itself may carry W_src over for comparison."""
+    src, tgt = evidence.src.svd, evidence.tgt.svd
+    nan = jnp.full((), jnp.nan)
+    have = src is not None and tgt is not None
+    return Agreement(
+        rank=jnp.full((), evidence.rank, jnp.int32),
+        energy_src=src.energy if src else nan,
+        energy_tgt=tgt.energy if tgt else nan,
+        gap_src=src.gap if src else nan,
+        gap_tgt=tgt.gap if tgt else nan,
+        condition_src=src.condition if src else nan,
+        condition_tgt=tgt.condition if tgt else nan,
+        error_src=src.error if src else nan,
+        error_tgt=tgt.error if tgt else nan,
+        similarity_out=_similarity(src, tgt, src.u, tgt.u) if have else nan,
+        similarity_in=_similarity(src, tgt, src.v, tgt.v) if have else nan,
+        vector_ratio=fit.vector_ratio,
+        weight_cosine=_weight_cosine(evidence, fit, by_coordinates),
+    )
+
+
+def _similarity(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Array, y: jax.Array) -> jax.Array:
+    nan = jnp.full((), jnp.nan)
+    size = x.shape[0]
+    if size != y.shape[0]:
+        return nan
+    ranks = src.numerical_rank * tgt.numerical_rank
+    # ||X'Y||_F^2 without precision HIGHEST would still be fine: it is a diagnostic, not part of a map.
+    overlap = jnp.sum((x.T @ y) ** 2)
+    informative = (jnp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
+    return jnp.where(informative, overlap * size / jnp.maximum(ranks, 1), nan)
+
+
+def _weight_cosine(evidence: Evidence, fit: Fit, by_coordinates: bool) -> jax.Array:
+    w_src, w_tgt = evidence.src.weight, evidence.tgt.weight
+    if w_src.shape != w_tgt.shape:
+        if not by_coordinates:
+            return jnp.full((), jnp.nan)
+        ((p_out, p_in),) = fit.terms
+        w_src = p_in(p_out(w_src).T).T
+    norms = jnp.linalg.norm(w_src) * jnp.linalg.norm(w_tgt)
+    return jnp.sum(w_src * w_tgt) / jnp.where(norms > 0, norms, 1)

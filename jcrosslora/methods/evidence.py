@@ -1,0 +1,89 @@
+"""What a method looks at, and what it returns: the records between the driver and the methods.
+
+All shapes are those of one pair of modules; the driver adds the leading axis and `jax.vmap`. O and I are a module's
+out and in features, H the width of the residual stream, R the truncation rank; src and tgt are the two bases.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.linalg import LinearMap, TruncatedSVD
+
+Terms = tuple[tuple[LinearMap, LinearMap], ...]
+
+
+@flax.struct.dataclass
+class Vocabulary:
+    """Second moments of the two embedding tables over the V tokens that both bases have, centred.
+
+    Attributes:
+        cross: (H_src, H_tgt), E_src' E_tgt / V.
+        gram_src: (H_src, H_src), E_src' E_src / V.
+        gram_tgt: (H_tgt, H_tgt), E_tgt' E_tgt / V.
+        count: V, static.
+    """
+
+    cross: jax.Array
+    gram_src: jax.Array
+    gram_tgt: jax.Array
+    count: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Side:
+    """One module of one base.
+
+    Attributes:
+        weight: (O, I), float32.
+        gain: (H,), the norm gain between the residual stream and the module (in front of a module that reads the
+            stream, behind one that writes it; ones where there is no norm).
+        svd: its truncated SVD, or None for methods that do not ask for it.
+    """
+
+    weight: jax.Array
+    gain: jax.Array
+    svd: TruncatedSVD | None
+
+
+@flax.struct.dataclass
+class Evidence:
+    """All that a method may look at for one pair of modules.
+
+    Attributes:
+        src: the source module.
+        tgt: the target module.
+        vocabulary: moments over the shared tokens, the same for all modules; None where they cannot be had.
+        key: a PRNG key that depends on the seed and on the target module's name.
+        reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
+            (o, down): the stream is then on the side of its outputs.
+        rank: static; R, the inner width of low-rank maps.
+    """
+
+    src: Side
+    tgt: Side
+    vocabulary: Vocabulary | None
+    key: jax.Array
+    reads: bool = flax.struct.field(pytree_node=False)
+    rank: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Fit:
+    """What a method returns for one pair of modules: dW_tgt = sum over terms of P_out dW_src P_in'.
+
+    Attributes:
+        terms: pairs (P_out, P_in).
+        vector_ratio: (), how much better the i-th singular vectors of both bases agree, seen through the shared
+            vocabulary, than vectors that do not belong together; 1 is chance, NaN is not measured.
+    """
+
+    terms: Terms
+    vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
+
+
+def stream_vectors(side: Side, reads: bool) -> jax.Array:
+    """(H, R): the singular vectors on the residual stream's side of the module, with the norm gain folded in."""
+    assert side.svd is not None
+    vectors = side.svd.v if reads else side.svd.u
+    return side.gain[:, None] * vectors

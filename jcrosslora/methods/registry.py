@@ -1,0 +1,122 @@
+"""The methods by name. Each is a way to choose the pair of maps of every module; see `Method`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jcrosslora.errors import MethodError
+from jcrosslora.methods import coordinates, cross_lora, lora_x, prolora, random_map
+from jcrosslora.methods.evidence import Evidence, Fit
+
+Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "none"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to choose P_out and P_in for a pair of modules.
+
+    Attributes:
+        name: as given to `--method`.
+        summary: one line.
+        reference: where it is published.
+        fit: the unbatched maths, pure and traceable.
+        equal_shapes: whether it is only defined for modules of equal shape.
+        decomposes: whether it asks for the SVDs of both modules (lora-x uses the source's only to say how similar
+            the two bases are).
+        vectors: whether single singular vectors matter, or only the subspace that they span.
+        anchored: whether it uses the shared vocabulary.
+        keeps_norm: whether the update's norm is restored after the map (a control has to).
+        measure: which diagnostic says if the two bases agree in what this method relies on.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    fit: Callable[[Evidence], Fit]
+    equal_shapes: bool = False
+    decomposes: bool = False
+    vectors: bool = False
+    anchored: bool = False
+    keeps_norm: bool = False
+    measure: Measure = "weight cosine"
+
+    @property
+    def needs(self) -> str:
+        """What the method looks at, in words."""
+        parts = ["equal shapes"] if self.equal_shapes else []
+        parts += ["SVDs of both bases"] if self.decomposes else []
+        parts += ["shared vocabulary (for the signs)"] if self.anchored else []
+        return ", ".join(parts) or "nothing"
+
+
+_METHODS = (
+    Method(
+        name="cross-lora",
+        summary="i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'",
+        reference="arXiv 2508.05232, Eq. 3-7",
+        fit=cross_lora.fit,
+        decomposes=True,
+        vectors=True,
+        anchored=True,
+        measure="vector ratio",
+    ),
+    Method(
+        name="lora-x",
+        summary="keep what lies in the target's singular subspaces: U_t U_t' dW V_t V_t'",
+        reference="arXiv 2501.16559, Eq. 3",
+        fit=lora_x.fit,
+        equal_shapes=True,
+        decomposes=True,
+        measure="subspace similarity",
+    ),
+    Method(
+        name="prolora",
+        summary="range and null space of source and target carried over separately; rank 2 K",
+        reference="arXiv 2506.04244",
+        fit=prolora.fit,
+        equal_shapes=True,
+        decomposes=True,
+        measure="subspace similarity",
+    ),
+    Method(
+        name="copy",
+        summary="the update as it is",
+        reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
+        fit=coordinates.fit_padded,
+        equal_shapes=True,
+    ),
+    Method(
+        name="pad-truncate",
+        summary="rows and columns cut off or filled with zeros",
+        reference="github.com/ootyzzz/PAW, lora_x_core.py",
+        fit=coordinates.fit_padded,
+    ),
+    Method(
+        name="index-interp",
+        summary="rows and columns resampled at the nearest index",
+        reference="github.com/ootyzzz/PAW, interpo_core.py",
+        fit=coordinates.fit_resampled,
+    ),
+    Method(
+        name="random",
+        summary="control: random orthonormal bases, norm of the update kept",
+        reference="control",
+        fit=random_map.fit,
+        keeps_norm=True,
+        measure="none",
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        MethodError: there is none of that name.
+    """
+    if name not in METHODS:
+        msg = f"method {name!r} is unknown; use one of {', '.join(METHODS)}"
+        raise MethodError(msg)
+    return METHODS[name]

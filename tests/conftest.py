@@ -1,0 +1,10 @@
+"""Two CPU devices, strict dtype and rank promotion: what a user's machine may do must not slip through here."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
