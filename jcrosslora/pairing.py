@@ -67,7 +67,9 @@ def pair_modules(
     """
     layers_src, layers_tgt = _layer_count(source), _layer_count(target)
     layers = _layer_map(depth, layers_src, layers_tgt)
-    by_place = {(module.layer, module.role): module.name for module in source.values()}
+    by_place: dict[tuple[int | None, str], str] = {
+        (module.layer, module.role): module.name for module in source.values()
+    }
     pairs, unfed = [], []
     for module in target.values():
         feeder = by_place.get((layers[module.layer], module.role))

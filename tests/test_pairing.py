@@ -30,7 +30,26 @@ def test_by_name_pairs_equal_numbers_and_skips_the_rest():
 
 
 def test_proportional_takes_the_same_relative_depth():
-    assert pair_modules(modules(30), modules(18)).layers == (0, 2, 4, 5, 7, 9, 10, 12, 14, 15, 17, 19, 20, 22, 24, 25, 27, 29)
+    assert pair_modules(modules(30), modules(18)).layers == (
+        0,
+        2,
+        4,
+        5,
+        7,
+        9,
+        10,
+        12,
+        14,
+        15,
+        17,
+        19,
+        20,
+        22,
+        24,
+        25,
+        27,
+        29,
+    )
     assert pair_modules(modules(2), modules(4)).layers == (0, 0, 1, 1)
 
 
@@ -38,7 +57,7 @@ def test_proportional_takes_the_same_relative_depth():
 def test_proportional_is_ordered_in_range_and_symmetric(layers_src, layers_tgt):
     layers = pair_modules(modules(layers_src), modules(layers_tgt)).layers
     assert list(layers) == sorted(layers)
-    assert 0 <= layers[0]
+    assert layers[0] >= 0
     assert layers[-1] < layers_src
     if layers_src == layers_tgt:
         assert layers == tuple(range(layers_src))

@@ -4,8 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import TruncatedSVD
-from jcrosslora.methods.evidence import Evidence, Fit
+from jcrosslora.linalg import TruncatedSVD, dot
+from jcrosslora.methods.evidence import Evidence, Fit, stream_vectors
 
 
 @flax.struct.dataclass
@@ -22,8 +22,9 @@ class Agreement:
         condition_tgt: the same for the target.
         error_src: estimated error (radians) of what the method uses of the source's decomposition.
         error_tgt: the same for the target.
-        similarity_out: ||U_s' U_t||_F^2 over its expectation for random subspaces of the same size, R^2 / O; 1 is
-            chance. Defined for equal O, and where neither subspace is the whole space.
+        similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
+            is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
+            residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
         similarity_in: the same for the right singular vectors and I.
         vector_ratio: see `Fit`.
         weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt.
@@ -59,23 +60,59 @@ def measure(evidence: Evidence, fit: Fit, *, by_coordinates: bool) -> Agreement:
         condition_tgt=tgt.condition if tgt else nan,
         error_src=src.error if src else nan,
         error_tgt=tgt.error if tgt else nan,
-        similarity_out=_similarity(src, tgt, src.u, tgt.u) if have else nan,
-        similarity_in=_similarity(src, tgt, src.v, tgt.v) if have else nan,
+        similarity_out=_similarity(evidence, stream=not evidence.reads) if have else nan,
+        similarity_in=_similarity(evidence, stream=evidence.reads) if have else nan,
         vector_ratio=fit.vector_ratio,
         weight_cosine=_weight_cosine(evidence, fit, by_coordinates),
     )
 
 
-def _similarity(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Array, y: jax.Array) -> jax.Array:
-    nan = jnp.full((), jnp.nan)
+def _similarity(evidence: Evidence, *, stream: bool) -> jax.Array:
+    src, tgt = evidence.src.svd, evidence.tgt.svd
+    assert src is not None
+    assert tgt is not None
+    inner = stream == evidence.reads
+    x, y = (src.v, tgt.v) if inner else (src.u, tgt.u)
+    if x.shape[0] == y.shape[0]:
+        return _similarity_by_coordinates(src, tgt, x, y)
+    if stream and evidence.vocabulary is not None:
+        return _similarity_by_tokens(evidence)
+    return jnp.full((), jnp.nan)
+
+
+def _similarity_by_coordinates(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Array, y: jax.Array) -> jax.Array:
     size = x.shape[0]
-    if size != y.shape[0]:
-        return nan
-    ranks = src.numerical_rank * tgt.numerical_rank
-    # ||X'Y||_F^2 without precision HIGHEST would still be fine: it is a diagnostic, not part of a map.
-    overlap = jnp.sum((x.T @ y) ** 2)
+    ranks = (src.numerical_rank * tgt.numerical_rank).astype(x.dtype)
     informative = (jnp.maximum(src.numerical_rank, tgt.numerical_rank) < size) & (ranks > 0)
-    return jnp.where(informative, overlap * size / jnp.maximum(ranks, 1), nan)
+    return jnp.where(informative, jnp.sum(dot(x.T, y) ** 2) * size / jnp.maximum(ranks, 1), jnp.nan)
+
+
+def _similarity_by_tokens(evidence: Evidence) -> jax.Array:
+    """The same figure where the two streams have no coordinates in common, but tokens.
+
+    With E the centred embeddings (gain folded in), the share of covariance that two sets of directions have in
+    common, ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2), over the same for the two whole streams. For
+    equal spaces with E'E a multiple of I this is ||X'Y||_F^2 m / R^2, the figure by coordinates.
+    """
+    vocabulary = evidence.vocabulary
+    assert vocabulary is not None
+    x, y = stream_vectors(evidence.src, evidence.reads), stream_vectors(evidence.tgt, evidence.reads)
+    part = _common(dot(dot(x.T, vocabulary.cross), y), _spread(x, vocabulary.gram_src), _spread(y, vocabulary.gram_tgt))
+    gain_src, gain_tgt = evidence.src.gain, evidence.tgt.gain
+    whole = _common(
+        gain_src[:, None] * vocabulary.cross * gain_tgt,
+        jnp.sum(jnp.diagonal(vocabulary.gram_src) * gain_src**2),
+        jnp.sum(jnp.diagonal(vocabulary.gram_tgt) * gain_tgt**2),
+    )
+    return part / whole
+
+
+def _spread(vectors: jax.Array, gram: jax.Array) -> jax.Array:
+    return jnp.sum(vectors * dot(gram, vectors))
+
+
+def _common(cross: jax.Array, spread_src: jax.Array, spread_tgt: jax.Array) -> jax.Array:
+    return jnp.sum(cross**2) / (spread_src * spread_tgt)
 
 
 def _weight_cosine(evidence: Evidence, fit: Fit, by_coordinates: bool) -> jax.Array:

@@ -31,7 +31,9 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
         pairs (i, j) nearby (1 is chance; NaN without a vocabulary).
     """
     if evidence.vocabulary is None:
-        return _own_signs(evidence.src, evidence.reads) * _own_signs(evidence.tgt, evidence.reads), jnp.full((), jnp.nan)
+        return _own_signs(evidence.src, evidence.reads) * _own_signs(evidence.tgt, evidence.reads), jnp.full(
+            (), jnp.nan
+        )
     correlations = _correlations(evidence)
     diagonal = jnp.diagonal(correlations)
     return jnp.where(diagonal >= 0, 1.0, -1.0), _contrast(correlations**2)
@@ -64,5 +66,5 @@ def _contrast(squared: jax.Array) -> jax.Array:
     place = jnp.arange(squared.shape[0])
     apart = jnp.abs(place[:, None] - place[None, :])
     beside = (apart > 0) & (apart <= NEIGHBOURS)
-    chance = jnp.sum(jnp.where(beside, squared, 0)) / jnp.maximum(jnp.sum(beside), 1)
+    chance = jnp.sum(jnp.where(beside, squared, 0)) / jnp.maximum(jnp.sum(beside.astype(squared.dtype)), 1)
     return jnp.where(chance > 0, jnp.mean(jnp.diagonal(squared)) / jnp.where(chance > 0, chance, 1), jnp.nan)

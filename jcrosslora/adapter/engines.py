@@ -1,0 +1,107 @@
+"""Which engines read an adapter folder and compute the same update with it, as a table of rules."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jcrosslora.adapter import engine_rules as rules
+from jcrosslora.adapter.engine_rules import Rule
+from jcrosslora.adapter.facts import AdapterFacts, read_facts
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """What is to be expected of one engine.
+
+    Attributes:
+        engine: its name.
+        reads: whether it loads the folder and computes the update that PEFT computes.
+        reasons: why not; empty if it reads the folder.
+        notes: what the user has to do or know besides.
+    """
+
+    engine: str
+    reads: bool
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: the rules that give a reason against it, and those that give a note."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    notes: tuple[Rule, ...] = ()
+
+
+def check_engines(path: str | Path, base_family: str | None = None) -> tuple[EngineVerdict, ...]:
+    """Say for each engine whether it reads an adapter folder. Tensors are not read, only their names and shapes.
+
+    Args:
+        path: a PEFT adapter folder of any kind, or one in the format of MLX.
+        base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
+
+    Raises:
+        AdapterError: not an adapter folder, or a file of it cannot be read.
+    """
+    facts = read_facts(Path(path), base_family)
+    return tuple(_verdict(engine, facts) for engine in ENGINES)
+
+
+def _verdict(engine: Engine, facts: AdapterFacts) -> EngineVerdict:
+    if facts.mlx != (engine.name == "MLX"):
+        reason = _NEEDS_MLX if engine.name == "MLX" else _NEEDS_PEFT
+        return EngineVerdict(engine.name, False, (reason,))
+    reasons = facts.faults or _answers(engine.rules, facts)
+    return EngineVerdict(engine.name, not reasons, reasons, () if facts.faults else _answers(engine.notes, facts))
+
+
+def _answers(asked: Iterable[Rule], facts: AdapterFacts) -> tuple[str, ...]:
+    return tuple(answer for rule in asked if (answer := rule(facts)) is not None)
+
+
+_NEEDS_MLX = "it reads only its own format (adapters.safetensors with lora_a and lora_b): convert the adapter first"
+_NEEDS_PEFT = "the folder is in the format of MLX: convert it to PEFT first"
+
+
+ENGINES: tuple[Engine, ...] = (
+    Engine("PEFT", (rules.known_type, rules.prefix), (rules.pickle, rules.changes_base)),
+    Engine(
+        "vLLM",
+        (
+            rules.plain_lora(),
+            rules.required_keys,
+            rules.no_bias,
+            rules.saved_modules,
+            rules.only_tensors("A", "B", "embedding"),
+            rules.vllm_rank,
+        ),
+        (rules.pickle, rules.vllm_rank_flag, rules.vllm_patterns, rules.vllm_embedding),
+    ),
+    Engine(
+        "SGLang", (rules.plain_lora(), rules.sglang_patterns, rules.sglang_rslora), (rules.pickle, rules.sglang_tensors)
+    ),
+    Engine(
+        "llama.cpp",
+        (
+            rules.plain_lora("aLoRA (alora_invocation_tokens)"),
+            rules.only_tensors("A", "B", "embedding", "copy", norms=True),
+            rules.alpha_over_rank,
+        ),
+        (rules.pickle, rules.llamacpp_convert, rules.llamacpp_head),
+    ),
+    Engine("MLX", (rules.mlx_config, rules.mlx_names)),
+    Engine(
+        "Ollama",
+        (
+            rules.plain_lora(),
+            rules.ollama_family,
+            rules.ollama_alpha,
+            rules.ollama_names,
+            rules.ollama_rank,
+            rules.alpha_over_rank,
+        ),
+        (rules.pickle, rules.ollama_family_note),
+    ),
+)

@@ -1,0 +1,116 @@
+"""Find the two files of an adapter: in a folder, or on the hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.errors import AdapterError, CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The two files of an adapter, and the name that it was asked for by."""
+
+    name: str
+    config: Path
+    weights: Path
+
+
+def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
+    """The files of the adapter `ref`: a folder, or a hub id.
+
+    Raises:
+        AdapterError: there is no such folder or repository, or one of the files is missing.
+    """
+    try:
+        folder = Path(ref).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # No such home, a name that is too long.
+        msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
+        raise AdapterError(msg) from error
+    if is_folder:
+        return _local_files(folder)
+    if is_there:
+        msg = f"{ref}: a file, the folder that holds {CONFIG} and {WEIGHTS} was wanted"
+        raise AdapterError(msg)
+    if isinstance(ref, str) and _HUB_ID.fullmatch(ref):
+        return AdapterFiles(ref, *(_download(ref, name, revision) for name in (CONFIG, WEIGHTS)))
+    msg = f"{ref}: no such folder: give a folder with {CONFIG} and {WEIGHTS}, or a hub id such as owner/name"
+    raise AdapterError(msg)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in an `adapter_config.json`.
+
+    Raises:
+        AdapterError: the file cannot be read, is not JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
+        raise AdapterError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: not valid JSON: correct the file or download it again"
+        raise AdapterError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
+        raise AdapterError(msg)
+    return value
+
+
+def open_weights(path: Path) -> SafetensorsFile:
+    """The weights file with its header checked.
+
+    Raises:
+        AdapterError: missing, truncated, or not a safetensors file.
+    """
+    try:
+        return SafetensorsFile(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _local_files(folder: Path) -> AdapterFiles:
+    files = AdapterFiles(str(folder), folder / CONFIG, folder / WEIGHTS)
+    if not files.config.is_file():
+        msg = f"{folder}: no {CONFIG} here: give the folder of a PEFT adapter"
+        raise AdapterError(msg)
+    if not files.weights.is_file():
+        msg = f"{folder}: {_missing_weights(folder)}"
+        raise AdapterError(msg)
+    return files
+
+
+def _missing_weights(folder: Path) -> str:
+    if (folder / PICKLE).is_file():
+        return (
+            f"only {PICKLE}, a pickle that can run code when it is read, {WEIGHTS} was wanted: load it with peft "
+            "where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+        )
+    if (folder / MLX_WEIGHTS).is_file():
+        return f"{MLX_WEIGHTS} is an adapter in the format of MLX, {WEIGHTS} was wanted: convert it to PEFT first"
+    return f"no {WEIGHTS} here: give the folder of a PEFT adapter"
+
+
+def _download(repo: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        msg = f"{repo}: no such folder, and {name} cannot be had from the hub ({type(error).__name__}: {reason})"
+        msg += ": check the name, the revision and the connection"
+        raise AdapterError(msg) from error

@@ -1,0 +1,126 @@
+"""Matrices that hold several logical modules as row slices (phi3's qkv_proj): updates taken apart and put together.
+
+A layout names them: fused module -> ((logical module, first row, last row + 1), ...).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jcrosslora.adapter.records import Adapter, LoRAFactors
+from jcrosslora.errors import AdapterError
+
+Layout = Mapping[str, Sequence[tuple[str, int, int]]]
+
+
+def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
+    """Give each logical module its own update: its rows of B, and the one A that they share.
+
+    Args:
+        adapter: may hold updates of fused modules, b (rows of all parts, K).
+        fused: the layout of the base; fused modules that the adapter does not have are skipped.
+
+    Raises:
+        AdapterError: a fused update has another number of rows than the layout, or a part has its own update too.
+    """
+    modules: dict[str, LoRAFactors] = {}
+    for name, factors in adapter.modules.items():
+        parts = _split(name, factors, fused[name]) if name in fused else {name: factors}
+        if twice := parts.keys() & modules.keys():
+            msg = f"{adapter.info.name}: module {min(twice)!r} has an update of its own and one in a fused module"
+            msg += ": keep one of them"
+            raise AdapterError(msg)
+        modules |= parts
+    return Adapter(modules=modules, info=adapter.info)
+
+
+def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFactors]:
+    """Merge the updates of logical modules into those of the fused modules that hold them, exactly.
+
+    dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'.
+    Where all parts have the same A (a split of a fused update) the rank stays. A missing part has zero rows.
+
+    Args:
+        modules: updates by module name; those that are no part of a fused module are passed through.
+        fused: the layout of the base.
+
+    Raises:
+        AdapterError: the shapes of a part do not fit its rows, or the parts read inputs of different widths.
+    """
+    owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
+    merged: dict[str, LoRAFactors] = {}
+    for name, factors in modules.items():
+        holder = owner.get(name)
+        if holder is None:
+            merged[name] = factors
+        elif holder not in merged:
+            merged[holder] = _fuse(holder, modules, fused[holder])
+    return merged
+
+
+def _split(name: str, factors: LoRAFactors, parts: Sequence[tuple[str, int, int]]) -> dict[str, LoRAFactors]:
+    total = max(stop for _, _, stop in parts)
+    if factors.b.shape[0] != total:
+        msg = f"module {name!r} has an update of {factors.b.shape[0]} rows, the base has {total}"
+        msg += ": the adapter belongs to another base"
+        raise AdapterError(msg)
+    return {part: LoRAFactors(a=factors.a, b=factors.b[start:stop], scale=factors.scale) for part, start, stop in parts}
+
+
+def _fuse(name: str, modules: Mapping[str, LoRAFactors], parts: Sequence[tuple[str, int, int]]) -> LoRAFactors:
+    present = [(modules[part], start, stop) for part, start, stop in parts if part in modules]
+    for factors, start, stop in present:
+        if factors.b.shape[0] != stop - start or factors.a.shape[1] != present[0][0].a.shape[1]:
+            msg = f"module {name!r}: an update of shape {factors.shape} does not fit rows {start} to {stop}"
+            msg += " of the base: the adapter belongs to another base"
+            raise AdapterError(msg)
+    present, scale = _with_one_scale(present)
+    rows = max(stop for _, _, stop in parts)
+    a, b = (_shared if _all_share_a(present) else _block_diagonal)(present, rows)
+    return LoRAFactors(a=a, b=b, scale=scale)
+
+
+Placed = Sequence[tuple[LoRAFactors, int, int]]
+
+
+def _with_one_scale(present: Placed) -> tuple[Placed, float]:
+    if len({factors.scale for factors, _, _ in present}) == 1:
+        return present, present[0][0].scale
+    return [(_bake(factors), start, stop) for factors, start, stop in present], 1.0
+
+
+def _bake(factors: LoRAFactors) -> LoRAFactors:
+    b = np.asarray(factors.b)
+    # 8 or 11 bits of mantissa would round the product with the scale.
+    wide = np.float64 if b.dtype == np.float64 else np.float32
+    return LoRAFactors(a=factors.a, b=b.astype(wide) * wide(factors.scale))
+
+
+def _all_share_a(present: Placed) -> bool:
+    first = np.asarray(present[0][0].a)
+    return all(np.array_equal(first, np.asarray(factors.a)) for factors, _, _ in present[1:])
+
+
+def _shared(present: Placed, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    b = np.zeros((rows, present[0][0].rank), _common_dtype([factors.b for factors, _, _ in present]))
+    for factors, start, stop in present:
+        b[start:stop] = np.asarray(factors.b)
+    return np.asarray(present[0][0].a), b
+
+
+def _block_diagonal(present: Placed, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    dtype = _common_dtype([factors.a for factors, _, _ in present])
+    a = np.concatenate([np.asarray(factors.a).astype(dtype) for factors, _, _ in present])
+    b = np.zeros((rows, a.shape[0]), _common_dtype([factors.b for factors, _, _ in present]))
+    column = 0
+    for factors, start, stop in present:
+        b[start:stop, column : column + factors.rank] = np.asarray(factors.b)
+        column += factors.rank
+    return a, b
+
+
+def _common_dtype(arrays: Sequence) -> np.dtype:
+    dtypes = {np.asarray(array).dtype for array in arrays}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)

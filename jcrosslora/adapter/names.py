@@ -1,0 +1,65 @@
+"""What the names of the tensors in a PEFT adapter file mean.
+
+Names are `base_model.model.<module>.<part>`, e.g. `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+Models with several modalities put their text layers under `model.language_model.layers` (transformers 5) or
+`language_model.model.layers` (before); both are read as `model.layers`, so that an adapter of either spelling fits a
+text-only base.
+"""
+
+import re
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+
+_PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    ("embedding", re.compile(r"^(.+)\.lora_embedding_[AB]$")),
+    ("lora_bias", re.compile(r"^(.+)\.lora_[AB]\.bias$")),
+    ("dora", re.compile(r"^(.+)\.(?:lora_magnitude_vector|dora_scale)(?:\.weight)?$")),
+    ("kasa", re.compile(r"^(.+)\.lora_diag(?:\.weight)?$")),
+    ("adalora", re.compile(r"^(.+)\.(?:lora_E|ranknum)$")),
+    ("tokens", re.compile(r"^(.+?)\.(?:token_adapter\.)?trainable_tokens_(?:delta|original).*$")),
+    ("copy", re.compile(r"^(.+)\.base_layer\.weight$")),
+    ("bias", re.compile(r"^(.+?)(?:\.base_layer)?\.bias$")),
+)
+_FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.weight)?$")
+_TEXT_PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)")
+_OUTER_HEAD = re.compile(r"^(?:model\.)?language_model\.lm_head")
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """The meaning of one tensor name.
+
+    Attributes:
+        key: the name in the file.
+        kind: "A" or "B" for a LoRA factor; else "embedding", "lora_bias", "dora", "kasa", "adalora", "tokens", "copy"
+            (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's).
+        module: the module that it belongs to, without the PEFT prefix, as the file spells it.
+    """
+
+    key: str
+    kind: str
+    module: str
+
+
+def parse_tensor_name(key: str) -> TensorName:
+    """The meaning of a tensor name in an adapter file; the PEFT prefix may be absent."""
+    name = key.removeprefix(PREFIX)
+    if factor := _FACTOR.match(name):
+        return TensorName(key, factor[2], factor[1])
+    for kind, pattern in _PARTS:
+        if match := pattern.match(name):
+            return TensorName(key, kind, match[1])
+    return TensorName(key, "full", name.removesuffix(".weight"))
+
+
+def text_module_name(module: str) -> str:
+    """The module name with the spelling of text-only models: `model.layers...`, `lm_head`."""
+    if _OUTER_HEAD.match(module):
+        return _OUTER_HEAD.sub("lm_head", module)
+    return _TEXT_PREFIX.sub("model.", module)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts layer 2 before layer 11."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))

@@ -1,0 +1,49 @@
+"""PEFT's rule for ranks and scales that differ between modules (`rank_pattern`, `alpha_pattern`)."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def matching_key(keys: Iterable[str], module: str) -> str | None:
+    """The first key, in order, that PEFT applies to `module`, or None.
+
+    A key is a regular expression for the whole name or for its end from a dot on, so `layers.1.mlp` does not match
+    in `layers.11.mlp`. A key that starts with `^` matches the whole name only.
+
+    Source: peft.utils.other.get_pattern_key (peft 0.21).
+
+    Raises:
+        re.error: a key is not a regular expression.
+    """
+    for key in keys:
+        if re.match(rf"(.*\.)?({key})$", module):
+            return key
+    return None
+
+
+def module_rank(config: Mapping[str, Any], module: str) -> int:
+    """The rank that the configuration gives to a module (name without the PEFT prefix)."""
+    return _pattern_value(config, "rank_pattern", "r", module)
+
+
+def module_alpha(config: Mapping[str, Any], module: str) -> float:
+    """The lora_alpha that the configuration gives to a module (name without the PEFT prefix)."""
+    return _pattern_value(config, "alpha_pattern", "lora_alpha", module)
+
+
+def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The scale alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732)."""
+    return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def exact_pattern(module: str) -> str:
+    """A key that matches this module and no other."""
+    return "^" + re.escape(module)
+
+
+def _pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    table = config.get(patterns) or {}
+    key = matching_key(table, module)
+    return config[default] if key is None else table[key]

@@ -1,0 +1,194 @@
+"""A model's configuration: which family it is, and the refusal of everything that is not understood."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.families import (
+    COMMON_KEYS,
+    FAMILIES,
+    HARMLESS_KEYS,
+    MULTIMODAL,
+    MULTIMODAL_KEYS,
+    Family,
+)
+from jcrosslora.checkpoint.fp8 import check_quantization
+from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.errors import CheckpointError
+
+_SIZE_LIMIT = 1 << 31
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of a model.
+
+    Attributes:
+        layers: L, number of decoder layers.
+        hidden: width of the residual stream.
+        intermediate: width of the MLP.
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
+        head_dim: features of a head.
+        vocab: rows of the embedding.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A configuration that has been checked.
+
+    Attributes:
+        family: the family.
+        values: the configuration of the (text) model, Hugging Face keys.
+        prefixes: tensor name prefixes of the file -> of the text model; empty for a text-only checkpoint.
+    """
+
+    family: Family
+    values: Mapping[str, Any]
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read and check `config.json` of a folder.
+
+    Raises:
+        CheckpointError: no configuration, not JSON, or one that `check_config` refuses.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        return check_config(read_json_object(path), path)
+    if (folder / "adapter_config.json").exists():
+        msg = f"{folder}: is an adapter (adapter_config.json), where a base model was wanted"
+        raise CheckpointError(msg)
+    msg = f"{folder}: has no config.json: give the folder of a base model, a .gguf file or a hub id"
+    raise CheckpointError(msg)
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Find the family of a configuration and refuse what is not known of it.
+
+    Args:
+        config: the content of `config.json`.
+        path: named in errors.
+
+    Raises:
+        CheckpointError: unknown model type, architecture, key, or a value that changes what the weights mean.
+    """
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in MULTIMODAL:
+        return _multimodal(config, path)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join([*FAMILIES, *MULTIMODAL])
+        msg = f"{path}: model_type {model_type!r} is not supported; supported: {known}"
+        raise CheckpointError(msg)
+    family = FAMILIES[model_type]
+    _check_architecture(family, config, path)
+    _check_keys(family, config, path)
+    check_quantization(config, str(path))
+    return ModelConfig(family, {**family.defaults, **config})
+
+
+def _multimodal(config: Mapping[str, Any], path: Path) -> ModelConfig:
+    text_type, prefixes = MULTIMODAL[config["model_type"]]
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type", text_type) != text_type:
+        msg = f"{path}: text_config of model_type {config['model_type']!r} is not a {text_type} configuration"
+        raise CheckpointError(msg)
+    for key, value in config.items():
+        if key not in COMMON_KEYS | HARMLESS_KEYS | MULTIMODAL_KEYS and not _is_empty(value):
+            raise CheckpointError(_unknown_key(key, value, config["model_type"], path))
+    shared = {
+        key: config[key] for key in ("architectures", "quantization_config", "tie_word_embeddings") if key in config
+    }
+    checked = check_config({**text, **shared, "model_type": text_type}, path)
+    return ModelConfig(checked.family, checked.values, prefixes)
+
+
+def _check_architecture(family: Family, config: Mapping[str, Any], path: Path) -> None:
+    named = config.get("architectures")
+    if named and (not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)):
+        msg = (
+            f"{path}: architectures {named!r} is not supported for {family.name}; supported: {family.architectures[0]}"
+        )
+        raise CheckpointError(msg)
+
+
+def _check_keys(family: Family, config: Mapping[str, Any], path: Path) -> None:
+    known = COMMON_KEYS | HARMLESS_KEYS | family.keys
+    for key, value in config.items():
+        if key in family.fixed:
+            if value is not None and value not in family.fixed[key]:
+                wanted = " or ".join(map(repr, family.fixed[key]))
+                msg = f"{path}: config key {key!r}={_short(value)} is not supported for {family.name}: wanted {wanted}"
+                raise CheckpointError(msg)
+        elif key not in known and not _is_empty(value):
+            raise CheckpointError(_unknown_key(key, value, family.name, path))
+    for key in ("hidden_act", "hidden_activation"):
+        if not isinstance(config.get(key), str | None):
+            msg = f"{path}: config key {key!r}={_short(config[key])} is not the name of an activation"
+            raise CheckpointError(msg)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [])
+
+
+def _unknown_key(key: str, value: Any, family: str, path: Path) -> str:
+    return (
+        f"{path}: config key {key!r}={_short(value)} is not known for {family}; it may change what the weights mean: "
+        "remove it from config.json if it does not"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_dims(config: Mapping[str, Any], path: Path) -> Dims:
+    """The sizes that a configuration states.
+
+    Args:
+        config: a checked configuration.
+        path: named in errors.
+
+    Raises:
+        CheckpointError: a size is missing, or is not a positive integer.
+    """
+    hidden, heads = _size(config, "hidden_size", path), _size(config, "num_attention_heads", path)
+    config = {
+        **config,
+        "head_dim": config.get("head_dim") or max(hidden // heads, 1),
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+    }
+    dims = Dims(
+        layers=_size(config, "num_hidden_layers", path),
+        hidden=hidden,
+        intermediate=_size(config, "intermediate_size", path),
+        heads=heads,
+        kv_heads=_size(config, "num_key_value_heads", path),
+        head_dim=_size(config, "head_dim", path),
+        vocab=_size(config, "vocab_size", path),
+    )
+    if heads % dims.kv_heads:
+        msg = f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {dims.kv_heads}"
+        raise CheckpointError(msg)
+    return dims
+
+
+def _size(config: Mapping[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or not 0 < value < _SIZE_LIMIT:
+        msg = f"{path}: config key {key!r} is {_short(value)}, wanted a positive integer"
+        raise CheckpointError(msg)
+    return value

@@ -1,0 +1,140 @@
+"""Open a GGUF model: names of its tensors, its configuration, and the refusal of what is not understood."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.config import ModelConfig, check_config
+from jcrosslora.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROLE_PATHS
+from jcrosslora.checkpoint.gguf_config import translate
+from jcrosslora.checkpoint.gguf_header import GGUFHeader, read_header
+from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
+from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
+from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.errors import CheckpointError
+
+_GLOBAL = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
+_BLOCK = {
+    "attn_q": ROLE_PATHS["q_proj"],
+    "attn_k": ROLE_PATHS["k_proj"],
+    "attn_v": ROLE_PATHS["v_proj"],
+    "attn_output": ROLE_PATHS["o_proj"],
+    "ffn_gate": ROLE_PATHS["gate_proj"],
+    "ffn_up": ROLE_PATHS["up_proj"],
+    "ffn_down": ROLE_PATHS["down_proj"],
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# What differs from `_BLOCK` by architecture.
+_BLOCK_CHANGES: Mapping[str, Mapping[str, str]] = {
+    "gemma2": _SANDWICH,
+    "gemma3": _SANDWICH,
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+}
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
+    """Open a GGUF model.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its configuration, its tensors, and the name that its metadata give it.
+
+    Raises:
+        CheckpointError: the gguf package is missing, or the file is corrupt, truncated or not supported.
+    """
+    gguf = _import_gguf(path)
+    file = MappedFile(path)
+    header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    meta = Metadata(header.metadata, path)
+    names = _hf_names(header, meta.arch, path)
+    _check_types(header, gguf, path)
+    factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
+    config = check_config(translate(meta, _facts(header, path), factors), path)
+    heads = config.values["num_attention_heads"], config.values["num_key_value_heads"]
+    _check_heads(heads, header, meta.arch, path)
+    reordered = heads if meta.arch == "llama" else None
+    store = GGUFStore(file, header, gguf, names, reordered, config.family.gain_offset)
+    return config, store, model_name(header.metadata)
+
+
+def _import_gguf(path: Path) -> ModuleType:
+    try:
+        importlib.import_module("gguf.quants")
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        msg = f"{path}: reading GGUF needs the gguf package: pip install 'jcrosslora[gguf]'"
+        raise CheckpointError(msg) from error
+
+
+def _hf_names(header: GGUFHeader, arch: str, path: Path) -> dict[str, str]:
+    block = {**_BLOCK, **_BLOCK_CHANGES.get(arch, {})}
+    names = {}
+    for stored in header.tensors:
+        if stored in _ROPE_TENSORS:
+            continue
+        name = _hf_name(stored, block)
+        if name is None:
+            msg = f"{path}: tensor {stored!r} is not known for architecture {arch!r}: it may change the model"
+            raise CheckpointError(msg)
+        names[name] = stored
+    return names
+
+
+def _hf_name(stored: str, block: Mapping[str, str]) -> str | None:
+    stem, _, kind = stored.rpartition(".")
+    if stem in _GLOBAL and kind == "weight":
+        return _GLOBAL[stem]
+    parts = stem.split(".")
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in block and kind in ("weight", "bias"):
+        return f"model.layers.{parts[1]}.{block[parts[2]]}.{kind}"
+    return None
+
+
+def _check_types(header: GGUFHeader, gguf: ModuleType, path: Path) -> None:
+    """Dequantise one block of zeros of each type in use, so that an unsupported one is refused at once."""
+    for kind in {info.kind for info in header.tensors.values()}:
+        to_float(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind, gguf, path)
+
+
+def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -> np.ndarray:
+    info = header.tensors[name]
+    return to_float(stored_rows(file, info, gguf), info.kind, gguf, file.path).astype(np.float32).reshape(-1)
+
+
+def _facts(header: GGUFHeader, path: Path) -> dict[str, Any]:
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        msg = f"{path}: has no matrix token_embd.weight: the file is not a whole model"
+        raise CheckpointError(msg)
+    return {
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+    }
+
+
+def _check_heads(heads: tuple[Any, Any], header: GGUFHeader, arch: str, path: Path) -> None:
+    """Rows of q and k must split into heads of pairs before they can be reordered."""
+    if arch != "llama":
+        return
+    for count, key in zip(heads, ("attn_q", "attn_k"), strict=True):
+        rows = [info.shape[0] for name, info in header.tensors.items() if f".{key}." in name and info.shape]
+        if type(count) is not int or count <= 0 or any(n % (2 * count) for n in rows):
+            msg = f"{path}: rows of {key} do not split into {count!r} heads: the metadata do not fit the weights"
+            raise CheckpointError(msg)

@@ -1,0 +1,114 @@
+"""GGUF metadata as a Hugging Face configuration, for the architectures that are also in the family table.
+
+Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter. What llama.cpp implies
+(Gemma's layer pattern, its second rope base, the query scale of the 27B models) is written out here, so that the
+result builds the same model in transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, Metadata
+from jcrosslora.checkpoint.gguf_rope import rope_parameters
+from jcrosslora.errors import CheckpointError
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+# Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
+_LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+_GEMMA3_PATTERN = 6  # five sliding layers, then a full one
+
+
+def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The configuration of a GGUF model with Hugging Face keys.
+
+    Args:
+        meta: its metadata.
+        facts: what only the tensors tell: vocab_size, tie_word_embeddings, attention_bias, mlp_bias.
+        factors: rope factor tensors by their GGUF name, if any.
+
+    Raises:
+        CheckpointError: rope scaling that cannot be expressed.
+    """
+    model_type = ARCHITECTURES[meta.arch]
+    if meta.arch == "llama" and meta.count("attention.sliding_window"):
+        model_type = "mistral"
+    config = {
+        "model_type": model_type,
+        "architectures": [_CLASSES[model_type]],
+        "hidden_size": meta.count("embedding_length"),
+        "intermediate_size": meta.count("feed_forward_length"),
+        "num_hidden_layers": meta.count("block_count"),
+        "num_attention_heads": meta.count("attention.head_count"),
+        "num_key_value_heads": meta.count("attention.head_count_kv") or meta.count("attention.head_count"),
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": meta.count("context_length"),
+        "vocab_size": facts["vocab_size"],
+        "tie_word_embeddings": facts["tie_word_embeddings"],
+        "rope_parameters": rope_parameters(meta, factors),
+        **_token_ids(meta.values),
+    }
+    if model_type != "phi3":  # Phi3Config has no such key.
+        config["head_dim"] = meta.head_dim()
+    return config | _family_part(meta, model_type, facts)
+
+
+def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    return {key: values.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
+
+
+def _family_part(meta: Metadata, model_type: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    window = meta.count("attention.sliding_window") or None
+    if model_type == "llama":
+        return {
+            "hidden_act": "silu",
+            "attention_bias": facts["attention_bias"],
+            "mlp_bias": facts["mlp_bias"],
+        }
+    if model_type == "mistral":
+        return {"hidden_act": "silu", "sliding_window": window}
+    if model_type == "qwen2":
+        return {"hidden_act": "silu", "use_sliding_window": False}
+    if model_type == "qwen3":
+        return {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": facts["attention_bias"]}
+    if model_type == "phi3":
+        original = meta.count("rope.scaling.original_context_length") or meta.count("context_length")
+        return {"hidden_act": "silu", "sliding_window": window, "original_max_position_embeddings": original}
+    return _gemma_part(meta, window) | {"attention_bias": facts["attention_bias"]}
+
+
+def _gemma_part(meta: Metadata, window: int | None) -> dict[str, Any]:
+    part: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": window}
+    part["query_pre_attn_scalar"] = meta.head_dim()
+    if meta.count("block_count") == _LAYERS_27B[meta.arch]:
+        part["query_pre_attn_scalar"] = (meta.count("embedding_length") or 0) // (
+            meta.count("attention.head_count") or 1
+        )
+    part["layer_types"] = _layer_types(meta)
+    if meta.arch == "gemma2":
+        part["attn_logit_softcapping"] = meta.number("attn_logit_softcapping") or 50.0
+        part["final_logit_softcapping"] = meta.number("final_logit_softcapping") or 30.0
+    return part
+
+
+def _layer_types(meta: Metadata) -> list[str]:
+    # The pattern is a period, or one flag per layer; without it llama.cpp's and transformers' own.
+    stated = meta.get("attention.sliding_window_pattern")
+    layers = meta.count("block_count")
+    if layers is None or not 0 < layers < 10_000:
+        msg = f"{meta.path}: {meta.arch}.block_count is {layers!r}, wanted the number of layers"
+        raise CheckpointError(msg)
+    if isinstance(stated, list) and len(stated) == layers:
+        return ["sliding_attention" if flag else "full_attention" for flag in stated]
+    period = stated if type(stated) is int and stated > 0 else (2 if meta.arch == "gemma2" else _GEMMA3_PATTERN)
+    return ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)]

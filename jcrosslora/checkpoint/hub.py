@@ -1,0 +1,73 @@
+"""A hub id becomes a local folder: only JSON files and the shards that hold the model's tensors are fetched."""
+
+import re
+from pathlib import Path
+from typing import cast
+
+from jcrosslora.checkpoint.config import read_config
+from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_of
+from jcrosslora.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+def is_hub_id(ref: str) -> bool:
+    """Whether `ref` has the form "org/name" and is no file name of a kind this package reads."""
+    return _HUB_ID.fullmatch(ref) is not None and not ref.endswith((".gguf", ".safetensors", ".bin"))
+
+
+def cached_identity(folder: Path) -> tuple[str, str] | None:
+    """(hub id, commit) of a folder inside a hub cache: models--org--name/snapshots/commit; else None."""
+    parts = folder.absolute().parts
+    if len(parts) < 3 or parts[-2] != "snapshots" or (match := _CACHE_FOLDER.fullmatch(parts[-3])) is None:
+        return None
+    return f"{match[1]}/{match[2]}", parts[-1]
+
+
+def fetch(hub_id: str, revision: str | None) -> Path:
+    """Bring the needed files of a hub model into the local cache.
+
+    Args:
+        hub_id: "org/name".
+        revision: branch, tag or commit; None for the default branch.
+
+    Returns:
+        The snapshot folder in the cache; its name is the resolved commit.
+
+    Raises:
+        CheckpointError: not found, gated, offline and not cached, or a configuration that is not supported.
+    """
+    folder = _snapshot(hub_id, revision, ["*.json"])
+    config = read_config(folder)  # Refuses an unsupported model before gigabytes are fetched.
+    shards = [SINGLE]
+    if (folder / INDEX).exists():
+        shards = shards_of(read_weight_map(folder / INDEX), config.prefixes)
+    if all((folder / shard).exists() for shard in shards):
+        return folder
+    folder = _snapshot(hub_id, folder.name, ["*.json", *shards])
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:  # Offline, a snapshot that is only partly in the cache is given without a word.
+        msg = f"{hub_id}: {missing[0]} is neither in the cache nor on the hub: go online, or choose a safetensors model"
+        raise CheckpointError(msg)
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    # Imported here because it is slow to import and only hub ids need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library in use, which differs between
+    # versions of huggingface_hub: together they cover refused, offline and broken connections.
+    failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except failures as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        at = f" at revision {revision!r}" if revision else ""
+        msg = (
+            f"{hub_id}{at}: no such folder here, and the hub did not give it ({cause}): "
+            "check the name, the network, HF_HUB_OFFLINE and your access to the model"
+        )
+        raise CheckpointError(msg) from error

@@ -1,0 +1,27 @@
+"""Read a JSON object from a file, with one error for all that can be wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.errors import CheckpointError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
+        raise CheckpointError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: not valid JSON: download the file again"
+        raise CheckpointError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
+        raise CheckpointError(msg)
+    return value

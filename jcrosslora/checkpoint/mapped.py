@@ -1,0 +1,69 @@
+"""A file seen through a read-only memory map: arrays are views, and their pages can be given back."""
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jcrosslora.errors import CheckpointError
+
+_CHUNK = 1 << 20
+
+
+class MappedFile:
+    """One weight file.
+
+    Attributes:
+        path: where it lies.
+        size: its length in bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
+            raise CheckpointError(msg) from error
+
+    @cached_property
+    def buffer(self) -> mmap.mmap:
+        """The whole file as a read-only buffer; only touched pages become resident."""
+        if self.size == 0:
+            msg = f"{self.path}: the file is empty: download it again"
+            raise CheckpointError(msg)
+        try:
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            msg = f"{self.path}: cannot be read ({error.strerror}): check that the file is readable"
+            raise CheckpointError(msg) from error
+
+    def array(self, dtype: npt.DTypeLike, shape: Sequence[int], offset: int) -> np.ndarray:
+        """A read-only view of `shape` at byte `offset`; the caller has checked that it lies in the file."""
+        count = prod(shape)
+        if count == 0:
+            return np.empty(shape, dtype)
+        return np.frombuffer(self.buffer, dtype, count, offset).reshape(shape)
+
+    def release(self) -> None:
+        """Give resident pages back to the system; views stay valid and are read again when touched."""
+        if "buffer" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
+            self.buffer.madvise(mmap.MADV_DONTNEED)
+
+    def sha256(self) -> str:
+        """Hex digest of the file, by plain reads so that the map's pages do not become resident."""
+        digest = hashlib.sha256()
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            msg = f"{self.path}: cannot be read ({error.strerror}): check that the file is readable"
+            raise CheckpointError(msg) from error
+        return digest.hexdigest()

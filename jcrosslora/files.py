@@ -1,0 +1,166 @@
+"""Write a folder so that it is there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from jcrosslora.errors import OutputError
+
+# A folder that holds this file is an adapter, which may be replaced when that is asked for.
+MARK = "adapter_config.json"
+
+
+def ensure_free(out: str | Path, overwrite: bool) -> None:
+    """Check that a folder can be written to `out`, before any work is done for it.
+
+    Args:
+        out: the folder that is to be made.
+        overwrite: whether an adapter folder (or an empty one) that is there already may be replaced.
+
+    Raises:
+        OutputError: something is there that may not be replaced, or the place cannot be written to.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        _check_replaceable(out, overwrite)
+    parent = _first_existing(out.parent)
+    if not parent.is_dir():
+        msg = f"{out}: {parent} is a file, a folder was wanted: choose another output"
+        raise OutputError(msg)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        msg = f"{out}: {parent} cannot be written to: choose another output, or change its permissions"
+        raise OutputError(msg)
+
+
+@contextmanager
+def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `out` to write into, and rename it to `out` when the block ends well.
+
+    When the block or the rename fails, nothing of it stays and an old folder at `out` is as before. Missing parents
+    are made, and removed again on failure.
+
+    Args:
+        out: the folder to make; the same rules as in `ensure_free`. A symbolic link is refused, not followed.
+        overwrite: whether an adapter folder (or an empty one) that is there already may be replaced.
+
+    Yields:
+        The temporary folder, empty.
+
+    Raises:
+        OutputError: `out` may not be replaced, or the system refuses to write (no permission, disk full).
+    """
+    out = Path(out)
+    ensure_free(out, overwrite)
+    made: list[Path] = []
+    work: Path | None = None
+    try:
+        _make_parents(out.parent, made)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        yield work
+        _sync(work)
+        _put_in_place(work, out)
+    except BaseException as error:
+        _remove(work, made)
+        if isinstance(error, OSError):
+            msg = f"{out}: cannot be written ({error.strerror or error}): free space or choose another output"
+            raise OutputError(msg) from error
+        raise
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or not out.is_dir():
+        kind = "a symbolic link" if out.is_symlink() else "a file"
+        msg = f"{out}: {kind} is there, a new folder was wanted: choose another output"
+        raise OutputError(msg)
+    try:
+        names = os.listdir(out)
+    except OSError as error:
+        msg = f"{out}: cannot be read ({error.strerror}): choose another output"
+        raise OutputError(msg) from error
+    if not overwrite:
+        msg = f"{out}: exists already: choose another output, or replace it with --overwrite (overwrite=True)"
+        raise OutputError(msg)
+    if names and MARK not in names:
+        msg = f"{out}: not replaced, because it holds no {MARK}: choose another output, or remove it yourself"
+        raise OutputError(msg)
+    if folders := [name for name in names if (out / name).is_dir()]:
+        msg = f"{out}: not replaced, because it holds folders ({folders[0]}): choose another output"
+        raise OutputError(msg)
+
+
+def _first_existing(folder: Path) -> Path:
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    if folder.is_dir():
+        return
+    _make_parents(folder.parent, made)
+    with suppress(FileExistsError):  # Another process may be making the same parents.
+        folder.mkdir()
+        made.append(folder)
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    work.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read.
+    if not out.is_dir():
+        work.rename(out)
+        _sync_entry(out.parent)
+        return
+    _swap(work, out, work.with_name(work.name + ".old"))
+    _sync_entry(out.parent)
+
+
+def _swap(work: Path, out: Path, aside: Path) -> None:
+    try:
+        out.rename(aside)
+        work.rename(out)
+    except BaseException:
+        # Also an interrupt between or just after the two renames: the old folder comes back in every case.
+        if aside.exists():
+            if out.exists():
+                out.rename(work)
+            aside.rename(out)
+        raise
+    try:
+        shutil.rmtree(aside)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+
+
+def _remove(work: Path | None, made: list[Path]) -> None:
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    for folder in reversed(made):
+        with suppress(OSError):  # Not ours to remove if something else was put there.
+            folder.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sync_entry(folder: Path) -> None:
+    # Some file systems cannot sync a folder; the rename itself is done by then.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

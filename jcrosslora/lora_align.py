@@ -1,0 +1,219 @@
+"""LoRA-Align: two bases in, the maps between their modules out. It never sees an adapter."""
+
+import dataclasses
+import zlib
+from collections.abc import Collection, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import MethodError, PairingError, UsageError
+from jcrosslora.gather import load_stack, shared_vocabulary, spread
+from jcrosslora.linalg import decompose
+from jcrosslora.methods import Evidence, Fit, Method, Side, get_method
+from jcrosslora.methods.agreement import Agreement, measure
+from jcrosslora.pairing import Depth, Pair, Pairing, pair_modules
+from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
+
+DEFAULT_RANK = 320
+READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+# Weights of both bases in flight at a time, in bytes as float32: this bounds memory, whatever the model's size.
+GROUP_BYTES = 192 * 2**20
+
+
+def align(
+    source: BaseModel,
+    target: BaseModel,
+    *,
+    method: str = "cross-lora",
+    rank: int | None = None,
+    depth: Depth = "proportional",
+    seed: int = 0,
+    sources: Collection[str] | None = None,
+    progress: bool = False,
+) -> Transport:
+    """Find the maps that carry adapters of `source` over to `target` (LoRA-Align, arXiv 2508.05232, section 3).
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        method: a name of the registry, see `jcrosslora.METHODS`.
+        rank: truncation rank R of the SVDs; None is 320, the paper's. A module whose short side is smaller uses
+            that.
+        depth: see `jcrosslora.pairing.pair_modules`.
+        seed: of the random control.
+        sources: align only what these source modules feed (those an adapter has); None is all.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The transport, on the default devices.
+
+    Raises:
+        MethodError: an unknown method, or one that cannot be used on these shapes.
+        PairingError: the modules cannot be paired as asked.
+        UsageError: a rank below 1 or above the short side of every module.
+        CheckpointError: weights that cannot be read or are not finite.
+    """
+    plan = Plan(source, target, method=method, rank=rank, depth=depth, seed=seed, sources=sources)
+    return plan.transport(tuple(plan.groups(progress=progress)))
+
+
+class Plan:
+    """An alignment that has been checked and can be run group by group; arguments as for `align`.
+
+    Attributes:
+        pairing: which module feeds which, over all modules of the target.
+    """
+
+    def __init__(
+        self,
+        source: BaseModel,
+        target: BaseModel,
+        *,
+        method: str,
+        rank: int | None,
+        depth: Depth,
+        seed: int,
+        sources: Collection[str] | None = None,
+    ) -> None:
+        self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
+        self.pairing = pair_modules(source.modules, target.modules, depth)
+        self._depth = depth if isinstance(depth, str) else ",".join("-" if i is None else str(i) for i in depth)
+        self._pairs = _wanted(self.pairing, sources)
+        _check_shapes(self.method, source, target, self._pairs)
+        self.rank = _check_rank(rank, source, target, self._pairs)
+        self._vocabulary, self._no_vocabulary = None, "not needed"
+        if self.method.anchored:
+            self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
+
+    def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
+        """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
+            for pairs in self._chunks():
+                yield self._align(pairs)
+                bar.update(len(pairs))
+
+    def transport(self, groups: tuple[TransportGroup, ...]) -> Transport:
+        """Put groups together with the record of how they were made."""
+        return Transport(
+            groups=groups,
+            recipe=self.recipe,
+            source=describe_base(self.source),
+            target=describe_base(self.target),
+            pairing=self.pairing,
+            warnings=self.warnings,
+        )
+
+    @property
+    def recipe(self) -> AlignRecipe:
+        """The settings, with defaults and outcomes filled in."""
+        signs = "not needed" if not self.method.anchored else "rule" if self._vocabulary is None else "vocabulary"
+        tokens = 0 if self._vocabulary is None else self._vocabulary.count
+        return AlignRecipe(self.method.name, self.rank, self._depth, self.seed, signs, tokens)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user has to know before looking at any number."""
+        if not self.method.anchored or self._vocabulary is not None:
+            return ()
+        return (
+            f"the signs of the singular vectors are not anchored ({self._no_vocabulary}); they follow a rule that "
+            "depends on the basis, so the moved update is one of many equally valid ones",
+        )
+
+    def _chunks(self) -> Iterator[tuple[Pair, ...]]:
+        by_shape: dict[tuple[object, ...], list[Pair]] = {}
+        for pair in self._pairs:
+            key = (self.source.modules[pair.source].shape, self.target.modules[pair.target].shape, _reads(pair))
+            by_shape.setdefault(key, []).append(pair)
+        for pairs in by_shape.values():
+            size = _bytes(self.source, pairs[0].source) + _bytes(self.target, pairs[0].target)
+            most = max(1, GROUP_BYTES // size)
+            parts = -(-len(pairs) // most)
+            for part in np.array_split(np.arange(len(pairs)), parts):
+                yield tuple(pairs[i] for i in part)
+
+    def _align(self, pairs: tuple[Pair, ...]) -> TransportGroup:
+        shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
+        rank = min(self.rank, *shapes[0], *shapes[1])
+        src = self._side(self.source, [pair.source for pair in pairs], rank)
+        tgt = self._side(self.target, [pair.target for pair in pairs], rank)
+        keys = _keys(self.seed, pairs, src.weight.shape[0])
+        evidence = Evidence(src, tgt, self._vocabulary, keys, reads=_reads(pairs[0]), rank=rank)
+        fit, agreement = _fit_stack(evidence, self.method)
+        terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (fit.terms, agreement))
+        return TransportGroup(terms, agreement, pairs)
+
+    def _side(self, base: BaseModel, names: list[str], rank: int) -> Side:
+        stack = load_stack(base, names)
+        gains = [base.residual_gain(name) for name in names]
+        gains += gains[-1:] * (stack.shape[0] - len(names))
+        svd = decompose(stack, rank, vectors=self.method.vectors)[0] if self.method.decomposes else None
+        return Side(stack, spread(np.stack(gains)), svd)
+
+
+@partial(jax.jit, static_argnames=("method",))
+def _fit_stack(evidence: Evidence, method: Method) -> tuple[Fit, Agreement]:
+    def one(evidence: Evidence) -> tuple[Fit, Agreement]:
+        fit = method.fit(evidence)
+        return fit, measure(evidence, fit, by_coordinates=method.measure == "weight cosine")
+
+    axes = dataclasses.replace(evidence, src=0, tgt=0, vocabulary=None, key=0)
+    return jax.vmap(one, in_axes=(axes,))(evidence)
+
+
+def _reads(pair: Pair) -> bool:
+    return pair.role in READERS
+
+
+def _bytes(base: BaseModel, name: str) -> int:
+    rows, columns = base.modules[name].shape
+    return 4 * rows * columns
+
+
+def _keys(seed: int, pairs: tuple[Pair, ...], count: int) -> jax.Array:
+    """One key a pair, from the target's name: the same whatever else is aligned beside it."""
+    numbers = [zlib.crc32(pair.target.encode()) for pair in pairs]
+    numbers += numbers[-1:] * (count - len(pairs))
+    fold = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))
+    return fold(jnp.asarray(np.array(numbers, np.uint32)))
+
+
+def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ...]:
+    if sources is None:
+        return pairing.pairs
+    pairs = tuple(pair for pair in pairing.pairs if pair.source in sources)
+    if not pairs:
+        msg = (
+            f"none of the adapter's {len(sources)} modules feeds a module of the target under depth map "
+            f"{pairing.depth_map!r}; choose another with --depth"
+        )
+        raise PairingError(msg)
+    return pairs
+
+
+def _check_shapes(method: Method, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> None:
+    if not method.equal_shapes:
+        return
+    for pair in pairs:
+        src, tgt = source.modules[pair.source].shape, target.modules[pair.target].shape
+        if src != tgt:
+            msg = (
+                f"method {method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
+                f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
+            )
+            raise MethodError(msg)
+
+
+def _check_rank(rank: int | None, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> int:
+    widest = max(min(*source.modules[pair.source].shape, *target.modules[pair.target].shape) for pair in pairs)
+    if rank is None:
+        return min(DEFAULT_RANK, widest)
+    if not 1 <= rank <= widest:
+        msg = f"rank {rank} is out of range; these bases allow 1 to {widest}, the short side of their widest modules"
+        raise UsageError(msg)
+    return rank

@@ -1,0 +1,233 @@
+"""LoRA-Shift: a transport and an adapter in, the adapter for the other base out. The same for all methods."""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
+from jcrosslora.errors import AdapterError, PairingError, UsageError
+from jcrosslora.linalg import product_energy, recompress
+from jcrosslora.methods import Terms, get_method
+from jcrosslora.pairing import Pair
+from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
+from jcrosslora.transport import BaseInfo, Transport, TransportGroup
+
+Calibration = Literal["none", "frobenius"]
+
+
+@flax.struct.dataclass
+class MovedAdapter(Adapter):
+    """An adapter that was moved, with the account of what became of it.
+
+    Attributes:
+        report: static, see `TransferReport`.
+        target: static, the base that it is now for.
+    """
+
+    report: TransferReport | None = flax.struct.field(pytree_node=False, default=None)
+    target: BaseInfo | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def shift(
+    transport: Transport,
+    adapter: Adapter,
+    *,
+    calibrate: Calibration | None = None,
+    out_rank: int | None = None,
+) -> MovedAdapter:
+    """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3).
+
+    B_tgt = P_out B and A_tgt = A P_in', term by term; the full-size product is never formed.
+
+    Args:
+        transport: from `align`.
+        adapter: an adapter of the transport's source base.
+        calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
+            maps make of it; None is the method's own choice (only the random control restores the norm).
+        out_rank: re-rank every update to at most this rank, optimally; None keeps the rank (methods of two terms
+            double it).
+
+    Returns:
+        The adapter for the target base, float32, with its report.
+
+    Raises:
+        AdapterError: the adapter does not fit the source base, or holds nothing that the maps carry.
+        UsageError: out_rank below 1, or an unknown calibration.
+    """
+    mover = Shifter(adapter, transport.source, method=transport.recipe.method, calibrate=calibrate, out_rank=out_rank)
+    for group in transport.groups:
+        mover.add(group)
+    return mover.finish(transport)
+
+
+class Shifter:
+    """Moves one adapter, group by group, so that the groups of a transport need not all be in memory."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        source: BaseInfo,
+        *,
+        method: str,
+        calibrate: Calibration | None = None,
+        out_rank: int | None = None,
+    ) -> None:
+        if calibrate not in (None, "none", "frobenius"):
+            msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
+            raise UsageError(msg)
+        if out_rank is not None and out_rank < 1:
+            msg = f"out rank {out_rank} is out of range; it must be at least 1"
+            raise UsageError(msg)
+        self.adapter = fit_to_base(adapter, source)
+        self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
+        self._out_rank = out_rank
+        self._rows: list[ModuleRow] = []
+        self._modules: dict[str, LoRAFactors] = {}
+
+    def add(self, group: TransportGroup) -> None:
+        """Move what the adapter holds for the pairs of one group."""
+        by_rank: dict[int, list[int]] = {}
+        for row, pair in enumerate(group.pairs):
+            if pair.source in self.adapter.modules:
+                by_rank.setdefault(self.adapter.modules[pair.source].rank, []).append(row)
+        for rows in by_rank.values():
+            self._add_rows(group, rows)
+
+    def finish(self, transport: Transport) -> MovedAdapter:
+        """Put the modules in the target's order and close the account; `transport` may have dropped its groups."""
+        if not self._modules:
+            msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
+            raise PairingError(msg + "; choose another depth map")
+        energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
+        order = {name: place for place, name in enumerate(transport.target.shapes)}
+        names = sorted(self._modules, key=order.__getitem__)
+        report = TransferReport(
+            recipe=transport.recipe,
+            source=transport.source,
+            target=transport.target,
+            adapter=self.adapter.info,
+            calibration="frobenius" if self._keep_norm else "none",
+            out_rank=self._out_rank,
+            layers=transport.pairing.layers,
+            rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
+            unfed=transport.pairing.unfed,
+            leftovers=_leftovers(energies, {row.source for row in self._rows}),
+            energy=sum(energies.values()),
+            warnings=transport.warnings + _ignored(self.adapter),
+        )
+        info = AdapterInfo(name=f"{self.adapter.info.name}, moved", base_name=transport.target.name)
+        return MovedAdapter(
+            modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
+        )
+
+    def _add_rows(self, group: TransportGroup, rows: list[int]) -> None:
+        pairs = [group.pairs[row] for row in rows]
+        a, b, scale = _stack([self.adapter.modules[pair.source] for pair in pairs])
+        terms = group.terms
+        if len(rows) != len(group.pairs):
+            terms = jax.tree.map(lambda x: x[np.array(rows)], terms)
+        moved = _shift_stack(terms, a, b, scale, self._keep_norm, self._out_rank)
+        agreement = jax.tree.map(lambda x: np.asarray(x)[rows], group.agreement)
+        moved = jax.tree.map(np.asarray, moved)
+        for place, pair in enumerate(pairs):
+            self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=moved.b[place])
+            self._rows.append(_row(pair, jax.tree.map(lambda x, place=place: x[place].item(), agreement), moved, place))
+
+
+@flax.struct.dataclass
+class _Shifted:
+    """One module's moved factors (scale baked into b), and ||dW||_F^2 before, after the maps, and in the end."""
+
+    a: jax.Array
+    b: jax.Array
+    before: jax.Array
+    mapped: jax.Array
+    after: jax.Array
+
+
+def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_rank: int | None) -> _Shifted:
+    """The unbatched maths: a (K, I_src) and b (O_src, K) through every term, the terms side by side."""
+    before = product_energy(b, a)
+    b_tgt = jnp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
+    a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
+    mapped = product_energy(b_tgt, a_tgt)
+    if out_rank is not None and out_rank < b_tgt.shape[1]:
+        b_tgt, a_tgt, _ = recompress(b_tgt, a_tgt, out_rank)
+    after = product_energy(b_tgt, a_tgt)
+    if keep_norm:
+        # Nothing can be restored where the map left nothing but rounding.
+        alive = after > jnp.finfo(after.dtype).eps ** 2 * before
+        factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
+        b_tgt, after = b_tgt * factor, after * factor**2
+    return _Shifted(a_tgt, b_tgt, before, mapped, after)
+
+
+@partial(jax.jit, static_argnames=("keep_norm", "out_rank"))
+def _shift_stack(
+    terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
+) -> _Shifted:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32) * scale[:, None, None]
+    return jax.vmap(lambda terms, a, b: _shift_one(terms, a, b, keep_norm, out_rank))(terms, a, b)
+
+
+def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a = np.stack([np.asarray(item.a) for item in factors])
+    b = np.stack([np.asarray(item.b) for item in factors])
+    return a, b, np.array([item.scale for item in factors], np.float32)
+
+
+def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
+    """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
+
+    Raises:
+        AdapterError: a module that the base does not have, or of another shape.
+    """
+    adapter = split_fused(adapter, base.fused)
+    unknown = [name for name in adapter.modules if name not in base.shapes]
+    if unknown:
+        msg = (
+            f"adapter {adapter.info.name} updates {unknown[0]} and {len(unknown) - 1} more modules that the source "
+            f"base {base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it "
+            "was trained on"
+        )
+        raise AdapterError(msg)
+    for name, factors in adapter.modules.items():
+        if factors.shape != base.shapes[name]:
+            came, want = factors.shape, base.shapes[name]
+            msg = (
+                f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
+                f"{want[0]} x {want[1]} in the source base {base.name}; give the base it was trained on"
+            )
+            raise AdapterError(msg)
+    return adapter
+
+
+def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ...]:
+    total = sum(energies.values()) or 1.0
+    return tuple(Leftover(name, energy / total) for name, energy in energies.items() if name not in used)
+
+
+def _ignored(adapter: Adapter) -> tuple[str, ...]:
+    return tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+
+
+def _row(pair: Pair, agreement: object, moved: _Shifted, place: int) -> ModuleRow:
+    return ModuleRow(
+        target=pair.target,
+        source=pair.source,
+        role=pair.role,
+        energy=float(moved.before[place]),
+        kept=_ratio(float(moved.mapped[place]), float(moved.before[place])),
+        norm_before=float(np.sqrt(moved.before[place])),
+        norm_after=float(np.sqrt(moved.after[place])),
+        **dataclasses.asdict(agreement),  # type: ignore[arg-type]
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 1.0

@@ -1,0 +1,97 @@
+"""The model card (README.md) of a moved adapter: where it comes from, how it was made, what to expect."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+BaseRow = tuple[str | None, str | None, str | None]
+
+
+def model_card(
+    *,
+    base_name: str | None,
+    source_adapter: str,
+    method: str,
+    recipe: str,
+    bases: Mapping[str, BaseRow],
+    verdict: str,
+    table: Sequence[Mapping[str, str]],
+    dropped: Sequence[tuple[str, str]] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """The text of the card, with the front matter that the hub reads.
+
+    Args:
+        base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
+            stands in the text only.
+        source_adapter: name of the adapter that was moved.
+        method: the transfer method.
+        recipe: the exact recipe, as TOML.
+        bases: "source" and "target" to (name, revision, digest); None where there is none.
+        verdict: the sentence on what to expect.
+        table: rows of text with the same columns.
+        dropped: (source module, share of the update) for what went nowhere.
+        notes: warnings, one sentence each.
+    """
+    sections = [
+        _front_matter(base_name),
+        f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
+        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
+        f"without training, by the method {_code(method)}.",
+        f"**What to expect:** {_plain(verdict)}",
+        "## Base models\n\n" + _bases(bases),
+        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
+        "## Diagnostics\n\n" + _markdown(table) if table else "",
+        "## Left behind\n\n" + _dropped(dropped) if dropped else "",
+        "## Warnings\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) if notes else "",
+        "## Licence\n\nThe licences of the source adapter, of the source base model and of the target base model all "
+        "apply to this adapter.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name is `owner/name`, which the hub takes as a base model, and not a folder of this machine."""
+    return name is not None and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _front_matter(base_name: str | None) -> str:
+    tags = ["lora", "jcrosslora"]
+    lines = ["library_name: peft", "pipeline_tag: text-generation"]
+    if is_hub_id(base_name):
+        # A JSON string is a YAML string, whatever characters it holds.
+        lines.insert(0, f"base_model: {json.dumps(base_name)}")
+        tags.insert(0, f"base_model:adapter:{base_name}")
+    return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+
+
+def _bases(bases: Mapping[str, BaseRow]) -> str:
+    rows = [
+        {"": side, "name": name or "-", "revision": revision or "-", "digest": digest or "-"}
+        for side, (name, revision, digest) in bases.items()
+    ]
+    return _markdown(rows)
+
+
+def _dropped(dropped: Sequence[tuple[str, str]]) -> str:
+    rows = [{"source module": name, "share of the update's energy": share} for name, share in dropped]
+    return "These source modules feed no module of the target.\n\n" + _markdown(rows)
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return "-"
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([row[column] for column in head] for row in rows)]
+    return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text).replace('`', '')}`"

@@ -1,0 +1,102 @@
+"""What a path holds, for `jcrosslora inspect`, and the other short listings."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.errors import CheckpointError, JCrossLoRAError
+from jcrosslora.methods import METHODS
+
+
+def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
+    """Print what `ref` is: an adapter (a folder with adapter_config.json) or a base model.
+
+    Raises:
+        JCrossLoRAError: it is neither, or cannot be read.
+    """
+    path = Path(ref)
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        _print_adapter(load_adapter(ref), console)
+        return
+    if path.exists():
+        _print_base(open_base(ref), console)
+        return
+    _inspect_hub(ref, console, revision)
+
+
+def print_engines(verdicts: Sequence[EngineVerdict], console: Console) -> None:
+    """One row for each engine: whether it reads the folder, and why not."""
+    table = Table("engine", "reads it", "reasons and notes")
+    for item in verdicts:
+        table.add_row(item.engine, "yes" if item.reads else "no", "\n".join((*item.reasons, *item.notes)))
+    console.print(table, highlight=False, markup=False)
+
+
+def print_methods(console: Console) -> None:
+    """The registry as a table."""
+    table = Table("method", "what it does", "needs", "reference")
+    for method in METHODS.values():
+        table.add_row(method.name, method.summary, method.needs, method.reference)
+    console.print(table, highlight=False, markup=False)
+
+
+def _inspect_hub(ref: str, console: Console, revision: str | None) -> None:
+    """A hub id may be either kind: try the small one first, and report the base's error if it is neither."""
+    try:
+        adapter = load_adapter(ref, revision=revision)
+    except JCrossLoRAError as adapter_error:
+        try:
+            base = open_base(ref, revision=revision)
+        except CheckpointError as error:
+            msg = f"{ref} is neither an adapter ({adapter_error}) nor a base model ({error})"
+            raise CheckpointError(msg) from None
+        _print_base(base, console)
+    else:
+        _print_adapter(adapter, console)
+
+
+def _print_adapter(adapter: Adapter, console: Console) -> None:
+    _say(console, f"adapter: {adapter.info.name}")
+    _say(console, f"for: {adapter.info.base_name or 'its file does not name a base model'}")
+    rows = describe_adapter(adapter)
+    if rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table, highlight=False, markup=False)
+    _say(console, f"can be moved: {len(adapter.modules)} modules")
+    for sentence in adapter.info.ignored:
+        _say(console, f"not moved: {sentence}")
+
+
+def _print_base(base: BaseModel, console: Console) -> None:
+    dims = base.dims
+    _say(console, f"base model: {base.name} ({base.ref})")
+    _say(console, f"family: {base.family.name}")
+    _say(
+        console,
+        f"shape: {dims.layers} layers, {dims.hidden} wide, MLP {dims.intermediate}, {dims.heads} query and "
+        f"{dims.kv_heads} key/value heads of {dims.head_dim}, {dims.vocab} tokens",
+    )
+    by_role = Counter((module.role, module.shape, module.dtype) for module in base.modules.values())
+    table = Table("module", "n", "out x in", "stored as")
+    for (role, shape, dtype), count in by_role.items():
+        table.add_row(role, str(count), f"{shape[0]} x {shape[1]}", dtype)
+    console.print(table, highlight=False, markup=False)
+    for name, parts in list(base.fused.items())[:2]:
+        _say(console, f"fused: {name} holds {', '.join(part[0].rsplit('.', 1)[-1] for part in parts)}")
+    vocabulary = base.vocabulary()
+    tokens = f"{len(vocabulary.tokens):,} tokens" if vocabulary.tokens is not None else f"no ({vocabulary.reason})"
+    _say(console, f"vocabulary readable: {tokens}")
+    _say(console, f"can receive and give updates: {len(base.modules)} modules")
+    others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
+    _say(console, f"no updates for: {len(others)} other tensors (embeddings, norms, biases, output head)")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

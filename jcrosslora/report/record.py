@@ -1,0 +1,138 @@
+"""The account of a transfer: what was done, what survived, what was left behind. Plain data, no arrays."""
+
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jcrosslora.adapter.records import AdapterInfo
+from jcrosslora.transport import AlignRecipe, BaseInfo
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """What became of the update of one target module; the fields from `rank` on are those of `Agreement`.
+
+    Attributes:
+        target: module of the target base.
+        source: module of the source base whose update it received.
+        role: q_proj and so on.
+        energy: ||dW_src||_F^2.
+        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps kept. Above 1
+            where a map repeats rows (index-interp).
+        norm_before: ||dW_src||_F.
+        norm_after: ||dW_tgt||_F as written, after re-ranking and calibration.
+    """
+
+    target: str
+    source: str
+    role: str
+    energy: float
+    kept: float
+    norm_before: float
+    norm_after: float
+    rank: int
+    energy_src: float
+    energy_tgt: float
+    gap_src: float
+    gap_tgt: float
+    condition_src: float
+    condition_tgt: float
+    error_src: float
+    error_tgt: float
+    similarity_out: float
+    similarity_in: float
+    vector_ratio: float
+    weight_cosine: float
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A source module whose update goes nowhere, and the share of the whole update's ||.||_F^2 that it held."""
+
+    source: str
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class TransferReport:
+    """All that is known of a transfer.
+
+    Attributes:
+        recipe: the settings of the alignment.
+        source: the base that the adapter came from.
+        target: the base that it is now for.
+        adapter: provenance of the adapter.
+        calibration: "none" or "frobenius".
+        out_rank: rank that updates were cut to, or None.
+        layers: for each target layer the source layer that feeds it, or None.
+        rows: one for each moved module, in the target's order.
+        unfed: target modules that no source module feeds.
+        leftovers: source modules whose update went nowhere.
+        energy: ||.||_F^2 of the whole source update, moved or not.
+        warnings: one sentence each.
+    """
+
+    recipe: AlignRecipe
+    source: BaseInfo
+    target: BaseInfo
+    adapter: AdapterInfo
+    calibration: str
+    out_rank: int | None
+    layers: tuple[int | None, ...]
+    rows: tuple[ModuleRow, ...]
+    unfed: tuple[str, ...]
+    leftovers: tuple[Leftover, ...]
+    energy: float
+    warnings: tuple[str, ...]
+
+    @property
+    def kept(self) -> float:
+        """Share of the energy that the maps kept, of the updates that they were given."""
+        return weighted(self.rows, "kept")
+
+    @property
+    def left_behind(self) -> float:
+        """Share of the source update's energy in modules that feed nothing."""
+        return sum(item.share for item in self.leftovers)
+
+    def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
+        """The rows of each role, in the order in which roles first appear."""
+        for role in dict.fromkeys(row.role for row in self.rows):
+            yield role, tuple(row for row in self.rows if row.role == role)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data; figures that are not defined become null."""
+        data = dataclasses.asdict(dataclasses.replace(self, adapter=_plain(self.adapter)))
+        for side in ("source", "target"):
+            data[side].pop("shapes")
+            data[side].pop("fused")
+        data["adapter"].pop("config")
+        data["version"] = importlib.metadata.version("jcrosslora")
+        data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}
+        return _without_nan(data)
+
+
+def _plain(info: AdapterInfo) -> AdapterInfo:
+    return dataclasses.replace(info, config={})
+
+
+def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:
+    """Mean of a field over rows, weighted by the energy of their updates; NaN where no row has the figure."""
+    pairs = [(getattr(row, field), row.energy) for row in rows if not math.isnan(getattr(row, field))]
+    total = sum(weight for _, weight in pairs)
+    if not pairs:
+        return math.nan
+    if total == 0:
+        return sum(value for value, _ in pairs) / len(pairs)
+    return sum(value * weight for value, weight in pairs) / total
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -1,0 +1,111 @@
+"""The diagnostics of a transfer as rows of text and as a printed table."""
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from jcrosslora.report.record import ModuleRow, TransferReport, weighted
+from jcrosslora.report.verdict import verdict
+
+COLUMNS = (
+    ("kept", "share of the update's energy that the maps kept"),
+    ("energy src/tgt", "share of the weights' energy in the top R singular pairs"),
+    ("gap src/tgt", "(s_R - s_R+1) / s_R: how well the cut is defined"),
+    ("cond src/tgt", "s_1 / s_R"),
+    ("sim out/in", "subspace similarity over chance; - where widths differ"),
+    ("vectors", "agreement of single vectors through the vocabulary, over chance"),
+    ("cosine", "of the weights themselves"),
+    ("norm", "of the update before and after"),
+)
+
+
+def role_rows(report: TransferReport) -> list[dict[str, str]]:
+    """One row of text for each role, and one for the whole: figures weighted by the energy of the updates."""
+    rows = [_cells(role, members) for role, members in report.by_role()]
+    return _without_empty([*rows, _cells("all", report.rows)])
+
+
+def module_rows(report: TransferReport) -> list[dict[str, str]]:
+    """One row of text for each module, and one for the whole."""
+    rows = [_cells(f"{row.target} < {row.source}", (row,)) for row in report.rows]
+    return _without_empty([*rows, _cells("all", report.rows)])
+
+
+def print_report(report: TransferReport, console: Console, *, by_module: bool = False) -> None:
+    """Print the table, what was left behind, the warnings, and the verdict last."""
+    rows = module_rows(report) if by_module else role_rows(report)
+    recipe = report.recipe
+    table = Table(title=f"{recipe.method}, rank {recipe.rank}, depth {report_depth(report)}", title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
+    for row in rows[:-1]:
+        table.add_row(*row.values())
+    table.add_section()
+    table.add_row(*rows[-1].values())
+    console.print(table)
+    for line in _notes(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"verdict: {verdict(report).text}", highlight=False, markup=False, soft_wrap=True, style="bold")
+
+
+def report_depth(report: TransferReport) -> str:
+    """The depth map in a word."""
+    return report.recipe.depth if report.recipe.depth in {"proportional", "by-name"} else "explicit"
+
+
+def _notes(report: TransferReport) -> list[str]:
+    lines = []
+    if report.recipe.signs == "vocabulary":
+        lines.append(f"signs: fixed by the embeddings of {report.recipe.shared_tokens:,} shared tokens")
+    if report.leftovers:
+        roles = _count_by_layer(report)
+        lines.append(
+            f"left behind: {len(report.leftovers)} source modules feed nothing ({roles}); "
+            f"they held {report.left_behind:.1%} of the update's energy"
+        )
+    if report.unfed:
+        lines.append(f"without an update: {len(report.unfed)} target modules")
+    return lines + [f"warning: {sentence}" for sentence in report.warnings]
+
+
+def _count_by_layer(report: TransferReport) -> str:
+    layers = sorted({int(item.source.split(".")[2]) for item in report.leftovers})
+    return "layers " + ", ".join(map(str, layers))
+
+
+def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
+    rows = tuple(rows)
+
+    def mean(field: str) -> float:
+        return weighted(rows, field)
+
+    before = math.sqrt(sum(row.norm_before**2 for row in rows))
+    after = math.sqrt(sum(row.norm_after**2 for row in rows))
+    return {
+        "module": label,
+        "n": str(len(rows)),
+        "kept": _percent(mean("kept")),
+        "energy src/tgt": f"{_percent(mean('energy_src'))} / {_percent(mean('energy_tgt'))}",
+        "gap src/tgt": f"{_number(mean('gap_src'), 4)} / {_number(mean('gap_tgt'), 4)}",
+        "cond src/tgt": f"{_number(mean('condition_src'), 0)} / {_number(mean('condition_tgt'), 0)}",
+        "sim out/in": f"{_number(mean('similarity_out'), 2)} / {_number(mean('similarity_in'), 2)}",
+        "vectors": _number(mean("vector_ratio"), 2),
+        "cosine": _number(mean("weight_cosine"), 3),
+        "norm": f"{before:.3g} > {after:.3g}",
+    }
+
+
+def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Leave out the columns of figures that the method does not give for any row."""
+    given = [name for name in rows[0] if any(set(row[name]) - set("-/ ") for row in rows)]
+    return [{name: row[name] for name in given} for row in rows]
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

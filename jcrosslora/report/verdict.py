@@ -1,0 +1,92 @@
+"""One plain sentence on what to expect of a moved adapter, from the diagnostics alone."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jcrosslora.methods import get_method
+from jcrosslora.report.record import ModuleRow, TransferReport, weighted
+
+Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control"]
+
+# Ratios to chance. Independently trained models measure 1.0 to 1.3; related ones measure in the tens and hundreds.
+CHANCE_RATIO, WEAK_RATIO = 1.5, 5.0
+# Cosines of the weights themselves. Unrelated models measure below 0.02; a further-trained base above 0.9.
+CHANCE_COSINE, WEAK_COSINE, SAME_COSINE = 0.1, 0.5, 0.98
+# An update of which less than this share of the energy is left has no visible effect, whatever it points at.
+LOST = 0.005
+
+_NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
+_LITTLE = "expect little effect; measure before use"
+_SOME = "an effect is to be expected; measure it"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to expect.
+
+    Attributes:
+        level: "aligned" (an effect is to be expected), "weak", "chance" (none is), "lost" (the maps left next to
+            nothing of the update), "unknown" (nothing to measure it by), "control" (none is intended).
+        text: the sentence for the user.
+    """
+
+    level: Level
+    text: str
+
+
+def verdict(report: TransferReport) -> Verdict:
+    """Judge a transfer by the figure that its method relies on, and by what is left of the update."""
+    method = get_method(report.recipe.method)
+    if method.measure == "none":
+        return Verdict("control", "this is a random map, a control: expect no effect")
+    if report.kept < LOST:
+        return Verdict(
+            "lost",
+            f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}",
+        )
+    return _by_alignment(method.measure, report.rows, report.recipe.signs)
+
+
+def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verdict:
+    cosine = weighted(rows, "weight_cosine")
+    if cosine >= SAME_COSINE:
+        hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
+        return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")
+    if measure == "vector ratio":
+        ratio = weighted(rows, "vector_ratio")
+        if math.isnan(ratio):
+            reason = "the signs of the singular vectors are not anchored" if signs == "rule" else "nothing was measured"
+            return Verdict("unknown", f"alignment cannot be measured ({reason}): {_NOTHING}")
+        return _by_ratio(ratio)
+    if measure == "subspace similarity":
+        ratio = _mean_similarity(rows)
+        if not math.isnan(ratio):
+            return _by_ratio(ratio)
+    return _by_cosine(cosine)
+
+
+def _mean_similarity(rows: tuple[ModuleRow, ...]) -> float:
+    sides = [weighted(rows, "similarity_out"), weighted(rows, "similarity_in")]
+    known = [side for side in sides if not math.isnan(side)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _by_ratio(ratio: float) -> Verdict:
+    if ratio < CHANCE_RATIO:
+        return Verdict("chance", f"alignment is at chance level ({ratio:.2f}x): {_NOTHING}")
+    if ratio < WEAK_RATIO:
+        return Verdict("weak", f"alignment is weak ({ratio:.2f}x chance): {_LITTLE}")
+    return Verdict("aligned", f"the bases are aligned ({ratio:.1f}x chance): {_SOME}")
+
+
+def _by_cosine(cosine: float) -> Verdict:
+    figure = f"weight cosine {cosine:.3f}"
+    if cosine < CHANCE_COSINE:
+        return Verdict(
+            "chance",
+            f"the coordinates of the two bases are unrelated ({figure}): {_NOTHING}",
+        )
+    if cosine < WEAK_COSINE:
+        return Verdict("weak", f"the two bases are distant relatives ({figure}): {_LITTLE}")
+    return Verdict("aligned", f"the two bases are related ({figure}): {_SOME}")

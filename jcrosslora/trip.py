@@ -1,0 +1,164 @@
+"""The whole trip: files in, files out, with memory bounded by one group of modules."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.checkpoint import open_base
+from jcrosslora.files import ensure_free
+from jcrosslora.lora_align import Plan
+from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
+from jcrosslora.pairing import parse_depth
+from jcrosslora.report.documents import card_text, recipe_of, report_json
+from jcrosslora.transport import describe_base
+
+Profile = Literal["portable", "peft"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """Everything that decides what a transfer writes: the flags of the command and the keys of a recipe."""
+
+    adapter: str
+    """The adapter to move: a PEFT folder or a hub id."""
+    source: str
+    """The base it was trained on: a folder of safetensors, a GGUF file or a hub id."""
+    target: str
+    """The base it shall work on, likewise."""
+    out: str
+    """The folder to write."""
+    method: str = "cross-lora"
+    """How to find the maps; `jcrosslora methods` lists them."""
+    rank: int | None = None
+    """Truncation rank of the SVDs; 320 if not given. A smaller module uses its own short side."""
+    depth: str = "proportional"
+    """Which source layer feeds which target layer: proportional, by-name, or a list such as 0,1,3,-,5."""
+    calibrate: Calibration | None = None
+    """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
+    out_rank: int | None = None
+    """Cut every moved update to this rank, optimally."""
+    dtype: Dtype = "float32"
+    """Number format of the file."""
+    profile: Profile = "portable"
+    """portable: one rank, read alike by every engine. peft: a rank for each module."""
+    seed: int = 0
+    """Of the random control."""
+    adapter_revision: str | None = None
+    """Hub revision of the adapter."""
+    source_revision: str | None = None
+    """Hub revision of the source base."""
+    target_revision: str | None = None
+    """Hub revision of the target base."""
+    target_name: str | None = None
+    """What to write as the adapter's base model, where the target's own name is not the one wanted."""
+    overwrite: bool = False
+    """Replace the folder if it already holds an adapter."""
+
+
+def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdapter:
+    """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
+
+    Args:
+        settings: what to move, where to, and how.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The moved adapter; it is already written to `settings.out`.
+
+    Raises:
+        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
+            written then.
+    """
+    ensure_free(Path(settings.out), settings.overwrite)
+    depth = parse_depth(settings.depth)
+    adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
+    source = open_base(settings.source, revision=settings.source_revision)
+    target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    mover = Shifter(
+        adapter,
+        describe_base(source),
+        method=settings.method,
+        calibrate=settings.calibrate,
+        out_rank=settings.out_rank,
+    )
+    plan = Plan(
+        source,
+        target,
+        method=settings.method,
+        rank=settings.rank,
+        depth=depth,
+        seed=settings.seed,
+        sources=mover.adapter.modules.keys(),
+    )
+    for group in plan.groups(progress=progress):
+        mover.add(group)
+    moved = mover.finish(plan.transport(()))
+    save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
+    return moved
+
+
+def save_adapter(
+    adapter: Adapter,
+    out: str | Path,
+    *,
+    base_name: str | None = None,
+    profile: Profile = "portable",
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter as a PEFT folder; a moved one with its model card and `transfer_report.json`.
+
+    Args:
+        adapter: what to write.
+        out: the folder; it appears whole or not at all.
+        base_name: `base_model_name_or_path`; None is the base that the adapter is for.
+        profile: "portable" pads every module to one rank, with alpha equal to it, which all engines read alike;
+            "peft" keeps a rank for each module in patterns.
+        dtype: number format of the file.
+        overwrite: whether an adapter already there may be replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.
+    """
+    extra: dict[str, Any] = {}
+    if isinstance(adapter, MovedAdapter) and adapter.report and adapter.target:
+        report = adapter.report
+        recipe = recipe_of(report, out=Path(out).name, profile=profile, dtype=dtype)
+        extra = {
+            "fused": adapter.target.fused,
+            "all_modules": list(adapter.target.shapes),
+            "documents": {
+                "README.md": card_text(report, recipe),
+                "transfer_report.json": report_json(report, recipe),
+            },
+            "metadata": _metadata(report.to_json()),
+        }
+        base_name = base_name or adapter.target.name
+    return save_plain(
+        adapter,
+        out,
+        base_name=base_name or adapter.info.base_name,
+        profile=profile,
+        dtype=dtype,
+        overwrite=overwrite,
+        **extra,
+    )
+
+
+def _metadata(report: Mapping[str, Any]) -> dict[str, str]:
+    """Provenance for the header of the safetensors file, which holds strings only."""
+    return {
+        "jcrosslora.version": report["version"],
+        "jcrosslora.recipe": json.dumps(report["recipe"]),
+        "jcrosslora.source": json.dumps(report["source"]),
+        "jcrosslora.target": json.dumps(report["target"]),
+        "jcrosslora.adapter": json.dumps(report["adapter"]),
+    }

@@ -1,0 +1,187 @@
+"""Hub ids, against a server on this machine that speaks as much of the hub's protocol as is needed."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from checkpoint_files import llama_tensors, write_config, write_safetensors, write_sharded_llama
+
+from jcrosslora.checkpoint.hub import is_hub_id
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# One interpreter per case: huggingface_hub reads its settings when it is imported.
+SCRIPT = """
+import sys, json
+from jcrosslora.checkpoint import open_base
+from jcrosslora.errors import CheckpointError
+try:
+    base = open_base(sys.argv[1], revision=sys.argv[2] or None)
+    print(json.dumps({"name": base.name, "revision": base.revision, "layers": base.dims.layers,
+                      "files": sorted(p.name for p in base.path.iterdir()), "digest": base.digest()}))
+except CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves `folder` as org/model; org/gated is gated, everything else does not exist."""
+
+    folder: Path
+
+    def log_message(self, format, *args):  # noqa: A002 - the name is the base class's.
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path.startswith(("/org/gated", "/api/models/org/gated")):
+            self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        elif not path.startswith(("/org/model/", "/api/models/org/model")):
+            self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        elif "/nope" in path:
+            self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id: nope")
+        elif path.startswith("/api/"):
+            self.api(path)
+        else:
+            self.file(self.folder / path.rsplit("/", 1)[1])
+
+    do_HEAD = do_GET
+
+    def api(self, path: str):
+        names = sorted(p.name for p in self.folder.iterdir())
+        if "/tree/" in path:
+            answer = [{"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": "0"} for n in names]
+        else:
+            answer = {"id": "org/model", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+        self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def file(self, path: Path):
+        if not path.exists():
+            self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+            return
+        body = path.read_bytes()
+        self.answer(200, body, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+
+@pytest.fixture
+def hub(tmp_path: Path):
+    folder = write_sharded_llama(tmp_path / "repo")
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md", "model.onnx"):
+        (folder / name).write_bytes(b"must not be fetched")
+    (folder / "tokenizer.json").write_text("{}")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def resolve(cache: Path, endpoint: str, ref: str = "org/model", revision: str = "", **settings: str) -> dict:
+    root = Path(__file__).parents[1]
+    environment = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(root), "HOME": str(cache)}
+    environment |= {"PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_XET": "1", **settings}
+    command = [sys.executable, "-c", SCRIPT, ref, revision]
+    done = subprocess.run(command, env=environment, cwd=cache.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "\n" not in result.get("error", "")
+    return result
+
+
+def test_only_json_and_the_needed_shards_are_fetched_and_then_used_offline(hub, tmp_path: Path):
+    _, endpoint = hub
+    online = resolve(tmp_path / "cache", endpoint)
+    assert online["name"] == "org/model"
+    assert online["revision"] == COMMIT
+    assert online["files"] == sorted([
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "tokenizer.json",
+    ])  # fmt: skip
+    # No server answers on the discard port: what follows comes from the cache.
+    offline = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert offline == online
+
+
+def test_a_single_file_model(hub, tmp_path: Path):
+    folder, endpoint = hub
+    for path in folder.glob("model*"):
+        path.unlink()
+    write_safetensors(folder / "model.safetensors", {name: ("F32", array) for name, array in llama_tensors().items()})
+    assert resolve(tmp_path / "cache", endpoint)["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(hub, tmp_path: Path):
+    folder, endpoint = hub
+    write_config(folder, model_type="mamba")
+    assert "'mamba' is not supported" in resolve(tmp_path / "cache", endpoint)["error"]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("ref", "revision", "named"),
+    [
+        ("org/missing", "", "RepositoryNotFoundError"),
+        ("org/gated", "", "GatedRepoError"),
+        ("org/model", "nope", "RevisionNotFoundError"),
+        ("org/a..b", "", "HFValidationError"),
+    ],
+)
+def test_a_failed_resolution_is_one_line(hub, tmp_path: Path, ref: str, revision: str, named: str):
+    error = resolve(tmp_path / "cache", hub[1], ref, revision)["error"]
+    assert ref in error
+    assert named in error or "LocalEntryNotFoundError" in error
+    assert "check the name, the network, HF_HUB_OFFLINE" in error
+
+
+def test_offline_and_not_in_the_cache(tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
+    assert "org/model: no such folder here" in error
+
+
+def test_a_shard_that_is_missing_offline(hub, tmp_path: Path):
+    resolve(tmp_path / "cache", hub[1])
+    next((tmp_path / "cache").rglob("model-00002*")).unlink()
+    error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
+    # Some versions of huggingface_hub notice themselves that the cached snapshot is not whole.
+    assert "model-00002-of-00002.safetensors is neither" in error or "LocalEntryNotFoundError" in error
+
+
+def test_a_repository_without_safetensors(hub, tmp_path: Path):
+    folder, endpoint = hub
+    for path in folder.glob("model*"):
+        path.unlink()
+    error = resolve(tmp_path / "cache", endpoint)["error"]
+    assert "choose a safetensors model" in error
+
+
+@pytest.mark.parametrize(
+    ("ref", "valid"),
+    [
+        ("org/name", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("gpt2", False),
+        ("./org/name", False),
+        ("org/name/more", False),
+        ("org/x.gguf", False),
+        ("org\\name", False),
+        ("../name", False),
+        ("org/", False),
+    ],
+)
+def test_the_form_of_a_hub_id(ref: str, valid: bool):
+    assert is_hub_id(ref) == valid

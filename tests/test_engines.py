@@ -1,0 +1,173 @@
+"""Which engines read a folder: each rule fires where it should, and only there."""
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from adapter_folders import CONFIG, Q, V, adapter_of, matrix, tensors, write_folder
+
+from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
+from jcrosslora.errors import AdapterError
+
+ALL = ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama")
+
+
+def verdicts(folder, family=None) -> dict[str, EngineVerdict]:
+    return {verdict.engine: verdict for verdict in check_engines(folder, base_family=family)}
+
+
+def readers(folder, family=None) -> set[str]:
+    result = verdicts(folder, family)
+    assert tuple(result) == ALL
+    for verdict in result.values():
+        assert verdict.reads == (not verdict.reasons)
+        assert not any("\n" in text for text in verdict.reasons + verdict.notes)
+    return {name for name, verdict in result.items() if verdict.reads}
+
+
+def test_a_portable_export_is_read_by_all_that_read_peft(tmp_path):
+    out = save_adapter(adapter_of({Q: 2, V: 3}), tmp_path / "o")
+    assert readers(out, "llama") == {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}
+    assert readers(out, "qwen2") == {"PEFT", "vLLM", "SGLang", "llama.cpp"}
+    assert any("gemma2" in note for note in verdicts(out)["Ollama"].notes)
+
+
+def test_a_peft_export_with_patterns_is_not_for_engines_of_one_scale(tmp_path):
+    out = save_adapter(adapter_of({Q: 2, V: 2, V.replace("1", "2"): 3}), tmp_path / "o", profile="peft")
+    assert readers(out, "llama") == {"PEFT", "vLLM"}
+    assert any("older releases" in note for note in verdicts(out)["vLLM"].notes)
+
+
+# What is changed in a plain configuration -> the engines that still read it (MLX never does).
+CASES = [
+    ({}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
+    ({"use_rslora": True}, {"PEFT", "vLLM"}),
+    ({"alpha_pattern": {"q_proj": 8}}, {"PEFT", "vLLM"}),
+    ({"alpha_pattern": {"q_proj": 4}}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
+    ({"lora_alpha": 22.6}, {"PEFT", "vLLM", "SGLang", "llama.cpp"}),
+    ({"bias": "lora_only"}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
+    ({"modules_to_save": ["lm_head"]}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
+    ({"modules_to_save": ["score"]}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
+    ({"target_modules": None}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
+    ({"use_dora": True}, {"PEFT"}),
+    ({"init_lora_weights": "pissa_niter_2"}, {"PEFT"}),
+    ({"layer_replication": [[0, 1]]}, {"PEFT"}),
+    ({"alora_invocation_tokens": [5]}, {"PEFT", "llama.cpp"}),
+    ({"peft_type": "VERA"}, {"PEFT"}),
+    ({"peft_type": "NEWEST"}, set()),
+    ({"r": 3}, set()),
+    ({"r": 0}, set()),
+    ({"lora_alpha": None}, set()),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), CASES, ids=[json.dumps(case[0]) for case in CASES])
+def test_each_setting_is_judged_by_each_engine(tmp_path, changes, expected):
+    assert readers(write_folder(tmp_path / "a", CONFIG | changes), "llama") == expected
+
+
+def test_ranks_from_the_tensors_are_right_for_engines_that_take_them_there(tmp_path):
+    """One alpha, two ranks: llama.cpp divides by each tensor's rank as PEFT does; SGLang refuses."""
+    config = CONFIG | {"rank_pattern": {"v_proj": 4}}
+    folder = write_folder(tmp_path / "a", config, tensors([Q]) | tensors([V], rank=4))
+    assert readers(folder, "llama") == {"PEFT", "vLLM", "llama.cpp", "Ollama"}
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "expected"),
+    [
+        ("lm_head.weight", (9, 6), {"PEFT", "SGLang"}),
+        ("model.embed_tokens.lora_embedding_A", (2, 9), {"PEFT", "vLLM", "SGLang", "llama.cpp"}),
+        ("model.norm.weight", (6,), {"PEFT", "SGLang", "llama.cpp"}),
+        ("lm_head.base_layer.weight", (9, 6), {"PEFT", "SGLang", "llama.cpp"}),
+    ],
+)
+def test_other_tensors_are_judged_by_each_engine(tmp_path, key, shape, expected):
+    folder = write_folder(tmp_path / "a", weights=tensors() | {f"base_model.model.{key}": matrix(*shape)})
+    assert readers(folder, "llama") == expected
+
+
+def test_ollama_knows_seven_names_and_ranks_below_the_width(tmp_path):
+    fused = write_folder(tmp_path / "a", weights=tensors(["model.layers.0.self_attn.qkv_proj"]))
+    assert "Ollama" not in readers(fused)
+    square = write_folder(tmp_path / "b", weights=tensors(width=2))
+    assert "Ollama" not in readers(square)
+
+
+@pytest.mark.parametrize(("rank", "note"), [(16, None), (17, "32"), (300, "320"), (512, "512"), (513, None)])
+def test_vllm_rank_limits(tmp_path, rank, note):
+    folder = write_folder(tmp_path / "a", CONFIG | {"r": rank}, tensors(rank=rank, width=1000))
+    verdict = verdicts(folder)["vLLM"]
+    assert verdict.reads == (rank <= 512)
+    flags = [text for text in verdict.notes if "--max-lora-rank" in text]
+    assert flags == ([f"rank {rank} needs --max-lora-rank {note}"] if note else [])
+
+
+def test_names_without_the_prefix_are_not_found_by_peft(tmp_path):
+    bare = {key.removeprefix("base_model.model."): value for key, value in tensors().items()}
+    assert "PEFT" not in readers(write_folder(tmp_path / "a", weights=bare))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {f"base_model.model.{Q}.lora_A.weight": matrix(3, 6)},
+        {f"base_model.model.{Q}.lora_A.weight": matrix(2)},
+        {f"base_model.model.{V.replace('1', '2')}.lora_A.weight": matrix(2, 6)},
+    ],
+)
+def test_factors_that_do_not_belong_together_are_read_by_none(tmp_path, damage):
+    assert readers(write_folder(tmp_path / "a", weights=tensors() | damage)) == set()
+
+
+def test_a_folder_of_mlx_is_for_mlx_alone(tmp_path):
+    parameters = {"rank": 2, "scale": 2.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": parameters}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = {f"{Q}.lora_a": matrix(6, 2), f"{Q}.lora_b": matrix(2, 5)}
+    safetensors.numpy.save_file(weights, tmp_path / "adapters.safetensors")
+    assert readers(tmp_path) == {"MLX"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_parameters": {"rank": 2}}))
+    assert readers(tmp_path) == set()
+
+
+def test_a_pickle_is_judged_by_its_configuration(tmp_path):
+    folder = write_folder(tmp_path / "a", CONFIG | {"r": 64})
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    result = verdicts(folder)
+    assert any("pickle" in note for note in result["PEFT"].notes)
+    assert any("--max-lora-rank 64" in note for note in result["vLLM"].notes)
+
+
+def test_what_load_adapter_refuses_can_still_be_checked(tmp_path):
+    config = CONFIG | {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    experts = {
+        "base_model.model.model.layers.0.mlp.experts.lora_A.weight": matrix(8, 6),
+        "base_model.model.model.layers.0.mlp.experts.lora_B.weight": matrix(5, 8),
+    }
+    folder = write_folder(tmp_path / "a", config, experts)
+    with pytest.raises(AdapterError):
+        load_adapter(folder)
+    assert readers(folder) == {"PEFT"}
+
+
+def test_what_is_no_adapter_folder_is_one_line(tmp_path):
+    with pytest.raises(AdapterError, match="no adapter_config"):
+        check_engines(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(AdapterError, match="no adapter_model"):
+        check_engines(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(AdapterError):
+        check_engines(tmp_path)
+
+
+@pytest.mark.parametrize("value", [[], {}, "text", 7, [None, {}], True, 1e400, [[1]]], ids=str)
+@pytest.mark.parametrize("key", [*CONFIG, "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_rslora"])
+def test_no_value_of_a_known_key_breaks_the_check_or_the_reader(tmp_path, key, value):
+    folder = write_folder(tmp_path / "a", CONFIG | {key: value})
+    readers(folder, "llama")
+    with suppress(AdapterError):
+        assert np.isfinite(load_adapter(folder).modules[Q].scale)

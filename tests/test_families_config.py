@@ -1,0 +1,230 @@
+"""Configurations as published models have them are accepted; what may change the weights' meaning is refused."""
+
+from pathlib import Path
+
+import pytest
+from checkpoint_files import CONFIG
+
+from jcrosslora.checkpoint import FAMILIES, ROLES, open_base
+from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.checkpoint.families import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.errors import CheckpointError
+
+PATH = Path("config.json")
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def sizes(hidden, intermediate, layers, heads, kv, vocab, **more) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0",
+        "use_cache": True,
+        **more,
+    }
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "attention_dropout": 0.0}
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "original_max_position_embeddings": 4096,
+    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+}
+GEMMA = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 10000.0,
+    "cache_implementation": "hybrid",
+}
+LONG = {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"}
+
+# Name -> (config.json as on the hub, expected head_dim).
+PUBLISHED = {
+    "Llama-2-7b": (LLAMA | sizes(4096, 11008, 32, 32, 32, 32000, rope_scaling=None, _name_or_path="x/y"), 128),
+    "Llama-1 without kv heads": (
+        {k: v for k, v in (LLAMA | sizes(4096, 11008, 32, 32, 0, 32000)).items() if k != "num_key_value_heads"},
+        128,
+    ),
+    "Llama-3.2-1B": (
+        LLAMA
+        | sizes(2048, 8192, 16, 32, 8, 128256, head_dim=64, mlp_bias=False, attention_bias=False)
+        | {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0, "tie_word_embeddings": True},
+        64,
+    ),
+    "SmolLM2-135M": (
+        LLAMA
+        | sizes(576, 1536, 30, 9, 3, 49152, is_llama_config=True, rope_interleaved=False, rope_theta=100000)
+        | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "tie_word_embeddings": True},
+        64,
+    ),
+    "unsloth copy": (LLAMA | sizes(2048, 8192, 16, 32, 8, 128256, unsloth_fixed=True, unsloth_version="2025.1"), 64),
+    "Mistral-7B-v0.1": (MISTRAL | sizes(4096, 14336, 32, 32, 8, 32000, sliding_window=4096, rope_theta=1e4), 128),
+    "Mistral-7B-v0.3": (MISTRAL | sizes(4096, 14336, 32, 32, 8, 32768, sliding_window=None, rope_theta=1e6), 128),
+    "Mistral-Nemo": (MISTRAL | sizes(5120, 14336, 40, 32, 8, 131072, head_dim=128), 128),
+    "Qwen2.5-0.5B": (
+        QWEN2
+        | sizes(896, 4864, 24, 14, 2, 151936, max_window_layers=21, sliding_window=32768, use_sliding_window=False)
+        | {"use_mrope": False, "rope_theta": 1000000.0, "tie_word_embeddings": True},
+        64,
+    ),
+    "Qwen3-0.6B": (
+        {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128}
+        | sizes(1024, 3072, 28, 16, 8, 151936, max_window_layers=28, sliding_window=None, use_sliding_window=False),
+        128,
+    ),
+    "gemma-2-2b": (
+        {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 256, "sliding_window": 4096}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        | GEMMA
+        | sizes(2304, 9216, 26, 8, 4, 256000),
+        256,
+    ),
+    "gemma-3-1b": (
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256}
+        | {"sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000, "rope_scaling": None}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        | GEMMA
+        | sizes(1152, 6912, 26, 4, 1, 262144),
+        256,
+    ),
+    "gemma-3-270m": (
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256}
+        | {"_sliding_window_pattern": 6, "layer_types": ["sliding_attention"] * 18, "rope_local_base_freq": 10000.0}
+        | {"sliding_window": 512, "use_bidirectional_attention": False, "dtype": "bfloat16"}
+        | GEMMA
+        | sizes(640, 2048, 18, 4, 1, 262144),
+        256,
+    ),
+    "gemma-3-4b": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "boi_token_index": 255999,
+            "eoi_token_index": 256000,
+            "image_token_index": 262144,
+            "mm_tokens_per_image": 256,
+            "eos_token_id": [1, 106],
+            "initializer_range": 0.02,
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+        },
+        256,
+    ),
+    "Phi-3-mini-4k": (PHI3 | sizes(3072, 8192, 32, 32, 32, 32064, sliding_window=2047, rope_scaling=None), 96),
+    "Phi-3.5-mini": (
+        PHI3 | sizes(3072, 8192, 32, 32, 32, 32064, rope_scaling=LONG, attention_bias=False, sliding_window=262144),
+        96,
+    ),
+    "Phi-4-mini": (
+        PHI3
+        | sizes(3072, 8192, 32, 24, 8, 200064, rope_scaling=LONG, partial_rotary_factor=0.75, sliding_window=262144)
+        | {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1}
+        | {"interpolate_factor": 1, "tie_word_embeddings": True},
+        128,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_accepted(name: str):
+    config, head_dim = PUBLISHED[name]
+    checked = check_config(config, PATH)
+    dims = read_dims(checked.values, PATH)
+    assert dims.head_dim == head_dim
+    assert dims.hidden == config.get("text_config", config)["hidden_size"]
+    assert bool(checked.prefixes) == (name == "gemma-3-4b")
+
+
+def test_the_defaults_of_a_multimodal_text_part():
+    checked = check_config(PUBLISHED["gemma-3-4b"][0], PATH)
+    dims = read_dims(checked.values, PATH)
+    assert (dims.heads, dims.kv_heads, dims.vocab) == (8, 4, 262208)
+    assert checked.values["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("SmolLM2-135M", {"rope_interleaved": True}, "'rope_interleaved'=True is not supported for llama"),
+        ("Llama-2-7b", {"pretraining_tp": 2}, "'pretraining_tp'=2 is not supported for llama: wanted 1"),
+        ("Llama-2-7b", {"sliding_window": 512}, "'sliding_window'=512 is not known for llama"),
+        ("Llama-2-7b", {"hidden_act": 3}, "'hidden_act'=3 is not the name"),
+        ("Llama-2-7b", {"attention_multiplier": 0.1}, "remove it from config.json"),
+        ("Llama-2-7b", {"foo": "x" * 500}, r"'foo'='x+\.\.\. is not known"),
+        ("Qwen2.5-0.5B", {"dual_chunk_attention_config": {"chunk_size": 1}}, "'dual_chunk_attention_config'"),
+        ("Qwen2.5-0.5B", {"use_mrope": True}, "'use_mrope'=True"),
+        ("Qwen3-0.6B", {"num_experts": 8}, "'num_experts'=8"),
+        ("gemma-3-270m", {"use_bidirectional_attention": True}, "'use_bidirectional_attention'=True"),
+        ("gemma-3-4b", {"audio_config": {"x": 1}}, "'audio_config'={'x': 1} is not known for gemma3"),
+        ("gemma-3-4b", {"text_config": None}, "text_config"),
+        ("gemma-3-4b", {"text_config": {"model_type": "llama"}}, "text_config"),
+        ("Phi-4-mini", {"lm_head_bias": True}, "'lm_head_bias'=True"),
+        ("Phi-4-mini", {"mlp_bias": True}, "'mlp_bias'=True"),
+        ("Phi-4-mini", {"architectures": ["Phi4MMForCausalLM"]}, "Phi4MMForCausalLM"),
+        ("Phi-4-mini", {"architectures": "Phi3ForCausalLM"}, "architectures"),
+    ],
+)
+def test_what_changes_the_weights_meaning_is_refused(name: str, change: dict, message: str):
+    with pytest.raises(CheckpointError, match=message) as error:
+        check_config(PUBLISHED[name][0] | change, PATH)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [None, False, {}, []])
+def test_an_unknown_key_without_a_value_is_harmless(empty):
+    check_config(CONFIG | {"something_new": empty}, PATH)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "", True, 1])
+def test_an_unknown_key_with_a_value_is_refused(value):
+    with pytest.raises(CheckpointError, match="'something_new'"):
+        check_config(CONFIG | {"something_new": value}, PATH)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_the_table_is_consistent(family):
+    assert set(family.norm_in) | set(family.norm_out) <= set(ROLES)
+    assert not set(family.norm_in) & set(family.norm_out)
+    assert set(family.norm_in.values()) | set(family.norm_out.values()) == set(family.norms)
+    assert not set(family.fixed) & (COMMON_KEYS | HARMLESS_KEYS | family.keys)
+    assert not family.keys & (COMMON_KEYS | HARMLESS_KEYS)
+    assert set(family.bias_keys) <= family.keys
+
+
+def test_public_names():
+    assert callable(open_base)
+    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}

@@ -1,0 +1,160 @@
+"""Folders appear whole or not at all, and what was there before survives every failure."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from jcrosslora.errors import OutputError
+from jcrosslora.files import MARK, atomic_folder, ensure_free
+
+
+def everything(root: Path) -> dict[str, str | None]:
+    return {str(path.relative_to(root)): path.read_text() if path.is_file() else None for path in root.rglob("*")}
+
+
+def old_adapter(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / MARK).write_text("old")
+    (folder / "more.txt").write_text("old too")
+    return folder
+
+
+def test_a_folder_appears_with_its_files_and_its_parents(tmp_path):
+    out = tmp_path / "x" / "y" / "out"
+    with atomic_folder(out) as work:
+        (work / "a.txt").write_text("a")
+        assert not out.exists()
+        assert work.parent == out.parent
+    assert everything(tmp_path) == {"x": None, "x/y": None, "x/y/out": None, "x/y/out/a.txt": "a"}
+    assert out.stat().st_mode & 0o055 == 0o055 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_old_adapter_is_replaced_when_asked(tmp_path):
+    out = old_adapter(tmp_path / "out")
+    with atomic_folder(out, overwrite=True) as work:
+        (work / MARK).write_text("new")
+    assert everything(tmp_path) == {"out": None, f"out/{MARK}": "new"}
+
+
+def test_an_empty_folder_is_replaced_when_asked(tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out", overwrite=True) as work:
+        (work / MARK).write_text("new")
+    assert everything(tmp_path) == {"out": None, f"out/{MARK}": "new"}
+
+
+def write_half_and_raise(out: Path, error: BaseException) -> None:
+    with atomic_folder(out, overwrite=True) as work:
+        (work / "half.txt").write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (PermissionError(errno.EACCES, "Permission denied"), OutputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (RuntimeError("bug"), RuntimeError),
+    ],
+)
+def test_a_failure_in_the_block_leaves_no_trace(tmp_path, existing, error, raised):
+    out = tmp_path / "p" / "out"
+    if existing:
+        out.parent.mkdir()
+        old_adapter(out)
+    before = everything(tmp_path)
+    with pytest.raises(raised) as caught:
+        write_half_and_raise(out, error)
+    assert everything(tmp_path) == before
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch, failing, error, late):
+    """The first rename moves the old folder aside, the second the new one in; an interrupt may also come just after."""
+    out = old_adapter(tmp_path / "out")
+    before, rename, calls = everything(tmp_path), Path.rename, []
+
+    def fragile(self, target):
+        calls.append(target)
+        if len(calls) != failing:
+            return rename(self, target)
+        if late:
+            rename(self, target)
+        raise error
+
+    monkeypatch.setattr(Path, "rename", fragile)
+    with (
+        pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt),
+        atomic_folder(out, overwrite=True) as work,
+    ):
+        (work / MARK).write_text("new")
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["mkdir", "mkdtemp"])
+def test_a_parent_that_refuses_is_one_line(tmp_path, monkeypatch, call):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.files.tempfile.mkdtemp"
+    monkeypatch.setattr(owner, refuse)
+    with pytest.raises(OutputError, match="Permission denied"), atomic_folder(tmp_path / "p" / "out"):
+        pytest.fail("the block must not run")
+    monkeypatch.undo()
+    assert everything(tmp_path) == {}
+
+
+def test_a_parent_that_cannot_be_written_to_is_refused_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(OutputError, match="cannot be written to"):
+        ensure_free(tmp_path / "out", overwrite=False)
+
+
+def make_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def make_home(out: Path) -> None:
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+
+
+def make_checkpoints(out: Path) -> None:
+    (old_adapter(out) / "checkpoint-100").mkdir()
+
+
+def make_link(out: Path) -> None:
+    out.symlink_to(old_adapter(out.with_name("elsewhere")))
+
+
+@pytest.mark.parametrize("make", [make_file, make_home, make_checkpoints, make_link])
+def test_what_is_no_adapter_folder_is_never_replaced(tmp_path, make):
+    out = tmp_path / "out"
+    make(out)
+    before = everything(tmp_path)
+    with pytest.raises(OutputError), atomic_folder(out, overwrite=True):
+        pytest.fail("the block must not run")
+    assert everything(tmp_path) == before
+
+
+def test_an_existing_output_is_refused_before_any_work(tmp_path):
+    out = old_adapter(tmp_path / "out")
+    with pytest.raises(OutputError, match="--overwrite"):
+        ensure_free(out, overwrite=False)
+    ensure_free(out, overwrite=True)
+    ensure_free(tmp_path / "new" / "deep", overwrite=False)
+    with pytest.raises(OutputError, match="is a file"):
+        ensure_free(out / MARK / "inside", overwrite=False)

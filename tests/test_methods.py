@@ -1,0 +1,301 @@
+"""Every method of the registry: one contract for all, and a short numpy reference for each."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jcrosslora.errors import MethodError
+from jcrosslora.linalg import decompose
+from jcrosslora.methods import METHODS, Evidence, Side, Vocabulary, get_method
+from jcrosslora.methods.agreement import measure
+
+RANK = 5
+EQUAL, WIDER, NARROWER = ((14, 9), (14, 9)), ((10, 8), (15, 12)), ((15, 12), (10, 8))
+
+
+def normal(*shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def side(weight, decomposed, rank=RANK, gain=None):
+    svd = decompose(jnp.asarray(weight)[None], rank)[0] if decomposed else None
+    svd = jax.tree.map(lambda x: x[0], svd)
+    return Side(jnp.asarray(weight), gain if gain is not None else jnp.ones(weight.shape[1]), svd)
+
+
+def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
+    src, tgt = normal(*shapes[0], seed=seed), normal(*shapes[1], seed=seed + 1)
+    sides = side(src, method.decomposes, rank), side(tgt, method.decomposes, rank)
+    return Evidence(*sides, vocabulary, jax.random.key(seed), reads=True, rank=rank)
+
+
+def usable(method):
+    return [EQUAL] if method.equal_shapes else [EQUAL, WIDER, NARROWER]
+
+
+CASES = [(method, shapes) for method in METHODS.values() for shapes in usable(method)]
+contract = pytest.mark.parametrize(("method", "shapes"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+
+
+def apply(fit, update):
+    """The moved update in full: sum of P_out dW P_in'."""
+    return sum(np.asarray(p_in(p_out(jnp.asarray(update)).T).T) for p_out, p_in in fit.terms)
+
+
+@contract
+def test_maps_have_the_shapes_and_dtypes_of_the_pair(method, shapes):
+    fit = method.fit(evidence(method, shapes))
+    for p_out, p_in in fit.terms:
+        for linear_map, axis in ((p_out, 0), (p_in, 1)):
+            moved = linear_map(jnp.ones((shapes[0][axis], 3)))
+            assert moved.shape == (shapes[1][axis], 3)
+            assert moved.dtype == jnp.float32
+    assert fit.vector_ratio.shape == ()
+
+
+@contract
+def test_jit_and_vmap_change_nothing(method, shapes):
+    items = [evidence(method, shapes, seed=seed) for seed in (0, 10)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *items)
+    batched = jax.jit(jax.vmap(method.fit))(stacked)
+    update = normal(*shapes[0], seed=7)
+    for place, item in enumerate(items):
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], batched)
+        np.testing.assert_allclose(apply(one, update), apply(method.fit(item), update), atol=1e-4)
+
+
+@contract
+def test_the_same_evidence_gives_the_same_maps(method, shapes):
+    first, second = (method.fit(evidence(method, shapes)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@contract
+def test_the_map_is_linear_in_the_update(method, shapes):
+    fit = method.fit(evidence(method, shapes))
+    x, y = normal(*shapes[0], seed=1), normal(*shapes[0], seed=2)
+    np.testing.assert_allclose(apply(fit, 2 * x - y), 2 * apply(fit, x) - apply(fit, y), atol=1e-4)
+
+
+@contract
+def test_agreement_is_defined_or_says_that_it_is_not(method, shapes):
+    item = evidence(method, shapes)
+    figures = measure(item, method.fit(item), by_coordinates=method.measure == "weight cosine")
+    assert math.isnan(float(figures.energy_src)) == (not method.decomposes)
+    if method.measure == "weight cosine" or method.equal_shapes:
+        assert abs(float(figures.weight_cosine)) <= 1
+    if method.decomposes and shapes == EQUAL:
+        assert float(figures.similarity_out) > 0
+
+
+# --- one reference a method, in numpy float64, over full SVDs -----------------------------------------------------
+
+
+def bases(weight, rank=RANK):
+    u, _, vt = np.linalg.svd(weight.astype(np.float64))
+    return u[:, :rank], vt[:rank].T
+
+
+def reference_lora_x(w_src, w_tgt, update):
+    u, v = bases(w_tgt)
+    return u @ u.T @ update @ v @ v.T
+
+
+def reference_prolora(w_src, w_tgt, update):
+    (u_s, v_s), (u_t, v_t) = bases(w_src), bases(w_tgt)
+    (pus, pvs), (put, pvt) = (u_s @ u_s.T, v_s @ v_s.T), (u_t @ u_t.T, v_t @ v_t.T)
+    eye_o, eye_i = np.eye(len(w_src)), np.eye(w_src.shape[1])
+    within = put @ pus @ update @ pvs @ pvt
+    outside = (eye_o - put) @ (eye_o - pus) @ update @ (eye_i - pvs) @ (eye_i - pvt)
+    return within + outside
+
+
+def reference_copy(w_src, w_tgt, update):
+    return update
+
+
+def reference_pad_truncate(w_src, w_tgt, update):
+    moved = np.zeros(w_tgt.shape)
+    rows, columns = np.minimum(w_src.shape, w_tgt.shape)
+    moved[:rows, :columns] = update[:rows, :columns]
+    return moved
+
+
+def reference_index_interp(w_src, w_tgt, update):
+    rows, columns = (
+        np.floor(np.linspace(0, m - 1, n) + 1e-9).astype(int) for m, n in zip(w_src.shape, w_tgt.shape, strict=True)
+    )
+    return update[np.ix_(rows, columns)]
+
+
+def canonical(x):
+    return x * np.sign(np.take_along_axis(x, np.abs(x).argmax(axis=0)[None], axis=0))
+
+
+def reference_cross_lora(w_src, w_tgt, update):
+    """Without a vocabulary: the largest entry of each right vector (here the stream's side) is made positive."""
+    (u_s, v_s), (u_t, v_t) = bases(w_src), bases(w_tgt)
+    signs = np.diag(canonical(v_s).T @ v_s) * np.diag(canonical(v_t).T @ v_t)
+    return (u_t * signs) @ u_s.T @ update @ v_s @ (v_t * signs).T
+
+
+REFERENCES = {
+    "cross-lora": reference_cross_lora,
+    "lora-x": reference_lora_x,
+    "prolora": reference_prolora,
+    "copy": reference_copy,
+    "pad-truncate": reference_pad_truncate,
+    "index-interp": reference_index_interp,
+}
+
+
+@pytest.mark.parametrize(("method", "shapes"), [case for case in CASES if case[0].name != "random"])
+def test_against_the_numpy_reference(method, shapes):
+    item = evidence(method, shapes)
+    update = normal(*shapes[0], seed=5)
+    want = REFERENCES[method.name](np.asarray(item.src.weight), np.asarray(item.tgt.weight), update.astype(np.float64))
+    np.testing.assert_allclose(apply(method.fit(item), update), want, atol=2e-4)
+
+
+def test_every_method_has_a_reference_or_is_the_random_one():
+    assert set(METHODS) == set(REFERENCES) | {"random"}
+
+
+def test_random_maps_are_partial_isometries_that_depend_on_the_key():
+    method = get_method("random")
+    item = evidence(method, WIDER)
+    ((p_out, p_in),) = method.fit(item).terms
+    for linear_map, size in ((p_out, 10), (p_in, 8)):
+        singular = np.linalg.svd(np.asarray(linear_map(jnp.eye(size))), compute_uv=False)
+        np.testing.assert_allclose(singular[:RANK], 1, atol=1e-5)
+        np.testing.assert_allclose(singular[RANK:], 0, atol=1e-5)
+    other = method.fit(item.replace(key=jax.random.key(99))).terms[0][0]
+    assert np.abs(np.asarray(other.left) - np.asarray(p_out.left)).max() > 0.1
+
+
+# --- signs ---------------------------------------------------------------------------------------------------------
+
+
+def rotated_pair(seed=0):
+    """Two modules that differ by a rotation of the stream (columns) and a permutation of the outputs, full rank."""
+    rng = np.random.default_rng(seed)
+    w_src = rng.normal(size=(14, 9)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(9, 9)))[0].astype(np.float32)
+    order = rng.permutation(14)
+    return w_src, (w_src @ rotation.T)[order], rotation, order
+
+
+def vocabulary_of(e_src, e_tgt):
+    e_src, e_tgt = e_src - e_src.mean(axis=0), e_tgt - e_tgt.mean(axis=0)
+    moments = (jnp.asarray(x) for x in (e_src.T @ e_tgt, e_src.T @ e_src, e_tgt.T @ e_tgt))
+    return Vocabulary(*(x / len(e_src) for x in moments), count=len(e_src))
+
+
+def scramble(module, seed):
+    """Flip the joint signs of a decomposition at random: an equally valid one."""
+    flips = jnp.asarray(np.random.default_rng(seed).choice([-1.0, 1.0], module.svd.s.shape[0]), jnp.float32)
+    return module.replace(svd=module.svd.replace(u=module.svd.u * flips, v=module.svd.v * flips))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
+    w_src, w_tgt, rotation, order = rotated_pair(seed)
+    e_src = normal(200, 9, seed=seed + 50) + 3.0
+    vocabulary = vocabulary_of(e_src, e_src @ rotation.T)
+    sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 1)
+    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=9))
+    coefficients = normal(9, 9, seed=seed)
+    update = np.asarray(sides[0].svd.u) @ coefficients @ np.asarray(sides[0].svd.v).T
+    np.testing.assert_allclose(apply(fit, update), (update @ rotation.T)[order], atol=2e-3)
+    assert float(fit.vector_ratio) > 20
+
+
+def test_gains_between_stream_and_module_are_part_of_the_anchor():
+    """Folding a norm gain into the weight instead of the embedding side must not change which vectors agree."""
+    w_src, w_tgt, rotation, _ = rotated_pair(3)
+    e_src = normal(300, 9, seed=1)
+    gain_src, gain_tgt = (jnp.asarray(np.random.default_rng(s).uniform(0.5, 2, 9), jnp.float32) for s in (1, 2))
+    # The tokens as the modules see them: embeddings times gain. Divide the gain out of the embeddings first.
+    vocabulary = vocabulary_of(e_src / np.asarray(gain_src), e_src @ rotation.T / np.asarray(gain_tgt))
+    sides = side(w_src, True, 9, gain_src), side(w_tgt, True, 9, gain_tgt)
+    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=9))
+    assert float(fit.vector_ratio) > 20
+
+
+def test_independent_bases_are_at_chance_level():
+    method = get_method("cross-lora")
+    w_src, w_tgt = normal(60, 40, seed=0), normal(60, 48, seed=1)
+    vocabulary = vocabulary_of(normal(500, 40, seed=2), normal(500, 48, seed=3))
+    sides = side(w_src, True, 40), side(w_tgt, True, 40)
+    sides = sides[0], sides[1].replace(gain=jnp.ones(48))
+    fit = method.fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=40))
+    assert 0.5 < float(fit.vector_ratio) < 1.7
+
+
+def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_unknown():
+    w_src, w_tgt, _, _ = rotated_pair()
+    update = normal(14, 9, seed=3)
+    moved = []
+    for seed in (0, 1):
+        sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 7)
+        fit = get_method("cross-lora").fit(Evidence(*sides, None, jax.random.key(0), reads=True, rank=9))
+        moved.append(apply(fit, update))
+        assert math.isnan(float(fit.vector_ratio))
+    np.testing.assert_allclose(moved[0], moved[1], atol=1e-5)
+
+
+# --- the same model on both sides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["copy", "pad-truncate", "index-interp", "cross-lora", "lora-x"])
+def test_the_same_base_on_both_sides(name):
+    """Coordinate methods return the update; subspace methods its projection on the base's singular subspaces."""
+    method = get_method(name)
+    weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
+    both = side(weight, method.decomposes)
+    fit = method.fit(Evidence(both, both, None, jax.random.key(0), reads=True, rank=RANK))
+    u, v = bases(weight)
+    want = u @ u.T @ update @ v @ v.T if method.decomposes else update
+    np.testing.assert_allclose(apply(fit, update), want, atol=1e-4)
+
+
+def test_prolora_on_the_same_base_keeps_both_diagonal_blocks():
+    method = get_method("prolora")
+    weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
+    both = side(weight, True)
+    fit = method.fit(Evidence(both, both, None, jax.random.key(0), reads=True, rank=RANK))
+    u, v = bases(weight)
+    p, q = u @ u.T, v @ v.T
+    want = p @ update @ q + (np.eye(14) - p) @ update @ (np.eye(9) - q)
+    np.testing.assert_allclose(apply(fit, update), want, atol=1e-4)
+
+
+def test_an_unknown_method_is_refused_by_name():
+    with pytest.raises(MethodError, match="'magic' is unknown; use one of cross-lora"):
+        get_method("magic")
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_similarity_through_tokens_is_the_figure_by_coordinates_for_isotropic_embeddings(reads):
+    """Embed the target's stream in a wider one by an isometry: nothing but the coordinates changes."""
+    method = get_method("cross-lora")
+    stream = 20
+    shape = (14, stream) if reads else (stream, 14)
+    w_src, w_tgt = normal(*shape, seed=0), normal(*shape, seed=1)
+    isometry = np.linalg.qr(normal(25, stream, seed=2))[0]
+    wide = w_tgt @ isometry.T if reads else isometry @ w_tgt
+    eye = jnp.eye(stream)
+
+    def figure(weight, width, cross):
+        gram = jnp.asarray(cross.T @ cross)
+        vocabulary = Vocabulary(jnp.asarray(cross), eye, gram, count=stream)
+        sides = side(w_src, True, gain=jnp.ones(stream)), side(weight, True, gain=jnp.ones(width))
+        item = Evidence(*sides, vocabulary, jax.random.key(0), reads=reads, rank=RANK)
+        figures = measure(item, method.fit(item), by_coordinates=False)
+        return float(figures.similarity_in if reads else figures.similarity_out)
+
+    want = figure(w_tgt, stream, np.eye(stream, dtype=np.float32))
+    assert figure(wide, 25, isometry.T) == pytest.approx(want, rel=1e-3)

@@ -1,0 +1,282 @@
+"""The whole trip on tiny bases, through Python and through the command."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bases import delta, random_adapter, write_llama
+
+import jcrosslora as jcl
+from jcrosslora.cli import main
+from jcrosslora.lora_align import Plan
+from jcrosslora.pairing import DEPTH_MAPS
+
+WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A source base, a wider and shallower target that shares 76 tokens, a twin of the source, and an adapter."""
+    folder = tmp_path_factory.mktemp("bases")
+    write_llama(folder / "source", seed=0)
+    write_llama(folder / "target", seed=1, first_token=20, **WIDER)
+    write_llama(folder / "twin", seed=0)
+    jcl.save_adapter(
+        random_adapter(jcl.open_base(folder / "source"), scale=0.5), folder / "adapter", base_name="org/src"
+    )
+    return folder
+
+
+def settings(files, out, **changes):
+    names = {"adapter": files / "adapter", "source": files / "source", "target": files / "target", "out": out}
+    return jcl.TransferSettings(**({key: str(value) for key, value in names.items()} | changes))
+
+
+def command(files, out, *flags):
+    given = [str(files / "adapter"), "--source", str(files / "source"), "--target", str(files / "target")]
+    main(["transfer", *given, "--out", str(out), *flags])
+
+
+@pytest.mark.parametrize("method", [name for name, method in jcl.METHODS.items() if not method.equal_shapes])
+def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
+    moved = jcl.transfer(settings(files, tmp_path / "out", method=method))
+    target = jcl.open_base(files / "target")
+    again = jcl.load_adapter(tmp_path / "out")
+    assert again.modules.keys() == target.modules.keys()
+    for name, factors in again.modules.items():
+        assert factors.shape == target.modules[name].shape
+        assert factors.rank == 4
+        np.testing.assert_allclose(delta(factors), delta(moved.modules[name]), atol=1e-5)
+    norms = [(row.norm_before, row.norm_after) for row in moved.report.rows]
+    if method == "random":
+        np.testing.assert_allclose(*zip(*norms, strict=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [name for name, method in jcl.METHODS.items() if method.equal_shapes])
+def test_every_method_for_equal_shapes(files, tmp_path, method):
+    moved = jcl.transfer(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))
+    adapter = jcl.load_adapter(files / "adapter")
+    ranks = {factors.rank for factors in jcl.load_adapter(tmp_path / "out").modules.values()}
+    assert ranks == {8 if method == "prolora" else 4}
+    if method == "copy":
+        for name, factors in moved.modules.items():
+            np.testing.assert_array_equal(delta(factors), delta(adapter.modules[name]))
+    assert "nearly identical" in jcl.verdict(moved.report).text
+
+
+def test_align_and_shift_give_what_the_streamed_trip_gives(files, tmp_path):
+    moved = jcl.transfer(settings(files, tmp_path / "out", rank=20))
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    transport = jcl.align(source, target, method="cross-lora", rank=20)
+    again = jcl.shift(transport, jcl.load_adapter(files / "adapter"))
+    assert again.report.to_json() == moved.report.to_json()
+    for name, factors in again.modules.items():
+        np.testing.assert_array_equal(factors.b, moved.modules[name].b)
+
+
+def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = jcl.load_adapter(files / "adapter")
+    large = jcl.shift(jcl.align(source, target, method="random", seed=3), adapter)
+    monkeypatch.setattr("jcrosslora.lora_align.GROUP_BYTES", 1)
+    small = jcl.align(source, target, method="random", seed=3)
+    assert len(small.groups) == len(target.modules)
+    for name, factors in jcl.shift(small, adapter).modules.items():
+        np.testing.assert_allclose(delta(factors), delta(large.modules[name]), atol=1e-4)
+
+
+def test_only_what_the_adapter_has_is_aligned(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = random_adapter(source, roles={"q_proj", "v_proj"})
+    plan = Plan(source, target, method="pad-truncate", rank=None, depth="by-name", seed=0, sources=adapter.modules)
+    roles = {pair.role for group in plan.groups() for pair in group.pairs}
+    assert roles == {"q_proj", "v_proj"}
+
+
+def test_what_is_left_behind_is_listed_with_its_share_of_the_update(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = random_adapter(source, roles={"q_proj"})
+    moved = jcl.shift(jcl.align(source, target, depth=[0, None]), adapter)
+    energies = {name: np.sum(delta(factors) ** 2) for name, factors in adapter.modules.items()}
+    total = sum(energies.values())
+    left = {item.source: item.share for item in moved.report.leftovers}
+    assert set(left) == {name for name in energies if ".0." not in name}
+    for name, share in left.items():
+        assert share == pytest.approx(energies[name] / total, rel=1e-5)
+    assert list(moved.modules) == ["model.layers.0.self_attn.q_proj"]
+    assert len(moved.report.unfed) == 7
+
+
+def test_out_rank_gives_the_best_approximation(files):
+    source, twin = jcl.open_base(files / "source"), jcl.open_base(files / "twin")
+    adapter = random_adapter(source, rank=5, roles={"up_proj"})
+    moved = jcl.shift(jcl.align(source, twin, method="copy"), adapter, out_rank=2)
+    for name, factors in moved.modules.items():
+        u, s, vt = np.linalg.svd(delta(adapter.modules[name]))
+        np.testing.assert_allclose(delta(factors), (u[:, :2] * s[:2]) @ vt[:2], atol=1e-3)
+        assert factors.rank == 2
+
+
+def test_modules_of_different_ranks_move_as_they_are(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    one, two = random_adapter(source, rank=2, seed=0), random_adapter(source, rank=6, seed=1)
+    mixed = jcl.Adapter({name: (one if "0" in name else two).modules[name] for name in source.modules})
+    transport = jcl.align(source, target, method="pad-truncate", depth="by-name")
+    moved = jcl.shift(transport, mixed)
+    assert {name: factors.rank for name, factors in moved.modules.items()} == {
+        name: 2 if "0" in name else 6 for name in target.modules
+    }
+
+
+def test_calibration_restores_the_norm_of_every_module(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    transport = jcl.align(source, target, rank=10)
+    moved = jcl.shift(transport, jcl.load_adapter(files / "adapter"), calibrate="frobenius")
+    for row in moved.report.rows:
+        assert row.norm_after == pytest.approx(row.norm_before, rel=1e-4)
+        assert row.kept < 0.9
+
+
+def test_an_update_of_zero_stays_zero_under_calibration(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = random_adapter(source, roles={"k_proj"})
+    zero = jcl.Adapter({n: f.replace(b=np.zeros_like(f.b)) for n, f in adapter.modules.items()})
+    moved = jcl.shift(jcl.align(source, target), zero, calibrate="frobenius")
+    assert all(not np.asarray(factors.b).any() for factors in moved.modules.values())
+
+
+def test_inputs_are_not_changed(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = random_adapter(source)
+    before = {name: (factors.a.copy(), factors.b.copy()) for name, factors in adapter.modules.items()}
+    moved = jcl.shift(jcl.align(source, target), adapter)
+    report = json.dumps(moved.report.to_json())
+    jcl.shift(jcl.align(source, target, method="random"), adapter)
+    for name, (a, b) in before.items():
+        np.testing.assert_array_equal(adapter.modules[name].a, a)
+        np.testing.assert_array_equal(adapter.modules[name].b, b)
+    assert json.dumps(moved.report.to_json()) == report
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(files, tmp_path, capsys):
+    command(files, tmp_path / "out", "--rank", "20")
+    printed = capsys.readouterr()
+    for text in ("q_proj", "down_proj", "all", "signs: fixed by the embeddings of 76 shared tokens", "left behind: 7"):
+        assert text in printed.out
+    assert printed.out.splitlines()[-2].startswith("verdict: ")
+    assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'}"
+    assert printed.err == ""
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors", "transfer_report.json"]
+
+
+def test_the_report_holds_every_module_and_no_bare_nan(files, tmp_path):
+    command(files, tmp_path / "out")
+    text = (tmp_path / "out" / "transfer_report.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert len(report["rows"]) == 14
+    assert report["source"]["digest"].startswith("sha256:")
+    assert report["recipe"]["signs"] == "vocabulary"
+    assert report["rows"][0]["kept"] <= 1
+    assert report["verdict"]["level"]
+
+
+def test_the_recipe_on_the_card_makes_the_same_adapter_again(files, tmp_path):
+    command(
+        files,
+        tmp_path / "one",
+        "--method",
+        "random",
+        "--seed",
+        "7",
+        "--rank",
+        "11",
+        "--depth",
+        "2,0",
+        "--out-rank",
+        "3",
+    )
+    card = (tmp_path / "one" / "README.md").read_text()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(card.split("```toml\n")[1].split("```")[0])
+    assert tomllib.loads(recipe.read_text())["seed"] == 7
+    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_flags_come_before_the_recipe(files, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('method = "random"\nrank = 7\n')
+    command(files, tmp_path / "out", "--recipe", str(recipe), "--rank", "9")
+    report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
+    assert (report["recipe"]["method"], report["recipe"]["rank"]) == ("random", 9)
+
+
+@pytest.mark.parametrize("depth", [*DEPTH_MAPS, "0,-"])
+def test_depth_maps_by_flag(files, tmp_path, depth):
+    command(files, tmp_path / "out", "--depth", depth)
+    report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
+    assert report["layers"] == {"by-name": [0, 1], "proportional": [0, 2], "0,-": [0, None]}[depth]
+
+
+def test_target_name_and_dtype_reach_the_file(files, tmp_path):
+    command(files, tmp_path / "out", "--target-name", "org/tgt", "--dtype", "bfloat16")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tgt"
+    factors = jcl.load_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"]
+    assert factors.a.dtype.name == "bfloat16"
+    assert 'base_model: "org/tgt"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_overwrite_replaces_an_adapter(files, tmp_path):
+    command(files, tmp_path / "out", "--method", "random")
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    command(files, tmp_path / "out", "--overwrite")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_inspect_check_and_methods(files, tmp_path, capsys):
+    main(["inspect", str(files / "adapter")])
+    assert "can be moved: 21 modules" in capsys.readouterr().out
+    main(["inspect", str(files / "source")])
+    printed = capsys.readouterr().out
+    assert "family: llama" in printed
+    assert "3 layers, 48 wide" in printed
+    main(["check", str(files / "adapter")])
+    printed = capsys.readouterr().out
+    for engine in ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"):
+        assert engine in printed
+    main(["methods"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in jcl.METHODS)
+
+
+def test_importing_the_package_needs_none_of_the_heavy_libraries():
+    heavy = {"torch", "transformers", "peft", "gguf"}
+    code = f"import sys, jcrosslora, jcrosslora.cli; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_one_device_gives_the_numbers_of_two(files, tmp_path):
+    """This process has two devices; a fresh one has one."""
+    jcl.transfer(settings(files, tmp_path / "two", rank=20))
+    flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--rank", "20"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    arguments = [sys.executable, "-m", "jcrosslora.cli", "transfer", files / "adapter", *flags]
+    subprocess.run(
+        list(map(str, arguments)), check=True, capture_output=True, env=environment, cwd=Path(__file__).parent
+    )
+    one, two = (jcl.load_adapter(tmp_path / name) for name in ("one", "two"))
+    for name in two.modules:
+        np.testing.assert_allclose(delta(one.modules[name]), delta(two.modules[name]), atol=2e-4)
