@@ -84,7 +84,7 @@ def save_adapter(
     texts = {**(documents or {}), CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
     with atomic_folder(out, overwrite) as folder:
         # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
-        (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, {**(metadata or {}), "format": "pt"}))
+        (folder / WEIGHTS).write_bytes(_serialized(tensors, {**(metadata or {}), "format": "pt"}))
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
@@ -135,6 +135,15 @@ def peft_config(
         "layers_pattern": None,
         "layer_replication": None,
     }
+
+
+def _serialized(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """The file as bytes, the same for the same content: safetensors writes metadata in an order that varies."""
+    data = safetensors.numpy.save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def _without_update(ranks: Mapping[str, int], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
