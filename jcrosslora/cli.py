@@ -1,11 +1,15 @@
 """The command line: parse, call, print. Everything it does can be done from Python as well."""
 
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+# JAX on a CPU calls LAPACK from threads of its own; OpenBLAS's spinning ones beside them only take the cores away.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import tyro
 from rich.console import Console
@@ -97,8 +101,10 @@ class Demo:
 
     def run(self, console: Console) -> None:
         """Fetch, transfer, print."""
-        from jcrosslora.demo import fetch_models, shipped_adapter
+        from jcrosslora.demo import GEMMA3, fetch_models, shipped_adapter
+        from jcrosslora.files import ensure_free
 
+        ensure_free(self.out, self.overwrite)
         source, target = fetch_models(self.cache, console)
         with shipped_adapter() as adapter:
             Transfer(
@@ -107,6 +113,7 @@ class Demo:
                 target=str(target),
                 out=str(self.out),
                 method=self.method,
+                target_name=GEMMA3.hub_id,
                 overwrite=self.overwrite,
             ).run(console)
 
@@ -174,7 +181,7 @@ def _check_type(path: Path, key: str, value: Any, annotation: Any) -> None:
     allowed = getattr(annotation, "__args__", (annotation,))
     choices = [item for item in allowed if isinstance(item, str)]
     nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
-    types = tuple(item for item in allowed if isinstance(item, type))
+    types = tuple(item for item in allowed if isinstance(item, type) and item is not type(None))
     if value in choices + nested or (type(value) in types and not choices + nested):
         return
     wanted = ", ".join(map(repr, choices + nested)) or " or ".join(item.__name__ for item in types)

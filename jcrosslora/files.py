@@ -65,7 +65,8 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         _remove(work, made)
         if isinstance(error, OSError):
-            msg = f"{out}: cannot be written ({error.strerror or error}): free space or choose another output"
+            reason = error.strerror or error
+            msg = f"{out}: cannot be written ({reason}): make it writable, free space, or choose another output"
             raise OutputError(msg) from error
         raise
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError
-from jcrosslora.linalg import dot
+from jcrosslora.linalg import dot, spread
 from jcrosslora.methods import Vocabulary
 
 # Fewer shared tokens than this give correlations no better than guesses.
@@ -36,14 +35,6 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
         msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
         raise CheckpointError(msg)
     return stack
-
-
-def spread(stack: np.ndarray) -> jax.Array:
-    """Put an array on the local devices, divided along its first axis."""
-    devices = np.array(jax.local_devices())
-    if devices.size == 1:
-        return jax.device_put(stack)
-    return jax.device_put(stack, NamedSharding(Mesh(devices, ("layers",)), PartitionSpec("layers")))
 
 
 def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary | None, str]:

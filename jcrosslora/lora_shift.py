@@ -11,7 +11,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
 from jcrosslora.errors import AdapterError, PairingError, UsageError
-from jcrosslora.linalg import product_energy, recompress
+from jcrosslora.linalg import over_layers, product_energy, recompress
 from jcrosslora.methods import Terms, get_method
 from jcrosslora.pairing import Pair
 from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
@@ -172,7 +172,7 @@ def _shift_stack(
     terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
 ) -> _Shifted:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32) * scale[:, None, None]
-    return jax.vmap(lambda terms, a, b: _shift_one(terms, a, b, keep_norm, out_rank))(terms, a, b)
+    return over_layers(lambda item, _: _shift_one(*item, keep_norm, out_rank), None, (terms, a, b))
 
 
 def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -191,9 +191,8 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
     unknown = [name for name in adapter.modules if name not in base.shapes]
     if unknown:
         msg = (
-            f"adapter {adapter.info.name} updates {unknown[0]} and {len(unknown) - 1} more modules that the source "
-            f"base {base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it "
-            "was trained on"
+            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the source base "
+            f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
         )
         raise AdapterError(msg)
     for name, factors in adapter.modules.items():

@@ -71,6 +71,8 @@ def read_config(folder: Path) -> ModelConfig:
         msg = f"{folder}: is an adapter (adapter_config.json), where a base model was wanted"
         raise CheckpointError(msg)
     msg = f"{folder}: has no config.json: give the folder of a base model, a .gguf file or a hub id"
+    if packed := sorted(folder.glob("*.gguf")):
+        msg = f"{folder}: has no config.json, but a GGUF file: give {packed[0]} itself"
     raise CheckpointError(msg)
 
 

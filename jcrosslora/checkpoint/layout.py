@@ -141,7 +141,7 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], stor
             problems.append(f"{name} has dtype {store.dtype(name)}, wanted a float dtype")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}"
+        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: download it again"
         raise CheckpointError(msg)
 
 

@@ -10,6 +10,9 @@ from jcrosslora.linalg.linear_map import low_rank as low_rank
 from jcrosslora.linalg.linear_map import select as select
 from jcrosslora.linalg.low_rank_product import product_energy as product_energy
 from jcrosslora.linalg.low_rank_product import recompress as recompress
+from jcrosslora.linalg.stacked import mesh_of as mesh_of
+from jcrosslora.linalg.stacked import over_layers as over_layers
+from jcrosslora.linalg.stacked import spread as spread
 from jcrosslora.linalg.truncated_svd import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.truncated_svd import decompose as decompose
 from jcrosslora.linalg.truncated_svd import full_svd as full_svd

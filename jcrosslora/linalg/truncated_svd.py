@@ -13,8 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jcrosslora.linalg.dot import dot
+from jcrosslora.linalg.stacked import mesh_of, over_layers
 
 
 @flax.struct.dataclass
@@ -98,22 +100,37 @@ def decompose(
         The decomposition with a leading axis L on every field, and how many matrices were redone.
     """
     chex.assert_rank(stack, 3)
-    svd = _stack_by_gram(stack, rank, vectors)
+    svd = _stack_by_gram(stack, rank, vectors, mesh_of(stack))
     redo = np.flatnonzero(~(np.asarray(svd.error) <= tolerance))  # "not <=" so that a NaN is redone too
-    for row in redo:
-        better = _one_in_full(stack[row], rank, vectors)
-        svd = jax.tree.map(lambda whole, one, row=row: whole.at[row].set(one), svd, better)
+    if len(redo):
+        better = [_one_in_full(_row(stack, int(row)), rank, vectors) for row in redo]
+        svd = _replace_rows(svd, jnp.asarray(redo), jax.tree.map(lambda *rows: jnp.stack(rows), *better))
     return svd, len(redo)
 
 
-@partial(jax.jit, static_argnames=("rank", "vectors"))
-def _stack_by_gram(stack: jax.Array, rank: int, vectors: bool) -> TruncatedSVD:
-    return jax.vmap(lambda w: gram_svd(w, rank, vectors=vectors))(stack)
+@jax.jit
+def _replace_rows(svd: TruncatedSVD, rows: jax.Array, better: TruncatedSVD) -> TruncatedSVD:
+    return jax.tree.map(lambda whole, part: whole.at[rows].set(part), svd, better)
+
+
+@partial(jax.jit, static_argnames=("rank", "vectors", "mesh"))
+def _stack_by_gram(stack: jax.Array, rank: int, vectors: bool, mesh: Mesh | None) -> TruncatedSVD:
+    return over_layers(lambda w, _: gram_svd(w, rank, vectors=vectors), mesh, stack)
 
 
 @partial(jax.jit, static_argnames=("rank", "vectors"))
 def _one_in_full(w: jax.Array, rank: int, vectors: bool) -> TruncatedSVD:
     return full_svd(w, rank, vectors=vectors)
+
+
+def _row(stack: jax.Array, row: int) -> np.ndarray:
+    """One matrix of a stack, from the device that holds it, without moving the others."""
+    for shard in stack.addressable_shards:
+        first, stop, _ = shard.index[0].indices(stack.shape[0])
+        if first <= row < stop:
+            return np.asarray(shard.data[row - first])
+    msg = f"row {row} of the stack is not on this host"
+    raise AssertionError(msg)
 
 
 def _noise(w: jax.Array) -> float:

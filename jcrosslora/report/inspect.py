@@ -11,6 +11,7 @@ from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_ad
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError, JCrossLoRAError
 from jcrosslora.methods import METHODS
+from jcrosslora.report.card import is_hub_id
 
 
 def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
@@ -26,6 +27,9 @@ def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
     if path.exists():
         _print_base(open_base(ref), console)
         return
+    if not is_hub_id(ref):
+        msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
+        raise CheckpointError(msg)
     _inspect_hub(ref, console, revision)
 
 

