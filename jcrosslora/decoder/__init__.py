@@ -1,0 +1,42 @@
+"""The forward pass of the supported families in JAX: pure functions over stacked layer weights."""
+
+from jcrosslora.decoder.adapters import (
+    StackedAdapter,
+    StackedFactors,
+    stack_adapter,
+    stack_adapters,
+    unstack_adapter,
+)
+from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
+from jcrosslora.decoder.cache import Cache, init_cache
+from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
+from jcrosslora.decoder.log_probs import target_log_probs
+from jcrosslora.decoder.params import Params, load_params
+from jcrosslora.decoder.rope_settings import Rope
+from jcrosslora.decoder.sample import Sampled, sample, step
+from jcrosslora.decoder.settings import DecoderSettings, settings_of
+
+__all__ = [
+    "CAPTURES",
+    "INPUT_SITES",
+    "Cache",
+    "DecoderSettings",
+    "LayerCapture",
+    "Output",
+    "Params",
+    "Rope",
+    "Sampled",
+    "StackedAdapter",
+    "StackedFactors",
+    "forward",
+    "init_cache",
+    "load_params",
+    "logits",
+    "sample",
+    "settings_of",
+    "stack_adapter",
+    "stack_adapters",
+    "step",
+    "target_log_probs",
+    "unstack_adapter",
+]

@@ -1,0 +1,180 @@
+"""The forward pass: embedding, scanned layers, last norm, logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jcrosslora.decoder.adapters import StackedAdapter
+from jcrosslora.decoder.attention import NO_WINDOW
+from jcrosslora.decoder.block import Context, LayerCapture, LayerWeights, layer_forward
+from jcrosslora.decoder.cache import EMPTY, Cache, note_positions
+from jcrosslora.decoder.ops import project, rms_norm, soft_cap
+from jcrosslora.decoder.params import Params
+from jcrosslora.decoder.rope import rotations
+from jcrosslora.decoder.settings import DecoderSettings
+from jcrosslora.errors import UsageError
+
+CAPTURES = frozenset({"inputs", "outputs", "residual"})
+Reduce = Callable[[LayerCapture], Any]
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+        hidden: (B, T, H), hidden states behind the last norm, ready for `logits`; at padding they mean nothing.
+        captured: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O); "residual" -> (L + 1, B, T, H),
+            the embedding first; only those that were asked for.
+        reduced: what `reduce` returned, with a first axis of L on every leaf; None without it.
+    """
+
+    hidden: jax.Array
+    captured: dict[str, Any]
+    reduced: Any
+
+
+def forward(
+    settings: DecoderSettings,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    adapter: StackedAdapter | None = None,
+    capture: frozenset[str] = frozenset(),
+    reduce: Reduce | None = None,
+    remat: bool = False,
+) -> Output:
+    """Run a model over token sequences. Under `jax.jit` make settings, capture, reduce and remat static.
+
+    Args:
+        settings: from `settings_of`.
+        params: from `load_params`.
+        tokens: int32 (B, T), or (T,) for a batch of one.
+        mask: bool, the shape of tokens, False at padding on either side; None for no padding. Positions count the
+            tokens that are not padding.
+        adapter: applied unmerged in every module that it updates; `jax.vmap` over it shares the base.
+        capture: names of `CAPTURES` to return for all layers; memory is L times one layer's.
+        reduce: called with the `LayerCapture` of each layer inside the scan; only what it returns is kept. It may
+            close over arrays, such as the mask, or what another model captured.
+        remat: recompute each layer in the backward pass instead of keeping its intermediates.
+
+    Raises:
+        UsageError: an unknown name in `capture`.
+    """
+    if capture - CAPTURES:
+        msg = f"capture {sorted(capture - CAPTURES)[0]!r} is not known; known: {', '.join(sorted(CAPTURES))}"
+        raise UsageError(msg)
+    tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
+    positions, keys = positions_of(tokens, mask)
+    x = embed(settings, params, tokens)
+
+    def keep(seen: LayerCapture) -> tuple[dict[str, Any], Any]:
+        return {name: getattr(seen, name) for name in capture}, None if reduce is None else reduce(seen)
+
+    context = Context(positions, keys, rotations(settings.ropes, positions))
+    hidden, _, (captured, reduced) = run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
+    if "residual" in capture:
+        captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
+    return Output(hidden, captured, reduced)
+
+
+def logits(settings: DecoderSettings, params: Params, hidden: jax.Array) -> jax.Array:
+    """float32 (..., V) of hidden states (..., H) behind the last norm, soft cap included."""
+    return soft_cap(project(hidden, head_of(params)), settings.final_cap)
+
+
+def head_of(params: Params) -> jax.Array:
+    """(V, H): the head, which is the embedding in a tied model."""
+    return params.embedding if params.head is None else params.head
+
+
+def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """int32 (B, T) twice: positions as a query, at padding those of a neighbour; and as a key, -1 at padding."""
+    valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    chex.assert_equal_shape([tokens, valid])
+    counted = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+    return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
+
+
+def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
+    """(B, T, H): the residual stream in front of the first layer."""
+    # The scale is rounded to the dtype of the weights, as it was when the Gemma models were trained.
+    x = params.embedding[tokens]
+    return x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
+
+
+def run_layers(
+    settings: DecoderSettings,
+    params: Params,
+    context: Context,
+    x: jax.Array,
+    adapter: StackedAdapter | None,
+    cache: Cache | None,
+    keep: Callable[[LayerCapture], Any] = lambda _: None,
+    *,
+    remat: bool = False,
+) -> tuple[jax.Array, Cache | None, Any]:
+    """Scan the layers.
+
+    Args:
+        settings: of the model.
+        params: its weights.
+        context: positions and rotations.
+        x: (B, T, H), the embedded tokens.
+        adapter: or None.
+        cache: with the positions of the new tokens already entered, or None.
+        keep: what to keep of each layer.
+        remat: recompute each layer in the backward pass.
+
+    Returns:
+        Hidden states behind the last norm, the cache with the new tokens in it, what was kept with a first axis of L.
+    """
+
+    def body(carry: tuple[jax.Array, Cache | None], layer: LayerWeights) -> tuple[Any, Any]:
+        x, cache, seen = layer_forward(settings, layer, context, *carry)
+        return (x, cache), keep(seen)
+
+    step = jax.checkpoint(body, prevent_cse=False) if remat else body
+    (x, cache), kept = lax.scan(step, (x, cache), _layers(settings, params, adapter))
+    return rms_norm(x, params.final_norm, settings.eps), cache, kept
+
+
+def extend_cache(
+    settings: DecoderSettings,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    positions: tuple[jax.Array, jax.Array],
+    adapter: StackedAdapter | None,
+) -> tuple[jax.Array, Cache]:
+    """Run tokens (B, T) behind those in the cache; positions as from `positions_of`.
+
+    Returns:
+        (B, T, H) hidden states behind the last norm, and the cache with the tokens in it.
+    """
+    queries, keys = positions
+    cache = note_positions(cache, keys)
+    context = Context(queries, cache.positions, rotations(settings.ropes, queries))
+    hidden, grown, _ = run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
+    assert grown is not None
+    filled = grown.filled + tokens.shape[1]
+    return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _layers(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None) -> LayerWeights:
+    windows = [NO_WINDOW if window is None else window for window in settings.windows]
+    return LayerWeights(
+        layer=jnp.arange(settings.layers, dtype=jnp.int32),
+        weights=params.weights,
+        biases=params.biases,
+        norms=params.norms,
+        factors={} if adapter is None else adapter.roles,
+        window=jnp.asarray(windows, jnp.int32),
+        rope=jnp.asarray(settings.rope_of_layer, jnp.int32),
+    )

@@ -1,0 +1,134 @@
+"""The rotary frequencies of each rope type: pure numbers, float64.
+
+Every function takes the number of rotated features of a head and the settings of transformers by their names, and
+ignores those that its type does not use.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.gguf_rope import llama3_factors
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What a rule gives.
+
+    Attributes:
+        frequencies: (size / 2,) radians per position.
+        long_frequencies: (size / 2,) for sequences longer than `switch`, or None.
+        switch: see there.
+        amplitude: factor on cosine and sine.
+    """
+
+    frequencies: np.ndarray
+    long_frequencies: np.ndarray | None = None
+    switch: int | None = None
+    amplitude: float = 1.0
+
+
+def plain(size: int, *, rope_theta: float, **_: Any) -> Scaled:
+    """Pair i turns by theta ** (-2 i / size) a position."""
+    return Scaled(1.0 / rope_theta ** (np.arange(0, size, 2) / size))
+
+
+def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Scaled:
+    """All frequencies divided by `factor`."""
+    return Scaled(plain(size, rope_theta=rope_theta).frequencies / factor)
+
+
+def llama3(
+    size: int,
+    *,
+    rope_theta: float,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+    **_: Any,
+) -> Scaled:
+    """Long wavelengths divided by `factor`, short ones kept, a smooth passage in between."""
+    settings = {
+        "factor": factor,
+        "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
+        "original_max_position_embeddings": original_max_position_embeddings,
+    }
+    return Scaled(plain(size, rope_theta=rope_theta).frequencies / llama3_factors(size // 2, rope_theta, settings))
+
+
+def longrope(
+    size: int,
+    *,
+    rope_theta: float,
+    short_factor: list[float],
+    long_factor: list[float],
+    original_max_position_embeddings: int,
+    max_position_embeddings: int | None = None,
+    factor: float | None = None,
+    attention_factor: float | None = None,
+    **_: Any,
+) -> Scaled:
+    """One divisor per frequency, another set for sequences beyond the original length."""
+    original = original_max_position_embeddings
+    if factor is None:
+        factor = _positive(max_position_embeddings, "max_position_embeddings") / original
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    frequencies = plain(size, rope_theta=rope_theta).frequencies
+    short, long = (frequencies / _divisors(given, frequencies.size) for given in (short_factor, long_factor))
+    return Scaled(short, long, int(original), attention_factor)
+
+
+def yarn(
+    size: int,
+    *,
+    rope_theta: float,
+    factor: float,
+    original_max_position_embeddings: int,
+    attention_factor: float | None = None,
+    beta_fast: float | None = None,
+    beta_slow: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
+    **_: Any,
+) -> Scaled:
+    """Frequencies that turn often are kept, slow ones divided by `factor`, a ramp in between."""
+    original = _positive(original_max_position_embeddings, "original_max_position_embeddings")
+    low, high = (
+        size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope_theta))
+        for turns in (beta_fast or 32, beta_slow or 1)
+    )
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high = high if high != low else high + 0.001
+    divided = np.clip((np.arange(size // 2) - low) / (high - low), 0.0, 1.0)
+    frequencies = plain(size, rope_theta=rope_theta).frequencies
+    if attention_factor is None:
+        both = mscale and mscale_all_dim
+        attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
+    return Scaled(frequencies * (divided / factor + 1.0 - divided), amplitude=attention_factor)
+
+
+def _mscale(factor: float, weight: float | None) -> float:
+    return 0.1 * (weight or 1.0) * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _divisors(given: list[float], count: int) -> np.ndarray:
+    divisors = np.asarray(given, np.float64)
+    if divisors.shape != (count,):
+        msg = f"a list of {divisors.size} factors, wanted {count}"
+        raise ValueError(msg)
+    return divisors
+
+
+def _positive(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or value <= 0:
+        msg = f"{name} is {value!r}, wanted a positive number"
+        raise ValueError(msg)
+    return value

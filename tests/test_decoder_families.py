@@ -1,0 +1,80 @@
+"""The decoder against transformers and torch: tiny random models of every family, float32."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from decoder_pairs import (
+    LENGTH,
+    SHORT,
+    TOLERANCE,
+    VARIANTS,
+    pair_fixture,
+    random_tokens,
+    run,
+    torch_logits,
+)
+from tiny_models import torch
+
+from jcrosslora.decoder import CAPTURES, INPUT_SITES, forward, logits, target_log_probs
+
+pair = pair_fixture(list(VARIANTS))
+
+
+@partial(jax.jit, static_argnums=0)
+def run_captured(settings, params, tokens):
+    output = forward(settings, params, tokens, capture=CAPTURES)
+    return logits(settings, params, output.hidden), output.captured
+
+
+def hooked(model, tokens):
+    """Logits, (input, output) of every linear module by name, and the stream in front of and behind each layer."""
+    seen, stream, handles = {}, [], []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            note = lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})  # noqa: E731
+            handles.append(module.register_forward_hook(note))
+    for layer in model.model.layers:
+        handles.append(layer.register_forward_hook(lambda _, inputs, output: stream.append((inputs[0], output))))
+    scores = torch_logits(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return scores, seen, torch.stack([stream[0][0], *(after for _, after in stream)]).numpy()
+
+
+def test_logits_modules_and_residual_are_those_of_torch(pair):
+    model, base, settings, params = pair
+    tokens = random_tokens(2, LENGTH)
+    scores, seen, stream = hooked(model, tokens)
+    found, captured = run_captured(settings, params, tokens)
+    np.testing.assert_allclose(found, scores, **TOLERANCE)
+    np.testing.assert_allclose(captured["residual"], stream, **TOLERANCE)
+    for name, module in base.modules.items():
+        rows = slice(*module.rows) if module.rows else slice(None)
+        read, made = seen[module.tensor.removesuffix(".weight")]
+        mine = captured["inputs"][INPUT_SITES[module.role]][module.layer]
+        np.testing.assert_allclose(mine, read.numpy(), err_msg=name, **TOLERANCE)
+        mine = captured["outputs"][module.role][module.layer]
+        np.testing.assert_allclose(mine, made[..., rows].numpy(), err_msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("pair", ["phi3-longrope"], indirect=True)
+def test_longrope_takes_the_short_factors_up_to_its_switch(pair):
+    model, _, settings, params = pair
+    tokens = random_tokens(2, SHORT)
+    np.testing.assert_allclose(run(settings, params, tokens), torch_logits(model, tokens), **TOLERANCE)
+
+
+@pytest.mark.parametrize("pair", ["llama-biases", "gemma2"], indirect=True)
+def test_target_log_probs_are_those_of_the_logits(pair):
+    model, _, settings, params = pair
+    tokens, targets = random_tokens(2, SHORT), random_tokens(2, SHORT + 1)[:, 1:]
+
+    @jax.jit
+    def found(params):
+        return target_log_probs(settings, params, forward(settings, params, tokens).hidden, targets, chunk=7)
+
+    scores = torch.log_softmax(torch.from_numpy(torch_logits(model, tokens)), dim=-1)
+    wanted = scores.gather(-1, torch.from_numpy(targets).long()[..., None])[..., 0].numpy()
+    np.testing.assert_allclose(found(params), wanted, **TOLERANCE)

@@ -1,0 +1,33 @@
+"""The decoder on the two real GGUF models, against the same weights in torch."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import torch
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import forward, load_params, logits, settings_of
+from torch_model import torch_model
+
+pytestmark = pytest.mark.real
+NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name):
+    path = Path(os.environ.get("JCROSSLORA_MODELS", "/nowhere")) / name
+    if not path.exists():
+        pytest.skip(f"JCROSSLORA_MODELS holds no {name}")
+    base = open_base(str(path))
+    tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (1, 20)).astype(np.int32)
+    with torch.no_grad():
+        wanted = torch_model(base)(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
+    settings, params = settings_of(base), load_params(base)
+    found = jax.jit(lambda params: logits(settings, params, forward(settings, params, tokens).hidden))(params)
+    error = float(jnp.max(jnp.abs(found - wanted)))
+    print(f"{name}: largest error {error:.2e}, spread of the logits {wanted.std():.3f}")
+    assert error < 1e-3 * wanted.std()

@@ -1,0 +1,226 @@
+"""Adapters, captures, log-probabilities and sampling of the decoder; needs no torch."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_bases import delta, random_adapter, write_llama
+
+from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.checkpoint import ROLES, open_base
+from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.decoder import (
+    INPUT_SITES,
+    forward,
+    init_cache,
+    load_params,
+    logits,
+    sample,
+    settings_of,
+    stack_adapter,
+    stack_adapters,
+    step,
+    target_log_probs,
+    unstack_adapter,
+)
+from jcrosslora.decoder.draw import draw
+from jcrosslora.errors import AdapterError, UsageError
+
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    base = open_base(write_llama(tmp_path_factory.mktemp("llama")))
+    return base, settings_of(base), load_params(base)
+
+
+@partial(jax.jit, static_argnums=0)
+def hidden(settings, params, tokens, adapter=None):
+    return forward(settings, params, tokens, adapter=adapter).hidden
+
+
+def test_adapters_side_by_side_give_what_each_gives_alone(model):
+    base, settings, params = model
+    first = random_adapter(base, rank=2, seed=1, scale=0.05)
+    second = random_adapter(base, rank=5, seed=2, scale=0.05, roles=("q_proj", "down_proj"))
+    both = jax.vmap(lambda adapter: hidden(settings, params, TOKENS, adapter))(stack_adapters([first, second], base))
+    for found, adapter in zip(both, (first, second), strict=True):
+        np.testing.assert_allclose(found, hidden(settings, params, TOKENS, stack_adapter(adapter, base)), **CLOSE)
+    assert not np.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_stacking_keeps_the_update_of_every_module(model):
+    base, _, _ = model
+    whole = random_adapter(base, rank=3, scale=0.5)
+    kept = {name: factors for name, factors in whole.modules.items() if "layers.1." in name and "k_proj" not in name}
+    kept["model.layers.2.self_attn.q_proj"] = LoRAFactors(np.ones((1, 48), np.float32), np.ones((48, 1), np.float32))
+    stacked = stack_adapter(Adapter(modules=kept), base)
+    assert set(stacked.roles) == set(ROLES) - {"k_proj"}
+    back = unstack_adapter(stacked).modules
+    assert set(back) == set(kept)
+    for name, factors in kept.items():
+        np.testing.assert_allclose(delta(back[name]), delta(factors), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("model.layers.9.self_attn.q_proj", (2, 48), "model.layers.9"),
+        ("model.layers.0.self_attn.q_proj", (2, 47), "[48, 48]"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(model, name, shape, named):
+    factors = LoRAFactors(np.zeros(shape, np.float32), np.zeros((48, 2), np.float32))
+    with pytest.raises(AdapterError) as caught:
+        stack_adapter(Adapter(modules={name: factors}), model[0])
+    assert named in str(caught.value)
+    with pytest.raises(AdapterError):
+        stack_adapters([], model[0])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_gradient_of_a_loss_is_its_slope(model, remat):
+    base, settings, params = model
+    adapter = stack_adapter(random_adapter(base, rank=2, scale=0.02), base)
+    direction = stack_adapter(random_adapter(base, rank=2, seed=3, scale=1.0), base)
+
+    @jax.jit
+    def loss(adapter):
+        states = forward(settings, params, TOKENS, adapter=adapter, remat=remat).hidden
+        return -jnp.mean(target_log_probs(settings, params, states[:, :-1], TOKENS[:, 1:], chunk=5))
+
+    def along(size):
+        return float(loss(jax.tree.map(lambda at, towards: at + size * towards, adapter, direction)))
+
+    slope = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss))(adapter), direction))))
+    assert slope == pytest.approx((along(1e-4) - along(-1e-4)) / 2e-4, rel=0.02)
+    assert abs(slope) > 1e-2
+
+
+def test_log_probs_do_not_depend_on_the_chunk(model):
+    _, settings, params = model
+    states = hidden(settings, params, TOKENS)
+    wanted = jax.nn.log_softmax(logits(settings, params, states), axis=-1)
+    wanted = jnp.take_along_axis(wanted, TOKENS[..., None], axis=-1)[..., 0]
+    for chunk in (1, 7, 24, 1000):
+        found = target_log_probs(settings, params, states, TOKENS, chunk=chunk)
+        np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+def test_reduce_sees_each_layer_and_keeps_only_its_result(model):
+    _, settings, params = model
+    sites = tuple(dict.fromkeys(INPUT_SITES.values()))
+
+    def moments(seen):
+        rows = {site: seen.inputs[site].reshape(-1, seen.inputs[site].shape[-1]) for site in sites}
+        return seen.layer, {site: jnp.matmul(x.T, x, precision="highest") for site, x in rows.items()}
+
+    run = jax.jit(lambda: forward(settings, params, TOKENS, capture=frozenset({"inputs"}), reduce=moments))
+    output = run()
+    layers, found = output.reduced
+    np.testing.assert_array_equal(layers, np.arange(settings.layers))
+    for site in sites:
+        rows = np.asarray(output.captured["inputs"][site], np.float64).reshape(layers.size, -1, found[site].shape[1])
+        np.testing.assert_allclose(found[site], rows.swapaxes(1, 2) @ rows, rtol=1e-4, atol=1e-3)
+
+
+def test_captured_outputs_are_the_modules_applied_to_their_inputs(model):
+    base, settings, params = model
+    adapter = random_adapter(base, rank=2, scale=0.05)
+    output = forward(
+        settings, params, TOKENS, adapter=stack_adapter(adapter, base), capture=frozenset({"inputs", "outputs"})
+    )
+    for role in ROLES:
+        name = f"model.layers.1.{ROLE_PATHS[role]}"
+        weight = np.asarray(base.weight(name), np.float64) + delta(adapter.modules[name])
+        read = np.asarray(output.captured["inputs"][INPUT_SITES[role]][1], np.float64)
+        np.testing.assert_allclose(output.captured["outputs"][role][1], read @ weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_captures_are_refused_and_one_sequence_is_a_batch_of_one(model):
+    _, settings, params = model
+    with pytest.raises(UsageError, match="gradients"):
+        forward(settings, params, TOKENS, capture=frozenset({"gradients"}))
+    alone = forward(settings, params, TOKENS[0], capture=frozenset({"residual"}))
+    assert alone.captured["residual"].shape == (settings.layers + 1, 1, 12, 48)
+    np.testing.assert_allclose(alone.hidden[0], hidden(settings, params, TOKENS)[0], **CLOSE)
+
+
+def greedy(settings, params, prompt, length, adapter):
+    """Token by token with the whole sequence every time; what is behind the last token cannot matter."""
+    text = np.zeros((1, len(prompt) + length), np.int32)
+    text[0, : len(prompt)] = prompt
+    for place in range(len(prompt), text.shape[1]):
+        state = hidden(settings, params, text, adapter)[0, place - 1]
+        text[0, place] = jnp.argmax(logits(settings, params, state))
+    return text[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_sampling_of_padded_prompts_is_greedy_decoding(model, side):
+    base, settings, params = model
+    # A strong adapter: otherwise a tied random model only repeats its last token, wherever it stands.
+    adapter = stack_adapter(random_adapter(base, rank=4, scale=1.0), base)
+    prompts = [TOKENS[0, :5], TOKENS[1, :2]]
+    padded, mask = np.zeros((2, 5), np.int32), np.zeros((2, 5), bool)
+    for row, prompt in enumerate(prompts):
+        place = slice(5 - len(prompt), 5) if side == "left" else slice(len(prompt))
+        padded[row, place], mask[row, place] = prompt, True
+    found = sample(settings, params, padded, mask, length=12, temperature=0.0, key=jax.random.key(0), adapter=adapter)
+    assert found.valid.all()
+    assert all(len(set(row)) > 4 for row in found.tokens.tolist())
+    for row, prompt in enumerate(prompts):
+        assert found.tokens[row].tolist() == greedy(settings, params, prompt, 12, adapter)
+
+
+def test_sampling_stops_behind_a_stop_token_and_repeats_with_its_key(model):
+    _, settings, params = model
+    prompts, mask = TOKENS[:, :3], np.ones((2, 3), bool)
+    run = partial(sample, settings, params, prompts, mask, length=40, temperature=2.0)
+    free, again = run(key=jax.random.key(1)), run(key=jax.random.key(1))
+    np.testing.assert_array_equal(free.tokens, again.tokens)
+    assert (free.tokens != run(key=jax.random.key(2)).tokens).any()
+    stop = int(free.tokens[0, 4])
+    stopped = run(key=jax.random.key(1), stop_tokens=(stop, 95))
+    for row in range(2):
+        wanted = free.tokens[row].tolist()
+        ends = [place for place, token in enumerate(wanted) if token in (stop, 95)]
+        count = ends[0] + 1 if ends else 40
+        assert stopped.valid[row].tolist() == [True] * count + [False] * (40 - count)
+        assert stopped.tokens[row].tolist() == wanted[:count] + [0] * (40 - count)
+
+
+def test_steps_keep_their_dtypes_in_bfloat16(model):
+    base, settings, _ = model
+    params = load_params(base, jnp.bfloat16)
+    cache = init_cache(settings, 2, 4, jnp.bfloat16)
+    scores, grown = jax.eval_shape(
+        partial(step, settings), params, cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
+    )
+    assert scores.dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: leaf.dtype, grown) == jax.tree.map(lambda leaf: leaf.dtype, cache)
+
+
+def test_other_dtypes_are_refused(model):
+    with pytest.raises(UsageError, match="float16"):
+        load_params(model[0], jnp.float16)
+
+
+@pytest.mark.parametrize("vocab", [5, 512, 1300])
+def test_draws_follow_the_softmax(vocab):
+    scores = 3 * np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
+    scores[:2] = -np.inf
+    wanted = np.asarray(jax.nn.softmax(scores / 1.5), np.float64)
+    rows = jnp.broadcast_to(jnp.asarray(scores), (20_000, vocab))
+    counts = np.bincount(draw(jax.random.key(0), rows, jnp.float32(1.5)), minlength=vocab)
+    assert counts[:2].sum() == 0
+    # Pearson's statistic has mean and half the variance of its degrees of freedom: four deviations.
+    likely = wanted * 20_000 >= 5
+    statistic = np.sum((counts[likely] - wanted[likely] * 20_000) ** 2 / (wanted[likely] * 20_000))
+    freedom = likely.sum()
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+    assert np.all(draw(jax.random.key(0), rows[:3], jnp.float32(0.0)) == scores.argmax())

@@ -1,0 +1,129 @@
+"""What the decoder reads from a configuration, and what it refuses by name."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.decoder import DecoderSettings, settings_of
+from jcrosslora.errors import CheckpointError
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+def settings(family: str, **config) -> DecoderSettings:
+    """Settings of a base of which only the configuration is looked at."""
+    checked = check_config({**SIZES, "model_type": family, **config}, Path("here"))
+    dims = read_dims(checked.values, Path("here"))
+    return settings_of(SimpleNamespace(config=checked.values, family=checked.family, dims=dims, ref="here"))
+
+
+def test_settings_can_be_static_under_jit():
+    one, same = settings("gemma3_text"), settings("gemma3_text")
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != settings("gemma3_text", sliding_window=8)
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("llama", {"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("llama", {}, {"rope_parameters": {"rope_theta": 1e4}}),
+        (
+            "llama",
+            {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        ),
+        (
+            "gemma3_text",
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "rope_parameters": {
+                    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+        ),
+        ("gemma3_text", {"sliding_window_pattern": 3}, {"layer_types": [SLIDING, SLIDING, FULL] * 2}),
+        ("gemma2", {}, {"layer_types": [SLIDING, FULL] * 3}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4},
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": [FULL] * 4 + [SLIDING] * 2},
+        ),
+        ("qwen2", {"sliding_window": 8}, {}),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", **LONG}, "original_max_position_embeddings": 64},
+            {
+                "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG},
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+)
+def test_old_and_new_spelling_mean_the_same(family, old, new):
+    assert settings(family, **old) == settings(family, **new)
+
+
+def test_gemma3_turns_its_sliding_layers_by_the_local_base():
+    found = settings("gemma3_text", rope_theta=1e6, rope_local_base_freq=100.0, sliding_window=8)
+    slow, fast = found.ropes[found.rope_of_layer[5]], found.ropes[found.rope_of_layer[0]]
+    assert found.windows == (8,) * 5 + (None,)
+    assert slow.frequencies[1] == pytest.approx(1e6 ** (-1 / 8))
+    assert fast.frequencies[1] == pytest.approx(100.0 ** (-1 / 8))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "named"),
+    [
+        ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ("gemma2", {"hidden_activation": "tanh"}, "hidden_activation 'tanh'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": ["x"]}}, "rope type"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0.0}}, "finite"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope type 'linear'"),
+        ("llama", {"rope_scaling": "linear"}, "rope settings 'linear'"),
+        ("llama", {"rope_theta": "1e4"}, "rope type 'default'"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("phi3", {"partial_rotary_factor": 0.07}, "partial_rotary_factor"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}}, "1 factors, wanted 8"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 7, "long_factor": [2.0] * 8}}, "7 factors"),
+        ("llama", {"rope_parameters": {FULL: {"rope_theta": 1e4}, "rope_theta": 1e4}}, "mixes"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 6}, "chunked_attention"),
+        ("gemma2", {"layer_types": [FULL]}, "layer_types"),
+        ("gemma2", {"layer_types": FULL}, "layer_types"),
+        ("gemma2", {"sliding_window": None}, "sliding_window"),
+        ("gemma2", {"sliding_window": -4}, "sliding_window"),
+        ("gemma3_text", {"sliding_window_pattern": "LLG"}, "sliding_window_pattern"),
+        ("mistral", {"sliding_window": 8, "layer_types": [FULL, SLIDING] * 3}, "layer_types"),
+        ("qwen2", {"layer_types": [SLIDING] * 6}, "sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "4"}, "max_window_layers"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
+        ("gemma2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
+        ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(family, config, named):
+    with pytest.raises(CheckpointError) as caught:
+        settings(family, **config)
+    assert named in str(caught.value)
+    assert str(caught.value).startswith("here: ")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,72 @@
+"""Padding, adapters, the cache and bfloat16 in every family: against torch where it can do the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_pairs import EACH_FAMILY, LENGTH, SHORT, TOLERANCE, pair_fixture, random_tokens, run, torch_logits
+from tiny_bases import random_adapter
+from tiny_models import torch
+
+from jcrosslora.decoder import init_cache, load_params, stack_adapter, step
+
+pair = pair_fixture(EACH_FAMILY)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(pair, side):
+    model, _, settings, params = pair
+    tokens, lengths = random_tokens(3, LENGTH), (LENGTH, 33, 18)
+    mask = np.zeros(tokens.shape, bool)
+    for row, count in enumerate(lengths):
+        mask[row, LENGTH - count :] = True
+    mask = mask if side == "left" else mask[:, ::-1]
+    padded = np.where(mask, tokens, 0).astype(np.int32)
+    found = run(settings, params, padded, mask)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    theirs = torch_logits(
+        model, padded, attention_mask=torch.from_numpy(mask.astype(np.int64)), position_ids=torch.from_numpy(positions)
+    )
+    assert np.all(np.isfinite(found))
+    np.testing.assert_allclose(np.asarray(found)[mask], theirs[mask], **TOLERANCE)
+
+
+def test_an_unmerged_adapter_is_the_merged_one(pair):
+    model, base, settings, params = pair
+    adapter, tokens = random_adapter(base, rank=3, scale=0.02), random_tokens(2, LENGTH)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = {name: tensor.clone() for name, tensor in state.items()}
+    for name, factors in adapter.modules.items():
+        module = base.modules[name]
+        rows = slice(*module.rows) if module.rows else slice(None)
+        merged[module.tensor][rows] += torch.from_numpy(factors.scale * factors.b @ factors.a)
+    model.load_state_dict(merged)
+    theirs = torch_logits(model, tokens)
+    model.load_state_dict(state)
+    assert np.abs(theirs - torch_logits(model, tokens)).max() > 0.1
+    found = run(settings, params, tokens, None, stack_adapter(adapter, base))
+    np.testing.assert_allclose(found, theirs, **TOLERANCE)
+
+
+def test_cached_steps_give_the_logits_of_the_whole_sequence(pair):
+    _, base, settings, params = pair
+    adapter = stack_adapter(random_adapter(base, rank=2, scale=0.02), base)
+    # Longrope turns the keys in the cache by the short set: the sequence must stay on its side.
+    tokens = random_tokens(2, LENGTH if settings.ropes[0].switch is None else SHORT)
+    wanted = run(settings, params, tokens, None, adapter)
+    one = jax.jit(step, static_argnums=0)
+    cache = init_cache(settings, 2, tokens.shape[1])
+    for place in range(tokens.shape[1]):
+        scores, cache = one(settings, params, cache, tokens[:, place], jnp.full((2,), place, jnp.int32), adapter)
+        np.testing.assert_allclose(scores, wanted[:, place], **TOLERANCE)
+
+
+@pytest.mark.parametrize("pair", ["qwen2-window", "gemma3"], indirect=True)
+def test_bfloat16_stays_near_float32(pair):
+    _, base, settings, params = pair
+    half = load_params(base, jnp.bfloat16)
+    assert {array.dtype for array in half.weights.values()} == {jnp.dtype(jnp.bfloat16)}
+    tokens = random_tokens(2, SHORT)
+    exact, found = run(settings, params, tokens), run(settings, half, tokens)
+    error = jnp.sqrt(jnp.mean((found - exact) ** 2) / jnp.mean(exact**2))
+    assert 0 < error < 0.1
