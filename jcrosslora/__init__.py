@@ -20,6 +20,8 @@ from jcrosslora.lora_shift import MovedAdapter as MovedAdapter
 from jcrosslora.lora_shift import shift as shift
 from jcrosslora.methods import METHODS as METHODS
 from jcrosslora.pairing import Pairing as Pairing
+from jcrosslora.probes import Probes as Probes
+from jcrosslora.probes import written_probes as written_probes
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.verdict import verdict as verdict
 from jcrosslora.transport import Transport as Transport

@@ -65,14 +65,43 @@ class Check:
     path: tyro.conf.Positional[Path]
     """The adapter folder."""
     family: str | None = None
-    """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it."""
+    """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it; a moved adapter tells."""
 
     def run(self, console: Console) -> None:
         """Print one line for each engine."""
         from jcrosslora.adapter import check_engines
-        from jcrosslora.report.inspect import print_engines
+        from jcrosslora.report.inspect import print_engines, reported_family
 
-        print_engines(check_engines(self.path, base_family=self.family), console)
+        family = self.family or reported_family(self.path)
+        print_engines(check_engines(self.path, base_family=family), console)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a base, alone and with adapters, on multiple-choice questions; say for each whether it is better."""
+
+    base: str
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    task: Path
+    """JSONL with question, choices and answer (the index of the right choice), one question a line."""
+    adapter: tuple[str, ...] = ()
+    """Adapters of this base, scored beside each other."""
+    limit: int | None = None
+    """Only the first so many questions."""
+
+    def run(self, console: Console) -> None:
+        """Print each figure with its interval, and the difference to the base."""
+        from jcrosslora.adapter import load_adapter
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.evaluate import print_scores, read_task, score
+
+        questions = read_task(self.task)
+        if self.limit is not None and self.limit < 1:
+            msg = f"limit {self.limit} is out of range; it must be at least 1"
+            raise UsageError(msg)
+        adapters = [load_adapter(ref) for ref in self.adapter]
+        base = open_base(self.base)
+        print_scores(score(base, questions[: self.limit], adapters, progress=sys.stderr.isatty()), console)
 
 
 @dataclass(frozen=True)
@@ -118,7 +147,14 @@ class Demo:
             ).run(console)
 
 
-COMMANDS = {"transfer": Transfer, "inspect": Inspect, "check": Check, "methods": Methods, "demo": Demo}
+COMMANDS = {
+    "transfer": Transfer,
+    "inspect": Inspect,
+    "check": Check,
+    "evaluate": Evaluate,
+    "methods": Methods,
+    "demo": Demo,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,9 +1,12 @@
 """LoRA-Align: two bases in, the maps between their modules out. It never sees an adapter."""
 
+from __future__ import annotations
+
 import dataclasses
 import zlib
 from collections.abc import Collection, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +15,25 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import INPUT_SITES
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.gather import load_stack, shared_vocabulary
 from jcrosslora.linalg import decompose, mesh_of, over_layers, spread
-from jcrosslora.methods import Evidence, Fit, Method, Side, Vocabulary, get_method
+from jcrosslora.methods import Activations, Evidence, Fit, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
 from jcrosslora.pairing import Depth, Pair, Pairing, pair_modules
 from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
+
+if TYPE_CHECKING:
+    from jcrosslora.moments import CrossMoments
+    from jcrosslora.probes import Probes
 
 DEFAULT_RANK = 320
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 # Weights of both bases in flight at a time, in bytes as float32: this bounds memory, whatever the model's size.
 GROUP_BYTES = 96 * 2**20
+# Tokens of a probe text, and texts at a time: the source's activations at their matches are held for all layers.
+PROBE_LENGTH, PROBE_BATCH = 128, 4
 
 
 def align(
@@ -35,6 +45,7 @@ def align(
     depth: Depth = "proportional",
     seed: int = 0,
     sources: Collection[str] | None = None,
+    probes: Probes | None = None,
     progress: bool = False,
 ) -> Transport:
     """Find the maps that carry adapters of `source` over to `target` (LoRA-Align, arXiv 2508.05232, section 3).
@@ -48,6 +59,7 @@ def align(
         depth: see `jcrosslora.pairing.pair_modules`.
         seed: of the random control.
         sources: align only what these source modules feed (those an adapter has); None is all.
+        probes: text for the methods that run both bases; None lets the source base write it.
         progress: whether to show a progress bar.
 
     Returns:
@@ -59,7 +71,7 @@ def align(
         UsageError: a rank below 1 or above the short side of every module.
         CheckpointError: weights that cannot be read or are not finite.
     """
-    plan = Plan(source, target, method=method, rank=rank, depth=depth, seed=seed, sources=sources)
+    plan = Plan(source, target, method=method, rank=rank, depth=depth, seed=seed, sources=sources, probes=probes)
     return plan.transport(tuple(plan.groups(progress=progress)))
 
 
@@ -80,6 +92,7 @@ class Plan:
         depth: Depth,
         seed: int,
         sources: Collection[str] | None = None,
+        probes: Probes | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
         self.pairing = pair_modules(source.modules, target.modules, depth)
@@ -87,15 +100,17 @@ class Plan:
         self._pairs = _wanted(self.pairing, sources)
         _check_shapes(self.method, source, target, self._pairs)
         self.rank = _check_rank(rank, source, target, self._pairs)
+        self._probes = probes
         self._vocabulary, self._no_vocabulary = None, "not needed"
         if self.method.anchored:
             self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
         """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        moments = self._moments(progress) if self.method.activations else None
         with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
             for pairs in self._chunks():
-                yield self._align(pairs)
+                yield self._align(pairs, moments)
                 bar.update(len(pairs))
 
     def transport(self, groups: tuple[TransportGroup, ...]) -> Transport:
@@ -114,7 +129,18 @@ class Plan:
         """The settings, with defaults and outcomes filled in."""
         signs = "not needed" if not self.method.anchored else "rule" if self._vocabulary is None else "vocabulary"
         tokens = 0 if self._vocabulary is None else self._vocabulary.count
-        return AlignRecipe(self.method.name, self.rank, self._depth, self.seed, signs, tokens)
+        probes = self._probes if self.method.activations else None
+        return AlignRecipe(
+            method=self.method.name,
+            rank=self.rank,
+            depth=self._depth,
+            seed=self.seed,
+            signs=signs,
+            shared_tokens=tokens,
+            probes="none" if probes is None else probes.describe(),
+            probe_text=None if probes is None else probes.path,
+            probe_count=len(probes.texts) if probes is not None and probes.path is None else None,
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -144,18 +170,51 @@ class Plan:
             for part in np.array_split(np.arange(len(pairs)), parts):
                 yield tuple(pairs[i] for i in part)
 
-    def _align(self, pairs: tuple[Pair, ...]) -> TransportGroup:
+    def _moments(self, progress: bool) -> CrossMoments:
+        # Imported here: methods that look at weights alone need neither tokenizers nor the decoder.
+        from jcrosslora.moments import cross_moments
+        from jcrosslora.probes import count_positions, probe_batches, written_probes
+        from jcrosslora.tokens import load_tokenizer
+
+        if self._probes is None:
+            self._probes = written_probes(self.source, seed=self.seed, progress=progress)
+        tokenizers = load_tokenizer(self.source), load_tokenizer(self.target)
+        batches = probe_batches(self._probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
+        self._probes = dataclasses.replace(self._probes, positions=count_positions(batches))
+        roles = {pair.role for pair in self._pairs}
+        return cross_moments(self.source, self.target, batches, self.pairing.layers, roles, progress=progress)
+
+    def _align(self, pairs: tuple[Pair, ...], moments: CrossMoments | None) -> TransportGroup:
         shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
         rank = min(self.rank, *shapes[0], *shapes[1])
         src = self._side(self.source, [pair.source for pair in pairs], rank)
         tgt = self._side(self.target, [pair.target for pair in pairs], rank)
         keys = _keys(self.seed, pairs, src.weight.shape[0])
-        evidence = Evidence(src, tgt, self._vocabulary, keys, reads=_reads(pairs[0]), rank=rank)
+        seen = None if moments is None else self._activations(moments, pairs, src.weight.shape[0])
+        evidence = Evidence(src, tgt, self._vocabulary, seen, keys, reads=_reads(pairs[0]), rank=rank)
         fit, agreement = _fit_stack(evidence, self.method, mesh_of(src.weight))
         terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (fit.terms, agreement))
         # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK
         # take the cores from each other (measured: 6 times slower).
         return jax.block_until_ready(TransportGroup(terms, agreement, pairs))
+
+    def _activations(self, moments: CrossMoments, pairs: tuple[Pair, ...], count: int) -> Activations:
+        """The moments of each pair, stacked; the last one is repeated up to `count`."""
+        layers = [self.target.modules[pair.target].layer for pair in pairs]
+        layers += layers[-1:] * (count - len(pairs))
+
+        def stacked(sums: dict[str, jax.Array], names: list[str]) -> jax.Array:
+            names += names[-1:] * (count - len(pairs))
+            return jnp.stack([sums[name][layer] for name, layer in zip(names, layers, strict=True)])
+
+        roles = [pair.role for pair in pairs]
+        sites = [INPUT_SITES[role] for role in roles]
+        return Activations(
+            stacked(moments.inputs, list(sites)),
+            stacked(moments.outputs, list(roles)),
+            stacked(moments.input_energy, list(sites)),
+            stacked(moments.output_energy, list(roles)),
+        )
 
     def _side(self, base: BaseModel, names: list[str], rank: int) -> Side:
         stack = load_stack(base, names)

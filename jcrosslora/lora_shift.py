@@ -172,7 +172,12 @@ def _shift_stack(
     terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
 ) -> _Shifted:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32) * scale[:, None, None]
-    return over_layers(lambda item, _: _shift_one(*item, keep_norm, out_rank), None, (terms, a, b))
+
+    def one(item: tuple[Terms, jax.Array, jax.Array], _: None) -> _Shifted:
+        terms, a, b = item
+        return _shift_one(terms, a, b, keep_norm, out_rank)
+
+    return over_layers(one, None, (terms, a, b))
 
 
 def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -58,6 +58,9 @@ class AlignRecipe:
         seed: of the random control.
         signs: how the joint signs of singular vectors were fixed: "vocabulary", "rule", or "not needed".
         shared_tokens: how many tokens the vocabularies share, 0 where they were not used.
+        probes: what text both bases were run on, "none" for methods that look at weights alone.
+        probe_text: the file that it was read from, if any.
+        probe_count: how many texts the source base wrote, if it did.
     """
 
     method: str
@@ -66,6 +69,9 @@ class AlignRecipe:
     seed: int
     signs: str
     shared_tokens: int
+    probes: str
+    probe_text: str | None = None
+    probe_count: int | None = None
 
 
 @flax.struct.dataclass

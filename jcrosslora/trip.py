@@ -4,17 +4,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.files import ensure_free
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
+from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.transport import describe_base
+
+if TYPE_CHECKING:
+    from jcrosslora.probes import Probes
 
 Profile = Literal["portable", "peft"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -47,7 +51,11 @@ class TransferSettings:
     profile: Profile = "portable"
     """portable: one rank, read alike by every engine. peft: a rank for each module."""
     seed: int = 0
-    """Of the random control."""
+    """Of everything that is drawn at random: the random control, and the texts that a base writes."""
+    probe_text: str | None = None
+    """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own."""
+    probe_count: int = 288
+    """How many texts the source base writes; only for methods that run the bases."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -94,12 +102,24 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         depth=depth,
         seed=settings.seed,
         sources=mover.adapter.modules.keys(),
+        probes=_probes(settings, source, progress),
     )
     for group in plan.groups(progress=progress):
         mover.add(group)
     moved = mover.finish(plan.transport(()))
     save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
     return moved
+
+
+def _probes(settings: TransferSettings, source: BaseModel, progress: bool) -> "Probes | None":
+    if not get_method(settings.method).activations:
+        return None
+    from jcrosslora.probes import Probes, read_texts, written_probes
+
+    if settings.probe_text is not None:
+        texts = tuple(read_texts(settings.probe_text))
+        return Probes(texts, f"read from {settings.probe_text}", path=settings.probe_text)
+    return written_probes(source, settings.probe_count, seed=settings.seed, progress=progress)
 
 
 def save_adapter(

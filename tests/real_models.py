@@ -1,4 +1,4 @@
-"""The two real models of the demo: from $JCROSSLORA_MODELS, else from the demo's own cache, fetched there if need be."""
+"""The two real models of the demo: from $JCROSSLORA_MODELS, else from the demo's cache, fetched if need be."""
 
 import os
 from pathlib import Path

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import torch
+from torch_model import torch_model
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of
-from torch_model import torch_model
 
 pytestmark = pytest.mark.real
 NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")

@@ -9,7 +9,7 @@ import pytest
 
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
-from jcrosslora.methods import METHODS, Evidence, Side, Vocabulary, get_method
+from jcrosslora.methods import METHODS, Activations, Evidence, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import measure
 
 RANK = 5
@@ -29,7 +29,18 @@ def side(weight, decomposed, rank=RANK, gain=None):
 def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     src, tgt = normal(*shapes[0], seed=seed), normal(*shapes[1], seed=seed + 1)
     sides = side(src, method.decomposes, rank), side(tgt, method.decomposes, rank)
-    return Evidence(*sides, vocabulary, jax.random.key(seed), reads=True, rank=rank)
+    seen = activations(shapes, seed) if method.activations else None
+    return Evidence(*sides, vocabulary, seen, jax.random.key(seed), reads=True, rank=rank)
+
+
+def activations(shapes, seed):
+    """Moments of 60 positions whose activations have nothing to do with the weights."""
+    (y_s, x_s), (y_t, x_t) = (
+        [normal(60, width, seed=100 * seed + 10 * place + k) for k, width in enumerate(shape)]
+        for place, shape in enumerate(shapes)
+    )
+    energies = [jnp.asarray([np.sum(a**2), np.sum(b**2)]) for a, b in ((x_s, x_t), (y_s, y_t))]
+    return Activations(jnp.asarray(x_s.T @ x_t), jnp.asarray(y_s.T @ y_t), *energies)
 
 
 def usable(method):
@@ -142,6 +153,15 @@ def reference_cross_lora(w_src, w_tgt, update):
     return (u_t * signs) @ u_s.T @ update @ v_s @ (v_t * signs).T
 
 
+def polar(moment):
+    u, _, vt = np.linalg.svd(np.asarray(moment, np.float64), full_matrices=False)
+    return u @ vt
+
+
+def reference_theseus(moments, update):
+    return polar(moments.outputs).T @ update @ polar(moments.inputs)
+
+
 REFERENCES = {
     "cross-lora": reference_cross_lora,
     "lora-x": reference_lora_x,
@@ -156,12 +176,16 @@ REFERENCES = {
 def test_against_the_numpy_reference(method, shapes):
     item = evidence(method, shapes)
     update = normal(*shapes[0], seed=5)
-    want = REFERENCES[method.name](np.asarray(item.src.weight), np.asarray(item.tgt.weight), update.astype(np.float64))
+    if method.activations:
+        want = reference_theseus(item.activations, update.astype(np.float64))
+    else:
+        weights = np.asarray(item.src.weight), np.asarray(item.tgt.weight)
+        want = REFERENCES[method.name](*weights, update.astype(np.float64))
     np.testing.assert_allclose(apply(method.fit(item), update), want, atol=2e-4)
 
 
 def test_every_method_has_a_reference_or_is_the_random_one():
-    assert set(METHODS) == set(REFERENCES) | {"random"}
+    assert set(METHODS) == set(REFERENCES) | {"theseus", "random"}
 
 
 def test_random_maps_are_partial_isometries_that_depend_on_the_key():
@@ -206,7 +230,7 @@ def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
     e_src = normal(200, 9, seed=seed + 50) + 3.0
     vocabulary = vocabulary_of(e_src, e_src @ rotation.T)
     sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 1)
-    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=9))
+    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
     coefficients = normal(9, 9, seed=seed)
     update = np.asarray(sides[0].svd.u) @ coefficients @ np.asarray(sides[0].svd.v).T
     np.testing.assert_allclose(apply(fit, update), (update @ rotation.T)[order], atol=2e-3)
@@ -221,7 +245,7 @@ def test_gains_between_stream_and_module_are_part_of_the_anchor():
     # The tokens as the modules see them: embeddings times gain. Divide the gain out of the embeddings first.
     vocabulary = vocabulary_of(e_src / np.asarray(gain_src), e_src @ rotation.T / np.asarray(gain_tgt))
     sides = side(w_src, True, 9, gain_src), side(w_tgt, True, 9, gain_tgt)
-    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=9))
+    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
     assert float(fit.vector_ratio) > 20
 
 
@@ -231,7 +255,7 @@ def test_independent_bases_are_at_chance_level():
     vocabulary = vocabulary_of(normal(500, 40, seed=2), normal(500, 48, seed=3))
     sides = side(w_src, True, 40), side(w_tgt, True, 40)
     sides = sides[0], sides[1].replace(gain=jnp.ones(48))
-    fit = method.fit(Evidence(*sides, vocabulary, jax.random.key(0), reads=True, rank=40))
+    fit = method.fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=40))
     assert 0.5 < float(fit.vector_ratio) < 1.7
 
 
@@ -241,7 +265,7 @@ def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_un
     moved = []
     for seed in (0, 1):
         sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 7)
-        fit = get_method("cross-lora").fit(Evidence(*sides, None, jax.random.key(0), reads=True, rank=9))
+        fit = get_method("cross-lora").fit(Evidence(*sides, None, None, jax.random.key(0), reads=True, rank=9))
         moved.append(apply(fit, update))
         assert math.isnan(float(fit.vector_ratio))
     np.testing.assert_allclose(moved[0], moved[1], atol=1e-5)
@@ -256,7 +280,7 @@ def test_the_same_base_on_both_sides(name):
     method = get_method(name)
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
     both = side(weight, method.decomposes)
-    fit = method.fit(Evidence(both, both, None, jax.random.key(0), reads=True, rank=RANK))
+    fit = method.fit(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
     u, v = bases(weight)
     want = u @ u.T @ update @ v @ v.T if method.decomposes else update
     np.testing.assert_allclose(apply(fit, update), want, atol=1e-4)
@@ -266,7 +290,7 @@ def test_prolora_on_the_same_base_keeps_both_diagonal_blocks():
     method = get_method("prolora")
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
     both = side(weight, True)
-    fit = method.fit(Evidence(both, both, None, jax.random.key(0), reads=True, rank=RANK))
+    fit = method.fit(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
     u, v = bases(weight)
     p, q = u @ u.T, v @ v.T
     want = p @ update @ q + (np.eye(14) - p) @ update @ (np.eye(9) - q)
@@ -293,9 +317,23 @@ def test_similarity_through_tokens_is_the_figure_by_coordinates_for_isotropic_em
         gram = jnp.asarray(cross.T @ cross)
         vocabulary = Vocabulary(jnp.asarray(cross), eye, gram, count=stream)
         sides = side(w_src, True, gain=jnp.ones(stream)), side(weight, True, gain=jnp.ones(width))
-        item = Evidence(*sides, vocabulary, jax.random.key(0), reads=reads, rank=RANK)
+        item = Evidence(*sides, vocabulary, None, jax.random.key(0), reads=reads, rank=RANK)
         figures = measure(item, method.fit(item), by_coordinates=False)
         return float(figures.similarity_in if reads else figures.similarity_out)
 
     want = figure(w_tgt, stream, np.eye(stream, dtype=np.float32))
     assert figure(wide, 25, isometry.T) == pytest.approx(want, rel=1e-3)
+
+
+def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outputs():
+    w_src, w_tgt, rotation, order = rotated_pair(5)
+    x = normal(200, 9, seed=8) * np.geomspace(1, 30, 9, dtype=np.float32)
+    y = x @ w_src.T
+    x_t, y_t = x @ rotation.T, y[:, order]
+    energies = [jnp.asarray([np.sum(a**2), np.sum(b**2)]) for a, b in ((x, x_t), (y, y_t))]
+    seen = Activations(jnp.asarray(x.T @ x_t), jnp.asarray(y.T @ y_t), *energies)
+    sides = side(w_src, False), side(w_tgt, False)
+    fit = get_method("theseus").fit(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
+    inside = w_src @ normal(9, 9, seed=2)  # outputs that never occur cannot be told apart: stay among those that do
+    np.testing.assert_allclose(apply(fit, inside), (inside @ rotation.T)[order], atol=1e-3 * np.abs(inside).max())
+    assert float(fit.activation_cosine) == pytest.approx(1, abs=1e-3)

@@ -70,9 +70,7 @@ def test_the_map_is_the_float64_one_up_to_rounding_and_signs():
     transport = jcl.align(source, target, depth=depth, sources=[name])
     group = transport.groups[0]
     ((p_out, p_in),) = group.terms
-    (u_s, s_s, vt_s), (u_t, _, vt_t) = (
-        np.linalg.svd(np.float64(base.weight(name)), False) for base in (source, target)
-    )
+    (u_s, _, vt_s), (u_t, _, vt_t) = (np.linalg.svd(np.float64(base.weight(name)), False) for base in (source, target))
     rank = p_out.left.shape[-1]
     inner = u_t[:, :rank].T @ np.asarray(p_out.left[0] @ p_out.right[0].T, np.float64) @ u_s[:, :rank]
     signs = np.sign(np.diag(inner))

@@ -42,7 +42,9 @@ def command(files, out, *flags):
     main(["transfer", *given, "--out", str(out), *flags])
 
 
-@pytest.mark.parametrize("method", [name for name, method in jcl.METHODS.items() if not method.equal_shapes])
+@pytest.mark.parametrize(
+    "method", [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.activations)]
+)
 def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
     moved = jcl.transfer(settings(files, tmp_path / "out", method=method))
     target = jcl.open_base(files / "target")
@@ -256,6 +258,11 @@ def test_inspect_check_and_methods(files, tmp_path, capsys):
     printed = capsys.readouterr().out
     for engine in ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama"):
         assert engine in printed
+    command(files, tmp_path / "moved")
+    capsys.readouterr()
+    main(["check", str(tmp_path / "moved")])
+    printed = capsys.readouterr().out
+    assert "family of this base was not given" not in printed  # its report says that it is llama
     main(["methods"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in jcl.METHODS)

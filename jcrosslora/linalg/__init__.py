@@ -10,6 +10,7 @@ from jcrosslora.linalg.linear_map import low_rank as low_rank
 from jcrosslora.linalg.linear_map import select as select
 from jcrosslora.linalg.low_rank_product import product_energy as product_energy
 from jcrosslora.linalg.low_rank_product import recompress as recompress
+from jcrosslora.linalg.procrustes import procrustes as procrustes
 from jcrosslora.linalg.stacked import mesh_of as mesh_of
 from jcrosslora.linalg.stacked import over_layers as over_layers
 from jcrosslora.linalg.stacked import spread as spread

@@ -3,6 +3,7 @@
 Methods know no files and no models: they see the `Evidence` of one pair of modules at a time.
 """
 
+from jcrosslora.methods.evidence import Activations as Activations
 from jcrosslora.methods.evidence import Evidence as Evidence
 from jcrosslora.methods.evidence import Fit as Fit
 from jcrosslora.methods.evidence import Side as Side

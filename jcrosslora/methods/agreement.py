@@ -27,6 +27,7 @@ class Agreement:
             residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
         similarity_in: the same for the right singular vectors and I.
         vector_ratio: see `Fit`.
+        activation_cosine: see `Fit`.
         weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt.
     """
 
@@ -42,6 +43,7 @@ class Agreement:
     similarity_out: jax.Array
     similarity_in: jax.Array
     vector_ratio: jax.Array
+    activation_cosine: jax.Array
     weight_cosine: jax.Array
 
 
@@ -63,6 +65,7 @@ def measure(evidence: Evidence, fit: Fit, *, by_coordinates: bool) -> Agreement:
         similarity_out=_similarity(evidence, stream=not evidence.reads) if have else nan,
         similarity_in=_similarity(evidence, stream=evidence.reads) if have else nan,
         vector_ratio=fit.vector_ratio,
+        activation_cosine=fit.activation_cosine,
         weight_cosine=_weight_cosine(evidence, fit, by_coordinates),
     )
 

@@ -47,6 +47,23 @@ class Side:
 
 
 @flax.struct.dataclass
+class Activations:
+    """Sums over N positions at which the tokens of both bases end at the same character of the same text.
+
+    Attributes:
+        inputs: (I_src, I_tgt), sum of x_src x_tgt' over the inputs of the module.
+        outputs: (O_src, O_tgt), the same of its outputs.
+        input_energy: (2,), sums of |x_src|^2 and |x_tgt|^2.
+        output_energy: (2,), the same of the outputs.
+    """
+
+    inputs: jax.Array
+    outputs: jax.Array
+    input_energy: jax.Array
+    output_energy: jax.Array
+
+
+@flax.struct.dataclass
 class Evidence:
     """All that a method may look at for one pair of modules.
 
@@ -54,6 +71,7 @@ class Evidence:
         src: the source module.
         tgt: the target module.
         vocabulary: moments over the shared tokens, the same for all modules; None where they cannot be had.
+        activations: moments of both bases' activations on the same text; None for methods that do not ask for them.
         key: a PRNG key that depends on the seed and on the target module's name.
         reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
             (o, down): the stream is then on the side of its outputs.
@@ -63,6 +81,7 @@ class Evidence:
     src: Side
     tgt: Side
     vocabulary: Vocabulary | None
+    activations: Activations | None
     key: jax.Array
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
@@ -76,10 +95,13 @@ class Fit:
         terms: pairs (P_out, P_in).
         vector_ratio: (), how much better the i-th singular vectors of both bases agree, seen through the shared
             vocabulary, than vectors that do not belong together; 1 is chance, NaN is not measured.
+        activation_cosine: (), cosine between the source's activations, carried over by the map, and the target's,
+            over inputs and outputs; NaN is not measured.
     """
 
     terms: Terms
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
+    activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
 
 
 def stream_vectors(side: Side, reads: bool) -> jax.Array:

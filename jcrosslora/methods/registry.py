@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.errors import MethodError
-from jcrosslora.methods import coordinates, cross_lora, lora_x, prolora, random_map
+from jcrosslora.methods import coordinates, cross_lora, lora_x, prolora, random_map, theseus
 from jcrosslora.methods.evidence import Evidence, Fit
 
-Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "none"]
+Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "none"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Method:
             the two bases are).
         vectors: whether single singular vectors matter, or only the subspace that they span.
         anchored: whether it uses the shared vocabulary.
+        activations: whether it runs both bases on probe texts.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         measure: which diagnostic says if the two bases agree in what this method relies on.
     """
@@ -37,8 +38,14 @@ class Method:
     decomposes: bool = False
     vectors: bool = False
     anchored: bool = False
+    activations: bool = False
     keeps_norm: bool = False
     measure: Measure = "weight cosine"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the truncation rank has any part in it."""
+        return self.decomposes or self.name == "random"
 
     @property
     def needs(self) -> str:
@@ -46,6 +53,7 @@ class Method:
         parts = ["equal shapes"] if self.equal_shapes else []
         parts += ["SVDs of both bases"] if self.decomposes else []
         parts += ["shared vocabulary (for the signs)"] if self.anchored else []
+        parts += ["both bases run on text, their own or the user's"] if self.activations else []
         return ", ".join(parts) or "nothing"
 
 
@@ -96,6 +104,14 @@ _METHODS = (
         summary="rows and columns resampled at the nearest index",
         reference="github.com/ootyzzz/PAW, interpo_core.py",
         fit=coordinates.fit_resampled,
+    ),
+    Method(
+        name="theseus",
+        summary="orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)",
+        reference="arXiv 2602.12952",
+        fit=theseus.fit,
+        activations=True,
+        measure="activation cosine",
     ),
     Method(
         name="random",

@@ -25,6 +25,8 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "dtype": dtype,
         "profile": profile,
         "seed": recipe.seed,
+        "probe_text": recipe.probe_text,
+        "probe_count": recipe.probe_count,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
         "target_name": report.target.name,

@@ -1,5 +1,6 @@
 """What a path holds, for `jcrosslora inspect`, and the other short listings."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,15 @@ def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
     _inspect_hub(ref, console, revision)
+
+
+def reported_family(folder: Path) -> str | None:
+    """Family of the base that a moved adapter is for, from its `transfer_report.json`; None for other adapters."""
+    try:
+        report = json.loads((folder / "transfer_report.json").read_text(encoding="utf-8"))
+        return str(report["target"]["family"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def print_engines(verdicts: Sequence[EngineVerdict], console: Console) -> None:

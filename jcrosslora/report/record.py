@@ -45,6 +45,7 @@ class ModuleRow:
     similarity_out: float
     similarity_in: float
     vector_ratio: float
+    activation_cosine: float
     weight_cosine: float
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from jcrosslora.methods import get_method
 from jcrosslora.report.record import ModuleRow, TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 
@@ -16,6 +17,7 @@ COLUMNS = (
     ("cond src/tgt", "s_1 / s_R"),
     ("sim out/in", "subspace similarity over chance; - where widths differ"),
     ("vectors", "agreement of single vectors through the vocabulary, over chance"),
+    ("activations", "cosine of the source's activations, carried over, with the target's"),
     ("cosine", "of the weights themselves"),
     ("norm", "of the update before and after"),
 )
@@ -37,7 +39,8 @@ def print_report(report: TransferReport, console: Console, *, by_module: bool = 
     """Print the table, what was left behind, the warnings, and the verdict last."""
     rows = module_rows(report) if by_module else role_rows(report)
     recipe = report.recipe
-    table = Table(title=f"{recipe.method}, rank {recipe.rank}, depth {report_depth(report)}", title_justify="left")
+    rank = f", rank {recipe.rank}" if get_method(recipe.method).cuts else ""
+    table = Table(title=f"{recipe.method}{rank}, depth {report_depth(report)}", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for row in rows[:-1]:
@@ -57,6 +60,8 @@ def report_depth(report: TransferReport) -> str:
 
 def _notes(report: TransferReport) -> list[str]:
     lines = []
+    if report.recipe.probes != "none":
+        lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":
         lines.append(f"signs: fixed by the embeddings of {report.recipe.shared_tokens:,} shared tokens")
     if report.leftovers:
@@ -92,6 +97,7 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
         "cond src/tgt": f"{_number(mean('condition_src'), 0)} / {_number(mean('condition_tgt'), 0)}",
         "sim out/in": f"{_number(mean('similarity_out'), 2)} / {_number(mean('similarity_in'), 2)}",
         "vectors": _number(mean("vector_ratio"), 2),
+        "activations": _number(mean("activation_cosine"), 3),
         "cosine": _number(mean("weight_cosine"), 3),
         "norm": f"{before:.3g} > {after:.3g}",
     }

@@ -59,6 +59,9 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verd
             reason = "the signs of the singular vectors are not anchored" if signs == "rule" else "nothing was measured"
             return Verdict("unknown", f"alignment cannot be measured ({reason}): {_NOTHING}")
         return _by_ratio(ratio)
+    if measure == "activation cosine":
+        figure = weighted(rows, "activation_cosine")
+        return Verdict("aligned", f"activations are aligned (cosine {figure:.2f}): {_SOME}")
     if measure == "subspace similarity":
         ratio = _mean_similarity(rows)
         if not math.isnan(ratio):

@@ -1,0 +1,149 @@
+"""Questions as tokens: what the choices share is run once, then each choice continues from there."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.tasks import Question
+from jcrosslora.tokens import Tokenizer
+
+_SMALLEST = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A question and its choices.
+
+    Attributes:
+        prefix: int32 (P,), the tokens in front of `tails`, the same for all choices.
+        tails: for each choice int32 (T,), the rest of its tokens; the first one is only read, never scored.
+        scored: for each choice the index into its tail from which on the tokens belong to the answer, 1 or more.
+    """
+
+    prefix: np.ndarray
+    tails: tuple[np.ndarray, ...]
+    scored: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Questions padded to one shape: Q questions, R rows with a choice each; S scored tokens.
+
+    Attributes:
+        prefix: int32 (Q, P).
+        prefix_mask: bool (Q, P).
+        tails: int32 (R, T).
+        tail_mask: bool (R, T).
+        owner: int32 (R,), the question of each row.
+        picked: int64 (S,), index into the flattened (R, T): the position in front of each scored token.
+        wanted: int32 (S,), the scored tokens.
+        places: int64 (S, 2), question (of the task) and choice of each scored token.
+        questions: Q without the padding.
+    """
+
+    prefix: np.ndarray
+    prefix_mask: np.ndarray
+    tails: np.ndarray
+    tail_mask: np.ndarray
+    owner: np.ndarray
+    picked: np.ndarray
+    wanted: np.ndarray
+    places: np.ndarray
+    questions: int
+
+
+def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
+    """Encode prompt and choice as one text for each choice.
+
+    The answer's tokens are those behind the last token that ends in the prompt, so a token that covers the end of the
+    prompt and the start of the answer is the answer's.
+
+    Raises:
+        UsageError: a choice of which the tokenizer leaves nothing, or text in front of which there is no token.
+    """
+    encoded = [tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
+    length = len(question.prompt)
+    firsts = [int(np.flatnonzero((one.ends >= 0) & (one.ends <= length)).max(initial=-1)) + 1 for one in encoded]
+    for one, first, choice in zip(encoded, firsts, question.choices, strict=True):
+        if not 1 <= first < len(one.ids):
+            msg = f"choice {choice[:60]!r}: the tokenizer of {tokenizer.ref} gives it no token of its own: reword it"
+            raise UsageError(msg)
+    shared = min(_common([one.ids for one in encoded]), *firsts) - 1
+    cut = max(shared, 0)
+    tails = tuple(one.ids[cut:] for one in encoded)
+    return Tokens(encoded[0].ids[:cut], tails, tuple(first - cut for first in firsts))
+
+
+def batches(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
+    """All questions in batches of few shapes, the longest first, so that memory fails at once or never.
+
+    Args:
+        items: the questions.
+        positions: token positions of a batch at most, padding included; a batch has one question or more.
+    """
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for index, item in enumerate(items):
+        shapes.setdefault((_rounded(len(item.prefix)), _rounded(max(map(len, item.tails)))), []).append(index)
+    usual = round(np.mean([len(item.tails) for item in items]))
+    for (prefix, tail), members in sorted(shapes.items(), key=lambda entry: -sum(entry[0])):
+        fitting = max(1, positions // (prefix + usual * tail))
+        count = min(1 << (fitting.bit_length() - 1), 1 << (len(members) - 1).bit_length())
+        rows = max(count * usual, *(len(items[index].tails) for index in members))
+        for group in _packed(items, members, count, rows):
+            yield _batch(items, group, (count, prefix), (rows, tail))
+
+
+def _packed(items: Sequence[Tokens], members: list[int], count: int, rows: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    used = 0
+    for index in members:
+        need = len(items[index].tails)
+        if group and (len(group) == count or used + need > rows):
+            yield group
+            group, used = [], 0
+        group.append(index)
+        used += need
+    yield group
+
+
+def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], body: tuple[int, int]) -> Batch:
+    prefix, prefix_mask = _padded([items[index].prefix for index in group], head)
+    tails, tail_mask = _padded([tail for index in group for tail in items[index].tails], body)
+    owner = np.zeros(body[0], np.int32)
+    picked, wanted, places, row = [], [], [], 0
+    for place, index in enumerate(group):
+        for choice, (tail, first) in enumerate(zip(items[index].tails, items[index].scored, strict=True)):
+            owner[row] = place
+            picked.append(row * body[1] + np.arange(first - 1, len(tail) - 1))
+            wanted.append(tail[first:])
+            places.append(np.tile([index, choice], (len(tail) - first, 1)))
+            row += 1
+    return Batch(
+        *(prefix, prefix_mask, tails, tail_mask, owner),
+        picked=np.concatenate(picked),
+        wanted=np.concatenate(wanted),
+        places=np.concatenate(places),
+        questions=len(group),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, values in enumerate(rows):
+        tokens[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return tokens, mask
+
+
+def _common(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows start with."""
+    shortest = min(map(len, rows))
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return shortest if same.all() else int(np.argmin(same))
+
+
+def _rounded(length: int) -> int:
+    """The next of 8, 16, 32, ...: every further shape has to be compiled, which costs more than the padding."""
+    return max(_SMALLEST, 1 << (length - 1).bit_length()) if length else _SMALLEST

@@ -1,0 +1,122 @@
+"""The models at work: batches in, log-probabilities of single tokens out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
+from jcrosslora.decoder.forward import extend_cache, positions_of
+from jcrosslora.evaluate.pairs import Batch
+
+_STATES_AT_ONCE = 512  # given to the head, those of all models counted
+_LOGITS_AT_ONCE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """A base with several adapters.
+
+    Attributes:
+        settings: of the base.
+        params: its weights.
+        adapters: stacked over A.
+        count: A.
+    """
+
+    settings: DecoderSettings
+    params: Params
+    adapters: StackedAdapter
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Hidden states (A, S, H) in front of tokens (S,), and which question and choice (S, 2) the tokens are of."""
+
+    hidden: np.ndarray
+    wanted: np.ndarray
+    places: np.ndarray
+
+    def part(self, start: int, stop: int) -> "_States":
+        return _States(self.hidden[:, start:stop], self.wanted[start:stop], self.places[start:stop])
+
+    def then(self, other: "_States") -> "_States":
+        hidden = np.concatenate([self.hidden, other.hidden], axis=1)
+        return _States(hidden, np.concatenate([self.wanted, other.wanted]), np.concatenate([self.places, other.places]))
+
+
+def run(
+    models: Models, parts: Iterator[Batch], questions: int, progress: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
+
+    Only the states in front of scored tokens go through the head, which costs more than the layers where the
+    vocabulary is large; they are collected over batches so that it always gets the same number.
+    """
+    size = max(8, _STATES_AT_ONCE // models.count)
+    rest = None
+    with tqdm(total=questions, desc="questions", disable=not progress, leave=False) as bar:
+        for part in parts:
+            found = _states(models, part)
+            rest = found if rest is None else rest.then(found)
+            while len(rest.wanted) >= size:
+                yield _finish(models, rest.part(0, size), size)
+                rest = rest.part(size, len(rest.wanted))
+            bar.update(part.questions)
+    if rest is not None and len(rest.wanted):
+        yield _finish(models, rest, size)
+
+
+def _states(models: Models, part: Batch) -> _States:
+    arrays = (part.prefix, part.prefix_mask, part.tails, part.tail_mask, part.owner)
+    hidden = np.asarray(_tail_states(models.settings, models.params, models.adapters, models.count, *arrays))
+    return _States(hidden.reshape(models.count, -1, hidden.shape[-1])[:, part.picked], part.wanted, part.places)
+
+
+def _finish(models: Models, states: _States, size: int) -> tuple[np.ndarray, np.ndarray]:
+    used = len(states.wanted)
+    hidden = np.pad(states.hidden, ((0, 0), (0, size - used), (0, 0)))
+    wanted = np.pad(states.wanted, (0, size - used))
+    return states.places, np.asarray(_log_probs(models.settings, models.params, hidden, wanted))[:, :used]
+
+
+@partial(jax.jit, static_argnames=("settings", "count"))
+def _tail_states(
+    settings: DecoderSettings,
+    params: Params,
+    adapters: StackedAdapter,
+    count: int,
+    prefix: jax.Array,
+    prefix_mask: jax.Array,
+    tails: jax.Array,
+    tail_mask: jax.Array,
+    owner: jax.Array,
+) -> jax.Array:
+    """(A, R, T, H) hidden states of the tails, each behind the prefix of its question."""
+    slots = prefix.shape[1] + tails.shape[1]
+    lengths = jnp.sum(prefix_mask, axis=1, dtype=jnp.int32)
+    queries, keys = positions_of(tails, tail_mask)
+    queries, keys = queries + lengths[owner][:, None], jnp.where(tail_mask, keys + lengths[owner][:, None], keys)
+
+    def one(adapter: StackedAdapter) -> jax.Array:
+        cache = init_cache(settings, prefix.shape[0], slots, params.embedding.dtype)
+        _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter)
+        cache = cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            keys=cache.keys[:, owner], values=cache.values[:, owner], positions=cache.positions[owner]
+        )
+        hidden, _ = extend_cache(settings, params, cache, tails, (queries, keys), adapter)
+        return hidden
+
+    return jax.vmap(one, axis_size=count)(adapters)
+
+
+@partial(jax.jit, static_argnames="settings")
+def _log_probs(settings: DecoderSettings, params: Params, states: jax.Array, wanted: jax.Array) -> jax.Array:
+    """float32 (A, S) log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
+    targets = jnp.broadcast_to(wanted, states.shape[:2])
+    return target_log_probs(settings, params, states, targets, chunk=_LOGITS_AT_ONCE)

@@ -1,0 +1,75 @@
+"""Log-probabilities of all choices of all questions, for a base and its adapters side by side."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+from jcrosslora.evaluate.pairs import batches, tokenize
+from jcrosslora.evaluate.run import Models, run
+from jcrosslora.evaluate.scores import Scores
+from jcrosslora.evaluate.tasks import Question
+from jcrosslora.tokens import Tokenizer, load_tokenizer
+
+
+def score(
+    base: BaseModel,
+    questions: Sequence[Question],
+    adapters: Sequence[Adapter] = (),
+    *,
+    dtype: DTypeLike = jnp.float32,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+    params: Params | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Scores:
+    """Score every choice of every question under the base and under the base with each adapter.
+
+    All run at once: one pass over the questions, mapped over the adapters; the base is the adapter of zeros. What the
+    choices of a question share is run once. Log-probabilities are float32, their sums float64.
+
+    Args:
+        base: the model.
+        questions: at least one.
+        adapters: of this base, applied unmerged.
+        dtype: of the weights, float32 or bfloat16.
+        batch_tokens: token positions in memory at once, those of all adapters counted.
+        progress: whether to show a progress bar.
+        params: the weights, where they are loaded already; then `dtype` is not used.
+        tokenizer: the base's, where it is loaded already.
+
+    Raises:
+        UsageError: no question, batch_tokens below 1, or text that has no tokens.
+        AdapterError: an adapter that does not fit, or whose scores are not finite.
+        CheckpointError: the base or its tokenizer cannot be read, or its scores are not finite.
+    """
+    if not questions or batch_tokens < 1:
+        msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
+        raise UsageError(msg)
+    tokenizer = tokenizer or load_tokenizer(base)
+    items = [tokenize(tokenizer, question) for question in questions]
+    count = len(adapters) + 1
+    stacked = stack_adapters([Adapter(modules={}), *adapters], base)
+    models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
+    # Rows of log-probabilities and a last one of ones, which counts the tokens.
+    sums = np.zeros((count + 1, len(questions), max(len(one.choices) for one in questions)))
+    for places, values in run(models, batches(items, max(1, batch_tokens // count)), len(questions), progress):
+        for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
+            np.add.at(one, tuple(places.T), found)
+    tokens = sums[-1].astype(np.int64)
+    log_probs = np.where(tokens > 0, sums[:-1], np.nan)
+    names = (base.name, *(adapter.info.name for adapter in adapters))
+    _check_finite(log_probs, tokens, names)
+    return Scores.of(names, questions, log_probs, tokens)
+
+
+def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
+    for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
+        if not np.isfinite(one[tokens > 0]).all():
+            msg = f"{name}: gives log-probabilities that are not finite: its weights are too large or not numbers"
+            raise (AdapterError if index else CheckpointError)(msg)

@@ -1,0 +1,86 @@
+"""The scores of a task, and the figures made from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.bootstrap import Interval, intervals
+from jcrosslora.evaluate.tasks import Question
+
+FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of n questions with C choices at most, under A models: the base first, then its adapters.
+
+    Attributes:
+        names: (A,) names of the models.
+        log_probs: float64 (A, n, C), sum of the log-probabilities of a choice's tokens, in nats; NaN where a question
+            has fewer choices.
+        characters: int64 (n, C), code points of a choice, without the space in front; 0 where there is none.
+        tokens: int64 (n, C), tokens of a choice; 0 where there is none.
+        answers: int64 (n,), index of the right choice.
+    """
+
+    names: tuple[str, ...]
+    log_probs: np.ndarray
+    characters: np.ndarray
+    tokens: np.ndarray
+    answers: np.ndarray
+
+    @staticmethod
+    def of(names: Sequence[str], questions: Sequence[Question], log_probs: np.ndarray, tokens: np.ndarray) -> "Scores":
+        """Scores with characters and answers from the questions themselves."""
+        characters = np.zeros(tokens.shape, np.int64)
+        for row, question in zip(characters, questions, strict=True):
+            row[: len(question.choices)] = [len(choice) for choice in question.choices]
+        answers = np.array([question.answer for question in questions], np.int64)
+        return Scores(tuple(names), log_probs, characters, tokens, answers)
+
+    def accuracy(self) -> np.ndarray:
+        """float64 (A,): share of questions whose right choice has the highest log-probability."""
+        return self.by_question("accuracy").mean(axis=1)
+
+    def accuracy_norm(self) -> np.ndarray:
+        """float64 (A,): the same with log-probabilities per character of the choice."""
+        return self.by_question("accuracy_norm").mean(axis=1)
+
+    def nll_per_char(self) -> np.ndarray:
+        """float64 (A,): mean over questions of -log p(right choice) / its characters, in nats."""
+        return self.by_question("nll_per_char").mean(axis=1)
+
+    def nll_pooled(self) -> np.ndarray:
+        """float64 (A,): -log p of all right choices / all their characters, in nats: long answers count for more."""
+        return self.by_question("nll_pooled").mean(axis=1)
+
+    def by_question(self, figure: str) -> np.ndarray:
+        """float64 (A, n): a figure of `FIGURES` before the mean over questions; accuracies are 0 or 1.
+
+        Of "nll_pooled" it is -log p(right choice) over the mean number of characters of all right choices.
+
+        Raises:
+            UsageError: an unknown figure.
+        """
+        if figure not in FIGURES:
+            msg = f"figure {figure!r} is not known; known: {', '.join(FIGURES)}"
+            raise UsageError(msg)
+        exists = self.characters > 0
+        per_char = self.log_probs / np.where(exists, self.characters, 1)
+        if figure in ("nll_per_char", "nll_pooled"):
+            right = np.arange(len(self.answers)), self.answers
+            lengths = self.characters[right]
+            return -self.log_probs[:, *right] / (lengths if figure == "nll_per_char" else lengths.mean())
+        ranked = np.where(exists, self.log_probs if figure == "accuracy" else per_char, -np.inf)
+        return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
+
+    def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """For each model the figure with its 95% interval over resampled questions."""
+        return intervals(self.by_question(figure), draws=draws, seed=seed)
+
+    def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+        """For each model its figure minus the base's, with the 95% interval over the same resampled questions."""
+        found = self.by_question(figure)
+        return intervals(found - found[:1], draws=draws, seed=seed)

@@ -1,0 +1,86 @@
+"""Task files: one question with its choices a line."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.errors import UsageError
+
+_WANTED = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        question: its text.
+        choices: the possible answers.
+        answer: index of the right one.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def prompt(self) -> str:
+        """What a model reads in front of " " and a choice."""
+        return f"Question: {self.question}\nAnswer:"
+
+
+def read_task(path: str | Path) -> list[Question]:
+    """Read a JSONL file of {"question", "choices", "answer"}; further keys and empty lines are skipped.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UsageError: the file cannot be read, a line is not such a question, or there is none.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file of questions"
+        raise UsageError(msg) from error
+    found = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        msg = f"{path}: holds no question: {_WANTED} on each line"
+        raise UsageError(msg)
+    return found
+
+
+def _parse(line: bytes, place: str) -> Question:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise _refusal(place, "is not UTF-8 JSON") from None
+    if not isinstance(entry, dict):
+        raise _refusal(place, f"is of type {type(entry).__name__}")
+    for key in ("question", "choices", "answer"):
+        if key not in entry:
+            raise _refusal(place, f"has no {key!r}")
+    question, choices, answer = entry["question"], entry["choices"], entry["answer"]
+    if not _is_text(question):
+        raise _refusal(place, f"has the question {_short(question)}")
+    if not isinstance(choices, list) or not choices or not all(_is_text(choice) for choice in choices):
+        raise _refusal(place, f"has the choices {_short(choices)}")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise _refusal(place, f"has the answer {_short(answer)} for {len(choices)} choices")
+    return Question(question, tuple(choices), answer)
+
+
+def _is_text(value: Any) -> bool:
+    # Half a surrogate pair can be written in JSON, but is no text.
+    return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
+
+
+def _refusal(place: str, came: str) -> UsageError:
+    return UsageError(f"{place}: {came}, {_WANTED} with texts that are not blank and an index from 0")
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

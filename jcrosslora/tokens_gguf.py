@@ -1,0 +1,161 @@
+"""The tokenizer that a GGUF file describes, built with the tokenizers library.
+
+transformers builds one too, but needs torch for that, takes four times as long for Gemma, and does not look at
+`tokenizer.ggml.pre`, which says how text is cut before the merges.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.gguf_header import read_header
+from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.errors import CheckpointError
+
+# Token types of llama.cpp (`llama_token_type`).
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"
+
+# How text is cut before the merges, as the tokenizer.json of the models says (`tokenizer.ggml.pre` names them).
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
+_SPLITS = {
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _TAIL,
+    "qwen2": _WORDS + r"\p{N}" + _TAIL,
+    "tekken": _CASED + r"\p{N}" + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*"),
+}
+_BY_GPT2 = ("default", "gpt-2", "smollm")
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file.
+
+    Raises:
+        CheckpointError: the file is corrupt.
+    """
+    import gguf  # It is there: the base was opened with it.
+
+    return read_header(MappedFile(path), {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}).metadata
+
+
+def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
+    """A `tokenizers.Tokenizer` without post-processor.
+
+    Raises:
+        CheckpointError: a kind of tokenizer that is not supported, or metadata that do not describe one.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        msg = f"{path}: its tokenizer is of kind {model!r}, wanted gpt2 or llama: use the model's folder instead"
+        raise CheckpointError(msg)
+    tokens, types = (_listed(metadata, key, str if key == "tokens" else int, path) for key in ("tokens", "token_type"))
+    if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+        msg = (
+            f"{path}: has {len(tokens)} tokens, {len(set(tokens))} different, with {len(types)} types: convert it again"
+        )
+        raise CheckpointError(msg)
+    backend = _byte_level(metadata, tokens, path) if model == "gpt2" else _sentencepiece(metadata, tokens, types, path)
+    _add_tokens(backend, tokens, types)
+    return backend
+
+
+def bos_of(metadata: Mapping[str, Any]) -> int | None:
+    """The token that belongs in front of every text; where the metadata do not say, as llama.cpp decides."""
+    implied = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    return bos if metadata.get("tokenizer.ggml.add_bos_token", implied) is True and type(bos) is int else None
+
+
+def eos_of(metadata: Mapping[str, Any]) -> list[Any]:
+    """What the metadata name as the ends of a document, a turn and a message."""
+    return [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+
+
+def _listed(metadata: Mapping[str, Any], key: str, kind: type, path: Path) -> list[Any]:
+    values = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        msg = f"{path}: tokenizer.ggml.{key} is no list of {kind.__name__}: convert the model again"
+        raise CheckpointError(msg)
+    return values
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in (*_SPLITS, *_BY_GPT2):
+        msg = f"{path}: cuts text by the rule {pre!r}, which is not known here: use the model's folder instead"
+        raise CheckpointError(msg)
+    pairs = [tuple(merge.split(" ")) for merge in _listed(metadata, "merges", str, path)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if not all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs):
+        msg = f"{path}: a merge in tokenizer.ggml.merges is not two tokens that make a third: convert the model again"
+        raise CheckpointError(msg)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in ("llama-bpe", "tekken")))
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _BY_GPT2)]
+    if pre in _SPLITS:
+        steps.insert(0, pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"))
+    if pre == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = _listed(metadata, "scores", float, path)
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if len(scores) != len(tokens) or type(unknown) is not int or not 0 <= unknown < len(tokens):
+        counts = f"{len(scores)} scores for {len(tokens)} tokens, and {unknown!r} as the unknown one"
+        msg = f"{path}: has {counts}: convert the model again"
+        raise CheckpointError(msg)
+    normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == _NORMAL}
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges_of(normal),
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    replace = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefixed else replace
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+    return backend
+
+
+def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Merges that act as sentencepiece does: of all pairs of neighbours that make a token, the best score goes first.
+
+    Args:
+        scores: normal tokens with their scores.
+    """
+    ordered = sorted((token for token in scores if len(token) > 1), key=lambda token: -scores[token])
+    return [
+        (token[:cut], token[cut:])
+        for token in ordered
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+
+
+def _add_tokens(backend: Any, tokens: list[str], types: list[int]) -> None:
+    """Control and user-defined tokens are matched in the text as they are written, before anything else."""
+    from tokenizers import AddedToken
+
+    for kinds, special in (((_UNKNOWN, _CONTROL), True), ((_USER_DEFINED,), False)):
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in kinds and token
+        ]
+        (backend.add_special_tokens if special else backend.add_tokens)(added)

@@ -1,0 +1,48 @@
+"""Tiny llama bases with a byte-level BPE tokenizer that was trained on a few lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_bases import write_llama
+
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. A dog is The best friend, said Anna to Peter and Peter to Anna.",
+    "Water boils at 100 degrees. Plants need water, light and air; the Light of the sun is what Plants live on.",
+    "Zürich and Köln are cities — naïve readers say: ‘where?’ Let us see what Water does, and When, and Where.",
+    *(f"{word} and {word}" for word in ("Anna", "Peter", "Water", "Plants", "Light", "When", "Where")),
+]
+
+
+def write_base(folder: Path, merges: int, *, bos: bool = False, eos: int | None = None, **dims) -> Path:
+    """A random base whose tokenizer has at most so many merges, and puts <s> in front if `bos`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = save_tokenizer(folder, merges, bos)
+    write_llama(folder, tokenizer=False, vocab=vocab, **dims)
+    if eos is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
+    return folder
+
+
+def save_tokenizer(folder: Path, merges: int, bos: bool) -> int:
+    """Write tokenizer.json; returns the size of its vocabulary."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=258 + merges,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(4 * CORPUS, trainer)
+    if bos:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()

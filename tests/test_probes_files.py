@@ -1,0 +1,100 @@
+"""Texts in files: round trips, and one line for what cannot be read or written."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.probes import Probes, read_texts, save_texts
+
+any_text = st.text(st.characters(codec="utf-8")).filter(lambda text: text.strip())
+one_line = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0\ufeff")).filter(lambda text: text.strip())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("texts")
+
+
+@given(texts=st.lists(any_text, min_size=1))
+def test_json_lines_come_back(folder, texts):
+    save_texts(folder / "texts.jsonl", texts)
+    assert read_texts(folder / "texts.jsonl") == texts
+
+
+@given(texts=st.lists(one_line, min_size=1))
+def test_lines_come_back(folder, texts):
+    save_texts(folder / "texts.txt", texts)
+    assert read_texts(folder / "texts.txt") == texts
+
+
+def test_files_of_other_programs_are_read(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_bytes("\ufefffirst line\r\n\r\n  second ü \n   \nlast".encode())
+    assert read_texts(path) == ["first line", "  second ü ", "last"]
+    path = tmp_path / "notes.JSONL"
+    path.write_bytes('\ufeff{"text": "a\\nb", "id": 3}\r\n\n{"text": " "}\n{"text": "c"}'.encode())
+    assert read_texts(str(path)) == ["a\nb", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("empty.txt", b"", "no text"),
+        ("blank.txt", b" \n\r\n\t\n", "no text"),
+        ("model.gguf", b"GGUF\x03\0\0\0text", "binary"),
+        ("latin.txt", b"na\xefve", "UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', "broken.jsonl:2"),
+        ("list.jsonl", b'["text"]', "list.jsonl:1"),
+        ("number.jsonl", b'{"text": 3}', "number.jsonl:1"),
+        ("other.jsonl", b'{"question": "a"}', "other.jsonl:1"),
+        ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1"),
+        ("digits.jsonl", b"1" * 10_000, "digits.jsonl:1"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1"),
+    ],
+)
+def test_files_that_hold_no_texts_are_refused(tmp_path, name, content, named):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        read_texts(tmp_path / name)
+    assert name in str(caught.value)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path, tmp_path / "none.txt" / "inside.txt"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_texts(path)
+
+
+@pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " \n"], ["\ud800"], ["a\nb"], ["a\rb"], ["\ufeffa"]])
+def test_texts_that_would_not_come_back_are_not_written(tmp_path, texts):
+    with pytest.raises(UsageError) as caught:
+        save_texts(tmp_path / "texts.txt", texts)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "none" / "texts.txt", tmp_path / "file" / "texts.txt", tmp_path):
+        with pytest.raises(OutputError, match="cannot be written"):
+            save_texts(path, ["a"])
+    assert (tmp_path / "file").read_text() == "old"
+    save_texts(tmp_path / "file", ["new"])
+    assert json.dumps(read_texts(tmp_path / "file")) == '["new"]'
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_description_names_what_the_texts_are():
+    probes = Probes(("one", "two"), "written by B at temperature 1", 7, positions=31)
+    said = probes.describe()
+    for part in ("2 texts", "written by B at temperature 1", "seed 7", "31 matched", probes.digest()[:12]):
+        assert part in said
+    assert "\n" not in said
+    assert Probes(("onetwo",), "given").digest() != probes.digest()
+    assert "seed" not in Probes(("one",), "given").describe()
+    assert Probes(("one", "two"), "given").digest() == probes.digest()

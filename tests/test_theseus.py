@@ -1,0 +1,112 @@
+"""Activation alignment from file to file on tiny bases with two different tokenizers."""
+
+import json
+
+import numpy as np
+import pytest
+from probe_bases import CORPUS, write_base
+from tiny_bases import delta, random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.cli import main
+from jcrosslora.probes import Probes
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    write_base(folder / "source", 60, seed=0)
+    write_base(folder / "target", 20, bos=True, seed=1, hidden=56, head_dim=14, layers=2)
+    jcl.save_adapter(random_adapter(jcl.open_base(folder / "source")), folder / "adapter")
+    (folder / "texts.txt").write_text("\n".join(CORPUS))
+    return folder
+
+
+def transfer(files, out, *flags):
+    given = [files / "adapter", "--source", files / "source", "--target", files / "target", "--out", out]
+    main(["transfer", *map(str, given), "--method", "theseus", *flags])
+
+
+def test_text_of_the_user_by_the_command_and_again_by_its_own_recipe(files, tmp_path, capsys):
+    transfer(files, tmp_path / "one", "--probe-text", str(files / "texts.txt"))
+    printed = capsys.readouterr().out
+    assert f"probes: {len(CORPUS)} texts read from {files / 'texts.txt'}" in printed
+    assert "verdict: activations are aligned" in printed
+    report = json.loads((tmp_path / "one" / "transfer_report.json").read_text())
+    assert all(0 < row["activation_cosine"] <= 1 for row in report["rows"])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(report["recipe_toml"])
+    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_text_that_the_source_writes_itself(files, tmp_path):
+    transfer(files, tmp_path / "out", "--probe-count", "6")
+    report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
+    assert report["recipe"]["probe_count"] == 6
+    assert "6 texts written by" in report["recipe"]["probes"]
+    assert len(jcl.load_adapter(tmp_path / "out").modules) == 14
+
+
+def test_the_same_base_on_both_sides_keeps_what_the_probes_reach(files):
+    """Orthogonal maps of a base to itself are the projections on the directions that its activations reach."""
+    base = jcl.open_base(files / "source")
+    adapter = random_adapter(base)
+    transport = jcl.align(base, base, method="theseus", probes=Probes(tuple(CORPUS), "given"))
+    moved = jcl.shift(transport, adapter)
+    for row in moved.report.rows:
+        assert row.activation_cosine == pytest.approx(1, abs=1e-3)
+    for group in transport.groups:
+        ((p_out, p_in),) = group.terms
+        for linear_map in (p_out, p_in):
+            for left, right in zip(np.asarray(linear_map.left), np.asarray(linear_map.right), strict=True):
+                dense = left @ right.T
+                np.testing.assert_allclose(dense, dense.T, atol=5e-2)
+                np.testing.assert_allclose(dense @ dense, dense, atol=5e-2)
+    assert set(moved.modules) == set(adapter.modules)
+    assert moved.report.kept > 0.5
+    whole = sum(np.sum(delta(f) * delta(adapter.modules[n])) for n, f in moved.modules.items())
+    assert whole > 0.5 * sum(np.sum(delta(f) ** 2) for f in adapter.modules.values())
+
+
+UNUSABLE = [(None, "absent.txt"), ("", "holds no text"), (b"\xff\xfe\x00", "absent.txt")]
+
+
+@pytest.mark.parametrize(("content", "wanted"), UNUSABLE)
+def test_text_files_that_cannot_be_used(files, tmp_path, capsys, content, wanted):
+    path = tmp_path / "absent.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(SystemExit) as stopped:
+        transfer(files, tmp_path / "out", "--probe-text", str(path))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert wanted in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_a_tokenizer_is_refused(files, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for path in (files / "target").iterdir():
+        if path.name != "tokenizer.json":
+            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    given = [files / "adapter", "--source", files / "source", "--target", tmp_path / "bare", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["transfer", *map(str, given), "--method", "theseus", "--probe-text", str(files / "texts.txt")])
+    assert stopped.value.code == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
+def test_evaluate_by_the_command(files, tmp_path, capsys):
+    task = tmp_path / "task.jsonl"
+    items = [{"question": f"What is {i}?", "choices": ["water", "light"], "answer": i % 2} for i in range(4)]
+    task.write_text("\n".join(map(json.dumps, items)))
+    main(["evaluate", "--base", str(files / "source"), "--task", str(task), "--adapter", str(files / "adapter")])
+    printed = capsys.readouterr().out
+    assert "4 questions" in printed
+    assert "accuracy" in printed
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--base", str(files / "source"), "--task", str(task), "--limit", "0"])
+    assert stopped.value.code == 2

@@ -1,0 +1,137 @@
+"""Tokenizers built from GGUF metadata act as the ones that the metadata were made from."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import KINDS
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.errors import CheckpointError
+from jcrosslora.tokens import load_tokenizer
+from jcrosslora.tokens_gguf import bos_of, build_backend, eos_of, merges_of
+
+PATH = Path("model.gguf")
+REAL = {"SmolLM2-135M-Instruct.Q4_1.gguf": None, "gemma-3-270m-q4_k_m.gguf": 2}
+
+
+def byte_level_metadata(pre="gpt-2"):
+    import json
+
+    model = json.loads(KINDS["byte-level"]().to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+    }
+
+
+def sentencepiece_metadata(**changes):
+    space = "\u2581"
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    normal = [space + "the", "the", "th", space, *"abcdehtlé日本"]
+    tokens = ["<unk>", "<s>", "</s>", *byte_tokens, "\n\n", "  ", *normal]
+    scores = [0.0] * 261 + [-2.0, -1.0, 0.0, *(-float(100 + n) for n in range(len(normal) - 3))]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [4, 4] + [1] * len(normal),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_space_prefix": False,
+    } | changes
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.sampled_from("the sun, moon.é日🎉\n '7½"), max_size=20))
+def test_byte_level_is_the_one_it_came_from(text):
+    own, built = KINDS["byte-level"](), build_backend(byte_level_metadata(), PATH)
+    own.post_processor = None
+    assert built.encode(text).ids == own.encode(text).ids
+    assert built.encode(text).offsets == own.encode(text).offsets
+    assert built.decode(built.encode(text).ids) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "wanted"),
+    [
+        ("gpt-2", "a 12 b's", ["a", " 12", " b", "'s"]),
+        ("smollm", "a 12 b's", ["a", " ", "1", "2", " b", "'s"]),
+        ("llama-bpe", "a 1234 B'S\n\n x", ["a", " ", "123", "4", " B", "'S", "\n\n", " x"]),
+        ("qwen2", "a 12 b'S", ["a", " ", "1", "2", " b", "'S"]),
+        ("tekken", "HelloWorld 12", ["Hello", "World", " ", "1", "2"]),
+    ],
+)
+def test_text_is_cut_as_the_metadata_say(pre, text, wanted):
+    backend = build_backend(byte_level_metadata(pre), PATH)
+    pieces = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert pieces == wanted
+
+
+def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
+    backend = build_backend(sentencepiece_metadata(), PATH)
+    tokens = backend.encode("a the  the\n\n語").tokens
+    assert tokens == ["a", "\u2581the", "  ", "the", "\n\n", "<0xE8>", "<0xAA>", "<0x9E>"]
+    assert backend.decode(backend.encode("a the  the\n\n語").ids) == "a the  the\n\n語"
+    prefixed = build_backend(sentencepiece_metadata(**{"tokenizer.ggml.add_space_prefix": True}), PATH)
+    assert prefixed.encode("the a").tokens == ["\u2581the", "\u2581", "a"]
+    assert prefixed.decode(prefixed.encode("the a").ids) == "the a"
+
+
+def test_merges_come_best_score_first():
+    scores = {"a": -9.0, "b": -8.0, "ab": -2.0, "aab": -1.0, "aa": -5.0, "x": 0.0, "xy": 0.0}
+    assert merges_of(scores) == [("a", "ab"), ("aa", "b"), ("a", "b"), ("a", "a")]
+
+
+def test_bos_where_the_metadata_do_not_say():
+    ids = {"tokenizer.ggml.bos_token_id": 5}
+    assert bos_of(ids | {"tokenizer.ggml.model": "llama"}) == 5
+    assert bos_of(ids | {"tokenizer.ggml.model": "gpt2"}) is None
+    assert bos_of(ids | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe"}) == 5
+    assert bos_of(ids | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False}) is None
+    assert bos_of({"tokenizer.ggml.model": "llama"}) is None
+    assert eos_of({"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 4}) == [2, 4, None]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "is of kind None"),
+        ({"tokenizer.ggml.model": "t5"}, "is of kind 't5'"),
+        (byte_level_metadata("viking"), "the rule 'viking'"),
+        (byte_level_metadata() | {"tokenizer.ggml.tokens": None}, "tokens is no list of str"),
+        (byte_level_metadata() | {"tokenizer.ggml.token_type": [1]}, "with 1 types"),
+        (byte_level_metadata() | {"tokenizer.ggml.merges": ["a b c"]}, "a merge in tokenizer.ggml.merges"),
+        (byte_level_metadata() | {"tokenizer.ggml.merges": ["zz qq"]}, "a merge in tokenizer.ggml.merges"),
+        (byte_level_metadata() | {"tokenizer.ggml.merges": [3]}, "merges is no list of str"),
+        (sentencepiece_metadata(**{"tokenizer.ggml.scores": [0.0]}), "1 scores for"),
+        (sentencepiece_metadata(**{"tokenizer.ggml.unknown_token_id": 10**6}), "1000000 as the unknown one"),
+    ],
+)
+def test_metadata_that_describe_no_tokenizer_are_refused(metadata, message):
+    with pytest.raises(CheckpointError) as caught:
+        build_backend(metadata, PATH)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("model.gguf: ")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", REAL)
+def test_real_tokenizers(name):
+    path = Path(os.environ.get("JCROSSLORA_MODELS", "/nowhere")) / name
+    if not path.exists():
+        pytest.skip(f"JCROSSLORA_MODELS holds no {name}")
+    tokenizer = load_tokenizer(open_base(path))
+    assert tokenizer.bos == REAL[name]
+    for text in ("Hello, world! 12 345", "Héllo 日本語 👩\u200d🚀𓀀 x", "  a  b\n\n\n c\t"):
+        encoded = tokenizer.encode(text)
+        assert tokenizer.decode(encoded.ids) == text
+        assert encoded.ends[-1] == len(text)
+    if REAL[name]:  # The ids of Gemma's own tokenizer.
+        assert tokenizer.encode("Hello, world!").ids.tolist() == [2, 9259, 236764, 1902, 236888]
