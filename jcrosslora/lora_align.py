@@ -80,6 +80,7 @@ class Plan:
 
     Attributes:
         pairing: which module feeds which, over all modules of the target.
+        probes: text for methods that run the bases; may be set until the groups are asked for.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Plan:
         self._pairs = _wanted(self.pairing, sources)
         _check_shapes(self.method, source, target, self._pairs)
         self.rank = _check_rank(rank, source, target, self._pairs)
-        self._probes = probes
+        self.probes = probes
         self._vocabulary, self._no_vocabulary = None, "not needed"
         if self.method.anchored:
             self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
@@ -129,7 +130,7 @@ class Plan:
         """The settings, with defaults and outcomes filled in."""
         signs = "not needed" if not self.method.anchored else "rule" if self._vocabulary is None else "vocabulary"
         tokens = 0 if self._vocabulary is None else self._vocabulary.count
-        probes = self._probes if self.method.activations else None
+        probes = self.probes if self.method.activations else None
         return AlignRecipe(
             method=self.method.name,
             rank=self.rank,
@@ -176,11 +177,11 @@ class Plan:
         from jcrosslora.probes import count_positions, probe_batches, written_probes
         from jcrosslora.tokens import load_tokenizer
 
-        if self._probes is None:
-            self._probes = written_probes(self.source, seed=self.seed, progress=progress)
+        if self.probes is None:
+            self.probes = written_probes(self.source, seed=self.seed, progress=progress)
         tokenizers = load_tokenizer(self.source), load_tokenizer(self.target)
-        batches = probe_batches(self._probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
-        self._probes = dataclasses.replace(self._probes, positions=count_positions(batches))
+        batches = probe_batches(self.probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
+        self.probes = dataclasses.replace(self.probes, positions=count_positions(batches))
         roles = {pair.role for pair in self._pairs}
         return cross_moments(self.source, self.target, batches, self.pairing.layers, roles, progress=progress)
 

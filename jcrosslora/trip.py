@@ -102,8 +102,9 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         depth=depth,
         seed=settings.seed,
         sources=mover.adapter.modules.keys(),
-        probes=_probes(settings, source, progress),
     )
+    # After all else has been checked: writing texts takes a minute.
+    plan.probes = _probes(settings, source, progress)
     for group in plan.groups(progress=progress):
         mover.add(group)
     moved = mover.finish(plan.transport(()))

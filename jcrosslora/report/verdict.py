@@ -61,7 +61,7 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verd
         return _by_ratio(ratio)
     if measure == "activation cosine":
         figure = weighted(rows, "activation_cosine")
-        return Verdict("aligned", f"activations are aligned (cosine {figure:.2f}): {_SOME}")
+        return Verdict("aligned", f"activations are aligned (cosine {figure:.2f}): {_SOME} with `jcrosslora evaluate`")
     if measure == "subspace similarity":
         ratio = _mean_similarity(rows)
         if not math.isnan(ratio):
