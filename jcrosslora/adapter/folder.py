@@ -1,11 +1,11 @@
 """Find the two files of an adapter: in a folder, or on the hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
@@ -56,17 +56,9 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
-        raise AdapterError(msg) from error
-    except (ValueError, RecursionError) as error:
-        msg = f"{path}: not valid JSON: correct the file or download it again"
-        raise AdapterError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"{path}: holds {type(value).__name__} where a JSON object was wanted: download the file again"
-        raise AdapterError(msg)
-    return value
+        return read_json_object(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
 
 
 def open_weights(path: Path) -> SafetensorsFile:
