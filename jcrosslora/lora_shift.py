@@ -171,7 +171,7 @@ def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_ra
 def _shift_stack(
     terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
 ) -> _Shifted:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32) * scale[:, None, None]
+    b = b * scale[:, None, None]
 
     def one(item: tuple[Terms, jax.Array, jax.Array], _: None) -> _Shifted:
         terms, a, b = item
@@ -181,8 +181,8 @@ def _shift_stack(
 
 
 def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    a = np.stack([np.asarray(item.a) for item in factors])
-    b = np.stack([np.asarray(item.b) for item in factors])
+    a = np.stack([np.asarray(item.a, np.float32) for item in factors])
+    b = np.stack([np.asarray(item.b, np.float32) for item in factors])
     return a, b, np.array([item.scale for item in factors], np.float32)
 
 

