@@ -13,7 +13,7 @@ def procrustes(cross: jax.Array) -> tuple[LinearMap, jax.Array]:
     P maximises tr(P X'Y), and for equal widths minimises ||X P' - Y||_F over orthogonal P (Schoenemann 1966): with
     X'Y = U S V', P = V U'. Directions that the moment does not determine are mapped to zero: those whose singular value
     is below the rounding of float32, eps times the longer side times the largest. They are many where a few dimensions
-    carry most of the energy, and their vectors are noise; kept, they cost all that the others gain.
+    carry most of the energy, and their vectors are noise (on the one real pair measured, keeping them undid the gain).
 
     Args:
         cross: (M_src, M_tgt), X'Y.
