@@ -4,10 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.portable import FileDtype
+from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.files import ensure_free
 from jcrosslora.lora_align import Plan
@@ -19,9 +21,6 @@ from jcrosslora.transport import describe_base
 
 if TYPE_CHECKING:
     from jcrosslora.probes import Probes
-
-Profile = Literal["portable", "peft"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class TransferSettings:
     """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
     out_rank: int | None = None
     """Cut every moved update to this rank, optimally."""
-    dtype: Dtype = "float32"
+    dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
     """portable: one rank, read alike by every engine. peft: a rank for each module."""
@@ -129,7 +128,7 @@ def save_adapter(
     *,
     base_name: str | None = None,
     profile: Profile = "portable",
-    dtype: Dtype = "float32",
+    dtype: FileDtype = "float32",
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a PEFT folder; a moved one with its model card and `transfer_report.json`.

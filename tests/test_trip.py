@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -227,6 +228,17 @@ def test_the_recipe_on_the_card_makes_the_same_adapter_again(files, tmp_path):
     main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_the_recipe_pins_the_commit_of_an_adapter_from_the_hub(files, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--tuned" / "snapshots" / "0123abcd"
+    shutil.copytree(files / "adapter", snapshot)
+    monkeypatch.setattr("jcrosslora.adapter.folder._download", lambda _, name, revision: snapshot / name)
+    moved = jcl.transfer(settings(files, tmp_path / "out", method="pad-truncate", adapter="org/tuned"))
+    assert moved.report.adapter.revision == "0123abcd"
+    recipe = tomllib.loads(json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"])
+    assert (recipe["adapter"], recipe["adapter_revision"]) == ("org/tuned", "0123abcd")
+    assert jcl.load_adapter(files / "adapter").info.revision is None
 
 
 def test_flags_come_before_the_recipe(files, tmp_path):

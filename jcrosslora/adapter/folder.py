@@ -1,10 +1,10 @@
 """Find the two files of an adapter: in a folder, or on the hub."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
@@ -13,8 +13,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     if is_there:
         msg = f"{ref}: a file, the folder that holds {CONFIG} and {WEIGHTS} was wanted"
         raise AdapterError(msg)
-    if isinstance(ref, str) and _HUB_ID.fullmatch(ref):
+    if isinstance(ref, str) and is_hub_id(ref):
         return AdapterFiles(ref, *(_download(ref, name, revision) for name in (CONFIG, WEIGHTS)))
     msg = f"{ref}: no such folder: give a folder with {CONFIG} and {WEIGHTS}, or a hub id such as owner/name"
     raise AdapterError(msg)

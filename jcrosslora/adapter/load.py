@@ -1,6 +1,5 @@
 """Read a PEFT LoRA adapter into memory."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.config import check_config, config_notes
-from jcrosslora.adapter.folder import find_adapter, open_weights, read_config
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
 from jcrosslora.adapter.kinds import REFUSED_TENSORS
 from jcrosslora.adapter.names import TensorName, natural_key, parse_tensor_name, text_module_name
 from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale
 from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
@@ -61,7 +61,8 @@ def load_adapter(ref: str | Path, *, revision: str | None = None) -> Adapter:
         name=files.name,
         base_name=_text_or_none(config.get("base_model_name_or_path")),
         config=config,
-        digest=_digest(files.weights),
+        digest=f"sha256:{file.file.sha256()}",
+        revision=_commit(files),
         ignored=tuple(config_notes(config) + ignored),
     )
     return Adapter(modules=modules, info=info)
@@ -156,9 +157,10 @@ def _pattern_name(config: Mapping[str, Any], module: str) -> str:
     return module if matching_key(patterns, module) else text_module_name(module)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+def _commit(files: AdapterFiles) -> str | None:
+    """The hub commit that the files are of, where they were asked for by a hub id."""
+    identity = cached_identity(files.config.parent)
+    return identity[1] if identity is not None and identity[0] == files.name else None
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -45,6 +45,7 @@ class AdapterInfo:
         base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
         config: the raw `adapter_config.json`.
         digest: "sha256:..." of the weights file, or None for an adapter made in memory.
+        revision: hub commit of an adapter that was asked for by a hub id, else None.
         ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
     """
 
@@ -52,6 +53,7 @@ class AdapterInfo:
     base_name: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     digest: str | None = None
+    revision: str | None = None
     ignored: tuple[str, ...] = ()
 
 

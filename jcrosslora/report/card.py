@@ -1,11 +1,10 @@
 """The model card (README.md) of a moved adapter: where it comes from, how it was made, what to expect."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+from jcrosslora.checkpoint.hub import is_hub_id
 
 BaseRow = tuple[str | None, str | None, str | None]
 
@@ -53,15 +52,15 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def is_hub_id(name: str | None) -> bool:
+def _is_on_the_hub(name: str | None) -> bool:
     """Whether a name is `owner/name`, which the hub takes as a base model, and not a folder of this machine."""
-    return name is not None and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return name is not None and is_hub_id(name) and not Path(name).exists()
 
 
 def _front_matter(base_name: str | None) -> str:
     tags = ["lora", "jcrosslora"]
     lines = ["library_name: peft", "pipeline_tag: text-generation"]
-    if is_hub_id(base_name):
+    if _is_on_the_hub(base_name):
         # A JSON string is a YAML string, whatever characters it holds.
         lines.insert(0, f"base_model: {json.dumps(base_name)}")
         tags.insert(0, f"base_model:adapter:{base_name}")

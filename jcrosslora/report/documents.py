@@ -27,6 +27,7 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "seed": recipe.seed,
         "probe_text": recipe.probe_text,
         "probe_count": recipe.probe_count,
+        "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
         "target_name": report.target.name,

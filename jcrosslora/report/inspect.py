@@ -10,9 +10,9 @@ from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError
 from jcrosslora.methods import METHODS
-from jcrosslora.report.card import is_hub_id
 
 
 def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:

@@ -10,18 +10,6 @@ from jcrosslora.methods import get_method
 from jcrosslora.report.record import ModuleRow, TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 
-COLUMNS = (
-    ("kept", "share of the update's energy that the maps kept"),
-    ("energy src/tgt", "share of the weights' energy in the top R singular pairs"),
-    ("gap src/tgt", "(s_R - s_R+1) / s_R: how well the cut is defined"),
-    ("cond src/tgt", "s_1 / s_R"),
-    ("sim out/in", "subspace similarity over chance; - where widths differ"),
-    ("vectors", "agreement of single vectors through the vocabulary, over chance"),
-    ("activations", "cosine of the source's activations, carried over, with the target's"),
-    ("cosine", "of the weights themselves"),
-    ("norm", "of the update before and after"),
-)
-
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
     """One row of text for each role, and one for the whole: figures weighted by the energy of the updates."""
