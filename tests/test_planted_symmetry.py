@@ -136,7 +136,8 @@ def test_an_adapter_inside_the_row_and_column_spaces_moves_exactly(pair):
     moved = move(folder, adapter)
     effect = np.abs(logits(source, adapter) - logits(source)).max()
     assert effect > 0.1
-    np.testing.assert_allclose(logits(target, moved), logits(source, adapter), atol=1e-3 * max(1.0, effect))
+    # Single vectors are known to eps / gap only, in float32, and how much of that is used up depends on the CPU.
+    np.testing.assert_allclose(logits(target, moved), logits(source, adapter), atol=3e-3 * max(1.0, effect))
     assert moved.report.kept == pytest.approx(1, abs=1e-3)
     assert jcl.verdict(moved.report).level == "aligned"
     assert not moved.report.warnings
