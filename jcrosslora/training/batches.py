@@ -1,0 +1,98 @@
+"""Examples in batches of few shapes, in an order that the seed decides."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.training.examples import Encoded
+
+_MULTIPLE = 16  # of widths and of answer slots: every further shape has to be compiled
+_RARE = 1 / 16  # where fewer of the steps have a width, to compile for it takes more than it saves
+_WINDOW = 16  # batches among which examples of like length are put together
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples padded on the right; B examples, T tokens, S slots for answer tokens.
+
+    Attributes:
+        tokens: int32 (B, T).
+        mask: bool (B, T), False at padding.
+        picked: int32 (S,), index into the flattened (B, T): the position in front of each answer token.
+        wanted: int32 (S,), the answer tokens.
+        used: float32 (S,), 1 for a token, 0 for an empty slot.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    picked: jax.Array
+    wanted: jax.Array
+    used: jax.Array
+
+
+class Plan:
+    """All batches of a run, known from the start, so that a run can go on at any step.
+
+    Each pass over the examples is a new permutation. Among the examples of every 16 batches those of like length are
+    put together, so that less of a batch is padding; the order of these batches is random again.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], batch: int, steps: int, seed: int):
+        """Decide the order of `steps` batches of `batch` examples each."""
+        self._examples = examples
+        lengths, answers = (np.array([getattr(one, name) for one in examples]) for name in ("length", "answer"))
+        self.members = _order(lengths, batch, steps, seed)
+        self.widths = _widths(lengths[self.members].max(axis=1))
+        found = answers[self.members].sum(axis=1)
+        self._slots = {int(width): _rounded(found[self.widths == width].max()) for width in np.unique(self.widths)}
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Width and answer slots of every different batch."""
+        return sorted(self._slots.items())
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        rows = [self._examples[index] for index in self.members[step]]
+        width = int(self.widths[step])
+        tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+        picked = np.zeros(self._slots[width], np.int32)
+        wanted, used = np.zeros_like(picked), np.zeros(picked.shape, np.float32)
+        filled = 0
+        for row, one in enumerate(rows):
+            tokens[row, : len(one.ids)], mask[row, : len(one.ids)] = one.ids, True
+            place = slice(filled, filled + one.answer)
+            picked[place] = row * width + np.arange(one.first - 1, len(one.ids) - 1)
+            wanted[place], used[place] = one.ids[one.first :], 1
+            filled += one.answer
+        return Batch(*map(jnp.asarray, (tokens, mask, picked, wanted, used)))
+
+
+def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
+    """int64 (steps, batch), indices of the examples."""
+    rng = np.random.default_rng(seed)
+    total = steps * batch
+    passes = [rng.permutation(len(lengths)) for _ in range(-(-total // len(lengths)))]
+    order = np.concatenate(passes)[:total]
+    window = _WINDOW * batch
+    for start in range(0, total, window):
+        part = order[start : start + window]
+        by_length = part[np.argsort(lengths[part], kind="stable")].reshape(-1, batch)
+        order[start : start + window] = rng.permutation(by_length).reshape(-1)
+    return order.reshape(steps, batch)
+
+
+def _widths(lengths: np.ndarray) -> np.ndarray:
+    """int64 (steps,): widths for batches of these lengths; rare widths give way to the next wider one."""
+    widths = np.array([_rounded(length) for length in lengths])
+    for width in np.unique(widths)[:-1]:
+        here = widths == width
+        if here.sum() < _RARE * len(widths):
+            widths[here] = widths[widths > width].min()
+    return widths
+
+
+def _rounded(length: int) -> int:
+    return -(-int(length) // _MULTIPLE) * _MULTIPLE

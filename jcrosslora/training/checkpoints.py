@@ -1,0 +1,106 @@
+"""The state of a training on disk, so that a run that was stopped goes on: Orbax, whole or not at all."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.step import TrainState
+
+_KEPT = 2
+_ITEMS = ("state", "run")
+
+
+class Checkpoints:
+    """The newest states of one run in a folder, each under the number of its step.
+
+    With every state goes what the run was made from; a folder of another run is refused, because the order of the
+    examples and the learning rate would be neither run's.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]):
+        """Open the folder, or make it.
+
+        Args:
+            folder: of this run alone.
+            run: what decides the numbers, from `identity`.
+
+        Raises:
+            OutputError: the folder cannot be made or written to.
+        """
+        import orbax.checkpoint as ocp
+
+        self._folder, self._run, self._ocp = folder.expanduser().absolute(), dict(run), ocp
+        # Saved before the next step begins: the step would overwrite the state's buffers.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest state; `like` itself where there is none.
+
+        Raises:
+            UsageError: the state is of another run.
+            CheckpointError: it cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return like
+        args = self._ocp.args
+        self._check_run(self._read(step, run=args.JsonRestore())["run"])
+        shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
+        restored = self._read(step, state=args.StandardRestore(shapes))["state"]
+        # Copied, so that they are bound to a device no more than those of a new run: bound ones are compiled for anew.
+        return jax.tree.map(jnp.array, jax.device_get(restored))
+
+    def save(self, state: TrainState) -> None:
+        """Write a state; older ones but the last go.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        args = self._ocp.args
+        items = args.Composite(state=args.StandardSave(state), run=args.JsonSave(self._run))
+        try:
+            self._manager.save(int(state.step), args=items)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Wait for what is being written, and let go of the folder."""
+        self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            msg = f"{self._folder / str(step)}: not a readable checkpoint ({reason}): remove it, or the whole folder"
+            raise CheckpointError(msg) from error
+
+    def _check_run(self, found: Mapping[str, Any]) -> None:
+        wanted = json.loads(json.dumps(self._run))
+        for key in [*wanted, *found]:
+            if found.get(key) != wanted.get(key):
+                came = f"{key} was {found.get(key)!r} there and is {wanted.get(key)!r} here"
+                msg = f"{self._folder}: checkpoints of another run ({came}): give another folder, or the same settings"
+                raise UsageError(msg)
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        reason = error.strerror or error
+        return OutputError(f"{self._folder}: cannot be written ({reason}): choose another folder, or free space")
+
+
+def identity(settings: TrainSettings, base: str, examples: str) -> dict[str, Any]:
+    """What decides the numbers of a run: its settings, and digests of the base and of the examples."""
+    return {**dataclasses.asdict(settings), "base": base, "examples": examples}

@@ -1,0 +1,107 @@
+"""A whole training: from a base and examples to an adapter."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import Params, load_params, settings_of
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate import Question
+from jcrosslora.tokens import Tokenizer, load_tokenizer
+from jcrosslora.training.batches import Plan
+from jcrosslora.training.checkpoints import Checkpoints, identity
+from jcrosslora.training.examples import Encoded, digest, encode
+from jcrosslora.training.factors import first_factors, to_adapter
+from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
+
+
+def train_lora(
+    base: BaseModel,
+    examples: Sequence[Question],
+    settings: TrainSettings,
+    *,
+    checkpoints: Path | None = None,
+    every: int = 20,
+    progress: bool = False,
+    params: Params | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Adapter:
+    """Train a LoRA adapter to give the right answers: AdamW on the mean loss of the answers' tokens.
+
+    The same base, examples and settings give the same adapter on one kind of machine, also when the run was stopped
+    and went on from a checkpoint.
+
+    Args:
+        base: the model; its weights do not change.
+        examples: at least one; only the right choice of each is used, behind its prompt. `Prompted` ones have a prompt
+            of their own.
+        settings: of the training.
+        checkpoints: folder for the states of this run. If there are states in it, the run goes on from the newest.
+        every: steps from one checkpoint to the next; there is one behind the last step as well.
+        progress: whether to show a progress bar with the loss.
+        params: the weights in `settings.dtype`, where they are loaded already.
+        tokenizer: the base's, where it is loaded already.
+
+    Returns:
+        The adapter, in float32, its scale inside B.
+
+    Raises:
+        UsageError: settings that make no sense, no example, an answer without a token of its own, checkpoints of
+            another run, or a loss that is not finite.
+        CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
+        OutputError: a checkpoint cannot be written.
+    """
+    settings.check()
+    if not examples or every < 1:
+        msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
+        raise UsageError(msg)
+    tokenizer = tokenizer or load_tokenizer(base)
+    encoded = [encode(tokenizer, one) for one in examples]
+    plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
+    state = first_state(first_factors(base, settings), settings)
+    with _opened(checkpoints, base, encoded, settings) as kept:
+        state = state if kept is None else kept.restore(state)
+        if int(state.step) < settings.steps:
+            params = load_params(base, settings.dtype) if params is None else params
+            for state in _states(base, params, plan, settings, state, progress):  # noqa: B020
+                step = int(state.step)
+                if kept is not None and (step % every == 0 or step == settings.steps):
+                    kept.save(state)
+    return to_adapter(state.factors, settings, base)
+
+
+def _states(
+    base: BaseModel, params: Params, plan: Plan, settings: TrainSettings, state: TrainState, progress: bool
+) -> Iterator[TrainState]:
+    """The state behind every further step; it is used up when the next one is asked for."""
+    model, start, scale = settings_of(base), int(state.step), settings.alpha / settings.rank
+    with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
+        for step in range(start, settings.steps):
+            batch = plan.batch(step)
+            loss, gradient = loss_and_gradient(model, params, state.factors, batch, scale, settings.remat)
+            if not math.isfinite(loss):
+                msg = (
+                    f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is {settings.rate:g}"
+                )
+                raise UsageError(msg)
+            state = update(settings, state, gradient)
+            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.update()
+            yield state
+
+
+@contextmanager
+def _opened(
+    folder: Path | None, base: BaseModel, encoded: Sequence[Encoded], settings: TrainSettings
+) -> Iterator[Checkpoints | None]:
+    if folder is None:
+        yield None
+        return
+    with closing(Checkpoints(folder, identity(settings, base.digest(), digest(encoded)))) as opened:
+        yield opened

@@ -1,0 +1,104 @@
+"""One update: the loss of a batch's answers, its gradient, AdamW."""
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward, target_log_probs
+from jcrosslora.training.batches import Batch
+from jcrosslora.training.factors import scaled
+from jcrosslora.training.settings import TrainSettings
+
+_LOGITS_AT_ONCE = 128
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update changes.
+
+    Attributes:
+        factors: A and B of every role, the scale not inside.
+        optimizer: state of `optimizer_of`.
+        step: int32 scalar, updates made.
+    """
+
+    factors: StackedAdapter
+    optimizer: Any
+    step: jax.Array
+
+
+def rate_at(settings: TrainSettings) -> optax.Schedule:
+    """The learning rate of a step counted from 0: up in equal steps, then down as half a cosine."""
+
+    def rate(step: Any) -> Any:
+        rise = (step + 1) / (settings.warm_up + 1)
+        done = (step - settings.warm_up) / (settings.steps - settings.warm_up)
+        return settings.rate * jnp.where(step < settings.warm_up, rise, (1 + jnp.cos(jnp.pi * done)) / 2)
+
+    return rate
+
+
+def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
+    """AdamW behind a limit on the norm of the gradient."""
+    adam = optax.adamw(rate_at(settings), weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
+
+
+def first_state(factors: StackedAdapter, settings: TrainSettings) -> TrainState:
+    """The state in front of the first update."""
+    return TrainState(factors, optimizer_of(settings).init(jax.tree.leaves(factors)), jnp.zeros((), jnp.int32))
+
+
+def answer_loss(
+    model: DecoderSettings,
+    params: Params,
+    factors: StackedAdapter,
+    batch: Batch,
+    scale: float | jax.Array,
+    remat: bool = False,
+) -> jax.Array:
+    """float32 scalar: mean over the batch's answer tokens of -log p(token), in nats.
+
+    Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
+    layers together.
+
+    Args:
+        model: the base's settings.
+        params: its weights.
+        factors: A and B, the scale not inside.
+        batch: the examples.
+        scale: alpha / rank.
+        remat: recompute each layer in the backward pass.
+    """
+    hidden = forward(model, params, batch.tokens, mask=batch.mask, adapter=scaled(factors, scale), remat=remat).hidden
+    states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
+    found = target_log_probs(model, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
+    return -jnp.sum(found * batch.used) / jnp.sum(batch.used)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def loss_and_gradient(
+    model: DecoderSettings,
+    params: Params,
+    factors: StackedAdapter,
+    batch: Batch,
+    scale: float | jax.Array,
+    remat: bool = False,
+) -> tuple[jax.Array, StackedAdapter]:
+    """`answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch."""
+    return jax.value_and_grad(answer_loss, argnums=2)(model, params, factors, batch, scale, remat)
+
+
+# Apart from the gradient, because it is the same for batches of all shapes.
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def update(settings: TrainSettings, state: TrainState, gradient: StackedAdapter) -> TrainState:
+    """The state behind an update. The state that is given is used up."""
+    leaves, structure = jax.tree.flatten(state.factors)
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it; a program around us may have set "strict"
+        changes, optimizer = optimizer_of(settings).update(jax.tree.leaves(gradient), state.optimizer, leaves)
+    factors = structure.unflatten(jax.tree.leaves(optax.apply_updates(leaves, changes)))
+    return TrainState(factors, optimizer, state.step + 1)

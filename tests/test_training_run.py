@@ -1,0 +1,215 @@
+"""Training: the loss is what `evaluate` scores, it falls, and a run that was stopped ends with the same numbers."""
+
+import dataclasses
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from probe_bases import write_base
+
+from jcrosslora.adapter import load_adapter
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import load_params, settings_of
+from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.evaluate import Question, score
+from jcrosslora.tokens import load_tokenizer
+from jcrosslora.training import TrainSettings, train_lora
+from jcrosslora.training import run as training_run
+from jcrosslora.training.batches import Plan
+from jcrosslora.training.examples import encode
+from jcrosslora.training.factors import first_factors, to_adapter
+from jcrosslora.training.step import loss_and_gradient
+
+SETTINGS = TrainSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
+QUESTIONS = [
+    Question("Where does Water boil?", ("in Köln", "at 100 degrees", "Anna"), 1),
+    Question("What do Plants live on?", ("the light", "dogs"), 0),
+    Question("Who is a friend?", ("When", "Peter and Anna", "Light"), 1),
+    Question("What jumps?", ("the dog", "The quick brown fox"), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return open_base(write_base(tmp_path_factory.mktemp("base"), 60, bos=True, layers=2))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base):
+    return train_lora(base, QUESTIONS, SETTINGS)
+
+
+def same(one, other) -> bool:
+    return one.modules.keys() == other.modules.keys() and all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
+
+
+def stop_behind(monkeypatch, steps: int) -> list[int]:
+    """Interrupt training in front of the update that follows so many; returns the steps that were made."""
+    made, real = [], training_run.update
+
+    def update(settings, state, gradient):
+        if len(made) == steps:
+            raise KeyboardInterrupt
+        made.append(int(state.step))
+        return real(settings, state, gradient)
+
+    monkeypatch.setattr(training_run, "update", update)
+    return made
+
+
+def test_the_loss_is_what_evaluate_scores_and_falls(base, undisturbed):
+    found = score(base, QUESTIONS[:3], [undisturbed])
+    right = np.arange(3), found.answers
+    by_token = -found.log_probs[:, *right].sum(axis=1) / found.tokens[right].sum()
+    assert by_token[1] < 0.9 * by_token[0]
+    # Before training the loss is the base's, since B is zero.
+    batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS[:3]], 3, 1, 0).batch(0)
+    loss, _ = loss_and_gradient(settings_of(base), load_params(base), first_factors(base, SETTINGS), batch, 2.0)
+    np.testing.assert_allclose(loss, by_token[0], rtol=1e-5)
+
+
+def test_first_factors_are_those_of_peft(base):
+    factors = first_factors(base, SETTINGS)
+    for role, one in factors.roles.items():
+        assert not np.asarray(one.b).any()
+        bound = one.a.shape[-1] ** -0.5  # kaiming_uniform_ with a = sqrt(5)
+        a = np.asarray(one.a)
+        assert 0.95 * bound < np.abs(a).max() <= bound, role
+        np.testing.assert_allclose(a.std(), bound / np.sqrt(3), rtol=0.15)
+    other = first_factors(base, dataclasses.replace(SETTINGS, seed=2))
+    assert not np.array_equal(other.roles["q_proj"].a, factors.roles["q_proj"].a)
+
+
+def test_the_adapter_has_the_scale_inside(base):
+    factors = jax.tree.map(lambda leaf: leaf + 0.5, first_factors(base, SETTINGS))
+    adapter = to_adapter(factors, SETTINGS, base)
+    assert len(adapter.modules) == 14
+    assert adapter.info.base_name == base.name
+    one = adapter.modules["model.layers.1.mlp.up_proj"]
+    np.testing.assert_array_equal(one.b, 2.0 * np.asarray(factors.roles["up_proj"].b[1]))
+    np.testing.assert_array_equal(one.a, factors.roles["up_proj"].a[1])
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(base, undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "states"
+    with monkeypatch.context() as patch:
+        stop_behind(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder, every=2)
+    assert {path.name for path in folder.iterdir()} == {"2", "4"}
+    made = stop_behind(monkeypatch, 99)
+    moved = tmp_path / "moved"
+    shutil.move(folder, moved)
+    assert same(train_lora(base, QUESTIONS, SETTINGS, checkpoints=moved, every=2), undisturbed)
+    assert made == [4, 5]
+    # Once more: all steps are made, so nothing is left to do.
+    assert same(train_lora(base, QUESTIONS, SETTINGS, checkpoints=moved), undisturbed)
+    assert made == [4, 5]
+
+
+def test_checkpoints_do_not_change_the_numbers_and_seeds_do(base, undisturbed, tmp_path):
+    kept = train_lora(base, QUESTIONS, SETTINGS, checkpoints=tmp_path / "states", every=1)
+    assert same(kept, undisturbed)
+    assert {path.name for path in (tmp_path / "states").iterdir()} == {"5", "6"}
+    assert not same(train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, seed=2)), undisturbed)
+
+
+@pytest.fixture(scope="module")
+def states(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "states"
+    train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder, every=3)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "came"),
+    [
+        ({"seed": 5}, "seed was 1 there and is 5 here"),
+        ({"rate": 1e-4}, r"rate was 0\.02 there and is 0\.0001 here"),
+        ({"rank": 4}, "rank was 3 there"),
+        ({"steps": 9}, "steps was 6 there"),
+        ({"modules": ("q_proj",)}, "modules was"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32' there"),
+    ],
+)
+def test_states_of_other_settings_are_refused(base, states, change, came):
+    with pytest.raises(UsageError, match=f"{states}: checkpoints of another run \\({came}"):
+        train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, **change), checkpoints=states)
+
+
+def test_states_of_other_examples_or_another_base_are_refused(base, states, tmp_path):
+    with pytest.raises(UsageError, match="another run \\(examples was"):
+        train_lora(base, QUESTIONS[:3], SETTINGS, checkpoints=states)
+    other = open_base(write_base(tmp_path / "other", 60, bos=True, layers=2, seed=7))
+    with pytest.raises(UsageError, match="another run \\(base was"):
+        train_lora(other, QUESTIONS, SETTINGS, checkpoints=states)
+
+
+def test_what_a_killed_writer_left_is_not_taken(base, states, undisturbed, tmp_path):
+    folder = shutil.copytree(states, tmp_path / "states")
+    shutil.rmtree(folder / "6")
+    left = folder / "6.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "3", left)
+    assert same(train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder), undisturbed)
+    assert {path.name for path in folder.iterdir()} == {"3", "6"}
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "no state":
+        shutil.rmtree(folder / "6" / "state")
+    elif how == "no run":
+        shutil.rmtree(folder / "6" / "run")
+    else:
+        for path in (path for path in (folder / "6" / how).rglob("*") if path.is_file()):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["no state", "no run", "state", "run"])
+def test_a_damaged_state_is_named(base, states, tmp_path, how):
+    folder = shutil.copytree(states, tmp_path / "states")
+    damage(folder, how)
+    with pytest.raises(CheckpointError, match="not a readable checkpoint") as caught:
+        train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder)
+    assert str(caught.value).startswith(f"{folder / '6'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_where_the_folder_should_be(base, tmp_path):
+    (tmp_path / "states").write_text("mine")
+    with pytest.raises(OutputError, match="states: cannot be written"):
+        train_lora(base, QUESTIONS, SETTINGS, checkpoints=tmp_path / "states")
+    assert (tmp_path / "states").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(base):
+    with pytest.raises(UsageError, match=r"loss is (nan|inf) at step 1: lower the rate"):
+        train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, rate=1e30))
+
+
+@pytest.mark.parametrize(("questions", "every"), [([], 1), (QUESTIONS, 0)])
+def test_nothing_to_do_is_refused(base, questions, every):
+    with pytest.raises(UsageError, match="wanted 1 or more"):
+        train_lora(base, questions, SETTINGS, every=every)
+
+
+def test_the_script_writes_a_folder_that_can_be_read(base, tmp_path, monkeypatch, capsys):
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "Water and", "answer": "light"}\n{"prompt": "Anna and", "answer": "Peter"}\n')
+    script = Path(__file__).parents[1] / "experiments" / "train_lora.py"
+    arguments = ["--base", base.ref, "--task", task, "--out", tmp_path / "out", "--steps", 2, "--batch", 2]
+    arguments += ["--rank", 2, "--modules", "q_proj", "o_proj"]
+    monkeypatch.setattr(sys, "argv", [str(one) for one in (script, *arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"
+    adapter = load_adapter(tmp_path / "out")
+    assert sorted({name.rpartition(".")[2] for name in adapter.modules}) == ["o_proj", "q_proj"]
+    assert {factors.rank for factors in adapter.modules.values()} == {2}
+    assert all(np.asarray(factors.b).any() for factors in adapter.modules.values())
+    with pytest.raises(SystemExit, match=r"^train_lora: .*out: exists already"):
+        runpy.run_path(str(script), run_name="__main__")
