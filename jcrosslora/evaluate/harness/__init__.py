@@ -1,0 +1,45 @@
+r"""A base and its adapter as a model of lm-evaluation-harness, so that any of its tasks can be run.
+
+Needs `pip install 'jcrosslora[eval]'`; nothing else in the package imports it. From Python, on a task of your own
+that needs no network (`task.jsonl` has lines {"question", "choices", "answer"}):
+
+    import lm_eval
+    from jcrosslora.evaluate.harness import JCrossLoRALM
+
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "task.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    model = JCrossLoRALM(base="models/gemma-3-270m", adapter="moved")
+    print(lm_eval.simple_evaluate(model=model, tasks=[task])["results"]["mine"])
+
+With these lines the log-likelihoods are those of `jcrosslora.evaluate.score`. On the command line, with all options of
+`lm_eval`, whose `--include_path` names a folder of task files:
+
+    python -m jcrosslora.evaluate.harness run --model jcrosslora --tasks arc_easy \
+        --model_args base=models/gemma-3-270m,adapter=moved
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.harness.model import JCrossLoRALM
+
+__all__ = ["JCrossLoRALM"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported above, so that the command line can say in one line that lm_eval is missing.
+    if name == "JCrossLoRALM":
+        from jcrosslora.evaluate.harness.model import JCrossLoRALM
+
+        return JCrossLoRALM
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

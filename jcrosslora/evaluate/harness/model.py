@@ -1,0 +1,215 @@
+"""The model class that lm-evaluation-harness calls."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.decoder import load_params, settings_of, stack_adapter, stack_adapters
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.harness.continuations import Pair, check_finite, judge
+from jcrosslora.evaluate.harness.options import Options, read_options
+from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
+from jcrosslora.evaluate.harness.writing import Writer, batches_of
+from jcrosslora.evaluate.run import Models
+from jcrosslora.tokens import load_tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    _MISSING = f"lm-evaluation-harness models need the lm_eval package ({error}): pip install 'jcrosslora[eval]'"
+    raise UsageError(_MISSING) from error
+
+
+@register_model("jcrosslora")
+class JCrossLoRALM(TemplateLM):
+    """A base, alone or with an adapter, run by the package's own decoder.
+
+    Text is cut into tokens as by the harness's `hf` model: spaces at the end of a context go to the continuation, whose
+    tokens are what both together have more than the context alone. A context that is too long loses tokens at its
+    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`.
+    """
+
+    def __init__(
+        self,
+        base: str | Path | BaseModel,
+        adapter: str | Path | Adapter | None = None,
+        *,
+        dtype: str = "float32",
+        batch_tokens: int = 4096,
+        max_length: int | None = None,
+        prefix_token_id: int | None = None,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            base: a folder of safetensors, a GGUF file, a hub id, or an open base.
+            adapter: of this base, applied unmerged: a folder, a hub id, or a loaded adapter; None for the base alone.
+            dtype: of the weights, float32 or bfloat16.
+            batch_tokens: token positions in memory at once.
+            max_length: tokens that the model reads at most; if not given, as many as its configuration says.
+            prefix_token_id: token in front of a text that has no context; if not given bos, or eos where there is none.
+            seed: of the sampling, for tasks that set a temperature.
+            batch_size: the harness gives it; not used, see `batch_tokens`.
+            max_batch_size: the same.
+            device: the harness gives it; not used, JAX picks the device.
+
+        Raises:
+            UsageError: a setting that makes no sense.
+            CheckpointError: the base or its tokenizer cannot be read.
+            AdapterError: the adapter cannot be read, or does not fit the base.
+        """
+        super().__init__()
+        del batch_size, max_batch_size, device
+        self.dtype, self.batch_tokens = check_dtype(dtype), positive("batch_tokens", batch_tokens)
+        self.seed = positive("seed", seed, least=0)
+        self.base = base if isinstance(base, BaseModel) else open_base(base)
+        stated = self.base.config.get("max_position_embeddings")
+        self.max_length = positive("max_length", stated if max_length is None else max_length)
+        self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter)
+        self._text = load_tokenizer(self.base)
+        self._prefix = prefix_token(self.base, self._text, prefix_token_id)
+        stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
+        self._models = Models(settings_of(self.base), load_params(self.base, dtype), stacked, count=1)
+        single = None if self.adapter is None else stack_adapter(self.adapter, self.base)
+        self._writer = Writer(self._models.settings, self._models.params, single, self._text)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return end_token(self.base, self._text)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token in front of a text that has no context."""
+        return self._prefix
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens written at most, where a task does not say."""
+        return Options().length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text; None puts bos in front where the tokenizer does so and the text does not have it."""
+        del kwargs
+        bos = self._text.bos
+        if add_special_tokens is None:
+            add_special_tokens = bos is None or not string.startswith(self._text.backend.id_to_token(bos))
+        return self._text.encode(string, special=add_special_tokens).ids.tolist()
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each request (context, continuation): log p(continuation), and whether greedy writing gives it.
+
+        Raises:
+            UsageError: a continuation without tokens, or with more than the model reads.
+            CheckpointError: the base gives values that are not finite.
+            AdapterError: the adapter makes it do so.
+        """
+        for context, continuation in (request.args for request in requests):
+            if not continuation:
+                msg = f"the continuation of {context[-60:]!r} is empty: wanted text to score"
+                raise UsageError(msg)
+        return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each request (text,): log p(text) behind the prefix token, in windows where it is too long.
+
+        Raises:
+            CheckpointError: the base gives values that are not finite.
+            AdapterError: the adapter makes it do so.
+        """
+        texts = [request.args[0] for request in requests]
+        windows = [self._windows(text) for text in texts]
+        pairs = [pair for each in windows for pair in each]
+        found = iter(self._judge(pairs, disable_tqdm))
+        sums = [sum(next(found)[0] for _ in each) for each in windows]
+        for text, value in zip(texts, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each request (context, generation_kwargs): what the model writes, up to a stop string or stop token.
+
+        Raises:
+            UsageError: a setting that is not supported, or no room for a context.
+        """
+        keys = jax.random.key(self.seed)
+        prompts = [self._prompt(*request.args) for request in requests]
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
+            for number, (options, members) in enumerate(batches_of(prompts, self.batch_tokens)):
+                rows = [prompts[index][0] for index in members]
+                written = self._writer.write(rows, options, jax.random.fold_in(keys, number))
+                for index, text in zip(members, written, strict=True):
+                    texts[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update(len(members))
+        return texts
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> NoReturn:
+        """Refused.
+
+        Raises:
+            UsageError: always.
+        """
+        del chat_history, add_generation_prompt
+        msg = "chat templates are not supported by the model jcrosslora: run the task without apply_chat_template"
+        raise UsageError(msg)
+
+    def get_model_info(self) -> dict[str, str | None]:
+        """What the harness writes beside the results."""
+        adapter = None if self.adapter is None else self.adapter.info.name
+        return {"base": self.base.name, "base_revision": self.base.revision, "adapter": adapter, "dtype": self.dtype}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        found, scored = super()._encode_pair(context, continuation)
+        # A context of spaces alone has no tokens: they all went to the continuation.
+        return found or [self._prefix], scored
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        del kwargs
+        pairs = [self._fitted(text[1], context, scored) for text, context, scored in requests]
+        found = self._judge(pairs, disable_tqdm)
+        for (text, _, _), answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, answer)
+        return found
+
+    def _fitted(self, text: str, context: list[int], scored: list[int]) -> Pair:
+        if not 1 <= len(scored) <= self.max_length:
+            count = f"{len(scored)} tokens behind its context"
+            msg = f"continuation {text[:60]!r}: has {count}, wanted 1 to {self.max_length}, the max_length"
+            raise UsageError(msg)
+        return context[-(self.max_length + 1 - len(scored)) :], scored
+
+    def _judge(self, pairs: Sequence[Pair], quiet: bool) -> list[tuple[float, bool]]:
+        found = judge(self._models, pairs, self.batch_tokens, progress=not quiet)
+        check_finite(found, self.base, self.adapter)
+        return found
+
+    def _windows(self, text: str) -> list[Pair]:
+        tokens = self.tok_encode(text, add_special_tokens=False)
+        found = get_rolling_token_windows(tokens, self._prefix, max_seq_len=self.max_length, context_len=1)
+        return [make_disjoint_window(pair) for pair in found]
+
+    def _prompt(self, context: str, given: dict[str, Any]) -> tuple[list[int], Options]:
+        options = read_options(given)
+        room = self.max_length - options.length
+        if room < 1:
+            msg = f"{options.length} tokens were asked for, but the model reads {self.max_length}: lower max_gen_toks"
+            raise UsageError(msg)
+        return (self.tok_encode(context) or [self._prefix])[-room:], options
