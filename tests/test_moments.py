@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_bases import write_llama
 
 import jcrosslora as jcl
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
-from jcrosslora.moments import cross_moments
+from jcrosslora.moments import add_rows, cross_moments, no_moments
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 LAYERS = (2, 0)
@@ -41,7 +44,8 @@ def batch(seed):
 
 def captured(base, tokens, mask):
     names = frozenset({"inputs", "outputs"})
-    seen = forward(settings_of(base), load_params(base), jnp.asarray(tokens), mask=jnp.asarray(mask), capture=names)
+    run = jax.jit(forward, static_argnames=("settings", "capture"))
+    seen = run(settings_of(base), load_params(base), jnp.asarray(tokens), mask=jnp.asarray(mask), capture=names)
     return seen.captured["inputs"], seen.captured["outputs"]
 
 
@@ -60,8 +64,11 @@ def test_sums_are_those_of_float64_over_all_batches(bases):
         for item in batches
     ]
     for role, site in INPUT_SITES.items():
-        for place, (name, sums, energy) in enumerate(
-            [(site, moments.inputs, moments.input_energy), (role, moments.outputs, moments.output_energy)]
+        for place, (name, sums, squares, energy) in enumerate(
+            [
+                (site, moments.inputs, moments.input_squares, moments.input_energy),
+                (role, moments.outputs, moments.output_squares, moments.output_energy),
+            ]
         ):
             for layer, feeder in enumerate(LAYERS):
                 pairs = [
@@ -73,8 +80,10 @@ def test_sums_are_those_of_float64_over_all_batches(bases):
                 ]
                 want = sum(x.T @ y for x, y in pairs)
                 np.testing.assert_allclose(sums[name][layer], want, atol=1e-4 * np.abs(want).max())
-                sizes = [sum(np.sum(pair[side] ** 2) for pair in pairs) for side in (0, 1)]
-                np.testing.assert_allclose(energy[name][layer], sizes, rtol=1e-5)
+                sizes = [sum(np.sum(pair[side] ** 2, axis=0) for pair in pairs) for side in (0, 1)]
+                for side in (0, 1):
+                    np.testing.assert_allclose(squares[name][side][layer], sizes[side], rtol=1e-5)
+                np.testing.assert_allclose(energy[name][layer], [size.sum() for size in sizes], rtol=1e-5)
 
 
 def test_only_what_is_wanted_is_kept(bases):
@@ -87,3 +96,30 @@ def test_a_layer_without_a_source_does_not_disturb_the_others(bases):
     whole = cross_moments(*bases, [batch(0)], LAYERS, {"v_proj"})
     part = cross_moments(*bases, [batch(0)], (None, LAYERS[1]), {"v_proj"})
     np.testing.assert_array_equal(whole.inputs["attn_in"][1], part.inputs["attn_in"][1])
+
+
+def test_moments_are_held_once(bases):
+    layers, positions, width = 24, 16, 192
+    rows = {"attn_in": jnp.ones((layers, positions, width))}, {"q_proj": jnp.ones((layers, positions, width))}
+    totals = no_moments(rows, rows)
+    feeders, valid = jnp.arange(layers, dtype=jnp.int32), jnp.ones(positions, bool)
+    used = add_rows.lower(totals, rows, rows, feeders, valid).compile().memory_analysis()
+    moments = sum(array.nbytes for array in jax.tree.leaves(totals))
+    assert used.alias_size_in_bytes >= moments - 64  # the result lies where the totals were
+    assert used.temp_size_in_bytes < moments / 4
+    assert used.output_size_in_bytes < 1.01 * moments
+
+
+def test_the_rows_of_other_tokens_do_not_matter(bases, tmp_path):
+    """Only the embeddings of tokens that occur are kept, so others may hold anything."""
+    source, target = bases
+    item = batch(0)
+    tensors = load_file(target.path / "model.safetensors")
+    absent = np.setdiff1d(np.arange(WIDER["vocab"]), item.tokens_tgt)
+    assert absent.size > 10
+    tensors["model.embed_tokens.weight"][absent] = np.nan
+    write_llama(tmp_path, seed=1, **WIDER)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = cross_moments(source, jcl.open_base(tmp_path), [item], LAYERS, {"q_proj"})
+    wanted = cross_moments(source, target, [item], LAYERS, {"q_proj"})
+    chex.assert_trees_all_equal(found, wanted)

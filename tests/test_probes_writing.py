@@ -158,12 +158,14 @@ def test_start_words_come_once_before_they_come_again():
     assert set(start_words({"Él".encode(): 1, " Él".encode(): 2, b"xy": 3}, 2, 0).tolist()) == {1}
 
 
-def test_written_probes_say_who_wrote_them(base):
+def test_written_probes_say_who_wrote_them(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path))
     probes = written_probes(base, 2, length=LENGTH, temperature=HOT, seed=9)
     assert list(probes.texts) == write_texts(base, 2, length=LENGTH, temperature=HOT, seed=9)
     assert base.name in probes.describe()
     assert "seed 9" in probes.describe()
     assert "temperature 20" in probes.describe()
+    assert written_probes(base, 2, length=LENGTH, temperature=HOT, seed=9) == probes  # from the disk
 
 
 def test_matched_tokens_of_two_tokenizers_spell_the_same_text(tmp_path):

@@ -1,5 +1,8 @@
 """Peak resident memory and time of the whole trip, measured from outside: one fresh process for each pair of bases.
 
+Texts that were written and kept by an earlier run are not written again: set JCROSSLORA_CACHE to a new folder to
+measure the writing as well. The CPU time is that of all cores; on a busy machine it says more than the seconds.
+
     python tools/measure_memory.py ADAPTER SOURCE TARGET [--method cross-lora] [--limit 2.0]
 
 Prints the peak beside the size of both bases as float32, and exits with 1 if it is above the limit (GB = 10^9 bytes).
@@ -21,14 +24,15 @@ def float32_bytes(ref: str) -> int:
     return sum(4 * module.shape[0] * module.shape[1] for module in open_base(ref).modules.values())
 
 
-def run(arguments: argparse.Namespace, out: Path) -> tuple[float, float]:
-    """Seconds and peak bytes of `jcrosslora transfer` in a process of its own."""
+def run(arguments: argparse.Namespace, out: Path) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and peak bytes of `jcrosslora transfer` in a process of its own."""
     command = [sys.executable, "-m", "jcrosslora.cli", "transfer", arguments.adapter, "--out", str(out)]
     command += ["--source", arguments.source, "--target", arguments.target, "--method", arguments.method]
     start = time.perf_counter()
     subprocess.run([*command, "--table", "none"], check=True, stdout=subprocess.DEVNULL)
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     # ru_maxrss of children is the largest of them, in KiB on Linux.
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0
+    return seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024.0
 
 
 def main() -> None:
@@ -40,9 +44,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.0, help="GB allowed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seconds, peak = run(arguments, Path(folder) / "out")
+        seconds, busy, peak = run(arguments, Path(folder) / "out")
     sizes = [float32_bytes(arguments.source) / 1e9, float32_bytes(arguments.target) / 1e9]
-    print(f"peak {peak / 1e9:.2f} GB, {seconds:.1f} s; target modules as float32: {sizes[0]:.2f} and {sizes[1]:.2f} GB")
+    print(f"peak {peak / 1e9:.2f} GB, {seconds:.1f} s, CPU time {busy:.1f} s")
+    print(f"target modules as float32: {sizes[0]:.2f} and {sizes[1]:.2f} GB")
     sys.exit(peak / 1e9 > arguments.limit)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.probes.cache import find_texts, keep_texts, texts_key
 from jcrosslora.probes.writing import write_texts
 
 COUNT, LENGTH = 288, 96
@@ -50,9 +51,17 @@ def written_probes(
     adapter: Adapter | None = None,
     progress: bool = False,
 ) -> Probes:
-    """Texts that a base writes itself, as a record; arguments and errors as in `write_texts`."""
-    texts = write_texts(
-        base, count, length=length, temperature=temperature, seed=seed, adapter=adapter, progress=progress
-    )
+    """Texts that a base writes itself, as a record; arguments and errors as in `write_texts`.
+
+    The texts are kept on disk and not written again for the same base, adapter and settings (see
+    `jcrosslora.probes.cache`; the environment variable JCROSSLORA_CACHE moves the folder).
+    """
+    key = texts_key(base, count, length, temperature, seed, adapter)
+    texts = find_texts(key)
+    if texts is None:
+        texts = write_texts(
+            base, count, length=length, temperature=temperature, seed=seed, adapter=adapter, progress=progress
+        )
+        keep_texts(key, texts)
     writer = base.name if adapter is None else f"{base.name} with an adapter"
     return Probes(tuple(texts), f"written by {writer} at temperature {temperature:g}", seed)
