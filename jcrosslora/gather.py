@@ -87,6 +87,8 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
         gram_src=totals[3] / count - jnp.outer(mean_src, mean_src),
         gram_tgt=totals[4] / count - jnp.outer(mean_tgt, mean_tgt),
         count=count,
+        mean_src=centre_src + mean_src,
+        mean_tgt=centre_tgt + mean_tgt,
     )
 
 

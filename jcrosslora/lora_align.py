@@ -18,15 +18,17 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.gather import load_stack, shared_vocabulary
+from jcrosslora.heads import head_counts, match_heads
 from jcrosslora.linalg import decompose, mesh_of, over_layers, spread
-from jcrosslora.methods import Activations, Evidence, Fit, Method, Side, Vocabulary, get_method
+from jcrosslora.methods import Activations, Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
-from jcrosslora.pairing import Depth, Pair, Pairing, pair_modules
+from jcrosslora.methods.lorasuite import embedding_map
+from jcrosslora.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
 from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
 
 if TYPE_CHECKING:
     from jcrosslora.moments import CrossMoments
-    from jcrosslora.probes import Probes
+    from jcrosslora.probes import ProbeBatch, Probes
 
 DEFAULT_RANK = 320
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
@@ -96,22 +98,34 @@ class Plan:
         probes: Probes | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
-        self.pairing = pair_modules(source.modules, target.modules, depth)
+        # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
+        self.pairing = pair_modules(source.modules, target.modules, "proportional" if depth == SIMILAR else depth)
+        self._sources = sources
         self._depth = depth if isinstance(depth, str) else ",".join("-" if i is None else str(i) for i in depth)
         self._pairs = _wanted(self.pairing, sources)
         _check_shapes(self.method, source, target, self._pairs)
         self.rank = _check_rank(rank, source, target, self._pairs)
         self.probes = probes
         self._vocabulary, self._no_vocabulary = None, "not needed"
-        if self.method.anchored:
+        if self.method.anchored or self.method.embeddings:
             self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
+        if self.method.embeddings:
+            self._vocabulary = _with_stream(self.method, self._vocabulary, self._no_vocabulary)
+
+    @property
+    def runs_bases(self) -> bool:
+        """Whether both bases have to run on probe texts, for the method or for the depth map."""
+        return self.method.activations or self._depth == SIMILAR
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
         """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        if self._depth == SIMILAR:
+            self._pair_similar(progress)
         moments = self._moments(progress) if self.method.activations else None
+        heads = self._heads()
         with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
             for pairs in self._chunks():
-                yield self._align(pairs, moments)
+                yield self._align(pairs, moments, heads)
                 bar.update(len(pairs))
 
     def transport(self, groups: tuple[TransportGroup, ...]) -> Transport:
@@ -130,7 +144,7 @@ class Plan:
         """The settings, with defaults and outcomes filled in."""
         signs = "not needed" if not self.method.anchored else "rule" if self._vocabulary is None else "vocabulary"
         tokens = 0 if self._vocabulary is None else self._vocabulary.count
-        probes = self.probes if self.method.activations else None
+        probes = self.probes if self.runs_bases else None
         return AlignRecipe(
             method=self.method.name,
             rank=self.rank,
@@ -163,6 +177,7 @@ class Plan:
         by_shape: dict[tuple[object, ...], list[Pair]] = {}
         for pair in self._pairs:
             key = (self.source.modules[pair.source].shape, self.target.modules[pair.target].shape, _reads(pair))
+            key += (head_counts(self.source, self.target, pair.role) if self.method.embeddings else None,)
             by_shape.setdefault(key, []).append(pair)
         for pairs in by_shape.values():
             size = _bytes(self.source, pairs[0].source) + _bytes(self.target, pairs[0].target)
@@ -171,9 +186,17 @@ class Plan:
             for part in np.array_split(np.arange(len(pairs)), parts):
                 yield tuple(pairs[i] for i in part)
 
-    def _moments(self, progress: bool) -> CrossMoments:
+    def _pair_similar(self, progress: bool) -> None:
+        """Replace the pairing by that of the layers that are alike."""
+        from jcrosslora.depth import layer_similarity, ordered_layers
+
+        layers = ordered_layers(layer_similarity(self.source, self.target, self._batches(progress), progress=progress))
+        pairing = pair_modules(self.source.modules, self.target.modules, layers)
+        self.pairing = dataclasses.replace(pairing, depth_map=SIMILAR)
+        self._pairs = _wanted(self.pairing, self._sources)
+
+    def _batches(self, progress: bool) -> list[ProbeBatch]:
         # Imported here: methods that look at weights alone need neither tokenizers nor the decoder.
-        from jcrosslora.moments import cross_moments
         from jcrosslora.probes import count_positions, probe_batches, written_probes
         from jcrosslora.tokens import load_tokenizer
 
@@ -182,10 +205,23 @@ class Plan:
         tokenizers = load_tokenizer(self.source), load_tokenizer(self.target)
         batches = probe_batches(self.probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
         self.probes = dataclasses.replace(self.probes, positions=count_positions(batches))
+        return batches
+
+    def _moments(self, progress: bool) -> CrossMoments:
+        from jcrosslora.moments import cross_moments
+
+        batches = self._batches(progress)
         roles = {pair.role for pair in self._pairs}
         return cross_moments(self.source, self.target, batches, self.pairing.layers, roles, progress=progress)
 
-    def _align(self, pairs: tuple[Pair, ...], moments: CrossMoments | None) -> TransportGroup:
+    def _heads(self) -> dict[str, HeadMatch]:
+        if self._vocabulary is None or self._vocabulary.stream is None:
+            return {}
+        return match_heads(self.source, self.target, self._pairs, self._vocabulary.stream)
+
+    def _align(
+        self, pairs: tuple[Pair, ...], moments: CrossMoments | None, heads: dict[str, HeadMatch]
+    ) -> TransportGroup:
         shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
         rank = min(self.rank, *shapes[0], *shapes[1])
         src = self._side(self.source, [pair.source for pair in pairs], rank)
@@ -193,6 +229,10 @@ class Plan:
         keys = _keys(self.seed, pairs, src.weight.shape[0])
         seen = None if moments is None else self._activations(moments, pairs, src.weight.shape[0])
         evidence = Evidence(src, tgt, self._vocabulary, seen, keys, reads=_reads(pairs[0]), rank=rank)
+        if pairs[0].target in heads:
+            matches = [heads[pair.target] for pair in pairs]
+            matches += matches[-1:] * (src.weight.shape[0] - len(pairs))
+            evidence = dataclasses.replace(evidence, heads=jax.tree.map(lambda *leaves: jnp.stack(leaves), *matches))
         fit, agreement = _fit_stack(evidence, self.method, mesh_of(src.weight))
         terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (fit.terms, agreement))
         # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK
@@ -233,6 +273,13 @@ def _fit_stack(evidence: Evidence, method: Method, mesh: Mesh | None) -> tuple[F
         return fit, measure(evidence, fit, by_coordinates=method.measure == "weight cosine")
 
     return over_layers(one, mesh, dataclasses.replace(evidence, vocabulary=None), evidence.vocabulary)
+
+
+def _with_stream(method: Method, vocabulary: Vocabulary | None, reason: str) -> Vocabulary:
+    if vocabulary is None:
+        msg = f"method {method.name} needs tokens that both bases have: {reason}; use another method"
+        raise MethodError(msg)
+    return dataclasses.replace(vocabulary, stream=embedding_map(vocabulary))
 
 
 def _reads(pair: Pair) -> bool:

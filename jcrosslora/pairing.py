@@ -7,7 +7,10 @@ from typing import Protocol
 from jcrosslora.errors import PairingError
 
 Depth = str | Sequence[int | None]
+# Known from the numbers of layers alone.
 DEPTH_MAPS = ("proportional", "by-name")
+# Found by running both bases on text, see `jcrosslora.depth`.
+SIMILAR = "similar"
 
 
 class ModuleLike(Protocol):
@@ -35,7 +38,7 @@ class Pairing:
     """The pairs of two bases, and what is left over on both sides.
 
     Attributes:
-        depth_map: how the layers were mapped: "proportional", "by-name" or "explicit".
+        depth_map: how the layers were mapped: "proportional", "by-name", "similar" or "explicit".
         layers: for each target layer the source layer that feeds it, or None.
         pairs: in the target's order of modules.
         unfed: target modules that receive nothing.
@@ -60,6 +63,8 @@ def pair_modules(
         depth: "by-name" gives target layer i the source layer i (Cross-LoRA, Algorithm 1: deeper layers of either
             side are skipped); "proportional" gives it the source layer at the same relative depth,
             floor((i + 1/2) L_src / L_tgt); a sequence names the source layer of every target layer, None for none.
+
+    The map "similar" is not known here: it becomes a sequence once both bases have run (`jcrosslora.depth`).
 
     Raises:
         PairingError: an unknown map, a list of the wrong length or naming a layer that the source does not have,
@@ -92,12 +97,13 @@ def parse_depth(text: str) -> Depth:
     Raises:
         PairingError: the text is neither.
     """
-    if text in DEPTH_MAPS:
+    if text in (*DEPTH_MAPS, SIMILAR):
         return text
     try:
         return [None if item.strip() in {"-", "none"} else int(item) for item in text.split(",")]
     except ValueError:
-        msg = f"depth map {text!r} is neither {' nor '.join(DEPTH_MAPS)} nor a list of source layers like 0,1,3,-,5"
+        names = " nor ".join((*DEPTH_MAPS, SIMILAR))
+        msg = f"depth map {text!r} is neither {names} nor a list of source layers like 0,1,3,-,5"
         raise PairingError(msg) from None
 
 
@@ -110,6 +116,9 @@ def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | No
         return tuple(i if i < layers_src else None for i in range(layers_tgt))
     if depth == "proportional":
         return tuple((2 * i + 1) * layers_src // (2 * layers_tgt) for i in range(layers_tgt))
+    if depth == SIMILAR:
+        msg = f"depth map {depth!r} is found by running both bases; name it to `align` or `transfer`"
+        raise PairingError(msg)
     if isinstance(depth, str):
         msg = f"depth map {depth!r} is unknown; use one of {', '.join(DEPTH_MAPS)} or a list of source layers"
         raise PairingError(msg)

@@ -14,7 +14,6 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.files import ensure_free
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
-from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.transport import describe_base
@@ -40,7 +39,7 @@ class TransferSettings:
     rank: int | None = None
     """Truncation rank of the SVDs; 320 if not given. A smaller module uses its own short side."""
     depth: str = "proportional"
-    """Which source layer feeds which target layer: proportional, by-name, or a list such as 0,1,3,-,5."""
+    """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
     """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
     out_rank: int | None = None
@@ -54,7 +53,7 @@ class TransferSettings:
     probe_text: str | None = None
     """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own."""
     probe_count: int = 288
-    """How many texts the source base writes; only for methods that run the bases."""
+    """How many texts the source base writes; only where the bases have to run."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -103,7 +102,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         sources=mover.adapter.modules.keys(),
     )
     # After all else has been checked: writing texts takes a minute.
-    plan.probes = _probes(settings, source, progress)
+    plan.probes = _probes(settings, source, progress) if plan.runs_bases else None
     for group in plan.groups(progress=progress):
         mover.add(group)
     moved = mover.finish(plan.transport(()))
@@ -111,9 +110,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     return moved
 
 
-def _probes(settings: TransferSettings, source: BaseModel, progress: bool) -> "Probes | None":
-    if not get_method(settings.method).activations:
-        return None
+def _probes(settings: TransferSettings, source: BaseModel, progress: bool) -> "Probes":
     from jcrosslora.probes import Probes, read_texts, written_probes
 
     if settings.probe_text is not None:

@@ -11,6 +11,7 @@ from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
 from jcrosslora.methods import METHODS, Activations, Evidence, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import measure
+from jcrosslora.methods.lorasuite import embedding_map
 
 RANK = 5
 EQUAL, WIDER, NARROWER = ((14, 9), (14, 9)), ((10, 8), (15, 12)), ((15, 12), (10, 8))
@@ -30,6 +31,8 @@ def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     src, tgt = normal(*shapes[0], seed=seed), normal(*shapes[1], seed=seed + 1)
     sides = side(src, method.decomposes, rank), side(tgt, method.decomposes, rank)
     seen = activations(shapes, seed) if method.activations else None
+    if method.embeddings:
+        vocabulary = with_stream(shapes[0][1], shapes[1][1], seed)
     return Evidence(*sides, vocabulary, seen, jax.random.key(seed), reads=True, rank=rank)
 
 
@@ -41,6 +44,13 @@ def activations(shapes, seed):
     )
     energies = [jnp.asarray([np.sum(a**2), np.sum(b**2)]) for a, b in ((x_s, x_t), (y_s, y_t))]
     return Activations(jnp.asarray(x_s.T @ x_t), jnp.asarray(y_s.T @ y_t), *energies)
+
+
+def with_stream(width_src, width_tgt, seed):
+    """A vocabulary of 60 tokens with the map of the stream that lorasuite fits on it."""
+    words = vocabulary_of(normal(60, width_src, seed=seed + 40), normal(60, width_tgt, seed=seed + 41))
+    words = words.replace(mean_src=jnp.zeros(width_src), mean_tgt=jnp.zeros(width_tgt))
+    return words.replace(stream=embedding_map(words))
 
 
 def usable(method):
@@ -162,6 +172,15 @@ def reference_theseus(moments, update):
     return polar(moments.outputs).T @ update @ polar(moments.inputs)
 
 
+def reference_lorasuite(item, update):
+    """The modules here read the stream and have no heads: the equation of the MLP."""
+    w_src, w_tgt, stream = (
+        np.asarray(x, np.float64) for x in (item.src.weight, item.tgt.weight, item.vocabulary.stream)
+    )
+    inner = np.linalg.pinv(w_src.T) @ stream @ w_tgt.T
+    return inner.T @ update @ stream
+
+
 REFERENCES = {
     "cross-lora": reference_cross_lora,
     "lora-x": reference_lora_x,
@@ -178,6 +197,8 @@ def test_against_the_numpy_reference(method, shapes):
     update = normal(*shapes[0], seed=5)
     if method.activations:
         want = reference_theseus(item.activations, update.astype(np.float64))
+    elif method.embeddings:
+        want = reference_lorasuite(item, update.astype(np.float64))
     else:
         weights = np.asarray(item.src.weight), np.asarray(item.tgt.weight)
         want = REFERENCES[method.name](*weights, update.astype(np.float64))
@@ -185,7 +206,7 @@ def test_against_the_numpy_reference(method, shapes):
 
 
 def test_every_method_has_a_reference_or_is_the_random_one():
-    assert set(METHODS) == set(REFERENCES) | {"theseus", "random"}
+    assert set(METHODS) == set(REFERENCES) | {"theseus", "lorasuite", "random"}
 
 
 def test_random_maps_are_partial_isometries_that_depend_on_the_key():

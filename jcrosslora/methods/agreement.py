@@ -28,7 +28,7 @@ class Agreement:
         similarity_in: the same for the right singular vectors and I.
         vector_ratio: see `Fit`.
         activation_cosine: see `Fit`.
-        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt.
+        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt; or see `Fit`.
     """
 
     rank: jax.Array
@@ -119,6 +119,8 @@ def _common(cross: jax.Array, spread_src: jax.Array, spread_tgt: jax.Array) -> j
 
 
 def _weight_cosine(evidence: Evidence, fit: Fit, by_coordinates: bool) -> jax.Array:
+    if fit.weight_cosine is not None:
+        return fit.weight_cosine
     w_src, w_tgt = evidence.src.weight, evidence.tgt.weight
     if w_src.shape != w_tgt.shape:
         if not by_coordinates:

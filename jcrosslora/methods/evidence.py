@@ -22,12 +22,18 @@ class Vocabulary:
         gram_src: (H_src, H_src), E_src' E_src / V.
         gram_tgt: (H_tgt, H_tgt), E_tgt' E_tgt / V.
         count: V, static.
+        mean_src: (H_src,), the mean row that was taken off; None where nothing asks for it.
+        mean_tgt: (H_tgt,), the same.
+        stream: (H_src, H_tgt), see `lorasuite.embedding_map`; None for methods that do not ask for it.
     """
 
     cross: jax.Array
     gram_src: jax.Array
     gram_tgt: jax.Array
     count: int = flax.struct.field(pytree_node=False)
+    mean_src: jax.Array | None = None
+    mean_tgt: jax.Array | None = None
+    stream: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -64,6 +70,19 @@ class Activations:
 
 
 @flax.struct.dataclass
+class HeadMatch:
+    """Which heads of the two modules go together, N of each side (key heads for k and v).
+
+    Attributes:
+        match: (N_tgt, N_src), the weight of each source head in each target head.
+        cosine: (), mean cosine of the circuits of the query heads that were matched.
+    """
+
+    match: jax.Array
+    cosine: jax.Array
+
+
+@flax.struct.dataclass
 class Evidence:
     """All that a method may look at for one pair of modules.
 
@@ -76,6 +95,7 @@ class Evidence:
         reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
             (o, down): the stream is then on the side of its outputs.
         rank: static; R, the inner width of low-rank maps.
+        heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
     """
 
     src: Side
@@ -85,6 +105,7 @@ class Evidence:
     key: jax.Array
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
+    heads: HeadMatch | None = None
 
 
 @flax.struct.dataclass
@@ -97,11 +118,14 @@ class Fit:
             vocabulary, than vectors that do not belong together; 1 is chance, NaN is not measured.
         activation_cosine: (), cosine between the source's activations, carried over by the map, and the target's,
             over inputs and outputs; NaN is not measured.
+        weight_cosine: (), in place of the driver's own figure of that name, for methods whose maps hold the target's
+            weights and would make it large whatever the bases are; None is the driver's.
     """
 
     terms: Terms
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
     activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
+    weight_cosine: jax.Array | None = None
 
 
 def stream_vectors(side: Side, reads: bool) -> jax.Array:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.errors import MethodError
-from jcrosslora.methods import coordinates, cross_lora, lora_x, prolora, random_map, theseus
+from jcrosslora.methods import coordinates, cross_lora, lora_x, lorasuite, prolora, random_map, theseus
 from jcrosslora.methods.evidence import Evidence, Fit
 
-Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "none"]
+Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "none"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Method:
         vectors: whether single singular vectors matter, or only the subspace that they span.
         anchored: whether it uses the shared vocabulary.
         activations: whether it runs both bases on probe texts.
+        embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         measure: which diagnostic says if the two bases agree in what this method relies on.
     """
@@ -39,6 +40,7 @@ class Method:
     vectors: bool = False
     anchored: bool = False
     activations: bool = False
+    embeddings: bool = False
     keeps_norm: bool = False
     measure: Measure = "weight cosine"
 
@@ -53,6 +55,7 @@ class Method:
         parts = ["equal shapes"] if self.equal_shapes else []
         parts += ["SVDs of both bases"] if self.decomposes else []
         parts += ["shared vocabulary (for the signs)"] if self.anchored else []
+        parts += ["shared vocabulary (for the map)", "weights of all attention modules"] if self.embeddings else []
         parts += ["both bases run on text, their own or the user's"] if self.activations else []
         return ", ".join(parts) or "nothing"
 
@@ -112,6 +115,14 @@ _METHODS = (
         fit=theseus.fit,
         activations=True,
         measure="activation cosine",
+    ),
+    Method(
+        name="lorasuite",
+        summary="the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning",
+        reference="arXiv 2505.13515",
+        fit=lorasuite.fit,
+        embeddings=True,
+        measure="head cosine",
     ),
     Method(
         name="random",
