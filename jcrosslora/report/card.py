@@ -20,6 +20,8 @@ def model_card(
     table: Sequence[Mapping[str, str]],
     dropped: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    choice: str | None = None,
+    effect: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """The text of the card, with the front matter that the hub reads.
 
@@ -34,16 +36,19 @@ def model_card(
         table: rows of text with the same columns.
         dropped: (source module, share of the update) for what went nowhere.
         notes: warnings, one sentence each.
+        choice: why this method was chosen, if it was not named by the user.
+        effect: rows of text on what the update changes on both bases, if that was measured.
     """
     sections = [
         _front_matter(base_name),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
-        f"without training, by the method {_code(method)}.",
+        f"without training, by the method {_code(method)}{f', chosen because {_plain(choice)}' if choice else ''}.",
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
+        "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
         "## Warnings\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) if notes else "",
         "## Licence\n\nThe licences of the source adapter, of the source base model and of the target base model all "
@@ -78,6 +83,15 @@ def _bases(bases: Mapping[str, BaseRow]) -> str:
 def _dropped(dropped: Sequence[tuple[str, str]]) -> str:
     rows = [{"source module": name, "share of the update's energy": share} for name, share in dropped]
     return "These source modules feed no module of the target.\n\n" + _markdown(rows)
+
+
+def _effect(rows: Sequence[Mapping[str, str]]) -> str:
+    explained = (
+        "What the original update changes on the source and the moved one on the target, over the same positions of "
+        "the same texts: the divergence from the base without it (mean and standard deviation over texts), and the "
+        "negative log-likelihood of the text, in nats."
+    )
+    return explained + "\n\n" + _markdown(rows)
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:

@@ -56,6 +56,8 @@ def card_text(report: TransferReport, recipe: str) -> str:
         table=role_rows(report),
         dropped=[(item.source, f"{item.share:.2%}") for item in report.leftovers],
         notes=report.warnings,
+        choice=report.choice,
+        effect=() if report.effect is None else report.effect.rows(),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
+from jcrosslora.report.effect import Effect
 from jcrosslora.transport import AlignRecipe, BaseInfo
 
 
@@ -74,6 +75,9 @@ class TransferReport:
         leftovers: source modules whose update went nowhere.
         energy: ||.||_F^2 of the whole source update, moved or not.
         warnings: one sentence each.
+        choice: why `--method auto` took this method; None where the user named it.
+        effect: what the moved update changes on the target beside what the original changes on the source; None where
+            it was not measured.
     """
 
     recipe: AlignRecipe
@@ -88,6 +92,8 @@ class TransferReport:
     leftovers: tuple[Leftover, ...]
     energy: float
     warnings: tuple[str, ...]
+    choice: str | None = None
+    effect: Effect | None = None
 
     @property
     def kept(self) -> float:
@@ -112,6 +118,7 @@ class TransferReport:
             data[side].pop("fused")
         data["adapter"].pop("config")
         data["version"] = importlib.metadata.version("jcrosslora")
+        data["effect"] = None if self.effect is None else self.effect.to_json()
         data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}
         return _without_nan(data)
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.methods import get_method
+from jcrosslora.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import ModuleRow, TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 
@@ -43,11 +44,11 @@ def print_report(report: TransferReport, console: Console, *, by_module: bool = 
 
 def report_depth(report: TransferReport) -> str:
     """The depth map in a word."""
-    return report.recipe.depth if report.recipe.depth in {"proportional", "by-name"} else "explicit"
+    return report.recipe.depth if report.recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
 
 
 def _notes(report: TransferReport) -> list[str]:
-    lines = []
+    lines = [] if report.choice is None else [f"method: {report.recipe.method}, because {report.choice}"]
     if report.recipe.probes != "none":
         lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":
@@ -60,6 +61,10 @@ def _notes(report: TransferReport) -> list[str]:
         )
     if report.unfed:
         lines.append(f"without an update: {len(report.unfed)} target modules")
+    if report.effect is not None:
+        lines += [
+            "effect: " + ", ".join(f"{name} {cell}" for name, cell in row.items()) for row in report.effect.rows()
+        ]
     return lines + [f"warning: {sentence}" for sentence in report.warnings]
 
 

@@ -1,4 +1,4 @@
-"""One plain sentence on what to expect of a moved adapter, from the diagnostics alone."""
+"""One plain sentence on what to expect of a moved adapter, from the diagnostics and, if measured, its effect."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 from jcrosslora.methods import get_method
 from jcrosslora.report.record import ModuleRow, TransferReport, weighted
 
-Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control"]
+Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control", "ineffective", "destructive"]
 
 # Ratios to chance. Independently trained models measure 1.0 to 1.3; related ones measure in the tens and hundreds.
 CHANCE_RATIO, WEAK_RATIO = 1.5, 5.0
@@ -27,7 +27,8 @@ class Verdict:
 
     Attributes:
         level: "aligned" (an effect is to be expected), "weak", "chance" (none is), "lost" (the maps left next to
-            nothing of the update), "unknown" (nothing to measure it by), "control" (none is intended).
+            nothing of the update), "unknown" (nothing to measure it by), "control" (none is intended); "ineffective"
+            and "destructive" where the effect on text was measured and is such, whatever the alignment.
         text: the sentence for the user.
     """
 
@@ -36,7 +37,16 @@ class Verdict:
 
 
 def verdict(report: TransferReport) -> Verdict:
-    """Judge a transfer by the figure that its method relies on, and by what is left of the update."""
+    """Judge a transfer by the figure that its method relies on, by what is left of the update, and by its effect."""
+    found, effect = _by_diagnostics(report), report.effect
+    if effect is None:
+        return found
+    # A control is to be ineffective.
+    level = effect.outcome if effect.outcome in ("ineffective", "destructive") else found.level
+    return Verdict(found.level if found.level == "control" else level, f"{found.text}; {effect.sentence}")
+
+
+def _by_diagnostics(report: TransferReport) -> Verdict:
     method = get_method(report.recipe.method)
     if method.measure == "none":
         return Verdict("control", "this is a random map, a control: expect no effect")
@@ -50,6 +60,8 @@ def verdict(report: TransferReport) -> Verdict:
 
 def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verdict:
     cosine = weighted(rows, "weight_cosine")
+    if measure == "head cosine":
+        return _by_heads(cosine)
     if cosine >= SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")
@@ -81,6 +93,17 @@ def _by_ratio(ratio: float) -> Verdict:
     if ratio < WEAK_RATIO:
         return Verdict("weak", f"alignment is weak ({ratio:.2f}x chance): {_LITTLE}")
     return Verdict("aligned", f"the bases are aligned ({ratio:.1f}x chance): {_SOME}")
+
+
+def _by_heads(cosine: float) -> Verdict:
+    if math.isnan(cosine):
+        return Verdict("unknown", f"alignment cannot be measured (no attention module was moved): {_NOTHING}")
+    figure = f"cosine of their circuits {cosine:.3f}"
+    if cosine < CHANCE_COSINE:
+        return Verdict("chance", f"the attention heads of the two bases are unrelated ({figure}): {_NOTHING}")
+    if cosine < WEAK_COSINE:
+        return Verdict("weak", f"the attention heads of the two bases are distant relatives ({figure}): {_LITTLE}")
+    return Verdict("aligned", f"the attention heads of the two bases are related ({figure}): {_SOME}")
 
 
 def _by_cosine(cosine: float) -> Verdict:

@@ -1,0 +1,153 @@
+"""Which method suits a pair of bases: whether one is a near copy of the other is read off a sample of their weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.checkpoint import ROLES, BaseModel
+from jcrosslora.errors import CheckpointError
+
+# The method for bases that differ, where both can be run on text; and the one where they cannot.
+ACTIVATION_METHOD = "theseus"
+WEIGHT_METHOD = "cross-lora"
+
+# Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
+# Gemma-3-270M, 64 rows of each, stay below 0.05. Rounding these two models to 4 bits (Q4_0) moves a module by 0.14 of
+# its norm at most and leaves a cosine of 0.99 or more. A change of relative size d that has nothing to do with the
+# weights themselves leaves 1 / sqrt(1 + d^2): 0.89 for half of the norm, 0.8 for three quarters. The limits are put
+# there, nearer to the copies than to strangers; the second one tells a copy from a multiple.
+NEAR_COSINE, NEAR_DISTANCE = 0.8, 0.75
+
+_LAYERS, _ROWS = 4, 64  # of each role, and of each module
+
+
+@dataclass(frozen=True)
+class Kinship:
+    """How near the weights of two bases of equal shapes are, as means over the sampled modules.
+
+    Attributes:
+        cosine: of the sampled weights W_src and W_tgt of a module.
+        distance: ||W_tgt - W_src||_F / ||W_src||_F.
+        modules: how many were sampled.
+    """
+
+    cosine: float
+    distance: float
+    modules: int
+
+    @property
+    def near(self) -> bool:
+        """Whether an update of one base can be used on the other as it is."""
+        return self.cosine > NEAR_COSINE and self.distance < NEAR_DISTANCE
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `--method auto` stands for on a pair of bases.
+
+    Attributes:
+        method: a name of `METHODS`.
+        reason: one sentence without a full stop, for the report.
+    """
+
+    method: str
+    reason: str
+
+
+def choose_method(source: BaseModel, target: BaseModel) -> Choice:
+    """Choose the method for a pair of bases from their weights and files; neither is run.
+
+    Near-identical bases get `copy`, others a method that runs both on text if the decoder supports both and both
+    tokenizers can be read, else `cross-lora`.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    kinship = compare_weights(source, target)
+    if kinship is not None and kinship.near:
+        return Choice("copy", f"the two bases are nearly identical ({_figures(kinship)}), so the update stays as it is")
+    found = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
+    obstacle = why_not_run(source, target)
+    if obstacle is None:
+        return Choice(ACTIVATION_METHOD, f"{found}, and both can be run on text, so maps are fitted on activations")
+    return Choice(WEIGHT_METHOD, f"{found}, and not both can be run on text ({obstacle}), so only weights are compared")
+
+
+def compare_weights(source: BaseModel, target: BaseModel) -> Kinship | None:
+    """Compare a sample of the weights: of every role four layers from first to last, of each module 64 even rows.
+
+    The sample is the same on every run, and only its rows are read (and dequantised).
+
+    Returns:
+        The kinship, or None where the modules of the two bases are not the same by name and shape.
+
+    Raises:
+        CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
+    """
+    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+    if shapes[0] != shapes[1]:
+        return None
+    pairs = [_compare(_sample(source, name), _sample(target, name)) for name in _sampled_modules(source)]
+    for base in (source, target):
+        base.release()
+    cosine, distance = np.mean(pairs, axis=0)
+    return Kinship(float(cosine), float(distance), len(pairs))
+
+
+def why_not_run(*bases: BaseModel) -> str | None:
+    """Why the first base that cannot be run on text cannot: its decoder or its tokenizer; None if all can."""
+    # Imported here: near copies need neither the decoder nor the tokenizers.
+    from jcrosslora.decoder import settings_of
+    from jcrosslora.tokens import load_tokenizer
+
+    try:
+        for base in bases:
+            settings_of(base)
+            load_tokenizer(base)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _sampled_modules(base: BaseModel) -> Iterator[str]:
+    for role in ROLES:
+        names = [name for name, module in base.modules.items() if module.role == role]
+        yield from (names[place] for place in _even(len(names), _LAYERS))
+
+
+def _sample(base: BaseModel, name: str) -> np.ndarray:
+    """float64 (n, I): rows of a module, evenly spread."""
+    module = base.modules[name]
+    first = 0 if module.rows is None else module.rows[0]
+    rows = base.rows(module.tensor, first + _even(module.shape[0], _ROWS)).astype(np.float64)
+    if not np.isfinite(rows).all():
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
+    return rows
+
+
+def _even(count: int, wanted: int) -> np.ndarray:
+    """At most `wanted` different integers from 0 to count - 1, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
+    """Cosine and relative distance; a module of zeros is like another of zeros, and like nothing else."""
+    norm_src, norm_tgt = float(np.linalg.norm(src)), float(np.linalg.norm(tgt))
+    if norm_src == 0 or norm_tgt == 0:
+        return (1.0, 0.0) if norm_src == norm_tgt else (0.0, 1.0)
+    return float(np.sum(src * tgt)) / (norm_src * norm_tgt), float(np.linalg.norm(tgt - src)) / norm_src
+
+
+def _figures(kinship: Kinship) -> str:
+    figures = f"cosine {kinship.cosine:.3f}, relative distance {kinship.distance:.3f}"
+    return f"{figures} of the weights of {kinship.modules} sampled modules"
+
+
+def _differ(kinship: Kinship) -> str:
+    return f"the weights of the two bases differ ({_figures(kinship)})"

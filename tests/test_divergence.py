@@ -1,0 +1,90 @@
+"""The chunked divergence against float64 on the whole vocabulary."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_bases import write_llama
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import load_params, logits, settings_of, target_log_probs
+from jcrosslora.decoder.divergence import divergence, mean_kl
+
+SHAPE = (3, 11)
+
+
+@pytest.fixture(scope="module", params=[None, 6.0])
+def model(request, tmp_path_factory):
+    """Settings, with and without a soft cap of the logits, and parameters."""
+    base = open_base(write_llama(tmp_path_factory.mktemp("base"), vocab=500, layers=1))
+    return dataclasses.replace(settings_of(base), final_cap=request.param), load_params(base)
+
+
+def states(seed: int, size: float = 1.0) -> np.ndarray:
+    return (size * np.random.default_rng(seed).normal(size=(*SHAPE, 48))).astype(np.float32)
+
+
+def exact_log_probs(model, hidden) -> np.ndarray:
+    settings, params = model
+    scores = np.asarray(hidden, np.float64) @ np.asarray(params.embedding, np.float64).T
+    if settings.final_cap is not None:
+        scores = settings.final_cap * np.tanh(scores / settings.final_cap)
+    top = scores.max(axis=-1, keepdims=True)
+    return scores - top - np.log(np.exp(scores - top).sum(axis=-1, keepdims=True))
+
+
+def exact_kl(model, a, b) -> np.ndarray:
+    log_a, log_b = exact_log_probs(model, a), exact_log_probs(model, b)
+    return np.sum(np.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 33, 64])
+def test_the_divergence_is_that_of_the_whole_vocabulary_in_any_pieces(model, chunk):
+    a, b = states(0), states(1)
+    targets = np.random.default_rng(2).integers(0, 500, SHAPE).astype(np.int32)
+    found = divergence(*model, a, b, targets, chunk=chunk)
+    np.testing.assert_allclose(found.kl, exact_kl(model, a, b), rtol=1e-4, atol=1e-5)
+    for hidden, log_probs in ((a, found.log_probs_a), (b, found.log_probs_b)):
+        wanted = np.take_along_axis(exact_log_probs(model, hidden), targets[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(log_probs, wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(log_probs, target_log_probs(*model, jnp.asarray(hidden), targets), atol=1e-4)
+
+
+def test_equal_states_do_not_diverge(model):
+    assert float(mean_kl(*model, states(0), states(0))) == 0
+
+
+def test_nearly_equal_states_are_told_from_rounding(model):
+    """The normalisers are rounded to 1e-6, which is as large as these divergences are."""
+    a = states(0)
+    b = a + 1e-4 * states(1)
+    wanted = exact_kl(model, a, b)
+    assert wanted.mean() < 3e-6
+    found = divergence(*model, a, b, jnp.zeros(SHAPE, jnp.int32)).kl
+    np.testing.assert_allclose(found, wanted, rtol=0.05, atol=1e-8)
+    assert np.all(np.asarray(found) > -1e-9)
+
+
+def test_the_mean_is_over_the_valid_positions(model):
+    a, b = states(0), states(1)
+    valid = np.random.default_rng(3).random(SHAPE) < 0.5
+    kl = exact_kl(model, a, b)
+    np.testing.assert_allclose(mean_kl(*model, a, b, valid=valid, chunk=8), kl[valid].mean(), rtol=1e-4)
+    np.testing.assert_allclose(mean_kl(*model, a, b, chunk=8), kl.mean(), rtol=1e-4)
+    assert float(mean_kl(*model, a, b, valid=np.zeros(SHAPE, bool))) == 0
+
+
+def test_the_gradient_is_that_of_the_plain_formula(model):
+    settings, params = model
+    a, b = jnp.asarray(states(0, 0.2)), jnp.asarray(states(1, 0.2))
+
+    def plain(b):
+        log_a, log_b = (jax.nn.log_softmax(logits(settings, params, x)) for x in (a, b))
+        return jnp.mean(jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1))
+
+    found = jax.grad(lambda b: mean_kl(settings, params, a, b, chunk=5))(b)
+    wanted = jax.grad(plain)(b)
+    assert float(jnp.abs(wanted).max()) > 1e-3
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,228 @@
+"""The effect check: figures by brute force, and what is called ineffective, destructive, plausible."""
+
+import dataclasses
+import io
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from probe_bases import CORPUS, write_base
+from rich.console import Console
+from tiny_bases import random_adapter
+
+import jcrosslora as jcl
+from jcrosslora import effect_check
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.effect_check import adapter_texts, check_effect
+from jcrosslora.errors import AdapterError, MethodError, UsageError
+from jcrosslora.probes import match_positions
+from jcrosslora.report.documents import card_text, report_json
+from jcrosslora.report.effect import Change, Effect
+from jcrosslora.report.table import print_report
+from jcrosslora.tokens import load_tokenizer
+
+TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two bases with different tokenizers and widths, and an adapter for each."""
+    folder = tmp_path_factory.mktemp("bases")
+    source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
+    target = jcl.open_base(write_base(folder / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
+    return source, target, random_adapter(source, scale=0.01), random_adapter(target, scale=0.01, seed=5)
+
+
+def scaled(adapter, factor):
+    modules = {name: dataclasses.replace(item, scale=item.scale * factor) for name, item in adapter.modules.items()}
+    return dataclasses.replace(adapter, modules=modules)
+
+
+@partial(jax.jit, static_argnums=0)
+def all_logits(settings, params, tokens, adapter):
+    return logits(settings, params, forward(settings, params, tokens, adapter=adapter).hidden[0])
+
+
+def exact_log_probs(base, adapter, ids) -> np.ndarray:
+    """float64 (T, V), one text at a time."""
+    # Padded, so that all texts are one shape; what follows a token changes nothing before it.
+    tokens = np.pad(ids, (0, effect_check.LENGTH - len(ids)))
+    stacked = None if adapter is None else stack_adapter(adapter, base)
+    scores = np.asarray(all_logits(settings_of(base), load_params(base), tokens, stacked), np.float64)[: len(ids)]
+    top = scores.max(axis=-1, keepdims=True)
+    return scores - top - np.log(np.exp(scores - top).sum(axis=-1, keepdims=True))
+
+
+def by_brute_force(pair, texts, side):
+    """For each text: mean divergence, NLL without and NLL with the adapter."""
+    source, target, *adapters = pair
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    rows = []
+    for text in texts:
+        encoded = [
+            dataclasses.replace(one, ids=one.ids[: effect_check.LENGTH], ends=one.ends[: effect_check.LENGTH])
+            for one in (tokenizer.encode(text) for tokenizer in tokenizers)
+        ]
+        matches = [(x, y) for x, y in zip(*match_positions(*encoded), strict=True) if min(x, y) > 0]
+        places = [match[side] for match in matches]
+        ids = encoded[side].ids
+        plain, adapted = (exact_log_probs((source, target)[side], one, ids) for one in (None, adapters[side]))
+        kl = [np.sum(np.exp(plain[p]) * (plain[p] - adapted[p])) for p in places[:-1]]
+        nll = [-sum(log[p, ids[p + 1]] for p in range(places[0], places[-1])) / len(kl) for log in (plain, adapted)]
+        rows.append((np.mean(kl), *nll, len(kl)))
+    return np.array(rows).T
+
+
+def test_the_figures_are_those_of_every_text_run_alone(pair):
+    effect = check_effect(*pair, TEXTS, written=WRITTEN)
+    for side, change in enumerate((effect.source, effect.target)):
+        kl, _, _, count = by_brute_force(pair, TEXTS, side)
+        _, nll, adapted, count_written = by_brute_force(pair, WRITTEN, side)
+        assert kl.mean() > 0.01
+        wanted = (kl.mean(), kl.std(ddof=1), nll.mean(), adapted.mean())
+        np.testing.assert_allclose(dataclasses.astuple(change), wanted, rtol=2e-3)
+        assert effect.positions == count.sum() + count_written.sum()
+    growth = adapted - nll
+    assert effect.excess == pytest.approx(growth.mean(), abs=2e-3)
+    assert effect.excess_error == pytest.approx(growth.std(ddof=1) / len(growth) ** 0.5, rel=2e-2)
+    assert (effect.texts, effect.written) == (5, True)
+
+
+def test_without_written_texts_the_growth_is_compared_with_the_source(pair):
+    effect = check_effect(*pair, TEXTS)
+    assert effect.excess == pytest.approx(effect.target.growth - effect.source.growth, abs=1e-4)
+    assert not effect.written
+
+
+def test_weights_and_tokenizers_at_hand_change_nothing(pair):
+    source, target, *_ = pair
+    given = {"params": (load_params(source), load_params(target))}
+    given |= {"tokenizers": (load_tokenizer(source), load_tokenizer(target))}
+    assert check_effect(*pair, TEXTS, **given) == check_effect(*pair, TEXTS)
+
+
+def test_the_adapter_itself_on_its_own_base_is_plausible(pair):
+    source, _, adapter, _ = pair
+    effect = check_effect(source, source, adapter, adapter, TEXTS)
+    assert effect.source == effect.target
+    assert (effect.share, effect.excess, effect.outcome) == (1, 0, "plausible")
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(0, "ineffective"), (0.01, "ineffective"), (50, "destructive")])
+def test_a_weak_update_is_ineffective_and_a_huge_one_destructive(pair, factor, outcome):
+    source, target, adapter, moved = pair
+    effect = check_effect(source, target, adapter, scaled(moved, factor), TEXTS)
+    assert effect.outcome == outcome
+    assert outcome in effect.sentence
+    assert (effect.target.kl == 0) == (factor == 0)
+
+
+def test_an_update_that_breaks_the_target_is_destructive_and_still_plain_json(pair):
+    source, target, adapter, moved = pair
+    effect = check_effect(source, target, adapter, scaled(moved, 1e30), TEXTS)
+    assert effect.outcome == "destructive"
+    data = json.loads(json.dumps(effect.to_json(), allow_nan=False))
+    assert data["target"]["kl"] is None
+    assert data["outcome"] == "destructive"
+    assert "nan" not in effect.sentence + str(effect.rows())
+
+
+def test_a_source_adapter_that_gives_no_numbers_is_an_error(pair):
+    source, target, adapter, moved = pair
+    with pytest.raises(AdapterError, match="not finite"):
+        check_effect(source, target, scaled(adapter, 1e30), moved, TEXTS)
+
+
+def test_an_original_that_changes_nothing_leaves_the_effect_unmeasured(pair):
+    source, target, adapter, moved = pair
+    assert check_effect(source, target, scaled(adapter, 0), moved, TEXTS).outcome == "unmeasured"
+
+
+@pytest.mark.parametrize("texts", [[], ["a"]])
+def test_too_little_text_is_an_error(pair, texts):
+    with pytest.raises(UsageError, match="give"):
+        check_effect(*pair, texts)
+
+
+def test_many_texts_are_thinned_out_evenly():
+    texts = [str(number) for number in range(100)]
+    chosen = effect_check._spread(texts)
+    assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_check.TEXTS)
+    assert set(np.diff(np.array(chosen, int))) == {9}
+
+
+def change(kl, growth=0.0):
+    return Change(kl, 0.1, 4.0, 4.0 + growth)
+
+
+def made(share, excess, error=0.01):
+    return Effect(change(0.2), change(0.2 * share, excess), excess, error, texts=12, positions=700, written=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "excess", "error", "outcome"),
+    [
+        (1, -0.1, 0.01, "plausible"),
+        (0.04, 0, 0.01, "ineffective"),
+        (4, 0.33, 0.01, "plausible"),
+        (6, -0.1, 0.01, "destructive"),
+        (1, 0.35, 0.01, "destructive"),
+        (1, 0.5, 0.3, "plausible"),  # within two standard errors
+        (0.01, 0.5, 0.01, "destructive"),
+    ],
+)
+def test_the_limits(share, excess, error, outcome):
+    assert made(share, excess, error).outcome == outcome
+
+
+def test_texts_of_the_adapter(pair, monkeypatch):
+    source, _, adapter, _ = pair
+    texts = adapter_texts(source, adapter, seed=3)
+    assert len(set(texts)) == effect_check.TEXTS
+
+    def none(*args, **kwargs):
+        msg = "too few"
+        raise MethodError(msg)
+
+    monkeypatch.setattr(effect_check, "write_texts", none)
+    assert adapter_texts(source, adapter) == []
+
+
+@pytest.fixture(scope="module")
+def report(pair):
+    source, target, adapter, _ = pair
+    return jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).report
+
+
+def test_a_report_without_an_effect_says_nothing_of_it(report):
+    text = report_json(report, "")
+    assert json.loads(text)["effect"] is None
+    assert "Effect on text" not in card_text(report, "")
+    assert "chosen because" not in card_text(report, "")
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.01, "ineffective"), (9, "destructive"), (1, None)])
+def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
+    full = dataclasses.replace(report, effect=made(share, 0), choice="the bases differ")
+    found = jcl.verdict(full)
+    assert found.level == (level or jcl.verdict(report).level)
+    assert found.text.endswith(full.effect.sentence)
+    data = json.loads(report_json(full, ""))
+    assert data["effect"]["outcome"] == full.effect.outcome
+    assert data["choice"] == "the bases differ"
+    card = card_text(full, "")
+    assert "## Effect on text" in card
+    assert "`pad-truncate`, chosen because the bases differ." in card
+    console = Console(file=io.StringIO(), width=200)
+    print_report(full, console)
+    printed = console.file.getvalue()
+    assert "method: pad-truncate, because the bases differ" in printed
+    assert "effect: base target, KL" in printed
+
+
+def test_a_control_stays_a_control(pair, report):
+    recipe = dataclasses.replace(report.recipe, method="random")
+    full = dataclasses.replace(report, recipe=recipe, effect=made(0.01, 0))
+    assert jcl.verdict(full).level == "control"

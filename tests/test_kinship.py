@@ -1,0 +1,165 @@
+"""Which method `auto` takes for a pair of bases: copies, relatives, strangers, and bases that cannot be run."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny_bases import llama_tensors, write_llama
+
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.errors import CheckpointError
+from jcrosslora.kinship import ACTIVATION_METHOD, WEIGHT_METHOD, Choice, choose_method, compare_weights, why_not_run
+from jcrosslora.methods import METHODS
+
+
+def write(folder, **options):
+    """A tiny base with a tokenizer that the tokenizers library takes."""
+    write_llama(folder, **options)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        content = json.loads(path.read_text())
+        for part in ("pre_tokenizer", "decoder"):
+            content[part] |= {"add_prefix_space": False, "trim_offsets": True}
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_base(write(tmp_path_factory.mktemp("source")))
+
+
+def changed(folder, change) -> BaseModel:
+    """The base of the fixture with every linear weight changed."""
+    write(folder)
+    save_file(
+        {name: change(x) if x.ndim == 2 and ".layers." in name else x for name, x in llama_tensors().items()},
+        folder / "model.safetensors",
+    )
+    return open_base(folder)
+
+
+def four_bits(x: np.ndarray) -> np.ndarray:
+    """Blocks of 16 numbers rounded to 15 levels, as 4-bit formats do."""
+    blocks = x.reshape(-1, 16)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
+    return (np.round(blocks / scale) * scale).reshape(x.shape)
+
+
+def noise(size: float):
+    """Independent noise of a size relative to the weight's own norm."""
+    rng = np.random.default_rng(9)
+
+    def add(x: np.ndarray) -> np.ndarray:
+        return x + size * x.std() * rng.normal(size=x.shape).astype(np.float32)
+
+    return add
+
+
+def test_both_methods_are_in_the_registry():
+    assert {ACTIVATION_METHOD, WEIGHT_METHOD, "copy"} <= METHODS.keys()
+
+
+@pytest.mark.parametrize("change", [lambda x: x, four_bits, lambda x: x.astype(np.float16), noise(0.3), noise(0.5)])
+def test_near_copies_get_copy(source, tmp_path, change):
+    found = choose_method(source, changed(tmp_path, change))
+    assert found.method == "copy"
+    assert "nearly identical (cosine " in found.reason
+
+
+@pytest.mark.parametrize("change", [noise(1.2), lambda x: 3 * x, lambda x: -x, lambda x: x[::-1].copy(), np.zeros_like])
+def test_what_is_no_copy_gets_maps(source, tmp_path, change):
+    found = choose_method(source, changed(tmp_path, change))
+    assert found.method == ACTIVATION_METHOD
+    assert "differ (cosine " in found.reason
+
+
+def test_independent_weights_have_no_cosine(source, tmp_path):
+    target = open_base(write(tmp_path, seed=1))
+    kinship = compare_weights(source, target)
+    assert kinship is not None
+    assert abs(kinship.cosine) < 0.02
+    assert kinship.distance == pytest.approx(2**0.5, rel=0.05)
+    assert choose_method(source, target).method == ACTIVATION_METHOD
+
+
+def test_the_figures_are_those_of_the_added_noise(source, tmp_path):
+    kinship = compare_weights(source, changed(tmp_path, noise(0.75)))
+    assert kinship is not None
+    assert kinship.distance == pytest.approx(0.75, abs=0.02)
+    assert kinship.cosine == pytest.approx(0.8, abs=0.02)
+    assert kinship.modules == 7 * 3
+
+
+@pytest.mark.parametrize("dims", [{"hidden": 64}, {"layers": 2}, {"intermediate": 112}])
+def test_other_shapes_get_maps(source, tmp_path, dims):
+    found = choose_method(source, open_base(write(tmp_path, **dims)))
+    assert found == Choice(
+        ACTIVATION_METHOD,
+        "the modules of the two bases have different shapes, and both can be run on text, so maps are fitted on "
+        "activations",
+    )
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_without_a_tokenizer_only_weights_are_left(source, tmp_path, side):
+    other = open_base(write(tmp_path, seed=1, tokenizer=False))
+    found = choose_method(*((other, source) if side == "source" else (source, other)))
+    assert found.method == WEIGHT_METHOD
+    assert f"{tmp_path} has no tokenizer.json" in found.reason
+    assert why_not_run(source, other) in found.reason
+    assert why_not_run(source, source) is None
+    assert "\n" not in found.reason
+
+
+def test_a_model_that_the_decoder_refuses_is_not_run(source, tmp_path):
+    write(tmp_path, seed=1)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "relu6"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = choose_method(source, open_base(tmp_path))
+    assert found.method == WEIGHT_METHOD
+    assert "relu6" in found.reason
+
+
+def test_a_copy_needs_no_tokenizer(source, tmp_path):
+    assert choose_method(source, open_base(write(tmp_path, tokenizer=False))).method == "copy"
+
+
+def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
+    base = open_base(write(tmp_path, hidden=32, intermediate=400, layers=9))
+    asked = []
+    rows = BaseModel.rows
+    monkeypatch.setattr(BaseModel, "rows", lambda self, name, ids: asked.append(len(ids)) or rows(self, name, ids))
+    monkeypatch.setattr(BaseModel, "tensor", None)
+    monkeypatch.setattr(BaseModel, "weight", None)
+    assert compare_weights(base, base).modules == 4 * 7
+    assert len(asked) == 2 * 4 * 7
+    assert max(asked) == 64
+
+
+def test_a_module_inside_a_fused_matrix_is_compared_by_its_own_rows(source, tmp_path):
+    """The up projections of one base are the last rows of a taller matrix of the other."""
+    write(tmp_path, intermediate=160)
+    taller = llama_tensors(intermediate=160)
+    for name, x in llama_tensors().items():
+        if name.endswith("up_proj.weight"):
+            taller[name][80:] = x
+    save_file(taller, tmp_path / "model.safetensors")
+    other = open_base(tmp_path)
+    modules = {
+        name: dataclasses.replace(module, tensor=other.modules[name].tensor, rows=(80, 160))
+        for name, module in source.modules.items()
+        if module.role == "up_proj"
+    }
+    plain = {name: source.modules[name] for name in modules}
+    pair = dataclasses.replace(source, modules=plain), dataclasses.replace(other, modules=modules)
+    kinship = compare_weights(*pair)
+    assert kinship is not None
+    assert (kinship.cosine, kinship.distance, kinship.modules) == (pytest.approx(1), 0, 3)
+
+
+def test_a_damaged_weight_is_an_error(source, tmp_path):
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        choose_method(source, changed(tmp_path, lambda x: np.full_like(x, np.nan)))
