@@ -1,8 +1,11 @@
 """Two CPU devices, strict dtype and rank promotion: what a user's machine may do must not slip through here."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Texts that a tiny random model wrote are no use to the user whose cache they would land in.
+os.environ["JCROSSLORA_CACHE"] = tempfile.mkdtemp(prefix="jcrosslora-tests-")
 
 import jax
 
