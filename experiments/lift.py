@@ -1,0 +1,189 @@
+"""The lift table: how much of the gain of a LoRA trained on the target does a moved adapter bring?
+
+    python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
+        [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method theseus:rank=64 ...]
+        [--prompts 200 --prompted METHOD] [--lineage OTHER_TRAIN] [--markdown TABLE.md]
+
+For each task, pair of bases and seed it trains a LoRA adapter on the source and one on the target (the oracle), moves
+the first by every method and scores all on the target. Lift recovered = (base - moved) / (base - oracle), of negative
+log-likelihoods of right answers: of all answers together per character, and of the mean over questions of each answer's
+own per character. Intervals: 95% over questions, the same resampled questions in all terms, averaged over seeds inside
+each resample; "sd" is the standard deviation over seeds.
+
+Everything that was made is kept in WORK and used again (`lift_work.py` says where): a run that was stopped goes on
+with the same command. After a change of the package remove the folders below WORK/moved that it concerns.
+
+Hyper-parameters are chosen with --split train-rest, which scores train questions that no adapter was trained on, and
+never on test questions. --written makes a task whose answers are written, in JSON (`written_task.py`); its accuracy is
+exact match. --lineage adds the pair of the first source and its own further-trained version, trained on another task.
+
+On 2 cores, for SmolLM2-135M to Gemma-3-270M, theseus takes about 5 minutes a seed, and 300 questions 1 minute a row.
+"""
+
+import argparse
+import gc
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from lift_scores import Scorer
+from lift_table import BASE, ORACLE, Sheet, make_sheet, print_sheet, write_markdown
+from lift_tasks import Row, Task, load_task, parse_row
+from lift_work import Base, Pair, Work
+from rich.console import Console
+
+import jcrosslora as jcl
+from jcrosslora.training import TrainSettings
+
+# Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.
+LINEAGE_ROWS = ("auto", "copy", "random")
+_ORACLE_FILE = "oracle"
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    usual = TrainSettings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pair, files = {"nargs": 2, "action": "append", "default": []}, ("TRAIN", "TEST")
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
+    parser.add_argument("--pair", **pair, metavar=("SOURCE", "TARGET"), help="bases; again for another direction")
+    parser.add_argument("--task", **pair, metavar=files, type=Path, help="JSONL with question, choices, answer")
+    parser.add_argument("--written", **pair, metavar=files, type=Path, help="the same files, answers to be written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--method", action="append", help="METHOD or METHOD:KEY=VALUE,...; default: all, and auto")
+    parser.add_argument("--prompts", type=int, default=0, help="unlabelled train questions as probe text")
+    parser.add_argument("--prompted", action="append", default=[], help="a method to run with these as well")
+    parser.add_argument("--lineage", type=Path, help="train file of another task, for the further-trained version")
+    parser.add_argument("--lineage-rank", type=int, default=64)
+    parser.add_argument("--lineage-steps", type=int, default=2 * usual.steps)
+    parser.add_argument("--split", choices=("test", "train-rest"), default="test")
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--write-limit", type=int, default=100, help="questions of --written that models answer")
+    parser.add_argument("--first", type=int, default=1200, help="train on so many, at most 3/4 of the train file")
+    parser.add_argument("--steps", type=int, default=usual.steps)
+    parser.add_argument("--rank", type=int, default=usual.rank)
+    parser.add_argument("--rate", type=float, default=usual.rate)
+    parser.add_argument("--markdown", type=Path, help="file for the tables as Markdown")
+    return parser.parse_args(given)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what would fail or mislead only after hours.
+
+    Raises:
+        UsageError: the first such argument.
+    """
+    refs, rows = {ref for pair in arguments.pair for ref in pair}, rows_of(arguments)
+    rules = {
+        "--pair SOURCE TARGET is wanted": arguments.pair,
+        "--task or --written TRAIN TEST is wanted": arguments.task or arguments.written,
+        "two bases have the same last part of their path: rename one": len({Base.of(ref).name for ref in refs})
+        == len(refs),
+        "a method is given twice": len({row.slug for row in rows}) == len(rows),
+        "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
+        "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
+        and min(arguments.seeds) >= 0,
+        "--limit and --write-limit want 1 or more": all(
+            limit is None or limit > 0 for limit in (arguments.limit, arguments.write_limit)
+        ),
+    }
+    for message, holds in rules.items():
+        if not holds:
+            raise jcl.UsageError(message)
+
+
+def rows_of(arguments: argparse.Namespace) -> list[Row]:
+    """The rows asked for: methods as they are, then methods with prompts."""
+    plain = [parse_row(text) for text in arguments.method or dict.fromkeys([*jcl.METHODS, "auto"])]
+    return plain + [parse_row(text, arguments.prompts) for text in arguments.prompted]
+
+
+def make_table(work: Work, task: Task, pair: Pair, rows: Sequence[Row], arguments: argparse.Namespace) -> Sheet:
+    """Train, move, score: the table of one task and direction."""
+    undefined: dict[str, str] = {}
+    seeds = [_seed_figures(work, task, pair, rows, seed, arguments, undefined) for seed in arguments.seeds]
+    names = [name for name in seeds[0] if name not in undefined]
+    figures = {
+        name: {figure: np.stack([seed[name][figure] for seed in seeds]) for figure in seeds[0][name]} for name in names
+    }
+    counted = f"{figures[BASE]['nll_pooled'].shape[1]} {arguments.split} questions"
+    if task.written:
+        counted += f" ({figures[BASE]['exact'].shape[1]} of them answered in writing)"
+    title = f"{task.name}: {pair.source.name} to {pair.target.name}, {counted}, seeds {arguments.seeds}"
+    return make_sheet(title, figures, undefined, ["exact"] if task.written else ["accuracy", "accuracy_norm"])
+
+
+def _seed_figures(
+    work: Work,
+    task: Task,
+    pair: Pair,
+    rows: Sequence[Row],
+    seed: int,
+    arguments: argparse.Namespace,
+    undefined: dict[str, str],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Name -> figure -> (n,) of one seed; rows that are not defined go into `undefined`, with the reason."""
+    adapters = {_ORACLE_FILE: work.trained(task, pair.target, seed)}
+    work.trained(task, pair.source, seed)
+    for row in (row for row in rows if row.name not in undefined):
+        try:
+            adapters[row.slug] = work.moved(task, pair, row, seed)
+        except (jcl.MethodError, jcl.PairingError) as error:
+            undefined[row.name] = str(error)
+    questions = task.questions(arguments.split, arguments.prompts)
+    scorer = Scorer(pair.target.ref, questions, work.scores(task, pair, arguments.split, seed))
+    found = scorer.figures(adapters, arguments.limit)
+    if task.written:
+        for name, exact in scorer.exact(adapters, arguments.write_limit).items():
+            found[name]["exact"] = exact
+    del scorer
+    gc.collect()
+    jax.clear_caches()
+    shown = {BASE: BASE, _ORACLE_FILE: ORACLE, **{row.slug: row.name for row in rows}}
+    return {shown[name]: figures for name, figures in found.items()}
+
+
+def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, list[Row]]]:
+    """Every table to make; the further-trained version is trained here if it is wanted and not there."""
+    tasks = [load_task(*files, first=arguments.first, written=False) for files in arguments.task]
+    tasks += [load_task(*files, first=arguments.first, written=True) for files in arguments.written]
+    rows, pairs = rows_of(arguments), [Pair(*map(Base.of, refs)) for refs in arguments.pair]
+    tables = [(task, pair, rows) for task in tasks for pair in pairs]
+    if arguments.lineage is not None:
+        source = pairs[0].source
+        version = work.further_trained(source, arguments.lineage, arguments.lineage_rank, arguments.lineage_steps)
+        own = arguments.lineage.stem.removesuffix("_train")
+        lineage = [parse_row(name) for name in LINEAGE_ROWS]
+        # A version trained on the task itself has nothing left to gain.
+        others = [task for task in tasks if task.name.removesuffix("_written") != own]
+        tables += [(task, Pair(source, version), lineage) for task in others]
+    return tables
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    settings = TrainSettings(
+        steps=arguments.steps, rank=arguments.rank, alpha=2.0 * arguments.rank, rate=arguments.rate, dtype="float32"
+    )
+    work, sheets = Work(arguments.work, settings, console), []
+    for task, pair, rows in plan(arguments, work):
+        sheets.append(make_table(work, task, pair, rows, arguments))
+        print_sheet(sheets[-1], console)
+        if arguments.markdown is not None:
+            write_markdown(arguments.markdown, sheets, shlex.join(["python", *sys.argv]))
+
+
+def main() -> None:
+    try:
+        run(parse())
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"lift: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lift: interrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Tasks of the lift table: which questions are trained on, which decide hyper-parameters, which are tested on."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from written_task import written_example
+
+import jcrosslora as jcl
+from jcrosslora.evaluate import Question, read_task
+
+Split = Literal["test", "train-rest"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: names its folders.
+        train: questions of the train file.
+        test: questions of the test file.
+        first: how many of `train` are trained on; what is behind them is for hyper-parameters and for prompts.
+        written: whether the answer is written, not chosen: then accuracy is exact match of what the model writes.
+    """
+
+    name: str
+    train: Sequence[Question]
+    test: Sequence[Question]
+    first: int
+    written: bool = False
+
+    @property
+    def examples(self) -> Sequence[Question]:
+        """What adapters are trained on."""
+        return self.train[: self.first]
+
+    def questions(self, split: Split, prompts: int) -> Sequence[Question]:
+        """What is scored: of the train file only what is neither trained on nor given away as prompts.
+
+        Raises:
+            UsageError: nothing is left of the train file.
+        """
+        if split == "test":
+            return self.test
+        rest = self.train[self.first + prompts :]
+        if not rest:
+            used = f"{self.first} examples and {prompts} prompts use up its {len(self.train)} train questions"
+            msg = f"{self.name}: {used}: lower --first or --prompts"
+            raise jcl.UsageError(msg)
+        return rest
+
+    def prompts(self, count: int) -> list[str]:
+        """Prompts without answers, of questions that no adapter was trained on.
+
+        Raises:
+            UsageError: there are not so many.
+        """
+        rest = self.train[self.first : self.first + count]
+        if len(rest) < count:
+            msg = f"{self.name}: has {len(rest)} train questions behind the first {self.first}, {count} prompts wanted"
+            raise jcl.UsageError(msg)
+        return [question.prompt for question in rest]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to move an adapter, a row of the table.
+
+    Attributes:
+        name: as printed, and in the names of folders.
+        settings: of `jcl.TransferSettings`, the method among them.
+        prompts: unlabelled train questions to give as probe text; 0 for none.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    prompts: int = 0
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return slug(self.name)
+
+
+def slug(text: str) -> str:
+    """A text as a file name: runs of other signs than letters, digits and . = _ + - become one -."""
+    return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-")
+
+
+def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
+    """Read a task; its name is that of its train file without "_train".
+
+    At least a quarter of the train file is never trained on, so that there is something to choose settings by.
+
+    Raises:
+        UsageError: a file cannot be read, or `first` is below 1.
+    """
+    if first < 1:
+        msg = f"first {first} is out of range; it must be at least 1"
+        raise jcl.UsageError(msg)
+    name, questions = train.stem.removesuffix("_train"), [read_task(train), read_task(test)]
+    if written:
+        name = f"{name}_written"
+        questions = [[written_example(one) for one in each] for each in questions]
+    return Task(name, *questions, first=min(first, max(1, len(questions[0]) * 3 // 4)), written=written)
+
+
+def parse_row(text: str, prompts: int = 0) -> Row:
+    """A row from METHOD or METHOD:KEY=VALUE,KEY=VALUE with keys of `jcl.TransferSettings`.
+
+    Raises:
+        UsageError: a key that is no setting, or that the table sets itself, or one without a value.
+    """
+    method, _, rest = text.partition(":")
+    settings: dict[str, Any] = {"method": method}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        settings[key] = _value(key, value, f"--method {text}")
+    return Row(f"{text}, {prompts} prompts" if prompts else text, settings, prompts)
+
+
+def _value(key: str, value: str, place: str) -> Any:
+    """A number, true, false or null as JSON writes it; anything else is text."""
+    own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
+    fields = {field.name for field in dataclasses.fields(jcl.TransferSettings)} - {*own}
+    if key not in fields or not value:
+        msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(fields))}"
+        raise jcl.UsageError(msg)
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

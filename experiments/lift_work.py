@@ -1,0 +1,190 @@
+"""The folder behind the lift table: trained adapters, moved adapters, prompts and further-trained bases.
+
+What is there is used again, so that a run that was stopped goes on, and adapters that were trained elsewhere can be put
+there. Nothing looks at the code that made a moved adapter: after a change of the package remove its folder.
+
+    trained/TASK--BASE--seedN          an adapter trained on a base: the source's, and the target's (the oracle)
+    moved/TASK--SOURCE--TARGET/ROW--seedN
+    scores/TASK--SOURCE--TARGET/SPLIT--seedN/ROW.npz
+    prompts/TASK--FIRST--N.jsonl       unlabelled prompts
+    further/BASE--TASK                 a base's further-trained version, and beside it the adapter merged into it
+    checkpoints/                       of the training under way
+"""
+
+import dataclasses
+import gc
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from further_trained import write_merged
+from lift_tasks import Row, Task, slug
+from rich.console import Console
+from safetensors import safe_open
+
+import jcrosslora as jcl
+from jcrosslora.adapter import save_adapter
+from jcrosslora.evaluate import Question
+from jcrosslora.probes.text_files import save_texts
+from jcrosslora.training import TrainSettings, read_examples, train_lora
+
+# Of the further training: apart from the seeds of adapters, so that no adapter starts from the same factors.
+_FURTHER_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base by what `jcl.open_base` takes, and by the short name that its folders have."""
+
+    ref: str
+    name: str
+
+    @staticmethod
+    def of(ref: str) -> "Base":
+        """A base whose name is the last part of its path or id."""
+        return Base(ref, slug(Path(ref).name.removesuffix(".gguf")))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A direction: source and target base."""
+
+    source: Base
+    target: Base
+
+    @property
+    def name(self) -> str:
+        """As folders have it."""
+        return f"{self.source.name}--{self.target.name}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder, and the settings that adapters are trained with; their seed is set for each."""
+
+    folder: Path
+    settings: TrainSettings
+    console: Console
+
+    def trained(self, task: Task, base: Base, seed: int) -> Path:
+        """The adapter trained on a base for a task.
+
+        Raises:
+            UsageError: one is there that was trained with other settings.
+            JCrossLoRAError: it cannot be trained.
+        """
+        out = self.folder / "trained" / f"{task.name}--{base.name}--seed{seed}"
+        settings = dataclasses.replace(self.settings, seed=seed)
+        self._train(base.ref, task.examples, settings, out, {"task": task.name, "first": task.first})
+        return out
+
+    def moved(self, task: Task, pair: Pair, row: Row, seed: int) -> Path:
+        """The source's adapter moved to the target as the row says.
+
+        Raises:
+            MethodError, PairingError: the row's method is not defined for this pair.
+            JCrossLoRAError: anything else that is wrong.
+        """
+        out = self.moved_folder(task, pair, row, seed)
+        if out.exists():
+            return out
+        started = time.monotonic()
+        settings = jcl.TransferSettings(
+            adapter=str(self.trained(task, pair.source, seed)),
+            source=pair.source.ref,
+            target=pair.target.ref,
+            out=str(out),
+            seed=seed,
+            probe_text=str(self._prompts(task, row.prompts)) if row.prompts else None,
+            **row.settings,
+        )
+        report = jcl.transfer(settings, progress=sys.stderr.isatty()).report
+        text = "" if report is None else jcl.verdict(report).text
+        self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {text}")
+        _forget()
+        return out
+
+    def moved_folder(self, task: Task, pair: Pair, row: Row, seed: int) -> Path:
+        """Where a moved adapter is kept."""
+        return self.folder / "moved" / f"{task.name}--{pair.name}" / f"{row.slug}--seed{seed}"
+
+    def scores(self, task: Task, pair: Pair, split: str, seed: int) -> Path:
+        """The folder of the scores of all rows of one seed."""
+        return self.folder / "scores" / f"{task.name}--{pair.name}" / f"{split}--seed{seed}"
+
+    def further_trained(self, base: Base, file: Path, rank: int, steps: int) -> Base:
+        """The base's version further trained on all of a task file: a LoRA of a larger rank, merged into the weights.
+
+        Raises:
+            UsageError: one is there that was trained with other settings.
+            JCrossLoRAError: it cannot be trained or written.
+        """
+        out = self.folder / "further" / f"{base.name}--{slug(file.stem)}"
+        examples, adapter = read_examples(file), out.with_name(f"{out.name}--adapter")
+        settings = dataclasses.replace(self.settings, rank=rank, alpha=2.0 * rank, steps=steps, seed=_FURTHER_SEED)
+        self._train(base.ref, examples, settings, adapter, {"task": file.stem, "first": len(examples)})
+        if not out.exists():
+            self._say(f"merging {adapter.name} into {base.name}")
+            write_merged(jcl.open_base(base.ref), jcl.load_adapter(adapter), out)
+            _forget()
+        return Base(str(out), out.name)
+
+    def _train(
+        self, ref: str, examples: Sequence[Question], settings: TrainSettings, out: Path, facts: Mapping[str, Any]
+    ) -> None:
+        made = {**dataclasses.asdict(settings), **facts}
+        if out.exists():
+            check_same(out, made)
+            return
+        self._say(f"training {out.name}: {settings.steps} steps on {len(examples)} examples")
+        base, checkpoints = jcl.open_base(ref), self.folder / "checkpoints" / out.name
+        adapter = train_lora(base, examples, settings, checkpoints=checkpoints, progress=sys.stderr.isatty())
+        save_adapter(
+            adapter,
+            out,
+            base_revision=base.revision,
+            fused=base.fused,
+            all_modules=list(base.modules),
+            metadata={"jcrosslora.training": json.dumps(made)},
+        )
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        _forget()
+
+    def _prompts(self, task: Task, count: int) -> Path:
+        path = self.folder / "prompts" / f"{task.name}--{task.first}--{count}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_texts(path, task.prompts(count))
+        return path
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+
+def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
+    """Refuse an adapter that states other settings than are asked for; what it does not state is taken as fitting.
+
+    The task is not compared: `train_lora.py` names it by its file.
+
+    Raises:
+        UsageError: a setting differs.
+    """
+    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+        stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
+    wanted = json.loads(json.dumps(made))
+    for key in sorted((stated.keys() & wanted.keys()) - {"task"}):
+        if stated[key] != wanted[key]:
+            msg = f"{adapter}: was trained with {key} {stated[key]}, {wanted[key]} is asked for: remove it, or ask so"
+            raise jcl.UsageError(msg)
+
+
+def _forget() -> None:
+    """Let go of weights and compiled code between jobs, so that memory is bounded by one of them."""
+    gc.collect()
+    jax.clear_caches()
