@@ -14,28 +14,26 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jcrosslora.activations import batch_probes, stack_activations
+from jcrosslora.align_checks import check_rank, check_shapes, check_whitening, wanted_pairs
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import INPUT_SITES
-from jcrosslora.errors import MethodError, PairingError, UsageError
+from jcrosslora.errors import MethodError
 from jcrosslora.gather import load_stack, shared_vocabulary
 from jcrosslora.heads import head_counts, match_heads
 from jcrosslora.linalg import decompose, mesh_of, over_layers, spread
-from jcrosslora.methods import Activations, Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
+from jcrosslora.methods import Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
 from jcrosslora.methods.lorasuite import embedding_map
-from jcrosslora.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
+from jcrosslora.pairing import SIMILAR, Depth, Pair, pair_modules
 from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
 
 if TYPE_CHECKING:
     from jcrosslora.moments import CrossMoments
     from jcrosslora.probes import ProbeBatch, Probes
 
-DEFAULT_RANK = 320
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 # Weights of both bases in flight at a time, in bytes as float32: this bounds memory, whatever the model's size.
 GROUP_BYTES = 96 * 2**20
-# Tokens of a probe text, and texts at a time: the source's activations at their matches are held for all layers.
-PROBE_LENGTH, PROBE_BATCH = 128, 4
 
 
 def align(
@@ -48,6 +46,7 @@ def align(
     seed: int = 0,
     sources: Collection[str] | None = None,
     probes: Probes | None = None,
+    whitening: float = 0.0,
     progress: bool = False,
 ) -> Transport:
     """Find the maps that carry adapters of `source` over to `target` (LoRA-Align, arXiv 2508.05232, section 3).
@@ -62,6 +61,7 @@ def align(
         seed: of the random control.
         sources: align only what these source modules feed (those an adapter has); None is all.
         probes: text for the methods that run both bases; None lets the source base write it.
+        whitening: exponent of theseus' partial whitening, 0 to 0.5; above 0 it takes three times the memory.
         progress: whether to show a progress bar.
 
     Returns:
@@ -70,10 +70,20 @@ def align(
     Raises:
         MethodError: an unknown method, or one that cannot be used on these shapes.
         PairingError: the modules cannot be paired as asked.
-        UsageError: a rank below 1 or above the short side of every module.
+        UsageError: a rank below 1 or above the short side of every module, or a whitening that the method does not do.
         CheckpointError: weights that cannot be read or are not finite.
     """
-    plan = Plan(source, target, method=method, rank=rank, depth=depth, seed=seed, sources=sources, probes=probes)
+    plan = Plan(
+        source,
+        target,
+        method=method,
+        rank=rank,
+        depth=depth,
+        seed=seed,
+        sources=sources,
+        probes=probes,
+        whitening=whitening,
+    )
     return plan.transport(tuple(plan.groups(progress=progress)))
 
 
@@ -96,16 +106,18 @@ class Plan:
         seed: int,
         sources: Collection[str] | None = None,
         probes: Probes | None = None,
+        whitening: float = 0.0,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
         # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
         self.pairing = pair_modules(source.modules, target.modules, "proportional" if depth == SIMILAR else depth)
         self._sources = sources
         self._depth = depth if isinstance(depth, str) else ",".join("-" if i is None else str(i) for i in depth)
-        self._pairs = _wanted(self.pairing, sources)
-        _check_shapes(self.method, source, target, self._pairs)
-        self.rank = _check_rank(rank, source, target, self._pairs)
+        self._pairs = wanted_pairs(self.pairing, sources)
+        check_shapes(self.method, source, target, self._pairs)
+        self.rank = check_rank(rank, source, target, self._pairs)
         self.probes = probes
+        self.whitening = check_whitening(whitening, self.method)
         self._vocabulary, self._no_vocabulary = None, "not needed"
         if self.method.anchored or self.method.embeddings:
             self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
@@ -155,6 +167,7 @@ class Plan:
             probes="none" if probes is None else probes.describe(),
             probe_text=None if probes is None else probes.path,
             probe_count=len(probes.texts) if probes is not None and probes.path is None else None,
+            whitening=self.whitening,
         )
 
     @property
@@ -193,26 +206,18 @@ class Plan:
         layers = ordered_layers(layer_similarity(self.source, self.target, self._batches(progress), progress=progress))
         pairing = pair_modules(self.source.modules, self.target.modules, layers)
         self.pairing = dataclasses.replace(pairing, depth_map=SIMILAR)
-        self._pairs = _wanted(self.pairing, self._sources)
+        self._pairs = wanted_pairs(self.pairing, self._sources)
 
     def _batches(self, progress: bool) -> list[ProbeBatch]:
-        # Imported here: methods that look at weights alone need neither tokenizers nor the decoder.
-        from jcrosslora.probes import count_positions, probe_batches, written_probes
-        from jcrosslora.tokens import load_tokenizer
-
-        if self.probes is None:
-            self.probes = written_probes(self.source, seed=self.seed, progress=progress)
-        tokenizers = load_tokenizer(self.source), load_tokenizer(self.target)
-        batches = probe_batches(self.probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
-        self.probes = dataclasses.replace(self.probes, positions=count_positions(batches))
+        self.probes, batches = batch_probes(self.source, self.target, self.probes, seed=self.seed, progress=progress)
         return batches
 
     def _moments(self, progress: bool) -> CrossMoments:
         from jcrosslora.moments import cross_moments
 
-        batches = self._batches(progress)
-        roles = {pair.role for pair in self._pairs}
-        return cross_moments(self.source, self.target, batches, self.pairing.layers, roles, progress=progress)
+        batches, roles = self._batches(progress), {pair.role for pair in self._pairs}
+        layers, grams = self.pairing.layers, self.whitening > 0
+        return cross_moments(self.source, self.target, batches, layers, roles, grams=grams, progress=progress)
 
     def _heads(self) -> dict[str, HeadMatch]:
         if self._vocabulary is None or self._vocabulary.stream is None:
@@ -227,8 +232,13 @@ class Plan:
         src = self._side(self.source, [pair.source for pair in pairs], rank)
         tgt = self._side(self.target, [pair.target for pair in pairs], rank)
         keys = _keys(self.seed, pairs, src.weight.shape[0])
-        seen = None if moments is None else self._activations(moments, pairs, src.weight.shape[0])
-        evidence = Evidence(src, tgt, self._vocabulary, seen, keys, reads=_reads(pairs[0]), rank=rank)
+        seen = None
+        if moments is not None:
+            layers = [self.target.modules[pair.target].layer for pair in pairs]
+            seen = stack_activations(moments, [pair.role for pair in pairs], layers, src.weight.shape[0])
+        evidence = Evidence(
+            src, tgt, self._vocabulary, seen, keys, reads=_reads(pairs[0]), rank=rank, whitening=self.whitening
+        )
         if pairs[0].target in heads:
             matches = [heads[pair.target] for pair in pairs]
             matches += matches[-1:] * (src.weight.shape[0] - len(pairs))
@@ -238,24 +248,6 @@ class Plan:
         # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK
         # take the cores from each other (measured: 6 times slower).
         return jax.block_until_ready(TransportGroup(terms, agreement, pairs))
-
-    def _activations(self, moments: CrossMoments, pairs: tuple[Pair, ...], count: int) -> Activations:
-        """The moments of each pair, stacked; the last one is repeated up to `count`."""
-        layers = [self.target.modules[pair.target].layer for pair in pairs]
-        layers += layers[-1:] * (count - len(pairs))
-
-        def stacked(sums: dict[str, jax.Array], names: list[str]) -> jax.Array:
-            names += names[-1:] * (count - len(pairs))
-            return jnp.stack([sums[name][layer] for name, layer in zip(names, layers, strict=True)])
-
-        roles = [pair.role for pair in pairs]
-        sites = [INPUT_SITES[role] for role in roles]
-        return Activations(
-            stacked(moments.inputs, list(sites)),
-            stacked(moments.outputs, list(roles)),
-            stacked(moments.input_energy, list(sites)),
-            stacked(moments.output_energy, list(roles)),
-        )
 
     def _side(self, base: BaseModel, names: list[str], rank: int) -> Side:
         stack = load_stack(base, names)
@@ -297,39 +289,3 @@ def _keys(seed: int, pairs: tuple[Pair, ...], count: int) -> jax.Array:
     numbers += numbers[-1:] * (count - len(pairs))
     fold = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))
     return fold(jnp.asarray(np.array(numbers, np.uint32)))
-
-
-def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ...]:
-    if sources is None:
-        return pairing.pairs
-    pairs = tuple(pair for pair in pairing.pairs if pair.source in sources)
-    if not pairs:
-        msg = (
-            f"none of the adapter's {len(sources)} modules feeds a module of the target under depth map "
-            f"{pairing.depth_map!r}; choose another with --depth"
-        )
-        raise PairingError(msg)
-    return pairs
-
-
-def _check_shapes(method: Method, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> None:
-    if not method.equal_shapes:
-        return
-    for pair in pairs:
-        src, tgt = source.modules[pair.source].shape, target.modules[pair.target].shape
-        if src != tgt:
-            msg = (
-                f"method {method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
-                f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
-            )
-            raise MethodError(msg)
-
-
-def _check_rank(rank: int | None, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> int:
-    widest = max(min(*source.modules[pair.source].shape, *target.modules[pair.target].shape) for pair in pairs)
-    if rank is None:
-        return min(DEFAULT_RANK, widest)
-    if not 1 <= rank <= widest:
-        msg = f"rank {rank} is out of range; these bases allow 1 to {widest}, the short side of their widest modules"
-        raise UsageError(msg)
-    return rank

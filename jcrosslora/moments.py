@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Inputs by site and outputs by role, (L, P, width) each: what one base did at the positions of a batch.
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
+Grams = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
@@ -47,6 +48,9 @@ class CrossMoments:
         input_squares: site -> (L, I_src) and (L, I_tgt), sums of the squares of each dimension of x_src and x_tgt.
         output_squares: role -> (L, O_src) and (L, O_tgt), the same of the outputs.
         count: N, scalar.
+        input_grams: site -> (L, I_src, I_src) and (L, I_tgt, I_tgt), sums of x_src x_src' and of x_tgt x_tgt'; None
+            unless they were asked for.
+        output_grams: role -> (L, O_src, O_src) and (L, O_tgt, O_tgt), the same of the outputs.
     """
 
     inputs: dict[str, jax.Array]
@@ -54,16 +58,8 @@ class CrossMoments:
     input_squares: dict[str, tuple[jax.Array, jax.Array]]
     output_squares: dict[str, tuple[jax.Array, jax.Array]]
     count: jax.Array
-
-    @property
-    def input_energy(self) -> dict[str, jax.Array]:
-        """Site -> (L, 2), sums of |x_src|^2 and of |x_tgt|^2."""
-        return {name: _energy(pair) for name, pair in self.input_squares.items()}
-
-    @property
-    def output_energy(self) -> dict[str, jax.Array]:
-        """Role -> (L, 2), the same of the outputs."""
-        return {name: _energy(pair) for name, pair in self.output_squares.items()}
+    input_grams: Grams | None = None
+    output_grams: Grams | None = None
 
 
 def cross_moments(
@@ -73,13 +69,15 @@ def cross_moments(
     layers: Sequence[int | None],
     roles: Collection[str],
     *,
+    grams: bool = False,
     progress: bool = False,
 ) -> CrossMoments:
     """Run both bases over the probes and add up the cross-moments of the inputs and outputs of paired modules.
 
     Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
-    models), and the activations of both bases at the matched positions of one batch, of all layers. Of the embeddings
-    only the rows of the tokens that occur are kept, of the heads nothing; each base's are held whole while it is read.
+    models), and the activations of both bases at the matched positions of one batch, of all layers. The grams take a
+    little more than twice the memory of the moments beside them (26 million numbers a layer). Of the embeddings only
+    the rows of the tokens that occur are kept, of the heads nothing; each base's are held whole while it is read.
 
     Args:
         source: the base that adapters come from.
@@ -87,6 +85,7 @@ def cross_moments(
         batches: at least one, all of the same shape.
         layers: for each target layer the source layer that feeds it, or None (its moments mean nothing).
         roles: which modules are wanted.
+        grams: whether to add up the moments of each side with itself as well.
         progress: whether to show a progress bar.
 
     Raises:
@@ -100,7 +99,7 @@ def cross_moments(
     def add(totals: CrossMoments | None, batch: ProbeBatch) -> CrossMoments:
         src = read_src(batch.tokens_src, batch.mask_src, batch.at_src, batch.valid)
         tgt = read_tgt(batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, batch.valid)
-        totals = no_moments(src, tgt) if totals is None else totals
+        totals = no_moments(src, tgt, grams=grams) if totals is None else totals
         # One batch in flight: the next one's activations must not join this one's in memory.
         return jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
 
@@ -111,7 +110,7 @@ def cross_moments(
     return totals
 
 
-def no_moments(src: Rows, tgt: Rows) -> CrossMoments:
+def no_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
     """Moments of no positions, to begin `add_rows` with; src and tgt as there, only their shapes matter."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
 
@@ -121,9 +120,14 @@ def no_moments(src: Rows, tgt: Rows) -> CrossMoments:
     def squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((layers, x.shape[-1])), jnp.zeros((layers, y.shape[-1]))
 
+    def both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return products(x, x), products(y, y)
+
     inputs, outputs = jax.tree.map(products, src, tgt)
     input_squares, output_squares = jax.tree.map(squares, src, tgt)
-    return CrossMoments(inputs, outputs, input_squares, output_squares, jnp.zeros(()))
+    input_grams, output_grams = jax.tree.map(both, src, tgt) if grams else (None, None)
+    nothing = jnp.zeros(())
+    return CrossMoments(inputs, outputs, input_squares, output_squares, nothing, input_grams, output_grams)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -147,10 +151,16 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
             sums = jnp.sum(x[layers[layer]] ** 2, axis=0), jnp.sum(y[layer] ** 2, axis=0)
             return total[0].at[layer].add(sums[0]), total[1].at[layer].add(sums[1])
 
+        def both(x: jax.Array, y: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, y = x[layers[layer]], y[layer]
+            return total[0].at[layer].add(dot(x.T, x)), total[1].at[layer].add(dot(y.T, y))
+
         inputs, outputs = jax.tree.map(products, (totals.inputs, totals.outputs), src, tgt)
         pairs = totals.input_squares, totals.output_squares
         input_squares, output_squares = jax.tree.map(squares, src, tgt, pairs)
-        return CrossMoments(inputs, outputs, input_squares, output_squares, totals.count)
+        own = totals.input_grams, totals.output_grams
+        input_grams, output_grams = own if totals.input_grams is None else jax.tree.map(both, src, tgt, own)
+        return CrossMoments(inputs, outputs, input_squares, output_squares, totals.count, input_grams, output_grams)
 
     counted = dataclasses.replace(totals, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
     return lax.fori_loop(0, len(layers), one, counted)
@@ -190,7 +200,3 @@ def _rows(
         return {site: take(seen.inputs[site]) for site in sites}, {role: take(seen.outputs[role]) for role in roles}
 
     return forward(settings, params, tokens, mask=mask, reduce=reduce).reduced
-
-
-def _energy(squares: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.sum(side, axis=-1) for side in squares], axis=-1)

@@ -61,6 +61,7 @@ class AlignRecipe:
         probes: what text both bases were run on, "none" for methods that look at weights alone.
         probe_text: the file that it was read from, if any.
         probe_count: how many texts the source base wrote, if it did.
+        whitening: exponent of theseus' partial whitening, 0 for none.
     """
 
     method: str
@@ -72,6 +73,7 @@ class AlignRecipe:
     probes: str
     probe_text: str | None = None
     probe_count: int | None = None
+    whitening: float = 0.0
 
 
 @flax.struct.dataclass

@@ -42,8 +42,14 @@ def activations(shapes, seed):
         [normal(60, width, seed=100 * seed + 10 * place + k) for k, width in enumerate(shape)]
         for place, shape in enumerate(shapes)
     )
-    energies = [jnp.asarray([np.sum(a**2), np.sum(b**2)]) for a, b in ((x_s, x_t), (y_s, y_t))]
-    return Activations(jnp.asarray(x_s.T @ x_t), jnp.asarray(y_s.T @ y_t), *energies)
+    return moments(x_s, x_t, y_s, y_t)
+
+
+def moments(x_s, x_t, y_s, y_t):
+    """What is known of rows of inputs and outputs."""
+    squares = [tuple(jnp.asarray(np.sum(rows**2, axis=0)) for rows in pair) for pair in ((x_s, x_t), (y_s, y_t))]
+    grams = [tuple(jnp.asarray(rows.T @ rows) for rows in pair) for pair in ((x_s, x_t), (y_s, y_t))]
+    return Activations(jnp.asarray(x_s.T @ x_t), jnp.asarray(y_s.T @ y_t), *squares, *grams)
 
 
 def with_stream(width_src, width_tgt, seed):
@@ -351,10 +357,34 @@ def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outp
     x = normal(200, 9, seed=8) * np.geomspace(1, 30, 9, dtype=np.float32)
     y = x @ w_src.T
     x_t, y_t = x @ rotation.T, y[:, order]
-    energies = [jnp.asarray([np.sum(a**2), np.sum(b**2)]) for a, b in ((x, x_t), (y, y_t))]
-    seen = Activations(jnp.asarray(x.T @ x_t), jnp.asarray(y.T @ y_t), *energies)
+    seen = moments(x, x_t, y, y_t)
     sides = side(w_src, False), side(w_tgt, False)
     fit = get_method("theseus").fit(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
     inside = w_src @ normal(9, 9, seed=2)  # outputs that never occur cannot be told apart: stay among those that do
     np.testing.assert_allclose(apply(fit, inside), (inside @ rotation.T)[order], atol=1e-3 * np.abs(inside).max())
     assert float(fit.activation_cosine) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("power", [0.1, 0.25, 0.5])
+def test_theseus_whitened_in_part_is_the_polar_factor_of_the_whitened_moment(power):
+    (y_s, x_s), (y_t, x_t) = (
+        [normal(200, width, seed=10 * place + k) * np.geomspace(1, 9, width, dtype=np.float32) for k, width in shape]
+        for place, shape in enumerate((((0, 10), (1, 8)), ((2, 15), (3, 12))))
+    )
+    x_t[:, :8] += 2 * x_s
+    y_t[:, 3:13] -= 2 * y_s
+    sides = side(normal(10, 8, seed=5), False), side(normal(15, 12, seed=6), False)
+    item = Evidence(*sides, None, moments(x_s, x_t, y_s, y_t), jax.random.key(0), True, 5, whitening=power)
+    fit = jax.jit(get_method("theseus").fit)(item)
+
+    def whitened(rows):
+        values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
+        return rows @ (vectors * values**-power) @ vectors.T
+
+    cosines = []
+    for found, src, tgt in zip(reversed(fit.terms[0]), (x_s, y_s), (x_t, y_t), strict=True):
+        src, tgt = whitened(src), whitened(tgt)
+        u, s, vt = np.linalg.svd(src.T @ tgt, full_matrices=False)
+        np.testing.assert_allclose(np.asarray(found.left @ found.right.T), vt.T @ u.T, atol=2e-4)
+        cosines.append(s.sum() / np.linalg.norm(src) / np.linalg.norm(tgt))
+    assert float(fit.activation_cosine) == pytest.approx(np.sqrt(np.prod(cosines)), rel=1e-4)

@@ -57,17 +57,17 @@ def rows(activations, layer, at, valid):
 def test_sums_are_those_of_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]
-    moments = cross_moments(source, target, batches, LAYERS, INPUT_SITES)
+    moments = cross_moments(source, target, batches, LAYERS, INPUT_SITES, grams=True)
     assert float(moments.count) == 20
     seen = [
         (captured(source, item.tokens_src, item.mask_src), captured(target, item.tokens_tgt, item.mask_tgt))
         for item in batches
     ]
     for role, site in INPUT_SITES.items():
-        for place, (name, sums, squares, energy) in enumerate(
+        for place, (name, sums, squares, grams) in enumerate(
             [
-                (site, moments.inputs, moments.input_squares, moments.input_energy),
-                (role, moments.outputs, moments.output_squares, moments.output_energy),
+                (site, moments.inputs, moments.input_squares, moments.input_grams),
+                (role, moments.outputs, moments.output_squares, moments.output_grams),
             ]
         ):
             for layer, feeder in enumerate(LAYERS):
@@ -83,13 +83,16 @@ def test_sums_are_those_of_float64_over_all_batches(bases):
                 sizes = [sum(np.sum(pair[side] ** 2, axis=0) for pair in pairs) for side in (0, 1)]
                 for side in (0, 1):
                     np.testing.assert_allclose(squares[name][side][layer], sizes[side], rtol=1e-5)
-                np.testing.assert_allclose(energy[name][layer], [size.sum() for size in sizes], rtol=1e-5)
+                    own = sum(pair[side].T @ pair[side] for pair in pairs)
+                    np.testing.assert_allclose(grams[name][side][layer], own, atol=1e-4 * np.abs(own).max())
 
 
 def test_only_what_is_wanted_is_kept(bases):
     moments = cross_moments(*bases, [batch(0)], LAYERS, {"q_proj", "v_proj"})
     assert set(moments.inputs) == {"attn_in"}
     assert set(moments.outputs) == {"q_proj", "v_proj"}
+    assert moments.input_grams is None
+    assert moments.output_grams is None
 
 
 def test_a_layer_without_a_source_does_not_disturb_the_others(bases):
@@ -98,10 +101,11 @@ def test_a_layer_without_a_source_does_not_disturb_the_others(bases):
     np.testing.assert_array_equal(whole.inputs["attn_in"][1], part.inputs["attn_in"][1])
 
 
-def test_moments_are_held_once(bases):
+@pytest.mark.parametrize("grams", [False, True])
+def test_moments_are_held_once(grams):
     layers, positions, width = 24, 16, 192
     rows = {"attn_in": jnp.ones((layers, positions, width))}, {"q_proj": jnp.ones((layers, positions, width))}
-    totals = no_moments(rows, rows)
+    totals = no_moments(rows, rows, grams=grams)
     feeders, valid = jnp.arange(layers, dtype=jnp.int32), jnp.ones(positions, bool)
     used = add_rows.lower(totals, rows, rows, feeders, valid).compile().memory_analysis()
     moments = sum(array.nbytes for array in jax.tree.leaves(totals))

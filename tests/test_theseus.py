@@ -9,6 +9,7 @@ from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli import main
+from jcrosslora.errors import UsageError
 from jcrosslora.probes import Probes
 
 
@@ -110,3 +111,24 @@ def test_evaluate_by_the_command(files, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--base", str(files / "source"), "--task", str(task), "--limit", "0"])
     assert stopped.value.code == 2
+
+
+def test_partial_whitening_by_the_package(files):
+    base, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    probes = Probes(tuple(CORPUS), "given")
+    transport = jcl.align(base, target, method="theseus", probes=probes, whitening=0.25)
+    assert transport.recipe.whitening == 0.25
+    moved = jcl.shift(transport, random_adapter(base))
+    plain = jcl.shift(jcl.align(base, target, method="theseus", probes=probes), random_adapter(base))
+    for name, factors in moved.modules.items():
+        assert np.isfinite(delta(factors)).all()
+        assert np.abs(delta(factors) - delta(plain.modules[name])).max() > 1e-3
+    assert all(0 < row.activation_cosine <= 1 for row in moved.report.rows)
+
+
+@pytest.mark.parametrize(("method", "power", "wanted"), [("theseus", 0.6, "0 (none) to 0.5"), ("copy", 0.1, "theseus")])
+def test_whitening_that_cannot_be_done(files, method, power, wanted):
+    base = jcl.open_base(files / "source")
+    with pytest.raises(UsageError) as refused:
+        jcl.align(base, base, method=method, whitening=power)
+    assert wanted in str(refused.value)

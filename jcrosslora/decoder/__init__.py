@@ -3,6 +3,7 @@
 from jcrosslora.decoder.adapters import (
     StackedAdapter,
     StackedFactors,
+    join_stacked,
     stack_adapter,
     stack_adapters,
     unstack_adapter,
@@ -30,6 +31,7 @@ __all__ = [
     "StackedFactors",
     "forward",
     "init_cache",
+    "join_stacked",
     "load_params",
     "logits",
     "sample",

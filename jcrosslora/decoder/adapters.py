@@ -73,6 +73,18 @@ def unstack_adapter(stacked: StackedAdapter) -> Adapter:
     return Adapter(modules=modules)
 
 
+def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapter:
+    """The sum of two adapters of one base: in roles that both have, the factors side by side and the ranks added."""
+    roles = dict(first.roles)
+    for role, added in second.roles.items():
+        if role in roles:
+            a = jnp.concatenate([roles[role].a, added.a], axis=-2)
+            roles[role] = StackedFactors(a, jnp.concatenate([roles[role].b, added.b], axis=-1))
+        else:
+            roles[role] = added
+    return StackedAdapter(roles)
+
+
 def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
     """float32 (..., O): b (a x) for x (..., I) and the factors of one layer."""
     return project(project(x.astype(jnp.float32), factors.a), factors.b)

@@ -141,7 +141,7 @@ def run_layers(
         return (x, cache), keep(seen)
 
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
-    (x, cache), kept = lax.scan(step, (x, cache), _layers(settings, params, adapter))
+    (x, cache), kept = lax.scan(step, (x, cache), layer_stack(settings, params, adapter))
     return rms_norm(x, params.final_norm, settings.eps), cache, kept
 
 
@@ -167,7 +167,8 @@ def extend_cache(
     return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _layers(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None) -> LayerWeights:
+def layer_stack(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None) -> LayerWeights:
+    """What `layer_forward` takes, of all layers: a first axis of L on every array."""
     windows = [NO_WINDOW if window is None else window for window in settings.windows]
     return LayerWeights(
         layer=jnp.arange(settings.layers, dtype=jnp.int32),

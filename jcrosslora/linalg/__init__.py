@@ -3,6 +3,7 @@
 All functions are unbatched (one matrix); callers add `jax.vmap` and `jax.jit`.
 """
 
+from jcrosslora.linalg.dimension_sizes import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.dot import dot as dot
 from jcrosslora.linalg.linear_map import LinearMap as LinearMap
 from jcrosslora.linalg.linear_map import complement as complement
@@ -11,6 +12,9 @@ from jcrosslora.linalg.linear_map import select as select
 from jcrosslora.linalg.low_rank_product import product_energy as product_energy
 from jcrosslora.linalg.low_rank_product import recompress as recompress
 from jcrosslora.linalg.procrustes import procrustes as procrustes
+from jcrosslora.linalg.psd_power import psd_power as psd_power
+from jcrosslora.linalg.ridge import reduced_rank_ridge as reduced_rank_ridge
+from jcrosslora.linalg.ridge import ridge as ridge
 from jcrosslora.linalg.stacked import mesh_of as mesh_of
 from jcrosslora.linalg.stacked import over_layers as over_layers
 from jcrosslora.linalg.stacked import spread as spread

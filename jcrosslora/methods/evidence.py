@@ -59,14 +59,19 @@ class Activations:
     Attributes:
         inputs: (I_src, I_tgt), sum of x_src x_tgt' over the inputs of the module.
         outputs: (O_src, O_tgt), the same of its outputs.
-        input_energy: (2,), sums of |x_src|^2 and |x_tgt|^2.
-        output_energy: (2,), the same of the outputs.
+        input_squares: (I_src,) and (I_tgt,), sums of the squares of each dimension of x_src and x_tgt.
+        output_squares: (O_src,) and (O_tgt,), the same of the outputs.
+        input_grams: (I_src, I_src) and (I_tgt, I_tgt), sums of x_src x_src' and x_tgt x_tgt'; None for methods that do
+            not ask for them.
+        output_grams: (O_src, O_src) and (O_tgt, O_tgt), the same of the outputs.
     """
 
     inputs: jax.Array
     outputs: jax.Array
-    input_energy: jax.Array
-    output_energy: jax.Array
+    input_squares: tuple[jax.Array, jax.Array]
+    output_squares: tuple[jax.Array, jax.Array]
+    input_grams: tuple[jax.Array, jax.Array] | None = None
+    output_grams: tuple[jax.Array, jax.Array] | None = None
 
 
 @flax.struct.dataclass
@@ -96,6 +101,7 @@ class Evidence:
             (o, down): the stream is then on the side of its outputs.
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
+        whitening: static; the exponent of theseus' partial whitening, 0 for none. Above 0 the activations have grams.
     """
 
     src: Side
@@ -106,6 +112,7 @@ class Evidence:
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None
+    whitening: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
 @flax.struct.dataclass

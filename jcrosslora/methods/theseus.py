@@ -4,23 +4,38 @@ For each module, with inputs X and outputs Y collected at the same positions of 
 
     T_in = polar(X_s' X_t),  T_out = polar(Y_s' Y_t),  dW_t = T_out' dW_s T_in
 
-where polar(C) = U V' for C = U S V'. Nothing is centred. The paper's optional partial whitening is not applied (its
-exponent is 0 by default).
+where polar(C) = U V' for C = U S V'. Nothing is centred. The paper's optional partial whitening of exponent p in
+[0, 1/2] takes polar(G_s^-p C G_t^-p) instead, with the full moments G = X'X of each side, and uses the map as it is, on
+activations that are not whitened; p is 0 by default there and here. The authors' code raises the eigenvalues of G to
+1e-6 in float64; here they are raised to the rounding of float32 (see `jcrosslora.linalg.psd_power`).
 """
 
+import jax
 import jax.numpy as jnp
 
-from jcrosslora.linalg import procrustes
+from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
 from jcrosslora.methods.evidence import Evidence, Fit
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 def fit(evidence: Evidence) -> Fit:
     """P_out = T_out', P_in = T_in'."""
     moments = evidence.activations
     assert moments is not None
-    p_in, shared_in = procrustes(moments.inputs)
-    p_out, shared_out = procrustes(moments.outputs)
-    sizes = jnp.prod(moments.input_energy) * jnp.prod(moments.output_energy)
-    # The geometric mean over both sides of tr(P X_s'X_t) / (|X_s| |X_t|), each in [0, 1].
-    likeness = jnp.sqrt(shared_in * shared_out / jnp.sqrt(jnp.where(sizes > 0, sizes, 1)))
-    return Fit(((p_out, p_in),), activation_cosine=likeness)
+    p_in, like_in = _aligned(moments.inputs, moments.input_squares, moments.input_grams, evidence.whitening)
+    p_out, like_out = _aligned(moments.outputs, moments.output_squares, moments.output_grams, evidence.whitening)
+    return Fit(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
+
+
+def _aligned(cross: jax.Array, squares: Pair, grams: Pair | None, whitening: float) -> tuple[LinearMap, jax.Array]:
+    """The map, and tr(P X_s'X_t) / (|X_s| |X_t|) in [0, 1], of the whitened activations if they are whitened."""
+    energy = jnp.sum(squares[0]) * jnp.sum(squares[1])
+    if whitening:
+        assert grams is not None
+        (left, values_src), (right, values_tgt) = (psd_power(gram, -whitening) for gram in grams)
+        cross = dot(dot(left, cross), right)
+        # |X G^-p|^2 = tr(G^(1 - 2 p))
+        energy = jnp.sum(values_src ** (1 - 2 * whitening)) * jnp.sum(values_tgt ** (1 - 2 * whitening))
+    turn, shared = procrustes(cross)
+    return turn, shared / jnp.sqrt(jnp.where(energy > 0, energy, 1))
