@@ -9,7 +9,7 @@ from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import CheckpointError
 
 # The method for bases that differ, where both can be run on text; and the one where they cannot.
-ACTIVATION_METHOD = "theseus"
+ACTIVATION_METHOD = "anchored"
 WEIGHT_METHOD = "cross-lora"
 
 # Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
@@ -74,7 +74,9 @@ def choose_method(source: BaseModel, target: BaseModel) -> Choice:
     found = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
     obstacle = why_not_run(source, target)
     if obstacle is None:
-        return Choice(ACTIVATION_METHOD, f"{found}, and both can be run on text, so maps are fitted on activations")
+        return Choice(
+            ACTIVATION_METHOD, f"{found}, and both can be run on text, so an update is fitted to what they predict"
+        )
     return Choice(WEIGHT_METHOD, f"{found}, and not both can be run on text ({obstacle}), so only weights are compared")
 
 

@@ -127,6 +127,11 @@ class Plan:
     @property
     def runs_bases(self) -> bool:
         """Whether both bases have to run on probe texts, for the method or for the depth map."""
+        return self.method.runs_bases or self._depth == SIMILAR
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether the maps or the depth map are made from probe texts."""
         return self.method.activations or self._depth == SIMILAR
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:

@@ -1,25 +1,35 @@
 """The whole trip: files in, files out, with memory bounded by one group of modules."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.errors import CheckpointError
 from jcrosslora.files import ensure_free
+from jcrosslora.kinship import choose_method, why_not_run
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
+from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.report.documents import card_text, recipe_of, report_json
+from jcrosslora.second_stage import cut_rank, fit_behind
 from jcrosslora.transport import describe_base
 
 if TYPE_CHECKING:
-    from jcrosslora.probes import Probes
+    from jcrosslora.probes import ProbeBatch, Probes
+    from jcrosslora.report.effect import Effect
+
+AUTO = "auto"
+EffectCheck = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,8 @@ class TransferSettings:
     """The base it shall work on, likewise."""
     out: str
     """The folder to write."""
-    method: str = "cross-lora"
-    """How to find the maps; `jcrosslora methods` lists them."""
+    method: str = "auto"
+    """How to move it: a name that `jcrosslora methods` lists, or auto, which looks at the two bases."""
     rank: int | None = None
     """Truncation rank of the SVDs; 320 if not given. A smaller module uses its own short side."""
     depth: str = "proportional"
@@ -51,9 +61,16 @@ class TransferSettings:
     seed: int = 0
     """Of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_text: str | None = None
-    """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own."""
+    """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own.
+    Where predictions are fitted, prompts that the source answers with its adapter."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
+    dialogues: int = 400
+    """How many prompts with answers the source writes with its adapter; only where predictions are fitted."""
+    whitening: float = 0.0
+    """Exponent of theseus' partial whitening, from 0 to 0.5."""
+    effect: EffectCheck = "auto"
+    """Run both bases with and without the adapter in the end: always, never, or where the method runs them anyway."""
     adapter_revision: str | None = None
     """Hub revision of the adapter."""
     source_revision: str | None = None
@@ -85,38 +102,93 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
     source = open_base(settings.source, revision=settings.source_revision)
     target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    choice = choose_method(source, target) if settings.method == AUTO else None
+    method = get_method(settings.method if choice is None else choice.method)
     mover = Shifter(
         adapter,
         describe_base(source),
-        method=settings.method,
+        method=method.name,
         calibrate=settings.calibrate,
         out_rank=settings.out_rank,
     )
     plan = Plan(
         source,
         target,
-        method=settings.method,
+        method=method.name,
         rank=settings.rank,
         depth=depth,
         seed=settings.seed,
         sources=mover.adapter.modules.keys(),
+        whitening=settings.whitening,
     )
     # After all else has been checked: writing texts takes a minute.
-    plan.probes = _probes(settings, source, progress) if plan.runs_bases else None
+    plan.probes = _probes(settings, source, plan, progress)
     for group in plan.groups(progress=progress):
         mover.add(group)
-    moved = mover.finish(plan.transport(()))
+    batches: list[ProbeBatch] = []
+    if method.then == "residual":
+        plan.probes, batches = batch_probes(source, target, plan.probes, seed=settings.seed, progress=progress)
+    moved = fit_behind(
+        method,
+        source,
+        target,
+        mover.adapter,
+        mover.finish(plan.transport(())),
+        prompts=plan.probes.texts if plan.probes is not None and plan.probes.path is not None else (),
+        batches=batches,
+        dialogues=settings.dialogues,
+        seed=settings.seed,
+        progress=progress,
+    )
+    if method.then != "nothing" and settings.out_rank is not None:
+        moved = cut_rank(moved, settings.out_rank)
+    texts = () if plan.probes is None else plan.probes.texts
+    effect = _effect(settings, source, target, (mover.adapter, moved), texts, method.runs_bases, progress)
+    assert moved.report is not None
+    report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect)
+    moved = dataclasses.replace(moved, report=report)
     save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
     return moved
 
 
-def _probes(settings: TransferSettings, source: BaseModel, progress: bool) -> "Probes":
+def _probes(settings: TransferSettings, source: BaseModel, plan: Plan, progress: bool) -> "Probes | None":
+    if not plan.runs_bases:
+        return None
     from jcrosslora.probes import Probes, read_texts, written_probes
 
     if settings.probe_text is not None:
         texts = tuple(read_texts(settings.probe_text))
         return Probes(texts, f"read from {settings.probe_text}", path=settings.probe_text)
+    if plan.method.then == "predictions" and not plan.reads_probes:
+        return None  # dialogues are written instead, with the adapter
     return written_probes(source, settings.probe_count, seed=settings.seed, progress=progress)
+
+
+def _effect(
+    settings: TransferSettings,
+    source: BaseModel,
+    target: BaseModel,
+    adapters: tuple[Adapter, Adapter],
+    texts: Sequence[str],
+    runs_bases: bool,
+    progress: bool,
+) -> "Effect | None":
+    """What the original and the moved adapter change, or None where it is not wanted or cannot be measured."""
+    if settings.effect == "never" or (settings.effect == "auto" and not runs_bases):
+        return None
+    obstacle = why_not_run(source, target)
+    if obstacle is not None:
+        if settings.effect == "auto":
+            return None
+        msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
+        raise CheckpointError(msg)
+    from jcrosslora.effect_check import adapter_texts, check_effect
+
+    original, moved = adapters
+    written = adapter_texts(source, original, seed=settings.seed, progress=progress)
+    if not texts and not written:
+        return None
+    return check_effect(source, target, original, moved, texts, written=written, progress=progress)
 
 
 def save_adapter(

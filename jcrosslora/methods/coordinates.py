@@ -31,3 +31,13 @@ def _resampled(size_src: int, size_tgt: int) -> LinearMap:
     # floor(i (m - 1) / (n - 1)) in integers: evenly spaced from the first index to the last.
     place = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
     return select(place, jnp.ones(size_tgt), size_src)
+
+
+def fit_nothing(evidence: Evidence) -> Fit:
+    """Maps to zero: for methods that fit an update to what both bases do, and carry nothing over."""
+    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+    return Fit(((_nothing(o_src, o_tgt), _nothing(i_src, i_tgt)),))
+
+
+def _nothing(size_src: int, size_tgt: int) -> LinearMap:
+    return select(jnp.zeros(size_tgt, jnp.int32), jnp.zeros(size_tgt), size_src)

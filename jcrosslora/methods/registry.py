@@ -5,9 +5,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.errors import MethodError
-from jcrosslora.methods import coordinates, cross_lora, lora_x, lorasuite, prolora, random_map, theseus
+from jcrosslora.methods import (
+    coordinates,
+    cross_lora,
+    lora_x,
+    lorasuite,
+    prolora,
+    random_map,
+    scaled_procrustes,
+    theseus,
+)
 from jcrosslora.methods.evidence import Evidence, Fit
 
+Then = Literal["nothing", "residual", "predictions"]
 Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "none"]
 
 
@@ -28,6 +38,8 @@ class Method:
         activations: whether it runs both bases on probe texts.
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
+        then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
+            (`jcrosslora.residual_fit`), or attention to the change in predictions (`jcrosslora.refine`).
         measure: which diagnostic says if the two bases agree in what this method relies on.
     """
 
@@ -42,6 +54,7 @@ class Method:
     activations: bool = False
     embeddings: bool = False
     keeps_norm: bool = False
+    then: Then = "nothing"
     measure: Measure = "weight cosine"
 
     @property
@@ -50,13 +63,18 @@ class Method:
         return self.decomposes or self.name == "random"
 
     @property
+    def runs_bases(self) -> bool:
+        """Whether both bases have to run on text."""
+        return self.activations or self.then != "nothing"
+
+    @property
     def needs(self) -> str:
         """What the method looks at, in words."""
         parts = ["equal shapes"] if self.equal_shapes else []
         parts += ["SVDs of both bases"] if self.decomposes else []
         parts += ["shared vocabulary (for the signs)"] if self.anchored else []
         parts += ["shared vocabulary (for the map)", "weights of all attention modules"] if self.embeddings else []
-        parts += ["both bases run on text, their own or the user's"] if self.activations else []
+        parts += ["both bases run on text, their own or the user's"] if self.runs_bases else []
         return ", ".join(parts) or "nothing"
 
 
@@ -115,6 +133,30 @@ _METHODS = (
         fit=theseus.fit,
         activations=True,
         measure="activation cosine",
+    ),
+    Method(
+        name="scaled-procrustes",
+        summary="theseus on activations whose dimensions have been brought to one size",
+        reference="this package",
+        fit=scaled_procrustes.fit,
+        activations=True,
+        measure="activation cosine",
+    ),
+    Method(
+        name="residual-teacher",
+        summary="down_proj, layer by layer, so that the target's stream changes as the source's does",
+        reference="this package",
+        fit=coordinates.fit_nothing,
+        then="residual",
+        measure="none",
+    ),
+    Method(
+        name="anchored",
+        summary="attention, in a few closed-form steps, to what the adapter changes in the source's predictions",
+        reference="this package",
+        fit=coordinates.fit_nothing,
+        then="predictions",
+        measure="none",
     ),
     Method(
         name="lorasuite",

@@ -24,6 +24,8 @@ class ProbeBatch:
         at_src: int32 (P,), flat indices into the source's positions, ascending; zero where not valid.
         at_tgt: int32 (P,), the matching flat indices into the target's.
         valid: bool (P,), False where the list of matches is filled up.
+        text: int32 (P,), place of each match's text in the list that was given.
+        end: int32 (P,), character of that text at which the matched tokens end.
     """
 
     tokens_src: np.ndarray
@@ -33,14 +35,18 @@ class ProbeBatch:
     at_src: np.ndarray
     at_tgt: np.ndarray
     valid: np.ndarray
+    text: np.ndarray
+    end: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
+    text: int
     ids_src: np.ndarray
     ids_tgt: np.ndarray
     at_src: np.ndarray
     at_tgt: np.ndarray
+    end: np.ndarray
 
     @property
     def length(self) -> int:
@@ -55,6 +61,7 @@ def probe_batches(
     length: int = 128,
     batch: int = 8,
     positions: int | None = None,
+    width: int | None = None,
 ) -> list[ProbeBatch]:
     """Tokenize texts for both bases and match their positions (see `match_positions`).
 
@@ -70,9 +77,11 @@ def probe_batches(
             rows.
         positions: P; a batch with more matches keeps P of them, evenly spread. None takes what the fullest batch has,
             rounded up.
+        width: T, at least `length`, where calls with other texts shall have the same shape.
 
     Returns:
-        At least one batch, all of the same shape: T is the longest row's length, rounded up to a multiple of 8.
+        At least one batch, all of the same shape: unless given, T is the longest row's length, rounded up to a
+        multiple of 8.
 
     Raises:
         UsageError: a size below 1, or no text has a matched position.
@@ -81,15 +90,18 @@ def probe_batches(
     if min(length, batch, 1 if positions is None else positions) < 1:
         msg = f"probe batches of {length=}, {batch=}, {positions=} were asked for: each must be at least 1"
         raise UsageError(msg)
-    encoded = (_pair(tok_src.encode(text), tok_tgt.encode(text), length) for text in texts)
+    if width is not None and width < length:
+        msg = f"probe batches of {width=} were asked for with texts of {length=}: the width must be at least that"
+        raise UsageError(msg)
+    encoded = (_pair(place, tok_src.encode(text), tok_tgt.encode(text), length) for place, text in enumerate(texts))
     pairs = sorted((pair for pair in encoded if len(pair.at_src)), key=lambda pair: -pair.length)
     if not pairs:
         msg = f"no probe text has a token that ends where one of the other base ends within {length} tokens: give more"
         raise UsageError(msg)
     groups = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
     fullest = max(sum(len(pair.at_src) for pair in group) for group in groups)
-    width, places = _rounded(pairs[0].length), _rounded(fullest) if positions is None else positions
-    return [_batch(group, batch, width, places) for group in groups]
+    places = _rounded(fullest) if positions is None else positions
+    return [_batch(group, batch, width or _rounded(pairs[0].length), places) for group in groups]
 
 
 def count_positions(batches: Sequence[ProbeBatch]) -> int:
@@ -97,12 +109,12 @@ def count_positions(batches: Sequence[ProbeBatch]) -> int:
     return sum(int(batch.valid.sum()) for batch in batches)
 
 
-def _pair(src: Encoded, tgt: Encoded, length: int) -> _Pair:
+def _pair(text: int, src: Encoded, tgt: Encoded, length: int) -> _Pair:
     at_src, at_tgt = match_positions(_cut(src, length), _cut(tgt, length))
     inside = (at_src > 0) & (at_tgt > 0)
     at_src, at_tgt = at_src[inside], at_tgt[inside]
     last_src, last_tgt = (int(at[-1]) + 1 if len(at) else 0 for at in (at_src, at_tgt))
-    return _Pair(src.ids[:last_src], tgt.ids[:last_tgt], at_src, at_tgt)
+    return _Pair(text, src.ids[:last_src], tgt.ids[:last_tgt], at_src, at_tgt, src.ends[at_src])
 
 
 def _cut(encoded: Encoded, length: int) -> Encoded:
@@ -118,13 +130,14 @@ def _batch(pairs: Sequence[_Pair], batch: int, width: int, places: int) -> Probe
     tokens_tgt, mask_tgt = _rows([pair.ids_tgt for pair in pairs], batch, width)
     at_src = np.concatenate([row * width + pair.at_src for row, pair in enumerate(pairs)])
     at_tgt = np.concatenate([row * width + pair.at_tgt for row, pair in enumerate(pairs)])
+    text = np.concatenate([np.full(len(pair.at_src), pair.text) for pair in pairs])
+    end = np.concatenate([pair.end for pair in pairs])
     kept = np.arange(len(at_src))
     if len(kept) > places:
         kept = kept[np.linspace(0, len(kept) - 1, places).astype(np.int64)]
     valid = np.arange(places) < len(kept)
-    return ProbeBatch(
-        tokens_src, mask_src, tokens_tgt, mask_tgt, _filled(at_src[kept], places), _filled(at_tgt[kept], places), valid
-    )
+    at_src, at_tgt, text, end = (_filled(values[kept], places) for values in (at_src, at_tgt, text, end))
+    return ProbeBatch(tokens_src, mask_src, tokens_tgt, mask_tgt, at_src, at_tgt, valid, text, end)
 
 
 def _rows(sequences: Sequence[np.ndarray], batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:

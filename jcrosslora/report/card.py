@@ -22,6 +22,7 @@ def model_card(
     notes: Sequence[str] = (),
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
+    fitted: str | None = None,
 ) -> str:
     """The text of the card, with the front matter that the hub reads.
 
@@ -38,6 +39,7 @@ def model_card(
         notes: warnings, one sentence each.
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
+        fitted: what was fitted behind the maps, if anything was.
     """
     sections = [
         _front_matter(base_name),
@@ -48,6 +50,7 @@ def model_card(
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
+        f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
         "## Warnings\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) if notes else "",

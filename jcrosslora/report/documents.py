@@ -27,6 +27,8 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "seed": recipe.seed,
         "probe_text": recipe.probe_text,
         "probe_count": recipe.probe_count,
+        "dialogues": report.dialogues,
+        "whitening": recipe.whitening or None,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
@@ -58,9 +60,10 @@ def card_text(report: TransferReport, recipe: str) -> str:
         notes=report.warnings,
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
+        fitted=report.fitted,
     )
 
 
-def _toml(value: str | int) -> str:
+def _toml(value: str | float) -> str:
     # A TOML basic string takes every escape that JSON writes, apart from surrogate pairs: keep those as they are.
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)

@@ -78,6 +78,8 @@ class TransferReport:
         choice: why `--method auto` took this method; None where the user named it.
         effect: what the moved update changes on the target beside what the original changes on the source; None where
             it was not measured.
+        fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
+        dialogues: how many prompts with answers were asked for, where predictions were fitted.
     """
 
     recipe: AlignRecipe
@@ -94,6 +96,8 @@ class TransferReport:
     warnings: tuple[str, ...]
     choice: str | None = None
     effect: Effect | None = None
+    fitted: str | None = None
+    dialogues: int | None = None
 
     @property
     def kept(self) -> float:

@@ -48,6 +48,10 @@ def verdict(report: TransferReport) -> Verdict:
 
 def _by_diagnostics(report: TransferReport) -> Verdict:
     method = get_method(report.recipe.method)
+    if report.fitted is not None:
+        return Verdict(
+            "aligned", f"the update was fitted to what both bases do on text: {_SOME} with `jcrosslora evaluate`"
+        )
     if method.measure == "none":
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < LOST:

@@ -1,0 +1,194 @@
+"""The fit: steps in closed form, each from fresh dialogues, each as long as held-out dialogues allow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jcrosslora.decoder import INPUT_SITES, DecoderSettings, Params, StackedAdapter, StackedFactors
+from jcrosslora.linalg import over_layers
+from jcrosslora.refine.lessons import Lesson
+from jcrosslora.refine.reader import Reader, shared_log_probs, teach, weighted_kl
+from jcrosslora.refine.settings import FitSettings
+from jcrosslora.refine.solve import step_factors
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
+
+_FIRST = 2.0  # length of the first step that is tried
+_SHRINKS, _GROWTHS = 6, 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """An adapter of the target, and the held-out KL before the first step and after each."""
+
+    adapter: StackedAdapter
+    divergences: tuple[float, ...]
+
+
+class Teacher:
+    """What the target should predict on a lesson."""
+
+    def __init__(self, source: Reader, target: Reader, adapter: StackedAdapter, strength: float) -> None:
+        self.source, self.target, self.strength = source, target, strength
+        self.adapter, self.none = adapter, jax.tree.map(jnp.zeros_like, adapter)
+
+    def read(self, lesson: Lesson, none: StackedAdapter) -> Read:
+        """The lesson as the target reads it; `none` is an adapter of zeros for the target."""
+        batch, src, tgt = lesson.batch, self.source, self.target
+        tokens_src, mask_src, at_src = (
+            src.rows(batch.tokens_src),
+            jnp.asarray(batch.mask_src),
+            jnp.asarray(batch.at_src),
+        )
+        tokens_tgt, mask_tgt, at_tgt = (
+            tgt.rows(batch.tokens_tgt),
+            jnp.asarray(batch.mask_tgt),
+            jnp.asarray(batch.at_tgt),
+        )
+        base, adapted = (
+            shared_log_probs(src.settings, src.params, one, tokens_src, mask_src, at_src)
+            for one in (self.none, self.adapter)
+        )
+        own = shared_log_probs(tgt.settings, tgt.params, none, tokens_tgt, mask_tgt, at_tgt)
+        teacher = teach(own, base, adapted, jnp.float32(self.strength))
+        return Read(tokens_tgt, mask_tgt, at_tgt, jnp.asarray(lesson.weight), teacher)
+
+
+def fit(
+    teacher: Teacher,
+    lessons: Sequence[Sequence[Lesson]],
+    held_out: Sequence[Lesson],
+    settings: FitSettings,
+    start: StackedAdapter | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> Fitted:
+    """Fit an adapter of the target to the teacher; one step for each set of lessons."""
+    target = teacher.target
+    adapter = _room(target.params, start, settings, len(lessons))
+    none = jax.tree.map(jnp.zeros_like, adapter)
+    used = {
+        role: 0 if start is None or role not in start.roles else start.roles[role].a.shape[1] for role in adapter.roles
+    }
+    kept = [teacher.read(lesson, none) for lesson in held_out]
+    best, length = held_out_kl(target, adapter, kept), _FIRST
+    history = [best]
+    total = sum(len(part) for part in lessons)
+    with tqdm(total=total, desc="fit", unit="batch", disable=not progress) as bar:
+        for number, part in enumerate(lessons):
+            totals = no_statistics(target.params, settings.roles)
+            for place, lesson in enumerate(part):
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
+                read = teacher.read(lesson, none)
+                totals = jax.block_until_ready(add_batch(target.settings, totals, target.params, adapter, read, key))
+                bar.update()
+            steps = solve(totals, settings.rank)
+            adapter, best, length = _line_search(target, adapter, steps, used, kept, best, length)
+            history.append(best)
+            bar.set_postfix(kl=f"{best:.4f}")
+            if length == 0:
+                break  # not even the shortest step helps: the next one would start at nothing
+    return Fitted(adapter, tuple(history))
+
+
+def solve(totals: Statistics, rank: int) -> dict[str, StackedFactors]:
+    """The step of every module: role -> b (L, O, rank), a (L, rank, I)."""
+    found = {}
+    for role in totals.slopes:
+        a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
+        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a, g, rank))
+    return found
+
+
+@partial(jax.jit, static_argnames="rank")
+def _solve_stack(slopes: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> StackedFactors:
+    def one(item: tuple[jax.Array, jax.Array, jax.Array], _: None) -> StackedFactors:
+        slope, a, g = item
+        b, a = step_factors(slope, a, g, rank)
+        return StackedFactors(a=a, b=b)
+
+    return over_layers(one, None, (slopes, a, g))
+
+
+def held_out_kl(target: Reader, adapter: StackedAdapter, kept: Sequence[Read]) -> float:
+    """Mean KL(teacher || target with the adapter), nats a position."""
+    sums = [_loss(target.settings, target.params, adapter, read) for read in kept]
+    return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(
+    settings: DecoderSettings, params: Params, adapter: StackedAdapter, read: Read
+) -> tuple[jax.Array, jax.Array]:
+    student = shared_log_probs(settings, params, adapter, read.tokens, read.mask, read.at)
+    return weighted_kl(read.teacher, student, read.weight)
+
+
+def _line_search(
+    target: Reader,
+    adapter: StackedAdapter,
+    steps: dict[str, StackedFactors],
+    used: dict[str, int],
+    kept: Sequence[Read],
+    best: float,
+    length: float,
+) -> tuple[StackedAdapter, float, float]:
+    """The adapter with the steps at the length that is best on held-out lessons: doubled or halved until it is."""
+
+    def at(length: float) -> tuple[StackedAdapter, float]:
+        moved = _placed(adapter, steps, used, length)
+        return moved, held_out_kl(target, moved, kept)
+
+    found, size = (adapter, best), 0.0
+    tried = length
+    moved = at(tried)
+    for _ in range(_SHRINKS):
+        if moved[1] < best:
+            break
+        tried /= 2
+        moved = at(tried)
+    if moved[1] < best:
+        found, size = moved, tried
+        for _ in range(_GROWTHS):
+            nxt = at(size * 2)
+            if not nxt[1] < found[1]:
+                break
+            found, size = nxt, size * 2
+    for role, step in steps.items():
+        used[role] += step.a.shape[1]
+    return found[0], found[1], size
+
+
+def _room(params: Params, start: StackedAdapter | None, settings: FitSettings, steps: int) -> StackedAdapter:
+    """The starting adapter with zeros where the steps will be, so that nothing is compiled again."""
+    roles = dict.fromkeys([*(start.roles if start else ()), *settings.roles])
+    found = {}
+    for role in roles:
+        layers, rows, columns = params.weights[role].shape
+        own = start.roles.get(role) if start else None
+        first = 0 if own is None else own.a.shape[1]
+        size = first + (settings.rank * steps if role in settings.roles else 0)
+        a, b = jnp.zeros((layers, size, columns)), jnp.zeros((layers, rows, size))
+        if own is not None:
+            a, b = a.at[:, :first].set(own.a), b.at[:, :, :first].set(own.b)
+        found[role] = StackedFactors(a, b)
+    return StackedAdapter(found)
+
+
+def _placed(
+    adapter: StackedAdapter, steps: dict[str, StackedFactors], used: dict[str, int], length: float
+) -> StackedAdapter:
+    roles = dict(adapter.roles)
+    for role, step in steps.items():
+        first, last = used[role], used[role] + step.a.shape[1]
+        own = roles[role]
+        roles[role] = StackedFactors(
+            own.a.at[:, first:last].set(step.a), own.b.at[:, :, first:last].set(step.b * length)
+        )
+    return StackedAdapter(roles)

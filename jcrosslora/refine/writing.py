@@ -1,0 +1,102 @@
+"""The dialogues of a fit: of the user's prompts, or of prompts that the base writes in layouts its adapter knows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.decoder import StackedAdapter
+from jcrosslora.errors import MethodError
+from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, write_prompts
+from jcrosslora.refine.reader import shared_log_probs
+from jcrosslora.refine.settings import FitSettings
+
+PILOT = 16  # prompts of each layout, to see which the adapter knows
+KNOWN = 0.75  # of the largest change: a layout with less is left out
+_WIDTH, _ROWS = 64, 8
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Dialogues, and where they come from, for reports."""
+
+    dialogues: list[Dialogue]
+    description: str
+
+
+def continue_prompts(writer: Writer, prompts: Sequence[str], settings: FitSettings, seed: int) -> Written:
+    """Answers to the user's prompts, as many to each as make up the number wanted.
+
+    Raises:
+        MethodError: the base answers none of them.
+    """
+    given = [Dialogue(prompt) for prompt in prompts]
+    found: list[Dialogue] = []
+    for turn in range(max(1, -(-settings.dialogues // len(given)))):
+        part = given[: settings.dialogues - turn * len(given)]
+        found += answer(writer, part, seed + turn, length=settings.tokens, temperature=settings.temperature)
+    return Written(_enough(found, writer), f"{len(found)} answers to {len(given)} given prompts")
+
+
+def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
+    """Prompts and answers, most of them in the layouts in which the adapter changes most where answers begin.
+
+    Raises:
+        MethodError: the base writes no prompts, or no answers.
+    """
+    layouts = [layout for layout in range(len(LAYOUTS)) for _ in range(PILOT)]
+    pilot = _dialogues(writer, layouts, settings, seed)
+    change = np.array([_first_change(writer, [d for d in pilot if d.layout == k]) for k in range(len(LAYOUTS))])
+    known = np.flatnonzero(change >= KNOWN * change.max())
+    found = [dialogue for dialogue in pilot if dialogue.layout in known]
+    missing = max(0, settings.dialogues - len(found))
+    shares = np.array_split(np.arange(missing), len(known))
+    more = [int(layout) for layout, share in zip(known, shares, strict=True) for _ in share]
+    if more:
+        found += _dialogues(writer, more, settings, seed + 1)
+    names = ", ".join(repr(LAYOUTS[layout][0].strip()) for layout in known)
+    return Written(_enough(found, writer), f"{len(found)} dialogues that it wrote itself in layouts that begin {names}")
+
+
+def _dialogues(writer: Writer, layouts: Sequence[int], settings: FitSettings, seed: int) -> list[Dialogue]:
+    prompts = write_prompts(writer, layouts, seed)
+    return answer(writer, prompts, seed, length=settings.tokens, temperature=settings.temperature)
+
+
+def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
+    if len(found) < 2 * _ROWS:
+        msg = (
+            f"{writer.name} with the adapter answered {len(found)} prompts, {2 * _ROWS} are wanted: "
+            "give more prompts with --probe-text, or use another method"
+        )
+        raise MethodError(msg)
+    return found
+
+
+def _first_change(writer: Writer, dialogues: Sequence[Dialogue]) -> float:
+    """Mean of KL(with adapter || without) of the first token of the answers; 0 without dialogues."""
+    assert writer.adapter is not None
+    total = 0.0
+    none = jax.tree.map(jnp.zeros_like, writer.adapter)
+    for start in range(0, len(dialogues), _ROWS):
+        part = dialogues[start : start + _ROWS]
+        tokens, mask, last = _read(writer, part)
+        with_adapter, without = (_predicted(writer, one, tokens, mask, last) for one in (writer.adapter, none))
+        kl = jnp.sum(jnp.exp(with_adapter) * (with_adapter - without), axis=-1)
+        total += float(jnp.sum(kl[: len(part)]))
+    return total / max(1, len(dialogues))
+
+
+def _predicted(writer: Writer, adapter: StackedAdapter, tokens: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
+    return shared_log_probs(writer.settings, writer.params, adapter, tokens, mask, at)
+
+
+def _read(writer: Writer, dialogues: Sequence[Dialogue]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tokens, mask = np.zeros((_ROWS, _WIDTH), np.int32), np.zeros((_ROWS, _WIDTH), bool)
+    last = np.zeros(_ROWS, np.int32)
+    for row, dialogue in enumerate(dialogues):
+        ids = writer.tokenizer.encode(dialogue.prompt).ids[-_WIDTH:]
+        tokens[row, : len(ids)], mask[row, : len(ids)], last[row] = ids, True, row * _WIDTH + len(ids) - 1
+    return jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(last)

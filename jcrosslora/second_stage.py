@@ -1,0 +1,108 @@
+"""What some methods do with an adapter when it has been moved: they run both bases and fit an update of the target."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.linalg import recompress
+from jcrosslora.lora_shift import MovedAdapter
+from jcrosslora.methods import Method
+
+if TYPE_CHECKING:
+    from jcrosslora.probes import ProbeBatch
+
+RESIDUAL_SCALE = 0.6
+
+
+def fit_behind(
+    method: Method,
+    source: BaseModel,
+    target: BaseModel,
+    adapter: Adapter,
+    moved: MovedAdapter,
+    *,
+    prompts: Sequence[str] = (),
+    batches: Sequence[ProbeBatch] = (),
+    dialogues: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> MovedAdapter:
+    """The moved adapter with what its method fits behind the maps; the same one for methods that fit nothing.
+
+    Args:
+        method: of the move.
+        source: the base that `adapter` is of.
+        target: the base that `moved` is for.
+        adapter: the original, with fused matrices taken apart (see `fit_to_base`).
+        moved: what the maps made of it, with its report.
+        prompts: for a fit to predictions: text that answers are to follow; without any the source writes its own.
+        batches: for a fit to the residual stream: probe texts.
+        dialogues: for a fit to predictions: how many prompts with answers; None is the usual number.
+        seed: of what is sampled.
+        progress: whether to show progress bars.
+
+    Raises:
+        JCrossLoRAError: see `jcrosslora.refine.refine` and `jcrosslora.residual_fit.fit_residual`.
+    """
+    if method.then == "nothing":
+        return moved
+    start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
+    if method.then == "residual":
+        assert moved.report is not None
+        found, sentence = _residual(source, target, adapter, start, batches, moved.report.layers, progress)
+        return _reported(moved, found, sentence, None)
+    from jcrosslora.refine import FitSettings, refine
+
+    settings = FitSettings() if dialogues is None else FitSettings(dialogues=dialogues)
+    refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
+    return _reported(moved, refined.adapter, refined.sentence, settings.dialogues)
+
+
+def _residual(
+    source: BaseModel,
+    target: BaseModel,
+    adapter: Adapter,
+    start: Adapter | None,
+    batches: Sequence[ProbeBatch],
+    layers: Sequence[int | None],
+    progress: bool,
+) -> tuple[Adapter, str]:
+    from jcrosslora.decoder import join_stacked, stack_adapter, unstack_adapter
+    from jcrosslora.residual_fit import fit_residual
+
+    current = None if start is None else stack_adapter(start, target)
+    fitted = fit_residual(source, target, adapter, current, batches, layers, scale=RESIDUAL_SCALE, progress=progress)
+    whole = fitted if current is None else join_stacked(current, fitted)
+    sentence = f"fitted to {RESIDUAL_SCALE:g} times the change of the source's residual stream, on down_proj alone"
+    return unstack_adapter(whole), sentence
+
+
+def _reported(moved: MovedAdapter, found: Adapter, sentence: str, dialogues: int | None) -> MovedAdapter:
+    assert moved.report is not None
+    norms = {name: update_norm(factors) for name, factors in found.modules.items()}
+    # What a map kept is no figure of an update that was fitted.
+    rows = tuple(
+        dataclasses.replace(row, kept=math.nan, norm_after=norms.get(row.target, 0.0)) for row in moved.report.rows
+    )
+    report = dataclasses.replace(moved.report, rows=rows, fitted=sentence, dialogues=dialogues)
+    return dataclasses.replace(moved, modules=found.modules, report=report)
+
+
+def cut_rank(moved: MovedAdapter, rank: int) -> MovedAdapter:
+    """The adapter with every update cut to at most `rank`, optimally in the Frobenius norm."""
+    modules = {}
+    for name, factors in moved.modules.items():
+        if factors.rank <= rank:
+            modules[name] = factors
+            continue
+        b, a, _ = recompress(jnp.asarray(factors.b) * factors.scale, jnp.asarray(factors.a), rank)
+        modules[name] = LoRAFactors(a=np.asarray(a), b=np.asarray(b))
+    return dataclasses.replace(moved, modules=modules)
