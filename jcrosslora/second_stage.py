@@ -34,7 +34,7 @@ def fit_behind(
     dialogues: int | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> MovedAdapter:
+) -> tuple[MovedAdapter, tuple[str, ...]]:
     """The moved adapter with what its method fits behind the maps; the same one for methods that fit nothing.
 
     Args:
@@ -49,21 +49,24 @@ def fit_behind(
         seed: of what is sampled.
         progress: whether to show progress bars.
 
+    Returns:
+        The adapter, and the texts that the source wrote with the original for the fit, if it did.
+
     Raises:
         JCrossLoRAError: see `jcrosslora.refine.refine` and `jcrosslora.residual_fit.fit_residual`.
     """
     if method.then == "nothing":
-        return moved
+        return moved, ()
     start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
     if method.then == "residual":
         assert moved.report is not None
         found, sentence = _residual(source, target, adapter, start, batches, moved.report.layers, progress)
-        return _reported(moved, found, sentence, None)
+        return _reported(moved, found, sentence, None), ()
     from jcrosslora.refine import FitSettings, refine
 
     settings = FitSettings() if dialogues is None else FitSettings(dialogues=dialogues)
     refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
-    return _reported(moved, refined.adapter, refined.sentence, settings.dialogues)
+    return _reported(moved, refined.adapter, refined.sentence, settings.dialogues), refined.texts
 
 
 def _residual(

@@ -128,7 +128,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     batches: list[ProbeBatch] = []
     if method.then == "residual":
         plan.probes, batches = batch_probes(source, target, plan.probes, seed=settings.seed, progress=progress)
-    moved = fit_behind(
+    moved, dialogues = fit_behind(
         method,
         source,
         target,
@@ -142,8 +142,10 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     )
     if method.then != "nothing" and settings.out_rank is not None:
         moved = cut_rank(moved, settings.out_rank)
-    texts = () if plan.probes is None else plan.probes.texts
-    effect = _effect(settings, source, target, (mover.adapter, moved), texts, method.runs_bases, progress)
+    # An adapter for answers hardly shows in text of another kind, so dialogues come first.
+    probes = () if plan.probes is None else plan.probes.texts
+    adapters = mover.adapter, moved
+    effect = _effect(settings, source, target, adapters, (probes, dialogues), method.runs_bases, progress)
     assert moved.report is not None
     report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect)
     moved = dataclasses.replace(moved, report=report)
@@ -169,11 +171,15 @@ def _effect(
     source: BaseModel,
     target: BaseModel,
     adapters: tuple[Adapter, Adapter],
-    texts: Sequence[str],
+    texts: tuple[Sequence[str], Sequence[str]],
     runs_bases: bool,
     progress: bool,
 ) -> "Effect | None":
-    """What the original and the moved adapter change, or None where it is not wanted or cannot be measured."""
+    """What the original and the moved adapter change, or None where it is not wanted or cannot be measured.
+
+    Measured on the dialogues (the second of `texts`) if there are any, else on the probes and on new text that the
+    source writes with the adapter.
+    """
     if settings.effect == "never" or (settings.effect == "auto" and not runs_bases):
         return None
     obstacle = why_not_run(source, target)
@@ -185,10 +191,13 @@ def _effect(
     from jcrosslora.effect_check import adapter_texts, check_effect
 
     original, moved = adapters
+    probes, dialogues = texts
+    if dialogues:
+        return check_effect(source, target, original, moved, (), written=dialogues, progress=progress)
     written = adapter_texts(source, original, seed=settings.seed, progress=progress)
-    if not texts and not written:
+    if not probes and not written:
         return None
-    return check_effect(source, target, original, moved, texts, written=written, progress=progress)
+    return check_effect(source, target, original, moved, probes, written=written, progress=progress)
 
 
 def save_adapter(

@@ -34,12 +34,14 @@ class Refined:
             and after each.
         positions: predictions that the steps were fitted on.
         sentence: what was done, for reports, without a full stop.
+        texts: the dialogues, prompts and answers.
     """
 
     adapter: Adapter
     divergences: tuple[float, ...]
     positions: int
     sentence: str
+    texts: tuple[str, ...]
 
 
 def refine(
@@ -108,6 +110,7 @@ def refine(
         found.divergences,
         positions,
         _sentence(found, written, positions, len(ids[0])),
+        tuple(dialogue.text for dialogue in written.dialogues),
     )
 
 
@@ -164,5 +167,5 @@ def _check_finite(found: Fitted, adapter: Adapter, source: BaseModel) -> None:
 def _sentence(found: Fitted, written: Written, positions: int, tokens: int) -> str:
     first, last = found.divergences[0], found.divergences[-1]
     fitted = f"fitted in {len(found.divergences) - 1} steps to {positions:,} predictions over {tokens:,} shared tokens"
-    held = f"on dialogues held out the divergence from the source's change went from {first:.3g} to {last:.3g} nats"
+    held = f"on dialogues held out the divergence from what was wanted went from {first:.3g} to {last:.3g} nats"
     return f"{fitted}, in {written.description}; {held}"

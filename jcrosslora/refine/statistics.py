@@ -107,7 +107,7 @@ def add_batch(
     kl = jnp.sum(jnp.exp(read.teacher) * (read.teacher - student), axis=-1)
     # The first position has huge activations of no meaning: it tells nothing of what a module's output is good for.
     seen = read.mask.astype(jnp.float32)[..., None]
-    later = seen * (jnp.arange(read.mask.shape[1]) > 0)[:, None]
+    later = seen * (jnp.arange(read.mask.shape[1]) > 0).astype(jnp.float32)[:, None]
     return Statistics(
         inputs={site: totals.inputs[site] + _products(inputs[site] * seen, inputs[site] * seen) for site in inputs},
         outputs={

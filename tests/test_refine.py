@@ -1,0 +1,305 @@
+"""The fit to predictions: its parts against brute force, and the whole on tiny bases."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probe_bases import CORPUS, write_base
+from tiny_bases import random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.cli import main
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder.forward import head_of
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.refine import FitSettings, refine
+from jcrosslora.refine import writing as writing_module
+from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence
+from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
+from jcrosslora.refine.reader import teach, weighted_kl
+from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
+from jcrosslora.refine.statistics import Read, add_batch, no_statistics
+from jcrosslora.refine.writing import write_dialogues
+from jcrosslora.tokens import load_tokenizer
+
+SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, strength=1.0)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
+    target = jcl.open_base(write_base(folder / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
+    return source, target, random_adapter(source, scale=0.3)
+
+
+def damped(moment, floor):
+    """The damped moment itself, float64."""
+    sizes = np.diagonal(moment)
+    scale = np.sqrt(sizes + floor * np.median(sizes))
+    standard = moment / scale[:, None] / scale
+    return (standard + DAMPING * np.trace(standard) / len(standard) * np.eye(len(standard))) * scale[:, None] * scale
+
+
+def problem(seed, rows=6, columns=9):
+    rng = np.random.default_rng(seed)
+    x, s = rng.normal(size=(40, columns)) * rng.uniform(0.1, 30, columns), rng.normal(size=(40, rows))
+    return rng.normal(size=(rows, columns)), x.T @ x, s.T @ s
+
+
+def quadratic(update, slope, a, g):
+    """The model of the loss."""
+    return np.sum(slope * update) + np.sum((damped(g, FLOOR_OUT) @ update @ damped(a, FLOOR_IN)) * update) / 2
+
+
+def step(slope, a, g, rank):
+    b, a_factor = step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank)
+    return np.asarray(b, np.float64) @ np.asarray(a_factor, np.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_step_of_full_rank_solves_the_damped_equations(seed):
+    slope, a, g = problem(seed)
+    exact = -np.linalg.solve(damped(g, FLOOR_OUT), slope) @ np.linalg.inv(damped(a, FLOOR_IN))
+    np.testing.assert_allclose(step(slope, a, g, 6), exact, atol=2e-4 * np.abs(exact).max())
+
+
+def test_no_other_update_of_the_rank_has_a_lower_quadratic_model():
+    slope, a, g = problem(1)
+    best = quadratic(step(slope, a, g, 2), slope, a, g)
+    full = step(slope, a, g, 6)
+    u, s, vt = np.linalg.svd(full)
+    assert best < quadratic((u[:, :2] * s[:2]) @ vt[:2], slope, a, g) - 1e-6
+    rng = np.random.default_rng(0)
+    b, a_factor = np.linalg.qr(rng.normal(size=(6, 2)))[0], rng.normal(size=(2, 9))
+    for _ in range(200):  # alternating exact minimisation: b, then a
+        middle = a_factor @ damped(a, FLOOR_IN) @ a_factor.T
+        b = -np.linalg.solve(damped(g, FLOOR_OUT), slope @ a_factor.T) @ np.linalg.inv(middle)
+        inner = b.T @ damped(g, FLOOR_OUT) @ b
+        a_factor = -np.linalg.inv(inner) @ b.T @ slope @ np.linalg.inv(damped(a, FLOOR_IN))
+    assert best <= quadratic(b @ a_factor, slope, a, g) + 1e-4 * abs(best)
+
+
+def test_one_massive_dimension_does_not_swallow_the_others():
+    slope, a, g = problem(3)
+    scale = np.ones(9)
+    scale[0] = 1e3
+    massive = step(slope * scale, a * scale[:, None] * scale, g, 6) * scale
+    plain = step(slope, a, g, 6)
+    np.testing.assert_allclose(massive[:, 1:], plain[:, 1:], atol=0.05 * np.abs(plain).max())
+
+
+def test_the_teacher_is_the_target_moved_by_the_sources_change():
+    rng = np.random.default_rng(0)
+    own, base, adapted = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, 11)), jnp.float32)) for _ in range(3))
+    np.testing.assert_allclose(teach(own, base, adapted, 0.0), own, atol=1e-6)
+    np.testing.assert_allclose(teach(base, base, adapted, 1.0), adapted, atol=1e-5)
+    found = np.asarray(teach(own, base, adapted, 0.5))
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+    raw = np.asarray(own + 0.5 * (adapted - base))
+    np.testing.assert_allclose(found - found[:, :1], raw - raw[:, :1], atol=1e-5)
+    kl, weight = weighted_kl(own, adapted, jnp.asarray([1.0, 2, 0, 0, 0.5]))
+    by_row = np.sum(np.exp(own) * (np.asarray(own) - np.asarray(adapted)), -1)
+    np.testing.assert_allclose(kl, by_row[0] + 2 * by_row[1] + 0.5 * by_row[4], rtol=1e-5)
+    assert weight == 3.5
+
+
+def test_statistics_are_the_gradient_and_the_moments(tmp_path):
+    # In the last layer what q and o do at the first position, which is left out, changes nothing behind it.
+    base = jcl.open_base(write_base(tmp_path / "base", 30, layers=1))
+    params, model = load_params(base), settings_of(base)
+    adapter = stack_adapter(random_adapter(base, scale=0.3), base)
+    rng = np.random.default_rng(0)
+    tokens, mask = jnp.asarray(rng.integers(0, 90, (2, 7)), jnp.int32), jnp.ones((2, 7), bool).at[1, 5:].set(False)
+    at, weight = jnp.asarray([2, 3, 6, 9, 11, 0]), jnp.asarray([1.0, 0.5, 1, 2, 1, 0])
+    vocab = params.embedding.shape[0]
+    teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(6, vocab)), jnp.float32))
+    read = Read(tokens, mask, at, weight, teacher)
+
+    def loss(weights):
+        changed = dataclasses.replace(params, weights={**params.weights, **weights})
+        hidden = forward(model, changed, tokens, mask=mask, adapter=adapter).hidden
+        scores = logits(model, params, hidden.reshape(14, -1)[at])
+        return weighted_kl(teacher, jax.nn.log_softmax(scores), weight)[0]
+
+    roles = ("q_proj", "o_proj")
+    found = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
+    exact, slopes = jax.value_and_grad(loss)({role: params.weights[role] for role in roles})
+    np.testing.assert_allclose(found.loss, exact, rtol=1e-5)
+    for role in roles:
+        np.testing.assert_allclose(found.slopes[role], slopes[role], atol=1e-5 * float(jnp.abs(slopes[role]).max()))
+        assert np.linalg.eigvalsh(np.asarray(found.outputs[role][0], np.float64)).min() > -1e-5
+    seen = forward(model, params, tokens, mask=mask, adapter=adapter, capture=frozenset({"inputs"})).captured["inputs"]
+    for site in ("attn_in", "attn_out_in"):
+        rows = np.asarray(seen[site][0])[np.asarray(mask)]
+        np.testing.assert_allclose(found.inputs[site][0], rows.T @ rows, rtol=1e-3, atol=1e-4)
+
+
+def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):
+    base = jcl.open_base(write_base(tmp_path / "base", 0, layers=1))
+    params, model = load_params(base), settings_of(base)
+    # Flat predictions: of peaked ones nearly all of the matrix comes from tokens that are hardly ever drawn.
+    params = dataclasses.replace(params, head=head_of(params) * 0.05)
+    none = jax.tree.map(jnp.zeros_like, stack_adapter(random_adapter(base), base))
+    tokens = jnp.asarray([[5, 9, 70]], jnp.int32)
+    at, weight = jnp.asarray([2]), jnp.asarray([1.0])
+    teacher = jax.nn.log_softmax(jnp.zeros((1, params.embedding.shape[0])))
+    read = Read(tokens, jnp.ones((1, 3), bool), at, weight, teacher)
+    total = no_statistics(params, ("o_proj",))
+    draws = 3000
+    for number in range(draws):
+        total = add_batch(model, total, params, none, read, jax.random.key(number))
+    # o_proj's output at the last position alone reaches the prediction: the exact matrix is J'(diag p - p p')J.
+
+    def scores(nudge):
+        biased = dataclasses.replace(params, biases={"o_proj": nudge[None, None, None]})
+        return logits(model, params, forward(model, biased, tokens).hidden[0, 2])
+
+    zero = jnp.zeros(params.weights["o_proj"].shape[1])
+    # A nudge at all positions of the last layer acts at the last position alone.
+    jacobian, p = np.asarray(jax.jacobian(scores)(zero)), np.asarray(jax.nn.softmax(scores(zero)))
+    exact = jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
+    error = np.linalg.norm(total.outputs["o_proj"][0] / draws - exact) / np.linalg.norm(exact)
+    assert error < 0.15
+
+
+def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
+    source, target, _ = pair
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    items = [Dialogue("Anna said ", "that Plants need Water."), Dialogue("Water boils at 100 degrees. " * 9, "Where?")]
+    found = lessons(items, tokenizers, 0.25)
+    assert {lesson.batch.tokens_src.shape[0] for lesson in found} == {BATCH}
+    for lesson in found:
+        batch = lesson.batch
+        (item,) = [
+            one for one in items if len(one.text) >= batch.end.max() and one.text == items[found.index(lesson)].text
+        ]
+        inside = batch.valid & (batch.end < len(item.prompt))
+        assert set(lesson.weight[inside]) <= {np.float32(0.25)}
+        assert set(lesson.weight[batch.valid & ~inside]) <= {np.float32(1)}
+        assert not lesson.weight[~batch.valid].any()
+    src, tgt = shared_tokens(source, target, found, 5)
+    words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
+    by_id = {index: token for token, index in words_tgt.items()}
+    assert [words_src[by_id[int(index)]] for index in tgt] == src.tolist()
+
+
+def test_the_fit_brings_predictions_towards_the_teacher(pair):
+    source, target, adapter = pair
+    found = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+    assert found.divergences[-1] < 0.9 * found.divergences[0]
+    assert list(found.divergences) == sorted(found.divergences, reverse=True)
+    roles = {name.rpartition(".")[2] for name in found.adapter.modules}
+    assert roles == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    again = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+    for name, factors in found.adapter.modules.items():
+        np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)
+
+
+def test_a_fit_goes_on_from_what_it_is_given(pair):
+    source, target, adapter = pair
+    begun = random_adapter(target, roles=("q_proj", "up_proj"), rank=2, scale=1e-3)
+    found = refine(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
+    start = stack_adapter(begun, target)
+    again = stack_adapter(found.adapter, target)
+    assert again.roles["q_proj"].a.shape[1] == 2 + SMALL.rank
+    np.testing.assert_allclose(again.roles["q_proj"].a[:, :2], start.roles["q_proj"].a)
+    np.testing.assert_allclose(again.roles["up_proj"].b, start.roles["up_proj"].b)
+
+
+def test_an_adapter_of_zeros_asks_for_no_step(pair):
+    source, target, adapter = pair
+    modules = {name: dataclasses.replace(item, b=np.zeros_like(item.b)) for name, item in adapter.modules.items()}
+    found = refine(source, target, jcl.Adapter(modules), prompts=CORPUS, settings=SMALL)
+    assert found.divergences[0] == pytest.approx(0, abs=1e-6)
+    assert max(found.divergences) < 1e-6
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 500}, {"strength": float("nan")}])
+def test_settings_out_of_range(pair, change):
+    source, target, adapter = pair
+    with pytest.raises(UsageError, match="asked for"):
+        refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
+
+
+def test_a_base_that_answers_nothing(pair, monkeypatch):
+    source, target, adapter = pair
+    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [""] * len(texts))
+    with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
+        refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+    with pytest.raises(MethodError, match="answered 0 prompts"):
+        refine(source, target, adapter, settings=SMALL)
+
+
+def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch):
+    class Told:
+        name = "told"
+
+        def extend(self, texts, *_):
+            return [" is the first of all things? And more\nthan that" for _ in texts]
+
+    known = {LAYOUTS.index(("Q: ", "\nA:")): 4.0, LAYOUTS.index(("Task: ", "\nResult:")): 3.5}
+
+    def change(writer, dialogues):
+        return known.get(dialogues[0].layout, 1.0)
+
+    monkeypatch.setattr(writing_module, "_first_change", change)
+    found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
+    assert len(found.dialogues) == 100
+    assert {item.layout for item in found.dialogues} == known.keys()
+    assert all(item.prompt.startswith(LAYOUTS[item.layout][0]) for item in found.dialogues)
+    assert all(item.prompt.endswith("?" + LAYOUTS[item.layout][1]) for item in found.dialogues)
+    assert "'Q:', 'Task:'" in found.description
+
+
+def test_a_writer_continues_each_text_by_itself(pair):
+    source, _, adapter = pair
+    tokenizer = load_tokenizer(source)
+    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
+    texts = ["Water boils at", "Anna", "The dog of Peter and Anna, said"]
+    together = writer.extend(texts, 5, 0.0, jax.random.key(0))
+    alone = [writer.extend([text], 5, 0.0, jax.random.key(1))[0] for text in texts]
+    assert together == alone
+    assert any(together)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(" is it? Yes", " is it?"), (" it is \nNo", " it is"), ("", ""), ("?", "?"), (" a\nWhy?", " a")],
+)
+def test_first_sentence(text, wanted):
+    assert first_sentence(text) == wanted
+
+
+@pytest.mark.parametrize("method", ["auto", "anchored", "residual-teacher"])
+def test_from_file_to_file(pair, tmp_path, method):
+    source, target, adapter = pair
+    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
+    (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
+    given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
+    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--dialogues", "40", "--out-rank", "5"]
+    main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
+    moved = jcl.load_adapter(tmp_path / "out")
+    assert {factors.rank for factors in moved.modules.values()} == {5}
+    report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
+    assert report["fitted"].startswith("fitted")
+    assert report["recipe"]["method"] == ("residual-teacher" if method == "residual-teacher" else "anchored")
+    assert (report["choice"] is None) == (method != "auto")
+    assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
+    assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    again = jcl.TransferSettings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
+    repeated = jcl.transfer(again)
+    for name, factors in moved.modules.items():
+        np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
+
+
+def _recipe(card):
+    import tomllib
+
+    return tomllib.loads(card.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0])
