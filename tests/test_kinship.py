@@ -98,8 +98,8 @@ def test_other_shapes_get_maps(source, tmp_path, dims):
     found = choose_method(source, open_base(write(tmp_path, **dims)))
     assert found == Choice(
         ACTIVATION_METHOD,
-        "the modules of the two bases have different shapes, and both can be run on text, so maps are fitted on "
-        "activations",
+        "the modules of the two bases have different shapes, and both can be run on text, so an update is fitted to "
+        "what they predict",
     )
 
 

@@ -45,7 +45,7 @@ def command(files, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.activations)]
+    "method", [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.runs_bases)]
 )
 def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
     moved = jcl.transfer(settings(files, tmp_path / "out", method=method))
@@ -74,7 +74,7 @@ def test_every_method_for_equal_shapes(files, tmp_path, method):
 
 
 def test_align_and_shift_give_what_the_streamed_trip_gives(files, tmp_path):
-    moved = jcl.transfer(settings(files, tmp_path / "out", rank=20))
+    moved = jcl.transfer(settings(files, tmp_path / "out", method="cross-lora", rank=20))
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport = jcl.align(source, target, method="cross-lora", rank=20)
     again = jcl.shift(transport, jcl.load_adapter(files / "adapter"))
@@ -202,7 +202,7 @@ def test_the_report_holds_every_module_and_no_bare_nan(files, tmp_path):
     assert len(report["rows"]) == 14
     assert report["source"]["digest"].startswith("sha256:")
     assert report["recipe"]["signs"] == "vocabulary"
-    assert report["rows"][0]["kept"] <= 1
+    assert report["rows"][0]["kept"] <= 1 + 1e-5  # float32
     assert report["verdict"]["level"]
 
 
