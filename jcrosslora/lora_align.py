@@ -68,11 +68,17 @@ def align(
         The transport, on the default devices.
 
     Raises:
-        MethodError: an unknown method, or one that cannot be used on these shapes.
+        MethodError: an unknown method, one that cannot be used on these shapes, or one without maps.
         PairingError: the modules cannot be paired as asked.
         UsageError: a rank below 1 or above the short side of every module, or a whitening that the method does not do.
         CheckpointError: weights that cannot be read or are not finite.
     """
+    if get_method(method).then != "nothing":
+        msg = (
+            f"method {method} has no maps: it fits an update of the target for one adapter; use jcrosslora.transfer, "
+            "jcrosslora.refine.refine or jcrosslora.residual_fit.fit_residual"
+        )
+        raise MethodError(msg)
     plan = Plan(
         source,
         target,

@@ -27,7 +27,8 @@ def moved(tmp_path_factory):
     source, target = real_models()
     out = tmp_path_factory.mktemp("real") / "moved"
     with shipped_adapter() as adapter:
-        settings = jcl.TransferSettings(str(adapter), str(source), str(target), str(out), target_name=GEMMA3.hub_id)
+        places = str(adapter), str(source), str(target), str(out)
+        settings = jcl.TransferSettings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
         result = jcl.transfer(settings)
     return result, out, target
 
