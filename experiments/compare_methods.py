@@ -27,7 +27,7 @@ def moved(arguments: argparse.Namespace, folder: Path, console: Console) -> list
     found = []
     for name in arguments.method:
         method = get_method(name)
-        seeds = range(arguments.seeds) if method.activations or method.name == "random" else (0,)
+        seeds = range(arguments.seeds) if method.runs_bases or method.name == "random" else (0,)
         for seed in seeds:
             settings = jcl.TransferSettings(
                 adapter=arguments.adapter,
