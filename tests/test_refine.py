@@ -24,7 +24,7 @@ from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
 from jcrosslora.refine.statistics import Read, add_batch, no_statistics
-from jcrosslora.refine.writing import write_dialogues
+from jcrosslora.refine.writing import continue_prompts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
 SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, strength=1.0)
@@ -226,6 +226,19 @@ def test_settings_out_of_range(pair, change):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="asked for"):
         refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
+
+
+def test_of_long_prompts_the_end_is_used(pair):
+    source, _, adapter = pair
+    tokenizer = load_tokenizer(source)
+    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
+    long, short = "Anna said " * 60 + "Where?", "Water boils at"
+    found = continue_prompts(writer, [long, short], FitSettings(dialogues=96, tokens=4), 0).dialogues
+    prompts = {item.prompt for item in found}
+    assert short in prompts
+    (cut,) = prompts - {short}
+    assert long.endswith(cut)
+    assert len(tokenizer.encode(cut, special=False).ids) <= 64
 
 
 def test_a_base_that_answers_nothing(pair, monkeypatch):

@@ -29,15 +29,22 @@ class Written:
 def continue_prompts(writer: Writer, prompts: Sequence[str], settings: FitSettings, seed: int) -> Written:
     """Answers to the user's prompts, as many to each as make up the number wanted.
 
+    Of a prompt of more than 64 tokens only the last ones are used: the fit is done in rows of 96, answer included.
+
     Raises:
         MethodError: the base answers none of them.
     """
-    given = [Dialogue(prompt) for prompt in prompts]
+    given = [Dialogue(_last(writer, prompt)) for prompt in prompts]
     found: list[Dialogue] = []
     for turn in range(max(1, -(-settings.dialogues // len(given)))):
         part = given[: settings.dialogues - turn * len(given)]
         found += answer(writer, part, seed + turn, length=settings.tokens, temperature=settings.temperature)
     return Written(_enough(found, writer), f"{len(found)} answers to {len(given)} given prompts")
+
+
+def _last(writer: Writer, prompt: str) -> str:
+    ids = writer.tokenizer.encode(prompt).ids
+    return prompt if len(ids) <= _WIDTH else writer.tokenizer.decode(ids[-_WIDTH:])
 
 
 def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
