@@ -16,7 +16,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, sample, settings_of, stack_adapter
 from jcrosslora.evaluate import Question
-from jcrosslora.tokens import Tokenizer
+from jcrosslora.tokens import Tokenizer, pad_right
 from jcrosslora.training import Prompted
 from jcrosslora.training.examples import Encoded, encode
 
@@ -44,7 +44,8 @@ def exact_matches(
     settings, stacked = settings_of(base), None if adapter is None else stack_adapter(adapter, base)
     found: list[bool] = []
     for group, examples in _batches(questions, tokenizer):
-        prompts, mask = _padded([example.ids[: example.first] for example in examples])
+        width = _rounded(max(example.first for example in examples))
+        prompts, mask = pad_right([example.ids[: example.first] for example in examples], (len(examples), width))
         sampled = sample(
             settings,
             params,
@@ -77,14 +78,6 @@ def _batches(questions: Sequence[Question], tokenizer: Tokenizer) -> Iterator[tu
 def _texts(tokenizer: Tokenizer, tokens: np.ndarray, valid: np.ndarray) -> Iterator[str]:
     for row, mask in zip(tokens, valid, strict=True):
         yield tokenizer.decode(row[mask & ~np.isin(row, tokenizer.stops)])
-
-
-def _padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    width = _rounded(max(map(len, rows)))
-    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)], mask[index, : len(row)] = row, True
-    return tokens, mask
 
 
 def _rounded(length: int) -> int:

@@ -37,13 +37,11 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     return stack
 
 
-def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary | None, str]:
-    """Centred second moments of both embedding tables over the tokens that both bases have.
-
-    Tokens are the same when they stand for the same bytes. Only their rows are read, a few thousand at a time.
+def shared_ids(source: BaseModel, target: BaseModel) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
+    """Ids (V,) in source and target of the tokens that both have: those that stand for the same bytes.
 
     Returns:
-        The moments, or None with the reason.
+        The ids in the order of the tokens' bytes, or None with the reason.
     """
     vocabulary_src, vocabulary_tgt = source.vocabulary(), target.vocabulary()
     for base, vocabulary in ((source, vocabulary_src), (target, vocabulary_tgt)):
@@ -56,7 +54,19 @@ def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary 
         return None, f"the two vocabularies share {len(shared)} tokens, fewer than {FEWEST_TOKENS}"
     ids_src = np.array([vocabulary_src.tokens[token] for token in shared])
     ids_tgt = np.array([vocabulary_tgt.tokens[token] for token in shared])
-    return _moments(source, target, ids_src, ids_tgt), ""
+    return (ids_src, ids_tgt), ""
+
+
+def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary | None, str]:
+    """Centred second moments of both embedding tables over the tokens that both bases have.
+
+    Only the rows of these tokens are read, a few thousand at a time.
+
+    Returns:
+        The moments, or None with the reason.
+    """
+    ids, reason = shared_ids(source, target)
+    return (None, reason) if ids is None else (_moments(source, target, *ids), "")
 
 
 def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:

@@ -78,6 +78,22 @@ class Tokenizer:
         return self.backend.decode([int(index) for index in ids], skip_special_tokens=True)
 
 
+def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows as one array, filled up on the right.
+
+    Args:
+        rows: int32 (T,) each, at most B of at most T tokens.
+        shape: (B, T).
+
+    Returns:
+        int32 (B, T) tokens, zero where there is none, and bool (B, T), False there.
+    """
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    return tokens, mask
+
+
 def load_tokenizer(base: BaseModel) -> Tokenizer:
     """The tokenizer of a base: tokenizer.json in its folder, or what its GGUF file describes.
 

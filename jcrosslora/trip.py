@@ -182,10 +182,8 @@ def _effect(
     """
     if settings.effect == "never" or (settings.effect == "auto" and not runs_bases):
         return None
-    obstacle = why_not_run(source, target)
-    if obstacle is not None:
-        if settings.effect == "auto":
-            return None
+    # A method that runs the bases has shown by now that they can be run.
+    if not runs_bases and (obstacle := why_not_run(source, target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
     from jcrosslora.effect_check import adapter_texts, check_effect

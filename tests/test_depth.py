@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_bases import llama_tensors, write_llama
+from tiny_bases import llama_tensors, open_pair, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.decoder import forward, load_params, settings_of
@@ -116,10 +116,7 @@ def test_a_rotation_a_scale_and_a_shift_change_nothing():
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    write_llama(folder / "source", seed=0)
-    write_llama(folder / "target", seed=1, **WIDER)
-    return jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
+    return open_pair(tmp_path_factory.mktemp("bases"), **WIDER)
 
 
 def batch(seed, matches=18, used=16):

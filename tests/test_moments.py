@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_bases import write_llama
+from tiny_bases import open_pair, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
@@ -20,10 +20,7 @@ LAYERS = (2, 0)
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    write_llama(folder / "source", seed=0)
-    write_llama(folder / "target", seed=1, **WIDER)
-    return jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
+    return open_pair(tmp_path_factory.mktemp("bases"), **WIDER)
 
 
 def batch(seed):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_bases import random_adapter, write_llama
+from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
@@ -37,10 +37,7 @@ def batches(count=6, rows=6, length=32, seed=0):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bases")
-    write_llama(folder / "source", seed=0)
-    write_llama(folder / "target", seed=1, **WIDER)
-    return jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
+    return open_pair(tmp_path_factory.mktemp("bases"), **WIDER)
 
 
 def small(base, roles=None, seed=0):

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jcrosslora.adapter import Adapter, LoRAFactors
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, open_base
 
 ROLES = {
     "q_proj": "self_attn",
@@ -74,6 +74,11 @@ def write_llama(folder: Path, *, seed=0, tokenizer=True, first_token=0, **dims) 
     if tokenizer:
         write_tokenizer(folder, config["vocab_size"], first_token)
     return folder
+
+
+def open_pair(folder: Path, **dims) -> tuple[BaseModel, BaseModel]:
+    """A source base, and a target of other weights and dimensions."""
+    return open_base(write_llama(folder / "source", seed=0)), open_base(write_llama(folder / "target", seed=1, **dims))
 
 
 def write_tokenizer(folder: Path, vocab: int, first_token: int = 0) -> None:

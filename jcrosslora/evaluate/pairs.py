@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.tasks import Question
-from jcrosslora.tokens import Tokenizer
+from jcrosslora.tokens import Tokenizer, pad_right
 
 _SMALLEST = 8
 
@@ -109,8 +109,8 @@ def _packed(items: Sequence[Tokens], members: list[int], count: int, rows: int) 
 
 
 def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], body: tuple[int, int]) -> Batch:
-    prefix, prefix_mask = _padded([items[index].prefix for index in group], head)
-    tails, tail_mask = _padded([tail for index in group for tail in items[index].tails], body)
+    prefix, prefix_mask = pad_right([items[index].prefix for index in group], head)
+    tails, tail_mask = pad_right([tail for index in group for tail in items[index].tails], body)
     owner = np.zeros(body[0], np.int32)
     picked, wanted, places, row = [], [], [], 0
     for place, index in enumerate(group):
@@ -127,14 +127,6 @@ def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], bod
         places=np.concatenate(places),
         questions=len(group),
     )
-
-
-def _padded(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for row, values in enumerate(rows):
-        tokens[row, : len(values)] = values
-        mask[row, : len(values)] = True
-    return tokens, mask
 
 
 def _common(rows: Sequence[np.ndarray]) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.errors import UsageError
 from jcrosslora.probes.matching import match_positions
-from jcrosslora.tokens import Encoded, Tokenizer
+from jcrosslora.tokens import Encoded, Tokenizer, pad_right
 
 _STEP = 8  # T and P are multiples of it, so that texts of nearly the same length need no new compilation
 
@@ -126,8 +126,8 @@ def _rounded(size: int) -> int:
 
 
 def _batch(pairs: Sequence[_Pair], batch: int, width: int, places: int) -> ProbeBatch:
-    tokens_src, mask_src = _rows([pair.ids_src for pair in pairs], batch, width)
-    tokens_tgt, mask_tgt = _rows([pair.ids_tgt for pair in pairs], batch, width)
+    tokens_src, mask_src = pad_right([pair.ids_src for pair in pairs], (batch, width))
+    tokens_tgt, mask_tgt = pad_right([pair.ids_tgt for pair in pairs], (batch, width))
     at_src = np.concatenate([row * width + pair.at_src for row, pair in enumerate(pairs)])
     at_tgt = np.concatenate([row * width + pair.at_tgt for row, pair in enumerate(pairs)])
     text = np.concatenate([np.full(len(pair.at_src), pair.text) for pair in pairs])
@@ -138,13 +138,6 @@ def _batch(pairs: Sequence[_Pair], batch: int, width: int, places: int) -> Probe
     valid = np.arange(places) < len(kept)
     at_src, at_tgt, text, end = (_filled(values[kept], places) for values in (at_src, at_tgt, text, end))
     return ProbeBatch(tokens_src, mask_src, tokens_tgt, mask_tgt, at_src, at_tgt, valid, text, end)
-
-
-def _rows(sequences: Sequence[np.ndarray], batch: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, mask = np.zeros((batch, width), np.int32), np.zeros((batch, width), bool)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    return tokens, mask
 
 
 def _filled(values: np.ndarray, places: int) -> np.ndarray:

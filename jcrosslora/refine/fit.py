@@ -37,8 +37,8 @@ class Teacher:
         self.source, self.target, self.strength = source, target, strength
         self.adapter, self.none = adapter, jax.tree.map(jnp.zeros_like, adapter)
 
-    def read(self, lesson: Lesson, none: StackedAdapter) -> Read:
-        """The lesson as the target reads it; `none` is an adapter of zeros for the target."""
+    def read(self, lesson: Lesson) -> Read:
+        """The lesson as the target reads it."""
         batch, src, tgt = lesson.batch, self.source, self.target
         tokens_src, mask_src, at_src = (
             src.rows(batch.tokens_src),
@@ -54,7 +54,7 @@ class Teacher:
             shared_log_probs(src.settings, src.params, one, tokens_src, mask_src, at_src)
             for one in (self.none, self.adapter)
         )
-        own = shared_log_probs(tgt.settings, tgt.params, none, tokens_tgt, mask_tgt, at_tgt)
+        own = shared_log_probs(tgt.settings, tgt.params, None, tokens_tgt, mask_tgt, at_tgt)
         teacher = teach(own, base, adapted, jnp.float32(self.strength))
         return Read(tokens_tgt, mask_tgt, at_tgt, jnp.asarray(lesson.weight), teacher)
 
@@ -72,11 +72,7 @@ def fit(
     """Fit an adapter of the target to the teacher; one step for each set of lessons."""
     target = teacher.target
     adapter = _room(target.params, start, settings, len(lessons))
-    none = jax.tree.map(jnp.zeros_like, adapter)
-    used = {
-        role: 0 if start is None or role not in start.roles else start.roles[role].a.shape[1] for role in adapter.roles
-    }
-    kept = [teacher.read(lesson, none) for lesson in held_out]
+    kept = [teacher.read(lesson) for lesson in held_out]
     best, length = held_out_kl(target, adapter, kept), _FIRST
     history = [best]
     total = sum(len(part) for part in lessons)
@@ -85,11 +81,12 @@ def fit(
             totals = no_statistics(target.params, settings.roles)
             for place, lesson in enumerate(part):
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
-                read = teacher.read(lesson, none)
+                read = teacher.read(lesson)
                 totals = jax.block_until_ready(add_batch(target.settings, totals, target.params, adapter, read, key))
                 bar.update()
             steps = solve(totals, settings.rank)
-            adapter, best, length = _line_search(target, adapter, steps, used, kept, best, length)
+            left = settings.rank * (len(lessons) - number)
+            adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length)
             history.append(best)
             bar.set_postfix(kl=f"{best:.4f}")
             if length == 0:
@@ -134,7 +131,7 @@ def _line_search(
     target: Reader,
     adapter: StackedAdapter,
     steps: dict[str, StackedFactors],
-    used: dict[str, int],
+    left: int,
     kept: Sequence[Read],
     best: float,
     length: float,
@@ -142,7 +139,7 @@ def _line_search(
     """The adapter with the steps at the length that is best on held-out lessons: doubled or halved until it is."""
 
     def at(length: float) -> tuple[StackedAdapter, float]:
-        moved = _placed(adapter, steps, used, length)
+        moved = _placed(adapter, steps, left, length)
         return moved, held_out_kl(target, moved, kept)
 
     found, size = (adapter, best), 0.0
@@ -160,8 +157,6 @@ def _line_search(
             if not nxt[1] < found[1]:
                 break
             found, size = nxt, size * 2
-    for role, step in steps.items():
-        used[role] += step.a.shape[1]
     return found[0], found[1], size
 
 
@@ -181,14 +176,12 @@ def _room(params: Params, start: StackedAdapter | None, settings: FitSettings, s
     return StackedAdapter(found)
 
 
-def _placed(
-    adapter: StackedAdapter, steps: dict[str, StackedFactors], used: dict[str, int], length: float
-) -> StackedAdapter:
+def _placed(adapter: StackedAdapter, steps: dict[str, StackedFactors], left: int, length: float) -> StackedAdapter:
+    """The adapter with steps of a length in the first of the `left` places at the end of each role's ranks."""
     roles = dict(adapter.roles)
     for role, step in steps.items():
-        first, last = used[role], used[role] + step.a.shape[1]
         own = roles[role]
-        roles[role] = StackedFactors(
-            own.a.at[:, first:last].set(step.a), own.b.at[:, :, first:last].set(step.b * length)
-        )
+        first = own.a.shape[1] - left
+        place = slice(first, first + step.a.shape[1])
+        roles[role] = StackedFactors(own.a.at[:, place].set(step.a), own.b.at[:, :, place].set(step.b * length))
     return StackedAdapter(roles)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import MethodError
+from jcrosslora.gather import shared_ids
 from jcrosslora.probes import ProbeBatch, probe_batches
 from jcrosslora.refine.dialogues import Dialogue
 from jcrosslora.tokens import Tokenizer
@@ -63,14 +65,19 @@ def shared_tokens(
     """Ids (V,) in source and target of tokens that both have: those of the lessons and the `lowest` of the source.
 
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
+
+    Raises:
+        MethodError: a vocabulary cannot be read, or they share too few tokens.
     """
-    src, tgt = source.vocabulary().tokens, target.vocabulary().tokens
-    assert src is not None
-    assert tgt is not None
-    used_src = {int(index) for item in found for index in np.unique(item.batch.tokens_src)}
-    used_tgt = {int(index) for item in found for index in np.unique(item.batch.tokens_tgt)}
-    both = sorted((src[token], tgt[token]) for token in src.keys() & tgt.keys())
-    first = both[: max(lowest, 0)]
-    kept = sorted({*first, *(pair for pair in both if pair[0] in used_src or pair[1] in used_tgt)})
-    ids = np.array(kept, np.int32).reshape(-1, 2)
-    return ids[:, 0], ids[:, 1]
+    ids, reason = shared_ids(source, target)
+    if ids is None:
+        msg = f"predictions cannot be compared: {reason}; use another method"
+        raise MethodError(msg)
+    order = np.argsort(ids[0])
+    ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
+    used_src, used_tgt = (
+        np.unique(np.concatenate([tokens.ravel() for tokens in side]))
+        for side in ([item.batch.tokens_src for item in found], [item.batch.tokens_tgt for item in found])
+    )
+    kept = np.isin(ids_src, used_src) | np.isin(ids_tgt, used_tgt) | (np.arange(len(ids_src)) < lowest)
+    return ids_src[kept], ids_tgt[kept]

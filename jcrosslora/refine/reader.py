@@ -41,7 +41,7 @@ def reader(settings: DecoderSettings, params: Params, tokens: np.ndarray, shared
 def shared_log_probs(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter,
+    adapter: StackedAdapter | None,
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,

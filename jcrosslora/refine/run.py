@@ -13,8 +13,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, unstack_adapter
-from jcrosslora.errors import AdapterError, MethodError, UsageError
-from jcrosslora.gather import FEWEST_TOKENS
+from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.refine.dialogues import Dialogue, Writer
 from jcrosslora.refine.fit import Fitted, Teacher, fit
 from jcrosslora.refine.lessons import Lesson, lessons, shared_tokens
@@ -93,11 +92,6 @@ def refine(
     taught, held_out = _lessons(written.dialogues, tokenizers, settings, seed)
     everything = [lesson for part in (*taught, held_out) for lesson in part]
     ids = shared_tokens(source, target, everything, settings.vocabulary)
-    if len(ids[0]) < FEWEST_TOKENS:
-        msg = (
-            f"{source.ref} and {target.ref} share {len(ids[0])} tokens, {FEWEST_TOKENS} are wanted: use another method"
-        )
-        raise MethodError(msg)
     src = reader(settings_of(source), params, _tokens(everything, 0), ids[0])
     del writer, params
     tgt = reader(settings_of(target), load_params(target), _tokens(everything, 1), ids[1])

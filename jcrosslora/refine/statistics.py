@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, StackedAdapter, forward, logits
+from jcrosslora.refine.reader import weighted_kl
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -29,16 +30,12 @@ class Statistics:
         outputs: role -> (L, O, O), G.
         slopes: role -> (L, O, I), the gradient.
         loss: (), the loss.
-        weight: (), sum of the weights.
-        count: (), positions.
     """
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
     slopes: dict[str, jax.Array]
     loss: jax.Array
-    weight: jax.Array
-    count: jax.Array
 
 
 @flax.struct.dataclass
@@ -68,8 +65,6 @@ def no_statistics(params: Params, roles: tuple[str, ...]) -> Statistics:
         outputs={role: jnp.zeros((layers, o, o)) for role, (layers, o, _) in shapes.items()},
         slopes={role: jnp.zeros(shape) for role, shape in shapes.items()},
         loss=jnp.zeros(()),
-        weight=jnp.zeros(()),
-        count=jnp.zeros(()),
     )
 
 
@@ -104,7 +99,6 @@ def add_batch(
     drawn = jax.nn.one_hot(jax.random.categorical(key, scores), scores.shape[-1], dtype=scores.dtype)
     (slopes,) = pull(weight * (jnp.exp(student) - jnp.exp(read.teacher)))
     (sampled,) = pull(jnp.sqrt(weight) * (jnp.exp(student) - drawn))
-    kl = jnp.sum(jnp.exp(read.teacher) * (read.teacher - student), axis=-1)
     # The first position has huge activations of no meaning: it tells nothing of what a module's output is good for.
     seen = read.mask.astype(jnp.float32)[..., None]
     later = seen * (jnp.arange(read.mask.shape[1]) > 0).astype(jnp.float32)[:, None]
@@ -116,9 +110,7 @@ def add_batch(
         slopes={
             role: totals.slopes[role] + _products(slopes[role] * later, inputs[INPUT_SITES[role]]) for role in roles
         },
-        loss=totals.loss + jnp.sum(jnp.where(read.weight > 0, read.weight * kl, 0)),
-        weight=totals.weight + jnp.sum(read.weight),
-        count=totals.count + jnp.sum(seen),
+        loss=totals.loss + weighted_kl(read.teacher, student, read.weight)[0],
     )
 
 

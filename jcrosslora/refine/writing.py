@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.decoder import StackedAdapter
 from jcrosslora.errors import MethodError
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, write_prompts
-from jcrosslora.refine.reader import shared_log_probs
+from jcrosslora.refine.reader import shared_log_probs, weighted_kl
 from jcrosslora.refine.settings import FitSettings
+from jcrosslora.tokens import pad_right
 
 PILOT = 16  # prompts of each layout, to see which the adapter knows
 KNOWN = 0.75  # of the largest change: a layout with less is left out
@@ -85,25 +85,16 @@ def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
 def _first_change(writer: Writer, dialogues: Sequence[Dialogue]) -> float:
     """Mean of KL(with adapter || without) of the first token of the answers; 0 without dialogues."""
     assert writer.adapter is not None
-    total = 0.0
     none = jax.tree.map(jnp.zeros_like, writer.adapter)
+    total = 0.0
     for start in range(0, len(dialogues), _ROWS):
-        part = dialogues[start : start + _ROWS]
-        tokens, mask, last = _read(writer, part)
-        with_adapter, without = (_predicted(writer, one, tokens, mask, last) for one in (writer.adapter, none))
-        kl = jnp.sum(jnp.exp(with_adapter) * (with_adapter - without), axis=-1)
-        total += float(jnp.sum(kl[: len(part)]))
+        ids = [writer.tokenizer.encode(item.prompt).ids[-_WIDTH:] for item in dialogues[start : start + _ROWS]]
+        tokens, mask = map(jnp.asarray, pad_right(ids, (_ROWS, _WIDTH)))
+        counts = np.array([len(own) for own in ids] + [1] * (_ROWS - len(ids)), np.int32)
+        last = jnp.asarray(np.arange(_ROWS, dtype=np.int32) * _WIDTH + counts - 1)
+        with_adapter, without = (
+            shared_log_probs(writer.settings, writer.params, one, tokens, mask, last) for one in (writer.adapter, none)
+        )
+        weight = jnp.asarray(np.arange(_ROWS) < len(ids), jnp.float32)
+        total += float(weighted_kl(with_adapter, without, weight)[0])
     return total / max(1, len(dialogues))
-
-
-def _predicted(writer: Writer, adapter: StackedAdapter, tokens: jax.Array, mask: jax.Array, at: jax.Array) -> jax.Array:
-    return shared_log_probs(writer.settings, writer.params, adapter, tokens, mask, at)
-
-
-def _read(writer: Writer, dialogues: Sequence[Dialogue]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    tokens, mask = np.zeros((_ROWS, _WIDTH), np.int32), np.zeros((_ROWS, _WIDTH), bool)
-    last = np.zeros(_ROWS, np.int32)
-    for row, dialogue in enumerate(dialogues):
-        ids = writer.tokenizer.encode(dialogue.prompt).ids[-_WIDTH:]
-        tokens[row, : len(ids)], mask[row, : len(ids)], last[row] = ids, True, row * _WIDTH + len(ids) - 1
-    return jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(last)
