@@ -109,11 +109,15 @@ def refine(
 
 
 def _check(settings: FitSettings, target: BaseModel) -> None:
-    if min(settings.steps, settings.rank, settings.tokens, settings.dialogues, settings.vocabulary) < 1:
-        msg = f"a fit of {settings} was asked for: steps, rank, tokens, dialogues and vocabulary must be at least 1"
+    for name in ("steps", "rank", "dialogues", "tokens", "vocabulary"):
+        if getattr(settings, name) < 1:
+            msg = f"a fit with {name} {getattr(settings, name)} was asked for, wanted 1 or more"
+            raise UsageError(msg)
+    if not 0 < settings.held_out < 1:
+        msg = f"a fit with held_out {settings.held_out} was asked for, wanted a share between 0 and 1"
         raise UsageError(msg)
-    if not 0 < settings.held_out < 1 or not np.isfinite(settings.strength):
-        msg = f"a fit of {settings} was asked for: held_out must be between 0 and 1, the strength a finite number"
+    if not np.isfinite(settings.strength):
+        msg = f"a fit with strength {settings.strength} was asked for, wanted a finite number, such as 0.5"
         raise UsageError(msg)
     sides = [min(target.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape) for role in settings.roles]
     if settings.rank > min(sides):

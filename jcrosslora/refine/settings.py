@@ -15,7 +15,8 @@ class FitSettings:
         roles: the modules that are fitted.
         strength: of the source's change in the teacher, see `jcrosslora.refine.reader.teach`.
         prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
-        dialogues: prompts with answers in all, those held out included.
+        dialogues: prompts with answers in all, those held out included; those that were written to find the layouts are
+            used in any case.
         held_out: share of the dialogues that no step is fitted on: they decide how long each step is.
         tokens: of an answer at most.
         temperature: of the answers.
