@@ -95,7 +95,8 @@ def _reported(moved: MovedAdapter, found: Adapter, sentence: str, dialogues: int
     rows = tuple(
         dataclasses.replace(row, kept=math.nan, norm_after=norms.get(row.target, 0.0)) for row in moved.report.rows
     )
-    report = dataclasses.replace(moved.report, rows=rows, fitted=sentence, dialogues=dialogues)
+    # Nor is anything left behind: the fit sees what the whole adapter does.
+    report = dataclasses.replace(moved.report, rows=rows, leftovers=(), fitted=sentence, dialogues=dialogues)
     return dataclasses.replace(moved, modules=found.modules, report=report)
 
 

@@ -296,12 +296,13 @@ def test_from_file_to_file(pair, tmp_path, method):
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
-    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--dialogues", "40", "--out-rank", "5"]
+    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--dialogues", "40", "--out-rank", "5", "--depth", "0,0"]
     main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
     moved = jcl.load_adapter(tmp_path / "out")
     assert {factors.rank for factors in moved.modules.values()} == {5}
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
     assert report["fitted"].startswith("fitted")
+    assert report["leftovers"] == []
     assert report["recipe"]["method"] == ("residual-teacher" if method == "residual-teacher" else "anchored")
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
