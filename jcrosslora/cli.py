@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 # JAX on a CPU calls LAPACK from threads of its own; OpenBLAS's spinning ones beside them only take the cores away.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Without torch, which nothing here needs, transformers says on import that there are no models.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import tyro
 from rich.console import Console
