@@ -27,7 +27,7 @@ from jcrosslora.refine.statistics import Read, add_batch, no_statistics
 from jcrosslora.refine.writing import continue_prompts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
-SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, strength=1.0)
+SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, trust=0.0, strength=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,12 @@ def test_one_massive_dimension_does_not_swallow_the_others():
 def test_the_teacher_is_the_target_moved_by_the_sources_change():
     rng = np.random.default_rng(0)
     own, base, adapted = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, 11)), jnp.float32)) for _ in range(3))
-    np.testing.assert_allclose(teach(own, base, adapted, 0.0), own, atol=1e-6)
-    np.testing.assert_allclose(teach(base, base, adapted, 1.0), adapted, atol=1e-5)
-    found = np.asarray(teach(own, base, adapted, 0.5))
+    np.testing.assert_allclose(teach(own, base, adapted, 0.0, 0.0), own, atol=1e-6)
+    np.testing.assert_allclose(teach(own, base, adapted, 1.0, 0.0), adapted, atol=1e-5)
+    np.testing.assert_allclose(teach(base, base, adapted, 0.0, 1.0), adapted, atol=1e-5)
+    found = np.asarray(teach(own, base, adapted, 0.25, 0.5))
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
-    raw = np.asarray(own + 0.5 * (adapted - base))
+    raw = np.asarray(0.75 * own + 0.25 * adapted + 0.5 * (adapted - base))
     np.testing.assert_allclose(found - found[:, :1], raw - raw[:, :1], atol=1e-5)
     kl, weight = weighted_kl(own, adapted, jnp.asarray([1.0, 2, 0, 0, 0.5]))
     by_row = np.sum(np.exp(own) * (np.asarray(own) - np.asarray(adapted)), -1)
@@ -221,7 +222,9 @@ def test_an_adapter_of_zeros_asks_for_no_step(pair):
     assert max(found.divergences) < 1e-6
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 500}, {"strength": float("nan")}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 500}, {"trust": 1.5}, {"strength": float("nan")}]
+)
 def test_settings_out_of_range(pair, change):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="asked for"):
@@ -284,7 +287,15 @@ def test_a_writer_continues_each_text_by_itself(pair):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [(" is it? Yes", " is it?"), (" it is \nNo", " it is"), ("", ""), ("?", "?"), (" a\nWhy?", " a")],
+    [
+        (" is it? Yes", " is it?"),
+        (" is 3.5 m. Or 4.", " is 3.5 m."),
+        (" it is \nNo.", ""),
+        ("", ""),
+        ("?", "?"),
+        ("\u662f\u4ec0\u4e48\uff1f\u662f", "\u662f\u4ec0\u4e48\uff1f"),
+        (" to stop.", " to stop."),
+    ],
 )
 def test_first_sentence(text, wanted):
     assert first_sentence(text) == wanted

@@ -5,6 +5,7 @@ where prompts end: it writes one in each of the common layouts of prompt and ans
 adapter knows is seen from how much it changes the predictions of its base where the answer begins.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,8 @@ OPENERS = (
     *("What", "Which", "How", "Why", "When", "Where", "Who", "If", "A", "The", "In", "Which of the following"),
     *("Explain", "Describe", "Write", "Name", "Give", "List"),
 )
+# A full stop inside a number or a name has no space behind it; the others are those of Chinese, Japanese and Hindi.
+_SENTENCE_END = re.compile(r"[?!]|\.(?=\s|$)|[\uff1f\uff01\u3002\u0964]")
 _FEWEST = 4  # words of a prompt
 _AT_ONCE = 48  # texts written together
 _LONGEST, _STEP = 96, 16  # tokens of a text that are read, and what their number is rounded up to
@@ -124,17 +127,21 @@ class Writer:
 
 
 def write_prompts(
-    writer: Writer, layouts: Sequence[int], seed: int, *, length: int = 40, temperature: float = 0.7
+    writer: Writer, layouts: Sequence[int], seed: int, *, length: int = 32, temperature: float = 0.7
 ) -> list[Dialogue]:
-    """One prompt, still without an answer, for each of the given layouts; those that are too short are left out."""
+    """One prompt of one sentence, still without an answer, for each of the given layouts.
+
+    Those that are too short, or not finished after `length` tokens, are left out.
+    """
     rng = np.random.default_rng(seed)
     openers = rng.permutation(np.arange(len(layouts)) % len(OPENERS))
     starts = [LAYOUTS[layout][0] + OPENERS[opener] for layout, opener in zip(layouts, openers, strict=True)]
     written = writer.extend(starts, length, temperature, jax.random.key(seed))
     found = []
     for layout, start, text in zip(layouts, starts, written, strict=True):
-        prompt = start + first_sentence(text)
-        if len(prompt.removeprefix(LAYOUTS[layout][0]).split()) >= _FEWEST:
+        end = first_sentence(text)
+        prompt = start + end
+        if end and len(prompt.removeprefix(LAYOUTS[layout][0]).split()) >= _FEWEST:
             found.append(Dialogue(prompt + LAYOUTS[layout][1], layout=layout))
     return found
 
@@ -149,6 +156,7 @@ def answer(
 
 
 def first_sentence(text: str) -> str:
-    """Up to and with the first question mark, else up to the end of the line, without space at the end."""
+    """Up to and with the first mark that ends a sentence, within the first line; nothing if there is none."""
     line = text.split("\n", 1)[0]
-    return (line.split("?", 1)[0] + "?" if "?" in line else line).rstrip()
+    found = _SENTENCE_END.search(line)
+    return line[: found.end()] if found else ""

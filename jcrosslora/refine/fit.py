@@ -1,4 +1,8 @@
-"""The fit: steps in closed form, each from fresh dialogues, each as long as held-out dialogues allow."""
+"""The fit: steps in closed form, each from fresh dialogues, each as long as held-out dialogues allow.
+
+A step takes its gradient from its own dialogues, and both factors of the Fisher matrices from those of all steps so
+far: these change little while the target is updated, and a better estimate of them makes a better step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from jcrosslora.refine.lessons import Lesson
 from jcrosslora.refine.reader import Reader, shared_log_probs, teach, weighted_kl
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.refine.solve import step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8
@@ -33,8 +37,9 @@ class Fitted:
 class Teacher:
     """What the target should predict on a lesson."""
 
-    def __init__(self, source: Reader, target: Reader, adapter: StackedAdapter, strength: float) -> None:
-        self.source, self.target, self.strength = source, target, strength
+    def __init__(self, source: Reader, target: Reader, adapter: StackedAdapter, trust: float, strength: float) -> None:
+        self.source, self.target = source, target
+        self.trust, self.strength = jnp.float32(trust), jnp.float32(strength)
         self.adapter, self.none = adapter, jax.tree.map(jnp.zeros_like, adapter)
 
     def read(self, lesson: Lesson) -> Read:
@@ -55,7 +60,7 @@ class Teacher:
             for one in (self.none, self.adapter)
         )
         own = shared_log_probs(tgt.settings, tgt.params, None, tokens_tgt, mask_tgt, at_tgt)
-        teacher = teach(own, base, adapted, jnp.float32(self.strength))
+        teacher = teach(own, base, adapted, self.trust, self.strength)
         return Read(tokens_tgt, mask_tgt, at_tgt, jnp.asarray(lesson.weight), teacher)
 
 
@@ -77,29 +82,34 @@ def fit(
     history = [best]
     total = sum(len(part) for part in lessons)
     with tqdm(total=total, desc="fit", unit="batch", disable=not progress) as bar:
+        totals = no_statistics(target.params, settings.roles)
         for number, part in enumerate(lessons):
-            totals = no_statistics(target.params, settings.roles)
             for place, lesson in enumerate(part):
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
                 read = teacher.read(lesson)
                 totals = jax.block_until_ready(add_batch(target.settings, totals, target.params, adapter, read, key))
                 bar.update()
-            steps = solve(totals, settings.rank)
+            steps = solve(totals, settings.rank, number + 1)
+            totals = without_slopes(totals)
             left = settings.rank * (len(lessons) - number)
-            adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length)
+            adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             history.append(best)
             bar.set_postfix(kl=f"{best:.4f}")
-            if length == 0:
-                break  # not even the shortest step helps: the next one would start at nothing
     return Fitted(adapter, tuple(history))
 
 
-def solve(totals: Statistics, rank: int) -> dict[str, StackedFactors]:
-    """The step of every module: role -> b (L, O, rank), a (L, rank, I)."""
+def solve(totals: Statistics, rank: int, parts: int = 1) -> dict[str, StackedFactors]:
+    """The step of every module: role -> b (L, O, rank), a (L, rank, I).
+
+    Args:
+        totals: the slopes of one set of lessons, the moments of `parts` of them.
+        rank: of each module's step at most.
+        parts: the moments are divided by it, so that steps have comparable lengths.
+    """
     found = {}
     for role in totals.slopes:
         a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
-        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a, g, rank))
+        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a / parts, g / parts, rank))
     return found
 
 

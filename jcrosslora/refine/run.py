@@ -56,9 +56,10 @@ def refine(
 ) -> Refined:
     """Fit an update of the target to what an adapter changes in the source's predictions.
 
-    The teacher of the fit adds the change of the source's log-probabilities, times a strength, to the target's own, at
-    positions where tokens of both end at the same character, on the tokens that both have. The text is what the source
-    writes with the adapter: answers to prompts, given ones or its own. Each step minimises a quadratic model of the
+    The teacher of the fit is a mean of the log-probabilities of the target and of the adapted source, and on top of it
+    a share of what the adapter changes in them (`jcrosslora.refine.reader.teach`): at positions where tokens of both
+    end at the same character, on the tokens that both have. The text is what the source writes with the adapter:
+    answers to prompts, given ones or its own. Each step minimises a quadratic model of the
     divergence from the teacher in closed form (see `jcrosslora.refine.solve`), and is made as long as is best on
     dialogues that no step is fitted on.
 
@@ -95,7 +96,7 @@ def refine(
     src = reader(settings_of(source), params, _tokens(everything, 0), ids[0])
     del writer, params
     tgt = reader(settings_of(target), load_params(target), _tokens(everything, 1), ids[1])
-    teacher = Teacher(src, tgt, stacked, settings.strength)
+    teacher = Teacher(src, tgt, stacked, settings.trust, settings.strength)
     found = fit(teacher, taught, held_out, settings, begun, seed=seed, progress=progress)
     _check_finite(found, adapter, source)
     positions = sum(int((lesson.weight > 0).sum()) for part in taught for lesson in part)
@@ -116,8 +117,11 @@ def _check(settings: FitSettings, target: BaseModel) -> None:
     if not 0 < settings.held_out < 1:
         msg = f"a fit with held_out {settings.held_out} was asked for, wanted a share between 0 and 1"
         raise UsageError(msg)
+    if not 0 <= settings.trust <= 1:
+        msg = f"a fit with trust {settings.trust} was asked for, wanted a share from 0 to 1"
+        raise UsageError(msg)
     if not np.isfinite(settings.strength):
-        msg = f"a fit with strength {settings.strength} was asked for, wanted a finite number, such as 0.5"
+        msg = f"a fit with strength {settings.strength} was asked for, wanted a finite number, such as 0.25"
         raise UsageError(msg)
     sides = [min(target.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape) for role in settings.roles]
     if settings.rank > min(sides):

@@ -13,23 +13,24 @@ class FitSettings:
         steps: number of steps; each has dialogues of its own.
         rank: of each step; the fitted update has rank `steps * rank` on top of what it started from.
         roles: the modules that are fitted.
-        strength: of the source's change in the teacher, see `jcrosslora.refine.reader.teach`.
+        trust: share of the adapted source's own predictions in the teacher, see `jcrosslora.refine.reader.teach`.
+        strength: of the source's change in the teacher, on top of that.
         prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
-        dialogues: prompts with answers in all, those held out included; those that were written to find the layouts are
-            used in any case.
+        dialogues: prompts with answers in all, those held out included.
         held_out: share of the dialogues that no step is fitted on: they decide how long each step is.
         tokens: of an answer at most.
         temperature: of the answers.
         vocabulary: how many of the commonest shared tokens predictions are compared on, beside those of the dialogues.
     """
 
-    steps: int = 3
-    rank: int = 16
+    steps: int = 4
+    rank: int = 12
     roles: tuple[str, ...] = ATTENTION
-    strength: float = 0.5
+    trust: float = 0.5
+    strength: float = 0.25
     prompt_weight: float = 1.0
-    dialogues: int = 400
+    dialogues: int = 360
     held_out: float = 0.1
-    tokens: int = 24
+    tokens: int = 12
     temperature: float = 1.0
     vocabulary: int = 6000

@@ -68,6 +68,12 @@ def no_statistics(params: Params, roles: tuple[str, ...]) -> Statistics:
     )
 
 
+def without_slopes(totals: Statistics) -> Statistics:
+    """The moments alone, for a step at another point."""
+    slopes = jax.tree.map(jnp.zeros_like, totals.slopes)
+    return dataclasses.replace(totals, slopes=slopes, loss=jnp.zeros(()))
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_batch(
     settings: DecoderSettings,

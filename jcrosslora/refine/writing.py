@@ -54,22 +54,21 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
         MethodError: the base writes no prompts, or no answers.
     """
     layouts = [layout for layout in range(len(LAYOUTS)) for _ in range(PILOT)]
-    pilot = _dialogues(writer, layouts, settings, seed)
+    pilot = write_prompts(writer, layouts, seed)
     change = np.array([_first_change(writer, [d for d in pilot if d.layout == k]) for k in range(len(LAYOUTS))])
     known = np.flatnonzero(change >= KNOWN * change.max())
-    found = [dialogue for dialogue in pilot if dialogue.layout in known]
-    missing = max(0, settings.dialogues - len(found))
+    prompts = [prompt for prompt in pilot if prompt.layout in known]
+    missing = max(0, settings.dialogues - len(prompts))
     shares = np.array_split(np.arange(missing), len(known))
     more = [int(layout) for layout, share in zip(known, shares, strict=True) for _ in share]
     if more:
-        found += _dialogues(writer, more, settings, seed + 1)
+        prompts += write_prompts(writer, more, seed + 1)
+    # In an order of its own, so that fewer dialogues than prompts are of all layouts.
+    order = np.random.default_rng(seed).permutation(len(prompts))[: settings.dialogues]
+    chosen = [prompts[place] for place in order]
+    found = answer(writer, chosen, seed, length=settings.tokens, temperature=settings.temperature)
     names = ", ".join(repr(LAYOUTS[layout][0].strip()) for layout in known)
     return Written(_enough(found, writer), f"{len(found)} dialogues that it wrote itself in layouts that begin {names}")
-
-
-def _dialogues(writer: Writer, layouts: Sequence[int], settings: FitSettings, seed: int) -> list[Dialogue]:
-    prompts = write_prompts(writer, layouts, seed)
-    return answer(writer, prompts, seed, length=settings.tokens, temperature=settings.temperature)
 
 
 def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
