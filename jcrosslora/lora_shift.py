@@ -80,6 +80,12 @@ class Shifter:
         if calibrate not in (None, "none", "frobenius"):
             msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
             raise UsageError(msg)
+        if calibrate == "frobenius" and get_method(method).then != "nothing":
+            msg = (
+                f"calibration frobenius has no part in method {method}, which fits the size of the update as well; "
+                "leave it out, or use another method"
+            )
+            raise UsageError(msg)
         if out_rank is not None and out_rank < 1:
             msg = f"out rank {out_rank} is out of range; it must be at least 1"
             raise UsageError(msg)

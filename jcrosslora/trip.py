@@ -65,7 +65,7 @@ class TransferSettings:
     Where predictions are fitted, prompts that the source answers with its adapter."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
-    dialogues: int = 360
+    dialogues: int = 300
     """How many prompts with answers the source writes with its adapter; only where predictions are fitted."""
     whitening: float = 0.0
     """Exponent of theseus' partial whitening, from 0 to 0.5."""

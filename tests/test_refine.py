@@ -197,7 +197,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair):
     assert found.divergences[-1] < 0.9 * found.divergences[0]
     assert list(found.divergences) == sorted(found.divergences, reverse=True)
     roles = {name.rpartition(".")[2] for name in found.adapter.modules}
-    assert roles == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert roles == {"v_proj", "o_proj"}
     again = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
     for name, factors in found.adapter.modules.items():
         np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)
@@ -205,13 +205,22 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair):
 
 def test_a_fit_goes_on_from_what_it_is_given(pair):
     source, target, adapter = pair
-    begun = random_adapter(target, roles=("q_proj", "up_proj"), rank=2, scale=1e-3)
+    begun = random_adapter(target, roles=("v_proj", "up_proj"), rank=2, scale=1e-3)
     found = refine(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     start = stack_adapter(begun, target)
     again = stack_adapter(found.adapter, target)
-    assert again.roles["q_proj"].a.shape[1] == 2 + SMALL.rank
-    np.testing.assert_allclose(again.roles["q_proj"].a[:, :2], start.roles["q_proj"].a)
+    assert again.roles["v_proj"].a.shape[1] == 2 + SMALL.rank
+    np.testing.assert_allclose(again.roles["v_proj"].a[:, :2], start.roles["v_proj"].a)
     np.testing.assert_allclose(again.roles["up_proj"].b, start.roles["up_proj"].b)
+
+
+def test_no_update_has_more_rank_than_its_module(pair):
+    source, target, adapter = pair
+    wide = dataclasses.replace(SMALL, rank=500)
+    found = refine(source, target, adapter, prompts=CORPUS, settings=wide)
+    assert found.divergences[-1] < found.divergences[0]
+    for name, factors in found.adapter.modules.items():
+        assert factors.rank == min(target.modules[name].shape)
 
 
 def test_an_adapter_of_zeros_asks_for_no_step(pair):
@@ -223,7 +232,7 @@ def test_an_adapter_of_zeros_asks_for_no_step(pair):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 500}, {"trust": 1.5}, {"strength": float("nan")}]
+    "change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 0}, {"trust": 1.5}, {"strength": float("nan")}]
 )
 def test_settings_out_of_range(pair, change):
     source, target, adapter = pair
@@ -322,6 +331,17 @@ def test_from_file_to_file(pair, tmp_path, method):
     repeated = jcl.transfer(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
+
+
+@pytest.mark.parametrize("method", ["anchored", "residual-teacher"])
+def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method):
+    source, target, adapter = pair
+    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
+    where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
+    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, method=method, calibrate="frobenius")
+    with pytest.raises(UsageError, match=f"frobenius has no part in method {method}"):
+        jcl.transfer(given)
+    assert not (tmp_path / "out").exists()
 
 
 def _recipe(card):

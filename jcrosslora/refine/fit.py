@@ -91,7 +91,7 @@ def fit(
                 bar.update()
             steps = solve(totals, settings.rank, number + 1)
             totals = without_slopes(totals)
-            left = settings.rank * (len(lessons) - number)
+            left = len(lessons) - number
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             history.append(best)
             bar.set_postfix(kl=f"{best:.4f}")
@@ -109,7 +109,8 @@ def solve(totals: Statistics, rank: int, parts: int = 1) -> dict[str, StackedFac
     found = {}
     for role in totals.slopes:
         a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
-        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a / parts, g / parts, rank))
+        own = min(rank, *totals.slopes[role].shape[1:])
+        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a / parts, g / parts, own))
     return found
 
 
@@ -178,7 +179,7 @@ def _room(params: Params, start: StackedAdapter | None, settings: FitSettings, s
         layers, rows, columns = params.weights[role].shape
         own = start.roles.get(role) if start else None
         first = 0 if own is None else own.a.shape[1]
-        size = first + (settings.rank * steps if role in settings.roles else 0)
+        size = first + (min(settings.rank, rows, columns) * steps if role in settings.roles else 0)
         a, b = jnp.zeros((layers, size, columns)), jnp.zeros((layers, rows, size))
         if own is not None:
             a, b = a.at[:, :first].set(own.a), b.at[:, :, :first].set(own.b)
@@ -187,11 +188,12 @@ def _room(params: Params, start: StackedAdapter | None, settings: FitSettings, s
 
 
 def _placed(adapter: StackedAdapter, steps: dict[str, StackedFactors], left: int, length: float) -> StackedAdapter:
-    """The adapter with steps of a length in the first of the `left` places at the end of each role's ranks."""
+    """The adapter with steps of a length in the first of the `left` places for one at the end of each role's ranks."""
     roles = dict(adapter.roles)
     for role, step in steps.items():
         own = roles[role]
-        first = own.a.shape[1] - left
-        place = slice(first, first + step.a.shape[1])
+        size = step.a.shape[1]
+        first = own.a.shape[1] - left * size
+        place = slice(first, first + size)
         roles[role] = StackedFactors(own.a.at[:, place].set(step.a), own.b.at[:, :, place].set(step.b * length))
     return StackedAdapter(roles)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, LoRAFactors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.linalg import recompress
 from jcrosslora.refine.dialogues import Dialogue, Writer
 from jcrosslora.refine.fit import Fitted, Teacher, fit
 from jcrosslora.refine.lessons import Lesson, lessons, shared_tokens
@@ -83,7 +85,7 @@ def refine(
         CheckpointError: a base or its tokenizer cannot be read.
     """
     settings = FitSettings() if settings is None else settings
-    _check(settings, target)
+    _check(settings)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
@@ -101,7 +103,7 @@ def refine(
     _check_finite(found, adapter, source)
     positions = sum(int((lesson.weight > 0).sum()) for part in taught for lesson in part)
     return Refined(
-        unstack_adapter(found.adapter),
+        _within_shapes(unstack_adapter(found.adapter)),
         found.divergences,
         positions,
         _sentence(found, written, positions, len(ids[0])),
@@ -109,7 +111,7 @@ def refine(
     )
 
 
-def _check(settings: FitSettings, target: BaseModel) -> None:
+def _check(settings: FitSettings) -> None:
     for name in ("steps", "rank", "dialogues", "tokens", "vocabulary"):
         if getattr(settings, name) < 1:
             msg = f"a fit with {name} {getattr(settings, name)} was asked for, wanted 1 or more"
@@ -122,10 +124,6 @@ def _check(settings: FitSettings, target: BaseModel) -> None:
         raise UsageError(msg)
     if not np.isfinite(settings.strength):
         msg = f"a fit with strength {settings.strength} was asked for, wanted a finite number, such as 0.25"
-        raise UsageError(msg)
-    sides = [min(target.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape) for role in settings.roles]
-    if settings.rank > min(sides):
-        msg = f"steps of rank {settings.rank} were asked for, but the short side of a fitted module is {min(sides)}"
         raise UsageError(msg)
 
 
@@ -157,6 +155,18 @@ def _lessons(
 
 def _tokens(found: Sequence[Lesson], side: int) -> np.ndarray:
     return np.concatenate([(item.batch.tokens_src, item.batch.tokens_tgt)[side].ravel() for item in found])
+
+
+def _within_shapes(adapter: Adapter) -> Adapter:
+    """The same updates, none of a rank above the short side of its module."""
+    modules = {}
+    for name, factors in adapter.modules.items():
+        side = min(factors.b.shape[0], factors.a.shape[1])
+        modules[name] = factors
+        if factors.rank > side:
+            b, a, _ = recompress(jnp.asarray(factors.b) * factors.scale, jnp.asarray(factors.a), side)
+            modules[name] = LoRAFactors(a=np.asarray(a), b=np.asarray(b))
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def _check_finite(found: Fitted, adapter: Adapter, source: BaseModel) -> None:
