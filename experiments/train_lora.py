@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         msg = f"first {arguments.first} is out of range; it must be at least 1"
         raise jcl.UsageError(msg)
     examples = read_examples(arguments.task)[: arguments.first]
+    made = {**dataclasses.asdict(settings), "task": arguments.task.name, "first": len(examples)}
     checkpoints, progress = arguments.checkpoints, sys.stderr.isatty()
     adapter = train_lora(base, examples, settings, checkpoints=checkpoints, progress=progress)
     save_adapter(
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         base_revision=base.revision,
         fused=base.fused,
         all_modules=list(base.modules),
-        metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), "task": arguments.task.name})},
+        metadata={"jcrosslora.training": json.dumps(made)},
     )
     print(f"written: {arguments.out}")
 

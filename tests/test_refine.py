@@ -281,6 +281,9 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
     assert all(item.prompt.startswith(LAYOUTS[item.layout][0]) for item in found.dialogues)
     assert all(item.prompt.endswith("?" + LAYOUTS[item.layout][1]) for item in found.dialogues)
     assert "'Q:', 'Task:'" in found.description
+    few = write_dialogues(Told(), FitSettings(dialogues=20), 0).dialogues
+    assert len(few) == 20
+    assert {item.layout for item in few} == known.keys()
 
 
 def test_a_writer_continues_each_text_by_itself(pair):

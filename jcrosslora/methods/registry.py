@@ -39,7 +39,7 @@ class Method:
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
-            (`jcrosslora.residual_fit`), or attention to the change in predictions (`jcrosslora.refine`).
+            (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
         measure: which diagnostic says if the two bases agree in what this method relies on.
     """
 
@@ -152,7 +152,7 @@ _METHODS = (
     ),
     Method(
         name="anchored",
-        summary="attention, in a few closed-form steps, to what the adapter changes in the source's predictions",
+        summary="v and o of attention, in a few closed-form steps, to what the adapted source predicts",
         reference="this package",
         fit=coordinates.fit_nothing,
         then="predictions",

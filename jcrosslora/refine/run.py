@@ -61,12 +61,13 @@ def refine(
     The teacher of the fit is a mean of the log-probabilities of the target and of the adapted source, and on top of it
     a share of what the adapter changes in them (`jcrosslora.refine.reader.teach`): at positions where tokens of both
     end at the same character, on the tokens that both have. The text is what the source writes with the adapter:
-    answers to prompts, given ones or its own. Each step minimises a quadratic model of the
-    divergence from the teacher in closed form (see `jcrosslora.refine.solve`), and is made as long as is best on
-    dialogues that no step is fitted on.
+    answers to prompts, given ones or its own. Each step minimises a quadratic model of the divergence from the teacher
+    in closed form (see `jcrosslora.refine.solve`), and is made as long as is best on dialogues that no step is fitted
+    on.
 
     Memory: one base's weights as float32 while texts are written, then the layers of both, and of each fitted module
-    its gradient and two square moments. Time: for the default settings 600 forward passes of 8 short texts.
+    its gradient and two square moments. Time: for the default settings that of about 350 forward passes of 8 short
+    texts, beside writing them.
 
     Args:
         source: the base that `adapter` is of.
