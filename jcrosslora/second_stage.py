@@ -7,12 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
-import numpy as np
-
-from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
+from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.linalg import recompress
 from jcrosslora.lora_shift import MovedAdapter
 from jcrosslora.methods import Method
 
@@ -98,15 +94,3 @@ def _reported(moved: MovedAdapter, found: Adapter, sentence: str, dialogues: int
     # Nor is anything left behind: the fit sees what the whole adapter does.
     report = dataclasses.replace(moved.report, rows=rows, leftovers=(), fitted=sentence, dialogues=dialogues)
     return dataclasses.replace(moved, modules=found.modules, report=report)
-
-
-def cut_rank(moved: MovedAdapter, rank: int) -> MovedAdapter:
-    """The adapter with every update cut to at most `rank`, optimally in the Frobenius norm."""
-    modules = {}
-    for name, factors in moved.modules.items():
-        if factors.rank <= rank:
-            modules[name] = factors
-            continue
-        b, a, _ = recompress(jnp.asarray(factors.b) * factors.scale, jnp.asarray(factors.a), rank)
-        modules[name] = LoRAFactors(a=np.asarray(a), b=np.asarray(b))
-    return dataclasses.replace(moved, modules=modules)

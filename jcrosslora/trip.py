@@ -20,8 +20,10 @@ from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
 from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
+from jcrosslora.rank_cut import cut_rank
+from jcrosslora.refine import FitSettings
 from jcrosslora.report.documents import card_text, recipe_of, report_json
-from jcrosslora.second_stage import cut_rank, fit_behind
+from jcrosslora.second_stage import fit_behind
 from jcrosslora.transport import describe_base
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class TransferSettings:
     Where predictions are fitted, prompts that the source answers with its adapter."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
-    dialogues: int = 300
+    dialogues: int = FitSettings.dialogues
     """How many prompts with answers the source writes with its adapter; only where predictions are fitted."""
     whitening: float = 0.0
     """Exponent of theseus' partial whitening, from 0 to 0.5."""

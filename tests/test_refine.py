@@ -20,10 +20,11 @@ from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
 from jcrosslora.refine import writing as writing_module
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence
+from jcrosslora.refine.fit import solve
 from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
-from jcrosslora.refine.statistics import Read, add_batch, no_statistics
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
 from jcrosslora.refine.writing import continue_prompts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
@@ -140,6 +141,25 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
     for site in ("attn_in", "attn_out_in"):
         rows = np.asarray(seen[site][0])[np.asarray(mask)]
         np.testing.assert_allclose(found.inputs[site][0], rows.T @ rows, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_takes_its_slopes_from_one_set_and_its_moments_from_all():
+    rng = np.random.default_rng(0)
+    slopes, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
+    one = Statistics({"attn_out_in": a}, {"o_proj": g}, {"o_proj": slopes}, jnp.float32(2))
+    left = without_slopes(one)
+    assert not left.slopes["o_proj"].any()
+    assert left.loss == 0
+    np.testing.assert_array_equal(left.inputs["attn_out_in"], a)
+    np.testing.assert_array_equal(left.outputs["o_proj"], g)
+    other = jnp.asarray(rng.normal(size=slopes.shape), jnp.float32)
+    twice = dataclasses.replace(
+        left, inputs={"attn_out_in": 2 * a}, outputs={"o_proj": 2 * g}, slopes={"o_proj": other}
+    )
+    found = solve(twice, 3, 2)["o_proj"]
+    for layer in range(2):
+        wanted = step(other[layer], a[layer], g[layer], 3)
+        np.testing.assert_allclose(found.b[layer] @ found.a[layer], wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):

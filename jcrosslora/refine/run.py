@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.linalg import recompress
+from jcrosslora.rank_cut import cut_rank
 from jcrosslora.refine.dialogues import Dialogue, Writer
 from jcrosslora.refine.fit import Fitted, Teacher, fit
 from jcrosslora.refine.lessons import Lesson, lessons, shared_tokens
@@ -104,7 +102,7 @@ def refine(
     _check_finite(found, adapter, source)
     positions = sum(int((lesson.weight > 0).sum()) for part in taught for lesson in part)
     return Refined(
-        _within_shapes(unstack_adapter(found.adapter)),
+        cut_rank(unstack_adapter(found.adapter)),
         found.divergences,
         positions,
         _sentence(found, written, positions, len(ids[0])),
@@ -156,18 +154,6 @@ def _lessons(
 
 def _tokens(found: Sequence[Lesson], side: int) -> np.ndarray:
     return np.concatenate([(item.batch.tokens_src, item.batch.tokens_tgt)[side].ravel() for item in found])
-
-
-def _within_shapes(adapter: Adapter) -> Adapter:
-    """The same updates, none of a rank above the short side of its module."""
-    modules = {}
-    for name, factors in adapter.modules.items():
-        side = min(factors.b.shape[0], factors.a.shape[1])
-        modules[name] = factors
-        if factors.rank > side:
-            b, a, _ = recompress(jnp.asarray(factors.b) * factors.scale, jnp.asarray(factors.a), side)
-            modules[name] = LoRAFactors(a=np.asarray(a), b=np.asarray(b))
-    return dataclasses.replace(adapter, modules=modules)
 
 
 def _check_finite(found: Fitted, adapter: Adapter, source: BaseModel) -> None:

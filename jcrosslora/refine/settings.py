@@ -1,9 +1,9 @@
-"""How a fit is done; in a module of its own so that flags and reports can be built without JAX."""
+"""How a fit is done."""
 
 from dataclasses import dataclass
 
-# What attention reads and writes. Of q and k the best length of a step was found to be next to nothing, and they take
-# the others' along where all have one length.
+# What attention passes on, not where it looks: all modules of a step have one length, and q and k, whose own best
+# length is next to nothing, keep that of the others short.
 VALUES = ("v_proj", "o_proj")
 
 
