@@ -3,7 +3,9 @@
 import os
 import tempfile
 
+# One thread for each process: those of two processes that wait in a loop take each other's time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Texts that a tiny random model wrote are no use to the user whose cache they would land in.
 os.environ["JCROSSLORA_CACHE"] = tempfile.mkdtemp(prefix="jcrosslora-tests-")
 
