@@ -2,7 +2,7 @@
 
     python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
         [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method theseus:rank=64 ...]
-        [--prompts 200 --prompted METHOD] [--lineage OTHER_TRAIN] [--markdown TABLE.md]
+        [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD] [--lineage OTHER_TRAIN] [--markdown TABLE.md]
 
 For each task, pair of bases and seed it trains a LoRA adapter on the source and one on the target (the oracle), moves
 the first by every method and scores all on the target. Lift recovered = (base - moved) / (base - oracle), of negative
@@ -55,6 +55,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", action="append", help="METHOD or METHOD:KEY=VALUE,...; default: all, and auto")
     parser.add_argument("--prompts", type=int, default=0, help="unlabelled train questions as probe text")
     parser.add_argument("--prompted", action="append", default=[], help="a method to run with these as well")
+    parser.add_argument("--text", type=Path, help="a file of other texts as probe text, such as generic passages")
+    parser.add_argument("--texted", action="append", default=[], help="a method to run with these as well")
     parser.add_argument("--lineage", type=Path, help="train file of another task, for the further-trained version")
     parser.add_argument("--lineage-rank", type=int, default=64)
     parser.add_argument("--lineage-steps", type=int, default=2 * usual.steps)
@@ -83,6 +85,7 @@ def check(arguments: argparse.Namespace) -> None:
         == len(refs),
         "a method is given twice": len({row.slug for row in rows}) == len(rows),
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
+        "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(
@@ -95,9 +98,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def rows_of(arguments: argparse.Namespace) -> list[Row]:
-    """The rows asked for: methods as they are, then methods with prompts."""
+    """The rows asked for: methods as they are, then methods with prompts, then methods with other texts."""
     plain = [parse_row(text) for text in arguments.method or dict.fromkeys([*jcl.METHODS, "auto"])]
-    return plain + [parse_row(text, arguments.prompts) for text in arguments.prompted]
+    prompted = [parse_row(text, arguments.prompts) for text in arguments.prompted]
+    return plain + prompted + [parse_row(text, file=arguments.text) for text in arguments.texted]
 
 
 def make_table(work: Work, task: Task, pair: Pair, rows: Sequence[Row], arguments: argparse.Namespace) -> Sheet:
@@ -111,7 +115,8 @@ def make_table(work: Work, task: Task, pair: Pair, rows: Sequence[Row], argument
     counted = f"{figures[BASE]['nll_pooled'].shape[1]} {arguments.split} questions"
     if task.written:
         counted += f" ({figures[BASE]['exact'].shape[1]} of them answered in writing)"
-    title = f"{task.name}: {pair.source.name} to {pair.target.name}, {counted}, seeds {arguments.seeds}"
+    made = f"{task.first} trained on, seeds {arguments.seeds}"
+    title = f"{task.name}: {pair.source.name} to {pair.target.name}, {counted}, {made}"
     return make_sheet(title, figures, undefined, ["exact"] if task.written else ["accuracy", "accuracy_norm"])
 
 

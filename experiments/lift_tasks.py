@@ -75,11 +75,13 @@ class Row:
         name: as printed, and in the names of folders.
         settings: of `jcl.TransferSettings`, the method among them.
         prompts: unlabelled train questions to give as probe text; 0 for none.
+        text: a file of other texts to give as probe text.
     """
 
     name: str
     settings: dict[str, Any]
     prompts: int = 0
+    text: Path | None = None
 
     @property
     def slug(self) -> str:
@@ -95,7 +97,8 @@ def slug(text: str) -> str:
 def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     """Read a task; its name is that of its train file without "_train".
 
-    At least a quarter of the train file is never trained on, so that there is something to choose settings by.
+    Of a train file that is shorter than `first` and a third more, three quarters are trained on: the rest is to choose
+    settings by and to take prompts from. The table's head says how many they were.
 
     Raises:
         UsageError: a file cannot be read, or `first` is below 1.
@@ -110,8 +113,13 @@ def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     return Task(name, *questions, first=min(first, max(1, len(questions[0]) * 3 // 4)), written=written)
 
 
-def parse_row(text: str, prompts: int = 0) -> Row:
+def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
     """A row from METHOD or METHOD:KEY=VALUE,KEY=VALUE with keys of `jcl.TransferSettings`.
+
+    Args:
+        text: the method with its settings.
+        prompts: how many unlabelled train questions are its probe text.
+        file: of other probe text, where there are no prompts.
 
     Raises:
         UsageError: a key that is no setting, or that the table sets itself, or one without a value.
@@ -121,7 +129,8 @@ def parse_row(text: str, prompts: int = 0) -> Row:
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         settings[key] = _value(key, value, f"--method {text}")
-    return Row(f"{text}, {prompts} prompts" if prompts else text, settings, prompts)
+    probed = f", {prompts} prompts" if prompts else f", on {file.stem}" if file else ""
+    return Row(text + probed, settings, prompts, file)
 
 
 def _value(key: str, value: str, place: str) -> Any:

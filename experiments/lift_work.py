@@ -101,7 +101,7 @@ class Work:
             target=pair.target.ref,
             out=str(out),
             seed=seed,
-            probe_text=str(self._prompts(task, row.prompts)) if row.prompts else None,
+            probe_text=self._probe_text(task, row),
             **row.settings,
         )
         report = jcl.transfer(settings, progress=sys.stderr.isatty()).report
@@ -155,6 +155,10 @@ class Work:
         )
         shutil.rmtree(checkpoints, ignore_errors=True)
         _forget()
+
+    def _probe_text(self, task: Task, row: Row) -> str | None:
+        path = self._prompts(task, row.prompts) if row.prompts else row.text
+        return None if path is None else str(path)
 
     def _prompts(self, task: Task, count: int) -> Path:
         path = self.folder / "prompts" / f"{task.name}--{task.first}--{count}.jsonl"

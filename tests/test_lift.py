@@ -211,6 +211,8 @@ def test_rows():
     assert row.settings == {"method": "cross-lora", "rank": 64, "calibrate": "none", "depth": "by-name"}
     assert row.name == "cross-lora:rank=64,calibrate=none,depth=by-name, 200 prompts"
     assert row.slug == "cross-lora-rank=64-calibrate=none-depth=by-name-200-prompts"
+    texted = lift_tasks.parse_row("theseus:rank=64", file=Path("some/news.txt"))
+    assert (texted.name, texted.text) == ("theseus:rank=64, on news", Path("some/news.txt"))
     assert lift_tasks.parse_row("theseus") == lift_tasks.Row("theseus", {"method": "theseus"})
     for bad in ("theseus:seed=1", "theseus:rank", "theseus:speed=2"):
         with pytest.raises(jcl.UsageError, match=f"--method {bad}: wanted KEY=VALUE"):
@@ -330,6 +332,7 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
         (["--pair", "a", "b"], "--task or --written"),
         (["--pair", "x/a", "y/a"], "same last part"),
         (["--pair", "a", "b", "--prompts", "3"], "wanted together"),
+        (["--pair", "a", "b", "--texted", "theseus"], "wanted together"),
         (["--pair", "a", "b", "--seeds", "1", "1"], "different numbers"),
         (["--pair", "a", "b", "--method", "copy", "--method", "copy"], "given twice"),
         (["--pair", "a", "b", "--limit", "0"], "1 or more"),
@@ -342,20 +345,26 @@ def test_arguments_that_would_fail_later(given, message):
 
 
 def test_all_methods_and_auto_are_the_default():
-    rows = lift.rows_of(lift.parse(["--work", "w", "--prompts", "9", "--prompted", "theseus"]))
-    assert {row.name for row in rows} == {*jcl.METHODS, "auto", "theseus, 9 prompts"}
+    given = ["--prompts", "9", "--prompted", "theseus", "--text", "news.txt", "--texted", "anchored"]
+    rows = lift.rows_of(lift.parse(["--work", "w", *given]))
+    assert {row.name for row in rows} == {*jcl.METHODS, "auto", "theseus, 9 prompts", "anchored, on news"}
 
 
 def test_a_run_from_adapters_trained_elsewhere(folders, task_files, tmp_path, monkeypatch, capsys):
     for folder in folders:
         adapter = random_adapter(jcl.open_base(folder), rank=2, scale=0.02)
         save_adapter(adapter, tmp_path / "work" / "trained" / f"small--{folder.name}--seed0")
+    texts = tmp_path / "news.txt"
+    texts.write_text("Nothing jumps here today.\nThe fox is brown, and so is the dog.\n")
     given = ["--pair", *map(str, folders), "--seeds", "0", "--task", *map(str, task_files)]
+    given += ["--text", str(texts), "--texted", "theseus"]
     first = run_twice([*given, "--method", "pad-truncate", "--method", "copy"], tmp_path, monkeypatch)
-    assert "small: small to wide, 4 test questions, seeds [0]" in first
+    assert "small: small to wide, 4 test questions, 3 trained on, seeds [0]" in first
     assert "| copy | - | - | - | - | - | - | - | not defined |" in first
     assert "copy is not defined: method copy needs equal shapes" in first
-    assert "pad-truncate, seed 0: moved in" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "pad-truncate, seed 0: moved in" in shown
+    assert "theseus, on news, seed 0: moved in" in shown
 
 
 @pytest.mark.slow
