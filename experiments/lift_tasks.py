@@ -14,6 +14,7 @@ import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
 
 Split = Literal["test", "train-rest"]
+REST = 300  # train questions that no adapter is trained on, where there are enough
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def slug(text: str) -> str:
 def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     """Read a task; its name is that of its train file without "_train".
 
-    Of a train file that is shorter than `first` and a third more, three quarters are trained on: the rest is to choose
-    settings by and to take prompts from. The table's head says how many they were.
+    300 questions of the train file, or a quarter of a short one, are never trained on: they are to choose settings by
+    and to take prompts from. The table's head says how many were trained on.
 
     Raises:
         UsageError: a file cannot be read, or `first` is below 1.
@@ -110,7 +111,8 @@ def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     if written:
         name = f"{name}_written"
         questions = [[written_example(one) for one in each] for each in questions]
-    return Task(name, *questions, first=min(first, max(1, len(questions[0]) * 3 // 4)), written=written)
+    count = len(questions[0])
+    return Task(name, *questions, first=min(first, max(1, count * 3 // 4, count - REST)), written=written)
 
 
 def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:

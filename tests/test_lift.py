@@ -192,6 +192,13 @@ def task_files(tmp_path):
     return paths
 
 
+def test_what_is_left_of_a_long_train_file(task_files):
+    path = task_files[0].with_name("long_train.jsonl")
+    fetch_tasks.write_lines(path, [dataclasses.asdict(question) for question in QUESTIONS * 500])
+    firsts = [lift_tasks.load_task(path, task_files[1], first=first, written=False).first for first in (1600, 1900)]
+    assert firsts == [1600, 1700]
+
+
 def test_a_quarter_of_the_train_file_is_left(task_files):
     task = lift_tasks.load_task(*task_files, first=1200, written=False)
     assert (task.name, len(task.examples)) == ("small", 3)

@@ -25,7 +25,7 @@ from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
 from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
-from jcrosslora.refine.writing import continue_prompts, write_dialogues
+from jcrosslora.refine.writing import continue_prompts, known_layouts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
 SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, trust=0.0, strength=1.0)
@@ -289,21 +289,60 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
         def extend(self, texts, *_):
             return [" is the first of all things? And more\nthan that" for _ in texts]
 
-    known = {LAYOUTS.index(("Q: ", "\nA:")): 4.0, LAYOUTS.index(("Task: ", "\nResult:")): 3.5}
+    layouts = [LAYOUTS.index(pair) for pair in (("Q: ", "\nA:"), ("Task: ", "\nResult:"), ("Input: ", "\nOutput:"))]
+    known, large = set(layouts[:2]), set(layouts)
+    counted = []
 
-    def change(writer, dialogues):
-        return known.get(dialogues[0].layout, 1.0)
+    def compare(writer, dialogues, tokens):
+        places = [item.layout for item in dialogues]
+        counted.append((len(places), set(places), tokens))
+        change = np.array([4.0 if place in large else 1.0 for place in places])
+        surer = np.array([0.2 if place in known else -0.1 for place in places])
+        return change, surer + np.where(np.arange(len(places)) % 2, 0.1, -0.1)
 
-    monkeypatch.setattr(writing_module, "_first_change", change)
+    monkeypatch.setattr(writing_module, "_compare", compare)
     found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
     assert len(found.dialogues) == 100
-    assert {item.layout for item in found.dialogues} == known.keys()
+    assert counted == [(16 * len(LAYOUTS), set(range(len(LAYOUTS))), 1), (2 * 16 * 3, large, FitSettings().tokens)]
+    assert {item.layout for item in found.dialogues} == known
     assert all(item.prompt.startswith(LAYOUTS[item.layout][0]) for item in found.dialogues)
     assert all(item.prompt.endswith("?" + LAYOUTS[item.layout][1]) for item in found.dialogues)
     assert "'Q:', 'Task:'" in found.description
     few = write_dialogues(Told(), FitSettings(dialogues=20), 0).dialogues
     assert len(few) == 20
-    assert {item.layout for item in few} == known.keys()
+    assert {item.layout for item in few} == known
+
+
+def test_the_layouts_that_an_adapter_knows():
+    sure, unsure = np.array([0.3, 0.1]), np.array([0.0, -0.4])
+    change = {0: np.array([5.0, 3.0]), 1: np.array([4.0, 5.0]), 2: np.array([1.0, 2.0]), 3: np.array([4.0, 4.0])}
+    surer = {0: sure, 1: unsure, 2: 2 * sure, 3: sure - 0.05}
+    # 1 changes most but becomes less sure, 2 becomes surest but hardly changes.
+    assert known_layouts(change, surer) == [0, 3]
+    assert known_layouts(change, {**surer, 3: sure - 0.15}) == [0]
+    assert known_layouts({}, {}) == []
+
+
+def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pair):
+    source, _, adapter = pair
+    tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
+    writer = Writer(settings, params, tokenizer, stack_adapter(adapter, source))
+    texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
+    dialogues = [Dialogue(*text, layout=0) for text in texts] * 3
+    change, surer = writing_module._compare(writer, dialogues, 3)
+    for place, item in enumerate(dialogues):
+        ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
+        cut = ids[-64:]
+        places = np.arange(begin, len(ids))[:3] - 1 - (len(ids) - len(cut))
+        changed, plain = (
+            np.asarray(jax.nn.log_softmax(logits(settings, params, out.hidden[0])), np.float64)[places]
+            for out in (forward(settings, params, jnp.asarray(cut)[None], adapter=a) for a in (writer.adapter, None))
+        )
+        fall = (np.exp(changed) * changed).sum(axis=1) - (np.exp(plain) * plain).sum(axis=1)
+        kl = (np.exp(changed[0]) * (changed[0] - plain[0])).sum()
+        np.testing.assert_allclose(change[place], kl, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(surer[place], fall.mean(), rtol=1e-3, atol=1e-5)
+    assert change.min() > 0
 
 
 def test_a_writer_continues_each_text_by_itself(pair):

@@ -1,6 +1,6 @@
 """The dialogues of a fit: of the user's prompts, or of prompts that the base writes in layouts its adapter knows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,12 +9,12 @@ import numpy as np
 
 from jcrosslora.errors import MethodError
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, write_prompts
-from jcrosslora.refine.reader import shared_log_probs, weighted_kl
+from jcrosslora.refine.reader import shared_log_probs
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.tokens import pad_right
 
-PILOT = 16  # prompts of each layout, to see which the adapter knows
-KNOWN = 0.75  # of the largest change: a layout with less is left out
+PILOT = 16  # prompts of each layout, to see which the adapter knows, and again as many of those that it may know
+MAYBE, KNOWN = 0.6, 0.75  # of the largest change: a layout with less is left out, before and after the second look
 _WIDTH, _ROWS = 64, 8
 
 
@@ -48,27 +48,65 @@ def _last(writer: Writer, prompt: str) -> str:
 
 
 def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
-    """Prompts and answers, most of them in the layouts in which the adapter changes most where answers begin.
+    """Prompts and answers in the layouts that the adapter knows, which `known_layouts` tells from a pilot.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
     """
-    layouts = [layout for layout in range(len(LAYOUTS)) for _ in range(PILOT)]
-    pilot = write_prompts(writer, layouts, seed)
-    change = np.array([_first_change(writer, [d for d in pilot if d.layout == k]) for k in range(len(LAYOUTS))])
-    known = np.flatnonzero(change >= KNOWN * change.max())
-    prompts = [prompt for prompt in pilot if prompt.layout in known]
-    missing = max(0, settings.dialogues - len(prompts))
-    shares = np.array_split(np.arange(missing), len(known))
-    more = [int(layout) for layout, share in zip(known, shares, strict=True) for _ in share]
-    if more:
-        prompts += write_prompts(writer, more, seed + 1)
-    # In an order of its own, so that fewer dialogues than prompts are of all layouts.
-    order = np.random.default_rng(seed).permutation(len(prompts))[: settings.dialogues]
-    chosen = [prompts[place] for place in order]
-    found = answer(writer, chosen, seed, length=settings.tokens, temperature=settings.temperature)
+    pilot = write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed)
+    change = _by_layout(pilot, _compare(writer, pilot, 1)[0])
+    largest = max((values.mean() for values in change.values()), default=0)
+    maybe = [layout for layout, values in change.items() if values.mean() >= MAYBE * largest]
+    looked_at = [prompt for prompt in pilot if prompt.layout in maybe]
+    looked_at += write_prompts(writer, _each(maybe, PILOT), seed + 1)
+    answered = _answer(writer, looked_at, settings, seed)
+    first, surer = _compare(writer, answered, settings.tokens)
+    known = known_layouts(_by_layout(answered, first), _by_layout(answered, surer))
+    found = [item for item in answered if item.layout in known]
+    missing = max(0, settings.dialogues - len(found))
+    if known and missing:
+        shares = np.array_split(np.arange(missing), len(known))
+        layouts = [layout for layout, share in zip(known, shares, strict=True) for _ in share]
+        found += _answer(writer, write_prompts(writer, layouts, seed + 2), settings, seed + 1)
+    # In an order of its own, so that fewer dialogues than there are come from all of them.
+    order = np.random.default_rng(seed).permutation(len(found))[: settings.dialogues]
+    found = [found[place] for place in order]
     names = ", ".join(repr(LAYOUTS[layout][0].strip()) for layout in known)
     return Written(_enough(found, writer), f"{len(found)} dialogues that it wrote itself in layouts that begin {names}")
+
+
+def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarray]) -> list[int]:
+    """The layouts that an adapter was probably trained on.
+
+    An adapter changes its base's predictions in layouts that it was never trained on too, and there as much, but in
+    those it makes the base less sure of them. So of the layouts with nearly the largest change those are taken in
+    which it becomes surest, to one standard error.
+
+    Args:
+        change: of each layout, for each of its dialogues, the divergence where the answer begins.
+        surer: likewise, by how much the entropy of the predictions falls over the answer.
+    """
+    changes = {layout: float(values.mean()) for layout, values in change.items()}
+    near = [layout for layout, value in changes.items() if value >= KNOWN * max(changes.values())]
+    if not near:
+        return []
+    gains = {layout: float(surer[layout].mean()) for layout in near}
+    best = max(near, key=gains.__getitem__)
+    error = float(surer[best].std() / np.sqrt(len(surer[best])))
+    return [layout for layout in near if gains[layout] >= gains[best] - error]
+
+
+def _each(layouts: Iterable[int], count: int) -> list[int]:
+    return [layout for layout in layouts for _ in range(count)]
+
+
+def _answer(writer: Writer, prompts: Sequence[Dialogue], settings: FitSettings, seed: int) -> list[Dialogue]:
+    return answer(writer, prompts, seed, length=settings.tokens, temperature=settings.temperature)
+
+
+def _by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np.ndarray]:
+    layouts = np.array([item.layout for item in dialogues], int)
+    return {int(layout): values[layouts == layout] for layout in np.unique(layouts)}
 
 
 def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
@@ -81,19 +119,38 @@ def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
     return found
 
 
-def _first_change(writer: Writer, dialogues: Sequence[Dialogue]) -> float:
-    """Mean of KL(with adapter || without) of the first token of the answers; 0 without dialogues."""
+def _compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the adapter changes in each dialogue, float64 (n,) each.
+
+    Returns:
+        KL(with adapter || without) where the answer begins, and by how much the entropy of the predictions is lower
+        with it, in the mean over the answer's first `tokens` tokens; nats.
+    """
     assert writer.adapter is not None
     none = jax.tree.map(jnp.zeros_like, writer.adapter)
-    total = 0.0
+    change, surer = np.zeros(len(dialogues)), np.zeros(len(dialogues))
     for start in range(0, len(dialogues), _ROWS):
-        ids = [writer.tokenizer.encode(item.prompt).ids[-_WIDTH:] for item in dialogues[start : start + _ROWS]]
-        tokens, mask = map(jnp.asarray, pad_right(ids, (_ROWS, _WIDTH)))
-        counts = np.array([len(own) for own in ids] + [1] * (_ROWS - len(ids)), np.int32)
-        last = jnp.asarray(np.arange(_ROWS, dtype=np.int32) * _WIDTH + counts - 1)
-        with_adapter, without = (
-            shared_log_probs(writer.settings, writer.params, one, tokens, mask, last) for one in (writer.adapter, none)
+        part = dialogues[start : start + _ROWS]
+        whole = [writer.tokenizer.encode(item.text).ids for item in part]
+        begins = [len(writer.tokenizer.encode(item.prompt).ids) for item in part]
+        ids = [own[-_WIDTH:] for own in whole]
+        at, seen = np.zeros((_ROWS, tokens), np.int32), np.zeros((_ROWS, tokens), bool)
+        for row, (own, begin) in enumerate(zip(whole, begins, strict=True)):
+            # The prediction of a token is at the one before it.
+            places = np.arange(begin, max(begin + 1, len(own)))[:tokens] - 1 - max(0, len(own) - _WIDTH)
+            at[row, : len(places)], seen[row, : len(places)] = row * _WIDTH + np.maximum(places, 0), True
+        batch = (*map(jnp.asarray, pad_right(ids, (_ROWS, _WIDTH))), jnp.asarray(at.ravel()))
+        changed, plain = (
+            shared_log_probs(writer.settings, writer.params, one, *batch) for one in (writer.adapter, none)
         )
-        weight = jnp.asarray(np.arange(_ROWS) < len(ids), jnp.float32)
-        total += float(weighted_kl(with_adapter, without, weight)[0])
-    return total / max(1, len(dialogues))
+        figures = _divergence_and_fall(changed, plain)
+        divergence, fall = (np.asarray(x, np.float64).reshape(at.shape)[: len(part)] for x in figures)
+        own, rows = seen[: len(part)], slice(start, start + len(part))
+        change[rows], surer[rows] = divergence[:, 0], (fall * own).sum(axis=1) / own.sum(axis=1)
+    return change, surer
+
+
+@jax.jit
+def _divergence_and_fall(changed: jax.Array, plain: jax.Array) -> tuple[jax.Array, jax.Array]:
+    own = jnp.sum(jnp.exp(changed) * changed, axis=-1)
+    return own - jnp.sum(jnp.exp(changed) * plain, axis=-1), own - jnp.sum(jnp.exp(plain) * plain, axis=-1)
