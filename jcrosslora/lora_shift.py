@@ -1,8 +1,9 @@
 """LoRA-Shift: a transport and an adapter in, the adapter for the other base out. The same for all methods."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -65,6 +66,27 @@ def shift(
     return mover.finish(transport)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Rows of a group whose updates have one rank, and what is done with them: adapters alike in it move together."""
+
+    rows: tuple[int, ...]
+    rank: int
+    keep_norm: bool
+    out_rank: int | None
+
+
+@flax.struct.dataclass
+class _Shifted:
+    """One module's moved factors (scale baked into b), and ||dW||_F^2 before, after the maps, and in the end."""
+
+    a: jax.Array
+    b: jax.Array
+    before: jax.Array
+    mapped: jax.Array
+    after: jax.Array
+
+
 class Shifter:
     """Moves one adapter, group by group, so that the groups of a transport need not all be in memory."""
 
@@ -97,12 +119,7 @@ class Shifter:
 
     def add(self, group: TransportGroup) -> None:
         """Move what the adapter holds for the pairs of one group."""
-        by_rank: dict[int, list[int]] = {}
-        for row, pair in enumerate(group.pairs):
-            if pair.source in self.adapter.modules:
-                by_rank.setdefault(self.adapter.modules[pair.source].rank, []).append(row)
-        for rows in by_rank.values():
-            self._add_rows(group, rows)
+        add_to_all([self], group)
 
     def finish(self, transport: Transport) -> MovedAdapter:
         """Put the modules in the target's order and close the account; `transport` may have dropped its groups."""
@@ -131,29 +148,39 @@ class Shifter:
             modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
         )
 
-    def _add_rows(self, group: TransportGroup, rows: list[int]) -> None:
-        pairs = [group.pairs[row] for row in rows]
-        a, b, scale = _stack([self.adapter.modules[pair.source] for pair in pairs])
-        terms = group.terms
-        if len(rows) != len(group.pairs):
-            terms = jax.tree.map(lambda x: x[np.array(rows)], terms)
-        moved = _shift_stack(terms, a, b, scale, self._keep_norm, self._out_rank)
-        agreement = jax.tree.map(lambda x: np.asarray(x)[rows], group.agreement)
-        moved = jax.tree.map(np.asarray, moved)
-        for place, pair in enumerate(pairs):
+    def _parts(self, group: TransportGroup) -> list[_Part]:
+        """What can be moved in one go of what the adapter holds for a group: rows of one rank each."""
+        by_rank: dict[int, list[int]] = {}
+        for row, pair in enumerate(group.pairs):
+            if pair.source in self.adapter.modules:
+                by_rank.setdefault(self.adapter.modules[pair.source].rank, []).append(row)
+        return [_Part(tuple(rows), rank, self._keep_norm, self._out_rank) for rank, rows in by_rank.items()]
+
+    def _take(self, pairs: list[Pair], agreements: list[dict[str, Any]], moved: _Shifted) -> None:
+        for place, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
             self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=moved.b[place])
-            self._rows.append(_row(pair, jax.tree.map(lambda x, place=place: x[place].item(), agreement), moved, place))
+            self._rows.append(_row(pair, agreement, moved, place))
 
 
-@flax.struct.dataclass
-class _Shifted:
-    """One module's moved factors (scale baked into b), and ||dW||_F^2 before, after the maps, and in the end."""
-
-    a: jax.Array
-    b: jax.Array
-    before: jax.Array
-    mapped: jax.Array
-    after: jax.Array
+def add_to_all(movers: Sequence[Shifter], group: TransportGroup) -> None:
+    """Move what several adapters of one base hold for the pairs of a group, all that are alike in one vmapped call."""
+    alike: dict[_Part, list[Shifter]] = {}
+    for mover in movers:
+        for part in mover._parts(group):
+            alike.setdefault(part, []).append(mover)
+    for part, some in alike.items():
+        pairs = [group.pairs[row] for row in part.rows]
+        factors = [_stack([mover.adapter.modules[pair.source] for pair in pairs]) for mover in some]
+        a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
+        rows = np.array(part.rows)
+        terms = group.terms
+        if len(part.rows) != len(group.pairs):
+            terms = jax.tree.map(lambda x, rows=rows: x[rows], terms)
+        moved = jax.tree.map(np.asarray, _shift_stack(terms, a, b, scale, part.keep_norm, part.out_rank))
+        agreement = {key: np.asarray(x)[rows] for key, x in dataclasses.asdict(group.agreement).items()}
+        agreements = [{key: x[place].item() for key, x in agreement.items()} for place in range(len(pairs))]
+        for place, mover in enumerate(some):
+            mover._take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
 
 
 def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_rank: int | None) -> _Shifted:
@@ -177,11 +204,12 @@ def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_ra
 def _shift_stack(
     terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
 ) -> _Shifted:
-    b = b * scale[:, None, None]
+    """Of L pairs and N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
+    b = b * scale[:, :, None, None]
 
     def one(item: tuple[Terms, jax.Array, jax.Array], _: None) -> _Shifted:
         terms, a, b = item
-        return _shift_one(terms, a, b, keep_norm, out_rank)
+        return jax.vmap(lambda a, b: _shift_one(terms, a, b, keep_norm, out_rank))(a, b)
 
     return over_layers(one, None, (terms, a, b))
 
@@ -226,7 +254,7 @@ def _ignored(adapter: Adapter) -> tuple[str, ...]:
     return tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 
-def _row(pair: Pair, agreement: object, moved: _Shifted, place: int) -> ModuleRow:
+def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int) -> ModuleRow:
     return ModuleRow(
         target=pair.target,
         source=pair.source,
@@ -235,7 +263,7 @@ def _row(pair: Pair, agreement: object, moved: _Shifted, place: int) -> ModuleRo
         kept=_ratio(float(moved.mapped[place]), float(moved.before[place])),
         norm_before=float(np.sqrt(moved.before[place])),
         norm_after=float(np.sqrt(moved.after[place])),
-        **dataclasses.asdict(agreement),  # type: ignore[arg-type]
+        **agreement,
     )
 
 
