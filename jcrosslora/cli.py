@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -16,7 +15,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 from rich.console import Console
 
-from jcrosslora.errors import JCrossLoRAError, UsageError
+from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
+from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
 
 
@@ -107,6 +107,45 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Do many transfers by a plan: every pair of bases is aligned once, and what is done is not done again."""
+
+    plan: tyro.conf.Positional[Path]
+    """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
+    shard: str = "1/1"
+    """i/n: do only the i-th of n parts, for n runs side by side."""
+    dry_run: bool = False
+    """Only say what would be done, with an estimate of time and memory."""
+    overwrite: bool = False
+    """Replace adapter folders that are there but were made from other input."""
+
+    def run(self, console: Console) -> None:
+        """Run or show the plan, and print what became of each job."""
+        from jcrosslora.batch import print_estimates, read_plan, run_batch
+
+        plan, shard = read_plan(self.plan), _shard(self.shard)
+        if self.dry_run:
+            print_estimates(plan, console, shard=shard)
+            return
+        try:
+            summary = run_batch(plan, shard=shard, overwrite=self.overwrite, progress=sys.stderr.isatty())
+        except KeyboardInterrupt:
+            sys.exit(_fail("interrupted; what is done stays, and the same command goes on from there", 130))
+        summary.print_to(console)
+        if failed := summary.count("failed"):
+            msg = f"{failed} of {len(summary.outcomes)} jobs failed; their reasons are above and in the summary"
+            raise BatchError(msg)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        msg = f"shard {text!r} is not of the form i/n, such as 1/4"
+        raise UsageError(msg)
+    return int(index), int(count)
+
+
+@dataclass(frozen=True)
 class Methods:
     """List the transfer methods: name, what each needs, where it is published."""
 
@@ -154,6 +193,7 @@ COMMANDS = {
     "inspect": Inspect,
     "check": Check,
     "evaluate": Evaluate,
+    "batch": Batch,
     "methods": Methods,
     "demo": Demo,
 }
@@ -198,33 +238,9 @@ def _recipe(arguments: list[str]) -> dict[str, Any]:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"recipe {path} cannot be read ({error.strerror}); name an existing TOML file"
-        raise UsageError(msg) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f'recipe {path} is not TOML ({error}); write lines such as method = "cross-lora"'
-        raise UsageError(msg) from None
-    known = {field.name: field for field in fields(TransferSettings)}
-    for key, value in settings.items():
-        if key not in known:
-            msg = f"recipe {path} has an unknown setting {key!r}; the settings are {', '.join(known)}"
-            raise UsageError(msg)
-        _check_type(path, key, value, known[key].type)
+    settings = read_toml(path, "recipe", 'method = "cross-lora"')
+    check_settings(settings, f"recipe {path}")
     return settings
-
-
-def _check_type(path: Path, key: str, value: Any, annotation: Any) -> None:
-    allowed = getattr(annotation, "__args__", (annotation,))
-    choices = [item for item in allowed if isinstance(item, str)]
-    nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
-    types = tuple(item for item in allowed if isinstance(item, type) and item is not type(None))
-    if value in choices + nested or (type(value) in types and not choices + nested):
-        return
-    wanted = ", ".join(map(repr, choices + nested)) or " or ".join(item.__name__ for item in types)
-    msg = f"recipe {path} sets {key} to {value!r}; it must be {wanted}"
-    raise UsageError(msg)
 
 
 def _with_defaults(recipe: dict[str, Any]) -> Transfer:

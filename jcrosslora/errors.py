@@ -31,3 +31,7 @@ class OutputError(JCrossLoRAError):
 
 class UsageError(JCrossLoRAError):
     """A setting has a value that makes no sense."""
+
+
+class BatchError(JCrossLoRAError):
+    """Some jobs of a batch failed; the others are done."""

@@ -147,7 +147,7 @@ class Plan:
         moments = self._moments(progress) if self.method.activations else None
         heads = self._heads()
         with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
-            for pairs in self._chunks():
+            for pairs in self.chunks():
                 yield self._align(pairs, moments, heads)
                 bar.update(len(pairs))
 
@@ -197,7 +197,8 @@ class Plan:
             )
         return tuple(found)
 
-    def _chunks(self) -> Iterator[tuple[Pair, ...]]:
+    def chunks(self) -> Iterator[tuple[Pair, ...]]:
+        """The pairs that are aligned together: of equal shapes, and of a bounded size."""
         by_shape: dict[tuple[object, ...], list[Pair]] = {}
         for pair in self._pairs:
             key = (self.source.modules[pair.source].shape, self.target.modules[pair.target].shape, _reads(pair))

@@ -15,7 +15,7 @@ from jcrosslora.adapter.save import Profile
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.files import ensure_free
-from jcrosslora.kinship import choose_method, why_not_run
+from jcrosslora.kinship import Choice, choose_method, why_not_run
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
 from jcrosslora.methods import get_method
@@ -124,7 +124,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         whitening=settings.whitening,
     )
     # After all else has been checked: writing texts takes a minute.
-    plan.probes = _probes(settings, source, plan, progress)
+    plan.probes = probes_of(settings, source, plan, progress)
     for group in plan.groups(progress=progress):
         mover.add(group)
     batches: list[ProbeBatch] = []
@@ -144,18 +144,34 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     )
     if method.then != "nothing" and settings.out_rank is not None:
         moved = cut_rank(moved, settings.out_rank)
-    # An adapter for answers hardly shows in text of another kind, so dialogues come first.
-    probes = () if plan.probes is None else plan.probes.texts
-    adapters = mover.adapter, moved
-    effect = _effect(settings, source, target, adapters, (probes, dialogues), method.runs_bases, progress)
-    assert moved.report is not None
-    report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect)
-    moved = dataclasses.replace(moved, report=report)
+    moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
     save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
     return moved
 
 
-def _probes(settings: TransferSettings, source: BaseModel, plan: Plan, progress: bool) -> "Probes | None":
+def with_account(
+    settings: TransferSettings,
+    source: BaseModel,
+    target: BaseModel,
+    original: Adapter,
+    moved: MovedAdapter,
+    choice: Choice | None,
+    probes: "Probes | None",
+    dialogues: Sequence[str] = (),
+    progress: bool = False,
+) -> MovedAdapter:
+    """The moved adapter with the reason for its method, and its effect where that is wanted, in its report."""
+    assert moved.report is not None
+    runs_bases = get_method(moved.report.recipe.method).runs_bases
+    # An adapter for answers hardly shows in text of another kind, so dialogues come first.
+    texts = () if probes is None else probes.texts, dialogues
+    effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
+    report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect)
+    return dataclasses.replace(moved, report=report)
+
+
+def probes_of(settings: TransferSettings, source: BaseModel, plan: Plan, progress: bool) -> "Probes | None":
+    """The texts that a plan needs: those of the user's file, or what the source writes; None where it needs none."""
     if not plan.runs_bases:
         return None
     from jcrosslora.probes import Probes, read_texts, written_probes

@@ -1,0 +1,105 @@
+"""What a batch would do, and what it would take: shapes are counted, and one matrix of each shape is timed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jcrosslora.batch.plan_file import BatchPlan
+from jcrosslora.batch.run import CHUNK_BYTES
+from jcrosslora.batch.units import Unit, share_of, units_of
+from jcrosslora.checkpoint import open_base
+from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.kinship import choose_method
+from jcrosslora.linalg import decompose
+from jcrosslora.lora_align import Plan
+from jcrosslora.methods import Method, get_method
+from jcrosslora.pairing import parse_depth
+from jcrosslora.trip import AUTO
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the jobs of a unit take.
+
+    Attributes:
+        method: the one that will be used, also where "auto" was asked for.
+        pairs: modules to align.
+        seconds: of all decompositions, from one matrix of each shape timed here; None where the method runs the bases,
+            whose time depends on the texts.
+        memory: bytes of the largest group's weights, factors and maps, and of a chunk of adapters before and after;
+            None where the bases are run, which are in memory then.
+    """
+
+    method: str
+    pairs: int
+    seconds: float | None
+    memory: int | None
+
+
+def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> Estimate:
+    """Estimate a unit from the headers of its bases; nothing of them is read but for what `auto` looks at.
+
+    Args:
+        unit: of a plan.
+        times: seconds of one decomposition, by (O, I, R), kept between calls.
+
+    Raises:
+        JCrossLoRAError: the bases cannot be opened or do not fit the method.
+    """
+    times = {} if times is None else times
+    settings = unit.settings
+    source = open_base(settings.source, revision=settings.source_revision)
+    target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    auto = settings.method == AUTO
+    method = get_method(choose_method(source, target).method if auto else settings.method)
+    plan = Plan(
+        source, target, method=method.name, rank=settings.rank, depth=parse_depth(settings.depth), seed=settings.seed
+    )
+    chunks = list(plan.chunks())
+    count = sum(map(len, chunks))
+    if method.runs_bases or method.then != "nothing":
+        return Estimate(method.name, count, None, None)
+    seconds, largest = 0.0, 0
+    for pairs in chunks:
+        sides = source.modules[pairs[0].source].shape, target.modules[pairs[0].target].shape
+        rank = min(plan.rank, *sides[0], *sides[1])
+        seconds += len(pairs) * sum(_seconds(method, (*side, rank), times) for side in sides)
+        # Weights as float32, and of each side both factors, once as decomposed and once in the maps.
+        largest = max(largest, len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides))
+    return Estimate(method.name, count, seconds, largest + 2 * CHUNK_BYTES)
+
+
+def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
+    """A table of the units of a plan (or of a shard) with what they take; a unit that cannot be done says why."""
+    table = Table("source", "target", "method", "jobs", "modules", "decompositions", "memory")
+    times: dict[tuple[int, ...], float] = {}
+    for unit in share_of(units_of(plan.jobs), *shard):
+        settings = unit.settings
+        row = [settings.source, settings.target]
+        try:
+            found = estimate(unit, times)
+        except JCrossLoRAError as error:
+            table.add_row(*row, settings.method, str(len(unit.jobs)), "", "", f"cannot be done: {error}")
+            continue
+        time_text = "runs both bases" if found.seconds is None else f"{found.seconds:.1f} s"
+        memory = "both bases" if found.memory is None else f"{found.memory / 1e9:.2f} GB"
+        table.add_row(*row, found.method, str(len(unit.jobs)), str(found.pairs), time_text, memory)
+    console.print(table)
+
+
+def _seconds(method: Method, shape: tuple[int, int, int], times: dict[tuple[int, ...], float]) -> float:
+    if not method.decomposes:
+        return 0.0
+    if shape not in times:
+        stack = jax.random.normal(jax.random.key(0), (1, *shape[:2]))
+        for _ in range(2):  # the first time it is compiled
+            start = time.perf_counter()
+            jax.block_until_ready(decompose(jnp.asarray(stack), shape[2], vectors=method.vectors)[0])
+            times[shape] = time.perf_counter() - start
+    return times[shape]

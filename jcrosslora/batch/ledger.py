@@ -1,0 +1,89 @@
+"""Which jobs of a batch are done: one small file for each, by what the job was made from."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from jcrosslora.batch.plan_file import Job
+from jcrosslora.errors import OutputError
+
+FOLDER = ".batch"
+# What does not change the numbers: where things are, and what is checked afterwards but for the report.
+_NO_PART = ("adapter", "source", "target", "out", "overwrite")
+
+
+class Ledger:
+    """The record of a batch's finished jobs, in a hidden folder beside their results.
+
+    A job counts as done if its folder is there and the record says that it was made from the same numbers: the same
+    settings, weights of both bases, adapter, and version of the package. Folders appear whole or not at all, so a
+    batch that was killed at any point goes on where it was.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._folder = out / FOLDER
+
+    def is_done(self, job: Job, mark: str) -> bool:
+        """Whether the job's folder is there and was made from what `mark` (see `mark_of`) stands for."""
+        if not Path(job.settings.out).is_dir():
+            return False
+        try:
+            return json.loads(self._path(job).read_bytes())["mark"] == mark
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @contextmanager
+    def writing(self, job: Job, mark: str) -> Iterator[None]:
+        """A block that writes the job's folder.
+
+        The record of a new folder is written first: killed between the two, the folder is missing. That of a folder
+        that is replaced is written last, or the old one would count as the new.
+
+        Raises:
+            OutputError: the record cannot be written.
+        """
+        replaces = Path(job.settings.out).exists()
+        if replaces:
+            self._path(job).unlink(missing_ok=True)
+        else:
+            self._write(job, mark)
+        yield
+        if replaces:
+            self._write(job, mark)
+
+    def _write(self, job: Job, mark: str) -> None:
+        work = self._folder / f"{job.name}.{secrets.token_hex(4)}.tmp"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with work.open("w", encoding="utf-8") as stream:
+                json.dump({"mark": mark}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            work.replace(self._path(job))
+        except OSError as error:
+            work.unlink(missing_ok=True)
+            msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
+            raise OutputError(msg) from error
+
+    def _path(self, job: Job) -> Path:
+        return self._folder / f"{job.name}.json"
+
+
+def mark_of(job: Job, adapter: str | None, source: str, target: str) -> str:
+    """What a job is made from, as one hex string.
+
+    Args:
+        job: its settings count, apart from where its files are.
+        adapter: digest of the adapter's weights.
+        source: digest of the source's.
+        target: digest of the target's.
+    """
+    settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}
+    made = [version("jcrosslora"), settings, adapter, source, target]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""The plan of a batch: which adapters go from which base to which others, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.errors import UsageError
+from jcrosslora.settings_file import FIELDS, check_settings, read_toml
+from jcrosslora.trip import TransferSettings
+
+_TABLES = ("out", "bases", "adapters", "moves")
+_BASE_KEYS = ("ref", "revision", "name")
+# What a move says of itself; everything else in it is a setting of the transfer.
+_MOVE_KEYS = ("from", "to", "methods", "adapters", "label")
+# Settings that the plan's other tables, or the batch itself, decide.
+_OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
+_OWN_BASES = ("source_revision", "target_revision", "target_name")
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to one base by one method.
+
+    Attributes:
+        name: of the folder that it writes, unique in the plan.
+        settings: of the transfer.
+    """
+
+    name: str
+    settings: TransferSettings
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """All jobs of a batch, in the order of the plan.
+
+    Attributes:
+        out: the folder that all results are written into.
+        jobs: at least one.
+    """
+
+    out: Path
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class _Base:
+    ref: str
+    revision: str | None = None
+    name: str | None = None
+
+
+def read_plan(path: str | Path) -> BatchPlan:
+    """Read a plan from a TOML file.
+
+    It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name}), a table `adapters` (name of a base
+    = list of adapters trained on it; * ? [] choose among folders), and one `[[moves]]` or more: `from` and `to` name
+    bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells moves apart that would
+    write to one folder, and all else are settings of a transfer. Paths are relative to the file.
+
+    Raises:
+        UsageError: it cannot be read or does not fit this form, names a base that it does not define, chooses no
+            adapter, or gives two jobs one name.
+    """
+    path = Path(path)
+    values = read_toml(path, "plan", 'out = "moved"')
+    place = f"plan {path}"
+    _refuse_unknown(values, _TABLES, place)
+    out, folder = _typed(values, "out", str, place), path.parent
+    bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in _table(values, "bases", place)}
+    adapters = {
+        base: _adapters(refs, folder, f"{place}, adapters of {base}")
+        for base, refs in _table(values, "adapters", place)
+    }
+    moves = _typed(values, "moves", list, place)
+    jobs: dict[str, Job] = {}
+    for number, move in enumerate(moves, 1):
+        for job in _jobs(move, bases, adapters, folder / out, f"{place}, move {number}"):
+            if job.name in jobs:
+                msg = f"{place}, move {number}: {job.name} is made by two jobs; give one of the moves a label"
+                raise UsageError(msg)
+            jobs[job.name] = job
+    if not jobs:
+        msg = f"{place} has no moves; write at least one [[moves]] with from, to and methods"
+        raise UsageError(msg)
+    return BatchPlan(folder / out, tuple(jobs.values()))
+
+
+def _jobs(
+    move: Any, bases: Mapping[str, _Base], adapters: Mapping[str, list[str]], out: Path, place: str
+) -> Iterator[Job]:
+    if not isinstance(move, dict):
+        msg = f"{place} is {move!r}; write it as a table, [[moves]]"
+        raise UsageError(msg)
+    settings = {key: value for key, value in move.items() if key not in _MOVE_KEYS}
+    own = [key for key in settings if key in _OWN + _OWN_BASES]
+    if own:
+        msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out decide; leave it out"
+        raise UsageError(msg)
+    check_settings(settings, place)
+    source, label = _typed(move, "from", str, place), move.get("label", "")
+    if not isinstance(label, str):
+        msg = f"{place} has the label {label!r}; it must be text"
+        raise UsageError(msg)
+    chosen = _chosen(move, adapters.get(source, []), source, place)
+    for target in _names(move, "to", None, place):
+        for name in (source, target):
+            if name not in bases:
+                msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
+                raise UsageError(msg)
+        for method in _names(move, "methods", ["auto"], place):
+            for adapter in chosen:
+                name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
+                yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, settings))
+
+
+def _settings(
+    adapter: str, source: _Base, target: _Base, method: str, out: Path, more: Mapping[str, Any]
+) -> TransferSettings:
+    return TransferSettings(
+        adapter=adapter,
+        source=source.ref,
+        target=target.ref,
+        out=str(out),
+        method=method,
+        source_revision=source.revision,
+        target_revision=target.revision,
+        target_name=target.name,
+        **more,
+    )
+
+
+def _chosen(move: Mapping[str, Any], refs: list[str], source: str, place: str) -> list[str]:
+    wanted = _names(move, "adapters", ["*"], place)
+    found = [ref for ref in refs if any(fnmatch.fnmatchcase(Path(ref).name, pattern) for pattern in wanted)]
+    for pattern in wanted:
+        if not any(fnmatch.fnmatchcase(Path(ref).name, pattern) for ref in refs):
+            msg = f"{place}: no adapter of {source} is named {pattern}; the plan has {len(refs)} of that base"
+            raise UsageError(msg)
+    return found
+
+
+def _base(value: Any, folder: Path, place: str) -> _Base:
+    if isinstance(value, str):
+        value = {"ref": value}
+    if not isinstance(value, dict) or not isinstance(value.get("ref"), str):
+        msg = f'{place} is {value!r}; write a path or hub id, or {{ ref = "...", revision = "...", name = "..." }}'
+        raise UsageError(msg)
+    _refuse_unknown(value, _BASE_KEYS, place)
+    check_settings({f"target_{key}": value[key] for key in ("revision", "name") if key in value}, place)
+    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder))
+
+
+def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
+    found: list[str] = []
+    for ref in _list_of_text(refs, place):
+        if not _WILD.search(ref):
+            found.append(_placed(ref, folder))
+            continue
+        pattern = Path(ref)
+        root = Path(pattern.anchor) if pattern.is_absolute() else folder
+        parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
+        matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir())
+        if not matches:
+            msg = f"{place}: no folder matches {ref}; mind that paths are relative to the plan"
+            raise UsageError(msg)
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _placed(ref: str, folder: Path) -> str:
+    """A path as seen from here; what is not there beside the plan is left as it is: it may be a hub id."""
+    path = folder / Path(ref).expanduser()
+    return str(path) if path.exists() else ref
+
+
+def _names(table: Mapping[str, Any], key: str, default: list[str] | None, place: str) -> list[str]:
+    value = table.get(key, default)
+    if value is None:
+        msg = f"{place} has no {key}; it must be a list of names"
+        raise UsageError(msg)
+    return list(dict.fromkeys(_list_of_text(value, f"{place}, {key}")))
+
+
+def _list_of_text(value: Any, place: str) -> list[str]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not items or not all(isinstance(item, str) and item for item in items):
+        msg = f"{place} is {value!r}; it must be a list of names"
+        raise UsageError(msg)
+    return items
+
+
+def _table(values: Mapping[str, Any], key: str, place: str) -> list[tuple[str, Any]]:
+    return list(_typed(values, key, dict, place).items())
+
+
+def _typed(values: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
+    wanted = {str: "text", dict: "a table", list: "a list of tables"}[kind]
+    if not isinstance(values.get(key), kind):
+        came = repr(values[key]) if key in values else "missing"
+        msg = f"{place}: {key} is {came}; it must be {wanted}"
+        raise UsageError(msg)
+    return values[key]
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
+    for key in values:
+        if key not in known:
+            msg = f"{place} has an unknown entry {key!r}; it may have {', '.join(known)}"
+            raise UsageError(msg)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-.")
+
+
+assert set(_OWN + _OWN_BASES) <= FIELDS.keys()

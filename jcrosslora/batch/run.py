@@ -1,0 +1,230 @@
+"""Run a plan: every pair is aligned once, all its adapters are shifted together, and what is done stays done."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.batch.ledger import Ledger, mark_of
+from jcrosslora.batch.plan_file import BatchPlan, Job
+from jcrosslora.batch.summary import Outcome, Status, Summary
+from jcrosslora.batch.units import Unit, share_of, units_of
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.files import ensure_free
+from jcrosslora.kinship import Choice, choose_method
+from jcrosslora.lora_align import Plan
+from jcrosslora.lora_shift import Shifter, add_to_all
+from jcrosslora.methods import get_method
+from jcrosslora.pairing import parse_depth
+from jcrosslora.report.verdict import verdict
+from jcrosslora.transport import BaseInfo, TransportGroup, describe_base
+from jcrosslora.trip import AUTO, probes_of, save_adapter, transfer, with_account
+
+# Adapters in memory at a time, in bytes as float32, with as much again for what they become.
+CHUNK_BYTES = 256 * 2**20
+SUMMARY = "batch_summary.json"
+
+
+def run_batch(
+    plan: BatchPlan,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Do all jobs of a plan that are not done yet.
+
+    Jobs are independent: one that fails is listed, and the others go on. What has been written stays, whatever
+    happens; the same call goes on from there and writes the same bytes as an undisturbed run.
+
+    Args:
+        plan: see `read_plan`.
+        shard: (i, n): only the i-th of n parts, for n runs side by side. Their results go to the same folder.
+        overwrite: whether adapter folders that were made from other input may be replaced.
+        progress: whether to show progress bars.
+
+    Returns:
+        What became of each job; also written to `batch_summary.json` in the plan's folder (of part i of n to
+        `batch_summary.i-of-n.json`), even if the run is interrupted.
+
+    Raises:
+        UsageError: no such shard.
+        OutputError: the summary cannot be written.
+    """
+    units = share_of(units_of(plan.jobs), *shard)
+    mine = {job.name for unit in units for job in unit.jobs}
+    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})
+    name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
+    try:
+        with tqdm(total=len(mine), desc="jobs", unit="job", disable=not progress) as bar:
+            run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
+            for unit in units:
+                run.do(unit)
+    finally:
+        summary.save(plan.out / name)
+    return summary
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A job whose adapter fits its base: what is known of it while its factors are not in memory."""
+
+    job: Job
+    mark: str
+    sources: tuple[str, ...]
+    size: int
+
+
+class _Run:
+    def __init__(self, ledger: Ledger, summary: Summary, bar: tqdm, overwrite: bool, progress: bool) -> None:
+        self._ledger, self._summary, self._bar = ledger, summary, bar
+        self._overwrite, self._progress = overwrite, progress
+        self._since = time.monotonic()
+
+    def do(self, unit: Unit) -> None:
+        """All jobs of a unit; what goes wrong for all of them is the outcome of each."""
+        self._since = time.monotonic()
+        try:
+            self._do(unit)
+        except JCrossLoRAError as error:
+            for job in unit.jobs:
+                if self._summary.outcomes[job.name].status == "open":
+                    self._close(job, "failed", str(error))
+
+    def _do(self, unit: Unit) -> None:
+        settings = unit.settings
+        source = open_base(settings.source, revision=settings.source_revision)
+        target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+        choice = choose_method(source, target) if settings.method == AUTO else None
+        method = get_method(settings.method if choice is None else choice.method)
+        info, digest = describe_base(source), target.digest()
+        found = [self._load(job, info, digest, method.name) for job in unit.jobs]
+        loaded = [item for item in found if item is not None]
+        if method.then != "nothing":
+            for item in loaded:
+                self._alone(item)
+        elif not all(map(self._kept, loaded)):
+            self._together(loaded, _align(unit, source, target, method.name, loaded), source, target, choice)
+        for item in loaded:
+            if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
+                self._close(item.job, "kept")
+
+    def _load(self, job: Job, source: BaseInfo, target: str, method: str) -> _Loaded | None:
+        """Check a job's adapter and its output before anything is computed."""
+        try:
+            adapter = load_adapter(job.settings.adapter)
+            mover = _shifter(job, adapter, source, method)
+            mark = mark_of(job, adapter.info.digest, source.digest, target)
+            if not self._ledger.is_done(job, mark):
+                ensure_free(job.settings.out, self._overwrite)
+        except JCrossLoRAError as error:
+            self._close(job, "failed", str(error))
+            return None
+        size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
+        return _Loaded(job, mark, tuple(mover.adapter.modules), size)
+
+    def _alone(self, item: _Loaded) -> None:
+        """A method that fits an update to one adapter."""
+        if self._kept(item):
+            return
+        try:
+            with self._ledger.writing(item.job, item.mark):
+                settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
+                moved = transfer(settings, progress=self._progress)
+        except JCrossLoRAError as error:
+            self._close(item.job, "failed", str(error))
+        else:
+            assert moved.report is not None
+            self._close(item.job, "done", verdict(moved.report).text)
+
+    def _together(
+        self, loaded: Sequence[_Loaded], plan: Plan, source: BaseModel, target: BaseModel, choice: Choice | None
+    ) -> None:
+        # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
+        chunks = [chunk for chunk in _chunks(loaded) if not all(map(self._kept, chunk))]
+        plan.probes = probes_of(loaded[0].job.settings, source, plan, self._progress)
+        groups: Iterable[TransportGroup] = plan.groups(progress=self._progress)
+        if len(chunks) > 1:
+            groups = tuple(groups)
+        info = describe_base(source)
+        for chunk in chunks:
+            adapters = [load_adapter(item.job.settings.adapter) for item in chunk]
+            movers = [
+                _shifter(item.job, one, info, plan.method.name) for item, one in zip(chunk, adapters, strict=True)
+            ]
+            for group in groups:
+                add_to_all(movers, group)
+            for item, mover in zip(chunk, movers, strict=True):
+                if not self._kept(item):
+                    self._finish(item, mover, plan, source, target, choice)
+
+    def _finish(
+        self,
+        item: _Loaded,
+        mover: Shifter,
+        plan: Plan,
+        source: BaseModel,
+        target: BaseModel,
+        choice: Choice | None,
+    ) -> None:
+        settings, shown = item.job.settings, self._progress
+        try:
+            moved = mover.finish(plan.transport(()))
+            moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
+            with self._ledger.writing(item.job, item.mark):
+                save_adapter(
+                    moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=self._overwrite
+                )
+        except JCrossLoRAError as error:
+            self._close(item.job, "failed", str(error))
+        else:
+            assert moved.report is not None
+            self._close(item.job, "done", verdict(moved.report).text)
+
+    def _kept(self, item: _Loaded) -> bool:
+        return self._ledger.is_done(item.job, item.mark)
+
+    def _close(self, job: Job, status: Status, text: str = "") -> None:
+        now = time.monotonic()
+        seconds = 0.0 if status == "kept" else now - self._since
+        self._since = now
+        self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
+        self._bar.update()
+
+
+def _align(unit: Unit, source: BaseModel, target: BaseModel, method: str, loaded: Sequence[_Loaded]) -> Plan:
+    settings = unit.settings
+    return Plan(
+        source,
+        target,
+        method=method,
+        rank=settings.rank,
+        depth=parse_depth(settings.depth),
+        seed=settings.seed,
+        sources={name for item in loaded for name in item.sources},
+        whitening=settings.whitening,
+    )
+
+
+def _shifter(job: Job, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
+    calibrate, out_rank = job.settings.calibrate, job.settings.out_rank
+    return Shifter(adapter, source, method=method, calibrate=calibrate, out_rank=out_rank)
+
+
+def _chunks(loaded: Sequence[_Loaded]) -> Iterator[list[_Loaded]]:
+    chunk: list[_Loaded] = []
+    size = 0
+    for item in loaded:
+        if chunk and size + item.size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += item.size
+    if chunk:
+        yield chunk

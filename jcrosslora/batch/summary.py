@@ -1,0 +1,72 @@
+"""What became of the jobs of a batch, for people and for programs."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from jcrosslora.errors import OutputError
+
+Status = Literal["done", "kept", "failed", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one job.
+
+    Attributes:
+        name: of the job.
+        out: its folder.
+        status: "done" in this run, "kept" from an earlier one, "failed", or "open": not reached.
+        text: the verdict on the moved adapter, or what failed.
+        seconds: from the end of the job before, or of what all its unit shares, to its own end.
+    """
+
+    name: str
+    out: str
+    status: Status = "open"
+    text: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Summary:
+    """The outcomes of all jobs of a run, by name, in the order of the plan; jobs not reached are open."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def count(self, status: Status) -> int:
+        """How many jobs have a status."""
+        return sum(outcome.status == status for outcome in self.outcomes.values())
+
+    def to_json(self) -> str:
+        """The counts and every outcome."""
+        counts = {status: self.count(status) for status in ("done", "kept", "failed", "open")}
+        return json.dumps({**counts, "jobs": [asdict(one) for one in self.outcomes.values()]}, indent=2) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write `to_json`; a file that is there is replaced whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work.write_text(self.to_json(), encoding="utf-8")
+            work.replace(path)
+        except OSError as error:
+            work.unlink(missing_ok=True)
+            msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
+            raise OutputError(msg) from error
+
+    def print_to(self, console: Console) -> None:
+        """A table of all jobs."""
+        table = Table("job", "status", "s", "", title_justify="left")
+        for one in self.outcomes.values():
+            table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
+        console.print(table)

@@ -1,0 +1,69 @@
+"""Jobs that share their alignment, and their division among shards."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jcrosslora.batch.plan_file import Job
+from jcrosslora.errors import UsageError
+from jcrosslora.trip import TransferSettings
+
+# What decides the maps between two bases; everything else is of one adapter alone.
+_ALIGNING = (
+    *("source", "target", "source_revision", "target_revision", "target_name"),
+    *("method", "rank", "depth", "seed", "probe_text", "probe_count", "whitening"),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Jobs whose alignment is the same: it is made once for all of them.
+
+    Attributes:
+        jobs: at least one, in the order of the plan.
+    """
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def settings(self) -> TransferSettings:
+        """Those of the first job; the ones that the alignment depends on are the same in all."""
+        return self.jobs[0].settings
+
+
+def units_of(jobs: Sequence[Job]) -> list[Unit]:
+    """The units of a plan, in the order in which they first occur."""
+    found: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        found.setdefault(tuple(getattr(job.settings, name) for name in _ALIGNING), []).append(job)
+    return [Unit(tuple(jobs)) for jobs in found.values()]
+
+
+def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
+    """The units of one of `count` shards, the `index`-th of 1 to `count`.
+
+    All shards together have every job once. Units go, the largest first, to the shard that has the fewest jobs yet; a
+    unit is taken apart only if it is larger than a shard's fair part, since each part needs the alignment.
+
+    Raises:
+        UsageError: no such shard.
+    """
+    if not 1 <= index <= count:
+        msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
+        raise UsageError(msg)
+    fair = -(-sum(len(unit.jobs) for unit in units) // count)
+    parts = [
+        (place, Unit(unit.jobs[start : start + fair]))
+        for place, unit in enumerate(units)
+        for start in range(0, len(unit.jobs), fair)
+    ]
+    loads = [(0, shard) for shard in range(count)]
+    mine = []
+    for place, unit in sorted(parts, key=lambda part: (-len(part[1].jobs), part[0])):
+        load, shard = heapq.heappop(loads)
+        heapq.heappush(loads, (load + len(unit.jobs), shard))
+        if shard == index - 1:
+            mine.append((place, unit))
+    return [unit for _, unit in sorted(mine, key=lambda part: part[0])]

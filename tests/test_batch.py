@@ -1,0 +1,316 @@
+"""Batches: what a plan means, that a pair is aligned once, and that nothing is lost or redone after a stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from probe_bases import write_base
+from test_trip import WIDER
+from tiny_bases import delta, random_adapter, write_llama
+
+import jcrosslora as jcl
+import jcrosslora.batch.run as run_module
+from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.batch.plan_file import Job
+from jcrosslora.batch.units import Unit, share_of, units_of
+from jcrosslora.cli import main
+from jcrosslora.errors import UsageError
+
+PLAN = """
+out = "moved"
+[bases]
+small = "small"
+wide = { ref = "wide", name = "org/wide" }
+twin = "twin"
+[adapters]
+small = ["adapters/*"]
+[[moves]]
+from = "small"
+to = ["wide", "twin"]
+methods = ["pad-truncate"]
+[[moves]]
+from = "small"
+to = "wide"
+methods = ["cross-lora"]
+adapters = ["a0", "a2"]
+rank = 8
+label = "r8"
+"""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """Three bases and four adapters of the first: two alike, one of another rank, one of fewer modules."""
+    folder = tmp_path_factory.mktemp("house")
+    write_llama(folder / "small", seed=0)
+    write_llama(folder / "wide", seed=1, first_token=20, **WIDER)
+    write_llama(folder / "twin", seed=0)
+    base = jcl.open_base(folder / "small")
+    kinds = [{}, {}, {"rank": 3}, {"roles": {"q_proj", "v_proj"}}]
+    for number, kind in enumerate(kinds):
+        adapter = random_adapter(base, seed=number, **kind)
+        jcl.save_adapter(adapter, folder / "adapters" / f"a{number}", base_name="org/small")
+    return folder
+
+
+def plan_in(house, tmp_path, text=PLAN):
+    """The plan, written to a folder of its own beside links to the bases."""
+    for name in ("small", "wide", "twin", "adapters"):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to(house / name)
+    (tmp_path / "plan.toml").write_text(text)
+    return read_plan(tmp_path / "plan.toml")
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The files of all adapters, without the record and the summary."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if "/" in name and not name.startswith(".batch")}
+
+
+def test_what_a_plan_means(house, tmp_path):
+    plan = plan_in(house, tmp_path)
+    names = [job.name for job in plan.jobs]
+    plain = [f"a{number}--{target}--pad-truncate" for target in ("wide", "twin") for number in range(4)]
+    assert names == [*plain, "a0--wide--cross-lora--r8", "a2--wide--cross-lora--r8"]
+    last = plan.jobs[-1].settings
+    assert (last.rank, last.method, last.target_name) == (8, "cross-lora", "org/wide")
+    assert Path(last.out) == tmp_path / "moved" / names[-1]
+    assert [len(unit.jobs) for unit in units_of(plan.jobs)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('out = "moved"', "", "out is missing"),
+        ("[bases]", "speed = 3\n[bases]", "unknown entry 'wide'|unknown entry 'speed'"),
+        ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
+        ("rank = 8", 'rank = "8"', "sets rank to '8'; it must be int"),
+        ("rank = 8", "ranks = 8", "unknown setting 'ranks'"),
+        ("rank = 8", 'out = "x"', "sets out, which"),
+        ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
+        ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
+        ("adapters/*", "nothing/*", "no folder matches nothing"),
+        ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
+        ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
+        ('from = "small"', "from = 3", "from is 3; it must be text"),
+        ('ref = "wide", ', "", "write a path or hub id"),
+    ],
+)
+def test_plans_that_cannot_be_meant(house, tmp_path, old, new, message):
+    assert old in PLAN
+    with pytest.raises(UsageError, match=message):
+        plan_in(house, tmp_path, PLAN.replace(old, new))
+
+
+def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
+    text = PLAN.replace('label = "r8"\n', "").replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
+    with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):
+        plan_in(house, tmp_path, text)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_plan(tmp_path / "none.toml")
+
+
+def test_shards_have_every_job_once():
+    def job(number, target):
+        return Job(f"{target}{number}", jcl.TransferSettings(adapter="a", source="s", target=target, out="o"))
+
+    jobs = [job(n, "x") for n in range(7)] + [job(n, "y") for n in range(2)] + [job(0, "z")]
+    units = units_of(jobs)
+    assert share_of(units, 1, 1) == units
+    for count in (2, 3, 4, 20):
+        shares = [share_of(units, index, count) for index in range(1, count + 1)]
+        found = [one.name for share in shares for unit in share for one in unit.jobs]
+        assert sorted(found) == sorted(one.name for one in jobs)
+        assert max(sum(len(unit.jobs) for unit in share) for share in shares) <= -(-len(jobs) // count) + 1
+    assert share_of([Unit((jobs[0],))], 2, 2) == []
+    for wrong in ((0, 2), (3, 2)):
+        with pytest.raises(UsageError, match="does not exist"):
+            share_of(units, *wrong)
+
+
+def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(house, tmp_path, monkeypatch):
+    plan = plan_in(house, tmp_path)
+    aligned = []
+    groups = run_module.Plan.groups
+    monkeypatch.setattr(run_module.Plan, "groups", lambda self, **kw: aligned.append(self) or groups(self, **kw))
+    # Two chunks of two adapters in the first units.
+    monkeypatch.setattr(run_module, "CHUNK_BYTES", 2 * 4 * 4 * 3000)
+    summary = run_batch(plan)
+    assert summary.count("done") == len(plan.jobs) == 10
+    assert len(aligned) == 3
+    for job in plan.jobs:
+        single = jcl.transfer(jcl.TransferSettings(**{**vars(job.settings), "out": str(tmp_path / "one" / job.name)}))
+        moved = jcl.load_adapter(job.settings.out)
+        for name, factors in single.modules.items():
+            np.testing.assert_allclose(delta(moved.modules[name]), delta(factors), atol=1e-5)
+        assert json.loads((Path(job.settings.out) / "transfer_report.json").read_text())["verdict"]
+    stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
+    assert (stated["done"], stated["failed"]) == (10, 0)
+    assert [one["name"] for one in stated["jobs"]] == [job.name for job in plan.jobs]
+
+    again = results(tmp_path / "moved")
+    monkeypatch.setattr(run_module, "Plan", None)
+    monkeypatch.setattr(run_module, "save_adapter", None)
+    assert run_batch(plan).count("kept") == 10
+    assert results(tmp_path / "moved") == again
+
+
+def test_a_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
+    plan_in(house, tmp_path)
+    (tmp_path / "adapters").unlink()
+    for number in range(3):
+        (tmp_path / "adapters").mkdir(exist_ok=True)
+        (tmp_path / "adapters" / f"a{number}").symlink_to(house / "adapters" / f"a{number}")
+    bad = tmp_path / "adapters" / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text("{")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["batch", str(tmp_path / "plan.toml")])
+    assert exit_info.value.code == 2
+    shown = capsys.readouterr()
+    assert "2 of 10 jobs failed" in shown.err
+    stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
+    failed = {one["name"]: one["text"] for one in stated["jobs"] if one["status"] == "failed"}
+    assert failed.keys() == {"bad--wide--pad-truncate", "bad--twin--pad-truncate"}
+    assert all("adapters/bad" in text for text in failed.values())
+    assert stated["done"] == 8
+
+
+def test_a_missing_base_fails_its_own_jobs(house, tmp_path):
+    plan = plan_in(house, tmp_path, PLAN.replace('twin = "twin"', 'twin = "gone"'))
+    summary = run_batch(plan)
+    assert (summary.count("done"), summary.count("failed")) == (6, 4)
+    assert all("gone" in one.text for one in summary.outcomes.values() if one.status == "failed")
+
+
+def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods=["copy"]\nadapters="a0"\n'
+    plan = plan_in(house, tmp_path, text)
+    assert run_batch(plan).count("done") == 1
+    changed = plan_in(house, tmp_path, text + "out_rank = 2\n")
+    (outcome,) = run_batch(changed).outcomes.values()
+    assert outcome.status == "failed"
+    assert "exists already" in outcome.text
+    assert next(iter(jcl.load_adapter(outcome.out).modules.values())).rank == 4
+    assert run_batch(changed, overwrite=True).count("done") == 1
+    assert next(iter(jcl.load_adapter(outcome.out).modules.values())).rank == 2
+    assert run_batch(changed, overwrite=True).count("kept") == 1
+
+
+def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
+    write_base(tmp_path / "small", 30, bos=True, layers=2)
+    write_base(tmp_path / "wide", 90, layers=2, hidden=32, head_dim=8, seed=1)
+    base = jcl.open_base(tmp_path / "small")
+    jcl.save_adapter(random_adapter(base, scale=0.3), tmp_path / "adapters" / "a0", base_name="x")
+    (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
+    head = 'out="moved"\n[bases]\nsmall="small"\nwide="wide"\n[adapters]\nsmall=["adapters/a0"]\n'
+    probes = str(tmp_path / "texts.txt")
+    move = f'[[moves]]\nfrom="small"\nto="wide"\nmethods=["residual-teacher"]\nprobe_text="{probes}"\neffect="never"\n'
+    (tmp_path / "plan.toml").write_text(head + move)
+    (outcome,) = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
+    assert outcome.status == "done", outcome.text
+    moved = jcl.load_adapter(outcome.out)
+    assert any(np.abs(factors.b).max() > 0 for factors in moved.modules.values())
+    assert run_batch(read_plan(tmp_path / "plan.toml")).count("kept") == 1
+
+
+def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
+    plan_in(house, tmp_path)
+    main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "cross-lora" in shown
+    assert " GB" in shown
+    assert not (tmp_path / "moved").exists()
+    with pytest.raises(SystemExit):
+        main(["batch", str(tmp_path / "plan.toml"), "--shard", "2"])
+    assert "of the form i/n" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):
+    plan_in(house, tmp_path)
+    save, written = run_module.save_adapter, []
+
+    def stop_at_third(moved, out, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(save(moved, out, **options))
+
+    monkeypatch.setattr(run_module, "save_adapter", stop_at_third)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["batch", str(tmp_path / "plan.toml")])
+    assert exit_info.value.code == 130
+    assert "goes on from there" in capsys.readouterr().err
+    stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
+    assert (stated["done"], stated["open"]) == (2, 8)
+    monkeypatch.setattr(run_module, "save_adapter", save)
+    summary = run_batch(read_plan(tmp_path / "plan.toml"))
+    assert (summary.count("kept"), summary.count("done")) == (2, 8)
+
+
+# Killed at any point: outputs are those of an undisturbed run, byte by byte.
+
+TWELVE = """
+[[moves]]
+from = "small"
+to = "wide"
+methods = ["pad-truncate", "random", "cross-lora"]
+"""
+
+
+def kill_and_resume(house, folder, times):
+    """Run the plan of 12 jobs in processes that are killed after the given seconds, then to its end."""
+    text = PLAN.split("[[moves]]")[0] + TWELVE
+    plan = plan_in(house, folder, text)
+    assert len(plan.jobs) == 12
+    command = [sys.executable, "-m", "jcrosslora.cli", "batch", str(folder / "plan.toml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for seconds in times:
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        for path in (folder / "moved").glob("[!.]*"):
+            if path.is_dir():
+                jcl.load_adapter(path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return results(folder / "moved")
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_points_and_resumed(house, tmp_path):
+    (tmp_path / "x").mkdir()
+    started = time.monotonic()
+    whole = kill_and_resume(house, tmp_path / "x", [])
+    most = time.monotonic() - started
+    rng = np.random.default_rng(0)
+    (tmp_path / "x" / "moved").rename(tmp_path / "whole")
+    assert kill_and_resume(house, tmp_path / "x", rng.uniform(0, 0.9 * most, 20)) == whole
+
+
+def test_a_resumed_run_writes_the_same_bytes(house, tmp_path, monkeypatch):
+    plan = plan_in(house, tmp_path)
+    run_batch(plan)
+    whole = results(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "whole")
+    ledger, count = run_module.Ledger.writing, [0]
+
+    def die(self, job, mark):
+        count[0] += 1
+        if count[0] in (2, 4, 9):
+            raise SystemError
+        return ledger(self, job, mark)
+
+    monkeypatch.setattr(run_module.Ledger, "writing", die)
+    for _ in range(3):
+        with pytest.raises(SystemError):
+            run_batch(plan)
+    assert run_batch(plan).count("done") > 0
+    assert results(tmp_path / "moved") == whole
