@@ -1,0 +1,143 @@
+"""Time of whole moves, files to files, against a plain torch implementation of the published method.
+
+    python tools/bench_transfer.py SOURCE TARGET ADAPTER [ADAPTER ...] [--repeats 5] [--rank 320] [--many 100]
+
+Interleaved, medians, all in one run:
+
+- torch: the published method as one would write it: for every module of the adapter the full SVD of both weights, cut
+  to the rank, and B and A through the factors, one module after the other; weights are read by the same reader. The
+  joint signs of singular vectors are left as LAPACK gives them.
+- first: `jcrosslora transfer` in a new process with an empty compilation cache, its start and imports included.
+- warm: `jcrosslora.transfer` called again in a process that has done so before.
+- batch: `--many` copies of the adapter in one plan, beside as many single calls (timed for one, and multiplied).
+
+Needs torch (the test extra). Look at the ratios of a quiet machine: processes that share cores starve each other.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+
+import jcrosslora as jcl
+from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.pairing import pair_modules
+
+
+def with_torch(source_ref: str, target_ref: str, adapter_ref: str, rank: int, out: Path) -> None:
+    """Cross-LoRA as published, module by module, with full SVDs in torch."""
+    import torch
+
+    source, target, adapter = jcl.open_base(source_ref), jcl.open_base(target_ref), jcl.load_adapter(adapter_ref)
+    moved = {}
+    for pair in pair_modules(source.modules, target.modules, "proportional").pairs:
+        factors = adapter.modules.get(pair.source)
+        if factors is None:
+            continue
+        sides = [
+            torch.from_numpy(np.ascontiguousarray(base.weight(name), np.float32))
+            for base, name in ((source, pair.source), (target, pair.target))
+        ]
+        (u_src, _, v_src), (u_tgt, _, v_tgt) = (torch.linalg.svd(side, full_matrices=False) for side in sides)
+        most = min(rank, *sides[0].shape, *sides[1].shape)
+        b = torch.from_numpy(np.asarray(factors.b, np.float32) * np.float32(factors.scale))
+        a = torch.from_numpy(np.asarray(factors.a, np.float32))
+        b = u_tgt[:, :most] @ (u_src[:, :most].T @ b)
+        a = (a @ v_src[:most].T) @ v_tgt[:most]
+        moved[pair.target] = jcl.LoRAFactors(a=a.numpy(), b=b.numpy())
+    jcl.save_adapter(jcl.Adapter(modules=moved), out, base_name=target.name)
+
+
+def settings(arguments: argparse.Namespace, adapter: str, out: Path) -> jcl.TransferSettings:
+    """Of the published method for the pair."""
+    return jcl.TransferSettings(
+        adapter=adapter,
+        source=arguments.source,
+        target=arguments.target,
+        out=str(out),
+        method="cross-lora",
+        rank=arguments.rank,
+    )
+
+
+def in_new_process(arguments: argparse.Namespace, adapter: str, out: Path) -> None:
+    """The command, with no program compiled before."""
+    command = [sys.executable, "-m", "jcrosslora.cli", "transfer", adapter, "--out", str(out), "--table", "none"]
+    command += ["--source", arguments.source, "--target", arguments.target, "--method", "cross-lora"]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "JCROSSLORA_CACHE": cache}
+        subprocess.run(
+            [*command, "--rank", str(arguments.rank)], check=True, env=environment, stdout=subprocess.DEVNULL
+        )
+
+
+def many(arguments: argparse.Namespace, folder: Path) -> None:
+    """A plan of copies of the first adapter."""
+    for number in range(arguments.many):
+        shutil.copytree(arguments.adapter[0], folder / "adapters" / f"a{number:03d}")
+    bases = f'[bases]\nsource = "{arguments.source}"\ntarget = "{arguments.target}"\n'
+    move = f'[[moves]]\nfrom = "source"\nto = "target"\nmethods = ["cross-lora"]\nrank = {arguments.rank}\n'
+    (folder / "plan.toml").write_text(f'out = "moved"\n{bases}[adapters]\nsource = ["adapters/*"]\n{move}')
+    start = time.perf_counter()
+    summary = run_batch(read_plan(folder / "plan.toml"))
+    seconds = time.perf_counter() - start
+    assert summary.count("done") == arguments.many
+    print(f"batch of {arguments.many}: {seconds:.1f} s, {seconds / arguments.many:.2f} s an adapter")
+
+
+def timed(job: Callable[[Path], None]) -> float:
+    """Seconds of a job that writes into a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        job(Path(folder) / "out")
+        return time.perf_counter() - start
+
+
+def run(arguments: argparse.Namespace) -> None:
+    adapters: Sequence[str] = arguments.adapter
+    rows: dict[str, Callable[[int, Path], None]] = {
+        "torch": lambda turn, out: with_torch(
+            arguments.source, arguments.target, adapters[turn % len(adapters)], arguments.rank, out
+        ),
+        "first": lambda turn, out: in_new_process(arguments, adapters[turn % len(adapters)], out),
+        "warm": lambda turn, out: jcl.transfer(settings(arguments, adapters[turn % len(adapters)], out)) and None,
+    }
+    timed(lambda out: rows["warm"](0, out))
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(arguments.repeats):
+        for name, job in rows.items():
+            times[name].append(timed(lambda out, job=job, turn=turn: job(turn, out)))
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, found in times.items():
+        ratio = medians["torch"] / medians[name]
+        print(f"{name:6} {medians[name]:7.2f} s ({min(found):.2f} to {max(found):.2f}), torch / this {ratio:.1f}")
+    if arguments.many:
+        with tempfile.TemporaryDirectory() as folder:
+            many(arguments, Path(folder))
+        alone, warm = medians["first"] * arguments.many, medians["warm"] * arguments.many
+        print(f"as many single calls: {alone:.0f} s as commands, {warm:.0f} s in one process")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("target")
+    parser.add_argument("adapter", nargs="+", help="of the source; several are taken in turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=320)
+    parser.add_argument("--many", type=int, default=100, help="adapters of the batch, 0 for none")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
