@@ -300,7 +300,7 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
         surer = np.array([0.2 if place in known else -0.1 for place in places])
         return change, surer + np.where(np.arange(len(places)) % 2, 0.1, -0.1)
 
-    monkeypatch.setattr(writing_module, "_compare", compare)
+    monkeypatch.setattr(writing_module, "compare", compare)
     found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
     assert len(found.dialogues) == 100
     assert counted == [(16 * len(LAYOUTS), set(range(len(LAYOUTS))), 1), (2 * 16 * 3, large, FitSettings().tokens)]
@@ -329,7 +329,7 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
     writer = Writer(settings, params, tokenizer, stack_adapter(adapter, source))
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     dialogues = [Dialogue(*text, layout=0) for text in texts] * 3
-    change, surer = writing_module._compare(writer, dialogues, 3)
+    change, surer = writing_module.compare(writer, dialogues, 3)
     for place, item in enumerate(dialogues):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-64:]

@@ -54,14 +54,14 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
         MethodError: the base writes no prompts, or no answers.
     """
     pilot = write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed)
-    change = _by_layout(pilot, _compare(writer, pilot, 1)[0])
+    change = by_layout(pilot, compare(writer, pilot, 1)[0])
     largest = max((values.mean() for values in change.values()), default=0)
     maybe = [layout for layout, values in change.items() if values.mean() >= MAYBE * largest]
     looked_at = [prompt for prompt in pilot if prompt.layout in maybe]
     looked_at += write_prompts(writer, _each(maybe, PILOT), seed + 1)
     answered = _answer(writer, looked_at, settings, seed)
-    first, surer = _compare(writer, answered, settings.tokens)
-    known = known_layouts(_by_layout(answered, first), _by_layout(answered, surer))
+    first, surer = compare(writer, answered, settings.tokens)
+    known = known_layouts(by_layout(answered, first), by_layout(answered, surer))
     found = [item for item in answered if item.layout in known]
     missing = max(0, settings.dialogues - len(found))
     if known and missing:
@@ -104,7 +104,7 @@ def _answer(writer: Writer, prompts: Sequence[Dialogue], settings: FitSettings, 
     return answer(writer, prompts, seed, length=settings.tokens, temperature=settings.temperature)
 
 
-def _by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np.ndarray]:
+def by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np.ndarray]:
     layouts = np.array([item.layout for item in dialogues], int)
     return {int(layout): values[layouts == layout] for layout in np.unique(layouts)}
 
@@ -119,7 +119,7 @@ def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
     return found
 
 
-def _compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """What the adapter changes in each dialogue, float64 (n,) each.
 
     Returns:
