@@ -105,6 +105,7 @@ def _answer(writer: Writer, prompts: Sequence[Dialogue], settings: FitSettings, 
 
 
 def by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np.ndarray]:
+    """Values (n,) of n dialogues, apart for each layout that occurs."""
     layouts = np.array([item.layout for item in dialogues], int)
     return {int(layout): values[layouts == layout] for layout in np.unique(layouts)}
 
