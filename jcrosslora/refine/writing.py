@@ -13,8 +13,8 @@ from jcrosslora.refine.reader import shared_log_probs
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.tokens import pad_right
 
-PILOT = 16  # prompts of each layout, to see which the adapter knows, and again as many of those that it may know
-MAYBE, KNOWN = 0.6, 0.75  # of the largest change: a layout with less is left out, before and after the second look
+PILOT = 16  # dialogues in each layout, to see which the adapter knows, and again as many in those that it may know
+KNOWN = 0.5  # of the largest change: a layout with less is left out
 _WIDTH, _ROWS = 64, 8
 
 
@@ -53,21 +53,17 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
     Raises:
         MethodError: the base writes no prompts, or no answers.
     """
-    pilot = write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed)
-    change = by_layout(pilot, compare(writer, pilot, 1)[0])
-    largest = max((values.mean() for values in change.values()), default=0)
-    maybe = [layout for layout, values in change.items() if values.mean() >= MAYBE * largest]
-    looked_at = [prompt for prompt in pilot if prompt.layout in maybe]
-    looked_at += write_prompts(writer, _each(maybe, PILOT), seed + 1)
-    answered = _answer(writer, looked_at, settings, seed)
-    first, surer = compare(writer, answered, settings.tokens)
-    known = known_layouts(by_layout(answered, first), by_layout(answered, surer))
-    found = [item for item in answered if item.layout in known]
+    pilot = _answer(writer, write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed), settings, seed)
+    maybe = _known(writer, pilot, settings, errors=2)
+    pilot = [item for item in pilot if item.layout in maybe]
+    pilot += _answer(writer, write_prompts(writer, _each(maybe, PILOT), seed + 1), settings, seed + 1)
+    known = _known(writer, pilot, settings, errors=1)
+    found = [item for item in pilot if item.layout in known]
     missing = max(0, settings.dialogues - len(found))
     if known and missing:
         shares = np.array_split(np.arange(missing), len(known))
         layouts = [layout for layout, share in zip(known, shares, strict=True) for _ in share]
-        found += _answer(writer, write_prompts(writer, layouts, seed + 2), settings, seed + 1)
+        found += _answer(writer, write_prompts(writer, layouts, seed + 2), settings, seed + 2)
     # In an order of its own, so that fewer dialogues than there are come from all of them.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.dialogues]
     found = [found[place] for place in order]
@@ -75,16 +71,17 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
     return Written(_enough(found, writer), f"{len(found)} dialogues that it wrote itself in layouts that begin {names}")
 
 
-def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarray]) -> list[int]:
+def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarray], errors: float = 1.0) -> list[int]:
     """The layouts that an adapter was probably trained on.
 
-    An adapter changes its base's predictions in layouts that it was never trained on too, and there as much, but in
-    those it makes the base less sure of them. So of the layouts with nearly the largest change those are taken in
-    which it becomes surest, to one standard error.
+    An adapter changes its base's predictions in layouts that it was never trained on too, and there as much or more,
+    but makes the base less sure of them. So of the layouts with a good part of the largest change those are taken in
+    which it becomes surest (or loses least), and those that may be as good.
 
     Args:
         change: of each layout, for each of its dialogues, the divergence where the answer begins.
         surer: likewise, by how much the entropy of the predictions falls over the answer.
+        errors: how many standard errors of the best layout's mean another may lie below it.
     """
     changes = {layout: float(values.mean()) for layout, values in change.items()}
     near = [layout for layout, value in changes.items() if value >= KNOWN * max(changes.values())]
@@ -92,8 +89,13 @@ def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarr
         return []
     gains = {layout: float(surer[layout].mean()) for layout in near}
     best = max(near, key=gains.__getitem__)
-    error = float(surer[best].std() / np.sqrt(len(surer[best])))
-    return [layout for layout in near if gains[layout] >= gains[best] - error]
+    slack = errors * float(surer[best].std() / np.sqrt(len(surer[best])))
+    return [layout for layout in near if gains[layout] >= gains[best] - slack]
+
+
+def _known(writer: Writer, dialogues: Sequence[Dialogue], settings: FitSettings, errors: float) -> list[int]:
+    change, surer = compare(writer, dialogues, settings.tokens)
+    return known_layouts(by_layout(dialogues, change), by_layout(dialogues, surer), errors)
 
 
 def _each(layouts: Iterable[int], count: int) -> list[int]:
