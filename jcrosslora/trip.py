@@ -12,6 +12,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile
+from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.files import ensure_free
@@ -83,6 +84,8 @@ class TransferSettings:
     """What to write as the adapter's base model, where the target's own name is not the one wanted."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
+    cache: bool = True
+    """Keep factors and transports in the user's cache folder, and look for them there. The result is the same."""
 
 
 def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdapter:
@@ -104,6 +107,10 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
     source = open_base(settings.source, revision=settings.source_revision)
     target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    cache = open_cache() if settings.cache else None
+    if cache is not None:
+        for base in (source, target):
+            base.digest(cache.digests)
     choice = choose_method(source, target) if settings.method == AUTO else None
     method = get_method(settings.method if choice is None else choice.method)
     mover = Shifter(
@@ -122,6 +129,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         seed=settings.seed,
         sources=mover.adapter.modules.keys(),
         whitening=settings.whitening,
+        cache=cache,
     )
     # After all else has been checked: writing texts takes a minute.
     plan.probes = _probes(settings, source, plan, progress)
