@@ -16,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 from rich.console import Console
 
+from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.trip import TransferSettings
 
@@ -155,6 +156,7 @@ COMMANDS = {
     "check": Check,
     "evaluate": Evaluate,
     "methods": Methods,
+    "cache": CacheCommand,
     "demo": Demo,
 }
 

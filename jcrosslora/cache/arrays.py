@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 _FOLDER = "arrays"
+# Of one file, so that several threads can check an entry's.
+_FILE_BYTES = 16 * 2**20
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -30,7 +32,9 @@ def write_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> 
         import orbax.checkpoint as ocp
 
         with _checkpointer() as checkpointer:
-            checkpointer.save((folder / _FOLDER).absolute(), args=ocp.args.PyTreeSave(full))
+            checkpointer.save(
+                (folder / _FOLDER).absolute(), args=ocp.args.PyTreeSave(full, ocdbt_target_data_file_size=_FILE_BYTES)
+            )
     return {name: (array.dtype.name, array.shape) for name, array in held.items()}
 
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ class Cache:
 
     Attributes:
         root: the folder; entries lie in `arrays/KIND/KEY` below it.
-        limit: bytes that they may take; when a new one would exceed it, those not used for longest go.
+        limit: bytes that they may take; when a new one exceeds it, those not used for longest go.
         digests: of the bases' files.
     """
 
@@ -103,13 +102,9 @@ class Cache:
         folder = self._folder / kind / key
         try:
             manifest = read_manifest(folder, kind, key)
-            # Checked and read at the same time; what was read counts only if the check ends well.
-            with ThreadPoolExecutor(1) as pool:
-                check = pool.submit(check_files, folder, manifest)
-                try:
-                    arrays = read_arrays(folder, manifest.arrays)
-                finally:
-                    check.result()
+            # Checked first: what Orbax does with damaged files is anyone's guess.
+            check_files(folder, manifest)
+            arrays = read_arrays(folder, manifest.arrays)
         except FileNotFoundError:
             return None
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
@@ -139,10 +134,9 @@ class Cache:
             return
         try:
             sweep(self._folder / _WORK)
-            self._evict(size)
             with work_folder(self._folder / _WORK) as work:
                 self._write(work / "entry", place, Manifest(kind, key, what, facts, {}, {}, _version()), arrays)
-            self._evict(0)
+            self._evict()
         except (OSError, ValueError) as error:
             self._writable = False
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
@@ -194,9 +188,9 @@ class Cache:
             if not place.is_dir():  # else another process was first, with the same content
                 raise
 
-    def _evict(self, coming: int) -> None:
+    def _evict(self) -> None:
         entries = self.entries()
-        total = coming + sum(entry.size for entry in entries)
+        total = sum(entry.size for entry in entries)
         for entry in entries:
             if total <= self.limit:
                 return
@@ -207,13 +201,11 @@ class Cache:
     def _entry(self, kind: str, key: str) -> Entry | None:
         path = self._folder / kind / key
         try:
-            stat = path.stat()
-            used, what, size = stat.st_mtime, "", 0
+            used = path.stat().st_mtime
             try:
-                used = (path / MANIFEST).stat().st_mtime
                 manifest = read_manifest(path, kind, key)
-                what, size = manifest.what, manifest.size
-            except (OSError, Damaged) as error:
+                what, size, used = manifest.what, manifest.size, (path / MANIFEST).stat().st_mtime
+            except Damaged as error:
                 what = f"[{error}]"
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         except OSError:
