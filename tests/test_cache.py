@@ -1,4 +1,4 @@
-"""Transfers through the cache: the same bytes with a cold cache, a warm one and none; found by contents, not by names."""
+"""Transfers through the cache: the same bytes with a cold one, a warm one and none; found by contents, not by name."""
 
 import json
 import os
