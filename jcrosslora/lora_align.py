@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
@@ -159,10 +160,10 @@ class Plan:
         def common() -> tuple[CrossMoments | None, dict[str, HeadMatch]]:
             return self._moments(batches, progress) if self.method.activations else None, self._heads()
 
-        kept = self._kept_groups()
+        kept, chunks = self._kept_groups(), list(self._chunks())
+        found = kept.find(chunks) if kept is not None else itertools.repeat(None)
         with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
-            for pairs in self._chunks():
-                group = None if kept is None else kept.find(pairs)
+            for pairs, group in zip(chunks, found, strict=False):
                 if group is None:
                     group = self._align(pairs, *common())
                     if kept is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -121,8 +122,20 @@ class GroupCache:
         """Look after one transport; see `PairCache.transport`."""
         self._cache, self._key, self._what = cache, key, what
 
-    def find(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
-        """The group of these pairs, on the default devices; None if it is not kept."""
+    def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
+        """The groups of these pairs, one after the other; None in the place of one that is not kept.
+
+        While one is used the next is read: two are in memory.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._load, chunks[0])
+            for following in [*chunks[1:], None]:
+                group = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._load, following)
+                yield group
+
+    def _load(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
         loaded = self._cache.load("transport", self._group_key(pairs))
         if loaded is None:
             return None
