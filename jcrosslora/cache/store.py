@@ -8,6 +8,7 @@ because of what is on the disk: without a cache the work is the same, only slowe
 import importlib.metadata
 import logging
 import os
+import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Cache:
         self.digests = FileDigests(self.root / "digests")
         self._folder = self.root / "arrays"
         self._writable = True
+        self._writer: threading.Thread | None = None
 
     def facts(self, kind: str, key: str) -> Mapping[str, Any] | None:
         """The facts of an entry without reading its arrays; None if there is none."""
@@ -141,6 +143,20 @@ class Cache:
             self._writable = False
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
             _LOG.warning("the cache %s cannot be written (%s); going on without it", self.root, reason)
+
+    def save_soon(
+        self, kind: str, key: str, what: str, arrays: Mapping[str, jax.Array | np.ndarray], facts: Mapping[str, Any]
+    ) -> None:
+        """As `save`, beside the work that follows, one entry at a time; `flush` has to be called in the end."""
+        self.flush()
+        self._writer = threading.Thread(target=self.save, args=(kind, key, what, arrays, facts))
+        self._writer.start()
+
+    def flush(self) -> None:
+        """Wait until the last entry is written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
 
     def keys(self, kind: str, prefix: str = "") -> list[str]:
         """Keys of the entries of a kind that begin with `prefix`, sorted."""
