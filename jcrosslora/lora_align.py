@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import zlib
@@ -163,10 +162,7 @@ class Plan:
 
         kept, chunks = self._kept_groups(), list(self._chunks())
         found = kept.find(chunks) if kept is not None else itertools.repeat(None)
-        with (
-            tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar,
-            contextlib.nullcontext() if kept is None else contextlib.closing(kept),
-        ):
+        with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
             for pairs, group in zip(chunks, found, strict=False):
                 if group is None:
                     group = self._align(pairs, *common())

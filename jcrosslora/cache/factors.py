@@ -88,7 +88,7 @@ class FactorCache:
     def _keep(self, scope: str, names: Sequence[str], rank: int, svd: TruncatedSVD) -> None:
         arrays = {field: np.asarray(getattr(svd, field))[: len(names)] for field in _FIELDS}
         what = f"rank {rank}, {self._name}, {describe(names)}"
-        self._cache.save_soon(_KIND, _key(scope, names), what, arrays, {"modules": list(names)})
+        self._cache.save(_KIND, _key(scope, names), what, arrays, {"modules": list(names)})
 
 
 def describe(names: Sequence[str]) -> str:

@@ -148,7 +148,7 @@ class GroupCache:
         return TransportGroup(terms, agreement, pairs)  # type: ignore[arg-type]
 
     def keep(self, group: TransportGroup) -> None:
-        """Keep a group, beside the work that follows: see `Cache.save_soon`."""
+        """Keep a group."""
         arrays = {
             f"term{term}_{side}_{field}": getattr(linear, field)
             for term, maps in enumerate(group.terms)
@@ -157,11 +157,7 @@ class GroupCache:
         }
         arrays |= {field: getattr(group.agreement, field) for field in _AGREEMENT}
         what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
-        self._cache.save_soon("transport", self._group_key(group.pairs), what, arrays, {"terms": len(group.terms)})
-
-    def close(self) -> None:
-        """Wait until all is written."""
-        self._cache.flush()
+        self._cache.save("transport", self._group_key(group.pairs), what, arrays, {"terms": len(group.terms)})
 
     def _group_key(self, pairs: Sequence[Pair]) -> str:
         return digest_of(self._key, _stated(pairs), _MAP, _AGREEMENT)

@@ -8,7 +8,6 @@ because of what is on the disk: without a cache the work is the same, only slowe
 import importlib.metadata
 import logging
 import os
-import threading
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,17 +86,19 @@ class Cache:
         self.digests = FileDigests(self.root / "digests")
         self._folder = self.root / "arrays"
         self._writable = True
-        self._writer: threading.Thread | None = None
 
     def facts(self, kind: str, key: str) -> Mapping[str, Any] | None:
-        """The facts of an entry without reading its arrays; None if there is none."""
+        """The facts of an entry without reading its arrays, marked as used now as well; None if there is none."""
+        folder = self._folder / kind / key
         try:
-            return read_manifest(self._folder / kind / key, kind, key).facts
+            facts = read_manifest(folder, kind, key).facts
         except OSError:
             return None
         except Damaged as error:
             self._drop(kind, key, error)
             return None
+        _mark_used(folder)
+        return facts
 
     def load(self, kind: str, key: str) -> Loaded | None:
         """An entry, checked byte by byte, and marked as used now; None if there is none, or it was damaged."""
@@ -114,8 +115,7 @@ class Cache:
             if folder.is_dir():
                 self._drop(kind, key, error)
             return None
-        with suppress(OSError):
-            os.utime(folder / MANIFEST)
+        _mark_used(folder)
         return Loaded(manifest.facts, arrays)
 
     def save(
@@ -143,20 +143,6 @@ class Cache:
             self._writable = False
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
             _LOG.warning("the cache %s cannot be written (%s); going on without it", self.root, reason)
-
-    def save_soon(
-        self, kind: str, key: str, what: str, arrays: Mapping[str, jax.Array | np.ndarray], facts: Mapping[str, Any]
-    ) -> None:
-        """As `save`, beside the work that follows, one entry at a time; `flush` has to be called in the end."""
-        self.flush()
-        self._writer = threading.Thread(target=self.save, args=(kind, key, what, arrays, facts))
-        self._writer.start()
-
-    def flush(self) -> None:
-        """Wait until the last entry is written."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
 
     def keys(self, kind: str, prefix: str = "") -> list[str]:
         """Keys of the entries of a kind that begin with `prefix`, sorted."""
@@ -245,6 +231,11 @@ def open_cache() -> Cache | None:
     """
     root, limit = cache_root(), cache_limit()
     return None if root is None or limit == 0 else Cache(root, limit=limit)
+
+
+def _mark_used(folder: Path) -> None:
+    with suppress(OSError):  # in a folder of another user, say
+        os.utime(folder / MANIFEST)
 
 
 def _version() -> str:
