@@ -1,6 +1,7 @@
 """What the entries are found by: digests of everything that their content follows from, and of no name."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -44,11 +45,16 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
 
 
 def numerics_key() -> str:
-    """Of what decides the last digits: the machine's kind, its devices, JAX's version and settings, the procedure."""
+    """Of what decides the last digits: the kind and number of devices, JAX's settings, versions, and the procedure.
+
+    Processors of different makes are one kind to JAX: what one has left for another differs by rounding.
+    """
     devices = jax.local_devices()
+    # LAPACK comes from scipy.
+    versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
-    kind = [jax.default_backend(), devices[0].device_kind, len(devices), jax.__version__]
-    return digest_of(PROCEDURE, kind, settings)
+    kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
+    return digest_of(PROCEDURE, versions, kind, settings)
 
 
 def weights_key(base: BaseModel, digests: FileDigests) -> str:
