@@ -6,9 +6,12 @@ from jcrosslora.adapter import Adapter as Adapter
 from jcrosslora.adapter import LoRAFactors as LoRAFactors
 from jcrosslora.adapter import check_engines as check_engines
 from jcrosslora.adapter import load_adapter as load_adapter
+from jcrosslora.cache import Cache as Cache
+from jcrosslora.cache import open_cache as open_cache
 from jcrosslora.checkpoint import BaseModel as BaseModel
 from jcrosslora.checkpoint import open_base as open_base
 from jcrosslora.errors import AdapterError as AdapterError
+from jcrosslora.errors import CacheError as CacheError
 from jcrosslora.errors import CheckpointError as CheckpointError
 from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
 from jcrosslora.errors import MethodError as MethodError

@@ -15,6 +15,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import tyro
 from rich.console import Console
 
+from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
@@ -195,6 +196,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "batch": Batch,
     "methods": Methods,
+    "cache": CacheCommand,
     "demo": Demo,
 }
 

@@ -29,6 +29,10 @@ class OutputError(JCrossLoRAError):
     """A result cannot be written: the place exists, cannot be written to, or is full."""
 
 
+class CacheError(JCrossLoRAError):
+    """The cache was asked for by name and is damaged, or cannot be changed. A transfer goes on without it instead."""
+
+
 class UsageError(JCrossLoRAError):
     """A setting has a value that makes no sense."""
 

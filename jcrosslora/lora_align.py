@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from jcrosslora.activations import batch_probes, stack_activations
 from jcrosslora.align_checks import check_rank, check_shapes, check_whitening, wanted_pairs
+from jcrosslora.cache import Cache, PairCache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.gather import load_stack, shared_vocabulary
@@ -28,6 +30,7 @@ from jcrosslora.pairing import SIMILAR, Depth, Pair, pair_modules
 from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
 
 if TYPE_CHECKING:
+    from jcrosslora.cache import FactorCache, GroupCache
     from jcrosslora.moments import CrossMoments
     from jcrosslora.probes import ProbeBatch, Probes
 
@@ -47,6 +50,7 @@ def align(
     sources: Collection[str] | None = None,
     probes: Probes | None = None,
     whitening: float = 0.0,
+    cache: Cache | None = None,
     progress: bool = False,
 ) -> Transport:
     """Find the maps that carry adapters of `source` over to `target` (LoRA-Align, arXiv 2508.05232, section 3).
@@ -62,6 +66,8 @@ def align(
         sources: align only what these source modules feed (those an adapter has); None is all.
         probes: text for the methods that run both bases; None lets the source base write it.
         whitening: exponent of theseus' partial whitening, 0 to 0.5; above 0 it takes three times the memory.
+        cache: where factors and transports are kept and looked for, such as `jcrosslora.open_cache()`; None computes
+            all and keeps nothing. The numbers are the same.
         progress: whether to show a progress bar.
 
     Returns:
@@ -89,6 +95,7 @@ def align(
         sources=sources,
         probes=probes,
         whitening=whitening,
+        cache=cache,
     )
     return plan.transport(tuple(plan.groups(progress=progress)))
 
@@ -113,6 +120,7 @@ class Plan:
         sources: Collection[str] | None = None,
         probes: Probes | None = None,
         whitening: float = 0.0,
+        cache: Cache | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
         # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
@@ -124,11 +132,13 @@ class Plan:
         self.rank = check_rank(rank, source, target, self._pairs)
         self.probes = probes
         self.whitening = check_whitening(whitening, self.method)
-        self._vocabulary, self._no_vocabulary = None, "not needed"
-        if self.method.anchored or self.method.embeddings:
-            self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
-        if self.method.embeddings:
-            self._vocabulary = _with_stream(self.method, self._vocabulary, self._no_vocabulary)
+        kept = self.method.cuts or self.method.activations or self.method.embeddings or self._depth == SIMILAR
+        self._kept = PairCache(cache, source, target) if cache is not None and kept else None
+        self._tokens, self._no_vocabulary = self._count_tokens()
+        if self.method.embeddings and not self._tokens:
+            reason = self._no_vocabulary
+            msg = f"method {method} needs tokens that both bases have: {reason}; use another method"
+            raise MethodError(msg)
 
     @property
     def runs_bases(self) -> bool:
@@ -142,13 +152,23 @@ class Plan:
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
         """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        batches = self._batches(progress) if self.reads_probes else []
         if self._depth == SIMILAR:
-            self._pair_similar(progress)
-        moments = self._moments(progress) if self.method.activations else None
-        heads = self._heads()
+            self._pair_similar(batches, progress)
+
+        @lru_cache  # for all groups that are not kept, when the first of them is met
+        def common() -> tuple[CrossMoments | None, dict[str, HeadMatch]]:
+            return self._moments(batches, progress) if self.method.activations else None, self._heads()
+
+        kept, chunks = self._kept_groups(), list(self.chunks())
+        found = kept.find(chunks) if kept is not None else itertools.repeat(None)
         with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
-            for pairs in self.chunks():
-                yield self._align(pairs, moments, heads)
+            for pairs, group in zip(chunks, found, strict=False):
+                if group is None:
+                    group = self._align(pairs, *common())
+                    if kept is not None:
+                        kept.keep(group)
+                yield group
                 bar.update(len(pairs))
 
     def transport(self, groups: tuple[TransportGroup, ...]) -> Transport:
@@ -165,8 +185,7 @@ class Plan:
     @property
     def recipe(self) -> AlignRecipe:
         """The settings, with defaults and outcomes filled in."""
-        signs = "not needed" if not self.method.anchored else "rule" if self._vocabulary is None else "vocabulary"
-        tokens = 0 if self._vocabulary is None else self._vocabulary.count
+        signs = "not needed" if not self.method.anchored else "vocabulary" if self._tokens else "rule"
         probes = self.probes if self.runs_bases else None
         return AlignRecipe(
             method=self.method.name,
@@ -174,7 +193,7 @@ class Plan:
             depth=self._depth,
             seed=self.seed,
             signs=signs,
-            shared_tokens=tokens,
+            shared_tokens=self._tokens,
             probes="none" if probes is None else probes.describe(),
             probe_text=None if probes is None else probes.path,
             probe_count=len(probes.texts) if probes is not None and probes.path is None else None,
@@ -185,7 +204,7 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know before looking at any number."""
         found = []
-        if self.method.anchored and self._vocabulary is None:
+        if self.method.anchored and not self._tokens:
             found.append(
                 f"the signs of the singular vectors are not anchored ({self._no_vocabulary}); they follow a rule that "
                 "depends on the basis, so the moved update is one of many equally valid ones"
@@ -211,11 +230,50 @@ class Plan:
             for part in np.array_split(np.arange(len(pairs)), parts):
                 yield tuple(pairs[i] for i in part)
 
-    def _pair_similar(self, progress: bool) -> None:
+    def _count_tokens(self) -> tuple[int, str]:
+        """How many tokens both bases have, as far as the method asks for it; or 0 and why."""
+        if not (self.method.anchored or self.method.embeddings):
+            return 0, "not needed"
+        count = None if self._kept is None else self._kept.shared_tokens()
+        if count is not None:
+            return count, ""
+        vocabulary, reason = self._shared
+        return (0, reason) if vocabulary is None else (vocabulary.count, "")
+
+    @cached_property
+    def _shared(self) -> tuple[Vocabulary | None, str]:
+        found = None if self._kept is None else self._kept.vocabulary()
+        if found is not None:
+            return found, ""
+        vocabulary, reason = shared_vocabulary(self.source, self.target)
+        if self._kept is not None and vocabulary is not None:
+            self._kept.keep_vocabulary(vocabulary)
+        return vocabulary, reason
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """What both bases have in common, with the map of the stream where the method asks for it."""
+        vocabulary = self._shared[0] if self._tokens else None
+        if vocabulary is None or not self.method.embeddings:
+            return vocabulary
+        return dataclasses.replace(vocabulary, stream=embedding_map(vocabulary))
+
+    def _kept_groups(self) -> GroupCache | None:
+        """Where this transport's groups are kept; nowhere for maps that are made faster than they are read."""
+        if self._kept is None or not (self.method.cuts or self.method.activations or self.method.embeddings):
+            return None
+        probes = self.probes.digest() if self.method.activations and self.probes is not None else None
+        return self._kept.transport(self.method, self.rank, self.seed, self.whitening, probes, self._pairs)
+
+    def _pair_similar(self, batches: list[ProbeBatch], progress: bool) -> None:
         """Replace the pairing by that of the layers that are alike."""
         from jcrosslora.depth import layer_similarity, ordered_layers
 
-        layers = ordered_layers(layer_similarity(self.source, self.target, self._batches(progress), progress=progress))
+        def find() -> Sequence[int | None]:
+            return ordered_layers(layer_similarity(self.source, self.target, batches, progress=progress))
+
+        assert self.probes is not None
+        layers = find() if self._kept is None else self._kept.layers(self.probes.digest(), find)
         pairing = pair_modules(self.source.modules, self.target.modules, layers)
         self.pairing = dataclasses.replace(pairing, depth_map=SIMILAR)
         self._pairs = wanted_pairs(self.pairing, self._sources)
@@ -224,10 +282,10 @@ class Plan:
         self.probes, batches = batch_probes(self.source, self.target, self.probes, seed=self.seed, progress=progress)
         return batches
 
-    def _moments(self, progress: bool) -> CrossMoments:
+    def _moments(self, batches: list[ProbeBatch], progress: bool) -> CrossMoments:
         from jcrosslora.moments import cross_moments
 
-        batches, roles = self._batches(progress), {pair.role for pair in self._pairs}
+        roles = {pair.role for pair in self._pairs}
         layers, grams = self.pairing.layers, self.whitening > 0
         return cross_moments(self.source, self.target, batches, layers, roles, grams=grams, progress=progress)
 
@@ -241,8 +299,9 @@ class Plan:
     ) -> TransportGroup:
         shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
         rank = min(self.rank, *shapes[0], *shapes[1])
-        src = self._side(self.source, [pair.source for pair in pairs], rank)
-        tgt = self._side(self.target, [pair.target for pair in pairs], rank)
+        factors = (None, None) if self._kept is None else (self._kept.source, self._kept.target)
+        src = self._side(self.source, [pair.source for pair in pairs], rank, factors[0])
+        tgt = self._side(self.target, [pair.target for pair in pairs], rank, factors[1])
         keys = _keys(self.seed, pairs, src.weight.shape[0])
         seen = None
         if moments is not None:
@@ -261,11 +320,15 @@ class Plan:
         # take the cores from each other (measured: 6 times slower).
         return jax.block_until_ready(TransportGroup(terms, agreement, pairs))
 
-    def _side(self, base: BaseModel, names: list[str], rank: int) -> Side:
+    def _side(self, base: BaseModel, names: list[str], rank: int, factors: FactorCache | None) -> Side:
         stack = load_stack(base, names)
         gains = [base.residual_gain(name) for name in names]
         gains += gains[-1:] * (stack.shape[0] - len(names))
-        svd = decompose(stack, rank, vectors=self.method.vectors)[0] if self.method.decomposes else None
+        svd, vectors = None, self.method.vectors
+        if self.method.decomposes and factors is None:
+            svd = decompose(stack, rank, vectors=vectors)[0]
+        elif self.method.decomposes and factors is not None:
+            svd = factors.decompose(names, rank, vectors=vectors, stack=stack, load=partial(load_stack, base))
         return Side(stack, spread(np.stack(gains)), svd)
 
 
@@ -277,13 +340,6 @@ def _fit_stack(evidence: Evidence, method: Method, mesh: Mesh | None) -> tuple[F
         return fit, measure(evidence, fit, by_coordinates=method.measure == "weight cosine")
 
     return over_layers(one, mesh, dataclasses.replace(evidence, vocabulary=None), evidence.vocabulary)
-
-
-def _with_stream(method: Method, vocabulary: Vocabulary | None, reason: str) -> Vocabulary:
-    if vocabulary is None:
-        msg = f"method {method.name} needs tokens that both bases have: {reason}; use another method"
-        raise MethodError(msg)
-    return dataclasses.replace(vocabulary, stream=embedding_map(vocabulary))
 
 
 def _reads(pair: Pair) -> bool:

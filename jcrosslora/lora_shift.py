@@ -207,11 +207,12 @@ def _shift_stack(
     """Of L pairs and N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
     b = b * scale[:, :, None, None]
 
-    def one(item: tuple[Terms, jax.Array, jax.Array], _: None) -> _Shifted:
+    def one(item: tuple[Terms, jax.Array, jax.Array], _: None = None) -> _Shifted:
         terms, a, b = item
         return jax.vmap(lambda a, b: _shift_one(terms, a, b, keep_norm, out_rank))(a, b)
 
-    return over_layers(one, None, (terms, a, b))
+    # Products alone may be batched on every device, which takes half the time to compile.
+    return jax.vmap(one)((terms, a, b)) if out_rank is None else over_layers(one, None, (terms, a, b))
 
 
 def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

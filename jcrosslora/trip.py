@@ -12,6 +12,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile
+from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.files import ensure_free
@@ -83,6 +84,8 @@ class TransferSettings:
     """What to write as the adapter's base model, where the target's own name is not the one wanted."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
+    cache: bool = True
+    """Keep factors and transports in the user's cache folder, and look for them there. The result is the same."""
 
 
 def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdapter:
@@ -102,8 +105,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     ensure_free(Path(settings.out), settings.overwrite)
     depth = parse_depth(settings.depth)
     adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
-    source = open_base(settings.source, revision=settings.source_revision)
-    target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    source, target, cache = open_both(settings)
     choice = choose_method(source, target) if settings.method == AUTO else None
     method = get_method(settings.method if choice is None else choice.method)
     mover = Shifter(
@@ -122,6 +124,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         seed=settings.seed,
         sources=mover.adapter.modules.keys(),
         whitening=settings.whitening,
+        cache=cache,
     )
     # After all else has been checked: writing texts takes a minute.
     plan.probes = probes_of(settings, source, plan, progress)
@@ -147,6 +150,17 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
     save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
     return moved
+
+
+def open_both(settings: TransferSettings) -> tuple[BaseModel, BaseModel, Cache | None]:
+    """The bases of a transfer, and the cache if it is to take part; with one, digests known to it are not made anew."""
+    source = open_base(settings.source, revision=settings.source_revision)
+    target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    cache = open_cache() if settings.cache else None
+    if cache is not None:
+        for base in (source, target):
+            base.digest(cache.digests)
+    return source, target, cache
 
 
 def with_account(

@@ -1,7 +1,7 @@
 """Peak resident memory and time of the whole trip, measured from outside: one fresh process for each pair of bases.
 
-Texts that were written and kept by an earlier run are not written again: set JCROSSLORA_CACHE to a new folder to
-measure the writing as well. The CPU time is that of all cores; on a busy machine it says more than the seconds.
+What an earlier run has kept (factors, transports, texts) is not made again: set JCROSSLORA_CACHE to a new folder to
+measure the making as well. The CPU time is that of all cores; on a busy machine it says more than the seconds.
 
     python tools/measure_memory.py ADAPTER SOURCE TARGET [--method cross-lora] [--limit 2.0]
 

@@ -15,7 +15,7 @@ from jcrosslora.errors import OutputError
 
 FOLDER = ".batch"
 # What does not change the numbers: where things are, and what is checked afterwards but for the report.
-_NO_PART = ("adapter", "source", "target", "out", "overwrite")
+_NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache")
 
 
 class Ledger:

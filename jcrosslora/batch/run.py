@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -14,7 +14,8 @@ from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
-from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.cache import Cache
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, choose_method
@@ -23,8 +24,8 @@ from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.report.verdict import verdict
-from jcrosslora.transport import BaseInfo, TransportGroup, describe_base
-from jcrosslora.trip import AUTO, probes_of, save_adapter, transfer, with_account
+from jcrosslora.transport import BaseInfo, describe_base
+from jcrosslora.trip import AUTO, open_both, probes_of, save_adapter, transfer, with_account
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -99,8 +100,7 @@ class _Run:
 
     def _do(self, unit: Unit) -> None:
         settings = unit.settings
-        source = open_base(settings.source, revision=settings.source_revision)
-        target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+        source, target, cache = open_both(settings)
         choice = choose_method(source, target) if settings.method == AUTO else None
         method = get_method(settings.method if choice is None else choice.method)
         info, digest = describe_base(source), target.digest()
@@ -110,7 +110,9 @@ class _Run:
             for item in loaded:
                 self._alone(item)
         elif not all(map(self._kept, loaded)):
-            self._together(loaded, _align(unit, source, target, method.name, loaded), source, target, choice)
+            self._together(
+                loaded, _align(unit, source, target, cache, method.name, loaded), source, target, cache, choice
+            )
         for item in loaded:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
                 self._close(item.job, "kept")
@@ -144,21 +146,27 @@ class _Run:
             self._close(item.job, "done", verdict(moved.report).text)
 
     def _together(
-        self, loaded: Sequence[_Loaded], plan: Plan, source: BaseModel, target: BaseModel, choice: Choice | None
+        self,
+        loaded: Sequence[_Loaded],
+        plan: Plan,
+        source: BaseModel,
+        target: BaseModel,
+        choice: Choice | None,
+        *,
+        hold: bool,
     ) -> None:
         # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(loaded) if not all(map(self._kept, chunk))]
         plan.probes = probes_of(loaded[0].job.settings, source, plan, self._progress)
-        groups: Iterable[TransportGroup] = plan.groups(progress=self._progress)
-        if len(chunks) > 1:
-            groups = tuple(groups)
+        # Without a cache the groups of several chunks have to stay in memory.
+        held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
         for chunk in chunks:
             adapters = [load_adapter(item.job.settings.adapter) for item in chunk]
             movers = [
                 _shifter(item.job, one, info, plan.method.name) for item, one in zip(chunk, adapters, strict=True)
             ]
-            for group in groups:
+            for group in plan.groups(progress=self._progress) if held is None else held:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
@@ -198,7 +206,9 @@ class _Run:
         self._bar.update()
 
 
-def _align(unit: Unit, source: BaseModel, target: BaseModel, method: str, loaded: Sequence[_Loaded]) -> Plan:
+def _align(
+    unit: Unit, source: BaseModel, target: BaseModel, cache: Cache | None, method: str, loaded: Sequence[_Loaded]
+) -> Plan:
     settings = unit.settings
     return Plan(
         source,
@@ -209,6 +219,7 @@ def _align(unit: Unit, source: BaseModel, target: BaseModel, method: str, loaded
         seed=settings.seed,
         sources={name for item in loaded for name in item.sources},
         whitening=settings.whitening,
+        cache=cache,
     )
 
 

@@ -13,7 +13,7 @@ from jcrosslora.trip import TransferSettings
 # What decides the maps between two bases; everything else is of one adapter alone.
 _ALIGNING = (
     *("source", "target", "source_revision", "target_revision", "target_name"),
-    *("method", "rank", "depth", "seed", "probe_text", "probe_count", "whitening"),
+    *("method", "rank", "depth", "seed", "probe_text", "probe_count", "whitening", "cache"),
 )
 
 

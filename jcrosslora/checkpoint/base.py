@@ -1,11 +1,11 @@
 """A base model: its modules, its tensors on demand, its vocabulary and its identity."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,14 @@ from jcrosslora.checkpoint.layout import Module
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.errors import CheckpointError
+
+
+class Digests(Protocol):
+    """Whoever remembers the digests of files."""
+
+    def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
+        """Hex digests of files: those remembered, or else what `compute` reads."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,20 +129,22 @@ class BaseModel:
         own = getattr(self.store, "vocabulary", None)
         return own() if own is not None else read_tokenizer(self.path, self.dims.vocab)
 
-    def digest(self) -> str:
+    def digest(self, digests: Digests | None = None) -> str:
         """Identity of the weights: "sha256:" and a hex digest.
 
-        Of one file its SHA-256; of several the SHA-256 of their hex digests, one a line, in index order.
-        """
-        return self._digest
+        Of one file its SHA-256; of several the SHA-256 of their hex digests, one a line, in index order. The files are
+        read at the first call alone.
 
-    @cached_property
-    def _digest(self) -> str:
-        parts = self.store.sha256s()
-        if len(parts) == 1:
-            return f"sha256:{parts[0]}"
-        joined = "\n".join(parts).encode()
-        return f"sha256:{hashlib.sha256(joined).hexdigest()}"
+        Args:
+            digests: remembers digests of files between runs, so that these need not be read; None reads them.
+        """
+        if "_digest" not in self.__dict__:
+            read = self.store.sha256s
+            parts = read() if digests is None else digests.sha256s(self.store.files, read)
+            joined = "\n".join(parts).encode()
+            # As a cached property does, which takes no argument: the record is frozen, and this is none of its fields.
+            self.__dict__["_digest"] = parts[0] if len(parts) == 1 else hashlib.sha256(joined).hexdigest()
+        return f"sha256:{self.__dict__['_digest']}"
 
     def release(self) -> None:
         """Give the resident pages of the memory maps back to the system; arrays stay valid."""

@@ -47,6 +47,9 @@ class GGUFHeader:
     tensors: Mapping[str, TensorInfo]
 
 
+_LENGTH = struct.Struct("<Q")
+
+
 class _Cursor:
     """Reads the header in order; every length is checked before it is used."""
 
@@ -91,14 +94,33 @@ class _Cursor:
         if kind != _STRING:
             msg = f"{self.file.path}: metadata has an array of unsupported type {kind}: convert the model again"
             raise CheckpointError(msg)
-        return self.repeat(count, 8, self.string)
+        return self.strings(count)
+
+    def strings(self, count: int) -> list[str]:
+        """`count` strings as `string` reads them, in a loop without calls: a vocabulary has hundreds of thousands."""
+        self._ensure(count * _LENGTH.size)
+        buffer, size, unpack, found = self.file.buffer, self.file.size, _LENGTH.unpack_from, []
+        position = self.position
+        for _ in range(count):
+            start = position + _LENGTH.size
+            end = start + unpack(buffer, position)[0] if start <= size else start
+            if end > size:
+                self.position = position
+                self.take(end - position)  # which says that the file ends
+            found.append(buffer[start:end].decode("utf-8", "replace"))
+            position = end
+        self.position = position
+        return found
 
     def repeat(self, count: int, smallest: int, read: Callable[[], Any]) -> list[Any]:
         """`read` called `count` times; refused at once if so many items of `smallest` bytes cannot fit."""
-        start = self.position
-        self.take(count * smallest)
-        self.position = start
+        self._ensure(count * smallest)
         return [read() for _ in range(count)]
+
+    def _ensure(self, count: int) -> None:
+        start = self.position
+        self.take(count)
+        self.position = start
 
 
 def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFHeader:

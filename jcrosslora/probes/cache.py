@@ -1,12 +1,10 @@
 """Written texts on disk, found again by all that they were made from; without a place to write, nothing is kept.
 
-The folder is `probes` in $JCROSSLORA_CACHE, else in `jcrosslora` in $XDG_CACHE_HOME, else in ~/.cache/jcrosslora. It
-may be removed at any time. Processes may share it: a file appears whole, and one that is damaged counts as missing.
+The folder is `probes` in the user's cache, see `jcrosslora.cache.place.cache_root`. It may be removed at any time.
+Processes may share it: a file appears whole, and one that is damaged counts as missing.
 """
 
-import hashlib
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,12 +14,12 @@ import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.cache.keys import sha256, tokenizer_parts
+from jcrosslora.cache.place import cache_root
 from jcrosslora.checkpoint import BaseModel
 
 # The number of the procedure in `writing` and `start_words`: raise it with every change of what it writes.
 PROCEDURE = 1
-# What a tokenizer is read from, beside the weights (see `load_tokenizer`); a GGUF file holds its own.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
@@ -34,7 +32,7 @@ def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed
     # `default`: numpy's numbers, as integer settings, and whatever a foreign configuration holds.
     parts = [PROCEDURE, jax.default_backend(), base.digest(), dict(base.config), settings]
     stated = json.dumps(parts, sort_keys=True, default=str)
-    return _sha256(stated.encode(), *_tokenizer_parts(base), *_adapter_parts(adapter))
+    return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
 
 
 def find_texts(key: str) -> list[str] | None:
@@ -67,35 +65,19 @@ def keep_texts(key: str, texts: list[str]) -> None:
             work.unlink(missing_ok=True)
 
 
+def texts_folder() -> Path | None:
+    """Where written texts are kept, a file for each key; None for a user without home."""
+    root = cache_root()
+    return None if root is None else root / "probes"
+
+
 def _path(key: str) -> Path | None:
-    if own := os.environ.get("JCROSSLORA_CACHE"):
-        return Path(own) / "probes" / f"{key}.json"
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        return None
-    return folder / "jcrosslora" / "probes" / f"{key}.json"
+    folder = texts_folder()
+    return None if folder is None else folder / f"{key}.json"
 
 
 def _checksum(texts: object) -> str:
-    return _sha256(json.dumps(texts).encode())
-
-
-def _sha256(*parts: bytes) -> str:
-    # Each part with its length in front: no two lists of parts are the same bytes.
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little"))
-        whole.update(part)
-    return whole.hexdigest()
-
-
-def _tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    for name in _TOKENIZER_FILES:
-        path = base.path / name
-        # One that is there but cannot be read is an error of `load_tokenizer`, which says so.
-        with suppress(OSError):
-            yield from (name.encode(), path.read_bytes())
+    return sha256(json.dumps(texts).encode())
 
 
 def _adapter_parts(adapter: Adapter | None) -> Iterator[bytes]:

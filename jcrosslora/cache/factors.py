@@ -1,0 +1,105 @@
+"""The singular factors of a base's modules, shared by all pairs that the base takes part in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jcrosslora.cache.keys import digest_of, numerics_key
+from jcrosslora.cache.store import Cache
+from jcrosslora.linalg import TruncatedSVD, decompose, spread
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(TruncatedSVD))
+_KIND = "factors"
+# Hex digits of the two halves of a key: what was decomposed and how, and of which modules.
+_DIGITS = 32
+
+
+class FactorCache:
+    """Decomposes modules, or reads what was decomposed before, for this pair or for another.
+
+    An entry holds the modules of one stack. It is found by its first half, whatever the stack; `decompose` treats
+    every matrix on its own, so a module's factors are the same in any stack on a CPU, and to within rounding where
+    an accelerator works on all matrices at once.
+    """
+
+    def __init__(self, cache: Cache, name: str, weights: str):
+        """Look after one base.
+
+        Args:
+            cache: the store.
+            name: of the base, for people.
+            weights: from `weights_key`.
+        """
+        self._cache, self._name, self._weights = cache, name, weights
+
+    def decompose(
+        self,
+        names: Sequence[str],
+        rank: int,
+        *,
+        vectors: bool,
+        stack: jax.Array,
+        load: Callable[[Sequence[str]], jax.Array],
+    ) -> TruncatedSVD:
+        """The truncated SVDs of modules of equal shape.
+
+        Args:
+            names: of the L modules.
+            rank: R.
+            vectors: whether single vectors matter.
+            stack: (L', O, I), their weights as from `load_stack`.
+            load: gives the stack of some of them.
+
+        Returns:
+            The decomposition with a leading axis L' on every field, as `decompose` would give it.
+        """
+        scope = digest_of(self._weights, rank, vectors, numerics_key(), _FIELDS)[:_DIGITS]
+        found = self._find(scope, names)
+        missing = [name for name in names if name not in found]
+        if len(missing) == len(names):
+            svd = decompose(stack, rank, vectors=vectors)[0]
+            self._keep(scope, names, rank, svd)
+            return svd
+        if missing:
+            fresh = decompose(load(missing), rank, vectors=vectors)[0]
+            self._keep(scope, missing, rank, fresh)
+            found |= _rows(missing, {field: np.asarray(getattr(fresh, field)) for field in _FIELDS})
+        rows = [found[name] for name in names]
+        rows += rows[-1:] * (stack.shape[0] - len(names))
+        return TruncatedSVD(*(spread(np.stack([row[field] for row in rows])) for field in _FIELDS))
+
+    def _find(self, scope: str, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        own = _key(scope, names)
+        found: dict[str, dict[str, np.ndarray]] = {}
+        # That of the same stack first: no other is read then.
+        for key in [own, *(key for key in self._cache.keys(_KIND, scope) if key != own)]:
+            facts = self._cache.facts(_KIND, key)
+            if facts is not None and set(facts["modules"]) & (set(names) - found.keys()):
+                loaded = self._cache.load(_KIND, key)
+                if loaded is not None:
+                    rows = _rows(facts["modules"], loaded.arrays)
+                    found |= {name: rows[name] for name in names if name in rows and name not in found}
+            if len(found) == len(names):
+                break
+        return found
+
+    def _keep(self, scope: str, names: Sequence[str], rank: int, svd: TruncatedSVD) -> None:
+        arrays = {field: np.asarray(getattr(svd, field))[: len(names)] for field in _FIELDS}
+        what = f"rank {rank}, {self._name}, {describe(names)}"
+        self._cache.save(_KIND, _key(scope, names), what, arrays, {"modules": list(names)})
+
+
+def describe(names: Sequence[str]) -> str:
+    """Modules in a few words: how many, of which roles."""
+    roles = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    return f"{len(names)} x {' '.join(roles)}"
+
+
+def _key(scope: str, names: Sequence[str]) -> str:
+    return f"{scope}-{digest_of(list(names))[:_DIGITS]}"
+
+
+def _rows(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    return {name: {field: arrays[field][row] for field in _FIELDS} for row, name in enumerate(names)}

@@ -1,0 +1,132 @@
+"""What an entry is and what its files must be: written beside them, and compared with them on every read."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+_LARGEST = 1 << 24  # bytes of a manifest; one is a few thousand
+
+
+class Damaged(Exception):
+    """An entry is not what its manifest says; the text says how."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of an entry.
+
+    Attributes:
+        kind: "factors", "transport", ...
+        key: the entry's name: a digest of all that its content follows from.
+        what: one line for people.
+        facts: values that belong to the arrays; JSON.
+        arrays: name -> (dtype, shape).
+        files: path within the entry -> (bytes, SHA-256).
+        version: of the package that wrote it.
+        format: of this record.
+    """
+
+    kind: str
+    key: str
+    what: str
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]]
+    files: Mapping[str, tuple[int, str]]
+    version: str
+    format: int = FORMAT
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files, without the manifest."""
+        return sum(size for size, _ in self.files.values())
+
+    def write(self, folder: Path) -> None:
+        """Put the record into the entry's folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        (folder / MANIFEST).write_bytes(_encode(asdict(self)))
+
+
+def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
+    """The record of the entry in a folder; its files are not looked at.
+
+    Raises:
+        FileNotFoundError: there is no entry.
+        OSError: it cannot be read just now.
+        Damaged: it is not what was written, or belongs to another entry.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            content = file.read(_LARGEST)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        msg = "its manifest is missing"
+        raise Damaged(msg) from None
+    try:
+        record = json.loads(content)
+        whole = content == _encode({name: value for name, value in record.items() if name != "sha256"})
+        arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in record["arrays"].items()}
+        files = {path: (size, digest) for path, (size, digest) in record["files"].items()}
+        fields = {name: record[name] for name in ("kind", "key", "what", "facts", "version", "format")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole, arrays, files, fields = False, {}, {}, {}
+    if not whole:
+        msg = "its manifest is not what was written"
+        raise Damaged(msg)
+    if (fields["kind"], fields["key"], fields["format"]) != (kind, key, FORMAT):
+        msg = "its manifest is that of another entry"
+        raise Damaged(msg)
+    return Manifest(arrays=arrays, files=files, **fields)
+
+
+def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256) of every file of an entry but the manifest, by path within it, in sorted order.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
+    # hashlib lets other threads run meanwhile.
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(_measure, paths))
+    return {path.relative_to(folder).as_posix(): item for path, item in zip(paths, found, strict=True)}
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every byte of an entry with its manifest.
+
+    Raises:
+        OSError: a file cannot be read just now, or the entry is being removed.
+        Damaged: a file is missing, too many, or not what was written.
+    """
+    found = measure_files(folder)
+    for path in sorted(found.keys() | manifest.files.keys()):
+        if found.get(path) != manifest.files.get(path):
+            state = "missing" if path not in found else "too many" if path not in manifest.files else "damaged"
+            msg = f"its file {path} is {state}"
+            raise Damaged(msg)
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def _encode(record: Mapping[str, Any]) -> bytes:
+    """The bytes of a record: one way only, so that any other byte shows; closed by the digest of the rest."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**record, "sha256": digest}, sort_keys=True, indent=1).encode()

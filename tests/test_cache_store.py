@@ -1,0 +1,283 @@
+"""The store on its own: entries whole or not at all, damage found, bytes bounded, processes side by side."""
+
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jcrosslora as jcl
+from jcrosslora.cache import Cache
+from jcrosslora.cache.place import cache_limit
+from jcrosslora.cache.work import sweep, work_folder
+
+ROOT = Path(jcl.__file__).parents[1]
+
+
+def content(seed=0, rows=6):
+    rng = np.random.default_rng(seed)
+    return {
+        "left": rng.normal(size=(rows, 40)).astype(np.float32),
+        "index": np.arange(7, dtype=np.int32),
+        "empty": np.zeros((3, 0), np.float32),
+    }
+
+
+def keep(cache, key="ab", seed=0, kind="transport"):
+    cache.save(kind, key, "a test", content(seed), {"terms": seed})
+
+
+def holds(cache, key="ab", seed=0, kind="transport"):
+    loaded = cache.load(kind, key)
+    if loaded is None:
+        return False
+    assert loaded.facts == {"terms": seed}
+    assert loaded.arrays.keys() == content().keys()
+    for name, array in content(seed).items():
+        assert loaded.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(loaded.arrays[name], array)
+    return True
+
+
+def files_of(cache, key="ab", kind="transport"):
+    folder = cache.root / "arrays" / kind / key
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache", limit=10**8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A cache with one entry, to be copied."""
+    cache = Cache(tmp_path_factory.mktemp("whole"), limit=10**8)
+    keep(cache)
+    return cache
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    shutil.copytree(whole.root, tmp_path / "copy")
+    return Cache(tmp_path / "copy", limit=10**8)
+
+
+def test_what_is_kept_is_found_and_nothing_else(cache):
+    assert cache.load("transport", "ab") is None
+    assert cache.facts("transport", "ab") is None
+    assert not cache.root.exists()
+    keep(cache)
+    assert holds(cache)
+    assert cache.facts("transport", "ab") == {"terms": 0}
+    assert cache.load("factors", "ab") is None
+    assert cache.keys("transport") == ["ab"]
+    (entry,) = cache.entries()
+    assert cache.verify(entry) is None
+    assert entry.size == sum(path.stat().st_size for path in files_of(cache) if path.name != "manifest.json")
+    assert list((cache.root / "arrays" / ".work").iterdir()) == []
+
+
+def test_facts_alone_need_no_arrays(cache):
+    cache.save("depth", "cd", "layers", {}, {"layers": [0, None]})
+    loaded = cache.load("depth", "cd")
+    assert loaded is not None
+    assert (loaded.facts, loaded.arrays) == ({"layers": [0, None]}, {})
+
+
+def test_the_first_of_two_writers_wins(cache):
+    keep(cache, seed=0)
+    keep(cache, seed=1)
+    assert holds(cache, seed=0)
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "extend", "remove", "empty"])
+def test_any_change_of_any_file_is_detected_and_the_entry_made_anew(copied, change, caplog):
+    rng = random.Random(change)
+    for number in range(len(files_of(copied))):
+        path = files_of(copied)[number]
+        data = bytearray(path.read_bytes())
+        if change == "remove" or (change in ("flip", "cut", "empty") and not data):
+            path.unlink()
+        elif change == "flip":
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+        else:
+            path.write_bytes({"cut": data[:-1], "extend": data + b"\0", "empty": b""}[change])
+        (entry,) = copied.entries()
+        assert copied.verify(entry) is not None, path
+        assert copied.load("transport", "ab") is None, path
+        assert copied.keys("transport") == [], path
+        keep(copied)
+        assert holds(copied)
+    assert "damaged and will be made anew" in caplog.text
+
+
+def test_every_flipped_byte_of_a_manifest_is_detected(copied):
+    (entry,) = copied.entries()
+    path = entry.path / "manifest.json"
+    data = path.read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        assert copied.verify(entry) is not None, place
+    path.write_bytes(data)
+    assert copied.verify(entry) is None
+
+
+def test_an_entry_of_another_key_and_a_file_too_many_are_refused(copied):
+    folder = copied.root / "arrays" / "transport"
+    shutil.copytree(folder / "ab", folder / "cd")
+    assert copied.load("transport", "cd") is None
+    (folder / "ab" / "arrays" / "more").write_text("x")
+    assert copied.load("transport", "ab") is None
+    assert copied.keys("transport") == []
+
+
+def test_a_folder_without_manifest_is_listed_and_removed(copied):
+    (copied.root / "arrays" / "transport" / "ab" / "manifest.json").unlink()
+    (entry,) = copied.entries()
+    assert "manifest is missing" in entry.what
+    assert copied.facts("transport", "ab") is None
+    assert copied.entries() == []
+
+
+def test_the_longest_unused_go_first(cache):
+    for number, key in enumerate(["aa", "bb", "cc"]):
+        keep(cache, key, number)
+        manifest = cache.root / "arrays" / "transport" / key / "manifest.json"
+        os.utime(manifest, (1000 + number, 1000 + number))
+    assert holds(cache, "aa", 0)  # used now, so bb is the oldest
+    size = max(entry.size for entry in cache.entries())
+    cache.limit = 3 * size + size // 2
+    keep(cache, "dd", 3)
+    assert cache.keys("transport") == ["aa", "cc", "dd"]
+    cache.limit = size + size // 2
+    keep(cache, "ee", 4)
+    assert cache.keys("transport") == ["ee"]
+
+
+def test_what_is_larger_than_the_bound_is_not_kept(tmp_path):
+    cache = Cache(tmp_path, limit=100)
+    keep(cache)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eviction_under_a_reader_means_missing(copied, monkeypatch):
+    (entry,) = copied.entries()
+
+    def gone(folder, shapes):
+        copied.remove(entry)
+        return read(folder, shapes)
+
+    from jcrosslora.cache import store
+
+    read = store.read_arrays
+    monkeypatch.setattr(store, "read_arrays", gone)
+    assert copied.load("transport", "ab") is None
+
+
+def test_an_unwritable_place_costs_one_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    cache = Cache(tmp_path / "file", limit=10**8)
+    keep(cache)
+    keep(cache, "cd")
+    assert cache.load("transport", "ab") is None
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "going on without it" in caplog.text
+
+
+def test_a_full_disk_costs_one_warning_and_leaves_nothing(cache, caplog):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Files of more than this are refused by the system, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        cache.save("transport", "ab", "large", content(rows=4000), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "going on without it" in caplog.text
+    assert cache.entries() == []
+    assert list((cache.root / "arrays" / ".work").iterdir()) == []
+
+
+def test_leftovers_of_dead_writers_go_and_live_ones_stay(tmp_path):
+    left = tmp_path / "left"
+    (left / "entry").mkdir(parents=True)
+    os.utime(left, (1000, 1000))
+    with work_folder(tmp_path) as live:
+        os.utime(live, (1000, 1000))
+        (tmp_path / "young").mkdir()
+        sweep(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([live.name, "young"])
+
+
+@pytest.mark.parametrize(("stated", "size"), [("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), ("7", 7), ("0", 0)])
+def test_the_bound_is_read_from_the_environment(monkeypatch, stated, size):
+    monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
+    assert cache_limit() == size
+    assert (jcl.open_cache() is None) == (size == 0)
+
+
+def test_a_bound_that_makes_no_sense_is_an_error(monkeypatch):
+    monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", "much")
+    with pytest.raises(jcl.UsageError, match=r"'much', wanted a number of bytes"):
+        jcl.open_cache()
+
+
+WRITER = """
+import sys
+import numpy as np
+from jcrosslora.cache import Cache
+cache = Cache(sys.argv[1], limit=int(sys.argv[2]))
+print("ready", flush=True)
+for number in range(int(sys.argv[3])):
+    key = f"{number % 3:02d}"
+    arrays = {"x": np.full((200, 100), number % 3, np.float32), "y": np.arange(5)}
+    cache.save("transport", key, "a test", arrays, {})
+    loaded = cache.load("transport", key)
+    if loaded is not None:
+        assert (loaded.arrays["x"] == number % 3).all()
+    if number % 4 == 3:
+        for entry in cache.entries():
+            cache.remove(entry)
+"""
+
+
+def start(cache, rounds, limit=10**8):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WRITER, str(cache.root), str(limit), str(rounds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_write_read_and_remove_the_same_entries(cache):
+    jobs = [start(cache, 24, limit=200_000) for _ in range(2)]
+    ends = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], ends
+    assert [error for _, error in ends if "damaged" in error or "cannot" in error] == []
+    assert all(cache.verify(entry) is None for entry in cache.entries())
+    assert list((cache.root / "arrays" / ".work").iterdir()) == []
+
+
+def test_a_writer_killed_at_any_point_leaves_a_store_that_works(cache):
+    rng = random.Random(0)
+    for _ in range(3):
+        job = start(cache, 10**6)
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.2, 1.2))
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        assert all(cache.verify(entry) is None for entry in cache.entries())
+    work = cache.root / "arrays" / ".work"
+    for folder in work.iterdir():
+        os.utime(folder, (1000, 1000))
+    keep(cache, "zz")
+    assert holds(cache, "zz")
+    assert list(work.iterdir()) == []
