@@ -20,7 +20,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.gather import load_stack, shared_vocabulary
 from jcrosslora.heads import head_counts, match_heads
-from jcrosslora.linalg import decompose, mesh_of, over_layers, spread
+from jcrosslora.linalg import decompose, describe_kernels, mesh_of, over_layers, spread
 from jcrosslora.methods import Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
 from jcrosslora.methods.lorasuite import embedding_map
@@ -124,6 +124,7 @@ class Plan:
         self.rank = check_rank(rank, source, target, self._pairs)
         self.probes = probes
         self.whitening = check_whitening(whitening, self.method)
+        self._svds: list[str] = []  # what each matrix was decomposed by, as the groups are made
         self._vocabulary, self._no_vocabulary = None, "not needed"
         if self.method.anchored or self.method.embeddings:
             self._vocabulary, self._no_vocabulary = shared_vocabulary(source, target)
@@ -142,6 +143,7 @@ class Plan:
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
         """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        self._svds = []
         if self._depth == SIMILAR:
             self._pair_similar(progress)
         moments = self._moments(progress) if self.method.activations else None
@@ -179,6 +181,7 @@ class Plan:
             probe_text=None if probes is None else probes.path,
             probe_count=len(probes.texts) if probes is not None and probes.path is None else None,
             whitening=self.whitening,
+            svd=describe_kernels(self._svds) if self.method.decomposes else "not needed",
         )
 
     @property
@@ -264,7 +267,10 @@ class Plan:
         stack = load_stack(base, names)
         gains = [base.residual_gain(name) for name in names]
         gains += gains[-1:] * (stack.shape[0] - len(names))
-        svd = decompose(stack, rank, vectors=self.method.vectors)[0] if self.method.decomposes else None
+        svd = None
+        if self.method.decomposes:
+            svd, kernels = decompose(stack, rank, vectors=self.method.vectors)
+            self._svds += kernels[: len(names)]
         return Side(stack, spread(np.stack(gains)), svd)
 
 

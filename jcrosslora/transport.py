@@ -62,6 +62,7 @@ class AlignRecipe:
         probe_text: the file that it was read from, if any.
         probe_count: how many texts the source base wrote, if it did.
         whitening: exponent of theseus' partial whitening, 0 for none.
+        svd: which kernels the SVDs of both bases are from, with the number of matrices; "not needed" without any.
     """
 
     method: str
@@ -74,6 +75,7 @@ class AlignRecipe:
     probe_text: str | None = None
     probe_count: int | None = None
     whitening: float = 0.0
+    svd: str = "not needed"
 
 
 @flax.struct.dataclass

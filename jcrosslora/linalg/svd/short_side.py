@@ -1,0 +1,68 @@
+"""The Gram matrix of a matrix's short side, and triplets of the matrix from its eigenvectors."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.linalg.dot import dot
+from jcrosslora.linalg.svd.record import TruncatedSVD, noise_level, truncate
+
+# From this many columns on, leaving out the lower triangle pays for the copies that it costs.
+_TRIANGLE_FROM = 1024
+_STRIPES = 4
+
+
+def upright(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W (O, I) or its transpose, whichever has no more columns than rows, over its largest entry; and that entry.
+
+    The common factor keeps squares inside float32's range.
+    """
+    size = jnp.maximum(jnp.max(jnp.abs(w)), jnp.finfo(w.dtype).tiny)
+    return (w if w.shape[0] >= w.shape[1] else w.T) / size, size
+
+
+def gram_matrix(tall: jax.Array) -> jax.Array:
+    """The Gram matrix T'T (M, M) of T (N, M); of a large one only the blocks from the diagonal on are multiplied."""
+    width = tall.shape[1]
+    if width < _TRIANGLE_FROM:
+        return dot(tall.T, tall)
+    edges = [width * i // _STRIPES for i in range(_STRIPES + 1)]
+    stripes = [
+        jnp.pad(dot(tall[:, start:stop].T, tall[:, start:]), ((0, 0), (start, 0)))
+        for start, stop in itertools.pairwise(edges)
+    ]
+    upper = jnp.triu(jnp.concatenate(stripes))
+    return upper + jnp.triu(upper, 1).T
+
+
+def from_eigenpairs(
+    w: jax.Array, eigenvalues: jax.Array, short: jax.Array, *, rank: int, vectors: bool, guard: int
+) -> TruncatedSVD:
+    """Triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `upright(w)`.
+
+    The long side is u = W v / s, so that W v = s u holds by construction; the residual of the other equation is taken
+    from W itself, and therefore sees the rounding of the Gram matrix and of its eigenvectors.
+
+    Args:
+        w: (O, I).
+        eigenvalues: (S,), ascending.
+        short: (M, S), orthonormal columns.
+        rank: R.
+        vectors: as in the kernels.
+        guard: as in the kernels.
+    """
+    tall, size = upright(w)
+    columns = min(rank + guard, *w.shape)
+    squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, ::-1][:, :columns]
+    s = jnp.sqrt(squares)
+    long = dot(tall, short) / jnp.where(s[:columns] > 0, s[:columns], 1)
+    residual = jnp.linalg.norm(dot(tall.T, long) - short * s[:columns], axis=0) / 2**0.5  # W v = s u holds
+    u, v = (long, short) if w.shape[0] >= w.shape[1] else (short, long)
+    total = jnp.sum(jnp.sum(tall**2, axis=0))
+    svd = truncate(u, s, v, residual, total, rank=rank, vectors=vectors)
+    # Squares below the noise are not told apart from zero here, though W itself may still hold them: then only W can
+    # answer. Not "<=", so that a NaN stays one.
+    lost = ~(squares[rank - 1] > noise_level(w.shape) * squares[0]) & jnp.isfinite(squares[0])
+    return dataclasses.replace(svd, s=svd.s * size, error=jnp.where(lost, jnp.inf, svd.error))
