@@ -228,6 +228,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", arguments.threads)
+    device = jax.devices()[0].device_kind
     print(f"ours on {jax.local_device_count()} x {device}, {arguments.threads} CPU threads, {arguments.clock} time")
     try:
         import torch

@@ -18,7 +18,7 @@ def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) 
     Rounding in float32 mixes neighbours in the spectrum, and hardly anything with vectors that are far from it: the
     guard triplets keep the mixture inside. Each vector is sought anew there, from W in float64, which costs products
     of that width and a small eigenproblem, whatever the size of W (Parlett 1998, chapter 11). What is left of other
-    directions shows in the residual.
+    directions shows in the residual. Where these triplets are more than half of all, the whole space is as cheap.
 
     Args:
         w: (O, I), float32.
@@ -37,10 +37,32 @@ def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) 
 @partial(jax.jit, static_argnames=("rank", "vectors"))
 def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> TruncatedSVD:
     upright = w.shape[0] >= w.shape[1]
-    tall = (w if upright else w.T).astype(jnp.float64)
+    single = w if upright else w.T
+    tall, columns, width = single.astype(jnp.float64), short.shape[1], single.shape[1]
+    if 2 * columns > width:
+        squares, short = jnp.linalg.eigh(dot(tall.T, tall))
+        s = jnp.sqrt(jnp.maximum(squares[::-1], 0))
+        short = short[:, -columns:][:, ::-1].astype(jnp.float32)
+        # Neighbours are told apart by now, and float32 does for what is left.
+        scale = jnp.where(s[:columns] > 0, s[:columns], 1).astype(jnp.float32)
+        long = dot(single, short) / scale
+    else:
+        s, short, long = _ritz(tall, short)
+        short, long = short.astype(jnp.float32), long.astype(jnp.float32)
+    # Of the vectors as they are stored, and on the scale of W, where squares in float32 might vanish.
+    back = dot(single.T, long).astype(jnp.float64) - short.astype(jnp.float64) * s[:columns]
+    residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds
+    u, v = (x.astype(jnp.float64) for x in ((long, short) if upright else (short, long)))
+    svd = truncate(u, s, v, residual, jnp.sum(tall**2), rank=rank, vectors=vectors)
+    svd = dataclasses.replace(svd, error=_leak(s, residual, svd.numerical_rank, rank, vectors, width))
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, svd)
+
+
+def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ritz values s (K,), and both sides (M, K) and (N, K), of T (N, M) in the space of the columns of `short`."""
     # Blank columns give way to random ones: they get what W has beside the others.
-    noise = jax.random.normal(jax.random.key(0), short.shape, jnp.float64) / short.shape[0] ** 0.5
-    short = jnp.where(jnp.any(short != 0, axis=0), short.astype(jnp.float64), noise)
+    noise = jax.random.normal(jax.random.key(0), short.shape, jnp.float32) / short.shape[0] ** 0.5
+    short = jnp.where(jnp.any(short != 0, axis=0), short, noise).astype(jnp.float64)
     long = dot(tall, short)
     # L L' = V'V makes up for columns that are orthonormal only in float32.
     root = jnp.linalg.cholesky(dot(short.T, short))
@@ -48,17 +70,7 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
     squares, rotation = jnp.linalg.eigh(squares)
     rotation = solve_triangular(root.T, rotation[:, ::-1])
     s = jnp.sqrt(jnp.maximum(squares[::-1], 0))
-    short, long = dot(short, rotation), dot(long, rotation / jnp.where(s > 0, s, 1))
-    # In float32: its rounding is below any residual that would matter.
-    back = dot(tall.T.astype(jnp.float32), long.astype(jnp.float32)).astype(jnp.float64)
-    residual = jnp.linalg.norm(back - short * s, axis=0) / 2**0.5  # W v = s u holds
-    u, v = (long, short) if upright else (short, long)
-    svd = truncate(u, s, v, residual, jnp.sum(tall**2), rank=rank, vectors=vectors)
-    error = _leak(s, residual, svd.numerical_rank, rank, vectors, tall.shape[1])
-    # The stored vectors are rounded to float32, and with them what they leave over.
-    rounding = float(jnp.finfo(jnp.float32).eps) / 2
-    svd = dataclasses.replace(svd, error=error, residual=jnp.where(svd.s > 0, jnp.hypot(svd.residual, rounding), 0))
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, svd)
+    return s, dot(short, rotation), dot(long, rotation / jnp.where(s > 0, s, 1))
 
 
 def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vectors: bool, width: int) -> jax.Array:
@@ -67,8 +79,8 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     The residual r_i is orthogonal to the space, so it is over the distance to what is outside, at most the last value
     inside, that it turns vector i; neighbours i and j are turned into each other by r_i r_j over both distances.
     """
-    inside = jnp.arange(s.shape[0], dtype=jnp.int32) < count
-    residual = jnp.where(inside, residual, 0)[:rank]
+    inside = jnp.arange(rank, dtype=jnp.int32) < count
+    residual = jnp.where(inside, residual[:rank], 0)
     tiny = float(jnp.finfo(s.dtype).tiny)
     below = s[:rank] - jnp.append(s, jnp.zeros(1, s.dtype))[1 : rank + 1]
     if s.shape[0] == width:
@@ -81,5 +93,5 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     if not vectors:
         gaps = jnp.broadcast_to(below[jnp.maximum(count - 1, 0)], below.shape)
     turned = (jnp.max(leak) * residual + float(jnp.finfo(s.dtype).eps) * s[0]) / jnp.maximum(gaps, tiny)
-    worst = jnp.max(jnp.where(inside[:rank], leak + turned, 0))
+    worst = jnp.max(jnp.where(inside, leak + turned, 0))
     return jnp.where(jnp.isfinite(s[0]), worst, jnp.nan)

@@ -55,7 +55,7 @@ def from_eigenpairs(
     """
     tall, size = upright(w)
     columns = min(rank + guard, *w.shape)
-    squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, ::-1][:, :columns]
+    squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, -columns:][:, ::-1]
     s = jnp.sqrt(squares)
     long = dot(tall, short) / jnp.where(s[:columns] > 0, s[:columns], 1)
     residual = jnp.linalg.norm(dot(tall.T, long) - short * s[:columns], axis=0) / 2**0.5  # W v = s u holds
