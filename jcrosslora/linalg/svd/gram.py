@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.linalg.svd.record import TruncatedSVD
-from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, upright
+from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale_out
 
 
 def gram_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
@@ -15,5 +15,5 @@ def gram_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -
     largest are lost; `error` says so.
     """
     chex.assert_rank(w, 2)
-    eigenvalues, short = jnp.linalg.eigh(gram_matrix(upright(w)[0]))
+    eigenvalues, short = jnp.linalg.eigh(gram_matrix(scale_out(w)[0]))
     return from_eigenpairs(w, eigenvalues, short, rank=rank, vectors=vectors, guard=guard)

@@ -10,7 +10,7 @@ from jax import lax
 from jcrosslora.linalg.dot import dot
 from jcrosslora.linalg.svd.gram import gram_svd
 from jcrosslora.linalg.svd.record import TruncatedSVD
-from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, upright
+from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale_out
 
 # The last blocks start anew from random columns. A block Krylov space holds no more copies of a repeated eigenvalue
 # than a block has columns; new columns find the ones that are missing, and their residual betrays them.
@@ -54,7 +54,7 @@ def krylov_svd(
     columns = krylov_columns(rank, guard=guard, depth=depth, block=block)
     if columns >= min(w.shape):
         return gram_svd(w, rank, vectors=vectors, guard=guard)
-    basis, projected = _basis(gram_matrix(upright(w)[0]), columns // block, block)
+    basis, projected = _basis(gram_matrix(scale_out(w)[0]), columns // block, block)
     upper = jnp.triu(projected)
     values, inside = jnp.linalg.eigh(upper + jnp.triu(upper, 1).T)
     short = dot(basis, inside[:, -(rank + guard) :])

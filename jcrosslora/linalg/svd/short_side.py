@@ -14,23 +14,23 @@ _TRIANGLE_FROM = 1024
 _STRIPES = 4
 
 
-def upright(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """W (O, I) or its transpose, whichever has no more columns than rows, over its largest entry; and that entry.
-
-    The common factor keeps squares inside float32's range.
-    """
+def scale_out(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W over its largest entry, which keeps squares inside float32's range, and that entry."""
     size = jnp.maximum(jnp.max(jnp.abs(w)), jnp.finfo(w.dtype).tiny)
-    return (w if w.shape[0] >= w.shape[1] else w.T) / size, size
+    return w / size, size
 
 
-def gram_matrix(tall: jax.Array) -> jax.Array:
-    """The Gram matrix T'T (M, M) of T (N, M); of a large one only the blocks from the diagonal on are multiplied."""
-    width = tall.shape[1]
+def gram_matrix(w: jax.Array) -> jax.Array:
+    """W'W or WW' (M, M), whichever is smaller; of a large one only the blocks from the diagonal on are multiplied."""
+    # Each orientation is written out: of a slice of a transpose XLA makes a copy, which takes longer than it saves.
+    wide, width = w.shape[0] < w.shape[1], min(w.shape)
     if width < _TRIANGLE_FROM:
-        return dot(tall.T, tall)
+        return dot(w, w.T) if wide else dot(w.T, w)
     edges = [width * i // _STRIPES for i in range(_STRIPES + 1)]
     stripes = [
-        jnp.pad(dot(tall[:, start:stop].T, tall[:, start:]), ((0, 0), (start, 0)))
+        jnp.pad(
+            dot(w[start:stop], w[start:].T) if wide else dot(w[:, start:stop].T, w[:, start:]), ((0, 0), (start, 0))
+        )
         for start, stop in itertools.pairwise(edges)
     ]
     upper = jnp.triu(jnp.concatenate(stripes))
@@ -40,7 +40,7 @@ def gram_matrix(tall: jax.Array) -> jax.Array:
 def from_eigenpairs(
     w: jax.Array, eigenvalues: jax.Array, short: jax.Array, *, rank: int, vectors: bool, guard: int
 ) -> TruncatedSVD:
-    """Triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `upright(w)`.
+    """Triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `scale_out(w)`.
 
     The long side is u = W v / s, so that W v = s u holds by construction; the residual of the other equation is taken
     from W itself, and therefore sees the rounding of the Gram matrix and of its eigenvectors.
@@ -53,7 +53,8 @@ def from_eigenpairs(
         vectors: as in the kernels.
         guard: as in the kernels.
     """
-    tall, size = upright(w)
+    scaled, size = scale_out(w)
+    tall = scaled if w.shape[0] >= w.shape[1] else scaled.T
     columns = min(rank + guard, *w.shape)
     squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, -columns:][:, ::-1]
     s = jnp.sqrt(squares)

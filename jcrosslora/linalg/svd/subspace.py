@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jcrosslora.linalg.dot import dot
 from jcrosslora.linalg.svd.record import TruncatedSVD
-from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, upright
+from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale_out
 
 
 def subspace_svd(
@@ -26,7 +26,7 @@ def subspace_svd(
         iterations: products with the Gram matrix.
     """
     chex.assert_rank(w, 2)
-    gram = gram_matrix(upright(w)[0])
+    gram = gram_matrix(scale_out(w)[0])
     columns = min(rank + max(guard, rank // 2 if extra is None else extra), *w.shape)
     basis = jax.random.normal(jax.random.key(0), (gram.shape[0], columns), w.dtype)
     for _ in range(iterations):
