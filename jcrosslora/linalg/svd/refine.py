@@ -54,7 +54,9 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
     residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds
     u, v = (x.astype(jnp.float64) for x in ((long, short) if upright else (short, long)))
     svd = truncate(u, s, v, residual, jnp.sum(tall**2), rank=rank, vectors=vectors)
-    svd = dataclasses.replace(svd, error=_leak(s, residual, svd.numerical_rank, rank, vectors, width))
+    # The vectors are stored in float32, and no surer than that.
+    error = _leak(s, residual, svd.numerical_rank, rank, vectors, width) + float(jnp.finfo(jnp.float32).eps)
+    svd = dataclasses.replace(svd, error=error)
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, svd)
 
 
