@@ -22,7 +22,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError
 from jcrosslora.gather import load_stack, shared_vocabulary
 from jcrosslora.heads import head_counts, match_heads
-from jcrosslora.linalg import decompose, mesh_of, over_layers, spread
+from jcrosslora.linalg import decompose, describe_kernels, mesh_of, over_layers, spread
 from jcrosslora.methods import Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
 from jcrosslora.methods.lorasuite import embedding_map
@@ -139,6 +139,7 @@ class Plan:
             reason = self._no_vocabulary
             msg = f"method {method} needs tokens that both bases have: {reason}; use another method"
             raise MethodError(msg)
+        self._svds: list[str] = []  # what each matrix was decomposed by, as the groups are made
 
     @property
     def runs_bases(self) -> bool:
@@ -152,6 +153,7 @@ class Plan:
 
     def groups(self, *, progress: bool = False) -> Iterator[TransportGroup]:
         """Align the modules, a group of equal shapes and bounded size at a time; each is forgotten once yielded."""
+        self._svds = []
         batches = self._batches(progress) if self.reads_probes else []
         if self._depth == SIMILAR:
             self._pair_similar(batches, progress)
@@ -168,6 +170,7 @@ class Plan:
                     group = self._align(pairs, *common())
                     if kept is not None:
                         kept.keep(group)
+                self._svds += group.kernels
                 yield group
                 bar.update(len(pairs))
 
@@ -198,6 +201,7 @@ class Plan:
             probe_text=None if probes is None else probes.path,
             probe_count=len(probes.texts) if probes is not None and probes.path is None else None,
             whitening=self.whitening,
+            svd=describe_kernels(self._svds) if self.method.decomposes else "not needed",
         )
 
     @property
@@ -300,8 +304,8 @@ class Plan:
         shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
         rank = min(self.rank, *shapes[0], *shapes[1])
         factors = (None, None) if self._kept is None else (self._kept.source, self._kept.target)
-        src = self._side(self.source, [pair.source for pair in pairs], rank, factors[0])
-        tgt = self._side(self.target, [pair.target for pair in pairs], rank, factors[1])
+        src, kernels_src = self._side(self.source, [pair.source for pair in pairs], rank, factors[0])
+        tgt, kernels_tgt = self._side(self.target, [pair.target for pair in pairs], rank, factors[1])
         keys = _keys(self.seed, pairs, src.weight.shape[0])
         seen = None
         if moments is not None:
@@ -318,18 +322,22 @@ class Plan:
         terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (fit.terms, agreement))
         # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK
         # take the cores from each other (measured: 6 times slower).
-        return jax.block_until_ready(TransportGroup(terms, agreement, pairs))
+        return jax.block_until_ready(TransportGroup(terms, agreement, pairs, kernels_src + kernels_tgt))
 
-    def _side(self, base: BaseModel, names: list[str], rank: int, factors: FactorCache | None) -> Side:
+    def _side(
+        self, base: BaseModel, names: list[str], rank: int, factors: FactorCache | None
+    ) -> tuple[Side, tuple[str, ...]]:
+        """The evidence of one side of a group, and what each of its matrices was decomposed by."""
         stack = load_stack(base, names)
         gains = [base.residual_gain(name) for name in names]
         gains += gains[-1:] * (stack.shape[0] - len(names))
-        svd, vectors = None, self.method.vectors
+        svd, kernels, vectors = None, (), self.method.vectors
         if self.method.decomposes and factors is None:
-            svd = decompose(stack, rank, vectors=vectors)[0]
+            svd, kernels = decompose(stack, rank, vectors=vectors)
         elif self.method.decomposes and factors is not None:
-            svd = factors.decompose(names, rank, vectors=vectors, stack=stack, load=partial(load_stack, base))
-        return Side(stack, spread(np.stack(gains)), svd)
+            load = partial(load_stack, base)
+            svd, kernels = factors.decompose(names, rank, vectors=vectors, stack=stack, load=load)
+        return Side(stack, spread(np.stack(gains)), svd), kernels[: len(names)]
 
 
 @partial(jax.jit, static_argnames=("method", "mesh"))

@@ -62,6 +62,7 @@ class AlignRecipe:
         probe_text: the file that it was read from, if any.
         probe_count: how many texts the source base wrote, if it did.
         whitening: exponent of theseus' partial whitening, 0 for none.
+        svd: which kernels the SVDs of both bases are from, with the number of matrices; "not needed" without any.
     """
 
     method: str
@@ -74,6 +75,7 @@ class AlignRecipe:
     probe_text: str | None = None
     probe_count: int | None = None
     whitening: float = 0.0
+    svd: str = "not needed"
 
 
 @flax.struct.dataclass
@@ -84,11 +86,13 @@ class TransportGroup:
         terms: pairs (P_out, P_in) of linear maps, with a leading axis L on every array.
         agreement: diagnostics, leading axis L.
         pairs: static, the L pairs in the order of the axis.
+        kernels: static, what each matrix was decomposed by, see `jcrosslora.linalg.decompose`; the source's first.
     """
 
     terms: Terms
     agreement: Agreement
     pairs: tuple[Pair, ...] = flax.struct.field(pytree_node=False)
+    kernels: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 @flax.struct.dataclass

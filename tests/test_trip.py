@@ -186,7 +186,14 @@ def test_inputs_are_not_changed(files):
 def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(files, tmp_path, capsys):
     command(files, tmp_path / "out", "--rank", "20")
     printed = capsys.readouterr()
-    for text in ("q_proj", "down_proj", "all", "signs: fixed by the embeddings of 76 shared tokens", "left behind: 7"):
+    for text in (
+        "q_proj",
+        "down_proj",
+        "all",
+        "SVDs: gram",
+        "signs: fixed by the embeddings of 76 shared tokens",
+        "left behind: 7",
+    ):
         assert text in printed.out
     assert printed.out.splitlines()[-2].startswith("verdict: ")
     assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'}"
@@ -202,6 +209,9 @@ def test_the_report_holds_every_module_and_no_bare_nan(files, tmp_path):
     assert len(report["rows"]) == 14
     assert report["source"]["digest"].startswith("sha256:")
     assert report["recipe"]["signs"] == "vocabulary"
+    # Of both bases, without those that only fill up the devices.
+    assert sum(int(part.split()[-1]) for part in report["recipe"]["svd"].split(", ")) == 2 * 14
+    assert report["recipe"]["svd"].startswith("gram ")
     assert report["rows"][0]["kept"] <= 1 + 1e-5  # float32
     assert report["verdict"]["level"]
 

@@ -110,9 +110,8 @@ class _Run:
             for item in loaded:
                 self._alone(item)
         elif not all(map(self._kept, loaded)):
-            self._together(
-                loaded, _align(unit, source, target, cache, method.name, loaded), source, target, cache, choice
-            )
+            plan = _align(unit, source, target, cache, method.name, loaded)
+            self._together(loaded, plan, source, target, choice, hold=cache is None)
         for item in loaded:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
                 self._close(item.job, "kept")
@@ -162,10 +161,8 @@ class _Run:
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
         for chunk in chunks:
-            adapters = [load_adapter(item.job.settings.adapter) for item in chunk]
-            movers = [
-                _shifter(item.job, one, info, plan.method.name) for item, one in zip(chunk, adapters, strict=True)
-            ]
+            jobs = [item.job for item in chunk]
+            movers = [_shifter(job, load_adapter(job.settings.adapter), info, plan.method.name) for job in jobs]
             for group in plan.groups(progress=self._progress) if held is None else held:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):

@@ -12,6 +12,8 @@ from jcrosslora.linalg import TruncatedSVD, decompose, spread
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TruncatedSVD))
 _KIND = "factors"
+# The fields of one module's decomposition, and what it is from.
+_Row = tuple[dict[str, np.ndarray], str]
 # Hex digits of the two halves of a key: what was decomposed and how, and of which modules.
 _DIGITS = 32
 
@@ -42,7 +44,7 @@ class FactorCache:
         vectors: bool,
         stack: jax.Array,
         load: Callable[[Sequence[str]], jax.Array],
-    ) -> TruncatedSVD:
+    ) -> tuple[TruncatedSVD, tuple[str, ...]]:
         """The truncated SVDs of modules of equal shape.
 
         Args:
@@ -53,42 +55,45 @@ class FactorCache:
             load: gives the stack of some of them.
 
         Returns:
-            The decomposition with a leading axis L' on every field, as `decompose` would give it.
+            The decomposition with a leading axis L' on every field, and for each of the L modules what its own is
+            from, as `decompose` would give them.
         """
         scope = digest_of(self._weights, rank, vectors, numerics_key(), _FIELDS)[:_DIGITS]
         found = self._find(scope, names)
         missing = [name for name in names if name not in found]
         if len(missing) == len(names):
-            svd = decompose(stack, rank, vectors=vectors)[0]
-            self._keep(scope, names, rank, svd)
-            return svd
+            svd, kernels = decompose(stack, rank, vectors=vectors)
+            self._keep(scope, names, rank, svd, kernels)
+            return svd, kernels[: len(names)]
         if missing:
-            fresh = decompose(load(missing), rank, vectors=vectors)[0]
-            self._keep(scope, missing, rank, fresh)
-            found |= _rows(missing, {field: np.asarray(getattr(fresh, field)) for field in _FIELDS})
-        rows = [found[name] for name in names]
+            fresh, kernels = decompose(load(missing), rank, vectors=vectors)
+            self._keep(scope, missing, rank, fresh, kernels)
+            found |= _rows(missing, {field: np.asarray(getattr(fresh, field)) for field in _FIELDS}, kernels)
+        rows = [found[name][0] for name in names]
         rows += rows[-1:] * (stack.shape[0] - len(names))
-        return TruncatedSVD(*(spread(np.stack([row[field] for row in rows])) for field in _FIELDS))
+        svd = TruncatedSVD(*(spread(np.stack([row[field] for row in rows])) for field in _FIELDS))
+        return svd, tuple(found[name][1] for name in names)
 
-    def _find(self, scope: str, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    def _find(self, scope: str, names: Sequence[str]) -> dict[str, _Row]:
         own = _key(scope, names)
-        found: dict[str, dict[str, np.ndarray]] = {}
+        found: dict[str, _Row] = {}
         # That of the same stack first: no other is read then.
         for key in [own, *(key for key in self._cache.keys(_KIND, scope) if key != own)]:
             facts = self._cache.facts(_KIND, key)
             if facts is not None and set(facts["modules"]) & (set(names) - found.keys()):
                 loaded = self._cache.load(_KIND, key)
                 if loaded is not None:
-                    rows = _rows(facts["modules"], loaded.arrays)
+                    rows = _rows(facts["modules"], loaded.arrays, facts["kernels"])
                     found |= {name: rows[name] for name in names if name in rows and name not in found}
             if len(found) == len(names):
                 break
         return found
 
-    def _keep(self, scope: str, names: Sequence[str], rank: int, svd: TruncatedSVD) -> None:
+    def _keep(self, scope: str, names: Sequence[str], rank: int, svd: TruncatedSVD, kernels: Sequence[str]) -> None:
         arrays = {field: np.asarray(getattr(svd, field))[: len(names)] for field in _FIELDS}
+        facts = {"modules": list(names), "kernels": list(kernels[: len(names)])}
         what = f"rank {rank}, {self._name}, {describe(names)}"
-        self._cache.save(_KIND, _key(scope, names), what, arrays, {"modules": list(names)})
+        self._cache.save(_KIND, _key(scope, names), what, arrays, facts)
 
 
 def describe(names: Sequence[str]) -> str:
@@ -101,5 +106,5 @@ def _key(scope: str, names: Sequence[str]) -> str:
     return f"{scope}-{digest_of(list(names))[:_DIGITS]}"
 
 
-def _rows(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    return {name: {field: arrays[field][row] for field in _FIELDS} for row, name in enumerate(names)}
+def _rows(names: Sequence[str], arrays: Mapping[str, np.ndarray], kernels: Sequence[str]) -> dict[str, _Row]:
+    return {name: ({field: arrays[field][row] for field in _FIELDS}, kernels[row]) for row, name in enumerate(names)}

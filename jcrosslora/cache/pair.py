@@ -145,7 +145,7 @@ class GroupCache:
             for term in range(loaded.facts["terms"])
         )
         agreement = Agreement(*(arrays[field] for field in _AGREEMENT))
-        return TransportGroup(terms, agreement, pairs)  # type: ignore[arg-type]
+        return TransportGroup(terms, agreement, pairs, tuple(loaded.facts["kernels"]))  # type: ignore[arg-type]
 
     def keep(self, group: TransportGroup) -> None:
         """Keep a group."""
@@ -157,7 +157,8 @@ class GroupCache:
         }
         arrays |= {field: getattr(group.agreement, field) for field in _AGREEMENT}
         what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
-        self._cache.save("transport", self._group_key(group.pairs), what, arrays, {"terms": len(group.terms)})
+        facts = {"terms": len(group.terms), "kernels": list(group.kernels)}
+        self._cache.save("transport", self._group_key(group.pairs), what, arrays, facts)
 
     def _group_key(self, pairs: Sequence[Pair]) -> str:
         return digest_of(self._key, _stated(pairs), _MAP, _AGREEMENT)

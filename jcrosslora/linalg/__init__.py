@@ -18,7 +18,13 @@ from jcrosslora.linalg.ridge import ridge as ridge
 from jcrosslora.linalg.stacked import mesh_of as mesh_of
 from jcrosslora.linalg.stacked import over_layers as over_layers
 from jcrosslora.linalg.stacked import spread as spread
-from jcrosslora.linalg.truncated_svd import TruncatedSVD as TruncatedSVD
-from jcrosslora.linalg.truncated_svd import decompose as decompose
-from jcrosslora.linalg.truncated_svd import full_svd as full_svd
-from jcrosslora.linalg.truncated_svd import gram_svd as gram_svd
+from jcrosslora.linalg.svd.choose import Kernel as Kernel
+from jcrosslora.linalg.svd.choose import choose_kernel as choose_kernel
+from jcrosslora.linalg.svd.choose import decompose as decompose
+from jcrosslora.linalg.svd.choose import describe_kernels as describe_kernels
+from jcrosslora.linalg.svd.full import full_svd as full_svd
+from jcrosslora.linalg.svd.gram import gram_svd as gram_svd
+from jcrosslora.linalg.svd.krylov import krylov_svd as krylov_svd
+from jcrosslora.linalg.svd.record import TruncatedSVD as TruncatedSVD
+from jcrosslora.linalg.svd.refine import refine as refine
+from jcrosslora.linalg.svd.subspace import subspace_svd as subspace_svd

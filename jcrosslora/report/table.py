@@ -55,6 +55,8 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":
         lines.append(f"signs: fixed by the embeddings of {report.recipe.shared_tokens:,} shared tokens")
+    if report.recipe.svd != "not needed":
+        lines.append(f"SVDs: {report.recipe.svd}")
     if report.leftovers:
         roles = _count_by_layer(report)
         lines.append(

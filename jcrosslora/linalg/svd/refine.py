@@ -1,0 +1,99 @@
+"""Single vectors in float64 from a subspace in float32, for matrices whose singular values lie too close."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from jcrosslora.linalg.dot import dot
+from jcrosslora.linalg.svd.record import TruncatedSVD, truncate
+
+
+def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
+    """Rayleigh-Ritz in float64 within the space of R + guard triplets; not to be called under jit.
+
+    Rounding in float32 mixes neighbours in the spectrum, and hardly anything with vectors that are far from it: the
+    guard triplets keep the mixture inside. Each vector is sought anew there, from W in float64, which costs products
+    of that width and a small eigenproblem, whatever the size of W (Parlett 1998, chapter 11). What is left of other
+    directions shows in the residual. Where these triplets are more than half of all, the whole space is as cheap.
+
+    Args:
+        w: (O, I), float32.
+        svd: of W, with K = R + guard triplets.
+        rank: R.
+        vectors: as in the kernels.
+
+    Returns:
+        The decomposition with K triplets, in float32.
+    """
+    chex.assert_rank([w, svd.u], 2)
+    with jax.enable_x64(True):
+        return _refine(w, svd.v if w.shape[0] >= w.shape[1] else svd.u, rank, vectors)
+
+
+@partial(jax.jit, static_argnames=("rank", "vectors"))
+def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> TruncatedSVD:
+    upright = w.shape[0] >= w.shape[1]
+    single = w if upright else w.T
+    tall, columns, width = single.astype(jnp.float64), short.shape[1], single.shape[1]
+    if 2 * columns > width:
+        squares, short = jnp.linalg.eigh(dot(tall.T, tall))
+        s = jnp.sqrt(jnp.maximum(squares[::-1], 0))
+        short = short[:, -columns:][:, ::-1].astype(jnp.float32)
+        # Neighbours are told apart by now, and float32 does for what is left.
+        scale = jnp.where(s[:columns] > 0, s[:columns], 1).astype(jnp.float32)
+        long = dot(single, short) / scale
+    else:
+        s, short, long = _ritz(tall, short)
+        short, long = short.astype(jnp.float32), long.astype(jnp.float32)
+    # Of the vectors as they are stored, and on the scale of W, where squares in float32 might vanish.
+    back = dot(single.T, long).astype(jnp.float64) - short.astype(jnp.float64) * s[:columns]
+    residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds
+    u, v = (x.astype(jnp.float64) for x in ((long, short) if upright else (short, long)))
+    svd = truncate(u, s, v, residual, jnp.sum(tall**2), rank=rank, vectors=vectors)
+    # The vectors are stored in float32, and no surer than that.
+    error = _leak(s, residual, svd.numerical_rank, rank, vectors, width) + float(jnp.finfo(jnp.float32).eps)
+    svd = dataclasses.replace(svd, error=error)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, svd)
+
+
+def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ritz values s (K,), and both sides (M, K) and (N, K), of T (N, M) in the space of the columns of `short`."""
+    # Blank columns give way to random ones: they get what W has beside the others.
+    noise = jax.random.normal(jax.random.key(0), short.shape, jnp.float32) / short.shape[0] ** 0.5
+    short = jnp.where(jnp.any(short != 0, axis=0), short, noise).astype(jnp.float64)
+    long = dot(tall, short)
+    # L L' = V'V makes up for columns that are orthonormal only in float32.
+    root = jnp.linalg.cholesky(dot(short.T, short))
+    squares = solve_triangular(root, solve_triangular(root, dot(long.T, long), lower=True).T, lower=True)
+    squares, rotation = jnp.linalg.eigh(squares)
+    rotation = solve_triangular(root.T, rotation[:, ::-1])
+    s = jnp.sqrt(jnp.maximum(squares[::-1], 0))
+    return s, dot(short, rotation), dot(long, rotation / jnp.where(s > 0, s, 1))
+
+
+def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vectors: bool, width: int) -> jax.Array:
+    """The error of vectors that are exact within their space: what leaks out of it, and what that turns inside.
+
+    The residual r_i is orthogonal to the space, so it is over the distance to what is outside, at most the last value
+    inside, that it turns vector i; neighbours i and j are turned into each other by r_i r_j over both distances.
+    """
+    inside = jnp.arange(rank, dtype=jnp.int32) < count
+    residual = jnp.where(inside, residual[:rank], 0)
+    tiny = float(jnp.finfo(s.dtype).tiny)
+    below = s[:rank] - jnp.append(s, jnp.zeros(1, s.dtype))[1 : rank + 1]
+    if s.shape[0] == width:
+        # Nothing is outside; only float64 itself is left over.
+        leak = jnp.zeros_like(residual)
+        below = below.at[-1].set(jnp.inf) if rank == width else below
+    else:
+        leak = residual / jnp.maximum(s[:rank] - s[-1], tiny)
+    gaps = jnp.minimum(below, jnp.append(jnp.full(1, jnp.inf, s.dtype), below[:-1]))
+    if not vectors:
+        gaps = jnp.broadcast_to(below[jnp.maximum(count - 1, 0)], below.shape)
+    turned = (jnp.max(leak) * residual + float(jnp.finfo(s.dtype).eps) * s[0]) / jnp.maximum(gaps, tiny)
+    worst = jnp.max(jnp.where(inside, leak + turned, 0))
+    return jnp.where(jnp.isfinite(s[0]), worst, jnp.nan)
