@@ -83,9 +83,9 @@ def check(arguments: argparse.Namespace) -> None:
         "--task or --written TRAIN TEST is wanted": arguments.task or arguments.written,
         "two bases have the same last part of their path: rename one": len({Base.of(ref).name for ref in refs})
         == len(refs),
+        "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
         "a method is given twice": len({row.slug for row in rows}) == len(rows),
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
-        "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(

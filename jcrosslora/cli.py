@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cache.commands import CacheCommand
+from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
@@ -204,6 +205,8 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `jcrosslora`. Exits with 0, with 2 after an error of the user's, or with 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if args is None else args)
+    if args is None:  # a process of our own, not someone's Python
+        keep_compiled()
     # A table cut to 80 columns because it goes to a file would lose figures.
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:

@@ -137,14 +137,20 @@ def test_shards_have_every_job_once():
 
 def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(house, tmp_path, monkeypatch):
     plan = plan_in(house, tmp_path)
-    aligned = []
-    groups = run_module.Plan.groups
-    monkeypatch.setattr(run_module.Plan, "groups", lambda self, **kw: aligned.append(self) or groups(self, **kw))
-    # Two chunks of two adapters in the first units.
-    monkeypatch.setattr(run_module, "CHUNK_BYTES", 2 * 4 * 4 * 3000)
+    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
+    aligned, align = [], run_module.Plan._align
+
+    def counted(self, pairs, *rest):
+        aligned.append((self.method.name, pairs))
+        return align(self, pairs, *rest)
+
+    monkeypatch.setattr(run_module.Plan, "_align", counted)
+    # Every adapter in a chunk of its own.
+    monkeypatch.setattr(run_module, "CHUNK_BYTES", 1)
     summary = run_batch(plan)
     assert summary.count("done") == len(plan.jobs) == 10
-    assert len(aligned) == 3
+    decomposed = [pairs for method, pairs in aligned if method == "cross-lora"]
+    assert len(decomposed) == len(set(decomposed)) > 1
     for job in plan.jobs:
         single = jcl.transfer(jcl.TransferSettings(**{**vars(job.settings), "out": str(tmp_path / "one" / job.name)}))
         moved = jcl.load_adapter(job.settings.out)

@@ -1,0 +1,33 @@
+"""Programs that the command has compiled are kept, and damage to them costs only time."""
+
+import os
+import subprocess
+import sys
+
+from tiny_bases import random_adapter, write_llama
+
+import jcrosslora as jcl
+
+
+def test_programs_are_kept_and_damage_is_survived(tmp_path):
+    write_llama(tmp_path / "base", seed=0)
+    jcl.save_adapter(random_adapter(jcl.open_base(tmp_path / "base")), tmp_path / "adapter", base_name="x")
+    cache = tmp_path / "cache"
+
+    def transfer(out: str, root) -> bytes:
+        command = [sys.executable, "-m", "jcrosslora.cli", "transfer", str(tmp_path / "adapter"), "--no-cache"]
+        command += ["--source", str(tmp_path / "base"), "--target", str(tmp_path / "base"), "--method", "cross-lora"]
+        command += ["--out", str(tmp_path / out)]
+        environment = {**os.environ, "JCROSSLORA_CACHE": str(root)}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return (tmp_path / out / "adapter_model.safetensors").read_bytes()
+
+    first = transfer("first", cache)
+    kept = [path for path in cache.glob("compiled/*/*") if path.name.endswith("-cache")]
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert transfer("again", cache) == first
+    unwritable = tmp_path / "file"
+    unwritable.write_text("not a folder")
+    assert transfer("without", unwritable) == first
