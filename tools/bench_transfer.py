@@ -7,8 +7,9 @@ Interleaved, medians, all in one run:
 - torch: the published method as one would write it: for every module of the adapter the full SVD of both weights, cut
   to the rank, and B and A through the factors, one module after the other; weights are read by the same reader. The
   joint signs of singular vectors are left as LAPACK gives them.
-- first: `jcrosslora transfer` in a new process with an empty compilation cache, its start and imports included.
-- warm: `jcrosslora.transfer` called again in a process that has done so before.
+- first: `jcrosslora transfer` in a new process with an empty cache folder: start, imports and compilation included.
+- compiled: `jcrosslora.transfer` in a process that has called it before, without the cache of factors and transports.
+- second: the same with the cache, in which the pair's transport lies.
 - batch: `--many` copies of the adapter in one plan, beside as many single calls (timed for one, and multiplied).
 
 Needs torch (the test extra). Look at the ratios of a quiet machine: processes that share cores starve each other.
@@ -58,7 +59,7 @@ def with_torch(source_ref: str, target_ref: str, adapter_ref: str, rank: int, ou
     jcl.save_adapter(jcl.Adapter(modules=moved), out, base_name=target.name)
 
 
-def settings(arguments: argparse.Namespace, adapter: str, out: Path) -> jcl.TransferSettings:
+def settings(arguments: argparse.Namespace, adapter: str, out: Path, *, cache: bool) -> jcl.TransferSettings:
     """Of the published method for the pair."""
     return jcl.TransferSettings(
         adapter=adapter,
@@ -67,6 +68,7 @@ def settings(arguments: argparse.Namespace, adapter: str, out: Path) -> jcl.Tran
         out=str(out),
         method="cross-lora",
         rank=arguments.rank,
+        cache=cache,
     )
 
 
@@ -95,7 +97,7 @@ def many(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"batch of {arguments.many}: {seconds:.1f} s, {seconds / arguments.many:.2f} s an adapter")
 
 
-def timed(job: Callable[[Path], None]) -> float:
+def timed(job: Callable[[Path], object]) -> float:
     """Seconds of a job that writes into a new folder."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -105,27 +107,29 @@ def timed(job: Callable[[Path], None]) -> float:
 
 def run(arguments: argparse.Namespace) -> None:
     adapters: Sequence[str] = arguments.adapter
-    rows: dict[str, Callable[[int, Path], None]] = {
-        "torch": lambda turn, out: with_torch(
-            arguments.source, arguments.target, adapters[turn % len(adapters)], arguments.rank, out
-        ),
-        "first": lambda turn, out: in_new_process(arguments, adapters[turn % len(adapters)], out),
-        "warm": lambda turn, out: jcl.transfer(settings(arguments, adapters[turn % len(adapters)], out)) and None,
+    source, target, rank = arguments.source, arguments.target, arguments.rank
+    rows: dict[str, Callable[[str, Path], object]] = {
+        "torch": lambda adapter, out: with_torch(source, target, adapter, rank, out),
+        "first": lambda adapter, out: in_new_process(arguments, adapter, out),
+        "compiled": lambda adapter, out: jcl.transfer(settings(arguments, adapter, out, cache=False)),
+        "second": lambda adapter, out: jcl.transfer(settings(arguments, adapter, out, cache=True)),
     }
-    timed(lambda out: rows["warm"](0, out))
+    for name in ("compiled", "second"):
+        timed(lambda out, job=rows[name]: job(adapters[0], out))
     times: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(arguments.repeats):
         for name, job in rows.items():
-            times[name].append(timed(lambda out, job=job, turn=turn: job(turn, out)))
+            adapter = adapters[turn % len(adapters)]
+            times[name].append(timed(lambda out, job=job, adapter=adapter: job(adapter, out)))
     medians = {name: statistics.median(found) for name, found in times.items()}
     for name, found in times.items():
         ratio = medians["torch"] / medians[name]
-        print(f"{name:6} {medians[name]:7.2f} s ({min(found):.2f} to {max(found):.2f}), torch / this {ratio:.1f}")
+        print(f"{name:8} {medians[name]:7.2f} s ({min(found):.2f} to {max(found):.2f}), torch / this {ratio:.1f}")
     if arguments.many:
         with tempfile.TemporaryDirectory() as folder:
             many(arguments, Path(folder))
-        alone, warm = medians["first"] * arguments.many, medians["warm"] * arguments.many
-        print(f"as many single calls: {alone:.0f} s as commands, {warm:.0f} s in one process")
+        alone, inside = (medians[name] * arguments.many for name in ("first", "compiled"))
+        print(f"as many single calls without a cache: {alone:.0f} s as commands, {inside:.0f} s in one process")
 
 
 def main() -> None:
