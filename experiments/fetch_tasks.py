@@ -9,7 +9,6 @@ evaluate` and `experiments/lift.py` read. Needs pyarrow (pip install pyarrow), b
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jcrosslora as jcl
+from jcrosslora.files import write_whole
 
 SPLITS = ("train", "test")
 
@@ -98,10 +98,8 @@ def fetch(place: Place, split: str) -> list[dict[str, Any]]:
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines, renamed into place, so that there is never half a task."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     lines = (json.dumps(entry, ensure_ascii=False) for entry in entries)
-    work.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    work.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def main() -> None:

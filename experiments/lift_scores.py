@@ -6,7 +6,7 @@ was made from (digests of base, adapter and questions); when that has changed it
 
 import gc
 import hashlib
-import os
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +18,7 @@ from written_task import exact_matches
 import jcrosslora as jcl
 from jcrosslora.decoder import Params, load_params
 from jcrosslora.evaluate import FIGURES, Question, Scores, score
+from jcrosslora.files import write_whole
 from jcrosslora.tokens import Tokenizer, load_tokenizer
 
 BASE = "base"
@@ -145,10 +146,9 @@ def read_arrays(path: Path, made: str) -> Arrays:
 def write_arrays(path: Path, made: str, arrays: Arrays) -> None:
     """Write arrays with what they were made from, renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with work.open("wb") as file:
-        np.savez(file, allow_pickle=False, made=np.array(made), **arrays)
-    os.replace(work, path)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, made=np.array(made), **arrays)
+    write_whole(path, content.getvalue())
 
 
 def _joined(row: Arrays, part: Arrays) -> Arrays:

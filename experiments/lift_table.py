@@ -1,6 +1,5 @@
 """The lift table: figures of all seeds in, rows of text with intervals and spreads out, printed or as Markdown."""
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from jcrosslora.evaluate import Interval, bootstrap_means
 from jcrosslora.evaluate.bootstrap import intervals
+from jcrosslora.files import write_whole
 
 BASE, ORACLE = "base", "trained on the target"
 ACCURACIES = {
@@ -125,9 +125,7 @@ def markdown(sheets: Sequence[Sheet], command: str) -> str:
 def write_markdown(path: Path, sheets: Sequence[Sheet], command: str) -> None:
     """Write the tables, renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    work.write_text(markdown(sheets, command), encoding="utf-8")
-    os.replace(work, path)
+    write_whole(path, markdown(sheets, command).encode())
 
 
 def _cells(

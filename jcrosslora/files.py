@@ -1,6 +1,7 @@
-"""Write a folder so that it is there whole or not at all."""
+"""Write a folder or a file so that it is there whole or not at all."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -69,6 +70,28 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             msg = f"{out}: cannot be written ({reason}): make it writable, free space, or choose another output"
             raise OutputError(msg) from error
         raise
+
+
+def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Write a file beside `path` and rename it into place: whole or not at all, and whole for whoever reads meanwhile.
+
+    Args:
+        path: a file that is there is replaced; its folder has to be there.
+        content: of the file.
+        sync: whether it has to be on the disk before the rename, to outlive a power failure.
+
+    Raises:
+        OSError: it cannot be written; an old file is as before.
+    """
+    work = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        work.write_bytes(content)
+        if sync:
+            _sync_file(work)
+        work.replace(path)
+    finally:
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
@@ -147,8 +170,12 @@ def _remove(work: Path | None, made: list[Path]) -> None:
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _sync_entry(folder: Path) -> None:

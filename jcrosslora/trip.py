@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +25,7 @@ from jcrosslora.rank_cut import cut_rank
 from jcrosslora.refine import FitSettings
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.second_stage import fit_behind
-from jcrosslora.transport import describe_base
+from jcrosslora.transport import BaseInfo, describe_base
 
 if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch, Probes
@@ -103,29 +103,13 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
             written then.
     """
     ensure_free(Path(settings.out), settings.overwrite)
-    depth = parse_depth(settings.depth)
+    parse_depth(settings.depth)  # refused before anything is read
     adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
     source, target, cache = open_both(settings)
     choice = choose_method(source, target) if settings.method == AUTO else None
     method = get_method(settings.method if choice is None else choice.method)
-    mover = Shifter(
-        adapter,
-        describe_base(source),
-        method=method.name,
-        calibrate=settings.calibrate,
-        out_rank=settings.out_rank,
-    )
-    plan = Plan(
-        source,
-        target,
-        method=method.name,
-        rank=settings.rank,
-        depth=depth,
-        seed=settings.seed,
-        sources=mover.adapter.modules.keys(),
-        whitening=settings.whitening,
-        cache=cache,
-    )
+    mover = shifter_of(settings, adapter, describe_base(source), method.name)
+    plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache)
     # After all else has been checked: writing texts takes a minute.
     plan.probes = probes_of(settings, source, plan, progress)
     for group in plan.groups(progress=progress):
@@ -161,6 +145,33 @@ def open_both(settings: TransferSettings) -> tuple[BaseModel, BaseModel, Cache |
         for base in (source, target):
             base.digest(cache.digests)
     return source, target, cache
+
+
+def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
+    """What moves an adapter as the settings say; checks that it fits the base."""
+    return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=settings.out_rank)
+
+
+def plan_of(
+    settings: TransferSettings,
+    source: BaseModel,
+    target: BaseModel,
+    method: str,
+    sources: Collection[str],
+    cache: Cache | None,
+) -> Plan:
+    """The alignment that the settings ask for, of the modules that adapters have."""
+    return Plan(
+        source,
+        target,
+        method=method,
+        rank=settings.rank,
+        depth=parse_depth(settings.depth),
+        seed=settings.seed,
+        sources=sources,
+        whitening=settings.whitening,
+        cache=cache,
+    )
 
 
 def with_account(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jcrosslora.errors import OutputError
-from jcrosslora.files import MARK, atomic_folder, ensure_free
+from jcrosslora.files import MARK, atomic_folder, ensure_free, write_whole
 
 
 def everything(root: Path) -> dict[str, str | None]:
@@ -158,3 +158,21 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
     ensure_free(tmp_path / "new" / "deep", overwrite=False)
     with pytest.raises(OutputError, match="is a file"):
         ensure_free(out / MARK / "inside", overwrite=False)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, sync):
+    path = tmp_path / "file.json"
+    write_whole(path, b"old", sync=sync)
+
+    def fail(self, target):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(type(error)):
+            write_whole(path, b"new", sync=sync)
+    assert everything(tmp_path) == {"file.json": "old"}
+    write_whole(path, b"new", sync=sync)
+    assert everything(tmp_path) == {"file.json": "new"}

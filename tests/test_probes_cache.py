@@ -188,13 +188,13 @@ def test_a_folder_without_permission_is_left_alone(folder):
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def fails(path: Path, content: str, **settings) -> None:
-        write(path, content[:10], **settings)
+    def fails(path: Path, content: bytes) -> None:
+        write(path, content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fails)
+    monkeypatch.setattr(Path, "write_bytes", fails)
     keep_texts("ab", TEXTS)
     assert list(folder.iterdir()) == []
 

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import OutputError
+from jcrosslora.files import write_whole
 
 FOLDER = ".batch"
 # What does not change the numbers: where things are, and what is checked afterwards but for the report.
@@ -58,16 +57,10 @@ class Ledger:
             self._write(job, mark)
 
     def _write(self, job: Job, mark: str) -> None:
-        work = self._folder / f"{job.name}.{secrets.token_hex(4)}.tmp"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with work.open("w", encoding="utf-8") as stream:
-                json.dump({"mark": mark}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            work.replace(self._path(job))
+            write_whole(self._path(job), json.dumps({"mark": mark}).encode(), sync=True)
         except OSError as error:
-            work.unlink(missing_ok=True)
             msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
             raise OutputError(msg) from error
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter import load_adapter
 from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
-from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import JCrossLoRAError
 from jcrosslora.files import ensure_free
@@ -22,10 +21,9 @@ from jcrosslora.kinship import Choice, choose_method
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import get_method
-from jcrosslora.pairing import parse_depth
 from jcrosslora.report.verdict import verdict
 from jcrosslora.transport import BaseInfo, describe_base
-from jcrosslora.trip import AUTO, open_both, probes_of, save_adapter, transfer, with_account
+from jcrosslora.trip import AUTO, open_both, plan_of, probes_of, save_adapter, shifter_of, transfer, with_account
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -110,7 +108,8 @@ class _Run:
             for item in loaded:
                 self._alone(item)
         elif not all(map(self._kept, loaded)):
-            plan = _align(unit, source, target, cache, method.name, loaded)
+            sources = {name for item in loaded for name in item.sources}
+            plan = plan_of(settings, source, target, method.name, sources, cache)
             self._together(loaded, plan, source, target, choice, hold=cache is None)
         for item in loaded:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
@@ -120,7 +119,7 @@ class _Run:
         """Check a job's adapter and its output before anything is computed."""
         try:
             adapter = load_adapter(job.settings.adapter)
-            mover = _shifter(job, adapter, source, method)
+            mover = shifter_of(job.settings, adapter, source, method)
             mark = mark_of(job, adapter.info.digest, source.digest, target)
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
@@ -161,8 +160,8 @@ class _Run:
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
         for chunk in chunks:
-            jobs = [item.job for item in chunk]
-            movers = [_shifter(job, load_adapter(job.settings.adapter), info, plan.method.name) for job in jobs]
+            wanted = [item.job.settings for item in chunk]
+            movers = [shifter_of(one, load_adapter(one.adapter), info, plan.method.name) for one in wanted]
             for group in plan.groups(progress=self._progress) if held is None else held:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
@@ -201,28 +200,6 @@ class _Run:
         self._since = now
         self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
         self._bar.update()
-
-
-def _align(
-    unit: Unit, source: BaseModel, target: BaseModel, cache: Cache | None, method: str, loaded: Sequence[_Loaded]
-) -> Plan:
-    settings = unit.settings
-    return Plan(
-        source,
-        target,
-        method=method,
-        rank=settings.rank,
-        depth=parse_depth(settings.depth),
-        seed=settings.seed,
-        sources={name for item in loaded for name in item.sources},
-        whitening=settings.whitening,
-        cache=cache,
-    )
-
-
-def _shifter(job: Job, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
-    calibrate, out_rank = job.settings.calibrate, job.settings.out_rank
-    return Shifter(adapter, source, method=method, calibrate=calibrate, out_rank=out_rank)
 
 
 def _chunks(loaded: Sequence[_Loaded]) -> Iterator[list[_Loaded]]:

@@ -1,7 +1,6 @@
 """What became of the jobs of a batch, for people and for programs."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.errors import OutputError
+from jcrosslora.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]
 
@@ -54,13 +54,10 @@ class Summary:
         Raises:
             OutputError: it cannot be written.
         """
-        work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            work.write_text(self.to_json(), encoding="utf-8")
-            work.replace(path)
+            write_whole(path, self.to_json().encode())
         except OSError as error:
-            work.unlink(missing_ok=True)
             msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
             raise OutputError(msg) from error
 

@@ -114,7 +114,9 @@ def _entries(cache: Cache, kind: Kind) -> list[Entry]:
 
 
 def _text_files(cache: Cache) -> list[Path]:
-    return [path for path in (cache.root / "probes").glob("*.json") if path.is_file()]
+    from jcrosslora.probes.cache import TEXTS
+
+    return [path for path in (cache.root / TEXTS).glob("*.json") if path.is_file()]
 
 
 def _text_entry(path: Path) -> Entry:

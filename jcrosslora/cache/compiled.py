@@ -19,8 +19,8 @@ def keep_compiled() -> None:
     """Turn JAX's compilation cache on, in the user's cache folder, unless the environment has set one up.
 
     A program that is damaged on the disk is compiled again, with a warning of JAX's; where the folder cannot be
-    written to, nothing is kept. Each kind of processor has a
-    folder of its own: a program for one may not run on another.
+    written to, nothing is kept. Each kind of processor has a folder of its own: a program for one may not run on
+    another.
     """
     root = cache_root()
     if root is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -8,11 +8,12 @@ systems that keep no change times if size and modification time stay.
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from jcrosslora.files import write_whole
 
 # Two writes within one tick of the file system's clock leave one time.
 _TICK_NS = 2 * 10**9
@@ -61,15 +62,10 @@ class FileDigests:
         return None
 
     def _keep(self, path: Path, state: list[int], digest: str) -> None:
-        record, work = self._record(path), self._folder / f".{secrets.token_hex(8)}.tmp"
         content = {"path": str(path.absolute()), "state": state, "sha256": digest, "check": _check(state, digest)}
         with suppress(OSError):  # A digest that cannot be kept is computed again.
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                work.write_text(json.dumps(content), encoding="ascii")
-                work.replace(record)
-            finally:
-                work.unlink(missing_ok=True)
+            write_whole(self._record(path), json.dumps(content).encode())
 
 
 def _state(path: Path) -> list[int] | None:

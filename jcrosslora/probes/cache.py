@@ -5,7 +5,6 @@ Processes may share it: a file appears whole, and one that is damaged counts as 
 """
 
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +16,11 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import sha256, tokenizer_parts
 from jcrosslora.cache.place import cache_root
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.files import write_whole
 
 # The number of the procedure in `writing` and `start_words`: raise it with every change of what it writes.
 PROCEDURE = 1
+TEXTS = "probes"  # the folder, below the cache's root
 
 
 def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
@@ -55,20 +56,15 @@ def keep_texts(key: str, texts: list[str]) -> None:
     if path is None:
         return
     content = json.dumps({"key": key, "sha256": _checksum(texts), "texts": texts}, indent=0)
-    work = path.with_name(f".{key}.{secrets.token_hex(8)}.tmp")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            work.write_text(content, encoding="ascii")
-            work.replace(path)
-        finally:
-            work.unlink(missing_ok=True)
+        write_whole(path, content.encode())
 
 
 def texts_folder() -> Path | None:
     """Where written texts are kept, a file for each key; None for a user without home."""
     root = cache_root()
-    return None if root is None else root / "probes"
+    return None if root is None else root / TEXTS
 
 
 def _path(key: str) -> Path | None:

@@ -1,12 +1,11 @@
 """Texts in files: one a line, or JSON lines with a "text" field."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.files import write_whole
 
 _BOM = "\ufeff"
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -107,13 +106,9 @@ def _is_utf8(text: str) -> bool:
 
 
 def _write(path: Path, content: str) -> None:
-    # Renamed into place: an interrupted run must not leave half of the texts under the name of all.
-    work = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # An interrupted run must not leave half of the texts under the name of all.
     try:
-        work.write_text(content, encoding="utf-8", newline="\n")
-        work.replace(path)
+        write_whole(path, content.encode())
     except OSError as error:
-        with suppress(OSError):
-            work.unlink()
         msg = f"{path}: cannot be written ({error.strerror}): choose another output"
         raise OutputError(msg) from error
