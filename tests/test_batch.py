@@ -99,6 +99,7 @@ def test_what_a_plan_means(house, tmp_path):
         ("adapters/*", "nothing/*", "no folder matches nothing"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
+        ('from = "small"', 'from = "smal"', "names the base 'smal'"),
         ('from = "small"', "from = 3", "from is 3; it must be text"),
         ('ref = "wide", ', "", "write a path or hub id"),
     ],

@@ -109,12 +109,13 @@ def _jobs(
     if not isinstance(label, str):
         msg = f"{place} has the label {label!r}; it must be text"
         raise UsageError(msg)
+    targets = _names(move, "to", None, place)
+    for name in (source, *targets):
+        if name not in bases:
+            msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
+            raise UsageError(msg)
     chosen = _chosen(move, adapters.get(source, []), source, place)
-    for target in _names(move, "to", None, place):
-        for name in (source, target):
-            if name not in bases:
-                msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
-                raise UsageError(msg)
+    for target in targets:
         for method in _names(move, "methods", ["auto"], place):
             for adapter in chosen:
                 name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
