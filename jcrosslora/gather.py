@@ -27,14 +27,21 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     """
     weights = [base.weight(name) for name in names]
     surplus = -len(names) % jax.local_device_count()
-    stack = spread(np.stack(weights + weights[-1:] * surplus)).astype(jnp.float32)
-    finite = np.asarray(jnp.isfinite(stack).all(axis=(1, 2)))
+    stack, found = _widen(spread(np.stack(weights + weights[-1:] * surplus)))
+    finite = np.asarray(found)
     base.release()
     if not finite.all():
         name = names[min(int(np.argmin(finite)), len(names) - 1)]
         msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
         raise CheckpointError(msg)
     return stack
+
+
+@jax.jit
+def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(L, O, I) in float32, and (L,) whether all of it is finite."""
+    stack = stack.astype(jnp.float32)
+    return stack, jnp.isfinite(stack).all(axis=(1, 2))
 
 
 def shared_ids(source: BaseModel, target: BaseModel) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch, Probes
 
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+# Pairs that are aligned together, and their group where it lies in the cache.
+_Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
 # Weights of both bases in flight at a time, in bytes as float32: this bounds memory, whatever the model's size.
 GROUP_BYTES = 96 * 2**20
 
@@ -133,6 +138,7 @@ class Plan:
         self.probes = probes
         self.whitening = check_whitening(whitening, self.method)
         kept = self.method.cuts or self.method.activations or self.method.embeddings or self._depth == SIMILAR
+        self._cache = cache
         self._kept = PairCache(cache, source, target) if cache is not None and kept else None
         self._tokens, self._no_vocabulary = self._count_tokens()
         if self.method.embeddings and not self._tokens:
@@ -164,12 +170,15 @@ class Plan:
 
         kept, chunks = self._kept_groups(), list(self.chunks())
         found = kept.find(chunks) if kept is not None else itertools.repeat(None)
-        with tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
-            for pairs, group in zip(chunks, found, strict=False):
+        background = self._cache.in_background() if self._cache is not None else nullcontext()
+        with background, tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
+            for (pairs, group), stacks in self._read_ahead(zip(chunks, found, strict=False)):
                 if group is None:
-                    group = self._align(pairs, *common())
+                    assert stacks is not None
+                    group = self._align(pairs, stacks, *common())
                     if kept is not None:
                         kept.keep(group)
+                stacks = None  # while the next but one are read
                 self._svds += group.kernels
                 yield group
                 bar.update(len(pairs))
@@ -298,15 +307,41 @@ class Plan:
             return {}
         return match_heads(self.source, self.target, self._pairs, self._vocabulary.stream)
 
+    def _read_ahead(self, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, tuple[jax.Array, jax.Array] | None]]:
+        """Each chunk, with the weights of both its sides where it has to be aligned.
+
+        Those of a chunk are read and put on the devices while the one before is aligned.
+        """
+
+        def read(pairs: tuple[Pair, ...]) -> tuple[jax.Array, jax.Array]:
+            src = load_stack(self.source, [pair.source for pair in pairs])
+            return src, load_stack(self.target, [pair.target for pair in pairs])
+
+        waiting: deque[tuple[_Chunk, Future[tuple[jax.Array, jax.Array]] | None]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+            for chunk in itertools.chain(chunks, (None,)):
+                if chunk is not None:
+                    waiting.append((chunk, reader.submit(read, chunk[0]) if chunk[1] is None else None))
+                if waiting and (chunk is None or len(waiting) > 1):
+                    first, reading = waiting.popleft()
+                    stacks = None if reading is None else reading.result()
+                    del reading
+                    yield first, stacks
+                    del stacks
+
     def _align(
-        self, pairs: tuple[Pair, ...], moments: CrossMoments | None, heads: dict[str, HeadMatch]
+        self,
+        pairs: tuple[Pair, ...],
+        stacks: tuple[jax.Array, jax.Array],
+        moments: CrossMoments | None,
+        heads: dict[str, HeadMatch],
     ) -> TransportGroup:
         shapes = self.source.modules[pairs[0].source].shape, self.target.modules[pairs[0].target].shape
         rank = min(self.rank, *shapes[0], *shapes[1])
         factors = (None, None) if self._kept is None else (self._kept.source, self._kept.target)
-        src, kernels_src = self._side(self.source, [pair.source for pair in pairs], rank, factors[0])
-        tgt, kernels_tgt = self._side(self.target, [pair.target for pair in pairs], rank, factors[1])
-        keys = _keys(self.seed, pairs, src.weight.shape[0])
+        src, kernels_src = self._side(self.source, [pair.source for pair in pairs], stacks[0], rank, factors[0])
+        tgt, kernels_tgt = self._side(self.target, [pair.target for pair in pairs], stacks[1], rank, factors[1])
+        keys = self._keys(pairs, src.weight.shape[0])
         seen = None
         if moments is not None:
             layers = [self.target.modules[pair.target].layer for pair in pairs]
@@ -324,11 +359,23 @@ class Plan:
         # take the cores from each other (measured: 6 times slower).
         return jax.block_until_ready(TransportGroup(terms, agreement, pairs, kernels_src + kernels_tgt))
 
+    @cached_property
+    def _keys_of_targets(self) -> dict[str, np.ndarray]:
+        """A key for each pair, from the target's name: the same whatever else is aligned beside it."""
+        numbers = np.array([zlib.crc32(pair.target.encode()) for pair in self._pairs], np.uint32)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(self.seed)))(numbers)
+        names = [pair.target for pair in self._pairs]
+        return dict(zip(names, np.asarray(jax.random.key_data(keys)), strict=True))
+
+    def _keys(self, pairs: tuple[Pair, ...], count: int) -> jax.Array:
+        keys = [self._keys_of_targets[pair.target] for pair in pairs]
+        keys += keys[-1:] * (count - len(pairs))
+        return jax.random.wrap_key_data(jnp.asarray(np.stack(keys)))
+
     def _side(
-        self, base: BaseModel, names: list[str], rank: int, factors: FactorCache | None
+        self, base: BaseModel, names: list[str], stack: jax.Array, rank: int, factors: FactorCache | None
     ) -> tuple[Side, tuple[str, ...]]:
         """The evidence of one side of a group, and what each of its matrices was decomposed by."""
-        stack = load_stack(base, names)
         gains = [base.residual_gain(name) for name in names]
         gains += gains[-1:] * (stack.shape[0] - len(names))
         svd, kernels, vectors = None, (), self.method.vectors
@@ -357,11 +404,3 @@ def _reads(pair: Pair) -> bool:
 def _bytes(base: BaseModel, name: str) -> int:
     rows, columns = base.modules[name].shape
     return 4 * rows * columns
-
-
-def _keys(seed: int, pairs: tuple[Pair, ...], count: int) -> jax.Array:
-    """One key a pair, from the target's name: the same whatever else is aligned beside it."""
-    numbers = [zlib.crc32(pair.target.encode()) for pair in pairs]
-    numbers += numbers[-1:] * (count - len(pairs))
-    fold = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))
-    return fold(jnp.asarray(np.array(numbers, np.uint32)))

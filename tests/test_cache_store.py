@@ -99,6 +99,28 @@ def test_the_first_of_two_writers_wins(cache):
     assert holds(cache, seed=0)
 
 
+def test_in_background_all_is_written_at_the_end_and_in_order(cache):
+    with cache.in_background():
+        for number in range(5):
+            keep(cache, key=f"k{number}", seed=number)
+        keep(cache, key="k0", seed=9)
+    assert cache.keys("transport") == [f"k{number}" for number in range(5)]
+    assert all(holds(cache, key=f"k{number}", seed=number) for number in range(5))
+    keep(cache, key="later")
+    assert holds(cache, key="later")
+
+
+def test_an_error_inside_gives_up_what_waits_and_leaves_only_whole_entries(cache):
+    with pytest.raises(KeyboardInterrupt), cache.in_background():
+        for number in range(5):
+            keep(cache, key=f"k{number}", seed=number)
+        raise KeyboardInterrupt
+    assert all(holds(cache, key=key, seed=int(key[1:])) for key in cache.keys("transport"))
+    assert list((cache.root / "arrays" / ".work").iterdir()) == []
+    keep(cache, key="later")
+    assert holds(cache, key="later")
+
+
 @pytest.mark.parametrize("change", ["flip", "cut", "extend", "remove", "empty"])
 def test_any_change_of_any_file_is_detected_and_the_entry_made_anew(copied, change, caplog):
     rng = random.Random(change)

@@ -22,6 +22,7 @@ from jcrosslora.linalg import (
 )
 from jcrosslora.linalg.svd import choose
 from jcrosslora.linalg.svd.choose import GUARD, KERNELS
+from jcrosslora.linalg.svd.host import gram_on_host
 from jcrosslora.linalg.svd.krylov import krylov_columns
 from jcrosslora.linalg.svd.short_side import gram_matrix
 
@@ -90,10 +91,40 @@ def test_a_matrix_that_the_gram_route_cannot_resolve_is_redone():
     easy, _, _ = matrix(48, 32, np.linspace(10, 1, 32))
     hard, u, _ = matrix(48, 32, np.r_[np.linspace(10, 1, 29), 1e-3, 5e-4, 2e-4], seed=1)
     stack = jnp.asarray(np.stack([easy, hard]), jnp.float32)
-    svd, redone = decompose(stack, 32)
+    # As on an accelerator, and as on a CPU.
+    on_device, redone = choose._decompose_stack(stack, "gram", 32, True, 1e-2)
     assert redone == ("gram", "gram in float64")
-    for place in (-3, -2, -1):
-        assert abs(float(np.asarray(svd.u)[1, :, place] @ u[:, place])) > 0.999
+    on_host, used = decompose(stack, 32)
+    assert used == ("gram in float64", "gram in float64")
+    for svd in (on_device, on_host):
+        assert (np.asarray(svd.error) <= 1e-2).all()
+        for place in (-3, -2, -1):
+            assert abs(float(np.asarray(svd.u)[1, :, place] @ u[:, place])) > 0.999
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96), (64, 64)])
+def test_the_kernel_on_the_host_is_exact_and_keeps_the_order_of_the_stack(rows, columns):
+    made = [matrix(rows, columns, slow(64), seed) for seed in range(7)]
+    found = gram_on_host([w.astype(np.float32) for w, _, _ in made], 20)
+    for svd, (w, u, v) in zip(found, made, strict=True):
+        assert turned(svd, u, v, 20).max() < 1e-4
+        assert turned(svd, u, v, 20).max() < max(1e-5, 10 * svd.error)
+        np.testing.assert_allclose(svd.s, slow(64)[:20], rtol=1e-5)
+        np.testing.assert_allclose(svd.energy, (slow(64)[:20] ** 2).sum() / (slow(64) ** 2).sum(), rtol=1e-5)
+        residual = (
+            np.linalg.norm(w @ svd.v - svd.u * svd.s, axis=0),
+            np.linalg.norm(w.T @ svd.u - svd.v * svd.s, axis=0),
+        )
+        assert (np.hypot(*residual) / 2**0.5 < 2 * svd.residual + 1e-6).all()
+        assert all(x.dtype == np.float32 for x in (svd.u, svd.v, svd.s, svd.error, svd.gap))
+
+
+def test_one_matrix_that_is_not_finite_does_not_spoil_its_neighbours_on_the_host():
+    w = matrix(24, 20, slow(20))[0].astype(np.float32)
+    good, bad = gram_on_host([w, np.full_like(w, np.nan)], 6)
+    assert np.isnan(bad.error)
+    assert not bad.u.any()
+    assert good.error < 1e-4
 
 
 def test_directions_of_zero_singular_value_are_left_out():
@@ -309,7 +340,7 @@ def test_every_kernel_gives_single_vectors_through_decompose(kernel):
 
 def test_a_space_too_wide_for_the_matrix_is_called_what_it_is():
     w, _, _ = matrix(48, 32, slow(32))
-    assert decompose(jnp.asarray(w, jnp.float32)[None], 8, kernel="krylov")[1] == ("gram",)
+    assert decompose(jnp.asarray(w, jnp.float32)[None], 8, kernel="krylov")[1] == ("gram in float64",)
 
 
 @pytest.mark.parametrize(("misses", "wanted"), [(1, "krylov, deeper"), (2, "gram"), (3, "full")])

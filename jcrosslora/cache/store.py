@@ -8,8 +8,10 @@ because of what is on the disk: without a cache the work is the same, only slowe
 import importlib.metadata
 import logging
 import os
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,26 @@ class Cache:
         self.digests = FileDigests(self.root / "digests")
         self._folder = self.root / "arrays"
         self._writable = True
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: deque[Future[None]] = deque()
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Inside, `save` returns before the entry is written; at the end all are written.
+
+        At most two wait or are being written, which bounds memory; on an error those that wait are given up.
+        """
+        if self._writer is not None:
+            yield
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="cache") as self._writer:
+            try:
+                yield
+                self._await_writing(left=0)
+            finally:
+                self._writer.shutdown(cancel_futures=True)
+                self._writer = None
+                self._writing.clear()
 
     def facts(self, kind: str, key: str) -> Mapping[str, Any] | None:
         """The facts of an entry without reading its arrays, marked as used now as well; None if there is none."""
@@ -130,6 +152,19 @@ class Cache:
             arrays: by name; names are made of letters, digits and _.
             facts: JSON values that belong to them.
         """
+        if self._writer is None:
+            self._save(kind, key, what, arrays, facts)
+            return
+        self._await_writing(left=1)
+        self._writing.append(self._writer.submit(self._save, kind, key, what, arrays, facts))
+
+    def _await_writing(self, left: int) -> None:
+        while len(self._writing) > left:
+            self._writing.popleft().result()
+
+    def _save(
+        self, kind: str, key: str, what: str, arrays: Mapping[str, jax.Array | np.ndarray], facts: Mapping[str, Any]
+    ) -> None:
         place = self._folder / kind / key
         size = sum(array.nbytes for array in arrays.values())
         if not self._writable or size > self.limit or place.exists():

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import chex
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jcrosslora.linalg.stacked import mesh_of, over_layers
 from jcrosslora.linalg.svd.full import full_svd
 from jcrosslora.linalg.svd.gram import gram_svd
+from jcrosslora.linalg.svd.host import gram_on_host
 from jcrosslora.linalg.svd.krylov import DEPTH, krylov_columns, krylov_svd
 from jcrosslora.linalg.svd.record import TruncatedSVD
 from jcrosslora.linalg.svd.refine import refine
@@ -94,17 +95,41 @@ def decompose(
         kernel = choose_kernel((rows, columns), rank, jax.default_backend())
     if kernel == "krylov" and not _fits(kernel, (rows, columns), rank):
         kernel = "gram"
+    # On a CPU in threads. A stack that other processes hold a part of stays where it is.
+    in_threads = kernel == "gram" and jax.default_backend() == "cpu" and stack.is_fully_addressable
+    decompose_all = _decompose_in_threads if in_threads else _decompose_stack
+    return decompose_all(stack, kernel, rank, vectors, tolerance)
+
+
+def _decompose_stack(
+    stack: jax.Array, kernel: str, rank: int, vectors: bool, tolerance: float
+) -> tuple[TruncatedSVD, tuple[str, ...]]:
     svd = _run_stack(stack, kernel, rank, vectors, mesh_of(stack))
-    used = [str(kernel)] * stack.shape[0]
-    missed = np.flatnonzero(~(np.asarray(svd.error) <= tolerance))  # "not <=" so that a NaN is redone too
+    used = [kernel] * stack.shape[0]
+    missed = _missed(svd.error, tolerance)
     if len(missed):
         better = []
         for place in missed:
             w, first = _row(stack, int(place)), jax.tree.map(lambda x, place=place: _row(x, int(place)), svd)
-            one, used[place] = _redo(w, first, kernel, rank, vectors, tolerance)
+            one, used[place] = _redo(w, first, kernel, kernel, rank, vectors, tolerance)
             better.append(jax.device_get(one))
         svd = _replace_rows(svd, jnp.asarray(missed), jax.tree.map(lambda *leaves: np.stack(leaves), *better))
     return _cut(svd, rank), tuple(used)
+
+
+def _decompose_in_threads(
+    stack: jax.Array, kernel: str, rank: int, vectors: bool, tolerance: float
+) -> tuple[TruncatedSVD, tuple[str, ...]]:
+    rows, name = list(np.asarray(stack)), f"{kernel} in float64"
+    svds, used = gram_on_host(rows, rank, vectors=vectors), [name] * len(rows)
+    for place in _missed([svd.error for svd in svds], tolerance):
+        found, used[place] = _redo(jnp.asarray(rows[place]), svds[place], name, kernel, rank, vectors, tolerance)
+        svds[place] = jax.device_get(_cut(found, rank))
+    return jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves), stack.sharding), *svds), tuple(used)
+
+
+def _missed(errors: Any, tolerance: float) -> np.ndarray:
+    return np.flatnonzero(~(np.asarray(errors) <= tolerance))  # "not <=" so that a NaN is redone too
 
 
 def describe_kernels(used: Iterable[str]) -> str:
@@ -113,23 +138,30 @@ def describe_kernels(used: Iterable[str]) -> str:
 
 
 def _redo(
-    w: jax.Array, svd: TruncatedSVD, kernel: str, rank: int, vectors: bool, tolerance: float
+    w: jax.Array, svd: TruncatedSVD, name: str, kernel: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, str]:
-    """One matrix again, until it is good enough, or else the best of what was tried."""
-    best, name = svd, kernel
-    for stronger in (kernel, *_STRONGER[kernel]):
-        if not _fits(stronger, w.shape, rank):
-            continue
-        if stronger != kernel:
-            svd = _run_one(w, stronger, rank, vectors)
-        for result, label in ((svd, stronger), (None, f"{stronger} in float64")):
-            result = refine(w, svd, rank, vectors=vectors) if result is None else result
-            # The error of a later result is the more trustworthy, so ties and NaN go to it.
-            if not float(best.error) < float(result.error):
-                best, name = result, label
-            if float(best.error) <= tolerance:
-                return best, name
-    return best, name
+    """One matrix again, until it is good enough, or else the best of what was tried.
+
+    `svd`, called `name`, is what `kernel` has made of it so far.
+    """
+
+    def attempts() -> Iterator[tuple[TruncatedSVD, str]]:
+        if name == kernel:
+            yield refine(w, svd, rank, vectors=vectors), f"{kernel} in float64"
+        for stronger in _STRONGER[kernel]:
+            if _fits(stronger, w.shape, rank):
+                once = _run_one(w, stronger, rank, vectors)
+                yield once, stronger
+                yield refine(w, once, rank, vectors=vectors), f"{stronger} in float64"
+
+    best, label = svd, name
+    for result, tried in attempts():
+        # The error of a later result is the more trustworthy, so ties and NaN go to it.
+        if not float(best.error) < float(result.error):
+            best, label = result, tried
+        if float(best.error) <= tolerance:
+            break
+    return best, label
 
 
 def _fits(kernel: str, shape: tuple[int, ...], rank: int) -> bool:
@@ -155,7 +187,6 @@ def _replace_rows(svd: TruncatedSVD, rows: jax.Array, better: TruncatedSVD) -> T
     return jax.tree.map(lambda whole, part: whole.at[rows].set(part), svd, better)
 
 
-@partial(jax.jit, static_argnames="rank")
 def _cut(svd: TruncatedSVD, rank: int) -> TruncatedSVD:
     cut = {name: getattr(svd, name)[..., :rank] for name in ("u", "s", "v", "residual")}
     return dataclasses.replace(svd, **cut)

@@ -1,8 +1,11 @@
 """What every SVD kernel returns, and how its own error is judged."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @flax.struct.dataclass
@@ -38,6 +41,11 @@ class TruncatedSVD:
     numerical_rank: jax.Array
 
 
+def namespace(x: jax.Array) -> Any:
+    """The functions for arrays of this kind: JAX's, or numpy's on the host, where nothing has to be compiled."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
 def noise_level(shape: tuple[int, ...]) -> float:
     """The level, relative to the largest, below which a singular value of a float32 matrix is rounding."""
     return float(jnp.finfo(jnp.float32).eps) * max(shape)
@@ -68,42 +76,57 @@ def truncate(
         rank: R.
         vectors: whether `error` is about single vectors or only about the subspace at the cut.
     """
-    columns, short = u.shape[1], min(u.shape[0], v.shape[0])
+    keep, judged = judge(s, residual, total, (u.shape[0], v.shape[0]), rank=rank, vectors=vectors)
+    return TruncatedSVD(u=jnp.where(keep, u, 0), v=jnp.where(keep, v, 0), **judged)
+
+
+def judge(
+    s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, int], *, rank: int, vectors: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Which of K directions (K,) are above the noise, and all fields of the record but the vectors.
+
+    Args:
+        s: as in `truncate`.
+        residual: as in `truncate`.
+        total: as in `truncate`.
+        shape: (O, I) of W.
+        rank: R.
+        vectors: as in `truncate`.
+    """
+    xp, columns, short = namespace(s), residual.shape[0], min(shape)
     # With where, and not a product: LAPACK may leave NaN in directions of zero singular value.
-    keep = s[:columns] > noise_level((u.shape[0], v.shape[0])) * s[0]
-    count = jnp.sum(keep[:rank]).astype(jnp.int32)
-    kept = jnp.where(keep, s[:columns], 0)
-    padded = jnp.append(s, jnp.zeros(1, s.dtype))
-    last, after = s[jnp.maximum(count - 1, 0)], padded[count]
-    safe_last = jnp.where(last > 0, last, 1)
-    safe_top = jnp.where(s[0] > 0, s[0], 1)
-    return TruncatedSVD(
-        u=jnp.where(keep, u, 0),
-        s=kept,
-        v=jnp.where(keep, v, 0),
-        residual=jnp.where(keep, residual, 0) / safe_top,
-        energy=jnp.minimum(jnp.sum(kept[:rank] ** 2) / jnp.where(total > 0, total, 1), 1),
-        gap=jnp.where(last > 0, (last - jnp.minimum(after, last)) / safe_last, 0),
-        condition=jnp.where(last > 0, s[0] / safe_last, 0),
-        error=_turn(padded, jnp.where(keep, residual, 0)[:rank], count, rank == short, vectors),
-        numerical_rank=count,
-    )
+    keep = s[:columns] > noise_level(shape) * s[0]
+    count = xp.sum(keep[:rank], dtype=xp.int32)
+    kept = xp.where(keep, s[:columns], 0)
+    padded = xp.append(s, xp.zeros(1, dtype=s.dtype))
+    last, after = s[xp.maximum(count - 1, 0)], padded[count]
+    safe_last = xp.where(last > 0, last, 1)
+    safe_top = xp.where(s[0] > 0, s[0], 1)
+    return keep, {
+        "s": kept,
+        "residual": xp.where(keep, residual, 0) / safe_top,
+        "energy": xp.minimum(xp.sum(kept[:rank] ** 2) / xp.where(total > 0, total, 1), 1),
+        "gap": xp.where(last > 0, (last - xp.minimum(after, last)) / safe_last, 0),
+        "condition": xp.where(last > 0, s[0] / safe_last, 0),
+        "error": _turn(padded, xp.where(keep, residual, 0)[:rank], count, rank == short, vectors),
+        "numerical_rank": count,
+    }
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
     """The largest angle of `truncate`, from s (S + 1,) that ends in a zero and the residuals (R,)."""
-    rank = residual.shape[0]
-    residual = jnp.maximum(residual, float(jnp.finfo(jnp.float32).eps) * s[0])
+    xp, rank = namespace(s), residual.shape[0]
+    residual = xp.maximum(residual, float(xp.finfo(xp.float32).eps) * s[0])
     below = s[:rank] - s[1 : rank + 1]
     if whole:
         # Nothing is cut off: the whole space is exact, and the last vector is fixed by the others.
-        below = below.at[-1].set(jnp.inf)
+        below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype))
     if vectors:
-        above = jnp.append(jnp.full(1, jnp.inf, s.dtype), below[:-1])
-        gaps = jnp.minimum(below, above)
+        above = xp.append(xp.full(1, xp.inf, dtype=s.dtype), below[:-1])
+        gaps = xp.minimum(below, above)
     else:
-        gaps = jnp.broadcast_to(below[jnp.maximum(count - 1, 0)], below.shape)
-    angles = residual / jnp.maximum(gaps, float(jnp.finfo(s.dtype).tiny))
-    worst = jnp.max(jnp.where(jnp.arange(rank, dtype=jnp.int32) < count, angles, 0))
+        gaps = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
+    angles = residual / xp.maximum(gaps, float(xp.finfo(s.dtype).tiny))
+    worst = xp.max(xp.where(xp.arange(rank, dtype=xp.int32) < count, angles, 0))
     # NaN compares as below the noise, which would blank all directions and leave no error at all.
-    return jnp.where(jnp.isfinite(s[0]), worst, jnp.nan)
+    return xp.where(xp.isfinite(s[0]), worst, xp.nan)

@@ -1,15 +1,15 @@
 """Single vectors in float64 from a subspace in float32, for matrices whose singular values lie too close."""
 
-import dataclasses
 from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from jcrosslora.linalg.dot import dot
-from jcrosslora.linalg.svd.record import TruncatedSVD, truncate
+from jcrosslora.linalg.svd.record import TruncatedSVD, judge, namespace
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
@@ -52,12 +52,21 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
     # Of the vectors as they are stored, and on the scale of W, where squares in float32 might vanish.
     back = dot(single.T, long).astype(jnp.float64) - short.astype(jnp.float64) * s[:columns]
     residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds
-    u, v = (x.astype(jnp.float64) for x in ((long, short) if upright else (short, long)))
-    svd = truncate(u, s, v, residual, jnp.sum(tall**2), rank=rank, vectors=vectors)
+    keep, judged = judge_refined(s, residual, jnp.sum(tall**2), w.shape, rank, vectors)
+    long, short = jnp.where(keep, long, 0), jnp.where(keep, short, 0)
+    u, v = (long, short) if upright else (short, long)
+    return TruncatedSVD(u=u, v=v, **judged)
+
+
+def judge_refined(
+    s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, ...], rank: int, vectors: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `judge`, of singular values and residuals in float64, with every field in float32."""
+    keep, judged = judge(s, residual, total, (shape[0], shape[1]), rank=rank, vectors=vectors)
     # The vectors are stored in float32, and no surer than that.
-    error = _leak(s, residual, svd.numerical_rank, rank, vectors, width) + float(jnp.finfo(jnp.float32).eps)
-    svd = dataclasses.replace(svd, error=error)
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, svd)
+    error = _leak(s, residual, judged["numerical_rank"], rank, vectors, min(shape)) + float(jnp.finfo(jnp.float32).eps)
+    judged = {**judged, "error": error}
+    return keep, {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in judged.items()}
 
 
 def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -81,19 +90,20 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     The residual r_i is orthogonal to the space, so it is over the distance to what is outside, at most the last value
     inside, that it turns vector i; neighbours i and j are turned into each other by r_i r_j over both distances.
     """
-    inside = jnp.arange(rank, dtype=jnp.int32) < count
-    residual = jnp.where(inside, residual[:rank], 0)
-    tiny = float(jnp.finfo(s.dtype).tiny)
-    below = s[:rank] - jnp.append(s, jnp.zeros(1, s.dtype))[1 : rank + 1]
+    xp = namespace(s)
+    inside = xp.arange(rank, dtype=xp.int32) < count
+    residual = xp.where(inside, residual[:rank], 0)
+    tiny = float(xp.finfo(s.dtype).tiny)
+    below = s[:rank] - xp.append(s, xp.zeros(1, dtype=s.dtype))[1 : rank + 1]
     if s.shape[0] == width:
         # Nothing is outside; only float64 itself is left over.
-        leak = jnp.zeros_like(residual)
-        below = below.at[-1].set(jnp.inf) if rank == width else below
+        leak = xp.zeros_like(residual)
+        below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype)) if rank == width else below
     else:
-        leak = residual / jnp.maximum(s[:rank] - s[-1], tiny)
-    gaps = jnp.minimum(below, jnp.append(jnp.full(1, jnp.inf, s.dtype), below[:-1]))
+        leak = residual / xp.maximum(s[:rank] - s[-1], tiny)
+    gaps = xp.minimum(below, xp.append(xp.full(1, xp.inf, dtype=s.dtype), below[:-1]))
     if not vectors:
-        gaps = jnp.broadcast_to(below[jnp.maximum(count - 1, 0)], below.shape)
-    turned = (jnp.max(leak) * residual + float(jnp.finfo(s.dtype).eps) * s[0]) / jnp.maximum(gaps, tiny)
-    worst = jnp.max(jnp.where(inside, leak + turned, 0))
-    return jnp.where(jnp.isfinite(s[0]), worst, jnp.nan)
+        gaps = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
+    turned = (xp.max(leak) * residual + float(xp.finfo(s.dtype).eps) * s[0]) / xp.maximum(gaps, tiny)
+    worst = xp.max(xp.where(inside, leak + turned, 0))
+    return xp.where(xp.isfinite(s[0]), worst, xp.nan)
