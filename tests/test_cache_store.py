@@ -111,10 +111,14 @@ def test_in_background_all_is_written_at_the_end_and_in_order(cache):
 
 
 def test_an_error_inside_gives_up_what_waits_and_leaves_only_whole_entries(cache):
-    with pytest.raises(KeyboardInterrupt), cache.in_background():
-        for number in range(5):
-            keep(cache, key=f"k{number}", seed=number)
-        raise KeyboardInterrupt
+    def interrupted():
+        with cache.in_background():
+            for number in range(5):
+                keep(cache, key=f"k{number}", seed=number)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert all(holds(cache, key=key, seed=int(key[1:])) for key in cache.keys("transport"))
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
     keep(cache, key="later")
