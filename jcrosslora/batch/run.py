@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from jcrosslora import hosts
 from jcrosslora.adapter import load_adapter
 from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, choose_method
 from jcrosslora.lora_align import Plan
@@ -53,9 +54,12 @@ def run_batch(
         `batch_summary.i-of-n.json`), even if the run is interrupted.
 
     Raises:
-        UsageError: no such shard.
+        UsageError: no such shard, or a process that works with others by `jax.distributed`.
         OutputError: the summary cannot be written.
     """
+    if hosts.count() > 1:
+        msg = "a batch is not done by several processes together; start each alone, with a shard i/n of its own"
+        raise UsageError(msg)
     units = share_of(units_of(plan.jobs), *shard)
     mine = {job.name for unit in units for job in unit.jobs}
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})

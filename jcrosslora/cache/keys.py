@@ -49,7 +49,7 @@ def numerics_key() -> str:
 
     Processors of different makes are one kind to JAX: what one has left for another differs by rounding.
     """
-    devices = jax.local_devices()
+    devices = jax.devices()  # of all processes that work together
     # LAPACK comes from scipy.
     versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]

@@ -19,6 +19,17 @@ def spread(stack: np.ndarray) -> jax.Array:
     return jax.device_put(stack, NamedSharding(Mesh(devices, (AXIS,)), PartitionSpec(AXIS)))
 
 
+def place(array: np.ndarray) -> jax.Array:
+    """Put an array on the local devices, divided as `spread` does it if their number divides it, else on the first."""
+    return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
+
+
+def over_all_devices() -> NamedSharding:
+    """The first axis divided over the devices of all processes, those of each process side by side."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
 def mesh_of(stack: jax.Array) -> Mesh | None:
     """The mesh that a stack made by `spread` is divided over, None on one device."""
     sharding = stack.sharding
