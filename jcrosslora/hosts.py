@@ -11,6 +11,7 @@ With one process every function here does nothing, or what it says for that one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -131,17 +132,17 @@ def gather(
         for place in range(len(labels))
     ]
     rows = np.array(_rows(jax.process_index(), items))
+    # As one array: programs on a CPU do not begin several exchanges in the same order everywhere.
+    own = {name: np.ascontiguousarray(array[rows - rows[0]]) for name, array in arrays.items()}
+    packed = np.concatenate([array.reshape(len(rows), -1).view(np.uint8) for array in own.values()], axis=1)
     sharding = over_all_devices()
-
-    def whole(part: np.ndarray) -> jax.Array:
-        shape = (len(rows) * count(), *part.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, part[rows - rows[0]], shape)
-
     with _losses():
+        shape = (len(rows) * count(), packed.shape[1])
+        full = jax.make_array_from_process_local_data(sharding, packed, shape)
         everywhere = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
-        full = everywhere({name: whole(part) for name, part in arrays.items()})
-        gathered = {name: np.asarray(array.addressable_data(0))[:items] for name, array in full.items()}
-    return gathered, [[one[row] for row in range(items)] for one in known]
+        packed = np.asarray(everywhere(full).addressable_data(0))[:items]
+    shapes = {name: (array.dtype.name, (items, *array.shape[1:])) for name, array in own.items()}
+    return _unpacked(packed, shapes), [[one[row] for row in range(items)] for one in known]
 
 
 def send(arrays: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -152,19 +153,16 @@ def send(arrays: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
     """
     if count() == 1:
         return dict(arrays or {})
-    shapes = from_first(
-        "shapes", lambda: {name: (array.dtype.name, array.shape) for name, array in (arrays or {}).items()}
-    )
-    sent = {}
-    for name, (dtype, shape) in shapes.items():
-        # As bytes: their sum with the others' zeros is exact, which that of floating point numbers (-0) is not.
-        own = np.zeros((*shape, np.dtype(dtype).itemsize), np.uint8)
-        if arrays is not None:
-            own = np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(own.shape)
-        with _losses():
-            whole = np.asarray(multihost_utils.broadcast_one_to_all(own))
-        sent[name] = np.ascontiguousarray(whole).view(dtype).reshape(shape)
-    return sent
+    arrays = arrays or {}
+    shapes = from_first("shapes", lambda: {name: (array.dtype.name, array.shape) for name, array in arrays.items()})
+    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
+    # As bytes: their sum with the others' zeros is exact, which that of floating point numbers (-0) is not.
+    packed = np.zeros(size, np.uint8)
+    if is_first():
+        packed = np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()])
+    with _losses():
+        packed = np.asarray(multihost_utils.broadcast_one_to_all(packed))
+    return _unpacked(packed[None], shapes)
 
 
 def shared(digests: Digests | None) -> Digests | None:
@@ -192,8 +190,18 @@ def _part(process: int, items: int) -> list[int]:
     return list(dict.fromkeys(_rows(process, items)))
 
 
-def _same(tree: T) -> T:
-    return tree
+def _same(whole: jax.Array) -> jax.Array:
+    return whole
+
+
+def _unpacked(packed: np.ndarray, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:
+    """Arrays by dtype and shape from rows (L', n) of bytes that hold a part of each, in this order."""
+    found, start = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        stop = start + math.prod(shape) * np.dtype(dtype).itemsize // len(packed)
+        found[name] = np.ascontiguousarray(packed[:, start:stop]).view(dtype).reshape(shape)
+        start = stop
+    return found
 
 
 def _exchange(message: Mapping[str, Any]) -> list[Any]:

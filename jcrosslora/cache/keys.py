@@ -49,11 +49,14 @@ def numerics_key() -> str:
 
     Processors of different makes are one kind to JAX: what one has left for another differs by rounding.
     """
-    devices = jax.devices()  # of all processes that work together
+    devices = jax.local_devices()
     # LAPACK comes from scipy.
     versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
     kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
+    if jax.default_backend() != "cpu":
+        # How many matrices a device works on at once; on a CPU it takes them one by one.
+        kind.append(jax.process_count())
     return digest_of(PROCEDURE, versions, kind, settings)
 
 
