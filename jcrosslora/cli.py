@@ -131,17 +131,27 @@ class Batch:
     """Only say what would be done, with an estimate of time and memory."""
     overwrite: bool = False
     """Replace adapter folders that are there but were made from other input."""
+    ray: str | None = None
+    """Do it by the workers of a Ray cluster: HOST:PORT, auto for the one that this machine belongs to, or local."""
+    ray_cpus: float | None = None
+    """CPUs of a worker; all that the smallest machine has if not given."""
+    ray_gpus: float | None = None
+    """GPUs of a worker; all that the smallest machine with any has if not given."""
 
     def run(self, console: Console) -> None:
         """Run or show the plan, and print what became of each job."""
-        from jcrosslora.batch import print_estimates, read_plan, run_batch
+        from jcrosslora.batch import print_estimates, read_plan, run_batch, run_on_ray
 
         plan, shard = read_plan(self.plan), _shard(self.shard)
         if self.dry_run:
             print_estimates(plan, console, shard=shard)
             return
+        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": sys.stderr.isatty()}
         try:
-            summary = run_batch(plan, shard=shard, overwrite=self.overwrite, progress=sys.stderr.isatty())
+            if self.ray is None:
+                summary = run_batch(plan, **shared)
+            else:
+                summary = run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted; what is done stays, and the same command goes on from there", 130))
         summary.print_to(console)

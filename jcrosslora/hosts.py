@@ -57,8 +57,11 @@ def together() -> Iterator[None]:
         yield
         return
     if jax.local_device_count() * count() != jax.device_count():
-        msg = f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices"
-        raise UsageError(f"{msg}; give all {count()} processes equally many")
+        msg = (
+            f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices; give all "
+            f"{count()} processes equally many"
+        )
+        raise UsageError(msg)
     token = _together.set(True)
     try:
         try:
@@ -127,14 +130,14 @@ def gather(
         HostError: another process failed or ended.
     """
     stated = exchange(what, [list(one) for one in labels])
-    known = [
-        dict(pair for process, parts in enumerate(stated) for pair in zip(_part(process, items), parts[place]))
-        for place in range(len(labels))
-    ]
+    known: list[dict[int, Any]] = [{} for _ in labels]
+    for process, parts in enumerate(stated):
+        for one, part in zip(known, parts, strict=True):
+            one.update(zip(_part(process, items), part, strict=True))
     rows = np.array(_rows(jax.process_index(), items))
     # As one array: programs on a CPU do not begin several exchanges in the same order everywhere.
     own = {name: np.ascontiguousarray(array[rows - rows[0]]) for name, array in arrays.items()}
-    packed = np.concatenate([array.reshape(len(rows), -1).view(np.uint8) for array in own.values()], axis=1)
+    packed = np.concatenate([_bytes(array) for array in own.values()], axis=1)
     sharding = over_all_devices()
     with _losses():
         shape = (len(rows) * count(), packed.shape[1])
@@ -145,21 +148,20 @@ def gather(
     return _unpacked(packed, shapes), [[one[row] for row in range(items)] for one in known]
 
 
-def send(arrays: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """The first process's arrays, by name, in all processes; the others give None.
+def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first process's arrays, by name, in all processes; what the others give is not looked at.
 
     Raises:
         HostError: another process failed or ended.
     """
     if count() == 1:
-        return dict(arrays or {})
-    arrays = arrays or {}
+        return dict(arrays)
     shapes = from_first("shapes", lambda: {name: (array.dtype.name, array.shape) for name, array in arrays.items()})
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
     # As bytes: their sum with the others' zeros is exact, which that of floating point numbers (-0) is not.
     packed = np.zeros(size, np.uint8)
     if is_first():
-        packed = np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays.values()])
+        packed = np.concatenate([_bytes(np.ascontiguousarray(array)).reshape(-1) for array in arrays.values()])
     with _losses():
         packed = np.asarray(multihost_utils.broadcast_one_to_all(packed))
     return _unpacked(packed[None], shapes)
@@ -192,6 +194,11 @@ def _part(process: int, items: int) -> list[int]:
 
 def _same(whole: jax.Array) -> jax.Array:
     return whole
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """(L', n) uint8: the bytes of every row."""
+    return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
 
 
 def _unpacked(packed: np.ndarray, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:

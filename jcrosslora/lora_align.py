@@ -402,9 +402,9 @@ def _sent(pairs: tuple[Pair, ...], kept: TransportGroup | None) -> TransportGrou
     if hosts.count() == 1:
         assert kept is not None
         return kept
-    facts = hosts.from_first("facts", lambda: None if kept is None else facts_of(kept))
-    arrays = hosts.send(kept and {name: np.asarray(array) for name, array in arrays_of(kept).items()})
-    return group_of(pairs, arrays, facts)
+    facts, own = ({}, {}) if kept is None else (facts_of(kept), arrays_of(kept))
+    arrays = hosts.send({name: np.asarray(array) for name, array in own.items()})
+    return group_of(pairs, arrays, hosts.from_first("facts", lambda: facts))
 
 
 def _reads(pair: Pair) -> bool:

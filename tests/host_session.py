@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
 import numpy as np
 
 import jcrosslora as jcl
@@ -19,6 +16,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli import main
 
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 FOLDER, NUMBER, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 COMMAND = ["transfer", str(FOLDER / "adapter"), "--source", str(FOLDER / "source"), "--target", str(FOLDER / "target")]
 COMMAND += ["--method", "cross-lora", "--table", "none"]

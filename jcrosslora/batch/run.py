@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -61,17 +63,42 @@ def run_batch(
         msg = "a batch is not done by several processes together; start each alone, with a shard i/n of its own"
         raise UsageError(msg)
     units = share_of(units_of(plan.jobs), *shard)
+    with summarised(plan, units, shard) as summary:
+        with tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar:
+            run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
+            for unit in units:
+                run.do(unit)
+    return summary
+
+
+@contextmanager
+def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
+    """A block that does some units of a plan; what it enters into the summary is saved, however it ends.
+
+    Raises:
+        OutputError: the summary cannot be written.
+    """
     mine = {job.name for unit in units for job in unit.jobs}
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})
     name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
     try:
-        with tqdm(total=len(mine), desc="jobs", unit="job", disable=not progress) as bar:
-            run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
-            for unit in units:
-                run.do(unit)
+        yield summary
     finally:
         summary.save(plan.out / name)
-    return summary
+
+
+def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
+    """What became of the jobs of one unit, done here and now.
+
+    Args:
+        unit: of a plan.
+        out: the plan's folder.
+        overwrite: as for `run_batch`.
+    """
+    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
+    with tqdm(disable=True) as bar:
+        _Run(Ledger(out), summary, bar, overwrite, False).do(unit)
+    return list(summary.outcomes.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,4 +145,3 @@ class GroupCache:
 
 def _stated(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
     return [(pair.target, pair.source, pair.role) for pair in pairs]
-
