@@ -10,8 +10,8 @@ waited for, and what is compiled at the first call is told apart. A line for eac
 `decompose` that begins with it and redoes what misses its tolerance:
 
 - first: seconds of the first call, compilation included; s a matrix: median of the calls after it.
-- of rate: share of the device's own rate of a large float32 product at precision HIGHEST, counting the operations of one
-  Gram matrix of the short side only (a full SVD does many times that).
+- of rate: share of the device's own rate of a large float32 product at precision HIGHEST, counting the operations of
+  one Gram matrix of the short side only (a full SVD does many times that).
 - redone: share of the matrices that were refined in float64 or redone by another kernel.
 - loss, vectors, update: against float64 on the host, the worst matrix; see tools/bench_svd.py.
 
@@ -41,7 +41,7 @@ SMALL = {"shapes": ["640x768"], "rank": 16, "layers": 4, "repeats": 2}
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
     """Seconds of the first call, median of those after it, and what the last gave."""
-    spent = []
+    spent, result = [], None
     for _ in range(repeats + 1):
         start = time.perf_counter()
         result = jax.block_until_ready(work())

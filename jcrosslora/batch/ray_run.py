@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...])
                 if len(unit.jobs) > 1:
                     running |= {task.remote(Unit((job,)), *rest): Unit((job,)) for job in unit.jobs}
                     continue
-                (job,) = unit.jobs
+                job = next(iter(unit.jobs))
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 text = f"the worker did not come to an end with it, {_RETRIES + 1} times over ({reason[:500]})"
                 yield Outcome(job.name, job.settings.out, "failed", text)
@@ -140,7 +141,7 @@ def _cluster(address: str) -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             msg = (
                 f"no Ray cluster can be reached at {address} ({error}); start one by `ray start --head`, give its "

@@ -63,11 +63,13 @@ def run_batch(
         msg = "a batch is not done by several processes together; start each alone, with a shard i/n of its own"
         raise UsageError(msg)
     units = share_of(units_of(plan.jobs), *shard)
-    with summarised(plan, units, shard) as summary:
-        with tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar:
-            run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
-            for unit in units:
-                run.do(unit)
+    with (
+        summarised(plan, units, shard) as summary,
+        tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+    ):
+        run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
+        for unit in units:
+            run.do(unit)
     return summary
 
 
