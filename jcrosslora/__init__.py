@@ -13,6 +13,7 @@ from jcrosslora.checkpoint import open_base as open_base
 from jcrosslora.errors import AdapterError as AdapterError
 from jcrosslora.errors import CacheError as CacheError
 from jcrosslora.errors import CheckpointError as CheckpointError
+from jcrosslora.errors import HostError as HostError
 from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
 from jcrosslora.errors import MethodError as MethodError
 from jcrosslora.errors import OutputError as OutputError

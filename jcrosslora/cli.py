@@ -17,7 +17,8 @@ from rich.console import Console
 
 from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.cache.compiled import keep_compiled
-from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
+from jcrosslora.errors import BatchError, JCrossLoRAError, LostHostError, UsageError
+from jcrosslora.host_join import join, leave
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
 
@@ -31,15 +32,25 @@ class Transfer(TransferSettings):
     """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
     table: Literal["role", "module", "none"] = "role"
     """How detailed a table to print; the full account is in transfer_report.json."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes that make one transfer together; auto where the cluster tells."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0; process 0 writes."""
 
     def run(self, console: Console) -> None:
         """Transfer, then print the table and the verdict."""
+        join(self.coordinator, self.processes, self.process)
+        from jcrosslora import hosts
         from jcrosslora.report.table import print_report
         from jcrosslora.trip import transfer
 
         names = [field.name for field in fields(TransferSettings)]
         settings = TransferSettings(**{name: getattr(self, name) for name in names})
-        moved = transfer(settings, progress=sys.stderr.isatty())
+        moved = transfer(settings, progress=sys.stderr.isatty() and hosts.is_first())
+        if not hosts.is_first():
+            return
         assert moved.report is not None
         if self.table != "none":
             print_report(moved.report, console, by_module=self.table == "module")
@@ -120,17 +131,27 @@ class Batch:
     """Only say what would be done, with an estimate of time and memory."""
     overwrite: bool = False
     """Replace adapter folders that are there but were made from other input."""
+    ray: str | None = None
+    """Do it by the workers of a Ray cluster: HOST:PORT, auto for the one that this machine belongs to, or local."""
+    ray_cpus: float | None = None
+    """CPUs of a worker; all that the smallest machine has if not given."""
+    ray_gpus: float | None = None
+    """GPUs of a worker; all that the smallest machine with any has if not given."""
 
     def run(self, console: Console) -> None:
         """Run or show the plan, and print what became of each job."""
-        from jcrosslora.batch import print_estimates, read_plan, run_batch
+        from jcrosslora.batch import print_estimates, read_plan, run_batch, run_on_ray
 
         plan, shard = read_plan(self.plan), _shard(self.shard)
         if self.dry_run:
             print_estimates(plan, console, shard=shard)
             return
+        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": sys.stderr.isatty()}
         try:
-            summary = run_batch(plan, shard=shard, overwrite=self.overwrite, progress=sys.stderr.isatty())
+            if self.ray is None:
+                summary = run_batch(plan, **shared)
+            else:
+                summary = run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
         except KeyboardInterrupt:
             sys.exit(_fail("interrupted; what is done stays, and the same command goes on from there", 130))
         summary.print_to(console)
@@ -211,6 +232,8 @@ def main(args: Sequence[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         _parse(arguments).run(console)
+    except LostHostError as error:
+        leave(_fail(str(error), 2))
     except JCrossLoRAError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:

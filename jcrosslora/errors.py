@@ -39,3 +39,11 @@ class UsageError(JCrossLoRAError):
 
 class BatchError(JCrossLoRAError):
     """Some jobs of a batch failed; the others are done."""
+
+
+class HostError(JCrossLoRAError):
+    """Another of the processes that work together failed, and with it the work of all."""
+
+
+class LostHostError(HostError):
+    """Another of the processes that work together ended, or cannot be reached any more."""

@@ -18,12 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from jcrosslora import hosts
 from jcrosslora.activations import batch_probes, stack_activations
 from jcrosslora.align_checks import check_rank, check_shapes, check_whitening, wanted_pairs
 from jcrosslora.cache import Cache, PairCache
+from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import MethodError
+from jcrosslora.errors import HostError, MethodError
 from jcrosslora.gather import load_stack, shared_vocabulary
+from jcrosslora.group_arrays import arrays_of, facts_of, group_of
 from jcrosslora.heads import head_counts, match_heads
 from jcrosslora.linalg import decompose, describe_kernels, mesh_of, over_layers, spread
 from jcrosslora.methods import Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
@@ -78,11 +81,16 @@ def align(
     Returns:
         The transport, on the default devices.
 
+    Where `jax.distributed` has been initialised, all processes have to call this alike: each reads and decomposes its
+    part of the modules, and all of them get the whole transport.
+
     Raises:
-        MethodError: an unknown method, one that cannot be used on these shapes, or one without maps.
+        MethodError: an unknown method, one that cannot be used on these shapes, one without maps, or one that several
+            processes cannot do together.
         PairingError: the modules cannot be paired as asked.
         UsageError: a rank below 1 or above the short side of every module, or a whitening that the method does not do.
         CheckpointError: weights that cannot be read or are not finite.
+        HostError: another process failed.
     """
     if get_method(method).then != "nothing":
         msg = (
@@ -90,19 +98,20 @@ def align(
             "jcrosslora.refine.refine or jcrosslora.residual_fit.fit_residual"
         )
         raise MethodError(msg)
-    plan = Plan(
-        source,
-        target,
-        method=method,
-        rank=rank,
-        depth=depth,
-        seed=seed,
-        sources=sources,
-        probes=probes,
-        whitening=whitening,
-        cache=cache,
-    )
-    return plan.transport(tuple(plan.groups(progress=progress)))
+    with hosts.together():
+        plan = Plan(
+            source,
+            target,
+            method=method,
+            rank=rank,
+            depth=depth,
+            seed=seed,
+            sources=sources,
+            probes=probes,
+            whitening=whitening,
+            cache=cache,
+        )
+        return plan.transport(tuple(plan.groups(progress=progress)))
 
 
 class Plan:
@@ -137,6 +146,8 @@ class Plan:
         self.rank = check_rank(rank, source, target, self._pairs)
         self.probes = probes
         self.whitening = check_whitening(whitening, self.method)
+        if hosts.count() > 1:
+            self._share(cache)
         kept = self.method.cuts or self.method.activations or self.method.embeddings or self._depth == SIMILAR
         self._cache = cache
         self._kept = PairCache(cache, source, target) if cache is not None and kept else None
@@ -169,13 +180,14 @@ class Plan:
             return self._moments(batches, progress) if self.method.activations else None, self._heads()
 
         kept, chunks = self._kept_groups(), list(self.chunks())
-        found = kept.find(chunks) if kept is not None else itertools.repeat(None)
+        found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
         background = self._cache.in_background() if self._cache is not None else nullcontext()
         with background, tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
             for (pairs, group), stacks in self._read_ahead(zip(chunks, found, strict=False)):
-                if group is None:
-                    assert stacks is not None
-                    group = self._align(pairs, stacks, *common())
+                if stacks is None:
+                    group = _sent(pairs, group)
+                else:
+                    group = _gathered(pairs, self._align(tuple(hosts.own_part(pairs)), stacks, *common()))
                     if kept is not None:
                         kept.keep(group)
                 stacks = None  # while the next but one are read
@@ -238,10 +250,34 @@ class Plan:
             by_shape.setdefault(key, []).append(pair)
         for pairs in by_shape.values():
             size = _bytes(self.source, pairs[0].source) + _bytes(self.target, pairs[0].target)
-            most = max(1, GROUP_BYTES // size)
+            most = max(jax.device_count(), GROUP_BYTES // size)  # a device without a pair would repeat another's
             parts = -(-len(pairs) // most)
             for part in np.array_split(np.arange(len(pairs)), parts):
                 yield tuple(pairs[i] for i in part)
+
+    def _share(self, cache: Cache | None) -> None:
+        """Before several processes work on this together: see that they can, and mean the same."""
+        if self.runs_bases:
+            what = f"method {self.method.name}" if self.method.runs_bases else f"the depth map {SIMILAR}"
+            msg = (
+                f"{what} runs the bases on text, which several processes do not do together; name a method that looks "
+                "at weights alone, such as cross-lora, or use one process"
+            )
+            raise MethodError(msg)
+        stated = [
+            [name, module.shape, module.tensor, module.rows]
+            for base in (self.source, self.target)
+            for name, module in base.modules.items()
+        ]
+        stated += [[file.stat().st_size for base in (self.source, self.target) for file in base.store.files]]
+        settings = self.method.name, self.rank, self._depth, self.seed, self.whitening
+        found = hosts.exchange("work", digest_of(settings, stated, self._pairs))
+        if len(set(found)) > 1:
+            msg = "the processes were not given the same bases, adapter and settings; start all of them alike"
+            raise HostError(msg)
+        digests = hosts.shared(None if cache is None else cache.digests)
+        for base in (self.source, self.target):
+            base.digest(digests)
 
     def _count_tokens(self) -> tuple[int, str]:
         """How many tokens both bases have, as far as the method asks for it; or 0 and why."""
@@ -308,12 +344,12 @@ class Plan:
         return match_heads(self.source, self.target, self._pairs, self._vocabulary.stream)
 
     def _read_ahead(self, chunks: Iterable[_Chunk]) -> Iterator[tuple[_Chunk, tuple[jax.Array, jax.Array] | None]]:
-        """Each chunk, with the weights of both its sides where it has to be aligned.
+        """Each chunk, with the weights of both sides of this process's part of it where it has to be aligned.
 
         Those of a chunk are read and put on the devices while the one before is aligned.
         """
 
-        def read(pairs: tuple[Pair, ...]) -> tuple[jax.Array, jax.Array]:
+        def read(pairs: list[Pair]) -> tuple[jax.Array, jax.Array]:
             src = load_stack(self.source, [pair.source for pair in pairs])
             return src, load_stack(self.target, [pair.target for pair in pairs])
 
@@ -321,7 +357,8 @@ class Plan:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
             for chunk in itertools.chain(chunks, (None,)):
                 if chunk is not None:
-                    waiting.append((chunk, reader.submit(read, chunk[0]) if chunk[1] is None else None))
+                    is_kept = hosts.exchange("kept", chunk[1] is not None)[0]
+                    waiting.append((chunk, None if is_kept else reader.submit(read, hosts.own_part(chunk[0]))))
                 if waiting and (chunk is None or len(waiting) > 1):
                     first, reading = waiting.popleft()
                     stacks = None if reading is None else reading.result()
@@ -395,6 +432,26 @@ def _fit_stack(evidence: Evidence, method: Method, mesh: Mesh | None) -> tuple[F
         return fit, measure(evidence, fit, by_coordinates=method.measure == "weight cosine")
 
     return over_layers(one, mesh, dataclasses.replace(evidence, vocabulary=None), evidence.vocabulary)
+
+
+def _gathered(pairs: tuple[Pair, ...], own: TransportGroup) -> TransportGroup:
+    """The group of all pairs, from the parts that the processes have aligned."""
+    if hosts.count() == 1:
+        return own
+    arrays = {name: np.asarray(array) for name, array in arrays_of(own).items()}
+    sides = (own.kernels[: len(own.pairs)], own.kernels[len(own.pairs) :]) if own.kernels else ()
+    arrays, kernels = hosts.gather(f"maps of {pairs[0].target}", arrays, sides, len(pairs))
+    return group_of(pairs, arrays, facts_of(own) | {"kernels": [name for side in kernels for name in side]})
+
+
+def _sent(pairs: tuple[Pair, ...], kept: TransportGroup | None) -> TransportGroup:
+    """The group that the first process has found in its cache."""
+    if hosts.count() == 1:
+        assert kept is not None
+        return kept
+    facts, own = ({}, {}) if kept is None else (facts_of(kept), arrays_of(kept))
+    arrays = hosts.send({name: np.asarray(array) for name, array in own.items()})
+    return group_of(pairs, arrays, hosts.from_first("facts", lambda: facts))
 
 
 def _reads(pair: Pair) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jcrosslora import hosts
 from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
@@ -91,6 +92,9 @@ class TransferSettings:
 def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdapter:
     """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
 
+    Where `jax.distributed` has been initialised, all processes have to call this alike. Each aligns its part of the
+    modules, and the first alone checks the effect, if that is asked for, and writes.
+
     Args:
         settings: what to move, where to, and how.
         progress: whether to show a progress bar.
@@ -102,7 +106,14 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
             written then.
     """
-    ensure_free(Path(settings.out), settings.overwrite)
+    with hosts.together():
+        return _transfer(settings, progress)
+
+
+def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
+    writes = hosts.is_first()
+    if writes:
+        ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
     adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
     source, target, cache = open_both(settings)
@@ -131,8 +142,11 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
     )
     if method.then != "nothing" and settings.out_rank is not None:
         moved = cut_rank(moved, settings.out_rank)
+    if not writes:
+        settings = dataclasses.replace(settings, effect="never")
     moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
-    save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
+    if writes:
+        save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
     return moved
 
 
@@ -141,9 +155,10 @@ def open_both(settings: TransferSettings) -> tuple[BaseModel, BaseModel, Cache |
     source = open_base(settings.source, revision=settings.source_revision)
     target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
     cache = open_cache() if settings.cache else None
-    if cache is not None:
+    digests = hosts.shared(None if cache is None else cache.digests)
+    if digests is not None:
         for base in (source, target):
-            base.digest(cache.digests)
+            base.digest(digests)
     return source, target, cache
 
 

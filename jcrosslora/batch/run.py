@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
+from jcrosslora import hosts
 from jcrosslora.adapter import load_adapter
 from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, choose_method
 from jcrosslora.lora_align import Plan
@@ -53,21 +56,51 @@ def run_batch(
         `batch_summary.i-of-n.json`), even if the run is interrupted.
 
     Raises:
-        UsageError: no such shard.
+        UsageError: no such shard, or a process that works with others by `jax.distributed`.
         OutputError: the summary cannot be written.
     """
+    if hosts.count() > 1:
+        msg = "a batch is not done by several processes together; start each alone, with a shard i/n of its own"
+        raise UsageError(msg)
     units = share_of(units_of(plan.jobs), *shard)
+    with (
+        summarised(plan, units, shard) as summary,
+        tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+    ):
+        run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
+        for unit in units:
+            run.do(unit)
+    return summary
+
+
+@contextmanager
+def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
+    """A block that does some units of a plan; what it enters into the summary is saved, however it ends.
+
+    Raises:
+        OutputError: the summary cannot be written.
+    """
     mine = {job.name for unit in units for job in unit.jobs}
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})
     name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
     try:
-        with tqdm(total=len(mine), desc="jobs", unit="job", disable=not progress) as bar:
-            run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
-            for unit in units:
-                run.do(unit)
+        yield summary
     finally:
         summary.save(plan.out / name)
-    return summary
+
+
+def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
+    """What became of the jobs of one unit, done here and now.
+
+    Args:
+        unit: of a plan.
+        out: the plan's folder.
+        overwrite: as for `run_batch`.
+    """
+    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
+    with tqdm(disable=True) as bar:
+        _Run(Ledger(out), summary, bar, overwrite, False).do(unit)
+    return list(summary.outcomes.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,6 +41,12 @@ def units_of(jobs: Sequence[Job]) -> list[Unit]:
     return [Unit(tuple(jobs)) for jobs in found.values()]
 
 
+def cut(units: Sequence[Unit], count: int) -> list[Unit]:
+    """The same jobs in the same order, in units no larger than a fair part of all jobs for `count` workers."""
+    fair = max(1, -(-sum(len(unit.jobs) for unit in units) // count))
+    return [Unit(unit.jobs[start : start + fair]) for unit in units for start in range(0, len(unit.jobs), fair)]
+
+
 def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     """The units of one of `count` shards, the `index`-th of 1 to `count`.
 
@@ -53,12 +59,7 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     if not 1 <= index <= count:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"
         raise UsageError(msg)
-    fair = -(-sum(len(unit.jobs) for unit in units) // count)
-    parts = [
-        (place, Unit(unit.jobs[start : start + fair]))
-        for place, unit in enumerate(units)
-        for start in range(0, len(unit.jobs), fair)
-    ]
+    parts = list(enumerate(cut(units, count)))
     loads = [(0, shard) for shard in range(count)]
     mine = []
     for place, unit in sorted(parts, key=lambda part: (-len(part[1].jobs), part[0])):

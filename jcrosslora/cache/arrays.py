@@ -67,5 +67,11 @@ def read_arrays(folder: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]])
 def _checkpointer():
     import orbax.checkpoint as ocp
 
+    # This process alone, also where several work together, for these are not all at this point.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     # Uncompressed: the mantissas of singular vectors are noise, and zstd took three times as long to read.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False))
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True, use_zarr3=True, use_compression=False, multiprocessing_options=alone
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)

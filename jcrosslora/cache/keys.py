@@ -51,9 +51,12 @@ def numerics_key() -> str:
     """
     devices = jax.local_devices()
     # LAPACK comes from scipy.
-    versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "scipy")]
+    versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "numpy", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
     kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
+    if jax.default_backend() != "cpu":
+        # How many matrices a device works on at once; on a CPU it takes them one by one.
+        kind.append(jax.process_count())
     return digest_of(PROCEDURE, versions, kind, settings)
 
 

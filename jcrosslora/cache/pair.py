@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jcrosslora.cache.factors import FactorCache, describe
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.cache.store import Cache
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.linalg import LinearMap, spread
+from jcrosslora.group_arrays import AGREEMENT_FIELDS, MAP_FIELDS, arrays_of, facts_of, group_of
 from jcrosslora.methods import Vocabulary
-from jcrosslora.methods.agreement import Agreement
 from jcrosslora.transport import TransportGroup
 
 if TYPE_CHECKING:
     from jcrosslora.methods import Method
     from jcrosslora.pairing import Pair
 
-_MAP = tuple(field.name for field in dataclasses.fields(LinearMap))
-_AGREEMENT = tuple(field.name for field in dataclasses.fields(Agreement))
-_SIDES = ("out", "in")
 _MOMENTS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
 
 
@@ -139,35 +132,16 @@ class GroupCache:
         loaded = self._cache.load("transport", self._group_key(pairs))
         if loaded is None:
             return None
-        arrays = {name: _on_devices(array) for name, array in loaded.arrays.items()}
-        terms = tuple(
-            tuple(LinearMap(*(arrays[f"term{term}_{side}_{field}"] for field in _MAP)) for side in _SIDES)
-            for term in range(loaded.facts["terms"])
-        )
-        agreement = Agreement(*(arrays[field] for field in _AGREEMENT))
-        return TransportGroup(terms, agreement, pairs, tuple(loaded.facts["kernels"]))  # type: ignore[arg-type]
+        return group_of(pairs, loaded.arrays, loaded.facts)
 
     def keep(self, group: TransportGroup) -> None:
         """Keep a group."""
-        arrays = {
-            f"term{term}_{side}_{field}": getattr(linear, field)
-            for term, maps in enumerate(group.terms)
-            for side, linear in zip(_SIDES, maps, strict=True)
-            for field in _MAP
-        }
-        arrays |= {field: getattr(group.agreement, field) for field in _AGREEMENT}
         what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
-        facts = {"terms": len(group.terms), "kernels": list(group.kernels)}
-        self._cache.save("transport", self._group_key(group.pairs), what, arrays, facts)
+        self._cache.save("transport", self._group_key(group.pairs), what, arrays_of(group), facts_of(group))
 
     def _group_key(self, pairs: Sequence[Pair]) -> str:
-        return digest_of(self._key, _stated(pairs), _MAP, _AGREEMENT)
+        return digest_of(self._key, _stated(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
 
 
 def _stated(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
     return [(pair.target, pair.source, pair.role) for pair in pairs]
-
-
-def _on_devices(array: np.ndarray) -> jax.Array:
-    """Divided along the first axis as `spread` divides it, where the devices' number divides it."""
-    return spread(array) if len(array) % jax.local_device_count() == 0 else jnp.asarray(array)

@@ -145,6 +145,8 @@ class Cache:
     ) -> None:
         """Keep an entry. If there is one already it stays; if it cannot be written, a warning is logged, once.
 
+        Of several processes that work together by `jax.distributed` the first alone writes.
+
         Args:
             kind: one of `KINDS`.
             key: a digest of all that the content follows from.
@@ -167,7 +169,7 @@ class Cache:
     ) -> None:
         place = self._folder / kind / key
         size = sum(array.nbytes for array in arrays.values())
-        if not self._writable or size > self.limit or place.exists():
+        if jax.process_index() or not self._writable or size > self.limit or place.exists():
             return
         try:
             sweep(self._folder / _WORK)

@@ -16,7 +16,9 @@ from jcrosslora.linalg.psd_power import psd_power as psd_power
 from jcrosslora.linalg.ridge import reduced_rank_ridge as reduced_rank_ridge
 from jcrosslora.linalg.ridge import ridge as ridge
 from jcrosslora.linalg.stacked import mesh_of as mesh_of
+from jcrosslora.linalg.stacked import over_all_devices as over_all_devices
 from jcrosslora.linalg.stacked import over_layers as over_layers
+from jcrosslora.linalg.stacked import place as place
 from jcrosslora.linalg.stacked import spread as spread
 from jcrosslora.linalg.svd.choose import Kernel as Kernel
 from jcrosslora.linalg.svd.choose import choose_kernel as choose_kernel

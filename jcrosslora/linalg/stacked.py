@@ -19,6 +19,17 @@ def spread(stack: np.ndarray) -> jax.Array:
     return jax.device_put(stack, NamedSharding(Mesh(devices, (AXIS,)), PartitionSpec(AXIS)))
 
 
+def place(array: np.ndarray) -> jax.Array:
+    """Put an array on the local devices, divided as `spread` does it if their number divides it, else on the first."""
+    return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
+
+
+def over_all_devices() -> NamedSharding:
+    """The first axis divided over the devices of all processes, those of each process side by side."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
 def mesh_of(stack: jax.Array) -> Mesh | None:
     """The mesh that a stack made by `spread` is divided over, None on one device."""
     sharding = stack.sharding
@@ -48,4 +59,6 @@ def over_layers(function: Callable[..., Any], mesh: Mesh | None, stacked: Any, s
     if mesh is None:
         return part(stacked, shared)
     specs = (PartitionSpec(AXIS), PartitionSpec())
-    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS))(stacked, shared)
+    # Unchecked: loops of unbatched maths begin with constants, which are not marked as different on every device.
+    divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+    return divided(stacked, shared)

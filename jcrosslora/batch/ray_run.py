@@ -1,0 +1,155 @@
+"""A plan done by the machines of a Ray cluster that share a file system: each worker does a unit at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jcrosslora.batch.plan_file import BatchPlan
+from jcrosslora.batch.run import do_unit, summarised
+from jcrosslora.batch.summary import Outcome, Summary
+from jcrosslora.batch.units import Unit, cut, share_of, units_of
+from jcrosslora.errors import UsageError
+
+LOCAL = "local"
+# How often Ray starts a unit anew whose worker died.
+_RETRIES = 1
+# What a worker has to know of the environment that the plan was started in.
+_PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")
+
+
+def run_on_ray(
+    plan: BatchPlan,
+    *,
+    address: str,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Summary:
+    """Do all jobs of a plan that are not done yet, by the workers of a Ray cluster; see `run_batch`.
+
+    Every machine of the cluster must have this package, and see the plan's folder, its files and the current folder
+    under the same paths. A unit whose worker dies is done again, and if that one dies too, its jobs are done one by
+    one, so that only the job that is too much for a worker fails.
+
+    Args:
+        plan: see `read_plan`.
+        address: HOST:PORT or ray://HOST:PORT of the cluster, "auto" for the one that this machine belongs to, or
+            "local" for one of this machine's processes. Without effect where Ray has been initialised.
+        cpus: that a unit takes; None is all that the smallest machine has.
+        gpus: likewise; None is all that the smallest machine with any has.
+        shard: (i, n): only the i-th of n parts.
+        overwrite: whether adapter folders that were made from other input may be replaced.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What became of each job; also written as by `run_batch`.
+
+    Raises:
+        UsageError: Ray is not installed or no cluster is there, no machine has as much as a unit shall take, or there
+            is no such shard.
+        OutputError: the summary cannot be written.
+    """
+    mine = share_of(units_of(plan.jobs), *shard)
+    with _cluster(address) as ray:
+        takes, slots = _division([node["Resources"] for node in ray.nodes() if node["Alive"]], cpus, gpus)
+        units = cut(mine, slots)
+        with (
+            summarised(plan, units, shard) as summary,
+            tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+        ):
+            task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env={"env_vars": _environment()})
+            for outcome in _outcomes(ray, task, units, (plan.out, overwrite, os.getcwd())):
+                summary.outcomes[outcome.name] = outcome
+                bar.update()
+    return summary
+
+
+def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...]) -> Iterator[Outcome]:
+    """What became of each job, as soon as its unit is done."""
+    # The largest first, or the last worker would be busy when all others have nothing left.
+    order = sorted(units, key=lambda unit: -len(unit.jobs))
+    running = {task.remote(unit, *rest): unit for unit in order}
+    try:
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            unit = running.pop(ready)
+            try:
+                yield from ray.get(ready)
+            except ray.exceptions.RayError as error:
+                if len(unit.jobs) > 1:
+                    running |= {task.remote(Unit((job,)), *rest): Unit((job,)) for job in unit.jobs}
+                    continue
+                job = next(iter(unit.jobs))
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                text = f"the worker did not come to an end with it, {_RETRIES + 1} times over ({reason[:500]})"
+                yield Outcome(job.name, job.settings.out, "failed", text)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _work(unit: Unit, out: Path, overwrite: bool, folder: str) -> list[Outcome]:
+    """In a worker: do a unit."""
+    from jcrosslora.cache.compiled import keep_compiled
+
+    os.chdir(folder)  # the plan's paths are relative to it
+    keep_compiled()
+    return do_unit(unit, out, overwrite)
+
+
+def _division(
+    machines: Sequence[dict[str, float]], cpus: float | None, gpus: float | None
+) -> tuple[dict[str, float], int]:
+    """What a unit takes, and how many can be done at a time."""
+    if gpus is None:
+        gpus = min((machine["GPU"] for machine in machines if machine.get("GPU")), default=0)
+    able = [machine for machine in machines if machine.get("CPU") and machine.get("GPU", 0) >= gpus]
+    if cpus is None:
+        cpus = min((machine["CPU"] for machine in able), default=1)
+    asked = [(name, number) for name, number in (("CPU", cpus), ("GPU", gpus)) if number]
+    slots = sum(int(min((machine.get(name, 0) / number for name, number in asked), default=1)) for machine in able)
+    if not slots:
+        msg = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs free for a unit; ask for fewer"
+        raise UsageError(msg)
+    return {"num_cpus": cpus, "num_gpus": gpus}, slots
+
+
+def _environment() -> dict[str, str]:
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    # As the command sets it for itself: OpenBLAS's threads and JAX's only take the cores from each other.
+    return {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **passed}
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """Ray, connected to a cluster; the connection ends with the block if it was made here."""
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        msg = "Ray is not installed: pip install 'jcrosslora[ray]'"
+        raise UsageError(msg) from error
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            msg = (
+                f"no Ray cluster can be reached at {address} ({error}); start one by `ray start --head`, give its "
+                f"HOST:PORT, or use {LOCAL}"
+            )
+            raise UsageError(msg) from error
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,127 @@
+"""A plan done by two Ray workers gives what one process gives; what a worker dies of is retried, then listed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from test_batch import results
+from test_trip import WIDER
+from tiny_bases import random_adapter, write_llama
+
+import jcrosslora as jcl
+from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
+from jcrosslora.batch.plan_file import Job
+from jcrosslora.batch.ray_run import _division, _outcomes
+from jcrosslora.batch.units import Unit
+from jcrosslora.cli import main
+from jcrosslora.errors import UsageError
+
+PLAN = """
+out = "OUT"
+bases = { small = "small", wide = "wide" }
+adapters = { small = ["adapters/*"] }
+moves = [{ from = "small", to = ["wide"], methods = ["pad-truncate", "cross-lora"], rank = 8 }]
+"""
+
+
+def test_what_a_unit_takes_and_how_many_are_done_at_a_time():
+    head, small, big = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 32.0, "GPU": 4.0, "memory": 1e9}
+    assert _division([head, {"CPU": 16.0}], None, None) == ({"num_cpus": 4, "num_gpus": 0}, 5)
+    # Where there are GPUs, units go to them.
+    assert _division([head, small, big], None, None) == ({"num_cpus": 8, "num_gpus": 1}, 5)
+    assert _division([head, small, big], 2, 0) == ({"num_cpus": 2, "num_gpus": 0}, 22)
+    with pytest.raises(UsageError, match="no machine of the Ray cluster has 2 CPUs and 8 GPUs"):
+        _division([small, big], 2, 8)
+
+
+def test_without_ray_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    write_house(tmp_path)
+    with pytest.raises(UsageError, match="pip install 'jcrosslora\\[ray\\]'"):
+        run_on_ray(read_plan(tmp_path / "OUT.toml"), address="local")
+
+
+def write_house(folder: Path, adapters: int = 1, name: str = "OUT"):
+    """Two bases, adapters of the first, and a plan that writes to `name`."""
+    if not (folder / "small").exists():
+        write_llama(folder / "small", seed=0)
+        write_llama(folder / "wide", seed=1, first_token=20, **WIDER)
+        base = jcl.open_base(folder / "small")
+        for number in range(adapters):
+            adapter = random_adapter(base, seed=number, roles={"q_proj"})
+            jcl.save_adapter(adapter, folder / "adapters" / f"a{number}", base_name="org/small")
+    (folder / f"{name}.toml").write_text(PLAN.replace("OUT", name))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The address of a cluster of two machines of one CPU each."""
+    ray = pytest.importorskip("ray", reason="needs the extra: pip install 'jcrosslora[ray]'")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What the workers shall import and use: this checkout, its tests, and as many devices as here.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("JAX_NUM_CPU_DEVICES", str(jax.local_device_count()))
+        patch.setenv("JCROSSLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        machine = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+        cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+        cluster.add_node(**machine)
+        yield cluster.address
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_two_workers_write_what_one_process_writes(cluster, tmp_path, capsys):
+    write_house(tmp_path, 3, "alone")
+    write_house(tmp_path, name="moved")
+    bad = tmp_path / "adapters" / "bad"
+    bad.mkdir()
+    (bad / "adapter_config.json").write_text("{")
+    assert run_batch(read_plan(tmp_path / "alone.toml")).count("done") == 6
+    with pytest.raises(SystemExit) as exit_info:
+        main(["batch", str(tmp_path / "moved.toml"), "--ray", cluster])
+    assert exit_info.value.code == 2
+    assert "2 of 8 jobs failed" in capsys.readouterr().err
+    assert results(tmp_path / "moved") == results(tmp_path / "alone")
+    stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
+    assert (stated["done"], stated["failed"], stated["open"]) == (6, 2, 0)
+    assert {one["name"].split("--")[0] for one in stated["jobs"] if one["status"] == "failed"} == {"bad"}
+    again = run_on_ray(read_plan(tmp_path / "moved.toml"), address=cluster)
+    assert (again.count("kept"), again.count("failed")) == (6, 2)
+
+
+def deadly(unit: Unit, folder: Path, *_) -> list[Outcome]:
+    """A worker's task that dies of one job always, and of another the first time."""
+    for job in unit.jobs:
+        first = folder / job.name
+        if job.name == "always" or (job.name == "once" and not first.exists()):
+            first.write_text("")
+            os._exit(1)
+    return [Outcome(job.name, job.settings.out, "done") for job in unit.jobs]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_dead_workers_unit_is_done_again_and_the_deadly_job_is_listed(cluster, tmp_path):
+    import ray
+
+    def unit(*names):
+        settings = jcl.TransferSettings(adapter="a", source="s", target="t", out="o")
+        return Unit(tuple(Job(name, settings) for name in names))
+
+    ray.init(address=cluster, log_to_driver=False)
+    task = ray.remote(deadly).options(num_cpus=1, max_retries=1)
+    units = [unit("once"), unit("good", "always", "better")]
+    found = {outcome.name: outcome for outcome in _outcomes(ray, task, units, (tmp_path,))}
+    ray.shutdown()
+    assert {name: one.status for name, one in found.items()} == {
+        **dict.fromkeys(["once", "good", "better"], "done"),
+        "always": "failed",
+    }
+    assert "the worker did not come to an end with it, 2 times over" in found["always"].text

@@ -1,0 +1,27 @@
+"""Unbatched maths over a stack that is divided over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jcrosslora.linalg import mesh_of, over_all_devices, over_layers, place, spread
+
+
+def test_loops_that_begin_with_constants_run_on_every_device():
+    stack = spread(np.arange(12, dtype=np.float32).reshape(4, 3))
+
+    def total(row, factor):
+        return lax.fori_loop(0, 3, lambda i, sum_: sum_ + factor * row[i], jnp.zeros((), jnp.float32))
+
+    mesh = mesh_of(stack)
+    assert mesh is not None
+    found = jax.jit(lambda stack: over_layers(total, mesh, stack, jnp.float32(2)))(stack)
+    np.testing.assert_array_equal(found, 2 * np.asarray(stack).sum(axis=1))
+    assert found.sharding.mesh == mesh
+
+
+def test_an_array_is_divided_where_its_rows_can_be():
+    assert mesh_of(place(np.zeros((4, 3)))) is not None
+    assert mesh_of(place(np.zeros((3, 4)))) is None
+    assert over_all_devices().mesh.devices.tolist() == jax.local_devices()
