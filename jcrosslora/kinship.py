@@ -7,6 +7,8 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import CheckpointError
+from jcrosslora.lineage import Structure
+from jcrosslora.lineage.sampling import even, module_rows
 
 # The method for bases that differ, where both can be run on text; and the one where they cannot.
 ACTIVATION_METHOD = "anchored"
@@ -55,7 +57,7 @@ class Choice:
     reason: str
 
 
-def choose_method(source: BaseModel, target: BaseModel) -> Choice:
+def choose_method(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near-identical bases get `copy`, others a method that runs both on text if the decoder supports both and both
@@ -64,6 +66,7 @@ def choose_method(source: BaseModel, target: BaseModel) -> Choice:
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
+        structure: what `jcrosslora.lineage.find_structure` found; None looks for it where it is needed.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -119,23 +122,12 @@ def why_not_run(*bases: BaseModel) -> str | None:
 def _sampled_modules(base: BaseModel) -> Iterator[str]:
     for role in ROLES:
         names = [name for name, module in base.modules.items() if module.role == role]
-        yield from (names[place] for place in _even(len(names), _LAYERS))
+        yield from (names[place] for place in even(len(names), _LAYERS))
 
 
 def _sample(base: BaseModel, name: str) -> np.ndarray:
     """float64 (n, I): rows of a module, evenly spread."""
-    module = base.modules[name]
-    first = 0 if module.rows is None else module.rows[0]
-    rows = base.rows(module.tensor, first + _even(module.shape[0], _ROWS)).astype(np.float64)
-    if not np.isfinite(rows).all():
-        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-        raise CheckpointError(msg)
-    return rows
-
-
-def _even(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` different integers from 0 to count - 1, evenly spread, both ends among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+    return module_rows(base, name, even(base.modules[name].shape[0], _ROWS)).astype(np.float64)
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
