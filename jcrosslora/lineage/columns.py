@@ -41,6 +41,9 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
     if search and (found < 0).any():
         _search(units_src, units_tgt, found, least)
     if np.count_nonzero(found >= 0) >= _MOST * short:
+        # What is too far apart to be told from chance stays where it was, if nothing else is there.
+        stays = (found[:short] < 0) & (in_place >= KIN) & ~np.isin(np.arange(short), found)
+        found[:short][stays] = np.flatnonzero(stays)
         return found
     if units_src.shape == units_tgt.shape and in_place.mean() >= KIN:
         return np.arange(short)

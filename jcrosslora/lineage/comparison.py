@@ -162,13 +162,15 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
                 (f"model.layers.{layer.layer}.{norm}.weight", f"model.layers.{number}.{norm}.weight")
                 for norm in in_layer
             ]
+    # As stored, and not as gains, where that means the same: a sum is rounded in another way than its parts.
+    offset = np.float32(target.family.gain_offset - source.family.gain_offset)
     for name_src, name_tgt in names:
-        src, tgt = _gain(source, name_src), _gain(target, name_tgt)
+        src, tgt = (
+            finite(base, name, base.tensor(name).astype(np.float32))
+            for base, name in ((source, name_src), (target, name_tgt))
+        )
+        tgt = tgt + offset
         yield src[structure.stream[there]], tgt[there]
-
-
-def _gain(base: BaseModel, name: str) -> np.ndarray:
-    return finite(base, name, base.tensor(name).astype(np.float32)) + np.float32(base.family.gain_offset)
 
 
 def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -14,7 +14,7 @@ class Part:
     """One kind of part, counted over the layers that have a counterpart.
 
     Attributes:
-        name: "layers", "stream", "heads", "key heads", "neurons" or "tokens".
+        name: "layers", "stream", "heads", "key heads", "head features" (of v), "neurons" or "tokens".
         found: how many of the target's have a counterpart in the source; the fewest of any layer.
         target: how many the target has (in a layer).
         used: how many of the source's are somewhere in the target; the fewest of any layer.
@@ -48,6 +48,7 @@ def parts_of(structure: Structure, source: BaseModel, target: BaseModel) -> tupl
         _part("stream", [structure.stream], tgt.hidden, src.hidden),
         _part("heads", (_heads(layer.queries, width) for layer in layers), tgt.heads, src.heads),
         _part("key heads", (_heads(layer.keys, width) for layer in layers), tgt.kv_heads, src.kv_heads),
+        _features((layer.attended.reshape(-1, width) for layer in layers), width),
         _part("neurons", (layer.neurons for layer in layers), tgt.intermediate, src.intermediate),
     ]
     if structure.by_embedding:
@@ -62,6 +63,12 @@ def parts_of(structure: Structure, source: BaseModel, target: BaseModel) -> tupl
 def _heads(rows: np.ndarray, width: int) -> np.ndarray:
     first = rows.reshape(-1, width)[:, 0]
     return np.where(first >= 0, first // width, -1)
+
+
+def _features(heads: Iterable[np.ndarray], width: int) -> Part:
+    """The values of a head: there with their head, if perhaps in another order."""
+    in_order = all(bool((np.diff(head, axis=1) > 0).all(axis=1)[head[:, 0] >= 0].all()) for head in heads)
+    return Part("head features", width, width, width, width, in_order, repeated=False)
 
 
 def _part(name: str, layers: Iterable[np.ndarray], target: int, source: int) -> Part:

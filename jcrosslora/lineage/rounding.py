@@ -67,10 +67,15 @@ def rounding_of(rows: np.ndarray, dtype: str) -> Rounding:
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
     for block in (*_BLOCKS, rows.shape[1]):
-        if block >= _BLOCKS[0] and rows.shape[1] % block == 0 and _share_gridded(rows[:_SEEN], block) >= _GRIDDED:
+        if block < _BLOCKS[0] or rows.shape[1] % block:
+            continue
+        share = _share_gridded(rows[:_SEEN], block)
+        if share >= _GRIDDED:
             low, high = _blocks(rows, block)
             low, high = low - (rows - stored.low), high + (stored.high - rows)
             return Rounding(low, high, f"a grid in blocks of {block}", coarse=True)
+        if share == 0:  # the parts of a block that lies on a grid lie on it too, or most of them
+            break
     return stored
 
 
