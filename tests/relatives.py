@@ -34,6 +34,13 @@ class Made:
         kind = DTYPES.get(dtype, np.float32)
         return self.change(lambda _, x: x.astype(kind).astype(np.float32))
 
+    def quantised(self, kind: str) -> "Made":
+        """With every matrix rounded as a GGUF quantisation does."""
+        quant = gguf.GGMLQuantizationType[kind]
+        return self.change(
+            lambda _, x: gguf.quants.dequantize(gguf.quants.quantize(x, quant), quant) if x.ndim == 2 else x
+        )
+
     def size(self, key: str) -> int:
         return self.config[key]
 

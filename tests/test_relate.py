@@ -47,6 +47,10 @@ def second_group(layer, groups, served):
     return [np.arange(served) + served * (layer % groups)]
 
 
+def after_q4(change):
+    return lambda made: change(made.quantised("Q4_0"))
+
+
 mixed_neurons = with_neurons(lambda layer, count: shuffled(count, 20 + layer))
 fewer_neurons = with_neurons(lambda layer, count: subset(count, 60 + layer, count // 2))
 reordered = then(mixed_neurons, with_heads(mixed_heads), with_stream(shuffled(64, 5)))
@@ -71,6 +75,13 @@ CASES = {
     "Q4_1": ("llama", same, ("F32", "Q4_1"), QUANTISED),
     "from Q4_0": ("llama", same, ("Q4_0", "F32"), QUANTISED),
     "Q8_0 against Q4_0": ("llama", same, ("Q8_0", "Q4_0"), QUANTISED),
+    "Q4_0, kept in float16": ("llama", lambda made: made.quantised("Q4_0"), ("F32", "F16"), QUANTISED),
+    "Q5_0, kept in bfloat16": ("qwen2", lambda made: made.quantised("Q5_0"), ("F32", "BF16"), QUANTISED),
+    "Q4_0, then Q8_0": ("llama", lambda made: made.quantised("Q4_0"), ("Q4_0", "Q8_0"), QUANTISED),
+    "Q4_1, then Q4_0": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "Q4_0"), QUANTISED),
+    "Q4_1, then float16": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "F16"), ROUNDED),
+    "trained after Q4_0": ("llama", after_q4(noisy(0.02)), ("Q4_0", "F32"), TRAINED),
+    "merged after Q4_0": ("llama", after_q4(merged(4, 0.01)), ("Q4_0", "F32"), MERGED),
     "GGUF in float16": ("llama", same, ("F16", "gguf F16"), SAME),
     "trained, 1%": ("llama", noisy(0.01), ("F32", "F32"), TRAINED),
     "trained, 5%": ("qwen3", noisy(0.05), ("BF16", "BF16"), TRAINED),
@@ -88,7 +99,7 @@ CASES = {
     "merged, fused": ("phi3", merged(3, 0.01, roles=("qkv_proj",)), ("F32", "F32"), MERGED),
     "tripled": ("llama", scaled(3.0), ("F32", "F32"), SCALED),
     "halved": ("mistral", scaled(0.5), ("BF16", "BF16"), SCALED),
-    "negated": ("llama", scaled(-1.0), ("F32", "F32"), UNRELATED),
+    "negated": ("llama", scaled(-1.0), ("F32", "F32"), SCALED),
     "fewer layers": ("llama", with_layers([0, 2, 3]), ("F32", "F32"), PRUNED),
     "fewer layers, fused": ("phi3", with_layers([1, 3]), ("F32", "F32"), PRUNED),
     "fewer neurons": ("llama", fewer_neurons, ("F32", "F32"), PRUNED),

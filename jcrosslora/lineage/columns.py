@@ -5,6 +5,9 @@ import numpy as np
 # What columns have in common if one is a copy of the other that was trained on or rounded, see `jcrosslora.kinship`;
 # with few rows chance reaches as far, and more is asked for.
 _NEAR = 0.7
+# What is as near as that to the column in its own place is not looked for elsewhere: heads that do nearly the same have
+# 0.8 in SmolLM2-135M.
+_CERTAIN = 0.95
 # Chance may produce a pair as like as that once in a thousand pairs of matrices.
 _BY_CHANCE = 1e-3
 # Mean cosine of columns in the same order from which this order is taken although single ones are too far apart to be
@@ -37,7 +40,7 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
     in_place = np.einsum("rm,rm->m", units_src[:, :short], units_tgt[:, :short])
     # A column of zeros has no direction: it is the same as another of zeros.
     in_place[~(units_src[:, :short].any(axis=0) | units_tgt[:, :short].any(axis=0))] = 1
-    found[:short] = np.where(in_place >= least, np.arange(short), -1)
+    found[:short] = np.where(in_place >= (max(least, _CERTAIN) if search else least), np.arange(short), -1)
     if search and (found < 0).any():
         _search(units_src, units_tgt, found, least)
     if np.count_nonzero(found >= 0) >= _MOST * short:
@@ -45,7 +48,8 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
         stays = (found[:short] < 0) & (in_place >= KIN) & ~np.isin(np.arange(short), found)
         found[:short][stays] = np.flatnonzero(stays)
         return found
-    if units_src.shape == units_tgt.shape and in_place.mean() >= KIN:
+    # A negative one is of columns that were multiplied by a negative number.
+    if units_src.shape == units_tgt.shape and abs(in_place.mean()) >= KIN:
         return np.arange(short)
     return None
 

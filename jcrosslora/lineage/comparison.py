@@ -95,7 +95,7 @@ def _compare(src: tuple[np.ndarray, str, np.ndarray], tgt: tuple[np.ndarray, str
 
 
 def _columns(rounding: Rounding, columns: np.ndarray) -> Rounding:
-    return Rounding(rounding.low[:, columns], rounding.high[:, columns], rounding.grid, rounding.coarse)
+    return replace(rounding, low=rounding.low[:, columns], high=rounding.high[:, columns])
 
 
 def _look_into_ranks(

@@ -129,7 +129,7 @@ def _match_layer(
         some = some[even(len(some), _CHECKED)]
         src = module_rows(source, names[0][role], rows[some])[:, np.maximum(stream, 0)]
         tgt = module_rows(target, names[1][role], some)
-        return cosine(src[:, stream >= 0], tgt[:, stream >= 0]) >= KIN
+        return abs(cosine(src[:, stream >= 0], tgt[:, stream >= 0])) >= KIN
 
     found = {}
     neurons = columns("down_proj")

@@ -39,12 +39,14 @@ class Rounding:
         high: the same.
         grid: the format in words, such as "BF16", "Q4_0" or "blocks of 32".
         coarse: whether it is a quantisation, of 8 bits or fewer.
+        declared: whether the file says so; else it is seen in the numbers.
     """
 
     low: np.ndarray
     high: np.ndarray
     grid: str
     coarse: bool
+    declared: bool = True
 
     @property
     def width(self) -> float:
@@ -66,16 +68,11 @@ def rounding_of(rows: np.ndarray, dtype: str) -> Rounding:
         low, high = _blocks(rows, 16 if dtype in _SIXTEENS else 32)
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
-    for block in (*_BLOCKS, rows.shape[1]):
-        if block < _BLOCKS[0] or rows.shape[1] % block:
-            continue
-        share = _share_gridded(rows[:_SEEN], block)
-        if share >= _GRIDDED:
-            low, high = _blocks(rows, block)
-            low, high = low - (rows - stored.low), high + (stored.high - rows)
-            return Rounding(low, high, f"a grid in blocks of {block}", coarse=True)
-        if share == 0:  # the parts of a block that lies on a grid lie on it too, or most of them
-            break
+    block = _find_block(rows[:_SEEN])
+    if block is not None:
+        low, high = _blocks(rows, block)
+        low, high = low - (rows - stored.low), high + (stored.high - rows)
+        return Rounding(low, high, f"a grid in blocks of {block}", coarse=True, declared=False)
     return stored
 
 
@@ -139,9 +136,20 @@ def _refined(step: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     return step[:, 0]
 
 
-def _share_gridded(rows: np.ndarray, block: int) -> float:
-    ranked = _rank(rows, block)
-    return float(np.mean(ranked.uniform | ranked.few)) if len(ranked.step) else 0.0
+def _find_block(rows: np.ndarray) -> int | None:
+    """The length of the blocks that rows are quantised in; None if they are not."""
+    found = None
+    for block in (*_BLOCKS, rows.shape[1]):
+        if block < _BLOCKS[0] or rows.shape[1] % block or not rows.size:
+            continue
+        ranked = _rank(rows, block)
+        # A longer block has to have one step: several short ones together may seem to have few levels.
+        share = float(np.mean(ranked.uniform if found else ranked.uniform | ranked.few))
+        if share >= _GRIDDED:
+            found = block
+        elif found or share == 0:  # the parts of a block that lies on a grid lie on it too, or most of them
+            break
+    return found
 
 
 def _blocks(rows: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.lineage.comparison import Compared
-from jcrosslora.lineage.difference import SAME_MATHS, Change
+from jcrosslora.lineage.difference import SAME_MATHS, Change, Difference
 from jcrosslora.lineage.parts import Part
 
 
@@ -40,8 +40,7 @@ def change_words(compared: Sequence[Compared]) -> list[str]:
     if any(item.scale != 1 for item in every):
         words.append("scaled")
     rounded = [item for item in every if item.change == "rounded" and not item.only_scaled]
-    one_sided = [item for item in linear if item.quantised[0] != item.quantised[1]]
-    if any(any(item.quantised) for item in rounded) or ((low_rank or trained) and len(one_sided) == len(linear)):
+    if any(item.quantised for item in rounded) or ((low_rank or trained) and _most(linear)):
         words.append("quantised")
     elif rounded:
         words.append("rounded")
@@ -94,8 +93,12 @@ def _permuted(part: Part) -> bool:
     return not part.in_order and not part.repeated
 
 
-def _any(differences: Iterable[object], *changes: Change) -> bool:
-    return any(getattr(item, "change", None) in changes for item in differences)
+def _any(differences: Iterable[Difference], *changes: Change) -> bool:
+    return any(item.change in changes for item in differences)
+
+
+def _most(differences: Sequence[Difference]) -> bool:
+    return 2 * sum(item.quantised for item in differences) > len(differences)
 
 
 def _count(items: Sequence[Compared], compared: Sequence[Compared]) -> str:
@@ -136,9 +139,9 @@ def _rounded(items: list[Compared]) -> str:
         )
     by_format: Counter[str] = Counter()
     for item in items:
-        side = item.difference.rounded
-        if side is not None:
-            by_format[f"{side} to {item.difference.grids[side == 'target']}"] += 1
+        side, grids = item.difference.rounded, item.difference.grids
+        name = f"levels of {grids[0]} and {grids[1]} agree" if side is None else f"{side} to {grids[side == 'target']}"
+        by_format[name] += 1
     formats = ", ".join(f"{name} ({count})" for name, count in by_format.most_common())
     explained = min(item.difference.explained for item in items)
     hidden = max(item.difference.hidden for item in items)
