@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import COMMON_KEYS
 from jcrosslora.kinship import Choice, choose_method
 from jcrosslora.lineage import Compared, Part, compare_modules, compare_rest, find_structure, parts_of
-from jcrosslora.checkpoint.families import COMMON_KEYS
 from jcrosslora.lineage.equality import same_bytes, unequal_tensors
 from jcrosslora.lineage.wording import change_phrases, change_words, structure_phrases, structure_words
 

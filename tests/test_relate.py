@@ -1,16 +1,13 @@
 """What two bases have to do with each other, on made pairs of every kind: the truth is known of each."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 from relatives import (
-    is_linear,
     make,
     merged,
     noisy,
-    role_of,
     scaled,
     shuffled,
     subset,

@@ -1,5 +1,4 @@
-"""What two bases have to do with each other, read off their weights: which part of one is which of the other, and what
-became of it since."""
+"""What two bases have in common, by their weights: which part of one is which of the other, and what became of it."""
 
 from jcrosslora.lineage.comparison import Compared as Compared
 from jcrosslora.lineage.comparison import compare_modules as compare_modules

@@ -42,10 +42,9 @@ def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) 
     """
     found = []
     for module in target.modules.values():
-        layer = structure.layers[module.layer]
-        if layer is None:
+        name = structure.counterpart(module)
+        if name is None:
             continue
-        name = module.name.replace(f".{module.layer}.", f".{layer.layer}.", 1)
         difference = _module(source, target, structure, name, module.name, _ROWS)
         if difference is not None:
             found.append(Compared(module.role, module.name, name, difference))
@@ -176,11 +175,10 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
 def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     has = set(source.tensor_names()), set(target.tensor_names())
     for module in target.modules.values():
-        layer, rows = structure.layers[module.layer], structure.outputs(module.layer, module.role)
-        if layer is None or rows is None:
+        name, rows = structure.counterpart(module), structure.outputs(module.layer, module.role)
+        if name is None or rows is None:
             continue
-        name_tgt = f"{module.name}.bias"
-        name_src = name_tgt.replace(f".{module.layer}.", f".{layer.layer}.", 1)
+        name_src, name_tgt = f"{name}.bias", f"{module.name}.bias"
         if name_src in has[0] and name_tgt in has[1]:
             src, tgt = (base.tensor(name).astype(np.float32) for base, name in ((source, name_src), (target, name_tgt)))
             yield src[rows[rows >= 0]], tgt[rows >= 0]

@@ -15,8 +15,8 @@ _EXPLAINED, _EXPLAINED_IF_SEEN = 0.998, 0.99
 # How much wider the steps of one side have to be for it to be a rounding of the other: bfloat16 has an eighth of the
 # steps of float16, and two formats of four bits differ by a tenth.
 _COARSER = 1.5
-# Errors of rounding are spread evenly over a step, so that they are a quarter of one in the mean; steps at the ends of a
-# block are taken for three times as wide, and those of floats twice as wide below a power of two.
+# Errors of rounding are spread evenly over a step, so that they are a quarter of one in the mean; steps at the ends of
+# a block are taken for three times as wide, and those of floats twice as wide below a power of two.
 _LEAST_ERROR = 0.1
 # Levels that were rounded once more moved by less than this share of a step.
 _SAME_LEVEL = 0.25
@@ -128,8 +128,8 @@ class _Rounded:
 def _rounded(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> _Rounded:
     """The best of the explanations by rounding that fit the size of the difference.
 
-    One side is a rounding of the other's numbers; or, where its steps are much coarser, both are of the same numbers; or
-    both lie on the same levels of a block, but for a later rounding of these.
+    One side is a rounding of the other's numbers; or, where its steps are much coarser, both are of the same numbers;
+    or both lie on the same levels of a block, but for a later rounding of these.
     """
     sides: tuple[tuple[Literal["source", "target"], Rounding, Rounding, np.ndarray], ...] = (
         ("target", from_tgt, from_src, src),

@@ -27,8 +27,8 @@ _ALIKE = 0.3
 def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | None, str]:
     """Find what of the source each part of the target is.
 
-    The rows that are read are the same on every run: 512 of each embedding, and of each layer 128 of o and of down and a
-    few of the others.
+    The rows that are read are the same on every run: 512 of each embedding, and of each layer 128 of o and of down and
+    a few of the others.
 
     Returns:
         The structure, in which at least one layer has a counterpart; or None with the reason.

@@ -156,8 +156,8 @@ def _blocks(rows: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Low and high of numbers rounded to the levels of their block.
 
     Levels are multiples of the block's smallest distance; where they are not, but few, they are those that occur. The
-    outermost numbers of a block may stand for some that lie a step further out. A block that lies on no grid was rounded
-    from nothing but itself.
+    outermost numbers of a block may stand for some that lie a step further out. A block that lies on no grid was
+    rounded from nothing but itself.
     """
     ranked = _rank(rows, block)
     step = ranked.step[:, None]

@@ -1,10 +1,12 @@
 """Which dimension, layer, head and neuron of one base each of another base's is, whatever their order and number."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.layout import Module, role_shapes
 
 # The index arrays of a layer that the rows and the columns of each module are counted by.
 OUTPUTS: Mapping[str, str] = {
@@ -69,6 +71,28 @@ class Structure:
     def inputs(self, layer: int, role: str) -> np.ndarray | None:
         """(I_tgt,): the same of its columns."""
         return self._index(layer, INPUTS[role])
+
+    def counterpart(self, module: Module) -> str | None:
+        """The name of the source module of a target module; None where its layer has no counterpart."""
+        layer = self.layers[module.layer]
+        return None if layer is None else module.name.replace(f".{module.layer}.", f".{layer.layer}.", 1)
+
+    def in_place(self, source: BaseModel) -> bool:
+        """Whether every module of the target is the source's of the same name, row by row, and nothing is left out."""
+        if len(self.layers) != source.dims.layers or len(self.stream) != source.dims.hidden:
+            return False
+        shapes = role_shapes(source.dims)
+        return all(
+            layer is not None
+            and layer.layer == place
+            and all(np.array_equal(index, np.arange(size)) for index, size in self._sized(place, shapes))
+            for place, layer in enumerate(self.layers)
+        )
+
+    def _sized(self, layer: int, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[np.ndarray | None, int]]:
+        for role, (outputs, inputs) in shapes.items():
+            yield self.outputs(layer, role), outputs
+            yield self.inputs(layer, role), inputs
 
     def _index(self, layer: int, axis: str) -> np.ndarray | None:
         found = self.layers[layer]
