@@ -1,13 +1,17 @@
 """What two bases have to do with each other, on made pairs of every kind: the truth is known of each."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from real_models import real_models
 from relatives import (
+    layer_of,
     make,
     merged,
     noisy,
+    role_of,
     scaled,
     shuffled,
     subset,
@@ -19,6 +23,10 @@ from relatives import (
     with_tokens,
 )
 
+import jcrosslora as jcl
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.cli import main
 from jcrosslora.relation import relate
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
@@ -55,6 +63,42 @@ values_moved = with_heads(
     lambda layer, groups, served: np.arange(groups * served).reshape(groups, served),
     lambda layer, size: shuffled(size, 70 + layer),
 )
+
+
+def with_embedding_of(other, made):
+    """Every layer of `made`, the tables of `other`."""
+    return made.change(lambda name, x: other.tensors[name] if ".layers." not in name and x.ndim == 2 else x)
+
+
+def with_layers_of(made, other, layers):
+    return made.change(lambda name, x: other.tensors[name] if layer_of(name) in layers else x)
+
+
+def with_extra_layers(made, other):
+    """Two layers of another base behind those of `made`."""
+    extra = {
+        name.replace(f".{layer}.", f".{layer + 4}.", 1): x
+        for name, x in other.tensors.items()
+        for layer in (0, 1)
+        if layer_of(name) == layer
+    }
+    return dataclasses.replace(made, config=made.config | {"num_hidden_layers": 6}, tensors=made.tensors | extra)
+
+
+def with_averaged_keys(made):
+    """Both key heads made one, as checkpoints of many heads are turned into such with fewer."""
+    half = made.size("head_dim")
+
+    def change(name, x):
+        return (x[:half] + x[half:]) / 2 if role_of(name) in ("k_proj", "v_proj") else x
+
+    return made.change(change, num_key_value_heads=1)
+
+
+def renamed(made, family):
+    config = {"model_type": family, "architectures": list(FAMILIES[family].architectures[:1])}
+    return dataclasses.replace(made, config=made.config | config)
+
 
 # name: (family, what becomes of the base, dtypes or quantisations of both, the words)
 CASES = {
@@ -134,6 +178,27 @@ CASES = {
 }
 
 
+# Bases that share little or nothing, and targets that have more than the source; name: (family, target, the words).
+OTHERS = {
+    "other seed": ("llama", make(seed=1), UNRELATED),
+    "other seed, gemma": ("gemma3_text", make("gemma3_text", seed=1), UNRELATED),
+    "other seed, fused": ("phi3", make("phi3", seed=1), UNRELATED),
+    "other width": ("llama", make(seed=1, hidden_size=96), UNRELATED),
+    "other depth": ("qwen2", make("qwen2", seed=1, num_hidden_layers=3), UNRELATED),
+    "other heads": ("llama", make(seed=1, num_attention_heads=8, num_key_value_heads=4, head_dim=8), UNRELATED),
+    "other family": ("llama", make("qwen3", seed=1), UNRELATED),
+    "other vocabulary": ("mistral", make("mistral", seed=1, vocab_size=200), UNRELATED),
+    "the embedding alone": ("llama", with_embedding_of(make(), make(seed=1)), UNRELATED),
+    "the norms alone": ("llama", make().change(lambda n, x: x if x.ndim == 1 else x[::-1].copy()), UNRELATED),
+    "the family's name alone": ("llama", renamed(make(), "mistral"), SAME),
+    "another embedding": ("llama", with_embedding_of(make(seed=1), make()), TRAINED),
+    "more layers": ("llama", with_extra_layers(make(), make(seed=1)), ("extended",)),
+    "half of the layers": ("llama", with_layers_of(make(), make(seed=1), (1, 3)), ("pruned", "extended")),
+    "more tokens": ("llama", with_tokens(np.arange(100))(make()), PRUNED),
+    "heads averaged": ("llama", with_averaged_keys(make()), ("pruned", "extended")),
+}
+
+
 def written(made, folder, dtype):
     if dtype in ("F32", "F16", "BF16"):
         return made.write(folder, dtype)
@@ -150,3 +215,140 @@ def test_the_relation_is_the_one_that_was_made(tmp_path, name):
     found = relate(source, target)
     assert found.words == words, found.sentence
     json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bases_made_on_their_own(tmp_path, name):
+    family, made, words = OTHERS[name]
+    source, target = make(family).write(tmp_path / "s"), made.write(tmp_path / "t")
+    found = relate(source, target)
+    assert found.words == words, found.sentence
+    back = relate(target, source)
+    turned = {"pruned": "extended", "extended": "pruned"}
+    assert set(back.words) == {turned.get(word, word) for word in words}, back.sentence
+    assert (found.choice.method == "copy") == (words in (SAME, TRAINED) or name == "more tokens")
+
+
+def test_no_two_of_the_seeds_are_related(tmp_path):
+    """Chance among many small bases: none of 45 pairs, of which a third has columns enough to be mistaken in."""
+    bases = [make(seed=seed, intermediate_size=64 + 96 * (seed % 3)).write(tmp_path / str(seed)) for seed in range(10)]
+    for place, source in enumerate(bases):
+        for target in bases[:place]:
+            assert relate(source, target).words == UNRELATED
+
+
+@pytest.mark.parametrize("row", [1, 33, 63])
+def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
+    made = make(vocab_size=700)
+
+    def change(name, x):
+        x = x.copy()
+        if name == "model.embed_tokens.weight":
+            x[row, 5] += 1e-3
+        return x
+
+    source, target = made.write(tmp_path / "s"), made.change(change).write(tmp_path / "t")
+    found = relate(source, target)
+    assert found.words == TRAINED
+    assert "embed" in found.sentence
+
+
+def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
+    source = make().write(tmp_path / "s")
+    assert relate(source, make().write(tmp_path / "t")).sentence == "the weight files are equal, byte by byte"
+    wide = make().rounded("BF16")
+    found = relate(wide.write(tmp_path / "b", "BF16"), wide.write(tmp_path / "f"))
+    assert found.words == SAME
+    assert found.sentence == "all numbers of all tensors are equal, though the files are not"
+
+
+def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
+    change = then(with_layers([0, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 48)))
+    found = relate(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))
+    parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
+    assert parts == {
+        "layers": (2, 2, 2, 4),
+        "stream": (48, 48, 48, 64),
+        "heads": (2, 2, 2, 4),
+        "key heads": (2, 2, 2, 2),
+        "head features": (16, 16, 16, 16),
+        "neurons": (48, 48, 48, 96),
+        "tokens": (128, 128, 128, 128),
+    }
+    assert found.layers == (0, 3)
+    assert {item.difference.change for item in found.compared} == {"equal"}
+    assert (
+        "the target has 2 of 4 layers, 48 of 64 stream, 2 of 4 heads, 48 of 96 neurons of the source" in found.sentence
+    )
+
+
+def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
+    made = make()
+    target = merged(4, 0.02, roles=("q_proj", "down_proj"))(made)
+    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    for item in found.compared:
+        if item.role in ("q_proj", "down_proj"):
+            assert (item.difference.change, item.difference.rank) == ("low rank", 4)
+            assert item.difference.distance == pytest.approx(0.02, rel=0.3)
+        else:
+            assert item.difference.change == "equal"
+    assert "8 of 30 tensors differ by an update of low rank" in found.sentence
+    assert "ranks: q_proj 4, down_proj 4" in found.sentence
+
+
+def test_a_rank_beyond_the_sample_is_found_by_reading_more_rows(tmp_path):
+    made = make(intermediate_size=320, hidden_size=320, num_hidden_layers=1, vocab_size=400)
+    target = merged(50, 0.02, roles=("up_proj",))(made)
+    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    assert found.words == MERGED
+    assert "ranks: up_proj 50" in found.sentence
+
+
+def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
+    made = make(intermediate_size=800, vocab_size=3000)
+    source, target = made.write(tmp_path / "s"), noisy(0.02)(made).write(tmp_path / "t")
+    asked: dict[str, list[int]] = {}
+    rows = BaseModel.rows
+
+    def watched(self, name, ids):
+        asked.setdefault(name, []).append(len(ids))
+        return rows(self, name, ids)
+
+    monkeypatch.setattr(BaseModel, "rows", watched)
+    monkeypatch.setattr(BaseModel, "weight", None)
+    assert relate(source, target).words == TRAINED
+    assert max(map(max, asked.values())) <= 512
+    assert max(asked["model.layers.1.mlp.up_proj.weight"]) <= 64
+
+
+def test_the_same_on_every_run(tmp_path):
+    source, target = make().write(tmp_path / "s"), then(reordered, noisy(0.05))(make()).write(tmp_path / "t")
+    assert relate(source, target).to_json() == relate(source, target).to_json()
+
+
+def test_a_damaged_weight_is_an_error(tmp_path):
+    damaged = make().change(lambda name, x: np.full_like(x, np.nan) if "up_proj" in name else x)
+    with pytest.raises(jcl.CheckpointError, match="up_proj holds NaN or infinity"):
+        relate(make().write(tmp_path / "s"), damaged.write(tmp_path / "t"))
+
+
+def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):
+    make().write(tmp_path / "s")
+    then(fewer_neurons, merged(3, 0.01))(make()).write(tmp_path / "t")
+    main(["relate", str(tmp_path / "s"), str(tmp_path / "t")])
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("relation: pruned, LoRA-merged")
+    assert "auto would take select" in printed
+    main(["relate", str(tmp_path / "s"), str(tmp_path / "t"), "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data["words"] == ["pruned", "LoRA-merged"]
+    assert data["choice"]["method"] == "select"
+    assert len(data["compared"]) == 30
+    with pytest.raises(SystemExit):
+        main(["relate", str(tmp_path / "s"), str(tmp_path / "nothing")])
+
+
+def test_the_real_pair_is_unrelated_and_each_is_itself():
+    smol, gemma = map(open_base, real_models())
+    assert relate(smol, gemma).words == UNRELATED
+    assert relate(smol, smol).words == SAME

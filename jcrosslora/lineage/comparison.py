@@ -86,11 +86,11 @@ def _module(
 
 def _compare(src: tuple[np.ndarray, str, np.ndarray], tgt: tuple[np.ndarray, str, np.ndarray]) -> Difference:
     """Compare columns of whole rows, each given with its stored dtype and the columns that go together."""
-    values = [rows[:, columns] for rows, _, columns in (src, tgt)]
-    if np.array_equal(*values):  # what they were rounded from makes no difference
-        exact = [Rounding(x, x, dtype, coarse=False) for x, (_, dtype, _) in zip(values, (src, tgt), strict=True)]
-        return compare_rows(*values, *exact)
-    return compare_rows(*values, *(_columns(rounding_of(rows, dtype), columns) for rows, dtype, columns in (src, tgt)))
+    x, y = src[0][:, src[2]], tgt[0][:, tgt[2]]
+    if np.array_equal(x, y):  # what they were rounded from makes no difference
+        return compare_rows(x, y, Rounding(x, x, src[1], coarse=False), Rounding(y, y, tgt[1], coarse=False))
+    from_src, from_tgt = (_columns(rounding_of(rows, dtype), columns) for rows, dtype, columns in (src, tgt))
+    return compare_rows(x, y, from_src, from_tgt)
 
 
 def _columns(rounding: Rounding, columns: np.ndarray) -> Rounding:

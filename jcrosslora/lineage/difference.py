@@ -92,14 +92,15 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     found = _rounded(src, tgt, from_src, from_tgt)
     widths = sorted((from_src.width, from_tgt.width))
     # What was made of stored numbers shows only the rounding that came after; else that of both.
-    ranks = [_low_rank(delta, noise / np.sqrt(12)) for noise in (widths[0], float(np.hypot(*widths)))]
+    ranks = [_low_rank(delta, noise / np.sqrt(12)) for noise in (widths[0], float(np.hypot(widths[0], widths[1])))]
     steps = _in_steps(delta, max(from_src, from_tgt, key=lambda side: side.width))
     one_sided = from_src.coarse != from_tgt.coarse
     asked = _EXPLAINED if from_src.declared and from_tgt.declared else _EXPLAINED_IF_SEEN
     rank, quantised = None, False
-    if distance < SAME_MATHS or found.share >= asked:
+    exact = distance < SAME_MATHS and np.abs(delta).max() < 16 * SAME_MATHS * np.abs(tgt).max()
+    if exact or found.share >= asked:
         change: Change = "rounded"
-        quantised = distance >= SAME_MATHS and (from_src.coarse or from_tgt.coarse) and found.coarse
+        quantised = not exact and (from_src.coarse or from_tgt.coarse) and found.coarse
     elif ranks[0] is not None:
         change, rank = "low rank", ranks[0]
     elif ranks[1] is not None:
@@ -112,13 +113,13 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     # than half a step of the finer grid is not seen at all, unless both sides are on the same levels.
     unseen = (widths[0] / 2 if found.side else 0) + (1 - asked) / 0.8 * widths[1]
     hidden = unseen / _size(tgt) + HALF_PRECISION * (widths[1] > 0)
-    explained = max(equal, found.share)
+    explained = equal + (1 - equal) * found.share
     return Difference(change, cosine, distance, scale, equal, explained, rank, grids, found.side, quantised, hidden)
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """How far rounding explains a difference: the share of numbers, which side was rounded, and if to a coarse grid."""
+    """How far rounding explains a difference: the share of unequal numbers, the side, and if its grid is coarse."""
 
     share: float
     side: Literal["source", "target"] | None
@@ -135,19 +136,22 @@ def _rounded(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rou
         ("target", from_tgt, from_src, src),
         ("source", from_src, from_tgt, tgt),
     )
-    best = _Rounded(0.0, None, coarse=False)
+    best, unequal = _Rounded(0.0, None, coarse=False), src != tgt
+    if not unequal.any():
+        return _Rounded(1.0, None, coarse=False)
     for side, own, other, numbers in sides:
         if _in_steps(tgt - src, own) < _LEAST_ERROR:
             continue
         inside = (own.low <= numbers) & (numbers <= own.high)
         if own.width >= _COARSER * other.width:
             inside |= (own.low < other.high) & (other.low < own.high)
-        share = float(np.mean(inside))
+        # Where few numbers changed, the others say nothing for rounding.
+        share = float(np.mean(inside[unequal]))
         if share > best.share:
             best = _Rounded(share, side, own.coarse)
     if from_src.coarse and from_tgt.coarse and best.share < _EXPLAINED:
         step = np.minimum(from_src.high - from_src.low, from_tgt.high - from_tgt.low)
-        share = float(np.mean(np.abs(tgt - src) <= _SAME_LEVEL * step))
+        share = float(np.mean((np.abs(tgt - src) <= _SAME_LEVEL * step)[unequal]))
         best = max(
             best, _Rounded(share, None, coarse=from_src.declared and from_tgt.declared), key=lambda item: item.share
         )
@@ -160,9 +164,10 @@ def _times(rounding: Rounding, scale: float) -> Rounding:
 
 
 def _in_steps(delta: np.ndarray, rounding: Rounding) -> float:
-    """Mean size of a difference in steps of a rounding."""
+    """Mean size of a difference in steps of a rounding, where there is any."""
     width = rounding.high - rounding.low
-    return float(np.mean(np.abs(delta)[width > 0] / width[width > 0])) if (width > 0).any() else np.inf
+    some = (width > 0) & (delta != 0)
+    return float(np.mean(np.abs(delta)[some] / width[some])) if some.any() else np.inf
 
 
 def _size(numbers: np.ndarray) -> float:

@@ -19,6 +19,8 @@ from jcrosslora.lineage.structure import LayerMap, Structure
 
 _TOKENS, _WRITTEN, _CHECKED = 512, 128, 16  # sampled rows: of the embedding, of o and down, of what is checked
 
+# How like its counterpart a key head has to be, beside the query heads that it serves: the mean of two has 0.7.
+_AS_LIKE = 0.85
 # Two layers are compared feature by feature where the products of their rows have this correlation, or where they are
 # the same by number. Layers that have lost half of their neurons keep 0.7, different layers of one model have 0.1.
 _ALIKE = 0.3
@@ -122,24 +124,27 @@ def _match_layer(
         src = module_rows(source, names[0][role], stream[dims])
         return match_columns(src, module_rows(target, names[1][role], dims), search=search)
 
-    def agree(role: str, rows: np.ndarray) -> bool:
+    def likeness(role: str, rows: np.ndarray) -> float:
         some = np.flatnonzero(rows >= 0)
         if not len(some):
-            return False
+            return 0.0
         some = some[even(len(some), _CHECKED)]
         src = module_rows(source, names[0][role], rows[some])[:, np.maximum(stream, 0)]
         tgt = module_rows(target, names[1][role], some)
-        return abs(cosine(src[:, stream >= 0], tgt[:, stream >= 0])) >= KIN
+        return abs(cosine(src[:, stream >= 0], tgt[:, stream >= 0]))
 
     found = {}
     neurons = columns("down_proj")
-    if neurons is not None and agree("up_proj", neurons) and agree("gate_proj", neurons):
+    if neurons is not None and min(likeness("up_proj", neurons), likeness("gate_proj", neurons)) >= KIN:
         found["neurons"] = neurons
     attended = columns("o_proj") if source.dims.head_dim == target.dims.head_dim else None
     if attended is not None:
         heads = head_rows(attended, source.dims, target.dims)
-        # Key heads may be none of the source's, when several were made one.
-        if agree("q_proj", heads["queries"]):
+        queries = likeness("q_proj", heads["queries"])
+        # Key heads may be none of the source's, when several were made one: that is like each of them, but less so.
+        if min(likeness("k_proj", heads["keys"]), likeness("v_proj", heads["values"])) < _AS_LIKE * queries:
+            heads |= {name: nothing[name] for name in ("keys", "values")}
+        if queries >= KIN:
             found |= heads
     return LayerMap(layers[0], **(nothing | found)) if found else None
 

@@ -67,7 +67,7 @@ def _heads(rows: np.ndarray, width: int) -> np.ndarray:
 
 def _features(heads: Iterable[np.ndarray], width: int) -> Part:
     """The values of a head: there with their head, if perhaps in another order."""
-    in_order = all(bool((np.diff(head, axis=1) > 0).all(axis=1)[head[:, 0] >= 0].all()) for head in heads)
+    in_order = all(bool((np.diff(head[head[:, 0] >= 0], axis=1) > 0).all()) for head in heads)
     return Part("head features", width, width, width, width, in_order, repeated=False)
 
 

@@ -1,6 +1,6 @@
 """Which dimension, layer, head and neuron of one base each of another base's is, whatever their order and number."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,18 +81,19 @@ class Structure:
         """Whether every module of the target is the source's of the same name, row by row, and nothing is left out."""
         if len(self.layers) != source.dims.layers or len(self.stream) != source.dims.hidden:
             return False
-        shapes = role_shapes(source.dims)
-        return all(
+        axes = {
+            axis: size
+            for role, shape in role_shapes(source.dims).items()
+            for axis, size in zip((OUTPUTS[role], INPUTS[role]), shape, strict=True)
+        }
+        return np.array_equal(self.stream, np.arange(len(self.stream))) and all(
             layer is not None
             and layer.layer == place
-            and all(np.array_equal(index, np.arange(size)) for index, size in self._sized(place, shapes))
+            and all(
+                np.array_equal(getattr(layer, axis), np.arange(size)) for axis, size in axes.items() if axis != "stream"
+            )
             for place, layer in enumerate(self.layers)
         )
-
-    def _sized(self, layer: int, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[np.ndarray | None, int]]:
-        for role, (outputs, inputs) in shapes.items():
-            yield self.outputs(layer, role), outputs
-            yield self.inputs(layer, role), inputs
 
     def _index(self, layer: int, axis: str) -> np.ndarray | None:
         found = self.layers[layer]
