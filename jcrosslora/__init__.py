@@ -26,6 +26,8 @@ from jcrosslora.methods import METHODS as METHODS
 from jcrosslora.pairing import Pairing as Pairing
 from jcrosslora.probes import Probes as Probes
 from jcrosslora.probes import written_probes as written_probes
+from jcrosslora.relation import Relation as Relation
+from jcrosslora.relation import relate as relate
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.verdict import verdict as verdict
 from jcrosslora.transport import Transport as Transport

@@ -74,6 +74,37 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Relate:
+    """Say what two base models have to do with each other, from their weights: same, quantised, trained, pruned, ..."""
+
+    source: tyro.conf.Positional[str]
+    """The base that an adapter comes from: a folder of safetensors, a GGUF file or a hub id."""
+    target: tyro.conf.Positional[str]
+    """The base that it would go to, likewise."""
+    source_revision: str | None = None
+    """Hub revision of the source."""
+    target_revision: str | None = None
+    """Hub revision of the target."""
+    json: bool = False
+    """Print everything as JSON instead, tensor by tensor."""
+
+    def run(self, console: Console) -> None:
+        """Compare, and print the evidence and the relation."""
+        import json
+
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.relation import relate
+        from jcrosslora.report.relation import print_relation
+
+        source = open_base(self.source, revision=self.source_revision)
+        relation = relate(source, open_base(self.target, revision=self.target_revision))
+        if self.json:
+            print(json.dumps(relation.to_json(), indent=2, allow_nan=False))
+        else:
+            print_relation(relation, console)
+
+
+@dataclass(frozen=True)
 class Check:
     """Say which engines will read an adapter folder, and why not."""
 
@@ -214,6 +245,7 @@ class Demo:
 COMMANDS = {
     "transfer": Transfer,
     "inspect": Inspect,
+    "relate": Relate,
     "check": Check,
     "evaluate": Evaluate,
     "batch": Batch,

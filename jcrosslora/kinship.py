@@ -7,6 +7,8 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import CheckpointError
+from jcrosslora.lineage import Structure, find_structure, parts_of
+from jcrosslora.lineage.sampling import even, module_rows
 
 # The method for bases that differ, where both can be run on text; and the one where they cannot.
 ACTIVATION_METHOD = "anchored"
@@ -55,19 +57,28 @@ class Choice:
     reason: str
 
 
-def choose_method(source: BaseModel, target: BaseModel) -> Choice:
+def choose_method(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
-    Near-identical bases get `copy`, others a method that runs both on text if the decoder supports both and both
+    Near-identical bases get `copy`, those of which one is made of the other's parts (pruned, permuted, with repeated
+    layers) `select`, others a method that runs both on text if the decoder supports both and both
     tokenizers can be read, else `cross-lora`.
 
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
+        structure: what `jcrosslora.lineage.find_structure` found; None looks for it where it is needed.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
+    structure = structure or find_structure(source, target)[0]
+    if structure is not None and not structure.in_place(source):
+        kinship = compare_weights(source, target, structure)
+        nested = all(part.nested for part in parts_of(structure, source, target) if part.name != "tokens")
+        if kinship is not None and kinship.near and nested:
+            found = f"one of the two bases is made of the other's parts ({_figures(kinship)})"
+            return Choice("select", f"{found}, so the update is carried over part by part")
     kinship = compare_weights(source, target)
     if kinship is not None and kinship.near:
         return Choice("copy", f"the two bases are nearly identical ({_figures(kinship)}), so the update stays as it is")
@@ -80,21 +91,33 @@ def choose_method(source: BaseModel, target: BaseModel) -> Choice:
     return Choice(WEIGHT_METHOD, f"{found}, and not both can be run on text ({obstacle}), so only weights are compared")
 
 
-def compare_weights(source: BaseModel, target: BaseModel) -> Kinship | None:
+def compare_weights(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Kinship | None:
     """Compare a sample of the weights: of every role four layers from first to last, of each module 64 even rows.
 
     The sample is the same on every run, and only its rows are read (and dequantised).
 
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        structure: which parts go together; None takes each for its namesake.
+
     Returns:
-        The kinship, or None where the modules of the two bases are not the same by name and shape.
+        The kinship, or None where the modules of the two bases are not the same by name and shape, or none has a
+        counterpart in the structure.
 
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
-    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
-    if shapes[0] != shapes[1]:
+    if structure is None:
+        shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+        if shapes[0] != shapes[1]:
+            return None
+        pairs = [_compare(_sample(source, name), _sample(target, name)) for name in _sampled_modules(source)]
+    else:
+        sampled = (_counterparts(source, target, structure, name) for name in _sampled_modules(target))
+        pairs = [_compare(*pair) for pair in sampled if pair is not None]
+    if not pairs:
         return None
-    pairs = [_compare(_sample(source, name), _sample(target, name)) for name in _sampled_modules(source)]
     for base in (source, target):
         base.release()
     cosine, distance = np.mean(pairs, axis=0)
@@ -119,23 +142,31 @@ def why_not_run(*bases: BaseModel) -> str | None:
 def _sampled_modules(base: BaseModel) -> Iterator[str]:
     for role in ROLES:
         names = [name for name, module in base.modules.items() if module.role == role]
-        yield from (names[place] for place in _even(len(names), _LAYERS))
+        yield from (names[place] for place in even(len(names), _LAYERS))
 
 
 def _sample(base: BaseModel, name: str) -> np.ndarray:
     """float64 (n, I): rows of a module, evenly spread."""
-    module = base.modules[name]
-    first = 0 if module.rows is None else module.rows[0]
-    rows = base.rows(module.tensor, first + _even(module.shape[0], _ROWS)).astype(np.float64)
-    if not np.isfinite(rows).all():
-        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-        raise CheckpointError(msg)
-    return rows
+    return module_rows(base, name, even(base.modules[name].shape[0], _ROWS)).astype(np.float64)
 
 
-def _even(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` different integers from 0 to count - 1, evenly spread, both ends among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+def _counterparts(
+    source: BaseModel, target: BaseModel, structure: Structure, name: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """float64 (n, m) and (n, m): rows of a target module, and what they are in the source; None if they are nothing."""
+    module = target.modules[name]
+    other = structure.counterpart(module)
+    if other is None:
+        return None
+    outputs, inputs = structure.outputs(module.layer, module.role), structure.inputs(module.layer, module.role)
+    assert outputs is not None
+    assert inputs is not None
+    rows, columns = np.flatnonzero(outputs >= 0), np.flatnonzero(inputs >= 0)
+    if not (len(rows) and len(columns)):
+        return None
+    rows = rows[even(len(rows), _ROWS)]
+    src = module_rows(source, other, outputs[rows])[:, inputs[columns]]
+    return src.astype(np.float64), module_rows(target, name, rows)[:, columns].astype(np.float64)
 
 
 def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:

@@ -29,10 +29,12 @@ from jcrosslora.gather import load_stack, shared_vocabulary
 from jcrosslora.group_arrays import arrays_of, facts_of, group_of
 from jcrosslora.heads import head_counts, match_heads
 from jcrosslora.linalg import decompose, describe_kernels, mesh_of, over_layers, spread
+from jcrosslora.lineage import Structure
 from jcrosslora.methods import Evidence, Fit, HeadMatch, Method, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import Agreement, measure
 from jcrosslora.methods.lorasuite import embedding_map
 from jcrosslora.pairing import SIMILAR, Depth, Pair, pair_modules
+from jcrosslora.selection import find_selection, select_rows
 from jcrosslora.transport import AlignRecipe, Transport, TransportGroup, describe_base
 
 if TYPE_CHECKING:
@@ -137,6 +139,9 @@ class Plan:
         cache: Cache | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
+        self._structure: Structure | None = None
+        if self.method.selects:
+            self._structure, depth = find_selection(source, target, depth)
         # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
         self.pairing = pair_modules(source.modules, target.modules, "proportional" if depth == SIMILAR else depth)
         self._sources = sources
@@ -390,6 +395,10 @@ class Plan:
             matches = [heads[pair.target] for pair in pairs]
             matches += matches[-1:] * (src.weight.shape[0] - len(pairs))
             evidence = dataclasses.replace(evidence, heads=jax.tree.map(lambda *leaves: jnp.stack(leaves), *matches))
+        if self._structure is not None:
+            names = [pair.target for pair in pairs]
+            selection = select_rows(self._structure, self.target, names, src.weight.shape[0])
+            evidence = dataclasses.replace(evidence, selection=selection)
         fit, agreement = _fit_stack(evidence, self.method, mesh_of(src.weight))
         terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (fit.terms, agreement))
         # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK

@@ -9,7 +9,7 @@ import pytest
 
 from jcrosslora.errors import MethodError
 from jcrosslora.linalg import decompose
-from jcrosslora.methods import METHODS, Activations, Evidence, Side, Vocabulary, get_method
+from jcrosslora.methods import METHODS, Activations, Evidence, Selection, Side, Vocabulary, get_method
 from jcrosslora.methods.agreement import measure
 from jcrosslora.methods.lorasuite import embedding_map
 
@@ -33,7 +33,15 @@ def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     seen = activations(shapes, seed) if method.activations else None
     if method.embeddings:
         vocabulary = with_stream(shapes[0][1], shapes[1][1], seed)
-    return Evidence(*sides, vocabulary, seen, jax.random.key(seed), reads=True, rank=rank)
+    chosen = selection(shapes, seed) if method.selects else None
+    return Evidence(*sides, vocabulary, seen, jax.random.key(seed), reads=True, rank=rank, selection=chosen)
+
+
+def selection(shapes, seed):
+    """Rows and columns of the source in a random order, some of the target's left without."""
+    rng = np.random.default_rng(seed + 70)
+    sizes = zip(*shapes, strict=True)
+    return Selection(*(jnp.asarray(rng.integers(-1, src, size=tgt).astype(np.int32)) for src, tgt in sizes))
 
 
 def activations(shapes, seed):
@@ -187,6 +195,15 @@ def reference_lorasuite(item, update):
     return inner.T @ update @ stream
 
 
+def reference_select(item, update):
+    """Row by row and column by column, zero where there is none."""
+    outputs, inputs = np.asarray(item.selection.outputs), np.asarray(item.selection.inputs)
+    want = np.zeros((len(outputs), len(inputs)))
+    for place in np.argwhere((outputs[:, None] >= 0) & (inputs >= 0)):
+        want[tuple(place)] = update[outputs[place[0]], inputs[place[1]]]
+    return want
+
+
 REFERENCES = {
     "cross-lora": reference_cross_lora,
     "lora-x": reference_lora_x,
@@ -209,6 +226,8 @@ def test_against_the_numpy_reference(method, shapes):
         want = reference_theseus(item.activations, update.astype(np.float64))
     elif method.embeddings:
         want = reference_lorasuite(item, update.astype(np.float64))
+    elif method.selects:
+        want = reference_select(item, update.astype(np.float64))
     elif method.name in NOTHING:
         want = np.zeros(shapes[1])
     else:
@@ -218,7 +237,7 @@ def test_against_the_numpy_reference(method, shapes):
 
 
 def test_every_method_has_a_reference_or_is_the_random_one():
-    assert set(METHODS) == set(REFERENCES) | ELSEWHERE | NOTHING | {"theseus", "lorasuite", "random"}
+    assert set(METHODS) == set(REFERENCES) | ELSEWHERE | NOTHING | {"theseus", "lorasuite", "select", "random"}
 
 
 def test_random_maps_are_partial_isometries_that_depend_on_the_key():

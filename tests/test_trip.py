@@ -45,7 +45,8 @@ def command(files, out, *flags):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.runs_bases)]
+    "method",
+    [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.runs_bases or method.selects)],
 )
 def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
     moved = jcl.transfer(settings(files, tmp_path / "out", method=method))

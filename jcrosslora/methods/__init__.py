@@ -7,6 +7,7 @@ from jcrosslora.methods.evidence import Activations as Activations
 from jcrosslora.methods.evidence import Evidence as Evidence
 from jcrosslora.methods.evidence import Fit as Fit
 from jcrosslora.methods.evidence import HeadMatch as HeadMatch
+from jcrosslora.methods.evidence import Selection as Selection
 from jcrosslora.methods.evidence import Side as Side
 from jcrosslora.methods.evidence import Terms as Terms
 from jcrosslora.methods.evidence import Vocabulary as Vocabulary

@@ -88,6 +88,19 @@ class HeadMatch:
 
 
 @flax.struct.dataclass
+class Selection:
+    """Which rows and columns of the source module those of the target module are; -1 for none.
+
+    Attributes:
+        outputs: (O_tgt,) int32.
+        inputs: (I_tgt,) int32.
+    """
+
+    outputs: jax.Array
+    inputs: jax.Array
+
+
+@flax.struct.dataclass
 class Evidence:
     """All that a method may look at for one pair of modules.
 
@@ -101,6 +114,7 @@ class Evidence:
             (o, down): the stream is then on the side of its outputs.
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
+        selection: for methods that choose rows; None for the others.
         whitening: static; the exponent of theseus' partial whitening, 0 for none. Above 0 the activations have grams.
     """
 
@@ -112,6 +126,7 @@ class Evidence:
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None
+    selection: Selection | None = None
     whitening: float = flax.struct.field(pytree_node=False, default=0.0)
 
 

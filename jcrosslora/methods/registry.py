@@ -13,12 +13,15 @@ from jcrosslora.methods import (
     prolora,
     random_map,
     scaled_procrustes,
+    selected,
     theseus,
 )
 from jcrosslora.methods.evidence import Evidence, Fit
 
 Then = Literal["nothing", "residual", "predictions"]
-Measure = Literal["vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "none"]
+Measure = Literal[
+    "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Method:
         anchored: whether it uses the shared vocabulary.
         activations: whether it runs both bases on probe texts.
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
+        selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
             (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
@@ -53,6 +57,7 @@ class Method:
     anchored: bool = False
     activations: bool = False
     embeddings: bool = False
+    selects: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
     measure: Measure = "weight cosine"
@@ -71,6 +76,7 @@ class Method:
     def needs(self) -> str:
         """What the method looks at, in words."""
         parts = ["equal shapes"] if self.equal_shapes else []
+        parts += ["a base made of the other's parts"] if self.selects else []
         parts += ["SVDs of both bases"] if self.decomposes else []
         parts += ["shared vocabulary (for the signs)"] if self.anchored else []
         parts += ["shared vocabulary (for the map)", "weights of all attention modules"] if self.embeddings else []
@@ -113,6 +119,14 @@ _METHODS = (
         reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+    ),
+    Method(
+        name="select",
+        summary="rows, columns and layers of the source that the target was made of, in its order",
+        reference="this package",
+        fit=selected.fit,
+        selects=True,
+        measure="part cosine",
     ),
     Method(
         name="pad-truncate",

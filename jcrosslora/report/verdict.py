@@ -66,6 +66,8 @@ def _by_alignment(measure: str, rows: tuple[ModuleRow, ...], signs: str) -> Verd
     cosine = weighted(rows, "weight_cosine")
     if measure == "head cosine":
         return _by_heads(cosine)
+    if measure == "part cosine" and cosine >= SAME_COSINE:
+        return Verdict("aligned", f"the bases are made of the same parts (weight cosine {cosine:.3f}): {_SOME}")
     if cosine >= SAME_COSINE:
         hint = "" if measure == "weight cosine" else "; --method copy moves the whole update"
         return Verdict("aligned", f"the two bases are nearly identical (weight cosine {cosine:.3f}){hint}")

@@ -1,0 +1,50 @@
+"""Whether two bases hold the same numbers throughout: the one question that no sample can answer."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import HEAD
+
+_ROWS_AT_ONCE = 4096
+
+
+def same_bytes(source: BaseModel, target: BaseModel) -> bool:
+    """Whether the weight files of two bases are equal, byte by byte (by their SHA-256, unless their sizes differ)."""
+    sizes = [[path.stat().st_size for path in base.store.files] for base in (source, target)]
+    return sizes[0] == sizes[1] and source.digest() == target.digest()
+
+
+def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
+    """Names of the tensors of which two bases of one layout hold different numbers; all rows are read."""
+    fused = {base_module.tensor for base in (source, target) for base_module in base.modules.values()}
+    names = [name for name in sorted(set(source.tensor_names()) | set(target.tensor_names())) if name not in fused]
+    found = [name for name in names if not _equal(source, target, name)]
+    for name, module in target.modules.items():
+        other = source.modules[name]
+        firsts = [0 if item.rows is None else item.rows[0] for item in (other, module)]
+        pieces = _pieces(module.shape[0])
+        if not all(
+            np.array_equal(source.rows(other.tensor, firsts[0] + ids), target.rows(module.tensor, firsts[1] + ids))
+            for ids in pieces
+        ):
+            found.append(name)
+        source.release()
+        target.release()
+    return found
+
+
+def _equal(source: BaseModel, target: BaseModel, name: str) -> bool:
+    known = [set(base.tensor_names()) | {HEAD} for base in (source, target)]
+    if not all(name in names for names in known):
+        return False
+    shape = (target if name in target.tensor_names() else source).store.shape(name)
+    if len(shape) != 2:
+        return np.array_equal(source.tensor(name).astype(np.float32), target.tensor(name).astype(np.float32))
+    return all(np.array_equal(source.rows(name, ids), target.rows(name, ids)) for ids in _pieces(shape[0]))
+
+
+def _pieces(rows: int) -> Iterator[np.ndarray]:
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        yield np.arange(start, min(start + _ROWS_AT_ONCE, rows))

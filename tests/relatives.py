@@ -1,0 +1,242 @@
+"""Tiny bases of several families, and what is done to bases in the wild: pruned, permuted, merged, trained, rounded."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from checkpoint_files import write_safetensors
+from gguf_files import converted, gguf, gguf_name, write_gguf
+
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.config import read_dims
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.checkpoint.layout import expected_shapes
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+ATTENTION_ROWS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A base before it is written: its configuration and its tensors."""
+
+    config: dict
+    tensors: dict[str, np.ndarray]
+
+    def change(self, change: Callable[[str, np.ndarray], np.ndarray], **config) -> "Made":
+        return Made(self.config | config, {name: change(name, x) for name, x in self.tensors.items()})
+
+    def rounded(self, dtype: str) -> "Made":
+        """What a file of a float format holds; quantised formats round what they are given."""
+        kind = DTYPES.get(dtype, np.float32)
+        return self.change(lambda _, x: x.astype(kind).astype(np.float32))
+
+    def quantised(self, kind: str) -> "Made":
+        """With every matrix rounded as a GGUF quantisation does."""
+        quant = gguf.GGMLQuantizationType[kind]
+        return self.change(
+            lambda _, x: gguf.quants.dequantize(gguf.quants.quantize(x, quant), quant) if x.ndim == 2 else x
+        )
+
+    def size(self, key: str) -> int:
+        return self.config[key]
+
+    def write(self, folder: Path, dtype: str = "F32") -> BaseModel:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        stored = {name: (dtype, x.astype(DTYPES[dtype])) for name, x in self.tensors.items()}
+        write_safetensors(folder / "model.safetensors", stored)
+        return open_base(folder)
+
+    def write_gguf(self, path: Path, kind: str) -> BaseModel:
+        """As llama.cpp's converter and quantiser write it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        heads = self.size("num_attention_heads"), self.size("num_key_value_heads")
+        stored = {
+            gguf_name(name, "llama"): (
+                converted(name, x, "llama", heads),
+                gguf.GGMLQuantizationType[kind] if x.ndim == 2 else None,
+            )
+            for name, x in self.tensors.items()
+        }
+        metadata = {
+            "block_count": self.size("num_hidden_layers"),
+            "context_length": 64,
+            "embedding_length": self.size("hidden_size"),
+            "feed_forward_length": self.size("intermediate_size"),
+            "attention.head_count": heads[0],
+            "attention.head_count_kv": heads[1],
+            "attention.key_length": self.size("head_dim"),
+            "attention.value_length": self.size("head_dim"),
+            "rope.dimension_count": self.size("head_dim"),
+            "attention.layer_norm_rms_epsilon": 1e-6,
+        }
+        return open_base(write_gguf(path, "llama", metadata, stored))
+
+
+def make(family: str = "llama", *, seed: int = 0, **changes) -> Made:
+    """A random base whose singular values fall off, as those of trained ones do."""
+    config = {
+        "model_type": family,
+        "architectures": list(FAMILIES[family].architectures[:1]),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    } | changes
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in expected_shapes(FAMILIES[family], read_dims(config, Path()), config).items():
+        if len(shape) == 2:
+            sizes = 1 + 2 * np.exp(-np.arange(shape[1]) / 8)
+            tensors[name] = rng.normal(size=shape) @ (rng.normal(size=(shape[1], shape[1])) * sizes[:, None]) / 90
+        else:
+            tensors[name] = rng.uniform(0.5, 1.5, shape)
+    return Made(config, {name: x.astype(np.float32) for name, x in tensors.items()})
+
+
+def is_linear(name: str) -> bool:
+    return "_proj.weight" in name
+
+
+def role_of(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def layer_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else None
+
+
+def noisy(size: float, *, seed: int = 7, only: Callable[[str], bool] = lambda _: True):
+    """Dense noise of a size relative to each weight: training goes on."""
+    rng = np.random.default_rng(seed)
+
+    def add(name: str, x: np.ndarray) -> np.ndarray:
+        if x.ndim < 2 or not only(name):
+            return x
+        return (x + size * np.sqrt(np.mean(x**2)) * rng.normal(size=x.shape)).astype(np.float32)
+
+    return lambda made: made.change(add)
+
+
+def merged(rank: int, size: float, *, roles=("q_proj", "v_proj"), seed: int = 8):
+    """A LoRA update merged into some roles."""
+    rng = np.random.default_rng(seed)
+
+    def add(name: str, x: np.ndarray) -> np.ndarray:
+        if not is_linear(name) or role_of(name) not in roles:
+            return x
+        update = rng.normal(size=(x.shape[0], rank)) @ rng.normal(size=(rank, x.shape[1]))
+        return (x + size * np.linalg.norm(x) / np.linalg.norm(update) * update).astype(np.float32)
+
+    return lambda made: made.change(add)
+
+
+def scaled(factor: float):
+    return lambda made: made.change(lambda name, x: np.float32(factor) * x if is_linear(name) else x)
+
+
+def with_layers(layers):
+    """The layers of the list, in its order."""
+
+    def build(made: Made) -> Made:
+        tensors = {name: x for name, x in made.tensors.items() if layer_of(name) is None}
+        for new, old in enumerate(layers):
+            prefix = f"model.layers.{old}."
+            tensors |= {
+                name.replace(prefix, f"model.layers.{new}.", 1): x
+                for name, x in made.tensors.items()
+                if name.startswith(prefix)
+            }
+        return Made(made.config | {"num_hidden_layers": len(layers)}, tensors)
+
+    return build
+
+
+def with_neurons(choose):
+    """The neurons that `choose(layer, count)` names."""
+
+    def build(made: Made) -> Made:
+        def change(name, x):
+            if layer_of(name) is None or ".mlp." not in name:
+                return x
+            index = choose(layer_of(name), made.size("intermediate_size"))
+            return x[:, index] if role_of(name) == "down_proj" else x[index]
+
+        found = made.change(change)
+        return Made(found.config | {"intermediate_size": len(choose(0, made.size("intermediate_size")))}, found.tensors)
+
+    return build
+
+
+def with_heads(choose, within=lambda layer, size: np.arange(size)):
+    """The heads of `choose(layer, groups, served)`: (groups, heads of each); values in the order `within` a head."""
+
+    def build(made: Made) -> Made:
+        groups, size = made.size("num_key_value_heads"), made.size("head_dim")
+        served = made.size("num_attention_heads") // groups
+
+        def change(name, x):
+            if layer_of(name) is None or "self_attn" not in name or role_of(name).endswith("norm"):
+                return x
+            chosen = np.asarray(choose(layer_of(name), groups, served))
+            role, inside = role_of(name), within(layer_of(name), size)
+            heads = chosen[:, 0] // served if role in ("k_proj", "v_proj") else chosen.reshape(-1)
+            order = inside if role in ("v_proj", "o_proj") else np.arange(size)
+            index = (heads[:, None] * size + order).reshape(-1)
+            return x[:, index] if role == "o_proj" else x[index]
+
+        chosen = np.asarray(choose(0, groups, served))
+        return made.change(change, num_attention_heads=chosen.size, num_key_value_heads=len(chosen))
+
+    return build
+
+
+def with_stream(index):
+    """The dimensions of the residual stream, in their order."""
+
+    def change(name, x):
+        if is_linear(name) and role_of(name) in ("o_proj", "down_proj"):
+            return x[index]
+        if x.ndim == 2:
+            return x[:, index]
+        return x if "proj" in name or x.size == 16 else x[index]
+
+    return lambda made: made.change(change, hidden_size=len(index))
+
+
+def with_tokens(index):
+    def change(name, x):
+        return x[index] if name in ("model.embed_tokens.weight", "lm_head.weight") else x
+
+    return lambda made: made.change(change, vocab_size=len(index))
+
+
+def then(*steps):
+    """One after the other."""
+
+    def build(made: Made) -> Made:
+        for step in steps:
+            made = step(made)
+        return made
+
+    return build
+
+
+def shuffled(count: int, seed: int, keep: int | None = None) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)[:keep]
+
+
+def subset(count: int, seed: int, keep: int) -> np.ndarray:
+    return np.sort(shuffled(count, seed, keep))

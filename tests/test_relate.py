@@ -1,0 +1,354 @@
+"""What two bases have to do with each other, on made pairs of every kind: the truth is known of each."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from real_models import real_models
+from relatives import (
+    layer_of,
+    make,
+    merged,
+    noisy,
+    role_of,
+    scaled,
+    shuffled,
+    subset,
+    then,
+    with_heads,
+    with_layers,
+    with_neurons,
+    with_stream,
+    with_tokens,
+)
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.cli import main
+from jcrosslora.relation import relate
+
+SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
+MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
+PRUNED, PERMUTED, UPSCALED = ("pruned",), ("permuted",), ("upscaled",)
+UNSURE = ("further trained or quantised",)
+
+
+def same(made):
+    return made
+
+
+def mixed_heads(layer, groups, served):
+    """Groups in another order, and the heads of each in another order."""
+    return [group * served + shuffled(served, 31 + layer) for group in shuffled(groups, 41 + layer)]
+
+
+def kept_heads(layer, groups, served):
+    return [[group * served + layer % served] for group in range(groups)]
+
+
+def second_group(layer, groups, served):
+    return [np.arange(served) + served * (layer % groups)]
+
+
+def after_q4(change):
+    return lambda made: change(made.quantised("Q4_0"))
+
+
+mixed_neurons = with_neurons(lambda layer, count: shuffled(count, 20 + layer))
+fewer_neurons = with_neurons(lambda layer, count: subset(count, 60 + layer, count // 2))
+reordered = then(mixed_neurons, with_heads(mixed_heads), with_stream(shuffled(64, 5)))
+values_moved = with_heads(
+    lambda layer, groups, served: np.arange(groups * served).reshape(groups, served),
+    lambda layer, size: shuffled(size, 70 + layer),
+)
+
+
+def with_embedding_of(other, made):
+    """Every layer of `made`, the tables of `other`."""
+    return made.change(lambda name, x: other.tensors[name] if ".layers." not in name and x.ndim == 2 else x)
+
+
+def with_layers_of(made, other, layers):
+    return made.change(lambda name, x: other.tensors[name] if layer_of(name) in layers else x)
+
+
+def with_extra_layers(made, other):
+    """Two layers of another base behind those of `made`."""
+    extra = {
+        name.replace(f".{layer}.", f".{layer + 4}.", 1): x
+        for name, x in other.tensors.items()
+        for layer in (0, 1)
+        if layer_of(name) == layer
+    }
+    return dataclasses.replace(made, config=made.config | {"num_hidden_layers": 6}, tensors=made.tensors | extra)
+
+
+def with_averaged_keys(made):
+    """Both key heads made one, as checkpoints of many heads are turned into such with fewer."""
+    half = made.size("head_dim")
+
+    def change(name, x):
+        return (x[:half] + x[half:]) / 2 if role_of(name) in ("k_proj", "v_proj") else x
+
+    return made.change(change, num_key_value_heads=1)
+
+
+def renamed(made, family):
+    config = {"model_type": family, "architectures": list(FAMILIES[family].architectures[:1])}
+    return dataclasses.replace(made, config=made.config | config)
+
+
+# name: (family, what becomes of the base, dtypes or quantisations of both, the words)
+CASES = {
+    "a copy": ("llama", same, ("F32", "F32"), SAME),
+    "a copy, gemma": ("gemma3_text", same, ("F32", "F32"), SAME),
+    "a copy, fused": ("phi3", same, ("BF16", "BF16"), SAME),
+    "to bfloat16": ("llama", same, ("F32", "BF16"), ROUNDED),
+    "to float16": ("qwen2", same, ("F32", "F16"), ROUNDED),
+    "from bfloat16": ("mistral", same, ("BF16", "F32"), SAME),
+    "from float16 to bfloat16": ("llama", same, ("F16", "BF16"), ROUNDED),
+    "to float16, back": ("gemma2", same, ("F16", "F32"), SAME),
+    "Q8_0": ("llama", same, ("F32", "Q8_0"), QUANTISED),
+    "Q5_1": ("llama", same, ("F32", "Q5_1"), QUANTISED),
+    "Q4_0": ("llama", same, ("BF16", "Q4_0"), QUANTISED),
+    "Q4_1": ("llama", same, ("F32", "Q4_1"), QUANTISED),
+    "from Q4_0": ("llama", same, ("Q4_0", "F32"), QUANTISED),
+    "Q8_0 against Q4_0": ("llama", same, ("Q8_0", "Q4_0"), QUANTISED),
+    "Q4_0, kept in float16": ("llama", lambda made: made.quantised("Q4_0"), ("F32", "F16"), QUANTISED),
+    "Q5_0, kept in bfloat16": ("qwen2", lambda made: made.quantised("Q5_0"), ("F32", "BF16"), QUANTISED),
+    "Q4_0, then Q8_0": ("llama", lambda made: made.quantised("Q4_0"), ("Q4_0", "Q8_0"), QUANTISED),
+    "Q4_1, then Q4_0": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "Q4_0"), QUANTISED),
+    "Q4_1, then float16": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "F16"), ROUNDED),
+    "trained after Q4_0": ("llama", after_q4(noisy(0.02)), ("Q4_0", "F32"), TRAINED),
+    "merged after Q4_0": ("llama", after_q4(merged(4, 0.01)), ("Q4_0", "F32"), MERGED),
+    "GGUF in float16": ("llama", same, ("F16", "gguf F16"), SAME),
+    "trained, 1%": ("llama", noisy(0.01), ("F32", "F32"), TRAINED),
+    "trained, 5%": ("qwen3", noisy(0.05), ("BF16", "BF16"), TRAINED),
+    "trained, 0.2% in bfloat16": ("llama", noisy(0.002), ("BF16", "BF16"), TRAINED),
+    "trained, 60%": ("llama", noisy(0.6), ("F32", "F32"), TRAINED),
+    "trained, MLP alone": ("llama", noisy(0.02, only=lambda n: ".mlp." in n), ("F32", "F32"), TRAINED),
+    "trained, embedding alone": ("llama", noisy(0.02, only=lambda n: "embed" in n), ("F32", "F32"), TRAINED),
+    "trained, to Q8_0": ("llama", noisy(0.03), ("F32", "Q8_0"), (*TRAINED, *QUANTISED)),
+    "trained, to Q4_0": ("llama", noisy(0.03), ("F32", "Q4_0"), UNSURE),
+    "both Q4_0, trained between": ("llama", noisy(0.03), ("Q4_0", "Q4_0"), UNSURE),
+    "merged": ("llama", merged(4, 0.01), ("F32", "F32"), MERGED),
+    "merged in bfloat16": ("gemma3_text", merged(2, 0.02), ("BF16", "BF16"), MERGED),
+    "merged everywhere": ("qwen2", merged(4, 0.01, roles=("q_proj", "o_proj", "up_proj")), ("F32", "F32"), MERGED),
+    "merged, to bfloat16": ("llama", merged(4, 0.02), ("F32", "BF16"), (*MERGED, *ROUNDED)),
+    "merged, fused": ("phi3", merged(3, 0.01, roles=("qkv_proj",)), ("F32", "F32"), MERGED),
+    "tripled": ("llama", scaled(3.0), ("F32", "F32"), SCALED),
+    "halved": ("mistral", scaled(0.5), ("BF16", "BF16"), SCALED),
+    "negated": ("llama", scaled(-1.0), ("F32", "F32"), SCALED),
+    "fewer layers": ("llama", with_layers([0, 2, 3]), ("F32", "F32"), PRUNED),
+    "fewer layers, fused": ("phi3", with_layers([1, 3]), ("F32", "F32"), PRUNED),
+    "fewer neurons": ("llama", fewer_neurons, ("F32", "F32"), PRUNED),
+    "fewer neurons, gemma": ("gemma2", fewer_neurons, ("BF16", "BF16"), PRUNED),
+    "fewer heads": ("llama", with_heads(kept_heads), ("F32", "F32"), PRUNED),
+    "fewer key heads": ("qwen2", with_heads(second_group), ("F32", "F32"), PRUNED),
+    "narrower": ("llama", with_stream(subset(64, 3, 48)), ("F32", "F32"), PRUNED),
+    "fewer tokens": ("llama", with_tokens(np.arange(100)), ("F32", "F32"), PRUNED),
+    "fewer of all": (
+        "llama",
+        then(with_layers([0, 1, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 56))),
+        ("F32", "F32"),
+        PRUNED,
+    ),
+    "repeated layers": ("llama", with_layers([0, 1, 2, 1, 2, 3]), ("F32", "F32"), UPSCALED),
+    "repeated layers, trained": (
+        "gemma3_text",
+        then(with_layers([0, 1, 1, 2, 2, 3]), noisy(0.02)),
+        ("F32", "F32"),
+        (*UPSCALED, *TRAINED),
+    ),
+    "neurons permuted": ("llama", mixed_neurons, ("F32", "F32"), PERMUTED),
+    "heads permuted": ("llama", with_heads(mixed_heads), ("F32", "F32"), PERMUTED),
+    "stream permuted": ("mistral", with_stream(shuffled(64, 5)), ("F32", "F32"), PERMUTED),
+    "layers permuted": ("llama", with_layers([0, 2, 1, 3]), ("F32", "F32"), PERMUTED),
+    "values permuted": ("llama", values_moved, ("F32", "F32"), PERMUTED),
+    "all permuted": ("qwen3", reordered, ("F32", "F32"), PERMUTED),
+    "all permuted, fewer neurons": ("gemma2", then(reordered, fewer_neurons), ("F32", "F32"), (*PRUNED, *PERMUTED)),
+    "all permuted, trained": ("llama", then(reordered, noisy(0.05)), ("F32", "F32"), (*PERMUTED, *TRAINED)),
+    "all permuted, merged": ("llama", then(reordered, merged(3, 0.01)), ("F32", "F32"), (*PERMUTED, *MERGED)),
+    "all permuted, Q4_0": ("llama", reordered, ("F32", "Q4_0"), (*PERMUTED, *QUANTISED)),
+    "fewer layers, Q8_0": ("llama", with_layers([0, 3]), ("F32", "Q8_0"), (*PRUNED, *QUANTISED)),
+    "fewer neurons, trained": ("llama", then(fewer_neurons, noisy(0.03)), ("F32", "F32"), (*PRUNED, *TRAINED)),
+    "fewer layers, bfloat16": ("qwen2", with_layers([0, 1, 2]), ("F32", "BF16"), (*PRUNED, *ROUNDED)),
+}
+
+
+# Bases that share little or nothing, and targets that have more than the source; name: (family, target, the words).
+OTHERS = {
+    "other seed": ("llama", make(seed=1), UNRELATED),
+    "other seed, gemma": ("gemma3_text", make("gemma3_text", seed=1), UNRELATED),
+    "other seed, fused": ("phi3", make("phi3", seed=1), UNRELATED),
+    "other width": ("llama", make(seed=1, hidden_size=96), UNRELATED),
+    "other depth": ("qwen2", make("qwen2", seed=1, num_hidden_layers=3), UNRELATED),
+    "other heads": ("llama", make(seed=1, num_attention_heads=8, num_key_value_heads=4, head_dim=8), UNRELATED),
+    "other family": ("llama", make("qwen3", seed=1), UNRELATED),
+    "other vocabulary": ("mistral", make("mistral", seed=1, vocab_size=200), UNRELATED),
+    "the embedding alone": ("llama", with_embedding_of(make(), make(seed=1)), UNRELATED),
+    "the norms alone": ("llama", make().change(lambda n, x: x if x.ndim == 1 else x[::-1].copy()), UNRELATED),
+    "the family's name alone": ("llama", renamed(make(), "mistral"), SAME),
+    "another embedding": ("llama", with_embedding_of(make(seed=1), make()), TRAINED),
+    "more layers": ("llama", with_extra_layers(make(), make(seed=1)), ("extended",)),
+    "half of the layers": ("llama", with_layers_of(make(), make(seed=1), (1, 3)), ("pruned", "extended")),
+    "more tokens": ("llama", with_tokens(np.arange(100))(make()), PRUNED),
+    "heads averaged": ("llama", with_averaged_keys(make()), ("pruned", "extended")),
+}
+
+
+def written(made, folder, dtype):
+    if dtype in ("F32", "F16", "BF16"):
+        return made.write(folder, dtype)
+    return made.write_gguf(folder / "model.gguf", dtype.removeprefix("gguf "))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_relation_is_the_one_that_was_made(tmp_path, name):
+    family, change, dtypes, words = CASES[name]
+    made = make(family).rounded(dtypes[0])
+    source, target = (
+        written(x, tmp_path / side, d) for x, side, d in zip((made, change(made)), "st", dtypes, strict=True)
+    )
+    found = relate(source, target)
+    assert found.words == words, found.sentence
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bases_made_on_their_own(tmp_path, name):
+    family, made, words = OTHERS[name]
+    source, target = make(family).write(tmp_path / "s"), made.write(tmp_path / "t")
+    found = relate(source, target)
+    assert found.words == words, found.sentence
+    back = relate(target, source)
+    turned = {"pruned": "extended", "extended": "pruned"}
+    assert set(back.words) == {turned.get(word, word) for word in words}, back.sentence
+    assert (found.choice.method == "copy") == (words in (SAME, TRAINED) or name == "more tokens")
+
+
+def test_no_two_of_the_seeds_are_related(tmp_path):
+    """Chance among many small bases: none of 45 pairs, of which a third has columns enough to be mistaken in."""
+    bases = [make(seed=seed, intermediate_size=64 + 96 * (seed % 3)).write(tmp_path / str(seed)) for seed in range(10)]
+    for place, source in enumerate(bases):
+        for target in bases[:place]:
+            assert relate(source, target).words == UNRELATED
+
+
+@pytest.mark.parametrize("row", [1, 33, 63])
+def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
+    made = make(vocab_size=700)
+
+    def change(name, x):
+        x = x.copy()
+        if name == "model.embed_tokens.weight":
+            x[row, 5] += 1e-3
+        return x
+
+    source, target = made.write(tmp_path / "s"), made.change(change).write(tmp_path / "t")
+    found = relate(source, target)
+    assert found.words == TRAINED
+    assert "embed" in found.sentence
+
+
+def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
+    source = make().write(tmp_path / "s")
+    assert relate(source, make().write(tmp_path / "t")).sentence == "the weight files are equal, byte by byte"
+    wide = make().rounded("BF16")
+    found = relate(wide.write(tmp_path / "b", "BF16"), wide.write(tmp_path / "f"))
+    assert found.words == SAME
+    assert found.sentence == "all numbers of all tensors are equal, though the files are not"
+
+
+def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
+    change = then(with_layers([0, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 48)))
+    found = relate(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))
+    parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
+    assert parts == {
+        "layers": (2, 2, 2, 4),
+        "stream": (48, 48, 48, 64),
+        "heads": (2, 2, 2, 4),
+        "key heads": (2, 2, 2, 2),
+        "head features": (16, 16, 16, 16),
+        "neurons": (48, 48, 48, 96),
+        "tokens": (128, 128, 128, 128),
+    }
+    assert found.layers == (0, 3)
+    assert {item.difference.change for item in found.compared} == {"equal"}
+    assert (
+        "the target has 2 of 4 layers, 48 of 64 stream, 2 of 4 heads, 48 of 96 neurons of the source" in found.sentence
+    )
+
+
+def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
+    made = make()
+    target = merged(4, 0.02, roles=("q_proj", "down_proj"))(made)
+    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    for item in found.compared:
+        if item.role in ("q_proj", "down_proj"):
+            assert (item.difference.change, item.difference.rank) == ("low rank", 4)
+            assert item.difference.distance == pytest.approx(0.02, rel=0.3)
+        else:
+            assert item.difference.change == "equal"
+    assert "8 of 30 tensors differ by an update of low rank" in found.sentence
+    assert "ranks: q_proj 4, down_proj 4" in found.sentence
+
+
+def test_a_rank_beyond_the_sample_is_found_by_reading_more_rows(tmp_path):
+    made = make(intermediate_size=320, hidden_size=320, num_hidden_layers=1, vocab_size=400)
+    target = merged(50, 0.02, roles=("up_proj",))(made)
+    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    assert found.words == MERGED
+    assert "ranks: up_proj 50" in found.sentence
+
+
+def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
+    made = make(intermediate_size=800, vocab_size=3000)
+    source, target = made.write(tmp_path / "s"), noisy(0.02)(made).write(tmp_path / "t")
+    asked: dict[str, list[int]] = {}
+    rows = BaseModel.rows
+
+    def watched(self, name, ids):
+        asked.setdefault(name, []).append(len(ids))
+        return rows(self, name, ids)
+
+    monkeypatch.setattr(BaseModel, "rows", watched)
+    monkeypatch.setattr(BaseModel, "weight", None)
+    assert relate(source, target).words == TRAINED
+    assert max(map(max, asked.values())) <= 512
+    assert max(asked["model.layers.1.mlp.up_proj.weight"]) <= 64
+
+
+def test_the_same_on_every_run(tmp_path):
+    source, target = make().write(tmp_path / "s"), then(reordered, noisy(0.05))(make()).write(tmp_path / "t")
+    assert relate(source, target).to_json() == relate(source, target).to_json()
+
+
+def test_a_damaged_weight_is_an_error(tmp_path):
+    damaged = make().change(lambda name, x: np.full_like(x, np.nan) if "up_proj" in name else x)
+    with pytest.raises(jcl.CheckpointError, match="up_proj holds NaN or infinity"):
+        relate(make().write(tmp_path / "s"), damaged.write(tmp_path / "t"))
+
+
+def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):
+    make().write(tmp_path / "s")
+    then(fewer_neurons, merged(3, 0.01))(make()).write(tmp_path / "t")
+    main(["relate", str(tmp_path / "s"), str(tmp_path / "t")])
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("relation: pruned, LoRA-merged")
+    assert "auto would take select" in printed
+    main(["relate", str(tmp_path / "s"), str(tmp_path / "t"), "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data["words"] == ["pruned", "LoRA-merged"]
+    assert data["choice"]["method"] == "select"
+    assert len(data["compared"]) == 30
+    with pytest.raises(SystemExit):
+        main(["relate", str(tmp_path / "s"), str(tmp_path / "nothing")])
+
+
+def test_the_real_pair_is_unrelated_and_each_is_itself():
+    smol, gemma = map(open_base, real_models())
+    assert relate(smol, gemma).words == UNRELATED
+    assert relate(smol, smol).words == SAME
