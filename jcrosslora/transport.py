@@ -23,6 +23,7 @@ class BaseInfo:
         family: name of its family.
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
+        heads: (query heads, key heads).
     """
 
     name: str
@@ -32,6 +33,7 @@ class BaseInfo:
     family: str
     shapes: Mapping[str, tuple[int, int]]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    heads: tuple[int, int] | None = None
 
 
 def describe_base(base: BaseModel) -> BaseInfo:
@@ -44,6 +46,7 @@ def describe_base(base: BaseModel) -> BaseInfo:
         family=base.family.name,
         shapes={name: module.shape for name, module in base.modules.items()},
         fused=base.fused,
+        heads=(base.dims.heads, base.dims.kv_heads),
     )
 
 

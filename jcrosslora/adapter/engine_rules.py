@@ -67,17 +67,17 @@ def _largest_rank(facts: AdapterFacts) -> int:
     return max(ranks, default=0)
 
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(facts: AdapterFacts) -> str | None:
     rank = _largest_rank(facts)
-    return f"rank {rank} is above {_VLLM_RANKS[-1]}, the largest it takes" if rank > _VLLM_RANKS[-1] else None
+    return f"rank {rank} is above {VLLM_RANKS[-1]}, the largest it takes" if rank > VLLM_RANKS[-1] else None
 
 
 def vllm_rank_flag(facts: AdapterFacts) -> str | None:
     rank = _largest_rank(facts)
-    enough = next((size for size in _VLLM_RANKS if size >= rank), None)
+    enough = next((size for size in VLLM_RANKS if size >= rank), None)
     return f"rank {rank} needs --max-lora-rank {enough}" if enough and rank > 16 else None
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,8 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
             dtype.
     """
-    gguf = check_gguf(contents.family, contents.heads)
-    assert contents.family is not None
-    assert contents.heads is not None
-    arch, alpha = architecture(contents.family), float(max(contents.rank, 1))
+    gguf, arch, heads = check_gguf(contents.family, contents.heads)
+    alpha = float(max(contents.rank, 1))
     kind, file_type = _TYPES[contents.dtype]
     writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -53,15 +52,15 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         scaled = dataclasses.replace(factors, scale=factors.scale * factors.rank / alpha)
         a, b = file_factors(name, scaled, contents.dtype)
         _add(writer, gguf, kind, f"{stored}.lora_a", a)
-        _add(writer, gguf, kind, f"{stored}.lora_b", b if arch != "llama" else _permuted(name, b, contents.heads))
+        _add(writer, gguf, kind, f"{stored}.lora_b", b if arch != "llama" else _permuted(name, b, heads))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def check_gguf(family: str | None, heads: tuple[int, int] | None) -> ModuleType:
-    """The gguf package, if an adapter for such a base can be written.
+def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[ModuleType, str, tuple[int, int]]:
+    """The gguf package, the architecture and the heads, if an adapter for such a base can be written.
 
     Raises:
         OutputError: the package is missing, the base is not known, or GGUF has no architecture for its family.
@@ -74,13 +73,14 @@ def check_gguf(family: str | None, heads: tuple[int, int] | None) -> ModuleType:
     if family is None or heads is None:
         msg = "profile gguf needs the base model, whose heads decide the order of rows: name it with --base (base=...)"
         raise OutputError(msg)
-    if architecture(family) is None:
+    arch = architecture(family)
+    if arch is None:
         msg = f"profile gguf has no architecture for the family {family!r}: use another profile"
         raise OutputError(msg)
-    return gguf
+    return gguf, arch, heads
 
 
-def _add_base(writer, name: str | None) -> None:  # noqa: ANN001 - the type is of a package imported late
+def _add_base(writer: Any, name: str | None) -> None:
     if name is None:
         return
     writer.add_base_model_count(1)
@@ -89,7 +89,7 @@ def _add_base(writer, name: str | None) -> None:  # noqa: ANN001 - the type is o
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
 
 
-def _add(writer, gguf: ModuleType, kind: str, name: str, array: np.ndarray) -> None:  # noqa: ANN001
+def _add(writer: Any, gguf: ModuleType, kind: str, name: str, array: np.ndarray) -> None:
     # As bytes: the writer knows no bfloat16 of numpy.
     writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType[kind])
 
