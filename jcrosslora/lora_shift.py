@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import product_energy
 from jcrosslora.methods import Terms, get_method
@@ -214,9 +214,12 @@ def cut_moved(moved: MovedAdapter) -> MovedAdapter:
     """Cut the updates of a moved adapter as its report says (`out_rank`), and put what is left into the report."""
     assert moved.report is not None
     assert moved.report.out_rank is not None
-    adapter, cut = cut_and_tell(moved, moved.report.out_rank)
-    norms = {name: update_norm(factors) for name, factors in adapter.modules.items()}
-    modules = adapter.modules
+    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
+    fused = moved.target.fused if moved.target is not None else {}
+    whole, cut = cut_and_tell(Adapter(fuse(moved.modules, fused), moved.info), moved.report.out_rank)
+    parts = split_fused(whole, fused).modules
+    modules = {name: parts[name] for name in moved.modules}
+    norms = {name: update_norm(factors) for name, factors in modules.items()}
     if moved.report.calibration == "frobenius":
         wanted = {row.target: row.norm_after for row in moved.report.rows}
         factors = {name: wanted[name] / norm if norm > 0 else 1.0 for name, norm in norms.items()}
@@ -248,7 +251,7 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
     unknown = [name for name in adapter.modules if name not in base.shapes]
     if unknown:
         msg = (
-            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the source base "
+            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
             f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
         )
         raise AdapterError(msg)
@@ -257,7 +260,7 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
             came, want = factors.shape, base.shapes[name]
             msg = (
                 f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
-                f"{want[0]} x {want[1]} in the source base {base.name}; give the base it was trained on"
+                f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
             )
             raise AdapterError(msg)
     return adapter
