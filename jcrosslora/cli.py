@@ -19,6 +19,7 @@ from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
 from jcrosslora.export import ExportSettings
+from jcrosslora.merge import MergeSettings
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
 
@@ -63,6 +64,23 @@ class Export(ExportSettings):
         for sentence in exported.adapter.info.ignored:
             _say(console, f"not written: {sentence}")
         _say(console, f"written: {self.out}")
+
+
+@dataclass(frozen=True)
+class Merge(MergeSettings):
+    """Merge an adapter into its base: a checkpoint of its own, for engines that take no adapters."""
+
+    base: tyro.conf.Positional[str]
+    adapter: tyro.conf.Positional[str]
+
+    def run(self, console: Console) -> None:
+        """Merge, then say what is not in it."""
+        from jcrosslora.merge import merge
+
+        merged = merge(_settings(self, MergeSettings), progress=sys.stderr.isatty())
+        for sentence in merged.notes:
+            _say(console, sentence)
+        _say(console, f"written: {merged.folder} ({merged.modules} modules changed)")
 
 
 @dataclass(frozen=True)
@@ -221,6 +239,7 @@ class Demo:
 COMMANDS = {
     "transfer": Transfer,
     "export": Export,
+    "merge": Merge,
     "inspect": Inspect,
     "check": Check,
     "evaluate": Evaluate,
