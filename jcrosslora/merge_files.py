@@ -15,8 +15,8 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.tokens_gguf import bos_of, build_backend, read_metadata
 
 CONFIG = "config.json"
-# Of other checkpoints in the same folder, or written for the merged one anew.
-_NOT_COPIED = (CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
+# Hidden, of other checkpoints in the same folder, or written for the merged one anew.
+_NOT_COPIED = (".*", CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 

@@ -53,10 +53,10 @@ def write_pieces(
         for piece in pieces:
             left = piece.size
             for block in piece.blocks():
-                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+                data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
                 file.write(data)
-                left -= data.size
-                written(data.size)
+                left -= data.nbytes
+                written(data.nbytes)
             assert left == 0, f"{piece.name}: {left} bytes of {piece.size} are missing"
 
 
