@@ -176,6 +176,43 @@ def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
     assert str(model.dtype) == "torch.float32"
 
 
+def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
+    words = ["<s>", "</s>", "a", "b", "c", "ab", "abc", "\u0120", "\u0120a", "d"]
+    metadata = {
+        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which puts bos in front
+        "tokenizer.ggml.merges": ["a b", "ab c", "\u0120 a"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": "{{ bos_token }}",
+    }
+    path, _ = small_llama(tmp_path / "base.gguf", metadata, tokens=("gpt2", words, [3, 3, *[1] * 8]))
+    _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
+    assert merge(MergeSettings(str(path), str(folder), str(tmp_path / "out"))).notes == ()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("abc abd</s>")["input_ids"] == [0, 6, 8, 3, 9, 1]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.chat_template == "{{ bos_token }}"
+
+
+def test_scales_of_fp8_are_multiplied_out(tmp_path):
+    tensors = {name: ("F32", array) for name, array in llama_tensors().items()}
+    name = "model.layers.0.mlp.gate_proj.weight"
+    values = tensors[name][1].astype(ml_dtypes.float8_e4m3fn)
+    scales = {f"{name}_scale": ("F32", np.full((24, 1), 0.5, np.float32)), name: ("F8_E4M3", values)}
+    write_config(tmp_path / "base", quantization_config={"quant_method": "fp8"})
+    write_safetensors(tmp_path / "base" / "model.safetensors", tensors | scales)
+    base = jcl.open_base(tmp_path / "base")
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    again = merged(base.path, folder, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert f"{name}_scale" not in again.tensor_names()
+    assert again.tensor(name).dtype == ml_dtypes.bfloat16
+    change = adapter.modules.get(name.removesuffix(".weight"))
+    wanted = 0.5 * values.astype(np.float32) + (0 if change is None else delta(change))
+    np.testing.assert_allclose(again.tensor(name).astype(np.float32), wanted, rtol=2**-8)
+    assert {again.tensor(other).dtype.name for other in tensors if other != name} == {"float32"}
+
+
 def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
