@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import fields
 
 import ml_dtypes
 import numpy as np
@@ -10,11 +11,14 @@ from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
-from jcrosslora.adapter import Adapter, LoRAFactors, fuse
+from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
 from jcrosslora.cli import main
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.export import ExportSettings, export_adapter
+from jcrosslora.lora_shift import MovedAdapter, cut_moved
 from jcrosslora.rank_cut import cut_and_tell
+from jcrosslora.report.record import ModuleRow, TransferReport
+from jcrosslora.transport import describe_base
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -98,7 +102,7 @@ def files(tmp_path_factory):
     base = jcl.open_base(write_llama(folder / "base", layers=2))
     write_llama(folder / "target", seed=1, layers=2, hidden=64, heads=4, head_dim=16)
     for place in (0, 1):
-        adapter = random_adapter(base, seed=place, scale=0.5)
+        adapter = random_adapter(base, seed=place, scale=0.5, roles={"q_proj", "up_proj"})
         for name in (name for name in base.modules if name.endswith("q_proj")):
             adapter.modules[name].b[:, 2:] *= 0.01
         jcl.save_adapter(adapter, folder / f"adapter{place}", base_name="org/src")
@@ -123,22 +127,38 @@ def test_a_transfer_says_what_a_cut_left_and_so_does_its_recipe(files, tmp_path,
     assert tomllib.loads(report["recipe_toml"])["out_rank"] == 0.8
 
 
+def moved(base, adapter: Adapter, rule, calibration="none") -> MovedAdapter:
+    """A moved adapter whose report holds what a cut asks of it."""
+    rows = tuple(
+        ModuleRow(
+            **dict.fromkeys((field.name for field in fields(ModuleRow)), 0.0)
+            | {"target": name, "norm_after": update_norm(factors)}
+        )
+        for name, factors in adapter.modules.items()
+    )
+    told = {"calibration": calibration, "out_rank": rule, "rows": rows}
+    report = TransferReport(**dict.fromkeys((field.name for field in fields(TransferReport)), None) | told)
+    return MovedAdapter(adapter.modules, report=report, target=describe_base(base, digest=False))
+
+
 def test_a_cut_keeps_the_norm_where_the_method_does(files):
-    source = jcl.open_base(files / "base")
-    moved = jcl.shift(jcl.align(source, source, method="random"), jcl.load_adapter(files / "adapter0"), out_rank=2)
-    for row in moved.report.rows:
-        assert moved.modules[row.target].rank == 2
-        assert np.linalg.norm(delta(moved.modules[row.target])) == pytest.approx(row.norm_before, rel=1e-4)
+    base, adapter = jcl.open_base(files / "base"), jcl.load_adapter(files / "adapter0")
+    found = cut_moved(moved(base, adapter, 2, "frobenius"))
+    for row in found.report.rows:
+        assert found.modules[row.target].rank == 2
+        wanted = update_norm(adapter.modules[row.target])
+        assert update_norm(found.modules[row.target]) == pytest.approx(wanted, rel=1e-4)
+        assert row.norm_after == pytest.approx(wanted, rel=1e-4)
 
 
 def test_fused_matrices_are_cut_as_one(tmp_path):
-    base = jcl.open_base(save_tiny("phi3", tmp_path / "phi3"))
-    adapter = random_adapter(base, rank=3)
-    moved = jcl.shift(jcl.align(base, base, method="copy"), adapter, out_rank=4)
-    jcl.save_adapter(moved, tmp_path / "o")
-    written = jcl.load_adapter(tmp_path / "o").modules
-    assert {factors.rank for factors in written.values()} == {4}
+    base = jcl.open_base(save_tiny("phi3", tmp_path / "phi3", num_hidden_layers=1))
+    adapter = random_adapter(base, rank=3, roles={"q_proj", "v_proj", "gate_proj", "up_proj"})
+    found = cut_moved(moved(base, adapter, 4))
+    assert found.modules.keys() == adapter.modules.keys()
+    written = fuse(found.modules, base.fused)
     for name, factors in fuse(adapter.modules, base.fused).items():
+        assert written[name].rank == 4
         np.testing.assert_allclose(delta(written[name]), best(delta(factors), 4), atol=2e-4)
 
 
@@ -153,7 +173,7 @@ def test_export_writes_the_sum_of_adapters_at_the_rank_it_needs(files, tmp_path)
     assert done.cut.kept > 0.99999
     narrow = Adapter({name: factors.replace(a=factors.a[:, 1:]) for name, factors in one.items()})
     jcl.save_adapter(narrow, tmp_path / "narrow")
-    for base, named in ((None, "adapters of one base"), (str(files / "base"), "48 x 79")):
+    for base, named in ((None, "adapters of one base"), (str(files / "base"), "80 x 47")):
         with pytest.raises(AdapterError, match=named):
             export_adapter(ExportSettings((paths[0], str(tmp_path / "narrow")), str(tmp_path / "x"), base=base))
     assert not (tmp_path / "x").exists()
