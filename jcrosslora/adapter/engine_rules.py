@@ -129,7 +129,7 @@ def alpha_over_rank(facts: AdapterFacts) -> str | None:
 
 def llamacpp_convert(facts: AdapterFacts) -> str | None:
     del facts
-    return "convert it with convert_lora_to_gguf.py and the base's config.json"
+    return "write it with `jcrosslora export --profile gguf`, or convert it with convert_lora_to_gguf.py"
 
 
 def llamacpp_head(facts: AdapterFacts) -> str | None:
