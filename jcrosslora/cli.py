@@ -19,7 +19,7 @@ from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.errors import BatchError, JCrossLoRAError, UsageError
 from jcrosslora.export import ExportSettings
-from jcrosslora.merge import MergeSettings
+from jcrosslora.merging import MergeSettings
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
 
@@ -75,7 +75,7 @@ class Merge(MergeSettings):
 
     def run(self, console: Console) -> None:
         """Merge, then say what is not in it."""
-        from jcrosslora.merge import merge
+        from jcrosslora.merging import merge
 
         merged = merge(_settings(self, MergeSettings), progress=sys.stderr.isatty())
         for sentence in merged.notes:

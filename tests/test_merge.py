@@ -1,5 +1,6 @@
 """Merged checkpoints: torch's own sum is the oracle, and what the adapter does not change keeps every bit."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -21,7 +22,8 @@ from jcrosslora.checkpoint import streaming
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli import main
 from jcrosslora.errors import AdapterError, OutputError
-from jcrosslora.merge import MergeSettings, merge
+from jcrosslora.merging import MergeSettings, merge
+from jcrosslora.merging_files import write_companions
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -140,6 +142,19 @@ def test_tokenizer_and_other_files_come_along_but_no_weights_and_no_card(tmp_pat
     )
 
 
+def test_files_that_a_hub_model_was_opened_without_are_fetched(tmp_path, monkeypatch):
+    write_base(tmp_path / "base", merges=0, layers=1)
+    base = dataclasses.replace(jcl.open_base(tmp_path / "base"), ref="org/name", revision="c0ffee")
+
+    def fetch(hub_id: str, revision: str) -> None:
+        (base.path / "tokenizer.model").write_text(f"{hub_id} {revision}")
+
+    monkeypatch.setattr("jcrosslora.merging_files.fetch_companions", fetch)
+    (tmp_path / "out").mkdir()
+    write_companions(base, tmp_path / "out", "keep", as_stored=True)
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"
+
+
 def test_tensors_that_are_no_part_of_the_text_model_stay(tmp_path):
     text = {f"language_model.{name}": ("F32", tensor) for name, tensor in llama_tensors().items()}
     tower = np.arange(6, dtype=np.int32).reshape(2, 3)
@@ -194,12 +209,13 @@ def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
     assert tokenizer.chat_template == "{{ bos_token }}"
 
 
-def test_scales_of_fp8_are_multiplied_out(tmp_path):
+@pytest.mark.parametrize("stated", [True, False])
+def test_scales_of_fp8_are_multiplied_out(tmp_path, stated):
     tensors = {name: ("F32", array) for name, array in llama_tensors().items()}
     name = "model.layers.0.mlp.gate_proj.weight"
     values = tensors[name][1].astype(ml_dtypes.float8_e4m3fn)
     scales = {f"{name}_scale": ("F32", np.full((24, 1), 0.5, np.float32)), name: ("F8_E4M3", values)}
-    write_config(tmp_path / "base", quantization_config={"quant_method": "fp8"})
+    write_config(tmp_path / "base", quantization_config={"quant_method": "fp8"} if stated else ...)
     write_safetensors(tmp_path / "base" / "model.safetensors", tensors | scales)
     base = jcl.open_base(tmp_path / "base")
     adapter, folder = saved_adapter(base, tmp_path / "adapter")
@@ -217,8 +233,8 @@ def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
-    monkeypatch.setattr("jcrosslora.merge._BLOCK", 7 * 64)
-    monkeypatch.setattr("jcrosslora.merge._SHARD", 40_000)
+    monkeypatch.setattr("jcrosslora.merging._BLOCK", 7 * 64)
+    monkeypatch.setattr("jcrosslora.merging._SHARD", 40_000)
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "many"), dtype="float32"))
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 3
@@ -246,7 +262,7 @@ def test_a_merge_that_fails_leaves_nothing_and_an_earlier_one_alone(tmp_path, mo
         with pytest.raises(OutputError, match="No space left"):
             merge(again)
     with monkeypatch.context() as patch:
-        patch.setattr("jcrosslora.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        patch.setattr("jcrosslora.merging.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
         with pytest.raises(OutputError, match="GB free"):
             merge(again)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

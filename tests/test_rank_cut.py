@@ -18,6 +18,7 @@ from jcrosslora.export import ExportSettings, export_adapter
 from jcrosslora.lora_shift import MovedAdapter, cut_moved
 from jcrosslora.rank_cut import cut_and_tell
 from jcrosslora.report.record import ModuleRow, TransferReport
+from jcrosslora.settings_file import check_settings
 from jcrosslora.transport import describe_base
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -91,6 +92,14 @@ def test_half_precision_and_zeros_are_cut_as_well():
 def test_a_rule_that_is_none_is_refused(rule):
     with pytest.raises(UsageError, match="out rank"):
         cut_and_tell(Adapter({Q: with_spectrum([1])}), rule)
+
+
+def test_settings_files_take_every_rule_and_nothing_else():
+    for rule in (8, 0.99, "auto"):
+        check_settings({"out_rank": rule}, "here")
+    for rule in ("many", True, [8]):
+        with pytest.raises(UsageError, match="it must be int or float or 'auto'"):
+            check_settings({"out_rank": rule}, "here")
 
 
 # --- the commands --------------------------------------------------------------------------------------------------

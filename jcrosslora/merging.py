@@ -18,14 +18,15 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
+from jcrosslora.checkpoint.fp8 import FP8_DTYPES
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
-from jcrosslora.errors import OutputError
+from jcrosslora.errors import CheckpointError, OutputError
 from jcrosslora.files import atomic_folder, ensure_free
 from jcrosslora.lora_shift import fit_to_base
-from jcrosslora.merge_files import write_companions
+from jcrosslora.merging_files import QUANTIZATION_KEYS, write_companions
 from jcrosslora.transport import describe_base
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -130,8 +131,10 @@ def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
 
 def _plain_folder(base: BaseModel) -> ShardedStore | None:
     """The base's store if its files can be written again as they are, which quantised ones cannot."""
-    quantised = base.config.get("quantization_config") or base.config.get("compression_config")
-    return base.store if isinstance(base.store, ShardedStore) and not quantised else None
+    store = base.store
+    if not isinstance(store, ShardedStore) or any(base.config.get(key) for key in QUANTIZATION_KEYS):
+        return None
+    return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
 
 
 def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
@@ -143,6 +146,9 @@ def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | 
         pieces = []
         for stored, name in names.items():
             entry = file.entries[stored]
+            if entry.dtype not in DTYPES:
+                msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
+                raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
             blocks = partial(_row_blocks, base, partial(file.array, stored), updates.get(name or "", []), dtype)
             pieces.append(Piece(stored, dtype, entry.shape, blocks))
