@@ -53,7 +53,7 @@ def write_pieces(
         for piece in pieces:
             left = piece.size
             for block in piece.blocks():
-                data = memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 file.write(data)
                 left -= data.nbytes
                 written(data.nbytes)
