@@ -19,9 +19,13 @@ from jcrosslora.errors import MethodError as MethodError
 from jcrosslora.errors import OutputError as OutputError
 from jcrosslora.errors import PairingError as PairingError
 from jcrosslora.errors import UsageError as UsageError
+from jcrosslora.export import ExportSettings as ExportSettings
+from jcrosslora.export import export_adapter as export_adapter
 from jcrosslora.lora_align import align as align
 from jcrosslora.lora_shift import MovedAdapter as MovedAdapter
 from jcrosslora.lora_shift import shift as shift
+from jcrosslora.merging import MergeSettings as MergeSettings
+from jcrosslora.merging import merge as merge
 from jcrosslora.methods import METHODS as METHODS
 from jcrosslora.pairing import Pairing as Pairing
 from jcrosslora.probes import Probes as Probes

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 # JAX on a CPU calls LAPACK from threads of its own; OpenBLAS's spinning ones beside them only take the cores away.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -18,9 +18,13 @@ from rich.console import Console
 from jcrosslora.cache.commands import CacheCommand
 from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.errors import BatchError, JCrossLoRAError, LostHostError, UsageError
+from jcrosslora.export import ExportSettings
 from jcrosslora.host_join import join, leave
+from jcrosslora.merging import MergeSettings
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,48 @@ class Transfer(TransferSettings):
         from jcrosslora.report.table import print_report
         from jcrosslora.trip import transfer
 
-        names = [field.name for field in fields(TransferSettings)]
-        settings = TransferSettings(**{name: getattr(self, name) for name in names})
-        moved = transfer(settings, progress=sys.stderr.isatty() and hosts.is_first())
+        moved = transfer(_settings(self, TransferSettings), progress=sys.stderr.isatty() and hosts.is_first())
         if not hosts.is_first():
             return
         assert moved.report is not None
         if self.table != "none":
             print_report(moved.report, console, by_module=self.table == "module")
-        console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"written: {self.out}")
+
+
+@dataclass(frozen=True)
+class Export(ExportSettings):
+    """Write an adapter again for the base that it has: for another engine, at another rank, or several as their sum."""
+
+    adapter: tyro.conf.Positional[tuple[str, ...]]
+
+    def run(self, console: Console) -> None:
+        """Export, then say what was lost."""
+        from jcrosslora.export import export_adapter
+
+        exported = export_adapter(_settings(self, ExportSettings))
+        if exported.cut is not None:
+            _say(console, f"cut: {exported.cut.sentence}")
+        for sentence in exported.adapter.info.ignored:
+            _say(console, f"not written: {sentence}")
+        _say(console, f"written: {self.out}")
+
+
+@dataclass(frozen=True)
+class Merge(MergeSettings):
+    """Merge an adapter into its base: a checkpoint of its own, for engines that take no adapters."""
+
+    base: tyro.conf.Positional[str]
+    adapter: tyro.conf.Positional[str]
+
+    def run(self, console: Console) -> None:
+        """Merge, then say what is not in it."""
+        from jcrosslora.merging import merge
+
+        merged = merge(_settings(self, MergeSettings), progress=sys.stderr.isatty())
+        for sentence in merged.notes:
+            _say(console, sentence)
+        _say(console, f"written: {merged.folder} ({merged.modules} modules changed)")
 
 
 @dataclass(frozen=True)
@@ -191,6 +228,15 @@ class Batch:
             raise BatchError(msg)
 
 
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _settings(command: Any, kind: type[S]) -> S:
+    """The settings among the fields of a command."""
+    return kind(**{field.name: getattr(command, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
@@ -244,6 +290,8 @@ class Demo:
 
 COMMANDS = {
     "transfer": Transfer,
+    "export": Export,
+    "merge": Merge,
     "inspect": Inspect,
     "relate": Relate,
     "check": Check,

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from jcrosslora.errors import OutputError
 
-# A folder that holds this file is an adapter, which may be replaced when that is asked for.
+# A folder that holds one of these files was made by this package or holds an adapter: it may be replaced when that is
+# asked for.
 MARK = "adapter_config.json"
+MARKS = (MARK, "adapter.gguf", "merge_report.json")
 
 
 def ensure_free(out: str | Path, overwrite: bool) -> None:
@@ -19,7 +21,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
 
     Args:
         out: the folder that is to be made.
-        overwrite: whether an adapter folder (or an empty one) that is there already may be replaced.
+        overwrite: whether a folder of one of `MARKS` (or an empty one) that is there already may be replaced.
 
     Raises:
         OutputError: something is there that may not be replaced, or the place cannot be written to.
@@ -45,7 +47,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: the folder to make; the same rules as in `ensure_free`. A symbolic link is refused, not followed.
-        overwrite: whether an adapter folder (or an empty one) that is there already may be replaced.
+        overwrite: whether a folder of one of `MARKS` (or an empty one) that is there already may be replaced.
 
     Yields:
         The temporary folder, empty.
@@ -107,8 +109,9 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         msg = f"{out}: exists already: choose another output, or replace it with --overwrite (overwrite=True)"
         raise OutputError(msg)
-    if names and MARK not in names:
-        msg = f"{out}: not replaced, because it holds no {MARK}: choose another output, or remove it yourself"
+    if names and not set(MARKS) & set(names):
+        marks = " or ".join(MARKS)
+        msg = f"{out}: not replaced, because it holds no {marks}: choose another output, or remove it yourself"
         raise OutputError(msg)
     if folders := [name for name in names if (out / name).is_dir()]:
         msg = f"{out}: not replaced, because it holds folders ({folders[0]}): choose another output"

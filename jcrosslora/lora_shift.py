@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
 from jcrosslora.errors import AdapterError, PairingError, UsageError
-from jcrosslora.linalg import over_layers, product_energy, recompress
+from jcrosslora.linalg import product_energy
 from jcrosslora.methods import Terms, get_method
 from jcrosslora.pairing import Pair
+from jcrosslora.rank_cut import RankRule, check_rule, cut_and_tell
 from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
 from jcrosslora.transport import BaseInfo, Transport, TransportGroup
 
@@ -39,7 +40,7 @@ def shift(
     adapter: Adapter,
     *,
     calibrate: Calibration | None = None,
-    out_rank: int | None = None,
+    out_rank: RankRule | None = None,
 ) -> MovedAdapter:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3).
 
@@ -50,15 +51,15 @@ def shift(
         adapter: an adapter of the transport's source base.
         calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
             maps make of it; None is the method's own choice (only the random control restores the norm).
-        out_rank: re-rank every update to at most this rank, optimally; None keeps the rank (methods of two terms
-            double it).
+        out_rank: cut every update, optimally, to this rank, or by one of the rules of `cut_and_tell`; None keeps the
+            rank (methods of two terms double it).
 
     Returns:
         The adapter for the target base, float32, with its report.
 
     Raises:
         AdapterError: the adapter does not fit the source base, or holds nothing that the maps carry.
-        UsageError: out_rank below 1, or an unknown calibration.
+        UsageError: an out_rank that is none, or an unknown calibration.
     """
     mover = Shifter(adapter, transport.source, method=transport.recipe.method, calibrate=calibrate, out_rank=out_rank)
     for group in transport.groups:
@@ -73,7 +74,6 @@ class _Part:
     rows: tuple[int, ...]
     rank: int
     keep_norm: bool
-    out_rank: int | None
 
 
 @flax.struct.dataclass
@@ -97,7 +97,7 @@ class Shifter:
         *,
         method: str,
         calibrate: Calibration | None = None,
-        out_rank: int | None = None,
+        out_rank: RankRule | None = None,
     ) -> None:
         if calibrate not in (None, "none", "frobenius"):
             msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
@@ -108,12 +108,13 @@ class Shifter:
                 "leave it out, or use another method"
             )
             raise UsageError(msg)
-        if out_rank is not None and out_rank < 1:
-            msg = f"out rank {out_rank} is out of range; it must be at least 1"
-            raise UsageError(msg)
+        if out_rank is not None:
+            check_rule(out_rank)
         self.adapter = fit_to_base(adapter, source)
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
-        self._out_rank = out_rank
+        self._out_rank: RankRule | None = out_rank
+        # What is fitted behind the maps is cut when it has been.
+        self._cuts_here = out_rank is not None and get_method(method).then == "nothing"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
 
@@ -144,9 +145,10 @@ class Shifter:
             warnings=transport.warnings + _ignored(self.adapter),
         )
         info = AdapterInfo(name=f"{self.adapter.info.name}, moved", base_name=transport.target.name)
-        return MovedAdapter(
+        moved = MovedAdapter(
             modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
         )
+        return cut_moved(moved) if self._cuts_here else moved
 
     def _parts(self, group: TransportGroup) -> list[_Part]:
         """What can be moved in one go of what the adapter holds for a group: rows of one rank each."""
@@ -154,7 +156,7 @@ class Shifter:
         for row, pair in enumerate(group.pairs):
             if pair.source in self.adapter.modules:
                 by_rank.setdefault(self.adapter.modules[pair.source].rank, []).append(row)
-        return [_Part(tuple(rows), rank, self._keep_norm, self._out_rank) for rank, rows in by_rank.items()]
+        return [_Part(tuple(rows), rank, self._keep_norm) for rank, rows in by_rank.items()]
 
     def _take(self, pairs: list[Pair], agreements: list[dict[str, Any]], moved: _Shifted) -> None:
         for place, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
@@ -176,22 +178,19 @@ def add_to_all(movers: Sequence[Shifter], group: TransportGroup) -> None:
         terms = group.terms
         if len(part.rows) != len(group.pairs):
             terms = jax.tree.map(lambda x, rows=rows: x[rows], terms)
-        moved = jax.tree.map(np.asarray, _shift_stack(terms, a, b, scale, part.keep_norm, part.out_rank))
+        moved = jax.tree.map(np.asarray, _shift_stack(terms, a, b, scale, part.keep_norm))
         agreement = {key: np.asarray(x)[rows] for key, x in dataclasses.asdict(group.agreement).items()}
         agreements = [{key: x[place].item() for key, x in agreement.items()} for place in range(len(pairs))]
         for place, mover in enumerate(some):
             mover._take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
 
 
-def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_rank: int | None) -> _Shifted:
+def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool) -> _Shifted:
     """The unbatched maths: a (K, I_src) and b (O_src, K) through every term, the terms side by side."""
     before = product_energy(b, a)
     b_tgt = jnp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
     a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
-    mapped = product_energy(b_tgt, a_tgt)
-    if out_rank is not None and out_rank < b_tgt.shape[1]:
-        b_tgt, a_tgt, _ = recompress(b_tgt, a_tgt, out_rank)
-    after = product_energy(b_tgt, a_tgt)
+    mapped = after = product_energy(b_tgt, a_tgt)
     if keep_norm:
         # Nothing can be restored where the map left nothing but rounding.
         alive = after > jnp.finfo(after.dtype).eps ** 2 * before
@@ -200,19 +199,40 @@ def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool, out_ra
     return _Shifted(a_tgt, b_tgt, before, mapped, after)
 
 
-@partial(jax.jit, static_argnames=("keep_norm", "out_rank"))
-def _shift_stack(
-    terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool, out_rank: int | None
-) -> _Shifted:
+@partial(jax.jit, static_argnames=("keep_norm",))
+def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> _Shifted:
     """Of L pairs and N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
     b = b * scale[:, :, None, None]
 
-    def one(item: tuple[Terms, jax.Array, jax.Array], _: None = None) -> _Shifted:
-        terms, a, b = item
-        return jax.vmap(lambda a, b: _shift_one(terms, a, b, keep_norm, out_rank))(a, b)
+    def one(terms: Terms, a: jax.Array, b: jax.Array) -> _Shifted:
+        return jax.vmap(lambda a, b: _shift_one(terms, a, b, keep_norm))(a, b)
 
-    # Products alone may be batched on every device, which takes half the time to compile.
-    return jax.vmap(one)((terms, a, b)) if out_rank is None else over_layers(one, None, (terms, a, b))
+    return jax.vmap(one)(terms, a, b)
+
+
+def cut_moved(moved: MovedAdapter) -> MovedAdapter:
+    """Cut the updates of a moved adapter as its report says (`out_rank`), and put what is left into the report."""
+    assert moved.report is not None
+    assert moved.report.out_rank is not None
+    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
+    fused = moved.target.fused if moved.target is not None else {}
+    whole, cut = cut_and_tell(Adapter(fuse(moved.modules, fused), moved.info), moved.report.out_rank)
+    parts = split_fused(whole, fused).modules
+    modules = {name: parts[name] for name in moved.modules}
+    norms = {name: update_norm(factors) for name, factors in modules.items()}
+    if moved.report.calibration == "frobenius":
+        wanted = {row.target: row.norm_after for row in moved.report.rows}
+        factors = {name: wanted[name] / norm if norm > 0 else 1.0 for name, norm in norms.items()}
+        modules = {
+            name: LoRAFactors(a=item.a, b=np.asarray(item.b) * np.float32(factors[name]))
+            for name, item in modules.items()
+        }
+        norms = {name: norm * factors[name] for name, norm in norms.items()}
+    rows = tuple(
+        dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in moved.report.rows
+    )
+    report = dataclasses.replace(moved.report, rows=rows, cut=cut)
+    return dataclasses.replace(moved, modules=modules, report=report)
 
 
 def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,7 +251,7 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
     unknown = [name for name in adapter.modules if name not in base.shapes]
     if unknown:
         msg = (
-            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the source base "
+            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
             f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
         )
         raise AdapterError(msg)
@@ -240,7 +260,7 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
             came, want = factors.shape, base.shapes[name]
             msg = (
                 f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
-                f"{want[0]} x {want[1]} in the source base {base.name}; give the base it was trained on"
+                f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
             )
             raise AdapterError(msg)
     return adapter

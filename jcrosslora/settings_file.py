@@ -55,8 +55,9 @@ def _check_type(place: str, key: str, value: Any, annotation: Any) -> None:
     choices = [item for item in allowed if isinstance(item, str)]
     nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
     types = tuple(item for item in allowed if isinstance(item, type) and item is not type(None))
-    if value in choices + nested or (type(value) in types and not choices + nested):
+    if value in choices + nested or type(value) in types:
         return
-    wanted = ", ".join(map(repr, choices + nested)) or " or ".join(item.__name__ for item in types)
+    named = ", ".join(map(repr, choices + nested))
+    wanted = " or ".join([*(item.__name__ for item in types), *([named] if named else [])])
     msg = f"{place} sets {key} to {value!r}; it must be {wanted}"
     raise UsageError(msg)

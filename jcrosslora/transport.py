@@ -19,10 +19,11 @@ class BaseInfo:
         name: as written into `base_model_name_or_path`.
         ref: the path or hub id that was opened.
         revision: the hub commit, or None.
-        digest: "sha256:..." of the weight files.
+        digest: "sha256:..." of the weight files; "" where they were not to be read for it.
         family: name of its family.
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
+        heads: (query heads, key heads).
     """
 
     name: str
@@ -32,18 +33,20 @@ class BaseInfo:
     family: str
     shapes: Mapping[str, tuple[int, int]]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    heads: tuple[int, int] | None = None
 
 
-def describe_base(base: BaseModel) -> BaseInfo:
-    """Take down what `BaseInfo` holds; reads the weight files once for their digest."""
+def describe_base(base: BaseModel, *, digest: bool = True) -> BaseInfo:
+    """Take down what `BaseInfo` holds; reads the weight files once for their digest, if that is wanted."""
     return BaseInfo(
         name=base.name,
         ref=base.ref,
         revision=base.revision,
-        digest=base.digest(),
+        digest=base.digest() if digest else "",
         family=base.family.name,
         shapes={name: module.shape for name, module in base.modules.items()},
         fused=base.fused,
+        heads=(base.dims.heads, base.dims.kv_heads),
     )
 
 

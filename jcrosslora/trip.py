@@ -12,17 +12,17 @@ from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile
+from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
 from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, choose_method, why_not_run
 from jcrosslora.lora_align import Plan
-from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
+from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter, cut_moved
 from jcrosslora.methods import get_method
 from jcrosslora.pairing import parse_depth
-from jcrosslora.rank_cut import cut_rank
+from jcrosslora.rank_cut import RankRule
 from jcrosslora.refine import FitSettings
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.second_stage import fit_behind
@@ -56,12 +56,14 @@ class TransferSettings:
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
     """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
-    out_rank: int | None = None
-    """Cut every moved update to this rank, optimally."""
+    out_rank: RankRule | None = None
+    """Cut every moved update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99;
+    or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
-    """portable: one rank, read alike by every engine. peft: a rank for each module."""
+    """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
+    gguf: the file of llama.cpp."""
     seed: int = 0
     """Of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_text: str | None = None
@@ -119,6 +121,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     source, target, cache = open_both(settings)
     choice = choose_method(source, target) if settings.method == AUTO else None
     method = get_method(settings.method if choice is None else choice.method)
+    check_profile(settings.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
     mover = shifter_of(settings, adapter, describe_base(source), method.name)
     plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache)
     # After all else has been checked: writing texts takes a minute.
@@ -141,7 +144,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         progress=progress,
     )
     if method.then != "nothing" and settings.out_rank is not None:
-        moved = cut_rank(moved, settings.out_rank)
+        moved = cut_moved(moved)
     if not writes:
         settings = dataclasses.replace(settings, effect="never")
     moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
@@ -260,19 +263,22 @@ def save_adapter(
     adapter: Adapter,
     out: str | Path,
     *,
+    base: BaseModel | None = None,
     base_name: str | None = None,
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
     overwrite: bool = False,
 ) -> Path:
-    """Write an adapter as a PEFT folder; a moved one with its model card and `transfer_report.json`.
+    """Write an adapter as a folder; a moved one with its model card and `transfer_report.json`.
 
     Args:
         adapter: what to write.
         out: the folder; it appears whole or not at all.
+        base: the base that it is for. A moved adapter knows its own; of others profile gguf needs it.
         base_name: `base_model_name_or_path`; None is the base that the adapter is for.
-        profile: "portable" pads every module to one rank, with alpha equal to it, which all engines read alike;
-            "peft" keeps a rank for each module in patterns.
+        profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
+            engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
+            "gguf" the file `adapter.gguf` of llama.cpp.
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
 
@@ -284,18 +290,28 @@ def save_adapter(
     """
     extra: dict[str, Any] = {}
     if isinstance(adapter, MovedAdapter) and adapter.report and adapter.target:
-        report = adapter.report
+        report, target = adapter.report, adapter.target
         recipe = recipe_of(report, out=Path(out).name, profile=profile, dtype=dtype)
         extra = {
-            "fused": adapter.target.fused,
-            "all_modules": list(adapter.target.shapes),
+            "fused": target.fused,
+            "all_modules": list(target.shapes),
+            "family": target.family,
+            "heads": target.heads,
             "documents": {
-                "README.md": card_text(report, recipe),
+                "README.md": card_text(report, recipe, profile),
                 "transfer_report.json": report_json(report, recipe),
             },
             "metadata": _metadata(report.to_json()),
         }
-        base_name = base_name or adapter.target.name
+        base_name = base_name or target.name
+    elif base is not None:
+        extra = {
+            "fused": base.fused,
+            "all_modules": list(base.modules),
+            "family": base.family.name,
+            "heads": (base.dims.heads, base.dims.kv_heads),
+        }
+        base_name = base_name or base.name
     return save_plain(
         adapter,
         out,

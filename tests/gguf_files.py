@@ -98,6 +98,37 @@ def write_gguf(path: Path, arch: str, metadata: dict, tensors: dict[str, tuple],
     return path
 
 
+def metadata_of(config, arch: str) -> dict:
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    if arch != "phi3" and getattr(config, "head_dim", None):
+        values |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if getattr(config, "sliding_window", None):
+        values["attention.sliding_window"] = config.sliding_window
+    rope = config.rope_parameters
+    values["rope.freq_base"] = rope.get("full_attention", rope)["rope_theta"]
+    if arch == "llama":
+        values["rope.dimension_count"] = config.head_dim
+    if arch == "phi3":
+        values["rope.dimension_count"] = int(
+            config.hidden_size // config.num_attention_heads * rope["partial_rotary_factor"]
+        )
+        values["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+    if arch == "gemma2":
+        values |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"tokenizer.ggml.{name}_token_id"] = getattr(config, f"{key}_token_id")
+    return values
+
+
 def small_llama(
     path: Path, metadata=None, extra=None, drop=(), arch="llama", tokens=None, kind=None, seed=0
 ) -> tuple[Path, dict[str, np.ndarray]]:

@@ -67,17 +67,17 @@ def _largest_rank(facts: AdapterFacts) -> int:
     return max(ranks, default=0)
 
 
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_rank(facts: AdapterFacts) -> str | None:
     rank = _largest_rank(facts)
-    return f"rank {rank} is above {_VLLM_RANKS[-1]}, the largest it takes" if rank > _VLLM_RANKS[-1] else None
+    return f"rank {rank} is above {VLLM_RANKS[-1]}, the largest it takes" if rank > VLLM_RANKS[-1] else None
 
 
 def vllm_rank_flag(facts: AdapterFacts) -> str | None:
     rank = _largest_rank(facts)
-    enough = next((size for size in _VLLM_RANKS if size >= rank), None)
+    enough = next((size for size in VLLM_RANKS if size >= rank), None)
     return f"rank {rank} needs --max-lora-rank {enough}" if enough and rank > 16 else None
 
 
@@ -129,7 +129,7 @@ def alpha_over_rank(facts: AdapterFacts) -> str | None:
 
 def llamacpp_convert(facts: AdapterFacts) -> str | None:
     del facts
-    return "convert it with convert_lora_to_gguf.py and the base's config.json"
+    return "write it with `jcrosslora export --profile gguf`, or convert it with convert_lora_to_gguf.py"
 
 
 def llamacpp_head(facts: AdapterFacts) -> str | None:

@@ -61,7 +61,7 @@ def _answers(asked: Iterable[Rule], facts: AdapterFacts) -> tuple[str, ...]:
     return tuple(answer for rule in asked if (answer := rule(facts)) is not None)
 
 
-_NEEDS_MLX = "it reads only its own format (adapters.safetensors with lora_a and lora_b): convert the adapter first"
+_NEEDS_MLX = "it reads only its own format: write the adapter with `jcrosslora export --profile mlx`"
 _NEEDS_PEFT = "the folder is in the format of MLX: convert it to PEFT first"
 
 

@@ -63,3 +63,8 @@ def text_module_name(module: str) -> str:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts layer 2 before layer 11."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
+
+
+def ending(module: str) -> str:
+    """The last part of a module's name, its role in text models."""
+    return module.rpartition(".")[2]

@@ -1,24 +1,29 @@
-"""Write a LoRA adapter in the format of PEFT."""
+"""Write a LoRA adapter, whole or not at all, in one of several profiles."""
 
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
-import safetensors.numpy
-
-from jcrosslora.adapter.folder import CONFIG, WEIGHTS
+from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
-from jcrosslora.adapter.names import PREFIX, natural_key
-from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.portable import FileDtype, file_factors
+from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.write_gguf import GGUF_WEIGHTS, check_gguf, write_gguf
+from jcrosslora.adapter.write_mlx import write_mlx
+from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.files import atomic_folder, ensure_free
 
-Profile = Literal["portable", "peft"]
+Profile = Literal["portable", "peft", "mlx", "gguf"]
+WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
+    "portable": write_portable,
+    "peft": write_peft,
+    "mlx": write_mlx,
+    "gguf": write_gguf,
+}
+_WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
 def save_adapter(
@@ -32,138 +37,99 @@ def save_adapter(
     overwrite: bool = False,
     fused: Layout | None = None,
     all_modules: Sequence[str] | None = None,
+    family: str | None = None,
+    heads: tuple[int, int] | None = None,
     documents: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter as a PEFT folder, whole or not at all.
+    """Write an adapter as a folder, whole or not at all. The scale is inside B in every profile.
 
     Args:
         adapter: at least one module; not changed.
         out: the folder to make.
         base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
         base_revision: its revision.
-        profile: "portable" writes one rank (lower ranks are padded with zeros) and lora_alpha == r, the form that
-            every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and `alpha_pattern`,
-            which PEFT and new releases of vLLM read. The scale is inside B in both.
+        profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
+            form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
+            `alpha_pattern`, which PEFT and new releases of vLLM read; "mlx" is the folder of mlx_lm; "gguf" the file
+            `adapter.gguf` of llama.cpp.
         dtype: of the tensors in the file.
         overwrite: whether an adapter folder at `out` may be replaced.
         fused: layout of the base's fused modules; updates of their parts are merged, see `fuse`.
         all_modules: names of the base's linear modules. Those that have the ending of a written module but no update
             go into `exclude_modules`, without which PEFT would expect tensors for them.
+        family: of the base, e.g. "llama"; profile gguf needs it.
+        heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
-        metadata: pairs for the header of the safetensors file, beside {"format": "pt"}.
+        metadata: pairs for the header of the weights file.
 
     Returns:
         `out` as a path.
 
     Raises:
-        OutputError: the adapter is empty, its values do not fit the dtype, or the place cannot be written to.
+        OutputError: the adapter is empty, its values do not fit the dtype or its modules the profile, or the place
+            cannot be written to.
         UsageError: an unknown profile or dtype, or a document or metadata entry that cannot be written.
     """
     out = Path(out)
     ensure_free(out, overwrite)
-    _check_settings(profile, documents or {}, metadata or {})
+    check_profile(profile, family, heads)
+    _check_settings(dtype, documents or {}, metadata or {})
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
     if not modules:
         msg = f"{out}: the adapter has no modules, at least one was wanted: nothing was written"
         raise OutputError(msg)
-    modules = dict(sorted(modules.items(), key=lambda item: natural_key(item[0])))
-    ranks = {name: factors.rank for name, factors in modules.items()}
-    rank = max(ranks.values()) if profile == "portable" else None
-    tensors: dict[str, np.ndarray] = {}
-    for name, factors in modules.items():
-        a, b = file_factors(name, factors, dtype, rank)
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
-    config = peft_config(
-        {name: rank or own for name, own in ranks.items()},
+    contents = Contents(
+        modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
+        dtype=dtype,
         base_name=base_name or adapter.info.base_name,
         base_revision=base_revision,
-        exclude=_without_update(ranks, all_modules, fused),
+        exclude=tuple(_without_update(modules, all_modules, fused)),
+        family=family,
+        heads=heads,
+        metadata=metadata or {},
     )
-    texts = {**(documents or {}), CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
     with atomic_folder(out, overwrite) as folder:
-        # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
-        (folder / WEIGHTS).write_bytes(_serialized(tensors, {**(metadata or {}), "format": "pt"}))
-        for name, text in texts.items():
+        WRITERS[profile](contents, folder)
+        for name, text in (documents or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
 
 
-def peft_config(
-    ranks: Mapping[str, int],
-    *,
-    base_name: str | None = None,
-    base_revision: str | None = None,
-    exclude: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The `adapter_config.json` for modules of these ranks, all with scale 1.
-
-    Keys that peft learned after 0.14 are left out: their default is what is meant, and older readers warn about or
-    refuse keys that they do not know.
+def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None) -> None:
+    """Refuse a profile that cannot be written for a base, before any work is done for it.
 
     Args:
-        ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
-        base_name: the base, an id or a path.
-        base_revision: its revision.
-        exclude: modules that have the ending of one in `ranks`, but no update.
+        profile: see `save_adapter`.
+        family: of the base, None if it is not known.
+        heads: its query heads and key heads, likewise.
+
+    Raises:
+        UsageError: an unknown profile.
+        OutputError: profile gguf without the gguf package, or without a base that it knows.
     """
-    counts = Counter(ranks.values())
-    r = max(counts, key=lambda rank: (counts[rank], rank))
-    patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": base_revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,  # An integer: Ollama reads no other number.
-        "rank_pattern": patterns,
-        "alpha_pattern": dict(patterns),
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "lora_bias": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": sorted({_ending(name) for name in ranks}),
-        "exclude_modules": list(exclude) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "layer_replication": None,
-    }
+    if profile not in WRITERS:
+        msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
+        raise UsageError(msg)
+    if profile == "gguf":
+        check_gguf(family, heads)
 
 
-def _serialized(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The file as bytes, the same for the same content: safetensors writes metadata in an order that varies."""
-    data = safetensors.numpy.save(tensors, metadata)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[start:]
-
-
-def _without_update(ranks: Mapping[str, int], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
+def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
     owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
-    endings = {_ending(name) for name in ranks}
+    endings = {ending(name) for name in updated}
     every = dict.fromkeys(owner.get(name, name) for name in all_modules or ())
-    return sorted((name for name in every if _ending(name) in endings and name not in ranks), key=natural_key)
+    return sorted((name for name in every if ending(name) in endings and name not in updated), key=natural_key)
 
 
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _check_settings(profile: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-    if profile not in get_args(Profile):
-        msg = f"profile {profile!r} is unknown; use one of {', '.join(get_args(Profile))}"
+def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    if dtype not in get_args(FileDtype):
+        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
         raise UsageError(msg)
     for name in documents:
-        if Path(name).name != name or name in (CONFIG, WEIGHTS):
-            msg = f"document {name!r} cannot be written: a plain file name other than {CONFIG} and {WEIGHTS} was wanted"
+        if Path(name).name != name or name in _WRITTEN:
+            msg = f"document {name!r} cannot be written: a plain file name other than {', '.join(_WRITTEN)} was wanted"
             raise UsageError(msg)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key == "format":

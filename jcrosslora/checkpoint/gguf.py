@@ -1,7 +1,6 @@
 """Open a GGUF model: names of its tensors, its configuration, and the refusal of what is not understood."""
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,39 +8,14 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint.config import ModelConfig, check_config
-from jcrosslora.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROLE_PATHS
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, read_header
 from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
+from jcrosslora.checkpoint.gguf_names import hf_name
 from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.errors import CheckpointError
 
-_GLOBAL = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
-_BLOCK = {
-    "attn_q": ROLE_PATHS["q_proj"],
-    "attn_k": ROLE_PATHS["k_proj"],
-    "attn_v": ROLE_PATHS["v_proj"],
-    "attn_output": ROLE_PATHS["o_proj"],
-    "ffn_gate": ROLE_PATHS["gate_proj"],
-    "ffn_up": ROLE_PATHS["up_proj"],
-    "ffn_down": ROLE_PATHS["down_proj"],
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
-_SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-# What differs from `_BLOCK` by architecture.
-_BLOCK_CHANGES: Mapping[str, Mapping[str, str]] = {
-    "gemma2": _SANDWICH,
-    "gemma3": _SANDWICH,
-    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-}
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -82,27 +56,16 @@ def _import_gguf(path: Path) -> ModuleType:
 
 
 def _hf_names(header: GGUFHeader, arch: str, path: Path) -> dict[str, str]:
-    block = {**_BLOCK, **_BLOCK_CHANGES.get(arch, {})}
     names = {}
     for stored in header.tensors:
         if stored in _ROPE_TENSORS:
             continue
-        name = _hf_name(stored, block)
+        name = hf_name(stored, arch)
         if name is None:
             msg = f"{path}: tensor {stored!r} is not known for architecture {arch!r}: it may change the model"
             raise CheckpointError(msg)
         names[name] = stored
     return names
-
-
-def _hf_name(stored: str, block: Mapping[str, str]) -> str | None:
-    stem, _, kind = stored.rpartition(".")
-    if stem in _GLOBAL and kind == "weight":
-        return _GLOBAL[stem]
-    parts = stem.split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in block and kind in ("weight", "bias"):
-        return f"model.layers.{parts[1]}.{block[parts[2]]}.{kind}"
-    return None
 
 
 def _check_types(header: GGUFHeader, gguf: ModuleType, path: Path) -> None:

@@ -9,6 +9,8 @@ from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_
 from jcrosslora.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# Files of a model that are neither weights nor its card.
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -51,6 +53,22 @@ def fetch(hub_id: str, revision: str | None) -> Path:
         msg = f"{hub_id}: {missing[0]} is neither in the cache nor on the hub: go online, or choose a safetensors model"
         raise CheckpointError(msg)
     return folder
+
+
+def fetch_companions(hub_id: str, revision: str) -> Path:
+    """Bring what belongs to a model beside configuration and weights into the cache: tokenizer, templates, licence.
+
+    Args:
+        hub_id: "org/name".
+        revision: the commit that `fetch` found.
+
+    Returns:
+        The same folder.
+
+    Raises:
+        CheckpointError: see `fetch`.
+    """
+    return _snapshot(hub_id, revision, list(COMPANIONS))
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:

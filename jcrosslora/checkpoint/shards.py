@@ -4,7 +4,7 @@ Repositories also ship other `*.safetensors` (Mistral's `consolidated.safetensor
 names belongs to the model.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,16 @@ class ShardedStore:
     def names(self) -> list[str]:
         """Names of the tensors."""
         return list(self._places)
+
+    def stored(self) -> Iterator[tuple[str, SafetensorsFile, dict[str, str | None]]]:
+        """For each file its name, the file, and all its tensors: stored name -> name in the model, None for the rest.
+
+        Unlike `names`, this has the tensors that do not belong to the text model as well.
+        """
+        names = {place: name for name, place in self._places.items()}
+        for shard in _unique(self._weight_map().values()):
+            file = self._shard(shard)
+            yield shard, file, {stored: names.get((shard, stored)) for stored in file.entries}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""

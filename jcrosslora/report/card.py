@@ -12,6 +12,7 @@ BaseRow = tuple[str | None, str | None, str | None]
 def model_card(
     *,
     base_name: str | None,
+    library: str = "peft",
     source_adapter: str,
     method: str,
     recipe: str,
@@ -23,12 +24,14 @@ def model_card(
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
+    cut: str | None = None,
 ) -> str:
     """The text of the card, with the front matter that the hub reads.
 
     Args:
         base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
             stands in the text only.
+        library: whose format the files have, as the hub names it.
         source_adapter: name of the adapter that was moved.
         method: the transfer method.
         recipe: the exact recipe, as TOML.
@@ -40,9 +43,10 @@ def model_card(
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
+        cut: to which ranks the updates were cut, and what that left, if they were.
     """
     sections = [
-        _front_matter(base_name),
+        _front_matter(base_name, library),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
         f"without training, by the method {_code(method)}{f', chosen because {_plain(choice)}' if choice else ''}.",
@@ -51,6 +55,7 @@ def model_card(
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
+        f"## Rank\n\nThe update was cut to {_plain(cut)}." if cut else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
         "## Warnings\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) if notes else "",
@@ -65,9 +70,9 @@ def _is_on_the_hub(name: str | None) -> bool:
     return name is not None and is_hub_id(name) and not Path(name).exists()
 
 
-def _front_matter(base_name: str | None) -> str:
+def _front_matter(base_name: str | None, library: str) -> str:
     tags = ["lora", "jcrosslora"]
-    lines = ["library_name: peft", "pipeline_tag: text-generation"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if _is_on_the_hub(base_name):
         # A JSON string is a YAML string, whatever characters it holds.
         lines.insert(0, f"base_model: {json.dumps(base_name)}")

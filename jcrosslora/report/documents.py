@@ -43,9 +43,10 @@ def report_json(report: TransferReport, recipe: str) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def card_text(report: TransferReport, recipe: str) -> str:
+def card_text(report: TransferReport, recipe: str, profile: str) -> str:
     """The model card of a moved adapter."""
     return model_card(
+        library=profile if profile in ("mlx", "gguf") else "peft",
         base_name=report.target.name,
         source_adapter=report.adapter.name,
         method=report.recipe.method,
@@ -61,6 +62,7 @@ def card_text(report: TransferReport, recipe: str) -> str:
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
+        cut=None if report.cut is None else report.cut.sentence,
     )
 
 

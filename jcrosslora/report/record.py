@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
+from jcrosslora.rank_cut import RankCut, RankRule
 from jcrosslora.report.effect import Effect
 from jcrosslora.transport import AlignRecipe, BaseInfo
 
@@ -68,7 +69,7 @@ class TransferReport:
         target: the base that it is now for.
         adapter: provenance of the adapter.
         calibration: "none" or "frobenius".
-        out_rank: rank that updates were cut to, or None.
+        out_rank: the rank that updates were cut to, or the rule that chose it, or None.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
         unfed: target modules that no source module feeds.
@@ -80,6 +81,7 @@ class TransferReport:
             it was not measured.
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
         dialogues: how many prompts with answers were asked for, where predictions were fitted.
+        cut: what cutting to `out_rank` left; None where nothing was asked for.
     """
 
     recipe: AlignRecipe
@@ -87,7 +89,7 @@ class TransferReport:
     target: BaseInfo
     adapter: AdapterInfo
     calibration: str
-    out_rank: int | None
+    out_rank: RankRule | None
     layers: tuple[int | None, ...]
     rows: tuple[ModuleRow, ...]
     unfed: tuple[str, ...]
@@ -98,6 +100,7 @@ class TransferReport:
     effect: Effect | None = None
     fitted: str | None = None
     dialogues: int | None = None
+    cut: RankCut | None = None
 
     @property
     def kept(self) -> float:
@@ -118,8 +121,8 @@ class TransferReport:
         """Plain JSON data; figures that are not defined become null."""
         data = dataclasses.asdict(dataclasses.replace(self, adapter=_plain(self.adapter)))
         for side in ("source", "target"):
-            data[side].pop("shapes")
-            data[side].pop("fused")
+            for layout in ("shapes", "fused", "heads"):
+                data[side].pop(layout)
         data["adapter"].pop("config")
         data["version"] = importlib.metadata.version("jcrosslora")
         data["effect"] = None if self.effect is None else self.effect.to_json()

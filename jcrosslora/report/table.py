@@ -51,6 +51,8 @@ def _notes(report: TransferReport) -> list[str]:
     lines = [] if report.choice is None else [f"method: {report.recipe.method}, because {report.choice}"]
     if report.fitted is not None:
         lines.append(f"fit: {report.fitted}")
+    if report.cut is not None:
+        lines.append(f"cut: {report.cut.sentence}")
     if report.recipe.probes != "none":
         lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":

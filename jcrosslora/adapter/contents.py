@@ -1,0 +1,37 @@
+"""What a profile writes: the factors of an adapter, and what its file has to say of the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jcrosslora.adapter.portable import FileDtype
+from jcrosslora.adapter.records import LoRAFactors
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """An adapter as it goes into files.
+
+    Attributes:
+        modules: updates by the names under which the base stores its modules (fused ones merged), in natural order.
+        dtype: number format of the file.
+        base_name: the base that it is for, an id or a path.
+        base_revision: its revision.
+        exclude: modules of the base that have the ending of one in `modules`, but no update.
+        family: the base's family ("llama", "qwen2", ...), where a format needs it.
+        heads: (query heads, key heads) of the base, likewise.
+        metadata: provenance, pairs of strings.
+    """
+
+    modules: Mapping[str, LoRAFactors]
+    dtype: FileDtype = "float32"
+    base_name: str | None = None
+    base_revision: str | None = None
+    exclude: tuple[str, ...] = ()
+    family: str | None = None
+    heads: tuple[int, int] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module."""
+        return max(factors.rank for factors in self.modules.values())

@@ -1,0 +1,48 @@
+"""The sum of several adapters of one base, exactly: factors side by side."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.errors import AdapterError
+
+
+def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """The adapter whose update of each module is the sum of the updates that the adapters have for it.
+
+    The rank of a module is the sum of its ranks; where only one adapter has it, its factors are left alone.
+
+    Args:
+        adapters: at least one. Of a single one the result is that adapter itself.
+
+    Raises:
+        AdapterError: none was given, or updates of one module have different shapes.
+    """
+    if not adapters:
+        msg = "no adapters to add: give at least one"
+        raise AdapterError(msg)
+    if len(adapters) == 1:
+        return adapters[0]
+    found: dict[str, list[LoRAFactors]] = {}
+    for adapter in adapters:
+        for name, factors in adapter.modules.items():
+            found.setdefault(name, []).append(factors)
+    info = AdapterInfo(
+        name=" + ".join(adapter.info.name for adapter in adapters),
+        base_name=adapters[0].info.base_name,
+        ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
+    )
+    return Adapter({name: _sum(name, terms) for name, terms in found.items()}, info)
+
+
+def _sum(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
+    if len(terms) == 1:
+        return terms[0]
+    if len({factors.shape for factors in terms}) > 1:
+        shapes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted({each.shape for each in terms}))
+        msg = f"module {name!r} has updates of {shapes}: adapters of one base were wanted"
+        raise AdapterError(msg)
+    a = np.concatenate([np.asarray(factors.a).astype(np.float32) for factors in terms])
+    b = [np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale) for factors in terms]
+    return LoRAFactors(a=a, b=np.concatenate(b, axis=1))

@@ -1,0 +1,107 @@
+"""The format of llama.cpp: one GGUF file of type adapter.
+
+A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K), and the
+update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For architecture "llama" the base has rows
+of q and k reordered, and the rows of lora_b with them. Source: llama.cpp's src/llama-adapter.cpp.
+"""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.names import ending
+from jcrosslora.adapter.portable import file_factors
+from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
+from jcrosslora.checkpoint.gguf_store import unpermuted_rows
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.errors import OutputError
+
+GGUF_WEIGHTS = "adapter.gguf"
+# dtype -> ggml type, and the file type that stands for a file of mostly that.
+_TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
+
+
+def write_gguf(contents: Contents, folder: Path) -> None:
+    """Each module's own rank, for which alpha, the largest of them, is made up in lora_b.
+
+    Raises:
+        OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
+            dtype.
+    """
+    gguf, arch, heads = check_gguf(contents.family, contents.heads)
+    alpha = float(max(contents.rank, 1))
+    kind, file_type = _TYPES[contents.dtype]
+    writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_file_type(gguf.LlamaFileType[file_type])
+    _add_base(writer, contents.base_name)
+    for key, value in sorted(contents.metadata.items()):
+        writer.add_string(key, value)
+    for name, factors in contents.modules.items():
+        stored = gguf_name(f"{name}.weight", arch)
+        if stored is None:
+            msg = f"module {name!r} has no tensor in a GGUF of architecture {arch!r}: write it in another profile"
+            raise OutputError(msg)
+        scaled = dataclasses.replace(factors, scale=factors.scale * factors.rank / alpha)
+        a, b = file_factors(name, scaled, contents.dtype)
+        _add(writer, gguf, kind, f"{stored}.lora_a", a)
+        _add(writer, gguf, kind, f"{stored}.lora_b", b if arch != "llama" else _permuted(name, b, heads))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[ModuleType, str, tuple[int, int]]:
+    """The gguf package, the architecture and the heads, if an adapter for such a base can be written.
+
+    Raises:
+        OutputError: the package is missing, the base is not known, or GGUF has no architecture for its family.
+    """
+    try:
+        gguf = importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        msg = "profile gguf needs the gguf package: pip install 'jcrosslora[gguf]'"
+        raise OutputError(msg) from error
+    if family is None or heads is None:
+        msg = "profile gguf needs the base model, whose heads decide the order of rows: name it with --base (base=...)"
+        raise OutputError(msg)
+    arch = architecture(family)
+    if arch is None:
+        msg = f"profile gguf has no architecture for the family {family!r}: use another profile"
+        raise OutputError(msg)
+    return gguf, arch, heads
+
+
+def _add_base(writer: Any, name: str | None) -> None:
+    if name is None:
+        return
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, name)
+    if is_hub_id(name):
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+
+
+def _add(writer: Any, gguf: ModuleType, kind: str, name: str, array: np.ndarray) -> None:
+    # As bytes: the writer knows no bfloat16 of numpy.
+    writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType[kind])
+
+
+def _permuted(module: str, b: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
+    """Rows of b in the order in which GGUF holds those of the module; see `unpermuted_rows`."""
+    count = {"q_proj": heads[0], "k_proj": heads[1]}.get(ending(module))
+    if count is None:
+        return b
+    if b.shape[0] % (2 * count):
+        msg = f"module {module!r} has {b.shape[0]} rows, which do not split into {count} heads: it is of another base"
+        raise OutputError(msg)
+    stored = np.empty_like(b)
+    stored[unpermuted_rows(b.shape[0], count)] = b
+    return stored

@@ -1,0 +1,249 @@
+"""A base with an adapter merged into its weights, as a checkpoint of its own for engines that take no adapters.
+
+W' = W + scale B A, block of rows by block of rows: what is in memory is bounded by a tensor, whatever the model's size.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD
+from jcrosslora.checkpoint.fp8 import FP8_DTYPES
+from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
+from jcrosslora.checkpoint.streaming import Piece, write_pieces
+from jcrosslora.errors import CheckpointError, OutputError
+from jcrosslora.files import atomic_folder, ensure_free
+from jcrosslora.lora_shift import fit_to_base
+from jcrosslora.merging_files import QUANTIZATION_KEYS, write_companions
+from jcrosslora.transport import describe_base
+
+MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
+REPORT = "merge_report.json"
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
+_SHARD = 4 << 30  # bytes of a file, where the base is not in several files of its own
+
+# Rows of a tensor and what is added to them.
+Updates = list[tuple[int, int, LoRAFactors]]
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Everything that decides what a merge writes."""
+
+    base: str
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    adapter: str
+    """An adapter of it: a PEFT folder or a hub id."""
+    out: str
+    """The folder to write."""
+    dtype: MergeDtype = "keep"
+    """Number format of the weights. keep: each tensor's own; bfloat16 for those that the base holds quantised."""
+    base_revision: str | None = None
+    """Hub revision of the base."""
+    adapter_revision: str | None = None
+    """Hub revision of the adapter."""
+    overwrite: bool = False
+    """Replace the folder if it holds an earlier merge."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        modules: how many modules were changed.
+        notes: what of the base or the adapter is not in it, one sentence each.
+    """
+
+    folder: Path
+    modules: int
+    notes: tuple[str, ...]
+
+
+def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
+    """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
+
+    A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
+    From GGUF or quantised weights the dequantised model is written, with the configuration and, for GGUF, the tokenizer
+    that the file describes.
+
+    Args:
+        settings: what to merge, and where to.
+        progress: whether to show a progress bar.
+
+    Raises:
+        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
+            written then.
+    """
+    out = Path(settings.out)
+    ensure_free(out, settings.overwrite)
+    base = open_base(settings.base, revision=settings.base_revision)
+    adapter = fit_to_base(
+        load_adapter(settings.adapter, revision=settings.adapter_revision), describe_base(base, digest=False)
+    )
+    as_stored = _plain_folder(base)
+    wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
+    plan = _stored_plan if as_stored is not None else _read_plan
+    files = plan(base, updates_of(adapter, base), wanted)
+    total = sum(piece.size for pieces in files.values() for piece in pieces)
+    _check_space(out, total)
+    with atomic_folder(out, settings.overwrite) as folder:
+        with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name, pieces in files.items():
+                write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
+        if list(files) != [SINGLE]:
+            (folder / INDEX).write_text(_index(files, total), encoding="utf-8")
+        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None)
+        notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
+        (folder / REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
+    return Merged(out, len(adapter.modules), notes)
+
+
+def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
+    """What an adapter adds to each tensor of a base: tensor name -> updates of its rows.
+
+    Args:
+        adapter: with fused matrices taken apart, see `fit_to_base`.
+        base: whose modules it has.
+    """
+    found: dict[str, Updates] = {}
+    for name, factors in adapter.modules.items():
+        module = base.modules[name]
+        start, stop = module.rows or (0, module.shape[0])
+        found.setdefault(module.tensor, []).append((start, stop, factors))
+    return found
+
+
+def _plain_folder(base: BaseModel) -> ShardedStore | None:
+    """The base's store if its files can be written again as they are, which quantised ones cannot."""
+    store = base.store
+    if not isinstance(store, ShardedStore) or any(base.config.get(key) for key in QUANTIZATION_KEYS):
+        return None
+    return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
+
+
+def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
+    """The files of the base with their own tensors, those of no text model as well."""
+    store = _plain_folder(base)
+    assert store is not None
+    files: dict[str, list[Piece]] = {}
+    for shard, file, names in store.stored():
+        pieces = []
+        for stored, name in names.items():
+            entry = file.entries[stored]
+            if entry.dtype not in DTYPES:
+                msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
+                raise CheckpointError(msg)
+            dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
+            blocks = partial(_row_blocks, base, partial(file.array, stored), updates.get(name or "", []), dtype)
+            pieces.append(Piece(stored, dtype, entry.shape, blocks))
+        files[shard] = pieces
+    return files
+
+
+def _read_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
+    """The tensors that the family has, dequantised, in as many files as their size asks for."""
+    groups: list[list[Piece]] = [[]]
+    for name, shape in expected_shapes(base.family, base.dims, base.config).items():
+        own = base.store.dtype(name)
+        dtype = wanted or (own if own in _FLOATS else "BF16")
+        if name in (EMBEDDING, HEAD):  # by far the largest: never in memory as a whole
+            blocks = partial(_converted_rows, base, name, shape, dtype)
+        else:
+            blocks = partial(_row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
+        piece = Piece(name, dtype, shape, blocks)
+        if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
+            groups.append([])
+        groups[-1].append(piece)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{place:05d}-of-{count:05d}.safetensors": group for place, group in enumerate(groups, 1)}
+
+
+def _row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
+    array = read()
+    for start, stop in _spans(array.shape):
+        block = array[start:stop] if array.ndim else array
+        yield _cast(_updated(block, start, updates), dtype) if updates else _cast(block, dtype)
+        base.release()
+
+
+def _converted_rows(base: BaseModel, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
+    for start, stop in _spans(shape):
+        yield _cast(base.rows(name, np.arange(start, stop)), dtype)
+        base.release()
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) row of each block."""
+    rows = shape[0] if shape else 1
+    step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
+    """Rows of W from `first` on, plus those of scale B A; float32, or float64 where W is."""
+    wide = np.float64 if block.dtype == np.float64 else np.float32
+    result = block.astype(wide)
+    for start, stop, factors in updates:
+        low, high = max(start, first), min(stop, first + len(block))
+        if low < high:
+            b = np.asarray(factors.b)[low - start : high - start].astype(np.float64) * factors.scale
+            result[low - first : high - first] += b.astype(wide) @ np.asarray(factors.a).astype(wide)
+    return result
+
+
+def _cast(block: np.ndarray, dtype: str) -> np.ndarray:
+    kind = DTYPES[dtype]
+    if block.dtype == kind:
+        return block
+    with np.errstate(over="ignore"):
+        cast = block.astype(kind)
+    if not np.isfinite(cast).all() and np.isfinite(block).all():
+        msg = f"weights up to {np.abs(block).max():.3g} do not fit {kind.name}: write them with --dtype bfloat16"
+        raise OutputError(msg)
+    return cast
+
+
+def _check_space(out: Path, total: int) -> None:
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < total:
+        msg = f"{out}: needs {total / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free: free space, or choose another"
+        raise OutputError(msg + " output")
+
+
+def _index(files: Mapping[str, Iterable[Piece]], total: int) -> str:
+    weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: Iterable[str]) -> str:
+    made = {
+        "version": version("jcrosslora"),
+        "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
+        "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
+        "dtype": settings.dtype,
+        "modules": len(adapter.modules),
+        "notes": list(notes),
+    }
+    return json.dumps(made, indent=2) + "\n"

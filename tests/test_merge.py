@@ -1,0 +1,296 @@
+"""Merged checkpoints: torch's own sum is the oracle, and what the adapter does not change keeps every bit."""
+
+import dataclasses
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoint_files import llama_tensors, write_config, write_safetensors, write_sharded_llama
+from gguf_files import gguf, small_llama
+from probe_bases import write_base
+from safetensors import safe_open
+from tiny_bases import delta, random_adapter
+from tiny_models import FAMILIES, save_tiny, tiny_model, torch, transformers
+
+import jcrosslora as jcl
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import streaming
+from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.cli import main
+from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.merging import MergeSettings, merge
+from jcrosslora.merging_files import write_companions
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+TOKENS = torch.tensor([[5, 9, 30, 7, 61, 44, 12]])
+
+
+def saved_adapter(base, out: Path, **kwargs) -> tuple[Adapter, Path]:
+    """Without a third of the modules, and with a scale of its own."""
+    whole = random_adapter(base, rank=3, scale=0.02, **kwargs)
+    adapter = Adapter({name: factors for place, (name, factors) in enumerate(whole.modules.items()) if place % 3})
+    return adapter, jcl.save_adapter(adapter, out, base=base)
+
+
+def merged(base: Path, adapter: Path, out: Path, **changes) -> jcl.BaseModel:
+    merge(MergeSettings(str(base), str(adapter), str(out), **changes))
+    return jcl.open_base(out)
+
+
+def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
+    """Every tensor of every file: dtype and bytes, by safetensors' own reader."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                tensor = file.get_tensor(name)
+                found[name] = str(tensor.dtype), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_transformers_loads_what_peft_merges(tmp_path, family):
+    base = jcl.open_base(save_tiny(family, tmp_path / "base"))
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    again = merged(base.path, folder, tmp_path / "out")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    theirs = peft.PeftModel.from_pretrained(tiny_model(family), str(folder)).merge_and_unload()
+    with torch.no_grad():
+        wanted, plain = theirs(TOKENS).logits, tiny_model(family)(TOKENS).logits
+        torch.testing.assert_close(ours(TOKENS).logits, wanted, atol=1e-4, rtol=1e-5)
+    assert (wanted - plain).abs().max() > 0.1
+    for name, tensor in theirs.state_dict().items():
+        if not (name == "lm_head.weight" and theirs.config.tie_word_embeddings):
+            np.testing.assert_allclose(again.tensor(name), tensor.numpy(), atol=1e-6)
+    changed = {base.modules[name].tensor for name in adapter.modules}
+    before, after = stored(base.path), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_shards_keep_their_names_and_every_tensor_its_dtype(tmp_path):
+    base = jcl.open_base(write_sharded_llama(tmp_path / "base"))
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    tensors = llama_tensors()
+    kinds = {name: "BF16" if ".mlp." in name else "F16" if ".self_attn." in name else "F32" for name in tensors}
+    types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+    index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in set(index.values()):
+        held = {
+            name: (kinds[name], tensors[name].astype(types[kinds[name]])) for name in tensors if index[name] == shard
+        }
+        write_safetensors(tmp_path / "base" / shard, held)
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"another checkpoint")
+    again = merged(tmp_path / "base", folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"] == index
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+    base = jcl.open_base(tmp_path / "base")
+    for name, module in base.modules.items():
+        found, kept = again.weight(name), base.weight(name)
+        assert found.dtype == kept.dtype == types[kinds[module.tensor]]
+        change = delta(adapter.modules[name]) if name in adapter.modules else 0
+        wanted = (kept.astype(np.float32) + np.asarray(change, np.float32)).astype(kept.dtype)
+        # Rounded once: a value of float32 beside a tie may fall on the other side.
+        assert np.mean(found != wanted) < 0.02
+        np.testing.assert_allclose(found.astype(np.float64), wanted.astype(np.float64), rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_another_dtype_reaches_the_files_and_the_configuration(tmp_path, dtype):
+    base = jcl.open_base(save_tiny("llama", tmp_path / "base"))
+    _, folder = saved_adapter(base, tmp_path / "adapter")
+    merged(base.path, folder, tmp_path / "out", dtype=dtype)
+    assert {kind for kind, _ in stored(tmp_path / "out").values()} == {f"torch.{dtype}"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert str(model.dtype) == f"torch.{dtype}"
+
+
+def test_weights_beyond_a_dtype_are_refused(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = 1e6
+    write_config(tmp_path / "base")
+    write_safetensors(tmp_path / "base" / "model.safetensors", {name: ("F32", each) for name, each in tensors.items()})
+    base = jcl.open_base(tmp_path / "base")
+    _, folder = saved_adapter(base, tmp_path / "adapter")
+    with pytest.raises(OutputError, match="do not fit float16"):
+        merged(base.path, folder, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_and_other_files_come_along_but_no_weights_and_no_card(tmp_path):
+    write_base(tmp_path / "base", merges=8, layers=1)
+    for name in ("generation_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE"):
+        (tmp_path / "base" / name).write_text(f"{{}} {name}")
+    for name in ("README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", ".hidden.json"):
+        (tmp_path / "base" / name).write_text("no")
+    _, folder = saved_adapter(jcl.open_base(tmp_path / "base"), tmp_path / "adapter")
+    merged(tmp_path / "base", folder, tmp_path / "out")
+    came = {path.name for path in (tmp_path / "out").iterdir()}
+    assert came == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "merges.txt"),
+        *("chat_template.jinja", "LICENSE", "model.safetensors", "merge_report.json"),
+    }
+    for name in ("tokenizer.json", "tokenizer.model"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (tmp_path / "base" / "config.json").read_text()
+    )
+
+
+def test_files_that_a_hub_model_was_opened_without_are_fetched(tmp_path, monkeypatch):
+    write_base(tmp_path / "base", merges=0, layers=1)
+    base = dataclasses.replace(jcl.open_base(tmp_path / "base"), ref="org/name", revision="c0ffee")
+
+    def fetch(hub_id: str, revision: str) -> None:
+        (base.path / "tokenizer.model").write_text(f"{hub_id} {revision}")
+
+    monkeypatch.setattr("jcrosslora.merging_files.fetch_companions", fetch)
+    (tmp_path / "out").mkdir()
+    write_companions(base, tmp_path / "out", "keep", as_stored=True)
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"
+
+
+def test_tensors_that_are_no_part_of_the_text_model_stay(tmp_path):
+    text = {f"language_model.{name}": ("F32", tensor) for name, tensor in llama_tensors().items()}
+    tower = np.arange(6, dtype=np.int32).reshape(2, 3)
+    folder = tmp_path / "multi"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", text | {"vision.tower": ("I32", tower)})
+    store = ShardedStore(folder, {}, {"language_model.": ""})
+    ((shard, _, names),) = store.stored()
+    assert shard == "model.safetensors"
+    assert names.pop("vision.tower") is None
+    assert names == {f"language_model.{name}": name for name in llama_tensors()}
+
+
+@pytest.mark.parametrize("kind", [None, "Q8_0"])
+def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
+    quantised = None if kind is None else gguf.GGMLQuantizationType[kind]
+    path, _ = small_llama(tmp_path / "base.gguf", kind=quantised)
+    base = jcl.open_base(path)
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    done = merge(MergeSettings(str(path), str(folder), str(tmp_path / "out"), dtype="float32"))
+    assert any("no tokenizer was written" in note for note in done.notes)
+    again = jcl.open_base(tmp_path / "out")
+    assert again.dims == base.dims
+    for name in base.tensor_names():
+        wanted = np.array(base.tensor(name), np.float32)
+        module = name.removesuffix(".weight")
+        if module in adapter.modules:
+            wanted += delta(adapter.modules[module]).astype(np.float32)
+        np.testing.assert_allclose(again.tensor(name), wanted, atol=1e-6)
+    merge(MergeSettings(str(path), str(folder), str(tmp_path / "keep")))
+    kept = {kind for name, (kind, _) in stored(tmp_path / "keep").items() if "proj" in name}
+    assert kept == {"torch.float32" if kind is None else "torch.bfloat16"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert str(model.dtype) == "torch.float32"
+
+
+def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
+    words = ["<s>", "</s>", "a", "b", "c", "ab", "abc", "\u0120", "\u0120a", "d"]
+    metadata = {
+        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which puts bos in front
+        "tokenizer.ggml.merges": ["a b", "ab c", "\u0120 a"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.chat_template": "{{ bos_token }}",
+    }
+    path, _ = small_llama(tmp_path / "base.gguf", metadata, tokens=("gpt2", words, [3, 3, *[1] * 8]))
+    _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
+    assert merge(MergeSettings(str(path), str(folder), str(tmp_path / "out"))).notes == ()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("abc abd</s>")["input_ids"] == [0, 6, 7, 5, 9, 1]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.chat_template == "{{ bos_token }}"
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_scales_of_fp8_are_multiplied_out(tmp_path, stated):
+    tensors = {name: ("F32", array) for name, array in llama_tensors().items()}
+    name = "model.layers.0.mlp.gate_proj.weight"
+    values = tensors[name][1].astype(ml_dtypes.float8_e4m3fn)
+    scales = {f"{name}_scale": ("F32", np.full((24, 1), 0.5, np.float32)), name: ("F8_E4M3", values)}
+    write_config(tmp_path / "base", quantization_config={"quant_method": "fp8"} if stated else ...)
+    write_safetensors(tmp_path / "base" / "model.safetensors", tensors | scales)
+    base = jcl.open_base(tmp_path / "base")
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    again = merged(base.path, folder, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert f"{name}_scale" not in again.tensor_names()
+    assert again.tensor(name).dtype == ml_dtypes.bfloat16
+    change = adapter.modules.get(name.removesuffix(".weight"))
+    wanted = 0.5 * values.astype(np.float32) + (0 if change is None else delta(change))
+    np.testing.assert_allclose(again.tensor(name).astype(np.float32), wanted, rtol=2**-8)
+    assert {again.tensor(other).dtype.name for other in tensors if other != name} == {"float32"}
+
+
+def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
+    path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
+    _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
+    merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
+    monkeypatch.setattr("jcrosslora.merging._BLOCK", 7 * 64)
+    monkeypatch.setattr("jcrosslora.merging._SHARD", 40_000)
+    merge(MergeSettings(str(path), str(folder), str(tmp_path / "many"), dtype="float32"))
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one, many = (jcl.open_base(tmp_path / name) for name in ("one", "many"))
+    for name in one.tensor_names():
+        np.testing.assert_allclose(one.tensor(name), many.tensor(name), atol=1e-6)
+
+
+def test_a_merge_that_fails_leaves_nothing_and_an_earlier_one_alone(tmp_path, monkeypatch):
+    base = jcl.open_base(write_sharded_llama(tmp_path / "base"))
+    _, folder = saved_adapter(base, tmp_path / "adapter")
+    settings = MergeSettings(str(base.path), str(folder), str(tmp_path / "out"))
+    merge(settings)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(OutputError, match="exists"):
+        merge(settings)
+    again = MergeSettings(*(str(path) for path in (base.path, folder, tmp_path / "out")), overwrite=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_header", full)
+        with pytest.raises(OutputError, match="No space left"):
+            merge(again)
+    with monkeypatch.context() as patch:
+        patch.setattr("jcrosslora.merging.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(OutputError, match="GB free"):
+            merge(again)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    merge(again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    with pytest.raises(OutputError, match="holds no"):
+        merge(MergeSettings(str(base.path), str(folder), str(base.path), overwrite=True))
+
+
+def test_the_command_says_what_is_not_merged(tmp_path, capsys):
+    base = jcl.open_base(write_sharded_llama(tmp_path / "base"))
+    adapter, folder = saved_adapter(base, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"novelty": 3}))
+    main(["merge", str(base.path), str(folder), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert "not merged: config key novelty" in printed.out
+    assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'} ({len(adapter.modules)} modules changed)"
+    assert printed.err == ""  # no progress bar but on a terminal
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["base"]["ref"] == str(base.path)
+    assert report["adapter"]["digest"].startswith("sha256:")
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    write_sharded_llama(tmp_path / "base")
+    other = jcl.open_base(write_base(tmp_path / "other", merges=0, layers=1))
+    _, folder = saved_adapter(other, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="give the base it was trained on"):
+        merged(tmp_path / "base", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,202 @@
+"""Updates at lower ranks: the best approximation in numpy is the oracle, and what is left is what is said."""
+
+import json
+import tomllib
+from dataclasses import fields
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny_bases import delta, random_adapter, write_llama
+from tiny_models import save_tiny
+
+import jcrosslora as jcl
+from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
+from jcrosslora.cli import main
+from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.export import ExportSettings, export_adapter
+from jcrosslora.lora_shift import MovedAdapter, cut_moved
+from jcrosslora.rank_cut import cut_and_tell
+from jcrosslora.report.record import ModuleRow, TransferReport
+from jcrosslora.settings_file import check_settings
+from jcrosslora.transport import describe_base
+
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+
+
+def with_spectrum(values, rows=30, columns=20, seed=0, scale=1.0) -> LoRAFactors:
+    """An update with these singular values, whose factors are far from orthogonal."""
+    rng, rank = np.random.default_rng(seed), len(values)
+    u, v = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (rows, columns))
+    mix = rng.normal(size=(rank, rank)) + 3 * np.eye(rank)
+    b, a = u * values @ mix, np.linalg.solve(mix, v.T)
+    return LoRAFactors(a=a.astype(np.float32), b=(b / scale).astype(np.float32), scale=scale)
+
+
+def best(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(matrix)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+@pytest.mark.parametrize("rule", [1, 3, 0.9, 0.999, 1.0, "auto"])
+def test_every_cut_is_the_best_of_its_rank_and_is_accounted_for(rule):
+    adapter = Adapter({Q: with_spectrum([8, 4, 2, 1, 0.5], scale=0.7), UP: with_spectrum([3, 2.5, 2, 0.01], seed=1)})
+    found, cut = cut_and_tell(adapter, rule)
+    energies, lost = {}, {}
+    for name, factors in adapter.modules.items():
+        whole, left = delta(factors), delta(found.modules[name])
+        assert found.modules[name].rank == cut.ranks[name] <= factors.rank
+        np.testing.assert_allclose(left, best(whole, cut.ranks[name]), atol=2e-5)
+        energies[name], lost[name] = np.sum(whole**2), np.sum((whole - left) ** 2)
+    assert cut.kept == pytest.approx(1 - sum(lost.values()) / sum(energies.values()), abs=1e-6)
+    shares = {name: 1 - lost[name] / energies[name] for name in lost}
+    assert cut.least_kept == pytest.approx(min(shares.values()), abs=1e-6)
+    assert shares[cut.least] == pytest.approx(cut.least_kept, abs=1e-6)
+
+
+def test_a_share_of_the_energy_gives_each_module_the_lowest_rank_that_keeps_it():
+    adapter = Adapter({Q: with_spectrum([8, 4, 2, 1, 0.5]), UP: with_spectrum([3, 3, 3, 0.01], seed=1)})
+    # Energies 64, 16, 4, 1, 0.25 of 85.25, and 9, 9, 9 of 27.
+    for share, ranks in ((0.7, (1, 3)), (0.9, (2, 3)), (0.98, (3, 3)), (0.99, (4, 3)), (0.6, (1, 2))):
+        assert tuple(cut_and_tell(adapter, share)[1].ranks.values()) == ranks
+
+
+@pytest.mark.parametrize(("needed", "rank"), [(3, 8), (8, 8), (9, 16), (17, 32)])
+def test_auto_takes_the_lowest_usual_rank_that_keeps_99_percent_of_every_module(needed, rank):
+    many = with_spectrum([1.0] * needed + [1e-3] * (40 - needed), rows=50, columns=45)
+    _, cut = cut_and_tell(Adapter({Q: many, UP: with_spectrum([5, 1e-3] + [1e-4] * 8)}), "auto")
+    assert cut.ranks[Q] == rank
+    assert cut.ranks[UP] == min(rank, 10)
+    assert cut.least_kept > 0.99
+
+
+def test_what_needs_no_cut_keeps_its_factors():
+    adapter = Adapter({Q: with_spectrum([2, 1], scale=0.3)})
+    for rule in (2, 8, 1.0, "auto"):
+        found, cut = cut_and_tell(adapter, rule)
+        assert found.modules[Q] is adapter.modules[Q]
+        assert cut.kept == pytest.approx(1, abs=1e-6)
+
+
+def test_half_precision_and_zeros_are_cut_as_well():
+    half = with_spectrum([2, 1, 0.5])
+    half = LoRAFactors(a=half.a.astype(ml_dtypes.bfloat16), b=half.b.astype(np.float16))
+    zero = LoRAFactors(a=np.ones((3, 20), np.float32), b=np.zeros((30, 3), np.float32))
+    found, cut = cut_and_tell(Adapter({Q: half, UP: zero}), 0.99)
+    np.testing.assert_allclose(delta(found.modules[Q]), best(delta(half), cut.ranks[Q]), atol=1e-4)
+    assert cut.ranks[UP] == 1
+    assert not np.asarray(found.modules[UP].b).any()
+
+
+@pytest.mark.parametrize("rule", [0, -1, 0.0, 1.5, float("nan"), "many", True, None])
+def test_a_rule_that_is_none_is_refused(rule):
+    with pytest.raises(UsageError, match="out rank"):
+        cut_and_tell(Adapter({Q: with_spectrum([1])}), rule)
+
+
+def test_settings_files_take_every_rule_and_nothing_else():
+    for rule in (8, 0.99, "auto"):
+        check_settings({"out_rank": rule}, "here")
+    for rule in ("many", True, [8]):
+        with pytest.raises(UsageError, match="it must be int or float or 'auto'"):
+            check_settings({"out_rank": rule}, "here")
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    base = jcl.open_base(write_llama(folder / "base", layers=2))
+    write_llama(folder / "target", seed=1, layers=2, hidden=64, heads=4, head_dim=16)
+    for place in (0, 1):
+        adapter = random_adapter(base, seed=place, scale=0.5, roles={"q_proj", "up_proj"})
+        for name in (name for name in base.modules if name.endswith("q_proj")):
+            adapter.modules[name].b[:, 2:] *= 0.01
+        jcl.save_adapter(adapter, folder / f"adapter{place}", base_name="org/src")
+    return folder
+
+
+def test_a_transfer_says_what_a_cut_left_and_so_does_its_recipe(files, tmp_path, capsys):
+    given = [str(files / "adapter0"), "--source", str(files / "base"), "--target", str(files / "target")]
+    flags = ["--method", "pad-truncate", "--out-rank", "0.8", "--profile", "peft", "--no-cache"]
+    main(["transfer", *given, *flags, "--out", str(tmp_path / "one")])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "one" / "transfer_report.json").read_text())
+    assert f"keeps {report['cut']['kept']:.2%} of the energy" in printed
+    assert report["cut"]["kept"] > report["cut"]["least_kept"] >= 0.8
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "The update was cut to ranks" in card
+    written = jcl.load_adapter(tmp_path / "one").modules
+    assert {name: factors.rank for name, factors in written.items()} == report["cut"]["ranks"]
+    assert len(set(report["cut"]["ranks"].values())) > 1
+    for row in report["rows"]:
+        assert row["norm_after"] == pytest.approx(np.linalg.norm(delta(written[row["target"]])), rel=1e-5)
+    assert tomllib.loads(report["recipe_toml"])["out_rank"] == 0.8
+
+
+def moved(base, adapter: Adapter, rule, calibration="none") -> MovedAdapter:
+    """A moved adapter whose report holds what a cut asks of it."""
+    rows = tuple(
+        ModuleRow(
+            **dict.fromkeys((field.name for field in fields(ModuleRow)), 0.0)
+            | {"target": name, "norm_after": update_norm(factors)}
+        )
+        for name, factors in adapter.modules.items()
+    )
+    told = {"calibration": calibration, "out_rank": rule, "rows": rows}
+    report = TransferReport(**dict.fromkeys((field.name for field in fields(TransferReport)), None) | told)
+    return MovedAdapter(adapter.modules, report=report, target=describe_base(base, digest=False))
+
+
+def test_a_cut_keeps_the_norm_where_the_method_does(files):
+    base, adapter = jcl.open_base(files / "base"), jcl.load_adapter(files / "adapter0")
+    found = cut_moved(moved(base, adapter, 2, "frobenius"))
+    for row in found.report.rows:
+        assert found.modules[row.target].rank == 2
+        wanted = update_norm(adapter.modules[row.target])
+        assert update_norm(found.modules[row.target]) == pytest.approx(wanted, rel=1e-4)
+        assert row.norm_after == pytest.approx(wanted, rel=1e-4)
+
+
+def test_fused_matrices_are_cut_as_one(tmp_path):
+    base = jcl.open_base(save_tiny("phi3", tmp_path / "phi3", num_hidden_layers=1))
+    adapter = random_adapter(base, rank=3, roles={"q_proj", "v_proj", "gate_proj", "up_proj"})
+    found = cut_moved(moved(base, adapter, 4))
+    assert found.modules.keys() == adapter.modules.keys()
+    written = fuse(found.modules, base.fused)
+    for name, factors in fuse(adapter.modules, base.fused).items():
+        assert written[name].rank == 4
+        np.testing.assert_allclose(delta(written[name]), best(delta(factors), 4), atol=2e-4)
+
+
+def test_export_writes_the_sum_of_adapters_at_the_rank_it_needs(files, tmp_path):
+    paths = tuple(str(files / f"adapter{place}") for place in (0, 1, 0))
+    done = export_adapter(ExportSettings(paths, str(tmp_path / "o"), base=str(files / "base"), out_rank=0.999999))
+    one, two = (jcl.load_adapter(path).modules for path in paths[:2])
+    found = jcl.load_adapter(tmp_path / "o").modules
+    for name, factors in found.items():
+        assert factors.rank <= 8 < 12
+        np.testing.assert_allclose(delta(factors), 2 * delta(one[name]) + delta(two[name]), atol=2e-3)
+    assert done.cut.kept > 0.99999
+    narrow = Adapter({name: factors.replace(a=factors.a[:, 1:]) for name, factors in one.items()})
+    jcl.save_adapter(narrow, tmp_path / "narrow")
+    for base, named in ((None, "adapters of one base"), (str(files / "base"), "80 x 47")):
+        with pytest.raises(AdapterError, match=named):
+            export_adapter(ExportSettings((paths[0], str(tmp_path / "narrow")), str(tmp_path / "x"), base=base))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_export_carries_documents_and_says_what_it_lost(files, tmp_path, capsys):
+    jcl.save_adapter(jcl.load_adapter(files / "adapter0"), tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("# mine\n")
+    main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "o"), "--profile", "mlx", "--out-rank", "3"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("cut: rank 3, which keeps ")
+    assert printed[-1] == f"written: {tmp_path / 'o'}"
+    assert (tmp_path / "o" / "README.md").read_text() == "# mine\n"
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "--out", str(tmp_path / "x")])
+    assert caught.value.code == 2
+    assert "no adapters" in capsys.readouterr().err
