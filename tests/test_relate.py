@@ -268,7 +268,7 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
     assert parts == {
         "layers": (2, 2, 2, 4),
-        "stream": (48, 48, 48, 64),
+        "stream dimensions": (48, 48, 48, 64),
         "heads": (2, 2, 2, 4),
         "key heads": (2, 2, 2, 2),
         "head features": (16, 16, 16, 16),
@@ -278,7 +278,8 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     assert found.layers == (0, 3)
     assert {item.difference.change for item in found.compared} == {"equal"}
     assert (
-        "the target has 2 of 4 layers, 48 of 64 stream, 2 of 4 heads, 48 of 96 neurons of the source" in found.sentence
+        "the target has 2 of 4 layers, 48 of 64 stream dimensions, 2 of 4 heads, 48 of 96 neurons of the source"
+        in found.sentence
     )
 
 
