@@ -195,6 +195,7 @@ OTHERS = {
     "more layers": ("llama", with_extra_layers(make(), make(seed=1)), ("extended",)),
     "half of the layers": ("llama", with_layers_of(make(), make(seed=1), (1, 3)), ("pruned", "extended")),
     "more tokens": ("llama", with_tokens(np.arange(100))(make()), PRUNED),
+    "zeros": ("llama", make(seed=1).change(lambda _, x: 0 * x), UNRELATED),
     "heads averaged": ("llama", with_averaged_keys(make()), ("pruned", "extended")),
 }
 
@@ -235,6 +236,20 @@ def test_no_two_of_the_seeds_are_related(tmp_path):
     for place, source in enumerate(bases):
         for target in bases[:place]:
             assert relate(source, target).words == UNRELATED
+
+
+def test_zeros_are_no_evidence(tmp_path):
+    """Files whose numbers were never written."""
+    sizes = [{}, {"intermediate_size": 160}, {"num_hidden_layers": 3, "hidden_size": 96}]
+    empty = [make(**size).change(lambda _, x: 0 * x).write(tmp_path / str(n)) for n, size in enumerate(sizes)]
+    assert [relate(empty[0], base).words for base in empty] == [SAME, UNRELATED, UNRELATED]
+
+
+def test_a_base_with_a_layer_of_zeros_is_itself_and_keeps_its_relations(tmp_path):
+    made = make().change(lambda name, x: 0 * x if layer_of(name) == 2 and x.ndim == 2 else x)
+    source = made.write(tmp_path / "s")
+    assert relate(source, made.write(tmp_path / "t")).words == SAME
+    assert relate(source, noisy(0.02)(made).write(tmp_path / "n")).words == TRAINED
 
 
 @pytest.mark.parametrize("row", [1, 33, 63])
