@@ -40,7 +40,7 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
     found = np.full(units_tgt.shape[1], -1)
     in_place = np.einsum("rm,rm->m", units_src[:, :short], units_tgt[:, :short])
     # A column of zeros has no direction: it is the same as another of zeros, but is no evidence of anything.
-    alive_src, alive_tgt = units_src.any(axis=0), units_tgt.any(axis=0)
+    alive_src, alive_tgt = (np.asarray(units.any(axis=0)) for units in (units_src, units_tgt))
     in_place[~(alive_src[:short] | alive_tgt[:short])] = 1
     if not (alive_src.any() or alive_tgt.any()):
         return np.arange(short) if units_src.shape == units_tgt.shape else None
