@@ -195,6 +195,7 @@ OTHERS = {
     "more layers": ("llama", with_extra_layers(make(), make(seed=1)), ("extended",)),
     "half of the layers": ("llama", with_layers_of(make(), make(seed=1), (1, 3)), ("pruned", "extended")),
     "more tokens": ("llama", with_tokens(np.arange(100))(make()), PRUNED),
+    "zeros": ("llama", make(seed=1).change(lambda _, x: 0 * x), UNRELATED),
     "heads averaged": ("llama", with_averaged_keys(make()), ("pruned", "extended")),
 }
 
@@ -237,6 +238,20 @@ def test_no_two_of_the_seeds_are_related(tmp_path):
             assert relate(source, target).words == UNRELATED
 
 
+def test_zeros_are_no_evidence(tmp_path):
+    """Files whose numbers were never written."""
+    sizes = [{}, {"intermediate_size": 160}, {"num_hidden_layers": 3, "hidden_size": 96}]
+    empty = [make(**size).change(lambda _, x: 0 * x).write(tmp_path / str(n)) for n, size in enumerate(sizes)]
+    assert [relate(empty[0], base).words for base in empty] == [SAME, UNRELATED, UNRELATED]
+
+
+def test_a_base_with_a_layer_of_zeros_is_itself_and_keeps_its_relations(tmp_path):
+    made = make().change(lambda name, x: 0 * x if layer_of(name) == 2 and x.ndim == 2 else x)
+    source = made.write(tmp_path / "s")
+    assert relate(source, made.write(tmp_path / "t")).words == SAME
+    assert relate(source, noisy(0.02)(made).write(tmp_path / "n")).words == TRAINED
+
+
 @pytest.mark.parametrize("row", [1, 33, 63])
 def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
     made = make(vocab_size=700)
@@ -268,7 +283,7 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
     assert parts == {
         "layers": (2, 2, 2, 4),
-        "stream": (48, 48, 48, 64),
+        "stream dimensions": (48, 48, 48, 64),
         "heads": (2, 2, 2, 4),
         "key heads": (2, 2, 2, 2),
         "head features": (16, 16, 16, 16),
@@ -278,7 +293,8 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     assert found.layers == (0, 3)
     assert {item.difference.change for item in found.compared} == {"equal"}
     assert (
-        "the target has 2 of 4 layers, 48 of 64 stream, 2 of 4 heads, 48 of 96 neurons of the source" in found.sentence
+        "the target has 2 of 4 layers, 48 of 64 stream dimensions, 2 of 4 heads, 48 of 96 neurons of the source"
+        in found.sentence
     )
 
 

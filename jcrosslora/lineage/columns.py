@@ -31,25 +31,31 @@ def match_columns(src: np.ndarray, tgt: np.ndarray, *, search: bool = True) -> n
         search: whether to look elsewhere than at the same place; costs M_src x M_tgt x R.
 
     Returns:
-        int64 (M_tgt,), -1 for a column that is nowhere in the source; None if most are not, on the narrower side.
+        int64 (M_tgt,), -1 for a column that is nowhere in the source; None if most are not, of those on the narrower
+        side that hold anything.
     """
     units_src, units_tgt = _units(src), _units(tgt)
     short = min(units_src.shape[1], units_tgt.shape[1])
     least = _threshold(src.shape[0], units_src.shape[1] * units_tgt.shape[1])
     found = np.full(units_tgt.shape[1], -1)
     in_place = np.einsum("rm,rm->m", units_src[:, :short], units_tgt[:, :short])
-    # A column of zeros has no direction: it is the same as another of zeros.
-    in_place[~(units_src[:, :short].any(axis=0) | units_tgt[:, :short].any(axis=0))] = 1
+    # A column of zeros has no direction: it is the same as another of zeros, but is no evidence of anything.
+    alive_src, alive_tgt = (np.asarray(units.any(axis=0)) for units in (units_src, units_tgt))
+    in_place[~(alive_src[:short] | alive_tgt[:short])] = 1
+    if not (alive_src.any() or alive_tgt.any()):
+        return np.arange(short) if units_src.shape == units_tgt.shape else None
     found[:short] = np.where(in_place >= (max(least, _CERTAIN) if search else least), np.arange(short), -1)
     if search and (found < 0).any():
         _search(units_src, units_tgt, found, least)
-    if np.count_nonzero(found >= 0) >= _MOST * short:
+    wanted = min(np.count_nonzero(alive_src), np.count_nonzero(alive_tgt))
+    if wanted and np.count_nonzero(alive_tgt & (found >= 0)) >= _MOST * wanted:
         # What is too far apart to be told from chance stays where it was, if nothing else is there.
         stays = (found[:short] < 0) & (in_place >= KIN) & ~np.isin(np.arange(short), found)
         found[:short][stays] = np.flatnonzero(stays)
         return found
     # A negative one is of columns that were multiplied by a negative number.
-    if units_src.shape == units_tgt.shape and abs(in_place.mean()) >= KIN:
+    both = alive_src[:short] & alive_tgt[:short]
+    if units_src.shape == units_tgt.shape and both.any() and abs(in_place[both].mean()) >= KIN:
         return np.arange(short)
     return None
 

@@ -50,7 +50,10 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
         embeddings = "their embeddings agree" if by_embedding else "neither their embeddings agree"
         also = "but no" if by_embedding else "nor any"
         return None, f"{embeddings}, {also} layer of one with a layer of the other (likeness of rows at most {most})"
-    return Structure(stream, by_embedding, tokens, layers), ""
+    structure = Structure(stream, by_embedding, tokens, layers)
+    if not likeness.any() and not structure.in_place(source):
+        return None, "the weights that were sampled are zeros"
+    return structure, ""
 
 
 Tokens = tuple[np.ndarray, np.ndarray]

@@ -14,7 +14,7 @@ class Part:
     """One kind of part, counted over the layers that have a counterpart.
 
     Attributes:
-        name: "layers", "stream", "heads", "key heads", "head features" (of v), "neurons" or "tokens".
+        name: "layers", "stream dimensions", "heads", "key heads", "head features" (of v), "neurons" or "tokens".
         found: how many of the target's have a counterpart in the source; the fewest of any layer.
         target: how many the target has (in a layer).
         used: how many of the source's are somewhere in the target; the fewest of any layer.
@@ -45,7 +45,7 @@ def parts_of(structure: Structure, source: BaseModel, target: BaseModel) -> tupl
     width = tgt.head_dim
     found = [
         _part("layers", [order], tgt.layers, src.layers),
-        _part("stream", [structure.stream], tgt.hidden, src.hidden),
+        _part("stream dimensions", [structure.stream], tgt.hidden, src.hidden),
         _part("heads", (_heads(layer.queries, width) for layer in layers), tgt.heads, src.heads),
         _part("key heads", (_heads(layer.keys, width) for layer in layers), tgt.kv_heads, src.kv_heads),
         _features((layer.attended.reshape(-1, width) for layer in layers), width),
