@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -44,27 +45,25 @@ def session(tmp_path_factory):
     adapter = random_adapter(jcl.open_base(folder / "source"), roles={"q_proj"})
     jcl.save_adapter(adapter, folder / "adapter", base_name="org/src")
     script, port = Path(__file__).with_name("host_session.py"), free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(number), str(port)],
-            # Caches of their own, as on two machines.
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
-                "JCROSSLORA_CACHE": str(folder / f"cache{number}"),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    try:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
+    }
+    with ExitStack() as stack:
+        children = []
+        for number in range(2):
+            child = subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(number), str(port)],
+                # Caches of their own, as on two machines.
+                env={**environment, "JCROSSLORA_CACHE": str(folder / f"cache{number}")},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            children.append(stack.enter_context(child))
+            stack.callback(child.kill)
         ends = [(child, child.communicate(timeout=PATIENCE)[1]) for child in children]
-    finally:
-        for child in children:
-            child.kill()
     found = [folder / f"found{number}.json" for number in range(2)]
     assert all(path.exists() for path in found), "\n".join(end[1] for end in ends)
     return folder, [json.loads(path.read_text()) for path in found], [(child.returncode, text) for child, text in ends]

@@ -14,7 +14,7 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
 from jcrosslora.batch.plan_file import Job
-from jcrosslora.batch.ray_run import _division, _outcomes
+from jcrosslora.batch.ray_run import _division, _outcomes, _reach
 from jcrosslora.batch.units import Unit
 from jcrosslora.cli import main
 from jcrosslora.errors import UsageError
@@ -42,6 +42,11 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch, tmp_path):
     write_house(tmp_path)
     with pytest.raises(UsageError, match="pip install 'jcrosslora\\[ray\\]'"):
         run_on_ray(read_plan(tmp_path / "OUT.toml"), address="local")
+
+
+def test_a_cluster_that_is_not_there_is_an_error_at_once():
+    with pytest.raises(OSError, match="refused"):
+        _reach("127.0.0.1:9")
 
 
 def write_house(folder: Path, adapters: int = 1, name: str = "OUT"):

@@ -103,7 +103,7 @@ def whole_pair(folder: Path, rank: int, repeats: int) -> None:
     first, median, transport = timed(lambda: jcl.align(source, target, method="cross-lora", rank=rank), repeats)
     pairs = sum(len(group.pairs) for group in transport.groups)
     print(f"\n{models[0].stem} to {models[1].stem}, {pairs} pairs of modules, rank {rank}: {transport.recipe.svd}")
-    print(f"first {first:.1f} s, then {median:.1f} s", flush=True)
+    print(f"first {first:.2f} s, then {median:.2f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

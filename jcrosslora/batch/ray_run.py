@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from jcrosslora.errors import UsageError
 LOCAL = "local"
 # How often Ray starts a unit anew whose worker died.
 _RETRIES = 1
+# Seconds until a cluster that does not answer counts as missing.
+_PATIENCE = 30
 # What a worker has to know of the environment that the plan was started in.
 _PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")
 
@@ -141,8 +144,9 @@ def _cluster(address: str) -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            _reach(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             msg = (
                 f"no Ray cluster can be reached at {address} ({error}); start one by `ray start --head`, give its "
                 f"HOST:PORT, or use {LOCAL}"
@@ -153,3 +157,14 @@ def _cluster(address: str) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """See that something listens at HOST:PORT, for which Ray itself waits without end.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
