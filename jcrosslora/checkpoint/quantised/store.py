@@ -109,7 +109,9 @@ class QuantisedStore:
 def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:
     out = np.empty((len(ids), packed.shape[1]), np.float32)
     step = max(_NUMBERS_AT_ONCE // max(packed.shape[1], 1), 1)
-    for start in range(0, len(ids), step):
-        piece = slice(start, start + step)
-        out[piece] = packed.rows(ids[piece])
+    # Whoever uses a weight refuses NaN and infinity, and says where they are.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(ids), step):
+            piece = slice(start, start + step)
+            out[piece] = packed.rows(ids[piece])
     return out
