@@ -85,7 +85,7 @@ BAD_HEADERS = {
     "float shape": (entry(shape=(2.0,)), None, b"\0" * 8, "malformed"),
     "boolean shape": (entry(shape=(True, 2)), None, b"\0" * 8, "malformed"),
     "three offsets": (entry(offsets=(0, 4, 8)), None, b"\0" * 8, "malformed"),
-    "2^60 elements": (entry(shape=(1 << 60,)), None, b"\0" * 8, "needs"),
+    "2^60 elements": (entry(shape=(1 << 60,)), None, b"\0" * 8, "malformed"),
     "offsets too short": (entry(offsets=(0, 4)), None, b"\0" * 8, "needs 8 bytes"),
     "offsets reversed": (entry(offsets=(8, 0)), None, b"\0" * 8, "needs 8 bytes"),
     "no elements, and 2^63 columns": (entry(shape=(0, 1 << 63), offsets=(0, 0)), None, b"", "malformed"),

@@ -128,8 +128,7 @@ def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entr
     """The entry, and the first byte behind it."""
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    sound = isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
-    if not sound or not is_array_shape(shape):
+    if not isinstance(dtype, str) or not _is_shape(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         msg = f"{file.path}: the header entry of {name!r} is malformed: download the file again"
         raise CheckpointError(msg)
     entry = Entry(dtype, tuple(shape), data_start + offsets[0])
@@ -140,6 +139,10 @@ def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entr
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_shape(values: Any) -> TypeGuard[list[int]]:
+    return _are_sizes(values) and is_array_shape(values)
 
 
 def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
