@@ -4,9 +4,23 @@ Every message says what came, what was wanted, and what to do. The command line 
 exits with code 2; a traceback means a defect of ours.
 """
 
+_LONGEST = 4000  # characters; real messages have a few hundred
+
 
 class JCrossLoRAError(Exception):
-    """Base of every error that the package raises on purpose."""
+    """Base of every error that the package raises on purpose.
+
+    Messages quote names from files, which may hold anything: what is shown is one line that does nothing to a terminal.
+    """
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        message = message if len(message) <= _LONGEST else message[:_LONGEST] + "..."
+        return message if message.isprintable() else "".join(map(_printable, message))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 class CheckpointError(JCrossLoRAError):

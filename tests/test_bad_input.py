@@ -130,9 +130,9 @@ SPOILT = {
     "config is not JSON": (lambda p: (p / "target/config.json").write_text("{"), ["config.json", "JSON"]),
     "unknown family": (lambda p: edit_json(p / "target/config.json", model_type="mamba"), ["mamba", "llama"]),
     "unknown config key": (lambda p: edit_json(p / "target/config.json", warp_factor=9), ["warp_factor"]),
-    "quantised by GPTQ": (
-        lambda p: edit_json(p / "target/config.json", quantization_config={"quant_method": "gptq"}),
-        ["gptq"],
+    "quantised in a way that is not read": (
+        lambda p: edit_json(p / "target/config.json", quantization_config={"quant_method": "aqlm"}),
+        ["aqlm", "GPTQ"],
     ),
     "pickled base": (lambda p: pickled(p / "target", "pytorch_model.bin"), ["pickle", "safetensors"]),
     "no base there": (lambda p: shutil.rmtree(p / "target"), ["target"]),

@@ -8,7 +8,6 @@ import pytest
 from checkpoint_files import llama_tensors, write_config, write_llama, write_safetensors
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.fp8 import apply_scale
 from jcrosslora.errors import CheckpointError
 
 NAME = "model.layers.0.mlp.gate_proj.weight"  # (24, 16)
@@ -58,10 +57,16 @@ def test_scales(tmp_path: Path, case: str, dtype, suffix: str):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (24, 16, 1), (5,), (0, 4)])
-def test_a_scale_that_fits_nothing_is_refused(shape: tuple[int, ...]):
-    weight = np.ones((24, 16), ml_dtypes.float8_e4m3fn)
+def test_a_scale_that_fits_nothing_is_refused(tmp_path: Path, shape: tuple[int, ...]):
+    fp8_llama(tmp_path, "_scale", np.ones(shape), {"quant_method": "fp8"})
     with pytest.raises(CheckpointError, match="FP8 scale of shape"):
-        apply_scale(weight, np.ones(shape, np.float32), NAME)
+        open_base(tmp_path)
+
+
+def test_rows_alone(tmp_path: Path):
+    values = fp8_llama(tmp_path, "_scale_inv", BLOCKS, QWEN)
+    ids = np.array([23, 0, 15, 16, 16])
+    assert np.allclose(open_base(tmp_path).rows(NAME, ids), (values * expand(BLOCKS, 16, 8))[ids], rtol=1e-6)
 
 
 def test_fp8_without_scale_is_plain_values_in_a_plain_checkpoint(tmp_path: Path):
@@ -71,32 +76,36 @@ def test_fp8_without_scale_is_plain_values_in_a_plain_checkpoint(tmp_path: Path)
 
 def test_fp8_without_scale_is_refused_in_a_quantised_checkpoint(tmp_path: Path):
     fp8_llama(tmp_path, None, None, QWEN)
-    base = open_base(tmp_path)
     with pytest.raises(CheckpointError, match=f"'{NAME}' has no scale"):
-        base.tensor(NAME)
+        open_base(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "awq"}, "'awq'"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'gptq'.*'marlin'"),
+        ({"quant_method": "gptq", "pack_dtype": "int8"}, "'gptq'.*'int8'"),
+        ({"quant_method": "awq", "version": "gemv"}, "'awq'.*'gemv'"),
+        ({"quant_method": "awq", "bits": 3}, "'awq'.*3 bits"),
+        ({"quant_method": "aqlm"}, "'aqlm'"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized", "transform_config": {"a": 1}}, "rotated"),
         (
             {
                 "quant_method": "compressed-tensors",
                 "format": "float-quantized",
                 "sparsity_config": {"format": "sparse-24"},
             },
-            "compressed-tensors",
+            "sparse-24",
         ),
         ({"bits": 4}, "None"),
-        ("gptq", "'gptq'"),
+        ("quip", "'quip'"),
         (["x"], "x"),
     ],
 )
 def test_other_quantisation_is_refused_by_name(tmp_path: Path, settings, named: str):
     with pytest.raises(CheckpointError, match=named) as error:
         open_base(write_llama(tmp_path, quantization_config=settings))
-    assert "are not supported (FP8 with scales is)" in str(error.value)
+    assert "are not supported" in str(error.value)
+    assert "GPTQ" in str(error.value)
+    assert "use the unquantised checkpoint" in str(error.value)

@@ -88,6 +88,17 @@ BAD_HEADERS = {
     "2^60 elements": (entry(shape=(1 << 60,)), None, b"\0" * 8, "needs"),
     "offsets too short": (entry(offsets=(0, 4)), None, b"\0" * 8, "needs 8 bytes"),
     "offsets reversed": (entry(offsets=(8, 0)), None, b"\0" * 8, "needs 8 bytes"),
+    "no elements, and 2^63 columns": (entry(shape=(0, 1 << 63), offsets=(0, 0)), None, b"", "no memory holds"),
+    "70 dimensions": (entry(shape=(1,) * 70, offsets=(0, 4)), None, b"\0" * 8, "70 dimensions"),
+    "a tensor twice": (b'{"t": 1, "t": 2}', None, b"", "names a key twice"),
+    "shared bytes": (
+        json.dumps(
+            {name: {"dtype": "U8", "shape": [3], "data_offsets": [at, at + 3]} for at, name in enumerate("abc")}
+        ).encode(),
+        None,
+        b"\0" * 8,
+        "'a' and 'b' share bytes",
+    ),
     "truncated": (entry(shape=(20,), offsets=(0, 80)), None, b"\0" * 8, "download it again"),
 }
 

@@ -118,7 +118,8 @@ class BaseModel:
         if norm is None:
             return np.ones(self.dims.hidden, np.float32)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)
-        return weight + np.float32(self.family.gain_offset)
+        with np.errstate(invalid="ignore"):  # NaN is found, and refused, where the gain is used.
+            return weight + np.float32(self.family.gain_offset)
 
     def vocabulary(self) -> Vocabulary:
         """The normal tokens as bytes, or the reason why they cannot be read."""

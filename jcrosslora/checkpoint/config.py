@@ -13,11 +13,12 @@ from jcrosslora.checkpoint.families import (
     MULTIMODAL_KEYS,
     Family,
 )
-from jcrosslora.checkpoint.fp8 import check_quantization
 from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.errors import CheckpointError
 
 _SIZE_LIMIT = 1 << 31
+_SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if path.exists():
-        return check_config(read_json_object(path), path)
+        return check_config(_with_quantization(read_json_object(path), folder), path)
     if (folder / "adapter_config.json").exists():
         msg = f"{folder}: is an adapter (adapter_config.json), where a base model was wanted"
         raise CheckpointError(msg)
@@ -74,6 +75,14 @@ def read_config(folder: Path) -> ModelConfig:
     if packed := sorted(folder.glob("*.gguf")):
         msg = f"{folder}: has no config.json, but a GGUF file: give {packed[0]} itself"
     raise CheckpointError(msg)
+
+
+def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration, with the quantisation settings that older writers kept in a file of their own."""
+    for name, method in _SETTINGS_FILES.items():
+        if not config.get("quantization_config") and (folder / name).exists():
+            return {**config, "quantization_config": {"quant_method": method, **read_json_object(folder / name)}}
+    return config
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> ModelConfig:

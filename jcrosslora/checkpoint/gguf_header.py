@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.mapped import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -199,4 +199,7 @@ def _check_extent(file: MappedFile, name: str, info: TensorInfo, sizes: Mapping[
         msg = (
             f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
         )
+        raise CheckpointError(msg)
+    if not is_array_shape(info.shape):
+        msg = f"{file.path}: tensor {name!r} has shape {list(info.shape)}, which no memory holds: download it again"
         raise CheckpointError(msg)

@@ -162,7 +162,9 @@ def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None 
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         return np.empty((*stored.shape[:-1], stored.shape[-1] // size * elements), np.float32)
     try:
-        return gguf.quants.dequantize(np.ascontiguousarray(stored), quant)
+        # Whoever uses a weight refuses NaN and infinity, and says where they are.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return gguf.quants.dequantize(np.ascontiguousarray(stored), quant)
     except NotImplementedError as error:
         msg = f"{path}: ggml type {quant.name} cannot be dequantised by the gguf package: use another quantisation"
         raise CheckpointError(msg) from error

@@ -10,6 +10,7 @@ from jcrosslora.checkpoint.config import read_config, read_dims
 from jcrosslora.checkpoint.families import Family
 from jcrosslora.checkpoint.gguf import open_gguf
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
+from jcrosslora.checkpoint.quantised import with_weights
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
@@ -43,7 +44,7 @@ def open_base(ref: str | Path, *, revision: str | None = None, name: str | None 
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:
     config = read_config(folder)
-    store = ShardedStore(folder, config.values, config.prefixes)
+    store = with_weights(ShardedStore(folder, config.prefixes), config.values, str(folder))
     hub_id, revision = identity or (None, None)
     named = hub_id or _hub_id_in(config.values) or str(folder)
     return _build(name or named, ref, folder, revision, config.family, config.values, store)

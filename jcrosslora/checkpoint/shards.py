@@ -6,11 +6,9 @@ names belongs to the model.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint import fp8
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.errors import CheckpointError
@@ -24,7 +22,6 @@ class ShardedStore:
 
     Args:
         folder: holds the index and shards, or the single file.
-        config: the model's configuration (FP8 block size, and whether FP8 needs scales).
         prefixes: name prefixes in the file that are replaced by others, e.g. {"language_model.": ""}; with any,
             tensors that match none are left out.
 
@@ -32,9 +29,8 @@ class ShardedStore:
         CheckpointError: neither index nor single file, or an index that makes no sense.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], prefixes: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path, prefixes: Mapping[str, str] | None = None):
         self.folder = folder
-        self._config = config
         self._shards: dict[str, SafetensorsFile] = {}
         self._places = _rename(self._weight_map(), prefixes or {})
 
@@ -96,31 +92,13 @@ class ShardedStore:
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """A read-only view in the stored dtype; float32 for FP8 with scales.
+        """A read-only view in the stored dtype.
 
         Raises:
-            CheckpointError: no such tensor, or FP8 whose scale is missing.
+            CheckpointError: no such tensor, or a dtype that cannot be read.
         """
         file, stored = self._locate(name)
-        array = file.array(stored)
-        if file.entries[stored].dtype not in fp8.FP8_DTYPES:
-            return array
-        scale = self._scale_name(name)
-        if scale is None:
-            return array
-        return fp8.apply_scale(array, self.tensor(scale), name, fp8.block_size(self._config))
-
-    def _scale_name(self, name: str) -> str | None:
-        for suffix in fp8.SCALE_SUFFIXES:
-            if name + suffix in self._places:
-                return name + suffix
-        if self._config.get("quantization_config"):
-            msg = (
-                f"{self.folder}: FP8 tensor {name!r} has no scale ({name}_scale or {name}_scale_inv): "
-                "use the unquantised checkpoint"
-            )
-            raise CheckpointError(msg)
-        return None
+        return file.array(stored)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """float32 (n, columns): these rows of a matrix."""

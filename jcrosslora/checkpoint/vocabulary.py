@@ -99,7 +99,7 @@ def read_tokenizer(folder: Path, size: int) -> Vocabulary:
         return Vocabulary(None, str(error))
     try:
         return _from_tokenizer(tokenizer, size)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         return Vocabulary(None, f"{path} does not have the form of a tokenizer")
 
 

@@ -1,6 +1,7 @@
 """All that decides the maths of a forward pass, read once from a configuration; hashable, so static under jit."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,8 @@ def _cap(config: Mapping[str, Any], key: str, default: float | None, ref: str) -
 
 def _number(config: Mapping[str, Any], key: str, default: float | None, ref: str) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        msg = f"{ref}: {key} is {value!r}, wanted a positive number"
+    # An integer of 400 digits is below infinity, but no float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        msg = f"{ref}: {key} is {str(value)[:60]!r}, wanted a positive number"
         raise CheckpointError(msg)
     return float(value)

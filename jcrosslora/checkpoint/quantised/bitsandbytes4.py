@@ -1,0 +1,102 @@
+"""bitsandbytes in 4 bits (nf4, fp4): pairs of places in a table of 16 values, times the largest number of each block.
+
+The blocks run over the flattened matrix; the first number of a pair lies in the high half of its byte. With double
+quantisation the blocks' numbers are themselves places in a table of 256 values, times one number for each block of
+blocks, plus an offset. Source: `QuantState` of https://github.com/bitsandbytes-foundation/bitsandbytes.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method, no_obstacle
+from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts
+
+_STATE = ".weight.quant_state.bitsandbytes__"
+_KINDS = ("nf4", "fp4")
+_STATE_LIMIT = 1 << 16  # bytes of a quant state, which has a few hundred
+_SIZE_LIMIT = 1 << 31
+_LARGEST = 1e38  # float32 ends at 3.4e38; keeps infinity and NaN out, too
+
+
+def _open(parts: Parts, _: Settings) -> Packed | None:
+    kind = next((kind for kind in _KINDS if _STATE + kind in parts), None)
+    if kind is None:
+        return None
+    state = _read_state(parts, _STATE + kind)
+    shape, block = _sizes(parts, state)
+    count = shape[0] * shape[1]
+    data = _bytes(parts)
+    table = parts.array(".weight.quant_map", ("F32",))
+    largest = _largest(parts, state)
+    if data.size != -(-count // 2) or largest.size != -(-count // block) or table.size != 16:
+        found = f"{data.size} bytes, {largest.size} blocks of {block}, a table of {table.size}"
+        parts.refuse(f"shape {list(shape)} does not fit {found}")
+
+    def rows(ids: np.ndarray) -> np.ndarray:
+        places = ids[:, None] * shape[1] + np.arange(shape[1])
+        pairs = data[places >> 1]
+        numbers = np.where(places & 1, pairs & 15, pairs >> 4)
+        return table.reshape(-1)[numbers] * largest[places // block]
+
+    return Packed(shape, kind.upper(), rows)
+
+
+def _read_state(parts: Parts, ending: str) -> dict[str, Any]:
+    raw = parts.array(ending, ("U8",), 1)
+    try:
+        state = json.loads(raw[:_STATE_LIMIT].tobytes().decode("utf-8"))
+    except (ValueError, RecursionError):
+        parts.refuse("its quant state is not JSON")
+    if not isinstance(state, dict):
+        parts.refuse("its quant state is not a JSON object")
+    return state
+
+
+def _sizes(parts: Parts, state: dict[str, Any]) -> tuple[tuple[int, int], int]:
+    """(O, I) and the numbers of a block."""
+    shape = state.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2:
+        parts.refuse(f"its quant state has shape {str(shape)[:40]}, wanted two sizes")
+    return (_size(parts, shape[0]), _size(parts, shape[1])), _size(parts, state.get("blocksize"))
+
+
+def _size(parts: Parts, value: Any) -> int:
+    if type(value) is not int or not 0 < value < _SIZE_LIMIT:
+        parts.refuse(f"its quant state has {str(value)[:40]!r} where a size was wanted")
+    return value
+
+
+def _bytes(parts: Parts) -> np.ndarray:
+    """(bytes,): the pairs; training with sharded parameters stores the same bytes under a float dtype."""
+    return parts.array(".weight", ("U8", *FLOATS)).reshape(-1).view(np.uint8)
+
+
+def _largest(parts: Parts, state: dict[str, Any]) -> np.ndarray:
+    """float32 (blocks,)."""
+    if ".weight.nested_absmax" not in parts:
+        return parts.array(".weight.absmax", FLOATS).reshape(-1).astype(np.float32)
+    places = parts.array(".weight.absmax", ("U8",)).reshape(-1)
+    nested = parts.array(".weight.nested_absmax", ("F32",)).reshape(-1)
+    table = parts.array(".weight.nested_quant_map", ("F32",)).reshape(-1)
+    block, offset = _size(parts, state.get("nested_blocksize")), state.get("nested_offset")
+    if not isinstance(offset, int | float) or not abs(offset) < _LARGEST:
+        parts.refuse(f"its quant state has nested_offset {str(offset)[:40]!r}, wanted a number")
+    if table.size != 256 or nested.size != -(-places.size // block):
+        parts.refuse(f"{places.size} blocks do not fit {nested.size} blocks of {block}, a table of {table.size}")
+    return table[places] * nested[np.arange(places.size) // block] + np.float32(offset)
+
+
+BITSANDBYTES4 = Format(
+    name="bitsandbytes in 4 bits",
+    claims=claims_method("bitsandbytes"),
+    obstacle=no_obstacle,
+    holder=".weight",
+    parts=(
+        *(_STATE + kind for kind in _KINDS),
+        *(f".weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+    ),
+    marks=tuple(_STATE + kind for kind in _KINDS),
+    open=_open,
+)

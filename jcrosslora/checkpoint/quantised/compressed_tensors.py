@@ -1,0 +1,27 @@
+"""Which checkpoints of compressed-tensors are read; its weights are in `fp8`, `int8` and `pack_quantized`.
+
+Source: https://github.com/vllm-project/compressed-tensors.
+"""
+
+from jcrosslora.checkpoint.quantised.format import Settings
+
+METHOD = "compressed-tensors"
+_READ = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_MIXED = "mixed-precision"  # each group of modules states its own
+
+
+def compressed_obstacle(settings: Settings) -> str | None:
+    """Why a checkpoint cannot be read, None if it can: its format, sparse storage, or rotations at run time."""
+    if settings.get("quant_method") != METHOD:
+        return None
+    whole, groups = settings.get("format"), settings.get("config_groups")
+    if whole == _MIXED and isinstance(groups, dict):
+        own = [group.get("format") for group in groups.values() if isinstance(group, dict)]
+    else:
+        own = [whole]
+    if unread := [name for name in own if name not in _READ]:
+        return f"its format is {unread[0]!r}, wanted one of {', '.join(_READ)}"
+    sparsity = settings.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        return f"its weights are stored sparse ({sparsity['format']!r})"
+    return "its weights are rotated (transform_config)" if settings.get("transform_config") else None

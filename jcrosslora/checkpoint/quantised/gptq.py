@@ -1,0 +1,101 @@
+"""GPTQ: numbers of 2, 3, 4 or 8 bits packed along the inputs, a scale and a zero point for each group of inputs.
+
+    W[o, i] = scales[g, o] * (q[i, o] - zero[g, o]),  g = g_idx[i], else i // group_size
+
+qweight is (I * bits / 32, O), scales (groups, O), qzeros (groups, O * bits / 32). The first format stores zero - 1,
+"gptq_v2" the zero itself. Source: the layouts of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
+"""
+
+import numpy as np
+
+from jcrosslora.checkpoint.quantised.bits import WORD, unpack
+from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method
+from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts, checked_groups, group_of_each
+
+_BITS = (2, 3, 4, 8)
+_LAYOUTS = ("gptq", "gptq_v2", "", None)
+
+
+def _obstacle(settings: Settings) -> str | None:
+    layout = _layout(settings)
+    if layout not in _LAYOUTS or settings.get("is_marlin_format"):
+        return f"its layout is {'marlin' if settings.get('is_marlin_format') else layout!r}, wanted gptq or gptq_v2"
+    if settings.get("pack_dtype", "int32") != "int32":
+        return f"its words are {settings['pack_dtype']!r}, wanted int32"
+    return None
+
+
+def _layout(settings: Settings) -> object:
+    return settings.get("checkpoint_format") or settings.get("format")
+
+
+def _open(parts: Parts, settings: Settings) -> Packed | None:
+    if ".qweight" not in parts:
+        return None
+    qweight, qzeros = parts.matrix(".qweight", "I32"), parts.matrix(".qzeros", "I32")
+    scales = parts.matrix(".scales", *FLOATS)
+    inputs, bits = _inputs_and_bits(parts, settings, qweight.shape[0])
+    groups, outputs = scales.shape
+    if qweight.shape[1] != outputs or qzeros.shape != (groups, outputs * bits // WORD) or outputs * bits % WORD:
+        shapes = [list(array.shape) for array in (qweight, qzeros, scales)]
+        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not belong together with {bits} bits")
+    group_of = _groups(parts, settings, inputs, groups)
+    old = _layout(settings) != "gptq_v2"
+
+    def rows(ids: np.ndarray) -> np.ndarray:
+        numbers = unpack(qweight[:, ids].T, bits, inputs).astype(np.float32)
+        zeros = _zeros(qzeros, bits, outputs, old)[:, ids].T.astype(np.float32)
+        return (numbers - zeros[:, group_of]) * scales[:, ids].T.astype(np.float32)[:, group_of]
+
+    return Packed((outputs, inputs), f"GPTQ {bits}-bit", rows)
+
+
+def _inputs_and_bits(parts: Parts, settings: Settings, words: int) -> tuple[int, int]:
+    """From g_idx, which has an entry for each input whatever the settings say of the module; else from them."""
+    bits, inputs = settings.get("bits"), 0
+    if _has_groups(parts):
+        inputs = len(parts.array(".g_idx", ("I32", "I64"), 1))
+        bits = words * WORD // inputs
+    elif type(bits) is int and bits in _BITS:
+        inputs = words * WORD // bits
+    if type(bits) is not int or bits not in _BITS or words * WORD != inputs * bits:
+        stated = settings.get("bits")
+        parts.refuse(f"{words} words for {inputs} inputs (bits: {stated!r} stated), wanted 2, 3, 4 or 8 bits")
+    return inputs, bits
+
+
+def _has_groups(parts: Parts) -> bool:
+    return ".g_idx" in parts and parts.array(".g_idx", ("I32", "I64"), 1).size > 0
+
+
+def _groups(parts: Parts, settings: Settings, inputs: int, groups: int) -> np.ndarray:
+    if _has_groups(parts):
+        return checked_groups(parts, ".g_idx", inputs, groups)
+    size = settings.get("group_size")
+    if type(size) is not int or size <= 0:
+        return group_of_each(parts, inputs, groups)
+    if -(-inputs // size) != groups:
+        parts.refuse(f"{inputs} inputs in groups of {size} do not have {groups} groups of scales")
+    return np.arange(inputs) // size
+
+
+def _zeros(qzeros: np.ndarray, bits: int, outputs: int, old: bool) -> np.ndarray:
+    """(groups, O) uint8."""
+    if old and WORD % bits == 0:
+        # The 1 was taken from all numbers of a word at once, so a zero point of 0 borrowed from its neighbour:
+        # adding to the whole word gives that back.
+        ones = sum(1 << shift for shift in range(0, WORD, bits))
+        return unpack(qzeros.view(np.uint32) + np.uint32(ones), bits, outputs)
+    zeros = unpack(qzeros, bits, outputs)
+    return (zeros + np.uint8(1)) & np.uint8(2**bits - 1) if old else zeros
+
+
+GPTQ = Format(
+    name="GPTQ",
+    claims=claims_method("gptq"),
+    obstacle=_obstacle,
+    holder=".qweight",
+    parts=(".qweight", ".qzeros", ".scales", ".g_idx"),
+    marks=(),
+    open=_open,
+)

@@ -1,0 +1,36 @@
+"""Scales, or zero points, of a matrix: one number, one a row, one a block of rows and columns."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Rows = Callable[[np.ndarray], np.ndarray]
+
+
+def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None = None) -> Rows | None:
+    """The scale of each number of the rows asked for.
+
+    Args:
+        values: one number, (O,), (O, 1), or (ceil(O / block rows), ceil(I / block columns)).
+        shape: (O, I) of the matrix.
+        block: rows and columns of a block; without it the ratio of the shapes decides.
+
+    Returns:
+        (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
+    """
+    numbers = values.astype(np.float32)
+    if numbers.size == 1:
+        return lambda _: numbers.reshape(1, 1)
+    if numbers.shape in ((shape[0],), (shape[0], 1)):
+        return lambda ids: numbers.reshape(-1, 1)[ids]
+    size = (block or _ratio(shape, numbers.shape)) if numbers.ndim == 2 else None
+    if size is None or numbers.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
+        return None
+    rows, columns = size[0], np.arange(shape[1]) // size[1]
+    return lambda ids: numbers[(ids // rows)[:, None], columns]
+
+
+def _ratio(shape: tuple[int, int], blocks: tuple[int, ...]) -> tuple[int, int] | None:
+    if any(count == 0 or n % count for n, count in zip(shape, blocks, strict=True)):
+        return None
+    return max(shape[0] // blocks[0], 1), max(shape[1] // blocks[1], 1)

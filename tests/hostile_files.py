@@ -1,0 +1,244 @@
+"""Valid files of every kind that is read, ways to damage them, and what a user does with each: all of it is read.
+
+`READERS` is the one list; the quick test and tools/fuzz_readers.py go through it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from random import Random
+from struct import calcsize, pack
+
+import numpy as np
+from adapter_folders import write_folder
+from checkpoint_files import write_llama, write_sharded_llama
+from gguf_files import small_llama
+from mutations import NUMBERS, TEXTS, mutated_bytes, mutated_json
+from probe_bases import write_base
+from quantised_files import CASES, write_quantised
+from tiny_bases import write_tokenizer
+
+from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter.engines import check_engines
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
+from jcrosslora.decoder import settings_of
+from jcrosslora.tokens import load_tokenizer
+
+Files = Mapping[str, bytes]
+INDEX = "model.safetensors.index.json"
+ONE_OF_EACH = ("nf4, double", "int8 rows", "gptq 3 bits", "gptq, act order", "gptq, no list", "awq")
+ONE_OF_EACH += ("packed int4, zero points", "int8, zero points", "fp8 blocks")
+
+
+def files_of(write: Callable[[Path], object]) -> dict[str, bytes]:
+    """What `write` puts into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@cache
+def llama() -> Files:
+    return files_of(lambda folder: (write_llama(folder), write_tokenizer(folder, 10)))
+
+
+@cache
+def tokenized() -> Files:
+    sizes = {"layers": 1, "hidden": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 8}
+    return files_of(lambda folder: write_base(folder, 8, bos=True, **sizes))
+
+
+@cache
+def sharded() -> Files:
+    return files_of(write_sharded_llama)
+
+
+@cache
+def packed() -> Files:
+    texts = ["<s>", "a", "b", "\u0120a", "<0x41>", "é", "ab", "c", "d", "e"]
+    options = {"tokens": ("gpt2", texts, [3, 1, 1, 1, 6, 1, 1, 1, 1, 4]), "metadata": {"rope.scaling.type": "none"}}
+    return files_of(lambda folder: small_llama(folder / "x.gguf", **options))
+
+
+@cache
+def adapter() -> Files:
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3.5}, "use_rslora": True}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    return files_of(lambda folder: write_folder(folder, config | patterns))
+
+
+@cache
+def quantised() -> tuple[Files, ...]:
+    return tuple(
+        files_of(lambda folder, case=case: write_quantised(folder, case, hidden=64, intermediate=64, vocab=32))
+        for case in map(CASES.__getitem__, ONE_OF_EACH)
+    )
+
+
+def split_safetensors(data: bytes) -> tuple[dict, bytes]:
+    """Header and tensor bytes."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def damaged_safetensors(rng: Random, data: bytes) -> bytes:
+    """The header's tree changed, or its bytes, or those of the tensors; or another file altogether."""
+    header, tensors = split_safetensors(data)
+    kind = rng.randrange(5)
+    if kind == 4:
+        return made_safetensors(rng)
+    if kind == 0:
+        end = len(data) - len(tensors)
+        return mutated_bytes(rng, data[:end]) + tensors
+    if kind == 1:
+        return data[: len(data) - len(tensors)] + mutated_bytes(rng, tensors)
+    text = mutated_json(rng, header)
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def made_safetensors(rng: Random) -> bytes:
+    """A header of tensors with any sizes, whose offsets agree with them where they can."""
+    size = rng.choice((0, 8, 64, 4096))
+    header: dict[str, object] = {}
+    for name in range(rng.randint(1, 4)):
+        dtype = rng.choice((*DTYPES, "F4", "I128"))
+        shape = [rng.choice(NUMBERS) for _ in range(rng.choice((0, 1, 2, 3, 40, 70)))]
+        if rng.random() < 0.5:
+            shape = [rng.choice((0, 1, 2, 1 << 62)) for _ in shape]
+        start, length = rng.randrange(size + 1), prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 1)
+        end = start + (length if length <= size else rng.choice(NUMBERS))
+        header[f"t{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+def made_gguf(rng: Random) -> bytes:
+    """A header of keys and tensors of any types and sizes; the counts may lie."""
+
+    def number(code: str) -> bytes:
+        return pack(f"<{code}", rng.choice(NUMBERS) % (1 << 8 * calcsize(code)))
+
+    def text() -> bytes:
+        raw = rng.choice(TEXTS).encode("utf-8", "surrogatepass")[:100]
+        return (pack("<Q", len(raw)) if rng.random() < 0.9 else number("Q")) + raw
+
+    def value(kind: int, depth: int = 0) -> bytes:
+        if kind == 8:
+            return text()
+        if kind == 9:
+            inner = rng.choice((0, 4, 6, 8, 9 if depth < 20 else 4, 12, 13))
+            count = rng.randrange(4)
+            stated = count if rng.random() < 0.8 else rng.choice(NUMBERS)
+            return pack("<IQ", inner, stated) + b"".join(value(inner, depth + 1) for _ in range(count))
+        return rng.randbytes({0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4))
+
+    keys, tensors = rng.randrange(4), rng.randrange(3)
+    head = b"GGUF" + pack("<I", rng.choice((2, 3, 3, 3, 1, 1 << 24)))
+    head += (pack("<Q", tensors) if rng.random() < 0.8 else number("Q")) + pack("<Q", keys)
+    for place in range(keys):
+        name = rng.choice((b"general.architecture", b"general.alignment", b"llama.block_count", b"k%d" % place))
+        kind = rng.choice((*range(13), 77, 9, 8, 4))
+        content = pack("<Q", 5) + b"llama" if name.endswith(b"architecture") and kind == 8 else value(kind)
+        head += pack("<Q", len(name)) + name + pack("<I", kind) + content
+    for place in range(tensors):
+        name = rng.choice((b"token_embd.weight", b"blk.0.attn_q.weight", b"t%d" % place))
+        dims = rng.randint(0, 5)
+        head += pack("<Q", len(name)) + name + pack("<I", dims) + b"".join(number("Q") for _ in range(dims))
+        head += pack("<IQ", rng.choice((0, 1, 2, 8, 12, 30, 999)), rng.choice((0, 32, 7, *NUMBERS)))
+    return head + bytes(rng.choice((0, 31, 64, 4096)))
+
+
+def with_json(name: str, files: Callable[[], Files]) -> Callable[[Random], Files]:
+    """Damage to the JSON file `name`."""
+    return lambda rng: {**files(), name: mutated_json(rng, json.loads(files()[name]))}
+
+
+def damaged_quantised(rng: Random) -> Files:
+    """Damage to the settings or the parts of a weight in one of the formats."""
+    files = rng.choice(quantised())
+    config = json.loads(files["config.json"])
+    if "quantization_config" in config and rng.random() < 0.4:
+        text = mutated_json(rng, config["quantization_config"])
+        del config["quantization_config"]
+        return {**files, "config.json": json.dumps(config).encode()[:-1] + b', "quantization_config": ' + text + b"}"}
+    return {**files, "model.safetensors": damaged_safetensors(rng, files["model.safetensors"])}
+
+
+def damaged_gguf(rng: Random) -> Files:
+    """Damage to the header, which comes first; the tensors only as the end of the file; or another file altogether."""
+    if rng.random() < 0.3:
+        return {"x.gguf": made_gguf(rng)}
+    data = packed()["x.gguf"]
+    head = data.index(b"blk.1.") + 1500 if rng.random() < 0.9 else len(data)
+    return {"x.gguf": mutated_bytes(rng, data[:head]) + data[head:]}
+
+
+def read_container(folder: Path) -> None:
+    """Every tensor of a safetensors file."""
+    file = SafetensorsFile(folder / "model.safetensors")
+    for name, entry in file.entries.items():
+        assert file.array(name).shape == entry.shape
+
+
+def read_base(base: BaseModel) -> None:
+    """Every weight, some rows, the gains, the vocabulary and the decoder's settings."""
+    base.tensor_names()
+    for name, module in base.modules.items():
+        assert base.weight(name).shape == module.shape
+        assert base.residual_gain(name).shape == (base.dims.hidden,)
+    assert base.rows(base.embedding_name, np.arange(2)).shape == (2, base.dims.hidden)
+    base.vocabulary()
+    settings_of(base)
+
+
+def read_tokenizer(folder: Path) -> None:
+    """The vocabulary, and a text to tokens and back."""
+    base = open_base(folder)
+    base.vocabulary()
+    tokenizer = load_tokenizer(base)
+    tokenizer.decode(tokenizer.encode("Water boils, said Zürich.").ids)
+
+
+def read_adapter(folder: Path) -> None:
+    """Which engines take it, and its factors."""
+    check_engines(folder, "llama")
+    for factors in load_adapter(folder).modules.values():
+        assert np.isfinite(factors.a).all()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is damaged, and what is done with the result.
+
+    Attributes:
+        damage: the files of one case.
+        read: reads all that a user could ask of them; raises an error of ours, or nothing.
+    """
+
+    damage: Callable[[Random], Files]
+    read: Callable[[Path], object]
+
+
+READERS: Mapping[str, Reader] = {
+    "safetensors": Reader(
+        lambda rng: {"model.safetensors": damaged_safetensors(rng, llama()["model.safetensors"])}, read_container
+    ),
+    "config.json": Reader(with_json("config.json", llama), lambda folder: read_base(open_base(folder))),
+    "index": Reader(with_json(INDEX, sharded), lambda folder: read_base(open_base(folder))),
+    "tokenizer.json": Reader(with_json("tokenizer.json", tokenized), read_tokenizer),
+    "quantised weights": Reader(damaged_quantised, lambda folder: read_base(open_base(folder))),
+    "GGUF": Reader(damaged_gguf, lambda folder: read_base(open_base(folder / "x.gguf"))),
+    "adapter config": Reader(with_json("adapter_config.json", adapter), read_adapter),
+    "adapter weights": Reader(
+        lambda rng: {
+            **adapter(),
+            "adapter_model.safetensors": damaged_safetensors(rng, adapter()["adapter_model.safetensors"]),
+        },
+        read_adapter,
+    ),
+}
