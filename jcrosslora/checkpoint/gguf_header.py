@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.mapped import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
 _MAGIC = b"GGUF"
@@ -191,8 +191,11 @@ def _check_extent(file: MappedFile, name: str, info: TensorInfo, sizes: Mapping[
         )
         raise CheckpointError(msg)
     elements, size = sizes[info.kind]
-    if info.shape and info.shape[-1] % elements:
-        msg = f"{file.path}: rows of tensor {name!r} are not whole blocks: the file is corrupt, download it again"
+    if (info.shape and info.shape[-1] % elements) or not is_array_shape(info.shape):
+        msg = (
+            f"{file.path}: rows of tensor {name!r} are not whole blocks, or more than memory can hold: "
+            "the file is corrupt, download it again"
+        )
         raise CheckpointError(msg)
     stop = info.start + prod(info.shape) // elements * size
     if stop > file.size:

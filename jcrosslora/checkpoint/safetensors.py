@@ -6,6 +6,7 @@ mix several dtypes.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.mapped import MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # the limit of the reference implementation, in bytes
@@ -70,9 +71,11 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.file = MappedFile(path)
         header, data_start = _read_header(self.file)
-        self.entries = {
+        places = {
             name: _entry(self.file, name, raw, data_start) for name, raw in header.items() if name != "__metadata__"
         }
+        _check_apart(self.file, places)
+        self.entries = {name: entry for name, (entry, _) in places.items()}
 
     def array(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view in its stored dtype.
@@ -102,9 +105,9 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
         msg = f"{file.path}: file has {file.size} bytes, header says {8 + length} or more: download it again"
         raise CheckpointError(msg)
     try:
-        header = json.loads(file.buffer[8 : 8 + length].decode("utf-8"))
+        header = json.loads(file.buffer[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        msg = f"{file.path}: the safetensors header is not valid JSON: download the file again"
+        msg = f"{file.path}: the safetensors header is not valid JSON, or names a key twice: download the file again"
         raise CheckpointError(msg) from error
     if not isinstance(header, dict):
         msg = f"{file.path}: the safetensors header is not a JSON object: download the file again"
@@ -112,19 +115,34 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> Entry:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without a doubled key, of which readers would take different values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        msg = "a name occurs twice"
+        raise ValueError(msg)
+    return found
+
+
+def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entry, int]:
+    """The entry, and the first byte behind it."""
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not _is_shape(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         msg = f"{file.path}: the header entry of {name!r} is malformed: download the file again"
         raise CheckpointError(msg)
     entry = Entry(dtype, tuple(shape), data_start + offsets[0])
-    _check_extent(file, name, entry, data_start + offsets[1])
-    return entry
+    stop = data_start + offsets[1]
+    _check_extent(file, name, entry, stop)
+    return entry, stop
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _is_shape(values: Any) -> TypeGuard[list[int]]:
+    return _are_sizes(values) and is_array_shape(values)
 
 
 def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
@@ -142,3 +160,14 @@ def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
             f"bytes, header gives {stop - entry.start}: the file is corrupt, download it again"
         )
         raise CheckpointError(msg)
+
+
+def _check_apart(file: MappedFile, places: Mapping[str, tuple[Entry, int]]) -> None:
+    """No byte belongs to two tensors, as the format demands."""
+    taken, before = 0, ""
+    for start, stop, name in sorted((entry.start, stop, name) for name, (entry, stop) in places.items()):
+        if start < taken and start < stop:
+            msg = f"{file.path}: tensors {before!r} and {name!r} share bytes: the file is corrupt, download it again"
+            raise CheckpointError(msg)
+        if stop > taken:
+            taken, before = stop, name

@@ -1,0 +1,97 @@
+"""Hostile files: every reader ends in a result or in an error of ours, runs nothing, and leaves the folder alone.
+
+`tools/fuzz_readers.py` does the same with very many cases, and watches memory and what is opened.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from adapter_folders import write_folder
+from checkpoint_files import write_llama
+from hostile_files import READERS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.errors import CheckpointError, JCrossLoRAError
+from jcrosslora.files import atomic_folder, write_whole
+from jcrosslora.tokens import load_tokenizer
+
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("name", READERS)
+@FEW
+@given(st.integers(0, 1 << 40))
+def test_damaged_files_are_read_or_refused_in_one_line(name, tmp_path, seed):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    for file, content in READERS[name].damage(Random(seed)).items():
+        (tmp_path / file).write_bytes(content)
+    message = "one line"
+    try:
+        READERS[name].read(tmp_path)
+    except JCrossLoRAError as error:
+        message = str(error)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 5000
+
+
+def test_whatever_a_message_quotes_it_is_one_printable_line():
+    assert str(CheckpointError("a\nb\x1b[2J\u2028\ud800é")) == r"a\nb\x1b[2J\u2028\ud800é"
+    assert len(str(CheckpointError("x" * 100_000))) < 5000
+
+
+CODE = "from pathlib import Path\nPath({mark!r}).write_text('run')\nclass Own:\n    pass\n"
+
+
+def test_code_that_a_model_brings_along_is_not_run(tmp_path: Path):
+    mark = tmp_path / "mark"
+    folder = write_llama(
+        tmp_path / "base", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}, trust_remote_code=...
+    )
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    words = {f"w{index}": index for index in range(10)}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"})
+    )
+    base = open_base(folder)
+    base.weight("model.layers.0.mlp.up_proj")
+    base.vocabulary()
+    load_tokenizer(base)
+    assert not mark.exists()
+
+
+def test_a_config_cannot_ask_for_remote_code(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="'trust_remote_code'=True is not known"):
+        open_base(write_llama(tmp_path, trust_remote_code=True))
+
+
+def test_links_out_of_the_folder_are_replaced_and_not_followed(tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    link = tmp_path / "settings.json"
+    link.symlink_to(outside / "precious")
+    write_whole(link, b"new")
+    assert link.read_bytes() == b"new"
+    assert not link.is_symlink()
+    # An adapter that is replaced holds a link to a file, and one that dangles.
+    folder = write_folder(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(outside / "precious")
+    (folder / "README.md").symlink_to(outside / "absent")
+    with atomic_folder(folder, overwrite=True) as work:
+        for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+            (work / name).write_text("new")
+    assert sorted(path.name for path in folder.iterdir() if not path.is_symlink()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert [path.name for path in outside.iterdir()] == ["precious"]
+    assert (outside / "precious").read_text() == "precious"
