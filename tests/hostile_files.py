@@ -18,6 +18,7 @@ from adapter_folders import write_folder
 from checkpoint_files import write_llama, write_sharded_llama
 from gguf_files import small_llama
 from mutations import NUMBERS, TEXTS, mutated_bytes, mutated_json
+from probe_bases import write_base
 from quantised_files import CASES, write_quantised
 from tiny_bases import write_tokenizer
 
@@ -25,9 +26,12 @@ from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.decoder import settings_of
+from jcrosslora.tokens import load_tokenizer
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"
+ONE_OF_EACH = ("nf4, double", "int8 rows", "gptq 3 bits", "gptq, act order", "awq")
+ONE_OF_EACH += ("packed int4, zero points", "int8, zero points", "fp8 blocks")
 
 
 def files_of(write: Callable[[Path], object]) -> dict[str, bytes]:
@@ -40,6 +44,12 @@ def files_of(write: Callable[[Path], object]) -> dict[str, bytes]:
 @cache
 def llama() -> Files:
     return files_of(lambda folder: (write_llama(folder), write_tokenizer(folder, 10)))
+
+
+@cache
+def tokenized() -> Files:
+    sizes = {"layers": 1, "hidden": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 8}
+    return files_of(lambda folder: write_base(folder, 8, bos=True, **sizes))
 
 
 @cache
@@ -65,7 +75,7 @@ def adapter() -> Files:
 def quantised() -> tuple[Files, ...]:
     return tuple(
         files_of(lambda folder, case=case: write_quantised(folder, case, hidden=64, intermediate=64, vocab=32))
-        for case in CASES.values()
+        for case in map(CASES.__getitem__, ONE_OF_EACH)
     )
 
 
@@ -185,6 +195,14 @@ def read_base(base: BaseModel) -> None:
     settings_of(base)
 
 
+def read_tokenizer(folder: Path) -> None:
+    """The vocabulary, and a text to tokens and back."""
+    base = open_base(folder)
+    base.vocabulary()
+    tokenizer = load_tokenizer(base)
+    tokenizer.decode(tokenizer.encode("Water boils, said Zürich.").ids)
+
+
 @dataclass(frozen=True)
 class Reader:
     """What is damaged, and what is done with the result.
@@ -204,7 +222,7 @@ READERS: Mapping[str, Reader] = {
     ),
     "config.json": Reader(with_json("config.json", llama), lambda folder: read_base(open_base(folder))),
     "index": Reader(with_json(INDEX, sharded), lambda folder: read_base(open_base(folder))),
-    "tokenizer.json": Reader(with_json("tokenizer.json", llama), lambda folder: open_base(folder).vocabulary()),
+    "tokenizer.json": Reader(with_json("tokenizer.json", tokenized), read_tokenizer),
     "quantised weights": Reader(damaged_quantised, lambda folder: read_base(open_base(folder))),
     "GGUF": Reader(damaged_gguf, lambda folder: read_base(open_base(folder / "x.gguf"))),
     "adapter config": Reader(with_json("adapter_config.json", adapter), load_adapter),
