@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.tokens_gguf import bos_of, build_backend, eos_of, read_metadata
+
+T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, beside the one that the tokenizer names as eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
@@ -64,7 +66,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             msg = f"text has half a surrogate pair at character {error.start}: give text that UTF-8 can hold"
             raise UsageError(msg) from None
-        found = self.backend.encode(text, add_special_tokens=False)
+        found = _called(self.ref, lambda: self.backend.encode(text, add_special_tokens=False))
         ids, ends = np.array(found.ids, np.int32), _ends(found.offsets)
         if special and self.bos is not None:
             ids, ends = np.insert(ids, 0, self.bos), np.insert(ends, 0, 0)
@@ -132,23 +134,27 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any]]:
     read_json_object(path)
     from transformers import PreTrainedTokenizerFast
 
-    own = _built(path, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
+    own = _called(path, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
     backend = own.backend_tokenizer
-    return backend, _first_special(backend), [own.eos_token_id]
+    return backend, _called(path, lambda: _first_special(backend)), [own.eos_token_id]
 
 
 def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any]]:
     metadata = read_metadata(path)
-    return _built(path, lambda: build_backend(metadata, path)), bos_of(metadata), eos_of(metadata)
+    return _called(path, lambda: build_backend(metadata, path)), bos_of(metadata), eos_of(metadata)
 
 
-def _built(path: Path, build: Callable[[], Any]) -> Any:
+def _called(ref: str | Path, call: Callable[[], T]) -> T:
+    """What the tokenizers library gives; whatever it raises is the fault of the tokenizer that it was given."""
     try:
-        return build()
+        return call()
     except CheckpointError:
         raise
-    # The library's compiled half raises plain `Exception` for a tokenizer that it cannot build.
-    except Exception as error:
+    # Its compiled half raises plain `Exception` for what it refuses, and for what it fails at a "PanicException" that
+    # is no `Exception` and whose class cannot be imported.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        msg = f"{path}: the tokenizer cannot be read ({cause}): wanted one that the transformers library loads"
+        msg = f"{ref}: the tokenizer cannot be read ({cause}): wanted one that the transformers library loads"
         raise CheckpointError(msg) from error

@@ -4,6 +4,9 @@
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -95,3 +98,61 @@ def test_links_out_of_the_folder_are_replaced_and_not_followed(tmp_path: Path):
     ]
     assert [path.name for path in outside.iterdir()] == ["precious"]
     assert (outside / "precious").read_text() == "precious"
+
+
+GUIDED = """
+import sys
+from pathlib import Path
+from random import Random
+
+import atheris
+
+with atheris.instrument_imports(include=["jcrosslora.checkpoint", "jcrosslora.adapter"]):
+    from hostile_files import READERS
+
+from jcrosslora.errors import JCrossLoRAError
+
+name, file, place, runs = sys.argv[1:]
+folder, corpus = Path(place) / "case", Path(place) / "corpus"
+folder.mkdir()
+corpus.mkdir()
+for seed in range(20):
+    files = READERS[name].damage(Random(seed))
+    (corpus / str(seed)).write_bytes(files.pop(file))
+for other, content in files.items():
+    (folder / other).write_bytes(content)
+
+
+def case(data):
+    (folder / file).write_bytes(data)
+    try:
+        READERS[name].read(folder)
+    except JCrossLoRAError:
+        pass
+
+
+limits = ["-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-timeout=5"]
+atheris.Setup([sys.argv[0], f"-runs={runs}", *limits, str(corpus)], case)
+atheris.Fuzz()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("safetensors", "model.safetensors"),
+        ("GGUF", "x.gguf"),
+        ("config.json", "config.json"),
+        ("adapter config", "adapter_config.json"),
+    ],
+)
+def test_fuzzing_that_is_guided_by_coverage(name, file, tmp_path):
+    pytest.importorskip("atheris")
+    arguments = [sys.executable, "-c", GUIDED, name, file, str(tmp_path), "20000"]
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    ended = subprocess.run(
+        arguments, env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Done 20000 runs" in ended.stderr
