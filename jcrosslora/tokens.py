@@ -67,13 +67,13 @@ class Tokenizer:
             msg = f"text has half a surrogate pair at character {error.start}: give text that UTF-8 can hold"
             raise UsageError(msg) from None
         found = _called(self.ref, lambda: self.backend.encode(text, add_special_tokens=False))
-        ids, ends = np.array(found.ids, np.int32), _ends(found.offsets)
+        ids, ends = np.array(found.ids, np.int64), _ends(found.offsets)
         if special and self.bos is not None:
             ids, ends = np.insert(ids, 0, self.bos), np.insert(ends, 0, 0)
         if ids.size and ids.max() >= self.vocab:
             msg = f"{self.ref}: its tokenizer gives token {ids.max()}, but its embedding has {self.vocab} rows"
             raise CheckpointError(msg)
-        return Encoded(ids, ends)
+        return Encoded(ids.astype(np.int32), ends)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of tokens, special tokens left out."""
