@@ -1,6 +1,7 @@
 """The tensors of a checkpoint with quantised weights, as if they were not: dequantised to float32 on demand."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,21 @@ class QuantisedStore:
 
     def _opened(self, name: str) -> Packed | None:
         parts = Parts(self._store, self._stored, name.removesuffix(_WEIGHT), self._where)
-        candidates = (form.open(parts, self._settings) for form in self._formats)
-        return next((packed for packed in candidates if packed is not None), None)
+        with _quiet():
+            candidates = (form.open(parts, self._settings) for form in self._formats)
+            return next((packed for packed in candidates if packed is not None), None)
 
 
 def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:
     out = np.empty((len(ids), packed.shape[1]), np.float32)
     step = max(_NUMBERS_AT_ONCE // max(packed.shape[1], 1), 1)
-    # Whoever uses a weight refuses NaN and infinity, and says where they are.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with _quiet():
         for start in range(0, len(ids), step):
             piece = slice(start, start + step)
             out[piece] = packed.rows(ids[piece])
     return out
+
+
+def _quiet() -> AbstractContextManager[None]:
+    # Whoever uses a weight refuses NaN and infinity, and says where they are.
+    return np.errstate(over="ignore", invalid="ignore")
