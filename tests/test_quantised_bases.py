@@ -198,3 +198,62 @@ def test_eight_bits_as_bitsandbytes_itself_reads_them(tmp_path):
     base = open_base(tmp_path)
     for name in base.modules:
         assert np.allclose(base.weight(name), expected[name + ".weight"], atol=1e-7), name
+
+
+FP8 = {"num_bits": 8, "type": "float"}
+COMPRESSED = [
+    ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}),
+    ("pack-quantized", {"num_bits": 3, "strategy": "group", "group_size": 32}),
+    ("pack-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+    ("pack-quantized", {"num_bits": 4, "strategy": "tensor"}),
+    ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+    ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
+    ("float-quantized", {**FP8, "strategy": "channel"}),
+    ("float-quantized", {**FP8, "strategy": "tensor"}),
+    ("naive-quantized", {**FP8, "strategy": "block", "block_structure": [16, 16]}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "options"), COMPRESSED)
+def test_what_compressed_tensors_itself_compresses(form, options, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    arguments = QuantizationArgs(**options)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    dtypes = {"int32": "I32", "int64": "I64", "float32": "F32", "int8": "I8", "float8_e4m3fn": "F8_E4M3"}
+
+    def make(weight):
+        tensor = torch.from_numpy(weight)
+        rows, columns = arguments.block_structure or (1, arguments.group_size or weight.shape[1])
+        if options["strategy"] == "tensor":
+            low, high = tensor.min().reshape(1), tensor.max().reshape(1)
+        else:
+            blocks = tensor.reshape(weight.shape[0] // rows, rows, -1, columns)
+            low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+        scale, zero = calculate_qparams(low, high, arguments)
+        compressor = BaseCompressor.get_value_from_registry(form)
+        whole = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero}
+        stored = compressor.compress(whole, scheme)
+        values = compressor.decompress(stored, scheme)["weight"].numpy()
+        parts = {}
+        for name, part in stored.items():
+            raw = part.view(torch.uint8).numpy() if part.dtype == torch.float8_e4m3fn else part.numpy()
+            parts["." + name] = (dtypes[str(part.dtype).removeprefix("torch.")], raw)
+        return parts, values
+
+    weights = json.loads(arguments.model_dump_json())
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    expected = write_quantised(tmp_path, Case(settings, make, "", 1))
+    base = open_base(tmp_path)
+    for name in base.modules:
+        assert np.allclose(base.weight(name), expected[name + ".weight"], atol=1e-7), name
