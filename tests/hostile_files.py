@@ -23,6 +23,7 @@ from quantised_files import CASES, write_quantised
 from tiny_bases import write_tokenizer
 
 from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter.engines import check_engines
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.decoder import settings_of
@@ -203,6 +204,13 @@ def read_tokenizer(folder: Path) -> None:
     tokenizer.decode(tokenizer.encode("Water boils, said Zürich.").ids)
 
 
+def read_adapter(folder: Path) -> None:
+    """Which engines take it, and its factors."""
+    check_engines(folder, "llama")
+    for factors in load_adapter(folder).modules.values():
+        assert np.isfinite(factors.a).all()
+
+
 @dataclass(frozen=True)
 class Reader:
     """What is damaged, and what is done with the result.
@@ -225,12 +233,12 @@ READERS: Mapping[str, Reader] = {
     "tokenizer.json": Reader(with_json("tokenizer.json", tokenized), read_tokenizer),
     "quantised weights": Reader(damaged_quantised, lambda folder: read_base(open_base(folder))),
     "GGUF": Reader(damaged_gguf, lambda folder: read_base(open_base(folder / "x.gguf"))),
-    "adapter config": Reader(with_json("adapter_config.json", adapter), load_adapter),
+    "adapter config": Reader(with_json("adapter_config.json", adapter), read_adapter),
     "adapter weights": Reader(
         lambda rng: {
             **adapter(),
             "adapter_model.safetensors": damaged_safetensors(rng, adapter()["adapter_model.safetensors"]),
         },
-        load_adapter,
+        read_adapter,
     ),
 }

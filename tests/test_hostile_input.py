@@ -11,14 +11,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from adapter_folders import write_folder
+from adapter_folders import tensors, write_folder
 from checkpoint_files import write_llama
 from hostile_files import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter.pattern_cost import is_matchable
 from jcrosslora.checkpoint import open_base
-from jcrosslora.errors import CheckpointError, JCrossLoRAError
+from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
 from jcrosslora.files import atomic_folder, write_whole
 from jcrosslora.tokens import load_tokenizer
 
@@ -98,6 +100,39 @@ def test_links_out_of_the_folder_are_replaced_and_not_followed(tmp_path: Path):
     ]
     assert [path.name for path in outside.iterdir()] == ["precious"]
     assert (outside / "precious").read_text() == "precious"
+
+
+CHEAP = (
+    "q_proj",
+    r"^model\.layers\.11\.mlp",
+    r".*\.layers\.(0|1|2)\.(q|k|v)_proj",
+    r"layers\.[0-9]+\..*_proj",
+    "(?:q|v)_proj",
+)
+COSTLY = (
+    "(a+)+",
+    "(a|a)*b",
+    "(",
+    "a{2,}" * 5,
+    ".*" * 20,
+    "a?" * 30 + "a" * 30,
+    "(a|a|a|a)" * 12,
+    "(.*x){9}",
+    "a" + "(" * 5000,
+)
+
+
+def test_patterns_that_take_for_ever_are_refused():
+    assert all(map(is_matchable, CHEAP))
+    assert not any(map(is_matchable, COSTLY))
+
+
+@pytest.mark.parametrize("name", ["x" * 600, "layers." + "1" * 5000])
+def test_absurdly_long_names_are_refused(name, tmp_path):
+    keys = (f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight")
+    folder = write_folder(tmp_path, weights=dict(zip(keys, tensors().values(), strict=False)))
+    with pytest.raises(AdapterError, match="characters, at most 512"):
+        load_adapter(folder)
 
 
 GUIDED = """

@@ -1,11 +1,11 @@
 """Check an `adapter_config.json`: that it is a plain LoRA configuration whose numbers make sense."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from jcrosslora.adapter.kinds import KNOWN_KEYS, PLAIN_INITS, REFUSED, peft_type_cure
+from jcrosslora.adapter.pattern_cost import is_matchable
 from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]
@@ -93,7 +93,7 @@ def _check_patterns(config: Config, where: str) -> None:
             msg = f"{where}: {table} is {_shown(config, table)}, an object of {wanted} was wanted: correct the file"
             raise AdapterError(msg)
         for key, value in values.items():
-            if not valid(value) or not _is_regex(key):
+            if not valid(value) or not is_matchable(key):
                 msg = f"{where}: {table} has {key!r}: {value!r}, a pattern and one of {wanted} was wanted: correct it"
                 raise AdapterError(msg)
 
@@ -116,14 +116,6 @@ def is_alpha(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e30 and not math.isnan(value) and value != 0
-
-
-def _is_regex(key: str) -> bool:
-    try:
-        re.compile(f"({key})$")
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
 
 
 def _shown(config: Config, key: str) -> str:

@@ -13,6 +13,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
+_NAME_LIMIT = 512  # of a tensor's name, which patterns are matched against; real ones have less than 150 characters
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ def open_weights(path: Path) -> SafetensorsFile:
     """The weights file with its header checked.
 
     Raises:
-        AdapterError: missing, truncated, or not a safetensors file.
+        AdapterError: missing, truncated, not a safetensors file, or one with absurdly long names.
     """
     try:
-        return SafetensorsFile(path)
+        file = SafetensorsFile(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+    if (longest := max(map(len, file.entries), default=0)) > _NAME_LIMIT:
+        msg = f"{path}: a tensor's name has {longest} characters, at most {_NAME_LIMIT} are read: the file is damaged"
+        raise AdapterError(msg)
+    return file
 
 
 def _local_files(folder: Path) -> AdapterFiles:

@@ -191,15 +191,15 @@ def _check_extent(file: MappedFile, name: str, info: TensorInfo, sizes: Mapping[
         )
         raise CheckpointError(msg)
     elements, size = sizes[info.kind]
-    if (info.shape and info.shape[-1] % elements) or not is_array_shape(info.shape):
-        msg = (
-            f"{file.path}: rows of tensor {name!r} are not whole blocks, or more than memory can hold: "
-            "the file is corrupt, download it again"
-        )
+    if info.shape and info.shape[-1] % elements:
+        msg = f"{file.path}: rows of tensor {name!r} are not whole blocks: the file is corrupt, download it again"
         raise CheckpointError(msg)
     stop = info.start + prod(info.shape) // elements * size
     if stop > file.size:
         msg = (
             f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
         )
+        raise CheckpointError(msg)
+    if not is_array_shape(info.shape):
+        msg = f"{file.path}: tensor {name!r} has shape {list(info.shape)}, which no memory holds: download it again"
         raise CheckpointError(msg)

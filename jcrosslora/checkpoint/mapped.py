@@ -13,13 +13,13 @@ import numpy.typing as npt
 from jcrosslora.errors import CheckpointError
 
 _CHUNK = 1 << 20
-_MAX_DIMS = 32  # numpy 1 held 32 dimensions, numpy 2 holds 64
+MAX_DIMS = 32  # numpy 1 held 32 dimensions, numpy 2 holds 64
 _MAX_ELEMENTS = (1 << 63) // 16 - 1  # of the widest dtype, so that the bytes can be counted in 63 bits
 
 
 def is_array_shape(shape: Sequence[int]) -> bool:
     """Whether numpy can hold an array of this shape in any dtype; a size of 0 does not make up for a huge one."""
-    return len(shape) <= _MAX_DIMS and prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
+    return len(shape) <= MAX_DIMS and prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
 
 
 class MappedFile:

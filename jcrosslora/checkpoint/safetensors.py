@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.checkpoint.mapped import MappedFile, is_array_shape
+from jcrosslora.checkpoint.mapped import MAX_DIMS, MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
 HEADER_LIMIT = 100_000_000  # the limit of the reference implementation, in bytes
@@ -128,21 +128,22 @@ def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entr
     """The entry, and the first byte behind it."""
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or not _is_shape(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         msg = f"{file.path}: the header entry of {name!r} is malformed: download the file again"
         raise CheckpointError(msg)
-    entry = Entry(dtype, tuple(shape), data_start + offsets[0])
-    stop = data_start + offsets[1]
+    if len(shape) > MAX_DIMS:
+        msg = f"{file.path}: tensor {name!r} has {len(shape)} dimensions, at most {MAX_DIMS} can be read"
+        raise CheckpointError(msg)
+    entry, stop = Entry(dtype, tuple(shape), data_start + offsets[0]), data_start + offsets[1]
     _check_extent(file, name, entry, stop)
+    if not is_array_shape(shape):
+        msg = f"{file.path}: tensor {name!r} has shape {shape}, which no memory holds: download the file again"
+        raise CheckpointError(msg)
     return entry, stop
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _is_shape(values: Any) -> TypeGuard[list[int]]:
-    return _are_sizes(values) and is_array_shape(values)
 
 
 def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
