@@ -31,7 +31,7 @@ from jcrosslora.tokens import load_tokenizer
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"
-ONE_OF_EACH = ("nf4, double", "int8 rows", "gptq 3 bits", "gptq, act order", "awq")
+ONE_OF_EACH = ("nf4, double", "int8 rows", "gptq 3 bits", "gptq, act order", "gptq, no list", "awq")
 ONE_OF_EACH += ("packed int4, zero points", "int8, zero points", "fp8 blocks")
 
 

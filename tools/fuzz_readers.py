@@ -3,11 +3,10 @@
     python tools/fuzz_readers.py                    # 100,000 cases on each reader
     python tools/fuzz_readers.py --cases 1000 --only GGUF
 
-A case is unclean if it ends in anything but a result or an error of the package: another exception, an allocation
-that the address space (2 GB above the start) does not hold, more than five seconds of
-processor time, an error of more than one line, or
+A case is unclean if it ends in anything but a result or a one-line error of the package: another exception, a warning,
+an allocation that the address space (2 GB above the start) does not hold, more than five seconds of processor time; or
 if the process meanwhile opened a file outside the case's folder, started a process, opened a connection, unpickled or
-compiled anything. Unclean cases are kept in --keep. Exit 1 if there were any.
+compiled anything. The first of each kind is kept in --keep. Exit 1 if there were any.
 """
 
 import argparse

@@ -56,5 +56,4 @@ def claims_method(*methods: str) -> Callable[[Settings], bool]:
 
 
 def no_obstacle(_: Settings) -> None:
-    """An `obstacle` of a format that has no variants."""
-    return
+    """The `obstacle` of a format that is read in every variant."""

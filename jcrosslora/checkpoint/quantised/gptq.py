@@ -56,9 +56,9 @@ def _inputs_and_bits(parts: Parts, settings: Settings, words: int) -> tuple[int,
     if _has_groups(parts):
         inputs = len(parts.array(".g_idx", ("I32", "I64"), 1))
         bits = words * WORD // inputs
-    elif bits in _BITS:
+    elif type(bits) is int and bits in _BITS:
         inputs = words * WORD // bits
-    if bits not in _BITS or words * WORD != inputs * bits:
+    if type(bits) is not int or bits not in _BITS or words * WORD != inputs * bits:
         stated = settings.get("bits")
         parts.refuse(f"{words} words for {inputs} inputs (bits: {stated!r} stated), wanted 2, 3, 4 or 8 bits")
     return inputs, bits
