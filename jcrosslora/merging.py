@@ -18,8 +18,8 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
-from jcrosslora.checkpoint.fp8 import FP8_DTYPES
 from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
