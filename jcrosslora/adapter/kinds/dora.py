@@ -17,6 +17,7 @@ from jcrosslora.adapter.kinds.mutated import OLORA, PISSA
 from jcrosslora.adapter.kinds.opened import AdapterFile
 from jcrosslora.adapter.kinds.plain import PLAIN
 from jcrosslora.adapter.kinds.record import Kind, Update
+from jcrosslora.adapter.kinds.trim import undivided
 from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
@@ -43,8 +44,10 @@ def _with_magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> Upd
     weight = file.weight(module, factors.shape, "DoRA", _WHY)
     change = full_update(weight, factors, magnitude)
     wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank
-    rank = min(wanted, *factors.shape)
-    svd, _ = decompose(jnp.asarray(change)[None], rank, vectors=False)
+    if wanted >= min(factors.shape):
+        b, a = undivided(change)
+        return Update(LoRAFactors(a=a, b=b))
+    svd, _ = decompose(jnp.asarray(change)[None], wanted, vectors=False)
     u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))
     total = float(np.sum(np.square(change, dtype=np.float64)))
     lost = max(0.0, total - float(np.sum(np.square(s, dtype=np.float64))))

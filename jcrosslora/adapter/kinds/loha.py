@@ -11,7 +11,7 @@ import numpy as np
 from jcrosslora.adapter.kinds.lycoris import check_lycoris, module_scale
 from jcrosslora.adapter.kinds.opened import AdapterFile
 from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.kinds.trim import trimmed
+from jcrosslora.adapter.kinds.trim import trimmed, undivided
 from jcrosslora.errors import AdapterError
 
 
@@ -34,8 +34,7 @@ def _read(file: AdapterFile, module: str) -> Update:
         a = np.einsum("in,jn->ijn", a1, a2).reshape(rank**2, columns)
         return trimmed(scale * b, a, file.rank)
     # Of full rank: the product itself is the smaller of the two ways to write it.
-    whole = scale * (b1 @ a1) * (b2 @ a2)
-    return trimmed(whole, np.eye(columns), file.rank) if columns <= rows else trimmed(np.eye(rows), whole, file.rank)
+    return trimmed(*undivided(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
 
 
 LOHA = Kind(

@@ -1,8 +1,11 @@
-"""PiSSA and OLoRA: training starts from factors that were taken out of the base, dW = s B A - Q Q' W.
+"""PiSSA and OLoRA: training starts from factors that were taken out of the base.
 
-When peft loads such an adapter it takes the same Q Q' W out of the base again, so s B A alone is not the update. Q is an
-orthonormal basis, for PiSSA of the top r left singular vectors of W (Q Q' W is then its best approximation of rank r),
-for OLoRA of the first r columns of W (Q Q' W is then the product of the first r columns and rows of its QR). Both are
+When peft loads such an adapter it takes the same out of the base again, so s B A alone is not the update. It is
+
+    PiSSA   dW = s B A - Q Q' W     Q: the top r left singular vectors of W
+    OLoRA   dW = s B A - s Q Q' W   Q: an orthonormal basis of the first r columns of W
+
+(Q Q' W is the best approximation of W of rank r, and the product of the first r columns and rows of its QR.) Both are
 exact at rank 2 r.
 
 Sources: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775); peft 0.21, tuners/lora/layer.py.
@@ -36,13 +39,14 @@ def _first_columns(weight: np.ndarray, rank: int) -> np.ndarray:
     return weight[:, :rank]
 
 
-def _reader(kind: str, basis: Basis) -> Callable[[AdapterFile, str], Update]:
+def _reader(kind: str, basis: Basis, *, scaled: bool) -> Callable[[AdapterFile, str], Update]:
     def read(file: AdapterFile, module: str) -> Update:
         factors = read_factors(file, module)
         weight = file.weight(module, factors.shape, kind, "starts from factors of the base's weights")
         rank = min(factors.rank, *factors.shape)
         q, _ = np.linalg.qr(basis(weight, rank).astype(np.float64))
-        b = np.concatenate([factors.scale * np.asarray(factors.b).astype(np.float64), -q], axis=1)
+        taken = factors.scale if scaled else 1.0
+        b = np.concatenate([factors.scale * np.asarray(factors.b).astype(np.float64), -taken * q], axis=1)
         a = np.concatenate([np.asarray(factors.a).astype(np.float64), q.T @ weight.astype(np.float64)])
         return trimmed(b, a)
 
@@ -59,7 +63,7 @@ PISSA = Kind(
     name="PiSSA",
     peft_type="LORA",
     formula="s B A less the base's best approximation of rank r",
-    read=each_module(_reader("PiSSA", _singular_vectors)),
+    read=each_module(_reader("PiSSA", _singular_vectors, scaled=False)),
     check=check_lora,
     applies=lambda config, _: variants.VARIANTS[variants.PISSA](config),
     remark=_pissa_remark,
@@ -68,8 +72,8 @@ PISSA = Kind(
 OLORA = Kind(
     name="OLoRA",
     peft_type="LORA",
-    formula="s B A less the first r columns and rows of the base's QR",
-    read=each_module(_reader("OLoRA", _first_columns)),
+    formula="s B A less s times the first r columns and rows of the base's QR",
+    read=each_module(_reader("OLoRA", _first_columns, scaled=True)),
     check=check_lora,
     applies=lambda config, _: variants.VARIANTS[variants.OLORA](config),
 )

@@ -52,6 +52,12 @@ def product_svd(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return q_b @ u, s, vt @ q_a.T
 
 
+def undivided(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix (O, I) of full rank as a product b @ a, one of which is the identity of its short side."""
+    rows, columns = matrix.shape
+    return (matrix, np.eye(columns, dtype=matrix.dtype)) if columns <= rows else (np.eye(rows, dtype=matrix.dtype), matrix)
+
+
 def cut(update: Update, rank: int | None) -> Update:
     """An update at no more than a rank, with what that loses added to what it had lost; itself where it is so already.
 
