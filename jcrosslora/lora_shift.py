@@ -111,6 +111,7 @@ class Shifter:
         if out_rank is not None and out_rank < 1:
             msg = f"out rank {out_rank} is out of range; it must be at least 1"
             raise UsageError(msg)
+        _check_invocation(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
         self._out_rank = out_rank
@@ -141,9 +142,14 @@ class Shifter:
             unfed=transport.pairing.unfed,
             leftovers=_leftovers(energies, {row.source for row in self._rows}),
             energy=sum(energies.values()),
-            warnings=transport.warnings + _ignored(self.adapter),
+            warnings=transport.warnings + _notes(self.adapter),
         )
-        info = AdapterInfo(name=f"{self.adapter.info.name}, moved", base_name=transport.target.name)
+        info = AdapterInfo(
+            name=f"{self.adapter.info.name}, moved",
+            base_name=transport.target.name,
+            kind=self.adapter.info.kind if self.adapter.info.invocation else "LoRA",
+            invocation=self.adapter.info.invocation_target,
+        )
         return MovedAdapter(
             modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
         )
@@ -251,8 +257,18 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
     return tuple(Leftover(name, energy / total) for name, energy in energies.items() if name not in used)
 
 
-def _ignored(adapter: Adapter) -> tuple[str, ...]:
-    return tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+def _notes(adapter: Adapter) -> tuple[str, ...]:
+    read = () if adapter.info.read_as is None else (f"the adapter is {adapter.info.read_as}.",)
+    return read + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+
+
+def _check_invocation(adapter: Adapter) -> None:
+    if adapter.info.invocation is not None and adapter.info.invocation_target is None:
+        msg = (
+            f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "
+            "jcrosslora.invocation.with_invocation(adapter, source, target)"
+        )
+        raise AdapterError(msg)
 
 
 def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int) -> ModuleRow:

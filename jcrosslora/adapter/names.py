@@ -40,9 +40,9 @@ class TensorName:
 
     Attributes:
         key: the name in the file.
-        kind: "A" or "B" for a LoRA factor; "embedding", "lora_bias", "dora", "kasa", "latent" (LoRA-XS), "tokens", "copy"
-            (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's); else the name that
-            another kind of adapter gives to its part, such as "hada_w1_a".
+        kind: "A" or "B" for a LoRA factor; "embedding", "lora_bias", "dora", "kasa", "latent" (LoRA-XS), "tokens",
+            "copy" (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's); else the name
+            that another kind of adapter gives to its part, such as "hada_w1_a".
         module: the module that it belongs to, without the PEFT prefix, as the file spells it; "" where all share it.
     """
 

@@ -48,7 +48,7 @@ class AdapterInfo:
         revision: hub commit of an adapter that was asked for by a hub id, else None.
         ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
-        read_as: how another kind than plain LoRA was read and what that lost, a sentence without a full stop; else None.
+        read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         rank_limit: the largest rank that was asked for when it was read, or None.
         invocation: tokens of its base from which on it acts (aLoRA); None for one that always does.
         invocation_target: the same text in tokens of the base that it is to be moved to, see `jcrosslora.invocation`.

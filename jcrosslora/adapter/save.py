@@ -80,6 +80,7 @@ def save_adapter(
         base_name=base_name or adapter.info.base_name,
         base_revision=base_revision,
         exclude=_without_update(ranks, all_modules, fused),
+        invocation=adapter.info.invocation,
     )
     texts = {**(documents or {}), CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
     with atomic_folder(out, overwrite) as folder:
@@ -96,6 +97,7 @@ def peft_config(
     base_name: str | None = None,
     base_revision: str | None = None,
     exclude: Sequence[str] = (),
+    invocation: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` for modules of these ranks, all with scale 1.
 
@@ -107,11 +109,12 @@ def peft_config(
         base_name: the base, an id or a path.
         base_revision: its revision.
         exclude: modules that have the ending of one in `ranks`, but no update.
+        invocation: tokens from which on the adapter acts (aLoRA); None for one that always does.
     """
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
     patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
-    return {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -135,6 +138,7 @@ def peft_config(
         "layers_pattern": None,
         "layer_replication": None,
     }
+    return config if invocation is None else {**config, "alora_invocation_tokens": list(invocation)}
 
 
 def _serialized(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:

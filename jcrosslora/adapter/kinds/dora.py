@@ -1,7 +1,7 @@
 """DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
 
-The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the m over the norms, is of full rank: what is read is its
-best approximation of a lower rank, and how much of it that loses.
+The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the m over the norms, is of full rank: what is read is
+its best approximation of a lower rank, and how much of it that loses.
 
 Source: DoRA (arXiv 2402.09353), equation 5; peft 0.21, tuners/lora/dora.py.
 """

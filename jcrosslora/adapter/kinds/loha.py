@@ -17,7 +17,7 @@ from jcrosslora.errors import AdapterError
 
 def _read(file: AdapterFile, module: str) -> Update:
     if "hada_t1" in file.modules[module]:
-        msg = f"{file.path}: module {module!r} is a convolution: adapters of other layers than linear ones are not supported"
+        msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
         raise AdapterError(msg)
     b1, a1, b2, a2 = (file.part(module, f"hada_{part}").astype(np.float64) for part in ("w1_a", "w1_b", "w2_a", "w2_b"))
     rank = a1.shape[0]

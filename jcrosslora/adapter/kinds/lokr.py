@@ -20,7 +20,7 @@ Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _read(file: AdapterFile, module: str) -> Update:
     if "lokr_t2" in file.modules[module]:
-        msg = f"{file.path}: module {module!r} is a convolution: adapters of other layers than linear ones are not supported"
+        msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
         raise AdapterError(msg)
     (u1, s1, vt1), (u2, s2, vt2) = (_triplets(file, module, f"lokr_{side}") for side in ("w1", "w2"))
     values = abs(module_scale(file, module)) * np.outer(s1, s2)

@@ -15,6 +15,8 @@ from jcrosslora.errors import AdapterError, CheckpointError
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("U8", "I16", "I32", "I64")
 _HEAD = "lm_head"
+# What files call the parts whose names here are others.
+_TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,8 @@ class AdapterFile:
             AdapterError: the module lacks it, or it is not what was wanted.
         """
         if part not in self.modules[module]:
-            msg = f"{self.path}: module {module!r} has no {part}: the file is incomplete; save or download it again"
+            msg = f"{self.path}: module {module!r} has no {_TENSORS.get(part, part)}: the file is incomplete; save or "
+            msg += "download it again"
             raise AdapterError(msg)
         return self.read(self.modules[module][part], axes=axes)
 

@@ -55,7 +55,9 @@ def product_svd(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 def undivided(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A matrix (O, I) of full rank as a product b @ a, one of which is the identity of its short side."""
     rows, columns = matrix.shape
-    return (matrix, np.eye(columns, dtype=matrix.dtype)) if columns <= rows else (np.eye(rows, dtype=matrix.dtype), matrix)
+    return (
+        (matrix, np.eye(columns, dtype=matrix.dtype)) if columns <= rows else (np.eye(rows, dtype=matrix.dtype), matrix)
+    )
 
 
 def cut(update: Update, rank: int | None) -> Update:
