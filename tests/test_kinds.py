@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, delta, matrix, tensors, write_folder
+from kind_cases import FULL, LORA, MADE, lora, make_adapter, peft
 from tiny_models import tiny_model, torch
 
 from jcrosslora.adapter import LoRAFactors, load_adapter, update_norm
@@ -14,7 +15,6 @@ from jcrosslora.adapter.kinds.registry import KINDS
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 
-peft = pytest.importorskip("peft")
 # peft warns of many settings that are meant here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -22,83 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
 
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-LORA = {"r": 4, "lora_alpha": 6}
-FULL = 48  # the short side of every module: nothing is cut
-
-
-def lora(**settings):
-    return peft.LoraConfig(**(LORA | {"target_modules": TARGETS} | settings))
-
-
-def adalora(**settings):
-    config = peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, lora_alpha=5, target_modules=TARGETS, **settings)
-    config.rank_pattern = {
-        f"model.layers.{layer}.{path}.lora_E": [layer != 1 and rank != 2 for rank in range(6)]
-        for layer in range(3)
-        for path in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-    }
-    return config
-
-
-# Kind -> label to the configuration of an adapter that peft makes.
-MADE = {
-    "LoRA": {
-        "plain": lambda: lora(),
-        "rslora": lambda: lora(use_rslora=True),
-        "gaussian": lambda: lora(init_lora_weights="gaussian"),
-        "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
-        "eva": lambda: lora(init_lora_weights="eva"),
-        "patterns": lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 9}),
-    },
-    "DoRA": {
-        "plain": lambda: lora(use_dora=True),
-        "rslora": lambda: lora(use_dora=True, use_rslora=True),
-        "of PiSSA": lambda: lora(use_dora=True, init_lora_weights="pissa"),
-    },
-    "PiSSA": {
-        "plain": lambda: lora(init_lora_weights="pissa"),
-        "patterns": lambda: lora(init_lora_weights="pissa", rank_pattern={"q_proj": 2}, use_rslora=True),
-    },
-    "OLoRA": {
-        "plain": lambda: lora(init_lora_weights="olora"),
-        "patterns": lambda: lora(init_lora_weights="olora", rank_pattern={"q_proj": 2}, use_rslora=True),
-    },
-    "AdaLoRA": {"pruned": adalora},
-    "VeRA": {
-        "saved": lambda: peft.VeraConfig(r=5, target_modules=TARGETS),
-        "drawn anew": lambda: peft.VeraConfig(
-            r=5, target_modules=TARGETS, save_projection=False, projection_prng_key=2**33 + 7
-        ),
-    },
-    "VB-LoRA": {
-        "logits": lambda: peft.VBLoRAConfig(r=4, num_vectors=20, vector_length=8, topk=3, target_modules=TARGETS),
-        "top alone": lambda: peft.VBLoRAConfig(
-            r=4, num_vectors=20, vector_length=8, topk=3, target_modules=TARGETS, save_only_topk_weights=True
-        ),
-    },
-    "LoHa": {
-        "low rank": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=TARGETS),
-        "full rank": lambda: peft.LoHaConfig(r=8, alpha=5, target_modules=TARGETS),
-        "patterns": lambda: peft.LoHaConfig(
-            r=3, alpha=5, target_modules=TARGETS, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 7}
-        ),
-    },
-    "LoKr": {
-        "whole": lambda: peft.LoKrConfig(r=8, alpha=5, target_modules=TARGETS),
-        "factors": lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=TARGETS, decompose_both=True),
-        "one factor": lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=TARGETS, decompose_factor=2),
-    },
-    "Uni-LoRA": {
-        "replayed": lambda: peft.UniLoraConfig(r=3, theta_d_length=77, proj_seed=5, target_modules=TARGETS),
-        "stored": lambda: peft.UniLoraConfig(r=3, theta_d_length=77, target_modules=TARGETS, save_indices=True),
-        "layers": lambda: peft.UniLoraConfig(
-            r=2, theta_d_length=5000, target_modules=["o_proj", "up_proj", "lm_head"], layers_to_transform=[0, 2]
-        ),
-        "regex": lambda: peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=r".*\.[12]\..*\.(k|gate)_proj"),
-    },
-    "aLoRA": {"plain": lambda: lora(alora_invocation_tokens=[5, 7], task_type="CAUSAL_LM")},
-}
 CASES = [
     pytest.param(kind, make, id=f"{kind} {label}") for kind, cases in MADE.items() for label, make in cases.items()
 ]
@@ -109,17 +32,6 @@ def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_model("llama").save_pretrained(folder)
     return folder
-
-
-def make_adapter(config, folder):
-    """An adapter file with random numbers in all that is trained."""
-    wrapped = peft.get_peft_model(tiny_model("llama"), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in wrapped.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    wrapped.save_pretrained(folder)
 
 
 def merged_weights(folder):
@@ -265,7 +177,7 @@ def test_without_the_base_it_is_said_what_it_is_needed_for(tmp_path, kind, said)
 
 def test_another_base_is_refused(tmp_path, dora):
     tiny_model("llama", hidden_size=32, intermediate_size=80).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(AdapterError, match=r"is 48 x 48, in the base .* it is \d+ x 32"):
+    with pytest.raises(AdapterError, match=r"is 48 x 80, in the base .* it is 32 x 80"):
         load_adapter(dora, open_base(tmp_path / "narrow"))
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "short")
     with pytest.raises(AdapterError, match=r"layers\.1\..*is not one of the base"):
@@ -283,8 +195,10 @@ def test_fused_modules_are_read_with_their_fused_weights(tmp_path):
     wrapped = peft.get_peft_model(tiny_model("phi3"), config)
     wrapped.save_pretrained(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter", open_base(tmp_path / "base"))
-    # As it was when training began: the update is nothing.
-    assert max(update_norm(factors) for factors in adapter.modules.values()) < 1e-4
+    # As it was when training began: the update is nothing beside the weights.
+    assert max(update_norm(factors) for factors in adapter.modules.values()) < 1e-4 * np.linalg.norm(
+        open_base(tmp_path / "base").weight("model.layers.0.self_attn.q_proj")
+    )
     assert "model.layers.0.self_attn.qkv_proj" in adapter.modules
     uni = peft.get_peft_model(tiny_model("phi3"), peft.UniLoraConfig(r=2, target_modules=["qkv_proj"]))
     uni.save_pretrained(tmp_path / "uni")
@@ -317,7 +231,7 @@ def test_what_does_not_move_is_weighed(tmp_path):
     energy["embedding"] = product(f"{words}.lora_embedding_B.default", f"{words}.lora_embedding_A.default")
     for name, value in state.items():
         if name.endswith("base_layer.bias"):
-            energy["bias"] += np.sum((value - before[name].numpy()) ** 2)
+            energy["bias"] += np.sum((value - before[name].detach().numpy()) ** 2)
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     adapter = load_adapter(tmp_path / "adapter", open_base(tmp_path / "base"))
     assert list(adapter.modules) == ["model.layers.0.self_attn.q_proj"]
