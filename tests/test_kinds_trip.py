@@ -55,7 +55,8 @@ def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
 @pytest.mark.parametrize("init", ["use_dora", "pissa"])
 def test_the_command_moves_them_and_says_how_they_were_read(tmp_path, house, capsys, init):
     folder, _, _, _ = house
-    config = lora(use_dora=True) if init == "use_dora" else lora(init_lora_weights="pissa")
+    one = {"target_modules": ["q_proj"]}
+    config = lora(use_dora=True, **one) if init == "use_dora" else lora(init_lora_weights="pissa", **one)
     make_adapter(config, tmp_path / "adapter")
     main(["inspect", str(tmp_path / "adapter"), "--base", str(folder / "source")])
     assert "kind: " in capsys.readouterr().out
