@@ -258,8 +258,8 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
 
 
 def _notes(adapter: Adapter) -> tuple[str, ...]:
-    read = () if adapter.info.read_as is None else (f"the adapter is {adapter.info.read_as}.",)
-    return read + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+    lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
+    return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 
 def _check_invocation(adapter: Adapter) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.errors import AdapterError, UsageError
 
 # A smaller share of the update's energy is rounding.
-_NOTHING_LOST = 1e-6
+_ROUNDING = 1e-6
 
 
 def load_adapter(
@@ -76,7 +76,8 @@ def load_adapter(
         revision=_commit(files),
         ignored=tuple(config_notes(config) + ignored),
         kind=kind.name,
-        read_as=_read_as(kind, config, updates.values()),
+        read_as=_read_as(kind, config, list(updates.values())),
+        lost=_lost(list(updates.values())),
         rank_limit=rank,
         invocation=invocation_of(config) if kind.peft_type == "LORA" else None,
     )
@@ -122,18 +123,19 @@ def _energy(update: Update) -> float:
     return update_norm(update.factors) ** 2 + update.lost
 
 
-def _read_as(kind: Kind, config: Mapping[str, Any], updates: Iterable[Update]) -> str | None:
-    updates = list(updates)
+def _lost(updates: Sequence[Update]) -> float:
+    """Share of the update's energy that reading it lost, 0 where it is no more than rounding."""
     total, lost = math.fsum(map(_energy, updates)), math.fsum(update.lost for update in updates)
-    share = lost / total if total > 0 else 0.0
-    if kind is PLAIN and share == 0:
+    return lost / total if lost > _ROUNDING * total else 0.0
+
+
+def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -> str | None:
+    lost, remark = _lost(updates), kind.remark(config)
+    if kind is PLAIN and lost == 0:
         return None
     ranks = sorted({update.factors.rank for update in updates})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    how = (
-        f"at {rank}, which loses {share:.1%} of the update's energy" if share > _NOTHING_LOST else f"exactly, at {rank}"
-    )
-    remark = kind.remark(config)
+    how = f"at {rank}, which loses {lost:.1%} of the update's energy" if lost else f"exactly, at {rank}"
     return f"{kind.name} ({kind.formula}), read {how}{f'; {remark}' if remark else ''}"
 
 

@@ -109,7 +109,8 @@ class AdapterFile:
             AdapterError: none was given.
         """
         if self.base is None:
-            msg = f"{self.path}: {kind} {why}: the source base is needed; give the base that it was trained on"
+            msg = f"{self.path}: {kind} {why}: the source base is needed; give the base that it was trained on "
+            msg += "(`inspect --base`, or the base argument of load_adapter)"
             raise AdapterError(msg)
         return self.base
 
