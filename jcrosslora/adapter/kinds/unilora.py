@@ -61,6 +61,9 @@ def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
     base = file.known_base("Uni-LoRA", "was saved without its indices, which follow the base's modules")
     shapes = targeted_shapes(file.config, base, str(file.path))
     rank = int(file.config["r"])
+    if rank > max(map(min, shapes.values())):
+        msg = f"{file.path}: r is {rank}, above the width of every module of the base {base.name}: correct the file"
+        raise AdapterError(msg)
     indices = balanced_indices(_size(shapes, rank), theta.size, file.config.get("proj_seed", _SEED))
     counts = np.bincount(indices, minlength=theta.size)
     scaled = theta / np.sqrt(np.maximum(counts, 1))

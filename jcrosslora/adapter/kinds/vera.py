@@ -30,6 +30,8 @@ def _check(config: Config, where: str) -> None:
 
 def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
     shapes = {module: file.shape(module, "VeRA", _WHY) for module in file.modules}
+    if not shapes:
+        return
     a, b = _projections(file, shapes.values())
     for module, (rows, columns) in shapes.items():
         gain_b, gain_d = (file.part(module, f"vera_lambda_{side}", axes=1).astype(np.float64) for side in "bd")
@@ -51,7 +53,9 @@ def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tupl
             msg = f"{file.path}: vera_A has shape {list(a.shape)} and vera_B {list(b.shape)}: one rank was wanted"
             raise AdapterError(msg)
         return a.astype(np.float64), b.astype(np.float64)
-    rank, rows, columns = int(file.config["r"]), max(o for o, _ in shapes), max(i for _, i in shapes)
+    # The length of the gains, and not `r`, which may claim any size.
+    rank = max(file.part(module, "vera_lambda_d", axes=1).size for module in file.modules)
+    rows, columns = max(o for o, _ in shapes), max(i for _, i in shapes)
     # Its seeding of the Mersenne Twister is torch's; a Generator's is not.
     draw = np.random.RandomState(file.config.get("projection_prng_key", 0) % 2**32)
     return torch_kaiming(draw, rank, columns).astype(np.float64), torch_kaiming(draw, rows, rank).astype(np.float64)
