@@ -142,7 +142,7 @@ class Shifter:
             unfed=transport.pairing.unfed,
             leftovers=_leftovers(energies, {row.source for row in self._rows}),
             energy=sum(energies.values()),
-            warnings=transport.warnings + _notes(self.adapter),
+            warnings=transport.warnings + _notes(self.adapter, transport),
         )
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
@@ -257,8 +257,10 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
     return tuple(Leftover(name, energy / total) for name, energy in energies.items() if name not in used)
 
 
-def _notes(adapter: Adapter) -> tuple[str, ...]:
+def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
     lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
+    if lossy and transport.source.digest == transport.target.digest:
+        lossy += ("both bases have the same weights: the adapter's own file works on the target, and loses nothing.",)
     return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 

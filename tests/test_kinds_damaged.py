@@ -109,5 +109,18 @@ def test_a_senseless_setting_is_one_line(tmp_path, made, kind):
             read(tmp_path, base, config | {key: value}, weights)
 
 
+def test_small_files_of_huge_updates_are_refused(tmp_path):
+    """Kronecker products and banks of vectors make much of little."""
+    side = {f"base_model.model.{Q}.lokr_{part}": matrix(200, 200) for part in ("w1", "w2")}
+    config = {"peft_type": "LOKR", "r": 200, "alpha": 1}
+    with pytest.raises(AdapterError, match=r"3,200,000,000 numbers.*--adapter-rank"):
+        load_adapter(write_folder(tmp_path / "lokr", config, side))
+    assert load_adapter(write_folder(tmp_path / "lokr", config, side), rank=2).modules[Q].shape == (40000, 40000)
+    logits = {f"base_model.model.{Q}.vblora_logits_{part}": matrix(300, 300, 2) for part in "AB"}
+    bank = {"base_model.vblora_vector_bank": matrix(2, 3000)}
+    with pytest.raises(AdapterError, match="read it at a lower rank"):
+        load_adapter(write_folder(tmp_path / "bank", {"peft_type": "VBLORA", "r": 300}, logits | bank))
+
+
 def test_every_kind_is_damaged():
     assert {kind.partition(",")[0] for kind in SMALL} | {"LoRA"} == MADE.keys()

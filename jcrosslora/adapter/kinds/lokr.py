@@ -23,6 +23,9 @@ def _read(file: AdapterFile, module: str) -> Update:
         msg = f"{file.path}: module {module!r} is a convolution: only adapters of linear layers are supported"
         raise AdapterError(msg)
     (u1, s1, vt1), (u2, s2, vt2) = (_triplets(file, module, f"lokr_{side}") for side in ("w1", "w2"))
+    shape = u1.shape[0] * u2.shape[0], vt1.shape[1] * vt2.shape[1]
+    rank = s1.size * s2.size if file.rank is None else min(file.rank, s1.size * s2.size)
+    file.check_size(module, rank * sum(shape))
     values = abs(module_scale(file, module)) * np.outer(s1, s2)
     sign = np.sign(module_scale(file, module))
     # In descending order, without what is rounding of the largest.

@@ -15,6 +15,8 @@ from jcrosslora.errors import AdapterError, CheckpointError
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("U8", "I16", "I32", "I64")
 _HEAD = "lm_head"
+# Numbers in the factors of one module: 2 GB in float64.
+_LARGEST = 2**28
 # What files call the parts whose names here are others.
 _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
 
@@ -97,6 +99,21 @@ class AdapterFile:
             msg += "checkpoint"
             raise AdapterError(msg)
         return array
+
+    def check_size(self, module: str, numbers: int) -> None:
+        """Refuse factors that are far larger than the tensors that they are made of, before they are made.
+
+        Args:
+            module: as the file spells it.
+            numbers: how many both factors hold.
+
+        Raises:
+            AdapterError: they would take more than 2 GB.
+        """
+        if numbers > _LARGEST:
+            msg = f"{self.path}: the factors of module {module!r} would hold {numbers:,} numbers"
+            msg += ": read it at a lower rank (--adapter-rank), or another adapter if no base has such a module"
+            raise AdapterError(msg)
 
     def known_base(self, kind: str, why: str) -> BaseModel:
         """The base, where a kind cannot do without.

@@ -17,7 +17,7 @@ from jcrosslora.adapter.kinds.targets import targeted_shapes
 from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
-_SEED = 42  # peft's default of proj_seed
+_SEED, _LENGTH = 42, 256  # peft's defaults of proj_seed and theta_d_length
 
 
 def _check(config: Config, where: str) -> None:
@@ -31,6 +31,11 @@ def _check(config: Config, where: str) -> None:
 
 def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
     theta = file.common("unilora_theta_d", axes=1).astype(np.float64)
+    stated = file.config.get("theta_d_length", _LENGTH)
+    if theta.size != stated:
+        msg = f"{file.path}: unilora_theta_d has {theta.size} numbers, adapter_config.json says {stated}"
+        msg += ": use the configuration that belongs to the file"
+        raise AdapterError(msg)
     for module, (a, b) in _stored(file, theta) if file.modules else _replayed(file, theta):
         yield module, Update(LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32)))
 

@@ -61,6 +61,7 @@ def _mixed(file: AdapterFile, module: str, part: str, bank: np.ndarray) -> np.nd
         msg = f"{file.path}: {part} of module {module!r} does not fit the bank of {bank.shape[0]} vectors"
         msg += ": the file is damaged"
         raise AdapterError(msg)
+    file.check_size(module, indices.size * bank.shape[1])
     return np.einsum("ijk,ijkv->ijv", weights, bank[indices])
 
 
