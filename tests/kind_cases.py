@@ -53,6 +53,9 @@ MADE = {
         "drawn anew": lambda: peft.VeraConfig(
             r=5, target_modules=TARGETS, save_projection=False, projection_prng_key=2**33 + 7
         ),
+        "drawn with the head": lambda: peft.VeraConfig(
+            r=3, target_modules=["q_proj", "lm_head"], save_projection=False
+        ),
     },
     "VB-LoRA": {
         "logits": lambda: peft.VBLoRAConfig(r=4, num_vectors=20, vector_length=8, topk=3, target_modules=TARGETS),

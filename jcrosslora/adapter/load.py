@@ -60,7 +60,7 @@ def load_adapter(
     contents = sort_tensors([parse_tensor_name(key) for key in weights.entries], files.weights)
     kind = kind_of(config, contents.parts, where)
     kind.check(config, where)
-    file = AdapterFile(config, weights, contents.modules, contents.shared, base, rank)
+    file = AdapterFile(config, weights, contents.modules, contents.heads, contents.shared, base, rank)
     updates = _read(kind, file)
     ignored = _not_moved(kind, file, contents, updates)
     modules = {name: update.factors for name, update in updates.items() if name != "lm_head"}
@@ -113,7 +113,7 @@ def _not_moved(kind: Kind, file: AdapterFile, contents: Contents, updates: Mappi
 
 def _head_energy(kind: Kind, file: AdapterFile, contents: Contents) -> float | None:
     try:
-        found = list(kind.read(dataclasses.replace(file, modules=contents.heads)))
+        found = list(kind.read(dataclasses.replace(file, modules=contents.heads, others=contents.modules)))
     except AdapterError:
         return None
     return math.fsum(_energy(update) for _, update in found)

@@ -29,6 +29,7 @@ class AdapterFile:
         config: its `adapter_config.json`.
         file: its weights.
         modules: module, as the file spells it, to part (see `parse_tensor_name`) to the tensor's name in the file.
+        others: the same of modules that are not to be read (the output head), but may decide what all share.
         shared: what all modules share: part to the tensor's name.
         base: the model that the adapter was trained on, or None.
         rank: the largest rank that is wanted, or None.
@@ -37,6 +38,7 @@ class AdapterFile:
     config: Mapping[str, Any]
     file: SafetensorsFile
     modules: Mapping[str, Mapping[str, str]]
+    others: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]
     base: BaseModel | None
     rank: int | None

@@ -29,11 +29,12 @@ def _check(config: Config, where: str) -> None:
 
 
 def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
-    shapes = {module: file.shape(module, "VeRA", _WHY) for module in file.modules}
-    if not shapes:
+    shapes = {module: file.shape(module, "VeRA", _WHY) for module in (*file.modules, *file.others)}
+    if not file.modules:
         return
     a, b = _projections(file, shapes.values())
-    for module, (rows, columns) in shapes.items():
+    for module in file.modules:
+        rows, columns = shapes[module]
         gain_b, gain_d = (file.part(module, f"vera_lambda_{side}", axes=1).astype(np.float64) for side in "bd")
         if gain_b.shape != (rows,) or gain_d.shape != (a.shape[0],) or a.shape[1] < columns or b.shape[0] < rows:
             msg = f"{file.path}: module {module!r} has {gain_b.size} gains for {rows} rows, {gain_d.size} for rank "
