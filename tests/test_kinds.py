@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_folders import CONFIG, Q, V, delta, matrix, tensors, write_folder
+from adapter_folders import CONFIG, Q, V, adapter_of, delta, matrix, tensors, write_folder
 from kind_cases import FULL, LORA, MADE, lora, make_adapter, peft
 from tiny_models import tiny_model, torch
 
 from jcrosslora.adapter import LoRAFactors, load_adapter, update_norm
 from jcrosslora.adapter.kinds.dora import full_update
 from jcrosslora.adapter.kinds.registry import KINDS
+from jcrosslora.adapter.kinds.sd_lora import stack_tasks
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 
@@ -95,6 +96,22 @@ def test_kinds_of_other_repositories_follow_their_formula(tmp_path, kind):
     for name in (Q, V):
         a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
         np.testing.assert_allclose(delta(adapter.modules[name]), 2 * b @ between @ a, rtol=0, atol=1e-6)
+
+
+def test_a_stack_of_tasks_is_directions_with_magnitudes():
+    first, second, last = (adapter_of({Q: rank} | ({V: 2} if rank != 3 else {}), seed=10 * rank) for rank in (2, 3, 4))
+    stacked = stack_tasks([first, second, last], [0.8, -0.5, 1.2])
+    a = [np.asarray(one.modules[Q].a, np.float64) for one in (first, second, last)]
+    b = [np.asarray(one.modules[Q].b, np.float64) for one in (first, second, last)]
+    sizes = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in zip(a, b, strict=True)]
+    want = 0.8 * b[0] @ a[0] / sizes[0] - 0.5 * b[1] @ a[1] / sizes[1] + 1.2 * 1.5 * b[2] @ a[2]
+    np.testing.assert_allclose(delta(stacked.modules[Q]), want, rtol=0, atol=1e-5)
+    assert [stacked.modules[name].rank for name in (Q, V)] == [9, 4]
+    np.testing.assert_allclose(delta(stack_tasks([last], [1.0]).modules[Q]), delta(last.modules[Q]), atol=1e-5)
+    with pytest.raises(UsageError, match="a number for each"):
+        stack_tasks([first, last], [1.0])
+    with pytest.raises(AdapterError, match="adapters of one base"):
+        stack_tasks([first, adapter_of({Q: 2}, width=7)], [1.0, 1.0])
 
 
 def test_every_kind_has_a_case():

@@ -4,7 +4,7 @@ The format is that of https://github.com/MohammadrezaBanaei/LoRA-XS, which is pe
 module, `default_lora_latent_mapping.weight`; peft writes it as `q_proj_lora_latent_mapping.weight`. A and B are in the
 file; a file without them is refused, because the signs of the singular vectors that R was trained with are not known.
 
-Source: arXiv 2405.17604, equation 2; utils/latent_utils.py and utils/merge_adapter_to_base_model.py there.
+Source: arXiv 2405.17604; utils/latent_utils.py and utils/merge_adapter_to_base_model.py there.
 """
 
 import numpy as np

@@ -3,7 +3,7 @@
 Which one is drawn once: each number of theta is used equally often, up to one, in an order shuffled by a seed; the
 modules follow in the order of the model, A before B. A file that does not hold the indices has them drawn again.
 
-Source: Uni-LoRA (arXiv 2506.00799), section 3; peft 0.21, generate_index in tuners/unilora/model.py.
+Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
 """
 
 from collections.abc import Iterator, Mapping

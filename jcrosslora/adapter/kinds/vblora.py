@@ -1,6 +1,6 @@
 """VB-LoRA: dW = B A, whose vectors of length v are mixtures of a few vectors of one bank.
 
-Source: VB-LoRA (arXiv 2405.15179), equation 3; peft 0.21, tuners/vblora/layer.py.
+Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 """
 
 import numpy as np
