@@ -32,12 +32,13 @@ MADE = {
         "gaussian": lambda: lora(init_lora_weights="gaussian"),
         "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
         "eva": lambda: lora(init_lora_weights="eva"),
+        "mica": lambda: lora(init_lora_weights="mica"),
         "patterns": lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.self_attn.v_proj": 9}),
     },
     "DoRA": {
         "plain": lambda: lora(use_dora=True),
         "rslora": lambda: lora(use_dora=True, use_rslora=True),
-        "of PiSSA": lambda: lora(use_dora=True, init_lora_weights="pissa"),
+        "of PiSSA": lambda: lora(use_dora=True, init_lora_weights="pissa", target_modules=["q_proj"]),
     },
     "PiSSA": {
         "plain": lambda: lora(init_lora_weights="pissa"),
