@@ -8,7 +8,6 @@ from typing import Any
 
 from jcrosslora.adapter import dropped
 from jcrosslora.adapter.config import check_type, config_notes
-from jcrosslora.adapter.contents import Contents, sort_tensors
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
 from jcrosslora.adapter.kinds.alora import invocation_of
 from jcrosslora.adapter.kinds.opened import AdapterFile
@@ -19,6 +18,7 @@ from jcrosslora.adapter.kinds.trim import cut
 from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.norms import update_norm
 from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.adapter.sorting import Contents, sort_tensors
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.errors import AdapterError, UsageError
