@@ -102,12 +102,14 @@ class Inspect:
     """An adapter folder, a base model folder, a GGUF file, or a hub id."""
     revision: str | None = None
     """Hub revision."""
+    base: str | None = None
+    """The base of an adapter, which some kinds (DoRA, PiSSA, ...) are no update without."""
 
     def run(self, console: Console) -> None:
         """Print the description."""
         from jcrosslora.report.inspect import inspect
 
-        inspect(self.path, console, revision=self.revision)
+        inspect(self.path, console, revision=self.revision, base=self.base)
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,8 @@ class Evaluate:
         if self.limit is not None and self.limit < 1:
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
-        adapters = [load_adapter(ref) for ref in self.adapter]
         base = open_base(self.base)
+        adapters = [load_adapter(ref, base) for ref in self.adapter]
         print_scores(score(base, questions[: self.limit], adapters, progress=sys.stderr.isatty()), console)
 
 

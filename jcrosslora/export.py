@@ -70,7 +70,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         check_rule(settings.out_rank)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
     check_profile(settings.profile, *(None, None) if base is None else (base.family.name, _heads(base)))
-    adapters = [load_adapter(ref) for ref in settings.adapter]
+    adapters = [load_adapter(ref, base) for ref in settings.adapter]
     if base is not None:
         info = describe_base(base, digest=False)
         adapters = [fit_to_base(adapter, info) for adapter in adapters]

@@ -110,6 +110,7 @@ class Shifter:
             raise UsageError(msg)
         if out_rank is not None:
             check_rule(out_rank)
+        _check_invocation(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
         self._out_rank: RankRule | None = out_rank
@@ -142,9 +143,14 @@ class Shifter:
             unfed=transport.pairing.unfed,
             leftovers=_leftovers(energies, {row.source for row in self._rows}),
             energy=sum(energies.values()),
-            warnings=transport.warnings + _ignored(self.adapter),
+            warnings=transport.warnings + _notes(self.adapter, transport),
         )
-        info = AdapterInfo(name=f"{self.adapter.info.name}, moved", base_name=transport.target.name)
+        info = AdapterInfo(
+            name=f"{self.adapter.info.name}, moved",
+            base_name=transport.target.name,
+            kind=self.adapter.info.kind if self.adapter.info.invocation else "LoRA",
+            invocation=self.adapter.info.invocation_target,
+        )
         moved = MovedAdapter(
             modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
         )
@@ -271,8 +277,20 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
     return tuple(Leftover(name, energy / total) for name, energy in energies.items() if name not in used)
 
 
-def _ignored(adapter: Adapter) -> tuple[str, ...]:
-    return tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
+    lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
+    if lossy and transport.source.digest == transport.target.digest:
+        lossy += ("both bases have the same weights: the adapter's own file works on the target, and loses nothing.",)
+    return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
+
+
+def _check_invocation(adapter: Adapter) -> None:
+    if adapter.info.invocation is not None and adapter.info.invocation_target is None:
+        msg = (
+            f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "
+            "jcrosslora.invocation.with_invocation(adapter, source, target)"
+        )
+        raise AdapterError(msg)
 
 
 def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int) -> ModuleRow:

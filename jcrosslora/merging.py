@@ -23,7 +23,7 @@ from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
-from jcrosslora.errors import CheckpointError, OutputError
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.files import atomic_folder, ensure_free
 from jcrosslora.lora_shift import fit_to_base
 from jcrosslora.merging_files import QUANTIZATION_KEYS, write_companions
@@ -93,9 +93,13 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     out = Path(settings.out)
     ensure_free(out, settings.overwrite)
     base = open_base(settings.base, revision=settings.base_revision)
-    adapter = fit_to_base(
-        load_adapter(settings.adapter, revision=settings.adapter_revision), describe_base(base, digest=False)
-    )
+    # Weights take an update of any rank, so that of a DoRA is merged whole.
+    whole = max(min(module.shape) for module in base.modules.values())
+    adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole)
+    if adapter.info.invocation is not None:
+        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which weights cannot do"
+        raise AdapterError(msg + ": use it beside the base, in an engine that knows aLoRA")
+    adapter = fit_to_base(adapter, describe_base(base, digest=False))
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
     plan = _stored_plan if as_stored is not None else _read_plan

@@ -11,16 +11,18 @@ from jcrosslora import hosts
 from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.errors import CheckpointError
+from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.files import ensure_free
+from jcrosslora.invocation import with_invocation
 from jcrosslora.kinship import Choice, choose_method, why_not_run
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter, cut_moved
-from jcrosslora.methods import get_method
+from jcrosslora.methods import Method, get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.rank_cut import RankRule
 from jcrosslora.refine import FitSettings
@@ -59,6 +61,8 @@ class TransferSettings:
     out_rank: RankRule | None = None
     """Cut every moved update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99;
     or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
+    adapter_rank: int | None = None
+    """Read no update of the adapter at more than this rank; if not given exactly, a DoRA at twice its rank."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
@@ -117,11 +121,13 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
-    adapter = load_adapter(settings.adapter, revision=settings.adapter_revision)
+    find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
     source, target, cache = open_both(settings)
+    adapter = load_for(settings, source, target)
     choice = choose_method(source, target) if settings.method == AUTO else None
     method = get_method(settings.method if choice is None else choice.method)
     check_profile(settings.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
+    check_invocation(adapter, method)
     mover = shifter_of(settings, adapter, describe_base(source), method.name)
     plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache)
     # After all else has been checked: writing texts takes a minute.
@@ -163,6 +169,24 @@ def open_both(settings: TransferSettings) -> tuple[BaseModel, BaseModel, Cache |
         for base in (source, target):
             base.digest(digests)
     return source, target, cache
+
+
+def load_for(settings: TransferSettings, source: BaseModel, target: BaseModel) -> Adapter:
+    """The adapter of a transfer: read with its base, and its invocation, if it has one, in the target's tokens."""
+    adapter = load_adapter(settings.adapter, source, revision=settings.adapter_revision, rank=settings.adapter_rank)
+    return with_invocation(adapter, source, target)
+
+
+def check_invocation(adapter: Adapter, method: Method) -> None:
+    """Refuse to fit an update to what an adapter does that does nothing before its invocation.
+
+    Raises:
+        MethodError: the adapter is an aLoRA, and the method runs the bases with it.
+    """
+    if adapter.info.invocation is not None and method.then != "nothing":
+        msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "
+        msg += "invocation tokens; name another method, such as cross-lora"
+        raise MethodError(msg)
 
 
 def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:

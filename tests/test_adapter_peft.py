@@ -79,26 +79,6 @@ def test_half_precision_factors_keep_their_bits(tmp_path, dtype):
     np.testing.assert_array_equal(factors.b.astype(np.float32), layer.lora_B["default"].weight.detach().float().numpy())
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"init_lora_weights": "pissa"}, "PiSSA"),
-        ({"init_lora_weights": "olora"}, "OLoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, "aLoRA"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Adapter .default.. 1 LoRA tensor:UserWarning")
-def test_files_of_other_kinds_that_peft_writes_are_refused(tmp_path, settings, named):
-    from jcrosslora.errors import AdapterError
-
-    model = tiny_model("qwen2", num_hidden_layers=1)  # Its q_proj has a bias, which lora_bias asks for.
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **settings)).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match=named):
-        load_adapter(tmp_path)
-
-
 def test_what_peft_saves_beside_lora_is_listed(tmp_path):
     model = tiny_model("qwen2", num_hidden_layers=1, tie_word_embeddings=False)
     config = peft.LoraConfig(

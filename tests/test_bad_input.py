@@ -159,10 +159,13 @@ SPOILT = {
         lambda p: edit_tensors(p / "adapter/adapter_model.safetensors", lambda tensors: tensors.pop(A)),
         ["q_proj", "lora_A"],
     ),
-    "DoRA": (lambda p: edit_json(p / "adapter/adapter_config.json", use_dora=True), ["DoRA"]),
-    "PiSSA": (lambda p: edit_json(p / "adapter/adapter_config.json", init_lora_weights="pissa"), ["PiSSA"]),
-    "activated LoRA": (
-        lambda p: edit_json(p / "adapter/adapter_config.json", alora_invocation_tokens=[1, 2]),
+    "DoRA without magnitudes": (
+        lambda p: edit_json(p / "adapter/adapter_config.json", use_dora=True),
+        ["q_proj", "lora_magnitude_vector"],
+    ),
+    "LoftQ": (lambda p: edit_json(p / "adapter/adapter_config.json", init_lora_weights="loftq"), ["LoftQ"]),
+    "activated LoRA without tokens": (
+        lambda p: edit_json(p / "adapter/adapter_config.json", alora_invocation_tokens=[]),
         ["alora_invocation_tokens"],
     ),
     "another kind of adapter": (lambda p: edit_json(p / "adapter/adapter_config.json", peft_type="IA3"), ["IA3"]),

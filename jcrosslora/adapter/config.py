@@ -1,34 +1,54 @@
-"""Check an `adapter_config.json`: that it is a plain LoRA configuration whose numbers make sense."""
+"""Check an `adapter_config.json`: that it is of a kind that is read, and that its numbers make sense."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from jcrosslora.adapter.kinds import KNOWN_KEYS, PLAIN_INITS, REFUSED, peft_type_cure
+from jcrosslora.adapter.kinds.keys import KNOWN_KEYS
+from jcrosslora.adapter.kinds.refused import PLAIN_INITS, REFUSED, why_refused
+from jcrosslora.adapter.kinds.variants import OLORA, PISSA, VARIANTS
 from jcrosslora.adapter.pattern_cost import is_matchable
 from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]
 
 
-def check_config(config: Config, where: str) -> None:
-    """Refuse a configuration that is not one of plain LoRA, or that cannot be computed with.
+def check_type(config: Config, where: str, types: Collection[str]) -> None:
+    """Refuse a configuration that is not of a kind that can be read.
 
     Args:
         config: the JSON object.
         where: its path, for messages.
+        types: the `peft_type`s that are read.
 
     Raises:
-        AdapterError: another kind of adapter (named), or a missing or senseless value.
+        AdapterError: another kind of adapter (named).
     """
-    _check_type(config, where)
-    for refusal in REFUSED:
-        if refusal.applies(config):
-            msg = f"{where}: {refusal.kind} is not supported: {refusal.why}; {refusal.cure}"
+    if "fine_tune_type" in config:
+        msg = f"{where}: an adapter in the format of MLX, a PEFT adapter was wanted: convert it to PEFT first"
+        raise AdapterError(msg)
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str):
+        msg = f"{where}: peft_type is {peft_type!r}, 'LORA' was wanted: this is not a complete PEFT configuration"
+        raise AdapterError(msg)
+    if peft_type.upper() not in types:
+        msg = f"{where}: an adapter of type {peft_type!r} is not supported: {why_refused(peft_type.upper())}"
+        raise AdapterError(msg)
+
+
+def check_lora(config: Config, where: str) -> None:
+    """Refuse a configuration of type LORA that cannot be computed with.
+
+    Raises:
+        AdapterError: a variant that is refused (named), or a missing or senseless value.
+    """
+    for kind, (why, cure) in REFUSED.items():
+        if VARIANTS[kind](config):
+            msg = f"{where}: {kind} is not supported: {why}; {cure}"
             raise AdapterError(msg)
     _check_init(config, where)
     check_numbers(config, where)
-    _check_targets(config, where)
+    check_targets(config, where)
 
 
 def config_notes(config: Config) -> list[str]:
@@ -44,44 +64,44 @@ def config_notes(config: Config) -> list[str]:
     return notes + [f"config key {key} is not known and was ignored." for key in unknown]
 
 
-def _check_type(config: Config, where: str) -> None:
-    if "fine_tune_type" in config:
-        msg = f"{where}: an adapter in the format of MLX, a PEFT adapter was wanted: convert it to PEFT first"
-        raise AdapterError(msg)
-    peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str):
-        msg = f"{where}: peft_type is {peft_type!r}, 'LORA' was wanted: this is not a complete PEFT configuration"
-        raise AdapterError(msg)
-    if peft_type.upper() != "LORA":
-        msg = f"{where}: an adapter of type {peft_type!r} is not supported, only LORA is; {peft_type_cure(peft_type)}"
-        raise AdapterError(msg)
-
-
 def _check_init(config: Config, where: str) -> None:
     init = config.get("init_lora_weights", True)
-    if str(init).lower() not in PLAIN_INITS:
+    read = VARIANTS[PISSA](config) or VARIANTS[OLORA](config)
+    if str(init).lower() not in PLAIN_INITS and not read:
         msg = (
             f"{where}: init_lora_weights {init!r} is not known: it may have changed the base weights; use a plain LoRA"
         )
         raise AdapterError(msg)
 
 
-def check_numbers(config: Config, where: str) -> None:
-    """Refuse ranks and scales that cannot be computed with.
+def check_rank(config: Config, where: str) -> None:
+    """Refuse a rank that cannot be computed with.
 
     Raises:
-        AdapterError: `r`, `lora_alpha`, `use_rslora` or one of the patterns is missing or makes no sense.
+        AdapterError: `r` is missing or makes no sense.
     """
     if not is_rank(config.get("r")):
-        msg = f"{where}: r is {_shown(config, 'r')}, a whole number of 1 or more was wanted: correct the file"
+        msg = f"{where}: r is {shown(config, 'r')}, a whole number of 1 or more was wanted: correct the file"
         raise AdapterError(msg)
-    if not is_alpha(config.get("lora_alpha")):
-        msg = (
-            f"{where}: lora_alpha is {_shown(config, 'lora_alpha')}, a number other than 0 was wanted: correct the file"
-        )
+
+
+def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None:
+    """Refuse ranks and scales that cannot be computed with.
+
+    Args:
+        config: the JSON object.
+        where: its path, for messages.
+        alpha: the name of what is divided by the rank.
+
+    Raises:
+        AdapterError: `r`, `alpha`, `use_rslora` or one of the patterns is missing or makes no sense.
+    """
+    check_rank(config, where)
+    if not is_alpha(config.get(alpha)):
+        msg = f"{where}: {alpha} is {shown(config, alpha)}, a number other than 0 was wanted: correct the file"
         raise AdapterError(msg)
     if not isinstance(config.get("use_rslora") or False, bool):
-        msg = f"{where}: use_rslora is {_shown(config, 'use_rslora')}, true or false was wanted: correct the file"
+        msg = f"{where}: use_rslora is {shown(config, 'use_rslora')}, true or false was wanted: correct the file"
         raise AdapterError(msg)
     _check_patterns(config, where)
 
@@ -90,7 +110,7 @@ def _check_patterns(config: Config, where: str) -> None:
     for table, valid, wanted in (("rank_pattern", is_rank, "ranks"), ("alpha_pattern", is_alpha, "numbers")):
         values = config.get(table) or {}
         if not isinstance(values, dict):
-            msg = f"{where}: {table} is {_shown(config, table)}, an object of {wanted} was wanted: correct the file"
+            msg = f"{where}: {table} is {shown(config, table)}, an object of {wanted} was wanted: correct the file"
             raise AdapterError(msg)
         for key, value in values.items():
             if not valid(value) or not is_matchable(key):
@@ -98,11 +118,16 @@ def _check_patterns(config: Config, where: str) -> None:
                 raise AdapterError(msg)
 
 
-def _check_targets(config: Config, where: str) -> None:
+def check_targets(config: Config, where: str) -> None:
+    """Refuse `target_modules` that are no names.
+
+    Raises:
+        AdapterError: they are something else.
+    """
     targets = config.get("target_modules")
     as_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if targets is not None and not isinstance(targets, str) and not as_list:
-        msg = f"{where}: target_modules is {_shown(config, 'target_modules')}, names were wanted: correct the file"
+        msg = f"{where}: target_modules is {shown(config, 'target_modules')}, names were wanted: correct the file"
         raise AdapterError(msg)
 
 
@@ -118,5 +143,6 @@ def is_alpha(value: Any) -> bool:
     return abs(value) < 1e30 and not math.isnan(value) and value != 0
 
 
-def _shown(config: Config, key: str) -> str:
+def shown(config: Config, key: str) -> str:
+    """A value for a message: short, or that it is missing."""
     return repr(config[key])[:60] if key in config else "missing"

@@ -1,6 +1,6 @@
 """What a profile writes: the factors of an adapter, and what its file has to say of the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jcrosslora.adapter.portable import FileDtype
@@ -20,6 +20,7 @@ class Contents:
         family: the base's family ("llama", "qwen2", ...), where a format needs it.
         heads: (query heads, key heads) of the base, likewise.
         metadata: provenance, pairs of strings.
+        invocation: tokens of the base from which on it acts (aLoRA); None for one that always does.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -30,6 +31,7 @@ class Contents:
     family: str | None = None
     heads: tuple[int, int] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    invocation: Sequence[int] | None = None
 
     @property
     def rank(self) -> int:

@@ -10,7 +10,8 @@ forecast, not a test run.
 from collections.abc import Callable
 
 from jcrosslora.adapter.facts import AdapterFacts
-from jcrosslora.adapter.kinds import KNOWN_TYPES, REFUSED
+from jcrosslora.adapter.kinds.refused import KNOWN_TYPES
+from jcrosslora.adapter.kinds.variants import VARIANTS
 from jcrosslora.adapter.names import PREFIX, text_module_name
 from jcrosslora.adapter.patterns import module_alpha, module_rank
 
@@ -30,7 +31,7 @@ def plain_lora(*supported: str) -> Rule:
     def rule(facts: AdapterFacts) -> str | None:
         if facts.peft_type != "LORA":
             return f"it reads only LoRA, this is {facts.peft_type or 'of no type'}"
-        kinds = [entry.kind for entry in REFUSED if entry.applies(facts.config) and entry.kind not in supported]
+        kinds = [kind for kind, applies in VARIANTS.items() if applies(facts.config) and kind not in supported]
         return f"it reads only plain LoRA, this is {', '.join(kinds)}" if kinds else None
 
     return rule

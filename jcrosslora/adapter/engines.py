@@ -7,6 +7,7 @@ from pathlib import Path
 from jcrosslora.adapter import engine_rules as rules
 from jcrosslora.adapter.engine_rules import Rule
 from jcrosslora.adapter.facts import AdapterFacts, read_facts
+from jcrosslora.adapter.kinds.variants import ALORA
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         "llama.cpp",
         (
-            rules.plain_lora("aLoRA (alora_invocation_tokens)"),
+            rules.plain_lora(ALORA),
             rules.only_tensors("A", "B", "embedding", "copy", norms=True),
             rules.alpha_over_rank,
         ),

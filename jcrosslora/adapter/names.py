@@ -16,12 +16,20 @@ _PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("lora_bias", re.compile(r"^(.+)\.lora_[AB]\.bias$")),
     ("dora", re.compile(r"^(.+)\.(?:lora_magnitude_vector|dora_scale)(?:\.weight)?$")),
     ("kasa", re.compile(r"^(.+)\.lora_diag(?:\.weight)?$")),
-    ("adalora", re.compile(r"^(.+)\.(?:lora_E|ranknum)$")),
+    # peft writes `q_proj_lora_latent_mapping`, because it takes ".default" out of every name.
+    ("latent", re.compile(r"^(.+?)(?:\.default)?_lora_latent_mapping\.weight$")),
     ("tokens", re.compile(r"^(.+?)\.(?:token_adapter\.)?trainable_tokens_(?:delta|original).*$")),
     ("copy", re.compile(r"^(.+)\.base_layer\.weight$")),
     ("bias", re.compile(r"^(.+?)(?:\.base_layer)?\.bias$")),
 )
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.weight)?$")
+# Parts of other kinds of adapter, which keep the name that the file gives them.
+_OTHER = re.compile(
+    r"^(.+)\.(lora_E|ranknum|lora_gate|vera_lambda_[bd]|vblora_logits_[AB](?:_topk_(?:indices|weights))?|"
+    r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|unilora_(?:indices|scales)_[AB])(?:\.weight)?$"
+)
+# What all modules of such a kind share.
+_SHARED = re.compile(r"^base_model\.(vera_[AB]|vblora_vector_bank|unilora_theta_d)$")
 _TEXT_PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)")
 _OUTER_HEAD = re.compile(r"^(?:model\.)?language_model\.lm_head")
 
@@ -32,9 +40,10 @@ class TensorName:
 
     Attributes:
         key: the name in the file.
-        kind: "A" or "B" for a LoRA factor; else "embedding", "lora_bias", "dora", "kasa", "adalora", "tokens", "copy"
-            (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's).
-        module: the module that it belongs to, without the PEFT prefix, as the file spells it.
+        kind: "A" or "B" for a LoRA factor; "embedding", "lora_bias", "dora", "kasa", "latent" (LoRA-XS), "tokens",
+            "copy" (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's); else the name
+            that another kind of adapter gives to its part, such as "hada_w1_a".
+        module: the module that it belongs to, without the PEFT prefix, as the file spells it; "" where all share it.
     """
 
     key: str
@@ -44,7 +53,11 @@ class TensorName:
 
 def parse_tensor_name(key: str) -> TensorName:
     """The meaning of a tensor name in an adapter file; the PEFT prefix may be absent."""
+    if shared := _SHARED.match(key):
+        return TensorName(key, shared[1], "")
     name = key.removeprefix(PREFIX)
+    if other := _OTHER.match(name):
+        return TensorName(key, other[2], other[1])
     if factor := _FACTOR.match(name):
         return TensorName(key, factor[2], factor[1])
     for kind, pattern in _PARTS:

@@ -28,9 +28,9 @@ def module_rank(config: Mapping[str, Any], module: str) -> int:
     return _pattern_value(config, "rank_pattern", "r", module)
 
 
-def module_alpha(config: Mapping[str, Any], module: str) -> float:
-    """The lora_alpha that the configuration gives to a module (name without the PEFT prefix)."""
-    return _pattern_value(config, "alpha_pattern", "lora_alpha", module)
+def module_alpha(config: Mapping[str, Any], module: str, default: str = "lora_alpha") -> float:
+    """The alpha that the configuration gives to a module (name without the PEFT prefix), `default` where no pattern."""
+    return _pattern_value(config, "alpha_pattern", default, module)
 
 
 def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:

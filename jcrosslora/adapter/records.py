@@ -47,6 +47,12 @@ class AdapterInfo:
         digest: "sha256:..." of the weights file, or None for an adapter made in memory.
         revision: hub commit of an adapter that was asked for by a hub id, else None.
         ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
+        kind: the kind of adapter that it was read from, such as "DoRA".
+        read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
+        lost: share of the update's squared Frobenius norm that reading it lost.
+        rank_limit: the largest rank that was asked for when it was read, or None.
+        invocation: tokens of its base from which on it acts (aLoRA); None for one that always does.
+        invocation_target: the same text in tokens of the base that it is to be moved to, see `jcrosslora.invocation`.
     """
 
     name: str = "memory"
@@ -55,6 +61,12 @@ class AdapterInfo:
     digest: str | None = None
     revision: str | None = None
     ignored: tuple[str, ...] = ()
+    kind: str = "LoRA"
+    read_as: str | None = None
+    lost: float = 0.0
+    rank_limit: int | None = None
+    invocation: tuple[int, ...] | None = None
+    invocation_target: tuple[int, ...] | None = None
 
 
 @flax.struct.dataclass

@@ -89,6 +89,7 @@ def save_adapter(
         family=family,
         heads=heads,
         metadata=metadata or {},
+        invocation=adapter.info.invocation,
     )
     with atomic_folder(out, overwrite) as folder:
         WRITERS[profile](contents, folder)

@@ -17,13 +17,18 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         adapters: at least one. Of a single one the result is that adapter itself.
 
     Raises:
-        AdapterError: none was given, or updates of one module have different shapes.
+        AdapterError: none was given, one acts only after certain tokens, or updates of one module have different
+            shapes.
     """
     if not adapters:
         msg = "no adapters to add: give at least one"
         raise AdapterError(msg)
     if len(adapters) == 1:
         return adapters[0]
+    bound = next((adapter for adapter in adapters if adapter.info.invocation is not None), None)
+    if bound is not None:
+        msg = f"adapter {bound.info.name} acts only after its invocation tokens (aLoRA): it has no sum with others"
+        raise AdapterError(msg + ", write it alone")
     found: dict[str, list[LoRAFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.modules.items():

@@ -40,6 +40,8 @@ def write_gguf(contents: Contents, folder: Path) -> None:
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if contents.invocation is not None:
+        writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [int(token) for token in contents.invocation])
     writer.add_file_type(gguf.LlamaFileType[file_type])
     _add_base(writer, contents.base_name)
     for key, value in sorted(contents.metadata.items()):

@@ -36,6 +36,7 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
         base_name=contents.base_name,
         base_revision=contents.base_revision,
         exclude=contents.exclude,
+        invocation=contents.invocation,
     )
     # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
     (folder / WEIGHTS).write_bytes(serialized(tensors, {**contents.metadata, "format": "pt"}))
@@ -48,6 +49,7 @@ def peft_config(
     base_name: str | None = None,
     base_revision: str | None = None,
     exclude: Sequence[str] = (),
+    invocation: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` for modules of these ranks, all with scale 1.
 
@@ -59,11 +61,12 @@ def peft_config(
         base_name: the base, an id or a path.
         base_revision: its revision.
         exclude: modules that have the ending of one in `ranks`, but no update.
+        invocation: tokens from which on the adapter acts (aLoRA); None for one that always does.
     """
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
     patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
-    return {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
@@ -87,3 +90,4 @@ def peft_config(
         "layers_pattern": None,
         "layer_replication": None,
     }
+    return config if invocation is None else {**config, "alora_invocation_tokens": list(invocation)}

@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jcrosslora import hosts
-from jcrosslora.adapter import load_adapter
 from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
@@ -23,10 +22,21 @@ from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, choose_method
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
-from jcrosslora.methods import get_method
+from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
-from jcrosslora.transport import BaseInfo, describe_base
-from jcrosslora.trip import AUTO, open_both, plan_of, probes_of, save_adapter, shifter_of, transfer, with_account
+from jcrosslora.transport import describe_base
+from jcrosslora.trip import (
+    AUTO,
+    check_invocation,
+    load_for,
+    open_both,
+    plan_of,
+    probes_of,
+    save_adapter,
+    shifter_of,
+    transfer,
+    with_account,
+)
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -134,8 +144,7 @@ class _Run:
         source, target, cache = open_both(settings)
         choice = choose_method(source, target) if settings.method == AUTO else None
         method = get_method(settings.method if choice is None else choice.method)
-        info, digest = describe_base(source), target.digest()
-        found = [self._load(job, info, digest, method.name) for job in unit.jobs]
+        found = [self._load(job, source, target, method) for job in unit.jobs]
         loaded = [item for item in found if item is not None]
         if method.then != "nothing":
             for item in loaded:
@@ -148,12 +157,13 @@ class _Run:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
                 self._close(item.job, "kept")
 
-    def _load(self, job: Job, source: BaseInfo, target: str, method: str) -> _Loaded | None:
+    def _load(self, job: Job, source: BaseModel, target: BaseModel, method: Method) -> _Loaded | None:
         """Check a job's adapter and its output before anything is computed."""
         try:
-            adapter = load_adapter(job.settings.adapter)
-            mover = shifter_of(job.settings, adapter, source, method)
-            mark = mark_of(job, adapter.info.digest, source.digest, target)
+            adapter = load_for(job.settings, source, target)
+            check_invocation(adapter, method)
+            mover = shifter_of(job.settings, adapter, describe_base(source), method.name)
+            mark = mark_of(job, adapter.info.digest, source.digest(), target.digest())
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
@@ -194,7 +204,7 @@ class _Run:
         info = describe_base(source)
         for chunk in chunks:
             wanted = [item.job.settings for item in chunk]
-            movers = [shifter_of(one, load_adapter(one.adapter), info, plan.method.name) for one in wanted]
+            movers = [shifter_of(one, load_for(one, source, target), info, plan.method.name) for one in wanted]
             for group in plan.groups(progress=self._progress) if held is None else held:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):

@@ -42,7 +42,7 @@ def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
     """Stack the factors of an adapter; smaller ranks of a role are padded with zeros.
 
     Raises:
-        AdapterError: a module that the base does not have, or factors that do not fit it.
+        AdapterError: a module that the base does not have, factors that do not fit it, or an aLoRA.
     """
     ranks = _ranks([adapter], base)
     return StackedAdapter({role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()})
@@ -90,9 +90,17 @@ def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
     return project(project(x.astype(jnp.float32), factors.a), factors.b)
 
 
+def _check_acts(adapter: Adapter) -> None:
+    if adapter.info.invocation is not None:
+        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which the decoder does not "
+        msg += "look for: what it changes cannot be computed; use an adapter that always acts"
+        raise AdapterError(msg)
+
+
 def _ranks(adapters: Iterable[Adapter], base: BaseModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for adapter in adapters:
+        _check_acts(adapter)
         for name, factors in adapter.modules.items():
             role = _check_fit(name, factors, adapter, base)
             found[role] = max(found.get(role, 0), factors.rank)

@@ -22,6 +22,7 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "depth": recipe.depth,
         "calibrate": report.calibration,
         "out_rank": report.out_rank,
+        "adapter_rank": report.adapter.rank_limit,
         "dtype": dtype,
         "profile": profile,
         "seed": recipe.seed,

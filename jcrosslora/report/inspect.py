@@ -15,15 +15,21 @@ from jcrosslora.errors import CheckpointError, JCrossLoRAError
 from jcrosslora.methods import METHODS
 
 
-def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
+def inspect(ref: str, console: Console, *, revision: str | None = None, base: str | None = None) -> None:
     """Print what `ref` is: an adapter (a folder with adapter_config.json) or a base model.
+
+    Args:
+        ref: a path or a hub id.
+        console: to print to.
+        revision: hub revision.
+        base: the base of an adapter, which some kinds are no update without: a path or a hub id.
 
     Raises:
         JCrossLoRAError: it is neither, or cannot be read.
     """
     path = Path(ref)
     if path.is_dir() and (path / "adapter_config.json").exists():
-        _print_adapter(load_adapter(ref), console)
+        _print_adapter(load_adapter(ref, None if base is None else open_base(base)), console)
         return
     if path.exists():
         _print_base(open_base(ref), console)
@@ -31,7 +37,7 @@ def inspect(ref: str, console: Console, *, revision: str | None = None) -> None:
     if not is_hub_id(ref):
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
-    _inspect_hub(ref, console, revision)
+    _inspect_hub(ref, console, revision, base)
 
 
 def reported_family(folder: Path) -> str | None:
@@ -59,10 +65,10 @@ def print_methods(console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _inspect_hub(ref: str, console: Console, revision: str | None) -> None:
+def _inspect_hub(ref: str, console: Console, revision: str | None, base_ref: str | None) -> None:
     """A hub id may be either kind: try the small one first, and report the base's error if it is neither."""
     try:
-        adapter = load_adapter(ref, revision=revision)
+        adapter = load_adapter(ref, None if base_ref is None else open_base(base_ref), revision=revision)
     except JCrossLoRAError as adapter_error:
         try:
             base = open_base(ref, revision=revision)
@@ -77,6 +83,9 @@ def _inspect_hub(ref: str, console: Console, revision: str | None) -> None:
 def _print_adapter(adapter: Adapter, console: Console) -> None:
     _say(console, f"adapter: {adapter.info.name}")
     _say(console, f"for: {adapter.info.base_name or 'its file does not name a base model'}")
+    _say(console, f"kind: {adapter.info.read_as or adapter.info.kind}")
+    if adapter.info.invocation is not None:
+        _say(console, f"acts after the tokens: {', '.join(map(str, adapter.info.invocation))}")
     rows = describe_adapter(adapter)
     if rows:
         table = Table(*rows[0])

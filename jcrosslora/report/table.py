@@ -49,6 +49,8 @@ def report_depth(report: TransferReport) -> str:
 
 def _notes(report: TransferReport) -> list[str]:
     lines = [] if report.choice is None else [f"method: {report.recipe.method}, because {report.choice}"]
+    if report.adapter.read_as is not None and not report.adapter.lost:
+        lines.append(f"adapter: {report.adapter.read_as}")
     if report.fitted is not None:
         lines.append(f"fit: {report.fitted}")
     if report.cut is not None:

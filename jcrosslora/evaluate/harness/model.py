@@ -76,7 +76,7 @@ class JCrossLoRALM(TemplateLM):
         self.base = base if isinstance(base, BaseModel) else open_base(base)
         stated = self.base.config.get("max_position_embeddings")
         self.max_length = positive("max_length", stated if max_length is None else max_length)
-        self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter)
+        self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)

@@ -1,0 +1,46 @@
+"""AdaLoRA: dW = alpha / (n + 1e-5) B diag(E) A, where n is the rank that training began with.
+
+Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.py.
+"""
+
+import numpy as np
+
+from jcrosslora.adapter.config import check_targets, is_alpha, is_rank, shown
+from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.plain import read_pair
+from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
+from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.errors import AdapterError
+
+_INITIAL_RANK = 12  # peft's default of init_r
+
+
+def _check(config: Config, where: str) -> None:
+    if not is_rank(config.get("init_r", _INITIAL_RANK)):
+        msg = f"{where}: init_r is {shown(config, 'init_r')}, a whole number of 1 or more was wanted: correct the file"
+        raise AdapterError(msg)
+    # Zero or less stands for the rank here.
+    if not is_alpha(config.get("lora_alpha") or 1):
+        msg = f"{where}: lora_alpha is {shown(config, 'lora_alpha')}, a number was wanted: correct the file"
+        raise AdapterError(msg)
+    check_targets(config, where)
+
+
+def _read(file: AdapterFile, module: str) -> Update | None:
+    keys = file.modules[module]
+    if "A" in keys and 0 in file.file.entries[keys["A"]].shape:
+        return None  # All its ranks were pruned.
+    (a, b), gains = read_pair(file, module), file.part(module, "lora_E").astype(np.float64)
+    if not a.shape[0] == b.shape[1] == gains.size:
+        msg = (
+            f"{file.path}: module {module!r} has A of shape {list(a.shape)}, B of shape {list(b.shape)} and E of shape "
+        )
+        msg += f"{list(gains.shape)}: one rank was wanted; the file is damaged"
+        raise AdapterError(msg)
+    alpha = file.config.get("lora_alpha") or 0
+    scale = (alpha if alpha > 0 else a.shape[0]) / (file.config.get("init_r", _INITIAL_RANK) + 1e-5)
+    scaled = gains.reshape(-1, 1) * a.astype(np.float64)
+    return Update(LoRAFactors(a=scaled.astype(np.float32), b=b, scale=scale))
+
+
+ADALORA = Kind(name="AdaLoRA", peft_type="ADALORA", formula="s B diag(E) A", read=each_module(_read), check=_check)

@@ -1,0 +1,36 @@
+"""Activated LoRA: s B A, but only from the last occurrence of certain tokens on (arXiv 2504.12397).
+
+Its weights are those of a plain LoRA. The tokens go along: `jcrosslora.invocation` writes them in another tokenizer's.
+"""
+
+from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.record import Config, Kind
+from jcrosslora.errors import AdapterError
+
+
+def invocation_of(config: Config) -> tuple[int, ...] | None:
+    """The tokens from which on an adapter acts; None for one that always does."""
+    tokens = config.get("alora_invocation_tokens")
+    return None if tokens is None else tuple(tokens)
+
+
+def _check(config: Config, where: str) -> None:
+    check_lora(config, where)
+    tokens = config["alora_invocation_tokens"]
+    if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        msg = (
+            f"{where}: alora_invocation_tokens is {str(tokens)[:60]}, a list of token ids was wanted: correct the file"
+        )
+        raise AdapterError(msg)
+
+
+ALORA = Kind(
+    name="aLoRA",
+    peft_type="LORA",
+    formula="s B A after its invocation tokens",
+    read=PLAIN.read,
+    check=_check,
+    applies=lambda config, _: variants.VARIANTS[variants.ALORA](config),
+)

@@ -1,0 +1,46 @@
+"""BeamLoRA: dW = s B diag(r softmax(g / tau)) A, a gate g over the ranks.
+
+The format is that of https://github.com/gccnlp/BeamLoRA, peft's with a `lora_gate` (1, r) for each module. The
+temperature tau stands in its code and not in the file: 0.05, which its README says to change to 0.03 for learning rates
+below 1e-4.
+
+Source: BeamLoRA (arXiv 2502.13604).
+"""
+
+import numpy as np
+
+from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.plain import read_factors
+from jcrosslora.adapter.kinds.record import Kind, Update, each_module
+from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.errors import AdapterError
+
+TEMPERATURE = 0.05
+
+
+def _read(file: AdapterFile, module: str) -> Update:
+    factors = read_factors(file, module)
+    gate = file.part(module, "lora_gate").astype(np.float64)
+    if gate.size != factors.rank:
+        msg = f"{file.path}: module {module!r} has a gate of shape {list(gate.shape)} for rank {factors.rank}"
+        msg += ": the file is damaged"
+        raise AdapterError(msg)
+    gains = np.exp((gate - gate.max()) / TEMPERATURE).ravel()
+    gains *= factors.rank / gains.sum()
+    # The most important ranks first.
+    order = np.argsort(-gains, kind="stable")
+    a = (gains[:, None] * np.asarray(factors.a).astype(np.float64))[order]
+    return Update(LoRAFactors(a=a.astype(np.float32), b=np.asarray(factors.b)[:, order], scale=factors.scale))
+
+
+BEAM = Kind(
+    name="BeamLoRA",
+    peft_type="LORA",
+    formula="s B diag(r softmax(g / tau)) A",
+    read=each_module(_read),
+    check=check_lora,
+    applies=lambda config, parts: variants.VARIANTS[variants.BEAM](config) or "lora_gate" in parts,
+    remark=lambda _: f"its temperature is not in the file, {TEMPERATURE} was taken, its repository's default",
+)

@@ -1,0 +1,82 @@
+"""DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
+
+The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the m over the norms, is of full rank: what is read is
+its best approximation of a lower rank, and how much of it that loses.
+
+Source: DoRA (arXiv 2402.09353), equation 5; peft 0.21, tuners/lora/dora.py.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds.mutated import OLORA, PISSA
+from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.record import Kind, Update
+from jcrosslora.adapter.kinds.trim import undivided
+from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.errors import AdapterError
+from jcrosslora.linalg import decompose
+
+# For each direction of B A one more, for what the magnitudes do.
+RANK_FACTOR = 2
+
+_WHY = "rescales the rows of W + B A"
+
+
+def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+    inner = next(kind for kind in (PISSA, OLORA, PLAIN) if kind.applies(file.config, ()))
+    for module, update in inner.read(file):
+        yield module, _with_magnitude(file, module, update.factors)
+
+
+def _with_magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> Update:
+    magnitude = file.part(module, "dora", axes=1).astype(np.float32)
+    rows, _ = factors.shape
+    if magnitude.shape != (rows,):
+        msg = f"{file.path}: module {module!r} has {magnitude.shape[0]} magnitudes for {rows} rows"
+        msg += ": magnitudes of another axis (LyCORIS's dora_scale) are not supported; convert it with peft first"
+        raise AdapterError(msg)
+    weight = file.weight(module, factors.shape, "DoRA", _WHY)
+    change = full_update(weight, factors, magnitude)
+    wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank
+    if wanted >= min(factors.shape):
+        b, a = undivided(change)
+        return Update(LoRAFactors(a=a, b=b))
+    svd, _ = decompose(jnp.asarray(change)[None], wanted, vectors=False)
+    u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))
+    total = float(np.sum(np.square(change, dtype=np.float64)))
+    lost = max(0.0, total - float(np.sum(np.square(s, dtype=np.float64))))
+    root = np.sqrt(s)
+    return Update(LoRAFactors(a=np.ascontiguousarray((v * root).T), b=np.ascontiguousarray(u * root)), lost)
+
+
+def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray) -> np.ndarray:
+    """float32 (O, I): dW = W' - W, with float64 sums where the two nearly cancel.
+
+    Args:
+        weight: float32 (O, I), W.
+        factors: of s B A.
+        magnitude: float32 (O,), m.
+    """
+    a, b = (np.asarray(matrix).astype(np.float32) for matrix in (factors.a, factors.b))
+    low = np.float32(factors.scale) * (b @ a)
+    norms = np.sqrt(np.sum(np.square(weight + low, dtype=np.float64), axis=1))
+    # A row of zeros stays one, whatever its magnitude.
+    ratio = np.where(norms > 0, magnitude / np.where(norms > 0, norms, 1), 1)
+    return (ratio - 1).astype(np.float32)[:, None] * weight + ratio.astype(np.float32)[:, None] * low
+
+
+DORA = Kind(
+    name="DoRA",
+    peft_type="LORA",
+    formula="diag(m / ||W + s B A||) (W + s B A) - W",
+    read=_read,
+    check=check_lora,
+    applies=lambda config, parts: variants.VARIANTS[variants.DORA](config) or "dora" in parts,
+    over=(PISSA.name, OLORA.name),
+)

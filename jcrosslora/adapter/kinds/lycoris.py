@@ -1,0 +1,38 @@
+"""What LoHa and LoKr have in common: `r`, `alpha` and patterns for both."""
+
+from jcrosslora.adapter.config import check_numbers, check_targets
+from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.plain import pattern_name
+from jcrosslora.adapter.kinds.record import Config
+from jcrosslora.adapter.patterns import module_alpha, module_rank
+from jcrosslora.errors import AdapterError
+
+
+def check_lycoris(config: Config, where: str) -> None:
+    """Refuse ranks and scales that cannot be computed with.
+
+    Raises:
+        AdapterError: `r`, `alpha` or one of the patterns is missing or makes no sense.
+    """
+    check_numbers(config, where, alpha="alpha")
+    check_targets(config, where)
+
+
+def module_scale(file: AdapterFile, module: str, rank: int | None = None) -> float:
+    """Alpha / r of a module.
+
+    Args:
+        file: the adapter.
+        module: as the file spells it.
+        rank: of its tensors, to be compared with the configuration's; None where they do not tell.
+
+    Raises:
+        AdapterError: the tensors have another rank than the configuration says.
+    """
+    name = pattern_name(file.config, module)
+    stated = module_rank(file.config, name)
+    if rank is not None and rank != stated:
+        msg = f"{file.path}: module {module!r} has rank {rank}, adapter_config.json says {stated}"
+        msg += ": correct r or rank_pattern, or use the configuration that belongs to the file"
+        raise AdapterError(msg)
+    return module_alpha(file.config, name, default="alpha") / stated

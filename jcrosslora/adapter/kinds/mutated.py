@@ -1,0 +1,79 @@
+"""PiSSA and OLoRA: training starts from factors that were taken out of the base.
+
+When peft loads such an adapter it takes the same out of the base again, so s B A alone is not the update. It is
+
+    PiSSA   dW = s B A - Q Q' W     Q: the top r left singular vectors of W
+    OLoRA   dW = s B A - s Q Q' W   Q: an orthonormal basis of the first r columns of W
+
+(Q Q' W is the best approximation of W of rank r, and the product of the first r columns and rows of its QR.) Both are
+exact at rank 2 r.
+
+Sources: PiSSA (arXiv 2404.02948), OLoRA (arXiv 2406.01775); peft 0.21, tuners/lora/layer.py.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.plain import read_factors
+from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
+from jcrosslora.adapter.kinds.trim import trimmed
+from jcrosslora.linalg import decompose
+
+# Of the subspace at the cut, in radians: what float32 weights with close neighbours at the cut allow.
+_TOLERANCE = 1e-4
+
+Basis = Callable[[np.ndarray, int], np.ndarray]
+
+
+def _singular_vectors(weight: np.ndarray, rank: int) -> np.ndarray:
+    svd, _ = decompose(jnp.asarray(weight)[None], rank, vectors=False, tolerance=_TOLERANCE)
+    return np.asarray(svd.u[0])
+
+
+def _first_columns(weight: np.ndarray, rank: int) -> np.ndarray:
+    return weight[:, :rank]
+
+
+def _reader(kind: str, basis: Basis, *, scaled: bool) -> Callable[[AdapterFile, str], Update]:
+    def read(file: AdapterFile, module: str) -> Update:
+        factors = read_factors(file, module)
+        weight = file.weight(module, factors.shape, kind, "starts from factors of the base's weights")
+        rank = min(factors.rank, *factors.shape)
+        q, _ = np.linalg.qr(basis(weight, rank).astype(np.float64))
+        taken = factors.scale if scaled else 1.0
+        b = np.concatenate([factors.scale * np.asarray(factors.b).astype(np.float64), -taken * q], axis=1)
+        a = np.concatenate([np.asarray(factors.a).astype(np.float64), q.T @ weight.astype(np.float64)])
+        return trimmed(b, a)
+
+    return read
+
+
+def _pissa_remark(config: Config) -> str:
+    if str(config.get("init_lora_weights")).lower() == "pissa":
+        return ""
+    return "its random SVD is not recorded, the exact one took its place"
+
+
+PISSA = Kind(
+    name="PiSSA",
+    peft_type="LORA",
+    formula="s B A less the base's best approximation of rank r",
+    read=each_module(_reader("PiSSA", _singular_vectors, scaled=False)),
+    check=check_lora,
+    applies=lambda config, _: variants.VARIANTS[variants.PISSA](config),
+    remark=_pissa_remark,
+)
+
+OLORA = Kind(
+    name="OLoRA",
+    peft_type="LORA",
+    formula="s B A less s times the first r columns and rows of the base's QR",
+    read=each_module(_reader("OLoRA", _first_columns, scaled=True)),
+    check=check_lora,
+    applies=lambda config, _: variants.VARIANTS[variants.OLORA](config),
+)

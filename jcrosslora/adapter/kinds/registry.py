@@ -1,0 +1,45 @@
+"""Every kind of adapter that is read, and which of them a configuration and its tensors are."""
+
+from collections.abc import Collection
+
+from jcrosslora.adapter.kinds.adalora import ADALORA
+from jcrosslora.adapter.kinds.alora import ALORA
+from jcrosslora.adapter.kinds.beam import BEAM
+from jcrosslora.adapter.kinds.dora import DORA
+from jcrosslora.adapter.kinds.loha import LOHA
+from jcrosslora.adapter.kinds.lokr import LOKR
+from jcrosslora.adapter.kinds.lora_xs import LORA_XS
+from jcrosslora.adapter.kinds.mutated import OLORA, PISSA
+from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.record import Config, Kind
+from jcrosslora.adapter.kinds.unilora import UNILORA
+from jcrosslora.adapter.kinds.vblora import VBLORA
+from jcrosslora.adapter.kinds.vera import VERA
+from jcrosslora.errors import AdapterError
+
+KINDS: tuple[Kind, ...] = (
+    *(DORA, PISSA, OLORA, ALORA, LORA_XS, BEAM, PLAIN),
+    *(ADALORA, VERA, VBLORA, LOHA, LOKR, UNILORA),
+)
+
+TYPES = frozenset(kind.peft_type for kind in KINDS)
+
+
+def kind_of(config: Config, parts: Collection[str], where: str) -> Kind:
+    """The kind of an adapter whose `peft_type` is one of `TYPES`.
+
+    Args:
+        config: its configuration.
+        parts: what its tensors are, see `parse_tensor_name`.
+        where: its path, for messages.
+
+    Raises:
+        AdapterError: it is of two kinds at once that cannot be combined.
+    """
+    peft_type = str(config["peft_type"]).upper()
+    found = [kind for kind in KINDS if kind.peft_type == peft_type and kind.applies(config, parts)]
+    first, others = found[0], [kind.name for kind in found[1:] if kind is not PLAIN]
+    if strange := [name for name in others if name not in first.over]:
+        msg = f"{where}: {first.name} and {strange[0]} in one adapter are not supported; train it as one of them"
+        raise AdapterError(msg)
+    return first

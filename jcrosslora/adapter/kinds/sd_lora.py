@@ -1,0 +1,63 @@
+"""SD-LoRA: a stack of tasks, whose earlier updates are directions of unit size with magnitudes.
+
+    dW = sum over i < t of a_i B_i A_i / (||B_i||_F ||A_i||_F)  +  a_t s_t B_t A_t
+
+Its repository trains vision transformers and keeps every task as a pickle, which is not read; what a stack is made of
+are plain adapters, one a task, and their magnitudes.
+
+Source: SD-LoRA (https://openreview.net/forum?id=5U1rlpX68A).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.errors import AdapterError, UsageError
+
+
+def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
+    """The update of a stack of tasks as one adapter; the ranks of a module add up.
+
+    Args:
+        adapters: of one base, in the order in which they were trained.
+        magnitudes: a_i of each; that of the last multiplies its update as it is.
+
+    Returns:
+        The adapter, float32 and scale 1. A module that only some tasks have is the sum over these.
+
+    Raises:
+        UsageError: no adapters, as many magnitudes as adapters were not given, or one is not finite.
+        AdapterError: updates of a module have different shapes.
+    """
+    if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
+        msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}: at least one adapter, and a number for each"
+        msg += " were wanted"
+        raise UsageError(msg)
+    terms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
+        for name, factors in adapter.modules.items():
+            last = place == len(adapters) - 1
+            terms.setdefault(name, []).append(_term(factors, magnitude, last=last))
+    info = AdapterInfo(name=" + ".join(one.info.name for one in adapters), base_name=adapters[-1].info.base_name)
+    return Adapter(modules={name: _joined(name, found) for name, found in terms.items()}, info=info)
+
+
+def _term(factors: LoRAFactors, magnitude: float, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
+    if last:
+        return magnitude * factors.scale * b, a
+    size = float(np.linalg.norm(b) * np.linalg.norm(a))
+    # A task that changed nothing has no direction.
+    gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
+    return gain * b, a
+
+
+def _joined(name: str, terms: Sequence[tuple[np.ndarray, np.ndarray]]) -> LoRAFactors:
+    shapes = {(b.shape[0], a.shape[1]) for b, a in terms}
+    if len(shapes) > 1:
+        msg = f"module {name!r} has updates of shapes {sorted(shapes)}: adapters of one base were wanted"
+        raise AdapterError(msg)
+    b, a = np.concatenate([b for b, _ in terms], axis=1), np.concatenate([a for _, a in terms])
+    return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32))

@@ -1,0 +1,105 @@
+"""Uni-LoRA: every number of every A and B is one of d numbers of a vector theta, over the root of its uses: dW = B A.
+
+Which one is drawn once: each number of theta is used equally often, up to one, in an order shuffled by a seed; the
+modules follow in the order of the model, A before B. A file that does not hold the indices has them drawn again.
+
+Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from jcrosslora.adapter.config import check_rank, check_targets, shown
+from jcrosslora.adapter.kinds.opened import INTEGERS, AdapterFile
+from jcrosslora.adapter.kinds.record import Config, Kind, Update
+from jcrosslora.adapter.kinds.targets import targeted_shapes
+from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.errors import AdapterError
+
+_SEED, _LENGTH = 42, 256  # peft's defaults of proj_seed and theta_d_length
+
+
+def _check(config: Config, where: str) -> None:
+    check_rank(config, where)
+    check_targets(config, where)
+    seed = config.get("proj_seed", _SEED)
+    if type(seed) is not int or seed < 0:
+        msg = f"{where}: proj_seed is {shown(config, 'proj_seed')}, a seed was wanted: correct the file"
+        raise AdapterError(msg)
+
+
+def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+    theta = file.common("unilora_theta_d", axes=1).astype(np.float64)
+    stated = file.config.get("theta_d_length", _LENGTH)
+    if theta.size != stated:
+        msg = f"{file.path}: unilora_theta_d has {theta.size} numbers, adapter_config.json says {stated}"
+        msg += ": use the configuration that belongs to the file"
+        raise AdapterError(msg)
+    for module, (a, b) in _stored(file, theta) if file.modules else _replayed(file, theta):
+        yield module, Update(LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32)))
+
+
+Pairs = Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]
+
+
+def _stored(file: AdapterFile, theta: np.ndarray) -> Pairs:
+    for module in file.modules:
+        a, b = (_from_indices(file, module, side, theta) for side in "AB")
+        yield module, (a, b)
+
+
+def _from_indices(file: AdapterFile, module: str, side: str, theta: np.ndarray) -> np.ndarray:
+    keys, part = file.modules[module], f"unilora_indices_{side}"
+    scales = file.part(module, f"unilora_scales_{side}").astype(np.float64)
+    indices = file.read(keys[part], dtypes=INTEGERS).astype(np.int64) if part in keys else np.full((1, 1), -1)
+    if indices.shape != scales.shape or indices.min() < 0 or indices.max() >= theta.size:
+        msg = (
+            f"{file.path}: the indices of module {module!r} do not fit its scales and the {theta.size} numbers of theta"
+        )
+        msg += ": the file is damaged"
+        raise AdapterError(msg)
+    return theta[indices] * scales
+
+
+def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
+    base = file.known_base("Uni-LoRA", "was saved without its indices, which follow the base's modules")
+    shapes = targeted_shapes(file.config, base, str(file.path))
+    rank = int(file.config["r"])
+    if rank > max(map(min, shapes.values())):
+        msg = f"{file.path}: r is {rank}, above the width of every module of the base {base.name}: correct the file"
+        raise AdapterError(msg)
+    indices = balanced_indices(_size(shapes, rank), theta.size, file.config.get("proj_seed", _SEED))
+    counts = np.bincount(indices, minlength=theta.size)
+    scaled = theta / np.sqrt(np.maximum(counts, 1))
+    start = 0
+    for module, (rows, columns) in shapes.items():
+        middle, stop = start + rank * columns, start + rank * (columns + rows)
+        a, b = scaled[indices[start:middle]], scaled[indices[middle:stop]]
+        start = stop
+        yield module, (a.reshape(rank, columns), b.reshape(rows, rank))
+
+
+def _size(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
+    return rank * sum(rows + columns for rows, columns in shapes.values())
+
+
+def balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
+    """int64 (count,) below `length`, each as often as any other, up to one, shuffled as peft does.
+
+    Args:
+        count: numbers in all A and B.
+        length: numbers in theta.
+        seed: `proj_seed`.
+    """
+    rng = np.random.default_rng(seed)
+    indices = np.repeat(np.arange(length), count // length)
+    if count % length:
+        indices = np.concatenate([indices, rng.choice(length, size=count % length, replace=False)])
+    rng.shuffle(indices)
+    return indices
+
+
+UNILORA = Kind(
+    name="Uni-LoRA", peft_type="UNILORA", formula="B A of the numbers of one vector", read=_read, check=_check
+)

@@ -1,0 +1,131 @@
+"""Adapters of other kinds on the whole trip: to another base, in each profile, through Python and the command."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from adapter_folders import delta
+from kind_cases import FULL, MADE, lora, make_adapter, peft
+from probe_bases import write_base
+from tiny_bases import random_adapter, write_llama
+from tiny_models import tiny_model
+
+import jcrosslora as jcl
+from jcrosslora.cli import main
+from jcrosslora.decoder import stack_adapter
+from jcrosslora.errors import AdapterError, MethodError
+from jcrosslora.invocation import translated, with_invocation
+from jcrosslora.tokens import load_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """The base that peft's adapters are made for, a wider and shallower target, and the way between them."""
+    folder = tmp_path_factory.mktemp("house")
+    tiny_model("llama").save_pretrained(folder / "source")
+    write_llama(folder / "target", seed=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers=2)
+    source, target = jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
+    return folder, source, target, jcl.align(source, target, method="pad-truncate", depth="by-name")
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
+    _, source, target, transport = house
+    make_adapter(next(iter(MADE[kind].values()))(), tmp_path / "adapter")
+    adapter = jcl.load_adapter(tmp_path / "adapter", source, rank=FULL)
+    if kind == "aLoRA":
+        adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation_target=(1, 2)))
+    moved = jcl.shift(transport, adapter)
+    for profile in ("portable", "peft"):
+        back = jcl.load_adapter(jcl.save_adapter(moved, tmp_path / profile, profile=profile))
+        assert back.modules.keys() == {name for name in adapter.modules if name in target.modules}
+        for name, factors in back.modules.items():
+            rows, columns = source.modules[name].shape
+            np.testing.assert_allclose(delta(factors)[:rows, :columns], delta(adapter.modules[name]), rtol=0, atol=1e-4)
+        assert back.info.kind == ("aLoRA" if kind == "aLoRA" else "LoRA")
+
+
+@pytest.mark.parametrize("init", ["use_dora", "pissa"])
+def test_the_command_moves_them_and_says_how_they_were_read(tmp_path, house, capsys, init):
+    folder, _, _, _ = house
+    one = {"target_modules": ["q_proj"]}
+    config = lora(use_dora=True, **one) if init == "use_dora" else lora(init_lora_weights="pissa", **one)
+    make_adapter(config, tmp_path / "adapter")
+    main(["inspect", str(tmp_path / "adapter"), "--base", str(folder / "source")])
+    assert "kind: " in capsys.readouterr().out
+    given = [str(tmp_path / "adapter"), "--source", str(folder / "source"), "--target", str(folder / "target")]
+    main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", "pad-truncate", "--adapter-rank", "3"])
+    name = "DoRA" if init == "use_dora" else "PiSSA"
+    assert f"warning: the adapter is {name} (" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
+    assert report["adapter"]["kind"] == name
+    assert "at rank 3, which loses" in report["adapter"]["read_as"]
+    assert "adapter_rank = 3\n" in report["recipe_toml"]
+    assert {factors.rank for factors in jcl.load_adapter(tmp_path / "out").modules.values()} == {3}
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """Two bases with tokenizers of their own, and an aLoRA of the first."""
+    folder = tmp_path_factory.mktemp("tokenized")
+    source = jcl.open_base(write_base(folder / "source", 60))
+    target = jcl.open_base(write_base(folder / "target", 10, seed=1))
+    tokens = load_tokenizer(source).encode("Let us see: Water", special=False).ids.tolist()
+    plain = random_adapter(source, roles={"q_proj", "v_proj"})
+    info = dataclasses.replace(plain.info, invocation=tuple(tokens), kind="aLoRA")
+    jcl.save_adapter(dataclasses.replace(plain, info=info), folder / "adapter", base_name="org/source")
+    return folder, source, target, tokens
+
+
+def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_path, tokenized):
+    folder, _, target, tokens = tokenized
+    settings = jcl.TransferSettings(
+        adapter=str(folder / "adapter"),
+        source=str(folder / "source"),
+        target=str(folder / "target"),
+        out=str(tmp_path / "out"),
+        method="pad-truncate",
+    )
+    jcl.transfer(settings)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    found = config["alora_invocation_tokens"]
+    assert len(found) > len(tokens)
+    assert load_tokenizer(target).backend.decode(found) == "Let us see: Water"
+    assert peft.LoraConfig.from_pretrained(tmp_path / "out").alora_invocation_tokens == found
+    with pytest.raises(MethodError, match="acts only after"):
+        jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="anchored"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
+    _, source, target, tokens = tokenized
+    src, tgt = load_tokenizer(source), load_tokenizer(target)
+    # "w" and "a" apart, which the tokenizer of the source would not write so in a text.
+    apart = [token for letter in "Water" for token in src.encode(letter, special=False).ids.tolist()]
+    with pytest.raises(AdapterError, match="would not be found in text"):
+        translated(apart, src, tgt, "it")
+    with pytest.raises(AdapterError, match=f"has token {src.vocab}"):
+        translated([src.vocab], src, tgt, "it")
+    lower = write_base(tmp_path / "lower", 10)
+    whole = json.loads((lower / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
+    (lower / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(AdapterError, match="becomes 'let us see: water' in the tokens of"):
+        translated(tokens, src, load_tokenizer(jcl.open_base(lower)), "it")
+
+
+def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
+    folder, source, target, _ = tokenized
+    adapter = jcl.load_adapter(folder / "adapter")
+    with pytest.raises(AdapterError, match="with_invocation"):
+        jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter)
+    with pytest.raises(AdapterError, match="invocation tokens"):
+        stack_adapter(adapter, source)
+    plain = random_adapter(source)
+    assert with_invocation(plain, source, target) is plain
