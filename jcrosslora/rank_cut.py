@@ -72,9 +72,11 @@ def check_rule(rule: RankRule) -> None:
 def cut_rank(adapter: A, rule: RankRule | None = None) -> A:
     """The adapter with every update cut to a lower rank, see `cut_and_tell`.
 
-    None cuts to the short side of each module, at which nothing is lost.
+    None cuts to the short side of each module, at which nothing is lost. One without modules stays as it is.
     """
-    longest = max((side for item in adapter.modules.values() for side in item.shape), default=1)
+    if not adapter.modules:
+        return adapter
+    longest = max(side for item in adapter.modules.values() for side in item.shape)
     return cut_and_tell(adapter, longest if rule is None else rule)[0]
 
 

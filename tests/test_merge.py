@@ -161,7 +161,7 @@ def test_tensors_that_are_no_part_of_the_text_model_stay(tmp_path):
     folder = tmp_path / "multi"
     folder.mkdir()
     write_safetensors(folder / "model.safetensors", text | {"vision.tower": ("I32", tower)})
-    store = ShardedStore(folder, {}, {"language_model.": ""})
+    store = ShardedStore(folder, {"language_model.": ""})
     ((shard, _, names),) = store.stored()
     assert shard == "model.safetensors"
     assert names.pop("vision.tower") is None

@@ -78,17 +78,20 @@ def bench(case: Case, rank: int, kernels: Sequence[Any], repeats: int, highest: 
     print(f"\n{rows}x{columns}, {count} matrices ({case.name}), rank {rank}")
     print(f"{'':24}{'first':>8}{'s a matrix':>12}{'of rate':>9}{'redone':>8}{'loss':>10}{'vectors':>9}{'update':>9}")
     for kernel in kernels:
+        plain = kernel
         for name, tolerance in ((f"{kernel} as it comes", np.inf), (f"decompose by {kernel}", 1e-2)):
 
             def run(kernel: Any = kernel, tolerance: float = tolerance) -> Any:
                 return decompose(stack, rank, kernel=kernel, tolerance=tolerance)
 
             first, median, (svd, used) = timed(run, repeats)
-            if tolerance == np.inf and used[0] != kernel:
+            if tolerance == np.inf:
+                plain = used[0]  # on a CPU "gram" is in float64 to begin with
+            if not plain.startswith(kernel):
                 print(f"{kernel:24} has no room for its subspace in this shape")
                 break
             used = used[:count]
-            redone = np.mean([one != kernel for one in used])
+            redone = np.mean([one != plain for one in used])
             loss, vectors, update = quality(case, np.asarray(svd.u)[:count], np.asarray(svd.v)[:count])
             line = f"{name:24}{first:8.2f}{median / count:12.5f}{gram / median / whole:9.1%}{redone:8.0%}"
             print(f"{line}{loss:10.1e}{vectors:9.1e}{update:9.1e}  {describe_kernels(used)}", flush=True)

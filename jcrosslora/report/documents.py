@@ -44,7 +44,7 @@ def report_json(report: TransferReport, recipe: str) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def card_text(report: TransferReport, recipe: str, profile: str) -> str:
+def card_text(report: TransferReport, recipe: str, profile: str = "portable") -> str:
     """The model card of a moved adapter."""
     return model_card(
         library=profile if profile in ("mlx", "gguf") else "peft",
