@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from further_trained import write_merged
 from lift_tasks import Row, Task, slug
 from rich.console import Console
 from safetensors import safe_open
@@ -131,7 +130,8 @@ class Work:
         self._train(base.ref, examples, settings, adapter, {"task": file.stem, "first": len(examples)})
         if not out.exists():
             self._say(f"merging {adapter.name} into {base.name}")
-            write_merged(jcl.open_base(base.ref), jcl.load_adapter(adapter), out)
+            # In float32: updates are smaller than what bfloat16 leaves of a weight.
+            jcl.merge(jcl.MergeSettings(base=base.ref, adapter=str(adapter), out=str(out), dtype="float32"))
             _forget()
         return Base(str(out), out.name)
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probe_bases import write_base
-from tiny_bases import delta, random_adapter
+from tiny_bases import random_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import fetch_tasks
-import further_trained
 import lift
 import lift_scores
 import lift_table
@@ -23,7 +22,7 @@ import written_task
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.decoder import Sampled, settings_of
+from jcrosslora.decoder import Sampled
 from jcrosslora.evaluate import Question, Scores, lift_recovered
 from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings
@@ -258,42 +257,6 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
     small = write_base(root / "small", 60, bos=True, eos=1, layers=2)
     return small, write_base(root / "wide", 90, layers=2, hidden=64, seed=1)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_merged_base_opens_and_is_the_base_with_the_adapter(folders, tmp_path, which):
-    base = jcl.open_base(folders[which])
-    adapter = random_adapter(base, rank=2, scale=0.02)
-    merged = jcl.open_base(further_trained.write_merged(base, adapter, tmp_path / "merged"))
-    for name, factors in adapter.modules.items():
-        np.testing.assert_allclose(merged.weight(name), base.weight(name) + delta(factors), rtol=1e-5, atol=1e-6)
-    assert settings_of(merged) == settings_of(base)
-    own, copied = load_tokenizer(base), load_tokenizer(merged)
-    text = "Zürich: The quick fox</s>"
-    assert own.encode(text).ids.tolist() == copied.encode(text).ids.tolist()
-    assert (own.bos, own.stops) == (copied.bos, copied.stops)
-
-
-@pytest.mark.parametrize("kind", ["phi3", "gemma3_text"])
-def test_parts_of_fused_matrices_are_merged_and_norms_kept(kind, tmp_path):
-    tiny_models = pytest.importorskip("tiny_models")
-    base = jcl.open_base(tiny_models.save_tiny(kind, tmp_path / "base"))
-    adapter = random_adapter(base, rank=2, scale=0.02)
-    tensors = further_trained.merged_tensors(base, adapter)
-    for name, factors in adapter.modules.items():
-        module = base.modules[name]
-        rows = slice(None) if module.rows is None else slice(*module.rows)
-        wanted = base.weight(name) + delta(factors)
-        np.testing.assert_allclose(tensors[module.tensor][rows], wanted, rtol=1e-5, atol=1e-6)
-    norm = "model.layers.0.input_layernorm.weight"
-    assert np.array_equal(tensors[norm], base.tensor(norm))
-
-
-def test_an_adapter_of_another_base_is_not_merged(folders, tmp_path):
-    small, wide = map(jcl.open_base, folders)
-    with pytest.raises(jcl.AdapterError, match="does not fit"):
-        further_trained.write_merged(small, random_adapter(wide), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_exact_match_goes_by_what_is_written_behind_each_prompt(folders, monkeypatch):
