@@ -7,12 +7,16 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import CheckpointError
-from jcrosslora.lineage import Structure, find_structure, parts_of
+from jcrosslora.lineage import Structure, compare_modules, find_structure, parts_of
 from jcrosslora.lineage.sampling import even, module_rows
+from jcrosslora.lineage.wording import change_words
 
 # The method for bases that differ, where both can be run on text; and the one where they cannot.
 ACTIVATION_METHOD = "anchored"
 WEIGHT_METHOD = "cross-lora"
+# The methods for near copies: those that differ by rounding at most, and those that were trained further.
+COPY_METHOD, TRAINED_METHOD = "copy", "anchored-copy"
+_TRAINED = frozenset({"further trained", "LoRA-merged"})
 
 # Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
 # Gemma-3-270M, 64 rows of each, stay below 0.05. Rounding these two models to 4 bits (Q4_0) moves a module by 0.14 of
@@ -60,9 +64,10 @@ class Choice:
 def choose_method(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
-    Near-identical bases get `copy`, those of which one is made of the other's parts (pruned, permuted, with repeated
-    layers) `select`, others a method that runs both on text if the decoder supports both and both
-    tokenizers can be read, else `cross-lora`.
+    Near-identical bases get `copy`, or, where one was surely trained further and both can be run on text, a copy that
+    is fitted to the target; those of which one is made of the other's parts (pruned, permuted, with repeated layers)
+    `select`; others a method that runs both on text if the decoder supports both and both tokenizers can be read,
+    else `cross-lora`.
 
     Args:
         source: the base that adapters come from.
@@ -81,7 +86,17 @@ def choose_method(source: BaseModel, target: BaseModel, structure: Structure | N
             return Choice("select", f"{found}, so the update is carried over part by part")
     kinship = compare_weights(source, target)
     if kinship is not None and kinship.near:
-        return Choice("copy", f"the two bases are nearly identical ({_figures(kinship)}), so the update stays as it is")
+        same = f"the two bases are nearly identical ({_figures(kinship)})"
+        words = [] if structure is None else change_words(compare_modules(source, target, structure))
+        trained = next((word for word in words if word in _TRAINED), None)
+        if trained is None:
+            return Choice(COPY_METHOD, f"{same}, so the update stays as it is")
+        obstacle = why_not_run(source, target)
+        if obstacle is not None:
+            return Choice(
+                COPY_METHOD, f"{same}, and not both can be run on text ({obstacle}), so the update stays as it is"
+            )
+        return Choice(TRAINED_METHOD, f"{same}, but one is the other {trained}, so the update is fitted to the target")
     found = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
     obstacle = why_not_run(source, target)
     if obstacle is None:

@@ -61,6 +61,8 @@ def fit_behind(
     from jcrosslora.refine import FitSettings, refine
 
     settings = FitSettings() if dialogues is None else FitSettings(dialogues=dialogues)
+    if method.teacher == "source":
+        settings = dataclasses.replace(settings, trust=1.0, strength=0.0)
     refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
     return _reported(moved, refined.adapter, refined.sentence, settings.dialogues), refined.texts
 

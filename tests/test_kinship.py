@@ -10,7 +10,16 @@ from tiny_bases import llama_tensors, write_llama
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
-from jcrosslora.kinship import ACTIVATION_METHOD, WEIGHT_METHOD, Choice, choose_method, compare_weights, why_not_run
+from jcrosslora.kinship import (
+    ACTIVATION_METHOD,
+    COPY_METHOD,
+    TRAINED_METHOD,
+    WEIGHT_METHOD,
+    Choice,
+    choose_method,
+    compare_weights,
+    why_not_run,
+)
 from jcrosslora.methods import METHODS
 
 
@@ -59,14 +68,29 @@ def noise(size: float):
 
 
 def test_both_methods_are_in_the_registry():
-    assert {ACTIVATION_METHOD, WEIGHT_METHOD, "copy"} <= METHODS.keys()
+    assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD} <= METHODS.keys()
 
 
-@pytest.mark.parametrize("change", [lambda x: x, four_bits, lambda x: x.astype(np.float16), noise(0.3), noise(0.5)])
+@pytest.mark.parametrize("change", [lambda x: x, four_bits, lambda x: x.astype(np.float16)])
 def test_near_copies_get_copy(source, tmp_path, change):
     found = choose_method(source, changed(tmp_path, change))
     assert found.method == "copy"
     assert "nearly identical (cosine " in found.reason
+
+
+@pytest.mark.parametrize("size", [0.05, 0.3, 0.5])
+def test_near_copies_that_were_trained_get_a_copy_that_is_fitted_if_both_can_be_run(
+    source, tmp_path, size, monkeypatch
+):
+    target = changed(tmp_path, noise(size))
+    found = choose_method(source, target)
+    assert found.method == "anchored-copy"
+    assert "nearly identical (cosine " in found.reason
+    assert "further trained" in found.reason
+    monkeypatch.setattr("jcrosslora.kinship.why_not_run", lambda *_: "no tokenizer")
+    found = choose_method(source, target)
+    assert found.method == "copy"
+    assert "(no tokenizer)" in found.reason
 
 
 @pytest.mark.parametrize("change", [noise(1.2), lambda x: 3 * x, lambda x: -x, lambda x: x[::-1].copy(), np.zeros_like])

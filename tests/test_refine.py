@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
-from tiny_bases import random_adapter
+from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli import main
@@ -395,6 +398,37 @@ def test_from_file_to_file(pair, tmp_path, method):
     repeated = jcl.transfer(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
+
+
+def test_on_its_own_base_a_copy_has_nothing_to_be_fitted_to(pair):
+    source, _, adapter = pair
+    wanted = dataclasses.replace(SMALL, trust=1.0, strength=0.0)
+    found = refine(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
+    assert max(found.divergences) < 1e-6
+    assert found.adapter.modules.keys() == adapter.modules.keys()
+    for name, factors in adapter.modules.items():
+        change = delta(found.adapter.modules[name]) - delta(factors)
+        assert np.linalg.norm(change) < 1e-2 * np.linalg.norm(delta(factors)), name
+
+
+def test_a_copy_to_a_further_trained_base_is_fitted_by_auto(pair, tmp_path):
+    source, _, adapter = pair
+    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
+    shutil.copytree(source.path, tmp_path / "trained")
+    rng, file = np.random.default_rng(5), tmp_path / "trained" / "model.safetensors"
+    tensors = {
+        name: x + 0.3 * x.std() * rng.normal(size=x.shape).astype(x.dtype) if "proj" in name else x
+        for name, x in safetensors.numpy.load_file(file).items()
+    }
+    safetensors.numpy.save_file(tensors, file)
+    (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
+    where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
+    texts = {"probe_text": str(tmp_path / "prompts.txt"), "dialogues": 40}
+    report = jcl.transfer(jcl.TransferSettings(str(tmp_path / "adapter"), **where, **texts)).report
+    assert report.recipe.method == "anchored-copy"
+    assert "further trained" in report.choice
+    first, last = re.search(r"divergence from what was wanted went from (\S+) to (\S+) nats", report.fitted).groups()
+    assert 0 < float(last) < float(first)
 
 
 @pytest.mark.parametrize("method", ["anchored", "residual-teacher"])

@@ -19,6 +19,7 @@ from jcrosslora.methods import (
 from jcrosslora.methods.evidence import Evidence, Fit
 
 Then = Literal["nothing", "residual", "predictions"]
+Teacher = Literal["mean", "source"]
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
 ]
@@ -44,6 +45,8 @@ class Method:
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
             (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
+        teacher: what a fit to predictions is to: a mean of the target's own and the adapted source's, and on top of it
+            a share of what the adapter changes; or the adapted source's alone.
         measure: which diagnostic says if the two bases agree in what this method relies on.
     """
 
@@ -60,6 +63,7 @@ class Method:
     selects: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
+    teacher: Teacher = "mean"
     measure: Measure = "weight cosine"
 
     @property
@@ -119,6 +123,15 @@ _METHODS = (
         reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+    ),
+    Method(
+        name="anchored-copy",
+        summary="the update as it is, then v and o of attention fitted to what the adapted source predicts",
+        reference="this package",
+        fit=coordinates.fit_padded,
+        equal_shapes=True,
+        then="predictions",
+        teacher="source",
     ),
     Method(
         name="select",
