@@ -129,3 +129,36 @@ def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
         stack_adapter(adapter, source)
     plain = random_adapter(source)
     assert with_invocation(plain, source, target) is plain
+
+
+def test_merging_takes_the_whole_of_a_dora_and_no_alora(tmp_path, house):
+    folder, source, _, _ = house
+    make_adapter(lora(use_dora=True, target_modules=["q_proj", "down_proj"]), tmp_path / "dora")
+    jcl.merge(jcl.MergeSettings(str(folder / "source"), str(tmp_path / "dora"), str(tmp_path / "merged")))
+    merged, change = jcl.open_base(tmp_path / "merged"), jcl.load_adapter(tmp_path / "dora", source, rank=FULL)
+    assert len(change.modules) == 2 * source.dims.layers
+    for name, factors in change.modules.items():
+        np.testing.assert_allclose(merged.weight(name), source.weight(name) + delta(factors), rtol=0, atol=1e-5)
+    make_adapter(next(iter(MADE["aLoRA"].values()))(), tmp_path / "alora")
+    with pytest.raises(AdapterError, match="invocation"):
+        jcl.merge(jcl.MergeSettings(str(folder / "source"), str(tmp_path / "alora"), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_invocation_is_in_every_profile_that_knows_it(tmp_path, house):
+    folder, source, _, _ = house
+    make_adapter(next(iter(MADE["aLoRA"].values()))(), tmp_path / "alora")
+    wanted = jcl.load_adapter(tmp_path / "alora", source).info.invocation
+    assert wanted
+    for profile in ("portable", "peft"):
+        settings = jcl.ExportSettings((str(tmp_path / "alora"),), str(tmp_path / profile), profile)
+        jcl.export_adapter(settings)
+        assert jcl.load_adapter(tmp_path / profile, source).info.invocation == wanted
+    gguf = pytest.importorskip("gguf")
+    where = {"base": str(folder / "source"), "out": str(tmp_path / "gguf")}
+    jcl.export_adapter(jcl.ExportSettings((str(tmp_path / "alora"),), profile="gguf", **where))
+    field = gguf.GGUFReader(tmp_path / "gguf" / "adapter.gguf").fields["adapter.alora.invocation_tokens"]
+    assert field.contents() == list(wanted)
+    with pytest.raises(jcl.OutputError, match="MLX does not know"):
+        jcl.export_adapter(jcl.ExportSettings((str(tmp_path / "alora"),), str(tmp_path / "mlx"), "mlx"))
+    assert not (tmp_path / "mlx").exists()
