@@ -270,7 +270,7 @@ def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
 
 
 SLOW_ALIGNMENT = """
-import sys, time
+import signal, sys, time
 import jcrosslora.lora_align as module
 from jcrosslora.cli import main
 
@@ -279,6 +279,7 @@ def wait(*_, **__):
     time.sleep(60)
 
 module._fit_stack = wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 main(sys.argv[1:])
 """
 
