@@ -1,13 +1,13 @@
 """Which method suits a pair of bases: whether one is a near copy of the other is read off a sample of their weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.errors import CheckpointError
-from jcrosslora.lineage import Structure, compare_modules, find_structure, parts_of
+from jcrosslora.lineage import Compared, Structure, compare_modules, find_structure, parts_of
 from jcrosslora.lineage.sampling import even, module_rows
 from jcrosslora.lineage.wording import change_words
 
@@ -61,7 +61,7 @@ class Choice:
     reason: str
 
 
-def choose_method(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Choice:
+def choose_method(source: BaseModel, target: BaseModel) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near-identical bases get `copy`, or, where one was surely trained further and both can be run on text, a copy that
@@ -72,12 +72,31 @@ def choose_method(source: BaseModel, target: BaseModel, structure: Structure | N
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
-        structure: what `jcrosslora.lineage.find_structure` found; None looks for it where it is needed.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
-    structure = structure or find_structure(source, target)[0]
+    structure = find_structure(source, target)[0]
+    return choose_from(source, target, structure, lambda found: compare_modules(source, target, found))
+
+
+def choose_from(
+    source: BaseModel,
+    target: BaseModel,
+    structure: Structure | None,
+    compared: Callable[[Structure], Sequence[Compared]],
+) -> Choice:
+    """As `choose_method`, from what is known of the bases already.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        structure: what `jcrosslora.lineage.find_structure` found.
+        compared: gives what `jcrosslora.lineage.compare_modules` finds; asked only where it decides.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
     if structure is not None and not structure.in_place(source):
         kinship = compare_weights(source, target, structure)
         nested = all(part.nested for part in parts_of(structure, source, target) if part.name != "tokens")
@@ -87,7 +106,7 @@ def choose_method(source: BaseModel, target: BaseModel, structure: Structure | N
     kinship = compare_weights(source, target)
     if kinship is not None and kinship.near:
         same = f"the two bases are nearly identical ({_figures(kinship)})"
-        words = [] if structure is None else change_words(compare_modules(source, target, structure))
+        words = [] if structure is None else change_words(compared(structure))
         trained = next((word for word in words if word in _TRAINED), None)
         if trained is None:
             return Choice(COPY_METHOD, f"{same}, so the update stays as it is")

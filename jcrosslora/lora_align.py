@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 # Pairs that are aligned together, and their group where it lies in the cache.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
-# Weights of both bases in flight at a time, in bytes as float32: this bounds memory, whatever the model's size.
+# Weights of both bases in a group, in bytes as float32. While one group is aligned the next is read: two of them bound
+# memory, whatever the model's size.
 GROUP_BYTES = 96 * 2**20
 
 

@@ -26,7 +26,7 @@ from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.files import atomic_folder, ensure_free
 from jcrosslora.lora_shift import fit_to_base
-from jcrosslora.merging_files import QUANTIZATION_KEYS, write_companions
+from jcrosslora.merging_files import write_companions
 from jcrosslora.transport import describe_base
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -136,15 +136,15 @@ def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
 def _plain_folder(base: BaseModel) -> ShardedStore | None:
     """The base's store if its files can be written again as they are, which quantised ones cannot."""
     store = base.store
-    if not isinstance(store, ShardedStore) or any(base.config.get(key) for key in QUANTIZATION_KEYS):
+    if not isinstance(store, ShardedStore):  # GGUF, or dequantised as it is read
         return None
     return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
 
 
 def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
     """The files of the base with their own tensors, those of no text model as well."""
-    store = _plain_folder(base)
-    assert store is not None
+    store = base.store
+    assert isinstance(store, ShardedStore)
     files: dict[str, list[Piece]] = {}
     for shard, file, names in store.stored():
         pieces = []

@@ -17,7 +17,7 @@ from jcrosslora.tokens_gguf import bos_of, build_backend, read_metadata
 CONFIG = "config.json"
 # Hidden, of other checkpoints in the same folder, or written for the merged one anew.
 _NOT_COPIED = (".*", CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -56,7 +56,7 @@ def _belongs(name: str) -> bool:
 
 def _read_config(base: BaseModel) -> dict[str, Any]:
     """The configuration of the dequantised text model."""
-    config = {key: value for key, value in base.config.items() if key not in QUANTIZATION_KEYS and value is not None}
+    config = {key: value for key, value in base.config.items() if key not in _QUANTIZATION_KEYS and value is not None}
     return config | {"architectures": [base.family.architectures[0]]}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import COMMON_KEYS
-from jcrosslora.kinship import Choice, choose_method
+from jcrosslora.kinship import Choice, choose_from
 from jcrosslora.lineage import Compared, Part, compare_modules, compare_rest, find_structure, parts_of
 from jcrosslora.lineage.equality import same_bytes, unequal_tensors
 from jcrosslora.lineage.wording import change_phrases, change_words, structure_phrases, structure_words
@@ -78,11 +78,12 @@ def relate(source: BaseModel, target: BaseModel) -> Relation:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
     structure, reason = find_structure(source, target)
-    choice = choose_method(source, target, structure)
+    modules = [] if structure is None else compare_modules(source, target, structure)
+    choice = choose_from(source, target, structure, lambda _: modules)
     if structure is None:
         return Relation(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
     parts = parts_of(structure, source, target)
-    compared = [*compare_modules(source, target, structure), *compare_rest(source, target, structure)]
+    compared = [*modules, *compare_rest(source, target, structure)]
     words = [*structure_words(parts), *change_words(compared)]
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not words:

@@ -50,7 +50,7 @@ def numerics_key() -> str:
     Processors of different makes are one kind to JAX: what one has left for another differs by rounding.
     """
     devices = jax.local_devices()
-    # LAPACK comes from scipy.
+    # LAPACK comes from scipy, and on a CPU from numpy as well.
     versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "numpy", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
     kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
