@@ -1,6 +1,7 @@
 """From base models to arrays on the device: stacks of weights, and the moments of the shared vocabulary."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jcrosslora.methods import Vocabulary
 # Fewer shared tokens than this give correlations no better than guesses.
 FEWEST_TOKENS = 32
 _TOKENS_AT_ONCE = 4096
+# Of the rows of both sides, and of their products.
+_Sums = tuple[jax.Array, ...]
 
 
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
@@ -27,7 +30,8 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     """
     weights = [base.weight(name) for name in names]
     surplus = -len(names) % jax.local_device_count()
-    stack, found = _widen(spread(np.stack(weights + weights[-1:] * surplus)))
+    stored = np.stack(weights + weights[-1:] * surplus)
+    stack, found = _widen_on_host(stored) if jax.default_backend() == "cpu" else _widen(spread(stored))
     finite = np.asarray(found)
     base.release()
     if not finite.all():
@@ -42,6 +46,12 @@ def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(L, O, I) in float32, and (L,) whether all of it is finite."""
     stack = stack.astype(jnp.float32)
     return stack, jnp.isfinite(stack).all(axis=(1, 2))
+
+
+def _widen_on_host(stack: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    """As `_widen`, where the device is the host: nothing is to be compiled for it."""
+    stack = stack.astype(np.float32, copy=False)
+    return spread(stack), np.array([np.isfinite(w).all() for w in stack])
 
 
 def shared_ids(source: BaseModel, target: BaseModel) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
@@ -77,27 +87,40 @@ def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary 
 
 
 def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:
-    count = len(ids_src)
-
-    def rows(part: slice) -> tuple[jax.Array, jax.Array]:
-        ids = (source, ids_src[part]), (target, ids_tgt[part])
-        src, tgt = (jnp.asarray(base.rows(base.embedding_name, own)) for base, own in ids)
-        return src, tgt
-
-    parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, count, _TOKENS_AT_ONCE)]
+    sides = (source, ids_src), (target, ids_tgt)
+    parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
     # Second moments around a nearby centre lose no digits when the true mean is taken off at the end.
-    centre_src, centre_tgt = (x.mean(axis=0) for x in rows(parts[0]))
+    centres = tuple(_rows(*side, parts[0]).mean(axis=0) for side in sides)
     totals = None
     for part in parts:
-        src, tgt = rows(part)
-        sums = _sums(src - centre_src, tgt - centre_tgt)
-        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+        totals = _add(totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True)))
     source.release()
     target.release()
     assert totals is not None
-    if not bool(jnp.isfinite(totals[2]).all()):
+    if not np.isfinite(totals[2]).all():
         msg = f"the embedding table of {source.ref} or {target.ref} holds NaN or infinity; download the file again"
         raise CheckpointError(msg)
+    return _finish(totals, *centres, len(ids_src))
+
+
+def _rows(base: BaseModel, ids: np.ndarray, part: slice) -> np.ndarray:
+    return np.asarray(base.rows(base.embedding_name, ids[part]), np.float32)
+
+
+def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Rows around the centre, and rows of zeros, which add nothing, up to the number that the program is made for."""
+    return np.pad(rows - centre, ((0, _TOKENS_AT_ONCE - len(rows)), (0, 0)))
+
+
+@jax.jit
+def _add(totals: _Sums | None, x: jax.Array, y: jax.Array) -> _Sums:
+    """Sums of the rows of X (N, D_src) and Y (N, D_tgt), of X'Y, X'X and Y'Y, on top of what there is."""
+    sums = x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
+    return sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+
+
+@partial(jax.jit, static_argnames="count")
+def _finish(totals: _Sums, centre_src: jax.Array, centre_tgt: jax.Array, count: int) -> Vocabulary:
     mean_src, mean_tgt = totals[0] / count, totals[1] / count
     return Vocabulary(
         cross=totals[2] / count - jnp.outer(mean_src, mean_tgt),
@@ -107,8 +130,3 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
         mean_src=centre_src + mean_src,
         mean_tgt=centre_tgt + mean_tgt,
     )
-
-
-@jax.jit
-def _sums(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-    return x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
