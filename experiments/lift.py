@@ -2,7 +2,8 @@
 
     python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
         [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method theseus:rank=64 ...]
-        [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD] [--lineage OTHER_TRAIN] [--markdown TABLE.md]
+        [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD] [--lineage OTHER_TRAIN [--lineage-written]]
+        [--markdown TABLE.md]
 
 For each task, pair of bases and seed it trains a LoRA adapter on the source and one on the target (the oracle), moves
 the first by every method and scores all on the target. Lift recovered = (base - moved) / (base - oracle), of negative
@@ -15,7 +16,8 @@ with the same command. After a change of the package remove the folders below WO
 
 Hyper-parameters are chosen with --split train-rest, which scores train questions that no adapter was trained on, and
 never on test questions. --written makes a task whose answers are written, in JSON (`written_task.py`); its accuracy is
-exact match. --lineage adds the pair of the first source and its own further-trained version, trained on another task.
+exact match. --lineage adds the pair of the first source and its own further-trained version, trained on another task;
+with --lineage-written on its answers in JSON, which are of quite another form.
 
 On 2 cores, for SmolLM2-135M to Gemma-3-270M, theseus takes about 5 minutes a seed, and 300 questions 1 minute a row.
 """
@@ -58,6 +60,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="a file of other texts as probe text, such as generic passages")
     parser.add_argument("--texted", action="append", default=[], help="a method to run with these as well")
     parser.add_argument("--lineage", type=Path, help="train file of another task, for the further-trained version")
+    parser.add_argument("--lineage-written", action="store_true", help="that version answers in writing, in JSON")
     parser.add_argument("--lineage-rank", type=int, default=64)
     parser.add_argument("--lineage-steps", type=int, default=2 * usual.steps)
     parser.add_argument("--split", choices=("test", "train-rest"), default="test")
@@ -86,6 +89,7 @@ def check(arguments: argparse.Namespace) -> None:
         "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
         "a method is given twice": len({row.slug for row in rows}) == len(rows),
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
+        "--lineage-written wants --lineage OTHER_TRAIN": arguments.lineage is not None or not arguments.lineage_written,
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(
@@ -158,7 +162,13 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
     tables = [(task, pair, rows) for task in tasks for pair in pairs]
     if arguments.lineage is not None:
         source = pairs[0].source
-        version = work.further_trained(source, arguments.lineage, arguments.lineage_rank, arguments.lineage_steps)
+        version = work.further_trained(
+            source,
+            arguments.lineage,
+            arguments.lineage_rank,
+            arguments.lineage_steps,
+            written=arguments.lineage_written,
+        )
         own = arguments.lineage.stem.removesuffix("_train")
         lineage = [parse_row(name) for name in LINEAGE_ROWS]
         # A version trained on the task itself has nothing left to gain.

@@ -26,10 +26,11 @@ import jax
 from lift_tasks import Row, Task, slug
 from rich.console import Console
 from safetensors import safe_open
+from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.evaluate import Question
+from jcrosslora.evaluate import Question, read_task
 from jcrosslora.probes.text_files import save_texts
 from jcrosslora.training import TrainSettings, read_examples, train_lora
 
@@ -117,17 +118,28 @@ class Work:
         """The folder of the scores of all rows of one seed."""
         return self.folder / "scores" / f"{task.name}--{pair.name}" / f"{split}--seed{seed}"
 
-    def further_trained(self, base: Base, file: Path, rank: int, steps: int) -> Base:
+    def further_trained(self, base: Base, file: Path, rank: int, steps: int, *, written: bool = False) -> Base:
         """The base's version further trained on all of a task file: a LoRA of a larger rank, merged into the weights.
+
+        Args:
+            base: the base.
+            file: of questions with choices.
+            rank: of the LoRA.
+            steps: of the training.
+            written: whether on answers that are written (`written_task.py`).
 
         Raises:
             UsageError: one is there that was trained with other settings.
             JCrossLoRAError: it cannot be trained or written.
         """
-        out = self.folder / "further" / f"{base.name}--{slug(file.stem)}"
-        examples, adapter = read_examples(file), out.with_name(f"{out.name}--adapter")
+        name = f"{file.stem}_written" if written else file.stem
+        out = self.folder / "further" / f"{base.name}--{slug(name)}"
+        adapter = out.with_name(f"{out.name}--adapter")
+        examples: Sequence[Question] = read_examples(file)
+        if written:
+            examples = [written_example(example) for example in read_task(file)]
         settings = dataclasses.replace(self.settings, rank=rank, alpha=2.0 * rank, steps=steps, seed=_FURTHER_SEED)
-        self._train(base.ref, examples, settings, adapter, {"task": file.stem, "first": len(examples)})
+        self._train(base.ref, examples, settings, adapter, {"task": name, "first": len(examples)})
         if not out.exists():
             self._say(f"merging {adapter.name} into {base.name}")
             # In float32: updates are smaller than what bfloat16 leaves of a weight.
