@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
+from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import product_energy
 from jcrosslora.methods import Terms, get_method
@@ -280,7 +281,10 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
 def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
     lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
     if lossy and transport.source.digest == transport.target.digest:
-        lossy += ("both bases have the same weights: the adapter's own file works on the target, and loses nothing.",)
+        again = ", as does what `jcrosslora export --keep-dora` writes" if adapter.info.kind == DORA.name else ""
+        lossy += (
+            f"both bases have the same weights: the adapter's own file works on the target, and loses nothing{again}.",
+        )
     return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 
