@@ -20,6 +20,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.lora_shift import fit_to_base
 from jcrosslora.rank_cut import RankCut, RankRule, check_rule, cut_and_tell
+from jcrosslora.span import Frozen, frozen_factors, project, span_rank
 from jcrosslora.transport import describe_base
 
 # What a moved adapter's folder says of itself; it still holds where the same adapter is written in another form.
@@ -36,13 +37,15 @@ class ExportSettings:
     """The folder to write."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp."""
+    gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
+    them, for LoRA-XS."""
     base: str | None = None
-    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profile gguf needs it; with it the
-    adapter is also checked against it."""
+    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need
+    it; with it the adapter is also checked against it."""
     out_rank: RankRule | None = None
     """Cut every update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99; or
-    all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
+    all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
+    vectors of each weight to take."""
     keep_dora: bool = False
     """Write a DoRA as a DoRA, with its magnitudes, and not as a fit of a lower rank; exact, in profile peft or mlx."""
     dtype: FileDtype = "float32"
@@ -62,12 +65,14 @@ class Exported:
         cut: what cutting the ranks left; None where that was not asked for.
         sources: what is known of each adapter that was read.
         magnitudes: of a DoRA that was kept; else None.
+        frozen: what profile lora-xs wrote each module by; else None.
     """
 
     adapter: Adapter
     cut: RankCut | None
     sources: tuple[AdapterInfo, ...]
     magnitudes: Mapping[str, np.ndarray] | None = None
+    frozen: Frozen | None = None
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -86,6 +91,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     ensure_free(Path(settings.out), settings.overwrite)
     if settings.out_rank is not None:
         check_rule(settings.out_rank)
+    span_rank(settings.profile, settings.out_rank)
     if settings.keep_dora:
         _check_kept(settings)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
@@ -107,6 +113,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         documents=_documents(settings.adapter),
         metadata={"jcrosslora.version": version("jcrosslora"), "jcrosslora.export": _account(exported, base)},
         magnitudes=exported.magnitudes,
+        frozen=exported.frozen,
     )
     return exported
 
@@ -120,10 +127,14 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     total = add_adapters(adapters)
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
     total = Adapter(fuse(total.modules, {} if base is None else base.fused), total.info)
-    cut = None
+    sources = tuple(adapter.info for adapter in adapters)
+    if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
+        assert base is not None  # as `check_profile` has seen
+        frozen = frozen_factors(base, total.modules, rank)
+        return Exported(*project(total, frozen, rank), sources, frozen=frozen)
     if settings.out_rank is not None:
-        total, cut = cut_and_tell(total, settings.out_rank)
-    return Exported(total, cut, tuple(adapter.info for adapter in adapters))
+        return Exported(*cut_and_tell(total, settings.out_rank), sources)
+    return Exported(total, None, sources)
 
 
 def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
@@ -164,5 +175,6 @@ def _account(exported: Exported, base: BaseModel | None) -> str:
         "base": None if base is None else base.name,
         "out_rank": None if cut is None else cut.rule,
         "kept": None if cut is None else cut.kept,
+        "kept_by_module": None if cut is None else cut.shares,
     }
     return json.dumps(made)

@@ -13,17 +13,19 @@ from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import Adapter, LoRAFactors
 from jcrosslora.adapter.write_gguf import GGUF_WEIGHTS, check_gguf, write_gguf
+from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.files import atomic_folder, ensure_free
 
-Profile = Literal["portable", "peft", "mlx", "gguf"]
+Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
 WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
     "portable": write_portable,
     "peft": write_peft,
     "mlx": write_mlx,
     "gguf": write_gguf,
+    LORA_XS: write_lora_xs,
 }
 # Those whose readers know the magnitudes of a DoRA.
 _OF_DORA = ("peft", "mlx")
@@ -45,6 +47,7 @@ def save_adapter(
     heads: tuple[int, int] | None = None,
     documents: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    frozen: Mapping[str, LoRAFactors] | None = None,
     magnitudes: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write an adapter as a folder, whole or not at all. The scale is inside B in every profile.
@@ -57,7 +60,8 @@ def save_adapter(
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which PEFT and new releases of vLLM read; "mlx" is the folder of mlx_lm; "gguf" the file
-            `adapter.gguf` of llama.cpp.
+            `adapter.gguf` of llama.cpp; "lora-xs" the format of LoRA-XS, which holds the part of each update that lies
+            in the span of `frozen`.
         dtype: of the tensors in the file.
         overwrite: whether an adapter folder at `out` may be replaced.
         fused: layout of the base's fused modules; updates of their parts are merged, see `fuse`.
@@ -67,6 +71,7 @@ def save_adapter(
         heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
+        frozen: what profile lora-xs writes each module by, from `jcrosslora.span.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 
@@ -98,6 +103,7 @@ def save_adapter(
         heads=heads,
         metadata=metadata or {},
         invocation=adapter.info.invocation,
+        frozen=frozen,
         magnitudes=magnitudes,
     )
     with atomic_folder(out, overwrite) as folder:
@@ -118,7 +124,8 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
 
     Raises:
         UsageError: an unknown profile, or one that holds no magnitudes.
-        OutputError: profile gguf without the gguf package, or without a base that it knows.
+        OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
+            a base.
     """
     if profile not in WRITERS:
         msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
@@ -129,6 +136,9 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         raise UsageError(msg)
     if profile == "gguf":
         check_gguf(family, heads)
+    if profile == LORA_XS and family is None:
+        msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
+        raise OutputError(msg)
 
 
 def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:

@@ -44,8 +44,22 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
         invocation=contents.invocation,
         dora=contents.magnitudes is not None,
     )
+    write_files(folder, tensors, config, contents.metadata)
+
+
+def write_files(
+    folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of PEFT.
+
+    Args:
+        folder: to write into.
+        tensors: C-contiguous arrays by their names in the file.
+        config: `adapter_config.json`.
+        metadata: pairs of strings for the header.
+    """
     # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
-    (folder / WEIGHTS).write_bytes(serialized(tensors, {**contents.metadata, "format": "pt"}))
+    (folder / WEIGHTS).write_bytes(serialized(tensors, {**metadata, "format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

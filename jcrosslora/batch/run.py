@@ -28,6 +28,7 @@ from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
     AUTO,
     check_invocation,
+    in_span,
     load_for,
     open_both,
     plan_of,
@@ -222,11 +223,16 @@ class _Run:
     ) -> None:
         settings, shown = item.job.settings, self._progress
         try:
-            moved = mover.finish(plan.transport(()))
+            moved, frozen = in_span(settings, target, mover.finish(plan.transport(())))
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 save_adapter(
-                    moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=self._overwrite
+                    moved,
+                    settings.out,
+                    dtype=settings.dtype,
+                    profile=settings.profile,
+                    overwrite=self._overwrite,
+                    frozen=frozen,
                 )
         except JCrossLoRAError as error:
             self._close(item.job, "failed", str(error))

@@ -182,6 +182,6 @@ class AdapterFile:
         self.check_shape(module, shape, kind, why)
         base, name = self.known_base(kind, why), text_module_name(module)
         try:
-            return np.array(base.weight(name) if name in base.modules else base.tensor(f"{name}.weight"), np.float32)
+            return np.array(base.stored_weight(name), np.float32)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
