@@ -23,6 +23,8 @@ from jcrosslora.rank_cut import RankCut, RankRule
 
 A = TypeVar("A", bound=Adapter)
 Frozen = Mapping[str, LoRAFactors]
+# Module and K to its frozen factors.
+Known = dict[tuple[str, int], LoRAFactors]
 
 # Of the subspace, in radians: what is written is orthonormal whatever the angle, and only that matters to R.
 _TOLERANCE = 1e-4
@@ -57,13 +59,16 @@ def span_rank(profile: str, rule: RankRule | None) -> int | None:
     return rule
 
 
-def frozen_factors(base: BaseModel, names: Iterable[str], rank: int) -> dict[str, LoRAFactors]:
+def frozen_factors(
+    base: BaseModel, names: Iterable[str], rank: int, known: Known | None = None
+) -> dict[str, LoRAFactors]:
     """B = U and A = S V' of LoRA-XS, from the weights of a base.
 
     Args:
         base: the model that the adapter is for.
         names: its modules; parts of a fused matrix stand for the whole of it.
         rank: K. A module whose short side is less has zero columns and rows beyond it.
+        known: what was made of this base before, which grows.
 
     Returns:
         For each module that the base stores b (O, K) and a (K, I), float32.
@@ -72,18 +77,20 @@ def frozen_factors(base: BaseModel, names: Iterable[str], rank: int) -> dict[str
         CheckpointError: the base has no such module, or a weight holds NaN or infinity.
     """
     whole = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
-    found = {}
-    for name in dict.fromkeys(whole.get(name, name) for name in names):
-        weight = np.array(base.stored_weight(name), np.float32)
-        base.release()
-        if not np.isfinite(weight).all():
-            msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
-            raise CheckpointError(msg)
-        found[name] = _frozen(weight, rank)
-    return found
+    known = {} if known is None else known
+    stored = list(dict.fromkeys(whole.get(name, name) for name in names))
+    for name in stored:
+        if (name, rank) not in known:
+            known[name, rank] = _frozen(base, name, rank)
+    return {name: known[name, rank] for name in stored}
 
 
-def _frozen(weight: np.ndarray, rank: int) -> LoRAFactors:
+def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
+    weight = np.array(base.stored_weight(name), np.float32)
+    base.release()
+    if not np.isfinite(weight).all():
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
     top = min(rank, *weight.shape)
     svd, _ = decompose(jnp.asarray(weight)[None], top, vectors=False, tolerance=_TOLERANCE)
     u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))
@@ -117,7 +124,9 @@ def _inside(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
     return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)
 
 
-def project_moved(moved: MovedAdapter, base: BaseModel, rank: int) -> tuple[MovedAdapter, Frozen]:
+def project_moved(
+    moved: MovedAdapter, base: BaseModel, rank: int, known: Known | None = None
+) -> tuple[MovedAdapter, Frozen]:
     """A moved adapter in the span of its target's singular vectors, with what is left in its report.
 
     Norms are not restored, whatever the calibration: parts of a fused matrix that were each made larger would leave the
@@ -127,11 +136,12 @@ def project_moved(moved: MovedAdapter, base: BaseModel, rank: int) -> tuple[Move
         moved: with its report.
         base: the target.
         rank: K.
+        known: see `frozen_factors`.
 
     Returns:
         The adapter, and the frozen factors that profile lora-xs writes it by.
     """
-    frozen = frozen_factors(base, moved.modules, rank)
+    frozen = frozen_factors(base, moved.modules, rank, known)
     found = cut_by(moved, lambda whole: project(whole, frozen, rank), restores=False)
     assert found.report is not None
     report = dataclasses.replace(found.report, warnings=(*found.report.warnings, _READERS))

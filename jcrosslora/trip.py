@@ -28,7 +28,7 @@ from jcrosslora.rank_cut import RankRule
 from jcrosslora.refine import FitSettings
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.second_stage import fit_behind
-from jcrosslora.span import Frozen, project_moved, span_rank
+from jcrosslora.span import Frozen, Known, project_moved, span_rank
 from jcrosslora.transport import BaseInfo, describe_base
 
 if TYPE_CHECKING:
@@ -208,10 +208,15 @@ def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, m
     return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=out_rank)
 
 
-def in_span(settings: TransferSettings, target: BaseModel, moved: MovedAdapter) -> tuple[MovedAdapter, Frozen | None]:
-    """What profile lora-xs can hold of a moved adapter, and the factors that it is written by; any other leaves it."""
+def in_span(
+    settings: TransferSettings, target: BaseModel, moved: MovedAdapter, known: Known | None = None
+) -> tuple[MovedAdapter, Frozen | None]:
+    """What profile lora-xs can hold of a moved adapter, and the factors that it is written by; any other leaves it.
+
+    `known` are the factors of earlier adapters for this target, see `frozen_factors`.
+    """
     rank = span_rank(settings.profile, settings.out_rank)
-    return (moved, None) if rank is None else project_moved(moved, target, rank)
+    return (moved, None) if rank is None else project_moved(moved, target, rank, known)
 
 
 def plan_of(

@@ -149,6 +149,13 @@ def test_what_a_kept_dora_cannot_be_is_refused(house, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@one_house("plain")
+def test_a_copy_to_the_same_weights_says_how_to_lose_nothing(house, tmp_path):
+    where = {"adapter": house.adapter, "source": house.base, "target": house.base, "out": str(tmp_path / "o")}
+    moved = jcl.transfer(jcl.TransferSettings(**where, method="copy"))
+    assert any("export --keep-dora" in warning for warning in moved.report.warnings)
+
+
 @one_house("of PiSSA")
 def test_a_dora_that_began_in_its_base_needs_it(house):
     with pytest.raises(AdapterError, match="the source base is needed"):

@@ -11,6 +11,7 @@ from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
+import jcrosslora.span as span
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli import main
@@ -190,14 +191,17 @@ def test_a_transfer_writes_what_it_says_it_moved(files, tmp_path):
         assert update_norm(moved.modules[row.target]) == pytest.approx(row.norm_after, rel=1e-4) != row.norm_before
 
 
-def test_a_batch_writes_what_a_transfer_writes(files, tmp_path):
+def test_a_batch_writes_what_a_transfer_writes_and_decomposes_the_target_once(files, tmp_path, monkeypatch):
+    made, frozen = [], span._frozen
+    monkeypatch.setattr(span, "_frozen", lambda base, name, rank: made.append(name) or frozen(base, name, rank))
+    jcl.save_adapter(random_adapter(jcl.open_base(files / "source"), seed=5), tmp_path / "second")
     plan = f"""
 out = "moved"
 [bases]
 source = "{files / "source"}"
 target = "{files / "target"}"
 [adapters]
-source = ["{files / "source-adapter"}"]
+source = ["{files / "source-adapter"}", "{tmp_path / "second"}"]
 [[moves]]
 from = "source"
 to = "target"
@@ -206,9 +210,10 @@ profile = "lora-xs"
 out_rank = {K}
 """
     (tmp_path / "plan.toml").write_text(plan)
-    assert run_batch(read_plan(tmp_path / "plan.toml")).count("done") == 1
+    assert run_batch(read_plan(tmp_path / "plan.toml")).count("done") == 2
+    assert sorted(made) == sorted(jcl.open_base(files / "target").modules)
     jcl.transfer(transfer_settings(files, tmp_path / "o"))
-    (found,) = (tmp_path / "moved").glob("*/adapter_model.safetensors")
+    (found,) = (tmp_path / "moved").glob("source-adapter*/adapter_model.safetensors")
     want = load_file(tmp_path / "o" / "adapter_model.safetensors")
     for key, tensor in load_file(found).items():
         np.testing.assert_array_equal(tensor, want[key])

@@ -24,6 +24,7 @@ from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
+from jcrosslora.span import Known
 from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
     AUTO,
@@ -203,6 +204,7 @@ class _Run:
         # Without a cache the groups of several chunks have to stay in memory.
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
+        known: Known = {}
         for chunk in chunks:
             wanted = [item.job.settings for item in chunk]
             movers = [shifter_of(one, load_for(one, source, target), info, plan.method.name) for one in wanted]
@@ -210,7 +212,7 @@ class _Run:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
-                    self._finish(item, mover, plan, source, target, choice)
+                    self._finish(item, mover, plan, source, target, choice, known)
 
     def _finish(
         self,
@@ -220,10 +222,11 @@ class _Run:
         source: BaseModel,
         target: BaseModel,
         choice: Choice | None,
+        known: Known,
     ) -> None:
         settings, shown = item.job.settings, self._progress
         try:
-            moved, frozen = in_span(settings, target, mover.finish(plan.transport(())))
+            moved, frozen = in_span(settings, target, mover.finish(plan.transport(())), known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 save_adapter(
