@@ -77,8 +77,9 @@ class Exported:
     @property
     def losses(self) -> tuple[str, ...]:
         """What reading the adapters lost, one sentence each without a full stop."""
-        hints = {DORA.name: "; --keep-dora loses nothing"}
-        return tuple(f"{info.name} is {info.read_as}{hints.get(info.kind, '')}" for info in self.sources if info.lost)
+        alone = len(self.sources) == 1 and self.sources[0].kind == DORA.name
+        hint = "; --keep-dora, in profile peft or mlx, loses nothing" if alone else ""
+        return tuple(f"{info.name} is {info.read_as}{hint}" for info in self.sources if info.lost)
 
 
 def export_adapter(settings: ExportSettings) -> Exported:

@@ -93,7 +93,7 @@ def test_the_fit_that_is_written_otherwise_is_not_exact_and_says_so(house, tmp_p
     main(["export", house.adapter, "--out", str(tmp_path / "o"), "--profile", "peft", "--base", house.base])
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith(f"lost: {house.adapter} is DoRA (")
-    assert said.endswith("of the update's energy; --keep-dora loses nothing")
+    assert said.endswith("of the update's energy; --keep-dora, in profile peft or mlx, loses nothing")
     assert np.abs(logits(house.family, tmp_path / "o") - house.wanted).max() > 0.05
 
 
