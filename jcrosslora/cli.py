@@ -70,8 +70,12 @@ class Export(ExportSettings):
         from jcrosslora.export import export_adapter
 
         exported = export_adapter(_settings(self, ExportSettings))
+        for sentence in exported.losses:
+            _say(console, f"lost: {sentence}")
         if exported.cut is not None:
             _say(console, f"cut: {exported.cut.sentence}")
+        if exported.magnitudes is not None:
+            _say(console, f"kept: a DoRA, with the magnitudes of its {len(exported.magnitudes)} modules")
         for sentence in exported.adapter.info.ignored:
             _say(console, f"not written: {sentence}")
         _say(console, f"written: {self.out}")

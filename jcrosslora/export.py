@@ -1,19 +1,26 @@
 """Write an adapter again for the base that it has: in another profile, at other ranks, or several as their sum."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from jcrosslora.adapter import Adapter, fuse, load_adapter
+import numpy as np
+
+from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.keep_dora import load_dora
+from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.errors import UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.lora_shift import fit_to_base
 from jcrosslora.rank_cut import RankCut, RankRule, check_rule, cut_and_tell
+from jcrosslora.span import Frozen, frozen_factors, project, span_rank
 from jcrosslora.transport import describe_base
 
 # What a moved adapter's folder says of itself; it still holds where the same adapter is written in another form.
@@ -30,13 +37,17 @@ class ExportSettings:
     """The folder to write."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp."""
+    gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
+    them, for LoRA-XS."""
     base: str | None = None
-    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profile gguf needs it; with it the
-    adapter is also checked against it."""
+    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need
+    it; with it the adapter is also checked against it."""
     out_rank: RankRule | None = None
     """Cut every update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99; or
-    all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
+    all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
+    vectors of each weight to take."""
+    keep_dora: bool = False
+    """Write a DoRA as a DoRA, with its magnitudes, and not as a fit of a lower rank; exact, in profile peft or mlx."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     base_revision: str | None = None
@@ -50,12 +61,25 @@ class Exported:
     """What was written.
 
     Attributes:
-        adapter: with fused modules merged, as in the file.
+        adapter: with fused modules merged, as in the file; of a DoRA that was kept only its s B A.
         cut: what cutting the ranks left; None where that was not asked for.
+        sources: what is known of each adapter that was read.
+        magnitudes: of a DoRA that was kept; else None.
+        frozen: what profile lora-xs wrote each module by; else None.
     """
 
     adapter: Adapter
     cut: RankCut | None
+    sources: tuple[AdapterInfo, ...]
+    magnitudes: Mapping[str, np.ndarray] | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What reading the adapters lost, one sentence each without a full stop."""
+        alone = len(self.sources) == 1 and self.sources[0].kind == DORA.name
+        hint = "; --keep-dora, in profile peft or mlx, loses nothing" if alone else ""
+        return tuple(f"{info.name} is {info.read_as}{hint}" for info in self.sources if info.lost)
 
 
 def export_adapter(settings: ExportSettings) -> Exported:
@@ -68,20 +92,15 @@ def export_adapter(settings: ExportSettings) -> Exported:
     ensure_free(Path(settings.out), settings.overwrite)
     if settings.out_rank is not None:
         check_rule(settings.out_rank)
+    span_rank(settings.profile, settings.out_rank)
+    if settings.keep_dora:
+        _check_kept(settings)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
-    check_profile(settings.profile, *(None, None) if base is None else (base.family.name, _heads(base)))
-    adapters = [load_adapter(ref, base) for ref in settings.adapter]
-    if base is not None:
-        info = describe_base(base, digest=False)
-        adapters = [fit_to_base(adapter, info) for adapter in adapters]
-    total = add_adapters(adapters)
-    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
-    total = Adapter(fuse(total.modules, {} if base is None else base.fused), total.info)
-    cut = None
-    if settings.out_rank is not None:
-        total, cut = cut_and_tell(total, settings.out_rank)
+    known = (None, None) if base is None else (base.family.name, _heads(base))
+    check_profile(settings.profile, *known, dora=settings.keep_dora)
+    exported = (_kept if settings.keep_dora else _summed)(settings, base)
     save_plain(
-        total,
+        exported.adapter,
         settings.out,
         base_name=None if base is None else base.name,
         base_revision=None if base is None else base.revision,
@@ -93,9 +112,50 @@ def export_adapter(settings: ExportSettings) -> Exported:
         family=None if base is None else base.family.name,
         heads=None if base is None else _heads(base),
         documents=_documents(settings.adapter),
-        metadata={"jcrosslora.version": version("jcrosslora"), "jcrosslora.export": _account(adapters, base, cut)},
+        metadata={"jcrosslora.version": version("jcrosslora"), "jcrosslora.export": _account(exported, base)},
+        magnitudes=exported.magnitudes,
+        frozen=exported.frozen,
     )
-    return Exported(total, cut)
+    return exported
+
+
+def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
+    """The sum of the adapters, at the ranks that are wanted."""
+    adapters = [load_adapter(ref, base) for ref in settings.adapter]
+    if base is not None:
+        info = describe_base(base, digest=False)
+        adapters = [fit_to_base(adapter, info) for adapter in adapters]
+    total = add_adapters(adapters)
+    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
+    total = Adapter(fuse(total.modules, {} if base is None else base.fused), total.info)
+    sources = tuple(adapter.info for adapter in adapters)
+    if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
+        assert base is not None  # as `check_profile` has seen
+        frozen = frozen_factors(base, total.modules, rank)
+        return Exported(*project(total, frozen, rank), sources, frozen=frozen)
+    if settings.out_rank is not None:
+        return Exported(*cut_and_tell(total, settings.out_rank), sources)
+    return Exported(total, None, sources)
+
+
+def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
+    """A DoRA as it is."""
+    dora = load_dora(settings.adapter[0], base)
+    return Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
+
+
+def _check_kept(settings: ExportSettings) -> None:
+    """Refuse what cannot be done with a DoRA as it is.
+
+    Raises:
+        UsageError: not just one adapter, or a rank to cut it to.
+    """
+    if len(settings.adapter) != 1:
+        msg = f"{len(settings.adapter)} adapters with --keep-dora: a sum of DoRAs is no DoRA, one adapter was wanted"
+        raise UsageError(msg + "; leave out --keep-dora")
+    if settings.out_rank is not None:
+        msg = f"out rank {settings.out_rank} with --keep-dora: a DoRA of a lower rank has other norms, and its "
+        raise UsageError(msg + "magnitudes do not fit them; leave out one of the two")
 
 
 def _heads(base: BaseModel) -> tuple[int, int]:
@@ -108,12 +168,14 @@ def _documents(refs: tuple[str, ...]) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
 
 
-def _account(adapters: list[Adapter], base: BaseModel | None, cut: RankCut | None) -> str:
+def _account(exported: Exported, base: BaseModel | None) -> str:
     """From what, for which base and at which loss an adapter was written, as JSON."""
+    cut = exported.cut
     made = {
-        "adapters": [{"name": each.info.name, "digest": each.info.digest} for each in adapters],
+        "adapters": [{"name": info.name, "digest": info.digest} for info in exported.sources],
         "base": None if base is None else base.name,
         "out_rank": None if cut is None else cut.rule,
         "kept": None if cut is None else cut.kept,
+        "kept_by_module": None if cut is None else cut.shares,
     }
     return json.dumps(made)

@@ -1,7 +1,7 @@
 """LoRA-Shift: a transport and an adapter in, the adapter for the other base out. The same for all methods."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
+from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import product_energy
 from jcrosslora.methods import Terms, get_method
 from jcrosslora.pairing import Pair
-from jcrosslora.rank_cut import RankRule, check_rule, cut_and_tell
+from jcrosslora.rank_cut import RankCut, RankRule, check_rule, cut_and_tell
 from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
 from jcrosslora.transport import BaseInfo, Transport, TransportGroup
 
@@ -113,7 +114,7 @@ class Shifter:
         _check_invocation(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
-        self._out_rank: RankRule | None = out_rank
+        self.out_rank: RankRule | None = out_rank
         # What is fitted behind the maps is cut when it has been.
         self._cuts_here = out_rank is not None and get_method(method).then == "nothing"
         self._rows: list[ModuleRow] = []
@@ -137,7 +138,7 @@ class Shifter:
             target=transport.target,
             adapter=self.adapter.info,
             calibration="frobenius" if self._keep_norm else "none",
-            out_rank=self._out_rank,
+            out_rank=self.out_rank,
             layers=transport.pairing.layers,
             rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
             unfed=transport.pairing.unfed,
@@ -219,14 +220,29 @@ def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, kee
 def cut_moved(moved: MovedAdapter) -> MovedAdapter:
     """Cut the updates of a moved adapter as its report says (`out_rank`), and put what is left into the report."""
     assert moved.report is not None
-    assert moved.report.out_rank is not None
+    rule = moved.report.out_rank
+    assert rule is not None
+    return cut_by(moved, lambda whole: cut_and_tell(whole, rule))
+
+
+def cut_by(
+    moved: MovedAdapter, cut: Callable[[Adapter], tuple[Adapter, RankCut]], *, restores: bool = True
+) -> MovedAdapter:
+    """Replace the updates of a moved adapter by what is left of them, and put that into the report.
+
+    Args:
+        moved: with its report.
+        cut: gives what is left of an adapter of the modules that the base stores, and the account of it.
+        restores: whether each module gets back its norm where the calibration was to keep it.
+    """
+    assert moved.report is not None
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
     fused = moved.target.fused if moved.target is not None else {}
-    whole, cut = cut_and_tell(Adapter(fuse(moved.modules, fused), moved.info), moved.report.out_rank)
+    whole, account = cut(Adapter(fuse(moved.modules, fused), moved.info))
     parts = split_fused(whole, fused).modules
     modules = {name: parts[name] for name in moved.modules}
     norms = {name: update_norm(factors) for name, factors in modules.items()}
-    if moved.report.calibration == "frobenius":
+    if restores and moved.report.calibration == "frobenius":
         wanted = {row.target: row.norm_after for row in moved.report.rows}
         factors = {name: wanted[name] / norm if norm > 0 else 1.0 for name, norm in norms.items()}
         modules = {
@@ -237,7 +253,7 @@ def cut_moved(moved: MovedAdapter) -> MovedAdapter:
     rows = tuple(
         dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in moved.report.rows
     )
-    report = dataclasses.replace(moved.report, rows=rows, cut=cut)
+    report = dataclasses.replace(moved.report, rows=rows, out_rank=account.rule, cut=account)
     return dataclasses.replace(moved, modules=modules, report=report)
 
 
@@ -280,7 +296,10 @@ def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ..
 def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
     lossy = (f"the adapter is {adapter.info.read_as}.",) if adapter.info.lost else ()
     if lossy and transport.source.digest == transport.target.digest:
-        lossy += ("both bases have the same weights: the adapter's own file works on the target, and loses nothing.",)
+        again = ", as does what `jcrosslora export --keep-dora` writes" if adapter.info.kind == DORA.name else ""
+        lossy += (
+            f"both bases have the same weights: the adapter's own file works on the target, and loses nothing{again}.",
+        )
     return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 

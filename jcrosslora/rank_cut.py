@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class RankCut:
         kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is left.
         least: the module that kept the smallest share of its own.
         least_kept: that share.
+        shares: that of each module.
     """
 
     rule: RankRule
@@ -40,13 +41,35 @@ class RankCut:
     kept: float
     least: str
     least_kept: float
+    shares: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, rule: RankRule, ranks: Mapping[str, int], whole: Mapping[str, float], left: Mapping[str, float]
+    ) -> Self:
+        """The account by the energies of the modules, before and after.
+
+        Args:
+            rule: what was asked for.
+            ranks: afterwards; at least one module.
+            whole: ||dW||_F^2 of each module before.
+            left: the same afterwards.
+        """
+        shares = {name: left[name] / whole[name] if whole[name] > 0 else 1.0 for name in whole}
+        least = min(shares, key=lambda name: shares[name])
+        total = math.fsum(whole.values())
+        kept = math.fsum(left.values()) / total if total > 0 else 1.0
+        return cls(rule, dict(ranks), kept, least, shares[least], shares)
 
     @property
     def sentence(self) -> str:
         """The figures in words, without a full stop."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
-        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        return f"{ranks}, which keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
+        return f"{f'rank {low}' if low == high else f'ranks {low} to {high}'}, which {self._left}"
+
+    @property
+    def _left(self) -> str:
+        return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
 def check_rule(rule: RankRule) -> None:
@@ -107,11 +130,7 @@ def cut_and_tell(adapter: A, rule: RankRule) -> tuple[A, RankCut]:
     }
     whole = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
     left = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
-    shares = {name: left[name] / whole[name] if whole[name] > 0 else 1.0 for name in whole}
-    least = min(shares, key=lambda name: shares[name])
-    total = math.fsum(whole.values())
-    kept = math.fsum(left.values()) / total if total > 0 else 1.0
-    cut = RankCut(rule, {name: factors.rank for name, factors in modules.items()}, kept, least, shares[least])
+    cut = RankCut.of(rule, {name: factors.rank for name, factors in modules.items()}, whole, left)
     return dataclasses.replace(adapter, modules=modules), cut
 
 

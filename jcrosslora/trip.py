@@ -28,6 +28,7 @@ from jcrosslora.rank_cut import RankRule
 from jcrosslora.refine import FitSettings
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.second_stage import fit_behind
+from jcrosslora.span import Frozen, Known, project_moved, span_rank
 from jcrosslora.transport import BaseInfo, describe_base
 
 if TYPE_CHECKING:
@@ -60,14 +61,16 @@ class TransferSettings:
     """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
     out_rank: RankRule | None = None
     """Cut every moved update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99;
-    or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each."""
+    or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many
+    singular vectors of each weight to take."""
     adapter_rank: int | None = None
     """Read no update of the adapter at more than this rank; if not given exactly, a DoRA at twice its rank."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp."""
+    gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
+    them, for LoRA-XS."""
     seed: int = 0
     """Of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_text: str | None = None
@@ -121,6 +124,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
+    span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
     source, target, cache = open_both(settings)
     adapter = load_for(settings, source, target)
@@ -149,13 +153,21 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         seed=settings.seed,
         progress=progress,
     )
-    if method.then != "nothing" and settings.out_rank is not None:
+    if method.then != "nothing" and mover.out_rank is not None:
         moved = cut_moved(moved)
+    moved, frozen = in_span(settings, target, moved)
     if not writes:
         settings = dataclasses.replace(settings, effect="never")
     moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
     if writes:
-        save_adapter(moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=settings.overwrite)
+        save_adapter(
+            moved,
+            settings.out,
+            dtype=settings.dtype,
+            profile=settings.profile,
+            overwrite=settings.overwrite,
+            frozen=frozen,
+        )
     return moved
 
 
@@ -191,7 +203,20 @@ def check_invocation(adapter: Adapter, method: Method) -> None:
 
 def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
     """What moves an adapter as the settings say; checks that it fits the base."""
-    return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=settings.out_rank)
+    # Into the span of singular vectors an update is projected whole.
+    out_rank = None if span_rank(settings.profile, settings.out_rank) else settings.out_rank
+    return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=out_rank)
+
+
+def in_span(
+    settings: TransferSettings, target: BaseModel, moved: MovedAdapter, known: Known | None = None
+) -> tuple[MovedAdapter, Frozen | None]:
+    """What profile lora-xs can hold of a moved adapter, and the factors that it is written by; any other leaves it.
+
+    `known` are the factors of earlier adapters for this target, see `frozen_factors`.
+    """
+    rank = span_rank(settings.profile, settings.out_rank)
+    return (moved, None) if rank is None else project_moved(moved, target, rank, known)
 
 
 def plan_of(
@@ -292,19 +317,22 @@ def save_adapter(
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
     overwrite: bool = False,
+    frozen: Frozen | None = None,
 ) -> Path:
     """Write an adapter as a folder; a moved one with its model card and `transfer_report.json`.
 
     Args:
         adapter: what to write.
         out: the folder; it appears whole or not at all.
-        base: the base that it is for. A moved adapter knows its own; of others profile gguf needs it.
+        base: the base that it is for. A moved adapter knows its own; of others profiles gguf and lora-xs need it.
         base_name: `base_model_name_or_path`; None is the base that the adapter is for.
         profile: "portable" is PEFT's format with every module padded to one rank, and alpha equal to it, which all
             engines read alike; "peft" keeps a rank for each module in patterns; "mlx" is the folder of mlx_lm, and
-            "gguf" the file `adapter.gguf` of llama.cpp.
+            "gguf" the file `adapter.gguf` of llama.cpp; "lora-xs" holds the part of each update in the span of
+            `frozen`.
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
+        frozen: for profile lora-xs, from `jcrosslora.span.frozen_factors`.
 
     Returns:
         The folder.
@@ -343,6 +371,7 @@ def save_adapter(
         profile=profile,
         dtype=dtype,
         overwrite=overwrite,
+        frozen=frozen,
         **extra,
     )
 

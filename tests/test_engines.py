@@ -133,6 +133,13 @@ def test_a_folder_of_mlx_is_for_mlx_alone(tmp_path):
     assert readers(tmp_path) == set()
 
 
+@pytest.mark.parametrize("part", ["_lora_latent_mapping.weight", ".lora_gate"])
+def test_what_stands_between_the_factors_is_read_by_its_own_repository_alone(tmp_path, part):
+    folder = write_folder(tmp_path / "a", CONFIG, tensors() | {f"base_model.model.{Q}{part}": matrix(2, 2)})
+    assert readers(folder, "llama") == set()
+    assert "own repository reads tensor" in verdicts(folder)["PEFT"].reasons[0]
+
+
 def test_a_pickle_is_judged_by_its_configuration(tmp_path):
     folder = write_folder(tmp_path / "a", CONFIG | {"r": 64})
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

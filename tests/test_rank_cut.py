@@ -50,6 +50,7 @@ def test_every_cut_is_the_best_of_its_rank_and_is_accounted_for(rule):
         energies[name], lost[name] = np.sum(whole**2), np.sum((whole - left) ** 2)
     assert cut.kept == pytest.approx(1 - sum(lost.values()) / sum(energies.values()), abs=1e-6)
     shares = {name: 1 - lost[name] / energies[name] for name in lost}
+    assert cut.shares == pytest.approx(shares, abs=1e-6)
     assert cut.least_kept == pytest.approx(min(shares.values()), abs=1e-6)
     assert shares[cut.least] == pytest.approx(cut.least_kept, abs=1e-6)
 

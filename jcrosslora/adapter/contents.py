@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import LoRAFactors
 
@@ -21,6 +23,8 @@ class Contents:
         heads: (query heads, key heads) of the base, likewise.
         metadata: provenance, pairs of strings.
         invocation: tokens of the base from which on it acts (aLoRA); None for one that always does.
+        frozen: profile lora-xs's a (K, I) and b (O, K) for each module, see `write_lora_xs`.
+        magnitudes: of each module, float32 (O,), where the adapter is a DoRA and `modules` its s B A; else None.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -32,6 +36,8 @@ class Contents:
     heads: tuple[int, int] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     invocation: Sequence[int] | None = None
+    frozen: Mapping[str, LoRAFactors] | None = None
+    magnitudes: Mapping[str, np.ndarray] | None = None
 
     @property
     def rank(self) -> int:

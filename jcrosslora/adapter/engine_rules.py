@@ -27,6 +27,12 @@ def prefix(facts: AdapterFacts) -> str | None:
     return f"tensor names must start with {PREFIX!r}, {bare[0]!r} does not" if bare else None
 
 
+def own_parts(facts: AdapterFacts) -> str | None:
+    """Without an error peft leaves out what stands between lora_A and lora_B in files of these two kinds."""
+    other = [tensor.key for tensor in facts.tensors if tensor.kind in ("latent", "lora_gate")]
+    return f"only LoRA-XS's or BeamLoRA's own repository reads tensor {other[0]!r}" if other else None
+
+
 def plain_lora(*supported: str) -> Rule:
     def rule(facts: AdapterFacts) -> str | None:
         if facts.peft_type != "LORA":

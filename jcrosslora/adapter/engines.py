@@ -67,7 +67,7 @@ _NEEDS_PEFT = "the folder is in the format of MLX: convert it to PEFT first"
 
 
 ENGINES: tuple[Engine, ...] = (
-    Engine("PEFT", (rules.known_type, rules.prefix), (rules.pickle, rules.changes_base)),
+    Engine("PEFT", (rules.known_type, rules.prefix, rules.own_parts), (rules.pickle, rules.changes_base)),
     Engine(
         "vLLM",
         (
@@ -81,7 +81,9 @@ ENGINES: tuple[Engine, ...] = (
         (rules.pickle, rules.vllm_rank_flag, rules.vllm_patterns, rules.vllm_embedding),
     ),
     Engine(
-        "SGLang", (rules.plain_lora(), rules.sglang_patterns, rules.sglang_rslora), (rules.pickle, rules.sglang_tensors)
+        "SGLang",
+        (rules.plain_lora(), rules.own_parts, rules.sglang_patterns, rules.sglang_rslora),
+        (rules.pickle, rules.sglang_tensors),
     ),
     Engine(
         "llama.cpp",

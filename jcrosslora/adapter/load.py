@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jcrosslora.adapter import dropped
 from jcrosslora.adapter.config import check_type, config_notes
@@ -25,6 +26,38 @@ from jcrosslora.errors import AdapterError, UsageError
 
 # A smaller share of the update's energy is rounding.
 _ROUNDING = 1e-6
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedAdapter:
+    """An adapter whose kind is known and whose configuration was checked, but whose updates were not read yet.
+
+    Attributes:
+        files: where it is.
+        kind: what it is.
+        file: to read it by.
+        contents: its tensors, sorted.
+    """
+
+    files: AdapterFiles
+    kind: Kind
+    file: AdapterFile
+    contents: Contents
+
+    def info(self, **known: Any) -> AdapterInfo:
+        """Where the adapter came from, with what else is known of it."""
+        config = self.file.config
+        return AdapterInfo(
+            name=self.files.name,
+            base_name=_text_or_none(config.get("base_model_name_or_path")),
+            config=config,
+            digest=f"sha256:{self.file.file.file.sha256()}",
+            revision=_commit(self.files),
+            kind=self.kind.name,
+            **known,
+        )
 
 
 def load_adapter(
@@ -53,29 +86,14 @@ def load_adapter(
     if rank is not None and rank < 1:
         msg = f"adapter rank {rank} is out of range; it must be at least 1"
         raise UsageError(msg)
-    files = find_adapter(ref, revision)
-    config, where = read_config(files.config), str(files.config)
-    check_type(config, where, TYPES)
-    weights = open_weights(files.weights)
-    contents = sort_tensors([parse_tensor_name(key) for key in weights.entries], files.weights)
-    kind = kind_of(config, contents.parts, where)
-    kind.check(config, where)
-    file = AdapterFile(config, weights, contents.modules, contents.heads, contents.shared, base, rank)
-    updates = _read(kind, file)
-    ignored = _not_moved(kind, file, contents, updates)
+    opened = open_adapter(ref, base, revision=revision, rank=rank)
+    kind, config = opened.kind, opened.file.config
+    updates = by_text_name(opened, ((name, cut(update, rank)) for name, update in kind.read(opened.file)))
+    ignored = _not_moved(kind, opened.file, opened.contents, updates)
     modules = {name: update.factors for name, update in updates.items() if name != "lm_head"}
-    if not modules:
-        found = "; ".join(ignored) or "it is empty"
-        msg = f"{files.weights}: holds no {kind.name} of a linear layer ({found.rstrip('.')}): nothing can be moved"
-        raise AdapterError(msg)
-    info = AdapterInfo(
-        name=files.name,
-        base_name=_text_or_none(config.get("base_model_name_or_path")),
-        config=config,
-        digest=f"sha256:{weights.file.sha256()}",
-        revision=_commit(files),
+    check_any(opened, modules, ignored)
+    info = opened.info(
         ignored=tuple(config_notes(config) + ignored),
-        kind=kind.name,
         read_as=_read_as(kind, config, list(updates.values())),
         lost=_lost(list(updates.values())),
         rank_limit=rank,
@@ -86,16 +104,51 @@ def load_adapter(
     return Adapter(modules=modules, info=info)
 
 
-def _read(kind: Kind, file: AdapterFile) -> dict[str, Update]:
-    """The updates by the names of text-only models, at no more than the rank that is wanted."""
-    updates: dict[str, Update] = {}
-    for module, update in kind.read(file):
+def open_adapter(
+    ref: str | Path, base: BaseModel | None, *, revision: str | None = None, rank: int | None = None
+) -> OpenedAdapter:
+    """Find an adapter, see what kind it is, and check what is known without its tensors; see `load_adapter`.
+
+    Raises:
+        AdapterError: not there, damaged, or of a kind that is refused (named).
+    """
+    files = find_adapter(ref, revision)
+    config, where = read_config(files.config), str(files.config)
+    check_type(config, where, TYPES)
+    weights = open_weights(files.weights)
+    contents = sort_tensors([parse_tensor_name(key) for key in weights.entries], files.weights)
+    kind = kind_of(config, contents.parts, where)
+    kind.check(config, where)
+    file = AdapterFile(config, weights, contents.modules, contents.heads, contents.shared, base, rank)
+    return OpenedAdapter(files, kind, file, contents)
+
+
+def by_text_name(opened: OpenedAdapter, found: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """What was read of each module, by the names of text-only models.
+
+    Raises:
+        AdapterError: two modules have one name there.
+    """
+    named: dict[str, T] = {}
+    for module, value in found:
         name = text_module_name(module)
-        if name in updates:
-            msg = f"{file.path}: module {name!r} occurs under two spellings: remove one of them"
+        if name in named:
+            msg = f"{opened.file.path}: module {name!r} occurs under two spellings: remove one of them"
             raise AdapterError(msg)
-        updates[name] = cut(update, file.rank)
-    return updates
+        named[name] = value
+    return named
+
+
+def check_any(opened: OpenedAdapter, modules: Mapping[str, object], ignored: Sequence[str]) -> None:
+    """Refuse an adapter that holds nothing which could be used.
+
+    Raises:
+        AdapterError: `modules` is empty; says what there is instead.
+    """
+    if not modules:
+        found = ("; ".join(ignored) or "it is empty").rstrip(".")
+        msg = f"{opened.files.weights}: holds no {opened.kind.name} of a linear layer ({found}): nothing can be moved"
+        raise AdapterError(msg)
 
 
 def _not_moved(kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update]) -> list[str]:

@@ -4,25 +4,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+
 from jcrosslora.adapter.contents import Contents
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.records import Adapter, LoRAFactors
 from jcrosslora.adapter.write_gguf import GGUF_WEIGHTS, check_gguf, write_gguf
+from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.files import atomic_folder, ensure_free
 
-Profile = Literal["portable", "peft", "mlx", "gguf"]
+Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
 WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
     "portable": write_portable,
     "peft": write_peft,
     "mlx": write_mlx,
     "gguf": write_gguf,
+    LORA_XS: write_lora_xs,
 }
+# Those whose readers know the magnitudes of a DoRA.
+_OF_DORA = ("peft", "mlx")
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
@@ -41,6 +47,8 @@ def save_adapter(
     heads: tuple[int, int] | None = None,
     documents: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    frozen: Mapping[str, LoRAFactors] | None = None,
+    magnitudes: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Write an adapter as a folder, whole or not at all. The scale is inside B in every profile.
 
@@ -52,7 +60,8 @@ def save_adapter(
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which PEFT and new releases of vLLM read; "mlx" is the folder of mlx_lm; "gguf" the file
-            `adapter.gguf` of llama.cpp.
+            `adapter.gguf` of llama.cpp; "lora-xs" the format of LoRA-XS, which holds the part of each update that lies
+            in the span of `frozen`.
         dtype: of the tensors in the file.
         overwrite: whether an adapter folder at `out` may be replaced.
         fused: layout of the base's fused modules; updates of their parts are merged, see `fuse`.
@@ -62,6 +71,9 @@ def save_adapter(
         heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
+        frozen: what profile lora-xs writes each module by, from `jcrosslora.span.frozen_factors`.
+        magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
+            then holds its s B A, of the modules that the base stores.
 
     Returns:
         `out` as a path.
@@ -73,13 +85,14 @@ def save_adapter(
     """
     out = Path(out)
     ensure_free(out, overwrite)
-    check_profile(profile, family, heads)
+    check_profile(profile, family, heads, dora=magnitudes is not None)
     _check_settings(dtype, documents or {}, metadata or {})
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
     if not modules:
         msg = f"{out}: the adapter has no modules, at least one was wanted: nothing was written"
         raise OutputError(msg)
+    _check_magnitudes(modules, magnitudes)
     contents = Contents(
         modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
         dtype=dtype,
@@ -90,6 +103,8 @@ def save_adapter(
         heads=heads,
         metadata=metadata or {},
         invocation=adapter.info.invocation,
+        frozen=frozen,
+        magnitudes=magnitudes,
     )
     with atomic_folder(out, overwrite) as folder:
         WRITERS[profile](contents, folder)
@@ -98,23 +113,32 @@ def save_adapter(
     return out
 
 
-def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None) -> None:
+def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:
     """Refuse a profile that cannot be written for a base, before any work is done for it.
 
     Args:
         profile: see `save_adapter`.
         family: of the base, None if it is not known.
         heads: its query heads and key heads, likewise.
+        dora: whether a DoRA is to be written with its magnitudes.
 
     Raises:
-        UsageError: an unknown profile.
-        OutputError: profile gguf without the gguf package, or without a base that it knows.
+        UsageError: an unknown profile, or one that holds no magnitudes.
+        OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
+            a base.
     """
     if profile not in WRITERS:
         msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
         raise UsageError(msg)
+    if dora and profile not in _OF_DORA:
+        msg = f"profile {profile} has no place for the magnitudes of a DoRA; use {' or '.join(_OF_DORA)}, or let it be "
+        msg += "fitted (leave out --keep-dora)"
+        raise UsageError(msg)
     if profile == "gguf":
         check_gguf(family, heads)
+    if profile == LORA_XS and family is None:
+        msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
+        raise OutputError(msg)
 
 
 def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
@@ -122,6 +146,14 @@ def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | 
     endings = {ending(name) for name in updated}
     every = dict.fromkeys(owner.get(name, name) for name in all_modules or ())
     return sorted((name for name in every if ending(name) in endings and name not in updated), key=natural_key)
+
+
+def _check_magnitudes(modules: Mapping[str, LoRAFactors], magnitudes: Mapping[str, np.ndarray] | None) -> None:
+    for name, factors in modules.items():
+        rows, _ = factors.shape
+        if magnitudes is not None and (name not in magnitudes or magnitudes[name].shape != (rows,)):
+            msg = f"module {name!r} of a DoRA has not the magnitudes of its {rows} rows: give those that belong to it"
+            raise OutputError(msg)
 
 
 def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[str, str]) -> None:

@@ -1,7 +1,9 @@
 """The format of MLX (mlx_lm): `adapters.safetensors` and an `adapter_config.json` of its own.
 
 Its factors are the transposes of PEFT's: y = x W' + scale (x lora_a) lora_b, with lora_a (I, K) and lora_b (K, O). One
-rank and one scale hold for all modules. Source: mlx_lm/tuner/utils.py and lora.py (mlx-lm 0.32).
+rank and one scale hold for all modules. The magnitudes of a DoRA are `m` (O,), over norms of the rows as in PEFT.
+
+Source: mlx_lm/tuner/utils.py, lora.py and dora.py (mlx-lm 0.32).
 """
 
 import json
@@ -20,7 +22,7 @@ _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
 
 
 def write_mlx(contents: Contents, folder: Path) -> None:
-    """One rank, lower ones padded with zeros, and scale 1. In a layer without an update MLX's own lora_b is zero.
+    """One rank, lower ones padded with zeros, and scale 1. In a layer without an update MLX's own change nothing.
 
     Raises:
         OutputError: a module that is not part of a layer, values that do not fit the dtype, or an adapter that acts
@@ -33,8 +35,10 @@ def write_mlx(contents: Contents, folder: Path) -> None:
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, contents.rank)
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = (np.ascontiguousarray(each.T) for each in (a, b))
+        if contents.magnitudes is not None:  # in float32, as in PEFT's format
+            tensors[f"{name}.m"] = np.ascontiguousarray(contents.magnitudes[name])
     config = {
-        "fine_tune_type": "lora",
+        "fine_tune_type": "lora" if contents.magnitudes is None else "dora",
         "model": contents.base_name,
         "num_layers": -1,  # All: a number would count from the last layer.
         "lora_parameters": {

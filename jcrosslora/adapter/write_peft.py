@@ -22,7 +22,10 @@ def write_portable(contents: Contents, folder: Path) -> None:
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
-    """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read."""
+    """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read.
+
+    The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
+    """
     _write(contents, folder, None)
 
 
@@ -31,15 +34,32 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
+        if contents.magnitudes is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
     config = peft_config(
         {name: rank or factors.rank for name, factors in contents.modules.items()},
         base_name=contents.base_name,
         base_revision=contents.base_revision,
         exclude=contents.exclude,
         invocation=contents.invocation,
+        dora=contents.magnitudes is not None,
     )
+    write_files(folder, tensors, config, contents.metadata)
+
+
+def write_files(
+    folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of PEFT.
+
+    Args:
+        folder: to write into.
+        tensors: C-contiguous arrays by their names in the file.
+        config: `adapter_config.json`.
+        metadata: pairs of strings for the header.
+    """
     # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
-    (folder / WEIGHTS).write_bytes(serialized(tensors, {**contents.metadata, "format": "pt"}))
+    (folder / WEIGHTS).write_bytes(serialized(tensors, {**metadata, "format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -50,6 +70,7 @@ def peft_config(
     base_revision: str | None = None,
     exclude: Sequence[str] = (),
     invocation: Sequence[int] | None = None,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """The `adapter_config.json` for modules of these ranks, all with scale 1.
 
@@ -62,6 +83,7 @@ def peft_config(
         base_revision: its revision.
         exclude: modules that have the ending of one in `ranks`, but no update.
         invocation: tokens from which on the adapter acts (aLoRA); None for one that always does.
+        dora: whether magnitudes belong to the factors.
     """
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
@@ -77,7 +99,7 @@ def peft_config(
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": False,

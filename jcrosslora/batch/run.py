@@ -24,10 +24,12 @@ from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
+from jcrosslora.span import Known
 from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
     AUTO,
     check_invocation,
+    in_span,
     load_for,
     open_both,
     plan_of,
@@ -202,6 +204,7 @@ class _Run:
         # Without a cache the groups of several chunks have to stay in memory.
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
+        known: Known = {}
         for chunk in chunks:
             wanted = [item.job.settings for item in chunk]
             movers = [shifter_of(one, load_for(one, source, target), info, plan.method.name) for one in wanted]
@@ -209,7 +212,7 @@ class _Run:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
-                    self._finish(item, mover, plan, source, target, choice)
+                    self._finish(item, mover, plan, source, target, choice, known)
 
     def _finish(
         self,
@@ -219,14 +222,20 @@ class _Run:
         source: BaseModel,
         target: BaseModel,
         choice: Choice | None,
+        known: Known,
     ) -> None:
         settings, shown = item.job.settings, self._progress
         try:
-            moved = mover.finish(plan.transport(()))
+            moved, frozen = in_span(settings, target, mover.finish(plan.transport(())), known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 save_adapter(
-                    moved, settings.out, dtype=settings.dtype, profile=settings.profile, overwrite=self._overwrite
+                    moved,
+                    settings.out,
+                    dtype=settings.dtype,
+                    profile=settings.profile,
+                    overwrite=self._overwrite,
+                    frozen=frozen,
                 )
         except JCrossLoRAError as error:
             self._close(item.job, "failed", str(error))

@@ -86,6 +86,14 @@ class BaseModel:
         array = self.store.tensor(module.tensor)
         return array if module.rows is None else array[slice(*module.rows)]
 
+    def stored_weight(self, name: str) -> np.ndarray:
+        """(O, I) of a module as the model has it: a logical one, or a fused one as a whole; see `tensor`.
+
+        Raises:
+            CheckpointError: no such module, or a dtype that cannot be read.
+        """
+        return self.weight(name) if name in self.modules else self.tensor(f"{name}.weight")
+
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """float32 (n, columns): rows of a matrix, e.g. of the embedding; the others are not read.
 

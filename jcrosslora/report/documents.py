@@ -47,7 +47,7 @@ def report_json(report: TransferReport, recipe: str) -> str:
 def card_text(report: TransferReport, recipe: str, profile: str = "portable") -> str:
     """The model card of a moved adapter."""
     return model_card(
-        library=profile if profile in ("mlx", "gguf") else "peft",
+        library="peft" if profile in ("portable", "peft") else profile,
         base_name=report.target.name,
         source_adapter=report.adapter.name,
         method=report.recipe.method,

@@ -1,7 +1,8 @@
 """DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
 
 The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the m over the norms, is of full rank: what is read is
-its best approximation of a lower rank, and how much of it that loses.
+its best approximation of a lower rank, and how much of it that loses. `read_stored` gives B, A and m themselves, which
+are the whole of it on the base that they were trained on, and on no other.
 
 Source: DoRA (arXiv 2402.09353), equation 5; peft 0.21, tuners/lora/dora.py.
 """
@@ -29,18 +30,34 @@ _WHY = "rescales the rows of W + B A"
 
 
 def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
+    for module, (factors, magnitude) in read_stored(file):
+        yield module, _fitted(file, module, factors, magnitude)
+
+
+def read_stored(file: AdapterFile) -> Iterator[tuple[str, tuple[LoRAFactors, np.ndarray]]]:
+    """Module by module the factors of s B A, and m as float32 (O,).
+
+    Where training began from factors of the base (PiSSA, OLoRA), s B A is taken with what was removed from W for them.
+
+    Raises:
+        AdapterError: a part is missing or damaged, or the base is needed and was not given.
+    """
     inner = next(kind for kind in (PISSA, OLORA, PLAIN) if kind.applies(file.config, ()))
     for module, update in inner.read(file):
-        yield module, _with_magnitude(file, module, update.factors)
+        yield module, (update.factors, _magnitude(file, module, update.factors))
 
 
-def _with_magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> Update:
+def _magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> np.ndarray:
     magnitude = file.part(module, "dora", axes=1).astype(np.float32)
     rows, _ = factors.shape
     if magnitude.shape != (rows,):
         msg = f"{file.path}: module {module!r} has {magnitude.shape[0]} magnitudes for {rows} rows"
         msg += ": magnitudes of another axis (LyCORIS's dora_scale) are not supported; convert it with peft first"
         raise AdapterError(msg)
+    return magnitude
+
+
+def _fitted(file: AdapterFile, module: str, factors: LoRAFactors, magnitude: np.ndarray) -> Update:
     weight = file.weight(module, factors.shape, "DoRA", _WHY)
     change = full_update(weight, factors, magnitude)
     wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank

@@ -155,8 +155,8 @@ class AdapterFile:
         msg = f"{self.path}: module {name!r} is not one of the base {base.name}: give the base it was trained on"
         raise AdapterError(msg)
 
-    def weight(self, module: str, shape: tuple[int, int], kind: str, why: str) -> np.ndarray:
-        """float32 (O, I): the base's weight of a module.
+    def check_shape(self, module: str, shape: tuple[int, int], kind: str, why: str) -> None:
+        """Refuse an update that is not of the base's module.
 
         Args:
             module: as the file spells it.
@@ -167,12 +167,21 @@ class AdapterFile:
         Raises:
             AdapterError: there is no base, it has no such module, or one of another shape.
         """
-        base, name, wanted = self.known_base(kind, why), text_module_name(module), self.shape(module, kind, why)
+        base, wanted = self.known_base(kind, why), self.shape(module, kind, why)
         if wanted != shape:
-            msg = f"{self.path}: the update of {name!r} is {shape[0]} x {shape[1]}, in the base {base.name} it is "
-            msg += f"{wanted[0]} x {wanted[1]}: give the base it was trained on"
+            msg = f"{self.path}: the update of {text_module_name(module)!r} is {shape[0]} x {shape[1]}, in the base "
+            msg += f"{base.name} it is {wanted[0]} x {wanted[1]}: give the base it was trained on"
             raise AdapterError(msg)
+
+    def weight(self, module: str, shape: tuple[int, int], kind: str, why: str) -> np.ndarray:
+        """float32 (O, I): the base's weight of a module; the arguments are those of `check_shape`.
+
+        Raises:
+            AdapterError: see `check_shape`.
+        """
+        self.check_shape(module, shape, kind, why)
+        base, name = self.known_base(kind, why), text_module_name(module)
         try:
-            return np.array(base.weight(name) if name in base.modules else base.tensor(f"{name}.weight"), np.float32)
+            return np.array(base.stored_weight(name), np.float32)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error

@@ -1,0 +1,73 @@
+"""A DoRA as it is stored, to be written again for the base that it was trained on.
+
+As an update it is of full rank, and read as a fit of a lower one (see `kinds.dora`); with B, A and the magnitudes it
+stays what it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jcrosslora.adapter.config import config_notes
+from jcrosslora.adapter.dropped import sentence
+from jcrosslora.adapter.kinds.dora import DORA, read_stored
+from jcrosslora.adapter.load import OpenedAdapter, by_text_name, check_any, open_adapter
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.errors import AdapterError
+
+
+@dataclass(frozen=True, eq=False)
+class KeptDoRA:
+    """A DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
+
+    Attributes:
+        directions: s B A of each module, which alone is not its update.
+        magnitudes: m of each module, float32 (O,).
+    """
+
+    directions: Adapter
+    magnitudes: Mapping[str, np.ndarray]
+
+
+def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str | None = None) -> KeptDoRA:
+    """Read a DoRA without making an update of it.
+
+    Args:
+        ref: a folder or a hub id, see `load_adapter`.
+        base: the model that it was trained on, to check its modules against. One that began as PiSSA or OLoRA needs
+            it, because its B A was taken out of the weights.
+        revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        AdapterError: not a DoRA, damaged, or not of this base.
+    """
+    opened = open_adapter(ref, base, revision=revision)
+    if opened.kind is not DORA:
+        msg = f"{opened.files.name}: a {opened.kind.name} has no magnitudes that could be kept, a DoRA was wanted"
+        raise AdapterError(msg + ": leave out --keep-dora")
+    found = by_text_name(opened, read_stored(opened.file))
+    if base is not None:
+        for name, (factors, _) in found.items():
+            _check_module(opened, base, name, factors.shape)
+        base.release()
+    sorts = {sort: [tensor.module for tensor in tensors] for sort, tensors in opened.contents.dropped.items()}
+    if opened.contents.heads:
+        sorts["head"] = list(opened.contents.heads)
+    # How much of the whole change that is cannot be said without the update.
+    ignored = [sentence(sort, names, None, 0.0) for sort, names in sorts.items()]
+    check_any(opened, found, ignored)
+    info = opened.info(ignored=tuple(config_notes(opened.file.config) + ignored))
+    directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
+    return KeptDoRA(directions, {name: magnitude for name, (_, magnitude) in found.items()})
+
+
+def _check_module(opened: OpenedAdapter, base: BaseModel, name: str, shape: tuple[int, int]) -> None:
+    holder = next((whole for whole, parts in base.fused.items() if name in {part for part, _, _ in parts}), None)
+    if holder is not None:
+        msg = f"{opened.file.path}: module {name!r} is rows of {holder!r} in the base {base.name}, of which a DoRA has "
+        msg += "to be kept whole: give the base it was trained on"
+        raise AdapterError(msg)
+    opened.file.check_shape(name, shape, DORA.name, "is checked against its base")

@@ -1,0 +1,87 @@
+"""LoRA-X: of the SVD of a frozen weight W = U S V' only a change of the singular values is trained.
+
+    dW = U diag(d) V'   or   dW = U D V', with D (R, R)
+
+No file format of it is public, so no file is read; what was trained is given as arrays. With a vector d the base's
+weights tell the rest, because the signs of u_i and v_i cancel. They do not around a matrix D, which needs the U and V
+that it was trained with.
+
+Source: LoRA-X (arXiv 2501.16559).
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.errors import AdapterError
+from jcrosslora.linalg import decompose
+
+Vectors = tuple[np.ndarray, np.ndarray]
+
+# Of the worst single vector, in radians: closer neighbours among singular values mix in any two SVDs.
+_TOLERANCE = 1e-2
+
+
+def lora_x_update(
+    base: BaseModel, changes: Mapping[str, np.ndarray], vectors: Mapping[str, Vectors] | None = None
+) -> Adapter:
+    """The update of a LoRA-X adapter as factors.
+
+    Args:
+        base: the model that it was trained on.
+        changes: module, as the base names it (a fused one as a whole), to d (R,) of its leading singular values, or to
+            D (R, R).
+        vectors: module to U (O, R) and V (I, R) that were frozen in training; those of other modules are taken from
+            the base's weights.
+
+    Returns:
+        The adapter, float32 and scale 1, of rank R.
+
+    Raises:
+        AdapterError: a change that is no finite d or D of a rank that the module has, vectors of other shapes, D
+            without its vectors, or singular values of the base that lie too close for their vectors to be known.
+        CheckpointError: the base has no such module.
+    """
+    modules = {}
+    for name, change in changes.items():
+        weight = base.stored_weight(name)
+        _check_change(name, change, min(weight.shape))
+        if vectors is not None and name in vectors:
+            u, v = vectors[name]
+        elif change.ndim == 1:
+            u, v = _leading(name, np.array(weight, np.float32), len(change))
+        else:
+            msg = (
+                f"module {name!r} has a matrix of changes: the signs of the singular vectors that it was trained with "
+            )
+            raise AdapterError(msg + "are not known from the weights; give U and V (vectors=...)")
+        rank = len(change)
+        if u.shape != (weight.shape[0], rank) or v.shape != (weight.shape[1], rank):
+            msg = f"module {name!r} of {weight.shape[0]} x {weight.shape[1]} has U of shape {list(u.shape)} and V of "
+            msg += f"shape {list(v.shape)} for changes of rank {rank}: (O, R) and (I, R) were wanted"
+            raise AdapterError(msg)
+        middle = np.diag(change) if change.ndim == 1 else change
+        b = u.astype(np.float64) @ middle.astype(np.float64)
+        modules[name] = LoRAFactors(a=np.ascontiguousarray(v.T, np.float32), b=b.astype(np.float32))
+    base.release()
+    return Adapter(modules, AdapterInfo(name="LoRA-X", base_name=base.name, kind="LoRA-X"))
+
+
+def _check_change(name: str, change: np.ndarray, most: int) -> None:
+    square = change.ndim in (1, 2) and set(change.shape) == {len(change)}
+    if not square or not 1 <= len(change) <= most or not np.isfinite(change).all():
+        msg = (
+            f"module {name!r} has a change of shape {list(change.shape)}: finite numbers (R,) or (R, R) with R from 1 "
+        )
+        raise AdapterError(msg + f"to {most} were wanted")
+
+
+def _leading(name: str, weight: np.ndarray, rank: int) -> Vectors:
+    svd, _ = decompose(jnp.asarray(weight)[None], rank, tolerance=_TOLERANCE)
+    if not float(svd.error[0]) <= _TOLERANCE:
+        msg = f"module {name!r}: singular values among the first {rank} lie too close together for their vectors to be "
+        raise AdapterError(msg + "known from the weights; give U and V (vectors=...)")
+    return np.asarray(svd.u[0]), np.asarray(svd.v[0])

@@ -1,0 +1,102 @@
+"""The format of LoRA-XS: dW = B R A, of which training changes R (K, K) alone.
+
+B and A are frozen: B = U and A = S V' of the top K singular triplets of the base's weight, as the repository's SVD of
+the transposed weight gives them. R = U' dW V S^-1 makes U R S V' = U U' dW V V', the part of the update that lies in
+their span and so the best fit in the Frobenius norm. The file is peft's of one rank, whose alpha is that rank, with R
+as `q_proj_lora_latent_mapping.weight`.
+
+Source: https://github.com/MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py and svd_utils.py there (peft 0.10).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.names import PREFIX
+from jcrosslora.adapter.portable import file_matrix
+from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.write_peft import peft_config, write_files
+from jcrosslora.errors import OutputError
+
+LORA_XS = "lora-xs"
+# Keys that the peft of that repository does not know, and refuses.
+_TOO_NEW = ("exclude_modules", "lora_bias")
+
+
+def write_lora_xs(contents: Contents, folder: Path) -> None:
+    """One rank for all modules, that of the frozen factors.
+
+    Raises:
+        OutputError: see `check_frozen`; values that do not fit the dtype, or an adapter that acts only after certain
+            tokens.
+    """
+    if contents.invocation is not None:
+        msg = "the adapter acts only after its invocation tokens (aLoRA), which LoRA-XS does not know"
+        raise OutputError(msg + ": write it in profile portable, peft or gguf")
+    frozen = check_frozen(contents.modules, contents.frozen)
+    tensors: dict[str, np.ndarray] = {}
+    for name, factors in contents.modules.items():
+        parts = {
+            f"{name}.lora_A": np.asarray(frozen[name].a),
+            f"{name}.lora_B": np.asarray(frozen[name].b),
+            f"{name}_lora_latent_mapping": latent(factors, frozen[name]),
+        }
+        for key, matrix in parts.items():
+            cast = file_matrix(name, matrix.astype(np.float64), contents.dtype)
+            tensors[f"{PREFIX}{key}.weight"] = np.ascontiguousarray(cast)
+    config = peft_config(
+        {name: frozen[name].rank for name in contents.modules},
+        base_name=contents.base_name,
+        base_revision=contents.base_revision,
+    )
+    config = {key: value for key, value in config.items() if key not in _TOO_NEW}
+    write_files(folder, tensors, config, contents.metadata)
+
+
+def latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:
+    """R (K, K) in float64: the best fit of an update between the frozen factors.
+
+    Args:
+        factors: of the update.
+        frozen: b (O, K) with orthonormal columns and a (K, I) with orthogonal rows; zero ones stay without a part.
+    """
+    left, right = inside(factors, frozen)
+    _, s = directions(frozen)
+    return factors.scale * np.divide(left @ right, s, out=np.zeros((frozen.rank, frozen.rank)), where=s > 0)
+
+
+def inside(factors: LoRAFactors, frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
+    """U' B (K, r) and A V (r, K) in float64, for the factors of an update of rank r."""
+    a, b, u = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b, frozen.b))
+    v, _ = directions(frozen)
+    return u.T @ b, a @ v.T
+
+
+def directions(frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
+    """V' (K, I) and S (K,) in float64; V' is zero where S is."""
+    a = np.asarray(frozen.a).astype(np.float64)
+    s = np.linalg.norm(a, axis=1)
+    return np.divide(a, s[:, None], out=np.zeros_like(a), where=s[:, None] > 0), s
+
+
+def check_frozen(
+    modules: Mapping[str, LoRAFactors], frozen: Mapping[str, LoRAFactors] | None
+) -> Mapping[str, LoRAFactors]:
+    """The frozen factors, if there are some for every module, all of one rank.
+
+    Raises:
+        OutputError: there are none, or they are not of these modules.
+    """
+    if frozen is None:
+        msg = "profile lora-xs needs the factors of the base that stay frozen: give them (frozen=..., from "
+        raise OutputError(msg + "jcrosslora.span.frozen_factors)")
+    for name, factors in modules.items():
+        if name not in frozen or frozen[name].shape != factors.shape:
+            msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "
+            raise OutputError(msg + "the adapter is for")
+    if len(ranks := {frozen[name].rank for name in modules}) > 1:
+        msg = f"the frozen factors have ranks {sorted(ranks)}, one rank was wanted: take them in one go"
+        raise OutputError(msg)
+    return frozen
