@@ -43,7 +43,7 @@ class TransferSettings:
     """Everything that decides what a transfer writes: the flags of the command and the keys of a recipe."""
 
     adapter: str
-    """The adapter to move: a PEFT folder or a hub id."""
+    """The adapter to move: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
     source: str
     """The base it was trained on: a folder of safetensors, a GGUF file or a hub id."""
     target: str

@@ -15,7 +15,7 @@ from engine_readers import (
     peft_factors,
 )
 from gguf_files import ARCHITECTURES, converted, gguf, gguf_name, metadata_of, write_gguf
-from tiny_bases import delta, random_adapter, write_llama
+from tiny_bases import delta, mixed_ranks, random_adapter, write_llama
 from tiny_models import FAMILIES, tiny_model, torch
 
 import jcrosslora as jcl
@@ -34,13 +34,6 @@ LLAMA_CPP = {"gemma2": 5e-3, "gemma3_text": 5e-3}
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return jcl.open_base(write_llama(tmp_path_factory.mktemp("llama"), layers=2))
-
-
-def mixed_ranks(base) -> Adapter:
-    """Rank 2 in layer 0 and 3 elsewhere, with a scale of their own, and modules without an update."""
-    two, three = (random_adapter(base, rank=rank, seed=rank, scale=0.02 * rank) for rank in (2, 3))
-    both = {name: (two if ".0." in name else three).modules[name] for name in base.modules}
-    return Adapter({name: factors for name, factors in both.items() if not name.endswith("1.mlp.up_proj")})
 
 
 def logical(name: str, profile: str) -> str:

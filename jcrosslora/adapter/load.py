@@ -1,4 +1,4 @@
-"""Read a PEFT adapter of any kind that is an update of weight matrices into memory, as low-rank factors."""
+"""Read an adapter of any kind that is an update of weight matrices into memory, as low-rank factors."""
 
 import dataclasses
 import math
@@ -17,8 +17,11 @@ from jcrosslora.adapter.kinds.registry import TYPES, kind_of
 from jcrosslora.adapter.kinds.trim import cut
 from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.norms import update_norm
+from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.read_mlx import translated_mlx
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.sorting import Contents, sort_tensors
+from jcrosslora.adapter.weights import Opened
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.errors import AdapterError, UsageError
@@ -33,10 +36,12 @@ def load_adapter(
     """Read an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.registry` lists them).
 
     Args:
-        ref: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id (`HF_HUB_OFFLINE` is
-            respected; only these two files are fetched).
+        ref: a folder with `adapter_config.json` and `adapter_model.safetensors`; one of MLX, with
+            `adapters.safetensors`; a .gguf file of llama.cpp, or a folder with `adapter.gguf`; or a hub id of one of
+            the former two (`HF_HUB_OFFLINE` is respected; only the two files are fetched).
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are no update without its
-            weights or shapes; for others it only tells how much of the change does not move.
+            weights or shapes, and llama.cpp's q and k of a llama are not without its heads; for others it only tells
+            how much of the change does not move.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, cut optimally; None is exact, and for DoRA, whose update is of
             full rank, twice the rank of its B A. What that loses stands in `info.read_as`.
@@ -54,9 +59,8 @@ def load_adapter(
         msg = f"adapter rank {rank} is out of range; it must be at least 1"
         raise UsageError(msg)
     files = find_adapter(ref, revision)
-    config, where = read_config(files.config), str(files.config)
-    check_type(config, where, TYPES)
-    weights = open_weights(files.weights)
+    opened, where = _opened(files, base), str(files.config or files.weights)
+    config, weights = opened.config, opened.weights
     contents = sort_tensors([parse_tensor_name(key) for key in weights.entries], files.weights)
     kind = kind_of(config, contents.parts, where)
     kind.check(config, where)
@@ -71,10 +75,11 @@ def load_adapter(
     info = AdapterInfo(
         name=files.name,
         base_name=_text_or_none(config.get("base_model_name_or_path")),
-        config=config,
+        config=opened.stated,
+        form=files.form,
         digest=f"sha256:{weights.file.sha256()}",
         revision=_commit(files),
-        ignored=tuple(config_notes(config) + ignored),
+        ignored=(*opened.notes, *ignored),
         kind=kind.name,
         read_as=_read_as(kind, config, list(updates.values())),
         lost=_lost(list(updates.values())),
@@ -84,6 +89,17 @@ def load_adapter(
     if base is not None:
         base.release()
     return Adapter(modules=modules, info=info)
+
+
+def _opened(files: AdapterFiles, base: BaseModel | None) -> Opened:
+    """The adapter as PEFT would have written it."""
+    if files.config is None:
+        return translated_gguf(open_gguf_adapter(files.weights), base)
+    config, where = read_config(files.config), str(files.config)
+    if files.form == "MLX":
+        return translated_mlx(config, open_weights(files.weights), where)
+    check_type(config, where, TYPES)
+    return Opened(config, open_weights(files.weights), config, tuple(config_notes(config)))
 
 
 def _read(kind: Kind, file: AdapterFile) -> dict[str, Update]:
@@ -141,7 +157,7 @@ def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -
 
 def _commit(files: AdapterFiles) -> str | None:
     """The hub commit that the files are of, where they were asked for by a hub id."""
-    identity = cached_identity(files.config.parent)
+    identity = cached_identity(files.weights.parent)
     return identity[1] if identity is not None and identity[0] == files.name else None
 
 
