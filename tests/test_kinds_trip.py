@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from adapter_folders import delta
+from engine_readers import gguf_factors, in_profile, mlx_factors, peft_factors
 from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
 from tiny_bases import random_adapter, write_llama
@@ -23,6 +24,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
+
+
+# Profile -> a reader written from the documentation of the format; peft itself reads its own in test_export_peft.
+PROFILES = {"portable": peft_factors, "peft": peft_factors, "mlx": mlx_factors, "gguf": gguf_factors}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +48,23 @@ def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
     if kind == "aLoRA":
         adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation_target=(1, 2)))
     moved = jcl.shift(transport, adapter)
-    for profile in ("portable", "peft"):
-        back = jcl.load_adapter(jcl.save_adapter(moved, tmp_path / profile, profile=profile))
-        assert back.modules.keys() == {name for name in adapter.modules if name in target.modules}
-        for name, factors in back.modules.items():
-            rows, columns = source.modules[name].shape
-            np.testing.assert_allclose(delta(factors)[:rows, :columns], delta(adapter.modules[name]), rtol=0, atol=1e-4)
+    wanted = {name: delta(factors) for name, factors in adapter.modules.items() if name in target.modules}
+    if kind == "aLoRA":
+        with pytest.raises(jcl.OutputError, match="MLX does not know"):
+            jcl.save_adapter(moved, tmp_path / "mlx", profile="mlx")
+    heads = target.dims.heads, target.dims.kv_heads
+    for profile in PROFILES if kind != "aLoRA" else PROFILES.keys() - {"mlx"}:
+        out = jcl.save_adapter(moved, tmp_path / profile, profile=profile)
+        back, by_documentation = jcl.load_adapter(out), PROFILES[profile](out, heads)
+        assert back.modules.keys() == wanted.keys()
+        assert len(by_documentation) == len(wanted)
+        for name, change in wanted.items():
+            other = by_documentation[in_profile(name, profile)]
+            for factors in (back.modules[name], other):
+                rows, columns = change.shape
+                np.testing.assert_allclose(delta(factors)[:rows, :columns], change, rtol=0, atol=1e-4)
         assert back.info.kind == ("aLoRA" if kind == "aLoRA" else "LoRA")
+        assert back.info.invocation == ((1, 2) if kind == "aLoRA" else None)
 
 
 @pytest.mark.parametrize("init", ["use_dora", "pissa"])

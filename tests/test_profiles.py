@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engine_readers import (
     gguf_factors,
+    in_profile,
     llama_cpp_log_probs,
     log_softmax,
     mlx_factors,
@@ -36,11 +37,6 @@ def llama(tmp_path_factory):
     return jcl.open_base(write_llama(tmp_path_factory.mktemp("llama"), layers=2))
 
 
-def logical(name: str, profile: str) -> str:
-    """The key under which a reader gives the update of a module."""
-    return gguf_name(f"{name}.weight", "llama")[4:].removesuffix(".weight") if profile == "gguf" else name
-
-
 @pytest.mark.parametrize("profile", READERS)
 @pytest.mark.parametrize("dtype", list(EPS))
 def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
@@ -50,7 +46,7 @@ def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
     assert len(found) == len(adapter.modules)
     for name, factors in adapter.modules.items():
         size = abs(factors.scale) * np.abs(factors.b) @ np.abs(factors.a)
-        error = np.abs(delta(found[logical(name, profile)]) - delta(factors))
+        error = np.abs(delta(found[in_profile(name, profile)]) - delta(factors))
         assert (error <= 3 * EPS[dtype] * size).all()
 
 
