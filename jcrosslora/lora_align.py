@@ -384,7 +384,7 @@ class Plan:
         factors = (None, None) if self._kept is None else (self._kept.source, self._kept.target)
         src, kernels_src = self._side(self.source, [pair.source for pair in pairs], stacks[0], rank, factors[0])
         tgt, kernels_tgt = self._side(self.target, [pair.target for pair in pairs], stacks[1], rank, factors[1])
-        keys = self._keys(pairs, src.weight.shape[0])
+        keys = self._keys(pairs, src.weight.shape[0]) if self.method.draws else None
         seen = None
         if moments is not None:
             layers = [self.target.modules[pair.target].layer for pair in pairs]
