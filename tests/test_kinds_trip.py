@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tiny_bases import random_adapter, write_llama
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
+import jcrosslora.batch.run as run_module
+from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli import main
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError
@@ -117,6 +120,50 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
     with pytest.raises(MethodError, match="acts only after"):
         jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="anchored"))
     assert not (tmp_path / "other").exists()
+
+
+def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
+    """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
+    folder, source, target, _ = tokenized
+    assert jcl.relate(source, target).choice.method == "anchored"
+    where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
+    moved = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "auto")))
+    assert moved.report.recipe.method == "cross-lora"
+    assert "no base can be run with an adapter that acts only after its invocation tokens" in moved.report.choice
+    named = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "named"), method="cross-lora"))
+    for name, factors in named.modules.items():
+        np.testing.assert_array_equal(delta(moved.modules[name]), delta(factors))
+    assert moved.info.invocation == named.info.invocation
+    with pytest.raises(MethodError, match=r"effect of .* cannot be measured"):
+        jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always"))
+
+
+def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized, monkeypatch):
+    folder, source, _, _ = tokenized
+    jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
+    bases = "".join(f'{name} = "{folder / name}"\n' for name in ("source", "target"))
+    adapters = f'source = ["{folder / "adapter"}", "{tmp_path / "plain"}"]\n'
+    move = '[[moves]]\nfrom = "source"\nto = "target"\nrank = 8\n'
+    (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
+    alone, read, load_for = [], [], run_module.load_for
+
+    def fitted(settings, **_):
+        alone.append(Path(settings.adapter).name)
+        msg = "not here"
+        raise MethodError(msg)
+
+    monkeypatch.setattr(run_module, "transfer", fitted)
+    monkeypatch.setattr(run_module, "load_for", lambda *given: read.append(given[0].adapter) or load_for(*given))
+    found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
+    assert alone == ["plain"]
+    assert {name.split("--")[0]: outcome.status for name, outcome in found.items()} == {
+        "adapter": "done",
+        "plain": "failed",
+    }
+    report = json.loads((tmp_path / "moved" / "adapter--target--auto" / "transfer_report.json").read_text())
+    assert report["recipe"]["method"] == "cross-lora"
+    assert "invocation tokens" in report["choice"]
+    assert len(read) == len(set(read)) == 2
 
 
 def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
