@@ -33,6 +33,7 @@ _NORM = "_norm.weight"  # llama.cpp passes over norms, which are no LoRA.
 _GGUF_EMBEDDING = "token_embd.weight"
 # Sort of a tensor -> what PEFT calls that part of a module.
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
+_REORDERED = "llama"  # the architecture whose rows of q and k lie in another order
 # Heads whose rows are reordered, by role: their place among (query heads, key heads), and the key of the metadata.
 _HEADS = {"q_proj": (0, "attention.head_count"), "k_proj": (1, "attention.head_count_kv")}
 
@@ -148,7 +149,7 @@ def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] |
     if name.endswith("lora_embedding_A"):
         return array.T
     module, _, part = name.removesuffix(".weight").rpartition(".")
-    if part == "lora_B" and adapter.arch == "llama" and ending(module) in _HEADS:
+    if part == "lora_B" and adapter.arch == _REORDERED and ending(module) in _HEADS:
         rows = array.shape[0]
         return array[unpermuted_rows(rows, _heads_of(module.removeprefix(PREFIX), rows, path, heads))]
     if stored.endswith(_NORM):
@@ -157,7 +158,9 @@ def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] |
 
 
 def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
-    """Query heads and key heads: those of the base, else what the file states; None where neither tells."""
+    """Query heads and key heads where rows are reordered: the base's, else the file's; None where neither tells."""
+    if adapter.arch != _REORDERED:
+        return None
     stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
     of_base = None if base is None else (base.dims.heads, base.dims.kv_heads)
     if None in stated:
