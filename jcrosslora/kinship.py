@@ -17,8 +17,8 @@ WEIGHT_METHOD = "cross-lora"
 # The methods for near copies: those that differ by rounding at most, and those that were trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "anchored-copy"
 # For adapters that no base can be run with: maps instead of a fit to what the adapted source predicts. Of the maps
-# between unlike bases theseus, which runs the bases alone, left adapters worse than none where that was measured
-# (-0.72 and -0.38 of the lift, see the README); cross-lora has no effect there, and says so.
+# between unlike bases theseus, which runs the bases alone, lowered the target's scores on ARC-Easy (-0.72 and -0.38 of
+# the lift, README); cross-lora has no effect there, and says so.
 _BY_MAPS = {
     ACTIVATION_METHOD: (WEIGHT_METHOD, "only weights are compared"),
     TRAINED_METHOD: (COPY_METHOD, "the update stays as it is"),
