@@ -103,7 +103,7 @@ class Inspect:
     """Show what an adapter or a base model is: family, shapes, ranks, norms, what can be moved and what cannot."""
 
     path: tyro.conf.Positional[str]
-    """An adapter folder, a base model folder, a GGUF file, or a hub id."""
+    """A folder or GGUF file of an adapter or of a base model, or a hub id."""
     revision: str | None = None
     """Hub revision."""
     base: str | None = None
@@ -149,10 +149,10 @@ class Relate:
 
 @dataclass(frozen=True)
 class Check:
-    """Say which engines will read an adapter folder, and why not."""
+    """Say which engines will read an adapter, and why not."""
 
     path: tyro.conf.Positional[Path]
-    """The adapter folder."""
+    """The adapter: a folder of PEFT or MLX, or a GGUF file of llama.cpp."""
     family: str | None = None
     """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it; a moved adapter tells."""
 

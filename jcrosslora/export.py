@@ -32,7 +32,8 @@ class ExportSettings:
     """Everything that decides what an export writes."""
 
     adapter: tuple[str, ...]
-    """The adapter to write again: a PEFT folder or a hub id. Several of one base are added up."""
+    """The adapter to write again: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id. Several of one base
+    are added up."""
     out: str
     """The folder to write."""
     profile: Profile = "portable"

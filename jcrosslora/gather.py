@@ -93,7 +93,9 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
     centres = tuple(_rows(*side, parts[0]).mean(axis=0) for side in sides)
     totals = None
     for part in parts:
-        totals = _add(totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True)))
+        totals = _add(
+            totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True))
+        )
     source.release()
     target.release()
     assert totals is not None

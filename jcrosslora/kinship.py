@@ -16,6 +16,13 @@ ACTIVATION_METHOD = "anchored"
 WEIGHT_METHOD = "cross-lora"
 # The methods for near copies: those that differ by rounding at most, and those that were trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "anchored-copy"
+# For adapters that no base can be run with: maps instead of a fit to what the adapted source predicts. Of the maps
+# between unlike bases theseus, which runs the bases alone, lowered the target's scores on ARC-Easy (-0.72 and -0.38 of
+# the lift, README); cross-lora has no effect there, and says so.
+_BY_MAPS = {
+    ACTIVATION_METHOD: (WEIGHT_METHOD, "only weights are compared"),
+    TRAINED_METHOD: (COPY_METHOD, "the update stays as it is"),
+}
 _TRAINED = frozenset({"further trained", "LoRA-merged"})
 
 # Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
@@ -55,13 +62,28 @@ class Choice:
     Attributes:
         method: a name of `METHODS`.
         reason: one sentence without a full stop, for the report.
+        found: its first part, what the bases were found to be.
     """
 
     method: str
     reason: str
+    found: str
 
 
-def choose_method(source: BaseModel, target: BaseModel) -> Choice:
+def by_maps(choice: Choice) -> Choice:
+    """What `auto` stands for where the adapter acts only after certain tokens (aLoRA): no base is run with such a one.
+
+    Args:
+        choice: for any other adapter of the pair.
+    """
+    if choice.method not in _BY_MAPS:
+        return choice
+    method, instead = _BY_MAPS[choice.method]
+    why = f"{choice.found}, but no base can be run with an adapter that acts only after its invocation tokens"
+    return Choice(method, f"{why}, so {instead}", choice.found)
+
+
+def choose_method(source: BaseModel, target: BaseModel, found: tuple[Structure | None, str] | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
     Near-identical bases get `copy`, or, where one was surely trained further and both can be run on text, a copy that
@@ -72,11 +94,12 @@ def choose_method(source: BaseModel, target: BaseModel) -> Choice:
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
+        found: what `jcrosslora.lineage.find_structure` found, if it has been asked.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
-    structure = find_structure(source, target)[0]
+    structure = (found or find_structure(source, target))[0]
     return choose_from(source, target, structure, lambda found: compare_modules(source, target, found))
 
 
@@ -101,28 +124,32 @@ def choose_from(
         kinship = compare_weights(source, target, structure)
         nested = all(part.nested for part in parts_of(structure, source, target) if part.name != "tokens")
         if kinship is not None and kinship.near and nested:
-            found = f"one of the two bases is made of the other's parts ({_figures(kinship)})"
-            return Choice("select", f"{found}, so the update is carried over part by part")
+            made = f"one of the two bases is made of the other's parts ({_figures(kinship)})"
+            return _choice("select", made, ", so the update is carried over part by part")
     kinship = compare_weights(source, target)
     if kinship is not None and kinship.near:
         same = f"the two bases are nearly identical ({_figures(kinship)})"
         words = [] if structure is None else change_words(compared(structure))
         trained = next((word for word in words if word in _TRAINED), None)
         if trained is None:
-            return Choice(COPY_METHOD, f"{same}, so the update stays as it is")
+            return _choice(COPY_METHOD, same, ", so the update stays as it is")
         obstacle = why_not_run(source, target)
         if obstacle is not None:
-            return Choice(
-                COPY_METHOD, f"{same}, and not both can be run on text ({obstacle}), so the update stays as it is"
-            )
-        return Choice(TRAINED_METHOD, f"{same}, but one is the other {trained}, so the update is fitted to the target")
-    found = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
+            rest = f", and not both can be run on text ({obstacle}), so the update stays as it is"
+            return _choice(COPY_METHOD, same, rest)
+        same += f", but one is the other {trained}"
+        return _choice(TRAINED_METHOD, same, ", so the update is fitted to the target")
+    differ = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
     obstacle = why_not_run(source, target)
     if obstacle is None:
-        return Choice(
-            ACTIVATION_METHOD, f"{found}, and both can be run on text, so an update is fitted to what they predict"
-        )
-    return Choice(WEIGHT_METHOD, f"{found}, and not both can be run on text ({obstacle}), so only weights are compared")
+        rest = ", and both can be run on text, so an update is fitted to what they predict"
+        return _choice(ACTIVATION_METHOD, differ, rest)
+    rest = f", and not both can be run on text ({obstacle}), so only weights are compared"
+    return _choice(WEIGHT_METHOD, differ, rest)
+
+
+def _choice(method: str, found: str, rest: str) -> Choice:
+    return Choice(method, found + rest, found)
 
 
 def compare_weights(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Kinship | None:

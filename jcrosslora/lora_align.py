@@ -120,6 +120,9 @@ def align(
 class Plan:
     """An alignment that has been checked and can be run group by group; arguments as for `align`.
 
+    Args:
+        found: what `jcrosslora.lineage.find_structure` found of the pair, if it has been asked.
+
     Attributes:
         pairing: which module feeds which, over all modules of the target.
         probes: text for methods that run the bases; may be set until the groups are asked for.
@@ -138,11 +141,12 @@ class Plan:
         probes: Probes | None = None,
         whitening: float = 0.0,
         cache: Cache | None = None,
+        found: tuple[Structure | None, str] | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
         self._structure: Structure | None = None
         if self.method.selects:
-            self._structure, depth = find_selection(source, target, depth)
+            self._structure, depth = find_selection(source, target, depth, found)
         # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
         self.pairing = pair_modules(source.modules, target.modules, "proportional" if depth == SIMILAR else depth)
         self._sources = sources
@@ -384,7 +388,7 @@ class Plan:
         factors = (None, None) if self._kept is None else (self._kept.source, self._kept.target)
         src, kernels_src = self._side(self.source, [pair.source for pair in pairs], stacks[0], rank, factors[0])
         tgt, kernels_tgt = self._side(self.target, [pair.target for pair in pairs], stacks[1], rank, factors[1])
-        keys = self._keys(pairs, src.weight.shape[0])
+        keys = self._keys(pairs, src.weight.shape[0]) if self.method.draws else None
         seen = None
         if moments is not None:
             layers = [self.target.modules[pair.target].layer for pair in pairs]

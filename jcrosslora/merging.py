@@ -47,7 +47,7 @@ class MergeSettings:
     base: str
     """The base model: a folder of safetensors, a GGUF file or a hub id."""
     adapter: str
-    """An adapter of it: a PEFT folder or a hub id."""
+    """An adapter of it: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
     out: str
     """The folder to write."""
     dtype: MergeDtype = "keep"

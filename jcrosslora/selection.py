@@ -14,20 +14,23 @@ from jcrosslora.pairing import Depth
 _DEFAULT_DEPTH = "proportional"
 
 
-def find_selection(source: BaseModel, target: BaseModel, depth: Depth) -> tuple[Structure, tuple[int | None, ...]]:
+def find_selection(
+    source: BaseModel, target: BaseModel, depth: Depth, found: tuple[Structure | None, str] | None = None
+) -> tuple[Structure, tuple[int | None, ...]]:
     """The structure that two bases share, and the source layer of every target layer.
 
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
         depth: the map of layers that was asked for: the default, or what is found anyway.
+        found: what `find_structure` found, if it has been asked.
 
     Raises:
         MethodError: the target is not made of parts of the source, nor the source of the target's.
         UsageError: another map of layers was asked for.
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
-    structure, reason = find_structure(source, target)
+    structure, reason = found or find_structure(source, target)
     if structure is None:
         msg = f"method select needs a base that is made of the other's parts: {reason}; use another method"
         raise MethodError(msg)

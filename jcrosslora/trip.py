@@ -19,7 +19,8 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError, MethodError
 from jcrosslora.files import ensure_free
 from jcrosslora.invocation import with_invocation
-from jcrosslora.kinship import Choice, choose_method, why_not_run
+from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
+from jcrosslora.lineage import Structure, find_structure
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter, cut_moved
 from jcrosslora.methods import Method, get_method
@@ -44,7 +45,7 @@ class TransferSettings:
     """Everything that decides what a transfer writes: the flags of the command and the keys of a recipe."""
 
     adapter: str
-    """The adapter to move: a PEFT folder or a hub id."""
+    """The adapter to move: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
     source: str
     """The base it was trained on: a folder of safetensors, a GGUF file or a hub id."""
     target: str
@@ -128,12 +129,14 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
     source, target, cache = open_both(settings)
     adapter = load_for(settings, source, target)
-    choice = choose_method(source, target) if settings.method == AUTO else None
+    found, choice = chosen(settings, source, target)
+    if choice is not None and adapter.info.invocation is not None:
+        choice = by_maps(choice)
     method = get_method(settings.method if choice is None else choice.method)
     check_profile(settings.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
-    check_invocation(adapter, method)
+    check_invocation(settings, adapter, method)
     mover = shifter_of(settings, adapter, describe_base(source), method.name)
-    plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache)
+    plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache, found)
     # After all else has been checked: writing texts takes a minute.
     plan.probes = probes_of(settings, source, plan, progress)
     for group in plan.groups(progress=progress):
@@ -189,16 +192,31 @@ def load_for(settings: TransferSettings, source: BaseModel, target: BaseModel) -
     return with_invocation(adapter, source, target)
 
 
-def check_invocation(adapter: Adapter, method: Method) -> None:
-    """Refuse to fit an update to what an adapter does that does nothing before its invocation.
+def chosen(
+    settings: TransferSettings, source: BaseModel, target: BaseModel
+) -> tuple[tuple[Structure | None, str] | None, Choice | None]:
+    """With method auto, the structure that the two bases share and what to do about it; else nothing."""
+    if settings.method != AUTO:
+        return None, None
+    found = find_structure(source, target)
+    return found, choose_method(source, target, found)
+
+
+def check_invocation(settings: TransferSettings, adapter: Adapter, method: Method) -> None:
+    """Refuse to run a base with an adapter that does nothing before its invocation.
 
     Raises:
-        MethodError: the adapter is an aLoRA, and the method runs the bases with it.
+        MethodError: the adapter is an aLoRA, and the method, or the check of the effect, runs the bases with it.
     """
-    if adapter.info.invocation is not None and method.then != "nothing":
+    if adapter.info.invocation is None:
+        return
+    if method.then != "nothing":
         msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "
         msg += "invocation tokens; name another method, such as cross-lora"
         raise MethodError(msg)
+    if settings.effect == "always":
+        msg = f"the effect of {adapter.info.name} cannot be measured, since it acts only after its invocation tokens"
+        raise MethodError(msg + "; leave out --effect always")
 
 
 def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
@@ -226,8 +244,9 @@ def plan_of(
     method: str,
     sources: Collection[str],
     cache: Cache | None,
+    found: tuple[Structure | None, str] | None = None,
 ) -> Plan:
-    """The alignment that the settings ask for, of the modules that adapters have."""
+    """The alignment that the settings ask for, of the modules that adapters have; `found` as `chosen` gives it."""
     return Plan(
         source,
         target,
@@ -238,6 +257,7 @@ def plan_of(
         sources=sources,
         whitening=settings.whitening,
         cache=cache,
+        found=found,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import gguf
+from gguf_files import gguf, gguf_name
 from safetensors.numpy import load_file
 
 from jcrosslora.adapter import LoRAFactors, load_adapter
@@ -48,6 +48,11 @@ def gguf_factors(folder: Path, heads: tuple[int, int]) -> dict[str, LoRAFactors]
             b = in_pairs(b, heads[part == "attn_k"])
         found[f"{layer}.{part}"] = LoRAFactors(a=a, b=b, scale=fields["adapter.lora.alpha"] / a.shape[0])
     return found
+
+
+def in_profile(name: str, profile: str) -> str:
+    """The key under which the reader of a profile gives the update of a module of a llama."""
+    return gguf_name(f"{name}.weight", "llama")[4:].removesuffix(".weight") if profile == "gguf" else name
 
 
 def numbers(tensor) -> np.ndarray:

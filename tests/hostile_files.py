@@ -6,7 +6,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -14,15 +14,16 @@ from random import Random
 from struct import calcsize, pack
 
 import numpy as np
-from adapter_folders import write_folder
+from adapter_folders import Q, V, adapter_of, matrix, write_folder
 from checkpoint_files import write_llama, write_sharded_llama
 from gguf_files import small_llama
 from mutations import NUMBERS, TEXTS, mutated_bytes, mutated_json
 from probe_bases import write_base
 from quantised_files import CASES, write_quantised
+from safetensors.numpy import save
 from tiny_bases import write_tokenizer
 
-from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.adapter.engines import check_engines
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
@@ -36,10 +37,10 @@ ONE_OF_EACH += ("packed int4, zero points", "int8, zero points", "fp8 blocks")
 
 
 def files_of(write: Callable[[Path], object]) -> dict[str, bytes]:
-    """What `write` puts into a folder."""
+    """What `write` puts into a folder, or into one inside it."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @cache
@@ -70,6 +71,26 @@ def adapter() -> Files:
     patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 3.5}, "use_rslora": True}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     return files_of(lambda folder: write_folder(folder, config | patterns))
+
+
+@cache
+def mlx_adapter() -> Files:
+    """With all that such an adapter may hold beside factors of linear layers."""
+    tensors = {f"{V}.lora_a": matrix(6, 2), f"{V}.lora_b": matrix(2, 5), f"{Q}.lora_a": matrix(6, 2)}
+    tensors |= {f"{Q}.lora_b": matrix(2, 5), "model.embed_tokens.lora_a": matrix(9, 2)}
+    tensors |= {"model.embed_tokens.lora_b": matrix(2, 6)}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "model": "org/name"}
+    parameters = {"rank": 2, "scale": 20.0, "dropout": 0.0, "alpha": 16, "keys": ["self_attn.q_proj"]}
+    text = json.dumps(config | {"lora_parameters": parameters}).encode()
+    return {"adapter_config.json": text, "adapters.safetensors": save(tensors)}
+
+
+@cache
+def gguf_adapter() -> Files:
+    adapter = adapter_of({Q: 2, V: 3}, width=8, rows=8)
+    info = replace(adapter.info, invocation=(3, 5))
+    given = {"profile": "gguf", "family": "llama", "heads": (2, 1)}
+    return files_of(lambda folder: save_adapter(replace(adapter, info=info), folder / "a", **given))
 
 
 @cache
@@ -117,6 +138,14 @@ def made_safetensors(rng: Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(size)
 
 
+def damaged_mlx(rng: Random) -> Files:
+    """Damage to one of the two files of an adapter of MLX."""
+    files = mlx_adapter()
+    if rng.random() < 0.5:
+        return {**files, "adapter_config.json": mutated_json(rng, json.loads(files["adapter_config.json"]))}
+    return {**files, "adapters.safetensors": damaged_safetensors(rng, files["adapters.safetensors"])}
+
+
 def made_gguf(rng: Random) -> bytes:
     """A header of keys and tensors of any types and sizes; the counts may lie."""
 
@@ -151,6 +180,13 @@ def made_gguf(rng: Random) -> bytes:
         head += pack("<Q", len(name)) + name + pack("<I", dims) + b"".join(number("Q") for _ in range(dims))
         head += pack("<IQ", rng.choice((0, 1, 2, 8, 12, 30, 999)), rng.choice((0, 32, 7, *NUMBERS)))
     return head + bytes(rng.choice((0, 31, 64, 4096)))
+
+
+def damaged_gguf_adapter(rng: Random) -> Files:
+    """Damage to an adapter of llama.cpp; mostly to the header, which is three quarters of it."""
+    return {
+        "adapter.gguf": made_gguf(rng) if rng.random() < 0.1 else mutated_bytes(rng, gguf_adapter()["adapter.gguf"])
+    }
 
 
 def with_json(name: str, files: Callable[[], Files]) -> Callable[[Random], Files]:
@@ -241,4 +277,6 @@ READERS: Mapping[str, Reader] = {
         },
         read_adapter,
     ),
+    "MLX adapter": Reader(damaged_mlx, read_adapter),
+    "GGUF adapter": Reader(damaged_gguf_adapter, read_adapter),
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import ml_dtypes
 import numpy as np
@@ -69,6 +70,14 @@ def test_pattern_of_layer_1_leaves_layer_11_alone():
     assert matching_key(keys, "model.layers.2.mlp.up_proj") == keys[1]
     assert matching_key(keys, "vision.model.layers.2.mlp.up_proj") is None
     assert matching_key(["up", "layers.1.mlp", "_proj", "p_proj"], "model.layers.1.mlp.up_proj") is None
+
+
+def test_a_pattern_for_every_module_of_a_large_model_takes_no_time():
+    """re itself would compile most of them for each module again: half a minute."""
+    names = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(250) for part in ("gate", "up", "down")]
+    start, patterns = time.process_time(), [exact_pattern(name) for name in names]
+    assert [matching_key(patterns, name) for name in names] == patterns
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("outer", ["model.language_model.", "language_model.model."])

@@ -83,6 +83,9 @@ def test_what_a_plan_means(house, tmp_path):
     assert (last.rank, last.method, last.target_name) == (8, "cross-lora", "org/wide")
     assert Path(last.out) == tmp_path / "moved" / names[-1]
     assert [len(unit.jobs) for unit in units_of(plan.jobs)] == [4, 4, 2]
+    (tmp_path / "x.gguf").touch()
+    found = plan_in(house, tmp_path, PLAN.replace('"adapters/*"', '"adapters/*", "*.gguf"')).jobs
+    assert "x.gguf--wide--pad-truncate" in [job.name for job in found]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_what_a_plan_means(house, tmp_path):
         ("rank = 8", 'out = "x"', "sets out, which"),
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
-        ("adapters/*", "nothing/*", "no folder matches nothing"),
+        ("adapters/*", "nothing/*", "no adapter matches nothing"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
@@ -167,6 +170,19 @@ def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(hous
     monkeypatch.setattr(run_module, "save_adapter", None)
     assert run_batch(plan).count("kept") == 10
     assert results(tmp_path / "moved") == again
+
+
+@pytest.mark.parametrize(("room", "reads"), [(1, [2, 1]), (1 << 30, [1, 1])])
+def test_adapters_are_read_once_while_there_is_room(house, tmp_path, monkeypatch, room, reads):
+    """What is read again is what is in no chunk with the first."""
+    text = PLAN.replace('"adapters/*"', '"adapters/a0", "adapters/a2"').split("[[moves]]")
+    plan = plan_in(house, tmp_path, text[0] + "[[moves]]" + text[1].replace('["wide", "twin"]', '"wide"'))
+    read, load_for = [], run_module.load_for
+    monkeypatch.setattr(run_module, "load_for", lambda *given: read.append(given[0].adapter[-2:]) or load_for(*given))
+    monkeypatch.setattr(run_module, "CHUNK_BYTES", room)
+    assert run_batch(plan).count("done") == 2
+    assert sorted(map(read.count, ("a0", "a2")), reverse=True) == reads
+    assert read.count("a0") == 1
 
 
 def test_a_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from adapter_folders import delta
+from engine_readers import gguf_factors, in_profile, mlx_factors, peft_factors
 from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
 from tiny_bases import random_adapter, write_llama
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
+import jcrosslora.batch.run as run_module
+from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli import main
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError
@@ -23,6 +27,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
 ]
+
+
+# Profile -> a reader written from the documentation of the format; peft itself reads its own in test_export_peft.
+PROFILES = {"portable": peft_factors, "peft": peft_factors, "mlx": mlx_factors, "gguf": gguf_factors}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +51,23 @@ def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
     if kind == "aLoRA":
         adapter = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation_target=(1, 2)))
     moved = jcl.shift(transport, adapter)
-    for profile in ("portable", "peft"):
-        back = jcl.load_adapter(jcl.save_adapter(moved, tmp_path / profile, profile=profile))
-        assert back.modules.keys() == {name for name in adapter.modules if name in target.modules}
-        for name, factors in back.modules.items():
-            rows, columns = source.modules[name].shape
-            np.testing.assert_allclose(delta(factors)[:rows, :columns], delta(adapter.modules[name]), rtol=0, atol=1e-4)
+    wanted = {name: delta(factors) for name, factors in adapter.modules.items() if name in target.modules}
+    if kind == "aLoRA":
+        with pytest.raises(jcl.OutputError, match="MLX does not know"):
+            jcl.save_adapter(moved, tmp_path / "mlx", profile="mlx")
+    heads = target.dims.heads, target.dims.kv_heads
+    for profile in PROFILES if kind != "aLoRA" else PROFILES.keys() - {"mlx"}:
+        out = jcl.save_adapter(moved, tmp_path / profile, profile=profile)
+        back, by_documentation = jcl.load_adapter(out), PROFILES[profile](out, heads)
+        assert back.modules.keys() == wanted.keys()
+        assert len(by_documentation) == len(wanted)
+        for name, change in wanted.items():
+            other = by_documentation[in_profile(name, profile)]
+            for factors in (back.modules[name], other):
+                rows, columns = change.shape
+                np.testing.assert_allclose(delta(factors)[:rows, :columns], change, rtol=0, atol=1e-4)
         assert back.info.kind == ("aLoRA" if kind == "aLoRA" else "LoRA")
+        assert back.info.invocation == ((1, 2) if kind == "aLoRA" else None)
 
 
 @pytest.mark.parametrize("init", ["use_dora", "pissa"])
@@ -102,6 +120,50 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
     with pytest.raises(MethodError, match="acts only after"):
         jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="anchored"))
     assert not (tmp_path / "other").exists()
+
+
+def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
+    """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
+    folder, source, target, _ = tokenized
+    assert jcl.relate(source, target).choice.method == "anchored"
+    where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
+    moved = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "auto")))
+    assert moved.report.recipe.method == "cross-lora"
+    assert "no base can be run with an adapter that acts only after its invocation tokens" in moved.report.choice
+    named = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "named"), method="cross-lora"))
+    for name, factors in named.modules.items():
+        np.testing.assert_array_equal(delta(moved.modules[name]), delta(factors))
+    assert moved.info.invocation == named.info.invocation
+    with pytest.raises(MethodError, match=r"effect of .* cannot be measured"):
+        jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always"))
+
+
+def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized, monkeypatch):
+    folder, source, _, _ = tokenized
+    jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
+    bases = "".join(f'{name} = "{folder / name}"\n' for name in ("source", "target"))
+    adapters = f'source = ["{folder / "adapter"}", "{tmp_path / "plain"}"]\n'
+    move = '[[moves]]\nfrom = "source"\nto = "target"\nrank = 8\n'
+    (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
+    alone, read, load_for = [], [], run_module.load_for
+
+    def fitted(settings, **_):
+        alone.append(Path(settings.adapter).name)
+        msg = "not here"
+        raise MethodError(msg)
+
+    monkeypatch.setattr(run_module, "transfer", fitted)
+    monkeypatch.setattr(run_module, "load_for", lambda *given: read.append(given[0].adapter) or load_for(*given))
+    found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
+    assert alone == ["plain"]
+    assert {name.split("--")[0]: outcome.status for name, outcome in found.items()} == {
+        "adapter": "done",
+        "plain": "failed",
+    }
+    report = json.loads((tmp_path / "moved" / "adapter--target--auto" / "transfer_report.json").read_text())
+    assert report["recipe"]["method"] == "cross-lora"
+    assert "invocation tokens" in report["choice"]
+    assert len(read) == len(set(read)) == 2
 
 
 def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):

@@ -16,6 +16,7 @@ from jcrosslora.kinship import (
     TRAINED_METHOD,
     WEIGHT_METHOD,
     Choice,
+    by_maps,
     choose_method,
     compare_weights,
     why_not_run,
@@ -124,7 +125,25 @@ def test_other_shapes_get_maps(source, tmp_path, dims):
         ACTIVATION_METHOD,
         "the modules of the two bases have different shapes, and both can be run on text, so an update is fitted to "
         "what they predict",
+        "the modules of the two bases have different shapes",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "usual", "instead"),
+    [
+        (noise(1.2), "anchored", "cross-lora"),
+        (noise(0.3), "anchored-copy", "copy"),
+        (lambda x: x, "copy", "copy"),
+    ],
+)
+def test_an_adapter_that_no_base_is_run_with_goes_by_maps(source, tmp_path, change, usual, instead):
+    choice = choose_method(source, changed(tmp_path, change))
+    other = by_maps(choice)
+    assert (choice.method, other.method) == (usual, instead)
+    assert METHODS[other.method].then == "nothing"
+    assert other.reason.startswith(choice.found)
+    assert ("invocation tokens" in other.reason) == (usual != instead)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -34,7 +34,8 @@ def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     if method.embeddings:
         vocabulary = with_stream(shapes[0][1], shapes[1][1], seed)
     chosen = selection(shapes, seed) if method.selects else None
-    return Evidence(*sides, vocabulary, seen, jax.random.key(seed), reads=True, rank=rank, selection=chosen)
+    key = jax.random.key(seed) if method.draws else None
+    return Evidence(*sides, vocabulary, seen, key, reads=True, rank=rank, selection=chosen)
 
 
 def selection(shapes, seed):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engine_readers import (
     gguf_factors,
+    in_profile,
     llama_cpp_log_probs,
     log_softmax,
     mlx_factors,
@@ -15,7 +16,7 @@ from engine_readers import (
     peft_factors,
 )
 from gguf_files import ARCHITECTURES, converted, gguf, gguf_name, metadata_of, write_gguf
-from tiny_bases import delta, random_adapter, write_llama
+from tiny_bases import delta, mixed_ranks, random_adapter, write_llama
 from tiny_models import FAMILIES, tiny_model, torch
 
 import jcrosslora as jcl
@@ -36,18 +37,6 @@ def llama(tmp_path_factory):
     return jcl.open_base(write_llama(tmp_path_factory.mktemp("llama"), layers=2))
 
 
-def mixed_ranks(base) -> Adapter:
-    """Rank 2 in layer 0 and 3 elsewhere, with a scale of their own, and modules without an update."""
-    two, three = (random_adapter(base, rank=rank, seed=rank, scale=0.02 * rank) for rank in (2, 3))
-    both = {name: (two if ".0." in name else three).modules[name] for name in base.modules}
-    return Adapter({name: factors for name, factors in both.items() if not name.endswith("1.mlp.up_proj")})
-
-
-def logical(name: str, profile: str) -> str:
-    """The key under which a reader gives the update of a module."""
-    return gguf_name(f"{name}.weight", "llama")[4:].removesuffix(".weight") if profile == "gguf" else name
-
-
 @pytest.mark.parametrize("profile", READERS)
 @pytest.mark.parametrize("dtype", list(EPS))
 def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
@@ -57,7 +46,7 @@ def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
     assert len(found) == len(adapter.modules)
     for name, factors in adapter.modules.items():
         size = abs(factors.scale) * np.abs(factors.b) @ np.abs(factors.a)
-        error = np.abs(delta(found[logical(name, profile)]) - delta(factors))
+        error = np.abs(delta(found[in_profile(name, profile)]) - delta(factors))
         assert (error <= 3 * EPS[dtype] * size).all()
 
 

@@ -107,13 +107,18 @@ def test_from_the_smaller_base_to_the_whole(tmp_path):
         np.testing.assert_allclose(delta(moved.modules[name]), want, atol=1e-5)
 
 
-def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, capsys):
+def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, capsys, monkeypatch):
+    asked = []
+    for place in ("trip", "selection", "kinship"):
+        count = f"jcrosslora.{place}.find_structure"
+        monkeypatch.setattr(count, lambda *bases: asked.append(bases) or find_structure(*bases))
     made = make()
     source = made.write(tmp_path / "source")
     then(with_layers([0, 2, 3]), noisy(0.02))(made).write(tmp_path / "target")
     jcl.save_adapter(random_adapter(source, roles=("q_proj",)), tmp_path / "adapter", base_name="some/base")
     given = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target"), "--no-cache"]
     main(["transfer", str(tmp_path / "adapter"), *given, "--out", str(tmp_path / "out")])
+    assert len(asked) == 1
     printed = capsys.readouterr().out
     assert "method: select, because one of the two bases is made of the other's parts" in printed
     assert "left behind: 1 source modules feed nothing (layers 1)" in printed

@@ -113,6 +113,13 @@ def random_adapter(base: BaseModel, *, rank=4, seed=0, roles=None, scale=1.0) ->
     return Adapter(modules=modules)
 
 
+def mixed_ranks(base: BaseModel) -> Adapter:
+    """Rank 2 in layer 0 and 3 elsewhere, with a scale of their own, and modules without an update."""
+    two, three = (random_adapter(base, rank=rank, seed=rank, scale=0.02 * rank) for rank in (2, 3))
+    both = {name: (two if ".0." in name else three).modules[name] for name in base.modules}
+    return Adapter({name: factors for name, factors in both.items() if not name.endswith("1.mlp.up_proj")})
+
+
 def delta(factors: LoRAFactors) -> np.ndarray:
     """dW in float64."""
     return factors.scale * np.asarray(factors.b, np.float64) @ np.asarray(factors.a, np.float64)

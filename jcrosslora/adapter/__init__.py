@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT files in and out, fused modules, which engines read a folder."""
+"""LoRA adapters: files of PEFT, MLX and llama.cpp in and out, fused modules, which engines read them."""
 
 from jcrosslora.adapter.engines import EngineVerdict as EngineVerdict
 from jcrosslora.adapter.engines import check_engines as check_engines

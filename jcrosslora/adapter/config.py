@@ -25,7 +25,7 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
         AdapterError: another kind of adapter (named).
     """
     if "fine_tune_type" in config:
-        msg = f"{where}: an adapter in the format of MLX, a PEFT adapter was wanted: convert it to PEFT first"
+        msg = f"{where}: has both peft_type, of PEFT, and fine_tune_type, of MLX: remove the one that it is not"
         raise AdapterError(msg)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):

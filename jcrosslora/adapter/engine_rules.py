@@ -1,8 +1,8 @@
 """What engines ask of an adapter, one small function for each rule: a sentence where it does not hold, else None.
 
 The rules were read in the engines' sources (vLLM's lora/peft_helper.py, SGLang's srt/lora, llama.cpp's
-convert_lora_to_gguf.py, mlx_lm's tuner/utils.py, Ollama's convert/convert.go); engines change, so a verdict is a
-forecast, not a test run.
+convert_lora_to_gguf.py and src/llama-adapter.cpp, mlx_lm's tuner/utils.py, Ollama's convert/convert.go); engines
+change, so a verdict is a forecast, not a test run.
 """
 
 # ruff: noqa: D103 - the sentence that a rule returns says what it checks.
@@ -14,6 +14,8 @@ from jcrosslora.adapter.kinds.refused import KNOWN_TYPES
 from jcrosslora.adapter.kinds.variants import VARIANTS
 from jcrosslora.adapter.names import PREFIX, text_module_name
 from jcrosslora.adapter.patterns import module_alpha, module_rank
+from jcrosslora.adapter.read_gguf import INVOCATION, TYPE
+from jcrosslora.checkpoint.gguf_names import architecture
 
 Rule = Callable[[AdapterFacts], str | None]
 
@@ -189,13 +191,51 @@ def changes_base(facts: AdapterFacts) -> str | None:
     return f"init_lora_weights {init} changes the base weights when the adapter is loaded" if changes else None
 
 
+def _whole_model(facts: AdapterFacts) -> bool:
+    return facts.config.get("fine_tune_type") == "full"
+
+
 def mlx_config(facts: AdapterFacts) -> str | None:
     parameters = facts.config.get("lora_parameters")
     keys = parameters if isinstance(parameters, dict) else {}
     missing = [key for key in ("rank", "scale") if key not in keys]
-    return f"lora_parameters of the configuration lacks {' and '.join(missing)}" if missing else None
+    wrong = missing and not _whole_model(facts)
+    return f"lora_parameters of the configuration lacks {' and '.join(missing)}" if wrong else None
 
 
 def mlx_names(facts: AdapterFacts) -> str | None:
     other = [key for key in facts.shapes if not key.endswith((".lora_a", ".lora_b", ".m"))]
-    return f"tensor {other[0]!r} is not a lora_a or lora_b" if other else None
+    return f"tensor {other[0]!r} is not a lora_a or lora_b" if other and not _whole_model(facts) else None
+
+
+def mlx_rank(facts: AdapterFacts) -> str | None:
+    if mlx_config(facts) or _whole_model(facts):
+        return None
+    rank, sides = facts.config["lora_parameters"]["rank"], {".lora_a": -1, ".lora_b": 0}
+    other = [
+        key
+        for key, shape in facts.shapes.items()
+        for suffix, axis in sides.items()
+        if key.endswith(suffix) and len(shape) == 2 and shape[axis] != rank
+    ]
+    return f"tensor {other[0]!r} is not of rank {str(rank)[:20]}, which the configuration states" if other else None
+
+
+def gguf_lora(facts: AdapterFacts) -> str | None:
+    stated = facts.config.get(TYPE)
+    return None if stated == "lora" else f"{TYPE} is {str(stated)[:60]!r}, it reads 'lora' alone"
+
+
+def gguf_family(facts: AdapterFacts) -> str | None:
+    arch, wanted = facts.config.get("general.architecture"), architecture(facts.family or "")
+    other = wanted is not None and wanted != arch
+    return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted!r}" if other else None
+
+
+def gguf_always_acts(facts: AdapterFacts) -> str | None:
+    return "it does not know the invocation tokens (aLoRA) and would always act" if INVOCATION in facts.config else None
+
+
+def ollama_engine(facts: AdapterFacts) -> str | None:
+    del facts
+    return "not for bases that its own engine runs, which knows no adapters (loras are not yet implemented)"

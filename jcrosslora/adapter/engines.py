@@ -1,12 +1,13 @@
-"""Which engines read an adapter folder and compute the same update with it, as a table of rules."""
+"""Which engines read an adapter and compute the same update with it, as a table of rules."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jcrosslora.adapter import engine_rules as rules
 from jcrosslora.adapter.engine_rules import Rule
 from jcrosslora.adapter.facts import AdapterFacts, read_facts
+from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.kinds.variants import ALORA
 
 
@@ -16,8 +17,8 @@ class EngineVerdict:
 
     Attributes:
         engine: its name.
-        reads: whether it loads the folder and computes the update that PEFT computes.
-        reasons: why not; empty if it reads the folder.
+        reads: whether it loads the adapter and computes the update that it was trained as.
+        reasons: why not; empty if it does.
         notes: what the user has to do or know besides.
     """
 
@@ -29,41 +30,46 @@ class EngineVerdict:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: the rules that give a reason against it, and those that give a note."""
+    """An engine and a format that it reads: the rules that give a reason against it, and those that give a note."""
 
     name: str
     rules: tuple[Rule, ...]
     notes: tuple[Rule, ...] = ()
+    form: Form = "PEFT"
 
 
 def check_engines(path: str | Path, base_family: str | None = None) -> tuple[EngineVerdict, ...]:
-    """Say for each engine whether it reads an adapter folder. Tensors are not read, only their names and shapes.
+    """Say for each engine whether it reads an adapter. Tensors are not read, only their names and shapes.
 
     Args:
-        path: a PEFT adapter folder of any kind, or one in the format of MLX.
+        path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
+            a folder with `adapter.gguf`.
         base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
 
     Raises:
-        AdapterError: not an adapter folder, or a file of it cannot be read.
+        AdapterError: not an adapter, or a file of it cannot be read.
     """
     facts = read_facts(Path(path), base_family)
-    return tuple(_verdict(engine, facts) for engine in ENGINES)
+    return tuple(_verdict(name, facts) for name in dict.fromkeys(engine.name for engine in ENGINES))
 
 
-def _verdict(engine: Engine, facts: AdapterFacts) -> EngineVerdict:
-    if facts.mlx != (engine.name == "MLX"):
-        reason = _NEEDS_MLX if engine.name == "MLX" else _NEEDS_PEFT
-        return EngineVerdict(engine.name, False, (reason,))
+def _verdict(name: str, facts: AdapterFacts) -> EngineVerdict:
+    entries: dict[Form, Engine] = {engine.form: engine for engine in ENGINES if engine.name == name}
+    engine = entries.get(facts.form)
+    if engine is None:
+        form = next(iter(entries))
+        reason = f"it does not read the format of {facts.form}: write the adapter with "
+        return EngineVerdict(name, False, (f"{reason}`jcrosslora export --profile {_PROFILES[form]}`",))
     reasons = facts.faults or _answers(engine.rules, facts)
-    return EngineVerdict(engine.name, not reasons, reasons, () if facts.faults else _answers(engine.notes, facts))
+    return EngineVerdict(name, not reasons, reasons, () if facts.faults else _answers(engine.notes, facts))
 
 
 def _answers(asked: Iterable[Rule], facts: AdapterFacts) -> tuple[str, ...]:
     return tuple(answer for rule in asked if (answer := rule(facts)) is not None)
 
 
-_NEEDS_MLX = "it reads only its own format: write the adapter with `jcrosslora export --profile mlx`"
-_NEEDS_PEFT = "the folder is in the format of MLX: convert it to PEFT first"
+_PROFILES: Mapping[Form, str] = {"PEFT": "portable", "MLX": "mlx", "GGUF": "gguf"}
+_GGUF_LORA = (rules.gguf_lora, rules.only_tensors("A", "B", "embedding", norms=True), rules.gguf_family)
 
 
 ENGINES: tuple[Engine, ...] = (
@@ -94,7 +100,8 @@ ENGINES: tuple[Engine, ...] = (
         ),
         (rules.pickle, rules.llamacpp_convert, rules.llamacpp_head),
     ),
-    Engine("MLX", (rules.mlx_config, rules.mlx_names)),
+    Engine("llama.cpp", _GGUF_LORA, form="GGUF"),
+    Engine("MLX", (rules.mlx_config, rules.mlx_names, rules.mlx_rank), form="MLX"),
     Engine(
         "Ollama",
         (
@@ -107,4 +114,5 @@ ENGINES: tuple[Engine, ...] = (
         ),
         (rules.pickle, rules.ollama_family_note),
     ),
+    Engine("Ollama", (*_GGUF_LORA, rules.gguf_always_acts), (rules.ollama_engine,), form="GGUF"),
 )

@@ -1,4 +1,4 @@
-"""What can be known of an adapter folder of any kind without reading its tensors: configuration, names, shapes."""
+"""What can be known of an adapter of any kind and format without reading its tensors: configuration, names, shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,22 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter.config import check_numbers
-from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS, PICKLE, WEIGHTS, open_weights, read_config
+from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapter, form_of, open_weights, read_config
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
+from jcrosslora.adapter.read_gguf import open_gguf_adapter, tensor_sort
 from jcrosslora.errors import AdapterError
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter folder as the engine rules see it.
+    """An adapter as the engine rules see it.
 
     Attributes:
-        config: its `adapter_config.json`.
+        config: its `adapter_config.json`, or the metadata of a GGUF file.
         shapes: tensor name to shape; empty where the weights are a pickle.
-        tensors: the same names, parsed.
+        tensors: the same names, parsed; empty for MLX.
         pickle: whether the weights are `adapter_model.bin`.
-        mlx: whether it is in the format of MLX.
+        form: the format of the files.
         family: the base's family ("llama", "qwen2", ...), None where it is not known.
         faults: what is wrong with the numbers of the configuration or the shapes, whatever the engine.
     """
@@ -30,7 +31,7 @@ class AdapterFacts:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tensors: tuple[TensorName, ...] = ()
     pickle: bool = False
-    mlx: bool = False
+    form: Form = "PEFT"
     family: str | None = None
     faults: tuple[str, ...] = ()
 
@@ -48,27 +49,35 @@ class AdapterFacts:
         return {module: module_scale(self.config, module, shape[0]) for module, shape in self.factors("A").items()}
 
 
-def read_facts(folder: Path, family: str | None = None) -> AdapterFacts:
-    """The facts of an adapter folder.
+def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
+    """The facts of an adapter: a folder, or a file of llama.cpp.
 
     Raises:
-        AdapterError: not an adapter folder, or a file of it cannot be read.
+        AdapterError: not an adapter, or a file of it cannot be read.
     """
-    if not (folder / CONFIG).is_file():
-        msg = f"{folder}: no {CONFIG} here: give the folder of an adapter"
-        raise AdapterError(msg)
-    config = read_config(folder / CONFIG)
-    mlx = "peft_type" not in config and ("fine_tune_type" in config or (folder / MLX_WEIGHTS).is_file())
-    weights = folder / (MLX_WEIGHTS if mlx else WEIGHTS)
-    if not weights.is_file() and (folder / PICKLE).is_file():
-        return AdapterFacts(config, pickle=True, family=family, faults=_number_faults(config))
-    if not weights.is_file():
-        msg = f"{folder}: no {weights.name} here: the adapter is incomplete, save or download it again"
-        raise AdapterError(msg)
-    shapes = {key: entry.shape for key, entry in open_weights(weights).entries.items()}
+    if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
+        config = read_config(path / CONFIG)
+        if form_of(config) == "PEFT":
+            return AdapterFacts(config, pickle=True, family=family, faults=_number_faults(config))
+    files = find_adapter(path)
+    if files.config is None:
+        return _gguf_facts(files.weights, family)
+    config = read_config(files.config)
+    shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
+    if files.form == "MLX":
+        return AdapterFacts(config, shapes, form="MLX", family=family)
     tensors = tuple(parse_tensor_name(key) for key in shapes)
-    faults = () if mlx else _number_faults(config) or _tensor_faults(config, shapes, tensors)
-    return AdapterFacts(config, shapes, tensors, mlx=mlx, family=family, faults=faults)
+    faults = _number_faults(config) or _tensor_faults(config, shapes, tensors)
+    return AdapterFacts(config, shapes, tensors, family=family, faults=faults)
+
+
+def _gguf_facts(path: Path, family: str | None) -> AdapterFacts:
+    header = open_gguf_adapter(path).header
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    tensors = tuple(tensor_sort(name) for name in shapes)
+    return AdapterFacts(
+        header.metadata, shapes, tensors, form="GGUF", family=family, faults=_pair_faults(shapes, tensors)
+    )
 
 
 def _number_faults(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -87,6 +96,17 @@ def _tensor_faults(
     # The factors of expert parameters hold all experts at once, with axes of their own.
     if str(config.get("peft_type")).upper() != "LORA" or config.get("target_parameters"):
         return ()
+    if faults := _pair_faults(shapes, tensors):
+        return faults
+    ranks = {t.module: shapes[t.key][0] for t in tensors if t.kind == "A"}
+    wrong = sorted(module for module, rank in ranks.items() if rank != module_rank(config, module))
+    if wrong:
+        rank, wanted = ranks[wrong[0]], module_rank(config, wrong[0])
+        return (f"{wrong[0]} has rank {rank}, {CONFIG} says {wanted} ({len(wrong)} such modules)",)
+    return ()
+
+
+def _pair_faults(shapes: Mapping[str, tuple[int, ...]], tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
     a, b = ({t.module: shapes[t.key] for t in tensors if t.kind == side} for side in "AB")
     alone = sorted(a.keys() ^ b.keys())
     unlike = sorted(module for module in a.keys() & b.keys() if not _belong_together(a[module], b[module]))
@@ -94,10 +114,6 @@ def _tensor_faults(
         return (f"{alone[0]} has only one of lora_A and lora_B ({len(alone)} such modules)",)
     if unlike:
         return (f"lora_A and lora_B of {unlike[0]} have different ranks ({len(unlike)} such modules)",)
-    wrong = sorted(module for module, shape in a.items() if shape[0] != module_rank(config, module))
-    if wrong:
-        rank, wanted = a[wrong[0]][0], module_rank(config, wrong[0])
-        return (f"{wrong[0]} has rank {rank}, {CONFIG} says {wanted} ({len(wrong)} such modules)",)
     return ()
 
 

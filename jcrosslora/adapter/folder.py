@@ -1,9 +1,12 @@
-"""Find the two files of an adapter: in a folder, or on the hub."""
+"""Find the files of an adapter and their format: in a folder, on the hub, or a file of llama.cpp."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jcrosslora.adapter.read_gguf import is_gguf_adapter
+from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
@@ -13,23 +16,35 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
-_NAME_LIMIT = 512  # of a tensor's name, which patterns are matched against; real ones have less than 150 characters
+GGUF_WEIGHTS = "adapter.gguf"
+GGUF_ENDING = ".gguf"
+Form = Literal["PEFT", "MLX", "GGUF"]
+_WEIGHTS = {"PEFT": WEIGHTS, "MLX": MLX_WEIGHTS}
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of an adapter, and the name that it was asked for by."""
+    """The files of an adapter.
+
+    Attributes:
+        name: what it was asked for by.
+        form: the format that they are in.
+        weights: the file with the tensors.
+        config: `adapter_config.json`; None where the weights say all.
+    """
 
     name: str
-    config: Path
+    form: Form
     weights: Path
+    config: Path | None = None
 
 
 def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
-    """The files of the adapter `ref`: a folder, or a hub id.
+    """The files of the adapter `ref`: a folder (PEFT's, MLX's, or one with `adapter.gguf`), a .gguf file, or a hub id.
 
     Raises:
-        AdapterError: there is no such folder or repository, or one of the files is missing.
+        AdapterError: there is no such folder or repository, one of the files is missing, or the configuration cannot
+            be read.
     """
     try:
         folder = Path(ref).expanduser()
@@ -39,13 +54,22 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
         raise AdapterError(msg) from error
     if is_folder:
         return _local_files(folder)
+    if is_there and folder.suffix == GGUF_ENDING:
+        return AdapterFiles(str(folder), "GGUF", folder)
     if is_there:
-        msg = f"{ref}: a file, the folder that holds {CONFIG} and {WEIGHTS} was wanted"
+        msg = f"{ref}: a file, the folder that holds {CONFIG} and {WEIGHTS} was wanted, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
     if isinstance(ref, str) and is_hub_id(ref):
-        return AdapterFiles(ref, *(_download(ref, name, revision) for name in (CONFIG, WEIGHTS)))
+        return _hub_files(ref, revision)
     msg = f"{ref}: no such folder: give a folder with {CONFIG} and {WEIGHTS}, or a hub id such as owner/name"
     raise AdapterError(msg)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path here is an adapter, in whatever state and format, and no base model."""
+    if path.is_dir():
+        return (path / CONFIG).exists() or (path / GGUF_WEIGHTS).exists()
+    return path.suffix == GGUF_ENDING and path.is_file() and is_gguf_adapter(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -70,31 +94,46 @@ def open_weights(path: Path) -> SafetensorsFile:
         file = SafetensorsFile(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
-    if (longest := max(map(len, file.entries), default=0)) > _NAME_LIMIT:
-        msg = f"{path}: a tensor's name has {longest} characters, at most {_NAME_LIMIT} are read: the file is damaged"
-        raise AdapterError(msg)
+    check_names(file.file, file.entries)
     return file
 
 
+def form_of(config: Mapping[str, Any]) -> Form:
+    """The format that an `adapter_config.json` belongs to: MLX's says nothing of a `peft_type`."""
+    mlx = "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config)
+    return "MLX" if mlx else "PEFT"
+
+
 def _local_files(folder: Path) -> AdapterFiles:
-    files = AdapterFiles(str(folder), folder / CONFIG, folder / WEIGHTS)
-    if not files.config.is_file():
-        msg = f"{folder}: no {CONFIG} here: give the folder of a PEFT adapter"
+    if not (folder / CONFIG).is_file():
+        if (folder / GGUF_WEIGHTS).is_file():
+            return AdapterFiles(str(folder), "GGUF", folder / GGUF_WEIGHTS)
+        msg = f"{folder}: no {CONFIG} here: give the folder of an adapter of PEFT or MLX, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
+    form = form_of(read_config(folder / CONFIG))
+    files = AdapterFiles(str(folder), form, folder / _WEIGHTS[form], folder / CONFIG)
     if not files.weights.is_file():
-        msg = f"{folder}: {_missing_weights(folder)}"
+        msg = f"{folder}: {_missing_weights(folder, form)}"
         raise AdapterError(msg)
     return files
 
 
-def _missing_weights(folder: Path) -> str:
+def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
+    config = _download(repo, CONFIG, revision)
+    form = form_of(read_config(config))
+    return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config)
+
+
+def _missing_weights(folder: Path, form: Form) -> str:
+    if form == "MLX":
+        return f"no {MLX_WEIGHTS} here, which belongs to the {CONFIG} of MLX: give the folder of a whole adapter"
     if (folder / PICKLE).is_file():
         return (
             f"only {PICKLE}, a pickle that can run code when it is read, {WEIGHTS} was wanted: load it with peft "
             "where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
         )
     if (folder / MLX_WEIGHTS).is_file():
-        return f"{MLX_WEIGHTS} is an adapter in the format of MLX, {WEIGHTS} was wanted: convert it to PEFT first"
+        return f"{MLX_WEIGHTS} is of an adapter of MLX, but {CONFIG} is PEFT's: give the two files of one adapter"
     return f"no {WEIGHTS} here: give the folder of a PEFT adapter"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jcrosslora.adapter.config import config_notes
 from jcrosslora.adapter.dropped import sentence
 from jcrosslora.adapter.kinds.dora import DORA, read_stored
 from jcrosslora.adapter.load import OpenedAdapter, by_text_name, check_any, open_adapter
@@ -59,7 +58,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str |
     # How much of the whole change that is cannot be said without the update.
     ignored = [sentence(sort, names, None, 0.0) for sort, names in sorts.items()]
     check_any(opened, found, ignored)
-    info = opened.info(ignored=tuple(config_notes(opened.file.config) + ignored))
+    info = opened.info(ignored=(*opened.notes, *ignored))
     directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)
     return KeptDoRA(directions, {name: magnitude for name, (_, magnitude) in found.items()})
 

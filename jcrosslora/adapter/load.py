@@ -1,4 +1,4 @@
-"""Read a PEFT adapter of any kind that is an update of weight matrices into memory, as low-rank factors."""
+"""Read an adapter of any kind that is an update of weight matrices into memory, as low-rank factors."""
 
 import dataclasses
 import math
@@ -18,8 +18,11 @@ from jcrosslora.adapter.kinds.registry import TYPES, kind_of
 from jcrosslora.adapter.kinds.trim import cut
 from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.norms import update_norm
+from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
+from jcrosslora.adapter.read_mlx import translated_mlx
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.sorting import Contents, sort_tensors
+from jcrosslora.adapter.weights import Opened
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.errors import AdapterError, UsageError
@@ -39,20 +42,24 @@ class OpenedAdapter:
         kind: what it is.
         file: to read it by.
         contents: its tensors, sorted.
+        stated: the configuration that is in the files, whatever the format.
+        notes: what of it is not read, one sentence each.
     """
 
     files: AdapterFiles
     kind: Kind
     file: AdapterFile
     contents: Contents
+    stated: Mapping[str, Any]
+    notes: tuple[str, ...]
 
     def info(self, **known: Any) -> AdapterInfo:
         """Where the adapter came from, with what else is known of it."""
-        config = self.file.config
         return AdapterInfo(
             name=self.files.name,
-            base_name=_text_or_none(config.get("base_model_name_or_path")),
-            config=config,
+            base_name=_text_or_none(self.file.config.get("base_model_name_or_path")),
+            config=self.stated,
+            form=self.files.form,
             digest=f"sha256:{self.file.file.file.sha256()}",
             revision=_commit(self.files),
             kind=self.kind.name,
@@ -66,10 +73,12 @@ def load_adapter(
     """Read an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.registry` lists them).
 
     Args:
-        ref: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id (`HF_HUB_OFFLINE` is
-            respected; only these two files are fetched).
+        ref: a folder with `adapter_config.json` and `adapter_model.safetensors`; one of MLX, with
+            `adapters.safetensors`; a .gguf file of llama.cpp, or a folder with `adapter.gguf`; or a hub id of one of
+            the former two (`HF_HUB_OFFLINE` is respected; only the two files are fetched).
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are no update without its
-            weights or shapes; for others it only tells how much of the change does not move.
+            weights or shapes, and llama.cpp's q and k of a llama are not without its heads; for others it only tells
+            how much of the change does not move.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, cut optimally; None is exact, and for DoRA, whose update is of
             full rank, twice the rank of its B A. What that loses stands in `info.read_as`.
@@ -93,7 +102,7 @@ def load_adapter(
     modules = {name: update.factors for name, update in updates.items() if name != "lm_head"}
     check_any(opened, modules, ignored)
     info = opened.info(
-        ignored=tuple(config_notes(config) + ignored),
+        ignored=(*opened.notes, *ignored),
         read_as=_read_as(kind, config, list(updates.values())),
         lost=_lost(list(updates.values())),
         rank_limit=rank,
@@ -113,14 +122,24 @@ def open_adapter(
         AdapterError: not there, damaged, or of a kind that is refused (named).
     """
     files = find_adapter(ref, revision)
-    config, where = read_config(files.config), str(files.config)
-    check_type(config, where, TYPES)
-    weights = open_weights(files.weights)
+    opened, where = _opened(files, base), str(files.config or files.weights)
+    config, weights = opened.config, opened.weights
     contents = sort_tensors([parse_tensor_name(key) for key in weights.entries], files.weights)
     kind = kind_of(config, contents.parts, where)
     kind.check(config, where)
     file = AdapterFile(config, weights, contents.modules, contents.heads, contents.shared, base, rank)
-    return OpenedAdapter(files, kind, file, contents)
+    return OpenedAdapter(files, kind, file, contents, opened.stated, opened.notes)
+
+
+def _opened(files: AdapterFiles, base: BaseModel | None) -> Opened:
+    """The adapter as PEFT would have written it."""
+    if files.config is None:
+        return translated_gguf(open_gguf_adapter(files.weights), base)
+    config, where = read_config(files.config), str(files.config)
+    if files.form == "MLX":
+        return translated_mlx(config, open_weights(files.weights), where)
+    check_type(config, where, TYPES)
+    return Opened(config, open_weights(files.weights), config, tuple(config_notes(config)))
 
 
 def by_text_name(opened: OpenedAdapter, found: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -194,7 +213,7 @@ def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -
 
 def _commit(files: AdapterFiles) -> str | None:
     """The hub commit that the files are of, where they were asked for by a hub id."""
-    identity = cached_identity(files.config.parent)
+    identity = cached_identity(files.weights.parent)
     return identity[1] if identity is not None and identity[0] == files.name else None
 
 

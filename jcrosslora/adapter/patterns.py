@@ -3,7 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
+
+# Modules of a large model that have a rank each: re itself keeps 512 patterns, and compiles more of them every time.
+_KEPT = 1 << 14
 
 
 def matching_key(keys: Iterable[str], module: str) -> str | None:
@@ -18,9 +22,14 @@ def matching_key(keys: Iterable[str], module: str) -> str | None:
         re.error: a key is not a regular expression.
     """
     for key in keys:
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _compiled(key).match(module):
             return key
     return None
+
+
+@lru_cache(maxsize=_KEPT)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:

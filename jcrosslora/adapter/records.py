@@ -43,7 +43,8 @@ class AdapterInfo:
     Attributes:
         name: the path or hub id it was read from, or a name given by its maker.
         base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
-        config: the raw `adapter_config.json`.
+        config: the raw `adapter_config.json`, or the metadata of a GGUF file.
+        form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
         digest: "sha256:..." of the weights file, or None for an adapter made in memory.
         revision: hub commit of an adapter that was asked for by a hub id, else None.
         ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
@@ -58,6 +59,7 @@ class AdapterInfo:
     name: str = "memory"
     base_name: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    form: str | None = None
     digest: str | None = None
     revision: str | None = None
     ignored: tuple[str, ...] = ()

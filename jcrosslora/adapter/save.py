@@ -7,12 +7,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS, WEIGHTS
+from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import Adapter, LoRAFactors
-from jcrosslora.adapter.write_gguf import GGUF_WEIGHTS, check_gguf, write_gguf
+from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
 from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable

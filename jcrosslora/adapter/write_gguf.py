@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.folder import GGUF_WEIGHTS
 from jcrosslora.adapter.names import ending
 from jcrosslora.adapter.portable import file_factors
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
@@ -21,7 +22,6 @@ from jcrosslora.checkpoint.gguf_store import unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import OutputError
 
-GGUF_WEIGHTS = "adapter.gguf"
 # dtype -> ggml type, and the file type that stands for a file of mostly that.
 _TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
 
@@ -41,7 +41,13 @@ def write_gguf(contents: Contents, folder: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     if contents.invocation is not None:
-        writer.add_array(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, [int(token) for token in contents.invocation])
+        # llama.cpp takes no other type; by itself the writer would choose INT32.
+        types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+        tokens = [int(token) for token in contents.invocation]
+        writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, tokens, *types)
+    if arch == "llama":  # llama.cpp does not ask for them; whoever reads the file without the base has to.
+        writer.add_head_count(heads[0])
+        writer.add_head_count_kv(heads[1])
     writer.add_file_type(gguf.LlamaFileType[file_type])
     _add_base(writer, contents.base_name)
     for key, value in sorted(contents.metadata.items()):

@@ -15,12 +15,11 @@ from jcrosslora.batch.run import CHUNK_BYTES
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.kinship import choose_method
 from jcrosslora.linalg import decompose
 from jcrosslora.lora_align import Plan
 from jcrosslora.methods import Method, get_method
 from jcrosslora.pairing import parse_depth
-from jcrosslora.trip import AUTO
+from jcrosslora.trip import chosen
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,16 @@ def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> E
     settings = unit.settings
     source = open_base(settings.source, revision=settings.source_revision)
     target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
-    auto = settings.method == AUTO
-    method = get_method(choose_method(source, target).method if auto else settings.method)
+    found, choice = chosen(settings, source, target)
+    method = get_method(settings.method if choice is None else choice.method)
     plan = Plan(
-        source, target, method=method.name, rank=settings.rank, depth=parse_depth(settings.depth), seed=settings.seed
+        source,
+        target,
+        method=method.name,
+        rank=settings.rank,
+        depth=parse_depth(settings.depth),
+        seed=settings.seed,
+        found=found,
     )
     chunks = list(plan.chunks())
     count = sum(map(len, chunks))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import UsageError
 from jcrosslora.settings_file import FIELDS, check_settings, read_toml
 from jcrosslora.trip import TransferSettings
@@ -168,9 +169,9 @@ def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
         pattern = Path(ref)
         root = Path(pattern.anchor) if pattern.is_absolute() else folder
         parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-        matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir())
+        matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
-            msg = f"{place}: no folder matches {ref}; mind that paths are relative to the plan"
+            msg = f"{place}: no adapter matches {ref}; mind that paths are relative to the plan"
             raise UsageError(msg)
         found += matches
     return list(dict.fromkeys(found))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jcrosslora import hosts
+from jcrosslora.adapter import Adapter
 from jcrosslora.batch.ledger import Ledger, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
@@ -19,7 +20,7 @@ from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.files import ensure_free
-from jcrosslora.kinship import Choice, choose_method
+from jcrosslora.kinship import Choice, by_maps
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import Method, get_method
@@ -27,8 +28,8 @@ from jcrosslora.report.verdict import verdict
 from jcrosslora.span import Known
 from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
-    AUTO,
     check_invocation,
+    chosen,
     in_span,
     load_for,
     open_both,
@@ -116,13 +117,26 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
 
 
 @dataclass(frozen=True, eq=False)
+class _Way:
+    """How jobs of a unit are done: the method, and the reason for it where it was chosen."""
+
+    method: Method
+    choice: Choice | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Loaded:
     """A job whose adapter fits its base: what is known of it while its factors are not in memory."""
 
     job: Job
+    way: _Way
     mark: str
     sources: tuple[str, ...]
     size: int
+
+
+def _way(method: str, choice: Choice | None) -> _Way:
+    return _Way(get_method(method if choice is None else choice.method), choice)
 
 
 class _Run:
@@ -130,6 +144,8 @@ class _Run:
         self._ledger, self._summary, self._bar = ledger, summary, bar
         self._overwrite, self._progress = overwrite, progress
         self._since = time.monotonic()
+        self._read: dict[str, Adapter] = {}  # of the unit that is being done, by the name of the job
+        self._room = 0  # bytes for more of them
 
     def do(self, unit: Unit) -> None:
         """All jobs of a unit; what goes wrong for all of them is the outcome of each."""
@@ -144,27 +160,32 @@ class _Run:
     def _do(self, unit: Unit) -> None:
         settings = unit.settings
         source, target, cache = open_both(settings)
-        choice = choose_method(source, target) if settings.method == AUTO else None
-        method = get_method(settings.method if choice is None else choice.method)
-        found = [self._load(job, source, target, method) for job in unit.jobs]
-        loaded = [item for item in found if item is not None]
-        if method.then != "nothing":
-            for item in loaded:
-                self._alone(item)
-        elif not all(map(self._kept, loaded)):
-            sources = {name for item in loaded for name in item.sources}
-            plan = plan_of(settings, source, target, method.name, sources, cache)
-            self._together(loaded, plan, source, target, choice, hold=cache is None)
+        found, choice = chosen(settings, source, target)
+        usual = _way(settings.method, choice)
+        mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
+        self._read, self._room = {}, CHUNK_BYTES
+        every = [self._load(job, source, target, usual, mapped) for job in unit.jobs]
+        loaded = [item for item in every if item is not None]
+        for name, way in {way.method.name: way for way in (usual, mapped)}.items():
+            items = [item for item in loaded if item.way.method.name == name]
+            if way.method.then != "nothing":
+                for item in items:
+                    self._alone(item)
+            elif not all(map(self._kept, items)):
+                sources = {name for item in items for name in item.sources}
+                plan = plan_of(settings, source, target, name, sources, cache, found)
+                self._together(items, plan, source, target, hold=cache is None)
         for item in loaded:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
                 self._close(item.job, "kept")
 
-    def _load(self, job: Job, source: BaseModel, target: BaseModel, method: Method) -> _Loaded | None:
+    def _load(self, job: Job, source: BaseModel, target: BaseModel, usual: _Way, mapped: _Way) -> _Loaded | None:
         """Check a job's adapter and its output before anything is computed."""
         try:
             adapter = load_for(job.settings, source, target)
-            check_invocation(adapter, method)
-            mover = shifter_of(job.settings, adapter, describe_base(source), method.name)
+            way = usual if adapter.info.invocation is None else mapped
+            check_invocation(job.settings, adapter, way.method)
+            mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
             mark = mark_of(job, adapter.info.digest, source.digest(), target.digest())
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
@@ -172,7 +193,15 @@ class _Run:
             self._close(job, "failed", str(error))
             return None
         size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
-        return _Loaded(job, mark, tuple(mover.adapter.modules), size)
+        if way.method.then == "nothing":
+            self._hold(job, adapter, size)
+        return _Loaded(job, way, mark, tuple(mover.adapter.modules), size)
+
+    def _hold(self, job: Job, adapter: Adapter, size: int) -> None:
+        """Hold an adapter that has been read until it is moved, as long as there is room for what a chunk holds."""
+        self._room -= size
+        if self._room >= 0 or not self._read:
+            self._read[job.name] = adapter
 
     def _alone(self, item: _Loaded) -> None:
         """A method that fits an update to one adapter."""
@@ -194,37 +223,38 @@ class _Run:
         plan: Plan,
         source: BaseModel,
         target: BaseModel,
-        choice: Choice | None,
         *,
         hold: bool,
     ) -> None:
         # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(loaded) if not all(map(self._kept, chunk))]
+        needed = {item.job.name for chunk in chunks for item in chunk}
+        self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
         plan.probes = probes_of(loaded[0].job.settings, source, plan, self._progress)
         # Without a cache the groups of several chunks have to stay in memory.
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
         known: Known = {}
         for chunk in chunks:
-            wanted = [item.job.settings for item in chunk]
-            movers = [shifter_of(one, load_for(one, source, target), info, plan.method.name) for one in wanted]
+            movers = [
+                shifter_of(item.job.settings, self._adapter(item, source, target), info, plan.method.name)
+                for item in chunk
+            ]
             for group in plan.groups(progress=self._progress) if held is None else held:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
-                    self._finish(item, mover, plan, source, target, choice, known)
+                    self._finish(item, mover, plan, source, target, known)
+
+    def _adapter(self, item: _Loaded, source: BaseModel, target: BaseModel) -> Adapter:
+        """The adapter of a job, held since it was checked or read again."""
+        held = self._read.pop(item.job.name, None)
+        return load_for(item.job.settings, source, target) if held is None else held
 
     def _finish(
-        self,
-        item: _Loaded,
-        mover: Shifter,
-        plan: Plan,
-        source: BaseModel,
-        target: BaseModel,
-        choice: Choice | None,
-        known: Known,
+        self, item: _Loaded, mover: Shifter, plan: Plan, source: BaseModel, target: BaseModel, known: Known
     ) -> None:
-        settings, shown = item.job.settings, self._progress
+        settings, choice, shown = item.job.settings, item.way.choice, self._progress
         try:
             moved, frozen = in_span(settings, target, mover.finish(plan.transport(())), known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)

@@ -31,12 +31,9 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     Raises:
         CheckpointError: the gguf package is missing, or the file is corrupt, truncated or not supported.
     """
-    gguf = _import_gguf(path)
-    file = MappedFile(path)
-    header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    gguf, file, header = open_header(path)
     meta = Metadata(header.metadata, path)
     names = _hf_names(header, meta.arch, path)
-    _check_types(header, gguf, path)
     factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
     config = check_config(translate(meta, _facts(header, path), factors), path)
     heads = config.values["num_attention_heads"], config.values["num_key_value_heads"]
@@ -44,6 +41,20 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     reordered = heads if meta.arch == "llama" else None
     store = GGUFStore(file, header, gguf, names, reordered, config.family.gain_offset)
     return config, store, model_name(header.metadata)
+
+
+def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
+    """The gguf package, a GGUF file of any type, and its header.
+
+    Raises:
+        CheckpointError: the package is missing, or the file is corrupt, truncated or of a quantisation that cannot be
+            read.
+    """
+    gguf = _import_gguf(path)
+    file = MappedFile(path)
+    header = read_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    _check_types(header, gguf, path)
+    return gguf, file, header
 
 
 def _import_gguf(path: Path) -> ModuleType:

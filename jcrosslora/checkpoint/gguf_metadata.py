@@ -91,10 +91,16 @@ class Metadata:
 def model_name(values: Mapping[str, Any]) -> str | None:
     """The hub id of the file's source repository if the metadata state one, else `general.name`."""
     for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url"):
-        stated = values.get(key)
-        if isinstance(stated, str) and (match := _HUB_URL.fullmatch(stated)):
-            return match[1]
-        if isinstance(stated, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", stated):
-            return stated
+        if (hub_id := hub_id_of(values.get(key))) is not None:
+            return hub_id
     name = values.get("general.name")
     return name if isinstance(name, str) and name else None
+
+
+def hub_id_of(stated: Any) -> str | None:
+    """The hub id in a value that is one, or the address of a repository on the hub; None for others."""
+    if not isinstance(stated, str):
+        return None
+    if match := _HUB_URL.fullmatch(stated):
+        return match[1]
+    return stated if re.fullmatch(r"[\w.-]+/[\w.-]+", stated) else None

@@ -143,6 +143,12 @@ def stored_rows(file: MappedFile, info: TensorInfo, gguf: ModuleType) -> np.ndar
     return file.array(np.uint8, (*info.shape[:-1], info.shape[-1] // elements * size), info.start)
 
 
+def float_type(kind: int, gguf: ModuleType) -> str:
+    """Name of the type that `to_float` gives for a ggml type: itself if numpy holds it, else F32."""
+    name = gguf.GGMLQuantizationType(kind).name
+    return name if name in _NATIVE else "F32"
+
+
 def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None = None) -> np.ndarray:
     """Rows as `stored_rows` gives them, dequantised to float32; types that numpy holds stay as they are.
 

@@ -109,7 +109,7 @@ class Evidence:
         tgt: the target module.
         vocabulary: moments over the shared tokens, the same for all modules; None where they cannot be had.
         activations: moments of both bases' activations on the same text; None for methods that do not ask for them.
-        key: a PRNG key that depends on the seed and on the target module's name.
+        key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
         reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
             (o, down): the stream is then on the side of its outputs.
         rank: static; R, the inner width of low-rank maps.
@@ -122,7 +122,7 @@ class Evidence:
     tgt: Side
     vocabulary: Vocabulary | None
     activations: Activations | None
-    key: jax.Array
+    key: jax.Array | None
     reads: bool = flax.struct.field(pytree_node=False)
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None

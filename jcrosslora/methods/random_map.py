@@ -10,6 +10,7 @@ from jcrosslora.methods.evidence import Evidence, Fit
 def fit(evidence: Evidence) -> Fit:
     """P_out = Q_t Q_s', P_in = R_t R_s' with Q and R uniformly random, of inner width R."""
     (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+    assert evidence.key is not None
     out_key, in_key = jax.random.split(evidence.key)
     return Fit(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
 

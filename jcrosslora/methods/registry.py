@@ -42,6 +42,7 @@ class Method:
         activations: whether it runs both bases on probe texts.
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
+        draws: whether its maps are random.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
             (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
@@ -61,6 +62,7 @@ class Method:
     activations: bool = False
     embeddings: bool = False
     selects: bool = False
+    draws: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
     teacher: Teacher = "mean"
@@ -69,7 +71,7 @@ class Method:
     @property
     def cuts(self) -> bool:
         """Whether the truncation rank has any part in it."""
-        return self.decomposes or self.name == "random"
+        return self.decomposes or self.draws
 
     @property
     def runs_bases(self) -> bool:
@@ -198,6 +200,7 @@ _METHODS = (
         summary="control: random orthonormal bases, norm of the update kept",
         reference="control",
         fit=random_map.fit,
+        draws=True,
         keeps_norm=True,
         measure="none",
     ),

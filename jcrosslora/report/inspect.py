@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
+from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError
@@ -16,7 +17,7 @@ from jcrosslora.methods import METHODS
 
 
 def inspect(ref: str, console: Console, *, revision: str | None = None, base: str | None = None) -> None:
-    """Print what `ref` is: an adapter (a folder with adapter_config.json) or a base model.
+    """Print what `ref` is: an adapter (of PEFT, MLX or llama.cpp) or a base model.
 
     Args:
         ref: a path or a hub id.
@@ -28,7 +29,7 @@ def inspect(ref: str, console: Console, *, revision: str | None = None, base: st
         JCrossLoRAError: it is neither, or cannot be read.
     """
     path = Path(ref)
-    if path.is_dir() and (path / "adapter_config.json").exists():
+    if is_adapter(path):
         _print_adapter(load_adapter(ref, None if base is None else open_base(base)), console)
         return
     if path.exists():
@@ -40,8 +41,9 @@ def inspect(ref: str, console: Console, *, revision: str | None = None, base: st
     _inspect_hub(ref, console, revision, base)
 
 
-def reported_family(folder: Path) -> str | None:
+def reported_family(path: Path) -> str | None:
     """Family of the base that a moved adapter is for, from its `transfer_report.json`; None for other adapters."""
+    folder = path.parent if path.is_file() else path
     try:
         report = json.loads((folder / "transfer_report.json").read_text(encoding="utf-8"))
         return str(report["target"]["family"])
@@ -81,7 +83,7 @@ def _inspect_hub(ref: str, console: Console, revision: str | None, base_ref: str
 
 
 def _print_adapter(adapter: Adapter, console: Console) -> None:
-    _say(console, f"adapter: {adapter.info.name}")
+    _say(console, f"adapter: {adapter.info.name} (format of {adapter.info.form})")
     _say(console, f"for: {adapter.info.base_name or 'its file does not name a base model'}")
     _say(console, f"kind: {adapter.info.read_as or adapter.info.kind}")
     if adapter.info.invocation is not None:

@@ -1,4 +1,4 @@
-"""An adapter folder that is being read: its configuration, its tensors by meaning, and its base where there is one."""
+"""An adapter that is being read: its configuration, its tensors by meaning, and its base where there is one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.names import text_module_name
+from jcrosslora.adapter.weights import Weights
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -23,11 +23,11 @@ _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "late
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter folder with its tensors sorted.
+    """An adapter with its tensors sorted.
 
     Attributes:
-        config: its `adapter_config.json`.
-        file: its weights.
+        config: its `adapter_config.json`, or what PEFT would have there.
+        file: its weights, by PEFT's names.
         modules: module, as the file spells it, to part (see `parse_tensor_name`) to the tensor's name in the file.
         others: the same of modules that are not to be read (the output head), but may decide what all share.
         shared: what all modules share: part to the tensor's name.
@@ -36,7 +36,7 @@ class AdapterFile:
     """
 
     config: Mapping[str, Any]
-    file: SafetensorsFile
+    file: Weights
     modules: Mapping[str, Mapping[str, str]]
     others: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]

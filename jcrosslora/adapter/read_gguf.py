@@ -1,0 +1,214 @@
+"""Adapters of llama.cpp, read as PEFT would have written them; `write_gguf` describes the format.
+
+Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.config import is_alpha, shown
+from jcrosslora.adapter.names import PREFIX, TensorName, ending
+from jcrosslora.adapter.patterns import exact_pattern
+from jcrosslora.adapter.weights import Opened, Translated, check_names
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.checkpoint.gguf import open_header
+from jcrosslora.checkpoint.gguf_header import GGUFHeader
+from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, hub_id_of
+from jcrosslora.checkpoint.gguf_names import architecture, hf_name
+from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float, unpermuted_rows
+from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.safetensors import Entry
+from jcrosslora.errors import AdapterError, CheckpointError
+
+TYPE, ALPHA, INVOCATION = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+_ADAPTER = "adapter"
+_NORM = "_norm.weight"  # llama.cpp passes over norms, which are no LoRA.
+_GGUF_EMBEDDING = "token_embd.weight"
+# Sort of a tensor -> what PEFT calls that part of a module.
+_PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
+_REORDERED = "llama"  # the architecture whose rows of q and k lie in another order
+# Heads whose rows are reordered, by role: their place among (query heads, key heads), and the key of the metadata.
+_HEADS = {"q_proj": (0, "attention.head_count"), "k_proj": (1, "attention.head_count_kv")}
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFAdapter:
+    """An adapter of llama.cpp whose header has been read.
+
+    Attributes:
+        file: the file.
+        header: its metadata and the places of its tensors.
+        gguf: the gguf package.
+    """
+
+    file: MappedFile
+    header: GGUFHeader
+    gguf: ModuleType
+
+    @property
+    def arch(self) -> Any:
+        """`general.architecture`: whose bases it is for."""
+        return self.header.metadata.get("general.architecture")
+
+
+def open_gguf_adapter(path: Path) -> GGUFAdapter:
+    """The header of an adapter of llama.cpp.
+
+    Raises:
+        AdapterError: the gguf package is missing, the file is damaged, or it is a model.
+    """
+    try:
+        gguf, file, header = open_header(path)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    kind = header.metadata.get("general.type", "model")
+    if kind != _ADAPTER:
+        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, where an adapter was wanted"
+        raise AdapterError(msg)
+    check_names(file, header.tensors)
+    return GGUFAdapter(file, header, gguf)
+
+
+def is_gguf_adapter(path: Path) -> bool:
+    """Whether a file is an adapter of llama.cpp and no model; False for what cannot be read."""
+    try:
+        open_gguf_adapter(path)
+    except AdapterError:
+        return False
+    return True
+
+
+def tensor_sort(name: str) -> TensorName:
+    """The meaning of a tensor's name; its module is the base's tensor, as GGUF calls it."""
+    for suffix, kind in ((".lora_a", "A"), (".lora_b", "B")):
+        if name.endswith(suffix):
+            module = name.removesuffix(suffix)
+            return TensorName(name, "embedding" if module == _GGUF_EMBEDDING else kind, module)
+    return TensorName(name, "norm" if name.endswith(_NORM) else "other", name)
+
+
+def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Opened:
+    """An adapter of llama.cpp as PEFT would have written it: the rows of q and k in the order of Hugging Face.
+
+    Args:
+        adapter: its header.
+        base: the model that it was trained on. For architecture "llama" its heads decide the order of rows where the
+            file does not state them, which only those do that this package writes.
+
+    Raises:
+        AdapterError: no LoRA, one for an architecture that is not known or for another one than the base's, or a
+            tensor that is not of a LoRA.
+    """
+    path, metadata = adapter.file.path, adapter.header.metadata
+    if metadata.get(TYPE) != "lora":
+        msg = f"{path}: {TYPE} is {shown(metadata, TYPE)}, 'lora' was wanted: use a LoRA adapter"
+        raise AdapterError(msg)
+    if not isinstance(adapter.arch, str) or adapter.arch not in ARCHITECTURES:
+        msg = f"{path}: GGUF architecture {str(adapter.arch)[:60]!r} is not supported; supported: "
+        raise AdapterError(msg + ", ".join(ARCHITECTURES))
+    if base is not None and architecture(base.family.name) != adapter.arch:
+        msg = f"{path}: the adapter is for bases of architecture {adapter.arch!r}, {base.name} is of family "
+        msg += f"{base.family.name}: give the base it was trained on"
+        raise AdapterError(msg)
+    stored = {_name(name, adapter): name for name in adapter.header.tensors}
+    entries = {name: _entry(name, old, adapter) for name, old in stored.items()}
+    heads = _heads(adapter, base)
+    weights = Translated(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
+    return Opened(_config(adapter, entries), weights, metadata)
+
+
+def _name(stored: str, adapter: GGUFAdapter) -> str:
+    """PEFT's name of a tensor."""
+    sort = tensor_sort(stored)
+    name = hf_name(sort.module, adapter.arch)
+    layer = sort.module.split(".")[1:-2]
+    known = sort.kind in _PEFT and all(part.isascii() and part.isdecimal() for part in layer)
+    if not known or name is None or not name.endswith(".weight"):
+        msg = f"{adapter.file.path}: tensor {stored!r} is not one of a LoRA for architecture {adapter.arch!r}"
+        raise AdapterError(msg + ": use the adapter as llama.cpp's converter wrote it")
+    part = f"lora_embedding_{stored[-1].upper()}" if sort.kind == "embedding" else _PEFT[sort.kind]
+    return f"{PREFIX}{name.removesuffix('.weight')}.{part}"
+
+
+def _entry(name: str, stored: str, adapter: GGUFAdapter) -> Entry:
+    info = adapter.header.tensors[stored]
+    shape = info.shape[::-1] if name.endswith("lora_embedding_A") else info.shape
+    return Entry(float_type(info.kind, adapter.gguf), shape, info.start)
+
+
+def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] | None) -> np.ndarray:
+    info, path = adapter.header.tensors[stored], adapter.file.path
+    array = to_float(stored_rows(adapter.file, info, adapter.gguf), info.kind, adapter.gguf, path)
+    if name.endswith("lora_embedding_A"):
+        return array.T
+    module, _, part = name.removesuffix(".weight").rpartition(".")
+    if part == "lora_B" and adapter.arch == _REORDERED and ending(module) in _HEADS:
+        rows = array.shape[0]
+        return array[unpermuted_rows(rows, _heads_of(module.removeprefix(PREFIX), rows, path, heads))]
+    if stored.endswith(_NORM):
+        return array.astype(np.float32) - np.float32(FAMILIES[ARCHITECTURES[adapter.arch]].gain_offset)
+    return array
+
+
+def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
+    """Query heads and key heads where rows are reordered: the base's, else the file's; None where neither tells."""
+    if adapter.arch != _REORDERED:
+        return None
+    stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
+    of_base = None if base is None else (base.dims.heads, base.dims.kv_heads)
+    if None in stated:
+        return of_base
+    if of_base is not None and stated != of_base:
+        msg = f"{adapter.file.path}: the adapter is for a base of {str(stated)[:60]} query and key heads, this one has "
+        msg += f"{of_base}: give the base it was trained on"
+        raise AdapterError(msg)
+    return stated[0], stated[1]
+
+
+def _heads_of(module: str, rows: int, path: Path, heads: tuple[Any, Any] | None) -> int:
+    """How many heads the rows of a module belong to."""
+    if heads is None:
+        msg = f"{path}: the order of the rows of {module!r} depends on the heads of the base: the source base is needed"
+        raise AdapterError(msg + "; give the base that it was trained on (`inspect --base`, or load_adapter's base)")
+    count = heads[_HEADS[ending(module)][0]]
+    if type(count) is not int or count < 1 or rows % (2 * count):
+        msg = f"{path}: the {rows} rows of module {module!r} do not split into {str(count)[:60]} heads"
+        raise AdapterError(msg + ": give the base it was trained on")
+    return count
+
+
+def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    metadata, path = adapter.header.metadata, adapter.file.path
+    alpha = metadata.get(ALPHA, 0.0)
+    if alpha != 0 and not is_alpha(alpha):
+        msg = f"{path}: {ALPHA} is {shown(metadata, ALPHA)}, a number was wanted: correct the file"
+        raise AdapterError(msg)
+    ends = ".lora_A.weight", ".lora_embedding_A"
+    factors = {name: entry.shape for name, entry in entries.items() if name.endswith(ends) and entry.shape}
+    ranks = {name.removeprefix(PREFIX).rsplit(".lora_", 1)[0]: max(shape[0], 1) for name, shape in factors.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {exact_pattern(module): rank for module, rank in ranks.items() if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": _base_name(metadata),
+        "r": common,
+        "rank_pattern": others,
+        # Without an alpha llama.cpp does not scale.
+        "lora_alpha": alpha or common,
+        "alpha_pattern": {} if alpha else others,
+    }
+    tokens = metadata.get(INVOCATION)
+    return config if tokens is None else {**config, "alora_invocation_tokens": tokens}
+
+
+def _base_name(metadata: Mapping[str, Any]) -> str | None:
+    """The first base that the file names: its hub id, else its name."""
+    name = metadata.get("general.base_model.0.name")
+    return hub_id_of(metadata.get("general.base_model.0.repo_url")) or (name if isinstance(name, str) else None)

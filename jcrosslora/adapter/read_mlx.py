@@ -1,0 +1,86 @@
+"""Adapters of MLX (mlx_lm), read as PEFT would have written them; `write_mlx` describes the format.
+
+DoRA of MLX rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`, as PEFT's does.
+
+Source: mlx_lm/tuner/utils.py, lora.py and dora.py (mlx-lm 0.32).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.config import is_alpha, is_rank, shown
+from jcrosslora.adapter.names import PREFIX
+from jcrosslora.adapter.weights import Opened, Translated
+from jcrosslora.checkpoint.families import EMBEDDING
+from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
+from jcrosslora.errors import AdapterError
+
+_LORA, _DORA = "lora", "dora"
+# What each tensor of a module is called by PEFT; for an embedding, whose factors have names of their own, see `_name`.
+_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+_EMBEDDING = "." + EMBEDDING.split(".")[-2]
+
+
+def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Opened:
+    """An adapter of MLX as PEFT would have written it: the same factors, turned round.
+
+    Args:
+        config: its `adapter_config.json`.
+        file: its `adapters.safetensors`.
+        where: path of the configuration, for messages.
+
+    Raises:
+        AdapterError: a whole model and no adapter, a missing or senseless value, or a tensor of another kind.
+    """
+    kind = config.get("fine_tune_type", _LORA)
+    if kind not in (_LORA, _DORA):
+        why = "whole weights of the model and no update of them" if kind == "full" else "not known"
+        msg = f"{where}: fine_tune_type {str(kind)[:60]!r} is not supported: {why}; train it as lora or dora"
+        raise AdapterError(msg)
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        msg = (
+            f"{where}: lora_parameters is {shown(config, 'lora_parameters')}, an object with rank and scale was wanted"
+        )
+        raise AdapterError(msg + ": correct the file")
+    for key, valid, wanted in (("rank", is_rank, "a whole number of 1 or more"), ("scale", is_alpha, "a number")):
+        if not valid(parameters.get(key)):
+            msg = (
+                f"{where}: {key} of lora_parameters is {shown(parameters, key)}, {wanted} was wanted: correct the file"
+            )
+            raise AdapterError(msg)
+    rank = int(parameters["rank"])
+    peft = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": config.get("model"),
+        "r": rank,
+        "lora_alpha": parameters["scale"] * rank,
+        "use_dora": kind == _DORA,
+    }
+    # Until 2025 mlx_lm's own default settings had one; only its first releases, of early 2024, multiplied by it.
+    notes = ("alpha of lora_parameters is ignored, as mlx_lm does.",) if "alpha" in parameters else ()
+    return Opened(peft, _translated(file), config, notes)
+
+
+def _translated(file: SafetensorsFile) -> Translated:
+    stored = {_name(name, file): name for name in file.entries}
+    entries = {name: _turned(file.entries[old]) for name, old in stored.items()}
+    return Translated(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
+
+
+def _turned(entry: Entry) -> Entry:
+    return Entry(entry.dtype, entry.shape[::-1], entry.start)
+
+
+def _name(name: str, file: SafetensorsFile) -> str:
+    module, _, part = name.rpartition(".")
+    parts = _PARTS | (_EMBEDDING_PARTS if f".{module}".endswith(_EMBEDDING) else {})
+    if not module or part not in parts:
+        msg = (
+            f"{file.file.path}: tensor {name!r} is not a lora_a, lora_b or m of a module, as an adapter of MLX has them"
+        )
+        raise AdapterError(msg + ": use the adapter as mlx_lm saved it")
+    return f"{PREFIX}{module}.{parts[part]}"
