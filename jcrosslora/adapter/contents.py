@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.token_updates import TokenUpdate
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Contents:
         heads: (query heads, key heads) of the base, likewise.
         metadata: provenance, pairs of strings.
         invocation: tokens of the base from which on it acts (aLoRA); None for one that always does.
+        tokens: changes of the embedding and the output head, for the one profile that holds them.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -32,6 +34,7 @@ class Contents:
     heads: tuple[int, int] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     invocation: Sequence[int] | None = None
+    tokens: tuple[TokenUpdate, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -17,8 +17,10 @@ from jcrosslora.adapter.kinds.registry import TYPES, kind_of
 from jcrosslora.adapter.kinds.trim import cut
 from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.norms import update_norm
+from jcrosslora.adapter.read_tokens import read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.sorting import Contents, sort_tensors
+from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
 from jcrosslora.errors import AdapterError, UsageError
@@ -36,7 +38,8 @@ def load_adapter(
         ref: a folder with `adapter_config.json` and `adapter_model.safetensors`, or a hub id (`HF_HUB_OFFLINE` is
             respected; only these two files are fetched).
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are no update without its
-            weights or shapes; for others it only tells how much of the change does not move.
+            weights or shapes. With it changes of the embedding and the output head are read as well, into `tokens`,
+            and for others it tells how much of the change does not move.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, cut optimally; None is exact, and for DoRA, whose update is of
             full rank, twice the rank of its B A. What that loses stands in `info.read_as`.
@@ -44,7 +47,8 @@ def load_adapter(
     Returns:
         The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the
         base spells them (`model.layers.0.self_attn.q_proj`). The keys of the file decide which modules there are, not
-        `target_modules`. What does not move is listed in `info.ignored`.
+        `target_modules`. What does not move is listed in `info.ignored`, changes of embedding and head without a base
+        among it.
 
     Raises:
         AdapterError: not there, damaged, of a kind that is refused (named), or of one that the base is needed for.
@@ -62,12 +66,14 @@ def load_adapter(
     kind.check(config, where)
     file = AdapterFile(config, weights, contents.modules, contents.heads, contents.shared, base, rank)
     updates = _read(kind, file)
-    ignored = _not_moved(kind, file, contents, updates)
-    modules = {name: update.factors for name, update in updates.items() if name != "lm_head"}
+    head = _head(kind, file, contents, updates)
+    modules = {name: update.factors for name, update in updates.items() if name != HEAD}
+    tokens, ignored = _others(kind, file, contents, updates, head)
     if not modules:
-        found = "; ".join(ignored) or "it is empty"
+        found = "; ".join([*ignored, *dropped.token_sentences(tokens, "")]) or "it is empty"
         msg = f"{files.weights}: holds no {kind.name} of a linear layer ({found.rstrip('.')}): nothing can be moved"
         raise AdapterError(msg)
+    read = [*updates.values(), *([head] if head is not None and HEAD not in updates else [])]
     info = AdapterInfo(
         name=files.name,
         base_name=_text_or_none(config.get("base_model_name_or_path")),
@@ -76,14 +82,14 @@ def load_adapter(
         revision=_commit(files),
         ignored=tuple(config_notes(config) + ignored),
         kind=kind.name,
-        read_as=_read_as(kind, config, list(updates.values())),
-        lost=_lost(list(updates.values())),
+        read_as=_read_as(kind, config, read),
+        lost=_lost(read),
         rank_limit=rank,
         invocation=invocation_of(config) if kind.peft_type == "LORA" else None,
     )
     if base is not None:
         base.release()
-    return Adapter(modules=modules, info=info)
+    return Adapter(modules=modules, info=info, tokens=tokens)
 
 
 def _read(kind: Kind, file: AdapterFile) -> dict[str, Update]:
@@ -98,25 +104,41 @@ def _read(kind: Kind, file: AdapterFile) -> dict[str, Update]:
     return updates
 
 
-def _not_moved(kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update]) -> list[str]:
-    """One sentence for each sort of change that does not move."""
-    sorts = {sort: [tensor.module for tensor in found] for sort, found in contents.dropped.items()}
-    energies = {sort: dropped.energy_of(file, sort, found) for sort, found in contents.dropped.items()}
-    if contents.heads:
-        sorts["head"], energies["head"] = list(contents.heads), _head_energy(kind, file, contents)
-    elif "lm_head" in updates:  # Of a kind whose file does not name its modules.
-        sorts["head"], energies["head"] = ["lm_head"], _energy(updates["lm_head"])
-    moved = math.fsum(_energy(update) for name, update in updates.items() if name != "lm_head")
-    total = moved + math.fsum(energy or 0.0 for energy in energies.values())
-    return [dropped.sentence(sort, names, energies[sort], total) for sort, names in sorts.items()]
-
-
-def _head_energy(kind: Kind, file: AdapterFile, contents: Contents) -> float | None:
+def _head(kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update]) -> Update | None:
+    """The update of the output head; None if there is none, or none that can be read."""
+    if not contents.heads:
+        return updates.get(HEAD)  # Of a kind whose file does not name its modules.
     try:
         found = list(kind.read(dataclasses.replace(file, modules=contents.heads, others=contents.modules)))
     except AdapterError:
         return None
-    return math.fsum(_energy(update) for _, update in found)
+    return found[0][1] if len(found) == 1 else None
+
+
+def _others(
+    kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update], head: Update | None
+) -> tuple[tuple[TokenUpdate, ...], list[str]]:
+    """Changes of embedding and head, and one sentence for each sort of change that does not move."""
+    tokens, read, reasons = read_tokens(kind, file, contents.dropped, head)
+    left = {
+        sort: [tensor for tensor in tensors if tensor.key not in read] for sort, tensors in contents.dropped.items()
+    }
+    names = {sort: [tensor.module for tensor in tensors] for sort, tensors in left.items() if tensors}
+    energies = {sort: dropped.energy_of(file, sort, left[sort]) for sort in names}
+    if (contents.heads or head is not None) and HEAD not in read:
+        names["head"] = list(contents.heads) or [HEAD]
+        energies["head"] = None if head is None else _energy(head)
+    moved = math.fsum(_energy(update) for name, update in updates.items() if name != HEAD)
+    moved += math.fsum(update.energy for update in tokens)
+    total = moved + math.fsum(energy or 0.0 for energy in energies.values())
+
+    def share(energy: float | None) -> float | None:
+        return None if energy is None or total == 0 else energy / total
+
+    ignored = [
+        dropped.sentence(sort, found, share(energies[sort]), reasons.get(sort, "")) for sort, found in names.items()
+    ]
+    return tuple(dataclasses.replace(update, share=share(update.energy) or 0.0) for update in tokens), ignored
 
 
 def _energy(update: Update) -> float:

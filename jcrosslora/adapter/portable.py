@@ -44,7 +44,7 @@ def file_factors(
         b = np.asarray(factors.b).astype(np.float64) * factors.scale
     if dtype == "float16":
         a, b = _balanced(a, b)
-    a, b = (_cast(name, matrix, dtype) for matrix in (a, b))
+    a, b = (cast_matrix(name, matrix, dtype) for matrix in (a, b))
     return _padded(a, b, rank or factors.rank)
 
 
@@ -64,7 +64,12 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ldexp(a, shift), np.ldexp(b, -shift)
 
 
-def _cast(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
+def cast_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
+    """A matrix in the dtype of a file.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype.
+    """
     if not np.isfinite(matrix).all():
         msg = f"module {name!r} holds NaN or infinite values: nothing was written; look for their cause"
         raise OutputError(msg)

@@ -1,5 +1,6 @@
 """The format of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,15 +15,19 @@ from jcrosslora.adapter.names import PREFIX, ending
 from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.portable import file_factors
 from jcrosslora.adapter.serialized import serialized
+from jcrosslora.adapter.write_tokens import token_config, token_ranks, token_tensors
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """One rank, lower ones padded with zeros, and lora_alpha == r: the form that every engine reads the same way."""
-    _write(contents, folder, contents.rank)
+    _write(dataclasses.replace(contents, tokens=()), folder, contents.rank)
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
-    """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read."""
+    """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read.
+
+    With changes of the embedding and the head, which PEFT alone is sure to read.
+    """
     _write(contents, folder, None)
 
 
@@ -31,13 +36,16 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
+    tensors |= token_tensors(contents.tokens, contents.dtype)
+    ranks = {name: rank or factors.rank for name, factors in contents.modules.items()}
     config = peft_config(
-        {name: rank or factors.rank for name, factors in contents.modules.items()},
+        ranks | token_ranks(contents.tokens),
         base_name=contents.base_name,
         base_revision=contents.base_revision,
         exclude=contents.exclude,
         invocation=contents.invocation,
     )
+    config |= token_config(contents.tokens)
     # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
     (folder / WEIGHTS).write_bytes(serialized(tensors, {**contents.metadata, "format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
