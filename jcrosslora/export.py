@@ -1,5 +1,6 @@
 """Write an adapter again for the base that it has: in another profile, at other ranks, or several as their sum."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from pathlib import Path
 from jcrosslora.adapter import Adapter, fuse, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile, check_profile
+from jcrosslora.adapter.save import Profile, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.files import ensure_free
@@ -30,7 +31,7 @@ class ExportSettings:
     """The folder to write."""
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp."""
+    gguf: the file of llama.cpp. peft alone holds changes of the embedding and the output head, read with the base."""
     base: str | None = None
     """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profile gguf needs it; with it the
     adapter is also checked against it."""
@@ -76,7 +77,8 @@ def export_adapter(settings: ExportSettings) -> Exported:
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
-    total = Adapter(fuse(total.modules, {} if base is None else base.fused), total.info)
+    total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
+    total = for_profile(total, settings.profile)
     cut = None
     if settings.out_rank is not None:
         total, cut = cut_and_tell(total, settings.out_rank)

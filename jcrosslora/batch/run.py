@@ -170,6 +170,7 @@ class _Run:
             self._close(job, "failed", str(error))
             return None
         size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
+        size += sum(4 * update.numbers for update in mover.adapter.tokens)
         return _Loaded(job, mark, tuple(mover.adapter.modules), size)
 
     def _alone(self, item: _Loaded) -> None:
@@ -222,7 +223,7 @@ class _Run:
     ) -> None:
         settings, shown = item.job.settings, self._progress
         try:
-            moved = mover.finish(plan.transport(()))
+            moved = mover.finish(plan.transport(()), (source, target))
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 save_adapter(

@@ -42,6 +42,8 @@ class Method:
         activations: whether it runs both bases on probe texts.
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
+        keeps_stream: whether the residual stream of the target has the source's coordinates, or those of them that the
+            method names, so that changes of the embedding and the output head move as well.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
             (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
@@ -61,6 +63,7 @@ class Method:
     activations: bool = False
     embeddings: bool = False
     selects: bool = False
+    keeps_stream: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
     teacher: Teacher = "mean"
@@ -123,6 +126,7 @@ _METHODS = (
         reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+        keeps_stream=True,
     ),
     Method(
         name="anchored-copy",
@@ -130,6 +134,7 @@ _METHODS = (
         reference="this package",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+        keeps_stream=True,
         then="predictions",
         teacher="source",
     ),
@@ -139,6 +144,7 @@ _METHODS = (
         reference="this package",
         fit=selected.fit,
         selects=True,
+        keeps_stream=True,
         measure="part cosine",
     ),
     Method(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
+from jcrosslora.adapter.dropped import described
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError
@@ -93,6 +94,10 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
             table.add_row(*row.values())
         console.print(table, highlight=False, markup=False)
     _say(console, f"can be moved: {len(adapter.modules)} modules")
+    keep = [method.name for method in METHODS.values() if method.keeps_stream]
+    for update in adapter.tokens:
+        what = described(update.sort, update.modules, update.share)
+        _say(console, f"can be moved by {', '.join(keep)} alone: {what}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")
 
