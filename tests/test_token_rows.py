@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.cli import main
+from jcrosslora.report.effect import Change, Effect
 from jcrosslora.token_rows import token_places
 
 peft = pytest.importorskip("peft")
@@ -362,3 +364,49 @@ def test_the_sum_of_adapters_has_what_one_of_them_has(tmp_path, bases):
     exported = jcl.export_adapter(both).adapter
     assert exported.tokens == ()
     assert sum("several adapters of the sum change them" in sentence for sentence in exported.info.ignored) == 2
+
+
+def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, monkeypatch, capsys):
+    make_adapter("tied", "tokens", tmp_path / "adapter")
+    change = Change(0.2, 0.1, 4.0, 4.0)
+    effect = Effect(change, change, 0.0, 0.01, texts=12, positions=700, written=True)
+    monkeypatch.setattr("jcrosslora.trip._effect", lambda *_: effect)
+    moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")
+    said = "where the bases were run, it was without the changes of the embedding and the output head"
+    assert said in moved.report.warnings
+    monkeypatch.setattr("jcrosslora.evaluate.score", lambda *_, **__: None)
+    monkeypatch.setattr("jcrosslora.evaluate.print_scores", lambda *_: None)
+    (tmp_path / "task.jsonl").write_text('{"question": "w1", "choices": ["w2", "w3"], "answer": 0}\n')
+    base, adapter = str(bases / "tied" / "source"), str(tmp_path / "adapter")
+    main(["evaluate", "--base", base, "--task", str(tmp_path / "task.jsonl"), "--adapter", adapter])
+    assert "not scored: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "why"),
+    [
+        ({"trainable_token_indices": [3, 3]}, {}, "does not name 2 tokens of the base"),
+        ({"trainable_token_indices": [3, 96]}, {}, "does not name 2 tokens of the base"),
+        ({"trainable_token_indices": None}, {}, "does not name 2 tokens of the base"),
+        ({"trainable_token_indices": {"lm_head": [1, 2]}}, {}, "does not name 2 tokens of the base"),
+        ({}, {"model.embed_tokens.weight": np.ones((96, 48))}, "embed_tokens is changed in another way as well"),
+        ({}, {"lm_head.weight": np.ones((97, 48))}, "lm_head is 97 x 48, in the base"),
+        ({}, {"model.norm.weight": np.ones((48,))}, "model.norm is neither the embedding nor the output head"),
+        ({}, {"model.embed_tokens.lora_embedding_A": np.ones((2, 96))}, "the file is damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_listed_with_the_reason(tmp_path, bases, config, tensors, why):
+    make_adapter("untied", "tokens", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    indices = {"trainable_token_indices": [3, 5]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | indices | config))
+    weights = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, array in weights.items():
+        if "trainable" in name:
+            weights[name] = array[:2]
+    weights |= {f"base_model.model.{name}": array.astype(np.float32) for name, array in tensors.items()}
+    safetensors.numpy.save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    adapter = jcl.load_adapter(tmp_path / "adapter", jcl.open_base(bases / "untied" / "source"))
+    assert [sentence for sentence in adapter.info.ignored if why in sentence]
+    assert len(adapter.tokens) == (1 if tensors else 0)
+    assert list(adapter.modules) == ["model.layers.0.self_attn.q_proj"]

@@ -94,10 +94,9 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
             table.add_row(*row.values())
         console.print(table, highlight=False, markup=False)
     _say(console, f"can be moved: {len(adapter.modules)} modules")
-    keep = [method.name for method in METHODS.values() if method.keeps_stream]
     for update in adapter.tokens:
         what = described(update.sort, update.modules, update.share)
-        _say(console, f"can be moved by {', '.join(keep)} alone: {what}")
+        _say(console, f"can be moved by {_keeping()} alone: {what}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")
 
@@ -123,7 +122,15 @@ def _print_base(base: BaseModel, console: Console) -> None:
     _say(console, f"vocabulary readable: {tokens}")
     _say(console, f"can receive and give updates: {len(base.modules)} modules")
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
-    _say(console, f"no updates for: {len(others)} other tensors (embeddings, norms, biases, output head)")
+    _say(
+        console,
+        f"no updates for: {len(others)} other tensors (norms, biases; embedding and head by {_keeping()} alone)",
+    )
+
+
+def _keeping() -> str:
+    """The methods that move changes of embedding and head."""
+    return ", ".join(method.name for method in METHODS.values() if method.keeps_stream)
 
 
 def _say(console: Console, text: str) -> None:
