@@ -87,7 +87,7 @@ def replaced_rows(table: str, sort: str, base: BaseModel, ids: np.ndarray, rows:
         energy += float(np.sum(change**2))
     ids, rows = ids[changes], rows[changes].astype(np.float32)
     if len(ids) and (2 * len(ids) > size or (table == EMBEDDING and base.tied)):
-        whole = base.rows(name, np.arange(size))
+        whole = base.rows(name, np.arange(size)) if len(ids) < size else rows
         whole[ids] = rows
         ids, rows = np.arange(size), whole
     return TokenUpdate(table, sort, size, ids, rows=rows, energy=energy)

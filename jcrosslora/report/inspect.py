@@ -123,8 +123,7 @@ def _print_base(base: BaseModel, console: Console) -> None:
     _say(console, f"can receive and give updates: {len(base.modules)} modules")
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
     _say(
-        console,
-        f"no updates for: {len(others)} other tensors (norms, biases; embedding and head by {_keeping()} alone)",
+        console, f"no updates for: {len(others)} other tensors (norms, biases; embedding and head but by {_keeping()})"
     )
 
 
