@@ -11,7 +11,7 @@ from jcrosslora import hosts
 from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
-from jcrosslora.adapter.dropped import token_sentences
+from jcrosslora.adapter.dropped import sentence
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_profile, for_profile, why_without_tokens
@@ -362,8 +362,9 @@ def _written(moved: MovedAdapter, profile: str) -> MovedAdapter:
     if not moved.tokens or not why:
         return moved
     assert moved.report is not None
-    warnings = tuple(f"not written: {sentence}" for sentence in token_sentences(moved.tokens, why))
-    report = dataclasses.replace(moved.report, tokens=(), warnings=moved.report.warnings + warnings)
+    left = [sentence(row.sort, row.modules, row.share, why) for row in moved.report.tokens]
+    warnings = (*moved.report.warnings, *(f"not written: {text}" for text in left))
+    report = dataclasses.replace(moved.report, tokens=(), warnings=warnings)
     return dataclasses.replace(moved, tokens=(), report=report)
 
 

@@ -293,7 +293,10 @@ def test_shift_carries_them_if_it_is_given_the_bases(tmp_path, bases):
     moved = jcl.shift(transport, adapter, bases=pair)
     assert [row.moved for row in moved.report.tokens] == [3]
     out = jcl.save_adapter(moved, tmp_path / "out")
-    assert any("not written: trained tokens" in line for line in (out / "README.md").read_text().splitlines())
+    share = f"({adapter.tokens[0].share:.1%} of the whole change's squared norm): profile portable"
+    assert f"not written: trained tokens (trainable_token_indices), model.embed_tokens, lm_head {share}" in (
+        out / "README.md"
+    ).read_text(encoding="utf-8")
     assert json.loads((out / "transfer_report.json").read_text())["tokens"] == []
     out = jcl.save_adapter(moved, tmp_path / "peft", profile="peft")
     assert "3 of 5 rows moved" in (out / "README.md").read_text()
@@ -410,3 +413,24 @@ def test_what_cannot_be_read_is_listed_with_the_reason(tmp_path, bases, config, 
     assert [sentence for sentence in adapter.info.ignored if why in sentence]
     assert len(adapter.tokens) == (1 if tensors else 0)
     assert list(adapter.modules) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_batch_carries_them_as_well(tmp_path, bases):
+    make_adapter("tied", "tokens", tmp_path / "adapter")
+    plan = f"""
+out = "moved"
+[bases]
+source = "{bases / "tied" / "source"}"
+larger = "{bases / "tied" / "larger"}"
+[adapters]
+source = ["{tmp_path / "adapter"}"]
+[[moves]]
+from = "source"
+to = ["larger"]
+methods = ["copy"]
+profile = "peft"
+"""
+    (tmp_path / "plan.toml").write_text(plan)
+    main(["batch", str(tmp_path / "plan.toml")])
+    (written,) = (tmp_path / "moved").rglob("adapter_config.json")
+    assert len(json.loads(written.read_text())["trainable_token_indices"]["embed_tokens"]) == 3

@@ -12,7 +12,7 @@ from jcrosslora.adapter.norms import update_norm
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.records import Adapter, LoRAFactors
 from jcrosslora.adapter.token_updates import TokenUpdate
-from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 SORTS = {
     "embedding": "LoRA of an embedding",
@@ -67,14 +67,36 @@ def energy_of(file: AdapterFile, sort: str, tensors: Sequence[TensorName]) -> fl
         return None
 
 
+def embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> LoRAFactors:
+    """The LoRA of an embedding as an update of its V rows: a (K, D), b (V, K).
+
+    Args:
+        file: the adapter.
+        tensors: `lora_embedding_A` (K, V) and `lora_embedding_B` (D, K) of one embedding.
+
+    Raises:
+        AdapterError: one of them is damaged, or their ranks differ.
+        KeyError: one of them is missing.
+    """
+    keys = {tensor.key[-1]: tensor.key for tensor in tensors}
+    a, b = (file.read(keys[side]) for side in "AB")
+    if a.shape[0] != b.shape[1]:
+        msg = f"its factors have ranks {a.shape[0]} and {b.shape[1]}"
+        raise AdapterError(msg)
+    scale = module_scale(file.config, pattern_name(file.config, tensors[0].module), a.shape[0])
+    return LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
+
+
+def by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:
+    """The tensors of each module, in the order in which they first occur."""
+    groups: dict[str, list[TensorName]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.module, []).append(tensor)
+    return list(groups.values())
+
+
 def _embedding(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
-    keys = {(tensor.module, tensor.key[-1]): tensor.key for tensor in tensors}
-    total = 0.0
-    for module in dict.fromkeys(tensor.module for tensor in tensors):
-        a, b = (file.read(keys[module, side]) for side in "AB")
-        scale = module_scale(file.config, pattern_name(file.config, module), a.shape[0])
-        total += update_norm(LoRAFactors(a=a, b=b, scale=scale)) ** 2
-    return total
+    return sum(update_norm(embedding_factors(file, group)) ** 2 for group in by_module(tensors))
 
 
 def _lora_bias(file: AdapterFile, tensors: Sequence[TensorName]) -> float:

@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jcrosslora.adapter.dropped import by_module, embedding_factors
 from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.kinds.plain import PLAIN, pattern_name
+from jcrosslora.adapter.kinds.plain import PLAIN
 from jcrosslora.adapter.kinds.record import Kind, Update
 from jcrosslora.adapter.kinds.trim import cut
 from jcrosslora.adapter.kinds.variants import OLORA, PISSA, VARIANTS
 from jcrosslora.adapter.names import TensorName, text_module_name
 from jcrosslora.adapter.norms import update_norm
-from jcrosslora.adapter.patterns import module_scale
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, MODULES, TIED, TokenUpdate
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError, JCrossLoRAError
@@ -41,13 +40,13 @@ def read_tokens(
         head: the update of the output head, if there is one.
 
     Returns:
-        The changes, the names of the tensors that they were read from, and for each sort of which something was not
-        read the reason.
+        The changes; the names of the tensors that they were read from, with "lm_head" for the head's; and for each sort
+        of which something was not read the reason.
     """
     found: list[TokenUpdate] = []
     read: set[str] = set()
     reasons: dict[str, str] = {}
-    parts = [(sort, group) for sort in ("embedding", "tokens", "full") for group in _by_module(dropped.get(sort, ()))]
+    parts = [(sort, group) for sort in ("embedding", "tokens", "full") for group in by_module(dropped.get(sort, ()))]
     parts += [("head", [])] if head is not None else []
     for sort, group in parts:
         try:
@@ -93,13 +92,6 @@ def replaced_rows(table: str, sort: str, base: BaseModel, ids: np.ndarray, rows:
     return TokenUpdate(table, sort, size, ids, rows=rows, energy=energy)
 
 
-def _by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:
-    groups: dict[str, list[TensorName]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.module, []).append(tensor)
-    return list(groups.values())
-
-
 def _read(kind: Kind, file: AdapterFile, sort: str, tensors: Sequence[TensorName], head: Update | None) -> TokenUpdate:
     base = file.base
     if base is None:
@@ -131,20 +123,12 @@ def _embedding(kind: Kind, file: AdapterFile, base: BaseModel, tensors: Sequence
     if kind is not PLAIN:
         msg = f"{kind.name} of an embedding is not read"
         raise AdapterError(msg)
-    keys = {tensor.key[-1]: tensor.key for tensor in tensors}
-    a, b = (file.read(keys[side]) for side in "AB")
-    scale = module_scale(file.config, pattern_name(file.config, tensors[0].module), a.shape[0])
-    factors = LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
-    return _low_rank(EMBEDDING, "embedding", base, Update(factors), file.rank)
+    return _low_rank(EMBEDDING, "embedding", base, Update(embedding_factors(file, tensors)), file.rank)
 
 
 def _low_rank(table: str, sort: str, base: BaseModel, update: Update, rank: int | None) -> TokenUpdate:
     """The rows that factors of (V, D) change, with these factors."""
-    factors = update.factors
-    if factors.a.shape[0] != factors.b.shape[1]:
-        msg = f"the factors of {table} are of different ranks"
-        raise AdapterError(msg)
-    _check_shape(table, base, factors.shape)
+    _check_shape(table, base, update.factors.shape)
     factors = cut(update, rank).factors
     b = np.asarray(factors.b)
     ids = np.flatnonzero(b.any(axis=1))
