@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
-from jcrosslora.adapter.read_tokens import replaced_rows
+from jcrosslora.adapter.read_tokens import replaced_rows, settled
 from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, TIED, TokenUpdate
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError
@@ -55,16 +55,17 @@ def carry_tokens(
                 f"{source.name} has {source.dims.vocab} x {source.dims.hidden}; give the base it was trained on"
             )
             raise AdapterError(msg)
-        changed, moved, kept = 0, 0, 0.0
+        changed, count, kept = 0, 0, 0.0
         for part in _split(update, target):
             carry = _factors if part.rows is None else _rows
-            carried, changed, moved, kept = carry(part, source, target, places, stream)
+            carried, changed, count, kept = carry(part, source, target, places, stream)
             found += [carried] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
-        rows.append(TokenRow(update.modules, update.sort, changed, moved, update.share, share))
+        rows.append(TokenRow(update.modules, update.sort, changed, count, update.share, share))
+    moved = settled(found, target)
     for base in (source, target):
         base.release()
-    return tuple(found), tuple(rows), ""
+    return moved, tuple(rows), ""
 
 
 def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:

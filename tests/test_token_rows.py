@@ -216,6 +216,15 @@ def test_few_rows_of_a_whole_matrix_become_tokens(tmp_path, bases):
     np.testing.assert_allclose(found, logits(adapted, SHARED)[:, SHARED], atol=1e-4)
 
 
+def test_what_is_tied_in_the_adapter_stays_one_change(tmp_path, bases):
+    base = jcl.open_base(bases / "tied" / "source")
+    for form, rows, size in (("whole of both", FEW, 5), ("whole of both", None, 96), ("LoRA of both", None, 96)):
+        out = tmp_path / f"{form} {size}"
+        make_adapter("tied", form, out, rows=rows)
+        (update,) = jcl.load_adapter(out, base).tokens
+        assert (update.table, len(update.ids)) == ("tied", size)
+
+
 @pytest.mark.parametrize("form", ["tokens", "whole"])
 def test_rows_keep_every_bit_where_the_bases_agree(tmp_path, bases, form):
     adapted = make_adapter("untied", form, tmp_path / "adapter")

@@ -30,7 +30,7 @@ _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != T
 
 def read_tokens(
     kind: Kind, file: AdapterFile, dropped: Mapping[str, Sequence[TensorName]], head: Update | None
-) -> tuple[list[TokenUpdate], set[str], dict[str, str]]:
+) -> tuple[tuple[TokenUpdate, ...], set[str], dict[str, str]]:
     """The changes of embedding and head in an opened file.
 
     Args:
@@ -59,14 +59,11 @@ def read_tokens(
             continue
         read |= {tensor.key for tensor in group} or {HEAD}
         found += [update] if len(update.ids) else []
-    return _joined(found, file.base), read, reasons
+    return () if file.base is None else settled(found, file.base), read, reasons
 
 
 def replaced_rows(table: str, sort: str, base: BaseModel, ids: np.ndarray, rows: np.ndarray) -> TokenUpdate:
-    """Rows in place of those of a base, without those that are the same; or all rows of the matrix.
-
-    All rows where most change. Also where they are those of the embedding alone and the base ties the head to it, since
-    peft gives single rows of such an embedding to the head as well.
+    """Rows in place of those of a base, without those that are the same.
 
     Args:
         table: see `TokenUpdate`.
@@ -84,12 +81,34 @@ def replaced_rows(table: str, sort: str, base: BaseModel, ids: np.ndarray, rows:
             changes[part] = (old.astype(rows.dtype) != rows[part]).any(axis=1)
         change = rows[part][changes[part]].astype(np.float64) - old[changes[part]]
         energy += float(np.sum(change**2))
-    ids, rows = ids[changes], rows[changes].astype(np.float32)
-    if len(ids) and (2 * len(ids) > size or (table == EMBEDDING and base.tied)):
-        whole = base.rows(name, np.arange(size)) if len(ids) < size else rows
-        whole[ids] = rows
-        ids, rows = np.arange(size), whole
-    return TokenUpdate(table, sort, size, ids, rows=rows, energy=energy)
+    return TokenUpdate(table, sort, size, ids[changes], rows=rows[changes].astype(np.float32), energy=energy)
+
+
+def settled(updates: Sequence[TokenUpdate], base: BaseModel) -> tuple[TokenUpdate, ...]:
+    """Changes in the form in which PEFT holds them.
+
+    Two that are the same are one, where the base has one matrix for both. Of a matrix most of whose rows are replaced
+    all rows are given; also where rows of the embedding alone are replaced and the base ties the head to it, since peft
+    gives single rows of such an embedding to the head as well.
+
+    Args:
+        updates: at most one of each matrix.
+        base: that they are of.
+    """
+    if base.tied and len(updates) == 2 and updates[0].equals(updates[1]):
+        first = min(updates, key=lambda update: update.table != EMBEDDING)
+        updates = [dataclasses.replace(first, table=TIED)]
+    return tuple(_completed(update, base) for update in updates)
+
+
+def _completed(update: TokenUpdate, base: BaseModel) -> TokenUpdate:
+    alone = update.table == EMBEDDING and base.tied
+    if update.rows is None or update.whole or (2 * len(update.ids) <= update.size and not alone):
+        return update
+    every = np.arange(update.size)
+    rows = base.rows(f"{update.modules[0]}.weight", every)
+    rows[update.ids] = update.rows
+    return dataclasses.replace(update, ids=every, rows=rows)
 
 
 def _read(kind: Kind, file: AdapterFile, sort: str, tensors: Sequence[TensorName], head: Update | None) -> TokenUpdate:
@@ -180,11 +199,3 @@ def _check_alone(update: TokenUpdate, found: Sequence[TokenUpdate]) -> None:
     if any(set(update.modules) & set(other.modules) for other in found):
         msg = f"{update.table} is changed in another way as well"
         raise AdapterError(msg)
-
-
-def _joined(found: list[TokenUpdate], base: BaseModel | None) -> list[TokenUpdate]:
-    """The changes, with two that are the same as one where the base has one matrix for both (ensure_weight_tying)."""
-    if base is None or not base.tied or len(found) != 2 or not found[0].equals(found[1]):
-        return found
-    first = min(found, key=lambda update: update.table != EMBEDDING)
-    return [dataclasses.replace(first, table=TIED)]

@@ -29,13 +29,13 @@ class TokenUpdate:
 
     Attributes:
         table: what is changed, a key of `MODULES`.
-        sort: what it was read from, a key of `dropped.SENTENCES`.
+        sort: what it was read from, a key of `dropped.SORTS`.
         size: V.
         ids: int64 (n,), ascending.
         factors: of the change of the rows: a (K, D), b (n, K).
         rows: float32 (n, D), the rows as they are with the adapter. All V of them are a whole matrix.
         energy: squared Frobenius norm of the change.
-        share: `energy` over that of the whole adapter.
+        share: `energy` over that of the whole adapter that it was read from; 0 of one that was moved.
     """
 
     table: str
