@@ -73,7 +73,9 @@ def load_adapter(
         found = "; ".join([*ignored, *dropped.token_sentences(tokens, "")]) or "it is empty"
         msg = f"{files.weights}: holds no {kind.name} of a linear layer ({found.rstrip('.')}): nothing can be moved"
         raise AdapterError(msg)
-    read = [*updates.values(), *([head] if head is not None and HEAD not in updates else [])]
+    read = list(updates.values())
+    if head is not None and HEAD not in updates and any(update.sort == "head" for update in tokens):
+        read.append(head)
     info = AdapterInfo(
         name=files.name,
         base_name=_text_or_none(config.get("base_model_name_or_path")),
