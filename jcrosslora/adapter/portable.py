@@ -44,7 +44,7 @@ def file_factors(
         b = np.asarray(factors.b).astype(np.float64) * factors.scale
     if dtype == "float16":
         a, b = _balanced(a, b)
-    a, b = (cast_matrix(name, matrix, dtype) for matrix in (a, b))
+    a, b = (file_matrix(name, matrix, dtype) for matrix in (a, b))
     return _padded(a, b, rank or factors.rank)
 
 
@@ -64,8 +64,13 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ldexp(a, shift), np.ldexp(b, -shift)
 
 
-def cast_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
+def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
     """A matrix in the dtype of a file.
+
+    Args:
+        name: the module, for messages.
+        matrix: floats of any size.
+        dtype: of the result.
 
     Raises:
         OutputError: values that are not finite or do not fit the dtype.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.names import PREFIX, ending
-from jcrosslora.adapter.portable import FileDtype, cast_matrix, file_factors
+from jcrosslora.adapter.portable import FileDtype, file_factors, file_matrix
 from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.adapter.token_updates import EMBEDDING, MODULES, TokenUpdate
 
@@ -54,7 +54,7 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
         return
     assert update.rows is not None
     rows = np.concatenate(
-        [cast_matrix(update.table, update.rows[part].astype(np.float64), dtype) for part in update.parts()]
+        [file_matrix(update.table, update.rows[part].astype(np.float64), dtype) for part in update.parts()]
     )
     # Single rows of a matrix that is embedding and head are written once: peft gives them to both.
     for name in update.modules if update.whole else update.modules[:1]:
