@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from adapter_folders import matrix, write_folder
+from adapter_folders import tensors as lora_tensors
+from checkpoint_files import llama_tensors, write_llama
+from gguf_files import small_llama
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
@@ -443,3 +447,29 @@ profile = "peft"
     main(["batch", str(tmp_path / "plan.toml")])
     (written,) = (tmp_path / "moved").rglob("adapter_config.json")
     assert len(json.loads(written.read_text())["trainable_token_indices"]["embed_tokens"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["GGUF", "head in the file"])
+def test_a_tied_base_of_another_form_gets_a_head_of_its_own(tmp_path, kind):
+    tensors = llama_tensors()
+    name = "model.embed_tokens.weight"
+    if kind == "GGUF":
+        path, _ = small_llama(tmp_path / "base.gguf")
+    else:
+        # transformers passes over such a head where the configuration ties it.
+        path = write_llama(tmp_path / "base", tensors | {"lm_head.weight": np.zeros_like(tensors[name])})
+    base = jcl.open_base(path)
+    assert base.tied
+    size, width = base.dims.vocab, base.dims.hidden
+    q = base.modules["model.layers.0.self_attn.q_proj"]
+    weights = lora_tensors([q.name], rows=q.shape[0], width=width)
+    embedding = "base_model.model.model.embed_tokens"
+    a, b = matrix(2, size, seed=8), matrix(width, 2, seed=9)
+    weights |= {f"{embedding}.lora_embedding_A": a, f"{embedding}.lora_embedding_B": b}
+    adapter = write_folder(tmp_path / "adapter", weights=weights)
+    jcl.merge(jcl.MergeSettings(str(path), str(adapter), str(tmp_path / "out"), dtype="float32"))
+    merged = jcl.open_base(tmp_path / "out")
+    assert not merged.tied
+    table = base.rows(name, np.arange(size))
+    np.testing.assert_allclose(merged.tensor(name), table + 2 * (b @ a).T, atol=1e-5)
+    np.testing.assert_array_equal(merged.tensor("lm_head.weight"), table)
