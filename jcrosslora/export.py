@@ -1,5 +1,6 @@
 """Write an adapter again for the base that it has: in another profile, at other ranks, or several as their sum."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile, check_profile
+from jcrosslora.adapter.save import Profile, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import UsageError
@@ -39,7 +40,7 @@ class ExportSettings:
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
-    them, for LoRA-XS."""
+    them, for LoRA-XS. peft alone holds changes of the embedding and the output head, read with the base."""
     base: str | None = None
     """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need
     it; with it the adapter is also checked against it."""
@@ -128,7 +129,8 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
-    total = Adapter(fuse(total.modules, {} if base is None else base.fused), total.info)
+    total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
+    total = for_profile(total, settings.profile)
     sources = tuple(adapter.info for adapter in adapters)
     if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
         assert base is not None  # as `check_profile` has seen

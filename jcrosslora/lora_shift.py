@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
+from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.kinds.dora import DORA
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import product_energy
 from jcrosslora.methods import Terms, get_method
 from jcrosslora.pairing import Pair
 from jcrosslora.rank_cut import RankCut, RankRule, check_rule, cut_and_tell
 from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
+from jcrosslora.token_rows import carry_tokens
 from jcrosslora.transport import BaseInfo, Transport, TransportGroup
 
 Calibration = Literal["none", "frobenius"]
@@ -42,6 +45,7 @@ def shift(
     *,
     calibrate: Calibration | None = None,
     out_rank: RankRule | None = None,
+    bases: tuple[BaseModel, BaseModel] | None = None,
 ) -> MovedAdapter:
     """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3).
 
@@ -54,6 +58,7 @@ def shift(
             maps make of it; None is the method's own choice (only the random control restores the norm).
         out_rank: cut every update, optimally, to this rank, or by one of the rules of `cut_and_tell`; None keeps the
             rank (methods of two terms double it).
+        bases: source and target, without which changes of the embedding and the output head stay behind.
 
     Returns:
         The adapter for the target base, float32, with its report.
@@ -65,7 +70,7 @@ def shift(
     mover = Shifter(adapter, transport.source, method=transport.recipe.method, calibrate=calibrate, out_rank=out_rank)
     for group in transport.groups:
         mover.add(group)
-    return mover.finish(transport)
+    return mover.finish(transport, bases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,8 @@ class Shifter:
         if out_rank is not None:
             check_rule(out_rank)
         _check_invocation(adapter)
+        if not get_method(method).keeps_stream:
+            adapter = without_tokens(adapter, f"method {method} does not keep the coordinates of the residual stream")
         self.adapter = fit_to_base(adapter, source)
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
         self.out_rank: RankRule | None = out_rank
@@ -124,14 +131,21 @@ class Shifter:
         """Move what the adapter holds for the pairs of one group."""
         add_to_all([self], group)
 
-    def finish(self, transport: Transport) -> MovedAdapter:
-        """Put the modules in the target's order and close the account; `transport` may have dropped its groups."""
+    def finish(self, transport: Transport, bases: tuple[BaseModel, BaseModel] | None = None) -> MovedAdapter:
+        """Put the modules in the target's order and close the account; `transport` may have dropped its groups.
+
+        With both bases changes of the embedding and the output head are carried over as well.
+        """
         if not self._modules:
             msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
             raise PairingError(msg + "; choose another depth map")
         energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
         order = {name: place for place, name in enumerate(transport.target.shapes)}
         names = sorted(self._modules, key=order.__getitem__)
+        tokens, token_rows, stays = (), (), "shift was not given the bases"
+        if bases is not None and self.adapter.tokens:
+            tokens, token_rows, stays = carry_tokens(self.adapter, *bases, get_method(transport.recipe.method))
+        adapter = without_tokens(self.adapter, stays) if stays else self.adapter
         report = TransferReport(
             recipe=transport.recipe,
             source=transport.source,
@@ -144,7 +158,8 @@ class Shifter:
             unfed=transport.pairing.unfed,
             leftovers=_leftovers(energies, {row.source for row in self._rows}),
             energy=sum(energies.values()),
-            warnings=transport.warnings + _notes(self.adapter, transport),
+            warnings=transport.warnings + _notes(adapter, transport),
+            tokens=token_rows,
         )
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
@@ -153,7 +168,11 @@ class Shifter:
             invocation=self.adapter.info.invocation_target,
         )
         moved = MovedAdapter(
-            modules={name: self._modules[name] for name in names}, info=info, report=report, target=transport.target
+            modules={name: self._modules[name] for name in names},
+            info=info,
+            tokens=tokens,
+            report=report,
+            target=transport.target,
         )
         return cut_moved(moved) if self._cuts_here else moved
 

@@ -5,17 +5,16 @@ W' = W + scale B A, block of rows by block of rows: what is in memory is bounded
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter
+from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
 from jcrosslora.checkpoint.layout import expected_shapes
@@ -27,17 +26,14 @@ from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.files import atomic_folder, ensure_free
 from jcrosslora.lora_shift import fit_to_base
 from jcrosslora.merging_files import write_companions
+from jcrosslora.merging_rows import Updates, converted_rows, row_blocks, updates_of
 from jcrosslora.transport import describe_base
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
 REPORT = "merge_report.json"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 _SHARD = 4 << 30  # bytes of a file, where the base is not in several files of its own
-
-# Rows of a tensor and what is added to them.
-Updates = list[tuple[int, int, LoRAFactors]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,10 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
     plan = _stored_plan if as_stored is not None else _read_plan
-    files = plan(base, updates_of(adapter, base), wanted)
+    updates = updates_of(adapter, base)
+    # With changes of their own, embedding and head are two matrices from now on.
+    untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
+    files = plan(base, updates, wanted, untied)
     total = sum(piece.size for pieces in files.values() for piece in pieces)
     _check_space(out, total)
     with atomic_folder(out, settings.overwrite) as folder:
@@ -112,25 +111,16 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
                 write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
         if list(files) != [SINGLE]:
             (folder / INDEX).write_text(_index(files, total), encoding="utf-8")
-        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None)
+        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None, untied=untied)
+        if untied:
+            notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
         (folder / REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
-    return Merged(out, len(adapter.modules), notes)
+    return Merged(out, _changed(adapter), notes)
 
 
-def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
-    """What an adapter adds to each tensor of a base: tensor name -> updates of its rows.
-
-    Args:
-        adapter: with fused matrices taken apart, see `fit_to_base`.
-        base: whose modules it has.
-    """
-    found: dict[str, Updates] = {}
-    for name, factors in adapter.modules.items():
-        module = base.modules[name]
-        start, stop = module.rows or (0, module.shape[0])
-        found.setdefault(module.tensor, []).append((start, stop, factors))
-    return found
+def _changed(adapter: Adapter) -> int:
+    return len(adapter.modules) + sum(len(update.modules) for update in adapter.tokens)
 
 
 def _plain_folder(base: BaseModel) -> ShardedStore | None:
@@ -141,8 +131,10 @@ def _plain_folder(base: BaseModel) -> ShardedStore | None:
     return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
 
 
-def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
-    """The files of the base with their own tensors, those of no text model as well."""
+def _stored_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
+    """The files of the base with their own tensors, those of no text model as well; with a head where it has none."""
     store = base.store
     assert isinstance(store, ShardedStore)
     files: dict[str, list[Piece]] = {}
@@ -154,22 +146,36 @@ def _stored_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | 
                 msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
                 raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
-            blocks = partial(_row_blocks, base, partial(file.array, stored), updates.get(name or "", []), dtype)
-            pieces.append(Piece(stored, dtype, entry.shape, blocks))
+            # A head that a tied base holds as well is not what it uses.
+            read = partial(base.tensor, HEAD) if name == HEAD and untied else partial(file.array, stored)
+            pieces.append(
+                Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
+            )
+            if name == EMBEDDING and untied and HEAD not in base.store.names():
+                blocks = partial(row_blocks, base, read, updates.get(HEAD, []), dtype)
+                pieces.append(Piece(_head_beside(stored), dtype, entry.shape, blocks))
         files[shard] = pieces
     return files
 
 
-def _read_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | None) -> dict[str, list[Piece]]:
+def _head_beside(embedding: str) -> str:
+    """The name of a head in a file in which the embedding has this name."""
+    return embedding.removesuffix(EMBEDDING) + HEAD if embedding.endswith(EMBEDDING) else HEAD
+
+
+def _read_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
     """The tensors that the family has, dequantised, in as many files as their size asks for."""
     groups: list[list[Piece]] = [[]]
-    for name, shape in expected_shapes(base.family, base.dims, base.config).items():
-        own = base.store.dtype(name)
+    config = {**base.config, "tie_word_embeddings": base.tied and not untied}
+    for name, shape in expected_shapes(base.family, base.dims, config).items():
+        own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
         dtype = wanted or (own if own in _FLOATS else "BF16")
         if name in (EMBEDDING, HEAD):  # by far the largest: never in memory as a whole
-            blocks = partial(_converted_rows, base, name, shape, dtype)
+            blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
         else:
-            blocks = partial(_row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
+            blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
         piece = Piece(name, dtype, shape, blocks)
         if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
             groups.append([])
@@ -178,52 +184,6 @@ def _read_plan(base: BaseModel, updates: Mapping[str, Updates], wanted: str | No
         return {SINGLE: groups[0]}
     count = len(groups)
     return {f"model-{place:05d}-of-{count:05d}.safetensors": group for place, group in enumerate(groups, 1)}
-
-
-def _row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
-    array = read()
-    for start, stop in _spans(array.shape):
-        block = array[start:stop] if array.ndim else array
-        yield _cast(_updated(block, start, updates), dtype) if updates else _cast(block, dtype)
-        base.release()
-
-
-def _converted_rows(base: BaseModel, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
-    for start, stop in _spans(shape):
-        yield _cast(base.rows(name, np.arange(start, stop)), dtype)
-        base.release()
-
-
-def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) row of each block."""
-    rows = shape[0] if shape else 1
-    step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
-    """Rows of W from `first` on, plus those of scale B A; float32, or float64 where W is."""
-    wide = np.float64 if block.dtype == np.float64 else np.float32
-    result = block.astype(wide)
-    for start, stop, factors in updates:
-        low, high = max(start, first), min(stop, first + len(block))
-        if low < high:
-            b = np.asarray(factors.b)[low - start : high - start].astype(np.float64) * factors.scale
-            result[low - first : high - first] += b.astype(wide) @ np.asarray(factors.a).astype(wide)
-    return result
-
-
-def _cast(block: np.ndarray, dtype: str) -> np.ndarray:
-    kind = DTYPES[dtype]
-    if block.dtype == kind:
-        return block
-    with np.errstate(over="ignore"):
-        cast = block.astype(kind)
-    if not np.isfinite(cast).all() and np.isfinite(block).all():
-        msg = f"weights up to {np.abs(block).max():.3g} do not fit {kind.name}: write them with --dtype bfloat16"
-        raise OutputError(msg)
-    return cast
 
 
 def _check_space(out: Path, total: int) -> None:
@@ -247,7 +207,7 @@ def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: I
         "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
         "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
         "dtype": settings.dtype,
-        "modules": len(adapter.modules),
+        "modules": _changed(adapter),
         "notes": list(notes),
     }
     return json.dumps(made, indent=2) + "\n"

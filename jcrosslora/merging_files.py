@@ -21,7 +21,9 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def write_companions(base: BaseModel, folder: Path, dtype: str, *, as_stored: bool) -> tuple[str, ...]:
+def write_companions(
+    base: BaseModel, folder: Path, dtype: str, *, as_stored: bool, untied: bool = False
+) -> tuple[str, ...]:
     """Write all files of a merged checkpoint but its weights.
 
     Args:
@@ -29,6 +31,7 @@ def write_companions(base: BaseModel, folder: Path, dtype: str, *, as_stored: bo
         folder: to write into.
         dtype: of the weights, "keep" where it is the base's own.
         as_stored: whether the weights have the names and layout of the base's files, and its configuration with them.
+        untied: whether the head is no longer the embedding, as the base's configuration says.
 
     Returns:
         What could not be written, one sentence each.
@@ -39,6 +42,8 @@ def write_companions(base: BaseModel, folder: Path, dtype: str, *, as_stored: bo
     config = read_json_object(base.path / CONFIG) if as_stored else _read_config(base)
     if dtype != "keep" or not as_stored:
         config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
+    if untied:
+        config = _without_tie(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base.path.is_file():
         return _write_gguf_tokenizer(base, folder)
@@ -68,6 +73,13 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
     return changed | dict.fromkeys(keys, dtype)
+
+
+def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model with a head of its own, also in the text part of a multimodal one."""
+    text = config.get("text_config")
+    parts = {"text_config": _without_tie(text)} if isinstance(text, dict) else {}
+    return {**config, **parts, "tie_word_embeddings": False}
 
 
 def _write_gguf_tokenizer(base: BaseModel, folder: Path) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from jcrosslora import hosts
 from jcrosslora.activations import batch_probes
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.dropped import sentence
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile, check_profile
+from jcrosslora.adapter.save import Profile, check_profile, for_profile, why_without_tokens
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError, MethodError
@@ -71,7 +72,7 @@ class TransferSettings:
     profile: Profile = "portable"
     """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
-    them, for LoRA-XS."""
+    them, for LoRA-XS. peft alone holds changes of the embedding and the output head."""
     seed: int = 0
     """Of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_text: str | None = None
@@ -149,7 +150,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         source,
         target,
         mover.adapter,
-        mover.finish(plan.transport(())),
+        mover.finish(plan.transport(()), (source, target)),
         prompts=plan.probes.texts if plan.probes is not None and plan.probes.path is not None else (),
         batches=batches,
         dialogues=settings.dialogues,
@@ -221,6 +222,8 @@ def check_invocation(settings: TransferSettings, adapter: Adapter, method: Metho
 
 def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
     """What moves an adapter as the settings say; checks that it fits the base."""
+    if get_method(method).keeps_stream:
+        adapter = for_profile(adapter, settings.profile)
     # Into the span of singular vectors an update is projected whole.
     out_rank = None if span_rank(settings.profile, settings.out_rank) else settings.out_rank
     return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=out_rank)
@@ -278,7 +281,10 @@ def with_account(
     # An adapter for answers hardly shows in text of another kind, so dialogues come first.
     texts = () if probes is None else probes.texts, dialogues
     effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
-    report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect)
+    warnings = moved.report.warnings
+    if original.tokens and (runs_bases or effect is not None):
+        warnings += ("where the bases were run, it was without the changes of the embedding and the output head",)
+    report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect, warnings=warnings)
     return dataclasses.replace(moved, report=report)
 
 
@@ -342,7 +348,7 @@ def save_adapter(
     """Write an adapter as a folder; a moved one with its model card and `transfer_report.json`.
 
     Args:
-        adapter: what to write.
+        adapter: what to write. Its changes of embedding and head are written in profile "peft" alone.
         out: the folder; it appears whole or not at all.
         base: the base that it is for. A moved adapter knows its own; of others profiles gguf and lora-xs need it.
         base_name: `base_model_name_or_path`; None is the base that the adapter is for.
@@ -362,6 +368,9 @@ def save_adapter(
     """
     extra: dict[str, Any] = {}
     if isinstance(adapter, MovedAdapter) and adapter.report and adapter.target:
+        adapter = _written(adapter, profile)
+        assert adapter.report is not None
+        assert adapter.target is not None
         report, target = adapter.report, adapter.target
         recipe = recipe_of(report, out=Path(out).name, profile=profile, dtype=dtype)
         extra = {
@@ -394,6 +403,18 @@ def save_adapter(
         frozen=frozen,
         **extra,
     )
+
+
+def _written(moved: MovedAdapter, profile: str) -> MovedAdapter:
+    """The adapter and its report as a profile holds them."""
+    why = why_without_tokens(profile)
+    if not moved.tokens or not why:
+        return moved
+    assert moved.report is not None
+    left = [sentence(row.sort, row.modules, row.share, why) for row in moved.report.tokens]
+    warnings = (*moved.report.warnings, *(f"not written: {text}" for text in left))
+    report = dataclasses.replace(moved.report, tokens=(), warnings=warnings)
+    return dataclasses.replace(moved, tokens=(), report=report)
 
 
 def _metadata(report: Mapping[str, Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from struct import calcsize, pack
 
 import numpy as np
 from adapter_folders import Q, V, adapter_of, matrix, write_folder
+from adapter_folders import tensors as lora_tensors
 from checkpoint_files import write_llama, write_sharded_llama
 from gguf_files import small_llama
 from mutations import NUMBERS, TEXTS, mutated_bytes, mutated_json
@@ -25,6 +26,7 @@ from tiny_bases import write_tokenizer
 
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.adapter.engines import check_engines
+from jcrosslora.adapter.write_tokens import token_tensors
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.decoder import settings_of
@@ -91,6 +93,26 @@ def gguf_adapter() -> Files:
     info = replace(adapter.info, invocation=(3, 5))
     given = {"profile": "gguf", "family": "llama", "heads": (2, 1)}
     return files_of(lambda folder: save_adapter(replace(adapter, info=info), folder / "a", **given))
+
+
+@cache
+def adapter_with_tokens() -> tuple[Files, ...]:
+    """With the base, which is tied: a LoRA of embedding and head, whole matrices, and trained tokens."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    embedding, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+    lora = {f"{embedding}.lora_embedding_A": matrix(2, 10), f"{embedding}.lora_embedding_B": matrix(16, 2)}
+    lora |= {f"{head}.lora_A.weight": matrix(2, 16), f"{head}.lora_B.weight": matrix(10, 2)}
+    whole = {f"{name}.weight": matrix(10, 16, seed=place) for place, name in enumerate((embedding, head), 1)}
+    listed = {"embed_tokens": [7, 2], "lm_head": [1]}
+    delta = "token_adapter.trainable_tokens_delta"
+    single = {f"{embedding}.{delta}": matrix(2, 16), f"{head}.{delta}": matrix(1, 16)}
+    cases = ((lora, {}), (whole, {}), (single, {"trainable_token_indices": listed}))
+
+    def write(folder: Path, more: dict, said: dict) -> None:
+        write_llama(folder)
+        write_folder(folder, config | said, lora_tensors() | more)
+
+    return tuple(files_of(lambda folder, case=case: write(folder, *case)) for case in cases)
 
 
 @cache
@@ -240,6 +262,23 @@ def read_tokenizer(folder: Path) -> None:
     tokenizer.decode(tokenizer.encode("Water boils, said Zürich.").ids)
 
 
+def damaged_tokens(rng: Random) -> Files:
+    """Damage to the configuration or the weights of an adapter that changes embedding and head."""
+    files = rng.choice(adapter_with_tokens())
+    if rng.random() < 0.5:
+        return {**files, "adapter_config.json": mutated_json(rng, json.loads(files["adapter_config.json"]))}
+    weights = "adapter_model.safetensors"
+    return {**files, weights: damaged_safetensors(rng, files[weights])}
+
+
+def read_tokens(folder: Path) -> None:
+    """What it changes of them, against its base, and the adapter written again."""
+    adapter = load_adapter(folder, open_base(folder))
+    for update in adapter.tokens:
+        assert all(np.isfinite(update.changed(np.zeros((len(update.ids), 16)), part)).all() for part in update.parts())
+    token_tensors(adapter.tokens, "float32")
+
+
 def read_adapter(folder: Path) -> None:
     """Which engines take it, and its factors."""
     check_engines(folder, "llama")
@@ -279,4 +318,5 @@ READERS: Mapping[str, Reader] = {
     ),
     "MLX adapter": Reader(damaged_mlx, read_adapter),
     "GGUF adapter": Reader(damaged_gguf_adapter, read_adapter),
+    "adapter of embedding and head": Reader(damaged_tokens, read_tokens),
 }

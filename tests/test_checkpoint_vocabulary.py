@@ -66,6 +66,13 @@ def test_unigram(tmp_path: Path):
     assert read(tmp_path, UNIGRAM).tokens == {b" a": 1, b"b": 2}
 
 
+def test_special_tokens_are_known_by_their_names(tmp_path: Path):
+    assert read(tmp_path, BYTE_LEVEL).special == {b"<|end|>": 5}
+    assert read(tmp_path, SENTENCEPIECE).special == {b"<unk>": 0}
+    assert read(tmp_path, UNIGRAM).special == {}
+    assert read(tmp_path, BYTE_LEVEL, size=5).special == {}
+
+
 def test_ids_beyond_the_embedding_are_left_out(tmp_path: Path):
     assert read(tmp_path, BYTE_LEVEL, size=2).tokens == {b"a": 0, b" the": 1}
 

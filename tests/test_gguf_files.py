@@ -70,9 +70,11 @@ def test_vocabulary_and_name(tmp_path: Path):
 def test_sentencepiece_vocabulary(tmp_path: Path):
     texts = ["<unk>", "<s>", "<0x41>", "<0x0A>", "A", "▁the", "▁▁", "<b>", "é", "unused"]
     path, _ = small_llama(tmp_path / "x.gguf", tokens=("llama", texts, [2, 3, 6, 6, 1, 1, 1, 4, 1, 5]))
-    assert open_base(path).vocabulary().tokens == {
+    vocabulary = open_base(path).vocabulary()
+    assert vocabulary.tokens == {
         b"A": 4, b"\n": 3, b" the": 5, b"  ": 6, b"<b>": 7, "é".encode(): 8,
     }  # fmt: skip
+    assert vocabulary.special == {b"<unk>": 0, b"<s>": 1}
 
 
 def test_rope_scaling_from_metadata(tmp_path: Path):

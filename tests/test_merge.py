@@ -233,7 +233,7 @@ def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
-    monkeypatch.setattr("jcrosslora.merging._BLOCK", 7 * 64)
+    monkeypatch.setattr("jcrosslora.merging_rows._BLOCK", 7 * 64)
     monkeypatch.setattr("jcrosslora.merging._SHARD", 40_000)
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "many"), dtype="float32"))
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))

@@ -7,6 +7,7 @@ import numpy as np
 
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.token_updates import TokenUpdate
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class Contents:
         invocation: tokens of the base from which on it acts (aLoRA); None for one that always does.
         frozen: profile lora-xs's a (K, I) and b (O, K) for each module, see `write_lora_xs`.
         magnitudes: of each module, float32 (O,), where the adapter is a DoRA and `modules` its s B A; else None.
+        tokens: changes of the embedding and the output head, for the one profile that holds them.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -38,6 +40,7 @@ class Contents:
     invocation: Sequence[int] | None = None
     frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
+    tokens: tuple[TokenUpdate, ...] = ()
 
     @property
     def rank(self) -> int:

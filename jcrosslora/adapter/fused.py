@@ -31,7 +31,7 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
             msg += ": keep one of them"
             raise AdapterError(msg)
         modules |= parts
-    return Adapter(modules=modules, info=adapter.info)
+    return Adapter(modules=modules, info=adapter.info, tokens=adapter.tokens)
 
 
 def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFactors]:

@@ -17,6 +17,8 @@ from jcrosslora.adapter.records import Adapter
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 
+_LINEAR_ALONE = "a DoRA is kept with its linear layers alone"
+
 
 @dataclass(frozen=True, eq=False)
 class KeptDoRA:
@@ -56,7 +58,7 @@ def load_dora(ref: str | Path, base: BaseModel | None = None, *, revision: str |
     if opened.contents.heads:
         sorts["head"] = list(opened.contents.heads)
     # How much of the whole change that is cannot be said without the update.
-    ignored = [sentence(sort, names, None, 0.0) for sort, names in sorts.items()]
+    ignored = [sentence(sort, names, None, _LINEAR_ALONE) for sort, names in sorts.items()]
     check_any(opened, found, ignored)
     info = opened.info(ignored=(*opened.notes, *ignored))
     directions = Adapter({name: factors for name, (factors, _) in found.items()}, info)

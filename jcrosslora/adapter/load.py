@@ -20,8 +20,10 @@ from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.norms import update_norm
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
 from jcrosslora.adapter.read_mlx import translated_mlx
+from jcrosslora.adapter.read_tokens import read_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.sorting import Contents, sort_tensors
+from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
 from jcrosslora.adapter.weights import Opened
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
@@ -77,8 +79,9 @@ def load_adapter(
             `adapters.safetensors`; a .gguf file of llama.cpp, or a folder with `adapter.gguf`; or a hub id of one of
             the former two (`HF_HUB_OFFLINE` is respected; only the two files are fetched).
         base: the model that it was trained on. Some kinds (DoRA, PiSSA, OLoRA, VeRA) are no update without its
-            weights or shapes, and llama.cpp's q and k of a llama are not without its heads; for others it only tells
-            how much of the change does not move.
+            weights or shapes, and llama.cpp's q and k of a llama are not without its heads. With it changes of the
+            embedding and the output head are read as well, into `tokens`, and for others it tells how much of the
+            change does not move.
         revision: branch, tag or commit of the hub repository.
         rank: the largest rank to read an update at, cut optimally; None is exact, and for DoRA, whose update is of
             full rank, twice the rank of its B A. What that loses stands in `info.read_as`.
@@ -86,7 +89,8 @@ def load_adapter(
     Returns:
         The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the
         base spells them (`model.layers.0.self_attn.q_proj`). The keys of the file decide which modules there are, not
-        `target_modules`. What does not move is listed in `info.ignored`.
+        `target_modules`. What does not move is listed in `info.ignored`, changes of embedding and head without a base
+        among it.
 
     Raises:
         AdapterError: not there, damaged, of a kind that is refused (named), or of one that the base is needed for.
@@ -96,21 +100,25 @@ def load_adapter(
         msg = f"adapter rank {rank} is out of range; it must be at least 1"
         raise UsageError(msg)
     opened = open_adapter(ref, base, revision=revision, rank=rank)
-    kind, config = opened.kind, opened.file.config
-    updates = by_text_name(opened, ((name, cut(update, rank)) for name, update in kind.read(opened.file)))
-    ignored = _not_moved(kind, opened.file, opened.contents, updates)
-    modules = {name: update.factors for name, update in updates.items() if name != "lm_head"}
-    check_any(opened, modules, ignored)
+    kind, file, contents = opened.kind, opened.file, opened.contents
+    updates = by_text_name(opened, ((name, cut(update, rank)) for name, update in kind.read(file)))
+    head = _head(kind, file, contents, updates)
+    modules = {name: update.factors for name, update in updates.items() if name != HEAD}
+    tokens, ignored = _others(kind, file, contents, updates, head)
+    check_any(opened, modules, [*ignored, *dropped.token_sentences(tokens, "")])
+    read = list(updates.values())
+    if head is not None and HEAD not in updates and any(update.sort == "head" for update in tokens):
+        read.append(head)
     info = opened.info(
         ignored=(*opened.notes, *ignored),
-        read_as=_read_as(kind, config, list(updates.values())),
-        lost=_lost(list(updates.values())),
+        read_as=_read_as(kind, file.config, read),
+        lost=_lost(read),
         rank_limit=rank,
-        invocation=invocation_of(config) if kind.peft_type == "LORA" else None,
+        invocation=invocation_of(file.config) if kind.peft_type == "LORA" else None,
     )
     if base is not None:
         base.release()
-    return Adapter(modules=modules, info=info)
+    return Adapter(modules=modules, info=info, tokens=tokens)
 
 
 def open_adapter(
@@ -170,25 +178,41 @@ def check_any(opened: OpenedAdapter, modules: Mapping[str, object], ignored: Seq
         raise AdapterError(msg)
 
 
-def _not_moved(kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update]) -> list[str]:
-    """One sentence for each sort of change that does not move."""
-    sorts = {sort: [tensor.module for tensor in found] for sort, found in contents.dropped.items()}
-    energies = {sort: dropped.energy_of(file, sort, found) for sort, found in contents.dropped.items()}
-    if contents.heads:
-        sorts["head"], energies["head"] = list(contents.heads), _head_energy(kind, file, contents)
-    elif "lm_head" in updates:  # Of a kind whose file does not name its modules.
-        sorts["head"], energies["head"] = ["lm_head"], _energy(updates["lm_head"])
-    moved = math.fsum(_energy(update) for name, update in updates.items() if name != "lm_head")
-    total = moved + math.fsum(energy or 0.0 for energy in energies.values())
-    return [dropped.sentence(sort, names, energies[sort], total) for sort, names in sorts.items()]
-
-
-def _head_energy(kind: Kind, file: AdapterFile, contents: Contents) -> float | None:
+def _head(kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update]) -> Update | None:
+    """The update of the output head; None if there is none, or none that can be read."""
+    if not contents.heads:
+        return updates.get(HEAD)  # Of a kind whose file does not name its modules.
     try:
         found = list(kind.read(dataclasses.replace(file, modules=contents.heads, others=contents.modules)))
     except AdapterError:
         return None
-    return math.fsum(_energy(update) for _, update in found)
+    return found[0][1] if len(found) == 1 else None
+
+
+def _others(
+    kind: Kind, file: AdapterFile, contents: Contents, updates: Mapping[str, Update], head: Update | None
+) -> tuple[tuple[TokenUpdate, ...], list[str]]:
+    """Changes of embedding and head, and one sentence for each sort of change that does not move."""
+    tokens, read, reasons = read_tokens(kind, file, contents.dropped, head)
+    left = {
+        sort: [tensor for tensor in tensors if tensor.key not in read] for sort, tensors in contents.dropped.items()
+    }
+    names = {sort: [tensor.module for tensor in tensors] for sort, tensors in left.items() if tensors}
+    energies = {sort: dropped.energy_of(file, sort, left[sort]) for sort in names}
+    if (contents.heads or head is not None) and HEAD not in read:
+        names["head"] = list(contents.heads) or [HEAD]
+        energies["head"] = None if head is None else _energy(head)
+    moved = math.fsum(_energy(update) for name, update in updates.items() if name != HEAD)
+    moved += math.fsum(update.energy for update in tokens)
+    total = moved + math.fsum(energy or 0.0 for energy in energies.values())
+
+    def share(energy: float | None) -> float | None:
+        return None if energy is None or total == 0 else energy / total
+
+    ignored = [
+        dropped.sentence(sort, found, share(energies[sort]), reasons.get(sort, "")) for sort, found in names.items()
+    ]
+    return tuple(dataclasses.replace(update, share=share(update.energy) or 0.0) for update in tokens), ignored
 
 
 def _energy(update: Update) -> float:

@@ -1,12 +1,17 @@
 """A LoRA adapter in memory: one pair of factors for each module, as a pytree."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from jcrosslora.adapter.token_updates import TokenUpdate
 
 Array = jax.Array | np.ndarray
 
@@ -79,7 +84,9 @@ class Adapter:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
         info: provenance, static.
+        tokens: what it changes of the embedding and of the output head, static; only where it was read with its base.
     """
 
     modules: dict[str, LoRAFactors]
     info: AdapterInfo = flax.struct.field(pytree_node=False, default_factory=AdapterInfo)
+    tokens: tuple[TokenUpdate, ...] = flax.struct.field(pytree_node=False, default=())

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import ending, natural_key
@@ -53,7 +54,7 @@ def save_adapter(
     """Write an adapter as a folder, whole or not at all. The scale is inside B in every profile.
 
     Args:
-        adapter: at least one module; not changed.
+        adapter: at least one module; not changed. Its changes of embedding and head are written in profile "peft".
         out: the folder to make.
         base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
         base_revision: its revision.
@@ -105,12 +106,24 @@ def save_adapter(
         invocation=adapter.info.invocation,
         frozen=frozen,
         magnitudes=magnitudes,
+        tokens=adapter.tokens,
     )
     with atomic_folder(out, overwrite) as folder:
         WRITERS[profile](contents, folder)
         for name, text in (documents or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
+
+
+def why_without_tokens(profile: str) -> str:
+    """Why changes of the embedding and the output head are not written in a profile; "" if they are."""
+    return "" if profile == "peft" else f"profile {profile} does not hold it, profile peft does"
+
+
+def for_profile(adapter: Adapter, profile: str) -> Adapter:
+    """The adapter as a profile holds it: what it does not hold is listed in `info.ignored`."""
+    why = why_without_tokens(profile)
+    return without_tokens(adapter, why) if why else adapter
 
 
 def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter file are for: parts of updates, what all share, and what does not move."""
+"""What the tensors of an adapter file are for: parts of linear layers' updates, what all share, and others."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Contents:
         modules: module, as the file spells it, in natural order, to part to the tensor's name in the file.
         heads: the same of the output head.
         shared: what all modules share: part to the tensor's name.
-        dropped: what does not move, by sort ("embedding", "bias", ...).
+        dropped: what is no part of an update of a linear layer, by sort ("embedding", "bias", ...).
     """
 
     modules: Parts

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
 from jcrosslora.errors import AdapterError
 
@@ -11,7 +12,8 @@ from jcrosslora.errors import AdapterError
 def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """The adapter whose update of each module is the sum of the updates that the adapters have for it.
 
-    The rank of a module is the sum of its ranks; where only one adapter has it, its factors are left alone.
+    The rank of a module is the sum of its ranks; where only one adapter has it, its factors are left alone. Changes of
+    embedding and head go along where one adapter alone has any; else they are listed in `info.ignored`.
 
     Args:
         adapters: at least one. Of a single one the result is that adapter itself.
@@ -29,6 +31,9 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if bound is not None:
         msg = f"adapter {bound.info.name} acts only after its invocation tokens (aLoRA): it has no sum with others"
         raise AdapterError(msg + ", write it alone")
+    with_tokens = [adapter for adapter in adapters if adapter.tokens]
+    if len(with_tokens) > 1:
+        adapters = [without_tokens(adapter, "several adapters of the sum change them") for adapter in adapters]
     found: dict[str, list[LoRAFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.modules.items():
@@ -38,7 +43,8 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         base_name=adapters[0].info.base_name,
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
-    return Adapter({name: _sum(name, terms) for name, terms in found.items()}, info)
+    tokens = tuple(update for adapter in adapters for update in adapter.tokens)
+    return Adapter({name: _sum(name, terms) for name, terms in found.items()}, info, tokens)
 
 
 def _sum(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:

@@ -1,5 +1,6 @@
 """The format of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,19 @@ from jcrosslora.adapter.names import PREFIX, ending
 from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.portable import file_factors
 from jcrosslora.adapter.serialized import serialized
+from jcrosslora.adapter.write_tokens import token_config, token_ranks, token_tensors
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """One rank, lower ones padded with zeros, and lora_alpha == r: the form that every engine reads the same way."""
-    _write(contents, folder, contents.rank)
+    _write(dataclasses.replace(contents, tokens=()), folder, contents.rank)
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
     """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read.
 
     The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
+    With changes of the embedding and the head, which PEFT alone is sure to read.
     """
     _write(contents, folder, None)
 
@@ -36,14 +39,17 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
         if contents.magnitudes is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
+    tensors |= token_tensors(contents.tokens, contents.dtype)
+    ranks = {name: rank or factors.rank for name, factors in contents.modules.items()}
     config = peft_config(
-        {name: rank or factors.rank for name, factors in contents.modules.items()},
+        ranks | token_ranks(contents.tokens),
         base_name=contents.base_name,
         base_revision=contents.base_revision,
         exclude=contents.exclude,
         invocation=contents.invocation,
         dora=contents.magnitudes is not None,
     )
+    config |= token_config(contents.tokens)
     write_files(folder, tensors, config, contents.metadata)
 
 

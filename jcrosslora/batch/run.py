@@ -193,6 +193,7 @@ class _Run:
             self._close(job, "failed", str(error))
             return None
         size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
+        size += sum(4 * update.numbers for update in mover.adapter.tokens)
         if way.method.then == "nothing":
             self._hold(job, adapter, size)
         return _Loaded(job, way, mark, tuple(mover.adapter.modules), size)
@@ -256,7 +257,7 @@ class _Run:
     ) -> None:
         settings, choice, shown = item.job.settings, item.way.choice, self._progress
         try:
-            moved, frozen = in_span(settings, target, mover.finish(plan.transport(())), known)
+            moved, frozen = in_span(settings, target, mover.finish(plan.transport(()), (source, target)), known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 save_adapter(

@@ -61,6 +61,11 @@ class BaseModel:
         """Hugging Face name of the input embedding."""
         return EMBEDDING
 
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding."""
+        return bool(self.config.get("tie_word_embeddings", self.family.tied))
+
     def tensor_names(self) -> list[str]:
         """Hugging Face names of the tensors in the files."""
         return self.store.names()
@@ -166,5 +171,4 @@ class BaseModel:
         return self.modules[name]
 
     def _stored_name(self, name: str) -> str:
-        tied = self.config.get("tie_word_embeddings", self.family.tied)
-        return EMBEDDING if name == HEAD and tied else name
+        return EMBEDDING if name == HEAD and self.tied else name

@@ -11,13 +11,13 @@ from jcrosslora.checkpoint.vocabulary import (
     decode_sentencepiece,
 )
 
-# Token types of llama.cpp (`llama_token_type`); unknown (2), control (3) and unused (5) tokens are left out.
-_NORMAL, _USER_DEFINED, _BYTE = 1, 4, 6
+# Token types of llama.cpp (`llama_token_type`); unused tokens (5) are left out.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece}
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
-    """The normal tokens of `tokenizer.ggml.*`.
+    """The tokens of `tokenizer.ggml.*`.
 
     Args:
         metadata: the file's metadata.
@@ -42,4 +42,9 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
         if kind in order
     ]
     pairs.sort(key=lambda pair: order.index(pair[2]))
-    return collect(((token, index) for token, index, _ in pairs), size)
+    special = (
+        (decode_literal(token), index)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_UNKNOWN, _CONTROL)
+    )
+    return collect(((token, index) for token, index, _ in pairs), size, special)

@@ -6,7 +6,7 @@ Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The normal tokens of a model.
+    """The tokens of a model.
 
     Attributes:
         tokens: the bytes a token stands for -> its id; special and control tokens are left out. None if unreadable.
         reason: why it cannot be read, "" if it can.
+        special: the names of special and control tokens -> their ids.
     """
 
     tokens: Mapping[bytes, int] | None
     reason: str = ""
+    special: Mapping[bytes, int] = field(default_factory=dict)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -64,20 +66,28 @@ def decode_literal(token: str) -> bytes:
     return token.encode("utf-8", "surrogatepass")
 
 
-def collect(pairs: Iterable[tuple[bytes | None, int]], size: int) -> Vocabulary:
+def collect(
+    pairs: Iterable[tuple[bytes | None, int]], size: int, special: Iterable[tuple[bytes | None, int]] = ()
+) -> Vocabulary:
     """A vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first stays.
 
     Args:
-        pairs: tokens in order of preference; bytes None or empty are skipped.
+        pairs: normal tokens in order of preference; bytes None or empty are skipped.
         size: number of rows of the embedding; ids outside are skipped.
+        special: special tokens, likewise.
     """
-    tokens: dict[bytes, int] = {}
-    for token, index in pairs:
-        if token and 0 <= index < size:
-            tokens.setdefault(token, index)
+    tokens = _first_of_each(pairs, size)
     if not tokens:
         return Vocabulary(None, "the tokenizer lists no normal token")
-    return Vocabulary(tokens)
+    return Vocabulary(tokens, special=_first_of_each(special, size))
+
+
+def _first_of_each(pairs: Iterable[tuple[bytes | None, int]], size: int) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for token, index in pairs:
+        if token and 0 <= index < size:
+            found.setdefault(token, index)
+    return found
 
 
 def read_tokenizer(folder: Path, size: int) -> Vocabulary:
@@ -117,7 +127,8 @@ def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     normal.sort(key=lambda pair: style == "sentencepiece" and _BYTE_TOKEN.fullmatch(pair[0]) is not None)
     literal = [(t["content"], int(t["id"])) for t in added if not t.get("special") and t["content"] != unknown]
     decoded = [(decode(token), index) for token, index in normal]
-    return collect(decoded + [(_decode_added(t, style), i) for t, i in literal], size)
+    special = [(decode_literal(t["content"]), int(t["id"])) for t in added if t.get("special")]
+    return collect(decoded + [(_decode_added(t, style), i) for t, i in literal], size, special)
 
 
 def _decode_added(token: str, style: str) -> bytes:

@@ -43,6 +43,8 @@ class Method:
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
         draws: whether its maps are random.
+        keeps_stream: whether the residual stream of the target has the source's coordinates, or those of them that the
+            method names, so that changes of the embedding and the output head move as well.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
             (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
@@ -63,6 +65,7 @@ class Method:
     embeddings: bool = False
     selects: bool = False
     draws: bool = False
+    keeps_stream: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
     teacher: Teacher = "mean"
@@ -125,6 +128,7 @@ _METHODS = (
         reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+        keeps_stream=True,
     ),
     Method(
         name="anchored-copy",
@@ -132,6 +136,7 @@ _METHODS = (
         reference="this package",
         fit=coordinates.fit_padded,
         equal_shapes=True,
+        keeps_stream=True,
         then="predictions",
         teacher="source",
     ),
@@ -141,6 +146,7 @@ _METHODS = (
         reference="this package",
         fit=selected.fit,
         selects=True,
+        keeps_stream=True,
         measure="part cosine",
     ),
     Method(

@@ -21,6 +21,7 @@ def model_card(
     table: Sequence[Mapping[str, str]],
     dropped: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
+    tokens: Sequence[str] = (),
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
@@ -40,6 +41,7 @@ def model_card(
         table: rows of text with the same columns.
         dropped: (source module, share of the update) for what went nowhere.
         notes: warnings, one sentence each.
+        tokens: what was moved of the embedding and the output head, one sentence without a full stop each.
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
@@ -56,9 +58,10 @@ def model_card(
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         f"## Rank\n\nThe update was cut to {_plain(cut)}." if cut else "",
+        "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
-        "## Warnings\n\n" + "\n".join(f"- {_plain(note)}" for note in notes) if notes else "",
+        "## Warnings\n\n" + _listed(notes) if notes else "",
         "## Licence\n\nThe licences of the source adapter, of the source base model and of the target base model all "
         "apply to this adapter.",
     ]
@@ -108,6 +111,10 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[column] for column in head] for row in rows)]
     return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {_plain(sentence)}" for sentence in sentences)
 
 
 def _plain(text: str) -> str:

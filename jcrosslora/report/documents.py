@@ -60,6 +60,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         table=role_rows(report),
         dropped=[(item.source, f"{item.share:.2%}") for item in report.leftovers],
         notes=report.warnings,
+        tokens=[row.sentence for row in report.tokens],
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,

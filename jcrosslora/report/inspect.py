@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
+from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
@@ -95,6 +96,9 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
             table.add_row(*row.values())
         console.print(table, highlight=False, markup=False)
     _say(console, f"can be moved: {len(adapter.modules)} modules")
+    for update in adapter.tokens:
+        what = described(update.sort, update.modules, update.share)
+        _say(console, f"can be moved by {_keeping()} alone: {what}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")
 
@@ -120,7 +124,14 @@ def _print_base(base: BaseModel, console: Console) -> None:
     _say(console, f"vocabulary readable: {tokens}")
     _say(console, f"can receive and give updates: {len(base.modules)} modules")
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
-    _say(console, f"no updates for: {len(others)} other tensors (embeddings, norms, biases, output head)")
+    _say(
+        console, f"no updates for: {len(others)} other tensors (norms, biases; embedding and head but by {_keeping()})"
+    )
+
+
+def _keeping() -> str:
+    """The methods that move changes of embedding and head."""
+    return ", ".join(method.name for method in METHODS.values() if method.keeps_stream)
 
 
 def _say(console: Console, text: str) -> None:

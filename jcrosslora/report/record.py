@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.rank_cut import RankCut, RankRule
 from jcrosslora.report.effect import Effect
@@ -59,6 +60,33 @@ class Leftover:
     share: float
 
 
+@dataclass(frozen=True)
+class TokenRow:
+    """What became of a change of the embedding or the output head.
+
+    Attributes:
+        modules: what it is of; both, where the source has one matrix for them.
+        sort: what it was read from, a key of `jcrosslora.adapter.dropped.SORTS`.
+        rows: how many tokens' rows it changes.
+        moved: how many of these the target has.
+        share: ||.||_F^2 of the change over that of the whole adapter.
+        kept: share of the change's own ||.||_F^2 in what was moved.
+    """
+
+    modules: tuple[str, ...]
+    sort: str
+    rows: int
+    moved: int
+    share: float
+    kept: float
+
+    @property
+    def sentence(self) -> str:
+        """The figures in words, without a full stop."""
+        what = described(self.sort, self.modules, self.share)
+        return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
+
+
 @dataclass(frozen=True, eq=False)
 class TransferReport:
     """All that is known of a transfer.
@@ -82,6 +110,7 @@ class TransferReport:
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
         dialogues: how many prompts with answers were asked for, where predictions were fitted.
         cut: what cutting to `out_rank` left; None where nothing was asked for.
+        tokens: changes of the embedding and the output head that were moved.
     """
 
     recipe: AlignRecipe
@@ -101,6 +130,7 @@ class TransferReport:
     fitted: str | None = None
     dialogues: int | None = None
     cut: RankCut | None = None
+    tokens: tuple[TokenRow, ...] = ()
 
     @property
     def kept(self) -> float:

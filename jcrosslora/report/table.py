@@ -67,6 +67,7 @@ def _notes(report: TransferReport) -> list[str]:
             f"left behind: {len(report.leftovers)} source modules feed nothing ({roles}); "
             f"they held {report.left_behind:.1%} of the update's energy"
         )
+    lines += [f"moved: {row.sentence}" for row in report.tokens]
     if report.unfed:
         lines.append(f"without an update: {len(report.unfed)} target modules")
     if report.effect is not None:

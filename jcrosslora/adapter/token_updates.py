@@ -1,0 +1,101 @@
+"""What an adapter changes of the embedding and of the output head: rows of matrices with one for each token.
+
+V tokens, D the width of the residual stream, n the tokens whose rows change.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jcrosslora.adapter.records import LoRAFactors
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+# Both, where the base has one matrix for them and the adapter one change.
+TIED = "tied"
+MODULES: Mapping[str, tuple[str, ...]] = {
+    EMBEDDING: ("model.embed_tokens",),
+    HEAD: ("lm_head",),
+    TIED: ("model.embed_tokens", "lm_head"),
+}
+_AT_ONCE = 4096  # rows
+
+
+@dataclass(frozen=True, eq=False)
+class TokenUpdate:
+    """The change of an embedding, of an output head, or of the one matrix that is both.
+
+    One of `factors` and `rows` is given.
+
+    Attributes:
+        table: what is changed, a key of `MODULES`.
+        sort: what it was read from, a key of `dropped.SORTS`.
+        size: V.
+        ids: int64 (n,), ascending.
+        factors: of the change of the rows: a (K, D), b (n, K).
+        rows: float32 (n, D), the rows as they are with the adapter. All V of them are a whole matrix.
+        energy: squared Frobenius norm of the change.
+        share: `energy` over that of the whole adapter that it was read from; 0 of one that was moved.
+    """
+
+    table: str
+    sort: str
+    size: int
+    ids: np.ndarray
+    factors: LoRAFactors | None = None
+    rows: np.ndarray | None = None
+    energy: float = 0.0
+    share: float = 0.0
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that change."""
+        return MODULES[self.table]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        matrix = self.rows if self.factors is None else self.factors.a
+        assert matrix is not None
+        return matrix.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole matrix in place of the base's."""
+        return self.rows is not None and len(self.ids) == self.size
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        arrays = (self.rows,) if self.factors is None else (self.factors.a, self.factors.b)
+        return sum(array.size for array in arrays if array is not None)
+
+    def parts(self) -> Iterator[slice]:
+        """The n rows, a few thousand at a time."""
+        for start in range(0, len(self.ids), _AT_ONCE):
+            yield slice(start, min(start + _AT_ONCE, len(self.ids)))
+
+    def changed(self, old: np.ndarray, part: slice) -> np.ndarray:
+        """float64 (m, D): rows with the adapter.
+
+        Args:
+            old: (m, D), the base's rows of the tokens `ids[part]`.
+            part: of the n rows.
+        """
+        if self.rows is not None:
+            return self.rows[part].astype(np.float64)
+        assert self.factors is not None
+        b = np.asarray(self.factors.b)[part].astype(np.float64) * self.factors.scale
+        return old.astype(np.float64) + b @ np.asarray(self.factors.a).astype(np.float64)
+
+    def equals(self, other: "TokenUpdate") -> bool:
+        """Whether both make the same change, whatever table it is of."""
+        return np.array_equal(self.ids, other.ids) and all(
+            (one is None) == (two is None) and (one is None or np.array_equal(np.asarray(one), np.asarray(two)))
+            for one, two in zip(_arrays(self), _arrays(other), strict=True)
+        )
+
+
+def _arrays(update: TokenUpdate) -> tuple:
+    factors = update.factors
+    return (update.rows, *((None, None, None) if factors is None else (factors.a, factors.b, factors.scale)))

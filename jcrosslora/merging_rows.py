@@ -1,0 +1,112 @@
+"""The rows of a merged tensor, block by block: W' = W + scale B A, or single rows that take the place of W's."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.errors import OutputError
+
+_BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
+
+# Rows of a tensor and what is added to them, or single rows that change.
+Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate]
+
+
+def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
+    """What an adapter adds to each tensor of a base: tensor name -> updates of its rows.
+
+    Args:
+        adapter: with fused matrices taken apart, see `fit_to_base`.
+        base: whose modules it has.
+    """
+    found: dict[str, Updates] = {}
+    for name, factors in adapter.modules.items():
+        module = base.modules[name]
+        start, stop = module.rows or (0, module.shape[0])
+        found.setdefault(module.tensor, []).append((start, stop, factors))
+    for update in adapter.tokens:
+        for name in update.modules:
+            found.setdefault(f"{name}.weight", []).append(update)
+    return found
+
+
+def row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
+    """A tensor with its updates, block by block.
+
+    Args:
+        base: whose memory maps are released after each block.
+        read: gives the base's tensor.
+        updates: of it; without any its values are those of the base.
+        dtype: as the header names it.
+
+    Raises:
+        OutputError: values that do not fit the dtype.
+    """
+    array = read()
+    for start, stop in _spans(array.shape):
+        block = array[start:stop] if array.ndim else array
+        yield _cast(_updated(block, start, updates), dtype) if updates else _cast(block, dtype)
+        base.release()
+
+
+def converted_rows(
+    base: BaseModel, name: str, shape: tuple[int, ...], updates: Updates, dtype: str
+) -> Iterator[np.ndarray]:
+    """As `row_blocks`, of a matrix that is dequantised a block at a time.
+
+    Args:
+        base: the base.
+        name: of its matrix.
+        shape: of it.
+        updates: of it.
+        dtype: as the header names it.
+
+    Raises:
+        OutputError: values that do not fit the dtype.
+    """
+    for start, stop in _spans(shape):
+        block = base.rows(name, np.arange(start, stop))
+        yield _cast(_updated(block, start, updates), dtype)
+        base.release()
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) row of each block."""
+    rows = shape[0] if shape else 1
+    step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
+    """Rows of W from `first` on with their updates; float32, or float64 where W is."""
+    wide = np.float64 if block.dtype == np.float64 else np.float32
+    result = block.astype(wide)
+    for update in updates:
+        if isinstance(update, TokenUpdate):
+            part = slice(*np.searchsorted(update.ids, (first, first + len(block))))
+            places = update.ids[part] - first
+            result[places] = update.changed(result[places], part)
+            continue
+        start, stop, factors = update
+        low, high = max(start, first), min(stop, first + len(block))
+        if low < high:
+            b = np.asarray(factors.b)[low - start : high - start].astype(np.float64) * factors.scale
+            result[low - first : high - first] += b.astype(wide) @ np.asarray(factors.a).astype(wide)
+    return result
+
+
+def _cast(block: np.ndarray, dtype: str) -> np.ndarray:
+    kind = DTYPES[dtype]
+    if block.dtype == kind:
+        return block
+    with np.errstate(over="ignore"):
+        cast = block.astype(kind)
+    if not np.isfinite(cast).all() and np.isfinite(block).all():
+        msg = f"weights up to {np.abs(block).max():.3g} do not fit {kind.name}: write them with --dtype bfloat16"
+        raise OutputError(msg)
+    return cast
