@@ -1,6 +1,7 @@
 """LoRA-Shift: a transport and an adapter in, the adapter for the other base out. The same for all methods."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -44,6 +45,7 @@ def shift(
     adapter: Adapter,
     *,
     calibrate: Calibration | None = None,
+    scale: float = 1.0,
     out_rank: RankRule | None = None,
     bases: tuple[BaseModel, BaseModel] | None = None,
 ) -> MovedAdapter:
@@ -56,6 +58,7 @@ def shift(
         adapter: an adapter of the transport's source base.
         calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
             maps make of it; None is the method's own choice (only the random control restores the norm).
+        scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
         out_rank: cut every update, optimally, to this rank, or by one of the rules of `cut_and_tell`; None keeps the
             rank (methods of two terms double it).
         bases: source and target, without which changes of the embedding and the output head stay behind.
@@ -65,9 +68,16 @@ def shift(
 
     Raises:
         AdapterError: the adapter does not fit the source base, or holds nothing that the maps carry.
-        UsageError: an out_rank that is none, or an unknown calibration.
+        UsageError: an out_rank that is none, an unknown calibration, or a scale that is zero or no finite number.
     """
-    mover = Shifter(adapter, transport.source, method=transport.recipe.method, calibrate=calibrate, out_rank=out_rank)
+    mover = Shifter(
+        adapter,
+        transport.source,
+        method=transport.recipe.method,
+        calibrate=calibrate,
+        scale=scale,
+        out_rank=out_rank,
+    )
     for group in transport.groups:
         mover.add(group)
     return mover.finish(transport, bases)
@@ -103,14 +113,19 @@ class Shifter:
         *,
         method: str,
         calibrate: Calibration | None = None,
+        scale: float = 1.0,
         out_rank: RankRule | None = None,
     ) -> None:
         if calibrate not in (None, "none", "frobenius"):
             msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
             raise UsageError(msg)
-        if calibrate == "frobenius" and get_method(method).then != "nothing":
+        if not math.isfinite(scale) or scale == 0:
+            msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
+            raise UsageError(msg)
+        given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
+        if given is not None and get_method(method).then != "nothing":
             msg = (
-                f"calibration frobenius has no part in method {method}, which fits the size of the update as well; "
+                f"{given} has no part in method {method}, which fits the size of the update as well; "
                 "leave it out, or use another method"
             )
             raise UsageError(msg)
@@ -119,7 +134,10 @@ class Shifter:
         _check_invocation(adapter)
         if not get_method(method).keeps_stream:
             adapter = without_tokens(adapter, f"method {method} does not keep the coordinates of the residual stream")
+        if scale != 1:
+            adapter = without_tokens(adapter, f"scale {scale:g} is of linear layers alone")
         self.adapter = fit_to_base(adapter, source)
+        self._scale = scale
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
         self.out_rank: RankRule | None = out_rank
         # What is fitted behind the maps is cut when it has been.
@@ -152,6 +170,7 @@ class Shifter:
             target=transport.target,
             adapter=self.adapter.info,
             calibration="frobenius" if self._keep_norm else "none",
+            scale=self._scale,
             out_rank=self.out_rank,
             layers=transport.pairing.layers,
             rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
@@ -186,8 +205,9 @@ class Shifter:
 
     def _take(self, pairs: list[Pair], agreements: list[dict[str, Any]], moved: _Shifted) -> None:
         for place, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
-            self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=moved.b[place])
-            self._rows.append(_row(pair, agreement, moved, place))
+            b = moved.b[place] if self._scale == 1 else moved.b[place] * np.float32(self._scale)
+            self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=b)
+            self._rows.append(_row(pair, agreement, moved, place, self._scale))
 
 
 def add_to_all(movers: Sequence[Shifter], group: TransportGroup) -> None:
@@ -331,7 +351,7 @@ def _check_invocation(adapter: Adapter) -> None:
         raise AdapterError(msg)
 
 
-def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int) -> ModuleRow:
+def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int, scale: float) -> ModuleRow:
     return ModuleRow(
         target=pair.target,
         source=pair.source,
@@ -339,7 +359,7 @@ def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int) -> 
         energy=float(moved.before[place]),
         kept=_ratio(float(moved.mapped[place]), float(moved.before[place])),
         norm_before=float(np.sqrt(moved.before[place])),
-        norm_after=float(np.sqrt(moved.after[place])),
+        norm_after=float(np.sqrt(moved.after[place])) * abs(scale),
         **agreement,
     )
 

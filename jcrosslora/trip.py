@@ -61,6 +61,8 @@ class TransferSettings:
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
     """Norm of each moved update: as the maps leave it (none) or as on the source (frobenius); else the method's own."""
+    scale: float = 1.0
+    """Multiply every moved update by this; not where an update is fitted."""
     out_rank: RankRule | None = None
     """Cut every moved update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99;
     or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many
@@ -226,7 +228,9 @@ def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, m
         adapter = for_profile(adapter, settings.profile)
     # Into the span of singular vectors an update is projected whole.
     out_rank = None if span_rank(settings.profile, settings.out_rank) else settings.out_rank
-    return Shifter(adapter, source, method=method, calibrate=settings.calibrate, out_rank=out_rank)
+    return Shifter(
+        adapter, source, method=method, calibrate=settings.calibrate, scale=settings.scale, out_rank=out_rank
+    )
 
 
 def in_span(

@@ -432,12 +432,13 @@ def test_a_copy_to_a_further_trained_base_is_fitted_by_auto(pair, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["anchored", "residual-teacher"])
-def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method):
+@pytest.mark.parametrize("setting", [{"calibrate": "frobenius"}, {"scale": 0.6}])
+def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
-    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, method=method, calibrate="frobenius")
-    with pytest.raises(UsageError, match=f"frobenius has no part in method {method}"):
+    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, method=method, **setting)
+    with pytest.raises(UsageError, match=f"(frobenius|scale 0.6) has no part in method {method}"):
         jcl.transfer(given)
     assert not (tmp_path / "out").exists()
 

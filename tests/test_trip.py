@@ -1,6 +1,8 @@
 """The whole trip on tiny bases, through Python and through the command."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ from tiny_bases import delta, random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.cli import main
+from jcrosslora.errors import UsageError
 from jcrosslora.lora_align import Plan
 from jcrosslora.pairing import DEPTH_MAPS
 
@@ -163,6 +166,42 @@ def test_calibration_restores_the_norm_of_every_module(files):
     for row in moved.report.rows:
         assert row.norm_after == pytest.approx(row.norm_before, rel=1e-4)
         assert row.kept < 0.9
+
+
+@pytest.mark.parametrize(("scale", "calibrate"), [(0.6, None), (-2.0, "frobenius")])
+def test_a_scale_multiplies_every_moved_update_and_its_reported_norm(files, scale, calibrate):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    transport, adapter = jcl.align(source, target, rank=10), jcl.load_adapter(files / "adapter")
+    plain = jcl.shift(transport, adapter, calibrate=calibrate)
+    moved = jcl.shift(transport, adapter, calibrate=calibrate, scale=scale)
+    for name, factors in moved.modules.items():
+        np.testing.assert_allclose(
+            factors.b @ factors.a, scale * plain.modules[name].b @ plain.modules[name].a, rtol=1e-5
+        )
+    for row, before in zip(moved.report.rows, plain.report.rows, strict=True):
+        assert row.kept == before.kept
+        assert row.norm_after == pytest.approx(abs(scale) * before.norm_after, rel=1e-6)
+    cut = jcl.shift(transport, adapter, calibrate="frobenius", scale=scale, out_rank=1)
+    for row in cut.report.rows:
+        assert row.norm_after == pytest.approx(abs(scale) * row.norm_before, rel=1e-4)
+
+
+def test_the_scale_of_a_command_is_in_its_recipe(files, tmp_path):
+    given = settings(files, tmp_path / "out", method="pad-truncate", scale=0.5)
+    moved = jcl.transfer(given)
+    assert "scale = 0.5" in json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"]
+    plain = jcl.transfer(dataclasses.replace(given, scale=1.0, out=str(tmp_path / "plain")))
+    assert "scale" not in json.loads((tmp_path / "plain" / "transfer_report.json").read_text())["recipe_toml"]
+    name = next(iter(moved.modules))
+    np.testing.assert_array_equal(moved.modules[name].b, 0.5 * plain.modules[name].b)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
+def test_a_scale_that_leaves_no_update_is_refused(files, scale):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    transport, adapter = jcl.align(source, target, rank=10), jcl.load_adapter(files / "adapter")
+    with pytest.raises(UsageError, match=f"scale {scale:g} is out of range"):
+        jcl.shift(transport, adapter, scale=scale)
 
 
 def test_an_update_of_zero_stays_zero_under_calibration(files):

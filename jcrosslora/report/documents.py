@@ -21,6 +21,7 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "rank": recipe.rank,
         "depth": recipe.depth,
         "calibrate": report.calibration,
+        "scale": None if report.scale == 1 else report.scale,
         "out_rank": report.out_rank,
         "adapter_rank": report.adapter.rank_limit,
         "dtype": dtype,

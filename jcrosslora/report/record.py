@@ -97,6 +97,7 @@ class TransferReport:
         target: the base that it is now for.
         adapter: provenance of the adapter.
         calibration: "none" or "frobenius".
+        scale: what every moved update was multiplied by.
         out_rank: the rank that updates were cut to, or the rule that chose it, or None.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
@@ -118,6 +119,7 @@ class TransferReport:
     target: BaseInfo
     adapter: AdapterInfo
     calibration: str
+    scale: float
     out_rank: RankRule | None
     layers: tuple[int | None, ...]
     rows: tuple[ModuleRow, ...]
