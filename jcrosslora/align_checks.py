@@ -7,7 +7,6 @@ from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.methods import Method
 from jcrosslora.pairing import Pair, Pairing
 
-DEFAULT_RANK = 320
 # At this exponent the activations of both bases have the same spread in all directions.
 _MOST_WHITENING = 0.5
 
@@ -48,15 +47,15 @@ def check_shapes(method: Method, source: BaseModel, target: BaseModel, pairs: tu
             raise MethodError(msg)
 
 
-def check_rank(rank: int | None, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> int:
-    """The truncation rank to use, for None the default.
+def check_rank(rank: int | None, method: Method, source: BaseModel, target: BaseModel, pairs: tuple[Pair, ...]) -> int:
+    """The truncation rank to use, for None the method's usual one.
 
     Raises:
         UsageError: it is out of range.
     """
     widest = max(min(*source.modules[pair.source].shape, *target.modules[pair.target].shape) for pair in pairs)
     if rank is None:
-        return min(DEFAULT_RANK, widest)
+        return min(method.usual_rank, widest)
     if not 1 <= rank <= widest:
         msg = f"rank {rank} is out of range; these bases allow 1 to {widest}, the short side of their widest modules"
         raise UsageError(msg)

@@ -15,14 +15,11 @@ from jcrosslora.lineage.wording import change_words
 ACTIVATION_METHOD = "anchored"
 WEIGHT_METHOD = "cross-lora"
 # The methods for near copies: those that differ by rounding at most, and those that were trained further.
-COPY_METHOD, TRAINED_METHOD = "copy", "anchored-copy"
+COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
 # For adapters that no base can be run with: maps instead of a fit to what the adapted source predicts. Of the maps
 # between unlike bases theseus, which runs the bases alone, lowered the target's scores on ARC-Easy (-0.72 and -0.38 of
 # the lift, README); cross-lora has no effect there, and says so.
-_BY_MAPS = {
-    ACTIVATION_METHOD: (WEIGHT_METHOD, "only weights are compared"),
-    TRAINED_METHOD: (COPY_METHOD, "the update stays as it is"),
-}
+_BY_MAPS = {ACTIVATION_METHOD: (WEIGHT_METHOD, "only weights are compared")}
 _TRAINED = frozenset({"further trained", "LoRA-merged"})
 
 # Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
@@ -86,10 +83,9 @@ def by_maps(choice: Choice) -> Choice:
 def choose_method(source: BaseModel, target: BaseModel, found: tuple[Structure | None, str] | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
-    Near-identical bases get `copy`, or, where one was surely trained further and both can be run on text, a copy that
-    is fitted to the target; those of which one is made of the other's parts (pruned, permuted, with repeated layers)
-    `select`; others a method that runs both on text if the decoder supports both and both tokenizers can be read,
-    else `cross-lora`.
+    Near-identical bases get `copy`, or, where one was surely trained further, `interpolated-copy`; those of which one
+    is made of the other's parts (pruned, permuted, with repeated layers) `select`; others a method that runs both on
+    text if the decoder supports both and both tokenizers can be read, else `cross-lora`.
 
     Args:
         source: the base that adapters come from.
@@ -133,12 +129,8 @@ def choose_from(
         trained = next((word for word in words if word in _TRAINED), None)
         if trained is None:
             return _choice(COPY_METHOD, same, ", so the update stays as it is")
-        obstacle = why_not_run(source, target)
-        if obstacle is not None:
-            rest = f", and not both can be run on text ({obstacle}), so the update stays as it is"
-            return _choice(COPY_METHOD, same, rest)
         same += f", but one is the other {trained}"
-        return _choice(TRAINED_METHOD, same, ", so the update is fitted to the target")
+        return _choice(TRAINED_METHOD, same, ", so part of the way back goes with the update")
     differ = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
     obstacle = why_not_run(source, target)
     if obstacle is None:

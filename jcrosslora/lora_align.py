@@ -97,8 +97,9 @@ def align(
     """
     if get_method(method).then != "nothing":
         msg = (
-            f"method {method} has no maps: it fits an update of the target for one adapter; use jcrosslora.transfer, "
-            "jcrosslora.refine.refine or jcrosslora.residual_fit.fit_residual"
+            f"method {method} is more than maps: it makes an update of the target for one adapter; use "
+            "jcrosslora.transfer, jcrosslora.refine.refine, jcrosslora.residual_fit.fit_residual or "
+            "jcrosslora.way_back.way_back"
         )
         raise MethodError(msg)
     with hosts.together():
@@ -153,7 +154,7 @@ class Plan:
         self._depth = depth if isinstance(depth, str) else ",".join("-" if i is None else str(i) for i in depth)
         self._pairs = wanted_pairs(self.pairing, sources)
         check_shapes(self.method, source, target, self._pairs)
-        self.rank = check_rank(rank, source, target, self._pairs)
+        self.rank = check_rank(rank, self.method, source, target, self._pairs)
         self.probes = probes
         self.whitening = check_whitening(whitening, self.method)
         if hosts.count() > 1:

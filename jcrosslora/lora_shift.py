@@ -123,7 +123,7 @@ class Shifter:
             msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
             raise UsageError(msg)
         given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
-        if given is not None and get_method(method).then != "nothing":
+        if given is not None and get_method(method).fits:
             msg = (
                 f"{given} has no part in method {method}, which fits the size of the update as well; "
                 "leave it out, or use another method"

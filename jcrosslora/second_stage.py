@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.adapter.sums import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.lora_shift import MovedAdapter
 from jcrosslora.methods import Method
+from jcrosslora.way_back import SHARE, way_back
 
 if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch
@@ -28,10 +30,11 @@ def fit_behind(
     prompts: Sequence[str] = (),
     batches: Sequence[ProbeBatch] = (),
     dialogues: int | None = None,
+    back: float = SHARE,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[MovedAdapter, tuple[str, ...]]:
-    """The moved adapter with what its method fits behind the maps; the same one for methods that fit nothing.
+    """The moved adapter with what its method puts behind the maps; the same one for methods of maps alone.
 
     Args:
         method: of the move.
@@ -42,6 +45,7 @@ def fit_behind(
         prompts: for a fit to predictions: text that answers are to follow; without any the source writes its own.
         batches: for a fit to the residual stream: probe texts.
         dialogues: for a fit to predictions: how many prompts with answers; None is the usual number.
+        back: for a way back: the share of it that is taken.
         seed: of what is sampled.
         progress: whether to show progress bars.
 
@@ -53,6 +57,8 @@ def fit_behind(
     """
     if method.then == "nothing":
         return moved, ()
+    if method.then == "way back":
+        return _with_way_back(source, target, moved, back, progress), ()
     start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
     if method.then == "residual":
         assert moved.report is not None
@@ -65,6 +71,25 @@ def fit_behind(
         settings = dataclasses.replace(settings, trust=1.0, strength=0.0)
     refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
     return _reported(moved, refined.adapter, refined.sentence, settings.dialogues), refined.texts
+
+
+def _with_way_back(
+    source: BaseModel, target: BaseModel, moved: MovedAdapter, share: float, progress: bool
+) -> MovedAdapter:
+    assert moved.report is not None
+    found = way_back(source, target, share, rank=moved.report.recipe.rank, progress=progress)
+    names = [name for name in target.modules if name in moved.modules or name in found.modules]
+    terms = {name: [part[name] for part in (moved.modules, found.modules) if name in part] for name in names}
+    modules = {name: add_factors(name, parts) for name, parts in terms.items()}
+    norms = {name: update_norm(factors) for name, factors in modules.items()}
+    rows = tuple(dataclasses.replace(row, norm_after=norms[row.target]) for row in moved.report.rows)
+    highest = max((factors.rank for factors in found.modules.values()), default=0)
+    sentence = (
+        f"{share:.0%} of the way back from the target's weights to the source's goes with the copy, in "
+        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference"
+    )
+    report = dataclasses.replace(moved.report, rows=rows, added=sentence, back=share)
+    return dataclasses.replace(moved, modules=modules, report=report)
 
 
 def _residual(

@@ -32,6 +32,7 @@ from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.second_stage import fit_behind
 from jcrosslora.span import Frozen, Known, project_moved, span_rank
 from jcrosslora.transport import BaseInfo, describe_base
+from jcrosslora.way_back import SHARE, check_share
 
 if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch, Probes
@@ -56,7 +57,7 @@ class TransferSettings:
     method: str = "auto"
     """How to move it: a name that `jcrosslora methods` lists, or auto, which looks at the two bases."""
     rank: int | None = None
-    """Truncation rank of the SVDs; 320 if not given. A smaller module uses its own short side."""
+    """Truncation rank of the SVDs; 320 if not given, for interpolated-copy 8. A smaller module uses its short side."""
     depth: str = "proportional"
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
     calibrate: Calibration | None = None
@@ -84,6 +85,8 @@ class TransferSettings:
     """How many texts the source base writes; only where the bases have to run."""
     dialogues: int = FitSettings.dialogues
     """How many prompts with answers the source writes with its adapter; only where predictions are fitted."""
+    back: float = SHARE
+    """How much of the way back to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
     whitening: float = 0.0
     """Exponent of theseus' partial whitening, from 0 to 0.5."""
     effect: EffectCheck = "auto"
@@ -128,6 +131,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
+    check_share(settings.back)
     span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
     source, target, cache = open_both(settings)
@@ -156,6 +160,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         prompts=plan.probes.texts if plan.probes is not None and plan.probes.path is not None else (),
         batches=batches,
         dialogues=settings.dialogues,
+        back=settings.back,
         seed=settings.seed,
         progress=progress,
     )
@@ -213,7 +218,7 @@ def check_invocation(settings: TransferSettings, adapter: Adapter, method: Metho
     """
     if adapter.info.invocation is None:
         return
-    if method.then != "nothing":
+    if method.fits:
         msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "
         msg += "invocation tokens; name another method, such as cross-lora"
         raise MethodError(msg)

@@ -210,6 +210,7 @@ REFERENCES = {
     "lora-x": reference_lora_x,
     "prolora": reference_prolora,
     "copy": reference_copy,
+    "interpolated-copy": reference_copy,  # before the way back
     "anchored-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
     "index-interp": reference_index_interp,

@@ -293,7 +293,10 @@ def test_without_its_base_they_are_listed(tmp_path, bases, capsys):
     main(["export", str(tmp_path / "adapter"), "--profile", "peft", "--out", str(tmp_path / "out")])
     assert "not written: LoRA of an embedding, model.embed_tokens" in capsys.readouterr().out
     main(["inspect", str(tmp_path / "adapter"), "--base", str(bases / "untied" / "source")])
-    assert "can be moved by copy, anchored-copy, select alone: LoRA of an embedding" in capsys.readouterr().out
+    assert (
+        "can be moved by copy, interpolated-copy, anchored-copy, select alone: LoRA of an embedding"
+        in capsys.readouterr().out
+    )
 
 
 def test_shift_carries_them_if_it_is_given_the_bases(tmp_path, bases):

@@ -44,10 +44,11 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
-    return Adapter({name: _sum(name, terms) for name, terms in found.items()}, info, tokens)
+    return Adapter({name: add_factors(name, terms) for name, terms in found.items()}, info, tokens)
 
 
-def _sum(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
+def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
+    """The factors of a sum of updates of one module, side by side; see `add_adapters`."""
     if len(terms) == 1:
         return terms[0]
     if len({factors.shape for factors in terms}) > 1:

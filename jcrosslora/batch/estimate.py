@@ -68,7 +68,7 @@ def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> E
     )
     chunks = list(plan.chunks())
     count = sum(map(len, chunks))
-    if method.runs_bases or method.then != "nothing":
+    if method.then != "nothing" or method.runs_bases:
         return Estimate(method.name, count, None, None)
     seconds, largest = 0.0, 0
     for pairs in chunks:

@@ -18,7 +18,7 @@ from jcrosslora.methods import (
 )
 from jcrosslora.methods.evidence import Evidence, Fit
 
-Then = Literal["nothing", "residual", "predictions"]
+Then = Literal["nothing", "way back", "residual", "predictions"]
 Teacher = Literal["mean", "source"]
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
@@ -37,6 +37,8 @@ class Method:
         equal_shapes: whether it is only defined for modules of equal shape.
         decomposes: whether it asks for the SVDs of both modules (lora-x uses the source's only to say how similar
             the two bases are).
+        usual_rank: the truncation rank where none is asked for: the paper's. The way back takes 8: its first
+            directions hold what the trainings have in common; with more of them the target forgets more (README).
         vectors: whether single singular vectors matter, or only the subspace that they span.
         anchored: whether it uses the shared vocabulary.
         activations: whether it runs both bases on probe texts.
@@ -46,8 +48,9 @@ class Method:
         keeps_stream: whether the residual stream of the target has the source's coordinates, or those of them that the
             method names, so that changes of the embedding and the output head move as well.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
-        then: what is fitted when the adapter has been moved: nothing, down_proj to the change of the residual stream
-            (`jcrosslora.residual_fit`), or v and o of attention to predictions (`jcrosslora.refine`).
+        then: what follows when the adapter has been moved: nothing, part of the way back from the target's weights to
+            the source's (`jcrosslora.way_back`), a fit of down_proj to the change of the residual stream
+            (`jcrosslora.residual_fit`), or of v and o of attention to predictions (`jcrosslora.refine`).
         teacher: what a fit to predictions is to: a mean of the target's own and the adapted source's, and on top of it
             a share of what the adapter changes; or the adapted source's alone.
         measure: which diagnostic says if the two bases agree in what this method relies on.
@@ -59,6 +62,7 @@ class Method:
     fit: Callable[[Evidence], Fit]
     equal_shapes: bool = False
     decomposes: bool = False
+    usual_rank: int = 320
     vectors: bool = False
     anchored: bool = False
     activations: bool = False
@@ -79,7 +83,12 @@ class Method:
     @property
     def runs_bases(self) -> bool:
         """Whether both bases have to run on text."""
-        return self.activations or self.then != "nothing"
+        return self.activations or self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether an update is fitted to what the source does with the adapter."""
+        return self.then in ("residual", "predictions")
 
     @property
     def needs(self) -> str:
@@ -129,6 +138,16 @@ _METHODS = (
         fit=coordinates.fit_padded,
         equal_shapes=True,
         keeps_stream=True,
+    ),
+    Method(
+        name="interpolated-copy",
+        summary="the update as it is, on weights between both bases: part of the way back to the source goes with it",
+        reference="this package; interpolation of weights: arXiv 2109.01903",
+        fit=coordinates.fit_padded,
+        equal_shapes=True,
+        usual_rank=8,
+        keeps_stream=True,
+        then="way back",
     ),
     Method(
         name="anchored-copy",

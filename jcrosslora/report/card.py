@@ -25,6 +25,7 @@ def model_card(
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
+    added: str | None = None,
     cut: str | None = None,
 ) -> str:
     """The text of the card, with the front matter that the hub reads.
@@ -45,6 +46,7 @@ def model_card(
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
+        added: what goes with the update that the maps do not make, if anything does.
         cut: to which ranks the updates were cut, and what that left, if they were.
     """
     sections = [
@@ -57,6 +59,7 @@ def model_card(
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
+        f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
         f"## Rank\n\nThe update was cut to {_plain(cut)}." if cut else "",
         "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",

@@ -30,6 +30,7 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "probe_text": recipe.probe_text,
         "probe_count": recipe.probe_count,
         "dialogues": report.dialogues,
+        "back": report.back,
         "whitening": recipe.whitening or None,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
@@ -65,6 +66,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
+        added=report.added,
         cut=None if report.cut is None else report.cut.sentence,
     )
 

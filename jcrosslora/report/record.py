@@ -109,6 +109,9 @@ class TransferReport:
         effect: what the moved update changes on the target beside what the original changes on the source; None where
             it was not measured.
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
+        added: what goes with the update that the maps do not make, one sentence without a full stop; None where
+            nothing does.
+        back: the share of the way back to the source's weights that goes with it; None where none was asked for.
         dialogues: how many prompts with answers were asked for, where predictions were fitted.
         cut: what cutting to `out_rank` left; None where nothing was asked for.
         tokens: changes of the embedding and the output head that were moved.
@@ -130,6 +133,8 @@ class TransferReport:
     choice: str | None = None
     effect: Effect | None = None
     fitted: str | None = None
+    added: str | None = None
+    back: float | None = None
     dialogues: int | None = None
     cut: RankCut | None = None
     tokens: tuple[TokenRow, ...] = ()

@@ -53,6 +53,8 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"adapter: {report.adapter.read_as}")
     if report.fitted is not None:
         lines.append(f"fit: {report.fitted}")
+    if report.added is not None:
+        lines.append(f"added: {report.added}")
     if report.cut is not None:
         lines.append(f"cut: {report.cut.sentence}")
     if report.recipe.probes != "none":

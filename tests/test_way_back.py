@@ -1,0 +1,154 @@
+"""Part of the way back from a further-trained base to the source, beside a copied adapter."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+from relatives import make, merged, noisy, then
+from tiny_bases import delta, random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.way_back import ENERGY, way_back
+
+RANK = 3
+EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A base, and one in whose weights a LoRA of rank 3 was merged in all modules but k."""
+    folder, made = tmp_path_factory.mktemp("lineage"), make("llama")
+    roles = tuple(role for role in EVERYWHERE if role != "k_proj")
+    target = then(merged(RANK, 0.4, roles=roles))(made)
+    return made.write(folder / "source"), target.write(folder / "target")
+
+
+def difference(source, target, name):
+    return np.asarray(source.weight(name), np.float64) - np.asarray(target.weight(name), np.float64)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_merged_lora_is_taken_back_by_its_own_rank_where_it_was(bases, share):
+    found = way_back(*bases, share, rank=320)
+    assert {name.rpartition(".")[2] for name in found.modules} == set(EVERYWHERE) - {"k_proj"}
+    assert list(found.modules) == [name for name in bases[1].modules if name in found.modules]
+    assert found.kept > ENERGY
+    for name, factors in found.modules.items():
+        wanted = share * difference(*bases, name)
+        assert factors.rank <= RANK
+        # What is cut off is below 1% of the squared norm.
+        assert np.linalg.norm(delta(factors) - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_of_what_has_no_low_rank_the_best_part_is_taken(tmp_path):
+    made = make("llama")
+    source, target = made.write(tmp_path / "source"), then(noisy(0.3))(made).write(tmp_path / "target")
+    found = way_back(source, target, 1.0, rank=4)
+    whole = left = 0.0
+    for name, factors in found.modules.items():
+        s = np.linalg.svd(difference(source, target, name), compute_uv=False)
+        rest = np.linalg.norm(delta(factors) - difference(source, target, name))
+        assert factors.rank == 4
+        np.testing.assert_allclose(rest**2, (s[4:] ** 2).sum(), rtol=1e-3)
+        whole, left = whole + (s**2).sum(), left + (s[:4] ** 2).sum()
+    assert found.modules.keys() == source.modules.keys()
+    assert found.kept == pytest.approx(left / whole, rel=1e-4)
+    assert found.kept < 0.8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_equal_bases_have_no_way_between_them(bases, share):
+    found = way_back(bases[0], bases[0], share, rank=8)
+    assert not found.modules
+    assert found.kept == 1
+
+
+def transfer(bases, adapter, tmp_path, **changes):
+    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src", overwrite=True)
+    where = {"source": str(bases[0].path), "target": str(bases[1].path), "out": str(tmp_path / "out")}
+    return jcl.transfer(jcl.TransferSettings(str(tmp_path / "adapter"), **where | changes))
+
+
+def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
+    source, target = bases
+    adapter = random_adapter(source, rank=2, roles={"q_proj", "k_proj"})
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=1.0)
+    assert list(moved.modules) == list(target.modules)
+    for name, factors in moved.modules.items():
+        adapted = np.asarray(source.weight(name), np.float64)
+        if name in adapter.modules:
+            adapted = adapted + delta(adapter.modules[name])
+        found = np.asarray(target.weight(name), np.float64) + delta(factors)
+        far = np.linalg.norm(difference(source, target, name)) + np.linalg.norm(adapted)
+        assert np.linalg.norm(found - adapted) < 0.1 * far, name
+
+
+def test_without_any_of_the_way_it_is_a_copy(bases, tmp_path):
+    adapter = random_adapter(bases[0])
+    copied = transfer(bases, adapter, tmp_path, method="copy")
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=0.0, out=str(tmp_path / "other"))
+    assert moved.modules.keys() == copied.modules.keys()
+    for name, factors in moved.modules.items():
+        np.testing.assert_array_equal(delta(factors), delta(copied.modules[name]))
+
+
+def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp_path):
+    adapter = random_adapter(bases[0], roles={"v_proj"})
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=0.25, scale=2.0)
+    assert moved.report.added.startswith("25% of the way back from the target's weights")
+    assert f"ranks up to {RANK}" in moved.report.added
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## Added\n\n25% of the way back" in card
+    stored = json.loads((tmp_path / "out" / "transfer_report.json").read_text(encoding="utf-8"))
+    recipe = tomllib.loads(stored["recipe_toml"])
+    assert (recipe["back"], recipe["scale"]) == (0.25, 2.0)
+    again = jcl.transfer(jcl.TransferSettings(**recipe | {"out": str(tmp_path / "again")}))
+    for name, factors in moved.modules.items():
+        np.testing.assert_array_equal(factors.b, again.modules[name].b)
+    for row in moved.report.rows:
+        np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.modules[row.target])), rtol=1e-4)
+
+
+def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
+    moved = transfer(bases, random_adapter(bases[0]), tmp_path)
+    assert moved.report.recipe.method == "interpolated-copy"
+    assert "LoRA-merged" in moved.report.choice
+    assert moved.report.effect is None  # no base was run
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(bases, tmp_path, share):
+    with pytest.raises(UsageError, match=f"back {share:g} is out of range"):
+        transfer(bases, random_adapter(bases[0]), tmp_path, method="interpolated-copy", back=share)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bases_of_other_shapes_have_no_way_between_them(bases, tmp_path):
+    other = make("llama", hidden_size=96).write(tmp_path / "wider")
+    with pytest.raises(MethodError, match="interpolated-copy"):
+        transfer((bases[0], other), random_adapter(bases[0]), tmp_path, method="interpolated-copy")
+
+
+def test_a_base_with_more_layers_has_no_way_back(bases, tmp_path):
+    deeper = make("llama", num_hidden_layers=5).write(tmp_path / "deeper")
+    with pytest.raises(MethodError, match=r"differ in model.layers.4.self_attn.q_proj"):
+        transfer((bases[0], deeper), random_adapter(bases[0]), tmp_path, method="interpolated-copy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path):
+    adapter = random_adapter(bases[0])
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'out = "moved"\n[bases]\na = "{bases[0].path}"\nb = "{bases[1].path}"\n[adapters]\na = ["adapter"]\n'
+        '[[moves]]\nfrom = "a"\nto = ["b"]\nmethods = ["interpolated-copy"]\n'
+    )
+    assert run_batch(read_plan(plan)).count("done") == 1
+    (folder,) = {path.parent for path in (tmp_path / "moved").rglob("adapter_model.safetensors")}
+    written = jcl.load_adapter(folder)
+    for name, factors in moved.modules.items():
+        np.testing.assert_allclose(delta(written.modules[name]), delta(factors), atol=1e-6)
