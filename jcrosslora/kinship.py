@@ -129,6 +129,9 @@ def choose_from(
         trained = next((word for word in words if word in _TRAINED), None)
         if trained is None:
             return _choice(COPY_METHOD, same, ", so the update stays as it is")
+        if trained == "further trained" and "quantised" in words and any(map(_states_quantisation, (source, target))):
+            rest = ", and its quantiser may have left what looks like further training, so the update stays as it is"
+            return _choice(COPY_METHOD, same, rest)
         same += f", but one is the other {trained}"
         return _choice(TRAINED_METHOD, same, ", so part of the way back goes with the update")
     differ = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
@@ -138,6 +141,11 @@ def choose_from(
         return _choice(ACTIVATION_METHOD, differ, rest)
     rest = f", and not both can be run on text ({obstacle}), so only weights are compared"
     return _choice(WEIGHT_METHOD, differ, rest)
+
+
+def _states_quantisation(base: BaseModel) -> bool:
+    """Whether a base was written by a quantiser, such as GPTQ, that may round to another than the nearest level."""
+    return any(base.config.get(key) for key in ("quantization_config", "compression_config"))
 
 
 def _choice(method: str, found: str, rest: str) -> Choice:

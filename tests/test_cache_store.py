@@ -222,6 +222,8 @@ def test_an_unwritable_place_costs_one_warning(tmp_path, caplog):
     assert "going on without it" in caplog.text
 
 
+# Callbacks of Orbax's own that come after its loop is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_costs_one_warning_and_leaves_nothing(cache, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # Files of more than this are refused by the system, as on a full disk.
