@@ -86,7 +86,8 @@ def _with_way_back(
     highest = max((factors.rank for factors in found.modules.values()), default=0)
     sentence = (
         f"{share:.0%} of the way back from the target's weights to the source's goes with the copy, in "
-        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference"
+        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; so "
+        "much of its further training the target gives up while the adapter is on"
     )
     report = dataclasses.replace(moved.report, rows=rows, added=sentence, back=share)
     return dataclasses.replace(moved, modules=modules, report=report)
