@@ -283,7 +283,8 @@ def cut_by(
     norms = {name: update_norm(factors) for name, factors in modules.items()}
     if restores and moved.report.calibration == "frobenius":
         wanted = {row.target: row.norm_after for row in moved.report.rows}
-        factors = {name: wanted[name] / norm if norm > 0 else 1.0 for name, norm in norms.items()}
+        # What the maps did not make, as of a way back, has no norm to keep.
+        factors = {name: wanted[name] / norm if norm > 0 and name in wanted else 1.0 for name, norm in norms.items()}
         modules = {
             name: LoRAFactors(a=item.a, b=np.asarray(item.b) * np.float32(factors[name]))
             for name, item in modules.items()

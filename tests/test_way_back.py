@@ -112,6 +112,17 @@ def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp
         np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.modules[row.target])), rtol=1e-4)
 
 
+def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases, tmp_path):
+    adapter = random_adapter(bases[0], rank=4, roles={"q_proj"})
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", calibrate="frobenius", out_rank=2)
+    whole = transfer(bases, adapter, tmp_path, method="interpolated-copy", out=str(tmp_path / "whole"))
+    for name, factors in moved.modules.items():
+        s = np.linalg.svd(delta(whole.modules[name]), compute_uv=False)
+        wanted = s if name in adapter.modules else s[:2]
+        np.testing.assert_allclose(np.linalg.norm(delta(factors)), np.linalg.norm(wanted), rtol=1e-3)
+        assert factors.rank == 2
+
+
 def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
     moved = transfer(bases, random_adapter(bases[0]), tmp_path)
     assert moved.report.recipe.method == "interpolated-copy"
