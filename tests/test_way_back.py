@@ -5,7 +5,8 @@ import tomllib
 
 import numpy as np
 import pytest
-from relatives import make, merged, noisy, then
+from checkpoint_files import write_safetensors
+from relatives import DTYPES, layer_of, make, merged, noisy, then
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
@@ -121,6 +122,24 @@ def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases
         wanted = s if name in adapter.modules else s[:2]
         np.testing.assert_allclose(np.linalg.norm(delta(factors)), np.linalg.norm(wanted), rtol=1e-3)
         assert factors.rank == 2
+
+
+def test_layers_of_several_dtypes_are_read_together(bases, tmp_path):
+    """numpy has no dtype that holds both float16 and bfloat16."""
+    made = make("llama")
+    of_layer = ("F16", "BF16", "F32", "F16")
+    stored = {}
+    for name, x in made.tensors.items():
+        dtype = "F32" if layer_of(name) is None else of_layer[layer_of(name)]
+        stored[name] = (dtype, x.astype(DTYPES[dtype]))
+    (tmp_path / "config.json").write_text(json.dumps(made.config))
+    write_safetensors(tmp_path / "model.safetensors", stored)
+    mixed = jcl.open_base(tmp_path)
+    found = way_back(mixed, bases[0], 1.0, rank=64).modules
+    assert {int(name.split(".")[2]) for name in found} == {0, 1, 3}
+    for name, factors in found.items():
+        wanted = difference(mixed, bases[0], name)
+        assert np.linalg.norm(delta(factors) - wanted) < 0.11 * np.linalg.norm(wanted)
 
 
 def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
