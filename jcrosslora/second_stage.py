@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.adapter import Adapter, fuse, split_fused, update_norm
 from jcrosslora.adapter.sums import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.lora_shift import MovedAdapter
 from jcrosslora.methods import Method
-from jcrosslora.way_back import SHARE, way_back
+from jcrosslora.way_back import SHARE, WayBack, way_back
 
 if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch
@@ -78,19 +78,28 @@ def _with_way_back(
 ) -> MovedAdapter:
     assert moved.report is not None
     found = way_back(source, target, share, rank=moved.report.recipe.rank, progress=progress)
-    names = [name for name in target.modules if name in moved.modules or name in found.modules]
-    terms = {name: [part[name] for part in (moved.modules, found.modules) if name in part] for name in names}
-    modules = {name: add_factors(name, parts) for name, parts in terms.items()}
+    # Parts of a fused matrix that share their A go on sharing it: added one by one, each would bring all of it along.
+    terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
+    whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
+    parts = split_fused(Adapter(whole), target.fused).modules
+    modules = {name: parts[name] for name in target.modules if name in moved.modules or name in found.modules}
     norms = {name: update_norm(factors) for name, factors in modules.items()}
     rows = tuple(dataclasses.replace(row, norm_after=norms[row.target]) for row in moved.report.rows)
-    highest = max((factors.rank for factors in found.modules.values()), default=0)
-    sentence = (
-        f"{share:.0%} of the way back from the target's weights to the source's goes with the copy, in "
-        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; so "
-        "much of its further training the target gives up while the adapter is on"
-    )
-    report = dataclasses.replace(moved.report, rows=rows, added=sentence, back=share)
+    report = dataclasses.replace(moved.report, rows=rows, added=_added(found, share), back=share)
     return dataclasses.replace(moved, modules=modules, report=report)
+
+
+def _added(found: WayBack, share: float) -> str:
+    """What goes with a copy, in words, without a full stop."""
+    way = "of the way back from the target's weights to the source's goes with the copy"
+    if not found.modules:
+        return f"nothing {way}: {'the two have the same weights in all modules' if share else 'none was asked for'}"
+    highest = max(factors.rank for factors in found.modules.values())
+    return (
+        f"{share:.0%} {way}, in {len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of "
+        f"the difference; of what they hold of its further training the target gives up {share:.0%} while the adapter "
+        "is on"
+    )
 
 
 def _residual(

@@ -113,6 +113,14 @@ def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp
         np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.modules[row.target])), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("back", "why"), [(0.0, "none was asked for"), (0.75, "the two have the same weights")])
+def test_where_nothing_is_added_the_report_says_so(bases, tmp_path, back, why):
+    pair = bases if back == 0 else (bases[0], bases[0])
+    moved = transfer(pair, random_adapter(bases[0]), tmp_path, method="interpolated-copy", back=back)
+    assert moved.report.added.startswith("nothing of the way back")
+    assert why in moved.report.added
+
+
 def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases, tmp_path):
     adapter = random_adapter(bases[0], rank=4, roles={"q_proj"})
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", calibrate="frobenius", out_rank=2)
@@ -122,6 +130,31 @@ def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases
         wanted = s if name in adapter.modules else s[:2]
         np.testing.assert_allclose(np.linalg.norm(delta(factors)), np.linalg.norm(wanted), rtol=1e-3)
         assert factors.rank == 2
+
+
+def test_parts_of_a_fused_matrix_go_on_sharing_what_they_share(tmp_path):
+    made = make("phi3")
+    source = made.write(tmp_path / "source")
+    target = then(merged(RANK, 0.4, roles=("qkv_proj", "gate_up_proj")))(made).write(tmp_path / "target")
+    held = [module.tensor.removesuffix(".weight") for module in source.modules.values()]
+    modules = {}
+    for name in dict.fromkeys(held):
+        rows, columns = source.stored_weight(name).shape
+        rng = np.random.default_rng(rows)
+        a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, columns), (rows, 2)))
+        modules[name] = jcl.LoRAFactors(a=a, b=b)
+    adapter = jcl.Adapter(modules)
+    moved = transfer((source, target), adapter, tmp_path, method="interpolated-copy", back=1.0, profile="peft")
+    written = jcl.load_adapter(tmp_path / "out")
+    assert written.modules.keys() == modules.keys()
+    for name, factors in written.modules.items():
+        parts = source.fused.get(name, ())
+        # Each part has a way back of its own; of the adapter's two directions there are two, whatever the parts.
+        assert factors.rank == 2 + RANK * len(parts)
+        wanted = delta(modules[name]) + source.stored_weight(name) - target.stored_weight(name)
+        assert np.linalg.norm(delta(factors) - wanted) < 0.05 * np.linalg.norm(wanted)
+    for row in moved.report.rows:
+        np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.modules[row.target])), rtol=1e-4)
 
 
 def test_layers_of_several_dtypes_are_read_together(bases, tmp_path):
