@@ -1,6 +1,7 @@
 """One adapter in every profile: the same update through each reader, and the same predictions in each engine."""
 
 import dataclasses
+import errno
 import json
 import sys
 
@@ -138,6 +139,20 @@ def test_the_same_input_gives_the_same_file(llama, tmp_path):
             for place in "ab"
         )
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_full_disk_leaves_no_gguf_and_no_open_file(llama, tmp_path, monkeypatch):
+    used = []
+
+    def full(writer, **_):
+        used.append(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile="gguf")
+    assert [writer.fout for writer in used] == [None]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_profile_cannot_hold_is_refused_before_anything_is_written(llama, tmp_path, monkeypatch):

@@ -61,10 +61,12 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         a, b = file_factors(name, scaled, contents.dtype)
         _add(writer, gguf, kind, f"{stored}.lora_a", a)
         _add(writer, gguf, kind, f"{stored}.lora_b", b if arch != "llama" else _permuted(name, b, heads))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()  # also on a full disk, where an open file would go on taking room that is needed
 
 
 def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[ModuleType, str, tuple[int, int]]:
