@@ -227,6 +227,20 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
+def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
+    base = jcl.open_base(house / "small")
+    adapter = jcl.save_adapter(random_adapter(base, roles={"q_proj"}), tmp_path / "adapters" / "a0", base=base)
+    plan = plan_in(house, tmp_path, PLAN.split("[[moves]]")[0] + TWELVE.replace(', "random", "cross-lora"', ""))
+    (outcome,) = run_batch(plan).outcomes.values()
+    before = jcl.load_adapter(outcome.out).modules
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["r"]}))
+    assert run_batch(plan, overwrite=True).count("done") == 1
+    for name, factors in jcl.load_adapter(outcome.out).modules.items():
+        np.testing.assert_allclose(delta(factors), 3 * delta(before[name]), rtol=1e-5, atol=1e-6)
+    assert run_batch(plan).count("kept") == 1
+
+
 def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
     write_base(tmp_path / "small", 30, bos=True, layers=2)
     write_base(tmp_path / "wide", 90, layers=2, hidden=32, head_dim=8, seed=1)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from jcrosslora.adapter import AdapterInfo
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import OutputError
 from jcrosslora.files import write_whole
@@ -68,15 +69,15 @@ class Ledger:
         return self._folder / f"{job.name}.json"
 
 
-def mark_of(job: Job, adapter: str | None, source: str, target: str) -> str:
+def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str) -> str:
     """What a job is made from, as one hex string.
 
     Args:
         job: its settings count, apart from where its files are.
-        adapter: digest of the adapter's weights.
+        adapter: the digest of its weights counts, and its configuration, which scales them.
         source: digest of the source's.
         target: digest of the target's.
     """
     settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}
-    made = [version("jcrosslora"), settings, adapter, source, target]
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    made = [version("jcrosslora"), settings, adapter.digest, adapter.config, source, target]
+    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()

@@ -186,7 +186,7 @@ class _Run:
             way = usual if adapter.info.invocation is None else mapped
             check_invocation(job.settings, adapter, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            mark = mark_of(job, adapter.info.digest, source.digest(), target.digest())
+            mark = mark_of(job, adapter.info, source.digest(), target.digest())
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
