@@ -11,6 +11,7 @@ from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.cli import main
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.way_back import ENERGY, way_back
 
@@ -202,7 +203,7 @@ def test_a_base_with_more_layers_has_no_way_back(bases, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path):
+def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path, capsys):
     adapter = random_adapter(bases[0])
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy")
     plan = tmp_path / "plan.toml"
@@ -210,8 +211,13 @@ def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path):
         f'out = "moved"\n[bases]\na = "{bases[0].path}"\nb = "{bases[1].path}"\n[adapters]\na = ["adapter"]\n'
         '[[moves]]\nfrom = "a"\nto = ["b"]\nmethods = ["interpolated-copy"]\n'
     )
+    main(["batch", str(plan), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "not estimated" in shown
+    assert "both bases" not in shown  # none is run
     assert run_batch(read_plan(plan)).count("done") == 1
     (folder,) = {path.parent for path in (tmp_path / "moved").rglob("adapter_model.safetensors")}
     written = jcl.load_adapter(folder)
     for name, factors in moved.modules.items():
         np.testing.assert_allclose(delta(written.modules[name]), delta(factors), atol=1e-6)
+    assert run_batch(read_plan(plan)).count("kept") == 1

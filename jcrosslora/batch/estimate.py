@@ -30,9 +30,9 @@ class Estimate:
         method: the one that will be used, also where "auto" was asked for.
         pairs: modules to align.
         seconds: of all decompositions, from one matrix of each shape timed here; None where the method runs the bases,
-            whose time depends on the texts.
+            whose time depends on the texts, or goes part of the way back between them, adapter by adapter.
         memory: bytes of the largest group's weights, factors and maps, and of a chunk of adapters before and after;
-            None where the bases are run, which are in memory then.
+            None for the same methods. Bases that are run are in memory then.
     """
 
     method: str
@@ -92,8 +92,9 @@ def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int]
         except JCrossLoRAError as error:
             table.add_row(*row, settings.method, str(len(unit.jobs)), "", "", f"cannot be done: {error}")
             continue
-        time_text = "runs both bases" if found.seconds is None else f"{found.seconds:.1f} s"
-        memory = "both bases" if found.memory is None else f"{found.memory / 1e9:.2f} GB"
+        unknown = ("runs both bases", "both bases") if get_method(found.method).runs_bases else ("not estimated",) * 2
+        time_text = unknown[0] if found.seconds is None else f"{found.seconds:.1f} s"
+        memory = unknown[1] if found.memory is None else f"{found.memory / 1e9:.2f} GB"
         table.add_row(*row, found.method, str(len(unit.jobs)), str(found.pairs), time_text, memory)
     console.print(table)
 
