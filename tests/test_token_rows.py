@@ -259,6 +259,19 @@ def energies(base: str, adapted, form: str) -> dict[str, float]:
     return found
 
 
+def test_what_a_lower_rank_loses_of_them_is_told(tmp_path, bases):
+    adapted = make_adapter("untied", "LoRA", tmp_path / "adapter").get_base_model()
+    modules = adapted.model.layers[0].self_attn.q_proj, adapted.model.embed_tokens, adapted.lm_head
+    spectra = [np.linalg.svd(x.get_delta_weight("default").detach().double(), compute_uv=False) ** 2 for x in modules]
+    found = jcl.load_adapter(tmp_path / "adapter", jcl.open_base(bases / "untied" / "source"), rank=1)
+    total = sum(spectrum.sum() for spectrum in spectra)
+    assert found.info.lost == pytest.approx(1 - sum(spectrum[0] for spectrum in spectra) / total, rel=1e-5)
+    assert "read at rank 1, which loses" in found.info.read_as
+    for update, spectrum in zip(found.tokens, spectra[1:], strict=True):
+        assert update.energy == pytest.approx(spectrum[0], rel=1e-5)
+        assert update.share == pytest.approx(spectrum.sum() / total, rel=1e-5)
+
+
 @pytest.mark.parametrize("form", ["LoRA", "whole embedding", "tokens"])
 @pytest.mark.parametrize(
     ("changes", "why"),

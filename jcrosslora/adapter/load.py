@@ -106,9 +106,8 @@ def load_adapter(
     modules = {name: update.factors for name, update in updates.items() if name != HEAD}
     tokens, ignored = _others(kind, file, contents, updates, head)
     check_any(opened, modules, [*ignored, *dropped.token_sentences(tokens, "")])
-    read = list(updates.values())
-    if head is not None and HEAD not in updates and any(update.sort == "head" for update in tokens):
-        read.append(head)
+    read = [update for name, update in updates.items() if name != HEAD]
+    read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
     info = opened.info(
         ignored=(*opened.notes, *ignored),
         read_as=_read_as(kind, file.config, read),
@@ -203,7 +202,7 @@ def _others(
         names["head"] = list(contents.heads) or [HEAD]
         energies["head"] = None if head is None else _energy(head)
     moved = math.fsum(_energy(update) for name, update in updates.items() if name != HEAD)
-    moved += math.fsum(update.energy for update in tokens)
+    moved += math.fsum(update.energy + update.lost for update in tokens)
     total = moved + math.fsum(energy or 0.0 for energy in energies.values())
 
     def share(energy: float | None) -> float | None:
@@ -212,7 +211,8 @@ def _others(
     ignored = [
         dropped.sentence(sort, found, share(energies[sort]), reasons.get(sort, "")) for sort, found in names.items()
     ]
-    return tuple(dataclasses.replace(update, share=share(update.energy) or 0.0) for update in tokens), ignored
+    tokens = tuple(dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens)
+    return tokens, ignored
 
 
 def _energy(update: Update) -> float:

@@ -148,11 +148,11 @@ def _embedding(kind: Kind, file: AdapterFile, base: BaseModel, tensors: Sequence
 def _low_rank(table: str, sort: str, base: BaseModel, update: Update, rank: int | None) -> TokenUpdate:
     """The rows that factors of (V, D) change, with these factors."""
     _check_shape(table, base, update.factors.shape)
-    factors = cut(update, rank).factors
-    b = np.asarray(factors.b)
+    update = cut(update, rank)
+    b = np.asarray(update.factors.b)
     ids = np.flatnonzero(b.any(axis=1))
-    factors = dataclasses.replace(factors, b=b[ids])
-    return TokenUpdate(table, sort, base.dims.vocab, ids, factors, energy=update_norm(factors) ** 2)
+    factors = dataclasses.replace(update.factors, b=b[ids])
+    return TokenUpdate(table, sort, base.dims.vocab, ids, factors, energy=update_norm(factors) ** 2, lost=update.lost)
 
 
 def _full(file: AdapterFile, base: BaseModel, table: str, tensor: TensorName) -> TokenUpdate:

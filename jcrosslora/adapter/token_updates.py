@@ -35,7 +35,8 @@ class TokenUpdate:
         factors: of the change of the rows: a (K, D), b (n, K).
         rows: float32 (n, D), the rows as they are with the adapter. All V of them are a whole matrix.
         energy: squared Frobenius norm of the change.
-        share: `energy` over that of the whole adapter that it was read from; 0 of one that was moved.
+        lost: what a cut of the rank, as it was read, has taken off that.
+        share: `energy` and `lost` over the same of the whole adapter that it was read from; 0 of one that was moved.
     """
 
     table: str
@@ -45,6 +46,7 @@ class TokenUpdate:
     factors: LoRAFactors | None = None
     rows: np.ndarray | None = None
     energy: float = 0.0
+    lost: float = 0.0
     share: float = 0.0
 
     @property
