@@ -15,6 +15,7 @@ from adapter_folders import matrix, write_folder
 from adapter_folders import tensors as lora_tensors
 from checkpoint_files import llama_tensors, write_llama
 from gguf_files import small_llama
+from safetensors.torch import load_file
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
@@ -257,6 +258,24 @@ def energies(base: str, adapted, form: str) -> dict[str, float]:
         sort = "tokens" if form == "tokens" else "full"
         found[sort] = change(inner.model.embed_tokens.weight, plain.model.embed_tokens.weight)
     return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_lose_nothing_in_a_file_of_half_precision(tmp_path, bases, dtype):
+    make_adapter("untied", "tokens", tmp_path / "adapter")
+    base = jcl.open_base(bases / "untied" / "source")
+    adapter = jcl.load_adapter(tmp_path / "adapter", base)
+    (update,) = adapter.tokens
+    old, kind = base.rows("model.embed_tokens.weight", update.ids), getattr(torch, dtype)
+    slightly = (old + 1e-4 * (update.rows - old)).astype(np.float32)
+    exactly = torch.tensor(update.rows).to(kind).float().numpy()
+    for rows, stored in ((slightly, torch.float32), (exactly, kind)):
+        changed = dataclasses.replace(adapter, tokens=(dataclasses.replace(update, rows=rows),))
+        out = jcl.save_adapter(changed, tmp_path / "out", base=base, profile="peft", dtype=dtype, overwrite=True)
+        found = {name.rsplit(".", 1)[1]: x for name, x in load_file(out / "adapter_model.safetensors").items()}
+        assert found["trainable_tokens_delta"].dtype == stored
+        assert found["weight"].dtype == kind
+        np.testing.assert_array_equal(jcl.load_adapter(out, base).tokens[0].rows, rows)
 
 
 def test_what_a_lower_rank_loses_of_them_is_told(tmp_path, bases):

@@ -1,7 +1,8 @@
 """Changes of the embedding and the output head in the format of PEFT.
 
 Factors stay a LoRA. A matrix of which most rows change is written whole, for `modules_to_save`; single rows as
-`trainable_token_indices`. See `read_tokens` for the names.
+`trainable_token_indices`. Rows stay in float32 unless the dtype of the file holds them exactly: what they change is
+their small difference from the base's. See `read_tokens` for the names.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.names import PREFIX, ending
-from jcrosslora.adapter.portable import FileDtype, file_factors, file_matrix
+from jcrosslora.adapter.portable import DTYPES, FileDtype, file_factors, file_matrix
 from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.adapter.token_updates import EMBEDDING, MODULES, TokenUpdate
 
@@ -52,10 +53,17 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
                 yield f"{name}.lora_A.weight", a
                 yield f"{name}.lora_B.weight", b
         return
-    assert update.rows is not None
-    rows = np.concatenate(
-        [file_matrix(update.table, update.rows[part].astype(np.float64), dtype) for part in update.parts()]
-    )
+    rows = _rows(update, dtype)
     # Single rows of a matrix that is embedding and head are written once: peft gives them to both.
     for name in update.modules if update.whole else update.modules[:1]:
         yield f"{name}.{'weight' if update.whole else 'token_adapter.trainable_tokens_delta'}", rows
+
+
+def _rows(update: TokenUpdate, dtype: FileDtype) -> np.ndarray:
+    """The rows in the dtype of the file if it holds them exactly, else in float32."""
+    assert update.rows is not None
+    with np.errstate(over="ignore", under="ignore"):
+        parts = [update.rows[part] for part in update.parts()]
+        exact = all((rows.astype(DTYPES[dtype]).astype(rows.dtype) == rows).all() for rows in parts)
+    kept = dtype if exact else "float32"
+    return np.concatenate([file_matrix(update.table, rows.astype(np.float64), kept) for rows in parts])
