@@ -142,5 +142,25 @@ def test_what_is_drawn_anew_is_bounded(tmp_path, made, monkeypatch):
             load_adapter(folder, base)
 
 
+ENDLESS = r"([a-z_.0-9]+)+!"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ENDLESS},
+        {"modules_to_save": [ENDLESS]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+    ],
+    ids=lambda settings: list(settings)[-1],
+)
+def test_a_pattern_that_would_take_for_ever_is_refused(tmp_path, made, settings):
+    """Where the modules are not named by the file; other kinds never match these settings."""
+    base, files = made
+    config, weights = files["Uni-LoRA"]
+    with pytest.raises(AdapterError, match="too many ways to match"):
+        load_adapter(write_folder(tmp_path, config | settings, weights), base)
+
+
 def test_every_kind_is_damaged():
     assert {kind.partition(",")[0] for kind in SMALL} | {"LoRA"} == MADE.keys()
