@@ -72,6 +72,19 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
     check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
 
 
+@pytest.mark.parametrize("alpha", [None, 0, -2])
+def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, alpha):
+    """Of a configuration without one, None here, its default; of none above zero the rank."""
+    make_adapter(MADE["AdaLoRA"]["pruned"](), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
+    if alpha is None:
+        del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = load_adapter(tmp_path, open_base(base_folder))
+    merged, base = merged_weights(tmp_path)
+    check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
+
+
 # Kinds that peft does not have: their tensors beside lora_A and lora_B, and the factor between B and A.
 def softmax(values):
     powers = np.exp(values - values.max())
