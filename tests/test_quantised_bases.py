@@ -20,6 +20,7 @@ from jcrosslora.decoder import load_params
 from jcrosslora.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj"
+LARGER = {**DIMS, "hidden": 128, "intermediate": 192, "head_dim": 32}  # some blocks of many levels in every module
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
 
 
@@ -158,6 +159,13 @@ def test_an_opened_weight_keeps_no_copy_of_its_scales(double, tmp_path):
         tracemalloc.stop()
     assert kept < blocks
     np.testing.assert_allclose(store.rows(Q + ".weight", np.arange(2)), -1.5 if double else -1)
+
+
+@pytest.mark.parametrize("name", ["nf4, double", "fp4"])
+def test_uneven_levels_are_known_as_a_rounding(name, tmp_path):
+    write_quantised(tmp_path / "t", CASES[name], **LARGER)
+    found = jcl.relate(open_base(write_llama(tmp_path / "s", **LARGER)), open_base(tmp_path / "t"))
+    assert found.words == ("quantised",), found.sentence
 
 
 def test_every_format_has_a_case():

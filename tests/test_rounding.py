@@ -3,12 +3,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from quantised_files import FP4, NF4
 
 from jcrosslora.lineage.rounding import rounding_of
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
-POSITIVE = np.array([0, 0.0052083333, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25])
-BITSANDBYTES = np.concatenate([POSITIVE, -POSITIVE])  # fp4
 
 
 def fp8(kind, top):
@@ -24,11 +23,11 @@ def microscaled(block, scale):
     return (levels * scales).reshape(WEIGHT.shape)
 
 
-def bitsandbytes_fp4():
-    parts = WEIGHT.reshape(-1, 64)
+def bitsandbytes(levels):
+    table, parts = np.array(levels), WEIGHT.reshape(-1, 64)
     largest = np.abs(parts).max(axis=1, keepdims=True)
-    nearest = np.abs(parts[..., None] / largest[..., None] - BITSANDBYTES).argmin(axis=-1)
-    return (BITSANDBYTES[nearest] * largest).astype(np.float32).reshape(WEIGHT.shape)
+    nearest = np.abs(parts[..., None] / largest[..., None] - table).argmin(axis=-1)
+    return (table[nearest] * largest).astype(np.float32).reshape(WEIGHT.shape)
 
 
 STORED = {
@@ -36,7 +35,8 @@ STORED = {
     "F8_E5M2": lambda: fp8(ml_dtypes.float8_e5m2, 400),
     "F8_E4M3FNUZ": lambda: fp8(ml_dtypes.float8_e4m3fnuz, 200),
     "F8_E5M2FNUZ": lambda: fp8(ml_dtypes.float8_e5m2fnuz, 400),
-    "FP4": bitsandbytes_fp4,
+    "FP4": lambda: bitsandbytes(FP4),
+    "NF4": lambda: bitsandbytes(NF4),
     "NVFP4": lambda: microscaled(16, lambda s: s.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)),
     # ggml's scale: the power of two by which the largest number is between 4 and 8.
     "MXFP4": lambda: microscaled(32, lambda s: np.exp2(np.floor(np.log2(s * 6)) - 2).astype(np.float32)),

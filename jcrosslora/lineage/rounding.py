@@ -16,8 +16,9 @@ _FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _STORED_FLOATS = frozenset({"F64", "F32", *_FLOATS})
 # An fp8 weight has three bits behind the leading one or two; its scale moves where its steps lie.
 _EIGHT_BITS = {"F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3, "F8_E4M3FNUZ": 2.0**-4, "F8_E5M2FNUZ": 2.0**-3}
-# Floats of four bits: their levels are multiples of one step, but most multiples are none.
-_FOUR_BITS = frozenset({"FP4", "MXFP4", "NVFP4"})
+# Four bits whose levels lie closer around zero. Those of the floats are multiples of one step, but most multiples are
+# no levels.
+_UNEVEN = frozenset({"FP4", "NF4", "MXFP4", "NVFP4"})
 # ggml's types with one scale for 16 numbers; the others have one for 32.
 _SIXTEENS = frozenset({"Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_S", "IQ2_XS", "NVFP4"})
 # Block lengths to look for where a file does not say; the whole row is tried as well.
@@ -70,7 +71,7 @@ def rounding_of(rows: np.ndarray, dtype: str) -> Rounding:
     if dtype not in _STORED_FLOATS:
         # A block does not reach into the next row, whatever the width.
         block = math.gcd(rows.shape[1], 16 if dtype in _SIXTEENS else 32)
-        low, high = _blocks(rows, block, even=dtype not in _FOUR_BITS)
+        low, high = _blocks(rows, block, even=dtype not in _UNEVEN)
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
     block = _find_block(rows[:_SEEN])
@@ -172,8 +173,8 @@ def _blocks(rows: np.ndarray, block: int, *, even: bool = True) -> tuple[np.ndar
     if uneven.any():
         below, above = below.copy(), above.copy()
         below[uneven], above[uneven] = _neighbours(ranked.values[uneven], ranked.gaps[uneven])
-    # Floats of four bits have half a gap of a quarter of the number at most; their largest may stand for one that is
-    # a third above it.
+    # Half a gap above all but the smallest of uneven levels is less than a third of the number, and the largest of a
+    # microscaled block may stand for one that is a third above it.
     outer = 1.5 * step if even else np.maximum(1.5 * step, np.abs(ranked.values) / 3)
     low = ranked.values - np.where(ranked.values == ranked.values[:, :1], outer, below / 2)
     high = ranked.values + np.where(ranked.values == ranked.values[:, -1:], outer, above / 2)
