@@ -14,6 +14,7 @@ from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.quantised import FORMATS, with_weights
+from jcrosslora.checkpoint.quantised.scales import scale_rows
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.decoder import load_params
@@ -159,6 +160,20 @@ def test_an_opened_weight_keeps_no_copy_of_its_scales(double, tmp_path):
         tracemalloc.stop()
     assert kept < blocks
     np.testing.assert_allclose(store.rows(Q + ".weight", np.arange(2)), -1.5 if double else -1)
+
+
+def test_scales_of_small_groups_are_widened_when_asked_for():
+    values = np.arange(1 << 15, dtype=np.float16).reshape(1024, 32)
+    tracemalloc.start()
+    try:
+        rows = scale_rows(values, (1024, 1024))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows is not None
+    assert kept < values.nbytes
+    ids = np.array([3, 1023, 0])
+    np.testing.assert_array_equal(rows(ids), np.repeat(values[ids].astype(np.float32), 32, axis=1))
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "fp4"])
