@@ -64,11 +64,10 @@ def _pattern(text: str) -> re.Pattern[str]:
     Raises:
         re.error: it is none, or could take for ever to match.
     """
-    pattern = re.compile(text)
     if not is_matchable(text):
-        msg = f"{text[:60]!r} has too many ways to match"
+        msg = f"{text[:60]!r} is no pattern, or has too many ways to match"
         raise re.error(msg)
-    return pattern
+    return re.compile(text)
 
 
 def _is_layer(config: Mapping[str, Any], name: str) -> bool:
