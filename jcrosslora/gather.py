@@ -32,6 +32,8 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()
+    if len({weight.dtype for weight in weights}) > 1:  # numpy has no type for bfloat16 beside float16
+        weights = [weight.astype(np.float32) for weight in weights]
     stored = np.stack(weights + weights[-1:] * surplus)
     stack, found = _widen_on_host(stored) if jax.default_backend() == "cpu" else _widen(spread(stored))
     finite = np.asarray(found)
@@ -91,19 +93,20 @@ def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary 
 def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt: np.ndarray) -> Vocabulary:
     sides = (source, ids_src), (target, ids_tgt)
     parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
-    # Second moments around a nearby centre lose no digits when the true mean is taken off at the end.
-    centres = tuple(_rows(*side, parts[0]).mean(axis=0) for side in sides)
     totals = None
-    for part in parts:
-        totals = _add(
-            totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True))
-        )
+    with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is found in the sums.
+        # Second moments around a nearby centre lose no digits when the true mean is taken off at the end.
+        centres = tuple(_rows(*side, parts[0]).mean(axis=0) for side in sides)
+        for part in parts:
+            totals = _add(
+                totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True))
+            )
     source.release()
     target.release()
     assert totals is not None
-    if not np.isfinite(totals[2]).all():
-        msg = f"the embedding table of {source.ref} or {target.ref} holds NaN or infinity; download the file again"
-        raise CheckpointError(msg)
+    if not all(np.isfinite(total).all() for total in totals):
+        msg = f"the embedding table of {source.ref} or {target.ref} holds NaN, infinity or numbers whose squares are "
+        raise CheckpointError(msg + "beyond float32; download the file again")
     return _finish(totals, *centres, len(ids_src))
 
 

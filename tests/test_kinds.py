@@ -1,5 +1,6 @@
 """One contract for every kind of adapter: what peft makes of the file on its base is what our factors make of it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from jcrosslora.adapter import LoRAFactors, load_adapter, update_norm
 from jcrosslora.adapter.kinds.dora import full_update
 from jcrosslora.adapter.kinds.registry import KINDS
 from jcrosslora.adapter.kinds.sd_lora import stack_tasks
+from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 
@@ -70,6 +72,19 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
     check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
 
 
+@pytest.mark.parametrize("alpha", [None, 0, -2])
+def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, alpha):
+    """Of a configuration without one, None here, its default; of none above zero the rank."""
+    make_adapter(MADE["AdaLoRA"]["pruned"](), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
+    if alpha is None:
+        del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = load_adapter(tmp_path, open_base(base_folder))
+    merged, base = merged_weights(tmp_path)
+    check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
+
+
 # Kinds that peft does not have: their tensors beside lora_A and lora_B, and the factor between B and A.
 def softmax(values):
     powers = np.exp(values - values.max())
@@ -112,6 +127,16 @@ def test_a_stack_of_tasks_is_directions_with_magnitudes():
         stack_tasks([first, last], [1.0])
     with pytest.raises(AdapterError, match="adapters of one base"):
         stack_tasks([first, adapter_of({Q: 2}, width=7)], [1.0, 1.0])
+
+
+def test_a_stack_of_tasks_hides_nothing():
+    adapters = [adapter_of({Q: 2}), adapter_of({Q: 2}, seed=1)]
+    bound = dataclasses.replace(adapters[0], info=dataclasses.replace(adapters[0].info, invocation=(5,)))
+    with pytest.raises(AdapterError, match="acts only after"):
+        stack_tasks([bound, adapters[1]], [1.0, 1.0])
+    table = TokenUpdate("embed_tokens", "tokens", size=9, ids=np.array([3]), rows=matrix(1, 4))
+    told = dataclasses.replace(adapters[0], tokens=(table,))
+    assert any("embed_tokens" in sentence for sentence in stack_tasks([told, adapters[1]], [1.0, 1.0]).info.ignored)
 
 
 def test_every_kind_has_a_case():

@@ -122,5 +122,46 @@ def test_small_files_of_huge_updates_are_refused(tmp_path):
         load_adapter(write_folder(tmp_path / "bank", {"peft_type": "VBLORA", "r": 300}, logits | bank))
 
 
+def test_what_is_drawn_anew_is_bounded(tmp_path, made, monkeypatch):
+    """A vector of gains, or a rank in a configuration, asks for random numbers that no file holds."""
+    base, files = made
+    config, weights = files["VeRA, drawn"]
+    key = next(key for key in weights if key.endswith("lambda_d"))
+    rank = 2**28 // sum(base.modules[Q].shape) + 1
+    with pytest.raises(AdapterError, match=r"q_proj' would hold 268,\d{3},\d{3} numbers"):
+        load_adapter(write_folder(tmp_path / "vera", config, weights | {key: np.ones(rank, np.float32)}), base)
+    config, weights = files["Uni-LoRA"]
+    count = config["r"] * sum(base.modules[Q].shape)
+    folder = write_folder(tmp_path / "uni", config, weights)
+    for most in (count, count - 1):
+        monkeypatch.setattr("jcrosslora.adapter.kinds.unilora.LARGEST", most)
+        if most == count:
+            load_adapter(folder, base)
+            continue
+        with pytest.raises(AdapterError, match=rf"r is 2, for which {count} indices .*save_indices"):
+            load_adapter(folder, base)
+
+
+ENDLESS = r"([a-z_.0-9]+)+!"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ENDLESS},
+        {"modules_to_save": [ENDLESS]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [ENDLESS]},
+        {"target_modules": "a{99999999999999999999}"},
+        {"modules_to_save": ["("]},
+    ],
+)
+def test_a_pattern_that_cannot_be_matched_or_takes_for_ever_is_refused(tmp_path, made, settings):
+    """Where the modules are not named by the file; other kinds never match these settings."""
+    base, files = made
+    config, weights = files["Uni-LoRA"]
+    with pytest.raises(AdapterError, match="no pattern, or has too many ways to match"):
+        load_adapter(write_folder(tmp_path, config | settings, weights), base)
+
+
 def test_every_kind_is_damaged():
     assert {kind.partition(",")[0] for kind in SMALL} | {"LoRA"} == MADE.keys()

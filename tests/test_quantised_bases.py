@@ -1,23 +1,27 @@
 """Quantised checkpoints against what their formats' formulas say, and bitsandbytes against bitsandbytes itself."""
 
 import json
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_files import write_safetensors
-from quantised_files import BNB4, CASES, DIMS, Case, write_quantised
+from quantised_files import BNB4, CASES, DIMS, NF4, Case, write_quantised
 from safetensors.numpy import save_file
 from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.quantised import FORMATS
+from jcrosslora.checkpoint.quantised import FORMATS, with_weights
+from jcrosslora.checkpoint.quantised.scales import scale_rows
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
+from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.decoder import load_params
 from jcrosslora.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj"
+LARGER = {**DIMS, "hidden": 128, "intermediate": 192, "head_dim": 32}  # some blocks of many levels in every module
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
 
 
@@ -131,6 +135,52 @@ def test_a_quant_state_of_nonsense_is_refused(tmp_path):
         rewritten(tmp_path, lambda tensors, raw=state: tensors.update({STATE: ("U8", np.frombuffer(raw, np.uint8))}))
         with pytest.raises(CheckpointError, match="quant state"):
             open_base(tmp_path)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_an_opened_weight_keeps_no_copy_of_its_scales(double, tmp_path):
+    """They would add up over all modules of a model, whose weights are read a few at a time."""
+    blocks, state = 1 << 14, {"shape": [1024, 1024], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.5}
+    parts = {
+        ".weight": ("U8", np.zeros((1 << 19, 1), np.uint8)),
+        ".weight.quant_map": ("F32", np.array(NF4, np.float32)),
+        ".weight.quant_state.bitsandbytes__nf4": ("U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+        ".weight.absmax": ("U8", np.zeros(blocks, np.uint8)) if double else ("F32", np.ones(blocks, np.float32)),
+    }
+    if double:
+        parts[".weight.nested_absmax"] = "F32", np.ones(blocks // 256, np.float32)
+        parts[".weight.nested_quant_map"] = "F32", np.ones(256, np.float32)
+    write_safetensors(tmp_path / "model.safetensors", {Q + ending: part for ending, part in parts.items()})
+    store = with_weights(ShardedStore(tmp_path), {"quantization_config": BNB4}, "here")
+    tracemalloc.start()
+    try:
+        assert store.shape(Q + ".weight") == (1024, 1024)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < blocks
+    np.testing.assert_allclose(store.rows(Q + ".weight", np.arange(2)), -1.5 if double else -1)
+
+
+def test_scales_of_small_groups_are_widened_when_asked_for():
+    values = np.arange(1 << 15, dtype=np.float16).reshape(1024, 32)
+    tracemalloc.start()
+    try:
+        rows = scale_rows(values, (1024, 1024))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows is not None
+    assert kept < values.nbytes
+    ids = np.array([3, 1023, 0])
+    np.testing.assert_array_equal(rows(ids), np.repeat(values[ids].astype(np.float32), 32, axis=1))
+
+
+@pytest.mark.parametrize("name", ["nf4, double", "fp4"])
+def test_uneven_levels_are_known_as_a_rounding(name, tmp_path):
+    write_quantised(tmp_path / "t", CASES[name], **LARGER)
+    found = jcl.relate(open_base(write_llama(tmp_path / "s", **LARGER)), open_base(tmp_path / "t"))
+    assert found.words == ("quantised",), found.sentence
 
 
 def test_every_format_has_a_case():

@@ -277,6 +277,25 @@ def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
     assert found.sentence == "all numbers of all tensors are equal, though the files are not"
 
 
+@pytest.mark.parametrize("tokens", [100, 128, 150])
+def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
+    """Another vocabulary in the same body: whichever table is the longer one."""
+    table = np.random.default_rng(5).normal(size=(tokens, 64)).astype(np.float32)
+    changed = make().change(lambda name, x: table if name == "model.embed_tokens.weight" else x, vocab_size=tokens)
+    source, target = make().write(tmp_path / "s"), changed.write(tmp_path / "t")
+    for pair in ((source, target), (target, source)):
+        found = relate(*pair)
+        assert found.words == TRAINED
+        assert "embed_tokens" in found.sentence
+
+
+def test_factors_are_told_from_the_smallest_to_the_largest(tmp_path):
+    factors: dict[int | None, float] = {0: 9.0, 1: 10.0, 2: 0.5}
+    scaled = make().change(lambda name, x: x * factors.get(layer_of(name), 1) if "down_proj" in name else x)
+    found = relate(make().write(tmp_path / "s"), scaled.write(tmp_path / "t"))
+    assert "3 factors from 0.5 to 10" in found.sentence
+
+
 def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     change = then(with_layers([0, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 48)))
     found = relate(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))

@@ -27,10 +27,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         raise AdapterError(msg)
     if len(adapters) == 1:
         return adapters[0]
-    bound = next((adapter for adapter in adapters if adapter.info.invocation is not None), None)
-    if bound is not None:
-        msg = f"adapter {bound.info.name} acts only after its invocation tokens (aLoRA): it has no sum with others"
-        raise AdapterError(msg + ", write it alone")
+    check_always_on(adapters)
     with_tokens = [adapter for adapter in adapters if adapter.tokens]
     if len(with_tokens) > 1:
         adapters = [without_tokens(adapter, "several adapters of the sum change them") for adapter in adapters]
@@ -45,6 +42,18 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
     return Adapter({name: add_factors(name, terms) for name, terms in found.items()}, info, tokens)
+
+
+def check_always_on(adapters: Sequence[Adapter]) -> None:
+    """Refuse to add an adapter that does not always act.
+
+    Raises:
+        AdapterError: one acts only after certain tokens.
+    """
+    bound = next((adapter for adapter in adapters if adapter.info.invocation is not None), None)
+    if bound is not None:
+        msg = f"adapter {bound.info.name} acts only after its invocation tokens (aLoRA): it has no sum with others"
+        raise AdapterError(msg + ", write it alone")
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:

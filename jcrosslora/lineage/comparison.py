@@ -61,7 +61,7 @@ def compare_rest(source: BaseModel, target: BaseModel, structure: Structure) -> 
     """
     pieces = {
         "embedding": _table(source, target, structure, source.embedding_name),
-        "head": None if _tied(source) and _tied(target) else _table(source, target, structure, HEAD),
+        "head": None if source.tied and target.tied else _table(source, target, structure, HEAD),
         "norms": _vectors(_norms(source, target, structure)),
         "biases": _vectors(_biases(source, target, structure)),
     }
@@ -132,13 +132,9 @@ def _table(source: BaseModel, target: BaseModel, structure: Structure, name: str
     into = structure.stream[columns]
     ids = (ids[even(len(ids), _ROWS)] for ids in structure.tokens)
     src, tgt = (finite(base, name, base.rows(name, own)) for base, own in zip((source, target), ids, strict=True))
-    stored = (base.embedding_name if name != HEAD or _tied(base) else name for base in (source, target))
+    stored = (base.embedding_name if name != HEAD or base.tied else name for base in (source, target))
     dtypes = [base.store.dtype(own) for base, own in zip((source, target), stored, strict=True)]
     return _compare((src, dtypes[0], into), (tgt, dtypes[1], columns))
-
-
-def _tied(base: BaseModel) -> bool:
-    return bool(base.config.get("tie_word_embeddings", base.family.tied))
 
 
 def _vectors(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Difference | None:

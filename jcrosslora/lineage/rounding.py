@@ -5,6 +5,7 @@ or that of a block of a quantised row. Two weights whose intervals meet may be r
 do not, something else has changed as well.
 """
 
+import math
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -14,9 +15,12 @@ import numpy as np
 _FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _STORED_FLOATS = frozenset({"F64", "F32", *_FLOATS})
 # An fp8 weight has three bits behind the leading one or two; its scale moves where its steps lie.
-_EIGHT_BITS = {"F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3}
+_EIGHT_BITS = {"F8_E4M3": 2.0**-4, "F8_E5M2": 2.0**-3, "F8_E4M3FNUZ": 2.0**-4, "F8_E5M2FNUZ": 2.0**-3}
+# Four bits whose levels lie closer around zero. Those of the floats are multiples of one step, but most multiples are
+# no levels.
+_UNEVEN = frozenset({"FP4", "NF4", "MXFP4", "NVFP4"})
 # ggml's types with one scale for 16 numbers; the others have one for 32.
-_SIXTEENS = frozenset({"Q2_K", "Q3_K", "Q6_K", "IQ2_S", "IQ2_XS"})
+_SIXTEENS = frozenset({"Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_S", "IQ2_XS", "NVFP4"})
 # Block lengths to look for where a file does not say; the whole row is tried as well.
 _BLOCKS = (16, 32, 64, 128)
 # A grid has at most as many levels: 8 bits.
@@ -65,7 +69,9 @@ def rounding_of(rows: np.ndarray, dtype: str) -> Rounding:
         half = np.abs(rows.astype(np.float64)) * _EIGHT_BITS[dtype]
         return Rounding(rows - half, rows + half, dtype, coarse=True)
     if dtype not in _STORED_FLOATS:
-        low, high = _blocks(rows, 16 if dtype in _SIXTEENS else 32)
+        # A block does not reach into the next row, whatever the width.
+        block = math.gcd(rows.shape[1], 16 if dtype in _SIXTEENS else 32)
+        low, high = _blocks(rows, block, even=dtype not in _UNEVEN)
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
     block = _find_block(rows[:_SEEN])
@@ -130,7 +136,8 @@ def _refined(step: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """(B,): a step made exact by longer and longer gaps, as far as they are multiples of it."""
     step = step[:, None]
     for reach in (2.5, 6.5, 16.5, np.inf):
-        near = np.where(gaps <= reach * step, gaps, 0)
+        with np.errstate(invalid="ignore"):  # A block of equal numbers has neither gaps nor a step.
+            near = np.where(gaps <= reach * step, gaps, 0)
         counts = np.round(near / np.where(step > 0, step, 1)).sum(axis=1, keepdims=True)
         step = np.where(counts > 0, near.sum(axis=1, keepdims=True) / np.maximum(counts, 1), step)
     return step[:, 0]
@@ -152,26 +159,29 @@ def _find_block(rows: np.ndarray) -> int | None:
     return found
 
 
-def _blocks(rows: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(rows: np.ndarray, block: int, *, even: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Low and high of numbers rounded to the levels of their block.
 
-    Levels are multiples of the block's smallest distance; where they are not, but few, they are those that occur. The
-    outermost numbers of a block may stand for some that lie a step further out. A block that lies on no grid was
-    rounded from nothing but itself.
+    Levels are multiples of the block's smallest distance; where they are not, but few, and where a format is not even,
+    they are those that occur. The outermost numbers of a block may stand for some that lie a step further out. A block
+    that lies on no grid was rounded from nothing but itself.
     """
     ranked = _rank(rows, block)
     step = ranked.step[:, None]
     below = above = np.broadcast_to(step, ranked.values.shape)
-    uneven = ranked.few & ~ranked.uniform
+    uneven = ranked.few & ~ranked.uniform if even else ranked.step > 0
     if uneven.any():
         below, above = below.copy(), above.copy()
         below[uneven], above[uneven] = _neighbours(ranked.values[uneven], ranked.gaps[uneven])
-    low = ranked.values - np.where(ranked.values == ranked.values[:, :1], 1.5 * step, below / 2)
-    high = ranked.values + np.where(ranked.values == ranked.values[:, -1:], 1.5 * step, above / 2)
+    # Half a gap above all but the smallest of uneven levels is less than a third of the number, and the largest of a
+    # microscaled block may stand for one that is a third above it.
+    outer = 1.5 * step if even else np.maximum(1.5 * step, np.abs(ranked.values) / 3)
+    low = ranked.values - np.where(ranked.values == ranked.values[:, :1], outer, below / 2)
+    high = ranked.values + np.where(ranked.values == ranked.values[:, -1:], outer, above / 2)
     # The scale of a block is kept in half precision, in which all of its levels move together.
     slack = HALF_PRECISION * np.abs(ranked.values).max(axis=1, keepdims=True)
     low, high = low - slack, high + slack
-    on_grid = (ranked.uniform | ranked.few)[:, None]
+    on_grid = (ranked.uniform | ranked.few | uneven)[:, None]
     back = np.argsort(ranked.order, axis=1, kind="stable")
     low, high = (
         np.take_along_axis(np.where(on_grid, x, ranked.values), back, axis=1).reshape(rows.shape) for x in (low, high)

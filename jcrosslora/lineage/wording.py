@@ -83,7 +83,7 @@ def change_phrases(compared: Sequence[Compared]) -> list[str]:
             phrases.append(f"{_count(items, compared)} {write(items)}")
     scaled = [item for item in compared if item.difference.scale != 1]
     if scaled:
-        factors = sorted({f"{item.difference.scale:.4g}" for item in scaled})
+        factors = sorted({f"{item.difference.scale:.4g}" for item in scaled}, key=float)
         span = factors[0] if len(factors) == 1 else f"{len(factors)} factors from {factors[0]} to {factors[-1]}"
         phrases.append(f"{_count(scaled, compared)} are multiplied by {span}")
     return phrases or [f"all {len(compared)} tensors are equal in every sampled row"]

@@ -12,7 +12,7 @@ from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
 from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
-_INITIAL_RANK = 12  # peft's default of init_r
+_INITIAL_RANK, _ALPHA = 12, 8  # peft's defaults of init_r and lora_alpha
 
 
 def _check(config: Config, where: str) -> None:
@@ -20,7 +20,8 @@ def _check(config: Config, where: str) -> None:
         msg = f"{where}: init_r is {shown(config, 'init_r')}, a whole number of 1 or more was wanted: correct the file"
         raise AdapterError(msg)
     # Zero or less stands for the rank here.
-    if not is_alpha(config.get("lora_alpha") or 1):
+    alpha = config.get("lora_alpha", _ALPHA)
+    if alpha != 0 and not is_alpha(alpha):
         msg = f"{where}: lora_alpha is {shown(config, 'lora_alpha')}, a number was wanted: correct the file"
         raise AdapterError(msg)
     check_targets(config, where)
@@ -37,7 +38,7 @@ def _read(file: AdapterFile, module: str) -> Update | None:
         )
         msg += f"{list(gains.shape)}: one rank was wanted; the file is damaged"
         raise AdapterError(msg)
-    alpha = file.config.get("lora_alpha") or 0
+    alpha = file.config.get("lora_alpha", _ALPHA)
     scale = (alpha if alpha > 0 else a.shape[0]) / (file.config.get("init_r", _INITIAL_RANK) + 1e-5)
     scaled = gains.reshape(-1, 1) * a.astype(np.float64)
     return Update(LoRAFactors(a=scaled.astype(np.float32), b=b, scale=scale))

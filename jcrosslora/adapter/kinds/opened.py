@@ -16,7 +16,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("U8", "I16", "I32", "I64")
 _HEAD = "lm_head"
 # Numbers in the factors of one module: 2 GB in float64.
-_LARGEST = 2**28
+LARGEST = 2**28
 # What files call the parts whose names here are others.
 _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
 
@@ -112,7 +112,7 @@ class AdapterFile:
         Raises:
             AdapterError: they would take more than 2 GB.
         """
-        if numbers > _LARGEST:
+        if numbers > LARGEST:
             msg = f"{self.path}: the factors of module {module!r} would hold {numbers:,} numbers"
             msg += ": read it at a lower rank (--adapter-rank), or another adapter if no base has such a module"
             raise AdapterError(msg)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.adapter.sums import check_always_on
 from jcrosslora.errors import AdapterError, UsageError
 
 
@@ -25,22 +27,32 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         magnitudes: a_i of each; that of the last multiplies its update as it is.
 
     Returns:
-        The adapter, float32 and scale 1. A module that only some tasks have is the sum over these.
+        The adapter, float32 and scale 1. A module that only some tasks have is the sum over these; what is no update of
+        a linear module is listed in `info.ignored`.
 
     Raises:
         UsageError: no adapters, as many magnitudes as adapters were not given, or one is not finite.
-        AdapterError: updates of a module have different shapes.
+        AdapterError: updates of a module have different shapes, or an adapter acts only after certain tokens.
     """
     if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
         msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}: at least one adapter, and a number for each"
         msg += " were wanted"
         raise UsageError(msg)
+    check_always_on(adapters)
     terms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
         for name, factors in adapter.modules.items():
             last = place == len(adapters) - 1
             terms.setdefault(name, []).append(_term(factors, magnitude, last=last))
-    info = AdapterInfo(name=" + ".join(one.info.name for one in adapters), base_name=adapters[-1].info.base_name)
+    info = AdapterInfo(
+        name=" + ".join(one.info.name for one in adapters),
+        base_name=adapters[-1].info.base_name,
+        ignored=tuple(
+            sentence
+            for one in adapters
+            for sentence in without_tokens(one, "a stack of tasks is of linear modules").info.ignored
+        ),
+    )
     return Adapter(modules={name: _joined(name, found) for name, found in terms.items()}, info=info)
 
 

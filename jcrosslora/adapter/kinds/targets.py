@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jcrosslora.adapter.pattern_cost import is_matchable
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 
@@ -45,16 +46,28 @@ def targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> d
 
 
 def _is_target(config: Mapping[str, Any], name: str) -> bool:
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.get("modules_to_save") or ()):
+    if any(_pattern(rf"(^|.*\.){saved}($|\..*)").match(name) for saved in config.get("modules_to_save") or ()):
         return False
     targets = config.get("target_modules") or ()
     if targets == "all-linear":
         return name != _HEAD
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return _pattern(targets).fullmatch(name) is not None
     if name in targets:
         return True
     return any(name.endswith(f".{target}") for target in targets) and _is_layer(config, name)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """A pattern of the configuration, compiled.
+
+    Raises:
+        re.error: it is none, or could take for ever to match.
+    """
+    if not is_matchable(text):
+        msg = f"{text[:60]!r} is no pattern, or has too many ways to match"
+        raise re.error(msg)
+    return re.compile(text)
 
 
 def _is_layer(config: Mapping[str, Any], name: str) -> bool:
@@ -63,6 +76,6 @@ def _is_layer(config: Mapping[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or ()
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    rules = [re.compile(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns] or [_LAYER]
+    rules = [_pattern(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns] or [_LAYER]
     match = next((found for rule in rules if (found := rule.match(name))), None)
     return match is not None and int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)

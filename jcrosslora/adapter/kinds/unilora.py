@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jcrosslora.adapter.config import check_rank, check_targets, shown
-from jcrosslora.adapter.kinds.opened import INTEGERS, AdapterFile
+from jcrosslora.adapter.kinds.opened import INTEGERS, LARGEST, AdapterFile
 from jcrosslora.adapter.kinds.record import Config, Kind, Update
 from jcrosslora.adapter.kinds.targets import targeted_shapes
 from jcrosslora.adapter.records import LoRAFactors
@@ -69,7 +69,13 @@ def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
     if rank > max(map(min, shapes.values())):
         msg = f"{file.path}: r is {rank}, above the width of every module of the base {base.name}: correct the file"
         raise AdapterError(msg)
-    indices = balanced_indices(_size(shapes, rank), theta.size, file.config.get("proj_seed", _SEED))
+    count = _size(shapes, rank)
+    if count > LARGEST:
+        msg = (
+            f"{file.path}: r is {rank}, for which {count:,} indices would have to be drawn: correct the file, or save "
+        )
+        raise AdapterError(msg + "the adapter with its indices (save_indices=True)")
+    indices = balanced_indices(count, theta.size, file.config.get("proj_seed", _SEED))
     counts = np.bincount(indices, minlength=theta.size)
     scaled = theta / np.sqrt(np.maximum(counts, 1))
     start = 0

@@ -55,8 +55,10 @@ def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tupl
             raise AdapterError(msg)
         return a.astype(np.float64), b.astype(np.float64)
     # The length of the gains, and not `r`, which may claim any size.
-    rank = max(file.part(module, "vera_lambda_d", axes=1).size for module in file.modules)
+    ranks = {module: file.part(module, "vera_lambda_d", axes=1).size for module in file.modules}
+    widest, rank = max(ranks.items(), key=lambda item: item[1])
     rows, columns = max(o for o, _ in shapes), max(i for _, i in shapes)
+    file.check_size(widest, rank * (rows + columns))
     # Its seeding of the Mersenne Twister is torch's; a Generator's is not.
     draw = np.random.RandomState(file.config.get("projection_prng_key", 0) % 2**32)
     return torch_kaiming(draw, rank, columns).astype(np.float64), torch_kaiming(draw, rows, rank).astype(np.float64)

@@ -59,7 +59,7 @@ def _zeros(parts: Parts, shape: tuple[int, ...], bits: int) -> np.ndarray:
     """(O, groups) uint8, with the shift of the numbers."""
     rows, groups = shape
     if ".weight_zero_point" not in parts:
-        return np.full(shape, 2 ** (bits - 1), np.uint8)
+        return np.broadcast_to(np.uint8(2 ** (bits - 1)), shape)
     packed = parts.matrix(".weight_zero_point", "I32")
     if packed.shape != (-(-rows * bits // WORD), groups):
         parts.refuse(f"scales of shape {list(shape)} have packed zero points of shape {list(packed.shape)}")

@@ -18,16 +18,16 @@ def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int
     Returns:
         (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
     """
-    numbers = values.astype(np.float32)
-    if numbers.size == 1:
-        return lambda _: numbers.reshape(1, 1)
-    if numbers.shape in ((shape[0],), (shape[0], 1)):
-        return lambda ids: numbers.reshape(-1, 1)[ids]
-    size = (block or _ratio(shape, numbers.shape)) if numbers.ndim == 2 else None
-    if size is None or numbers.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
+    if values.size == 1:
+        return lambda _: values.reshape(1, 1).astype(np.float32)
+    if values.shape in ((shape[0],), (shape[0], 1)):
+        return lambda ids: values.reshape(-1, 1)[ids].astype(np.float32)
+    size = (block or _ratio(shape, values.shape)) if values.ndim == 2 else None
+    if size is None or values.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
         return None
     rows, columns = size[0], np.arange(shape[1]) // size[1]
-    return lambda ids: numbers[(ids // rows)[:, None], columns]
+    # Widened when asked for: the scales of small groups, kept for a whole model, would be an eighth of a byte a number.
+    return lambda ids: values[ids // rows].astype(np.float32)[:, columns]
 
 
 def _ratio(shape: tuple[int, int], blocks: tuple[int, ...]) -> tuple[int, int] | None:

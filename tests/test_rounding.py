@@ -1,0 +1,70 @@
+"""Which numbers a stored weight may have been rounded from: all that were, and few others."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from quantised_files import FP4, NF4
+
+from jcrosslora.lineage.rounding import rounding_of
+
+WEIGHT = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+
+
+def fp8(kind, top):
+    scale = np.abs(WEIGHT).max(axis=1, keepdims=True) / top
+    return (WEIGHT / scale).astype(kind).astype(np.float32) * scale
+
+
+def microscaled(block, scale):
+    """Blocks of e2m1 with a scale each, of the largest number over 6."""
+    parts = WEIGHT.reshape(len(WEIGHT), -1, block)
+    scales = scale(np.abs(parts).max(axis=-1, keepdims=True) / 6)
+    levels = np.clip(parts / scales, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    return (levels * scales).reshape(WEIGHT.shape)
+
+
+def bitsandbytes(levels):
+    table, parts = np.array(levels), WEIGHT.reshape(-1, 64)
+    largest = np.abs(parts).max(axis=1, keepdims=True)
+    nearest = np.abs(parts[..., None] / largest[..., None] - table).argmin(axis=-1)
+    return (table[nearest] * largest).astype(np.float32).reshape(WEIGHT.shape)
+
+
+STORED = {
+    "F8_E4M3": lambda: fp8(ml_dtypes.float8_e4m3fn, 400),
+    "F8_E5M2": lambda: fp8(ml_dtypes.float8_e5m2, 400),
+    "F8_E4M3FNUZ": lambda: fp8(ml_dtypes.float8_e4m3fnuz, 200),
+    "F8_E5M2FNUZ": lambda: fp8(ml_dtypes.float8_e5m2fnuz, 400),
+    "FP4": lambda: bitsandbytes(FP4),
+    "NF4": lambda: bitsandbytes(NF4),
+    "NVFP4": lambda: microscaled(16, lambda s: s.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)),
+    # ggml's scale: the power of two by which the largest number is between 4 and 8.
+    "MXFP4": lambda: microscaled(32, lambda s: np.exp2(np.floor(np.log2(s * 6)) - 2).astype(np.float32)),
+}
+
+
+def held(rounding, numbers):
+    return float(np.mean((rounding.low <= numbers) & (numbers <= rounding.high)))
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_small_floats_are_known_by_the_numbers_that_they_were_rounded_from(dtype):
+    rounding = rounding_of(STORED[dtype](), dtype)
+    assert rounding.coarse
+    assert held(rounding, WEIGHT) >= 0.998
+    assert held(rounding, WEIGHT + np.random.default_rng(1).normal(size=WEIGHT.shape) * rounding.width / 2) < 0.9
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (12, 36), (3, 49)])
+def test_blocks_end_with_the_row(shape):
+    """Rows of a width that is no multiple of a block, as those of bitsandbytes may be."""
+    rounding = rounding_of(WEIGHT[: shape[0], : shape[1]], "NF4")
+    assert rounding.low.shape == rounding.high.shape == shape
+
+
+@pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
+def test_a_block_of_equal_numbers_stands_for_itself(dtype):
+    rows = np.where(np.arange(64) < 32, 0, np.round(WEIGHT[:, :64] * 30) / 30)
+    rounding = rounding_of(rows.astype(np.float32), dtype)
+    assert held(rounding, rows.astype(np.float32)) == 1
+    assert np.isfinite(rounding.low).all()
