@@ -32,8 +32,6 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
     if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16
         weights = [weight.astype(np.float32) for weight in weights]
     surplus = -len(names) % jax.local_device_count()
-    if len({weight.dtype for weight in weights}) > 1:  # numpy has no type for bfloat16 beside float16
-        weights = [weight.astype(np.float32) for weight in weights]
     stored = np.stack(weights + weights[-1:] * surplus)
     stack, found = _widen_on_host(stored) if jax.default_backend() == "cpu" else _widen(spread(stored))
     finite = np.asarray(found)
