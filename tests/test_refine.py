@@ -237,6 +237,7 @@ def test_a_fit_goes_on_from_what_it_is_given(pair):
     np.testing.assert_allclose(again.roles["up_proj"].b, start.roles["up_proj"].b)
 
 
+@pytest.mark.slow
 def test_no_update_has_more_rank_than_its_module(pair):
     source, target, adapter = pair
     wide = dataclasses.replace(SMALL, rank=500)
@@ -246,6 +247,7 @@ def test_no_update_has_more_rank_than_its_module(pair):
         assert factors.rank == min(target.modules[name].shape)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_zeros_asks_for_no_step(pair):
     source, target, adapter = pair
     modules = {name: dataclasses.replace(item, b=np.zeros_like(item.b)) for name, item in adapter.modules.items()}
@@ -411,6 +413,7 @@ def test_on_its_own_base_a_copy_has_nothing_to_be_fitted_to(pair):
         assert np.linalg.norm(change) < 1e-2 * np.linalg.norm(delta(factors)), name
 
 
+@pytest.mark.slow
 def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     source, _, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
