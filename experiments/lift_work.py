@@ -135,9 +135,7 @@ class Work:
         name = f"{file.stem}_written" if written else file.stem
         out = self.folder / "further" / f"{base.name}--{slug(name)}"
         adapter = out.with_name(f"{out.name}--adapter")
-        examples: Sequence[Question] = read_examples(file)
-        if written:
-            examples = [written_example(example) for example in read_task(file)]
+        examples = [written_example(one) for one in read_task(file)] if written else read_examples(file)
         settings = dataclasses.replace(self.settings, rank=rank, alpha=2.0 * rank, steps=steps, seed=_FURTHER_SEED)
         self._train(base.ref, examples, settings, adapter, {"task": name, "first": len(examples)})
         if not out.exists():

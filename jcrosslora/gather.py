@@ -1,7 +1,8 @@
 """From base models to arrays on the device: stacks of weights, and the moments of the shared vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,29 @@ from jcrosslora.methods import Vocabulary
 # Fewer shared tokens than this give correlations no better than guesses.
 FEWEST_TOKENS = 32
 _TOKENS_AT_ONCE = 4096
+# Weights of both bases in a group, in bytes as float32. While one group is aligned the next is read: two of them bound
+# memory, whatever the model's size.
+GROUP_BYTES = 96 * 2**20
+T = TypeVar("T")
 # Of the rows of both sides, and of their products.
 _Sums = tuple[jax.Array, ...]
+
+
+def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items of one key at a time, in groups as even as can be.
+
+    Args:
+        items: modules or pairs of them.
+        key: of an item; those of one key can be stacked.
+        size: bytes of an item, the same for all of one key. A group has `GROUP_BYTES` of them at most.
+    """
+    alike: dict[Hashable, list[T]] = {}
+    for item in items:
+        alike.setdefault(key(item), []).append(item)
+    for same in alike.values():
+        most = max(jax.device_count(), GROUP_BYTES // size(same[0]))  # a device without an item would repeat another's
+        for part in np.array_split(np.arange(len(same)), -(-len(same) // most)):
+            yield [same[place] for place in part]
 
 
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
@@ -94,11 +116,10 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
     totals = None
     with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is found in the sums.
         # Second moments around a nearby centre lose no digits when the true mean is taken off at the end.
-        centres = tuple(_rows(*side, parts[0]).mean(axis=0) for side in sides)
+        centres = tuple(base.rows(base.embedding_name, ids[parts[0]]).mean(axis=0) for base, ids in sides)
         for part in parts:
-            totals = _add(
-                totals, *(_padded(_rows(*side, part), centre) for side, centre in zip(sides, centres, strict=True))
-            )
+            rows = (base.rows(base.embedding_name, ids[part]) for base, ids in sides)
+            totals = _add(totals, *map(_padded, rows, centres))
     source.release()
     target.release()
     assert totals is not None
@@ -106,10 +127,6 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
         msg = f"the embedding table of {source.ref} or {target.ref} holds NaN, infinity or numbers whose squares are "
         raise CheckpointError(msg + "beyond float32; download the file again")
     return _finish(totals, *centres, len(ids_src))
-
-
-def _rows(base: BaseModel, ids: np.ndarray, part: slice) -> np.ndarray:
-    return np.asarray(base.rows(base.embedding_name, ids[part]), np.float32)
 
 
 def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:

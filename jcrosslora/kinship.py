@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES, BaseModel
+from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
 from jcrosslora.lineage import Compared, Structure, compare_modules, find_structure, parts_of
 from jcrosslora.lineage.sampling import even, module_rows
@@ -16,10 +17,6 @@ ACTIVATION_METHOD = "anchored"
 WEIGHT_METHOD = "cross-lora"
 # The methods for near copies: those that differ by rounding at most, and those that were trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
-# For adapters that no base can be run with: maps instead of a fit to what the adapted source predicts. Of the maps
-# between unlike bases theseus, which runs the bases alone, lowered the target's scores on ARC-Easy (-0.72 and -0.38 of
-# the lift, README); cross-lora has no effect there, and says so.
-_BY_MAPS = {ACTIVATION_METHOD: (WEIGHT_METHOD, "only weights are compared")}
 _TRAINED = frozenset({"further trained", "LoRA-merged"})
 
 # Independent weights have cosine 0 with a spread of 1 / sqrt(numbers): different layers of SmolLM2-135M and of
@@ -73,11 +70,12 @@ def by_maps(choice: Choice) -> Choice:
     Args:
         choice: for any other adapter of the pair.
     """
-    if choice.method not in _BY_MAPS:
+    if choice.method != ACTIVATION_METHOD:
         return choice
-    method, instead = _BY_MAPS[choice.method]
-    why = f"{choice.found}, but no base can be run with an adapter that acts only after its invocation tokens"
-    return Choice(method, f"{why}, so {instead}", choice.found)
+    # Of the maps between unlike bases theseus, which runs the bases alone, lowered the target's scores on ARC-Easy
+    # (-0.72 and -0.38 of the lift, README); cross-lora has no effect there, and says so.
+    rest = ", but no base can be run with an adapter that acts only after its invocation tokens, so only weights are "
+    return _choice(WEIGHT_METHOD, choice.found, f"{rest}compared")
 
 
 def choose_method(source: BaseModel, target: BaseModel, found: tuple[Structure | None, str] | None = None) -> Choice:
@@ -145,7 +143,7 @@ def choose_from(
 
 def _states_quantisation(base: BaseModel) -> bool:
     """Whether a base was written by a quantiser, such as GPTQ, that may round to another than the nearest level."""
-    return any(base.config.get(key) for key in ("quantization_config", "compression_config"))
+    return bool(quantisation_of(base.config))
 
 
 def _choice(method: str, found: str, rest: str) -> Choice:

@@ -25,7 +25,7 @@ from jcrosslora.cache import Cache, PairCache
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import HostError, MethodError
-from jcrosslora.gather import load_stack, shared_vocabulary
+from jcrosslora.gather import bounded_groups, load_stack, shared_vocabulary
 from jcrosslora.group_arrays import arrays_of, facts_of, group_of
 from jcrosslora.heads import head_counts, match_heads
 from jcrosslora.linalg import decompose, describe_kernels, mesh_of, over_layers, spread
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 # Pairs that are aligned together, and their group where it lies in the cache.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
-# Weights of both bases in a group, in bytes as float32. While one group is aligned the next is read: two of them bound
-# memory, whatever the model's size.
-GROUP_BYTES = 96 * 2**20
 
 
 def align(
@@ -254,17 +251,16 @@ class Plan:
 
     def chunks(self) -> Iterator[tuple[Pair, ...]]:
         """The pairs that are aligned together: of equal shapes, and of a bounded size."""
-        by_shape: dict[tuple[object, ...], list[Pair]] = {}
-        for pair in self._pairs:
-            key = (self.source.modules[pair.source].shape, self.target.modules[pair.target].shape, _reads(pair))
-            key += (head_counts(self.source, self.target, pair.role) if self.method.embeddings else None,)
-            by_shape.setdefault(key, []).append(pair)
-        for pairs in by_shape.values():
-            size = _bytes(self.source, pairs[0].source) + _bytes(self.target, pairs[0].target)
-            most = max(jax.device_count(), GROUP_BYTES // size)  # a device without a pair would repeat another's
-            parts = -(-len(pairs) // most)
-            for part in np.array_split(np.arange(len(pairs)), parts):
-                yield tuple(pairs[i] for i in part)
+
+        def key(pair: Pair) -> tuple[object, ...]:
+            shapes = self.source.modules[pair.source].shape, self.target.modules[pair.target].shape
+            heads = head_counts(self.source, self.target, pair.role) if self.method.embeddings else None
+            return *shapes, _reads(pair), heads
+
+        def size(pair: Pair) -> int:
+            return _bytes(self.source, pair.source) + _bytes(self.target, pair.target)
+
+        yield from map(tuple, bounded_groups(self._pairs, key, size))
 
     def _share(self, cache: Cache | None) -> None:
         """Before several processes work on this together: see that they can, and mean the same."""

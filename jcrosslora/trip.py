@@ -171,15 +171,20 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         settings = dataclasses.replace(settings, effect="never")
     moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
     if writes:
-        save_adapter(
-            moved,
-            settings.out,
-            dtype=settings.dtype,
-            profile=settings.profile,
-            overwrite=settings.overwrite,
-            frozen=frozen,
-        )
+        write_moved(settings, moved, frozen)
     return moved
+
+
+def write_moved(settings: TransferSettings, moved: MovedAdapter, frozen: Frozen | None) -> None:
+    """Write what `in_span` and `with_account` have made of a moved adapter where and as the settings say."""
+    save_adapter(
+        moved,
+        settings.out,
+        dtype=settings.dtype,
+        profile=settings.profile,
+        overwrite=settings.overwrite,
+        frozen=frozen,
+    )
 
 
 def open_both(settings: TransferSettings) -> tuple[BaseModel, BaseModel, Cache | None]:

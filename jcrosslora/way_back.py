@@ -8,8 +8,9 @@ Sources: interpolation of the weights of a model and its fine-tuned version (WiS
 vectors (arXiv 2212.04089). That a copied adapter goes with them is this package's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,8 @@ from tqdm import tqdm
 from jcrosslora.adapter import LoRAFactors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.gather import load_stack
+from jcrosslora.gather import bounded_groups, load_stack
 from jcrosslora.linalg import decompose
-from jcrosslora.lora_align import GROUP_BYTES
 
 # Of the way that is taken.
 SHARE = 0.75
@@ -80,7 +80,9 @@ def way_back(source: BaseModel, target: BaseModel, share: float, *, rank: int, p
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with tqdm(total=len(target.modules), desc="way back", unit="module", disable=not progress) as bar:
-        for names in _alike(target):
+        for names in bounded_groups(
+            list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
+        ):
             src, tgt = load_stack(source, names), load_stack(target, names)
             found, energies = _cut(src - tgt, rank)
             for name, one, (of, held) in zip(names, found, energies, strict=False):
@@ -89,17 +91,6 @@ def way_back(source: BaseModel, target: BaseModel, share: float, *, rank: int, p
                     modules[name] = LoRAFactors(a=one.a, b=one.b * np.float32(share))
             bar.update(len(names))
     return WayBack({name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0)
-
-
-def _alike(base: BaseModel) -> Iterator[list[str]]:
-    """Modules of equal shape, as many at a time as memory is to hold of both bases."""
-    by_shape: dict[tuple[int, int], list[str]] = {}
-    for name, module in base.modules.items():
-        by_shape.setdefault(module.shape, []).append(name)
-    for (rows, columns), names in by_shape.items():
-        most = max(jax.local_device_count(), GROUP_BYTES // (8 * rows * columns))
-        for part in np.array_split(np.arange(len(names)), -(-len(names) // most)):
-            yield [names[place] for place in part]
 
 
 def _cut(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:

@@ -167,7 +167,7 @@ def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(hous
 
     again = results(tmp_path / "moved")
     monkeypatch.setattr(run_module, "Plan", None)
-    monkeypatch.setattr(run_module, "save_adapter", None)
+    monkeypatch.setattr(run_module, "write_moved", None)
     assert run_batch(plan).count("kept") == 10
     assert results(tmp_path / "moved") == again
 
@@ -272,21 +272,21 @@ def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
 
 def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):
     plan_in(house, tmp_path)
-    save, written = run_module.save_adapter, []
+    save, written = run_module.write_moved, []
 
-    def stop_at_third(moved, out, **options):
+    def stop_at_third(*given):
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(save(moved, out, **options))
+        written.append(save(*given))
 
-    monkeypatch.setattr(run_module, "save_adapter", stop_at_third)
+    monkeypatch.setattr(run_module, "write_moved", stop_at_third)
     with pytest.raises(SystemExit) as exit_info:
         main(["batch", str(tmp_path / "plan.toml")])
     assert exit_info.value.code == 130
     assert "goes on from there" in capsys.readouterr().err
     stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
     assert (stated["done"], stated["open"]) == (2, 8)
-    monkeypatch.setattr(run_module, "save_adapter", save)
+    monkeypatch.setattr(run_module, "write_moved", save)
     summary = run_batch(read_plan(tmp_path / "plan.toml"))
     assert (summary.count("kept"), summary.count("done")) == (2, 8)
 

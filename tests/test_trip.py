@@ -94,7 +94,7 @@ def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = jcl.load_adapter(files / "adapter")
     large = jcl.shift(jcl.align(source, target, method="random", seed=3), adapter)
-    monkeypatch.setattr("jcrosslora.lora_align.GROUP_BYTES", 1)
+    monkeypatch.setattr("jcrosslora.gather.GROUP_BYTES", 1)
     small = jcl.align(source, target, method="random", seed=3)
     # A device gets one pair each; without a pair it would repeat another's.
     assert {len(group.pairs) for group in small.groups} <= set(range(1, jax.device_count() + 1))

@@ -35,10 +35,10 @@ from jcrosslora.trip import (
     open_both,
     plan_of,
     probes_of,
-    save_adapter,
     shifter_of,
     transfer,
     with_account,
+    write_moved,
 )
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
@@ -260,14 +260,7 @@ class _Run:
             moved, frozen = in_span(settings, target, mover.finish(plan.transport(()), (source, target)), known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
-                save_adapter(
-                    moved,
-                    settings.out,
-                    dtype=settings.dtype,
-                    profile=settings.profile,
-                    overwrite=self._overwrite,
-                    frozen=frozen,
-                )
+                write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
         except JCrossLoRAError as error:
             self._close(item.job, "failed", str(error))
         else:

@@ -77,7 +77,7 @@ class Method:
 
     @property
     def cuts(self) -> bool:
-        """Whether the truncation rank has any part in it."""
+        """Whether the truncation rank has any part in its maps."""
         return self.decomposes or self.draws
 
     @property
