@@ -15,7 +15,6 @@ from adapter_folders import matrix, write_folder
 from adapter_folders import tensors as lora_tensors
 from checkpoint_files import llama_tensors, write_llama
 from gguf_files import small_llama
-from safetensors.torch import load_file
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
@@ -24,6 +23,7 @@ from jcrosslora.report.effect import Change, Effect
 from jcrosslora.token_rows import token_places
 
 peft = pytest.importorskip("peft")
+torch_files = pytest.importorskip("safetensors.torch")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -272,7 +272,8 @@ def test_rows_lose_nothing_in_a_file_of_half_precision(tmp_path, bases, dtype):
     for rows, stored in ((slightly, torch.float32), (exactly, kind)):
         changed = dataclasses.replace(adapter, tokens=(dataclasses.replace(update, rows=rows),))
         out = jcl.save_adapter(changed, tmp_path / "out", base=base, profile="peft", dtype=dtype, overwrite=True)
-        found = {name.rsplit(".", 1)[1]: x for name, x in load_file(out / "adapter_model.safetensors").items()}
+        tensors = torch_files.load_file(out / "adapter_model.safetensors")
+        found = {name.rsplit(".", 1)[1]: x for name, x in tensors.items()}
         assert found["trainable_tokens_delta"].dtype == stored
         assert found["weight"].dtype == kind
         np.testing.assert_array_equal(jcl.load_adapter(out, base).tokens[0].rows, rows)
