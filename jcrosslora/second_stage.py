@@ -1,4 +1,4 @@
-"""What some methods do with an adapter when it has been moved: they run both bases and fit an update of the target."""
+"""What some methods do with an adapter when it has been moved: a fit that runs both bases, or part of the way back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jcrosslora.adapter import Adapter, fuse, split_fused, update_norm
 from jcrosslora.adapter.sums import add_factors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.lora_shift import MovedAdapter
+from jcrosslora.lora_shift import MovedAdapter, cut_moved
 from jcrosslora.methods import Method
 from jcrosslora.way_back import SHARE, WayBack, way_back
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jcrosslora.probes import ProbeBatch
 
 RESIDUAL_SCALE = 0.6
+# Ways back between two bases at one rank, by the share that is taken.
+Ways = dict[float, WayBack]
 
 
 def fit_behind(
@@ -31,10 +33,13 @@ def fit_behind(
     batches: Sequence[ProbeBatch] = (),
     dialogues: int | None = None,
     back: float = SHARE,
+    ways: Ways | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[MovedAdapter, tuple[str, ...]]:
     """The moved adapter with what its method puts behind the maps; the same one for methods of maps alone.
+
+    What is put there is cut as the moved adapter's report says (`out_rank`).
 
     Args:
         method: of the move.
@@ -46,6 +51,7 @@ def fit_behind(
         batches: for a fit to the residual stream: probe texts.
         dialogues: for a fit to predictions: how many prompts with answers; None is the usual number.
         back: for a way back: the share of it that is taken.
+        ways: those of earlier adapters, from the same source to the same target; a new one is added to them.
         seed: of what is sampled.
         progress: whether to show progress bars.
 
@@ -58,26 +64,31 @@ def fit_behind(
     if method.then == "nothing":
         return moved, ()
     if method.then == "way back":
-        return _with_way_back(source, target, moved, back, progress), ()
+        ways = {} if ways is None else ways
+        if back not in ways:
+            assert moved.report is not None
+            ways[back] = way_back(source, target, back, rank=moved.report.recipe.rank, progress=progress)
+        return _cut(_with_way_back(target, moved, ways[back], back)), ()
     start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
     if method.then == "residual":
         assert moved.report is not None
         found, sentence = _residual(source, target, adapter, start, batches, moved.report.layers, progress)
-        return _reported(moved, found, sentence, None), ()
+        return _cut(_reported(moved, found, sentence, None)), ()
     from jcrosslora.refine import FitSettings, refine
 
     settings = FitSettings() if dialogues is None else FitSettings(dialogues=dialogues)
     if method.teacher == "source":
         settings = dataclasses.replace(settings, trust=1.0, strength=0.0)
     refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
-    return _reported(moved, refined.adapter, refined.sentence, settings.dialogues), refined.texts
+    return _cut(_reported(moved, refined.adapter, refined.sentence, settings.dialogues)), refined.texts
 
 
-def _with_way_back(
-    source: BaseModel, target: BaseModel, moved: MovedAdapter, share: float, progress: bool
-) -> MovedAdapter:
+def _cut(moved: MovedAdapter) -> MovedAdapter:
+    return moved if moved.report is None or moved.report.out_rank is None else cut_moved(moved)
+
+
+def _with_way_back(target: BaseModel, moved: MovedAdapter, found: WayBack, share: float) -> MovedAdapter:
     assert moved.report is not None
-    found = way_back(source, target, share, rank=moved.report.recipe.rank, progress=progress)
     # Parts of a fused matrix that share their A go on sharing it: added one by one, each would bring all of it along.
     terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}

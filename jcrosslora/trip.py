@@ -23,7 +23,7 @@ from jcrosslora.invocation import with_invocation
 from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
 from jcrosslora.lineage import Structure, find_structure
 from jcrosslora.lora_align import Plan
-from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter, cut_moved
+from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
 from jcrosslora.methods import Method, get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.rank_cut import RankRule
@@ -164,8 +164,6 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         seed=settings.seed,
         progress=progress,
     )
-    if method.then != "nothing" and mover.out_rank is not None:
-        moved = cut_moved(moved)
     moved, frozen = in_span(settings, target, moved)
     if not writes:
         settings = dataclasses.replace(settings, effect="never")

@@ -248,14 +248,20 @@ def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
     jcl.save_adapter(random_adapter(base, scale=0.3), tmp_path / "adapters" / "a0", base_name="x")
     (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
     head = 'out="moved"\n[bases]\nsmall="small"\nwide="wide"\n[adapters]\nsmall=["adapters/a0"]\n'
-    probes = str(tmp_path / "texts.txt")
-    move = f'[[moves]]\nfrom="small"\nto="wide"\nmethods=["residual-teacher"]\nprobe_text="{probes}"\neffect="never"\n'
+    move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["residual-teacher"]\nprobe_text="texts.txt"\neffect="never"\n'
     (tmp_path / "plan.toml").write_text(head + move)
     (outcome,) = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     assert outcome.status == "done", outcome.text
     moved = jcl.load_adapter(outcome.out)
     assert any(np.abs(factors.b).max() > 0 for factors in moved.modules.values())
     assert run_batch(read_plan(tmp_path / "plan.toml")).count("kept") == 1
+    (tmp_path / "texts.txt").write_text("Peter has a dog and a house.\nAnna said that the water boils.\n" * 8)
+    summary = run_batch(read_plan(tmp_path / "plan.toml"))
+    assert (summary.count("kept"), summary.count("failed")) == (0, 1)  # other texts; a folder is not overwritten
+    assert run_batch(read_plan(tmp_path / "plan.toml"), overwrite=True).count("done") == 1
+    (tmp_path / "texts.txt").unlink()
+    (outcome,) = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
+    assert "texts.txt: cannot be read" in outcome.text
 
 
 def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):

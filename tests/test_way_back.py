@@ -10,6 +10,7 @@ from relatives import DTYPES, layer_of, make, merged, noisy, then
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
+from jcrosslora import second_stage
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli import main
 from jcrosslora.errors import MethodError, UsageError
@@ -221,3 +222,26 @@ def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path, capsys):
     for name, factors in moved.modules.items():
         np.testing.assert_allclose(delta(written.modules[name]), delta(factors), atol=1e-6)
     assert run_batch(read_plan(plan)).count("kept") == 1
+
+
+def test_a_batch_finds_the_way_back_once_for_all_adapters(bases, tmp_path, monkeypatch):
+    shares, settings = {"a0": 0.75, "a1": 0.75, "a2": 0.5}, {"method": "interpolated-copy", "out_rank": 2}
+    alone = {}
+    for seed, (name, share) in enumerate(shares.items()):
+        changes = {"back": share, "out": str(tmp_path / name)} | settings
+        alone[name] = transfer(bases, random_adapter(bases[0], seed=seed), tmp_path, **changes)
+        jcl.save_adapter(random_adapter(bases[0], seed=seed), tmp_path / "adapters" / name, base_name="org/src")
+    plan = tmp_path / "plan.toml"
+    head = f'out = "moved"\n[bases]\na = "{bases[0].path}"\nb = "{bases[1].path}"\n[adapters]\na = ["adapters/*"]\n'
+    move = '[[moves]]\nfrom = "a"\nto = ["b"]\nmethods = ["interpolated-copy"]\nout_rank = 2\nadapters = '
+    plan.write_text(f'{head}{move}["a0", "a1"]\n{move}["a2"]\nback = 0.5\n')
+    found = []
+    monkeypatch.setattr(second_stage, "way_back", lambda *given, **named: found.append(1) or way_back(*given, **named))
+    summary = run_batch(read_plan(plan))
+    assert summary.count("done") == 3, summary
+    assert len(found) == 2  # for two shares
+    for outcome in summary.outcomes.values():
+        (name,) = [name for name in shares if name in outcome.name]
+        written = jcl.load_adapter(outcome.out)
+        for module, factors in alone[name].modules.items():
+            np.testing.assert_allclose(delta(written.modules[module]), delta(factors), atol=1e-6)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,8 @@ class Ledger:
     """The record of a batch's finished jobs, in a hidden folder beside their results.
 
     A job counts as done if its folder is there and the record says that it was made from the same numbers: the same
-    settings, weights of both bases, adapter, and version of the package. Folders appear whole or not at all, so a
-    batch that was killed at any point goes on where it was.
+    settings, probe texts, weights of both bases, adapter, and version of the package. Folders appear whole or not at
+    all, so a batch that was killed at any point goes on where it was.
     """
 
     def __init__(self, out: Path) -> None:
@@ -69,7 +69,7 @@ class Ledger:
         return self._folder / f"{job.name}.json"
 
 
-def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str) -> str:
+def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: Sequence[str] = ()) -> str:
     """What a job is made from, as one hex string.
 
     Args:
@@ -77,7 +77,8 @@ def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str) -> str:
         adapter: the digest of its weights counts, and its configuration, which scales them.
         source: digest of the source's.
         target: digest of the target's.
+        texts: those of `probe_text`, if the settings name such a file.
     """
     settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}
-    made = [version("jcrosslora"), settings, adapter.digest, adapter.config, source, target]
+    made = [version("jcrosslora"), settings, adapter.digest, adapter.config, source, target, list(texts)]
     return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()

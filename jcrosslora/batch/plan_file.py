@@ -83,7 +83,7 @@ def read_plan(path: str | Path) -> BatchPlan:
     moves = _typed(values, "moves", list, place)
     jobs: dict[str, Job] = {}
     for number, move in enumerate(moves, 1):
-        for job in _jobs(move, bases, adapters, folder / out, f"{place}, move {number}"):
+        for job in _jobs(move, bases, adapters, folder, folder / out, f"{place}, move {number}"):
             if job.name in jobs:
                 msg = f"{place}, move {number}: {job.name} is made by two jobs; give one of the moves a label"
                 raise UsageError(msg)
@@ -95,7 +95,12 @@ def read_plan(path: str | Path) -> BatchPlan:
 
 
 def _jobs(
-    move: Any, bases: Mapping[str, _Base], adapters: Mapping[str, list[str]], out: Path, place: str
+    move: Any,
+    bases: Mapping[str, _Base],
+    adapters: Mapping[str, list[str]],
+    folder: Path,
+    out: Path,
+    place: str,
 ) -> Iterator[Job]:
     if not isinstance(move, dict):
         msg = f"{place} is {move!r}; write it as a table, [[moves]]"
@@ -106,6 +111,8 @@ def _jobs(
         msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out decide; leave it out"
         raise UsageError(msg)
     check_settings(settings, place)
+    if "probe_text" in settings:  # never a hub id
+        settings["probe_text"] = str(folder / Path(settings["probe_text"]).expanduser())
     source, label = _typed(move, "from", str, place), move.get("label", "")
     if not isinstance(label, str):
         msg = f"{place} has the label {label!r}; it must be text"

@@ -25,9 +25,11 @@ from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Shifter, add_to_all
 from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
+from jcrosslora.second_stage import Ways, fit_behind
 from jcrosslora.span import Known
 from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
+    TransferSettings,
     check_invocation,
     chosen,
     in_span,
@@ -164,11 +166,12 @@ class _Run:
         usual = _way(settings.method, choice)
         mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
         self._read, self._room = {}, CHUNK_BYTES
-        every = [self._load(job, source, target, usual, mapped) for job in unit.jobs]
+        texts = _texts(settings)
+        every = [self._load(job, source, target, usual, mapped, texts) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
         for name, way in {way.method.name: way for way in (usual, mapped)}.items():
             items = [item for item in loaded if item.way.method.name == name]
-            if way.method.then != "nothing":
+            if way.method.fits:
                 for item in items:
                     self._alone(item)
             elif not all(map(self._kept, items)):
@@ -179,14 +182,16 @@ class _Run:
             if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
                 self._close(item.job, "kept")
 
-    def _load(self, job: Job, source: BaseModel, target: BaseModel, usual: _Way, mapped: _Way) -> _Loaded | None:
+    def _load(
+        self, job: Job, source: BaseModel, target: BaseModel, usual: _Way, mapped: _Way, texts: Sequence[str]
+    ) -> _Loaded | None:
         """Check a job's adapter and its output before anything is computed."""
         try:
             adapter = load_for(job.settings, source, target)
             way = usual if adapter.info.invocation is None else mapped
             check_invocation(job.settings, adapter, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            mark = mark_of(job, adapter.info, source.digest(), target.digest())
+            mark = mark_of(job, adapter.info, source.digest(), target.digest(), texts)
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
@@ -194,7 +199,7 @@ class _Run:
             return None
         size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
         size += sum(4 * update.numbers for update in mover.adapter.tokens)
-        if way.method.then == "nothing":
+        if not way.method.fits:
             self._hold(job, adapter, size)
         return _Loaded(job, way, mark, tuple(mover.adapter.modules), size)
 
@@ -236,6 +241,7 @@ class _Run:
         held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
         info = describe_base(source)
         known: Known = {}
+        ways: Ways = {}
         for chunk in chunks:
             movers = [
                 shifter_of(item.job.settings, self._adapter(item, source, target), info, plan.method.name)
@@ -245,7 +251,7 @@ class _Run:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
-                    self._finish(item, mover, plan, source, target, known)
+                    self._finish(item, mover, plan, source, target, known, ways)
 
     def _adapter(self, item: _Loaded, source: BaseModel, target: BaseModel) -> Adapter:
         """The adapter of a job, held since it was checked or read again."""
@@ -253,11 +259,21 @@ class _Run:
         return load_for(item.job.settings, source, target) if held is None else held
 
     def _finish(
-        self, item: _Loaded, mover: Shifter, plan: Plan, source: BaseModel, target: BaseModel, known: Known
+        self,
+        item: _Loaded,
+        mover: Shifter,
+        plan: Plan,
+        source: BaseModel,
+        target: BaseModel,
+        known: Known,
+        ways: Ways,
     ) -> None:
         settings, choice, shown = item.job.settings, item.way.choice, self._progress
         try:
-            moved, frozen = in_span(settings, target, mover.finish(plan.transport(()), (source, target)), known)
+            moved = mover.finish(plan.transport(()), (source, target))
+            both, back = (source, target), settings.back
+            moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, back=back, ways=ways, progress=shown)
+            moved, frozen = in_span(settings, target, moved, known)
             moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
             with self._ledger.writing(item.job, item.mark):
                 write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
@@ -276,6 +292,15 @@ class _Run:
         self._since = now
         self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
         self._bar.update()
+
+
+def _texts(settings: TransferSettings) -> Sequence[str]:
+    """The user's probe texts, if there are any."""
+    if settings.probe_text is None:
+        return ()
+    from jcrosslora.probes import read_texts
+
+    return read_texts(settings.probe_text)
 
 
 def _chunks(loaded: Sequence[_Loaded]) -> Iterator[list[_Loaded]]:

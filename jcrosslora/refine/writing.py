@@ -15,7 +15,7 @@ from jcrosslora.tokens import pad_right
 
 PILOT = 16  # dialogues in each layout, to see which the adapter knows, and again as many in those that it may know
 KNOWN = 0.5  # of the largest change: a layout with less is left out
-_WIDTH, _ROWS = 64, 8
+_WIDTHS, _ROWS = (40, 64), 8  # tokens of a row that is compared: the fewer shapes, the less to compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def continue_prompts(writer: Writer, prompts: Sequence[str], settings: FitSettin
 
 def _last(writer: Writer, prompt: str) -> str:
     ids = writer.tokenizer.encode(prompt).ids
-    return prompt if len(ids) <= _WIDTH else writer.tokenizer.decode(ids[-_WIDTH:])
+    return prompt if len(ids) <= _WIDTHS[-1] else writer.tokenizer.decode(ids[-_WIDTHS[-1] :])
 
 
 def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
@@ -54,10 +54,14 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
         MethodError: the base writes no prompts, or no answers.
     """
     pilot = _answer(writer, write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed), settings, seed)
-    maybe = _known(writer, pilot, settings, errors=2)
-    pilot = [item for item in pilot if item.layout in maybe]
-    pilot += _answer(writer, write_prompts(writer, _each(maybe, PILOT), seed + 1), settings, seed + 1)
-    known = _known(writer, pilot, settings, errors=1)
+    figures = compare(writer, pilot, settings.tokens)
+    maybe = _known(pilot, figures, errors=2)
+    kept = [place for place, item in enumerate(pilot) if item.layout in maybe]
+    more = _answer(writer, write_prompts(writer, _each(maybe, PILOT), seed + 1), settings, seed + 1)
+    new = compare(writer, more, settings.tokens)
+    pilot = [pilot[place] for place in kept] + more
+    figures = np.append(figures[0][kept], new[0]), np.append(figures[1][kept], new[1])
+    known = _known(pilot, figures, errors=1)
     found = [item for item in pilot if item.layout in known]
     missing = max(0, settings.dialogues - len(found))
     if known and missing:
@@ -93,9 +97,9 @@ def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarr
     return [layout for layout in near if gains[layout] >= gains[best] - slack]
 
 
-def _known(writer: Writer, dialogues: Sequence[Dialogue], settings: FitSettings, errors: float) -> list[int]:
-    change, surer = compare(writer, dialogues, settings.tokens)
-    return known_layouts(by_layout(dialogues, change), by_layout(dialogues, surer), errors)
+def _known(dialogues: Sequence[Dialogue], figures: tuple[np.ndarray, np.ndarray], errors: float) -> list[int]:
+    change, surer = (by_layout(dialogues, values) for values in figures)
+    return known_layouts(change, surer, errors)
 
 
 def _each(layouts: Iterable[int], count: int) -> list[int]:
@@ -132,24 +136,28 @@ def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple
     assert writer.adapter is not None
     none = jax.tree.map(jnp.zeros_like, writer.adapter)
     change, surer = np.zeros(len(dialogues)), np.zeros(len(dialogues))
-    for start in range(0, len(dialogues), _ROWS):
-        part = dialogues[start : start + _ROWS]
-        whole = [writer.tokenizer.encode(item.text).ids for item in part]
-        begins = [len(writer.tokenizer.encode(item.prompt).ids) for item in part]
-        ids = [own[-_WIDTH:] for own in whole]
+    whole = [writer.tokenizer.encode(item.text).ids for item in dialogues]
+    begins = [len(writer.tokenizer.encode(item.prompt).ids) for item in dialogues]
+    # Texts of one length together: every token of padding costs as much as one of text.
+    order = sorted(range(len(dialogues)), key=lambda place: len(whole[place]))
+    for start in range(0, len(order), _ROWS):
+        part = order[start : start + _ROWS]
+        width = next((width for width in _WIDTHS if len(whole[part[-1]]) <= width), _WIDTHS[-1])
         at, seen = np.zeros((_ROWS, tokens), np.int32), np.zeros((_ROWS, tokens), bool)
-        for row, (own, begin) in enumerate(zip(whole, begins, strict=True)):
+        for row, place in enumerate(part):
             # The prediction of a token is at the one before it.
-            places = np.arange(begin, max(begin + 1, len(own)))[:tokens] - 1 - max(0, len(own) - _WIDTH)
-            at[row, : len(places)], seen[row, : len(places)] = row * _WIDTH + np.maximum(places, 0), True
-        batch = (*map(jnp.asarray, pad_right(ids, (_ROWS, _WIDTH))), jnp.asarray(at.ravel()))
+            length, begin = len(whole[place]), begins[place]
+            places = np.arange(begin, max(begin + 1, length))[:tokens] - 1 - max(0, length - width)
+            at[row, : len(places)], seen[row, : len(places)] = row * width + np.maximum(places, 0), True
+        ids = [whole[place][-width:] for place in part]
+        batch = (*map(jnp.asarray, pad_right(ids, (_ROWS, width))), jnp.asarray(at.ravel()))
         changed, plain = (
             shared_log_probs(writer.settings, writer.params, one, *batch) for one in (writer.adapter, none)
         )
         figures = _divergence_and_fall(changed, plain)
         divergence, fall = (np.asarray(x, np.float64).reshape(at.shape)[: len(part)] for x in figures)
-        own, rows = seen[: len(part)], slice(start, start + len(part))
-        change[rows], surer[rows] = divergence[:, 0], (fall * own).sum(axis=1) / own.sum(axis=1)
+        own = seen[: len(part)]
+        change[part], surer[part] = divergence[:, 0], (fall * own).sum(axis=1) / own.sum(axis=1)
     return change, surer
 
 
