@@ -128,6 +128,9 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         info = describe_base(base, digest=False)
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
+    invoked = total.info.invocation is not None
+    known = (None, None) if base is None else (base.family.name, _heads(base))
+    check_profile(settings.profile, *known, invoked=invoked)
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
     total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
     total = for_profile(total, settings.profile)

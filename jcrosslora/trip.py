@@ -140,8 +140,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if choice is not None and adapter.info.invocation is not None:
         choice = by_maps(choice)
     method = get_method(settings.method if choice is None else choice.method)
-    check_profile(settings.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
-    check_invocation(settings, adapter, method)
+    check_move(settings, adapter, target, method)
     mover = shifter_of(settings, adapter, describe_base(source), method.name)
     plan = plan_of(settings, source, target, method.name, mover.adapter.modules.keys(), cache, found)
     # After all else has been checked: writing texts takes a minute.
@@ -213,13 +212,17 @@ def chosen(
     return found, choose_method(source, target, found)
 
 
-def check_invocation(settings: TransferSettings, adapter: Adapter, method: Method) -> None:
-    """Refuse to run a base with an adapter that does nothing before its invocation.
+def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, method: Method) -> None:
+    """Refuse what cannot be written in the end, and to run a base with an adapter that waits for its invocation.
 
     Raises:
+        UsageError: an unknown profile.
+        OutputError: a profile that cannot hold the adapter, or cannot be written for the target.
         MethodError: the adapter is an aLoRA, and the method, or the check of the effect, runs the bases with it.
     """
-    if adapter.info.invocation is None:
+    heads, invoked = (target.dims.heads, target.dims.kv_heads), adapter.info.invocation is not None
+    check_profile(settings.profile, target.family.name, heads, invoked=invoked)
+    if not invoked:
         return
     if method.fits:
         msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "

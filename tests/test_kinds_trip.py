@@ -15,10 +15,11 @@ from tiny_models import tiny_model
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
+from jcrosslora import trip
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli import main
 from jcrosslora.decoder import stack_adapter
-from jcrosslora.errors import AdapterError, MethodError
+from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.invocation import translated, with_invocation
 from jcrosslora.tokens import load_tokenizer
 
@@ -120,6 +121,29 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
     with pytest.raises(MethodError, match="acts only after"):
         jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="anchored"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("profile", ["mlx", "lora-xs"])
+def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized, monkeypatch, profile):
+    folder, source, _, _ = tokenized
+    where = {name: str(folder / name) for name in ("adapter", "source", "target")}
+    settings = {"method": "pad-truncate", "profile": profile, "out_rank": 4}
+    jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
+    bases = "".join(f'{name} = "{where[name]}"\n' for name in ("source", "target"))
+    adapters = f'source = ["{where["adapter"]}", "{tmp_path / "plain"}"]\n'
+    move = '[[moves]]\nfrom = "source"\nto = "target"\nmethods = ["pad-truncate"]\nout_rank = 4\n'
+    move += f'profile = "{profile}"\n'
+    (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
+    found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
+    assert [outcome.status for outcome in found.values()] == ["failed", "done"]
+    assert "which MLX does not know" in found["adapter--target--pad-truncate"].text or profile == "lora-xs"
+    monkeypatch.delattr(trip, "plan_of")
+    with pytest.raises(OutputError, match=r"does not know: write it in one of the profiles portable, peft, gguf"):
+        jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "out"), **settings))
+    exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
+    with pytest.raises(OutputError, match="aLoRA"):
+        jcl.export_adapter(dataclasses.replace(exported, base=where["source"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):

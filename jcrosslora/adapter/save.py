@@ -30,6 +30,8 @@ WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
 }
 # Those whose readers know the magnitudes of a DoRA.
 _OF_DORA = ("peft", "mlx")
+# Those whose readers know no invocation tokens (aLoRA): there an adapter would always act.
+_ALWAYS_ACTS = {"mlx": "MLX", LORA_XS: "LoRA-XS"}
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
@@ -86,7 +88,7 @@ def save_adapter(
     """
     out = Path(out)
     ensure_free(out, overwrite)
-    check_profile(profile, family, heads, dora=magnitudes is not None)
+    check_profile(profile, family, heads, dora=magnitudes is not None, invoked=adapter.info.invocation is not None)
     _check_settings(dtype, documents or {}, metadata or {})
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
@@ -126,7 +128,14 @@ def for_profile(adapter: Adapter, profile: str) -> Adapter:
     return without_tokens(adapter, why) if why else adapter
 
 
-def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:
+def check_profile(
+    profile: str,
+    family: str | None,
+    heads: tuple[int, int] | None,
+    *,
+    dora: bool = False,
+    invoked: bool = False,
+) -> None:
     """Refuse a profile that cannot be written for a base, before any work is done for it.
 
     Args:
@@ -134,15 +143,21 @@ def check_profile(profile: str, family: str | None, heads: tuple[int, int] | Non
         family: of the base, None if it is not known.
         heads: its query heads and key heads, likewise.
         dora: whether a DoRA is to be written with its magnitudes.
+        invoked: whether the adapter acts only after invocation tokens (aLoRA).
 
     Raises:
         UsageError: an unknown profile, or one that holds no magnitudes.
         OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
-            a base.
+            a base; a profile that holds no invocation tokens.
     """
     if profile not in WRITERS:
         msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
         raise UsageError(msg)
+    if invoked and profile in _ALWAYS_ACTS:
+        others = ", ".join(other for other in WRITERS if other not in _ALWAYS_ACTS)
+        msg = f"the adapter acts only after its invocation tokens (aLoRA), which {_ALWAYS_ACTS[profile]} does not know"
+        msg += f": write it in one of the profiles {others}"
+        raise OutputError(msg)
     if dora and profile not in _OF_DORA:
         msg = f"profile {profile} has no place for the magnitudes of a DoRA; use {' or '.join(_OF_DORA)}, or let it be "
         msg += "fitted (leave out --keep-dora)"

@@ -29,12 +29,8 @@ def write_lora_xs(contents: Contents, folder: Path) -> None:
     """One rank for all modules, that of the frozen factors.
 
     Raises:
-        OutputError: see `check_frozen`; values that do not fit the dtype, or an adapter that acts only after certain
-            tokens.
+        OutputError: see `check_frozen`; values that do not fit the dtype.
     """
-    if contents.invocation is not None:
-        msg = "the adapter acts only after its invocation tokens (aLoRA), which LoRA-XS does not know"
-        raise OutputError(msg + ": write it in profile portable, peft or gguf")
     frozen = check_frozen(contents.modules, contents.frozen)
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():

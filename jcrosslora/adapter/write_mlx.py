@@ -25,12 +25,8 @@ def write_mlx(contents: Contents, folder: Path) -> None:
     """One rank, lower ones padded with zeros, and scale 1. In a layer without an update MLX's own change nothing.
 
     Raises:
-        OutputError: a module that is not part of a layer, values that do not fit the dtype, or an adapter that acts
-            only after certain tokens.
+        OutputError: a module that is not part of a layer, values that do not fit the dtype.
     """
-    if contents.invocation is not None:
-        msg = "the adapter acts only after its invocation tokens (aLoRA), which MLX does not know"
-        raise OutputError(msg + ": write it in profile portable, peft or gguf")
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, contents.rank)

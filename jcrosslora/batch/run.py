@@ -30,7 +30,7 @@ from jcrosslora.span import Known
 from jcrosslora.transport import describe_base
 from jcrosslora.trip import (
     TransferSettings,
-    check_invocation,
+    check_move,
     chosen,
     in_span,
     load_for,
@@ -189,7 +189,7 @@ class _Run:
         try:
             adapter = load_for(job.settings, source, target)
             way = usual if adapter.info.invocation is None else mapped
-            check_invocation(job.settings, adapter, way.method)
+            check_move(job.settings, adapter, target, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
             mark = mark_of(job, adapter.info, source.digest(), target.digest(), texts)
             if not self._ledger.is_done(job, mark):
