@@ -2,7 +2,8 @@
 
     python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
         [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method theseus:rank=64 ...]
-        [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD] [--lineage OTHER_TRAIN [--lineage-written]]
+        [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD]
+        [--lineage OTHER_TRAIN [--lineage-written] [--lineage-dense]]
         [--markdown TABLE.md]
 
 For each task, pair of bases and seed it trains a LoRA adapter on the source and one on the target (the oracle), moves
@@ -17,7 +18,8 @@ with the same command. After a change of the package remove the folders below WO
 Hyper-parameters are chosen with --split train-rest, which scores train questions that no adapter was trained on, and
 never on test questions. --written makes a task whose answers are written, in JSON (`written_task.py`); its accuracy is
 exact match. --lineage adds the pair of the first source and its own further-trained version, trained on another task;
-with --lineage-written on its answers in JSON, which are of quite another form.
+with --lineage-written on its answers in JSON, which are of quite another form, and with --lineage-dense in all weights
+of its modules, where else a LoRA of --lineage-rank is merged into them.
 
 On 2 cores, for SmolLM2-135M to Gemma-3-270M, theseus takes about 5 minutes a seed, and 300 questions 1 minute a row.
 """
@@ -61,7 +63,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texted", action="append", default=[], help="a method to run with these as well")
     parser.add_argument("--lineage", type=Path, help="train file of another task, for the further-trained version")
     parser.add_argument("--lineage-written", action="store_true", help="that version answers in writing, in JSON")
-    parser.add_argument("--lineage-rank", type=int, default=64)
+    parser.add_argument("--lineage-dense", action="store_true", help="that version is trained in all weights")
+    parser.add_argument("--lineage-rate", type=float, default=5e-5, help="of --lineage-dense")
+    parser.add_argument("--lineage-rank", type=int, default=64, help="of the LoRA that is merged without it")
     parser.add_argument("--lineage-steps", type=int, default=2 * usual.steps)
     parser.add_argument("--split", choices=("test", "train-rest"), default="test")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
@@ -89,7 +93,8 @@ def check(arguments: argparse.Namespace) -> None:
         "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
         "a method is given twice": len({row.slug for row in rows}) == len(rows),
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
-        "--lineage-written wants --lineage OTHER_TRAIN": arguments.lineage is not None or not arguments.lineage_written,
+        "--lineage-written and --lineage-dense want --lineage OTHER_TRAIN": arguments.lineage is not None
+        or not (arguments.lineage_written or arguments.lineage_dense),
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(
@@ -168,6 +173,7 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
             arguments.lineage_rank,
             arguments.lineage_steps,
             written=arguments.lineage_written,
+            dense_rate=arguments.lineage_rate if arguments.lineage_dense else None,
         )
         own = arguments.lineage.stem.removesuffix("_train")
         lineage = [parse_row(name) for name in LINEAGE_ROWS]

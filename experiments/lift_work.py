@@ -7,7 +7,7 @@ there. Nothing looks at the code that made a moved adapter: after a change of th
     moved/TASK--SOURCE--TARGET/ROW--seedN
     scores/TASK--SOURCE--TARGET/SPLIT--seedN/ROW.npz
     prompts/TASK--FIRST--N.jsonl       unlabelled prompts
-    further/BASE--TASK                 a base's further-trained version, and beside it the adapter merged into it
+    further/BASE--TASK[--dense]        a base's further-trained version, and beside it the adapter merged into it
     checkpoints/                       of the training under way
 """
 
@@ -17,19 +17,20 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+from dense_training import train_dense
 from lift_tasks import Row, Task, slug
 from rich.console import Console
 from safetensors import safe_open
 from written_task import written_example
 
 import jcrosslora as jcl
-from jcrosslora.adapter import save_adapter
+from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.probes.text_files import save_texts
 from jcrosslora.training import TrainSettings, read_examples, train_lora
@@ -81,7 +82,7 @@ class Work:
         """
         out = self.folder / "trained" / f"{task.name}--{base.name}--seed{seed}"
         settings = dataclasses.replace(self.settings, seed=seed)
-        self._train(base.ref, task.examples, settings, out, {"task": task.name, "first": task.first})
+        self._train(base.ref, task.examples, settings, out, {"task": task.name, "first": task.first}, train_lora)
         return out
 
     def moved(self, task: Task, pair: Pair, row: Row, seed: int) -> Path:
@@ -118,7 +119,9 @@ class Work:
         """The folder of the scores of all rows of one seed."""
         return self.folder / "scores" / f"{task.name}--{pair.name}" / f"{split}--seed{seed}"
 
-    def further_trained(self, base: Base, file: Path, rank: int, steps: int, *, written: bool = False) -> Base:
+    def further_trained(
+        self, base: Base, file: Path, rank: int, steps: int, *, written: bool = False, dense_rate: float | None = None
+    ) -> Base:
         """The base's version further trained on all of a task file: a LoRA of a larger rank, merged into the weights.
 
         Args:
@@ -127,17 +130,21 @@ class Work:
             rank: of the LoRA.
             steps: of the training.
             written: whether on answers that are written (`written_task.py`).
+            dense_rate: train all weights of its modules at this rate, not a LoRA (`dense_training.py`).
 
         Raises:
             UsageError: one is there that was trained with other settings.
             JCrossLoRAError: it cannot be trained or written.
         """
         name = f"{file.stem}_written" if written else file.stem
-        out = self.folder / "further" / f"{base.name}--{slug(name)}"
+        out = self.folder / "further" / f"{base.name}--{slug(name)}{'' if dense_rate is None else '--dense'}"
         adapter = out.with_name(f"{out.name}--adapter")
         examples = [written_example(one) for one in read_task(file)] if written else read_examples(file)
         settings = dataclasses.replace(self.settings, rank=rank, alpha=2.0 * rank, steps=steps, seed=_FURTHER_SEED)
-        self._train(base.ref, examples, settings, adapter, {"task": name, "first": len(examples)})
+        facts, train = {"task": name, "first": len(examples)}, train_lora
+        if dense_rate is not None:
+            settings, train = dataclasses.replace(settings, rate=dense_rate), train_dense
+        self._train(base.ref, examples, settings, adapter, facts, train)
         if not out.exists():
             self._say(f"merging {adapter.name} into {base.name}")
             # In float32: updates are smaller than what bfloat16 leaves of a weight.
@@ -146,7 +153,13 @@ class Work:
         return Base(str(out), out.name)
 
     def _train(
-        self, ref: str, examples: Sequence[Question], settings: TrainSettings, out: Path, facts: Mapping[str, Any]
+        self,
+        ref: str,
+        examples: Sequence[Question],
+        settings: TrainSettings,
+        out: Path,
+        facts: Mapping[str, Any],
+        train: Callable[..., Adapter],
     ) -> None:
         made = {**dataclasses.asdict(settings), **facts}
         if out.exists():
@@ -154,7 +167,7 @@ class Work:
             return
         self._say(f"training {out.name}: {settings.steps} steps on {len(examples)} examples")
         base, checkpoints = jcl.open_base(ref), self.folder / "checkpoints" / out.name
-        adapter = train_lora(base, examples, settings, checkpoints=checkpoints, progress=sys.stderr.isatty())
+        adapter = train(base, examples, settings, checkpoints=checkpoints, progress=sys.stderr.isatty())
         save_adapter(
             adapter,
             out,

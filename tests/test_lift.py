@@ -357,6 +357,18 @@ def test_a_run_with_written_answers_prompts_and_a_further_trained_version(folder
     assert "exact match" in text
 
 
+@pytest.mark.slow
+def test_a_run_with_a_version_that_was_trained_in_all_weights(folders, task_files, tmp_path, monkeypatch):
+    other = task_files[0].with_name("other_train.jsonl")
+    other.write_bytes(task_files[0].read_bytes())
+    given = ["--pair", *map(str, folders), "--seeds", "0", "--steps", "10", "--task", *map(str, task_files)]
+    given += ["--method", "pad-truncate", "--lineage", str(other), "--lineage-dense", "--lineage-steps", "2"]
+    monkeypatch.setattr(lift, "LINEAGE_ROWS", ("copy", "interpolated-copy"))
+    text = run_twice(given, tmp_path, monkeypatch)
+    assert "small: small to small--other_train--dense, " in text
+    assert "| interpolated-copy | " in text
+
+
 def run_twice(given, folder, monkeypatch) -> str:
     """The Markdown of a run, the same as that of a second one, which trains, moves and scores nothing."""
     table = folder / "table.md"
@@ -364,8 +376,9 @@ def run_twice(given, folder, monkeypatch) -> str:
     monkeypatch.setattr(sys, "argv", ["lift.py", *given])
     lift.run(lift.parse(given))
     first = table.read_text()
-    for module, name in ((lift_work, "train_lora"), (lift_scores, "score"), (lift_scores, "exact_matches")):
-        monkeypatch.setattr(module, name, None)
+    for module, names in ((lift_work, ("train_lora", "train_dense")), (lift_scores, ("score", "exact_matches"))):
+        for name in names:
+            monkeypatch.setattr(module, name, None)
     lift.run(lift.parse(given))
     assert table.read_text() == first
     return first

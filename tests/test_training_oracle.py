@@ -114,7 +114,7 @@ def test_updates_are_those_of_torch(pair):
     before = leaves(factors)
     state = first_state(jax.tree.map(jnp.array, factors), SETTINGS)
     for rate in (0.01 / 3, 0.02 / 3, 0.01):  # two of 40 steps rise, the third is the highest
-        state = update(SETTINGS, state, gradient(state.factors)[1])
+        state = update(SETTINGS, state, gradient(state.trained)[1])
         optimizer.zero_grad()
         torch_loss(model).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters(model), SETTINGS.clip)
@@ -123,7 +123,7 @@ def test_updates_are_those_of_torch(pair):
         optimizer.step()
     assert int(state.step) == 3
     moved = 0.0
-    for ours, theirs, start in zip(leaves(state.factors), parameters(model), before, strict=True):
+    for ours, theirs, start in zip(leaves(state.trained), parameters(model), before, strict=True):
         # Adam divides by the gradient's own size: where that is near rounding, so is the sign of the step.
         apart = np.abs(ours - theirs.detach().numpy())
         assert np.quantile(apart, 0.99) < 2e-5

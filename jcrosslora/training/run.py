@@ -1,24 +1,28 @@
-"""A whole training: from a base and examples to an adapter."""
+"""A whole training: from a base and examples to an adapter, or to whatever else of a base is trained."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import jax
 from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import Params, load_params, settings_of
+from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question
 from jcrosslora.tokens import Tokenizer, load_tokenizer
-from jcrosslora.training.batches import Plan
+from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
 from jcrosslora.training.examples import Encoded, digest, encode
 from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.settings import TrainSettings
 from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
+
+Trained = TypeVar("Trained")
 
 
 def train_lora(
@@ -57,6 +61,59 @@ def train_lora(
         CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
         OutputError: a checkpoint cannot be written.
     """
+    model, scale, loaded = settings_of(base), settings.alpha / settings.rank, [params]
+
+    def gradient(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
+        if loaded[0] is None:  # not before a step has to be made
+            loaded[0] = load_params(base, settings.dtype)
+        return loss_and_gradient(model, loaded[0], factors, batch, scale, settings.remat)
+
+    settings.check()
+    factors = train(
+        base,
+        examples,
+        settings,
+        first_factors(base, settings),
+        gradient,
+        checkpoints=checkpoints,
+        every=every,
+        progress=progress,
+        tokenizer=tokenizer,
+    )
+    return to_adapter(factors, settings, base)
+
+
+def train(
+    base: BaseModel,
+    examples: Sequence[Question],
+    settings: TrainSettings,
+    started: Trained,
+    gradient: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
+    *,
+    checkpoints: Path | None = None,
+    every: int = 20,
+    progress: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Trained:
+    """Train what `gradient` is the gradient of, for the given examples; otherwise as `train_lora`.
+
+    Args:
+        base: the model.
+        examples: see `train_lora`.
+        settings: of the training; what is trained decides whether rank, alpha and modules have a meaning.
+        started: arrays in float32, in front of the first step. They are used up.
+        gradient: the loss of a batch, and its gradient with respect to these arrays.
+        checkpoints: see `train_lora`.
+        every: see `train_lora`.
+        progress: see `train_lora`.
+        tokenizer: see `train_lora`.
+
+    Returns:
+        The arrays behind the last step.
+
+    Raises:
+        UsageError, CheckpointError, OutputError: see `train_lora`.
+    """
     settings.check()
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
@@ -64,33 +121,36 @@ def train_lora(
     tokenizer = tokenizer or load_tokenizer(base)
     encoded = [encode(tokenizer, one) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
-    state = first_state(first_factors(base, settings), settings)
+    state = first_state(started, settings)
     with _opened(checkpoints, base, encoded, settings) as kept:
         state = state if kept is None else kept.restore(state)
-        if int(state.step) < settings.steps:
-            params = load_params(base, settings.dtype) if params is None else params
-            for state in _states(base, params, plan, settings, state, progress):  # noqa: B020
-                step = int(state.step)
-                if kept is not None and (step % every == 0 or step == settings.steps):
-                    kept.save(state)
-    return to_adapter(state.factors, settings, base)
+        for state in _states(base, gradient, plan, settings, state, progress):  # noqa: B020
+            step = int(state.step)
+            if kept is not None and (step % every == 0 or step == settings.steps):
+                kept.save(state)
+    return state.trained
 
 
 def _states(
-    base: BaseModel, params: Params, plan: Plan, settings: TrainSettings, state: TrainState, progress: bool
+    base: BaseModel,
+    gradient: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
+    plan: Plan,
+    settings: TrainSettings,
+    state: TrainState,
+    progress: bool,
 ) -> Iterator[TrainState]:
     """The state behind every further step; it is used up when the next one is asked for."""
-    model, start, scale = settings_of(base), int(state.step), settings.alpha / settings.rank
+    start = int(state.step)
     with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
         for step in range(start, settings.steps):
             batch = plan.batch(step)
-            loss, gradient = loss_and_gradient(model, params, state.factors, batch, scale, settings.remat)
+            loss, slope = gradient(state.trained, batch)
             if not math.isfinite(loss):
                 msg = (
                     f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is {settings.rate:g}"
                 )
                 raise UsageError(msg)
-            state = update(settings, state, gradient)
+            state = update(settings, state, slope)
             bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
             yield state

@@ -21,12 +21,12 @@ class TrainState:
     """All that an update changes.
 
     Attributes:
-        factors: A and B of every role, the scale not inside.
+        trained: what is trained, in float32: of a LoRA A and B of every role, the scale not inside.
         optimizer: state of `optimizer_of`.
         step: int32 scalar, updates made.
     """
 
-    factors: StackedAdapter
+    trained: Any
     optimizer: Any
     step: jax.Array
 
@@ -48,17 +48,16 @@ def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
 
 
-def first_state(factors: StackedAdapter, settings: TrainSettings) -> TrainState:
+def first_state(trained: Any, settings: TrainSettings) -> TrainState:
     """The state in front of the first update."""
-    return TrainState(factors, optimizer_of(settings).init(jax.tree.leaves(factors)), jnp.zeros((), jnp.int32))
+    return TrainState(trained, optimizer_of(settings).init(jax.tree.leaves(trained)), jnp.zeros((), jnp.int32))
 
 
 def answer_loss(
     model: DecoderSettings,
     params: Params,
-    factors: StackedAdapter,
+    adapter: StackedAdapter | None,
     batch: Batch,
-    scale: float | jax.Array,
     remat: bool = False,
 ) -> jax.Array:
     """float32 scalar: mean over the batch's answer tokens of -log p(token), in nats.
@@ -69,12 +68,11 @@ def answer_loss(
     Args:
         model: the base's settings.
         params: its weights.
-        factors: A and B, the scale not inside.
+        adapter: what is applied to it, the scale inside.
         batch: the examples.
-        scale: alpha / rank.
         remat: recompute each layer in the backward pass.
     """
-    hidden = forward(model, params, batch.tokens, mask=batch.mask, adapter=scaled(factors, scale), remat=remat).hidden
+    hidden = forward(model, params, batch.tokens, mask=batch.mask, adapter=adapter, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[batch.picked]
     found = target_log_probs(model, params, states[None], batch.wanted[None], chunk=_LOGITS_AT_ONCE)[0]
     return -jnp.sum(found * batch.used) / jnp.sum(batch.used)
@@ -89,16 +87,29 @@ def loss_and_gradient(
     scale: float | jax.Array,
     remat: bool = False,
 ) -> tuple[jax.Array, StackedAdapter]:
-    """`answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch."""
-    return jax.value_and_grad(answer_loss, argnums=2)(model, params, factors, batch, scale, remat)
+    """`answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
+
+    Args:
+        model: the base's settings.
+        params: its weights.
+        factors: A and B, the scale not inside.
+        batch: the examples.
+        scale: alpha / rank.
+        remat: recompute each layer in the backward pass.
+    """
+
+    def loss(factors: StackedAdapter) -> jax.Array:
+        return answer_loss(model, params, scaled(factors, scale), batch, remat)
+
+    return jax.value_and_grad(loss)(factors)
 
 
 # Apart from the gradient, because it is the same for batches of all shapes.
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def update(settings: TrainSettings, state: TrainState, gradient: StackedAdapter) -> TrainState:
+def update(settings: TrainSettings, state: TrainState, gradient: Any) -> TrainState:
     """The state behind an update. The state that is given is used up."""
-    leaves, structure = jax.tree.flatten(state.factors)
+    leaves, structure = jax.tree.flatten(state.trained)
     with jax.numpy_dtype_promotion("standard"):  # optax counts on it; a program around us may have set "strict"
         changes, optimizer = optimizer_of(settings).update(jax.tree.leaves(gradient), state.optimizer, leaves)
-    factors = structure.unflatten(jax.tree.leaves(optax.apply_updates(leaves, changes)))
-    return TrainState(factors, optimizer, state.step + 1)
+    trained = structure.unflatten(jax.tree.leaves(optax.apply_updates(leaves, changes)))
+    return TrainState(trained, optimizer, state.step + 1)

@@ -1,0 +1,78 @@
+"""Further training of all weights of a base's modules, as most further-trained models were made: no low rank in it."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
+from jcrosslora.evaluate import Question
+from jcrosslora.training import TrainSettings
+from jcrosslora.training.batches import Batch
+from jcrosslora.training.run import train
+from jcrosslora.training.step import answer_loss
+
+_EVERY = 80  # steps between checkpoints, which hold three times the weights
+
+
+def train_dense(
+    base: BaseModel,
+    examples: Sequence[Question],
+    settings: TrainSettings,
+    *,
+    checkpoints: Path | None = None,
+    progress: bool = False,
+) -> Adapter:
+    """Train the weights of `settings.modules` as `jcrosslora.training.train_lora` trains factors.
+
+    Args:
+        base: the model; its files do not change.
+        examples: see `train_lora`.
+        settings: of the training; rank and alpha have no meaning here.
+        checkpoints: folder for the states of this run.
+        progress: whether to show a progress bar.
+
+    Returns:
+        What was added to each weight, exactly: as an adapter of full rank, so that it can be merged.
+
+    Raises:
+        UsageError, CheckpointError, OutputError: see `train_lora`.
+    """
+    model, params = settings_of(base), load_params(base)
+    started = {role: jnp.array(params.weights[role]) for role in settings.modules}
+
+    def gradient(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return _loss_and_gradient(model, params, weights, batch)
+
+    found = train(base, examples, settings, started, gradient, checkpoints=checkpoints, every=_EVERY, progress=progress)
+    modules = {}
+    for role, weights in found.items():
+        for layer, change in enumerate(np.asarray(weights) - np.asarray(params.weights[role])):
+            modules[f"model.layers.{layer}.{ROLE_PATHS[role]}"] = _whole(change)
+    return Adapter(modules, AdapterInfo(name=f"trained on {base.name}", base_name=base.name))
+
+
+def _whole(change: np.ndarray) -> LoRAFactors:
+    """A matrix (O, I) as b @ a without a rounding: the identity of the shorter side and the matrix itself."""
+    rows, columns = change.shape
+    if rows <= columns:
+        return LoRAFactors(a=change, b=np.eye(rows, dtype=np.float32))
+    return LoRAFactors(a=np.eye(columns, dtype=np.float32), b=change)
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_and_gradient(
+    model: DecoderSettings, params: Params, weights: dict[str, jax.Array], batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(weights: dict[str, jax.Array]) -> jax.Array:
+        changed = dataclasses.replace(params, weights={**params.weights, **weights})
+        return answer_loss(model, changed, None, batch)
+
+    return jax.value_and_grad(loss)(weights)
