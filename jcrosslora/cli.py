@@ -173,7 +173,7 @@ class Evaluate:
     """The base model: a folder of safetensors, a GGUF file or a hub id."""
     task: Path
     """JSONL with question, choices and answer (the index of the right choice), one question a line."""
-    adapter: tuple[str, ...] = ()
+    adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Adapters of this base, scored beside each other."""
     limit: int | None = None
     """Only the first so many questions."""
@@ -190,7 +190,7 @@ class Evaluate:
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
         base = open_base(self.base)
-        adapters = [load_adapter(ref, base) for ref in self.adapter]
+        adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
         for adapter in adapters:
             for sentence in token_sentences(adapter.tokens, "bases are run without it"):
                 _say(console, f"not scored: {adapter.info.name}: {sentence}")

@@ -1,6 +1,7 @@
 """Activation alignment from file to file on tiny bases with two different tokenizers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,12 +105,16 @@ def test_evaluate_by_the_command(files, tmp_path, capsys):
     task = tmp_path / "task.jsonl"
     items = [{"question": f"What is {i}?", "choices": ["water", "light"], "answer": i % 2} for i in range(4)]
     task.write_text("\n".join(map(json.dumps, items)))
-    main(["evaluate", "--base", str(files / "source"), "--task", str(task), "--adapter", str(files / "adapter")])
+    adapters = [str(shutil.copytree(files / "adapter", tmp_path / name)) for name in ("one", "two", "three")]
+    given = ["--base", str(files / "source"), "--task", str(task)]
+    main(["evaluate", *given, "--adapter", *adapters[:2], "--adapter", adapters[2]])
     printed = capsys.readouterr().out
     assert "4 questions" in printed
     assert "accuracy" in printed
+    # The base and all three: the option may be given once for several, or again for each.
+    assert printed.count("accuracy per character") == 4
     with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "--base", str(files / "source"), "--task", str(task), "--limit", "0"])
+        main(["evaluate", *given, "--limit", "0"])
     assert stopped.value.code == 2
 
 
