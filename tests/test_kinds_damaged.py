@@ -110,12 +110,17 @@ def test_a_senseless_setting_is_one_line(tmp_path, made, kind):
 
 
 def test_small_files_of_huge_updates_are_refused(tmp_path):
-    """Kronecker products and banks of vectors make much of little."""
+    """Kronecker products, elementwise ones and banks of vectors make much of little."""
     side = {f"base_model.model.{Q}.lokr_{part}": matrix(200, 200) for part in ("w1", "w2")}
     config = {"peft_type": "LOKR", "r": 200, "alpha": 1}
     with pytest.raises(AdapterError, match=r"3,200,000,000 numbers.*--adapter-rank"):
         load_adapter(write_folder(tmp_path / "lokr", config, side))
     assert load_adapter(write_folder(tmp_path / "lokr", config, side), rank=2).modules[Q].shape == (40000, 40000)
+    pairs = {"w1_a": (12000, 110), "w1_b": (110, 12000), "w2_a": (12000, 110), "w2_b": (110, 12000)}
+    factors = {f"base_model.model.{Q}.hada_{part}": np.ones(shape, np.float32) for part, shape in pairs.items()}
+    config = {"peft_type": "LOHA", "r": 110, "alpha": 1}
+    with pytest.raises(AdapterError, match=r"288,000,000 numbers: use another adapter"):
+        load_adapter(write_folder(tmp_path / "loha", config, factors), rank=2)
     logits = {f"base_model.model.{Q}.vblora_logits_{part}": matrix(300, 300, 2) for part in "AB"}
     bank = {"base_model.vblora_vector_bank": matrix(2, 3000)}
     with pytest.raises(AdapterError, match="read it at a lower rank"):

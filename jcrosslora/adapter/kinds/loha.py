@@ -29,6 +29,7 @@ def _read(file: AdapterFile, module: str) -> Update:
         raise AdapterError(msg)
     rows, columns = b1.shape[0], a1.shape[1]
     scale = module_scale(file, module, rank)
+    file.check_size(module, min(rank**2, rows, columns) * (rows + columns), whole=True)
     if rank**2 < min(rows, columns):
         b = np.einsum("oi,oj->oij", b1, b2).reshape(rows, rank**2)
         a = np.einsum("in,jn->ijn", a1, a2).reshape(rank**2, columns)

@@ -102,19 +102,21 @@ class AdapterFile:
             raise AdapterError(msg)
         return array
 
-    def check_size(self, module: str, numbers: int) -> None:
+    def check_size(self, module: str, numbers: int, *, whole: bool = False) -> None:
         """Refuse factors that are far larger than the tensors that they are made of, before they are made.
 
         Args:
             module: as the file spells it.
             numbers: how many both factors hold.
+            whole: whether they have to be made at full rank, whatever rank is asked for.
 
         Raises:
             AdapterError: they would take more than 2 GB.
         """
         if numbers > LARGEST:
-            msg = f"{self.path}: the factors of module {module!r} would hold {numbers:,} numbers"
-            msg += ": read it at a lower rank (--adapter-rank), or another adapter if no base has such a module"
+            lower = "" if whole else "read it at a lower rank (--adapter-rank), or "
+            msg = f"{self.path}: the factors of module {module!r} would hold {numbers:,} numbers: {lower}use another "
+            msg += "adapter if no base has such a module"
             raise AdapterError(msg)
 
     def known_base(self, kind: str, why: str) -> BaseModel:
