@@ -276,6 +276,16 @@ def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
     assert "of the form i/n" in capsys.readouterr().err
 
 
+def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
+    plan_in(house, tmp_path, PLAN.replace('twin = "twin"', 'twin = "gone[v1]/[/x]"'))
+    main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
+    assert "gone[v1]/[/x]:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["batch", str(tmp_path / "plan.toml")])
+    assert stop.value.code == 2
+    assert "gone[v1]/[/x]:" in capsys.readouterr().out
+
+
 def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):
     plan_in(house, tmp_path)
     save, written = run_module.write_moved, []

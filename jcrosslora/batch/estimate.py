@@ -96,7 +96,7 @@ def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int]
         time_text = unknown[0] if found.seconds is None else f"{found.seconds:.1f} s"
         memory = unknown[1] if found.memory is None else f"{found.memory / 1e9:.2f} GB"
         table.add_row(*row, found.method, str(len(unit.jobs)), str(found.pairs), time_text, memory)
-    console.print(table)
+    console.print(table, markup=False)
 
 
 def _seconds(method: Method, shape: tuple[int, int, int], times: dict[tuple[int, ...], float]) -> float:

@@ -66,4 +66,4 @@ class Summary:
         table = Table("job", "status", "s", "", title_justify="left")
         for one in self.outcomes.values():
             table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
-        console.print(table)
+        console.print(table, markup=False)  # brackets in names and reasons are no style
