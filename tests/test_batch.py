@@ -113,6 +113,20 @@ def test_plans_that_cannot_be_meant(house, tmp_path, old, new, message):
         plan_in(house, tmp_path, PLAN.replace(old, new))
 
 
+def test_a_home_in_front_of_a_path_is_the_users(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(house))
+    text = PLAN.replace('"moved"', '"~/moved"').replace('"adapters/*"', '"~/adapters/*"')
+    text = text.replace('"twin"\n', '"~/twin"\n')
+    plan = plan_in(house, tmp_path, text)
+    assert plan.out == house / "moved"
+    assert Path(plan.jobs[0].settings.out) == plan.out / plan.jobs[0].name
+    assert plan.jobs[0].settings.adapter == str(house / "adapters" / "a0")
+    assert plan.jobs[4].settings.target == str(house / "twin")
+    for old in ('"moved"', '"adapters/*"', '"twin"\n'):
+        with pytest.raises(UsageError, match="no such home folder"):
+            plan_in(house, tmp_path, PLAN.replace(old, '"~no-such-user/*"\n'))
+
+
 def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
     text = PLAN.replace('label = "r8"\n', "").replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
     with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):

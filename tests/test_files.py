@@ -160,6 +160,17 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
         ensure_free(out / MARK / "inside", overwrite=False)
 
 
+def test_a_home_in_front_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    with atomic_folder("~/out") as work:
+        (work / MARK).write_text("new")
+    assert everything(tmp_path) == {"me": None, "me/out": None, f"me/out/{MARK}": "new"}
+    for refused in ("~/out", "~no-such-user/out"):
+        with pytest.raises(OutputError, match=r"exists already|no such home"):
+            ensure_free(refused, overwrite=False)
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("sync", [False, True])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, sync):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def read_plan(path: str | Path) -> BatchPlan:
     values = read_toml(path, "plan", 'out = "moved"')
     place = f"plan {path}"
     _refuse_unknown(values, _TABLES, place)
-    out, folder = _typed(values, "out", str, place), path.parent
+    folder = path.parent
+    out = folder / _expanded(_typed(values, "out", str, place), f"{place}, out")
     bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in _table(values, "bases", place)}
     adapters = {
         base: _adapters(refs, folder, f"{place}, adapters of {base}")
@@ -83,7 +85,7 @@ def read_plan(path: str | Path) -> BatchPlan:
     moves = _typed(values, "moves", list, place)
     jobs: dict[str, Job] = {}
     for number, move in enumerate(moves, 1):
-        for job in _jobs(move, bases, adapters, folder, folder / out, f"{place}, move {number}"):
+        for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
             if job.name in jobs:
                 msg = f"{place}, move {number}: {job.name} is made by two jobs; give one of the moves a label"
                 raise UsageError(msg)
@@ -91,7 +93,7 @@ def read_plan(path: str | Path) -> BatchPlan:
     if not jobs:
         msg = f"{place} has no moves; write at least one [[moves]] with from, to and methods"
         raise UsageError(msg)
-    return BatchPlan(folder / out, tuple(jobs.values()))
+    return BatchPlan(out, tuple(jobs.values()))
 
 
 def _jobs(
@@ -112,7 +114,7 @@ def _jobs(
         raise UsageError(msg)
     check_settings(settings, place)
     if "probe_text" in settings:  # never a hub id
-        settings["probe_text"] = str(folder / Path(settings["probe_text"]).expanduser())
+        settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
     source, label = _typed(move, "from", str, place), move.get("label", "")
     if not isinstance(label, str):
         msg = f"{place} has the label {label!r}; it must be text"
@@ -164,16 +166,16 @@ def _base(value: Any, folder: Path, place: str) -> _Base:
         raise UsageError(msg)
     _refuse_unknown(value, _BASE_KEYS, place)
     check_settings({f"target_{key}": value[key] for key in ("revision", "name") if key in value}, place)
-    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder))
+    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder, place))
 
 
 def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
     found: list[str] = []
     for ref in _list_of_text(refs, place):
         if not _WILD.search(ref):
-            found.append(_placed(ref, folder))
+            found.append(_placed(ref, folder, place))
             continue
-        pattern = Path(ref)
+        pattern = _expanded(ref, place)
         root = Path(pattern.anchor) if pattern.is_absolute() else folder
         parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
         matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir() or path.suffix == GGUF_ENDING)
@@ -184,10 +186,18 @@ def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _placed(ref: str, folder: Path) -> str:
+def _placed(ref: str, folder: Path, place: str) -> str:
     """A path as seen from here; what is not there beside the plan is left as it is: it may be a hub id."""
-    path = folder / Path(ref).expanduser()
-    return str(path) if path.exists() else ref
+    path = folder / _expanded(ref, place)
+    return str(path) if os.path.exists(path) else ref
+
+
+def _expanded(path: str, place: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        msg = f"{place} is {path}, and there is no such home folder; write another path"
+        raise UsageError(msg) from error
 
 
 def _names(table: Mapping[str, Any], key: str, default: list[str] | None, place: str) -> list[str]:
