@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,19 @@ def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
     for name, factors in jcl.load_adapter(outcome.out).modules.items():
         np.testing.assert_allclose(delta(factors), 3 * delta(before[name]), rtol=1e-5, atol=1e-6)
     assert run_batch(plan).count("kept") == 1
+
+
+def test_a_base_that_gets_its_tokenizer_later_is_moved_to_again(house, tmp_path):
+    write_llama(tmp_path / "wide", seed=1, tokenizer=False, **WIDER)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters="a0"\n'
+    plan = plan_in(house, tmp_path, text)
+    report = Path(plan.jobs[0].settings.out) / "transfer_report.json"
+    assert run_batch(plan).count("done") == 1
+    assert "no tokenizer.json" in report.read_text()
+    assert run_batch(plan).count("kept") == 1
+    shutil.copy(house / "wide" / "tokenizer.json", tmp_path / "wide")
+    assert run_batch(plan, overwrite=True).count("done") == 1
+    assert "no tokenizer.json" not in report.read_text()
 
 
 def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):

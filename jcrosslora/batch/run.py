@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jcrosslora import hosts
 from jcrosslora.adapter import Adapter
-from jcrosslora.batch.ledger import Ledger, mark_of
+from jcrosslora.batch.ledger import Ledger, base_mark, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
@@ -166,8 +166,8 @@ class _Run:
         usual = _way(settings.method, choice)
         mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
         self._read, self._room = {}, CHUNK_BYTES
-        texts = _texts(settings)
-        every = [self._load(job, source, target, usual, mapped, texts) for job in unit.jobs]
+        shared = base_mark(source), base_mark(target), _texts(settings)
+        every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
         for name, way in {way.method.name: way for way in (usual, mapped)}.items():
             items = [item for item in loaded if item.way.method.name == name]
@@ -183,15 +183,21 @@ class _Run:
                 self._close(item.job, "kept")
 
     def _load(
-        self, job: Job, source: BaseModel, target: BaseModel, usual: _Way, mapped: _Way, texts: Sequence[str]
+        self,
+        job: Job,
+        source: BaseModel,
+        target: BaseModel,
+        usual: _Way,
+        mapped: _Way,
+        shared: tuple[str, str, Sequence[str]],
     ) -> _Loaded | None:
-        """Check a job's adapter and its output before anything is computed."""
+        """Check a job's adapter and its output before anything is computed; `shared` ends the input of `mark_of`."""
         try:
             adapter = load_for(job.settings, source, target)
             way = usual if adapter.info.invocation is None else mapped
             check_move(job.settings, adapter, target, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            mark = mark_of(job, adapter.info, source.digest(), target.digest(), texts)
+            mark = mark_of(job, adapter.info, *shared)
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
