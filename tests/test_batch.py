@@ -136,6 +136,18 @@ def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
         read_plan(tmp_path / "none.toml")
 
 
+def test_two_adapters_of_one_name_need_another(house, tmp_path):
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "final").symlink_to(house / "adapters" / "a0")
+    text = PLAN.split("[[moves]]")[0].replace("adapters/*", "*/final") + '[[moves]]\nfrom="small"\nto="wide"\n'
+    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; give one of the two another"):
+        plan_in(house, tmp_path, text)
+    (tmp_path / "second-run").symlink_to(tmp_path / "second" / "final")
+    plan = plan_in(house, tmp_path, text.replace('"*/final"', '"first/final", "second-run"'))
+    assert [job.name for job in plan.jobs] == ["final--wide--auto", "second-run--wide--auto"]
+
+
 def test_shards_have_every_job_once():
     def job(number, target):
         return Job(f"{target}{number}", jcl.TransferSettings(adapter="a", source="s", target=target, out="o"))

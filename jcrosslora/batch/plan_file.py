@@ -87,13 +87,21 @@ def read_plan(path: str | Path) -> BatchPlan:
     for number, move in enumerate(moves, 1):
         for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
             if job.name in jobs:
-                msg = f"{place}, move {number}: {job.name} is made by two jobs; give one of the moves a label"
+                msg = f"{place}, move {number}: {job.name} is made by two jobs{_clash(job, jobs[job.name])}"
                 raise UsageError(msg)
             jobs[job.name] = job
     if not jobs:
         msg = f"{place} has no moves; write at least one [[moves]] with from, to and methods"
         raise UsageError(msg)
     return BatchPlan(out, tuple(jobs.values()))
+
+
+def _clash(job: Job, other: Job) -> str:
+    """What to do about two jobs of one name."""
+    names = other.settings.adapter, job.settings.adapter
+    if names[0] == names[1]:
+        return "; give one of the moves a label"
+    return f", of {names[0]} and {names[1]}; give one of the two another name, such as that of a link to it"
 
 
 def _jobs(
