@@ -101,6 +101,7 @@ def test_what_a_plan_means(house, tmp_path):
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
         ("adapters/*", "nothing/*", "no adapter matches nothing"),
+        ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "adapters, names the base 'smal'; the plan has small, wide"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),

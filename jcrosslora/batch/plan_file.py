@@ -82,6 +82,8 @@ def read_plan(path: str | Path) -> BatchPlan:
         base: _adapters(refs, folder, f"{place}, adapters of {base}")
         for base, refs in _table(values, "adapters", place)
     }
+    for name in adapters:
+        _check_base(name, bases, f"{place}, adapters,")
     moves = _typed(values, "moves", list, place)
     jobs: dict[str, Job] = {}
     for number, move in enumerate(moves, 1):
@@ -129,15 +131,19 @@ def _jobs(
         raise UsageError(msg)
     targets = _names(move, "to", None, place)
     for name in (source, *targets):
-        if name not in bases:
-            msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
-            raise UsageError(msg)
+        _check_base(name, bases, place)
     chosen = _chosen(move, adapters.get(source, []), source, place)
     for target in targets:
         for method in _names(move, "methods", ["auto"], place):
             for adapter in chosen:
                 name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
                 yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, settings))
+
+
+def _check_base(name: str, bases: Mapping[str, _Base], place: str) -> None:
+    if name not in bases:
+        msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
+        raise UsageError(msg)
 
 
 def _settings(

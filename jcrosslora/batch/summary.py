@@ -23,7 +23,7 @@ class Outcome:
         out: its folder.
         status: "done" in this run, "kept" from an earlier one, "failed", or "open": not reached.
         text: the verdict on the moved adapter, or what failed.
-        seconds: from the end of the job before, or of what all its unit shares, to its own end.
+        seconds: from the end of the job before to its own end; of the first of a unit, with what all of it share.
     """
 
     name: str
