@@ -370,10 +370,12 @@ def test_the_same_on_every_run(tmp_path):
     assert relate(source, target).to_json() == relate(source, target).to_json()
 
 
-def test_a_damaged_weight_is_an_error(tmp_path):
-    damaged = make().change(lambda name, x: np.full_like(x, np.nan) if "up_proj" in name else x)
-    with pytest.raises(jcl.CheckpointError, match="up_proj holds NaN or infinity"):
-        relate(make().write(tmp_path / "s"), damaged.write(tmp_path / "t"))
+@pytest.mark.parametrize("part", ["up_proj", "input_layernorm.weight", "q_proj.bias"])
+def test_a_damaged_weight_is_an_error(tmp_path, part):
+    whole = make("qwen2")
+    damaged = whole.change(lambda name, x: np.full_like(x, np.nan) if part in name else x)
+    with pytest.raises(jcl.CheckpointError, match=f"{part} holds NaN or infinity"):
+        relate(whole.write(tmp_path / "s"), damaged.write(tmp_path / "t"))
 
 
 def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):
