@@ -40,6 +40,9 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
         OutputError: something is there that may not be replaced, or the place cannot be written to.
     """
     out = output_path(out)
+    if out.name in ("", ".."):
+        msg = f"{out}: a folder with a name of its own was wanted, to be made or replaced: choose another output"
+        raise OutputError(msg)
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
     parent = _first_existing(out.parent)

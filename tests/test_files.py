@@ -160,6 +160,13 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
         ensure_free(out / MARK / "inside", overwrite=False)
 
 
+@pytest.mark.parametrize("out", [".", "", "..", "inner/..", "/"])
+def test_what_cannot_be_renamed_is_refused_before_any_work(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(old_adapter(tmp_path / "inner"))
+    with pytest.raises(OutputError, match="a name of its own"):
+        ensure_free(out, overwrite=True)
+
+
 def test_a_home_in_front_is_the_users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
