@@ -129,6 +129,16 @@ def test_a_home_in_front_of_a_path_is_the_users(house, tmp_path, monkeypatch):
             plan_in(house, tmp_path, PLAN.replace(old, '"~no-such-user/*"\n'))
 
 
+def test_a_pattern_takes_hidden_folders_only_where_it_names_them(house, tmp_path):
+    (tmp_path / "own" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "own" / "a0").symlink_to(house / "adapters" / "a0")
+    (tmp_path / "plans").mkdir()
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\n'
+    for pattern, name in (("../own/*", "a0"), ("../own/.*", ".ipynb_checkpoints"), (f"{tmp_path}/own/*", "a0")):
+        (job,) = plan_in(house, tmp_path / "plans", text.replace("adapters/*", pattern)).jobs
+        assert Path(job.settings.adapter).name == name
+
+
 def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
     text = PLAN.replace('label = "r8"\n', "").replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
     with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):

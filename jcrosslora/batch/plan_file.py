@@ -192,12 +192,19 @@ def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
         pattern = _expanded(ref, place)
         root = Path(pattern.anchor) if pattern.is_absolute() else folder
         parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-        matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir() or path.suffix == GGUF_ENDING)
+        visible = (path for path in root.glob(str(parts)) if not _is_hidden(path.relative_to(root), parts))
+        matches = sorted(str(path) for path in visible if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
             msg = f"{place}: no adapter matches {ref}; mind that paths are relative to the plan"
             raise UsageError(msg)
         found += matches
     return list(dict.fromkeys(found))
+
+
+def _is_hidden(path: Path, pattern: Path) -> bool:
+    """Whether a path goes through a hidden folder, and its pattern names none, as in a shell."""
+    found, named = ([part for part in one.parts if part[0] == "." and part != ".."] for one in (path, pattern))
+    return bool(found) and not named
 
 
 def _placed(ref: str, folder: Path, place: str) -> str:
