@@ -265,6 +265,17 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
+def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a1"]\n'
+    assert run_batch(plan_in(house, tmp_path, text)).count("done") == 2
+    record = tmp_path / "moved" / ".batch" / "a0--twin--copy.json"
+    record.unlink()
+    record.mkdir()
+    first, second = run_batch(plan_in(house, tmp_path, text + "out_rank = 2\n"), overwrite=True).outcomes.values()
+    assert (first.status, second.status) == ("failed", "done")
+    assert ".batch: cannot be written" in first.text
+
+
 def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
     base = jcl.open_base(house / "small")
     adapter = jcl.save_adapter(random_adapter(base, roles={"q_proj"}), tmp_path / "adapters" / "a0", base=base)

@@ -52,17 +52,26 @@ class Ledger:
         """
         replaces = Path(job.settings.out).exists()
         if replaces:
-            self._path(job).unlink(missing_ok=True)
+            self._forget(job)
         else:
             self._write(job, mark)
         yield
         if replaces:
             self._write(job, mark)
 
+    def _forget(self, job: Job) -> None:
+        with self._changing():
+            self._path(job).unlink(missing_ok=True)
+
     def _write(self, job: Job, mark: str) -> None:
-        try:
+        with self._changing():
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(job), json.dumps({"mark": mark}).encode(), sync=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
             raise OutputError(msg) from error
