@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from probe_bases import write_base
+from safetensors.numpy import load_file, save_file
 from test_trip import WIDER
 from tiny_bases import delta, random_adapter, write_llama
 
@@ -263,6 +264,18 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("done") == 1
     assert next(iter(jcl.load_adapter(outcome.out).modules.values())).rank == 2
     assert run_batch(changed, overwrite=True).count("kept") == 1
+
+
+def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
+    """a3 has no module whose weights are damaged, a0 has."""
+    write_llama(tmp_path / "wide", seed=1, first_token=20, **WIDER)
+    tensors = load_file(tmp_path / "wide" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(tensors, tmp_path / "wide" / "model.safetensors")
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters=["a3"]\n'
+    assert run_batch(plan_in(house, tmp_path, text)).count("done") == 1
+    both = run_batch(plan_in(house, tmp_path, text.replace('["a3"]', '["a3", "a0"]'))).outcomes
+    assert {one.name[:2]: one.status for one in both.values()} == {"a0": "failed", "a3": "kept"}
 
 
 def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):

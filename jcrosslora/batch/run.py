@@ -169,6 +169,7 @@ class _Run:
         shared = base_mark(source), base_mark(target), _texts(settings)
         every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
+        self._close_kept(loaded)  # whatever becomes of the others
         for name, way in {way.method.name: way for way in (usual, mapped)}.items():
             items = [item for item in loaded if item.way.method.name == name]
             if way.method.fits:
@@ -178,8 +179,11 @@ class _Run:
                 sources = {name for item in items for name in item.sources}
                 plan = plan_of(settings, source, target, name, sources, cache, found)
                 self._together(items, plan, source, target, hold=cache is None)
+        self._close_kept(loaded)  # by another run meanwhile
+
+    def _close_kept(self, loaded: Sequence[_Loaded]) -> None:
         for item in loaded:
-            if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
+            if self._summary.outcomes[item.job.name].status == "open" and self._kept(item):
                 self._close(item.job, "kept")
 
     def _load(
