@@ -278,6 +278,16 @@ def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
     assert {one.name[:2]: one.status for one in both.values()} == {"a0": "failed", "a3": "kept"}
 
 
+def test_an_adapter_whose_modules_do_not_fit_fails_alone(house, tmp_path):
+    """The target has another MLP: a3 has no modules there, the others have."""
+    write_llama(tmp_path / "twin", seed=1, intermediate=96)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a3"]\n'
+    first, second = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    assert (first.status, second.status) == ("failed", "done")
+    assert "needs equal shapes" in first.text
+    assert run_batch(plan_in(house, tmp_path, text)).count("kept") == 1
+
+
 def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):
     text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a1"]\n'
     assert run_batch(plan_in(house, tmp_path, text)).count("done") == 2

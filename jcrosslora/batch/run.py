@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +176,31 @@ class _Run:
                 for item in items:
                     self._alone(item)
             elif not all(map(self._kept, items)):
-                sources = {name for item in items for name in item.sources}
-                plan = plan_of(settings, source, target, name, sources, cache, found)
-                self._together(items, plan, source, target, hold=cache is None)
+
+                def plan_for(sources: Collection[str], name: str = name) -> Plan:
+                    return plan_of(settings, source, target, name, sources, cache, found)
+
+                fitting, plan = self._planned(items, plan_for)
+                if plan is not None:
+                    self._together(fitting, plan, source, target, hold=cache is None)
         self._close_kept(loaded)  # by another run meanwhile
+
+    def _planned(
+        self, items: Sequence[_Loaded], plan_for: Callable[[Collection[str]], Plan]
+    ) -> tuple[Sequence[_Loaded], Plan | None]:
+        """The jobs that can be aligned, with a plan for all of them; one whose own modules cannot fails alone."""
+        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
+        try:
+            return items, plan_for({name for kind in kinds for name in kind})
+        except JCrossLoRAError:
+            if len(kinds) == 1:
+                raise
+        reasons = {kind: _why_not(plan_for, kind) for kind in kinds}
+        for item in items:
+            if reasons[item.sources] and not self._kept(item):
+                self._close(item.job, "failed", reasons[item.sources])
+        fitting = [item for item in items if not reasons[item.sources]]
+        return fitting, plan_for({name for item in fitting for name in item.sources}) if fitting else None
 
     def _close_kept(self, loaded: Sequence[_Loaded]) -> None:
         for item in loaded:
@@ -302,6 +323,15 @@ class _Run:
         self._since = now
         self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
         self._bar.update()
+
+
+def _why_not(plan_for: Callable[[Collection[str]], Plan], modules: Collection[str]) -> str:
+    """Why modules cannot be aligned, "" if they can."""
+    try:
+        plan_for(modules)
+    except JCrossLoRAError as error:
+        return str(error)
+    return ""
 
 
 def _texts(settings: TransferSettings) -> Sequence[str]:
