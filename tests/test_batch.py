@@ -1,5 +1,6 @@
 """Batches: what a plan means, that a pair is aligned once, and that nothing is lost or redone after a stop."""
 
+import io
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from probe_bases import write_base
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_trip import WIDER
 from tiny_bases import delta, random_adapter, write_llama
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
-from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.batch import print_estimates, read_plan, run_batch
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli import main
@@ -369,6 +371,16 @@ def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
         main(["batch", str(tmp_path / "plan.toml")])
     assert stop.value.code == 2
     assert "gone[v1]/[/x]:" in capsys.readouterr().out
+
+
+def test_long_names_are_folded_and_not_cut(house, tmp_path):
+    (tmp_path / ("b" * 90)).mkdir()
+    text = PLAN.replace('"twin"\n', f'"{"b" * 90}"\n').replace('label = "r8"', f'label = "{"l" * 90}"')
+    plan = plan_in(house, tmp_path, text)
+    for show in (lambda console: print_estimates(plan, console), run_batch(plan).print_to):
+        show(Console(width=80, file=(printed := io.StringIO())))
+        assert "…" not in printed.getvalue()
+        assert printed.getvalue().count("b") >= 90
 
 
 def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):
