@@ -363,8 +363,14 @@ def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
     assert "of the form i/n" in capsys.readouterr().err
 
 
+def missing(base: str) -> str:
+    """A plan of one job, to a base that is not there."""
+    text = PLAN.split("[[moves]]")[0].replace('twin = "twin"', f'twin = "{base}"')
+    return text + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
+
+
 def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
-    plan_in(house, tmp_path, PLAN.replace('twin = "twin"', 'twin = "gone[v1]/[/x]"'))
+    plan_in(house, tmp_path, missing("gone[v1]/[/x]"))
     main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
     assert "gone[v1]/[/x]:" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
@@ -374,9 +380,7 @@ def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
 
 
 def test_long_names_are_folded_and_not_cut(house, tmp_path):
-    (tmp_path / ("b" * 90)).mkdir()
-    text = PLAN.replace('"twin"\n', f'"{"b" * 90}"\n').replace('label = "r8"', f'label = "{"l" * 90}"')
-    plan = plan_in(house, tmp_path, text)
+    plan = plan_in(house, tmp_path, missing("b" * 90))
     for show in (lambda console: print_estimates(plan, console), run_batch(plan).print_to):
         show(Console(width=80, file=(printed := io.StringIO())))
         assert "…" not in printed.getvalue()
