@@ -80,6 +80,8 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         yield work
         _sync(work)
+        if os.path.lexists(out):  # Another process may have made it meanwhile.
+            _check_replaceable(out, overwrite)
         _put_in_place(work, out)
     except BaseException as error:
         _remove(work, made)

@@ -150,6 +150,17 @@ def test_what_is_no_adapter_folder_is_never_replaced(tmp_path, make):
     assert everything(tmp_path) == before
 
 
+def test_what_another_process_made_meanwhile_is_not_replaced(tmp_path):
+    def write():
+        with atomic_folder(tmp_path / "out") as work:
+            (work / MARK).write_text("new")
+            old_adapter(tmp_path / "out")
+
+    with pytest.raises(OutputError, match="exists already"):
+        write()
+    assert everything(tmp_path) == {"out": None, f"out/{MARK}": "old", "out/more.txt": "old too"}
+
+
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
     out = old_adapter(tmp_path / "out")
     with pytest.raises(OutputError, match="--overwrite"):
