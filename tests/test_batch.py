@@ -268,6 +268,19 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
+def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, monkeypatch):
+    write = run_module.write_moved
+
+    def write_after_another(*moved):
+        write(*moved)
+        write(*moved)
+
+    monkeypatch.setattr(run_module, "write_moved", write_after_another)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
+    (outcome,) = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    assert (outcome.status, outcome.text) == ("kept", "")
+
+
 def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
     """a3 has no module whose weights are damaged, a0 has."""
     write_llama(tmp_path / "wide", seed=1, first_token=20, **WIDER)

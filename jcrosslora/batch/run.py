@@ -249,7 +249,7 @@ class _Run:
                 settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
                 moved = transfer(settings, progress=self._progress)
         except JCrossLoRAError as error:
-            self._close(item.job, "failed", str(error))
+            self._fail(item, error)
         else:
             assert moved.report is not None
             self._close(item.job, "done", verdict(moved.report).text)
@@ -309,10 +309,15 @@ class _Run:
             with self._ledger.writing(item.job, item.mark):
                 write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
         except JCrossLoRAError as error:
-            self._close(item.job, "failed", str(error))
+            self._fail(item, error)
         else:
             assert moved.report is not None
             self._close(item.job, "done", verdict(moved.report).text)
+
+    def _fail(self, item: _Loaded, error: JCrossLoRAError) -> None:
+        """List a job as failed, unless another run has done it meanwhile."""
+        if not self._kept(item):
+            self._close(item.job, "failed", str(error))
 
     def _kept(self, item: _Loaded) -> bool:
         return self._ledger.is_done(item.job, item.mark)
