@@ -63,9 +63,9 @@ def read_plan(path: str | Path) -> BatchPlan:
     """Read a plan from a TOML file.
 
     It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name}), a table `adapters` (name of a base
-    = list of adapters trained on it; * ? [] choose among folders), and one `[[moves]]` or more: `from` and `to` name
-    bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells moves apart that would
-    write to one folder, and all else are settings of a transfer. Paths are relative to the file.
+    = list of adapters trained on it; * ? [] choose among folders, hidden ones left out), and one `[[moves]]` or more:
+    `from` and `to` name bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells
+    moves apart that would write to one folder, and all else are settings of a transfer. Paths are relative to the file.
 
     Raises:
         UsageError: it cannot be read or does not fit this form, names a base that it does not define, chooses no
