@@ -206,7 +206,7 @@ class Batch:
     shard: str = "1/1"
     """i/n: do only the i-th of n parts, for n runs side by side."""
     dry_run: bool = False
-    """Only say what would be done, with an estimate of time and memory."""
+    """Only show the jobs, those that are done included, with an estimate of time and memory."""
     overwrite: bool = False
     """Replace adapter folders that are there but were made from other input."""
     ray: str | None = None

@@ -16,6 +16,19 @@ MARK = "adapter_config.json"
 MARKS = (MARK, "adapter.gguf", "merge_report.json")
 
 
+def output_path(out: str | Path) -> Path:
+    """The folder that is meant by an output: a ~ in front is the home, as it is in what is read.
+
+    Raises:
+        OutputError: there is no such home.
+    """
+    try:
+        return Path(out).expanduser()
+    except RuntimeError as error:
+        msg = f"{out}: no such home folder: choose another output"
+        raise OutputError(msg) from error
+
+
 def ensure_free(out: str | Path, overwrite: bool) -> None:
     """Check that a folder can be written to `out`, before any work is done for it.
 
@@ -26,7 +39,10 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
     Raises:
         OutputError: something is there that may not be replaced, or the place cannot be written to.
     """
-    out = Path(out)
+    out = output_path(out)
+    if out.name in ("", ".."):
+        msg = f"{out}: a folder with a name of its own was wanted, to be made or replaced: choose another output"
+        raise OutputError(msg)
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
     parent = _first_existing(out.parent)
@@ -55,7 +71,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: `out` may not be replaced, or the system refuses to write (no permission, disk full).
     """
-    out = Path(out)
+    out = output_path(out)
     ensure_free(out, overwrite)
     made: list[Path] = []
     work: Path | None = None
@@ -64,6 +80,8 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         yield work
         _sync(work)
+        if os.path.lexists(out):  # Another process may have made it meanwhile.
+            _check_replaceable(out, overwrite)
         _put_in_place(work, out)
     except BaseException as error:
         _remove(work, made)

@@ -23,7 +23,7 @@ from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
-from jcrosslora.files import atomic_folder, ensure_free
+from jcrosslora.files import atomic_folder, ensure_free, output_path
 from jcrosslora.lora_shift import fit_to_base
 from jcrosslora.merging_files import write_companions
 from jcrosslora.merging_rows import Updates, converted_rows, row_blocks, updates_of
@@ -86,7 +86,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
         JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
             written then.
     """
-    out = Path(settings.out)
+    out = output_path(settings.out)
     ensure_free(out, settings.overwrite)
     base = open_base(settings.base, revision=settings.base_revision)
     # Weights take an update of any rank, so that of a DoRA is merged whole.

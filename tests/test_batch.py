@@ -1,7 +1,9 @@
 """Batches: what a plan means, that a pair is aligned once, and that nothing is lost or redone after a stop."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from probe_bases import write_base
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
 from test_trip import WIDER
 from tiny_bases import delta, random_adapter, write_llama
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
-from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.batch import print_estimates, read_plan, run_batch
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli import main
@@ -100,6 +104,7 @@ def test_what_a_plan_means(house, tmp_path):
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
         ("adapters/*", "nothing/*", "no adapter matches nothing"),
+        ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "adapters, names the base 'smal'; the plan has small, wide"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
@@ -113,12 +118,48 @@ def test_plans_that_cannot_be_meant(house, tmp_path, old, new, message):
         plan_in(house, tmp_path, PLAN.replace(old, new))
 
 
+def test_a_home_in_front_of_a_path_is_the_users(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(house))
+    text = PLAN.replace('"moved"', '"~/moved"').replace('"adapters/*"', '"~/adapters/*"')
+    text = text.replace('"twin"\n', '"~/twin"\n')
+    plan = plan_in(house, tmp_path, text)
+    assert plan.out == house / "moved"
+    assert Path(plan.jobs[0].settings.out) == plan.out / plan.jobs[0].name
+    assert plan.jobs[0].settings.adapter == str(house / "adapters" / "a0")
+    assert plan.jobs[4].settings.target == str(house / "twin")
+    for old in ('"moved"', '"adapters/*"', '"twin"\n'):
+        with pytest.raises(UsageError, match="no such home folder"):
+            plan_in(house, tmp_path, PLAN.replace(old, '"~no-such-user/*"\n'))
+
+
+def test_a_pattern_takes_hidden_folders_only_where_it_names_them(house, tmp_path):
+    (tmp_path / "own" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "own" / "a0").symlink_to(house / "adapters" / "a0")
+    (tmp_path / "plans").mkdir()
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\n'
+    for pattern, name in (("../own/*", "a0"), ("../own/.*", ".ipynb_checkpoints"), (f"{tmp_path}/own/*", "a0")):
+        (job,) = plan_in(house, tmp_path / "plans", text.replace("adapters/*", pattern)).jobs
+        assert Path(job.settings.adapter).name == name
+
+
 def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
     text = PLAN.replace('label = "r8"\n', "").replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
     with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):
         plan_in(house, tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read"):
         read_plan(tmp_path / "none.toml")
+
+
+def test_two_adapters_of_one_name_need_another(house, tmp_path):
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "final").symlink_to(house / "adapters" / "a0")
+    text = PLAN.split("[[moves]]")[0].replace("adapters/*", "*/final") + '[[moves]]\nfrom="small"\nto="wide"\n'
+    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; give one of the two another"):
+        plan_in(house, tmp_path, text)
+    (tmp_path / "second-run").symlink_to(tmp_path / "second" / "final")
+    plan = plan_in(house, tmp_path, text.replace('"*/final"', '"first/final", "second-run"'))
+    assert [job.name for job in plan.jobs] == ["final--wide--auto", "second-run--wide--auto"]
 
 
 def test_shards_have_every_job_once():
@@ -227,6 +268,52 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
+def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, monkeypatch):
+    write = run_module.write_moved
+
+    def write_after_another(*moved):
+        write(*moved)
+        write(*moved)
+
+    monkeypatch.setattr(run_module, "write_moved", write_after_another)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
+    (outcome,) = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    assert (outcome.status, outcome.text) == ("kept", "")
+
+
+def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
+    """a3 has no module whose weights are damaged, a0 has."""
+    write_llama(tmp_path / "wide", seed=1, first_token=20, **WIDER)
+    tensors = load_file(tmp_path / "wide" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(tensors, tmp_path / "wide" / "model.safetensors")
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters=["a3"]\n'
+    assert run_batch(plan_in(house, tmp_path, text)).count("done") == 1
+    both = run_batch(plan_in(house, tmp_path, text.replace('["a3"]', '["a3", "a0"]'))).outcomes
+    assert {one.name[:2]: one.status for one in both.values()} == {"a0": "failed", "a3": "kept"}
+
+
+def test_an_adapter_whose_modules_do_not_fit_fails_alone(house, tmp_path):
+    """The target has another MLP: a3 has no modules there, the others have."""
+    write_llama(tmp_path / "twin", seed=1, intermediate=96)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a3"]\n'
+    first, second = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    assert (first.status, second.status) == ("failed", "done")
+    assert "needs equal shapes" in first.text
+    assert run_batch(plan_in(house, tmp_path, text)).count("kept") == 1
+
+
+def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a1"]\n'
+    assert run_batch(plan_in(house, tmp_path, text)).count("done") == 2
+    record = tmp_path / "moved" / ".batch" / "a0--twin--copy.json"
+    record.unlink()
+    record.mkdir()
+    first, second = run_batch(plan_in(house, tmp_path, text + "out_rank = 2\n"), overwrite=True).outcomes.values()
+    assert (first.status, second.status) == ("failed", "done")
+    assert ".batch: cannot be written" in first.text
+
+
 def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
     base = jcl.open_base(house / "small")
     adapter = jcl.save_adapter(random_adapter(base, roles={"q_proj"}), tmp_path / "adapters" / "a0", base=base)
@@ -239,6 +326,19 @@ def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
     for name, factors in jcl.load_adapter(outcome.out).modules.items():
         np.testing.assert_allclose(delta(factors), 3 * delta(before[name]), rtol=1e-5, atol=1e-6)
     assert run_batch(plan).count("kept") == 1
+
+
+def test_a_base_that_gets_its_tokenizer_later_is_moved_to_again(house, tmp_path):
+    write_llama(tmp_path / "wide", seed=1, tokenizer=False, **WIDER)
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters="a0"\n'
+    plan = plan_in(house, tmp_path, text)
+    report = Path(plan.jobs[0].settings.out) / "transfer_report.json"
+    assert run_batch(plan).count("done") == 1
+    assert "no tokenizer.json" in report.read_text()
+    assert run_batch(plan).count("kept") == 1
+    shutil.copy(house / "wide" / "tokenizer.json", tmp_path / "wide")
+    assert run_batch(plan, overwrite=True).count("done") == 1
+    assert "no tokenizer.json" not in report.read_text()
 
 
 def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
@@ -274,6 +374,30 @@ def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["batch", str(tmp_path / "plan.toml"), "--shard", "2"])
     assert "of the form i/n" in capsys.readouterr().err
+
+
+def missing(base: str) -> str:
+    """A plan of one job, to a base that is not there."""
+    text = PLAN.split("[[moves]]")[0].replace('twin = "twin"', f'twin = "{base}"')
+    return text + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
+
+
+def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
+    plan_in(house, tmp_path, missing("gone[v1]/[/x]"))
+    main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
+    assert "gone[v1]/[/x]:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["batch", str(tmp_path / "plan.toml")])
+    assert stop.value.code == 2
+    assert "gone[v1]/[/x]:" in capsys.readouterr().out
+
+
+def test_long_names_are_folded_and_not_cut(house, tmp_path):
+    plan = plan_in(house, tmp_path, missing("b" * 90))
+    for show in (lambda console: print_estimates(plan, console), run_batch(plan).print_to):
+        show(Console(width=80, file=(printed := io.StringIO())))
+        assert "…" not in printed.getvalue()
+        assert printed.getvalue().count("b") >= 90
 
 
 def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):

@@ -256,6 +256,18 @@ def test_the_command_without_a_cache_writes_no_cache(files, root, tmp_path):
     assert not root.exists()
 
 
+def test_a_home_in_the_environment_is_the_users(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    for name, value, root in (("JCROSSLORA_CACHE", "~/kept", "kept"), ("XDG_CACHE_HOME", "~/xdg", "xdg/jcrosslora")):
+        monkeypatch.delenv("JCROSSLORA_CACHE", raising=False)
+        monkeypatch.setenv(name, value)
+        keep_texts("ab", ["a text"])
+        assert (tmp_path / "me" / root / "probes" / "ab.json").exists()
+        assert "1 entries removed" in run(capsys, "clear")
+    assert [path.name for path in tmp_path.iterdir()] == ["me"]
+
+
 def test_a_user_without_home_is_told(monkeypatch, capsys):
     monkeypatch.delenv("JCROSSLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -222,6 +222,24 @@ def test_an_unwritable_place_costs_one_warning(tmp_path, caplog):
     assert "going on without it" in caplog.text
 
 
+def test_a_folder_that_another_user_alone_may_enter_costs_one_warning(cache, caplog):
+    keep(cache)
+    user, folder = os.geteuid(), cache.root / "arrays"
+    folder.chmod(0)
+    if user == 0:  # for whom modes are no obstacle
+        os.seteuid(65534)
+    try:
+        assert cache.facts("transport", "ab") is None
+        assert cache.load("transport", "ab") is None
+        keep(cache, "cd")
+        assert cache.entries() == []
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert cache.load("transport", "ab") is not None
+
+
 # Callbacks of Orbax's own that come after its loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_costs_one_warning_and_leaves_nothing(cache, caplog):

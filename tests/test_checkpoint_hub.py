@@ -169,6 +169,17 @@ def test_a_repository_without_safetensors(hub, tmp_path: Path):
     assert "choose a safetensors model" in error
 
 
+def test_a_repository_of_gguf_files_says_what_to_do(hub, tmp_path: Path):
+    folder, endpoint = hub
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "model.Q4_K_M.gguf").write_bytes(b"must not be fetched")
+    error = resolve(tmp_path / "cache", endpoint)["error"]
+    assert error.startswith("org/model: the repository has no config.json")
+    assert "download" in error
+    assert "give its path" in error
+
+
 @pytest.mark.parametrize(
     ("ref", "valid"),
     [

@@ -179,6 +179,21 @@ def test_names_of_a_base(tmp_path: Path):
     assert (cached.name, cached.revision) == ("org/name", "abc123")
 
 
+def test_files_that_are_here_are_of_no_revision_but_their_own(tmp_path: Path):
+    plain = write_llama(tmp_path / "plain")
+    cached = write_llama(tmp_path / "models--org--name" / "snapshots" / "abc123")
+    assert open_base(cached, revision="abc123").revision == "abc123"
+    for folder, known in ((plain, "no revision is known"), (cached, "of revision abc123")):
+        with pytest.raises(CheckpointError, match=f"{known}.*; revision 'v2' was wanted"):
+            open_base(folder, revision="v2")
+
+
+@pytest.mark.parametrize("ref", ["~no-such-user/model", "m" * 5000, "org/" + "m" * 5000])
+def test_what_cannot_be_a_path_is_one_line(ref: str):
+    with pytest.raises(CheckpointError, match="not a path"):
+        open_base(ref)
+
+
 def drop(folder: Path, name: str) -> None:
     (folder / name).unlink()
 

@@ -150,6 +150,17 @@ def test_what_is_no_adapter_folder_is_never_replaced(tmp_path, make):
     assert everything(tmp_path) == before
 
 
+def test_what_another_process_made_meanwhile_is_not_replaced(tmp_path):
+    def write():
+        with atomic_folder(tmp_path / "out") as work:
+            (work / MARK).write_text("new")
+            old_adapter(tmp_path / "out")
+
+    with pytest.raises(OutputError, match="exists already"):
+        write()
+    assert everything(tmp_path) == {"out": None, f"out/{MARK}": "old", "out/more.txt": "old too"}
+
+
 def test_an_existing_output_is_refused_before_any_work(tmp_path):
     out = old_adapter(tmp_path / "out")
     with pytest.raises(OutputError, match="--overwrite"):
@@ -158,6 +169,24 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
     ensure_free(tmp_path / "new" / "deep", overwrite=False)
     with pytest.raises(OutputError, match="is a file"):
         ensure_free(out / MARK / "inside", overwrite=False)
+
+
+@pytest.mark.parametrize("out", [".", "", "..", "inner/..", "/"])
+def test_what_cannot_be_renamed_is_refused_before_any_work(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(old_adapter(tmp_path / "inner"))
+    with pytest.raises(OutputError, match="a name of its own"):
+        ensure_free(out, overwrite=True)
+
+
+def test_a_home_in_front_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    with atomic_folder("~/out") as work:
+        (work / MARK).write_text("new")
+    assert everything(tmp_path) == {"me": None, "me/out": None, f"me/out/{MARK}": "new"}
+    for refused in ("~/out", "~no-such-user/out"):
+        with pytest.raises(OutputError, match=r"exists already|no such home"):
+            ensure_free(refused, overwrite=False)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -67,6 +67,11 @@ def test_vocabulary_and_name(tmp_path: Path):
     assert open_base(path, name="me/mine").name == "me/mine"
 
 
+def test_a_list_where_the_kind_of_tokenizer_was_wanted_is_a_reason(tmp_path: Path):
+    path, _ = small_llama(tmp_path / "x.gguf", {"tokenizer.ggml.model": ["gpt2"]})
+    assert "['gpt2'] is not supported" in open_base(path).vocabulary().reason
+
+
 def test_sentencepiece_vocabulary(tmp_path: Path):
     texts = ["<unk>", "<s>", "<0x41>", "<0x0A>", "A", "▁the", "▁▁", "<b>", "é", "unused"]
     path, _ = small_llama(tmp_path / "x.gguf", tokens=("llama", texts, [2, 3, 6, 6, 1, 1, 1, 4, 1, 5]))

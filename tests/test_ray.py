@@ -35,6 +35,9 @@ def test_what_a_unit_takes_and_how_many_are_done_at_a_time():
     assert _division([head, small, big], 2, 0) == ({"num_cpus": 2, "num_gpus": 0}, 22)
     with pytest.raises(UsageError, match="no machine of the Ray cluster has 2 CPUs and 8 GPUs"):
         _division([small, big], 2, 8)
+    for cpus, gpus in ((-1, None), (None, -0.5), (float("nan"), 0)):
+        with pytest.raises(UsageError, match="give numbers from 0 on"):
+            _division([small, big], cpus, gpus)
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch, tmp_path):

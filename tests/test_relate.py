@@ -277,6 +277,15 @@ def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
     assert found.sentence == "all numbers of all tensors are equal, though the files are not"
 
 
+def test_a_copy_without_the_buffers_of_older_files_is_the_same(tmp_path):
+    buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for n in range(4)}
+    made = make()
+    older = dataclasses.replace(made, tensors=made.tensors | buffers)
+    for source, target in ((older, made), (made, older)):
+        found = relate(source.write(tmp_path / "s"), target.write(tmp_path / "t"))
+        assert (found.words, found.choice.method) == (SAME, "copy")
+
+
 @pytest.mark.parametrize("tokens", [100, 128, 150])
 def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
     """Another vocabulary in the same body: whichever table is the longer one."""
@@ -361,10 +370,12 @@ def test_the_same_on_every_run(tmp_path):
     assert relate(source, target).to_json() == relate(source, target).to_json()
 
 
-def test_a_damaged_weight_is_an_error(tmp_path):
-    damaged = make().change(lambda name, x: np.full_like(x, np.nan) if "up_proj" in name else x)
-    with pytest.raises(jcl.CheckpointError, match="up_proj holds NaN or infinity"):
-        relate(make().write(tmp_path / "s"), damaged.write(tmp_path / "t"))
+@pytest.mark.parametrize("part", ["up_proj", "input_layernorm.weight", "q_proj.bias"])
+def test_a_damaged_weight_is_an_error(tmp_path, part):
+    whole = make("qwen2")
+    damaged = whole.change(lambda name, x: np.full_like(x, np.nan) if part in name else x)
+    with pytest.raises(jcl.CheckpointError, match=f"{part} holds NaN or infinity"):
+        relate(whole.write(tmp_path / "s"), damaged.write(tmp_path / "t"))
 
 
 def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):

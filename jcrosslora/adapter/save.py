@@ -18,7 +18,7 @@ from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.files import atomic_folder, ensure_free
+from jcrosslora.files import atomic_folder, ensure_free, output_path
 
 Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
 WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
@@ -86,7 +86,7 @@ def save_adapter(
             cannot be written to.
         UsageError: an unknown profile or dtype, or a document or metadata entry that cannot be written.
     """
-    out = Path(out)
+    out = output_path(out)
     ensure_free(out, overwrite)
     check_profile(profile, family, heads, dora=magnitudes is not None, invoked=adapter.info.invocation is not None)
     _check_settings(dtype, documents or {}, metadata or {})

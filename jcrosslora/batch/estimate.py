@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jcrosslora.batch.plan_file import BatchPlan
 from jcrosslora.batch.run import CHUNK_BYTES
@@ -82,7 +82,8 @@ def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> E
 
 def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
     """A table of the units of a plan (or of a shard) with what they take; a unit that cannot be done says why."""
-    table = Table("source", "target", "method", "jobs", "modules", "decompositions", "memory")
+    names = ("source", "target", "method", "jobs", "modules", "decompositions", "memory")
+    table = Table(*(Column(name, overflow="fold") for name in names))
     times: dict[tuple[int, ...], float] = {}
     for unit in share_of(units_of(plan.jobs), *shard):
         settings = unit.settings
@@ -96,7 +97,7 @@ def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int]
         time_text = unknown[0] if found.seconds is None else f"{found.seconds:.1f} s"
         memory = unknown[1] if found.memory is None else f"{found.memory / 1e9:.2f} GB"
         table.add_row(*row, found.method, str(len(unit.jobs)), str(found.pairs), time_text, memory)
-    console.print(table)
+    console.print(table, markup=False)
 
 
 def _seconds(method: Method, shape: tuple[int, int, int], times: dict[tuple[int, ...], float]) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from jcrosslora.adapter import AdapterInfo
 from jcrosslora.batch.plan_file import Job
+from jcrosslora.cache.keys import digest_of, tokenizer_key, weights_key
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError
 from jcrosslora.files import write_whole
 
@@ -22,8 +24,8 @@ class Ledger:
     """The record of a batch's finished jobs, in a hidden folder beside their results.
 
     A job counts as done if its folder is there and the record says that it was made from the same numbers: the same
-    settings, probe texts, weights of both bases, adapter, and version of the package. Folders appear whole or not at
-    all, so a batch that was killed at any point goes on where it was.
+    settings, probe texts, bases (weights, configuration and tokenizer), adapter, and version of the package. Folders
+    appear whole or not at all, so a batch that was killed at any point goes on where it was.
     """
 
     def __init__(self, out: Path) -> None:
@@ -50,17 +52,26 @@ class Ledger:
         """
         replaces = Path(job.settings.out).exists()
         if replaces:
-            self._path(job).unlink(missing_ok=True)
+            self._forget(job)
         else:
             self._write(job, mark)
         yield
         if replaces:
             self._write(job, mark)
 
+    def _forget(self, job: Job) -> None:
+        with self._changing():
+            self._path(job).unlink(missing_ok=True)
+
     def _write(self, job: Job, mark: str) -> None:
-        try:
+        with self._changing():
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(job), json.dumps({"mark": mark}).encode(), sync=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
             raise OutputError(msg) from error
@@ -69,14 +80,19 @@ class Ledger:
         return self._folder / f"{job.name}.json"
 
 
+def base_mark(base: BaseModel) -> str:
+    """What a base is for a job: its weights, its configuration and its tokenizer."""
+    return digest_of(weights_key(base), tokenizer_key(base))
+
+
 def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: Sequence[str] = ()) -> str:
     """What a job is made from, as one hex string.
 
     Args:
         job: its settings count, apart from where its files are.
         adapter: the digest of its weights counts, and its configuration, which scales them.
-        source: digest of the source's.
-        target: digest of the target's.
+        source: from `base_mark`.
+        target: likewise.
         texts: those of `probe_text`, if the settings name such a file.
     """
     settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}

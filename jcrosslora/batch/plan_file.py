@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ def read_plan(path: str | Path) -> BatchPlan:
     """Read a plan from a TOML file.
 
     It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name}), a table `adapters` (name of a base
-    = list of adapters trained on it; * ? [] choose among folders), and one `[[moves]]` or more: `from` and `to` name
-    bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells moves apart that would
-    write to one folder, and all else are settings of a transfer. Paths are relative to the file.
+    = list of adapters trained on it; * ? [] choose among folders, hidden ones left out), and one `[[moves]]` or more:
+    `from` and `to` name bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells
+    moves apart that would write to one folder, and all else are settings of a transfer. Paths are relative to the file.
 
     Raises:
         UsageError: it cannot be read or does not fit this form, names a base that it does not define, chooses no
@@ -74,24 +75,35 @@ def read_plan(path: str | Path) -> BatchPlan:
     values = read_toml(path, "plan", 'out = "moved"')
     place = f"plan {path}"
     _refuse_unknown(values, _TABLES, place)
-    out, folder = _typed(values, "out", str, place), path.parent
+    folder = path.parent
+    out = folder / _expanded(_typed(values, "out", str, place), f"{place}, out")
     bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in _table(values, "bases", place)}
     adapters = {
         base: _adapters(refs, folder, f"{place}, adapters of {base}")
         for base, refs in _table(values, "adapters", place)
     }
+    for name in adapters:
+        _check_base(name, bases, f"{place}, adapters,")
     moves = _typed(values, "moves", list, place)
     jobs: dict[str, Job] = {}
     for number, move in enumerate(moves, 1):
-        for job in _jobs(move, bases, adapters, folder, folder / out, f"{place}, move {number}"):
+        for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
             if job.name in jobs:
-                msg = f"{place}, move {number}: {job.name} is made by two jobs; give one of the moves a label"
+                msg = f"{place}, move {number}: {job.name} is made by two jobs{_clash(job, jobs[job.name])}"
                 raise UsageError(msg)
             jobs[job.name] = job
     if not jobs:
         msg = f"{place} has no moves; write at least one [[moves]] with from, to and methods"
         raise UsageError(msg)
-    return BatchPlan(folder / out, tuple(jobs.values()))
+    return BatchPlan(out, tuple(jobs.values()))
+
+
+def _clash(job: Job, other: Job) -> str:
+    """What to do about two jobs of one name."""
+    names = other.settings.adapter, job.settings.adapter
+    if names[0] == names[1]:
+        return "; give one of the moves a label"
+    return f", of {names[0]} and {names[1]}; give one of the two another name, such as that of a link to it"
 
 
 def _jobs(
@@ -112,22 +124,26 @@ def _jobs(
         raise UsageError(msg)
     check_settings(settings, place)
     if "probe_text" in settings:  # never a hub id
-        settings["probe_text"] = str(folder / Path(settings["probe_text"]).expanduser())
+        settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
     source, label = _typed(move, "from", str, place), move.get("label", "")
     if not isinstance(label, str):
         msg = f"{place} has the label {label!r}; it must be text"
         raise UsageError(msg)
     targets = _names(move, "to", None, place)
     for name in (source, *targets):
-        if name not in bases:
-            msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
-            raise UsageError(msg)
+        _check_base(name, bases, place)
     chosen = _chosen(move, adapters.get(source, []), source, place)
     for target in targets:
         for method in _names(move, "methods", ["auto"], place):
             for adapter in chosen:
                 name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
                 yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, settings))
+
+
+def _check_base(name: str, bases: Mapping[str, _Base], place: str) -> None:
+    if name not in bases:
+        msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
+        raise UsageError(msg)
 
 
 def _settings(
@@ -164,19 +180,20 @@ def _base(value: Any, folder: Path, place: str) -> _Base:
         raise UsageError(msg)
     _refuse_unknown(value, _BASE_KEYS, place)
     check_settings({f"target_{key}": value[key] for key in ("revision", "name") if key in value}, place)
-    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder))
+    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder, place))
 
 
 def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
     found: list[str] = []
     for ref in _list_of_text(refs, place):
         if not _WILD.search(ref):
-            found.append(_placed(ref, folder))
+            found.append(_placed(ref, folder, place))
             continue
-        pattern = Path(ref)
+        pattern = _expanded(ref, place)
         root = Path(pattern.anchor) if pattern.is_absolute() else folder
         parts = pattern.relative_to(pattern.anchor) if pattern.is_absolute() else pattern
-        matches = sorted(str(path) for path in root.glob(str(parts)) if path.is_dir() or path.suffix == GGUF_ENDING)
+        visible = (path for path in root.glob(str(parts)) if not _is_hidden(path.relative_to(root), parts))
+        matches = sorted(str(path) for path in visible if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
             msg = f"{place}: no adapter matches {ref}; mind that paths are relative to the plan"
             raise UsageError(msg)
@@ -184,10 +201,24 @@ def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _placed(ref: str, folder: Path) -> str:
+def _is_hidden(path: Path, pattern: Path) -> bool:
+    """Whether a path goes through a hidden folder, and its pattern names none, as in a shell."""
+    found, named = ([part for part in one.parts if part[0] == "." and part != ".."] for one in (path, pattern))
+    return bool(found) and not named
+
+
+def _placed(ref: str, folder: Path, place: str) -> str:
     """A path as seen from here; what is not there beside the plan is left as it is: it may be a hub id."""
-    path = folder / Path(ref).expanduser()
-    return str(path) if path.exists() else ref
+    path = folder / _expanded(ref, place)
+    return str(path) if os.path.exists(path) else ref
+
+
+def _expanded(path: str, place: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        msg = f"{place} is {path}, and there is no such home folder; write another path"
+        raise UsageError(msg) from error
 
 
 def _names(table: Mapping[str, Any], key: str, default: list[str] | None, place: str) -> list[str]:

@@ -113,6 +113,9 @@ def _division(
     machines: Sequence[dict[str, float]], cpus: float | None, gpus: float | None
 ) -> tuple[dict[str, float], int]:
     """What a unit takes, and how many can be done at a time."""
+    if any(number is not None and not number >= 0 for number in (cpus, gpus)):
+        msg = f"a unit cannot take {cpus} CPUs and {gpus} GPUs; give numbers from 0 on, or none for all"
+        raise UsageError(msg)
     if gpus is None:
         gpus = min((machine["GPU"] for machine in machines if machine.get("GPU")), default=0)
     able = [machine for machine in machines if machine.get("CPU") and machine.get("GPU", 0) >= gpus]

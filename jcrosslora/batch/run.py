@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jcrosslora import hosts
 from jcrosslora.adapter import Adapter
-from jcrosslora.batch.ledger import Ledger, mark_of
+from jcrosslora.batch.ledger import Ledger, base_mark, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
@@ -166,32 +166,63 @@ class _Run:
         usual = _way(settings.method, choice)
         mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
         self._read, self._room = {}, CHUNK_BYTES
-        texts = _texts(settings)
-        every = [self._load(job, source, target, usual, mapped, texts) for job in unit.jobs]
+        shared = base_mark(source), base_mark(target), _texts(settings)
+        every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
+        self._close_kept(loaded)  # whatever becomes of the others
         for name, way in {way.method.name: way for way in (usual, mapped)}.items():
             items = [item for item in loaded if item.way.method.name == name]
             if way.method.fits:
                 for item in items:
                     self._alone(item)
             elif not all(map(self._kept, items)):
-                sources = {name for item in items for name in item.sources}
-                plan = plan_of(settings, source, target, name, sources, cache, found)
-                self._together(items, plan, source, target, hold=cache is None)
+
+                def plan_for(sources: Collection[str], name: str = name) -> Plan:
+                    return plan_of(settings, source, target, name, sources, cache, found)
+
+                fitting, plan = self._planned(items, plan_for)
+                if plan is not None:
+                    self._together(fitting, plan, source, target, hold=cache is None)
+        self._close_kept(loaded)  # by another run meanwhile
+
+    def _planned(
+        self, items: Sequence[_Loaded], plan_for: Callable[[Collection[str]], Plan]
+    ) -> tuple[Sequence[_Loaded], Plan | None]:
+        """The jobs that can be aligned, with a plan for all of them; one whose own modules cannot fails alone."""
+        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
+        try:
+            return items, plan_for({name for kind in kinds for name in kind})
+        except JCrossLoRAError:
+            if len(kinds) == 1:
+                raise
+        reasons = {kind: _why_not(plan_for, kind) for kind in kinds}
+        for item in items:
+            if reasons[item.sources] and not self._kept(item):
+                self._close(item.job, "failed", reasons[item.sources])
+        fitting = [item for item in items if not reasons[item.sources]]
+        return fitting, plan_for({name for item in fitting for name in item.sources}) if fitting else None
+
+    def _close_kept(self, loaded: Sequence[_Loaded]) -> None:
         for item in loaded:
-            if self._kept(item) and self._summary.outcomes[item.job.name].status == "open":
+            if self._summary.outcomes[item.job.name].status == "open" and self._kept(item):
                 self._close(item.job, "kept")
 
     def _load(
-        self, job: Job, source: BaseModel, target: BaseModel, usual: _Way, mapped: _Way, texts: Sequence[str]
+        self,
+        job: Job,
+        source: BaseModel,
+        target: BaseModel,
+        usual: _Way,
+        mapped: _Way,
+        shared: tuple[str, str, Sequence[str]],
     ) -> _Loaded | None:
-        """Check a job's adapter and its output before anything is computed."""
+        """Check a job's adapter and its output before anything is computed; `shared` ends the input of `mark_of`."""
         try:
             adapter = load_for(job.settings, source, target)
             way = usual if adapter.info.invocation is None else mapped
             check_move(job.settings, adapter, target, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            mark = mark_of(job, adapter.info, source.digest(), target.digest(), texts)
+            mark = mark_of(job, adapter.info, *shared)
             if not self._ledger.is_done(job, mark):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
@@ -218,7 +249,7 @@ class _Run:
                 settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
                 moved = transfer(settings, progress=self._progress)
         except JCrossLoRAError as error:
-            self._close(item.job, "failed", str(error))
+            self._fail(item, error)
         else:
             assert moved.report is not None
             self._close(item.job, "done", verdict(moved.report).text)
@@ -278,10 +309,15 @@ class _Run:
             with self._ledger.writing(item.job, item.mark):
                 write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
         except JCrossLoRAError as error:
-            self._close(item.job, "failed", str(error))
+            self._fail(item, error)
         else:
             assert moved.report is not None
             self._close(item.job, "done", verdict(moved.report).text)
+
+    def _fail(self, item: _Loaded, error: JCrossLoRAError) -> None:
+        """List a job as failed, unless another run has done it meanwhile."""
+        if not self._kept(item):
+            self._close(item.job, "failed", str(error))
 
     def _kept(self, item: _Loaded) -> bool:
         return self._ledger.is_done(item.job, item.mark)
@@ -292,6 +328,15 @@ class _Run:
         self._since = now
         self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
         self._bar.update()
+
+
+def _why_not(plan_for: Callable[[Collection[str]], Plan], modules: Collection[str]) -> str:
+    """Why modules cannot be aligned, "" if they can."""
+    try:
+        plan_for(modules)
+    except JCrossLoRAError as error:
+        return str(error)
+    return ""
 
 
 def _texts(settings: TransferSettings) -> Sequence[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jcrosslora.errors import OutputError
 from jcrosslora.files import write_whole
@@ -23,7 +23,7 @@ class Outcome:
         out: its folder.
         status: "done" in this run, "kept" from an earlier one, "failed", or "open": not reached.
         text: the verdict on the moved adapter, or what failed.
-        seconds: from the end of the job before, or of what all its unit shares, to its own end.
+        seconds: from the end of the job before to its own end; of the first of a unit, with what all of it share.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Summary:
 
     def print_to(self, console: Console) -> None:
         """A table of all jobs."""
-        table = Table("job", "status", "s", "", title_justify="left")
+        table = Table(Column("job", overflow="fold"), "status", "s", Column(overflow="fold"), title_justify="left")
         for one in self.outcomes.values():
             table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
-        console.print(table)
+        console.print(table, markup=False)  # brackets in names and reasons are no style

@@ -60,10 +60,10 @@ def numerics_key() -> str:
     return digest_of(PROCEDURE, versions, kind, settings)
 
 
-def weights_key(base: BaseModel, digests: FileDigests) -> str:
+def weights_key(base: BaseModel, digests: FileDigests | None = None) -> str:
     """Of a base's weights and how its modules are read from them.
 
-    The weight files are read once if their digest is not remembered.
+    The weight files are read once if their digest is not remembered, by the base itself or by `digests`.
     """
     config = {name: value for name, value in base.config.items() if name not in _PROVENANCE}
     modules = [[name, module.shape, module.tensor, module.rows] for name, module in base.modules.items()]

@@ -11,11 +11,14 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def cache_root() -> Path | None:
-    """$JCROSSLORA_CACHE, else `jcrosslora` in $XDG_CACHE_HOME or in ~/.cache; None for a user without home."""
-    if own := os.environ.get("JCROSSLORA_CACHE"):
-        return Path(own)
+    """$JCROSSLORA_CACHE, else `jcrosslora` in $XDG_CACHE_HOME or in ~/.cache; None for a user without home.
+
+    A ~ in front is the home, also where no shell has made it that.
+    """
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jcrosslora"
+        if own := os.environ.get("JCROSSLORA_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "jcrosslora"
     except RuntimeError:
         return None
 

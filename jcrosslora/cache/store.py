@@ -133,8 +133,8 @@ class Cache:
         except FileNotFoundError:
             return None
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
-            # Another process may have removed it meanwhile, which is no damage.
-            if folder.is_dir():
+            # Another process may have removed it meanwhile, which is no damage; nor is a folder of another user's.
+            if os.path.isdir(folder):
                 self._drop(kind, key, error)
             return None
         _mark_used(folder)
@@ -169,7 +169,7 @@ class Cache:
     ) -> None:
         place = self._folder / kind / key
         size = sum(array.nbytes for array in arrays.values())
-        if jax.process_index() or not self._writable or size > self.limit or place.exists():
+        if jax.process_index() or not self._writable or size > self.limit or os.path.exists(place):
             return
         try:
             sweep(self._folder / _WORK)

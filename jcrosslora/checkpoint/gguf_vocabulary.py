@@ -28,7 +28,7 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
     """
     model = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if model not in _DECODERS:
+    if not isinstance(model, str) or model not in _DECODERS:
         return Vocabulary(None, f"GGUF tokenizer model {model!r} is not supported (gpt2 and llama are)")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         return Vocabulary(None, "the GGUF metadata have no tokens with their types")

@@ -41,6 +41,9 @@ def fetch(hub_id: str, revision: str | None) -> Path:
         CheckpointError: not found, gated, offline and not cached, or a configuration that is not supported.
     """
     folder = _snapshot(hub_id, revision, ["*.json"])
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        msg = f"{hub_id}: the repository has no config.json, as those of GGUF files have none: download the GGUF file "
+        raise CheckpointError(msg + "that you want and give its path, or choose a safetensors model")
     config = read_config(folder)  # Refuses an unsupported model before gigabytes are fetched.
     shards = [SINGLE]
     if (folder / INDEX).exists():

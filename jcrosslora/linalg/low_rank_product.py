@@ -22,7 +22,7 @@ def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Ar
     Args:
         b: (O, K).
         a: (K, I).
-        rank: the rank wanted, at most K.
+        rank: the rank wanted, at most min(O, K, I).
 
     Returns:
         b (O, rank), a (rank, I), and the share of the energy kept, in [0, 1] (1 for a zero product).

@@ -160,10 +160,7 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
     # As stored, and not as gains, where that means the same: a sum is rounded in another way than its parts.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
     for name_src, name_tgt in names:
-        src, tgt = (
-            finite(base, name, base.tensor(name).astype(np.float32))
-            for base, name in ((source, name_src), (target, name_tgt))
-        )
+        src, tgt = _both((source, name_src), (target, name_tgt))
         tgt = tgt + offset
         yield src[structure.stream[there]], tgt[there]
 
@@ -176,5 +173,9 @@ def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Itera
             continue
         name_src, name_tgt = f"{name}.bias", f"{module.name}.bias"
         if name_src in has[0] and name_tgt in has[1]:
-            src, tgt = (base.tensor(name).astype(np.float32) for base, name in ((source, name_src), (target, name_tgt)))
+            src, tgt = _both((source, name_src), (target, name_tgt))
             yield src[rows[rows >= 0]], tgt[rows >= 0]
+
+
+def _both(*named: tuple[BaseModel, str]) -> Iterator[np.ndarray]:
+    return (finite(base, name, base.tensor(name).astype(np.float32)) for base, name in named)

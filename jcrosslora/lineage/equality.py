@@ -6,6 +6,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import HEAD
+from jcrosslora.checkpoint.layout import expected_shapes
 
 _ROWS_AT_ONCE = 4096
 
@@ -17,12 +18,15 @@ def same_bytes(source: BaseModel, target: BaseModel) -> bool:
 
 
 def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
-    """Names of the tensors of which two bases of one layout hold different numbers; all rows are read."""
+    """Names of the tensors of which two bases of one layout hold different numbers; all rows are read.
+
+    What files hold beside the model's own tensors, such as the rotary frequencies of older ones, makes no difference.
+    """
     fused = {base_module.tensor for base in (source, target) for base_module in base.modules.values()}
-    stored = set(source.tensor_names()), set(target.tensor_names())
-    known = (stored[0] | {HEAD}) & (stored[1] | {HEAD})  # A head that is tied is there without being stored.
+    names = [set(expected_shapes(base.family, base.dims, base.config)) for base in (source, target)]
+    known = (names[0] | {HEAD}) & (names[1] | {HEAD})  # A head that is tied is there without being stored.
     found = []
-    for name in sorted((stored[0] | stored[1]) - fused):
+    for name in sorted((names[0] | names[1]) - fused):
         if name not in known or not _equal(source, target, name):
             found.append(name)
     for name, module in target.modules.items():
