@@ -95,6 +95,8 @@ def check(arguments: argparse.Namespace) -> None:
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
         "--lineage-written and --lineage-dense want --lineage OTHER_TRAIN": arguments.lineage is not None
         or not (arguments.lineage_written or arguments.lineage_dense),
+        "--lineage wants the train file of another task than those that are measured": arguments.lineage is None
+        or any(_task_of(files[0]) != _task_of(arguments.lineage) for files in arguments.task + arguments.written),
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(
@@ -175,12 +177,15 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
             written=arguments.lineage_written,
             dense_rate=arguments.lineage_rate if arguments.lineage_dense else None,
         )
-        own = arguments.lineage.stem.removesuffix("_train")
         lineage = [parse_row(name) for name in LINEAGE_ROWS]
         # A version trained on the task itself has nothing left to gain.
-        others = [task for task in tasks if task.name.removesuffix("_written") != own]
+        others = [task for task in tasks if task.name.removesuffix("_written") != _task_of(arguments.lineage)]
         tables += [(task, Pair(source, version), lineage) for task in others]
     return tables
+
+
+def _task_of(train: Path) -> str:
+    return train.stem.removesuffix("_train")
 
 
 def run(arguments: argparse.Namespace) -> None:
