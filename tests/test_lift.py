@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny_bases import random_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+import compare_methods
 import fetch_tasks
 import layouts
 import lift
@@ -368,6 +369,22 @@ def test_arguments_that_would_fail_later(given, message):
     task = [] if "--task or" in message else ["--task", "train", "test"]
     with pytest.raises(jcl.UsageError, match=message):
         lift.check(lift.parse(["--work", "w", *given, *task]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--method", "copy", "--method", "coppy"], "'coppy' is unknown"),
+        (["--method", "copy", "--method", "copy"], "given twice"),
+        (["--method", "copy", "--seeds", "0"], "--seeds 0 is out of range"),
+        (["--method", "copy", "--limit", "-1"], "--limit -1 is out of range"),
+    ],
+)
+def test_a_comparison_that_would_fail_later(given, message, monkeypatch):
+    paths = ["--adapter", "a", "--source", "s", "--target", "t", "--task", "x.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", *paths, *given])
+    with pytest.raises(SystemExit, match=f"compare_methods: .*{message}"):
+        compare_methods.main()
 
 
 def test_all_methods_and_auto_are_the_default():
