@@ -84,6 +84,8 @@ def test_the_interval_of_lift_covers_the_truth_as_often_as_it_says():
 def test_no_lift_where_training_gained_nothing():
     base, _, moved = figures(2)
     assert lift_table.lift(base, moved, np.stack([base + 0.0, base - 1])) is None
+    # Half of a loss is no half of a gain.
+    assert lift_table.lift(base, np.stack([base + 0.5, base - 1]), np.stack([base + 1.0, base - 1])) is None
 
 
 def sheet_of(accuracy: np.ndarray):
