@@ -169,6 +169,7 @@ def test_files_without_examples(tmp_path):
         ({"modules": ()}, r"modules \(\)"),
         ({"modules": ("q_proj", "lm_head")}, "lm_head"),
         ({"modules": ("q_proj", "q_proj")}, "modules"),
+        ({"modules": ["q_proj"]}, r"modules \['q_proj'\]"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, came):
