@@ -37,8 +37,8 @@ class JCrossLoRALM(TemplateLM):
 
     Text is cut into tokens as by the harness's `hf` model: spaces at the end of a context go to the continuation, whose
     tokens are what both together have more than the context alone. A context that is too long loses tokens at its
-    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. An adapter
-    acts without what it changes of the embedding and the output head, which is logged.
+    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. What an
+    adapter changes of the embedding and the output head is not scored either, which is logged.
     """
 
     def __init__(
