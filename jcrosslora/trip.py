@@ -131,6 +131,8 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
+    if settings.method != AUTO:
+        get_method(settings.method)
     check_share(settings.back)
     span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
