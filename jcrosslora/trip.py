@@ -17,7 +17,7 @@ from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_profile, for_profile, why_without_tokens
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.errors import CheckpointError, MethodError
+from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.invocation import with_invocation
 from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
@@ -297,8 +297,13 @@ def with_account(
     runs_bases = get_method(moved.report.recipe.method).runs_bases
     # An adapter for answers hardly shows in text of another kind, so dialogues come first.
     texts = () if probes is None else probes.texts, dialogues
-    effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
     warnings = moved.report.warnings
+    try:
+        effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
+    except UsageError as error:  # of the texts: what was moved is not lost for a figure that was not asked for
+        if settings.effect == "always":
+            raise
+        effect, warnings = None, (*warnings, f"the effect was not measured: {error}")
     if original.tokens and (runs_bases or effect is not None):
         warnings += ("where the bases were run, it was without the changes of the embedding and the output head",)
     report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect, warnings=warnings)
