@@ -40,6 +40,7 @@ from lift_work import Base, Pair, Work
 from rich.console import Console
 
 import jcrosslora as jcl
+from jcrosslora.probes import read_texts
 from jcrosslora.training import TrainSettings
 
 # Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.
@@ -162,11 +163,22 @@ def _seed_figures(
 
 
 def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, list[Row]]]:
-    """Every table to make; the further-trained version is trained here if it is wanted and not there."""
+    """Every table to make; the further-trained version is trained here if it is wanted and not there.
+
+    Raises:
+        JCrossLoRAError: a file or a base that cannot be read, or fewer questions than are wanted: before any training.
+    """
     tasks = [load_task(*files, first=arguments.first, written=False) for files in arguments.task]
     tasks += [load_task(*files, first=arguments.first, written=True) for files in arguments.written]
     rows, pairs = rows_of(arguments), [Pair(*map(Base.of, refs)) for refs in arguments.pair]
     tables = [(task, pair, rows) for task in tasks for pair in pairs]
+    for task in tasks:
+        task.questions(arguments.split, arguments.prompts)
+        task.prompts(arguments.prompts)
+    if arguments.text is not None:
+        read_texts(arguments.text)
+    for ref in {ref for refs in arguments.pair for ref in refs}:
+        jcl.open_base(ref)
     if arguments.lineage is not None:
         source = pairs[0].source
         version = work.further_trained(

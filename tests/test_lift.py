@@ -389,6 +389,23 @@ def test_a_comparison_that_would_fail_later(given, message, monkeypatch):
         compare_methods.main()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--pair", "{small}", "none"], "none: no such folder"),
+        (["--text", "news.txt", "--texted", "theseus"], "news.txt: cannot be read"),
+        (["--prompts", "2", "--prompted", "theseus"], "has 1 train questions behind the first 3, 2 prompts wanted"),
+        (["--prompts", "1", "--prompted", "theseus", "--split", "train-rest"], "use up its 4 train questions"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_training(folders, task_files, tmp_path, monkeypatch, given, message):
+    monkeypatch.setattr(lift_work, "train_lora", lambda *_, **__: pytest.fail("training began"))
+    usual = ["--pair", *map(str, folders), "--task", *map(str, task_files), "--method", "pad-truncate"]
+    given = usual + [part.format(small=folders[0]) for part in given]
+    with pytest.raises(jcl.JCrossLoRAError, match=message):
+        lift.run(lift.parse(["--work", str(tmp_path), *given]))
+
+
 def test_all_methods_and_auto_are_the_default():
     given = ["--prompts", "9", "--prompted", "theseus", "--text", "news.txt", "--texted", "anchored"]
     rows = lift.rows_of(lift.parse(["--work", "w", *given]))
