@@ -18,6 +18,7 @@ from jcrosslora.evaluate.harness.options import Options, read_options
 from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
 from jcrosslora.evaluate.harness.writing import Writer, batches_of
 from jcrosslora.evaluate.run import Models
+from jcrosslora.probes.start_words import check_seed
 from jcrosslora.tokens import load_tokenizer
 
 try:
@@ -78,6 +79,7 @@ class JCrossLoRALM(TemplateLM):
         del batch_size, max_batch_size, device
         self.dtype, self.batch_tokens = check_dtype(dtype), positive("batch_tokens", batch_tokens)
         self.seed = positive("seed", seed, least=0)
+        check_seed(self.seed)
         self.base = base if isinstance(base, BaseModel) else open_base(base)
         stated = self.base.config.get("max_position_embeddings")
         self.max_length = positive("max_length", stated if max_length is None else max_length)
