@@ -28,7 +28,7 @@ import jax
 from dense_training import train_dense
 from lift_tasks import Row, Task, slug
 from rich.console import Console
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from written_task import written_example
 
 import jcrosslora as jcl
@@ -205,10 +205,17 @@ def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
     The task is not compared: `train_lora.py` names it by its file.
 
     Raises:
-        UsageError: a setting differs.
+        UsageError: a setting differs, or its file cannot be read.
     """
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-        stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
+    path = adapter / "adapter_model.safetensors"
+    if not path.exists():  # of another format, which states nothing
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
+    except (SafetensorError, ValueError) as error:
+        msg = f"{path}: cannot be read ({error}): remove its folder, it will be trained again"
+        raise jcl.UsageError(msg) from error
     wanted = json.loads(json.dumps(made))
     for key in sorted((stated.keys() & wanted.keys()) - {"task"}):
         if stated[key] != wanted[key]:

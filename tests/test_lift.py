@@ -333,6 +333,12 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
         lift_work.check_same(path, {**made, "steps": 320})
     plain = save_adapter(random_adapter(jcl.open_base(folders[0])), tmp_path / "plain")
     lift_work.check_same(plain, made)
+    file = plain / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(jcl.UsageError, match=r"adapter_model.safetensors: cannot be read .*: remove its folder"):
+        lift_work.check_same(plain, made)
+    file.unlink()
+    lift_work.check_same(plain, made)
 
 
 def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, tmp_path):
