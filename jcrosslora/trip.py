@@ -84,7 +84,7 @@ class TransferSettings:
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
     dialogues: int = FitSettings.dialogues
-    """How many prompts with answers the source writes with its adapter, 16 or more; only where predictions are fitted."""
+    """How many prompts with answers (16 or more) the source writes with its adapter; where predictions are fitted."""
     back: float = SHARE
     """How much of the way back to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
     whitening: float = 0.0
