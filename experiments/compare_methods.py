@@ -12,7 +12,9 @@ On 2 cores a seed of theseus takes about 5 minutes for SmolLM2-135M to Gemma-3-2
 import argparse
 import dataclasses
 import statistics
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +48,7 @@ def moved(arguments: argparse.Namespace, folder: Path, console: Console) -> list
     return found
 
 
-def main() -> None:
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--source", required=True)
@@ -55,7 +57,29 @@ def main() -> None:
     parser.add_argument("--method", action="append", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=None)
-    arguments = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what would fail only after the first moves.
+
+    Raises:
+        MethodError: an unknown method.
+        UsageError: a method that is given twice, or a number below 1.
+    """
+    for name in arguments.method:
+        get_method(name)
+    if len(set(arguments.method)) < len(arguments.method):
+        msg = f"--method {' '.join(arguments.method)}: one is given twice; give each once"
+        raise jcl.UsageError(msg)
+    for name, value in (("seeds", arguments.seeds), ("limit", arguments.limit)):
+        if value is not None and value < 1:
+            msg = f"--{name} {value} is out of range; it must be at least 1"
+            raise jcl.UsageError(msg)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check(arguments)
     console = Console(width=140)
     questions = read_task(arguments.task)[: arguments.limit]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +91,13 @@ def main() -> None:
         values = [item.value for (own, _), item in zip(adapters, differences, strict=True) if own == name]
         spread = f" (standard deviation over seeds {statistics.stdev(values):.4f})" if len(values) > 1 else ""
         console.print(f"{name}: {statistics.mean(values):+.4f} nats per character{spread}", highlight=False)
+
+
+def main() -> None:
+    try:
+        run(parse())
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"compare_methods: {error}")
 
 
 if __name__ == "__main__":

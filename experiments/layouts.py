@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     base = jcl.open_base(arguments.base)
     settings, params, tokenizer = settings_of(base), load_params(base), load_tokenizer(base)
     for ref in arguments.adapter:
-        writer = Writer(settings, params, tokenizer, stack_adapter(jcl.load_adapter(ref), base), name=base.ref)
+        adapter = stack_adapter(jcl.load_adapter(ref, base), base)
+        writer = Writer(settings, params, tokenizer, adapter, name=base.ref)
         wanted = [layout for layout in range(len(LAYOUTS)) for _ in range(arguments.each)]
         dialogues = answer(writer, write_prompts(writer, wanted, arguments.seed), arguments.seed, length=tokens)
         change, surer = (by_layout(dialogues, values) for values in compare(writer, dialogues, tokens))

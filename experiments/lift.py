@@ -40,6 +40,7 @@ from lift_work import Base, Pair, Work
 from rich.console import Console
 
 import jcrosslora as jcl
+from jcrosslora.probes import read_texts
 from jcrosslora.training import TrainSettings
 
 # Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.
@@ -95,6 +96,8 @@ def check(arguments: argparse.Namespace) -> None:
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
         "--lineage-written and --lineage-dense want --lineage OTHER_TRAIN": arguments.lineage is not None
         or not (arguments.lineage_written or arguments.lineage_dense),
+        "--lineage wants the train file of another task than those that are measured": arguments.lineage is None
+        or any(_task_of(files[0]) != _task_of(arguments.lineage) for files in arguments.task + arguments.written),
         "--seeds wants different numbers from 0 on": len(set(arguments.seeds)) == len(arguments.seeds)
         and min(arguments.seeds) >= 0,
         "--limit and --write-limit want 1 or more": all(
@@ -160,11 +163,22 @@ def _seed_figures(
 
 
 def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, list[Row]]]:
-    """Every table to make; the further-trained version is trained here if it is wanted and not there."""
+    """Every table to make; the further-trained version is trained here if it is wanted and not there.
+
+    Raises:
+        JCrossLoRAError: a file or a base that cannot be read, or fewer questions than are wanted: before any training.
+    """
     tasks = [load_task(*files, first=arguments.first, written=False) for files in arguments.task]
     tasks += [load_task(*files, first=arguments.first, written=True) for files in arguments.written]
     rows, pairs = rows_of(arguments), [Pair(*map(Base.of, refs)) for refs in arguments.pair]
     tables = [(task, pair, rows) for task in tasks for pair in pairs]
+    for task in tasks:
+        task.questions(arguments.split, arguments.prompts)
+        task.prompts(arguments.prompts)
+    if arguments.text is not None:
+        read_texts(arguments.text)
+    for ref in {ref for refs in arguments.pair for ref in refs}:
+        jcl.open_base(ref)
     if arguments.lineage is not None:
         source = pairs[0].source
         version = work.further_trained(
@@ -175,12 +189,15 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
             written=arguments.lineage_written,
             dense_rate=arguments.lineage_rate if arguments.lineage_dense else None,
         )
-        own = arguments.lineage.stem.removesuffix("_train")
         lineage = [parse_row(name) for name in LINEAGE_ROWS]
         # A version trained on the task itself has nothing left to gain.
-        others = [task for task in tasks if task.name.removesuffix("_written") != own]
+        others = [task for task in tasks if task.name.removesuffix("_written") != _task_of(arguments.lineage)]
         tables += [(task, Pair(source, version), lineage) for task in others]
     return tables
+
+
+def _task_of(train: Path) -> str:
+    return train.stem.removesuffix("_train")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import io
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +62,7 @@ class Scorer:
             JCrossLoRAError: an adapter, the base or a question that cannot be used.
         """
         questions = self.questions[:limit]
-        loaded = {BASE: None, **{name: jcl.load_adapter(path) for name, path in adapters.items()}}
+        loaded = {BASE: None, **{name: jcl.load_adapter(path, self._base) for name, path in adapters.items()}}
         made = {name: self._made(adapter) for name, adapter in loaded.items()}
         rows = {name: read_arrays(self._path(name), made[name]) for name in loaded}
         while group := next_group({name: _done(row) for name, row in rows.items()}, len(questions)):
@@ -76,7 +77,7 @@ class Scorer:
         """For the base and each adapter, by name: float64 (n,), 1 where the model writes the whole right answer."""
         questions, found = self.questions[:limit], {}
         for name, path in {BASE: None, **adapters}.items():
-            adapter = None if path is None else jcl.load_adapter(path)
+            adapter = None if path is None else jcl.load_adapter(path, self._base)
             file, made = self._path(f"{name}.exact"), self._made(adapter)
             stored = read_arrays(file, made).get("exact", np.zeros(0))
             for start in range(len(stored), len(questions), _PART):
@@ -133,11 +134,12 @@ def figures_of(row: Arrays, questions: Sequence[Question]) -> Arrays:
 def read_arrays(path: Path, made: str) -> Arrays:
     """The arrays of a file; none where there is no file, or it was made from something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: of a file that is cut short np.load leaves it open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         msg = f"{path}: cannot be read ({error}): remove it, it will be made again"
         raise jcl.UsageError(msg) from error
     return arrays if str(arrays.pop("made", "")) == made else {}

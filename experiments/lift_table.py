@@ -64,10 +64,10 @@ def lift(base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int
         draws: number of resamples.
 
     Returns:
-        None where the gain of one of the trained adapters cannot be told from 0.
+        None where one of the trained adapters gains nothing that can be told from 0, or makes the figure worse.
     """
     gains, reached = base - trained, base - moved
-    if not all(found.excludes(0) for found in intervals(gains, draws=draws)):
+    if not all(found.low > 0 for found in intervals(gains, draws=draws)):
         return None
     means, count = bootstrap_means(np.concatenate([reached, gains]), draws=draws), len(gains)
     seeds = reached.mean(axis=1) / gains.mean(axis=1)

@@ -1,6 +1,5 @@
 """Tasks of the lift table: which questions are trained on, which decide hyper-parameters, which are tested on."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +11,9 @@ from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
+from jcrosslora.methods import get_method
+from jcrosslora.settings_file import FIELDS, check_settings
+from jcrosslora.trip import AUTO
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, where there are enough
@@ -124,9 +126,13 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
         file: of other probe text, where there are no prompts.
 
     Raises:
-        UsageError: a key that is no setting, or that the table sets itself, or one without a value.
+        MethodError: an unknown method.
+        UsageError: a key that is no setting, or that the table sets itself, or one without a value or with one of
+            another type than the setting has.
     """
     method, _, rest = text.partition(":")
+    if method != AUTO:
+        get_method(method)
     settings: dict[str, Any] = {"method": method}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -138,11 +144,16 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 def _value(key: str, value: str, place: str) -> Any:
     """A number, true, false or null as JSON writes it; anything else is text."""
     own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
-    fields = {field.name for field in dataclasses.fields(jcl.TransferSettings)} - {*own}
+    fields = FIELDS.keys() - {*own}
     if key not in fields or not value:
         msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(fields))}"
         raise jcl.UsageError(msg)
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except ValueError:
-        return value
+        found = value
+    if type(found) is int and FIELDS[key].type is float:
+        found = float(found)
+    if found is not None:
+        check_settings({key: found}, place)
+    return found

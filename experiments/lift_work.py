@@ -1,7 +1,8 @@
 """The folder behind the lift table: trained adapters, moved adapters, prompts and further-trained bases.
 
 What is there is used again, so that a run that was stopped goes on, and adapters that were trained elsewhere can be put
-there. Nothing looks at the code that made a moved adapter: after a change of the package remove its folder.
+there. A moved adapter of another trained one than lies there now is refused. Nothing looks at the code that made it:
+after a change of the package remove its folder.
 
     trained/TASK--BASE--seedN          an adapter trained on a base: the source's, and the target's (the oracle)
     moved/TASK--SOURCE--TARGET/ROW--seedN
@@ -13,6 +14,7 @@ there. Nothing looks at the code that made a moved adapter: after a change of th
 
 import dataclasses
 import gc
+import hashlib
 import json
 import shutil
 import sys
@@ -26,11 +28,12 @@ import jax
 from dense_training import train_dense
 from lift_tasks import Row, Task, slug
 from rich.console import Console
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, save_adapter
+from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.probes.text_files import save_texts
 from jcrosslora.training import TrainSettings, read_examples, train_lora
@@ -90,10 +93,12 @@ class Work:
 
         Raises:
             MethodError, PairingError: the row's method is not defined for this pair.
+            UsageError: one is there that was moved from another adapter.
             JCrossLoRAError: anything else that is wrong.
         """
         out = self.moved_folder(task, pair, row, seed)
         if out.exists():
+            check_moved_from(out, self.trained(task, pair.source, seed))
             return out
         started = time.monotonic()
         settings = jcl.TransferSettings(
@@ -200,15 +205,39 @@ def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
     The task is not compared: `train_lora.py` names it by its file.
 
     Raises:
-        UsageError: a setting differs.
+        UsageError: a setting differs, or its file cannot be read.
     """
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-        stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
+    path = adapter / "adapter_model.safetensors"
+    if not path.exists():  # of another format, which states nothing
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
+    except (SafetensorError, ValueError) as error:
+        msg = f"{path}: cannot be read ({error}): remove its folder, it will be trained again"
+        raise jcl.UsageError(msg) from error
     wanted = json.loads(json.dumps(made))
     for key in sorted((stated.keys() & wanted.keys()) - {"task"}):
         if stated[key] != wanted[key]:
             msg = f"{adapter}: was trained with {key} {stated[key]}, {wanted[key]} is asked for: remove it, or ask so"
             raise jcl.UsageError(msg)
+
+
+def check_moved_from(moved: Path, source: Path) -> None:
+    """Refuse a moved adapter that was made from another one than lies at `source` now: that was trained anew since.
+
+    Raises:
+        UsageError: it states another digest; one without a report is taken as fitting.
+    """
+    report = moved / "transfer_report.json"
+    if not report.exists():
+        return
+    stated = json.loads(report.read_text(encoding="utf-8"))["adapter"]["digest"]
+    with find_adapter(source).weights.open("rb") as file:
+        own = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if stated != own:
+        msg = f"{moved}: was not moved from what lies in {source} now: remove it, it will be made again"
+        raise jcl.UsageError(msg)
 
 
 def _forget() -> None:

@@ -48,14 +48,18 @@ def check_effect(
         progress: whether to show a progress bar.
 
     Raises:
-        UsageError: no text at all, or none with two positions at which tokens of both bases end.
+        UsageError: no text at all, or none of either kind with two positions at which tokens of both bases end.
         AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or its predictions are not finite.
     """
-    kinds = [kind for kind in (texts, written) if kind]
-    batches = _batches(kinds, tokenizers or (load_tokenizer(source), load_tokenizer(target)))
+    tokenizers = tokenizers or (load_tokenizer(source), load_tokenizer(target))
+    kinds = [_batches(kind, tokenizers) for kind in (texts, written)]
+    batches = [kind for kind in kinds if kind]
+    if not batches:
+        msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
+        raise UsageError(msg)
     src, tgt = [], []
-    with tqdm(total=2 * len(kinds), desc="effect", unit="pass", disable=not progress, leave=False) as bar:
+    with tqdm(total=2 * len(batches), desc="effect", unit="pass", disable=not progress, leave=False) as bar:
         for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
             model = settings_of(base), load_params(base) if params is None else params[side]
             for kind in batches:
@@ -71,7 +75,7 @@ def check_effect(
         tgt[-1].nll_adapted - tgt[-1].nll,
         texts=sum(len(one.kl) for one in src),
         positions=sum(one.positions for one in src),
-        written=bool(written),
+        written=bool(kinds[1]),
     )
 
 
@@ -93,12 +97,15 @@ def adapter_texts(
         return []
 
 
-def _batches(kinds: Sequence[Sequence[str]], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[list[ProbeBatch]]:
-    found = [probe_batches(_spread(kind), *tokenizers, length=LENGTH, batch=_BATCH) for kind in kinds]
-    if not found or any(not any(part_of(batch, 0).at.size for batch in kind) for kind in found):
-        msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
-        raise UsageError(msg)
-    return found
+def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[ProbeBatch]:
+    """The texts as both bases read them; nothing where none has two positions that match."""
+    if not texts:
+        return []
+    try:
+        found = probe_batches(_spread(texts), *tokenizers, length=LENGTH, batch=_BATCH)
+    except UsageError:  # not even one
+        return []
+    return found if any(part_of(batch, 0).at.size for batch in found) else []
 
 
 def _spread(texts: Sequence[str]) -> list[str]:

@@ -88,7 +88,8 @@ def align(
         MethodError: an unknown method, one that cannot be used on these shapes, one without maps, or one that several
             processes cannot do together.
         PairingError: the modules cannot be paired as asked.
-        UsageError: a rank below 1 or above the short side of every module, or a whitening that the method does not do.
+        UsageError: a rank below 1 or above the short side of every module, a whitening that the method does not do, or
+            a seed outside 0 to 2^32 - 1 for a method that draws.
         CheckpointError: weights that cannot be read or are not finite.
         HostError: another process failed.
     """
@@ -142,6 +143,10 @@ class Plan:
         found: tuple[Structure | None, str] | None = None,
     ) -> None:
         self.source, self.target, self.method, self.seed = source, target, get_method(method), seed
+        if self.method.draws:
+            from jcrosslora.probes.start_words import check_seed
+
+            check_seed(seed)  # JAX would take the lower 32 bits of a larger one
         self._structure: Structure | None = None
         if self.method.selects:
             self._structure, depth = find_selection(source, target, depth, found)

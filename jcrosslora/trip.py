@@ -17,7 +17,7 @@ from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_profile, for_profile, why_without_tokens
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.errors import CheckpointError, MethodError
+from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.invocation import with_invocation
 from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
@@ -84,7 +84,7 @@ class TransferSettings:
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
     dialogues: int = FitSettings.dialogues
-    """How many prompts with answers the source writes with its adapter; only where predictions are fitted."""
+    """How many prompts with answers (16 or more) the source writes with its adapter; where predictions are fitted."""
     back: float = SHARE
     """How much of the way back to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
     whitening: float = 0.0
@@ -131,6 +131,8 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
+    if settings.method != AUTO:
+        get_method(settings.method)
     check_share(settings.back)
     span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
@@ -295,8 +297,13 @@ def with_account(
     runs_bases = get_method(moved.report.recipe.method).runs_bases
     # An adapter for answers hardly shows in text of another kind, so dialogues come first.
     texts = () if probes is None else probes.texts, dialogues
-    effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
     warnings = moved.report.warnings
+    try:
+        effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
+    except UsageError as error:  # of the texts: what was moved is not lost for a figure that was not asked for
+        if settings.effect == "always":
+            raise
+        effect, warnings = None, (*warnings, f"the effect was not measured: {error}")
     if original.tokens and (runs_bases or effect is not None):
         warnings += ("where the bases were run, it was without the changes of the embedding and the output head",)
     report = dataclasses.replace(moved.report, choice=choice and choice.reason, effect=effect, warnings=warnings)

@@ -1,10 +1,12 @@
 """The model card: front matter that the hub takes, text that names everything."""
 
 import json
+import tomllib
 
 import pytest
 
 from jcrosslora.report.card import model_card
+from jcrosslora.report.documents import _toml
 
 
 def card(**changes) -> str:
@@ -31,6 +33,11 @@ def front_matter(text: str) -> dict:
     yaml = pytest.importorskip("yaml")
     assert text.startswith("---\n")
     return yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.mark.parametrize("value", ["a/b", 'quote " and \\', "tab\t \x00 \x1f \x7f", "Köln 日本 \U0001f600", 8, 1e-05])
+def test_a_recipe_is_read_back_as_it_was(value):
+    assert tomllib.loads(f"x = {_toml(value)}\n") == {"x": value}
 
 
 def test_the_front_matter_names_the_base():

@@ -310,6 +310,20 @@ def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys,
     fails(["demo", "--out", tmp_path / "out"], capsys, "out")
 
 
+def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys, monkeypatch):
+    monkeypatch.setattr("jcrosslora.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    monkeypatch.setattr("jcrosslora.trip.open_base", lambda *_, **__: pytest.fail("a base was read"))
+    out = place.parent / "out"
+    fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of cross-lora")
+    fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of cross-lora")
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 1 << 70])
+def test_a_seed_that_would_be_cut_is_refused(place, capsys, seed):
+    given = transfer(place, "--method", "random", "--seed", seed)
+    fails(given, capsys, f"seed {seed} was asked for, wanted 0 to 4294967295")
+
+
 def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")

@@ -1,14 +1,16 @@
 """Adapters, captures, log-probabilities and sampling of the decoder; needs no torch."""
 
+import json
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 
-from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
 from jcrosslora.checkpoint import ROLES, open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import (
@@ -64,6 +66,29 @@ def test_stacking_keeps_the_update_of_every_module(model):
     assert set(back) == set(kept)
     for name, factors in kept.items():
         np.testing.assert_allclose(delta(back[name]), delta(factors), rtol=1e-5, atol=1e-6)
+
+
+def test_updates_of_fused_matrices_are_taken_apart(model, tmp_path):
+    # The same weights as phi3 holds them, and the adapter as peft would have trained it there.
+    folder = write_llama(tmp_path / "phi3")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "phi3", "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Phi3ForCausalLM"]}))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(3):
+        for path, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            names = [f"model.layers.{layer}.{path.split('.')[0]}.{part}_proj.weight" for part in parts]
+            tensors[f"model.layers.{layer}.{path}_proj.weight"] = np.concatenate([tensors.pop(name) for name in names])
+    save_file(tensors, folder / "model.safetensors")
+    base, adapter = open_base(folder), random_adapter(model[0], scale=0.5)
+    save_adapter(adapter, tmp_path / "adapter", fused=base.fused, all_modules=list(base.modules))
+    fused = load_adapter(tmp_path / "adapter", base)
+    assert "model.layers.0.self_attn.qkv_proj" in fused.modules
+    wanted = stack_adapter(adapter, model[0])
+    alone, beside = stack_adapter(fused, base), stack_adapters([Adapter(modules={}), fused], base)
+    for role in ROLES:
+        exact = wanted.roles[role].b @ wanted.roles[role].a
+        np.testing.assert_allclose(alone.roles[role].b @ alone.roles[role].a, exact, atol=1e-5)
+        np.testing.assert_allclose(beside.roles[role].b[1] @ beside.roles[role].a[1], exact, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,36 @@ def test_too_little_text_is_an_error(pair, texts):
         check_effect(*pair, texts)
 
 
+def test_a_kind_of_texts_that_are_too_short_is_left_out(pair):
+    alone = check_effect(*pair, TEXTS)
+    assert check_effect(*pair, TEXTS, written=["a"]) == alone
+    assert check_effect(*pair, ["a"], written=TEXTS) == check_effect(*pair, (), written=TEXTS)
+
+
+def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, monkeypatch):
+    words = ["Water", "Anna", "Peter", "Plants"]
+    source = write_base(tmp_path / "source", 90, bos=True, layers=2)
+    target = write_base(tmp_path / "target", 90, bos=True, layers=2, hidden=32, head_dim=8, seed=1)
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), tmp_path / "adapter")
+    monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
+    given = jcl.TransferSettings(
+        str(tmp_path / "adapter"),
+        str(source),
+        str(target),
+        str(tmp_path / "out"),
+        method="theseus",
+        probe_text=str(tmp_path / "words.txt"),
+        cache=False,
+    )
+    report = jcl.transfer(given).report
+    assert report.effect is None
+    assert report.warnings[-1].startswith("the effect was not measured: no text has two positions")
+    with pytest.raises(UsageError, match="no text has two positions"):
+        jcl.transfer(dataclasses.replace(given, effect="always", out=str(tmp_path / "again")))
+    assert not (tmp_path / "again").exists()
+
+
 def test_many_texts_are_thinned_out_evenly():
     texts = [str(number) for number in range(100)]
     chosen = effect_check._spread(texts)

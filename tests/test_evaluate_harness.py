@@ -1,5 +1,6 @@
 """The model class for lm-evaluation-harness against the harness's own torch model, and against our scorer."""
 
+import dataclasses
 import json
 import socket
 
@@ -19,6 +20,7 @@ from harness_models import (
 from real_models import real_model
 
 from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.evaluate import read_task, score
@@ -183,6 +185,13 @@ def test_what_cannot_be_scored_is_refused(both):
         ours.generate_until(requests("generate_until", [(PROMPT, {"max_gen_toks": 16})]), disable_tqdm=True)
     with pytest.raises(UsageError, match="chat templates"):
         ours.apply_chat_template([{"role": "user", "content": "the sun"}])
+
+
+def test_what_an_adapter_changes_of_the_embedding_is_said_not_to_be_scored(folder, caplog):
+    update = TokenUpdate("tied", "tokens", 330, np.array([5]), rows=np.ones((1, 48), np.float32), share=0.25)
+    JCrossLoRALM(folder, dataclasses.replace(adapter_of(folder), tokens=(update,)), batch_tokens=1)
+    assert "not scored" in caplog.text
+    assert "25.0%" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_named(folder, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from harness_models import PROMPT, adapter_of, requests, torch_lm, write_tiny, written_tokens
 
+from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness import JCrossLoRALM
 
 
@@ -59,3 +60,8 @@ def test_sampled_texts_follow_the_seed(folder):
     one, again, other = (lm.generate_until(asked, disable_tqdm=True) for lm in lms)
     assert one == again
     assert len({*one, *other}) == 4
+
+
+def test_a_seed_that_would_be_cut_is_refused(folder):
+    with pytest.raises(UsageError, match="seed 4294967296 was asked for"):
+        JCrossLoRALM(folder, seed=1 << 32)

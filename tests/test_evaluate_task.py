@@ -22,6 +22,8 @@ def test_a_task_is_read_line_by_line(tmp_path):
     path.write_text(f"{json.dumps(GOOD)}\r\n\n{json.dumps(other, ensure_ascii=False)}", encoding="utf-8")
     assert read_task(path) == [Question("Which?", ("a", "bc"), 1), Question("日本?", ("é",), 0)]
     assert read_task(str(path))[0].prompt == "Question: Which?\nAnswer:"
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert len(read_task(path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The lift table: its statistics by hand, what is kept between runs, tasks, the merged base, and a whole tiny run."""
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -8,11 +9,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from probe_bases import write_base
+from rich.console import Console
 from tiny_bases import random_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+import compare_methods
 import fetch_tasks
+import layouts
 import lift
 import lift_scores
 import lift_table
@@ -24,6 +29,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.decoder import Sampled
 from jcrosslora.evaluate import Question, Scores, lift_recovered
+from jcrosslora.refine.dialogues import Dialogue
 from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings
 
@@ -78,6 +84,8 @@ def test_the_interval_of_lift_covers_the_truth_as_often_as_it_says():
 def test_no_lift_where_training_gained_nothing():
     base, _, moved = figures(2)
     assert lift_table.lift(base, moved, np.stack([base + 0.0, base - 1])) is None
+    # Half of a loss is no half of a gain.
+    assert lift_table.lift(base, np.stack([base + 0.5, base - 1]), np.stack([base + 1.0, base - 1])) is None
 
 
 def sheet_of(accuracy: np.ndarray):
@@ -140,9 +148,11 @@ def test_arrays_are_read_back_only_if_made_from_the_same(tmp_path):
     assert lift_scores.read_arrays(path, "this")["tokens"].tolist() == [0, 1, 2]
     assert lift_scores.read_arrays(path, "that") == {}
     assert [entry.name for entry in path.parent.iterdir()] == ["row.npz"]
-    path.write_bytes(b"PK broken")
-    with pytest.raises(jcl.UsageError, match=r"row\.npz: cannot be read .* remove it"):
-        lift_scores.read_arrays(path, "this")
+    whole = path.read_bytes()
+    for damaged in (b"PK broken", whole[: len(whole) // 2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(jcl.UsageError, match=r"row\.npz: cannot be read .* remove it"):
+            lift_scores.read_arrays(path, "this")
 
 
 def test_scoring_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
@@ -178,6 +188,31 @@ def test_scoring_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
     other = save_adapter(random_adapter(jcl.open_base(folders[0]), seed=1, scale=0.02), tmp_path / "other")
     figures({"oracle": other}, limit=2)
     assert calls[4:] == [(0, 1)]
+
+
+@pytest.fixture
+def dora(folders, tmp_path):
+    """An adapter that is no update without its base."""
+    base, path = jcl.open_base(folders[0]), tmp_path / "dora"
+    save_adapter(random_adapter(base, rank=2, scale=0.02, roles=("q_proj",)), path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_B" in key]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        magnitudes = 1.1 * np.linalg.norm(base.weight(name), axis=1)
+        tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = magnitudes.astype(np.float32)
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch, capsys):
+    found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
+    assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
+    monkeypatch.setattr(layouts, "write_prompts", lambda *_: [])
+    monkeypatch.setattr(layouts, "answer", lambda *_, **__: [Dialogue("Q: Who?\nA:", " Anna", 1)] * 2)
+    layouts.run(argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0))
+    assert "Q:" in capsys.readouterr().out
 
 
 # Tasks and rows
@@ -223,6 +258,14 @@ def test_rows():
     for bad in ("theseus:seed=1", "theseus:rank", "theseus:speed=2"):
         with pytest.raises(jcl.UsageError, match=f"--method {bad}: wanted KEY=VALUE"):
             lift_tasks.parse_row(bad)
+    assert lift_tasks.parse_row("copy:scale=2,out_rank=auto").settings == {"method": "copy", "scale": 2.0} | {
+        "out_rank": "auto"
+    }
+    for bad, wanted in (("theseus:rank=many", "rank to 'many'"), ("copy:calibrate=1", "calibrate to 1")):
+        with pytest.raises(jcl.UsageError, match=f"--method {bad} sets {wanted}; it must be"):
+            lift_tasks.parse_row(bad)
+    with pytest.raises(jcl.MethodError, match="'theseuss' is unknown"):
+        lift_tasks.parse_row("theseuss:rank=64")
 
 
 def test_a_written_example_is_json_and_matched_as_a_whole():
@@ -290,6 +333,27 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
         lift_work.check_same(path, {**made, "steps": 320})
     plain = save_adapter(random_adapter(jcl.open_base(folders[0])), tmp_path / "plain")
     lift_work.check_same(plain, made)
+    file = plain / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(jcl.UsageError, match=r"adapter_model.safetensors: cannot be read .*: remove its folder"):
+        lift_work.check_same(plain, made)
+    file.unlink()
+    lift_work.check_same(plain, made)
+
+
+def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, tmp_path):
+    bases, task = [jcl.open_base(folder) for folder in folders], lift_tasks.load_task(*task_files, 3, written=False)
+    work = lift_work.Work(tmp_path, TrainSettings(), Console())
+    pair, row = lift_work.Pair(*(lift_work.Base.of(str(folder)) for folder in folders)), lift_tasks.parse_row("random")
+    trained = tmp_path / "trained" / "small--small--seed0"
+    save_adapter(random_adapter(bases[0], rank=2), trained)
+    moved = work.moved(task, pair, row, 0)
+    assert work.moved(task, pair, row, 0) == moved
+    save_adapter(random_adapter(bases[0], rank=2, seed=1), trained, overwrite=True)
+    with pytest.raises(jcl.UsageError, match=f"{moved}: was not moved from what lies in {trained} now: remove it"):
+        work.moved(task, pair, row, 0)
+    (moved / "transfer_report.json").unlink()
+    assert work.moved(task, pair, row, 0) == moved
 
 
 # All of it
@@ -306,12 +370,46 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
         (["--pair", "a", "b", "--seeds", "1", "1"], "different numbers"),
         (["--pair", "a", "b", "--method", "copy", "--method", "copy"], "given twice"),
         (["--pair", "a", "b", "--limit", "0"], "1 or more"),
+        (["--pair", "a", "b", "--lineage", "here/train_train"], "another task"),
     ],
 )
 def test_arguments_that_would_fail_later(given, message):
     task = [] if "--task or" in message else ["--task", "train", "test"]
     with pytest.raises(jcl.UsageError, match=message):
         lift.check(lift.parse(["--work", "w", *given, *task]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--method", "copy", "--method", "coppy"], "'coppy' is unknown"),
+        (["--method", "copy", "--method", "copy"], "given twice"),
+        (["--method", "copy", "--seeds", "0"], "--seeds 0 is out of range"),
+        (["--method", "copy", "--limit", "-1"], "--limit -1 is out of range"),
+    ],
+)
+def test_a_comparison_that_would_fail_later(given, message, monkeypatch):
+    paths = ["--adapter", "a", "--source", "s", "--target", "t", "--task", "x.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["compare_methods.py", *paths, *given])
+    with pytest.raises(SystemExit, match=f"compare_methods: .*{message}"):
+        compare_methods.main()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--pair", "{small}", "none"], "none: no such folder"),
+        (["--text", "news.txt", "--texted", "theseus"], "news.txt: cannot be read"),
+        (["--prompts", "2", "--prompted", "theseus"], "has 1 train questions behind the first 3, 2 prompts wanted"),
+        (["--prompts", "1", "--prompted", "theseus", "--split", "train-rest"], "use up its 4 train questions"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_training(folders, task_files, tmp_path, monkeypatch, given, message):
+    monkeypatch.setattr(lift_work, "train_lora", lambda *_, **__: pytest.fail("training began"))
+    usual = ["--pair", *map(str, folders), "--task", *map(str, task_files), "--method", "pad-truncate"]
+    given = usual + [part.format(small=folders[0]) for part in given]
+    with pytest.raises(jcl.JCrossLoRAError, match=message):
+        lift.run(lift.parse(["--work", str(tmp_path), *given]))
 
 
 def test_all_methods_and_auto_are_the_default():

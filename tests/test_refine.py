@@ -257,12 +257,40 @@ def test_an_adapter_of_zeros_asks_for_no_step(pair):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"held_out": 1.0}, {"rank": 0}, {"trust": 1.5}, {"strength": float("nan")}]
+    "change",
+    [{"steps": 0}, {"held_out": 1.0}, {"rank": 0}, {"trust": 1.5}, {"strength": float("nan")}, {"dialogues": 15}],
 )
 def test_settings_out_of_range(pair, change):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="asked for"):
         refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
+
+
+def test_a_seed_out_of_range(pair):
+    source, target, adapter = pair
+    with pytest.raises(UsageError, match="seed -1 was asked for"):
+        refine(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
+
+
+def test_answers_to_one_prompt_alone_leave_nothing_to_fit(pair, monkeypatch):
+    source, target, adapter = pair
+    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
+        refine(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
+
+
+def test_of_more_prompts_than_answers_the_first_are_used_and_that_is_said(pair, monkeypatch):
+    source, _, adapter = pair
+    writer = Writer(
+        settings_of(source), load_params(source), load_tokenizer(source), stack_adapter(adapter, source), name="told"
+    )
+    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    prompts = [f"Anna said {number}" for number in range(30)]
+    found = continue_prompts(writer, prompts, FitSettings(dialogues=20), 0)
+    assert [item.prompt for item in found.dialogues] == prompts[:20]
+    assert found.description == "20 answers to the first 20 of 30 given prompts"
+    all_used = continue_prompts(writer, prompts, FitSettings(dialogues=60), 0)
+    assert all_used.description == "60 answers to 30 given prompts"
 
 
 def test_of_long_prompts_the_end_is_used(pair):
@@ -276,6 +304,17 @@ def test_of_long_prompts_the_end_is_used(pair):
     (cut,) = prompts - {short}
     assert long.endswith(cut)
     assert len(tokenizer.encode(cut, special=False).ids) <= 64
+
+
+def test_the_special_tokens_of_a_long_prompt_stay(pair, monkeypatch):
+    source, _, adapter = pair
+    tokenizer = load_tokenizer(source)
+    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
+    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    prompts = ["Anna said " * 60 + end for end in ("Where?</s>", "When?</s><s>")]
+    found = continue_prompts(writer, prompts, FitSettings(dialogues=16), 0).dialogues
+    for prompt, item in zip(prompts, found[:2], strict=True):
+        assert prompt.endswith(item.prompt)
 
 
 def test_a_base_that_answers_nothing(pair, monkeypatch):

@@ -117,6 +117,8 @@ def test_both_kinds_of_files_are_read(tmp_path):
     path.write_text('\n{"prompt": "Say é: ", "answer": "é", "id": 3}\n{"prompt": "p", "answer": "b"}', encoding="utf-8")
     assert read_examples(path) == [Prompted("Say é: ", ("é",), 0), Prompted("p", ("b",), 0)]
     assert read_examples(str(path))[0].prompt == "Say é: "
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_examples(path)[0].prompt == "Say é: "
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ def test_files_without_examples(tmp_path):
         ({"modules": ()}, r"modules \(\)"),
         ({"modules": ("q_proj", "lm_head")}, "lm_head"),
         ({"modules": ("q_proj", "q_proj")}, "modules"),
+        ({"modules": ["q_proj"]}, r"modules \['q_proj'\]"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, came):

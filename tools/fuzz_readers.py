@@ -127,6 +127,8 @@ def main() -> int:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     readers = importlib.import_module("hostile_files").READERS
+    if unknown := sorted(set(given.only or ()) - readers.keys()):
+        parser.error(f"--only {unknown[0]!r} is no reader; the readers are {', '.join(readers)}")
     warnings.simplefilter("error")  # What numpy warns of is not for users to see.
     watch = Watch()
     for reader in readers.values():  # Imports and first uses, before anything is watched.

@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=2.0, help="GB allowed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seconds, busy, peak = run(arguments, Path(folder) / "out")
+        try:
+            seconds, busy, peak = run(arguments, Path(folder) / "out")
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"measure_memory: the transfer failed with {error.returncode}; nothing was measured")
     sizes = [float32_bytes(arguments.source) / 1e9, float32_bytes(arguments.target) / 1e9]
     print(f"peak {peak / 1e9:.2f} GB, {seconds:.1f} s, CPU time {busy:.1f} s")
     print(f"target modules as float32: {sizes[0]:.2f} and {sizes[1]:.2f} GB")

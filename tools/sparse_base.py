@@ -83,8 +83,13 @@ def write_adapter(arguments: argparse.Namespace) -> Path:
         for name, module in base.modules.items()
         if module.layer in (0, arguments.layers - 1)
     }
-    out = arguments.out.with_name(f"{arguments.out.name}-adapter")
+    out = adapter_folder(arguments.out)
     return jcl.save_adapter(jcl.Adapter(modules=modules), out, base_name=str(arguments.out))
+
+
+def adapter_folder(out: Path) -> Path:
+    """Where the adapter lies."""
+    return out.with_name(f"{out.name}-adapter")
 
 
 def main() -> None:
@@ -94,6 +99,11 @@ def main() -> None:
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     arguments = parser.parse_args()
+    if arguments.out.exists() or adapter_folder(arguments.out).exists():
+        parser.error(f"{arguments.out} or its adapter exists already: choose another name, or remove both")
+    if arguments.hidden % arguments.heads or arguments.heads % arguments.kv_heads:
+        counts = f"{arguments.heads} heads and {arguments.kv_heads} key heads"
+        parser.error(f"{counts} do not divide a width of {arguments.hidden} evenly: change one of them")
     write(arguments)
     adapter = write_adapter(arguments)
     print(f"{arguments.out}: {sum(int(np.prod(shape)) for shape in tensors(arguments).values()) / 1e9:.1f}e9 numbers")

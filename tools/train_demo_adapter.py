@@ -8,7 +8,6 @@ the loss per answer token falls from about 4.5 to about 2.5.
 """
 
 import argparse
-import json
 import math
 import random
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, load_adapter, save_adapter
 from jcrosslora.checkpoint import open_base
+from jcrosslora.evaluate import read_task
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -43,10 +43,9 @@ def parse_arguments() -> argparse.Namespace:
 def examples(task: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:
     """Token ids of each question with its right answer, and where the answer starts."""
     result = []
-    for line in task.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
-        prompt = tokenizer(f"Question: {item['question']}\nAnswer:")["input_ids"]
-        answer = tokenizer(f" {item['choices'][item['answer']]}")["input_ids"]
+    for item in read_task(task):
+        prompt = tokenizer(item.prompt)["input_ids"]
+        answer = tokenizer(f" {item.choices[item.answer]}")["input_ids"]
         result.append((prompt + answer, len(prompt)))
     return result
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder.ops import project
@@ -41,9 +41,12 @@ class StackedAdapter:
 def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
     """Stack the factors of an adapter; smaller ranks of a role are padded with zeros.
 
+    Updates of matrices that the base holds as one (phi3's qkv_proj) are taken apart.
+
     Raises:
         AdapterError: a module that the base does not have, factors that do not fit it, or an aLoRA.
     """
+    adapter = split_fused(adapter, base.fused)
     ranks = _ranks([adapter], base)
     return StackedAdapter({role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()})
 
@@ -57,6 +60,7 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
     if not adapters:
         msg = "no adapters to stack: give at least one"
         raise AdapterError(msg)
+    adapters = [split_fused(adapter, base.fused) for adapter in adapters]
     ranks = _ranks(adapters, base)
     each = [{role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} for one in adapters]
     return StackedAdapter(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))

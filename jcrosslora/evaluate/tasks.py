@@ -1,5 +1,6 @@
 """Task files: one question with its choices a line."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,25 @@ def read_task(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_lines(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file of questions"
         raise UsageError(msg) from error
-    found = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [_parse(line, f"{path}:{number}") for number, line in lines]
     if not found:
         msg = f"{path}: holds no question: {_WANTED} on each line"
         raise UsageError(msg)
     return found
+
+
+def read_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers from 1; a byte order mark in front is no part of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse(line: bytes, place: str) -> Question:

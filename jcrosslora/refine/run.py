@@ -13,13 +13,14 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.probes.start_words import check_seed
 from jcrosslora.rank_cut import cut_rank
 from jcrosslora.refine.dialogues import Dialogue, Writer
 from jcrosslora.refine.fit import Fitted, Teacher, fit
 from jcrosslora.refine.lessons import Lesson, lessons, shared_tokens
 from jcrosslora.refine.reader import reader
 from jcrosslora.refine.settings import FitSettings
-from jcrosslora.refine.writing import Written, continue_prompts, write_dialogues
+from jcrosslora.refine.writing import FEWEST, Written, continue_prompts, write_dialogues
 from jcrosslora.tokens import Tokenizer, load_tokenizer
 
 
@@ -78,13 +79,14 @@ def refine(
         progress: whether to show progress bars.
 
     Raises:
-        UsageError: settings out of range, or texts without a position that matches.
-        MethodError: too few answers, or too few tokens that both bases have.
+        UsageError: settings or a seed out of range, or texts without a position that matches.
+        MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
         AdapterError: an adapter does not fit its base, or its predictions are not finite.
         CheckpointError: a base or its tokenizer cannot be read.
     """
     settings = FitSettings() if settings is None else settings
     _check(settings)
+    check_seed(seed)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
@@ -111,9 +113,10 @@ def refine(
 
 
 def _check(settings: FitSettings) -> None:
-    for name in ("steps", "rank", "dialogues", "tokens", "vocabulary"):
-        if getattr(settings, name) < 1:
-            msg = f"a fit with {name} {getattr(settings, name)} was asked for, wanted 1 or more"
+    least = {"steps": 1, "rank": 1, "dialogues": FEWEST, "tokens": 1, "vocabulary": 1}
+    for name, fewest in least.items():
+        if getattr(settings, name) < fewest:
+            msg = f"a fit with {name} {getattr(settings, name)} was asked for, wanted {fewest} or more"
             raise UsageError(msg)
     if not 0 < settings.held_out < 1:
         msg = f"a fit with held_out {settings.held_out} was asked for, wanted a share between 0 and 1"

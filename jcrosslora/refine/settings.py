@@ -19,7 +19,7 @@ class FitSettings:
         trust: share of the adapted source's own predictions in the teacher, see `jcrosslora.refine.reader.teach`.
         strength: of the source's change in the teacher, on top of that.
         prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
-        dialogues: prompts with answers in all, those held out included.
+        dialogues: prompts with answers in all, 16 or more, those held out included.
         held_out: share of the dialogues that no step is fitted on: they decide how long each step is.
         tokens: of an answer at most.
         temperature: of the answers.

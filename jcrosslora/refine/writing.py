@@ -16,6 +16,7 @@ from jcrosslora.tokens import pad_right
 PILOT = 16  # dialogues in each layout, to see which the adapter knows, and again as many in those that it may know
 KNOWN = 0.5  # of the largest change: a layout with less is left out
 _WIDTHS, _ROWS = (40, 64), 8  # tokens of a row that is compared: the fewer shapes, the less to compile
+FEWEST = 2 * _ROWS  # dialogues of a fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,21 +31,26 @@ def continue_prompts(writer: Writer, prompts: Sequence[str], settings: FitSettin
     """Answers to the user's prompts, as many to each as make up the number wanted.
 
     Of a prompt of more than 64 tokens only the last ones are used: the fit is done in rows of 96, answer included.
+    Where there are more prompts than answers are wanted, the first ones are used.
 
     Raises:
-        MethodError: the base answers none of them.
+        MethodError: the base answers too few of them, or there is only one.
     """
     given = [Dialogue(_last(writer, prompt)) for prompt in prompts]
     found: list[Dialogue] = []
     for turn in range(max(1, -(-settings.dialogues // len(given)))):
         part = given[: settings.dialogues - turn * len(given)]
         found += answer(writer, part, seed + turn, length=settings.tokens, temperature=settings.temperature)
-    return Written(_enough(found, writer), f"{len(found)} answers to {len(given)} given prompts")
+    used = f"the first {settings.dialogues} of " if len(given) > settings.dialogues else ""
+    return Written(_enough(found, writer), f"{len(found)} answers to {used}{len(given)} given prompts")
 
 
 def _last(writer: Writer, prompt: str) -> str:
     ids = writer.tokenizer.encode(prompt).ids
-    return prompt if len(ids) <= _WIDTHS[-1] else writer.tokenizer.decode(ids[-_WIDTHS[-1] :])
+    if len(ids) <= _WIDTHS[-1]:
+        return prompt
+    # With the special tokens that the prompt names: where an answer begins, they are what a chat model goes by.
+    return writer.tokenizer.backend.decode(ids[-_WIDTHS[-1] :].tolist(), skip_special_tokens=False)
 
 
 def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
@@ -117,13 +123,16 @@ def by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np
 
 
 def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
-    if len(found) < 2 * _ROWS:
-        msg = (
-            f"{writer.name} with the adapter answered {len(found)} prompts, {2 * _ROWS} are wanted: "
-            "give more prompts with --probe-text, or use another method"
-        )
-        raise MethodError(msg)
-    return found
+    different = len({item.prompt for item in found})
+    if len(found) >= FEWEST and different > 1:
+        return found
+    # No step is fitted on the prompts that are held out, and one at least is.
+    came = f"{len(found)} prompts, {FEWEST}" if len(found) < FEWEST else "one and the same prompt, 2 different ones"
+    msg = (
+        f"{writer.name} with the adapter answered {came} are wanted: "
+        "give more prompts with --probe-text, or use another method"
+    )
+    raise MethodError(msg)
 
 
 def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -73,4 +73,6 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
 
 def _toml(value: str | float) -> str:
     # A TOML basic string takes every escape that JSON writes, apart from surrogate pairs: keep those as they are.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    # It does not take a DEL, which JSON leaves.
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    return text.replace("\x7f", "\\u007f")

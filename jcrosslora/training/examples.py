@@ -13,6 +13,7 @@ import numpy as np
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.pairs import tokenize
+from jcrosslora.evaluate.tasks import read_lines
 from jcrosslora.tokens import Tokenizer
 
 
@@ -88,11 +89,10 @@ def digest(examples: Sequence[Encoded]) -> str:
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        return read_lines(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file of examples"
         raise UsageError(msg) from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _prompted(line: bytes, place: str) -> Prompted:

@@ -62,7 +62,7 @@ class TrainSettings:
             "weight_decay": (lambda value: 0 <= value < math.inf, "a number from 0 on"),
             "seed": (lambda value: 0 <= value < 1 << 32, "an integer from 0 to 2^32 - 1"),
             "dtype": (lambda value: value in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
-            "modules": (_are_roles, f"different ones of {', '.join(ROLES)}"),
+            "modules": (_are_roles, f"a tuple of different ones of {', '.join(ROLES)}"),
         }
         for name, (makes_sense, wanted) in rules.items():
             if not makes_sense(getattr(self, name)):
@@ -71,4 +71,5 @@ class TrainSettings:
 
 
 def _are_roles(modules: tuple[str, ...]) -> bool:
-    return len(modules) > 0 and len(set(modules)) == len(modules) and set(modules) <= set(ROLES)
+    # A list cannot be hashed, which what is compiled for the settings asks for.
+    return isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)) and set(modules) <= set(ROLES)

@@ -1,5 +1,6 @@
 """The model class that lm-evaluation-harness calls."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,6 +9,7 @@ import jax
 from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.dropped import token_sentences
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, stack_adapters
 from jcrosslora.errors import UsageError
@@ -16,6 +18,7 @@ from jcrosslora.evaluate.harness.options import Options, read_options
 from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
 from jcrosslora.evaluate.harness.writing import Writer, batches_of
 from jcrosslora.evaluate.run import Models
+from jcrosslora.probes.start_words import check_seed
 from jcrosslora.tokens import load_tokenizer
 
 try:
@@ -26,6 +29,8 @@ except ImportError as error:
     _MISSING = f"lm-evaluation-harness models need the lm_eval package ({error}): pip install 'jcrosslora[eval]'"
     raise UsageError(_MISSING) from error
 
+_LOG = logging.getLogger(__name__)
+
 
 @register_model("jcrosslora")
 class JCrossLoRALM(TemplateLM):
@@ -33,7 +38,8 @@ class JCrossLoRALM(TemplateLM):
 
     Text is cut into tokens as by the harness's `hf` model: spaces at the end of a context go to the continuation, whose
     tokens are what both together have more than the context alone. A context that is too long loses tokens at its
-    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`.
+    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. What an
+    adapter changes of the embedding and the output head is not scored either, which is logged.
     """
 
     def __init__(
@@ -73,10 +79,14 @@ class JCrossLoRALM(TemplateLM):
         del batch_size, max_batch_size, device
         self.dtype, self.batch_tokens = check_dtype(dtype), positive("batch_tokens", batch_tokens)
         self.seed = positive("seed", seed, least=0)
+        check_seed(self.seed)
         self.base = base if isinstance(base, BaseModel) else open_base(base)
         stated = self.base.config.get("max_position_embeddings")
         self.max_length = positive("max_length", stated if max_length is None else max_length)
         self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)
+        if self.adapter is not None:
+            for sentence in token_sentences(self.adapter.tokens, "bases are run without it"):
+                _LOG.warning("not scored: %s: %s", self.adapter.info.name, sentence)
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
