@@ -419,7 +419,7 @@ def test_first_sentence(text, wanted):
     assert first_sentence(text) == wanted
 
 
-@pytest.mark.parametrize("method", ["auto", "anchored", "residual-teacher"])
+@pytest.mark.parametrize("method", ["auto", pytest.param("anchored", marks=pytest.mark.slow), "residual-teacher"])
 def test_from_file_to_file(pair, tmp_path, method):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
