@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jcrosslora import hosts
 from jcrosslora.activations import batch_probes
@@ -133,6 +133,9 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     parse_depth(settings.depth)  # refused before anything is read
     if settings.method != AUTO:
         get_method(settings.method)
+    if settings.effect not in get_args(EffectCheck):
+        msg = f"effect {settings.effect!r} is unknown; use one of {', '.join(get_args(EffectCheck))}"
+        raise UsageError(msg)
     check_share(settings.back)
     span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests

@@ -273,9 +273,10 @@ def test_the_bound_is_read_from_the_environment(monkeypatch, stated, size):
     assert (jcl.open_cache() is None) == (size == 0)
 
 
-def test_a_bound_that_makes_no_sense_is_an_error(monkeypatch):
-    monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", "much")
-    with pytest.raises(jcl.UsageError, match=r"'much', wanted a number of bytes"):
+@pytest.mark.parametrize("stated", ["much", "1" + 400 * "0", "-1"])
+def test_a_bound_that_makes_no_sense_is_an_error(monkeypatch, stated):
+    monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
+    with pytest.raises(jcl.UsageError, match=rf"'{stated}', wanted a number of bytes"):
         jcl.open_cache()
 
 

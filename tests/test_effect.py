@@ -176,6 +176,12 @@ def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, 
     assert not (tmp_path / "again").exists()
 
 
+def test_an_effect_setting_that_is_none_is_refused_before_anything_is_read(tmp_path):
+    given = jcl.TransferSettings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
+    with pytest.raises(UsageError, match="effect 'sometimes' is unknown; use one of auto, always, never"):
+        jcl.transfer(given)
+
+
 def test_many_texts_are_thinned_out_evenly():
     texts = [str(number) for number in range(100)]
     chosen = effect_check._spread(texts)

@@ -30,7 +30,7 @@ def cache_limit() -> int:
         UsageError: the variable holds something else.
     """
     stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(DEFAULT_LIMIT)
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", stated.strip().upper())
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", stated.strip().upper())
     if found is None:
         msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 keeps nothing"
         raise UsageError(msg)
