@@ -12,6 +12,7 @@ from adapter_folders import CONFIG, Q, V, delta, matrix, tensors, write_folder
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.patterns import exact_pattern, matching_key
+from jcrosslora.cli import main
 from jcrosslora.errors import AdapterError
 
 A = f"base_model.model.{Q}.lora_A.weight"
@@ -286,6 +287,18 @@ def test_hub_id_fetches_the_two_files(monkeypatch, tmp_path):
     adapter = load_adapter("owner/adapter", revision="v1")
     assert asked == [("owner/adapter", name, "v1") for name in ("adapter_config.json", "adapter_model.safetensors")]
     assert adapter.info.name == "owner/adapter"
+
+
+def test_an_adapter_that_is_here_is_of_no_revision_but_its_own(tmp_path, capsys):
+    plain = write_folder(tmp_path / "plain")
+    cached = write_folder(tmp_path / "models--org--name" / "snapshots" / "abc123")
+    assert load_adapter(cached, revision="abc123").modules
+    for folder, known in ((plain, "no revision is known"), (cached, "of revision abc123")):
+        with pytest.raises(AdapterError, match=f"{known}.*; revision 'v2' was wanted"):
+            load_adapter(folder, revision="v2")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(plain), "--revision", "v2"])
+    assert "revision 'v2' was wanted" in capsys.readouterr().err
 
 
 def test_a_symbolic_link_is_followed_on_reading(tmp_path):

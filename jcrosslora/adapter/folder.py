@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jcrosslora.adapter.read_gguf import is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.hub import check_revision, is_hub_id
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
@@ -43,8 +43,8 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     """The files of the adapter `ref`: a folder (PEFT's, MLX's, or one with `adapter.gguf`), a .gguf file, or a hub id.
 
     Raises:
-        AdapterError: there is no such folder or repository, one of the files is missing, or the configuration cannot
-            be read.
+        AdapterError: there is no such folder or repository, one of the files is missing, the configuration cannot be
+            read, or what is here is not of the revision.
     """
     try:
         folder = Path(ref).expanduser()
@@ -52,6 +52,8 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     except (OSError, RuntimeError, ValueError) as error:  # No such home, a name that is too long.
         msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
         raise AdapterError(msg) from error
+    if is_there:
+        _check_revision(ref, folder, revision)
     if is_folder:
         return _local_files(folder)
     if is_there and folder.suffix == GGUF_ENDING:
@@ -63,6 +65,13 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
         return _hub_files(ref, revision)
     msg = f"{ref}: no such folder: give a folder with {CONFIG} and {WEIGHTS}, or a hub id such as owner/name"
     raise AdapterError(msg)
+
+
+def _check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
+    try:
+        check_revision(ref, path, wanted)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
 
 
 def is_adapter(path: Path) -> bool:

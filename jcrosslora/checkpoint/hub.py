@@ -27,6 +27,24 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
     return f"{match[1]}/{match[2]}", parts[-1]
 
 
+def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
+    """Refuse another revision of what is here: only the hub has that.
+
+    Args:
+        ref: as it was given, for the message.
+        path: of the folder or file.
+        wanted: the revision that was asked for, if any.
+
+    Raises:
+        CheckpointError: it is not the commit that the folder is known to be of.
+    """
+    identity = cached_identity(path)
+    if wanted is not None and (identity is None or identity[1] != wanted):
+        known = "no revision is known of it" if identity is None else f"of revision {identity[1]}"
+        msg = f"{ref}: is here, {known}; revision {wanted!r} was wanted: leave it out, or give a hub id"
+        raise CheckpointError(msg)
+
+
 def fetch(hub_id: str, revision: str | None) -> Path:
     """Bring the needed files of a hub model into the local cache.
 

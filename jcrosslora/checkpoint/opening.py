@@ -39,25 +39,16 @@ def open_base(ref: str | Path, *, revision: str | None = None, name: str | None 
         msg = f"{str(ref)[:80]}: not a path ({reason}): give a folder, a .gguf file or a hub id of the form org/name"
         raise CheckpointError(msg) from error
     if is_folder:
-        identity = hub.cached_identity(path)
-        _check_revision(ref, revision, identity and identity[1])
-        return _open_folder(path, str(ref), name, identity)
+        hub.check_revision(ref, path, revision)
+        return _open_folder(path, str(ref), name, hub.cached_identity(path))
     if is_file:
-        _check_revision(ref, revision, None)
+        hub.check_revision(ref, path, revision)
         return _open_file(path, str(ref), name)
     if isinstance(ref, str) and hub.is_hub_id(ref):
         folder = hub.fetch(ref, revision)
         return _open_folder(folder, ref, name, (ref, folder.name))
     msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
     raise CheckpointError(msg)
-
-
-def _check_revision(ref: str | Path, wanted: str | None, own: str | None) -> None:
-    """Refuse another revision of what is here: only the hub has that."""
-    if wanted is not None and wanted != own:
-        known = "no revision is known of it" if own is None else f"of revision {own}"
-        msg = f"{ref}: is here, {known}; revision {wanted!r} was wanted: leave it out, or give a hub id"
-        raise CheckpointError(msg)
 
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:

@@ -31,10 +31,10 @@ def inspect(ref: str, console: Console, *, revision: str | None = None, base: st
     """
     path = Path(ref)
     if is_adapter(path):
-        _print_adapter(load_adapter(ref, None if base is None else open_base(base)), console)
+        _print_adapter(load_adapter(ref, None if base is None else open_base(base), revision=revision), console)
         return
     if path.exists():
-        _print_base(open_base(ref), console)
+        _print_base(open_base(ref, revision=revision), console)
         return
     if not is_hub_id(ref):
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
