@@ -301,6 +301,9 @@ def with_account(
     # An adapter for answers hardly shows in text of another kind, so dialogues come first.
     texts = () if probes is None else probes.texts, dialogues
     warnings = moved.report.warnings
+    if probes is None and settings.probe_text is not None:
+        method = moved.report.recipe.method
+        warnings += (f"the text of {settings.probe_text} was not read: method {method} asks for none",)
     try:
         effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
     except UsageError as error:  # of the texts: what was moved is not lost for a figure that was not asked for

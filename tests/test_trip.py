@@ -368,3 +368,9 @@ def test_one_device_gives_the_numbers_of_two(files, tmp_path):
     one, two = (jcl.load_adapter(tmp_path / name) for name in ("one", "two"))
     for name in two.modules:
         np.testing.assert_allclose(delta(one.modules[name]), delta(two.modules[name]), atol=2e-4)
+
+
+def test_texts_that_no_method_asks_for_are_said_to_be_unread(files, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("Water boils.\n")
+    command(files, tmp_path / "out", "--method", "pad-truncate", "--probe-text", str(tmp_path / "texts.txt"))
+    assert "texts.txt was not read: method pad-truncate asks for none" in capsys.readouterr().out
