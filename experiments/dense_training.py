@@ -35,7 +35,7 @@ def train_dense(
     Args:
         base: the model; its files do not change.
         examples: see `train_lora`.
-        settings: of the training; rank and alpha have no meaning here.
+        settings: of the training; rank, alpha, dtype (it is float32) and remat have no meaning here.
         checkpoints: folder for the states of this run.
         progress: whether to show a progress bar.
 
