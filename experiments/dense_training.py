@@ -45,6 +45,7 @@ def train_dense(
     Raises:
         UsageError, CheckpointError, OutputError: see `train_lora`.
     """
+    settings.check()
     model, params = settings_of(base), load_params(base)
     started = {role: jnp.array(params.weights[role]) for role in settings.modules}
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from tiny_bases import write_llama
 
+from jcrosslora.evaluate import Question
+
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
@@ -14,6 +16,13 @@ CORPUS = [
     "Water boils at 100 degrees. Plants need water, light and air; the Light of the sun is what Plants live on.",
     "Zürich and Köln are cities — naïve readers say: ‘where?’ Let us see what Water does, and When, and Where.",
     *(f"{word} and {word}" for word in ("Anna", "Peter", "Water", "Plants", "Light", "When", "Where")),
+]
+# Of words that its tokenizers know.
+QUESTIONS = [
+    Question("Where does Water boil?", ("in Köln", "at 100 degrees", "Anna"), 1),
+    Question("What do Plants live on?", ("the light", "dogs"), 0),
+    Question("Who is a friend?", ("When", "Peter and Anna", "Light"), 1),
+    Question("What jumps?", ("the dog", "The quick brown fox"), 1),
 ]
 
 

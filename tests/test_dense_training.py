@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapter_folders import delta
-from probe_bases import write_base
+from probe_bases import QUESTIONS, write_base
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import dense_training
@@ -16,7 +16,7 @@ from dense_training import train_dense
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.decoder import load_params, settings_of
-from jcrosslora.evaluate import Question, score
+from jcrosslora.evaluate import score
 from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings
 from jcrosslora.training.batches import Plan
@@ -25,12 +25,6 @@ from jcrosslora.training.factors import first_factors
 from jcrosslora.training.step import loss_and_gradient
 
 SETTINGS = TrainSettings(steps=6, batch=3, rate=5e-3, rank=3, alpha=6.0, seed=1)
-QUESTIONS = [
-    Question("Where does Water boil?", ("in K\u00f6ln", "at 100 degrees", "Anna"), 1),
-    Question("What do Plants live on?", ("the light", "dogs"), 0),
-    Question("Who is a friend?", ("When", "Peter and Anna", "Light"), 1),
-    Question("What jumps?", ("the dog", "The quick brown fox"), 1),
-]
 
 
 @pytest.fixture(scope="module")

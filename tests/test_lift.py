@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from probe_bases import write_base
+from probe_bases import QUESTIONS, write_base
 from rich.console import Console
 from tiny_bases import random_adapter
 
@@ -28,17 +28,10 @@ import written_task
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.decoder import Sampled
-from jcrosslora.evaluate import Question, Scores, lift_recovered
+from jcrosslora.evaluate import Scores, lift_recovered
 from jcrosslora.refine.dialogues import Dialogue
 from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings
-
-QUESTIONS = [
-    Question("Where does Water boil?", ("in Köln", "at 100 degrees", "Anna"), 1),
-    Question("What do Plants live on?", ("the light", "dogs"), 0),
-    Question("Who is a friend?", ("When", "Peter and Anna", "Light"), 1),
-    Question("What jumps?", ("the dog", "The quick brown fox"), 1),
-]
 
 
 def figures(seed: int, count: int = 200):

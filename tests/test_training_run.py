@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from probe_bases import write_base
+from probe_bases import QUESTIONS, write_base
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
-from jcrosslora.evaluate import Question, score
+from jcrosslora.evaluate import score
 from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings, train_lora
 from jcrosslora.training import run as training_run
@@ -25,12 +25,6 @@ from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.step import loss_and_gradient
 
 SETTINGS = TrainSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
-QUESTIONS = [
-    Question("Where does Water boil?", ("in Köln", "at 100 degrees", "Anna"), 1),
-    Question("What do Plants live on?", ("the light", "dogs"), 0),
-    Question("Who is a friend?", ("When", "Peter and Anna", "Light"), 1),
-    Question("What jumps?", ("the dog", "The quick brown fox"), 1),
-]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +66,11 @@ def test_the_loss_is_what_evaluate_scores_and_falls(base, undisturbed):
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS[:3]], 3, 1, 0).batch(0)
     loss, _ = loss_and_gradient(settings_of(base), load_params(base), first_factors(base, SETTINGS), batch, 2.0)
     np.testing.assert_allclose(loss, by_token[0], rtol=1e-5)
+
+
+def test_settings_are_checked_before_anything_is_made_of_them(base):
+    with pytest.raises(UsageError, match="rank 0"):
+        train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, rank=0))
 
 
 def test_first_factors_are_those_of_peft(base):

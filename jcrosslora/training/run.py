@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,14 +62,16 @@ def train_lora(
         CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
         OutputError: a checkpoint cannot be written.
     """
-    model, scale, loaded = settings_of(base), settings.alpha / settings.rank, [params]
+    settings.check()
+    model, scale = settings_of(base), settings.alpha / settings.rank
+
+    @cache
+    def weights() -> Params:  # not before a step has to be made
+        return load_params(base, settings.dtype) if params is None else params
 
     def gradient(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
-        if loaded[0] is None:  # not before a step has to be made
-            loaded[0] = load_params(base, settings.dtype)
-        return loss_and_gradient(model, loaded[0], factors, batch, scale, settings.remat)
+        return loss_and_gradient(model, weights(), factors, batch, scale, settings.remat)
 
-    settings.check()
     factors = train(
         base,
         examples,
@@ -100,7 +103,7 @@ def train(
     Args:
         base: the model.
         examples: see `train_lora`.
-        settings: of the training; what is trained decides whether rank, alpha and modules have a meaning.
+        settings: of the training, checked; what is trained decides whether rank, alpha and modules have a meaning.
         started: arrays in float32, in front of the first step. They are used up.
         gradient: the loss of a batch, and its gradient with respect to these arrays.
         checkpoints: see `train_lora`.
@@ -114,7 +117,6 @@ def train(
     Raises:
         UsageError, CheckpointError, OutputError: see `train_lora`.
     """
-    settings.check()
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"
         raise UsageError(msg)
