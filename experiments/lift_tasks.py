@@ -11,9 +11,8 @@ from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.methods import get_method
 from jcrosslora.settings_file import FIELDS, check_settings
-from jcrosslora.trip import AUTO
+from jcrosslora.trip import check_method
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, where there are enough
@@ -131,8 +130,7 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
             another type than the setting has.
     """
     method, _, rest = text.partition(":")
-    if method != AUTO:
-        get_method(method)
+    check_method(method)
     settings: dict[str, Any] = {"method": method}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")

@@ -283,12 +283,10 @@ class Demo:
         """Fetch, transfer, print."""
         from jcrosslora.demo import GEMMA3, fetch_models, shipped_adapter
         from jcrosslora.files import ensure_free
-        from jcrosslora.methods import get_method
-        from jcrosslora.trip import AUTO
+        from jcrosslora.trip import check_method
 
         ensure_free(self.out, self.overwrite)
-        if self.method != AUTO:
-            get_method(self.method)
+        check_method(self.method)
         source, target = fetch_models(self.cache, console)
         with shipped_adapter() as adapter:
             Transfer(

@@ -14,7 +14,7 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile, check_profile, for_profile
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import UsageError
@@ -128,9 +128,7 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         info = describe_base(base, digest=False)
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
-    invoked = total.info.invocation is not None
-    known = (None, None) if base is None else (base.family.name, _heads(base))
-    check_profile(settings.profile, *known, invoked=invoked)
+    check_holds(settings.profile, total)
     # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
     total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
     total = for_profile(total, settings.profile)

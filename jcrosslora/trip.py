@@ -14,7 +14,7 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.dropped import sentence
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.save import Profile, check_profile, for_profile, why_without_tokens
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, why_without_tokens
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
@@ -131,8 +131,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if writes:
         ensure_free(Path(settings.out), settings.overwrite)
     parse_depth(settings.depth)  # refused before anything is read
-    if settings.method != AUTO:
-        get_method(settings.method)
+    check_method(settings.method)
     if settings.effect not in get_args(EffectCheck):
         msg = f"effect {settings.effect!r} is unknown; use one of {', '.join(get_args(EffectCheck))}"
         raise UsageError(msg)
@@ -217,6 +216,16 @@ def chosen(
     return found, choose_method(source, target, found)
 
 
+def check_method(name: str) -> None:
+    """Refuse what is neither a method nor auto.
+
+    Raises:
+        MethodError: so it is.
+    """
+    if name != AUTO:
+        get_method(name)
+
+
 def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, method: Method) -> None:
     """Refuse what cannot be written in the end, and to run a base with an adapter that waits for its invocation.
 
@@ -225,9 +234,9 @@ def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, 
         OutputError: a profile that cannot hold the adapter, or cannot be written for the target.
         MethodError: the adapter is an aLoRA, and the method, or the check of the effect, runs the bases with it.
     """
-    heads, invoked = (target.dims.heads, target.dims.kv_heads), adapter.info.invocation is not None
-    check_profile(settings.profile, target.family.name, heads, invoked=invoked)
-    if not invoked:
+    check_profile(settings.profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
+    check_holds(settings.profile, adapter)
+    if adapter.info.invocation is None:
         return
     if method.fits:
         msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "

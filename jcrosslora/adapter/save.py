@@ -88,7 +88,8 @@ def save_adapter(
     """
     out = output_path(out)
     ensure_free(out, overwrite)
-    check_profile(profile, family, heads, dora=magnitudes is not None, invoked=adapter.info.invocation is not None)
+    check_profile(profile, family, heads, dora=magnitudes is not None)
+    check_holds(profile, adapter)
     _check_settings(dtype, documents or {}, metadata or {})
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
@@ -128,14 +129,20 @@ def for_profile(adapter: Adapter, profile: str) -> Adapter:
     return without_tokens(adapter, why) if why else adapter
 
 
-def check_profile(
-    profile: str,
-    family: str | None,
-    heads: tuple[int, int] | None,
-    *,
-    dora: bool = False,
-    invoked: bool = False,
-) -> None:
+def check_holds(profile: str, adapter: Adapter) -> None:
+    """Refuse a profile that has no place for what an adapter waits for.
+
+    Raises:
+        OutputError: the adapter acts only after invocation tokens (aLoRA), which the profile does not hold.
+    """
+    if adapter.info.invocation is not None and profile in _ALWAYS_ACTS:
+        others = ", ".join(other for other in WRITERS if other not in _ALWAYS_ACTS)
+        msg = f"the adapter acts only after its invocation tokens (aLoRA), which {_ALWAYS_ACTS[profile]} does not know"
+        msg += f": write it in one of the profiles {others}"
+        raise OutputError(msg)
+
+
+def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:
     """Refuse a profile that cannot be written for a base, before any work is done for it.
 
     Args:
@@ -143,21 +150,15 @@ def check_profile(
         family: of the base, None if it is not known.
         heads: its query heads and key heads, likewise.
         dora: whether a DoRA is to be written with its magnitudes.
-        invoked: whether the adapter acts only after invocation tokens (aLoRA).
 
     Raises:
         UsageError: an unknown profile, or one that holds no magnitudes.
         OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
-            a base; a profile that holds no invocation tokens.
+            a base.
     """
     if profile not in WRITERS:
         msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
         raise UsageError(msg)
-    if invoked and profile in _ALWAYS_ACTS:
-        others = ", ".join(other for other in WRITERS if other not in _ALWAYS_ACTS)
-        msg = f"the adapter acts only after its invocation tokens (aLoRA), which {_ALWAYS_ACTS[profile]} does not know"
-        msg += f": write it in one of the profiles {others}"
-        raise OutputError(msg)
     if dora and profile not in _OF_DORA:
         msg = f"profile {profile} has no place for the magnitudes of a DoRA; use {' or '.join(_OF_DORA)}, or let it be "
         msg += "fitted (leave out --keep-dora)"

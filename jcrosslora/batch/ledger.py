@@ -1,9 +1,8 @@
 """Which jobs of a batch are done: one small file for each, by what the job was made from."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +84,7 @@ def base_mark(base: BaseModel) -> str:
     return digest_of(weights_key(base), tokenizer_key(base))
 
 
-def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: Sequence[str] = ()) -> str:
+def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
     """What a job is made from, as one hex string.
 
     Args:
@@ -93,8 +92,7 @@ def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: Seq
         adapter: the digest of its weights counts, and its configuration, which scales them.
         source: from `base_mark`.
         target: likewise.
-        texts: those of `probe_text`, if the settings name such a file.
+        texts: digest of those of `probe_text`; "" where the settings name no such file.
     """
     settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}
-    made = [version("jcrosslora"), settings, adapter.digest, adapter.config, source, target, list(texts)]
-    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(version("jcrosslora"), settings, adapter.digest, adapter.config, source, target, texts)

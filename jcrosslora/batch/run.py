@@ -17,6 +17,7 @@ from jcrosslora.batch.ledger import Ledger, base_mark, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
+from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.files import ensure_free
@@ -166,7 +167,7 @@ class _Run:
         usual = _way(settings.method, choice)
         mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
         self._read, self._room = {}, CHUNK_BYTES
-        shared = base_mark(source), base_mark(target), _texts(settings)
+        shared = base_mark(source), base_mark(target), _texts_digest(settings)
         every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
         self._close_kept(loaded)  # whatever becomes of the others
@@ -214,7 +215,7 @@ class _Run:
         target: BaseModel,
         usual: _Way,
         mapped: _Way,
-        shared: tuple[str, str, Sequence[str]],
+        shared: tuple[str, str, str],
     ) -> _Loaded | None:
         """Check a job's adapter and its output before anything is computed; `shared` ends the input of `mark_of`."""
         try:
@@ -339,13 +340,13 @@ def _why_not(plan_for: Callable[[Collection[str]], Plan], modules: Collection[st
     return ""
 
 
-def _texts(settings: TransferSettings) -> Sequence[str]:
-    """The user's probe texts, if there are any."""
+def _texts_digest(settings: TransferSettings) -> str:
+    """What the user's probe texts are for a job: the same for all of a unit, however long they are."""
     if settings.probe_text is None:
-        return ()
+        return ""
     from jcrosslora.probes import read_texts
 
-    return read_texts(settings.probe_text)
+    return digest_of(*read_texts(settings.probe_text))
 
 
 def _chunks(loaded: Sequence[_Loaded]) -> Iterator[list[_Loaded]]:
