@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from lift_scores import Scorer
 from lift_table import BASE, ORACLE, Sheet, make_sheet, print_sheet, write_markdown
-from lift_tasks import Row, Task, load_task, parse_row
+from lift_tasks import Row, Task, load_task, parse_row, slug
 from lift_work import Base, Pair, Work
 from rich.console import Console
 
@@ -92,7 +92,7 @@ def check(arguments: argparse.Namespace) -> None:
         "two bases have the same last part of their path: rename one": len({Base.of(ref).name for ref in refs})
         == len(refs),
         "--text FILE and --texted METHOD are wanted together": (arguments.text is not None) == bool(arguments.texted),
-        "a method is given twice": len({row.slug for row in rows}) == len(rows),
+        "a method is given twice": len({slug(row.name) for row in rows}) == len(rows),
         "--prompts N and --prompted METHOD are wanted together": (arguments.prompts > 0) == bool(arguments.prompted),
         "--lineage-written and --lineage-dense want --lineage OTHER_TRAIN": arguments.lineage is not None
         or not (arguments.lineage_written or arguments.lineage_dense),

@@ -1,5 +1,6 @@
 """Tasks of the lift table: which questions are trained on, which decide hyper-parameters, which are tested on."""
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -87,8 +88,10 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """The name as a file name."""
-        return slug(self.name)
+        """The name as a file name; with other texts by their content too, so that a changed file is another row."""
+        if self.text is None:
+            return slug(self.name)
+        return f"{slug(self.name)}-{hashlib.sha256(self.text.read_bytes()).hexdigest()[:8]}"
 
 
 def slug(text: str) -> str:

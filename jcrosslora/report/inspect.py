@@ -13,7 +13,7 @@ from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.errors import CheckpointError, JCrossLoRAError
+from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
 
 
@@ -28,13 +28,16 @@ def inspect(ref: str, console: Console, *, revision: str | None = None, base: st
 
     Raises:
         JCrossLoRAError: it is neither, or cannot be read.
+        UsageError: a base of a base model.
     """
     path = Path(ref)
     if is_adapter(path):
         _print_adapter(load_adapter(ref, None if base is None else open_base(base), revision=revision), console)
         return
     if path.exists():
-        _print_base(open_base(ref, revision=revision), console)
+        model = open_base(ref, revision=revision)
+        _check_no_base(ref, base)
+        _print_base(model, console)
         return
     if not is_hub_id(ref):
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
@@ -78,9 +81,16 @@ def _inspect_hub(ref: str, console: Console, revision: str | None, base_ref: str
         except CheckpointError as error:
             msg = f"{ref} is neither an adapter ({adapter_error}) nor a base model ({error})"
             raise CheckpointError(msg) from None
+        _check_no_base(ref, base_ref)
         _print_base(base, console)
     else:
         _print_adapter(adapter, console)
+
+
+def _check_no_base(ref: str, base: str | None) -> None:
+    if base is not None:
+        msg = f"{ref} is a base model, and --base {base} was given, which goes with an adapter: leave it out"
+        raise UsageError(msg)
 
 
 def _print_adapter(adapter: Adapter, console: Console) -> None:
