@@ -128,3 +128,9 @@ def test_an_adapter_of_another_base_is_refused(llama):
 def test_nothing_to_do_is_refused(llama, questions, size):
     with pytest.raises(UsageError, match="wanted 1 or more"):
         score(open_base(llama), questions, batch_tokens=size)
+
+
+def test_text_beyond_what_the_base_was_made_for_is_refused(llama):
+    long = Question("the " * 400, ("the sun", "x"), 0)
+    with pytest.raises(UsageError, match=r"question 2 \('Question: the .*tokens with its longest choice, and .*256 at"):
+        score(open_base(llama), [QUESTIONS[0], long])

@@ -10,7 +10,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
-from jcrosslora.evaluate.pairs import batches, tokenize
+from jcrosslora.evaluate.pairs import Tokens, batches, tokenize
 from jcrosslora.evaluate.run import Models, run
 from jcrosslora.evaluate.scores import Scores
 from jcrosslora.evaluate.tasks import Question
@@ -44,7 +44,8 @@ def score(
         tokenizer: the base's, where it is loaded already.
 
     Raises:
-        UsageError: no question, batch_tokens below 1, or text that has no tokens.
+        UsageError: no question, batch_tokens below 1, text that has no tokens, or more of them than the base was made
+            for.
         AdapterError: an adapter that does not fit, or whose scores are not finite.
         CheckpointError: the base or its tokenizer cannot be read, or its scores are not finite.
     """
@@ -53,6 +54,7 @@ def score(
         raise UsageError(msg)
     tokenizer = tokenizer or load_tokenizer(base)
     items = [tokenize(tokenizer, question) for question in questions]
+    _check_lengths(items, questions, base)
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
@@ -66,6 +68,19 @@ def score(
     names = (base.name, *(adapter.info.name for adapter in adapters))
     _check_finite(log_probs, tokens, names)
     return Scores.of(names, questions, log_probs, tokens)
+
+
+def _check_lengths(items: Sequence[Tokens], questions: Sequence[Question], base: BaseModel) -> None:
+    """Refuse text beyond the positions that a base was trained on: what it predicts there says nothing of it."""
+    longest = base.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        return
+    for number, (item, question) in enumerate(zip(items, questions, strict=True), 1):
+        length = len(item.prefix) + max(map(len, item.tails))
+        if length > longest:
+            msg = f"question {number} ({question.prompt[:40]!r}...) has {length:,} tokens with its longest choice, and "
+            msg += f"{base.ref} reads {longest:,} at most: leave it out, or make it shorter"
+            raise UsageError(msg)
 
 
 def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
