@@ -134,3 +134,24 @@ def test_text_beyond_what_the_base_was_made_for_is_refused(llama):
     long = Question("the " * 400, ("the sun", "x"), 0)
     with pytest.raises(UsageError, match=r"question 2 \('Question: the .*tokens with its longest choice, and .*256 at"):
         score(open_base(llama), [QUESTIONS[0], long])
+
+
+def test_a_text_that_passes_the_switch_of_its_rotations_is_turned_as_a_whole(tmp_path):
+    """Its prompt alone would take phi3's short factors, as the second question does all along."""
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
+    rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}}
+    save_tiny("phi3", tmp_path, vocab_size=330, max_position_embeddings=256, **rope, original_max_position_embeddings=32)
+    write_tokenizer(tmp_path, KINDS["byte-level"]())
+    long = Question("a", ("zebra quagga giraffe okapi vicuna", "okapi vicuna quagga zebra giraffe"), 0)
+    questions = [long, Question("a", ("x", "y"), 0)]
+    base = open_base(tmp_path)
+    tokens = load_tokenizer(base)
+    sizes = [[len(tokens.encode(f"{one.prompt} {choice}").ids) for choice in one.choices] for one in questions]
+    assert len(tokens.encode(long.prompt).ids) < 32 < min(sizes[0])
+    assert max(sizes[1]) < 32
+    found = score(base, questions)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    model = merged(tmp_path, Adapter(modules={}))
+    for number, question in enumerate(questions):
+        wanted = [value for value, _ in plain_scores(model, tokenizer, question)]
+        np.testing.assert_allclose(found.log_probs[0, number], wanted, atol=1e-3, rtol=1e-5)

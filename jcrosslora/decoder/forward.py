@@ -152,15 +152,16 @@ def extend_cache(
     tokens: jax.Array,
     positions: tuple[jax.Array, jax.Array],
     adapter: StackedAdapter | None,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run tokens (B, T) behind those in the cache; positions as from `positions_of`.
+    """Run tokens (B, T) behind those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.
 
     Returns:
         (B, T, H) hidden states behind the last norm, and the cache with the tokens in it.
     """
     queries, keys = positions
     cache = note_positions(cache, keys)
-    context = Context(queries, cache.positions, rotations(settings.ropes, queries))
+    context = Context(queries, cache.positions, rotations(settings.ropes, queries, lengths))
     hidden, grown, _ = run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]

@@ -6,23 +6,27 @@ import jax.numpy as jnp
 from jcrosslora.decoder.rope_settings import Rope
 
 
-def rotations(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...]:
+def rotations(
+    ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     """For each rope float32 (2, B, T, pairs): cosine and sine.
 
     Args:
         ropes: the different rotary settings of a model.
         positions: int32 (B, T).
+        lengths: int32 (B,), tokens of each whole text of which these are positions, where they are only a part of it;
+            None takes the longest of the batch for all.
     """
-    return tuple(_rotation(rope, positions) for rope in ropes)
+    return tuple(_rotation(rope, positions, lengths) for rope in ropes)
 
 
-def _rotation(rope: Rope, positions: jax.Array) -> jax.Array:
+def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
         assert rope.switch is not None
-        # One set for the whole batch, chosen by its longest sequence, as transformers does.
-        long = jnp.asarray(rope.long_frequencies, jnp.float32)
-        frequencies = jnp.where(jnp.max(positions) + 1 > rope.switch, long, frequencies)
+        # Without lengths one set for the whole batch, chosen by its longest sequence, as transformers does.
+        reach = jnp.max(positions) + 1 if lengths is None else lengths[:, None, None]
+        frequencies = jnp.where(reach > rope.switch, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude
 

@@ -102,14 +102,16 @@ def _tail_states(
     lengths = jnp.sum(prefix_mask, axis=1, dtype=jnp.int32)
     queries, keys = positions_of(tails, tail_mask)
     queries, keys = queries + lengths[owner][:, None], jnp.where(tail_mask, keys + lengths[owner][:, None], keys)
+    # Both parts of a text are turned as the whole of it would be: that of the longest choice.
+    whole = lengths + jnp.zeros_like(lengths).at[owner].max(jnp.sum(tail_mask, axis=1, dtype=jnp.int32))
 
     def one(adapter: StackedAdapter) -> jax.Array:
         cache = init_cache(settings, prefix.shape[0], slots, params.embedding.dtype)
-        _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter)
+        _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter, whole)
         cache = cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
             keys=cache.keys[:, owner], values=cache.values[:, owner], positions=cache.positions[owner]
         )
-        hidden, _ = extend_cache(settings, params, cache, tails, (queries, keys), adapter)
+        hidden, _ = extend_cache(settings, params, cache, tails, (queries, keys), adapter, whole[owner])
         return hidden
 
     return jax.vmap(one, axis_size=count)(adapters)
