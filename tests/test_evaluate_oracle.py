@@ -140,7 +140,9 @@ def test_a_text_that_passes_the_switch_of_its_rotations_is_turned_as_a_whole(tmp
     """Its prompt alone would take phi3's short factors, as the second question does all along."""
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
     rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}}
-    save_tiny("phi3", tmp_path, vocab_size=330, max_position_embeddings=256, **rope, original_max_position_embeddings=32)
+    save_tiny(
+        "phi3", tmp_path, vocab_size=330, max_position_embeddings=256, **rope, original_max_position_embeddings=32
+    )
     write_tokenizer(tmp_path, KINDS["byte-level"]())
     long = Question("a", ("zebra quagga giraffe okapi vicuna", "okapi vicuna quagga zebra giraffe"), 0)
     questions = [long, Question("a", ("x", "y"), 0)]

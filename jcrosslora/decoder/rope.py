@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from jcrosslora.decoder.rope_settings import Rope
 
 
-def rotations(
-    ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None
-) -> tuple[jax.Array, ...]:
+def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """For each rope float32 (2, B, T, pairs): cosine and sine.
 
     Args:
