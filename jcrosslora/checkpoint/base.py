@@ -31,9 +31,9 @@ class BaseModel:
 
     Attributes:
         name: what adapters of this model should name as their base. In this order: the name given to `open_base`; the
-            hub id, also where the path lies in a hub cache; `_name_or_path` of config.json if it is a hub id; for GGUF
-            the source repository of its metadata, then `general.name`; else the path. The parent that a GGUF names
-            as `general.base_model` is not used: it is the model that this one was trained from.
+            hub id, also where the path lies in a hub cache; for GGUF the source repository of its metadata, then
+            `general.name`; else the path. Neither `_name_or_path` of config.json nor `general.base_model` of a GGUF is
+            used: in a model that was trained further they name the one that it was trained from.
         ref: what was given to `open_base`.
         path: the folder, or the GGUF file.
         revision: commit of a hub model, else None.

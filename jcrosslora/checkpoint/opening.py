@@ -55,8 +55,7 @@ def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, 
     config = read_config(folder)
     store = with_weights(ShardedStore(folder, config.prefixes), config.values, str(folder))
     hub_id, revision = identity or (None, None)
-    named = hub_id or _hub_id_in(config.values) or str(folder)
-    return _build(name or named, ref, folder, revision, config.family, config.values, store)
+    return _build(name or hub_id or str(folder), ref, folder, revision, config.family, config.values, store)
 
 
 def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
@@ -81,8 +80,3 @@ def _build(
     modules = build_modules(family, dims, store)
     fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
     return BaseModel(name, ref, path, revision, family, config, dims, modules, fused, store)
-
-
-def _hub_id_in(config: Mapping[str, Any]) -> str | None:
-    stated = config.get("_name_or_path")
-    return stated if isinstance(stated, str) and hub.is_hub_id(stated) else None
