@@ -24,7 +24,7 @@ from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
 from jcrosslora.lineage import Structure, find_structure
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
-from jcrosslora.methods import METHODS, Method, get_method
+from jcrosslora.methods import METHODS, Method, check_known, get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.rank_cut import RankRule
 from jcrosslora.refine import FitSettings
@@ -222,9 +222,7 @@ def check_method(name: str) -> None:
     Raises:
         MethodError: so it is.
     """
-    if name != AUTO and name not in METHODS:
-        msg = f"method {name!r} is unknown; use one of {', '.join((AUTO, *METHODS))}"
-        raise MethodError(msg)
+    check_known(name, (AUTO, *METHODS))
 
 
 def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, method: Method) -> None:

@@ -31,17 +31,17 @@ def content(seed=0, rows=6):
     }
 
 
-def keep(cache, key="ab", seed=0, kind="transport"):
-    cache.save(kind, key, "a test", content(seed), {"terms": seed})
+def keep(cache, key="ab", seed=0, kind="transport", rows=6):
+    cache.save(kind, key, "a test", content(seed, rows), {"terms": seed})
 
 
-def holds(cache, key="ab", seed=0, kind="transport"):
+def holds(cache, key="ab", seed=0, kind="transport", rows=6):
     loaded = cache.load(kind, key)
     if loaded is None:
         return False
     assert loaded.facts == {"terms": seed}
     assert loaded.arrays.keys() == content().keys()
-    for name, array in content(seed).items():
+    for name, array in content(seed, rows).items():
         assert loaded.arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(loaded.arrays[name], array)
     return True
@@ -178,23 +178,20 @@ def test_a_folder_without_manifest_is_listed_and_removed(copied):
 
 
 def test_the_longest_unused_go_first(cache):
-    def keep(cache, key, seed):
-        # Large enough that all have the same size, in however many files their arrays are packed.
-        cache.save("transport", key, "a test", content(seed, rows=5000), {"terms": seed})
-
+    rows = 5000  # so large that all have the same size, in however many files their arrays are packed
     for number, key in enumerate(["aa", "bb", "cc"]):
-        keep(cache, key, number)
+        keep(cache, key, number, rows=rows)
         manifest = cache.root / "arrays" / "transport" / key / "manifest.json"
         os.utime(manifest, (1000 + number, 1000 + number))
-    assert cache.load("transport", "aa") is not None  # used now, so bb is the oldest
+    assert holds(cache, "aa", 0, rows=rows)  # used now, so bb is the oldest
     sizes = [entry.size for entry in cache.entries()]
     size = max(sizes)
     assert size < 1.1 * min(sizes)
     cache.limit = 3 * size + size // 2
-    keep(cache, "dd", 3)
+    keep(cache, "dd", 3, rows=rows)
     assert cache.keys("transport") == ["aa", "cc", "dd"]
     cache.limit = size + size // 2
-    keep(cache, "ee", 4)
+    keep(cache, "ee", 4, rows=rows)
     assert cache.keys("transport") == ["ee"]
 
 

@@ -13,4 +13,5 @@ from jcrosslora.methods.evidence import Terms as Terms
 from jcrosslora.methods.evidence import Vocabulary as Vocabulary
 from jcrosslora.methods.registry import METHODS as METHODS
 from jcrosslora.methods.registry import Method as Method
+from jcrosslora.methods.registry import check_known as check_known
 from jcrosslora.methods.registry import get_method as get_method

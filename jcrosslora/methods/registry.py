@@ -1,6 +1,6 @@
 """The methods by name. Each is a way to choose the pair of maps of every module; see `Method`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -240,7 +240,16 @@ def get_method(name: str) -> Method:
     Raises:
         MethodError: there is none of that name.
     """
-    if name not in METHODS:
-        msg = f"method {name!r} is unknown; use one of {', '.join(METHODS)}"
-        raise MethodError(msg)
+    check_known(name, METHODS)
     return METHODS[name]
+
+
+def check_known(name: str, names: Collection[str]) -> None:
+    """Refuse a method that is not among the names that can be given.
+
+    Raises:
+        MethodError: so it is.
+    """
+    if name not in names:
+        msg = f"method {name!r} is unknown; use one of {', '.join(names)}"
+        raise MethodError(msg)
