@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -329,7 +330,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except JCrossLoRAError as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; nothing was written", 130))
+        code = _fail("interrupted; nothing was written", 130)
+        if args is None:
+            # XLA's threads still compute: an ordinary end takes from them what they work on, and some of them crash.
+            with suppress(OSError):
+                sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 def _fail(text: str, code: int) -> int:

@@ -15,6 +15,7 @@ from jcrosslora.checkpoint import ROLES, open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import (
     INPUT_SITES,
+    StackedFactors,
     forward,
     init_cache,
     load_params,
@@ -27,6 +28,7 @@ from jcrosslora.decoder import (
     target_log_probs,
     unstack_adapter,
 )
+from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
 from jcrosslora.errors import AdapterError, UsageError
 
@@ -219,15 +221,36 @@ def test_sampling_stops_behind_a_stop_token_and_repeats_with_its_key(model):
         assert stopped.tokens[row].tolist() == wanted[:count] + [0] * (40 - count)
 
 
-def test_steps_keep_their_dtypes_in_bfloat16(model):
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_keep_their_dtypes_in_bfloat16(model, packed):
     base, settings, _ = model
-    params = load_params(base, jnp.bfloat16)
-    cache = init_cache(settings, 2, 4, jnp.bfloat16)
+    params = load_params(base, jnp.bfloat16, packed=packed)
+    assert params.stream_dtype == (jnp.float32 if packed else jnp.bfloat16)
+    cache = init_cache(settings, 2, 4, params.stream_dtype)
     scores, grown = jax.eval_shape(
         partial(step, settings), params, cache, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
     )
     assert scores.dtype == jnp.float32
     assert jax.tree.map(lambda leaf: leaf.dtype, grown) == jax.tree.map(lambda leaf: leaf.dtype, cache)
+
+
+def test_the_gradient_of_factors_is_that_of_their_product(model):
+    """Against JAX's own rule for the same product, alone and side by side."""
+    rng = np.random.default_rng(3)
+    x, slope = (jnp.asarray(rng.normal(size=(2, 5, width)), jnp.float32) for width in (7, 6))
+    a, b = jnp.asarray(rng.normal(size=(4, 3, 7)), jnp.float32), jnp.asarray(rng.normal(size=(4, 6, 3)), jnp.float32)
+
+    def ours(x, a, b):
+        return jnp.vdot(slope, update(x, StackedFactors(a, b)))
+
+    def plain(x, a, b):
+        return jnp.vdot(slope, jnp.einsum("bti,ki,ok->bto", x, a, b, precision="highest"))
+
+    alone = (jax.grad(loss, argnums=(0, 1, 2))(x, a[0], b[0]) for loss in (ours, plain))
+    sides = (jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(None, 0, 0))(x, a, b) for loss in (ours, plain))
+    for found, wanted in (tuple(alone), tuple(sides)):
+        for near, exact in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(near, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_other_dtypes_are_refused(model):

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_pairs import EACH_FAMILY, LENGTH, SHORT, TOLERANCE, pair_fixture, random_tokens, run, torch_logits
-from tiny_bases import random_adapter
+from tiny_bases import random_adapter, write_llama
 from tiny_models import torch
 
-from jcrosslora.decoder import init_cache, load_params, stack_adapter, step
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import init_cache, load_params, settings_of, stack_adapter, step
+from jcrosslora.errors import UsageError
 
 pair = pair_fixture(EACH_FAMILY)
 
@@ -64,9 +66,54 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(pair):
 @pytest.mark.parametrize("pair", ["qwen2-window", "gemma3"], indirect=True)
 def test_bfloat16_stays_near_float32(pair):
     _, base, settings, params = pair
-    half = load_params(base, jnp.bfloat16)
+    half = load_params(base, jnp.bfloat16, packed=False)
     assert {array.dtype for array in half.weights.values()} == {jnp.dtype(jnp.bfloat16)}
     tokens = random_tokens(2, SHORT)
     exact, found = run(settings, params, tokens), run(settings, half, tokens)
-    error = jnp.sqrt(jnp.mean((found - exact) ** 2) / jnp.mean(exact**2))
+    error = relative(found, exact)
     assert 0 < error < 0.1
+    # Packed, only the weights and what is multiplied with them are rounded.
+    bits = load_params(base, jnp.bfloat16, packed=True)
+    for role, array in bits.weights.items():
+        assert array.dtype == jnp.uint16
+        np.testing.assert_array_equal(array, np.asarray(half.weights[role]).view(np.uint16))
+    assert 0 < relative(run(settings, bits, tokens), exact) < error
+
+
+@pytest.mark.parametrize("pair", ["qwen2-window", "gemma3", "phi3-longrope"], indirect=True)
+def test_packed_weights_pass_back_the_gradient_of_an_adapter(pair):
+    _, base, settings, params = pair
+    tokens, adapter = random_tokens(2, SHORT), stack_adapter(random_adapter(base, rank=3, scale=0.05), base)
+
+    @jax.jit
+    def slope(params, adapter):
+        def loss(adapter):
+            return jnp.mean(jax.nn.logsumexp(run(settings, params, tokens, None, adapter), axis=-1))
+
+        return jax.grad(loss)(adapter)
+
+    exact, found = slope(params, adapter), slope(load_params(base, jnp.bfloat16, packed=True), adapter)
+    for wanted, near in zip(jax.tree.leaves(exact), jax.tree.leaves(found), strict=True):
+        assert 0 < relative(near, wanted) < 0.1
+
+
+def test_packed_weights_step_as_they_run_over_a_whole_text(tmp_path):
+    base = open_base(write_llama(tmp_path))
+    settings, params = settings_of(base), load_params(base, jnp.bfloat16, packed=True)
+    tokens = random_tokens(2, 6)
+    wanted = run(settings, params, tokens)
+    cache = init_cache(settings, 2, 6, params.stream_dtype)
+    assert cache.keys.dtype == jnp.float32
+    for place in range(6):
+        scores, cache = step(settings, params, cache, tokens[:, place], jnp.full((2,), place, jnp.int32))
+        # What is rounded depends on all digits of it: sums in another order can cross a border.
+        assert relative(scores, wanted[:, place]) < 5e-3
+
+
+def test_float32_is_not_packed(tmp_path):
+    with pytest.raises(UsageError, match="float32 weights were asked for packed"):
+        load_params(open_base(write_llama(tmp_path)), packed=True)
+
+
+def relative(found, wanted):
+    return float(jnp.sqrt(jnp.mean((found - wanted) ** 2) / jnp.mean(wanted**2)))

@@ -12,7 +12,7 @@ from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
 from jcrosslora.decoder.cache import Cache, init_cache
 from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
 from jcrosslora.decoder.log_probs import target_log_probs
-from jcrosslora.decoder.params import Params, load_params
+from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.rope_settings import Rope
 from jcrosslora.decoder.sample import Sampled, sample, step
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
@@ -29,6 +29,7 @@ __all__ = [
     "Sampled",
     "StackedAdapter",
     "StackedFactors",
+    "fast_dtype",
     "forward",
     "init_cache",
     "join_stacked",

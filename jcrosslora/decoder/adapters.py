@@ -91,7 +91,31 @@ def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapte
 
 def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
     """float32 (..., O): b (a x) for x (..., I) and the factors of one layer."""
-    return project(project(x.astype(jnp.float32), factors.a), factors.b)
+    return _thin(x.astype(jnp.float32), factors.a, factors.b)
+
+
+# By JAX's own rule the derivative by b begins with a copy of the whole slope, transposed, in a loop with all that made
+# the slope: a fifth of a training step on a CPU. This one transposes what is K wide.
+@jax.custom_vjp
+def _thin(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return project(project(x, a), b)
+
+
+def _thin_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    inner = project(x, a)
+    return project(inner, b), (x, inner, a, b)
+
+
+def _thin_backward(kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, inner, a, b = kept
+    by_inner = project(slope, b.T)
+    flat = by_inner.reshape(-1, by_inner.shape[-1])
+    by_a = project(flat.T, x.reshape(-1, x.shape[-1]).T)
+    by_b = project(inner.reshape(flat.shape).T, slope.reshape(-1, slope.shape[-1]).T).T
+    return project(by_inner, a.T), by_a, by_b
+
+
+_thin.defvjp(_thin_forward, _thin_backward)
 
 
 def _check_acts(adapter: Adapter) -> None:

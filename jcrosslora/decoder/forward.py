@@ -105,7 +105,7 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
     """(B, T, H): the residual stream in front of the first layer."""
     # The scale is rounded to the dtype of the weights, as it was when the Gemma models were trained.
-    x = params.embedding[tokens]
+    x = params.embedding[tokens].astype(params.stream_dtype)
     return x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
 
 

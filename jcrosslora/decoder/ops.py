@@ -14,8 +14,54 @@ def precision_of(dtype: jnp.dtype) -> lax.Precision:
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """float32 (..., O): x (..., I) times weight (O, I) transposed, accumulated in float32."""
-    return jnp.einsum("...i,oi->...o", x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    """float32 (..., O): x (..., I) times weight (O, I) transposed, accumulated in float32.
+
+    Args:
+        x: float32 or bfloat16.
+        weight: of the same dtype; or, for a float32 x, bfloat16 or the bits of bfloat16 (see `bits_of`). Then x is
+            rounded to bfloat16 for this product, and so is the gradient that comes back.
+    """
+    if x.dtype == weight.dtype:
+        return _product("...i,oi->...o", x, weight)
+    return _project_rounded(x, weight)
+
+
+def bits_of(weight: jax.Array) -> jax.Array:
+    """uint16: the bits of bfloat16.
+
+    What XLA makes of a scan over layers copies each layer's weights out of their stack. On a CPU it copies bfloat16
+    element by element, which takes several times as long as the products; integers it copies as memory.
+    """
+    return lax.bitcast_convert_type(weight, jnp.uint16)
+
+
+@jax.custom_vjp
+def _project_rounded(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _product("...i,oi->...o", x.astype(jnp.bfloat16), _from_bits(weight))
+
+
+def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project_rounded(x, weight), (x, weight)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x, weight = kept
+    slope = slope.astype(jnp.bfloat16)
+    by_x = _product("...o,oi->...i", slope, _from_bits(weight))
+    if weight.dtype == jnp.uint16:  # integers have no derivative
+        return by_x, None
+    return by_x, _product("...o,...i->oi", slope, x.astype(jnp.bfloat16)).astype(weight.dtype)
+
+
+_project_rounded.defvjp(_forward, _backward)
+
+
+def _from_bits(weight: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
+
+
+def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, left, right, precision=precision_of(left.dtype), preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

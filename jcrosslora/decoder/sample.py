@@ -81,7 +81,7 @@ def sample(
         stop_tokens: a sequence ends behind one of these.
     """
     batch, prompt_length = prompts.shape
-    cache = init_cache(settings, batch, prompt_length + length, params.embedding.dtype)
+    cache = init_cache(settings, batch, prompt_length + length, params.stream_dtype)
     positions = positions_of(prompts, prompt_mask)
     hidden, cache = extend_cache(settings, params, cache, prompts, positions, adapter)
     last = jnp.argmax(jnp.where(prompt_mask, jnp.arange(prompt_length), -1), axis=-1)

@@ -106,7 +106,7 @@ def _tail_states(
     whole = lengths + jnp.zeros_like(lengths).at[owner].max(jnp.sum(tail_mask, axis=1, dtype=jnp.int32))
 
     def one(adapter: StackedAdapter) -> jax.Array:
-        cache = init_cache(settings, prefix.shape[0], slots, params.embedding.dtype)
+        cache = init_cache(settings, prefix.shape[0], slots, params.stream_dtype)
         _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter, whole)
         cache = cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
             keys=cache.keys[:, owner], values=cache.values[:, owner], positions=cache.positions[owner]

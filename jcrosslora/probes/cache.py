@@ -16,6 +16,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.cache.keys import sha256, tokenizer_parts
 from jcrosslora.cache.place import cache_root
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import fast_dtype
 from jcrosslora.files import write_whole
 
 # The number of the procedure in `writing` and `start_words`: raise it with every change of what it writes.
@@ -27,11 +28,11 @@ def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed
     """SHA-256 (hex) over all that decides what `write_texts` writes; reads the weight files once for their digest.
 
     That is the base's weights, configuration and tokenizer, the adapter's numbers, the settings, the procedure, and
-    JAX's platform, since the sampling is the same on one kind of machine only.
+    JAX's platform and the dtype that it is fast in, since the sampling is the same on one kind of machine only.
     """
     settings = [count, length, float(temperature), seed]
     # `default`: numpy's numbers, as integer settings, and whatever a foreign configuration holds.
-    parts = [PROCEDURE, jax.default_backend(), base.digest(), dict(base.config), settings]
+    parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), settings]
     stated = json.dumps(parts, sort_keys=True, default=str)
     return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
 

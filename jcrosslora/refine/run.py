@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import load_params, settings_of, stack_adapter, unstack_adapter
+from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.probes.start_words import check_seed
 from jcrosslora.rank_cut import cut_rank
@@ -88,9 +88,10 @@ def refine(
     _check(settings)
     check_seed(seed)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
+    dtype = fast_dtype()
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
-    params = load_params(source)
+    params = load_params(source, dtype)
     writer = Writer(settings_of(source), params, tokenizers[0], stacked, name=source.ref)
     written = _write(writer, prompts, settings, seed, progress)
     taught, held_out = _lessons(written.dialogues, tokenizers, settings, seed)
@@ -98,7 +99,7 @@ def refine(
     ids = shared_tokens(source, target, everything, settings.vocabulary)
     src = reader(settings_of(source), params, _tokens(everything, 0), ids[0])
     del writer, params
-    tgt = reader(settings_of(target), load_params(target), _tokens(everything, 1), ids[1])
+    tgt = reader(settings_of(target), load_params(target, dtype), _tokens(everything, 1), ids[1])
     teacher = Teacher(src, tgt, stacked, settings.trust, settings.strength)
     found = fit(teacher, taught, held_out, settings, begun, seed=seed, progress=progress)
     _check_finite(found, adapter, source)

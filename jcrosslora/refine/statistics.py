@@ -123,7 +123,9 @@ def add_batch(
 def _nudge(params: Params, role: str, shape: tuple[int, ...]) -> jax.Array:
     layers, width, _ = params.weights[role].shape
     nudge = jnp.zeros((layers, *shape, width))
-    return nudge + params.biases[role][:, None, None] if role in params.biases else nudge
+    if role in params.biases:
+        nudge = nudge + params.biases[role].astype(jnp.float32)[:, None, None]
+    return nudge
 
 
 def _products(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -137,7 +137,7 @@ def _start(
 ) -> _State:
     """Run the prompts; the cache has room for so many tokens more."""
     batch, length = prompts.shape
-    cache = init_cache(settings, batch, length + room, params.embedding.dtype)
+    cache = init_cache(settings, batch, length + room, params.stream_dtype)
     hidden, cache = extend_cache(settings, params, cache, prompts, positions_of(prompts, mask), adapter)
     lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
