@@ -281,7 +281,7 @@ def wait(*_, **__):
 
 module._fit_stack = wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-main(sys.argv[1:])
+main()
 """
 
 

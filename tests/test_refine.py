@@ -146,6 +146,32 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
         np.testing.assert_allclose(found.inputs[site][0], rows.T @ rows, rtol=1e-3, atol=1e-4)
 
 
+def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
+    base = jcl.open_base(write_base(tmp_path / "base", 30, layers=2))
+    model, adapter, rng = (
+        settings_of(base),
+        stack_adapter(random_adapter(base, scale=0.3), base),
+        np.random.default_rng(0),
+    )
+    tokens, mask = jnp.asarray(rng.integers(0, 90, (2, 7)), jnp.int32), jnp.ones((2, 7), bool)
+    at, weight = jnp.asarray([2, 3, 6, 9, 11]), jnp.ones(5)
+    roles, found = ("q_proj", "v_proj"), {}
+    biases = {role: rng.normal(size=load_params(base).weights[role].shape[:2]) for role in roles}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = load_params(base, dtype, packed=dtype == jnp.bfloat16)
+        params = dataclasses.replace(params, biases={role: jnp.asarray(bias, dtype) for role, bias in biases.items()})
+        wanted = jnp.asarray(np.random.default_rng(1).normal(size=(5, params.embedding.shape[0])), jnp.float32)
+        read = Read(tokens, mask, at, weight, jax.nn.log_softmax(wanted))
+        found[dtype] = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
+    exact, near = found[jnp.float32], found[jnp.bfloat16]
+    assert near.loss == pytest.approx(float(exact.loss), rel=1e-2)
+    for wanted, got in zip(
+        jax.tree.leaves((exact.inputs, exact.slopes)), jax.tree.leaves((near.inputs, near.slopes)), strict=True
+    ):
+        assert wanted.dtype == got.dtype == jnp.float32
+        assert 0 < float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)) < 0.15
+
+
 def test_a_step_takes_its_slopes_from_one_set_and_its_moments_from_all():
     rng = np.random.default_rng(0)
     slopes, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
@@ -214,8 +240,10 @@ def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
     assert [words_src[by_id[int(index)]] for index in tgt] == src.tolist()
 
 
-def test_the_fit_brings_predictions_towards_the_teacher(pair):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype):
     source, target, adapter = pair
+    monkeypatch.setattr("jcrosslora.refine.run.fast_dtype", lambda: dtype)
     found = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
     assert found.divergences[-1] < 0.9 * found.divergences[0]
     assert list(found.divergences) == sorted(found.divergences, reverse=True)

@@ -15,6 +15,8 @@ TOOLS = Path(__file__).parents[1] / "tools"
         (["fuzz_readers.py", "--only", "PDF"], "--only 'PDF' is no reader; the readers are "),
         (["sparse_base.py", "."], ". or its adapter exists already"),
         (["sparse_base.py", "new", "--heads", "33"], "33 heads and 32 key heads do not divide a width of 4096"),
+        (["bench_decoder.py", "none", "--rows", "0"], "bench_decoder: --tokens, --rows, --texts and --repeats"),
+        (["bench_decoder.py", "none"], "bench_decoder: none"),
         (["measure_memory.py", "none", "none", "none"], "measure_memory: the transfer failed with 2"),
     ],
 )

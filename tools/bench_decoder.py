@@ -1,0 +1,95 @@
+"""Passes of a base in float32, in bfloat16, and in bfloat16 kept as bits: medians of interleaved runs on this machine.
+
+    python tools/bench_decoder.py BASE [--tokens 64] [--rows 8] [--texts 48] [--repeats 5]
+
+The rivals of the bits, which is how `load_params` keeps bfloat16 on a CPU, are the other two. Timed are
+
+- forward: the hidden states of `--rows` texts of `--tokens` tokens;
+- train: the loss of a batch of that size, all of its tokens being answers, and its gradient for a LoRA on all modules;
+- write: 16 tokens to each of `--texts` texts of 16.
+
+Each is compiled before it is timed. "error" is that of the hidden states against float32, relative (rms), of the texts
+as a whole. Ratios of wall time mean nothing on a busy machine.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.decoder import forward, load_params, sample, settings_of
+from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.training import TrainSettings
+from jcrosslora.training.batches import Batch
+from jcrosslora.training.factors import first_factors
+from jcrosslora.training.step import loss_and_gradient
+
+KINDS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bits of bfloat16": ("bfloat16", True)}
+WRITTEN = 16
+
+
+def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name, for weights of a kind."""
+    dtype, packed = KINDS[kind]
+    settings, params = settings_of(base), load_params(base, dtype, packed=packed)
+    rng = np.random.default_rng(0)
+    shape = arguments.rows, arguments.tokens
+    tokens = jnp.asarray(rng.integers(0, settings.vocab, shape), jnp.int32)
+    count = tokens.size
+    answers = jnp.arange(count, dtype=jnp.int32), tokens.reshape(-1), jnp.ones(count)
+    batch = Batch(tokens, jnp.ones(shape, bool), *answers)
+    prompts = jnp.asarray(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)), jnp.int32)
+    usual = TrainSettings()
+    factors = first_factors(base, usual)
+    run = jax.jit(lambda tokens: forward(settings, params, tokens).hidden)
+    mask = jnp.ones(prompts.shape, bool)
+    return {
+        "forward": lambda: run(tokens),
+        "train": lambda: loss_and_gradient(settings, params, factors, batch, usual.alpha / usual.rank),
+        "write": lambda: sample(
+            settings, params, prompts, mask, length=WRITTEN, temperature=1.0, key=jax.random.key(0)
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    if min(arguments.tokens, arguments.rows, arguments.texts, arguments.repeats) < 1:
+        sys.exit("bench_decoder: --tokens, --rows, --texts and --repeats have to be 1 or more")
+    try:
+        base = open_base(arguments.base)
+        contenders = {kind: passes(base, kind, arguments) for kind in KINDS}
+    except JCrossLoRAError as error:
+        sys.exit(f"bench_decoder: {error}")
+    hidden = {kind: np.asarray(jax.device_get(each["forward"]()), np.float64) for kind, each in contenders.items()}
+    exact = hidden["float32"]
+    print(f"{base.name} on {jax.default_backend()}, jax {jax.__version__}; seconds, and float32's over them")
+    for name in ("forward", "train", "write"):
+        taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for turn in range(arguments.repeats + 1):
+            for kind, each in contenders.items():
+                start = time.perf_counter()
+                jax.block_until_ready(each[name]())
+                if turn:  # the first one compiles
+                    taken[kind].append(time.perf_counter() - start)
+        for kind, seconds in taken.items():
+            ratio = median(taken["float32"]) / median(seconds)
+            error = np.sqrt(np.mean((hidden[kind] - exact) ** 2) / np.mean(exact**2))
+            print(f"{name:8} {kind:17} {median(seconds):7.3f} s {ratio:5.2f} x   error {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
