@@ -30,6 +30,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
+from jcrosslora.decoder.ops import project
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -251,6 +252,19 @@ def test_the_gradient_of_factors_is_that_of_their_product(model):
     for found, wanted in (tuple(alone), tuple(sides)):
         for near, exact in zip(found, wanted, strict=True):
             np.testing.assert_allclose(near, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
+    rng = np.random.default_rng(4)
+    x, weight, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 7), (6, 7), (2, 5, 6)))
+    half = jnp.asarray(weight, jnp.bfloat16)
+    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(slope, project(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
+    rounded = [np.asarray(jnp.asarray(one, jnp.bfloat16), np.float64) for one in (x, weight, slope)]
+    np.testing.assert_allclose(project(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
+    np.testing.assert_allclose(by_x, rounded[2] @ rounded[1], **CLOSE)
+    assert by_weight.dtype == jnp.bfloat16
+    wanted = np.einsum("bto,bti->oi", rounded[2], rounded[0])
+    np.testing.assert_allclose(np.asarray(by_weight, np.float64), wanted, rtol=2**-8, atol=1e-4)
 
 
 def test_other_dtypes_are_refused(model):

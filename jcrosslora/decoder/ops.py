@@ -18,21 +18,12 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
 
     Args:
         x: float32 or bfloat16.
-        weight: of the same dtype; or, for a float32 x, bfloat16 or the bits of bfloat16 (see `bits_of`). Then x is
-            rounded to bfloat16 for this product, and so is the gradient that comes back.
+        weight: of the same dtype; or, for a float32 x, bfloat16 or the bits of bfloat16 as uint16. Then x is rounded to
+            bfloat16 for this product, and so is the gradient that comes back.
     """
     if x.dtype == weight.dtype:
         return _product("...i,oi->...o", x, weight)
     return _project_rounded(x, weight)
-
-
-def bits_of(weight: jax.Array) -> jax.Array:
-    """uint16: the bits of bfloat16.
-
-    What XLA makes of a scan over layers copies each layer's weights out of their stack. On a CPU it copies bfloat16
-    element by element, which takes several times as long as the products; integers it copies as memory.
-    """
-    return lax.bitcast_convert_type(weight, jnp.uint16)
 
 
 @jax.custom_vjp
@@ -57,6 +48,8 @@ _project_rounded.defvjp(_forward, _backward)
 
 
 def _from_bits(weight: jax.Array) -> jax.Array:
+    # A scan over layers copies each layer's weights out of their stack. XLA's code for a CPU copies bfloat16 element by
+    # element, which takes several times as long as the products with it; integers it copies as memory.
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
 
 

@@ -60,8 +60,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         base: any supported family, GGUF included.
         dtype: float32 or bfloat16, of all but the norms, which are float32.
         packed: of bfloat16, whether the layers' weights are kept as bits and all but the products with them is done in
-            float32 (see `jcrosslora.decoder.ops.bits_of`), which is faster on a CPU and more exact. None packs them
-            where JAX runs on a CPU. The layers' weights have no gradient then.
+            float32, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. None packs them where JAX runs
+            on a CPU. The layers' weights have no gradient then.
 
     Raises:
         UsageError: another dtype, or float32 to be packed.
@@ -123,7 +123,7 @@ def _norm_names(base: BaseModel) -> dict[str, str]:
 
 def _stack_weights(base: BaseModel, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
     names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers)]
-    pieces = (base.weight(name)[None].astype(dtype) for name in names)
+    pieces = (base.weight(name)[None].astype(dtype, copy=False) for name in names)
     kept = _BITS if packed else dtype
     return _filled(base, (len(names), *base.modules[names[0]].shape), kept, (piece.view(kept) for piece in pieces))
 

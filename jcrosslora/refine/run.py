@@ -64,9 +64,9 @@ def refine(
     in closed form (see `jcrosslora.refine.solve`), and is made as long as is best on dialogues that no step is fitted
     on.
 
-    Memory: one base's weights as float32 while texts are written, then the layers of both, and of each fitted module
-    its gradient and two square moments. Time: for the default settings that of about 350 forward passes of 8 short
-    texts, beside writing them.
+    Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written, then the layers of both,
+    and of each fitted module its gradient and two square moments. Time: for the default settings that of about 350
+    forward passes of 8 short texts, beside writing them.
 
     Args:
         source: the base that `adapter` is of.
