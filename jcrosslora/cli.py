@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -332,10 +331,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = _fail("interrupted; nothing was written", 130)
         if args is None:
-            # XLA's threads still compute: an ordinary end takes from them what they work on, and some of them crash.
-            with suppress(OSError):
-                sys.stdout.flush()
-            os._exit(code)
+            leave(code)
         sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 import jax
@@ -54,10 +55,15 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def leave(code: int) -> NoReturn:
-    """End a process whose fellows are lost; an ordinary end would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
+    """End the process at once.
+
+    An ordinary end would wait for fellows that may be lost; and in the middle of the work, as after Ctrl-C, it takes
+    from XLA's threads what they still compute on, which makes some of them crash.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(_LAST_WORDS)
     os._exit(code)
 

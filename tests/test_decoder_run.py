@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import (
     INPUT_SITES,
     StackedFactors,
+    fast_dtype,
     forward,
     init_cache,
     load_params,
@@ -265,6 +267,26 @@ def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
     assert by_weight.dtype == jnp.bfloat16
     wanted = np.einsum("bto,bti->oi", rounded[2], rounded[0])
     np.testing.assert_allclose(np.asarray(by_weight, np.float64), wanted, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "wanted"),
+    [
+        ("cpu", "flags : fpu avx512f amx_bf16 amx_tile", jnp.bfloat16),
+        ("cpu", "flags : fpu avx512f avx512_bf16", jnp.float32),
+        ("cpu", None, jnp.float32),
+        ("gpu", "flags : amx_bf16", jnp.float32),
+    ],
+)
+def test_the_fast_dtype_is_bfloat16_on_a_cpu_with_amx_alone(monkeypatch, backend, flags, wanted):
+    def read(path, **_):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert fast_dtype.__wrapped__() == wanted
 
 
 def test_other_dtypes_are_refused(model):

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_bases import random_adapter, write_llama, write_tokenizer
@@ -114,6 +115,14 @@ def test_the_procedure_and_the_platform_are_in_the_key(base, monkeypatch):
     monkeypatch.setattr(cache.jax, "default_backend", lambda: "gpu")
     keys.add(texts_key(base, *SETTINGS, None))
     assert len(keys) == 3
+
+
+def test_the_dtype_that_texts_are_written_in_is_in_the_key(base, monkeypatch):
+    keys = set()
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(cache, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
+        keys.add(texts_key(base, *SETTINGS, None))
+    assert len(keys) == 2
 
 
 def test_an_adapter_is_known_by_its_numbers(base):

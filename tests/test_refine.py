@@ -148,20 +148,17 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
 
 def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
     base = jcl.open_base(write_base(tmp_path / "base", 30, layers=2))
-    model, adapter, rng = (
-        settings_of(base),
-        stack_adapter(random_adapter(base, scale=0.3), base),
-        np.random.default_rng(0),
-    )
+    model, adapter = settings_of(base), stack_adapter(random_adapter(base, scale=0.3), base)
+    rng = np.random.default_rng(0)
     tokens, mask = jnp.asarray(rng.integers(0, 90, (2, 7)), jnp.int32), jnp.ones((2, 7), bool)
     at, weight = jnp.asarray([2, 3, 6, 9, 11]), jnp.ones(5)
+    teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
+    read = Read(tokens, mask, at, weight, teacher)
     roles, found = ("q_proj", "v_proj"), {}
     biases = {role: rng.normal(size=load_params(base).weights[role].shape[:2]) for role in roles}
     for dtype in (jnp.float32, jnp.bfloat16):
         params = load_params(base, dtype, packed=dtype == jnp.bfloat16)
         params = dataclasses.replace(params, biases={role: jnp.asarray(bias, dtype) for role, bias in biases.items()})
-        wanted = jnp.asarray(np.random.default_rng(1).normal(size=(5, params.embedding.shape[0])), jnp.float32)
-        read = Read(tokens, mask, at, weight, jax.nn.log_softmax(wanted))
         found[dtype] = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
     exact, near = found[jnp.float32], found[jnp.bfloat16]
     assert near.loss == pytest.approx(float(exact.loss), rel=1e-2)

@@ -95,7 +95,7 @@ def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
 
 
 # By JAX's own rule the derivative by b begins with a copy of the whole slope, transposed, in a loop with all that made
-# the slope: a fifth of a training step on a CPU. This one transposes what is K wide.
+# the slope: by a profile a fifth of a training step on a CPU. This one transposes what is K wide.
 @jax.custom_vjp
 def _thin(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return project(project(x, a), b)

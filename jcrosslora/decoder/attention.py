@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.ops import precision_of, soft_cap
+from jcrosslora.decoder.ops import product, soft_cap
 
 NO_WINDOW = 1 << 30
 
@@ -41,14 +41,10 @@ def attend(
     # The query heads that share a key head become rows of one matrix.
     grouped = queries.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, -1, groups * length, size)
-    scores = _matmul("bktd,bksd->bkts", rows, keys) * scale
+    scores = product("bktd,bksd->bkts", rows, keys) * scale
     scores = soft_cap(scores, cap).reshape(batch, -1, groups, length, keys.shape[2])
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = _matmul("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
+    mixed = product("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
     mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads * size).astype(values.dtype)
-
-
-def _matmul(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, left, right, precision=precision_of(left.dtype), preferred_element_type=jnp.float32)

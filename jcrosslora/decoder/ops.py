@@ -13,6 +13,11 @@ def precision_of(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
+def product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The einsum of two arrays of one dtype, accumulated in float32."""
+    return jnp.einsum(spec, left, right, precision=precision_of(left.dtype), preferred_element_type=jnp.float32)
+
+
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """float32 (..., O): x (..., I) times weight (O, I) transposed, accumulated in float32.
 
@@ -22,13 +27,13 @@ def project(x: jax.Array, weight: jax.Array) -> jax.Array:
             bfloat16 for this product, and so is the gradient that comes back.
     """
     if x.dtype == weight.dtype:
-        return _product("...i,oi->...o", x, weight)
+        return product("...i,oi->...o", x, weight)
     return _project_rounded(x, weight)
 
 
 @jax.custom_vjp
 def _project_rounded(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _product("...i,oi->...o", x.astype(jnp.bfloat16), _from_bits(weight))
+    return product("...i,oi->...o", x.astype(jnp.bfloat16), _from_bits(weight))
 
 
 def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -38,10 +43,10 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x, weight = kept
     slope = slope.astype(jnp.bfloat16)
-    by_x = _product("...o,oi->...i", slope, _from_bits(weight))
+    by_x = product("...o,oi->...i", slope, _from_bits(weight))
     if weight.dtype == jnp.uint16:  # integers have no derivative
         return by_x, None
-    return by_x, _product("...o,...i->oi", slope, x.astype(jnp.bfloat16)).astype(weight.dtype)
+    return by_x, product("...o,...i->oi", slope, x.astype(jnp.bfloat16)).astype(weight.dtype)
 
 
 _project_rounded.defvjp(_forward, _backward)
@@ -51,10 +56,6 @@ def _from_bits(weight: jax.Array) -> jax.Array:
     # A scan over layers copies each layer's weights out of their stack. XLA's code for a CPU copies bfloat16 element by
     # element, which takes several times as long as the products with it; integers it copies as memory.
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
-
-
-def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, left, right, precision=precision_of(left.dtype), preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

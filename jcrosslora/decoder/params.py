@@ -123,9 +123,9 @@ def _norm_names(base: BaseModel) -> dict[str, str]:
 
 def _stack_weights(base: BaseModel, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
     names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers)]
-    pieces = (base.weight(name)[None].astype(dtype, copy=False) for name in names)
     kept = _BITS if packed else dtype
-    return _filled(base, (len(names), *base.modules[names[0]].shape), kept, (piece.view(kept) for piece in pieces))
+    pieces = (base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
+    return _filled(base, (len(names), *base.modules[names[0]].shape), kept, pieces)
 
 
 def _stack_vectors(base: BaseModel, path: str, dtype: np.dtype) -> jax.Array:
@@ -135,7 +135,8 @@ def _stack_vectors(base: BaseModel, path: str, dtype: np.dtype) -> jax.Array:
 
 def _matrix(base: BaseModel, name: str, dtype: np.dtype) -> jax.Array:
     vocab = base.dims.vocab
-    pieces = (base.rows(name, np.arange(start, min(start + _ROWS, vocab))) for start in range(0, vocab, _ROWS))
+    parts = (np.arange(start, min(start + _ROWS, vocab)) for start in range(0, vocab, _ROWS))
+    pieces = (base.rows(name, part).astype(dtype, copy=False) for part in parts)
     return _filled(base, (vocab, base.dims.hidden), dtype, pieces)
 
 
@@ -143,7 +144,7 @@ def _filled(base: BaseModel, shape: tuple[int, ...], dtype: np.dtype, pieces: It
     # Written piece by piece where it stays: to fill a host array first would take twice the memory on a CPU.
     whole, start = jnp.zeros(shape, dtype), 0
     for piece in pieces:
-        whole = _written(whole, piece.astype(dtype), np.int32(start))
+        whole = _written(whole, piece, np.int32(start))
         start += len(piece)
         base.release()
     return whole
