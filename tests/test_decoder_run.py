@@ -273,12 +273,13 @@ def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
     ("backend", "flags", "wanted"),
     [
         ("cpu", "flags : fpu avx512f amx_bf16 amx_tile", jnp.bfloat16),
-        ("cpu", "flags : fpu avx512f avx512_bf16", jnp.float32),
+        ("cpu", "flags : fpu avx512f avx512_bf16", jnp.bfloat16),
+        ("cpu", "flags : fpu avx2 avx512f avx512_vnni", jnp.float32),
         ("cpu", None, jnp.float32),
         ("gpu", "flags : amx_bf16", jnp.float32),
     ],
 )
-def test_the_fast_dtype_is_bfloat16_on_a_cpu_with_amx_alone(monkeypatch, backend, flags, wanted):
+def test_the_fast_dtype_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, backend, flags, wanted):
     def read(path, **_):
         if flags is None:
             raise FileNotFoundError(path)

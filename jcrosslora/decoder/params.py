@@ -97,8 +97,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
 def fast_dtype() -> np.dtype:
     """The dtype for passes that need no more than bfloat16: bfloat16 where its products are known to be much faster.
 
-    That is on CPUs with AMX, where a forward pass of a small model takes a third of the time that it takes in float32;
-    elsewhere it is float32.
+    That is on CPUs with AVX512-BF16 or AMX, where a forward pass of a small model takes half or a third of the time that
+    it takes in float32; elsewhere it is float32.
     """
     if jax.default_backend() != "cpu":
         return _F32
@@ -106,7 +106,7 @@ def fast_dtype() -> np.dtype:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return _F32
-    return _BF16 if "amx_bf16" in flags else _F32
+    return _BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else _F32
 
 
 def _norm_names(base: BaseModel) -> dict[str, str]:
