@@ -202,8 +202,7 @@ def dora(folders, tmp_path):
 def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch, capsys):
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
-    monkeypatch.setattr(layouts, "write_prompts", lambda *_: [])
-    monkeypatch.setattr(layouts, "answer", lambda *_, **__: [Dialogue("Q: Who?\nA:", " Anna", 1)] * 2)
+    monkeypatch.setattr(layouts, "write_pilot", lambda *_: [Dialogue("Q: Who?\nA:", " Anna", 1)] * 2)
     layouts.run(argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0))
     assert "Q:" in capsys.readouterr().out
 

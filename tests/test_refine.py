@@ -22,13 +22,13 @@ from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
 from jcrosslora.refine import writing as writing_module
-from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence
+from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
 from jcrosslora.refine.fit import solve
 from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
 from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
-from jcrosslora.refine.writing import continue_prompts, known_layouts, write_dialogues
+from jcrosslora.refine.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
 SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, trust=0.0, strength=1.0)
@@ -365,16 +365,18 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
     def compare(writer, dialogues, tokens):
         places = [item.layout for item in dialogues]
         assert tokens == FitSettings().tokens
-        counted.append((len(places), set(places)))
+        counted.append(len(places))
+        assert set(places) == set(range(len(LAYOUTS)))
         change = np.array([4.0 if place in large else 1.0 for place in places])
-        surer = np.array([0.2 if place in known else -0.1 for place in places])
-        return change, surer + np.where(np.arange(len(places)) % 2, 0.1, -0.1)
+        # Dialogues differ by more than layouts do.
+        each = len(places) // len(set(places))
+        noise = np.random.default_rng(0).normal(size=each)[np.arange(len(places)) % each]
+        return change, np.array([0.2 if place in known else 0.1 for place in places]) + noise
 
     monkeypatch.setattr(writing_module, "compare", compare)
     found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
     assert len(found.dialogues) == 100
-    # The second time only those that are new.
-    assert counted == [(16 * len(LAYOUTS), set(range(len(LAYOUTS)))), (2 * 16, known)]
+    assert counted == [writing_module.PILOT * len(LAYOUTS) ** 2]
     assert {item.layout for item in found.dialogues} == known
     assert all(item.prompt.startswith(LAYOUTS[item.layout][0]) for item in found.dialogues)
     assert all(item.prompt.endswith("?" + LAYOUTS[item.layout][1]) for item in found.dialogues)
@@ -385,14 +387,42 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
 
 
 def test_the_layouts_that_an_adapter_knows():
-    sure, unsure = np.array([0.3, 0.1]), np.array([0.0, -0.4])
-    change = {0: np.array([5.0, 3.0]), 1: np.array([6.0, 6.0]), 2: np.array([2.0, 2.0]), 3: np.array([4.0, 4.0])}
-    surer = {0: sure, 1: unsure, 2: 2 * sure, 3: sure - 0.05}
-    # 1 changes most but becomes less sure, 2 becomes surest but hardly changes.
-    assert known_layouts(change, surer) == [0, 3]
-    assert known_layouts(change, {**surer, 3: sure - 0.1}) == [0]
-    assert known_layouts(change, {**surer, 3: sure - 0.1}, errors=2) == [0, 3]
-    assert known_layouts({}, {}) == []
+    dialogues = np.random.default_rng(0).normal(size=50)
+    change = np.array([4.0, 6.0, 2.0, 4.0, 3.9])[:, None] * np.ones(50)
+    # 1 changes most but becomes less sure, 2 becomes surest but hardly changes; dialogues differ by more than layouts.
+    surer = np.array([0.2, -0.4, 0.3, 0.1, 0.2])[:, None] + dialogues
+    assert known_layouts(change, surer) == [0]
+    noisy = surer.copy()
+    noisy[4] += np.random.default_rng(1).normal(size=50)
+    assert known_layouts(change, noisy) == [0, 4]
+    assert known_layouts(change[[4, 0]], surer[[4, 0]]) == [1]
+    # What has no effect is known as little in one layout as in another.
+    assert known_layouts(0 * change, 0 * surer) == [0, 1, 2, 3, 4]
+    assert known_layouts(change[:, :0], surer[:, :0]) == []
+    assert known_layouts(np.full_like(change, np.nan), surer) == []
+
+
+def test_figures_of_a_layout_are_of_the_same_dialogues_in_it(monkeypatch):
+    told = [Dialogue(f"Q: {number}?\nA:", " it is", 1) for number in range(5)]
+
+    def compare(writer, dialogues, tokens):
+        numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in dialogues], float)
+        return numbers, np.array([float(item.layout) for item in dialogues])
+
+    monkeypatch.setattr(writing_module, "compare", compare)
+    change, surer = judge_layouts(None, told, 5)
+    np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(LAYOUTS), 1)))
+    np.testing.assert_array_equal(surer, np.tile(np.arange(8.0)[:, None], (1, 5)))
+
+
+@pytest.mark.parametrize("end", [layout for _, layout in LAYOUTS])
+def test_a_dialogue_is_put_into_another_layout_and_back(end):
+    place = next(place for place, (_, other) in enumerate(LAYOUTS) if other == end)
+    first = Dialogue("Question: What is it?\nAnswer:", " a dog", 0)
+    moved = in_layout(first, place)
+    assert moved.prompt == f"{LAYOUTS[place][0]}What is it?{end}"
+    assert moved.answer == ("a dog" if end.endswith("\n") else " a dog")
+    assert in_layout(moved, 0) == first
 
 
 def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pair):

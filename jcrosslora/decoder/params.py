@@ -97,8 +97,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
 def fast_dtype() -> np.dtype:
     """The dtype for passes that need no more than bfloat16: bfloat16 where its products are known to be much faster.
 
-    That is on CPUs with AVX512-BF16 or AMX, where a forward pass of a small model takes half or a third of the time that
-    it takes in float32; elsewhere it is float32.
+    That is on CPUs with AVX512-BF16 or AMX, where a forward pass of a small model takes a half or a third of the time
+    that it takes in float32; elsewhere it is float32.
     """
     if jax.default_backend() != "cpu":
         return _F32

@@ -61,6 +61,13 @@ class Dialogue:
         return self.prompt + self.answer
 
 
+def in_layout(dialogue: Dialogue, layout: int) -> Dialogue:
+    """A dialogue in one of `LAYOUTS` in another one; answers begin on a line of their own or behind a space."""
+    (front, end), (before, after) = LAYOUTS[dialogue.layout], LAYOUTS[layout]
+    prompt = before + dialogue.prompt.removeprefix(front).removesuffix(end) + after
+    return Dialogue(prompt, ("" if after.endswith("\n") else " ") + dialogue.answer.lstrip(), layout)
+
+
 class Writer:
     """A base that continues texts with an adapter.
 

@@ -1,6 +1,6 @@
 """The dialogues of a fit: of the user's prompts, or of prompts that the base writes in layouts its adapter knows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.errors import MethodError
-from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, write_prompts
+from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, in_layout, write_prompts
 from jcrosslora.refine.reader import shared_log_probs
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.tokens import pad_right
 
-PILOT = 16  # dialogues in each layout, to see which the adapter knows, and again as many in those that it may know
-KNOWN = 0.5  # of the largest change: a layout with less is left out
+PILOT = 6  # dialogues in each layout, from which it is seen which the adapter knows
+SURER = 1.5  # what a nat of entropy counts for, where the largest change counts 1
+ERRORS = 2.0  # standard errors by which a layout may lie behind the best
 _WIDTHS, _ROWS = (40, 64), 8  # tokens of a row that is compared: the fewer shapes, the less to compile
 FEWEST = 2 * _ROWS  # dialogues of a fit
 
@@ -54,26 +55,19 @@ def _last(writer: Writer, prompt: str) -> str:
 
 
 def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written:
-    """Prompts and answers in the layouts that the adapter knows, which `known_layouts` tells from a pilot.
+    """Prompts and answers in the layouts that the adapter knows, which a pilot tells.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
     """
-    pilot = _answer(writer, write_prompts(writer, _each(range(len(LAYOUTS)), PILOT), seed), settings, seed)
-    figures = compare(writer, pilot, settings.tokens)
-    maybe = _known(pilot, figures, errors=2)
-    kept = [place for place, item in enumerate(pilot) if item.layout in maybe]
-    more = _answer(writer, write_prompts(writer, _each(maybe, PILOT), seed + 1), settings, seed + 1)
-    new = compare(writer, more, settings.tokens)
-    pilot = [pilot[place] for place in kept] + more
-    figures = np.append(figures[0][kept], new[0]), np.append(figures[1][kept], new[1])
-    known = _known(pilot, figures, errors=1)
+    pilot = write_pilot(writer, settings, seed)
+    known = known_layouts(*judge_layouts(writer, pilot, settings.tokens))
     found = [item for item in pilot if item.layout in known]
     missing = max(0, settings.dialogues - len(found))
     if known and missing:
         shares = np.array_split(np.arange(missing), len(known))
         layouts = [layout for layout, share in zip(known, shares, strict=True) for _ in share]
-        found += _answer(writer, write_prompts(writer, layouts, seed + 2), settings, seed + 2)
+        found += _answer(writer, write_prompts(writer, layouts, seed + 1), settings, seed + 1)
     # In an order of its own, so that fewer dialogues than there are come from all of them.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.dialogues]
     found = [found[place] for place in order]
@@ -81,45 +75,56 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
     return Written(_enough(found, writer), f"{len(found)} dialogues that it wrote itself in layouts that begin {names}")
 
 
-def known_layouts(change: Mapping[int, np.ndarray], surer: Mapping[int, np.ndarray], errors: float = 1.0) -> list[int]:
-    """The layouts that an adapter was probably trained on.
+def write_pilot(writer: Writer, settings: FitSettings, seed: int, each: int = PILOT) -> list[Dialogue]:
+    """Prompts and answers in all of `LAYOUTS`, `each` in each or a few less."""
+    layouts = [layout for layout in range(len(LAYOUTS)) for _ in range(each)]
+    return _answer(writer, write_prompts(writer, layouts, seed), settings, seed)
 
-    An adapter changes its base's predictions in layouts that it was never trained on too, and there as much or more,
-    but makes the base less sure of them. So of the layouts with a good part of the largest change those are taken in
-    which it becomes surest (or loses least), and those that may be as good.
+
+def judge_layouts(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """What an adapter does in each of `LAYOUTS`, by the same dialogues put into one after the other.
+
+    So figures differ by the layout alone: they differ more from one dialogue to another than between layouts.
 
     Args:
-        change: of each layout, for each of its dialogues, the divergence where the answer begins.
-        surer: likewise, by how much the entropy of the predictions falls over the answer.
-        errors: how many standard errors of the best layout's mean another may lie below it.
+        writer: the base, with the adapter.
+        dialogues: n of them, in layouts of `LAYOUTS`.
+        tokens: of an answer at most.
+
+    Returns:
+        The two figures of `compare`, float64 (len(LAYOUTS), n) each.
     """
-    changes = {layout: float(values.mean()) for layout, values in change.items()}
-    near = [layout for layout, value in changes.items() if value >= KNOWN * max(changes.values())]
-    if not near:
+    moved = [in_layout(item, layout) for layout in range(len(LAYOUTS)) for item in dialogues]
+    change, surer = compare(writer, moved, tokens)
+    return change.reshape(len(LAYOUTS), -1), surer.reshape(len(LAYOUTS), -1)
+
+
+def known_layouts(change: np.ndarray, surer: np.ndarray) -> list[int]:
+    """The layouts that an adapter was probably trained on.
+
+    Where an adapter was trained it changes its base's predictions much and makes it surer of its answers. Either alone
+    misleads: in some layouts any adapter changes more, and in others any makes its base surer. Those are taken in which
+    the sum of both is largest, or may be.
+
+    Args:
+        change: (layouts, n), of n dialogues the divergence where the answer begins.
+        surer: (layouts, n), likewise by how much the entropy of the predictions falls over the answer.
+    """
+    if not (change.size and np.isfinite(change).all()):
         return []
-    gains = {layout: float(surer[layout].mean()) for layout in near}
-    best = max(near, key=gains.__getitem__)
-    slack = errors * float(surer[best].std() / np.sqrt(len(surer[best])))
-    return [layout for layout in near if gains[layout] >= gains[best] - slack]
+    scores = layout_scores(change, surer)
+    behind = scores[scores.mean(axis=1).argmax()] - scores
+    errors = behind.std(axis=1) / np.sqrt(behind.shape[1])
+    return np.flatnonzero(behind.mean(axis=1) <= ERRORS * errors).tolist()
 
 
-def _known(dialogues: Sequence[Dialogue], figures: tuple[np.ndarray, np.ndarray], errors: float) -> list[int]:
-    change, surer = (by_layout(dialogues, values) for values in figures)
-    return known_layouts(change, surer, errors)
-
-
-def _each(layouts: Iterable[int], count: int) -> list[int]:
-    return [layout for layout in layouts for _ in range(count)]
+def layout_scores(change: np.ndarray, surer: np.ndarray) -> np.ndarray:
+    """The sum that `known_layouts` goes by, (layouts, n): change in parts of the largest mean, and `SURER` * surer."""
+    return change / (change.mean(axis=1).max() or 1.0) + SURER * surer
 
 
 def _answer(writer: Writer, prompts: Sequence[Dialogue], settings: FitSettings, seed: int) -> list[Dialogue]:
     return answer(writer, prompts, seed, length=settings.tokens, temperature=settings.temperature)
-
-
-def by_layout(dialogues: Sequence[Dialogue], values: np.ndarray) -> dict[int, np.ndarray]:
-    """Values (n,) of n dialogues, apart for each layout that occurs."""
-    layouts = np.array([item.layout for item in dialogues], int)
-    return {int(layout): values[layouts == layout] for layout in np.unique(layouts)}
 
 
 def _enough(found: list[Dialogue], writer: Writer) -> list[Dialogue]:
