@@ -4,9 +4,9 @@
 
 The base writes prompts in every layout and answers them with the adapter, and these dialogues are put into one layout
 after the other. Printed are, in the mean over dialogues and with its standard error, the divergence of its predictions
-with the adapter from those without where answers begin; by how much the entropy of its predictions falls over the
-answers; and by how much less the sum of both (`jcrosslora.refine.writing.layout_scores`) is than that of the best
-layout, in the same dialogues; and which layouts are taken. On 2 cores about a minute for each adapter of SmolLM2-135M.
+with the adapter from those without, over the answers; how strange these are to it without, as -log p; by how much less
+the difference of both is than in the best layout, in the same dialogues; and which layouts are taken. On 2 cores about
+a minute for each adapter of SmolLM2-135M.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
 from jcrosslora.refine.dialogues import LAYOUTS, Writer
 from jcrosslora.refine.settings import FitSettings
-from jcrosslora.refine.writing import PILOT, judge_layouts, known_layouts, layout_scores, write_pilot
+from jcrosslora.refine.writing import PILOT, behind_best, judge_layouts, known_layouts, write_pilot
 from jcrosslora.tokens import load_tokenizer
 
 
@@ -31,13 +31,11 @@ def run(arguments: argparse.Namespace) -> None:
     for ref in arguments.adapter:
         adapter = stack_adapter(jcl.load_adapter(ref, base), base)
         writer = Writer(settings, params, tokenizer, adapter, name=base.ref)
-        change, surer = judge_layouts(writer, write_pilot(writer, fit, arguments.seed, arguments.each), fit.tokens)
-        known, scores = known_layouts(change, surer), layout_scores(change, surer)
-        behind = scores[scores.mean(axis=1).argmax()] - scores
-        table = Table("layout", "change, nats", "surer by, nats", "less than best", "taken")
+        figures = judge_layouts(writer, write_pilot(writer, fit, arguments.seed, arguments.each), fit.tokens)
+        known, columns = known_layouts(*figures), (*figures, behind_best(*figures))
+        table = Table("layout", "change, nats", "strange, nats", "less than best", "taken")
         for layout, (front, _) in enumerate(LAYOUTS):
-            cells = [f"{x.mean():.2f} ± {x.std() / np.sqrt(len(x)):.2f}" for x in (change[layout], surer[layout])]
-            cells.append(f"{behind[layout].mean():.2f} ± {behind[layout].std() / np.sqrt(len(behind[layout])):.2f}")
+            cells = [f"{x[layout].mean():.2f} ± {x[layout].std() / np.sqrt(x.shape[1]):.2f}" for x in columns]
             table.add_row(front.strip(), *cells, "yes" if layout in known else "")
         table.title, table.title_justify = ref, "left"
         console.print(table)

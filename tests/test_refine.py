@@ -371,7 +371,7 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
         # Dialogues differ by more than layouts do.
         each = len(places) // len(set(places))
         noise = np.random.default_rng(0).normal(size=each)[np.arange(len(places)) % each]
-        return change, np.array([0.2 if place in known else 0.1 for place in places]) + noise
+        return change, np.array([2.0 if place in known else 2.1 for place in places]) + noise
 
     monkeypatch.setattr(writing_module, "compare", compare)
     found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
@@ -389,17 +389,20 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
 def test_the_layouts_that_an_adapter_knows():
     dialogues = np.random.default_rng(0).normal(size=50)
     change = np.array([4.0, 6.0, 2.0, 4.0, 3.9])[:, None] * np.ones(50)
-    # 1 changes most but becomes less sure, 2 becomes surest but hardly changes; dialogues differ by more than layouts.
-    surer = np.array([0.2, -0.4, 0.3, 0.1, 0.2])[:, None] + dialogues
-    assert known_layouts(change, surer) == [0]
-    noisy = surer.copy()
-    noisy[4] += np.random.default_rng(1).normal(size=50)
-    assert known_layouts(change, noisy) == [0, 4]
-    assert known_layouts(change[[4, 0]], surer[[4, 0]]) == [1]
+    # 1 changes most, but its answers are strangest, and those of 2 least; dialogues differ by more than layouts.
+    strange = np.array([2.0, 4.3, 1.0, 2.1, 2.0])[:, None] + dialogues
+    assert known_layouts(change, strange) == [0]
+    noise = np.random.default_rng(1).normal(size=(5, 50))
+    noise -= noise.mean(axis=1)[:, None]
+    noisy = strange + 0.5 * noise * (np.arange(5) > 2)[:, None]
+    assert known_layouts(change, noisy) == [0, 3, 4]
+    # At most three, the best ones.
+    assert known_layouts(change, strange + 10 * noise) == [0, 3, 4]
+    assert known_layouts(change[[4, 0]], strange[[4, 0]]) == [1]
     # What has no effect is known as little in one layout as in another.
-    assert known_layouts(0 * change, 0 * surer) == [0, 1, 2, 3, 4]
-    assert known_layouts(change[:, :0], surer[:, :0]) == []
-    assert known_layouts(np.full_like(change, np.nan), surer) == []
+    assert known_layouts(0 * change, 0 * strange) == [0, 1, 2]
+    assert known_layouts(change[:, :0], strange[:, :0]) == []
+    assert known_layouts(np.full_like(change, np.nan), strange) == []
 
 
 def test_figures_of_a_layout_are_of_the_same_dialogues_in_it(monkeypatch):
@@ -410,9 +413,9 @@ def test_figures_of_a_layout_are_of_the_same_dialogues_in_it(monkeypatch):
         return numbers, np.array([float(item.layout) for item in dialogues])
 
     monkeypatch.setattr(writing_module, "compare", compare)
-    change, surer = judge_layouts(None, told, 5)
+    change, strange = judge_layouts(None, told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(LAYOUTS), 1)))
-    np.testing.assert_array_equal(surer, np.tile(np.arange(8.0)[:, None], (1, 5)))
+    np.testing.assert_array_equal(strange, np.tile(np.arange(8.0)[:, None], (1, 5)))
 
 
 @pytest.mark.parametrize("end", [layout for _, layout in LAYOUTS])
@@ -431,19 +434,19 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
     writer = Writer(settings, params, tokenizer, stack_adapter(adapter, source))
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     dialogues = [Dialogue(*text, layout=0) for text in texts] * 3
-    change, surer = writing_module.compare(writer, dialogues, 3)
+    change, strange = writing_module.compare(writer, dialogues, 3)
     for place, item in enumerate(dialogues):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-64:]
-        places = np.arange(begin, len(ids))[:3] - 1 - (len(ids) - len(cut))
+        tokens = np.arange(begin, len(ids))[:3]
+        places = tokens - 1 - (len(ids) - len(cut))
         changed, plain = (
             np.asarray(jax.nn.log_softmax(logits(settings, params, out.hidden[0])), np.float64)[places]
             for out in (forward(settings, params, jnp.asarray(cut)[None], adapter=a) for a in (writer.adapter, None))
         )
-        fall = (np.exp(changed) * changed).sum(axis=1) - (np.exp(plain) * plain).sum(axis=1)
-        kl = (np.exp(changed[0]) * (changed[0] - plain[0])).sum()
-        np.testing.assert_allclose(change[place], kl, rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(surer[place], fall.mean(), rtol=1e-3, atol=1e-5)
+        kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
+        np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(strange[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
     assert change.min() > 0
 
 

@@ -14,8 +14,8 @@ from jcrosslora.refine.settings import FitSettings
 from jcrosslora.tokens import pad_right
 
 PILOT = 6  # dialogues in each layout, from which it is seen which the adapter knows
-SURER = 1.5  # what a nat of entropy counts for, where the largest change counts 1
 ERRORS = 2.0  # standard errors by which a layout may lie behind the best
+MOST = 3  # layouts of a fit
 _WIDTHS, _ROWS = (40, 64), 8  # tokens of a row that is compared: the fewer shapes, the less to compile
 FEWEST = 2 * _ROWS  # dialogues of a fit
 
@@ -78,7 +78,8 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
 def write_pilot(writer: Writer, settings: FitSettings, seed: int, each: int = PILOT) -> list[Dialogue]:
     """Prompts and answers in all of `LAYOUTS`, `each` in each or a few less."""
     layouts = [layout for layout in range(len(LAYOUTS)) for _ in range(each)]
-    return _answer(writer, write_prompts(writer, layouts, seed), settings, seed)
+    found = _answer(writer, write_prompts(writer, layouts, seed), settings, seed)
+    return [item for item in found if item.answer.strip()]
 
 
 def judge_layouts(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,32 +96,33 @@ def judge_layouts(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) ->
         The two figures of `compare`, float64 (len(LAYOUTS), n) each.
     """
     moved = [in_layout(item, layout) for layout in range(len(LAYOUTS)) for item in dialogues]
-    change, surer = compare(writer, moved, tokens)
-    return change.reshape(len(LAYOUTS), -1), surer.reshape(len(LAYOUTS), -1)
+    change, strange = compare(writer, moved, tokens)
+    return change.reshape(len(LAYOUTS), -1), strange.reshape(len(LAYOUTS), -1)
 
 
-def known_layouts(change: np.ndarray, surer: np.ndarray) -> list[int]:
-    """The layouts that an adapter was probably trained on.
+def known_layouts(change: np.ndarray, strange: np.ndarray) -> list[int]:
+    """The layouts that an adapter was probably trained on: at most `MOST`, in the order of `LAYOUTS`.
 
-    Where an adapter was trained it changes its base's predictions much and makes it surer of its answers. Either alone
-    misleads: in some layouts any adapter changes more, and in others any makes its base surer. Those are taken in which
-    the sum of both is largest, or may be.
+    An adapter changes its base's predictions in all layouts, and most where what it makes the base say is strangest to
+    the base itself. What goes beyond that is training: those layouts are taken in which the change less the strangeness
+    is largest, or may be.
 
     Args:
-        change: (layouts, n), of n dialogues the divergence where the answer begins.
-        surer: (layouts, n), likewise by how much the entropy of the predictions falls over the answer.
+        change: (layouts, n), of n dialogues the divergence over the answer.
+        strange: (layouts, n), likewise how strange the answer is to the base.
     """
     if not (change.size and np.isfinite(change).all()):
         return []
-    scores = layout_scores(change, surer)
-    behind = scores[scores.mean(axis=1).argmax()] - scores
-    errors = behind.std(axis=1) / np.sqrt(behind.shape[1])
-    return np.flatnonzero(behind.mean(axis=1) <= ERRORS * errors).tolist()
+    behind = behind_best(change, strange)
+    means, errors = behind.mean(axis=1), behind.std(axis=1) / np.sqrt(behind.shape[1])
+    order = [layout for layout in np.argsort(means, kind="stable").tolist() if means[layout] <= ERRORS * errors[layout]]
+    return sorted(order[:MOST])
 
 
-def layout_scores(change: np.ndarray, surer: np.ndarray) -> np.ndarray:
-    """The sum that `known_layouts` goes by, (layouts, n): change in parts of the largest mean, and `SURER` * surer."""
-    return change / (change.mean(axis=1).max() or 1.0) + SURER * surer
+def behind_best(change: np.ndarray, strange: np.ndarray) -> np.ndarray:
+    """By how much less change - strange is in each layout than in the one where its mean is largest, (layouts, n)."""
+    scores = change - strange
+    return scores[scores.mean(axis=1).argmax()] - scores
 
 
 def _answer(writer: Writer, prompts: Sequence[Dialogue], settings: FitSettings, seed: int) -> list[Dialogue]:
@@ -144,12 +146,12 @@ def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple
     """What the adapter changes in each dialogue, float64 (n,) each.
 
     Returns:
-        KL(with adapter || without) where the answer begins, and by how much the entropy of the predictions is lower
-        with it, in the mean over the answer's first `tokens` tokens; nats.
+        KL(with adapter || without) and -log p(token) without it, nats, in the mean over the answer's first `tokens`
+        tokens.
     """
     assert writer.adapter is not None
     none = jax.tree.map(jnp.zeros_like, writer.adapter)
-    change, surer = np.zeros(len(dialogues)), np.zeros(len(dialogues))
+    change, strange = np.zeros(len(dialogues)), np.zeros(len(dialogues))
     whole = [writer.tokenizer.encode(item.text).ids for item in dialogues]
     begins = [len(writer.tokenizer.encode(item.prompt).ids) for item in dialogues]
     # Texts of one length together: every token of padding costs as much as one of text.
@@ -157,25 +159,28 @@ def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple
     for start in range(0, len(order), _ROWS):
         part = order[start : start + _ROWS]
         width = next((width for width in _WIDTHS if len(whole[part[-1]]) <= width), _WIDTHS[-1])
-        at, seen = np.zeros((_ROWS, tokens), np.int32), np.zeros((_ROWS, tokens), bool)
+        shape = _ROWS, tokens
+        at, token, seen = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
         for row, place in enumerate(part):
-            # The prediction of a token is at the one before it.
-            length, begin = len(whole[place]), begins[place]
-            places = np.arange(begin, max(begin + 1, length))[:tokens] - 1 - max(0, length - width)
-            at[row, : len(places)], seen[row, : len(places)] = row * width + np.maximum(places, 0), True
-        ids = [whole[place][-width:] for place in part]
-        batch = (*map(jnp.asarray, pad_right(ids, (_ROWS, width))), jnp.asarray(at.ravel()))
+            # The prediction of a token is at the one before it. An answer that a token joins to its prompt has one.
+            ids = whole[place]
+            places = np.arange(min(begins[place], len(ids) - 1), len(ids))[:tokens]
+            at[row, : len(places)] = row * width + np.maximum(places - 1 - max(0, len(ids) - width), 0)
+            token[row, : len(places)], seen[row, : len(places)] = ids[places], True
+        rows = [whole[place][-width:] for place in part]
+        batch = (*map(jnp.asarray, pad_right(rows, (_ROWS, width))), jnp.asarray(at.ravel()))
         changed, plain = (
             shared_log_probs(writer.settings, writer.params, one, *batch) for one in (writer.adapter, none)
         )
-        figures = _divergence_and_fall(changed, plain)
-        divergence, fall = (np.asarray(x, np.float64).reshape(at.shape)[: len(part)] for x in figures)
+        figures = _divergence_and_surprise(changed, plain, jnp.asarray(token.ravel()))
         own = seen[: len(part)]
-        change[part], surer[part] = divergence[:, 0], (fall * own).sum(axis=1) / own.sum(axis=1)
-    return change, surer
+        for found, values in zip((change, strange), figures, strict=True):
+            each = np.asarray(values, np.float64).reshape(shape)[: len(part)]
+            found[part] = (each * own).sum(axis=1) / own.sum(axis=1)
+    return change, strange
 
 
 @jax.jit
-def _divergence_and_fall(changed: jax.Array, plain: jax.Array) -> tuple[jax.Array, jax.Array]:
-    own = jnp.sum(jnp.exp(changed) * changed, axis=-1)
-    return own - jnp.sum(jnp.exp(changed) * plain, axis=-1), own - jnp.sum(jnp.exp(plain) * plain, axis=-1)
+def _divergence_and_surprise(changed: jax.Array, plain: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    divergence = jnp.sum(jnp.exp(changed) * (changed - plain), axis=-1)
+    return divergence, -jnp.take_along_axis(plain, token[:, None], axis=1)[:, 0]
