@@ -31,13 +31,18 @@ def run(arguments: argparse.Namespace) -> None:
     for ref in arguments.adapter:
         adapter = stack_adapter(jcl.load_adapter(ref, base), base)
         writer = Writer(settings, params, tokenizer, adapter, name=base.ref)
-        figures = judge_layouts(writer, write_pilot(writer, fit, arguments.seed, arguments.each), fit.tokens)
+        dialogues = write_pilot(writer, fit, arguments.seed, arguments.each)
+        if not dialogues:
+            msg = f"{base.ref} with {ref} wrote no dialogues: give a larger --each than {arguments.each}"
+            raise jcl.MethodError(msg)
+        figures = judge_layouts(writer, dialogues, fit.tokens)
         known, columns = known_layouts(*figures), (*figures, behind_best(*figures))
-        table = Table("layout", "change, nats", "strange, nats", "less than best", "taken")
+        table = Table(
+            "layout", "change, nats", "strange, nats", "less than best", "taken", title=ref, title_justify="left"
+        )
         for layout, (front, _) in enumerate(LAYOUTS):
             cells = [f"{x[layout].mean():.2f} ± {x[layout].std() / np.sqrt(x.shape[1]):.2f}" for x in columns]
             table.add_row(front.strip(), *cells, "yes" if layout in known else "")
-        table.title, table.title_justify = ref, "left"
         console.print(table)
 
 

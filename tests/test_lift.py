@@ -203,8 +203,12 @@ def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch,
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
     monkeypatch.setattr(layouts, "write_pilot", lambda *_: [Dialogue("Q: Who?\nA:", " Anna", 1)] * 2)
-    layouts.run(argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0))
+    wanted = argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0)
+    layouts.run(wanted)
     assert "Q:" in capsys.readouterr().out
+    monkeypatch.setattr(layouts, "write_pilot", lambda *_: [])
+    with pytest.raises(jcl.MethodError, match="wrote no dialogues: give a larger --each than 1"):
+        layouts.run(wanted)
 
 
 # Tasks and rows
