@@ -18,6 +18,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
         (["bench_decoder.py", "none", "--rows", "0"], "bench_decoder: --tokens, --rows, --texts and --repeats"),
         (["bench_decoder.py", "none"], "bench_decoder: none"),
         (["measure_memory.py", "none", "none", "none"], "measure_memory: the transfer failed with 2"),
+        (["measure_memory.py", "none", "none", "none", "--colour", "red"], "colour"),
     ],
 )
 def test_what_a_tool_cannot_use_is_named(given, message, tmp_path):
