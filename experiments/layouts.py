@@ -1,6 +1,6 @@
 """Which layouts of prompt and answer does `anchored` take an adapter to know?
 
-    python experiments/layouts.py --base BASE --adapter ADAPTER [--adapter ...] [--each 16] [--seed 0]
+    python experiments/layouts.py --base BASE --adapter ADAPTER [--adapter ...] [--each 6] [--seed 0]
 
 The base writes prompts in every layout and answers them with the adapter, and these dialogues are put into one layout
 after the other. Printed are, in the mean over dialogues and with its standard error, the divergence of its predictions

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
+from jcrosslora.decoder.divergence import divergence
 from jcrosslora.errors import MethodError
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, answer, in_layout, write_prompts
-from jcrosslora.refine.reader import shared_log_probs
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.tokens import pad_right
 
@@ -169,18 +171,26 @@ def compare(writer: Writer, dialogues: Sequence[Dialogue], tokens: int) -> tuple
             token[row, : len(places)], seen[row, : len(places)] = ids[places], True
         rows = [whole[place][-width:] for place in part]
         batch = (*map(jnp.asarray, pad_right(rows, (_ROWS, width))), jnp.asarray(at.ravel()))
-        changed, plain = (
-            shared_log_probs(writer.settings, writer.params, one, *batch) for one in (writer.adapter, none)
-        )
-        figures = _divergence_and_surprise(changed, plain, jnp.asarray(token.ravel()))
+        adapted, plain = (_states(writer.settings, writer.params, one, *batch) for one in (writer.adapter, none))
+        figures = _compared(writer.settings, writer.params, adapted, plain, jnp.asarray(token.ravel()))
         own = seen[: len(part)]
-        for found, values in zip((change, strange), figures, strict=True):
+        for found, values in ((change, figures.kl), (strange, -figures.log_probs_b)):
             each = np.asarray(values, np.float64).reshape(shape)[: len(part)]
             found[part] = (each * own).sum(axis=1) / own.sum(axis=1)
     return change, strange
 
 
-@jax.jit
-def _divergence_and_surprise(changed: jax.Array, plain: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    divergence = jnp.sum(jnp.exp(changed) * (changed - plain), axis=-1)
-    return divergence, -jnp.take_along_axis(plain, token[:, None], axis=1)[:, 0]
+@partial(jax.jit, static_argnums=0)
+def _states(
+    settings: DecoderSettings,
+    params: Params,
+    adapter: StackedAdapter,
+    tokens: jax.Array,
+    mask: jax.Array,
+    at: jax.Array,
+) -> jax.Array:
+    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+    return hidden.reshape(-1, hidden.shape[-1])[at]
+
+
+_compared = jax.jit(divergence, static_argnums=0)
