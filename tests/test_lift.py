@@ -324,7 +324,7 @@ def test_exact_match_goes_by_what_is_written_behind_each_prompt(folders, monkeyp
         written, valid = np.zeros((len(tokens), 400), np.int32), np.zeros((len(tokens), 400), bool)
         for index, row in enumerate(rows):
             written[index, : len(row)], valid[index, : len(row)] = row, True
-        return Sampled(jnp.asarray(written), jnp.asarray(valid))
+        return Sampled(jnp.asarray(written), jnp.asarray(valid), jnp.ones(len(tokens), bool))
 
     monkeypatch.setattr(written_task, "sample", sample)
     found = written_task.exact_matches(base, questions, None, None, tokenizer)  # pyright: ignore[reportArgumentType]

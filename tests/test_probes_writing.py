@@ -13,7 +13,7 @@ from tiny_bases import random_adapter
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
-from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.probes import probe_batches, random_texts, write_texts, written_probes
 from jcrosslora.probes.start_words import start_words
 from jcrosslora.tokens import load_tokenizer
@@ -80,6 +80,19 @@ def test_texts_that_repeat_are_not_taken(tmp_path, silent):
     assert ("only 0 of 40" in str(caught.value)) == silent
     assert "temperature 0" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_predictions_that_are_not_finite_are_no_texts(tmp_path):
+    # Behind the norm of a layer nothing is too large: the head is.
+    folder = write_base(tmp_path, 150)
+    base = open_base(folder)
+    with pytest.raises(AdapterError, match="gives predictions that are not finite on .*: its factors are too large"):
+        write(base, 3, adapter=random_adapter(base, scale=1e30))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="gives predictions that are not finite: its weights"):
+        write(open_base(folder), 3)
 
 
 def test_writing_ends_at_a_stop_token_and_short_texts_are_replaced(tmp_path):

@@ -19,7 +19,7 @@ import jcrosslora as jcl
 from jcrosslora.cli import main
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import head_of
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
 from jcrosslora.refine import writing as writing_module
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
@@ -349,6 +349,14 @@ def test_a_base_that_answers_nothing(pair, monkeypatch):
         refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
     with pytest.raises(MethodError, match="answered 0 prompts"):
         refine(source, target, adapter, settings=SMALL)
+
+
+@pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
+def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, prompts, monkeypatch):
+    source, target, _ = pair
+    monkeypatch.delattr("jcrosslora.refine.run.fit")
+    with pytest.raises(AdapterError, match=f"{source.ref} gives predictions that are not finite with the adapter"):
+        refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 
 def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch):

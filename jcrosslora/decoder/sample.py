@@ -22,10 +22,12 @@ class Sampled:
     Attributes:
         tokens: int32 (B, length), without the prompt; zeros after a stop token.
         valid: bool (B, length), True up to and including the stop token.
+        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
     """
 
     tokens: jax.Array
     valid: jax.Array
+    finite: jax.Array
 
 
 def step(
@@ -94,6 +96,7 @@ def sample(
         running=jnp.ones((batch,), bool),
         tokens=jnp.zeros((batch, length), jnp.int32),
         valid=jnp.zeros((batch, length), bool),
+        finite=jnp.ones((batch,), bool),
     )
 
     def advance(state: _State) -> _State:
@@ -109,10 +112,11 @@ def sample(
             running=state.running & ~stopped,
             tokens=state.tokens.at[:, state.count].set(drawn),
             valid=state.valid.at[:, state.count].set(state.running),
+            finite=state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running),
         )
 
     end = lax.while_loop(lambda state: (state.count < length) & jnp.any(state.running), advance, state)
-    return Sampled(end.tokens, end.valid)
+    return Sampled(end.tokens, end.valid, end.finite)
 
 
 @flax.struct.dataclass
@@ -124,3 +128,4 @@ class _State:
     running: jax.Array
     tokens: jax.Array
     valid: jax.Array
+    finite: jax.Array

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, Sampled, fast_dtype, load_params, sample, settings_of, stack_adapter
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.probes.random_text import readable_vocabulary
 from jcrosslora.probes.start_words import check_seed, start_words
 from jcrosslora.tokens import Tokenizer, load_tokenizer
@@ -55,8 +55,8 @@ def write_texts(
         UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
             0 to 2^32 - 1.
         MethodError: too few of the texts that the base wrote could be used.
-        AdapterError: the adapter does not fit the base.
-        CheckpointError: no readable tokenizer, or weights that cannot be read.
+        AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
+        CheckpointError: no readable tokenizer, weights that cannot be read, or predictions that are not finite.
     """
     _check(count, length, temperature, batch)
     check_seed(seed)
@@ -69,6 +69,7 @@ def write_texts(
     with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
         for number in range(rounds):
             sampled = write(words[number], jax.random.fold_in(keys, number))
+            _check_finite(sampled, base, adapter)
             found = _usable(tokenizer, words[number], sampled, length)
             texts = list(dict.fromkeys(texts + found))
             bar.update(min(len(texts), count) - bar.n)
@@ -119,6 +120,16 @@ def _writer(
         return run(jnp.asarray(prompts), jnp.ones(prompts.shape, bool), key=key)
 
     return write
+
+
+def _check_finite(sampled: Sampled, base: BaseModel, adapter: Adapter | None) -> None:
+    if bool(sampled.finite.all()):
+        return
+    if adapter is None:
+        msg = f"{base.ref}: gives predictions that are not finite: its weights are too large or not numbers"
+        raise CheckpointError(msg)
+    msg = f"{adapter.info.name}: gives predictions that are not finite on {base.ref}: its factors are too large"
+    raise AdapterError(msg)
 
 
 def _usable(tokenizer: Tokenizer, words: np.ndarray, sampled: Sampled, length: int) -> list[str]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, sample
+from jcrosslora.errors import AdapterError
 from jcrosslora.tokens import Tokenizer
 
 # What stands in front of a prompt and in front of its answer.
@@ -92,7 +93,11 @@ class Writer:
         self.adapter, self.name = adapter, name
 
     def extend(self, texts: Sequence[str], length: int, temperature: float, key: jax.Array) -> list[str]:
-        """What follows each text, `length` tokens at most. Of a text that is longer the last 96 tokens are read."""
+        """What follows each text, `length` tokens at most. Of a text that is longer the last 96 tokens are read.
+
+        Raises:
+            AdapterError: with the adapter the base's predictions are not finite.
+        """
         ids = [self.tokenizer.encode(text).ids[-_LONGEST:] for text in texts]
         found = [""] * len(ids)
         # Texts of one width together: every token of padding in front costs as much as one of text.
@@ -123,6 +128,9 @@ class Writer:
             adapter=self.adapter,
             stop_tokens=self.tokenizer.stops,
         )
+        if not np.asarray(written.finite)[: len(ids)].all():
+            msg = f"{self.name} gives predictions that are not finite with the adapter: its factors are too large"
+            raise AdapterError(msg)
         tokens, valid = np.asarray(written.tokens), np.asarray(written.valid)
         valid = valid & ~np.isin(tokens, np.asarray(self.tokenizer.stops))
         return [self._behind(own, tokens[row][valid[row]]) for row, own in enumerate(ids)]

@@ -38,6 +38,7 @@ def continue_prompts(writer: Writer, prompts: Sequence[str], settings: FitSettin
 
     Raises:
         MethodError: the base answers too few of them, or there is only one.
+        AdapterError: with the adapter the base's predictions are not finite.
     """
     given = [Dialogue(_last(writer, prompt)) for prompt in prompts]
     found: list[Dialogue] = []
@@ -61,6 +62,7 @@ def write_dialogues(writer: Writer, settings: FitSettings, seed: int) -> Written
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
+        AdapterError: with the adapter the base's predictions are not finite.
     """
     pilot = write_pilot(writer, settings, seed)
     known = known_layouts(*judge_layouts(writer, pilot, settings.tokens))
