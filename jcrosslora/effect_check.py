@@ -88,8 +88,8 @@ def adapter_texts(
         The texts; none where too few of those that it wrote can be used, as with an adapter for answers of one word.
 
     Raises:
-        AdapterError: the adapter does not fit the base.
-        CheckpointError: the base or its tokenizer cannot be read.
+        AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
+        CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
     """
     try:
         return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, params=params, progress=progress)
