@@ -83,10 +83,9 @@ def test_texts_that_repeat_are_not_taken(tmp_path, silent):
 
 
 def test_predictions_that_are_not_finite_are_no_texts(tmp_path):
-    # Behind the norm of a layer nothing is too large: the head is.
     folder = write_base(tmp_path, 150)
     base = open_base(folder)
-    with pytest.raises(AdapterError, match="gives predictions that are not finite on .*: its factors are too large"):
+    with pytest.raises(AdapterError, match=r"gives predictions that are not finite on .*: its factors, or"):
         write(base, 3, adapter=random_adapter(base, scale=1e30))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)

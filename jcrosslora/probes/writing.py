@@ -128,7 +128,8 @@ def _check_finite(sampled: Sampled, base: BaseModel, adapter: Adapter | None) ->
     if adapter is None:
         msg = f"{base.ref}: gives predictions that are not finite: its weights are too large or not numbers"
         raise CheckpointError(msg)
-    msg = f"{adapter.info.name}: gives predictions that are not finite on {base.ref}: its factors are too large"
+    what = "its factors, or the base's weights, are too large or not numbers"
+    msg = f"{adapter.info.name}: gives predictions that are not finite on {base.ref}: {what}"
     raise AdapterError(msg)
 
 

@@ -129,7 +129,8 @@ class Writer:
             stop_tokens=self.tokenizer.stops,
         )
         if not np.asarray(written.finite)[: len(ids)].all():
-            msg = f"{self.name} gives predictions that are not finite with the adapter: its factors are too large"
+            what = "its factors, or the base's weights, are too large or not numbers"
+            msg = f"{self.name} gives predictions that are not finite with the adapter: {what}"
             raise AdapterError(msg)
         tokens, valid = np.asarray(written.tokens), np.asarray(written.valid)
         valid = valid & ~np.isin(tokens, np.asarray(self.tokenizer.stops))
