@@ -14,7 +14,7 @@ from jcrosslora.batch.plan_file import BatchPlan
 from jcrosslora.batch.run import CHUNK_BYTES
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import open_base
-from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError
 from jcrosslora.linalg import decompose
 from jcrosslora.lora_align import Plan
 from jcrosslora.methods import Method, get_method
@@ -43,6 +43,8 @@ class Estimate:
 
 def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> Estimate:
     """Estimate a unit from the headers of its bases; nothing of them is read but for what `auto` looks at.
+
+    No adapter is read: the figures are of one of all modules that the bases have.
 
     Args:
         unit: of a plan.
@@ -81,7 +83,10 @@ def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> E
 
 
 def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
-    """A table of the units of a plan (or of a shard) with what they take; a unit that cannot be done says why."""
+    """A table of the units of a plan (or of a shard) with what they take, or why they cannot be done.
+
+    For adapters of all modules: those of fewer take less, and may be moved where these cannot.
+    """
     names = ("source", "target", "method", "jobs", "modules", "decompositions", "memory")
     table = Table(*(Column(name, overflow="fold") for name in names))
     times: dict[tuple[int, ...], float] = {}
@@ -91,7 +96,10 @@ def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int]
         try:
             found = estimate(unit, times)
         except JCrossLoRAError as error:
-            table.add_row(*row, settings.method, str(len(unit.jobs)), "", "", f"cannot be done: {error}")
+            # What fails on some modules does not on an adapter without them.
+            of_modules = isinstance(error, MethodError | PairingError)
+            what = "an adapter of all modules cannot be moved" if of_modules else "cannot be done"
+            table.add_row(*row, settings.method, str(len(unit.jobs)), "", "", f"{what}: {error}")
             continue
         unknown = ("runs both bases", "both bases") if get_method(found.method).runs_bases else ("not estimated",) * 2
         time_text = unknown[0] if found.seconds is None else f"{found.seconds:.1f} s"
