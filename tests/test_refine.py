@@ -19,7 +19,7 @@ import jcrosslora as jcl
 from jcrosslora.cli import main
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import head_of
-from jcrosslora.errors import AdapterError, MethodError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
 from jcrosslora.refine import writing as writing_module
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
@@ -357,6 +357,16 @@ def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, pr
     monkeypatch.delattr("jcrosslora.refine.run.fit")
     with pytest.raises(AdapterError, match=f"{source.ref} gives predictions that are not finite with the adapter"):
         refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
+
+
+def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
+    source, _, adapter = pair
+    folder = write_base(tmp_path / "target", 90, layers=2, seed=1)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{folder}: gives predictions that are not finite"):
+        refine(source, jcl.open_base(folder), adapter, prompts=CORPUS, settings=SMALL)
 
 
 def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.probes.start_words import check_seed
 from jcrosslora.rank_cut import cut_rank
 from jcrosslora.refine.dialogues import Dialogue, Writer
@@ -81,8 +81,8 @@ def refine(
     Raises:
         UsageError: settings or a seed out of range, or texts without a position that matches.
         MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
-        AdapterError: an adapter does not fit its base, or its predictions are not finite.
-        CheckpointError: a base or its tokenizer cannot be read.
+        AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
+        CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
     """
     settings = FitSettings() if settings is None else settings
     _check(settings)
@@ -102,7 +102,7 @@ def refine(
     tgt = reader(settings_of(target), load_params(target, dtype), _tokens(everything, 1), ids[1])
     teacher = Teacher(src, tgt, stacked, settings.trust, settings.strength)
     found = fit(teacher, taught, held_out, settings, begun, seed=seed, progress=progress)
-    _check_finite(found, adapter, source)
+    _check_finite(found, target)
     positions = sum(int((lesson.weight > 0).sum()) for part in taught for lesson in part)
     return Refined(
         cut_rank(unstack_adapter(found.adapter)),
@@ -160,11 +160,13 @@ def _tokens(found: Sequence[Lesson], side: int) -> np.ndarray:
     return np.concatenate([(item.batch.tokens_src, item.batch.tokens_tgt)[side].ravel() for item in found])
 
 
-def _check_finite(found: Fitted, adapter: Adapter, source: BaseModel) -> None:
+def _check_finite(found: Fitted, target: BaseModel) -> None:
+    """The source's predictions with the adapter were finite while it wrote: what is not comes from the target."""
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(found.adapter))
     if not finite or not np.isfinite(found.divergences).all():
-        msg = f"{adapter.info.name}: gives predictions that are not finite on {source.ref}: its factors are too large"
-        raise AdapterError(msg)
+        what = "its weights, or what the fit began with, are too large or not numbers"
+        msg = f"{target.ref}: gives predictions that are not finite: {what}"
+        raise CheckpointError(msg)
 
 
 def _sentence(found: Fitted, written: Written, positions: int, tokens: int) -> str:
