@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings, params, tokenizer = settings_of(base), load_params(base, fast_dtype()), load_tokenizer(base)
     for ref in arguments.adapter:
         adapter = stack_adapter(jcl.load_adapter(ref, base), base)
-        writer = Writer(settings, params, tokenizer, adapter, name=base.ref)
+        writer = Writer(settings, params, tokenizer, adapter, name=base.ref, adapter_name=ref)
         dialogues = write_pilot(writer, fit, arguments.seed, arguments.each)
         if not dialogues:
             msg = f"{base.ref} with {ref} wrote no dialogues: give a larger --each than {arguments.each}"

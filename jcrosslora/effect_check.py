@@ -8,7 +8,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapter
-from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
+from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.predictions import Figures, measure, part_of
 from jcrosslora.probes import ProbeBatch, probe_batches, write_texts
 from jcrosslora.report.effect import Change, Effect
@@ -116,9 +116,6 @@ def _spread(texts: Sequence[str]) -> list[str]:
 def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:
     """Predictions that are not finite are an error in a base and in a given adapter; in a moved one, a finding."""
     if not all(np.isfinite(one.nll).all() for one in figures):
-        msg = f"{base.ref}: gives predictions that are not finite: its weights are too large or not numbers"
-        raise CheckpointError(msg)
+        raise not_finite(base.ref)
     if adapter is not None and not all(np.isfinite(one.nll_adapted).all() for one in figures):
-        name = adapter.info.name
-        msg = f"{name}: gives predictions that are not finite on {base.ref}: its factors are too large or not numbers"
-        raise AdapterError(msg)
+        raise not_finite(base.ref, adapter.info.name, sound=True)

@@ -355,7 +355,7 @@ def test_a_base_that_answers_nothing(pair, monkeypatch):
 def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, prompts, monkeypatch):
     source, target, _ = pair
     monkeypatch.delattr("jcrosslora.refine.run.fit")
-    with pytest.raises(AdapterError, match=f"{source.ref} gives predictions that are not finite with the adapter"):
+    with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
-from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.pairs import Tokens, batches, tokenize
 from jcrosslora.evaluate.run import Models, run
 from jcrosslora.evaluate.scores import Scores
@@ -86,5 +86,5 @@ def _check_lengths(items: Sequence[Tokens], questions: Sequence[Question], base:
 def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
     for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
         if not np.isfinite(one[tokens > 0]).all():
-            msg = f"{name}: gives log-probabilities that are not finite: its weights are too large or not numbers"
-            raise (AdapterError if index else CheckpointError)(msg)
+            # The base, which comes first, was finite by then.
+            raise not_finite(names[0], name if index else None, values="log-probabilities", sound=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, Sampled, fast_dtype, load_params, sample, settings_of, stack_adapter
-from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
+from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.probes.random_text import readable_vocabulary
 from jcrosslora.probes.start_words import check_seed, start_words
 from jcrosslora.tokens import Tokenizer, load_tokenizer
@@ -123,14 +123,8 @@ def _writer(
 
 
 def _check_finite(sampled: Sampled, base: BaseModel, adapter: Adapter | None) -> None:
-    if bool(sampled.finite.all()):
-        return
-    if adapter is None:
-        msg = f"{base.ref}: gives predictions that are not finite: its weights are too large or not numbers"
-        raise CheckpointError(msg)
-    what = "its factors, or the base's weights, are too large or not numbers"
-    msg = f"{adapter.info.name}: gives predictions that are not finite on {base.ref}: {what}"
-    raise AdapterError(msg)
+    if not bool(sampled.finite.all()):
+        raise not_finite(base.ref, None if adapter is None else adapter.info.name)
 
 
 def _usable(tokenizer: Tokenizer, words: np.ndarray, sampled: Sampled, length: int) -> list[str]:

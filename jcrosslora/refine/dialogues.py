@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, sample
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import not_finite
 from jcrosslora.tokens import Tokenizer
 
 # What stands in front of a prompt and in front of its answer.
@@ -78,6 +78,7 @@ class Writer:
         tokenizer: its tokenizer.
         adapter: stacked, or None.
         name: of the base, for messages.
+        adapter_name: of the adapter, for messages; None without one.
     """
 
     def __init__(
@@ -88,15 +89,18 @@ class Writer:
         adapter: StackedAdapter | None,
         *,
         name: str = "the base",
+        adapter_name: str = "the adapter",
     ) -> None:
         self.settings, self.params, self.tokenizer = settings, params, tokenizer
         self.adapter, self.name = adapter, name
+        self.adapter_name = None if adapter is None else adapter_name
 
     def extend(self, texts: Sequence[str], length: int, temperature: float, key: jax.Array) -> list[str]:
         """What follows each text, `length` tokens at most. Of a text that is longer the last 96 tokens are read.
 
         Raises:
             AdapterError: with the adapter the base's predictions are not finite.
+            CheckpointError: they are not, and there is no adapter.
         """
         ids = [self.tokenizer.encode(text).ids[-_LONGEST:] for text in texts]
         found = [""] * len(ids)
@@ -129,9 +133,7 @@ class Writer:
             stop_tokens=self.tokenizer.stops,
         )
         if not np.asarray(written.finite)[: len(ids)].all():
-            what = "its factors, or the base's weights, are too large or not numbers"
-            msg = f"{self.name} gives predictions that are not finite with the adapter: {what}"
-            raise AdapterError(msg)
+            raise not_finite(self.name, self.adapter_name)
         tokens, valid = np.asarray(written.tokens), np.asarray(written.valid)
         valid = valid & ~np.isin(tokens, np.asarray(self.tokenizer.stops))
         return [self._behind(own, tokens[row][valid[row]]) for row, own in enumerate(ids)]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, logits
-from jcrosslora.errors import AdapterError, CheckpointError
+from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.pairs import Tokens, batches
 from jcrosslora.evaluate.run import Models, _states
 
@@ -54,9 +54,7 @@ def check_finite(found: Sequence[tuple[float, bool]], base: BaseModel, adapter: 
         AdapterError: there are some, with one.
     """
     if not all(math.isfinite(value) for value, _ in found):
-        name, kind = (base.name, CheckpointError) if adapter is None else (adapter.info.name, AdapterError)
-        msg = f"{name}: gives log-probabilities that are not finite: its weights are too large or not numbers"
-        raise kind(msg)
+        raise not_finite(base.name, None if adapter is None else adapter.info.name, values="log-probabilities")
 
 
 def _grouped(pairs: Sequence[Pair], batch_tokens: int) -> list[list[int]]:
