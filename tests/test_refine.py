@@ -21,13 +21,14 @@ from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
+from jcrosslora.refine import run as run_module
 from jcrosslora.refine import writing as writing_module
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
 from jcrosslora.refine.fit import solve
 from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
 from jcrosslora.refine.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
@@ -62,7 +63,7 @@ def quadratic(update, slope, a, g):
 
 
 def step(slope, a, g, rank):
-    b, a_factor = step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank)
+    b, a_factor, _ = step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank)
     return np.asarray(b, np.float64) @ np.asarray(a_factor, np.float64)
 
 
@@ -169,23 +170,44 @@ def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
         assert 0 < float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)) < 0.15
 
 
-def test_a_step_takes_its_slopes_from_one_set_and_its_moments_from_all():
-    rng = np.random.default_rng(0)
+def test_a_step_goes_by_the_mean_of_the_sets():
     slopes, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
     one = Statistics({"attn_out_in": a}, {"o_proj": g}, {"o_proj": slopes}, jnp.float32(2))
-    left = without_slopes(one)
-    assert not left.slopes["o_proj"].any()
-    assert left.loss == 0
-    np.testing.assert_array_equal(left.inputs["attn_out_in"], a)
-    np.testing.assert_array_equal(left.outputs["o_proj"], g)
-    other = jnp.asarray(rng.normal(size=slopes.shape), jnp.float32)
-    twice = dataclasses.replace(
-        left, inputs={"attn_out_in": 2 * a}, outputs={"o_proj": 2 * g}, slopes={"o_proj": other}
-    )
-    found = solve(twice, 3, 2)["o_proj"]
+    steps, behind = solve(jax.tree.map(lambda x: 2 * x, one), 3, 2)
     for layer in range(2):
-        wanted = step(other[layer], a[layer], g[layer], 3)
-        np.testing.assert_allclose(found.b[layer] @ found.a[layer], wanted, atol=1e-4 * np.abs(wanted).max())
+        wanted = step(slopes[layer], a[layer], g[layer], 3)
+        found = steps["o_proj"].b[layer] @ steps["o_proj"].a[layer]
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+        _, _, rest = step_factors(slopes[layer], a[layer], g[layer], 3)
+        np.testing.assert_allclose(behind.slopes["o_proj"][layer], 2 * rest, atol=1e-4 * np.abs(slopes).max())
+    np.testing.assert_array_equal(behind.inputs["attn_out_in"], 2 * a)
+    np.testing.assert_array_equal(behind.outputs["o_proj"], 2 * g)
+
+
+@given(st.integers(0, 100), st.integers(1, 6))
+@settings(deadline=None, max_examples=15)
+def test_what_a_step_leaves_over_is_the_gradient_of_the_model_behind_it(seed, rank):
+    slope, a, g = problem(seed)
+    b, factor, rest = map(np.asarray, step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank))
+    wanted = slope + damped(g, FLOOR_OUT) @ (b @ factor) @ damped(a, FLOOR_IN)
+    # Sizes of dimensions differ by 30 and more: each entry is judged by those of its own.
+    sizes = np.sqrt(np.outer(np.diagonal(g), np.diagonal(a)))
+    assert np.abs((rest - wanted) / sizes).max() < 1e-4 * np.abs(slope / sizes).max()
+    assert abs(np.vdot(rest, b @ factor)) < 1e-4 * abs(np.vdot(slope, b @ factor))  # nothing is left along the step
+
+
+def test_what_the_rank_left_over_of_earlier_dialogues_is_in_later_steps(pair, monkeypatch):
+    source, target, adapter = pair
+    lessons_of = run_module._lessons
+
+    def silent(*given):
+        (first, second), held_out = lessons_of(*given)
+        return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], held_out
+
+    monkeypatch.setattr(run_module, "_lessons", silent)
+    small = dataclasses.replace(SMALL, rank=1)
+    found = refine(source, target, adapter, prompts=CORPUS, settings=small).divergences
+    assert found[2] < found[1] < found[0]
 
 
 def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):

@@ -1,7 +1,8 @@
 """The fit: steps in closed form, each from fresh dialogues, each as long as held-out dialogues allow.
 
-A step takes its gradient from its own dialogues, and both factors of the Fisher matrices from those of all steps so
-far: these change little while the target is updated, and a better estimate of them makes a better step.
+A step goes by all dialogues so far. Those of the steps before it were read when the target was not updated so far: the
+factors of the Fisher matrices, which change little, are taken as they are; of the gradient what the limit on the rank
+left over of it in each step (error feedback: Karimireddy et al. 2019, arXiv 1901.09847).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jcrosslora.refine.lessons import Lesson
 from jcrosslora.refine.reader import Reader, shared_log_probs, teach, weighted_kl
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.refine.solve import step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics, without_slopes
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8
@@ -89,37 +90,40 @@ def fit(
                 read = teacher.read(lesson)
                 totals = jax.block_until_ready(add_batch(target.settings, totals, target.params, adapter, read, key))
                 bar.update()
-            steps = solve(totals, settings.rank, number + 1)
-            totals = without_slopes(totals)
+            steps, behind = solve(totals, settings.rank, number + 1)
             left = len(lessons) - number
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
+            totals = behind if length else totals
             history.append(best)
             bar.set_postfix(kl=f"{best:.4f}")
     return Fitted(adapter, tuple(history))
 
 
-def solve(totals: Statistics, rank: int, parts: int = 1) -> dict[str, StackedFactors]:
-    """The step of every module: role -> b (L, O, rank), a (L, rank, I).
+def solve(totals: Statistics, rank: int, parts: int = 1) -> tuple[dict[str, StackedFactors], Statistics]:
+    """The step of every module, and the sums behind it.
 
     Args:
-        totals: the slopes of one set of lessons, the moments of `parts` of them.
+        totals: sums over `parts` sets of lessons.
         rank: of each module's step at most.
-        parts: the moments are divided by it, so that steps have comparable lengths.
+        parts: the sums are divided by it, so that steps have comparable lengths.
+
+    Returns:
+        role -> b (L, O, rank) and a (L, rank, I), and the sums with the gradient that the rank has left over.
     """
-    found = {}
+    steps, slopes = {}, {}
     for role in totals.slopes:
         a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
         own = min(rank, *totals.slopes[role].shape[1:])
-        found[role] = jax.block_until_ready(_solve_stack(totals.slopes[role], a / parts, g / parts, own))
-    return found
+        steps[role], rest = jax.block_until_ready(_solve_stack(totals.slopes[role] / parts, a / parts, g / parts, own))
+        slopes[role] = rest * parts
+    return steps, dataclasses.replace(totals, slopes=slopes)
 
 
 @partial(jax.jit, static_argnames="rank")
-def _solve_stack(slopes: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> StackedFactors:
-    def one(item: tuple[jax.Array, jax.Array, jax.Array], _: None) -> StackedFactors:
-        slope, a, g = item
-        b, a = step_factors(slope, a, g, rank)
-        return StackedFactors(a=a, b=b)
+def _solve_stack(slopes: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[StackedFactors, jax.Array]:
+    def one(item: tuple[jax.Array, jax.Array, jax.Array], _: None) -> tuple[StackedFactors, jax.Array]:
+        b, a, rest = step_factors(*item, rank)
+        return StackedFactors(a=a, b=b), rest
 
     return over_layers(one, None, (slopes, a, g))
 

@@ -9,7 +9,7 @@ DAMPING = 0.1
 FLOOR_IN, FLOOR_OUT = 1e-2, 1e-1
 
 
-def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The update of at most `rank` that minimises tr(S' dW) + tr(dW' G dW A) / 2, with A and G damped.
 
     Without a limit on the rank that is dW = -G^-1 S A^-1. In coordinates in which A and G are the identity the
@@ -24,17 +24,19 @@ def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tup
         rank: the most that the update may have.
 
     Returns:
-        b (O, rank) and a (rank, I).
+        b (O, rank) and a (rank, I), and what the limit on the rank leaves over of the gradient, (O, I): S + G dW A, the
+        gradient of the model behind the step.
     """
-    half_in, half_out = _inverse_root(a, FLOOR_IN), _inverse_root(g, FLOOR_OUT)
+    (half_in, root_in), (half_out, root_out) = _roots(a, FLOOR_IN), _roots(g, FLOOR_OUT)
     u, s, vt = jnp.linalg.svd(dot(dot(half_out.T, slope), half_in), full_matrices=False)
-    return -dot(half_out, u[:, :rank]) * s[:rank], dot(vt[:rank], half_in.T)
+    u, vt = u[:, :rank] * s[:rank], vt[:rank]
+    return -dot(half_out, u), dot(vt, half_in.T), slope - dot(dot(root_out, u), dot(vt, root_in.T))
 
 
-def _inverse_root(moment: jax.Array, floor: float) -> jax.Array:
-    """R with R R' the inverse of the damped moment."""
+def _roots(moment: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
+    """R with R R' the inverse of the damped moment M, and Q with Q Q' = M and R' Q the identity."""
     sizes = jnp.diagonal(moment)
     scale = jnp.sqrt(sizes + floor * jnp.median(sizes) + jnp.finfo(moment.dtype).tiny)
     values, vectors = jnp.linalg.eigh(moment / scale[:, None] / scale[None])
     damped = jnp.maximum(values, 0) + DAMPING * jnp.mean(jnp.maximum(values, 0)) + jnp.finfo(moment.dtype).eps
-    return vectors / jnp.sqrt(damped) / scale[:, None]
+    return vectors / jnp.sqrt(damped) / scale[:, None], vectors * jnp.sqrt(damped) * scale[:, None]

@@ -28,8 +28,8 @@ class Statistics:
     Attributes:
         inputs: site -> (L, I, I), A.
         outputs: role -> (L, O, O), G.
-        slopes: role -> (L, O, I), the gradient.
-        loss: (), the loss.
+        slopes: role -> (L, O, I), the gradient, of earlier batches what steps left over of it.
+        loss: (), the loss of each batch where it was read.
     """
 
     inputs: dict[str, jax.Array]
@@ -66,12 +66,6 @@ def no_statistics(params: Params, roles: tuple[str, ...]) -> Statistics:
         slopes={role: jnp.zeros(shape) for role, shape in shapes.items()},
         loss=jnp.zeros(()),
     )
-
-
-def without_slopes(totals: Statistics) -> Statistics:
-    """The moments alone, for a step at another point."""
-    slopes = jax.tree.map(jnp.zeros_like, totals.slopes)
-    return dataclasses.replace(totals, slopes=slopes, loss=jnp.zeros(()))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
