@@ -381,6 +381,15 @@ def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, pr
         refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 
+def test_a_base_without_finite_predictions_writes_nothing(pair):
+    source, _, _ = pair
+    params = load_params(source)
+    params = dataclasses.replace(params, head=head_of(params) * jnp.inf)
+    writer = Writer(settings_of(source), params, load_tokenizer(source), None, name=source.ref)
+    with pytest.raises(CheckpointError, match=f"{source.ref}: gives predictions that are not finite: its weights"):
+        writer.extend(["a text"], 4, 1.0, jax.random.key(0))
+
+
 def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
     source, _, adapter = pair
     folder = write_base(tmp_path / "target", 90, layers=2, seed=1)

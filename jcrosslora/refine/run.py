@@ -92,8 +92,9 @@ def refine(
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
     params = load_params(source, dtype)
-    names = {"name": source.ref, "adapter_name": adapter.info.name}
-    writer = Writer(settings_of(source), params, tokenizers[0], stacked, **names)
+    writer = Writer(
+        settings_of(source), params, tokenizers[0], stacked, name=source.ref, adapter_name=adapter.info.name
+    )
     written = _write(writer, prompts, settings, seed, progress)
     taught, held_out = _lessons(written.dialogues, tokenizers, settings, seed)
     everything = [lesson for part in (*taught, held_out) for lesson in part]
