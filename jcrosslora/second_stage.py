@@ -76,7 +76,7 @@ def fit_behind(
         return _cut(_reported(moved, found, sentence, None)), ()
     from jcrosslora.refine import FitSettings, refine
 
-    settings = FitSettings() if dialogues is None else FitSettings(dialogues=dialogues)
+    settings = FitSettings() if dialogues is None else FitSettings.of(dialogues)
     if method.teacher == "source":
         settings = dataclasses.replace(settings, trust=1.0, strength=0.0)
     refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)

@@ -313,6 +313,12 @@ def test_settings_out_of_range(pair, change):
         refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
 
 
+def test_more_dialogues_are_more_steps():
+    assert FitSettings.of(FitSettings().dialogues) == FitSettings()
+    found = [FitSettings.of(count) for count in (16, 399, 400, 900)]
+    assert [(one.dialogues, one.steps) for one in found] == [(16, 3), (399, 3), (400, 4), (900, 9)]
+
+
 def test_a_seed_out_of_range(pair):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="seed -1 was asked for"):

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 VALUES = ("v_proj", "o_proj")
 
 
+# Dialogues to a step: more steps on the same dialogues fit these and not others, and more dialogues in as many steps
+# bring nothing.
+PER_STEP = 100
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How a fit is done.
@@ -37,3 +42,8 @@ class FitSettings:
     tokens: int = 12
     temperature: float = 1.0
     vocabulary: int = 6000
+
+    @classmethod
+    def of(cls, dialogues: int) -> "FitSettings":
+        """The usual settings for a number of dialogues: a step for each hundred of them, but no fewer than usual."""
+        return cls(dialogues=dialogues, steps=max(cls.steps, dialogues // PER_STEP))
