@@ -31,24 +31,6 @@ class AdapterError(JCrossLoRAError):
     """An adapter cannot be read, is of a kind that is not supported, or does not fit its base model."""
 
 
-def not_finite(
-    base: str, adapter: str | None = None, *, values: str = "predictions", sound: bool = False
-) -> CheckpointError | AdapterError:
-    """The error of a base whose predictions are not finite, alone or with an adapter.
-
-    Args:
-        base: its name.
-        adapter: the name of the adapter that it ran with; None without one.
-        values: what is not finite.
-        sound: whether the base's own predictions are known to be finite, so that it must be the adapter.
-    """
-    what = f"gives {values} that are not finite"
-    if adapter is None:
-        return CheckpointError(f"{base}: {what}: its weights are too large or not numbers")
-    whose = "its factors" if sound else "its factors, or the base's weights,"
-    return AdapterError(f"{adapter}: {what} on {base}: {whose} are too large or not numbers")
-
-
 class PairingError(JCrossLoRAError):
     """The modules of two bases cannot be paired as asked."""
 
@@ -79,3 +61,21 @@ class HostError(JCrossLoRAError):
 
 class LostHostError(HostError):
     """Another of the processes that work together ended, or cannot be reached any more."""
+
+
+def not_finite(
+    base: str, adapter: str | None = None, *, values: str = "predictions", sound: bool = False
+) -> CheckpointError | AdapterError:
+    """The error of a base whose predictions are not finite, alone or with an adapter.
+
+    Args:
+        base: its name.
+        adapter: the name of the adapter that it ran with; None without one.
+        values: what is not finite.
+        sound: whether the base's own predictions are known to be finite, so that it must be the adapter.
+    """
+    what = f"gives {values} that are not finite"
+    if adapter is None:
+        return CheckpointError(f"{base}: {what}: its weights are too large or not numbers")
+    whose = "its factors" if sound else "its factors, or the base's weights,"
+    return AdapterError(f"{adapter}: {what} on {base}: {whose} are too large or not numbers")

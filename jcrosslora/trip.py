@@ -84,8 +84,8 @@ class TransferSettings:
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
     dialogues: int = FitSettings.dialogues
-    """How many prompts with answers (16 or more) the source writes with its adapter, where predictions are fitted. 900
-    take 3 times as long and recover more."""
+    """How many prompts with answers (16 or more) the source writes with its adapter, where predictions are fitted. More
+    take longer and recover more: from 400 on each hundred is a step of its own."""
     back: float = SHARE
     """How much of the way back to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
     whitening: float = 0.0
