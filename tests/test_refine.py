@@ -553,6 +553,10 @@ def test_from_file_to_file(pair, tmp_path, method):
     repeated = jcl.transfer(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
+    # Where the source wrote its own prompts, the user is told of better ones.
+    assert "--probe-text" not in jcl.verdict(repeated.report).text
+    written = dataclasses.replace(repeated.report, recipe=dataclasses.replace(repeated.report.recipe, probe_text=None))
+    assert ("--probe-text" in jcl.verdict(written).text) == (method != "residual-teacher")
 
 
 def test_on_its_own_base_a_copy_has_nothing_to_be_fitted_to(pair):
