@@ -80,7 +80,8 @@ class TransferSettings:
     """Of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_text: str | None = None
     """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own.
-    Where predictions are fitted, prompts that the source answers with its adapter."""
+    Where predictions are fitted, prompts that the source answers with its adapter: a few hundred of the adapter's own
+    task recover more than what the source writes."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
     dialogues: int = FitSettings.dialogues
