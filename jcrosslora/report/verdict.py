@@ -19,7 +19,7 @@ LOST = 0.005
 _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
 _SOME = "an effect is to be expected; measure it"
-_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, bring more)"
+_MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def verdict(report: TransferReport) -> Verdict:
 def _by_diagnostics(report: TransferReport) -> Verdict:
     method = get_method(report.recipe.method)
     if report.fitted is not None:
-        # Where the source answered prompts of its own: what it was trained on may be quite different.
+        # Prompts that the source wrote may be quite unlike those that the adapter was trained on.
         more = "" if report.dialogues is None or report.recipe.probe_text is not None else _MORE
         text = f"the update was fitted to what both bases do on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
