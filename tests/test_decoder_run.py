@@ -276,10 +276,11 @@ def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
         ("cpu", "flags : fpu avx512f avx512_bf16", jnp.bfloat16),
         ("cpu", "flags : fpu avx2 avx512f avx512_vnni", jnp.float32),
         ("cpu", None, jnp.float32),
-        ("gpu", "flags : amx_bf16", jnp.float32),
+        ("gpu", "flags : fpu avx2", jnp.bfloat16),
+        ("tpu", None, jnp.bfloat16),
     ],
 )
-def test_the_fast_dtype_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, backend, flags, wanted):
+def test_the_fast_dtype_is_float32_on_a_cpu_that_cannot_multiply_bfloat16(monkeypatch, backend, flags, wanted):
     def read(path, **_):
         if flags is None:
             raise FileNotFoundError(path)

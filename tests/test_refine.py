@@ -6,6 +6,7 @@ import re
 import shutil
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli import main
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_params, logits, sample, settings_of, stack_adapter
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
@@ -168,6 +169,29 @@ def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
     ):
         assert wanted.dtype == got.dtype == jnp.float32
         assert 0 < float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)) < 0.15
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
+    """With weights as they are kept there, bits of bfloat16; that they run there can only be seen there."""
+    base, adapter = pair[0], stack_adapter(pair[2], pair[0])
+    model, params = settings_of(base), load_params(base, jnp.bfloat16)
+    tokens, mask, key = jnp.zeros((2, 7), jnp.int32), jnp.ones((2, 7), bool), jax.random.key(0)
+    read = Read(tokens, mask, jnp.asarray([2, 3, 9]), jnp.ones(3), jnp.zeros((3, base.dims.vocab)))
+
+    def write(params, adapter):
+        return sample(model, params, tokens, mask, length=4, temperature=1.0, key=key, adapter=adapter)
+
+    def gather(params, adapter):
+        return add_batch(model, no_statistics(params, ("v_proj", "o_proj")), params, adapter, read, key)
+
+    def step(slope, a, g):
+        return step_factors(slope, a, g, 4)
+
+    squares = (jnp.zeros((6, 9)), jnp.eye(9), jnp.eye(6))
+    for program, given in ((write, (params, adapter)), (gather, (params, adapter)), (step, squares)):
+        made = jax.export.export(jax.jit(program), platforms=[platform])(*given)
+        assert made.platforms == (platform,)
 
 
 def test_a_step_goes_by_the_mean_of_the_sets():

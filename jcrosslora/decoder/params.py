@@ -60,8 +60,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         base: any supported family, GGUF included.
         dtype: float32 or bfloat16, of all but the norms, which are float32.
         packed: of bfloat16, whether the layers' weights are kept as bits and all but the products with them is done in
-            float32, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. None packs them where JAX runs
-            on a CPU. The layers' weights have no gradient then.
+            float32, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. None packs all bfloat16. The
+            layers' weights have no gradient then.
 
     Raises:
         UsageError: another dtype, or float32 to be packed.
@@ -75,7 +75,7 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         msg = "float32 weights were asked for packed: only bfloat16 is kept as bits"
         raise UsageError(msg)
     if packed is None:
-        packed = kind == _BF16 and jax.default_backend() == "cpu"
+        packed = kind == _BF16
     settings = settings_of(base)
     weights = {role: _stack_weights(base, role, kind, packed=packed) for role in ROLES}
     biases = {role: _stack_vectors(base, f"{ROLE_PATHS[role]}.bias", kind) for role in settings.biased}
@@ -95,13 +95,15 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
 
 @cache
 def fast_dtype() -> np.dtype:
-    """The dtype for passes that need no more than bfloat16: bfloat16 where its products are known to be much faster.
+    """The dtype for passes that need no more than bfloat16: float32 only where that is no slower.
 
-    That is on CPUs with AVX512-BF16 or AMX, where a forward pass of a small model takes a half or a third of the time
-    that it takes in float32; elsewhere it is float32.
+    On CPUs with AVX512-BF16 or AMX a forward pass of a small model in bfloat16 takes a half or a third of the time that
+    it takes in float32 (`tools/bench_decoder.py`); other CPUs have to convert it. GPUs and TPUs have units for products
+    of it, and there memory is what bounds the size of a model: two bases of 8B parameters take 32 GB instead of 64.
+    That was not measured.
     """
     if jax.default_backend() != "cpu":
-        return _F32
+        return _BF16
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
