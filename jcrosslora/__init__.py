@@ -18,6 +18,7 @@ from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
 from jcrosslora.errors import MethodError as MethodError
 from jcrosslora.errors import OutputError as OutputError
 from jcrosslora.errors import PairingError as PairingError
+from jcrosslora.errors import ShortMemoryError as ShortMemoryError
 from jcrosslora.errors import UsageError as UsageError
 from jcrosslora.export import ExportSettings as ExportSettings
 from jcrosslora.export import export_adapter as export_adapter

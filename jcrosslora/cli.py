@@ -20,6 +20,7 @@ from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.errors import BatchError, JCrossLoRAError, LostHostError, UsageError
 from jcrosslora.export import ExportSettings
 from jcrosslora.host_join import join, leave
+from jcrosslora.memory import enough_memory
 from jcrosslora.merging import MergeSettings
 from jcrosslora.settings_file import check_settings, read_toml
 from jcrosslora.trip import TransferSettings
@@ -323,7 +324,8 @@ def main(args: Sequence[str] | None = None) -> None:
     # A table cut to 80 columns because it goes to a file would lose figures.
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        _parse(arguments).run(console)
+        with enough_memory():
+            _parse(arguments).run(console)
     except LostHostError as error:
         leave(_fail(str(error), 2))
     except JCrossLoRAError as error:

@@ -47,6 +47,10 @@ class CacheError(JCrossLoRAError):
     """The cache was asked for by name and is damaged, or cannot be changed. A transfer goes on without it instead."""
 
 
+class ShortMemoryError(JCrossLoRAError):
+    """The host or a device has too little memory for what was asked."""
+
+
 class UsageError(JCrossLoRAError):
     """A setting has a value that makes no sense."""
 

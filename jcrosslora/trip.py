@@ -17,13 +17,14 @@ from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, why_without_tokens
 from jcrosslora.cache import Cache, open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.errors import CheckpointError, MethodError, ShortMemoryError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.invocation import with_invocation
 from jcrosslora.kinship import Choice, by_maps, choose_method, why_not_run
 from jcrosslora.lineage import Structure, find_structure
 from jcrosslora.lora_align import Plan
 from jcrosslora.lora_shift import Calibration, MovedAdapter, Shifter
+from jcrosslora.memory import enough_memory
 from jcrosslora.methods import METHODS, Method, check_known, get_method
 from jcrosslora.pairing import parse_depth
 from jcrosslora.rank_cut import RankRule
@@ -124,7 +125,7 @@ def transfer(settings: TransferSettings, *, progress: bool = False) -> MovedAdap
         JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
             written then.
     """
-    with hosts.together():
+    with hosts.together(), enough_memory(lighter(settings.method)):
         return _transfer(settings, progress)
 
 
@@ -227,6 +228,13 @@ def check_method(name: str) -> None:
     check_known(name, (AUTO, *METHODS))
 
 
+def lighter(method: str) -> str:
+    """What to use where memory is short and `method` may run the bases; nothing where it does not."""
+    if method in METHODS and not METHODS[method].runs_bases:
+        return ""
+    return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
+
+
 def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, method: Method) -> None:
     """Refuse what cannot be written in the end, and to run a base with an adapter that waits for its invocation.
 
@@ -315,8 +323,10 @@ def with_account(
         method = moved.report.recipe.method
         warnings += (f"the text of {settings.probe_text} was not read: method {method} asks for none",)
     try:
-        effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
-    except UsageError as error:  # of the texts: what was moved is not lost for a figure that was not asked for
+        with enough_memory("leave out the check with --effect never"):
+            effect = _effect(settings, source, target, (original, moved), texts, runs_bases, progress)
+    # Of the texts, or of memory: what was moved is not lost for a figure that was not asked for.
+    except (UsageError, ShortMemoryError) as error:
         if settings.effect == "always":
             raise
         effect, warnings = None, (*warnings, f"the effect was not measured: {error}")

@@ -189,8 +189,8 @@ def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
         return step_factors(slope, a, g, 4)
 
     squares = (jnp.zeros((6, 9)), jnp.eye(9), jnp.eye(6))
-    for program, given in ((write, (params, adapter)), (gather, (params, adapter)), (step, squares)):
-        made = jax.export.export(jax.jit(program), platforms=[platform])(*given)
+    for program, arrays in ((write, (params, adapter)), (gather, (params, adapter)), (step, squares)):
+        made = jax.export.export(jax.jit(program), platforms=[platform])(*arrays)
         assert made.platforms == (platform,)
 
 

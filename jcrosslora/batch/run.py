@@ -23,7 +23,8 @@ from jcrosslora.errors import JCrossLoRAError, UsageError
 from jcrosslora.files import ensure_free
 from jcrosslora.kinship import Choice, by_maps
 from jcrosslora.lora_align import Plan
-from jcrosslora.lora_shift import Shifter, add_to_all
+from jcrosslora.lora_shift import MovedAdapter, Shifter, add_to_all
+from jcrosslora.memory import enough_memory
 from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
 from jcrosslora.second_stage import Ways, fit_behind
@@ -34,6 +35,7 @@ from jcrosslora.trip import (
     check_move,
     chosen,
     in_span,
+    lighter,
     load_for,
     open_both,
     plan_of,
@@ -154,7 +156,8 @@ class _Run:
         """All jobs of a unit; what goes wrong for all of them is the outcome of each."""
         self._since = time.monotonic()
         try:
-            self._do(unit)
+            with enough_memory(lighter(unit.settings.method)):
+                self._do(unit)
         except JCrossLoRAError as error:
             for job in unit.jobs:
                 if self._summary.outcomes[job.name].status == "open":
@@ -300,20 +303,35 @@ class _Run:
         known: Known,
         ways: Ways,
     ) -> None:
-        settings, choice, shown = item.job.settings, item.way.choice, self._progress
         try:
-            moved = mover.finish(plan.transport(()), (source, target))
-            both, back = (source, target), settings.back
-            moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, back=back, ways=ways, progress=shown)
-            moved, frozen = in_span(settings, target, moved, known)
-            moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
-            with self._ledger.writing(item.job, item.mark):
-                write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
+            with enough_memory(lighter(plan.method.name)):
+                moved = self._write(item, mover, plan, source, target, known, ways)
         except JCrossLoRAError as error:
             self._fail(item, error)
         else:
             assert moved.report is not None
             self._close(item.job, "done", verdict(moved.report).text)
+
+    def _write(
+        self,
+        item: _Loaded,
+        mover: Shifter,
+        plan: Plan,
+        source: BaseModel,
+        target: BaseModel,
+        known: Known,
+        ways: Ways,
+    ) -> MovedAdapter:
+        """What is left to do with a mapped adapter."""
+        settings, choice, shown = item.job.settings, item.way.choice, self._progress
+        moved = mover.finish(plan.transport(()), (source, target))
+        both, back = (source, target), settings.back
+        moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, back=back, ways=ways, progress=shown)
+        moved, frozen = in_span(settings, target, moved, known)
+        moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
+        with self._ledger.writing(item.job, item.mark):
+            write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
+        return moved
 
     def _fail(self, item: _Loaded, error: JCrossLoRAError) -> None:
         """List a job as failed, unless another run has done it meanwhile."""
