@@ -22,6 +22,7 @@ from jcrosslora.decoder import forward, load_params, logits, sample, settings_of
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.refine import FitSettings, refine
+from jcrosslora.refine import fit as fit_module
 from jcrosslora.refine import run as run_module
 from jcrosslora.refine import writing as writing_module
 from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
@@ -29,7 +30,7 @@ from jcrosslora.refine.fit import solve
 from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
 from jcrosslora.refine.reader import teach, weighted_kl
 from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
 from jcrosslora.refine.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
 from jcrosslora.tokens import load_tokenizer
 
@@ -260,6 +261,35 @@ def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):
     exact = jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
     error = np.linalg.norm(total.outputs["o_proj"][0] / draws - exact) / np.linalg.norm(exact)
     assert error < 0.15
+
+
+def test_layers_that_keep_nothing_give_the_same_sums_in_less_memory(pair):
+    base = pair[1]
+    model, params, adapter = settings_of(base), load_params(base), stack_adapter(random_adapter(base, scale=0.3), base)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 90, (8, 64)), jnp.int32)
+    teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
+    read = Read(tokens, jnp.ones((8, 64), bool), jnp.asarray([2, 3, 99, 300, 511]), jnp.ones(5), teacher)
+    found, sizes = [], []
+    for remat in (False, True):
+        given = model, no_statistics(params, ("v_proj", "o_proj")), params, adapter, read, jax.random.key(0)
+        sizes.append(add_batch.lower(*given, remat=remat).compile().memory_analysis().temp_size_in_bytes)
+        found.append(add_batch(*given, remat=remat))
+    for kept, again in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(again, kept, rtol=1e-4, atol=1e-5)
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_large_bases_keep_nothing_for_the_backward_passes(pair, monkeypatch):
+    small = settings_of(pair[1])
+    large = dataclasses.replace(small, layers=32, hidden=4096, intermediate=14336, heads=32, head_dim=128)
+    assert [keeps_much(model, (BATCH, 96)) for model in (small, large)] == [False, True]
+    seen = []
+    monkeypatch.setattr(fit_module, "keeps_much", lambda *_: True)
+    monkeypatch.setattr(fit_module, "add_batch", lambda *given, remat: seen.append(remat) or add_batch(*given))
+    source, target, adapter = pair
+    refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
+    assert set(seen) == {True}
 
 
 def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):

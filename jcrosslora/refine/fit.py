@@ -13,15 +13,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from tqdm import tqdm
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, Params, StackedAdapter, StackedFactors
-from jcrosslora.linalg import over_layers
 from jcrosslora.refine.lessons import Lesson
 from jcrosslora.refine.reader import Reader, shared_log_probs, teach, weighted_kl
 from jcrosslora.refine.settings import FitSettings
 from jcrosslora.refine.solve import step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, no_statistics
+from jcrosslora.refine.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8
@@ -88,7 +88,9 @@ def fit(
             for place, lesson in enumerate(part):
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
                 read = teacher.read(lesson)
-                totals = jax.block_until_ready(add_batch(target.settings, totals, target.params, adapter, read, key))
+                remat = keeps_much(target.settings, read.tokens.shape)
+                totals = add_batch(target.settings, totals, target.params, adapter, read, key, remat=remat)
+                jax.block_until_ready(totals)
                 bar.update()
             steps, behind = solve(totals, settings.rank, number + 1)
             left = len(lessons) - number
@@ -114,18 +116,22 @@ def solve(totals: Statistics, rank: int, parts: int = 1) -> tuple[dict[str, Stac
     for role in totals.slopes:
         a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
         own = min(rank, *totals.slopes[role].shape[1:])
-        steps[role], rest = jax.block_until_ready(_solve_stack(totals.slopes[role] / parts, a / parts, g / parts, own))
-        slopes[role] = rest * parts
+        steps[role], slopes[role] = jax.block_until_ready(
+            _solve_stack(totals.slopes[role], a, g, jnp.float32(parts), own)
+        )
     return steps, dataclasses.replace(totals, slopes=slopes)
 
 
 @partial(jax.jit, static_argnames="rank")
-def _solve_stack(slopes: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[StackedFactors, jax.Array]:
-    def one(item: tuple[jax.Array, jax.Array, jax.Array], _: None) -> tuple[StackedFactors, jax.Array]:
-        b, a, rest = step_factors(*item, rank)
-        return StackedFactors(a=a, b=b), rest
+def _solve_stack(
+    slopes: jax.Array, a: jax.Array, g: jax.Array, parts: jax.Array, rank: int
+) -> tuple[StackedFactors, jax.Array]:
+    def one(item: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[StackedFactors, jax.Array]:
+        b, a, rest = step_factors(*(each / parts for each in item), rank)
+        return StackedFactors(a=a, b=b), rest * parts
 
-    return over_layers(one, None, (slopes, a, g))
+    # One layer after another on all devices: what the decompositions need, side by side, is many times the sums.
+    return lax.map(one, (slopes, a, g))
 
 
 def held_out_kl(target: Reader, adapter: StackedAdapter, kept: Sequence[Read]) -> float:

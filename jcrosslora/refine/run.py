@@ -65,7 +65,8 @@ def refine(
     on.
 
     Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written, then the layers of both,
-    and of each fitted module its gradient and two square moments. Time: for the default settings that of about 350
+    of each fitted module its gradient and two square moments, and at most 4 GB that the target's layers keep for the
+    backward passes; where it would be more they are computed again. Time: for the default settings that of about 350
     forward passes of 8 short texts, beside writing them.
 
     Args:

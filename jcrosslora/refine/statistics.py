@@ -8,6 +8,7 @@ arXiv 1503.05671).
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import flax.struct
@@ -19,6 +20,8 @@ from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Param
 from jcrosslora.refine.reader import weighted_kl
 
 _HIGHEST = lax.Precision.HIGHEST
+# Bytes that the layers may keep for the backward passes: to compute them again takes a third more time.
+_KEPT = 4 * 2**30
 
 
 @flax.struct.dataclass
@@ -68,7 +71,17 @@ def no_statistics(params: Params, roles: tuple[str, ...]) -> Statistics:
     )
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def keeps_much(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
+    """Whether what the layers keep for the backward passes of a batch of (B, T) tokens takes more than 4 GB.
+
+    At a position about four times the MLP's width and eight times those of the stream and of attention, in float32: so
+    XLA's memory analysis has it for bases of 0.1B to 8B parameters.
+    """
+    width = 4 * settings.intermediate + 8 * (settings.hidden + settings.heads * settings.head_dim)
+    return 4 * settings.layers * math.prod(shape) * width > _KEPT
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="remat", donate_argnums=1)
 def add_batch(
     settings: DecoderSettings,
     totals: Statistics,
@@ -76,8 +89,10 @@ def add_batch(
     adapter: StackedAdapter,
     read: Read,
     key: jax.Array,
+    *,
+    remat: bool = False,
 ) -> Statistics:
-    """Add a batch to the sums, whose memory is used for the result."""
+    """Add a batch to the sums, whose memory is used for the result; with `remat` layers keep nothing (`keeps_much`)."""
     roles = tuple(totals.slopes)
     nudges = {role: _nudge(params, role, read.tokens.shape) for role in roles}
 
@@ -89,7 +104,7 @@ def add_batch(
         def reduce(seen: LayerCapture) -> dict[str, jax.Array]:
             return {site: seen.inputs[site] for site in sites}
 
-        out = forward(settings, nudged, read.tokens, mask=read.mask, adapter=adapter, reduce=reduce)
+        out = forward(settings, nudged, read.tokens, mask=read.mask, adapter=adapter, reduce=reduce, remat=remat)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[read.at]
         return logits(settings, params, states), out.reduced
 
@@ -103,12 +118,12 @@ def add_batch(
     seen = read.mask.astype(jnp.float32)[..., None]
     later = seen * (jnp.arange(read.mask.shape[1]) > 0).astype(jnp.float32)[:, None]
     return Statistics(
-        inputs={site: totals.inputs[site] + _products(inputs[site] * seen, inputs[site] * seen) for site in inputs},
+        inputs={site: _add_products(totals.inputs[site], inputs[site] * seen, inputs[site] * seen) for site in inputs},
         outputs={
-            role: totals.outputs[role] + _products(sampled[role] * later, sampled[role] * later) for role in roles
+            role: _add_products(totals.outputs[role], sampled[role] * later, sampled[role] * later) for role in roles
         },
         slopes={
-            role: totals.slopes[role] + _products(slopes[role] * later, inputs[INPUT_SITES[role]]) for role in roles
+            role: _add_products(totals.slopes[role], slopes[role] * later, inputs[INPUT_SITES[role]]) for role in roles
         },
         loss=totals.loss + weighted_kl(read.teacher, student, read.weight)[0],
     )
@@ -122,6 +137,13 @@ def _nudge(params: Params, role: str, shape: tuple[int, ...]) -> jax.Array:
     return nudge
 
 
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """(L, M, N): sum over positions of x y', from (L, B, T, M) and (L, B, T, N)."""
-    return jnp.einsum("lbtm,lbtn->lmn", x, y, precision=_HIGHEST)
+def _add_products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """(L, M, N): total, and the sum over positions of x y', from (L, B, T, M) and (L, B, T, N).
+
+    One layer after another, in the total's own memory: the sums of all modules at once would take as much again.
+    """
+
+    def one(layer: jax.Array, total: jax.Array) -> jax.Array:
+        return total.at[layer].add(jnp.einsum("btm,btn->mn", x[layer], y[layer], precision=_HIGHEST))
+
+    return lax.fori_loop(0, len(total), one, total)
