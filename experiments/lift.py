@@ -40,6 +40,7 @@ from lift_work import Base, Pair, Work
 from rich.console import Console
 
 import jcrosslora as jcl
+from jcrosslora.evaluate import read_questions
 from jcrosslora.probes import read_texts
 from jcrosslora.training import TrainSettings
 
@@ -166,7 +167,8 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
     """Every table to make; the further-trained version is trained here if it is wanted and not there.
 
     Raises:
-        JCrossLoRAError: a file or a base that cannot be read, or fewer questions than are wanted: before any training.
+        JCrossLoRAError: a file or a base that cannot be read, fewer questions than are wanted, or one that a target
+            cannot be scored on: before any training.
     """
     tasks = [load_task(*files, first=arguments.first, written=False) for files in arguments.task]
     tasks += [load_task(*files, first=arguments.first, written=True) for files in arguments.written]
@@ -193,6 +195,10 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
         # A version trained on the task itself has nothing left to gain.
         others = [task for task in tasks if task.name.removesuffix("_written") != _task_of(arguments.lineage)]
         tables += [(task, Pair(source, version), lineage) for task in others]
+    for task, pair, _ in tables:
+        read_questions(
+            jcl.open_base(pair.target.ref), task.questions(arguments.split, arguments.prompts)[: arguments.limit]
+        )
     return tables
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -416,6 +417,21 @@ def test_what_cannot_be_read_is_refused_before_training(folders, task_files, tmp
     usual = ["--pair", *map(str, folders), "--task", *map(str, task_files), "--method", "pad-truncate"]
     given = usual + [part.format(small=folders[0]) for part in given]
     with pytest.raises(jcl.JCrossLoRAError, match=message):
+        lift.run(lift.parse(["--work", str(tmp_path), *given]))
+
+
+def test_questions_too_long_for_the_target_are_refused_by_number_before_training(
+    folders, task_files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lift_work, "train_lora", lambda *_, **__: pytest.fail("training began"))
+    short = shutil.copytree(folders[1], tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    questions = [dataclasses.asdict(question) for question in QUESTIONS * 300]
+    questions[401]["question"] = "Who? " * 64
+    fetch_tasks.write_lines(task_files[1], questions)
+    given = ["--pair", str(folders[0]), str(short), "--task", *map(str, task_files), "--method", "pad-truncate"]
+    with pytest.raises(jcl.UsageError, match=r"question 402 \(.*short reads 64 at most"):
         lift.run(lift.parse(["--work", str(tmp_path), *given]))
 
 

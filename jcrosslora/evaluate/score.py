@@ -52,9 +52,7 @@ def score(
     if not questions or batch_tokens < 1:
         msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)
-    tokenizer = tokenizer or load_tokenizer(base)
-    items = [tokenize(tokenizer, question) for question in questions]
-    _check_lengths(items, questions, base)
+    items = read_questions(base, questions, tokenizer)
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
@@ -70,17 +68,24 @@ def score(
     return Scores.of(names, questions, log_probs, tokens)
 
 
-def _check_lengths(items: Sequence[Tokens], questions: Sequence[Question], base: BaseModel) -> None:
-    """Refuse text beyond the positions that a base was trained on: what it predicts there says nothing of it."""
+def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: Tokenizer | None = None) -> list[Tokens]:
+    """The questions as a base reads them.
+
+    Raises:
+        UsageError: text that has no tokens, or more than the positions that the base was trained on: what it predicts
+            beyond them says nothing of it.
+        CheckpointError: the tokenizer cannot be read.
+    """
+    tokenizer = tokenizer or load_tokenizer(base)
+    items = [tokenize(tokenizer, question) for question in questions]
     longest = base.config.get("max_position_embeddings")
-    if not isinstance(longest, int):
-        return
     for number, (item, question) in enumerate(zip(items, questions, strict=True), 1):
         length = len(item.prefix) + max(map(len, item.tails))
-        if length > longest:
+        if isinstance(longest, int) and length > longest:
             msg = f"question {number} ({question.prompt[:40]!r}...) has {length:,} tokens with its longest choice, and "
             msg += f"{base.ref} reads {longest:,} at most: leave it out, or make it shorter"
             raise UsageError(msg)
+    return items
 
 
 def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
