@@ -127,7 +127,8 @@ def _solve_stack(
     slopes: jax.Array, a: jax.Array, g: jax.Array, parts: jax.Array, rank: int
 ) -> tuple[StackedFactors, jax.Array]:
     def one(item: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[StackedFactors, jax.Array]:
-        b, a, rest = step_factors(*(each / parts for each in item), rank)
+        slope, inputs, outputs = (each / parts for each in item)
+        b, a, rest = step_factors(slope, inputs, outputs, rank)
         return StackedFactors(a=a, b=b), rest * parts
 
     # One layer after another on all devices: what the decompositions need, side by side, is many times the sums.
