@@ -20,7 +20,7 @@ from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Param
 from jcrosslora.refine.reader import weighted_kl
 
 _HIGHEST = lax.Precision.HIGHEST
-# Bytes that the layers may keep for the backward passes: to compute them again takes a third more time.
+# Bytes that the layers may keep for the two backward passes: to compute them again takes two more forward passes.
 _KEPT = 4 * 2**30
 
 
