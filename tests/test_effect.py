@@ -152,22 +152,19 @@ def test_a_kind_of_texts_that_are_too_short_is_left_out(pair):
     assert check_effect(*pair, ["a"], written=TEXTS) == check_effect(*pair, (), written=TEXTS)
 
 
+def move_in(folder, method, texts) -> jcl.TransferSettings:
+    """Of a random adapter between two tiny bases, all written to the folder, with the texts as probe text."""
+    source = write_base(folder / "source", 90, bos=True, layers=2)
+    write_base(folder / "target", 90, bos=True, layers=2, hidden=32, head_dim=8, seed=1)
+    (folder / "texts.txt").write_text("\n".join(texts))
+    jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), folder / "adapter")
+    places = [str(folder / name) for name in ("adapter", "source", "target", "out")]
+    return jcl.TransferSettings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
+
+
 def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, monkeypatch):
-    words = ["Water", "Anna", "Peter", "Plants"]
-    source = write_base(tmp_path / "source", 90, bos=True, layers=2)
-    target = write_base(tmp_path / "target", 90, bos=True, layers=2, hidden=32, head_dim=8, seed=1)
-    (tmp_path / "words.txt").write_text("\n".join(words))
-    jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), tmp_path / "adapter")
+    given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
     monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
-    given = jcl.TransferSettings(
-        str(tmp_path / "adapter"),
-        str(source),
-        str(target),
-        str(tmp_path / "out"),
-        method="theseus",
-        probe_text=str(tmp_path / "words.txt"),
-        cache=False,
-    )
     report = jcl.transfer(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: no text has two positions")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probe_bases import write_base
+from test_effect import move_in
 from test_trip import WIDER
 from tiny_bases import random_adapter, write_llama
 
@@ -88,17 +88,8 @@ def test_every_command_says_so(house, monkeypatch, capsys):
 
 
 def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monkeypatch):
-    source = write_base(tmp_path / "source", 30, bos=True, layers=2)
-    write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1)
-    (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
-    jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), tmp_path / "adapter")
+    given = move_in(tmp_path, "residual-teacher", ["Anna said that the water boils.", "Peter has a dog."] * 8)
     monkeypatch.setattr(effect_check, "load_params", fill_device)
-    given = jcl.TransferSettings(
-        *(str(tmp_path / name) for name in ("adapter", "source", "target", "out")),
-        method="residual-teacher",
-        probe_text=str(tmp_path / "texts.txt"),
-        cache=False,
-    )
     report = jcl.transfer(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: not enough memory (")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -248,15 +249,13 @@ class _Run:
         """A method that fits an update to one adapter."""
         if self._kept(item):
             return
-        try:
+        settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
+
+        def move() -> MovedAdapter:
             with self._ledger.writing(item.job, item.mark):
-                settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
-                moved = transfer(settings, progress=self._progress)
-        except JCrossLoRAError as error:
-            self._fail(item, error)
-        else:
-            assert moved.report is not None
-            self._close(item.job, "done", verdict(moved.report).text)
+                return transfer(settings, progress=self._progress)
+
+        self._attempt(item, move)
 
     def _together(
         self,
@@ -286,7 +285,7 @@ class _Run:
                 add_to_all(movers, group)
             for item, mover in zip(chunk, movers, strict=True):
                 if not self._kept(item):
-                    self._finish(item, mover, plan, source, target, known, ways)
+                    self._attempt(item, partial(self._finish, item, mover, plan, source, target, known, ways))
 
     def _adapter(self, item: _Loaded, source: BaseModel, target: BaseModel) -> Adapter:
         """The adapter of a job, held since it was checked or read again."""
@@ -294,25 +293,6 @@ class _Run:
         return load_for(item.job.settings, source, target) if held is None else held
 
     def _finish(
-        self,
-        item: _Loaded,
-        mover: Shifter,
-        plan: Plan,
-        source: BaseModel,
-        target: BaseModel,
-        known: Known,
-        ways: Ways,
-    ) -> None:
-        try:
-            with enough_memory(lighter(plan.method.name)):
-                moved = self._write(item, mover, plan, source, target, known, ways)
-        except JCrossLoRAError as error:
-            self._fail(item, error)
-        else:
-            assert moved.report is not None
-            self._close(item.job, "done", verdict(moved.report).text)
-
-    def _write(
         self,
         item: _Loaded,
         mover: Shifter,
@@ -333,10 +313,17 @@ class _Run:
             write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
         return moved
 
-    def _fail(self, item: _Loaded, error: JCrossLoRAError) -> None:
-        """List a job as failed, unless another run has done it meanwhile."""
-        if not self._kept(item):
-            self._close(item.job, "failed", str(error))
+    def _attempt(self, item: _Loaded, work: Callable[[], MovedAdapter]) -> None:
+        """List a job as done, or as failed, unless another run has done it meanwhile."""
+        try:
+            with enough_memory(lighter(item.way.method.name)):
+                moved = work()
+        except JCrossLoRAError as error:
+            if not self._kept(item):
+                self._close(item.job, "failed", str(error))
+        else:
+            assert moved.report is not None
+            self._close(item.job, "done", verdict(moved.report).text)
 
     def _kept(self, item: _Loaded) -> bool:
         return self._ledger.is_done(item.job, item.mark)
