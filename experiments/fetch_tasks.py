@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jcrosslora as jcl
-from jcrosslora.files import write_whole
+from jcrosslora.utils.files import write_whole
 
 SPLITS = ("train", "test")
 

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
-from jcrosslora.refine.dialogues import LAYOUTS, Writer
-from jcrosslora.refine.settings import FitSettings
-from jcrosslora.refine.writing import PILOT, behind_best, judge_layouts, known_layouts, write_pilot
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.fit.distill.completions import LAYOUTS, Writer
+from jcrosslora.fit.distill.settings import FitSettings
+from jcrosslora.fit.distill.writing import PILOT, behind_best, judge_layouts, known_layouts, write_pilot
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import read_questions
-from jcrosslora.probes import read_texts
+from jcrosslora.evidence.probes import read_texts
 from jcrosslora.training import TrainSettings
 
 # Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.

@@ -17,10 +17,10 @@ import numpy as np
 from written_task import exact_matches
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, load_params
 from jcrosslora.evaluate import FIGURES, Question, Scores, score
-from jcrosslora.files import write_whole
-from jcrosslora.tokens import Tokenizer, load_tokenizer
+from jcrosslora.utils.files import write_whole
 
 BASE = "base"
 # Questions between two writes to disk.

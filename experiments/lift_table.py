@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jcrosslora.evaluate import Interval, bootstrap_means
 from jcrosslora.evaluate.bootstrap import intervals
-from jcrosslora.files import write_whole
+from jcrosslora.utils.files import write_whole
 
 BASE, ORACLE = "base", "trained on the target"
 ACCURACIES = {

@@ -12,8 +12,8 @@ from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.settings_file import FIELDS, check_settings
-from jcrosslora.trip import check_method
+from jcrosslora.session.settings_file import FIELDS, check_settings
+from jcrosslora.session.transfer import check_method
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, where there are enough

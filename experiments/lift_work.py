@@ -35,7 +35,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.probes.text_files import save_texts
+from jcrosslora.evidence.probes.text_files import save_texts
 from jcrosslora.training import TrainSettings, read_examples, train_lora
 
 # Of the further training: apart from the seeds of adapters, so that no adapter starts from the same factors.

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.files import ensure_free
 from jcrosslora.training import TrainSettings, read_examples, train_lora
+from jcrosslora.utils.files import ensure_free
 
 
 def parse() -> argparse.Namespace:

@@ -14,9 +14,9 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.decoder import Params, sample, settings_of, stack_adapter
 from jcrosslora.evaluate import Question
-from jcrosslora.tokens import Tokenizer, pad_right
 from jcrosslora.training import Prompted
 from jcrosslora.training.examples import Encoded, encode
 

@@ -6,6 +6,8 @@ from jcrosslora.adapter import Adapter as Adapter
 from jcrosslora.adapter import LoRAFactors as LoRAFactors
 from jcrosslora.adapter import check_engines as check_engines
 from jcrosslora.adapter import load_adapter as load_adapter
+from jcrosslora.alignment.align import align as align
+from jcrosslora.alignment.transport import Transport as Transport
 from jcrosslora.cache import Cache as Cache
 from jcrosslora.cache import open_cache as open_cache
 from jcrosslora.checkpoint import BaseModel as BaseModel
@@ -20,24 +22,22 @@ from jcrosslora.errors import OutputError as OutputError
 from jcrosslora.errors import PairingError as PairingError
 from jcrosslora.errors import ShortMemoryError as ShortMemoryError
 from jcrosslora.errors import UsageError as UsageError
-from jcrosslora.export import ExportSettings as ExportSettings
-from jcrosslora.export import export_adapter as export_adapter
-from jcrosslora.lora_align import align as align
-from jcrosslora.lora_shift import MovedAdapter as MovedAdapter
-from jcrosslora.lora_shift import shift as shift
-from jcrosslora.merging import MergeSettings as MergeSettings
-from jcrosslora.merging import merge as merge
+from jcrosslora.evidence.probes import Probes as Probes
+from jcrosslora.evidence.probes import written_probes as written_probes
+from jcrosslora.export.export import ExportSettings as ExportSettings
+from jcrosslora.export.export import export_adapter as export_adapter
+from jcrosslora.export.merge import MergeSettings as MergeSettings
+from jcrosslora.export.merge import merge as merge
+from jcrosslora.lineage.pairing import Pairing as Pairing
+from jcrosslora.lineage.relation import Relation as Relation
+from jcrosslora.lineage.relation import relate as relate
 from jcrosslora.methods import METHODS as METHODS
-from jcrosslora.pairing import Pairing as Pairing
-from jcrosslora.probes import Probes as Probes
-from jcrosslora.probes import written_probes as written_probes
-from jcrosslora.relation import Relation as Relation
-from jcrosslora.relation import relate as relate
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.verdict import verdict as verdict
-from jcrosslora.transport import Transport as Transport
-from jcrosslora.trip import TransferSettings as TransferSettings
-from jcrosslora.trip import save_adapter as save_adapter
-from jcrosslora.trip import transfer as transfer
+from jcrosslora.session.transfer import TransferSettings as TransferSettings
+from jcrosslora.session.transfer import save_adapter as save_adapter
+from jcrosslora.session.transfer import transfer as transfer
+from jcrosslora.shifting.shift import MovedAdapter as MovedAdapter
+from jcrosslora.shifting.shift import shift as shift
 
 __version__ = _version("jcrosslora")

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 import jcrosslora as jcl
-import jcrosslora.lora_align
-from jcrosslora import hosts
+import jcrosslora.alignment.align
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
+from jcrosslora.distributed import hosts
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 FOLDER, NUMBER, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     found["devices"] = [jax.local_device_count(), jax.device_count(), hosts.count()]
     (FOLDER / f"found{NUMBER}.json").write_text(json.dumps(found))
     if NUMBER:
-        jcrosslora.lora_align.load_stack = kill
+        jcrosslora.alignment.align.load_stack = kill
     main([*COMMAND, "--out", str(FOLDER / "never"), "--no-cache"])

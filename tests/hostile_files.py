@@ -29,8 +29,8 @@ from jcrosslora.adapter.engines import check_engines
 from jcrosslora.adapter.write_tokens import token_tensors
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import settings_of
-from jcrosslora.tokens import load_tokenizer
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"

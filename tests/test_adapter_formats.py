@@ -18,7 +18,7 @@ from tiny_models import FAMILIES, save_tiny
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, fuse, load_adapter
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError
 from jcrosslora.report.inspect import inspect
 

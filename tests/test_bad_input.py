@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_an_existing_output_is_left_alone_before_any_work(place, capsys, monkeyp
     out = place.parent / "out"
     out.mkdir()
     (out / "adapter_config.json").write_text("precious")
-    monkeypatch.setattr("jcrosslora.trip.load_adapter", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr("jcrosslora.session.transfer.load_adapter", lambda *_, **__: pytest.fail("work began"))
     fails(transfer(place), capsys, str(out), "overwrite")
     assert (out / "adapter_config.json").read_text() == "precious"
 
@@ -271,8 +271,8 @@ def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
 
 SLOW_ALIGNMENT = """
 import signal, sys, time
-import jcrosslora.lora_align as module
-from jcrosslora.cli import main
+import jcrosslora.alignment.align as module
+from jcrosslora.cli.main import main
 
 def wait(*_, **__):
     print("aligning", flush=True)
@@ -307,13 +307,13 @@ def test_other_commands_on_a_path_that_is_not_there(command, tmp_path, capsys):
 def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("precious")
-    monkeypatch.setattr("jcrosslora.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    monkeypatch.setattr("jcrosslora.cli.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
     fails(["demo", "--out", tmp_path / "out"], capsys, "out")
 
 
 def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys, monkeypatch):
-    monkeypatch.setattr("jcrosslora.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
-    monkeypatch.setattr("jcrosslora.trip.open_base", lambda *_, **__: pytest.fail("a base was read"))
+    monkeypatch.setattr("jcrosslora.cli.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    monkeypatch.setattr("jcrosslora.session.transfer.open_base", lambda *_, **__: pytest.fail("a base was read"))
     out = place.parent / "out"
     fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
     fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")

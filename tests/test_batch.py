@@ -23,7 +23,7 @@ import jcrosslora.batch.run as run_module
 from jcrosslora.batch import print_estimates, read_plan, run_batch
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 
 PLAN = """
@@ -445,7 +445,7 @@ def kill_and_resume(house, folder, times):
     text = PLAN.split("[[moves]]")[0] + TWELVE
     plan = plan_in(house, folder, text)
     assert len(plan.jobs) == 12
-    command = [sys.executable, "-m", "jcrosslora.cli", "batch", str(folder / "plan.toml")]
+    command = [sys.executable, "-m", "jcrosslora.cli.main", "batch", str(folder / "plan.toml")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for seconds in times:
         child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

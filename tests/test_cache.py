@@ -16,9 +16,9 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.cache import Cache
 from jcrosslora.cache.digests import FileDigests
-from jcrosslora.cli import main
-from jcrosslora.probes import Probes
-from jcrosslora.probes.cache import keep_texts
+from jcrosslora.cli.main import main
+from jcrosslora.evidence.probes import Probes
+from jcrosslora.evidence.probes.cache import keep_texts
 
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "layers": 2, "vocab": 64}
 WIDER = {**SMALL, "hidden": 40, "intermediate": 56, "layers": 3}
@@ -61,7 +61,7 @@ def forbid(monkeypatch, *names):
         monkeypatch.setattr(name, fails)
 
 
-DECOMPOSE = ("jcrosslora.lora_align.decompose", "jcrosslora.cache.factors.decompose")
+DECOMPOSE = ("jcrosslora.alignment.align.decompose", "jcrosslora.alignment.factor_cache.decompose")
 
 
 def arrays_of(transport):
@@ -86,7 +86,9 @@ def test_the_same_bytes_without_a_cache_with_a_cold_one_and_with_a_warm_one(
     assert not root.exists()
     cold = move(files, tmp_path, **where)
     second = move(files, tmp_path, adapter=1, cache=False, **where)
-    forbid(monkeypatch, *DECOMPOSE, "jcrosslora.lora_align.shared_vocabulary", "jcrosslora.lora_align._fit_stack")
+    forbid(
+        monkeypatch, *DECOMPOSE, "jcrosslora.alignment.align.shared_vocabulary", "jcrosslora.alignment.align._fit_stack"
+    )
     assert none == cold == move(files, tmp_path, **where)
     assert second == move(files, tmp_path, adapter=1, **where)
 
@@ -111,7 +113,7 @@ def test_another_pair_uses_the_factors_that_its_base_has(files, cache, monkeypat
     jcl.align(source, target, rank=12, cache=cache)
     plain = jcl.align(twin, target, rank=12)
     decomposed = []
-    from jcrosslora.cache import factors
+    from jcrosslora.alignment import factor_cache as factors
 
     real = factors.decompose
     monkeypatch.setattr(
@@ -126,7 +128,7 @@ def test_only_the_modules_that_are_missing_are_decomposed(files, cache, monkeypa
     one = [0, None, None]
     jcl.align(source, target, rank=12, depth=one, cache=cache)
     plain = jcl.align(source, target, rank=12)
-    from jcrosslora.cache import factors
+    from jcrosslora.alignment import factor_cache as factors
 
     rows, real = [], factors.decompose
     monkeypatch.setattr(factors, "decompose", lambda stack, *a, **k: rows.append(len(stack)) or real(stack, *a, **k))
@@ -162,7 +164,11 @@ def test_maps_from_texts_and_layers_that_are_alike_are_kept_for_these_texts(tmp_
     probes = Probes(tuple(CORPUS), "given")
     plain = jcl.align(source, target, probes=probes, **settings)
     assert_same(plain, jcl.align(source, target, probes=probes, cache=cache, **settings))
-    forbid(monkeypatch, "jcrosslora.moments.cross_moments", "jcrosslora.depth.layer_similarity")
+    forbid(
+        monkeypatch,
+        "jcrosslora.evidence.moments.cross_moments",
+        "jcrosslora.alignment.layer_similarity.layer_similarity",
+    )
     warm = jcl.align(source, target, probes=probes, cache=cache, **settings)
     assert_same(plain, warm)
     assert warm.pairing == plain.pairing

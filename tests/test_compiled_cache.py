@@ -15,7 +15,7 @@ def test_programs_are_kept_and_damage_is_survived(tmp_path):
     cache = tmp_path / "cache"
 
     def transfer(out: str, root) -> bytes:
-        command = [sys.executable, "-m", "jcrosslora.cli", "transfer", str(tmp_path / "adapter"), "--no-cache"]
+        command = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", str(tmp_path / "adapter"), "--no-cache"]
         command += ["--source", str(tmp_path / "base"), "--target", str(tmp_path / "base"), "--method", "cross-lora"]
         command += ["--out", str(tmp_path / out)]
         environment = {**os.environ, "JCROSSLORA_CACHE": str(root)}

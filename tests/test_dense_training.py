@@ -15,9 +15,9 @@ from dense_training import train_dense
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.evaluate import score
-from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode

@@ -7,8 +7,8 @@ from probe_bases import CORPUS, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
-from jcrosslora.probes import Probes
+from jcrosslora.cli.main import main
+from jcrosslora.evidence.probes import Probes
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from rich.console import Console
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora import effect_check
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
-from jcrosslora.effect_check import adapter_texts, check_effect
 from jcrosslora.errors import AdapterError, MethodError, UsageError
-from jcrosslora.probes import match_positions
+from jcrosslora.evaluate import effect_check
+from jcrosslora.evaluate.effect import Change, Effect
+from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
+from jcrosslora.evidence.probes import match_positions
 from jcrosslora.report.documents import card_text, report_json
-from jcrosslora.report.effect import Change, Effect
 from jcrosslora.report.table import print_report
-from jcrosslora.tokens import load_tokenizer
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
 

@@ -7,10 +7,10 @@ from tiny_tokenizers import KINDS, write_tokenizer
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score
-from jcrosslora.tokens import load_tokenizer
 
 QUESTIONS = [
     Question("which of these is it?", ("the sun", "a star", "a wet stone in the river", "the"), 2),

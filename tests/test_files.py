@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jcrosslora.errors import OutputError
-from jcrosslora.files import MARK, atomic_folder, ensure_free, write_whole
+from jcrosslora.utils.files import MARK, atomic_folder, ensure_free, write_whole
 
 
 def everything(root: Path) -> dict[str, str | None]:
@@ -109,7 +109,7 @@ def test_a_parent_that_refuses_is_one_line(tmp_path, monkeypatch, call):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.files.tempfile.mkdtemp"
+    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.utils.files.tempfile.mkdtemp"
     monkeypatch.setattr(owner, refuse)
     with pytest.raises(OutputError, match="Permission denied"), atomic_folder(tmp_path / "p" / "out"):
         pytest.fail("the block must not run")

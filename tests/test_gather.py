@@ -9,7 +9,8 @@ from tiny_bases import write_llama
 
 import jcrosslora as jcl
 from jcrosslora.errors import CheckpointError
-from jcrosslora.gather import load_stack, shared_vocabulary
+from jcrosslora.evidence.shared_vocabulary import shared_vocabulary
+from jcrosslora.evidence.weight_stacks import load_stack
 
 EMBEDDING = "model.embed_tokens.weight"
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 4, "intermediate": 8, "layers": 1}

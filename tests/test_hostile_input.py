@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.pattern_cost import is_matchable
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
-from jcrosslora.files import atomic_folder, write_whole
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.utils.files import atomic_folder, write_whole
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

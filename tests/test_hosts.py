@@ -15,9 +15,9 @@ from test_trip import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora import hosts
-from jcrosslora.cli import main
-from jcrosslora.host_join import join
+from jcrosslora.cli.main import main
+from jcrosslora.distributed import hosts
+from jcrosslora.distributed.join import join
 
 PLAN = """
 out = "moved"
@@ -153,7 +153,15 @@ def test_one_process_is_its_own_whole():
 @pytest.mark.slow
 def test_two_processes_of_one_device_write_what_a_single_device_writes(session, tmp_path):
     folder, _, _ = session
-    command = [sys.executable, "-m", "jcrosslora.cli", "transfer", str(folder / "adapter"), "--method", "cross-lora"]
+    command = [
+        sys.executable,
+        "-m",
+        "jcrosslora.cli.main",
+        "transfer",
+        str(folder / "adapter"),
+        "--method",
+        "cross-lora",
+    ]
     command += ["--source", str(folder / "source"), "--target", str(folder / "target"), "--no-cache", "--out"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_NUM_CPU_DEVICES": "1"}
     joined = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]

@@ -14,7 +14,7 @@ from tiny_models import tiny_model, torch
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.adapter.keep_dora import load_dora
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 pytestmark = [

@@ -15,13 +15,13 @@ from tiny_models import tiny_model
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
-from jcrosslora import trip
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.cli import main
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.cli.main import main
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
-from jcrosslora.invocation import translated, with_invocation
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.session import transfer as trip
+from jcrosslora.shifting.invocation import translated, with_invocation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -10,7 +10,7 @@ from tiny_bases import llama_tensors, write_llama
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
-from jcrosslora.kinship import (
+from jcrosslora.lineage.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
     TRAINED_METHOD,

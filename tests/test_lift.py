@@ -28,10 +28,10 @@ import written_task
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Sampled
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.refine.dialogues import Dialogue
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.fit.distill.completions import Dialogue
 from jcrosslora.training import TrainSettings
 
 

@@ -11,12 +11,12 @@ from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
-import jcrosslora.span as span
+import jcrosslora.shifting.lora_xs_span as span
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
-from jcrosslora.span import frozen_factors
+from jcrosslora.shifting.lora_xs_span import frozen_factors
 
 K = 30  # more than the 24 rows of k_proj and v_proj, less than the short side of any other
 PREFIX = "base_model.model."

@@ -8,8 +8,9 @@ from tiny_bases import ROLES, delta, llama_tensors, random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.errors import MethodError
-from jcrosslora.methods import Evidence, HeadMatch, Side, Vocabulary, get_method
-from jcrosslora.methods.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
+from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
+from jcrosslora.evidence.records import Evidence, HeadMatch, Side, Vocabulary
+from jcrosslora.methods import get_method
 from jcrosslora.methods.lorasuite import embedding_map
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS, LAYERS, VOCAB = 4, 2, 6, 40, 56, 2, 96

@@ -11,11 +11,12 @@ from test_trip import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora import effect_check, trip
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.batch import run as batch_module
-from jcrosslora.cli import main
-from jcrosslora.memory import enough_memory
+from jcrosslora.cli.main import main
+from jcrosslora.evaluate import effect_check
+from jcrosslora.session import transfer as trip
+from jcrosslora.utils.memory import enough_memory
 
 TOO_MANY = 2**46  # numbers; no machine has that
 

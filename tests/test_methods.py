@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jcrosslora.alignment.agreement import measure
 from jcrosslora.errors import MethodError
+from jcrosslora.evidence.records import Activations, Evidence, Selection, Side, Vocabulary
 from jcrosslora.linalg import decompose
-from jcrosslora.methods import METHODS, Activations, Evidence, Selection, Side, Vocabulary, get_method
-from jcrosslora.methods.agreement import measure
+from jcrosslora.methods import METHODS, get_method
 from jcrosslora.methods.lorasuite import embedding_map
 
 RANK = 5

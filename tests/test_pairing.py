@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jcrosslora.errors import PairingError
-from jcrosslora.pairing import pair_modules, parse_depth
+from jcrosslora.lineage.pairing import pair_modules, parse_depth
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tiny_bases import delta, write_tokenizer
 from tiny_models import tiny_model, torch
 
 import jcrosslora as jcl
-import jcrosslora.lora_align
+import jcrosslora.alignment.align
 from jcrosslora.adapter import Adapter, LoRAFactors
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS = 4, 2, 12, 48, 80, 2
@@ -98,14 +98,14 @@ def pair(request, tmp_path):
 def scrambled_signs(monkeypatch, request):
     """Every decomposition comes with its joint signs flipped at random: an equally valid one."""
     rng = np.random.default_rng(zlib.crc32(request.node.name.encode()))
-    decompose = jcrosslora.lora_align.decompose
+    decompose = jcrosslora.alignment.align.decompose
 
     def scrambled(stack, rank, **options):
         svd, redone = decompose(stack, rank, **options)
         flips = rng.choice(np.float32([-1, 1]), size=svd.s.shape)[:, None, :]
         return svd.replace(u=svd.u * flips, v=svd.v * flips), redone
 
-    monkeypatch.setattr(jcrosslora.lora_align, "decompose", scrambled)
+    monkeypatch.setattr(jcrosslora.alignment.align, "decompose", scrambled)
 
 
 def full_rank_bases(model, name):

@@ -17,8 +17,8 @@ from tiny_bases import random_adapter, write_llama, write_tokenizer
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.probes import cache, record, written_probes
-from jcrosslora.probes.cache import find_texts, keep_texts, texts_key
+from jcrosslora.evidence.probes import cache, record, written_probes
+from jcrosslora.evidence.probes.cache import find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]
 SETTINGS = (2, 8, 1.0, 0)
@@ -228,7 +228,7 @@ def test_the_folder_follows_the_environment(tmp_path, monkeypatch):
 
 HAMMER = """
 import sys
-from jcrosslora.probes.cache import find_texts, keep_texts
+from jcrosslora.evidence.probes.cache import find_texts, keep_texts
 texts = [sys.argv[1] * 50_000, "x"]
 for _ in range(60):
     keep_texts("ab", texts)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.probes import Probes, read_texts, save_texts
+from jcrosslora.evidence.probes import Probes, read_texts, save_texts
 
 any_text = st.text(st.characters(codec="utf-8")).filter(lambda text: text.strip())
 one_line = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0\ufeff")).filter(lambda text: text.strip())

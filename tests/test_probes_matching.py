@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer
 from jcrosslora.errors import UsageError
-from jcrosslora.probes import count_positions, match_positions, probe_batches
-from jcrosslora.tokens import Encoded, Tokenizer
+from jcrosslora.evidence.probes import count_positions, match_positions, probe_batches
 
 
 class PieceTokenizer(Tokenizer):

@@ -12,14 +12,14 @@ from tiny_models import save_tiny
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
-from jcrosslora.cli import main
+from jcrosslora.adapter.truncation import cut_and_tell
+from jcrosslora.alignment.transport import describe_base
+from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.export import ExportSettings, export_adapter
-from jcrosslora.lora_shift import MovedAdapter, cut_moved
-from jcrosslora.rank_cut import cut_and_tell
+from jcrosslora.export.export import ExportSettings, export_adapter
 from jcrosslora.report.record import ModuleRow, TransferReport
-from jcrosslora.settings_file import check_settings
-from jcrosslora.transport import describe_base
+from jcrosslora.session.settings_file import check_settings
+from jcrosslora.shifting.shift import MovedAdapter, cut_moved
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 

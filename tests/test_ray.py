@@ -16,7 +16,7 @@ from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.ray_run import _division, _outcomes, _reach
 from jcrosslora.batch.units import Unit
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 
 PLAN = """

@@ -8,7 +8,7 @@ from real_models import real_models
 from tiny_bases import delta
 
 import jcrosslora as jcl
-from jcrosslora.demo import GEMMA3, shipped_adapter
+from jcrosslora.cli.demo import GEMMA3, shipped_adapter
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

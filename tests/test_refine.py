@@ -17,7 +17,8 @@ from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
     StackedAdapter,
     StackedFactors,
@@ -30,18 +31,17 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.refine import FitSettings, refine
-from jcrosslora.refine import fit as fit_module
-from jcrosslora.refine import run as run_module
-from jcrosslora.refine import writing as writing_module
-from jcrosslora.refine.dialogues import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
-from jcrosslora.refine.fit import solve
-from jcrosslora.refine.lessons import BATCH, lessons, shared_tokens
-from jcrosslora.refine.reader import teach, weighted_kl
-from jcrosslora.refine.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
-from jcrosslora.refine.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
-from jcrosslora.refine.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.fit.distill import FitSettings, refine
+from jcrosslora.fit.distill import fit as fit_module
+from jcrosslora.fit.distill import run as run_module
+from jcrosslora.fit.distill import writing as writing_module
+from jcrosslora.fit.distill.batches import BATCH, lessons, shared_tokens
+from jcrosslora.fit.distill.completions import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
+from jcrosslora.fit.distill.fit import solve
+from jcrosslora.fit.distill.reader import teach, weighted_kl
+from jcrosslora.fit.distill.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
+from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
+from jcrosslora.fit.distill.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
 
 SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, trust=0.0, strength=1.0)
 
@@ -371,7 +371,7 @@ def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype):
     source, target, adapter = pair
-    monkeypatch.setattr("jcrosslora.refine.run.fast_dtype", lambda: dtype)
+    monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: dtype)
     found = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
     assert found.divergences[-1] < 0.9 * found.divergences[0]
     assert list(found.divergences) == sorted(found.divergences, reverse=True)
@@ -491,7 +491,7 @@ def test_a_base_that_answers_nothing(pair, monkeypatch):
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
 def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, prompts, monkeypatch):
     source, target, _ = pair
-    monkeypatch.delattr("jcrosslora.refine.run.fit")
+    monkeypatch.delattr("jcrosslora.fit.distill.run.fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 

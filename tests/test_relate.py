@@ -26,8 +26,8 @@ from relatives import (
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import FAMILIES
-from jcrosslora.cli import main
-from jcrosslora.relation import relate
+from jcrosslora.cli.main import main
+from jcrosslora.lineage.relation import relate
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)

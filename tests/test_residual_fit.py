@@ -12,7 +12,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.decoder import StackedAdapter, forward, join_stacked, load_params, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, PairingError, UsageError
-from jcrosslora.residual_fit import fit_residual
+from jcrosslora.fit.residual import fit_residual
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 FULL = 48  # the short side of down_proj of the tiny base

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jcrosslora.evidence.records import Activations, Evidence, Side
 from jcrosslora.linalg import dimension_sizes
 from jcrosslora.linalg.dimension_sizes import FLOOR
-from jcrosslora.methods import Activations, Evidence, Side, theseus
 from jcrosslora.methods import scaled_procrustes as scaled
+from jcrosslora.methods import theseus
 
 WIDTHS = 14, 9  # out and in features of the source
 ROWS = 300

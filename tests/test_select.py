@@ -18,9 +18,9 @@ from relatives import (
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
-from jcrosslora.kinship import choose_method
+from jcrosslora.cli.main import main
 from jcrosslora.lineage import find_structure
+from jcrosslora.lineage.method_selection import choose_method
 
 
 def mixed_heads(layer, groups, served):

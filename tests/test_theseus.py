@@ -9,9 +9,9 @@ from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
-from jcrosslora.probes import Probes
+from jcrosslora.evidence.probes import Probes
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from gguf_files import small_llama
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
-from jcrosslora.report.effect import Change, Effect
-from jcrosslora.token_rows import token_places
+from jcrosslora.cli.main import main
+from jcrosslora.evaluate.effect import Change, Effect
+from jcrosslora.shifting.token_rows import token_places
 
 peft = pytest.importorskip("peft")
 torch_files = pytest.importorskip("safetensors.torch")
@@ -422,7 +422,7 @@ def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bas
     make_adapter("tied", "tokens", tmp_path / "adapter")
     change = Change(0.2, 0.1, 4.0, 4.0)
     effect = Effect(change, change, 0.0, 0.01, texts=12, positions=700, written=True)
-    monkeypatch.setattr("jcrosslora.trip._effect", lambda *_: effect)
+    monkeypatch.setattr("jcrosslora.session.transfer._effect", lambda *_: effect)
     moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")
     said = "where the bases were run, it was without the changes of the embedding and the output head"
     assert said in moved.report.warnings

@@ -11,8 +11,8 @@ from tiny_bases import llama_config, llama_tensors
 from tiny_tokenizers import KINDS, write_tokenizer
 
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import CheckpointError, UsageError
-from jcrosslora.tokens import load_tokenizer
 
 TEXTS = {
     "ascii": "the sun, the  moon ",

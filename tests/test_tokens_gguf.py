@@ -9,9 +9,9 @@ from real_models import real_model
 from tiny_tokenizers import KINDS
 
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, merges_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.tokens import load_tokenizer
-from jcrosslora.tokens_gguf import bos_of, build_backend, eos_of, merges_of
 
 PATH = Path("model.gguf")
 REAL = {"SmolLM2-135M-Instruct.Q4_1.gguf": None, "gemma-3-270m-q4_k_m.gguf": 2}

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from probe_bases import write_base
 
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.pairs import tokenize
-from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import Prompted, TrainSettings, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded, digest, encode

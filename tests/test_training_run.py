@@ -13,10 +13,10 @@ from probe_bases import QUESTIONS, write_base
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
-from jcrosslora.tokens import load_tokenizer
 from jcrosslora.training import TrainSettings, train_lora
 from jcrosslora.training import run as training_run
 from jcrosslora.training.batches import Plan

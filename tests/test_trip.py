@@ -17,10 +17,10 @@ import pytest
 from tiny_bases import delta, random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli import main
+from jcrosslora.alignment.align import Plan
+from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
-from jcrosslora.lora_align import Plan
-from jcrosslora.pairing import DEPTH_MAPS
+from jcrosslora.lineage.pairing import DEPTH_MAPS
 
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
 
@@ -94,7 +94,7 @@ def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = jcl.load_adapter(files / "adapter")
     large = jcl.shift(jcl.align(source, target, method="random", seed=3), adapter)
-    monkeypatch.setattr("jcrosslora.gather.GROUP_BYTES", 1)
+    monkeypatch.setattr("jcrosslora.evidence.weight_stacks.GROUP_BYTES", 1)
     small = jcl.align(source, target, method="random", seed=3)
     # A device gets one pair each; without a pair it would repeat another's.
     assert {len(group.pairs) for group in small.groups} <= set(range(1, jax.device_count() + 1))
@@ -351,7 +351,7 @@ def test_inspect_check_and_methods(files, tmp_path, capsys):
 
 def test_importing_the_package_needs_none_of_the_heavy_libraries():
     heavy = {"torch", "transformers", "peft", "gguf"}
-    code = f"import sys, jcrosslora, jcrosslora.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, jcrosslora, jcrosslora.cli.main; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -361,7 +361,7 @@ def test_one_device_gives_the_numbers_of_two(files, tmp_path):
     jcl.transfer(settings(files, tmp_path / "two", rank=20))
     flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--rank", "20"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    arguments = [sys.executable, "-m", "jcrosslora.cli", "transfer", files / "adapter", *flags]
+    arguments = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", files / "adapter", *flags]
     subprocess.run(
         list(map(str, arguments)), check=True, capture_output=True, env=environment, cwd=Path(__file__).parent
     )

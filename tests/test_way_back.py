@@ -10,11 +10,11 @@ from relatives import DTYPES, layer_of, make, merged, noisy, then
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora import second_stage
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.cli import main
+from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.way_back import ENERGY, way_back
+from jcrosslora.fit.interpolation import ENERGY, way_back
+from jcrosslora.session import second_stage
 
 RANK = 3
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -32,7 +32,7 @@ import numpy as np
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.pairing import pair_modules
+from jcrosslora.lineage.pairing import pair_modules
 
 
 def with_torch(source_ref: str, target_ref: str, adapter_ref: str, rank: int, out: Path) -> None:
@@ -74,7 +74,7 @@ def settings(arguments: argparse.Namespace, adapter: str, out: Path, *, cache: b
 
 def in_new_process(arguments: argparse.Namespace, adapter: str, out: Path) -> None:
     """The command, with no program compiled before."""
-    command = [sys.executable, "-m", "jcrosslora.cli", "transfer", adapter, "--out", str(out), "--table", "none"]
+    command = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", adapter, "--out", str(out), "--table", "none"]
     command += ["--source", arguments.source, "--target", arguments.target, "--method", "cross-lora"]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "JCROSSLORA_CACHE": cache}

@@ -28,7 +28,7 @@ def float32_bytes(ref: str) -> int:
 
 def run(arguments: argparse.Namespace, options: Sequence[str], out: Path) -> tuple[float, float, float]:
     """Seconds, CPU seconds and peak bytes of `jcrosslora transfer` in a process of its own."""
-    command = [sys.executable, "-m", "jcrosslora.cli", "transfer", arguments.adapter, "--out", str(out)]
+    command = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", arguments.adapter, "--out", str(out)]
     command += ["--source", arguments.source, "--target", arguments.target, "--method", arguments.method]
     command += options
     start = time.perf_counter()

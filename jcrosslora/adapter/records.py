@@ -58,7 +58,7 @@ class AdapterInfo:
         lost: share of the update's squared Frobenius norm that reading it lost.
         rank_limit: the largest rank that was asked for when it was read, or None.
         invocation: tokens of its base from which on it acts (aLoRA); None for one that always does.
-        invocation_target: the same text in tokens of the base that it is to be moved to, see `jcrosslora.invocation`.
+        invocation_target: the same text in tokens of the base that it is to be moved to, see `shifting.invocation`.
     """
 
     name: str = "memory"

@@ -18,7 +18,7 @@ from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
-from jcrosslora.files import atomic_folder, ensure_free, output_path
+from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
 Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
 WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
@@ -74,7 +74,7 @@ def save_adapter(
         heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
-        frozen: what profile lora-xs writes each module by, from `jcrosslora.span.frozen_factors`.
+        frozen: what profile lora-xs writes each module by, from `jcrosslora.shifting.lora_xs_span.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 

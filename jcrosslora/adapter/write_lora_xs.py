@@ -87,7 +87,7 @@ def check_frozen(
     """
     if frozen is None:
         msg = "profile lora-xs needs the factors of the base that stay frozen: give them (frozen=..., from "
-        raise OutputError(msg + "jcrosslora.span.frozen_factors)")
+        raise OutputError(msg + "jcrosslora.shifting.lora_xs_span.frozen_factors)")
     for name, factors in modules.items():
         if name not in frozen or frozen[name].shape != factors.shape:
             msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "

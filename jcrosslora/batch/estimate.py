@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Column, Table
 
+from jcrosslora.alignment.align import Plan
 from jcrosslora.batch.plan_file import BatchPlan
 from jcrosslora.batch.run import CHUNK_BYTES
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError
 from jcrosslora.linalg import decompose
-from jcrosslora.lora_align import Plan
+from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Method, get_method
-from jcrosslora.pairing import parse_depth
-from jcrosslora.trip import chosen
+from jcrosslora.session.transfer import chosen
 
 
 @dataclass(frozen=True)

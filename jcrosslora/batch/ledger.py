@@ -12,7 +12,7 @@ from jcrosslora.batch.plan_file import Job
 from jcrosslora.cache.keys import digest_of, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError
-from jcrosslora.files import write_whole
+from jcrosslora.utils.files import write_whole
 
 FOLDER = ".batch"
 # What does not change the numbers: where things are, and what is checked afterwards but for the report.

@@ -13,8 +13,8 @@ from typing import Any
 
 from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import UsageError
-from jcrosslora.settings_file import FIELDS, check_settings, read_toml
-from jcrosslora.trip import TransferSettings
+from jcrosslora.session.settings_file import FIELDS, check_settings, read_toml
+from jcrosslora.session.transfer import TransferSettings
 
 _TABLES = ("out", "bases", "adapters", "moves")
 _BASE_KEYS = ("ref", "revision", "name")

@@ -12,26 +12,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jcrosslora import hosts
 from jcrosslora.adapter import Adapter
+from jcrosslora.alignment.align import Plan
+from jcrosslora.alignment.transport import describe_base
 from jcrosslora.batch.ledger import Ledger, base_mark, mark_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
-from jcrosslora.files import ensure_free
-from jcrosslora.kinship import Choice, by_maps
-from jcrosslora.lora_align import Plan
-from jcrosslora.lora_shift import MovedAdapter, Shifter, add_to_all
-from jcrosslora.memory import enough_memory
+from jcrosslora.lineage.method_selection import Choice, by_maps
 from jcrosslora.methods import Method, get_method
 from jcrosslora.report.verdict import verdict
-from jcrosslora.second_stage import Ways, fit_behind
-from jcrosslora.span import Known
-from jcrosslora.transport import describe_base
-from jcrosslora.trip import (
+from jcrosslora.session.second_stage import Ways, fit_behind
+from jcrosslora.session.transfer import (
     TransferSettings,
     check_move,
     chosen,
@@ -46,6 +42,10 @@ from jcrosslora.trip import (
     with_account,
     write_moved,
 )
+from jcrosslora.shifting.lora_xs_span import Known
+from jcrosslora.shifting.shift import MovedAdapter, Shifter, add_to_all
+from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.memory import enough_memory
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -349,7 +349,7 @@ def _texts_digest(settings: TransferSettings) -> str:
     """What the user's probe texts are for a job: the same for all of a unit, however long they are."""
     if settings.probe_text is None:
         return ""
-    from jcrosslora.probes import read_texts
+    from jcrosslora.evidence.probes import read_texts
 
     return digest_of(*read_texts(settings.probe_text))
 

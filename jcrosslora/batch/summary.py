@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jcrosslora.errors import OutputError
-from jcrosslora.files import write_whole
+from jcrosslora.utils.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]
 

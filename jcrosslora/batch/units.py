@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import UsageError
-from jcrosslora.trip import TransferSettings
+from jcrosslora.session.transfer import TransferSettings
 
 # What decides the maps between two bases; everything else is of one adapter alone.
 _ALIGNING = (

@@ -3,9 +3,6 @@
 Nothing in the cache is needed: it may be removed at any time, by `jcrosslora cache clear` or by hand.
 """
 
-from jcrosslora.cache.factors import FactorCache as FactorCache
-from jcrosslora.cache.pair import GroupCache as GroupCache
-from jcrosslora.cache.pair import PairCache as PairCache
 from jcrosslora.cache.store import KINDS as KINDS
 from jcrosslora.cache.store import Cache as Cache
 from jcrosslora.cache.store import Entry as Entry

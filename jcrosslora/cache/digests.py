@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from jcrosslora.files import write_whole
+from jcrosslora.utils.files import write_whole
 
 # Two writes within one tick of the file system's clock leave one time.
 _TICK_NS = 2 * 10**9

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.tasks import Question
-from jcrosslora.tokens import Tokenizer, pad_right
 
 _SMALLEST = 8
 

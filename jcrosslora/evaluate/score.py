@@ -8,13 +8,13 @@ from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.pairs import Tokens, batches, tokenize
 from jcrosslora.evaluate.run import Models, run
 from jcrosslora.evaluate.scores import Scores
 from jcrosslora.evaluate.tasks import Question
-from jcrosslora.tokens import Tokenizer, load_tokenizer
 
 
 def score(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# What columns have in common if one is a copy of the other that was trained on or rounded, see `jcrosslora.kinship`;
+# What columns have in common if one is a copy of the other that was trained on or rounded, see `method_selection`;
 # with few rows chance reaches as far, and more is asked for.
 _NEAR = 0.7
 # What is as near as that to the column in its own place is not looked for elsewhere: heads that do nearly the same have

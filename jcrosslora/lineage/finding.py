@@ -11,7 +11,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.gather import shared_ids
+from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.lineage.attention import head_rows
 from jcrosslora.lineage.columns import KIN, match_columns
 from jcrosslora.lineage.sampling import even, finite, module_rows

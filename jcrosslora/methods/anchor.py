@@ -7,8 +7,8 @@ i-th target pair is defined only up to a sign for each i. Something outside the 
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Side, stream_vectors
 from jcrosslora.linalg import dot
-from jcrosslora.methods.evidence import Evidence, Side, stream_vectors
 
 # How far from the diagonal a pair of vectors still serves as "not belonging together": near in the spectrum, so that
 # it has the same size in the vocabulary, but not the same vector.

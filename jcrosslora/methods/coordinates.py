@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, select
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit_padded(evidence: Evidence) -> Fit:

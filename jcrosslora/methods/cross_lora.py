@@ -18,9 +18,9 @@ sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the 
 for how it is chosen here.
 """
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import low_rank
 from jcrosslora.methods.anchor import joint_signs
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

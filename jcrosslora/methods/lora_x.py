@@ -1,7 +1,7 @@
 """LoRA-X (arXiv 2501.16559, Eq. 3): keep what lies in the target's leading singular subspaces. Equal shapes only."""
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import low_rank
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

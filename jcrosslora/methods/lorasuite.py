@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.evidence.records import Evidence, Fit, Vocabulary
 from jcrosslora.linalg import LinearMap, dot, low_rank
-from jcrosslora.methods.evidence import Evidence, Fit, Vocabulary
 
 # Moments are sums in float32: directions of the embeddings weaker than their rounding are noise.
 _ROUNDING = 10 * float(np.finfo(np.float32).eps)

@@ -10,8 +10,8 @@ the update: 2 K. The paper pairs modules by subspace similarity; here the pairin
 
 import jax
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, low_rank
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jcrosslora.errors import MethodError
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.methods import (
     coordinates,
     cross_lora,
@@ -16,7 +17,6 @@ from jcrosslora.methods import (
     selected,
     theseus,
 )
-from jcrosslora.methods.evidence import Evidence, Fit
 
 Then = Literal["nothing", "way back", "residual", "predictions"]
 Teacher = Literal["mean", "source"]
@@ -49,8 +49,8 @@ class Method:
             method names, so that changes of the embedding and the output head move as well.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
         then: what follows when the adapter has been moved: nothing, part of the way back from the target's weights to
-            the source's (`jcrosslora.way_back`), a fit of down_proj to the change of the residual stream
-            (`jcrosslora.residual_fit`), or of v and o of attention to predictions (`jcrosslora.refine`).
+            the source's (`jcrosslora.fit.interpolation`), a fit of down_proj to the change of the residual stream
+            (`jcrosslora.fit.residual`), or of v and o of attention to predictions (`jcrosslora.fit.distill`).
         teacher: what a fit to predictions is to: a mean of the target's own and the adapted source's, and on top of it
             a share of what the adapter changes; or the adapted source's alone.
         measure: which diagnostic says if the two bases agree in what this method relies on.

@@ -15,8 +15,8 @@ functionals, which go by the inverse transpose: with x_t = M x_s and P orthogona
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, dimension_sizes, low_rank, procrustes
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

@@ -7,8 +7,8 @@ after the same treatment is dW_tgt = S_out dW_src S_in', exactly.
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, select
-from jcrosslora.methods.evidence import Evidence, Fit
 
 
 def fit(evidence: Evidence) -> Fit:

@@ -13,8 +13,8 @@ activations that are not whitened; p is 0 by default there and here. The authors
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
-from jcrosslora.methods.evidence import Evidence, Fit
 
 Pair = tuple[jax.Array, jax.Array]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.records import AdapterInfo
-from jcrosslora.rank_cut import RankCut, RankRule
-from jcrosslora.report.effect import Effect
-from jcrosslora.transport import AlignRecipe, BaseInfo
+from jcrosslora.adapter.truncation import RankCut, RankRule
+from jcrosslora.alignment.transport import AlignRecipe, BaseInfo
+from jcrosslora.evaluate.effect import Effect
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.lineage import Compared, Part
-from jcrosslora.relation import Relation
+from jcrosslora.lineage.relation import Relation
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
 

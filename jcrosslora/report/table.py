@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from jcrosslora.lineage.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.methods import get_method
-from jcrosslora.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import ModuleRow, TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 

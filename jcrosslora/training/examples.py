@@ -10,11 +10,11 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.pairs import tokenize
 from jcrosslora.evaluate.tasks import read_lines
-from jcrosslora.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question
-from jcrosslora.tokens import Tokenizer, load_tokenizer
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
 from jcrosslora.training.examples import Encoded, digest, encode

@@ -1,6 +1,6 @@
 """Activated LoRA: s B A, but only from the last occurrence of certain tokens on (arXiv 2504.12397).
 
-Its weights are those of a plain LoRA. The tokens go along: `jcrosslora.invocation` writes them in another tokenizer's.
+Its weights are those of a plain LoRA. The tokens go along: `shifting.invocation` writes them in another tokenizer's.
 """
 
 from jcrosslora.adapter.config import check_lora

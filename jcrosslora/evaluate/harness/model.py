@@ -11,6 +11,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.dropped import token_sentences
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, stack_adapters
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness.continuations import Pair, check_finite, judge
@@ -18,8 +19,7 @@ from jcrosslora.evaluate.harness.options import Options, read_options
 from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
 from jcrosslora.evaluate.harness.writing import Writer, batches_of
 from jcrosslora.evaluate.run import Models
-from jcrosslora.probes.start_words import check_seed
-from jcrosslora.tokens import load_tokenizer
+from jcrosslora.evidence.probes.start_words import check_seed
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -3,8 +3,8 @@
 from typing import Any, TypeGuard
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
-from jcrosslora.tokens import Tokenizer
 
 _DTYPES = ("float32", "bfloat16")
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Cache, DecoderSettings, Params, StackedAdapter, init_cache, logits, step
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, positions_of
 from jcrosslora.evaluate.harness.options import Options
-from jcrosslora.tokens import Tokenizer
 
 _BLOCK = 16
 _SMALLEST = 8

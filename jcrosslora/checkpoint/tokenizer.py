@@ -1,0 +1,160 @@
+"""A base's tokenizer: text to token ids with the character at which each token ends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, read_metadata
+from jcrosslora.errors import CheckpointError, UsageError
+
+T = TypeVar("T")
+
+# Tokens that end a turn or a document in the supported families, beside the one that the tokenizer names as eos.
+_TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The tokens of a text; T tokens.
+
+    Attributes:
+        ids: int32 (T,).
+        ends: int32 (T,), characters (code points) of the text covered up to and with this token; 0 for bos; -1 where
+            the token ends inside a character, or covers nothing of the text.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A base's tokenizer.
+
+    Attributes:
+        bos: the token that the model's own tokenizer puts in front of a text; None if it puts none.
+        stops: ids of eos and of the tokens that end a turn.
+        vocab: rows of the base's embedding; every id is below.
+        ref: the base, named in errors.
+        backend: a `tokenizers.Tokenizer` without post-processor, truncation and padding.
+    """
+
+    bos: int | None
+    stops: tuple[int, ...]
+    vocab: int
+    ref: str
+    backend: Any = field(repr=False)
+
+    def encode(self, text: str, *, special: bool = True) -> Encoded:
+        """Split a text into tokens. Names of special tokens inside the text become these tokens.
+
+        Args:
+            text: any text.
+            special: whether to put bos in front, where the model's own tokenizer does so.
+
+        Raises:
+            UsageError: text with half a surrogate pair, which no tokenizer takes.
+            CheckpointError: a token for which the base has no embedding.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            msg = f"text has half a surrogate pair at character {error.start}: give text that UTF-8 can hold"
+            raise UsageError(msg) from None
+        found = _called(self.ref, lambda: self.backend.encode(text, add_special_tokens=False))
+        ids, ends = np.array(found.ids, np.int64), _ends(found.offsets)
+        if special and self.bos is not None:
+            ids, ends = np.insert(ids, 0, self.bos), np.insert(ends, 0, 0)
+        if ids.size and ids.max() >= self.vocab:
+            msg = f"{self.ref}: its tokenizer gives token {ids.max()}, but its embedding has {self.vocab} rows"
+            raise CheckpointError(msg)
+        return Encoded(ids.astype(np.int32), ends)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of tokens, special tokens left out."""
+        return self.backend.decode([int(index) for index in ids], skip_special_tokens=True)
+
+
+def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows as one array, filled up on the right.
+
+    Args:
+        rows: int32 (T,) each, at most B of at most T tokens.
+        shape: (B, T).
+
+    Returns:
+        int32 (B, T) tokens, zero where there is none, and bool (B, T), False there.
+    """
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    return tokens, mask
+
+
+def load_tokenizer(base: BaseModel) -> Tokenizer:
+    """The tokenizer of a base: tokenizer.json in its folder, or what its GGUF file describes.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    backend, bos, ends = _from_gguf(base.path) if base.path.is_file() else _from_folder(base.path)
+    backend.no_truncation()
+    backend.no_padding()
+    # The post-processor may trim spaces off the offsets; all else that it does is to add bos.
+    backend.post_processor = None
+    stated = base.config.get("eos_token_id")
+    named = [backend.token_to_id(token) for token in _TURN_ENDS]
+    found = [*ends, *named, *(stated if isinstance(stated, list) else [stated])]
+    stops = {index for index in found if type(index) is int and 0 <= index < base.dims.vocab}
+    return Tokenizer(bos, tuple(sorted(stops)), base.dims.vocab, base.ref, backend)
+
+
+def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    starts, ends = np.array(offsets, np.int32).reshape(-1, 2).T
+    # All tokens that share a character carry its whole range: only the last of them ends it.
+    unfinished = np.append(starts[1:] < ends[:-1], False)[: len(ends)]
+    return np.where(unfinished | (starts == ends), np.int32(-1), ends)
+
+
+def _first_special(backend: Any) -> int | None:
+    with_special, without = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return with_special[0] if with_special[: len(without)] != without else None
+
+
+def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any]]:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        msg = f"{folder} has no tokenizer.json, which is wanted to tokenize text: put the model's own there"
+        raise CheckpointError(msg)
+    read_json_object(path)
+    from transformers import PreTrainedTokenizerFast
+
+    own = _called(path, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
+    backend = own.backend_tokenizer
+    return backend, _called(path, lambda: _first_special(backend)), [own.eos_token_id]
+
+
+def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any]]:
+    metadata = read_metadata(path)
+    return _called(path, lambda: build_backend(metadata, path)), bos_of(metadata), eos_of(metadata)
+
+
+def _called(ref: str | Path, call: Callable[[], T]) -> T:
+    """What the tokenizers library gives; whatever it raises is the fault of the tokenizer that it was given."""
+    try:
+        return call()
+    except CheckpointError:
+        raise
+    # Its compiled half raises plain `Exception` for what it refuses, and for what it fails at a "PanicException" that
+    # is no `Exception` and whose class cannot be imported.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        msg = f"{ref}: the tokenizer cannot be read ({cause}): wanted one that the transformers library loads"
+        raise CheckpointError(msg) from error

@@ -1,0 +1,1 @@
+"""Work that several processes do together by `jax.distributed`."""

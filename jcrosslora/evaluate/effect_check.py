@@ -1,0 +1,121 @@
+"""The effect of a moved adapter on its base, beside that of the original on its own: both run over the same text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder import Params, load_params, settings_of, stack_adapter
+from jcrosslora.errors import MethodError, UsageError, not_finite
+from jcrosslora.evaluate.effect import Change, Effect
+from jcrosslora.evaluate.predictions import Figures, measure, part_of
+from jcrosslora.evidence.probes import ProbeBatch, probe_batches, write_texts
+
+TEXTS, LENGTH = 12, 64  # of each kind, and tokens of a text: some 700 positions
+_BATCH = 6
+
+
+def check_effect(
+    source: BaseModel,
+    target: BaseModel,
+    adapter: Adapter,
+    moved: Adapter,
+    texts: Sequence[str],
+    *,
+    written: Sequence[str] = (),
+    params: tuple[Params, Params] | None = None,
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
+    progress: bool = False,
+) -> Effect:
+    """Measure what a moved adapter changes on the target, and what the original changes on the source.
+
+    At most 12 texts of each kind are used, evenly spread, and 64 tokens of each. One base is in memory at a time,
+    unless `params` are given.
+
+    Args:
+        source: the base that `adapter` is of.
+        target: the base that `moved` is for.
+        adapter: the original, with fused matrices taken apart (see `fit_to_base`).
+        moved: the result of the transfer.
+        texts: probe texts, for the divergences; without any, `written` serves for both.
+        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; without any,
+            `texts` serves for both.
+        params: weights of source and target, if they are loaded already.
+        tokenizers: of source and target, if they are loaded already.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UsageError: no text at all, or none of either kind with two positions at which tokens of both bases end.
+        AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
+        CheckpointError: a base or its tokenizer cannot be read, or its predictions are not finite.
+    """
+    tokenizers = tokenizers or (load_tokenizer(source), load_tokenizer(target))
+    kinds = [_batches(kind, tokenizers) for kind in (texts, written)]
+    batches = [kind for kind in kinds if kind]
+    if not batches:
+        msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
+        raise UsageError(msg)
+    src, tgt = [], []
+    with tqdm(total=2 * len(batches), desc="effect", unit="pass", disable=not progress, leave=False) as bar:
+        for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
+            model = settings_of(base), load_params(base) if params is None else params[side]
+            for kind in batches:
+                found.append(measure(*model, stack_adapter(one, base), [part_of(batch, side) for batch in kind]))
+                bar.update()
+            del model
+    _check_finite(src, source, adapter)
+    _check_finite(tgt, target, None)
+    return Effect.of(
+        Change.of(src[0].kl, src[-1].nll, src[-1].nll_adapted),
+        Change.of(tgt[0].kl, tgt[-1].nll, tgt[-1].nll_adapted),
+        src[-1].nll_adapted - src[-1].nll,
+        tgt[-1].nll_adapted - tgt[-1].nll,
+        texts=sum(len(one.kl) for one in src),
+        positions=sum(one.positions for one in src),
+        written=bool(kinds[1]),
+    )
+
+
+def adapter_texts(
+    source: BaseModel, adapter: Adapter, *, seed: int = 0, params: Params | None = None, progress: bool = False
+) -> list[str]:
+    """Texts that a base writes with an adapter, as many as `check_effect` uses.
+
+    Returns:
+        The texts; none where too few of those that it wrote can be used, as with an adapter for answers of one word.
+
+    Raises:
+        AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
+        CheckpointError: the base or its tokenizer cannot be read, or its predictions are not finite.
+    """
+    try:
+        return write_texts(source, TEXTS, length=LENGTH, seed=seed, adapter=adapter, params=params, progress=progress)
+    except MethodError:
+        return []
+
+
+def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[ProbeBatch]:
+    """The texts as both bases read them; nothing where none has two positions that match."""
+    if not texts:
+        return []
+    try:
+        found = probe_batches(_spread(texts), *tokenizers, length=LENGTH, batch=_BATCH)
+    except UsageError:  # not even one
+        return []
+    return found if any(part_of(batch, 0).at.size for batch in found) else []
+
+
+def _spread(texts: Sequence[str]) -> list[str]:
+    places = np.linspace(0, len(texts) - 1, min(len(texts), TEXTS)).round().astype(np.int64)
+    return [texts[int(place)] for place in places]
+
+
+def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:
+    """Predictions that are not finite are an error in a base and in a given adapter; in a moved one, a finding."""
+    if not all(np.isfinite(one.nll).all() for one in figures):
+        raise not_finite(base.ref)
+    if adapter is not None and not all(np.isfinite(one.nll_adapted).all() for one in figures):
+        raise not_finite(base.ref, adapter.info.name, sound=True)

@@ -1,0 +1,129 @@
+"""What an adapter changes in the predictions of its base: both run over the same texts, position by position."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
+from jcrosslora.decoder.divergence import Divergence, divergence
+from jcrosslora.evidence.probes import ProbeBatch
+
+_AT_ONCE = 256  # states given to the head in one call
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A batch of texts as one base reads them; S positions from each text's first match to the one before its last.
+
+    Attributes:
+        tokens: int32 (B, T).
+        mask: bool (B, T).
+        at: int64 (S,), flat indices into (B, T).
+        text: int64 (S,), the row.
+        matched: bool (S,), whether the other base has a token that ends here too.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    at: np.ndarray
+    text: np.ndarray
+    matched: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """For each text, means over its matched positions: (texts,) each, nats.
+
+    Attributes:
+        kl: KL(base || base with adapter) of the next token.
+        nll: of the text between its first and its last match, so of the same characters for both bases; divided by
+            the number of matched positions, which is the same for both as well.
+        nll_adapted: the same with the adapter.
+        positions: matched positions in all texts.
+    """
+
+    kl: np.ndarray
+    nll: np.ndarray
+    nll_adapted: np.ndarray
+    positions: int
+
+
+def part_of(batch: ProbeBatch, side: int) -> Part:
+    """What the source (side 0) or the target (side 1) reads; texts with less than two matches have no positions."""
+    tokens, mask, at = (
+        (batch.tokens_src, batch.mask_src, batch.at_src),
+        (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt),
+    )[side]
+    width, matches = tokens.shape[1], at[batch.valid]
+    scored, matched = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    matched.reshape(-1)[matches] = True
+    for row in np.unique(matches // width):
+        places = np.flatnonzero(matched[row])
+        scored[row, places[0] : places[-1]] = True
+    picked = np.flatnonzero(scored)
+    return Part(tokens, mask, picked, picked // width, matched.reshape(-1)[picked])
+
+
+def measure(settings: DecoderSettings, params: Params, adapter: StackedAdapter, parts: Sequence[Part]) -> Figures:
+    """Run a base without and with an adapter.
+
+    Args:
+        settings: of the base.
+        params: its weights.
+        adapter: of this base.
+        parts: batches of one shape, with one position or more in all; texts without any are left out of the figures.
+    """
+    # The base is the adapter of zeros: one compiled program serves both.
+    adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
+    plain, adapted = (
+        np.concatenate([_picked(_states(settings, params, one, part.tokens, part.mask), part) for part in parts])
+        for one in adapters
+    )
+    wanted = np.concatenate([part.tokens.reshape(-1)[part.at + 1] for part in parts])
+    found = _through_head(settings, params, plain, adapted, wanted)
+    matched = np.concatenate([part.matched for part in parts])
+    text = np.concatenate([number * len(part.tokens) + part.text for number, part in enumerate(parts)])
+    return _by_text(found, text, matched)
+
+
+def _by_text(found: Divergence, text: np.ndarray, matched: np.ndarray) -> Figures:
+    counts = np.bincount(text, weights=matched)
+    there = counts > 0
+
+    def mean(values: jax.Array | np.ndarray) -> np.ndarray:
+        return np.bincount(text, weights=np.asarray(values, np.float64))[there] / counts[there]
+
+    kl = np.where(matched, found.kl, 0)
+    return Figures(mean(kl), mean(-found.log_probs_a), mean(-found.log_probs_b), int(matched.sum()))
+
+
+def _picked(hidden: jax.Array, part: Part) -> np.ndarray:
+    return np.asarray(hidden.reshape(-1, hidden.shape[-1]))[part.at]
+
+
+def _through_head(
+    settings: DecoderSettings, params: Params, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray
+) -> Divergence:
+    """Always the same number of states at a time, so that the head is compiled once."""
+    count = len(wanted)
+    rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE).clip(max=count - 1).reshape(-1, _AT_ONCE)
+    found = [_compare(settings, params, plain[part], adapted[part], wanted[part]) for part in rows]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *found)
+
+
+@partial(jax.jit, static_argnums=0)
+def _states(
+    settings: DecoderSettings, params: Params, adapter: StackedAdapter, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    return forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+
+
+@partial(jax.jit, static_argnums=0)
+def _compare(
+    settings: DecoderSettings, params: Params, plain: jax.Array, adapted: jax.Array, wanted: jax.Array
+) -> Divergence:
+    return divergence(settings, params, plain, adapted, wanted)

@@ -1,0 +1,1 @@
+"""What a method may look at: the records, and what collects them from two bases."""

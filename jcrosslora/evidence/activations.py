@@ -1,0 +1,77 @@
+"""Evidence from running both bases: probe texts into batches, batches into moments, moments to stacks of modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import INPUT_SITES
+from jcrosslora.evidence.records import Activations
+
+if TYPE_CHECKING:
+    from jcrosslora.evidence.moments import CrossMoments
+    from jcrosslora.evidence.probes import ProbeBatch, Probes
+
+# Tokens of a probe text, and texts at a time: the source's activations at their matches are held for all layers.
+PROBE_LENGTH, PROBE_BATCH = 128, 4
+
+
+def batch_probes(
+    source: BaseModel, target: BaseModel, probes: Probes | None, *, seed: int = 0, progress: bool = False
+) -> tuple[Probes, list[ProbeBatch]]:
+    """Probe texts as both bases read them.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        probes: the texts; None lets the source base write them.
+        seed: of what it writes.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The probes with the number of matched positions filled in, and their batches.
+
+    Raises:
+        UsageError: no text has a position that matches.
+        CheckpointError: a base or its tokenizer cannot be read.
+    """
+    # Imported here: methods that look at weights alone need neither tokenizers nor the decoder.
+    from jcrosslora.checkpoint.tokenizer import load_tokenizer
+    from jcrosslora.evidence.probes import count_positions, probe_batches, written_probes
+
+    if probes is None:
+        probes = written_probes(source, seed=seed, progress=progress)
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    batches = probe_batches(probes.texts, *tokenizers, length=PROBE_LENGTH, batch=PROBE_BATCH)
+    return dataclasses.replace(probes, positions=count_positions(batches)), batches
+
+
+def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Sequence[int], count: int) -> Activations:
+    """The moments of several target modules of equal shape, stacked; the last one is repeated up to `count`.
+
+    Args:
+        moments: of all layers.
+        roles: of the modules.
+        layers: of the modules, in the target.
+        count: the leading axis of the result, at least the number of modules.
+    """
+    sites = [INPUT_SITES[role] for role in roles]
+
+    def stacked(sums: Mapping[str, Any], names: list[str]) -> Any:
+        rows = [jax.tree.map(lambda x, at=at: x[at], sums[name]) for name, at in zip(names, layers, strict=True)]
+        rows += rows[-1:] * (count - len(rows))
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+    return Activations(
+        stacked(moments.inputs, sites),
+        stacked(moments.outputs, list(roles)),
+        stacked(moments.input_squares, sites),
+        stacked(moments.output_squares, list(roles)),
+        None if moments.input_grams is None else stacked(moments.input_grams, sites),
+        None if moments.output_grams is None else stacked(moments.output_grams, list(roles)),
+    )

@@ -1,0 +1,21 @@
+"""Probe texts: text that both bases are run on so that their activations can be compared; no user data is needed."""
+
+from jcrosslora.evidence.probes.batches import ProbeBatch, count_positions, probe_batches
+from jcrosslora.evidence.probes.matching import match_positions
+from jcrosslora.evidence.probes.random_text import random_texts
+from jcrosslora.evidence.probes.record import Probes, written_probes
+from jcrosslora.evidence.probes.text_files import read_texts, save_texts
+from jcrosslora.evidence.probes.writing import write_texts
+
+__all__ = [
+    "ProbeBatch",
+    "Probes",
+    "count_positions",
+    "match_positions",
+    "probe_batches",
+    "random_texts",
+    "read_texts",
+    "save_texts",
+    "write_texts",
+    "written_probes",
+]

@@ -1,0 +1,88 @@
+"""Written texts on disk, found again by all that they were made from; without a place to write, nothing is kept.
+
+The folder is `probes` in the user's cache, see `jcrosslora.cache.place.cache_root`. It may be removed at any time.
+Processes may share it: a file appears whole, and one that is damaged counts as missing.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.cache.keys import sha256, tokenizer_parts
+from jcrosslora.cache.place import cache_root
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import fast_dtype
+from jcrosslora.utils.files import write_whole
+
+# The number of the procedure in `writing` and `start_words`: raise it with every change of what it writes.
+PROCEDURE = 1
+TEXTS = "probes"  # the folder, below the cache's root
+
+
+def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
+    """SHA-256 (hex) over all that decides what `write_texts` writes; reads the weight files once for their digest.
+
+    That is the base's weights, configuration and tokenizer, the adapter's numbers, the settings, the procedure, and
+    JAX's platform and the dtype that it is fast in, since the sampling is the same on one kind of machine only.
+    """
+    settings = [count, length, float(temperature), seed]
+    # `default`: numpy's numbers, as integer settings, and whatever a foreign configuration holds.
+    parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), settings]
+    stated = json.dumps(parts, sort_keys=True, default=str)
+    return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
+
+
+def find_texts(key: str) -> list[str] | None:
+    """The texts kept under a key; None if there are none, or their file cannot be read or is damaged."""
+    path = _path(key)
+    if path is None:
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        texts = record["texts"]
+        whole = record["key"] == key and record["sha256"] == _checksum(texts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return texts if whole else None
+
+
+def keep_texts(key: str, texts: list[str]) -> None:
+    """Keep texts under a key. Where the folder cannot be written to, or the disk is full, nothing happens."""
+    path = _path(key)
+    if path is None:
+        return
+    content = json.dumps({"key": key, "sha256": _checksum(texts), "texts": texts}, indent=0)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.encode())
+
+
+def texts_folder() -> Path | None:
+    """Where written texts are kept, a file for each key; None for a user without home."""
+    root = cache_root()
+    return None if root is None else root / TEXTS
+
+
+def _path(key: str) -> Path | None:
+    folder = texts_folder()
+    return None if folder is None else folder / f"{key}.json"
+
+
+def _checksum(texts: object) -> str:
+    return sha256(json.dumps(texts).encode())
+
+
+def _adapter_parts(adapter: Adapter | None) -> Iterator[bytes]:
+    if adapter is None:
+        return
+    for name, factors in sorted(adapter.modules.items()):
+        yield f"{name} {factors.scale!r}".encode()
+        for side in (factors.a, factors.b):
+            array = np.asarray(side)
+            yield f"{array.dtype} {array.shape}".encode()
+            yield array.tobytes()

@@ -1,0 +1,114 @@
+"""Texts in files: one a line, or JSON lines with a "text" field."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.utils.files import write_whole
+
+_BOM = "\ufeff"
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The user's own unlabelled texts.
+
+    Args:
+        path: UTF-8. If it ends in .jsonl or .ndjson, each line is a JSON object with a string "text"; else each line
+            is a text. Lines that are empty or only spaces are skipped.
+
+    Raises:
+        UsageError: the file is missing, cannot be read, is not text, has a line of the wrong form, or has no text.
+    """
+    path = Path(path)
+    lines = _read(path).removeprefix(_BOM).split("\n")
+    if path.suffix.lower() in _JSON_LINES:
+        found = [_text_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        found = [line.removesuffix("\r") for line in lines]
+    texts = [text for text in found if text.strip()]
+    if not texts:
+        msg = f"{path}: holds no text, at least one line was wanted: write one text a line"
+        raise UsageError(msg)
+    return texts
+
+
+def save_texts(path: str | Path, texts: Sequence[str]) -> None:
+    """Write texts so that `read_texts` gives them back; a file that is there is replaced.
+
+    Args:
+        path: if it ends in .jsonl or .ndjson, JSON lines are written, else one text a line.
+        texts: at least one, none of them empty.
+
+    Raises:
+        UsageError: no text, an empty one, or one that has no UTF-8 form or does not fit on a line of its own.
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    json_lines = path.suffix.lower() in _JSON_LINES
+    _check(texts, path, json_lines)
+    lines = (json.dumps({"text": text}, ensure_ascii=False) if json_lines else text for text in texts)
+    _write(path, "".join(f"{line}\n" for line in lines))
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): name a file with one text a line"
+        raise UsageError(msg) from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        msg = f"{path}: is not UTF-8 text (byte {error.start}): save it as UTF-8 with one text a line"
+        raise UsageError(msg) from error
+    if "\0" in text:
+        msg = f"{path}: is a binary file, UTF-8 text was wanted: name a file with one text a line"
+        raise UsageError(msg)
+    return text
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        msg = f'{place}: is no JSON object with a string "text": write {{"text": "..."}} on each line'
+        raise UsageError(msg)
+    if not _is_utf8(text):
+        msg = f"{place}: the text has half of a surrogate pair: write whole characters"
+        raise UsageError(msg)
+    return text
+
+
+def _check(texts: Iterable[str], path: Path, json_lines: bool) -> None:
+    texts = list(texts)
+    if not texts:
+        msg = f"{path}: no texts to save, at least one was wanted"
+        raise UsageError(msg)
+    for number, text in enumerate(texts):
+        if not text.strip() or not _is_utf8(text):
+            msg = f"{path}: text {number} is empty or has no UTF-8 form: leave it out"
+            raise UsageError(msg)
+        if not json_lines and any(sign in text for sign in ("\n", "\r", "\0", _BOM)):
+            msg = f"{path}: text {number} does not fit on one line: save to a name that ends in .jsonl"
+            raise UsageError(msg)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(path: Path, content: str) -> None:
+    # An interrupted run must not leave half of the texts under the name of all.
+    try:
+        write_whole(path, content.encode())
+    except OSError as error:
+        msg = f"{path}: cannot be written ({error.strerror}): choose another output"
+        raise OutputError(msg) from error

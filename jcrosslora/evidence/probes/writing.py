@@ -1,0 +1,137 @@
+"""Text that a base writes itself, from one word on."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder import Params, Sampled, fast_dtype, load_params, sample, settings_of, stack_adapter
+from jcrosslora.errors import MethodError, UsageError, not_finite
+from jcrosslora.evidence.probes.random_text import readable_vocabulary
+from jcrosslora.evidence.probes.start_words import check_seed, start_words
+
+TRIES = 4
+_SHORTEST = 8  # written tokens; an instruction-tuned model sometimes stops right behind the first word
+_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off become
+
+
+def write_texts(
+    base: BaseModel,
+    count: int,
+    *,
+    length: int = 96,
+    temperature: float = 1.0,
+    seed: int = 0,
+    adapter: Adapter | None = None,
+    batch: int = 48,
+    params: Params | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """Let a base write texts, each from one capitalised word of its own vocabulary on (see `start_words`).
+
+    Texts with less than 8 tokens behind the word (less than `length`, if that is smaller), that repeat one token, or
+    that are there already are dropped and replaced; at most 4 times as many texts as asked for are tried, rounded up
+    to whole batches.
+
+    Args:
+        base: the model; it needs a tokenizer.
+        count: number of texts.
+        length: tokens behind the first word at most; a text ends earlier where the model stops.
+        temperature: of the sampling; 0 takes the likeliest token.
+        seed: of the words and the sampling; the same base, settings and seed give the same texts on one kind of
+            machine.
+        adapter: to write with; None for the base alone.
+        batch: texts written at a time at most; on a CPU 32 at a time take two thirds of the time that 16 take.
+        params: weights of the base if they are loaded already; None loads them in `fast_dtype()`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
+            0 to 2^32 - 1.
+        MethodError: too few of the texts that the base wrote could be used.
+        AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
+        CheckpointError: no readable tokenizer, weights that cannot be read, or predictions that are not finite.
+    """
+    _check(count, length, temperature, batch)
+    check_seed(seed)
+    tokenizer = load_tokenizer(base)
+    rows, rounds = _plan(count, batch)
+    words = start_words(readable_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
+    write = _writer(base, tokenizer, adapter, params, length, temperature)
+    keys = jax.random.key(seed)
+    texts: list[str] = []
+    with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
+        for number in range(rounds):
+            sampled = write(words[number], jax.random.fold_in(keys, number))
+            _check_finite(sampled, base, adapter)
+            found = _usable(tokenizer, words[number], sampled, length)
+            texts = list(dict.fromkeys(texts + found))
+            bar.update(min(len(texts), count) - bar.n)
+            if len(texts) >= count:
+                return texts[:count]
+    tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"
+    msg = f"{base.ref}: {tried}, {count} were wanted: change the temperature, or give texts of your own"
+    raise MethodError(msg)
+
+
+def _plan(count: int, batch: int) -> tuple[int, int]:
+    """Texts in each batch, and batches at most. Spare texts save a whole batch for the few that are dropped."""
+    wanted = count + count // 16 + 1
+    rows = -(-wanted // -(-wanted // batch))
+    return rows, -(-TRIES * count // rows)
+
+
+def _check(count: int, length: int, temperature: float, batch: int) -> None:
+    if min(count, length, batch) < 1:
+        msg = f"{count} texts of {length} tokens in batches of {batch} were asked for: each must be at least 1"
+        raise UsageError(msg)
+    if not 0 <= temperature < float("inf"):
+        msg = f"temperature {temperature} was asked for, wanted a finite number from 0 on, such as 1"
+        raise UsageError(msg)
+
+
+def _writer(
+    base: BaseModel,
+    tokenizer: Tokenizer,
+    adapter: Adapter | None,
+    params: Params | None,
+    length: int,
+    temperature: float,
+) -> Callable[[np.ndarray, jax.Array], Sampled]:
+    run = partial(
+        sample,
+        settings_of(base),
+        load_params(base, fast_dtype()) if params is None else params,
+        length=length,
+        temperature=jnp.float32(temperature),
+        adapter=None if adapter is None else stack_adapter(adapter, base),
+        stop_tokens=tokenizer.stops,
+    )
+
+    def write(words: np.ndarray, key: jax.Array) -> Sampled:
+        bos = [] if tokenizer.bos is None else [np.full_like(words, tokenizer.bos)]
+        prompts = np.stack([*bos, words], axis=1)
+        return run(jnp.asarray(prompts), jnp.ones(prompts.shape, bool), key=key)
+
+    return write
+
+
+def _check_finite(sampled: Sampled, base: BaseModel, adapter: Adapter | None) -> None:
+    if not bool(sampled.finite.all()):
+        raise not_finite(base.ref, None if adapter is None else adapter.info.name)
+
+
+def _usable(tokenizer: Tokenizer, words: np.ndarray, sampled: Sampled, length: int) -> list[str]:
+    texts = []
+    for word, tokens, valid in zip(words, np.asarray(sampled.tokens), np.asarray(sampled.valid), strict=True):
+        written = tokens[valid & ~np.isin(tokens, tokenizer.stops)]
+        text = tokenizer.decode([word, *written]).rstrip(_UNFINISHED)
+        if len(written) >= min(_SHORTEST, length) and len({int(word), *written.tolist()}) > 1 and text.strip():
+            texts.append(text)
+    return texts

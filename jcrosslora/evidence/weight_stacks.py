@@ -1,0 +1,71 @@
+"""Stacks of weights of equal shape, in groups of bounded size, on the devices."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import CheckpointError
+from jcrosslora.linalg import spread
+
+# Weights of both bases in a group, in bytes as float32. While one group is aligned the next is read: two of them bound
+# memory, whatever the model's size.
+GROUP_BYTES = 96 * 2**20
+T = TypeVar("T")
+
+
+def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items of one key at a time, in groups as even as can be.
+
+    Args:
+        items: modules or pairs of them.
+        key: of an item; those of one key can be stacked.
+        size: bytes of an item, the same for all of one key. A group has `GROUP_BYTES` of them at most.
+    """
+    alike: dict[Hashable, list[T]] = {}
+    for item in items:
+        alike.setdefault(key(item), []).append(item)
+    for same in alike.values():
+        most = max(jax.device_count(), GROUP_BYTES // size(same[0]))  # a device without an item would repeat another's
+        for part in np.array_split(np.arange(len(same)), -(-len(same) // most)):
+            yield [same[place] for place in part]
+
+
+def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
+    """The weights of several modules of equal shape, (L', O, I) float32, spread over all local devices.
+
+    L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go
+    to the device in their stored dtype and are widened there, unless that differs from module to module.
+
+    Raises:
+        CheckpointError: a weight holds NaN or infinity.
+    """
+    weights = [base.weight(name) for name in names]
+    if len({weight.dtype for weight in weights}) > 1:  # numpy has no dtype that holds both float16 and bfloat16
+        weights = [weight.astype(np.float32) for weight in weights]
+    surplus = -len(names) % jax.local_device_count()
+    stored = np.stack(weights + weights[-1:] * surplus)
+    stack, found = _widen_on_host(stored) if jax.default_backend() == "cpu" else _widen(spread(stored))
+    finite = np.asarray(found)
+    base.release()
+    if not finite.all():
+        name = names[min(int(np.argmin(finite)), len(names) - 1)]
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
+    return stack
+
+
+@jax.jit
+def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(L, O, I) in float32, and (L,) whether all of it is finite."""
+    stack = stack.astype(jnp.float32)
+    return stack, jnp.isfinite(stack).all(axis=(1, 2))
+
+
+def _widen_on_host(stack: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    """As `_widen`, where the device is the host: nothing is to be compiled for it."""
+    stack = stack.astype(np.float32, copy=False)
+    return spread(stack), np.array([np.isfinite(w).all() for w in stack])

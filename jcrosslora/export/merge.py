@@ -1,0 +1,213 @@
+"""A base with an adapter merged into its weights, as a checkpoint of its own for engines that take no adapters.
+
+W' = W + scale B A, block of rows by block of rows: what is in memory is bounded by a tensor, whatever the model's size.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.alignment.transport import describe_base
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD
+from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
+from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
+from jcrosslora.checkpoint.streaming import Piece, write_pieces
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
+from jcrosslora.export.merge_files import write_companions
+from jcrosslora.export.merge_rows import Updates, converted_rows, row_blocks, updates_of
+from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
+
+MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
+REPORT = "merge_report.json"
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD = 4 << 30  # bytes of a file, where the base is not in several files of its own
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Everything that decides what a merge writes."""
+
+    base: str
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    adapter: str
+    """An adapter of it: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
+    out: str
+    """The folder to write."""
+    dtype: MergeDtype = "keep"
+    """Number format of the weights. keep: each tensor's own; bfloat16 for those that the base holds quantised."""
+    base_revision: str | None = None
+    """Hub revision of the base."""
+    adapter_revision: str | None = None
+    """Hub revision of the adapter."""
+    overwrite: bool = False
+    """Replace the folder if it holds an earlier merge."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        modules: how many modules were changed.
+        notes: what of the base or the adapter is not in it, one sentence each.
+    """
+
+    folder: Path
+    modules: int
+    notes: tuple[str, ...]
+
+
+def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
+    """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
+
+    A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
+    From GGUF or quantised weights the dequantised model is written, with the configuration and, for GGUF, the tokenizer
+    that the file describes.
+
+    Args:
+        settings: what to merge, and where to.
+        progress: whether to show a progress bar.
+
+    Raises:
+        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
+            written then.
+    """
+    out = output_path(settings.out)
+    ensure_free(out, settings.overwrite)
+    base = open_base(settings.base, revision=settings.base_revision)
+    # Weights take an update of any rank, so that of a DoRA is merged whole.
+    whole = max(min(module.shape) for module in base.modules.values())
+    adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole)
+    if adapter.info.invocation is not None:
+        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which weights cannot do"
+        raise AdapterError(msg + ": use it beside the base, in an engine that knows aLoRA")
+    adapter = fit_to_base(adapter, describe_base(base, digest=False))
+    as_stored = _plain_folder(base)
+    wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
+    plan = _stored_plan if as_stored is not None else _read_plan
+    updates = updates_of(adapter, base)
+    # With changes of their own, embedding and head are two matrices from now on.
+    untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
+    files = plan(base, updates, wanted, untied)
+    total = sum(piece.size for pieces in files.values() for piece in pieces)
+    _check_space(out, total)
+    with atomic_folder(out, settings.overwrite) as folder:
+        with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
+            for name, pieces in files.items():
+                write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
+        if list(files) != [SINGLE]:
+            (folder / INDEX).write_text(_index(files, total), encoding="utf-8")
+        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None, untied=untied)
+        if untied:
+            notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
+        notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
+        (folder / REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
+    return Merged(out, _changed(adapter), notes)
+
+
+def _changed(adapter: Adapter) -> int:
+    return len(adapter.modules) + sum(len(update.modules) for update in adapter.tokens)
+
+
+def _plain_folder(base: BaseModel) -> ShardedStore | None:
+    """The base's store if its files can be written again as they are, which quantised ones cannot."""
+    store = base.store
+    if not isinstance(store, ShardedStore):  # GGUF, or dequantised as it is read
+        return None
+    return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
+
+
+def _stored_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
+    """The files of the base with their own tensors, those of no text model as well; with a head where it has none."""
+    store = base.store
+    assert isinstance(store, ShardedStore)
+    files: dict[str, list[Piece]] = {}
+    for shard, file, names in store.stored():
+        pieces = []
+        for stored, name in names.items():
+            entry = file.entries[stored]
+            if entry.dtype not in DTYPES:
+                msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
+                raise CheckpointError(msg)
+            dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
+            # A head that a tied base holds as well is not what it uses.
+            read = partial(base.tensor, HEAD) if name == HEAD and untied else partial(file.array, stored)
+            pieces.append(
+                Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
+            )
+            if name == EMBEDDING and untied and HEAD not in base.store.names():
+                blocks = partial(row_blocks, base, read, updates.get(HEAD, []), dtype)
+                pieces.append(Piece(_head_beside(stored), dtype, entry.shape, blocks))
+        files[shard] = pieces
+    return files
+
+
+def _head_beside(embedding: str) -> str:
+    """The name of a head in a file in which the embedding has this name."""
+    return embedding.removesuffix(EMBEDDING) + HEAD if embedding.endswith(EMBEDDING) else HEAD
+
+
+def _read_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
+    """The tensors that the family has, dequantised, in as many files as their size asks for."""
+    groups: list[list[Piece]] = [[]]
+    config = {**base.config, "tie_word_embeddings": base.tied and not untied}
+    for name, shape in expected_shapes(base.family, base.dims, config).items():
+        own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
+        dtype = wanted or (own if own in _FLOATS else "BF16")
+        if name in (EMBEDDING, HEAD):  # by far the largest: never in memory as a whole
+            blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
+        else:
+            blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
+        piece = Piece(name, dtype, shape, blocks)
+        if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
+            groups.append([])
+        groups[-1].append(piece)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{place:05d}-of-{count:05d}.safetensors": group for place, group in enumerate(groups, 1)}
+
+
+def _check_space(out: Path, total: int) -> None:
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < total:
+        msg = f"{out}: needs {total / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free: free space, or choose another"
+        raise OutputError(msg + " output")
+
+
+def _index(files: Mapping[str, Iterable[Piece]], total: int) -> str:
+    weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: Iterable[str]) -> str:
+    made = {
+        "version": version("jcrosslora"),
+        "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
+        "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
+        "dtype": settings.dtype,
+        "modules": _changed(adapter),
+        "notes": list(notes),
+    }
+    return json.dumps(made, indent=2) + "\n"

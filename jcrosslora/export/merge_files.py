@@ -1,0 +1,113 @@
+"""What lies beside the weights of a merged checkpoint: its configuration, its tokenizer, templates, the licence."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id
+from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.shards import INDEX
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
+from jcrosslora.errors import CheckpointError
+
+CONFIG = "config.json"
+# Hidden, of other checkpoints in the same folder, or written for the merged one anew.
+_NOT_COPIED = (".*", CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def write_companions(
+    base: BaseModel, folder: Path, dtype: str, *, as_stored: bool, untied: bool = False
+) -> tuple[str, ...]:
+    """Write all files of a merged checkpoint but its weights.
+
+    Args:
+        base: that it was made from.
+        folder: to write into.
+        dtype: of the weights, "keep" where it is the base's own.
+        as_stored: whether the weights have the names and layout of the base's files, and its configuration with them.
+        untied: whether the head is no longer the embedding, as the base's configuration says.
+
+    Returns:
+        What could not be written, one sentence each.
+
+    Raises:
+        CheckpointError: a file of the base cannot be read.
+    """
+    config = read_json_object(base.path / CONFIG) if as_stored else _read_config(base)
+    if dtype != "keep" or not as_stored:
+        config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
+    if untied:
+        config = _without_tie(config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if base.path.is_file():
+        return _write_gguf_tokenizer(base, folder)
+    if base.revision is not None and is_hub_id(base.ref) and not Path(base.ref).exists():
+        fetch_companions(base.ref, base.revision)
+    for path in sorted(base.path.iterdir()):
+        if path.is_file() and _belongs(path.name):
+            shutil.copyfile(path, folder / path.name)
+    return ()
+
+
+def _belongs(name: str) -> bool:
+    return any(fnmatch(name, kind) for kind in COMPANIONS) and not any(fnmatch(name, kind) for kind in _NOT_COPIED)
+
+
+def _read_config(base: BaseModel) -> dict[str, Any]:
+    """The configuration of the dequantised text model."""
+    config = {key: value for key, value in base.config.items() if key not in _QUANTIZATION_KEYS and value is not None}
+    return config | {"architectures": [base.family.architectures[0]]}
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with the number format of the weights, also in the parts of a multimodal one."""
+    changed = {
+        key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
+    return changed | dict.fromkeys(keys, dtype)
+
+
+def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model with a head of its own, also in the text part of a multimodal one."""
+    text = config.get("text_config")
+    parts = {"text_config": _without_tie(text)} if isinstance(text, dict) else {}
+    return {**config, **parts, "tie_word_embeddings": False}
+
+
+def _write_gguf_tokenizer(base: BaseModel, folder: Path) -> tuple[str, ...]:
+    metadata = read_metadata(base.path)
+    try:
+        backend = build_backend(metadata, base.path)
+    except CheckpointError as error:
+        return (f"no tokenizer was written: {error}",)
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        token = backend.id_to_token(index) if type(index) is int else None
+        if token is not None:
+            settings[f"{role}_token"] = token
+    bos = bos_of(metadata)
+    if bos is not None:
+        _put_in_front(backend, backend.id_to_token(bos), bos)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return ()
+
+
+def _put_in_front(backend: Any, token: str, index: int) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(
+        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, index)]
+    )

@@ -1,0 +1,63 @@
+"""Settings in TOML files: recipes of one transfer, and plans of many."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.errors import UsageError
+from jcrosslora.session.transfer import TransferSettings
+
+FIELDS = {field.name: field for field in fields(TransferSettings)}
+
+
+def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Args:
+        path: the file.
+        what: it is called in errors, "recipe" or "plan".
+        example: a line as it should be, for errors.
+
+    Raises:
+        UsageError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file"
+        raise UsageError(msg) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        msg = f"{what} {path} is not TOML ({error}); write lines such as {example}"
+        raise UsageError(msg) from None
+
+
+def check_settings(settings: Mapping[str, Any], place: str) -> None:
+    """Check names and types of settings of a transfer, as TOML gives them.
+
+    Args:
+        settings: names of `TransferSettings` to values.
+        place: where they stand, for errors.
+
+    Raises:
+        UsageError: an unknown name, or a value of another type than the setting has.
+    """
+    for key, value in settings.items():
+        if key not in FIELDS:
+            msg = f"{place} has an unknown setting {key!r}; the settings are {', '.join(FIELDS)}"
+            raise UsageError(msg)
+        _check_type(place, key, value, FIELDS[key].type)
+
+
+def _check_type(place: str, key: str, value: Any, annotation: Any) -> None:
+    allowed = getattr(annotation, "__args__", (annotation,))
+    choices = [item for item in allowed if isinstance(item, str)]
+    nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
+    types = tuple(item for item in allowed if isinstance(item, type) and item is not type(None))
+    if value in choices + nested or type(value) in types:
+        return
+    named = ", ".join(map(repr, choices + nested))
+    wanted = " or ".join([*(item.__name__ for item in types), *([named] if named else [])])
+    msg = f"{place} sets {key} to {value!r}; it must be {wanted}"
+    raise UsageError(msg)

@@ -1,0 +1,148 @@
+"""An adapter in the span of its base's top singular vectors, which is all that profile lora-xs holds of it.
+
+For each module U (O, K), S and V (I, K) are the top K singular triplets of the base's weight; of an update dW the part
+U U' dW V V' is left, of energy ||U' dW V||_F^2.
+
+Source: LoRA-XS (arXiv 2405.17604), section 3.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
+from jcrosslora.adapter.truncation import RankCut, RankRule
+from jcrosslora.adapter.write_lora_xs import LORA_XS, directions, inside
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import CheckpointError, UsageError
+from jcrosslora.linalg import decompose
+from jcrosslora.shifting.shift import MovedAdapter, cut_by
+
+A = TypeVar("A", bound=Adapter)
+Frozen = Mapping[str, LoRAFactors]
+# Module and K to its frozen factors.
+Known = dict[tuple[str, int], LoRAFactors]
+
+# Of the subspace, in radians: what is written is orthonormal whatever the angle, and only that matters to R.
+_TOLERANCE = 1e-4
+_READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
+
+
+class SpanCut(RankCut):
+    """What was left of updates in the span of K singular vectors; the rule is K."""
+
+    @property
+    def sentence(self) -> str:
+        """The figures in words, without a full stop."""
+        return f"the span of the top {self.rule} singular vectors of each weight, which {self._left}"
+
+
+def span_rank(profile: str, rule: RankRule | None) -> int | None:
+    """K, where a profile writes updates in the span of K singular vectors; else None.
+
+    Args:
+        profile: the profile.
+        rule: the rank that was asked for.
+
+    Raises:
+        UsageError: the profile needs K, and the rule gives none.
+    """
+    if profile != LORA_XS:
+        return None
+    if isinstance(rule, bool) or not isinstance(rule, int) or rule < 1:
+        came = "without an out rank" if rule is None else f"with out rank {rule!r}"
+        msg = f"profile lora-xs {came}: how many singular vectors of each weight to take, a whole number, was wanted"
+        raise UsageError(msg + "; give it as --out-rank, such as 64 (out_rank=64)")
+    return rule
+
+
+def frozen_factors(
+    base: BaseModel, names: Iterable[str], rank: int, known: Known | None = None
+) -> dict[str, LoRAFactors]:
+    """B = U and A = S V' of LoRA-XS, from the weights of a base.
+
+    Args:
+        base: the model that the adapter is for.
+        names: its modules; parts of a fused matrix stand for the whole of it.
+        rank: K. A module whose short side is less has zero columns and rows beyond it.
+        known: what was made of this base before, which grows.
+
+    Returns:
+        For each module that the base stores b (O, K) and a (K, I), float32.
+
+    Raises:
+        CheckpointError: the base has no such module, or a weight holds NaN or infinity.
+    """
+    whole = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
+    known = {} if known is None else known
+    stored = list(dict.fromkeys(whole.get(name, name) for name in names))
+    for name in stored:
+        if (name, rank) not in known:
+            known[name, rank] = _frozen(base, name, rank)
+    return {name: known[name, rank] for name in stored}
+
+
+def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
+    weight = np.array(base.stored_weight(name), np.float32)
+    base.release()
+    if not np.isfinite(weight).all():
+        msg = f"{base.ref}: the weight of {name} holds NaN or infinity; the file is damaged, download it again"
+        raise CheckpointError(msg)
+    top = min(rank, *weight.shape)
+    svd, _ = decompose(jnp.asarray(weight)[None], top, vectors=False, tolerance=_TOLERANCE)
+    u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))
+    a = np.pad((v * s).T, ((0, rank - top), (0, 0)))
+    return LoRAFactors(a=np.ascontiguousarray(a), b=np.pad(u, ((0, 0), (0, rank - top))))
+
+
+def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanCut]:
+    """The part of every update that lies in the span of the frozen factors, and how much of it that is.
+
+    Args:
+        adapter: of the modules that the base stores, at least one; not changed.
+        frozen: from `frozen_factors`.
+        rank: K.
+
+    Returns:
+        The adapter, float32 and of the ranks that it had, and the account.
+    """
+    modules = {name: _inside(factors, frozen[name]) for name, factors in adapter.modules.items()}
+    whole = {name: update_norm(factors) ** 2 for name, factors in adapter.modules.items()}
+    # Rounding of factors far larger than their product could leave more than there was.
+    left = {name: min(update_norm(factors) ** 2, whole[name]) for name, factors in modules.items()}
+    return dataclasses.replace(adapter, modules=modules), SpanCut.of(rank, dict.fromkeys(modules, rank), whole, left)
+
+
+def _inside(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
+    """U U' B and A V V'."""
+    left, right = inside(factors, frozen)
+    v, _ = directions(frozen)
+    a, b = right @ v, np.asarray(frozen.b).astype(np.float64) @ left
+    return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)
+
+
+def project_moved(
+    moved: MovedAdapter, base: BaseModel, rank: int, known: Known | None = None
+) -> tuple[MovedAdapter, Frozen]:
+    """A moved adapter in the span of its target's singular vectors, with what is left in its report.
+
+    Norms are not restored, whatever the calibration: parts of a fused matrix that were each made larger would leave the
+    span.
+
+    Args:
+        moved: with its report.
+        base: the target.
+        rank: K.
+        known: see `frozen_factors`.
+
+    Returns:
+        The adapter, and the frozen factors that profile lora-xs writes it by.
+    """
+    frozen = frozen_factors(base, moved.modules, rank, known)
+    found = cut_by(moved, lambda whole: project(whole, frozen, rank), restores=False)
+    assert found.report is not None
+    report = dataclasses.replace(found.report, warnings=(*found.report.warnings, _READERS))
+    return dataclasses.replace(found, report=report), frozen

@@ -1,0 +1,149 @@
+"""Carry what an adapter changes of the embedding and the output head over to another base, row by row.
+
+A row belongs to a token, and its numbers to dimensions of the residual stream. So this is for methods that keep the
+coordinates of the stream (or choose among them), and for the tokens that both bases have, whatever their ids.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
+from jcrosslora.adapter.read_tokens import replaced_rows, settled
+from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, TIED, TokenUpdate
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.errors import AdapterError
+from jcrosslora.evidence.selection import find_selection
+from jcrosslora.methods import Method
+from jcrosslora.report.record import TokenRow
+
+
+def carry_tokens(
+    adapter: Adapter, source: BaseModel, target: BaseModel, method: Method
+) -> tuple[tuple[TokenUpdate, ...], tuple[TokenRow, ...], str]:
+    """The changes of embedding and head on the target.
+
+    A row that is replaced becomes the target's plus the difference to the source's: the same row, where both bases have
+    the same.
+
+    Args:
+        adapter: of the source, read with it.
+        source: the base that the adapter is of.
+        target: the base that it is to be moved to.
+        method: one that keeps the stream.
+
+    Returns:
+        The changes, one row of the report for each that the adapter has, and "" or why nothing is carried.
+
+    Raises:
+        AdapterError: the changes are of tables of other sizes than the source's.
+        MethodError: the method chooses dimensions, and none are found.
+        CheckpointError: a weight cannot be read.
+    """
+    places, reason = token_places(source, target)
+    if places is None:
+        return (), (), reason
+    stream = find_selection(source, target, "proportional")[0].stream if method.selects else None
+    found: list[TokenUpdate] = []
+    rows = []
+    for update in adapter.tokens:
+        if (update.size, update.width) != (source.dims.vocab, source.dims.hidden):
+            msg = (
+                f"adapter {adapter.info.name} changes {update.table} of {update.size} x {update.width}, the base "
+                f"{source.name} has {source.dims.vocab} x {source.dims.hidden}; give the base it was trained on"
+            )
+            raise AdapterError(msg)
+        changed, count, kept = 0, 0, 0.0
+        for part in _split(update, target):
+            carry = _factors if part.rows is None else _rows
+            carried, changed, count, kept = carry(part, source, target, places, stream)
+            found += [carried] if len(carried.ids) else []
+        share = kept / update.energy if update.energy else 1.0
+        rows.append(TokenRow(update.modules, update.sort, changed, count, update.share, share))
+    moved = settled(found, target)
+    for base in (source, target):
+        base.release()
+    return moved, tuple(rows), ""
+
+
+def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:
+    """int64 (V_src,): the target's id of every token of the source, -1 for one that it does not have.
+
+    Normal tokens are the same if they stand for the same bytes, special ones if they have the same name. Where both
+    vocabularies are the same altogether, ids that no token has are the same as well.
+
+    Returns:
+        The ids, or None with the reason.
+    """
+    size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
+    same = src.tokens == tgt.tokens and src.special == tgt.special and size == target.dims.vocab
+    if same and (src.tokens is not None or source.digest() == target.digest()):
+        return np.arange(size), ""
+    shared, reason = shared_ids(source, target)
+    if shared is None:
+        return None, reason
+    places = np.full(size, -1)
+    for name in src.special.keys() & tgt.special.keys():
+        places[src.special[name]] = tgt.special[name]
+    ids_src, ids_tgt = shared
+    places[ids_src] = ids_tgt
+    return places, ""
+
+
+def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
+    """A change of the one matrix that is both embedding and head, as two where the target has two."""
+    if update.table != TIED or target.tied:
+        yield update
+    else:
+        yield dataclasses.replace(update, table=EMBEDDING)
+        yield dataclasses.replace(update, table=HEAD)
+
+
+Carried = tuple[TokenUpdate, int, int, float]
+"""The change on the target, how many rows it has on the source and how many of them move, and the energy of these."""
+
+
+def _factors(
+    update: TokenUpdate, source: BaseModel, target: BaseModel, places: np.ndarray, stream: np.ndarray | None
+) -> Carried:
+    del source
+    assert update.factors is not None
+    ids = places[update.ids]
+    order = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
+    factors = LoRAFactors(
+        a=_chosen(np.asarray(update.factors.a), stream),
+        b=np.asarray(update.factors.b)[order],
+        scale=update.factors.scale,
+    )
+    energy = update_norm(factors) ** 2
+    carried = TokenUpdate(update.table, update.sort, target.dims.vocab, ids[order], factors, energy=energy)
+    return carried, len(ids), len(order), energy
+
+
+def _rows(
+    update: TokenUpdate, source: BaseModel, target: BaseModel, places: np.ndarray, stream: np.ndarray | None
+) -> Carried:
+    name = f"{update.modules[0]}.weight"
+    ids, rows, changed, energy = [], [], 0, 0.0
+    for part in update.parts():
+        old = source.rows(name, update.ids[part])
+        change = update.changed(old, part) - old
+        changes = change.any(axis=1)
+        changed += int(np.count_nonzero(changes))
+        place = places[update.ids[part]]
+        moves = changes & (place >= 0)
+        change = _chosen(change[moves], stream)
+        energy += float(np.sum(change**2))
+        ids.append(place[moves])
+        rows.append((target.rows(name, place[moves]) + change).astype(np.float32))
+    found = np.concatenate(ids)
+    order = np.argsort(found)
+    carried = replaced_rows(update.table, update.sort, target, found[order], np.concatenate(rows)[order])
+    return carried, changed, len(found), energy
+
+
+def _chosen(matrix: np.ndarray, stream: np.ndarray | None) -> np.ndarray:
+    """(m, D_tgt): the columns that the target has of a matrix (m, D_src), zeros in those that the source lacks."""
+    return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)
