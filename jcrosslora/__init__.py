@@ -28,9 +28,9 @@ from jcrosslora.export.export import ExportSettings as ExportSettings
 from jcrosslora.export.export import export_adapter as export_adapter
 from jcrosslora.export.merge import MergeSettings as MergeSettings
 from jcrosslora.export.merge import merge as merge
+from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
+from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
 from jcrosslora.lineage.pairing import Pairing as Pairing
-from jcrosslora.lineage.relation import Relation as Relation
-from jcrosslora.lineage.relation import relate as relate
 from jcrosslora.methods import METHODS as METHODS
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.verdict import verdict as verdict

@@ -32,7 +32,7 @@ CASES = {
     "rslora": {"target_modules": ["q_proj"], "use_rslora": True},
     "rank pattern": {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2, "up_proj": 7}},
     "alpha pattern": {"target_modules": ["q_proj"], "alpha_pattern": {"layers.1.self_attn.q_proj": 32}},
-    "anchored": {
+    "distill": {
         "target_modules": ["q_proj", "down_proj"],
         "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3, "layers.2.self_attn.q_proj": 5},
         "alpha_pattern": {r"^model\.layers\.\d\.mlp\.down_proj": 1, "down_proj": 5},

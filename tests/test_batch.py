@@ -15,7 +15,7 @@ import pytest
 from probe_bases import write_base
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from test_trip import WIDER
+from test_transfer import WIDER
 from tiny_bases import delta, random_adapter, write_llama
 
 import jcrosslora as jcl
@@ -348,7 +348,7 @@ def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
     jcl.save_adapter(random_adapter(base, scale=0.3), tmp_path / "adapters" / "a0", base_name="x")
     (tmp_path / "texts.txt").write_text("Anna said that the water boils.\nPeter has a dog and a house.\n" * 8)
     head = 'out="moved"\n[bases]\nsmall="small"\nwide="wide"\n[adapters]\nsmall=["adapters/a0"]\n'
-    move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["residual-teacher"]\nprobe_text="texts.txt"\neffect="never"\n'
+    move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["residual-fit"]\nprobe_text="texts.txt"\neffect="never"\n'
     (tmp_path / "plan.toml").write_text(head + move)
     (outcome,) = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     assert outcome.status == "done", outcome.text
@@ -476,15 +476,15 @@ def test_a_resumed_run_writes_the_same_bytes(house, tmp_path, monkeypatch):
     run_batch(plan)
     whole = results(tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "whole")
-    ledger, count = run_module.Ledger.writing, [0]
+    log, count = run_module.CompletionLog.writing, [0]
 
-    def die(self, job, mark):
+    def die(self, job, fingerprint):
         count[0] += 1
         if count[0] in (2, 4, 9):
             raise SystemError
-        return ledger(self, job, mark)
+        return log(self, job, fingerprint)
 
-    monkeypatch.setattr(run_module.Ledger, "writing", die)
+    monkeypatch.setattr(run_module.CompletionLog, "writing", die)
     for _ in range(3):
         with pytest.raises(SystemError):
             run_batch(plan)

@@ -126,9 +126,9 @@ def test_the_gradient_of_a_loss_is_its_slope(model, remat):
     def along(size):
         return float(loss(jax.tree.map(lambda at, towards: at + size * towards, adapter, direction)))
 
-    slope = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss))(adapter), direction))))
-    assert slope == pytest.approx((along(1e-4) - along(-1e-4)) / 2e-4, rel=0.02)
-    assert abs(slope) > 1e-2
+    gradient = float(sum(jax.tree.leaves(jax.tree.map(jnp.vdot, jax.jit(jax.grad(loss))(adapter), direction))))
+    assert gradient == pytest.approx((along(1e-4) - along(-1e-4)) / 2e-4, rel=0.02)
+    assert abs(gradient) > 1e-2
 
 
 def test_log_probs_do_not_depend_on_the_chunk(model):
@@ -240,14 +240,14 @@ def test_steps_keep_their_dtypes_in_bfloat16(model, packed):
 def test_the_gradient_of_factors_is_that_of_their_product(model):
     """Against JAX's own rule for the same product, alone and side by side."""
     rng = np.random.default_rng(3)
-    x, slope = (jnp.asarray(rng.normal(size=(2, 5, width)), jnp.float32) for width in (7, 6))
+    x, gradient = (jnp.asarray(rng.normal(size=(2, 5, width)), jnp.float32) for width in (7, 6))
     a, b = jnp.asarray(rng.normal(size=(4, 3, 7)), jnp.float32), jnp.asarray(rng.normal(size=(4, 6, 3)), jnp.float32)
 
     def ours(x, a, b):
-        return jnp.vdot(slope, update(x, StackedFactors(a, b)))
+        return jnp.vdot(gradient, update(x, StackedFactors(a, b)))
 
     def plain(x, a, b):
-        return jnp.vdot(slope, jnp.einsum("bti,ki,ok->bto", x, a, b, precision="highest"))
+        return jnp.vdot(gradient, jnp.einsum("bti,ki,ok->bto", x, a, b, precision="highest"))
 
     alone = (jax.grad(loss, argnums=(0, 1, 2))(x, a[0], b[0]) for loss in (ours, plain))
     sides = (jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(None, 0, 0))(x, a, b) for loss in (ours, plain))
@@ -258,10 +258,10 @@ def test_the_gradient_of_factors_is_that_of_their_product(model):
 
 def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
     rng = np.random.default_rng(4)
-    x, weight, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 7), (6, 7), (2, 5, 6)))
+    x, weight, gradient = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 7), (6, 7), (2, 5, 6)))
     half = jnp.asarray(weight, jnp.bfloat16)
-    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(slope, project(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
-    rounded = [np.asarray(jnp.asarray(one, jnp.bfloat16), np.float64) for one in (x, weight, slope)]
+    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(gradient, project(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
+    rounded = [np.asarray(jnp.asarray(one, jnp.bfloat16), np.float64) for one in (x, weight, gradient)]
     np.testing.assert_allclose(project(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
     np.testing.assert_allclose(by_x, rounded[2] @ rounded[1], **CLOSE)
     assert by_weight.dtype == jnp.bfloat16

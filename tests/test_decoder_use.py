@@ -86,13 +86,13 @@ def test_packed_weights_pass_back_the_gradient_of_an_adapter(pair):
     tokens, adapter = random_tokens(2, SHORT), stack_adapter(random_adapter(base, rank=3, scale=0.05), base)
 
     @jax.jit
-    def slope(params, adapter):
+    def gradient(params, adapter):
         def loss(adapter):
             return jnp.mean(jax.nn.logsumexp(run(settings, params, tokens, None, adapter), axis=-1))
 
         return jax.grad(loss)(adapter)
 
-    exact, found = slope(params, adapter), slope(load_params(base, jnp.bfloat16, packed=True), adapter)
+    exact, found = gradient(params, adapter), gradient(load_params(base, jnp.bfloat16, packed=True), adapter)
     for wanted, near in zip(jax.tree.leaves(exact), jax.tree.leaves(found), strict=True):
         assert 0 < relative(near, wanted) < 0.1
 

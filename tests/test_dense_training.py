@@ -36,11 +36,11 @@ def test_the_gradient_is_that_of_the_factors_where_they_begin(base):
     """With B = 0 the derivative by B is that by the weight, times A transposed and the scale."""
     model, params, factors = settings_of(base), load_params(base), first_factors(base, SETTINGS)
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS], 3, 1, 0).batch(0)
-    loss, slopes = loss_and_gradient(model, params, factors, batch, 2.0)
+    loss, gradients = loss_and_gradient(model, params, factors, batch, 2.0)
     weights = {role: params.weights[role] for role in factors.roles}
     dense, found = dense_training._loss_and_gradient(model, params, weights, batch)
     np.testing.assert_allclose(dense, loss, rtol=1e-6)
-    for role, one in slopes.roles.items():
+    for role, one in gradients.roles.items():
         wanted = 2.0 * np.asarray(found[role]) @ np.asarray(factors.roles[role].a).transpose(0, 2, 1)
         np.testing.assert_allclose(one.b, wanted, rtol=1e-4, atol=1e-6)
         assert np.abs(wanted).max() > 1e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_trip import WIDER
+from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl

@@ -18,12 +18,12 @@ from tiny_bases import random_adapter
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import compare_methods
 import fetch_tasks
-import layouts
 import lift
 import lift_scores
 import lift_table
 import lift_tasks
 import lift_work
+import templates
 import written_task
 
 import jcrosslora as jcl
@@ -31,7 +31,7 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Sampled
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.fit.distill.completions import Dialogue
+from jcrosslora.fit.distill.completions import Completion
 from jcrosslora.training import TrainSettings
 
 
@@ -203,13 +203,13 @@ def dora(folders, tmp_path):
 def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch, capsys):
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
-    monkeypatch.setattr(layouts, "write_pilot", lambda *_: [Dialogue("Q: Who?\nA:", " Anna", 1)] * 2)
+    monkeypatch.setattr(templates, "write_pilot", lambda *_: [Completion("Q: Who?\nA:", " Anna", 1)] * 2)
     wanted = argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0)
-    layouts.run(wanted)
+    templates.run(wanted)
     assert "Q:" in capsys.readouterr().out
-    monkeypatch.setattr(layouts, "write_pilot", lambda *_: [])
-    with pytest.raises(jcl.MethodError, match="wrote no dialogues: give a larger --each than 1"):
-        layouts.run(wanted)
+    monkeypatch.setattr(templates, "write_pilot", lambda *_: [])
+    with pytest.raises(jcl.MethodError, match="wrote no completions: give a larger --each than 1"):
+        templates.run(wanted)
 
 
 # Tasks and rows
@@ -436,9 +436,9 @@ def test_questions_too_long_for_the_target_are_refused_by_number_before_training
 
 
 def test_all_methods_and_auto_are_the_default():
-    given = ["--prompts", "9", "--prompted", "theseus", "--text", "news.txt", "--texted", "anchored"]
+    given = ["--prompts", "9", "--prompted", "theseus", "--text", "news.txt", "--texted", "distill"]
     rows = lift.rows_of(lift.parse(["--work", "w", *given]))
-    assert {row.name for row in rows} == {*jcl.METHODS, "auto", "theseus, 9 prompts", "anchored, on news"}
+    assert {row.name for row in rows} == {*jcl.METHODS, "auto", "theseus, 9 prompts", "distill, on news"}
 
 
 def test_a_run_from_adapters_trained_elsewhere(folders, task_files, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_effect import move_in
-from test_trip import WIDER
+from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
@@ -89,7 +89,7 @@ def test_every_command_says_so(house, monkeypatch, capsys):
 
 
 def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monkeypatch):
-    given = move_in(tmp_path, "residual-teacher", ["Anna said that the water boils.", "Peter has a dog."] * 8)
+    given = move_in(tmp_path, "residual-fit", ["Anna said that the water boils.", "Peter has a dog."] * 8)
     monkeypatch.setattr(effect_check, "load_params", fill_device)
     report = jcl.transfer(given).report
     assert report.effect is None

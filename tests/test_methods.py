@@ -211,15 +211,15 @@ REFERENCES = {
     "lora-x": reference_lora_x,
     "prolora": reference_prolora,
     "copy": reference_copy,
-    "interpolated-copy": reference_copy,  # before the way back
-    "anchored-copy": reference_copy,  # before the fit
+    "interpolated-copy": reference_copy,  # before the source interpolation
+    "distilled-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
     "index-interp": reference_index_interp,
 }
 
 
 # Maps that have planted symmetries of their own in test_scaled_procrustes, and those that carry nothing over.
-ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"residual-teacher", "anchored"}
+ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"residual-fit", "distill"}
 
 
 @pytest.mark.parametrize(("method", "shapes"), [case for case in CASES if case[0].name not in ELSEWHERE | {"random"}])

@@ -66,14 +66,14 @@ def test_proportional_is_ordered_in_range_and_symmetric(layers_src, layers_tgt):
 def test_an_explicit_list_may_leave_layers_out():
     pairing = pair_modules(modules(3), modules(3), parse_depth("2,-,0"))
     assert pairing.layers == (2, None, 0)
-    assert pairing.unfed == ("model.layers.1.q_proj", "model.layers.1.down_proj")
+    assert pairing.unmapped_targets == ("model.layers.1.q_proj", "model.layers.1.down_proj")
     assert {name.split(".")[2] for name in pairing.unused} == {"1"}
 
 
 def test_a_role_missing_on_one_side_is_accounted_for():
     pairing = pair_modules(modules(2, ("q_proj", "gate_proj")), modules(2, ("q_proj", "fc1")))
     assert [pair.role for pair in pairing.pairs] == ["q_proj", "q_proj"]
-    assert pairing.unfed == ("model.layers.0.fc1", "model.layers.1.fc1")
+    assert pairing.unmapped_targets == ("model.layers.0.fc1", "model.layers.1.fc1")
     assert pairing.unused == ("model.layers.0.gate_proj", "model.layers.1.gate_proj")
 
 

@@ -179,7 +179,7 @@ def test_scales_of_small_groups_are_widened_when_asked_for():
 @pytest.mark.parametrize("name", ["nf4, double", "fp4"])
 def test_uneven_levels_are_known_as_a_rounding(name, tmp_path):
     write_quantised(tmp_path / "t", CASES[name], **LARGER)
-    found = jcl.relate(open_base(write_llama(tmp_path / "s", **LARGER)), open_base(tmp_path / "t"))
+    found = jcl.compare_bases(open_base(write_llama(tmp_path / "s", **LARGER)), open_base(tmp_path / "t"))
     assert found.words == ("quantised",), found.sentence
 
 

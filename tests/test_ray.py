@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from test_batch import results
-from test_trip import WIDER
+from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl

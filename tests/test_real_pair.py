@@ -59,7 +59,7 @@ def test_the_report_tells_the_truth_about_the_pair(moved):
     for row in report.rows:
         assert 0.5 < row.vector_ratio < 2
         assert 0 < row.kept < 1
-    left = {item.source.split(".")[2] for item in report.leftovers}
+    left = {item.source.split(".")[2] for item in report.unmapped_sources}
     assert left == {"1", "3", "6", "8", "11", "13", "16", "18", "21", "23", "26", "28"}
 
 

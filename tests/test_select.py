@@ -109,7 +109,7 @@ def test_from_the_smaller_base_to_the_whole(tmp_path):
 
 def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, capsys, monkeypatch):
     asked = []
-    for place in ("trip", "selection", "kinship"):
+    for place in ("trip", "selection", "similarity"):
         count = f"jcrosslora.{place}.find_structure"
         monkeypatch.setattr(count, lambda *bases: asked.append(bases) or find_structure(*bases))
     made = make()

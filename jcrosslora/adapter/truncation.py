@@ -24,7 +24,7 @@ AUTO_SHARE = 0.99  # of each module's energy
 
 
 @dataclass(frozen=True)
-class RankCut:
+class Truncation:
     """What was left of an adapter's updates when their ranks were cut.
 
     Attributes:
@@ -92,18 +92,18 @@ def check_rule(rule: RankRule) -> None:
         raise UsageError(msg)
 
 
-def cut_rank(adapter: A, rule: RankRule | None = None) -> A:
-    """The adapter with every update cut to a lower rank, see `cut_and_tell`.
+def truncate_to_rounding(adapter: A, rule: RankRule | None = None) -> A:
+    """The adapter with every update cut to a lower rank, see `truncate_by_rule`.
 
     None cuts to the short side of each module, at which nothing is lost. One without modules stays as it is.
     """
     if not adapter.modules:
         return adapter
     longest = max(side for item in adapter.modules.values() for side in item.shape)
-    return cut_and_tell(adapter, longest if rule is None else rule)[0]
+    return truncate_by_rule(adapter, longest if rule is None else rule)[0]
 
 
-def cut_and_tell(adapter: A, rule: RankRule) -> tuple[A, RankCut]:
+def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
     """Cut every update to the best one of a lower rank in the Frobenius norm (Eckart-Young); none is made larger.
 
     The product of the factors is never formed: QR of both and the SVD of a small core give its singular values.
@@ -130,7 +130,7 @@ def cut_and_tell(adapter: A, rule: RankRule) -> tuple[A, RankCut]:
     }
     whole = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
     left = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
-    cut = RankCut.of(rule, {name: factors.rank for name, factors in modules.items()}, whole, left)
+    cut = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, whole, left)
     return dataclasses.replace(adapter, modules=modules), cut
 
 

@@ -100,8 +100,8 @@ def align(
     if get_method(method).then != "nothing":
         msg = (
             f"method {method} is more than maps: it makes an update of the target for one adapter; use "
-            "jcrosslora.transfer, jcrosslora.fit.distill.refine, jcrosslora.fit.residual.fit_residual or "
-            "jcrosslora.fit.interpolation.way_back"
+            "jcrosslora.transfer, jcrosslora.fit.distill.distill, jcrosslora.fit.residual.fit_residual or "
+            "jcrosslora.fit.interpolation.interpolate_to_source"
         )
         raise MethodError(msg)
     with hosts.together():
@@ -226,7 +226,7 @@ class Plan:
     @property
     def recipe(self) -> AlignRecipe:
         """The settings, with defaults and outcomes filled in."""
-        signs = "not needed" if not self.method.anchored else "vocabulary" if self._tokens else "rule"
+        signs = "not needed" if not self.method.needs_sign_anchor else "vocabulary" if self._tokens else "rule"
         probes = self.probes if self.runs_bases else None
         return AlignRecipe(
             method=self.method.name,
@@ -246,7 +246,7 @@ class Plan:
     def warnings(self) -> tuple[str, ...]:
         """What the user has to know before looking at any number."""
         found = []
-        if self.method.anchored and not self._tokens:
+        if self.method.needs_sign_anchor and not self._tokens:
             found.append(
                 f"the signs of the singular vectors are not anchored ({self._no_vocabulary}); they follow a rule that "
                 "depends on the basis, so the moved update is one of many equally valid ones"
@@ -297,7 +297,7 @@ class Plan:
 
     def _count_tokens(self) -> tuple[int, str]:
         """How many tokens both bases have, as far as the method asks for it; or 0 and why."""
-        if not (self.method.anchored or self.method.embeddings):
+        if not (self.method.needs_sign_anchor or self.method.embeddings):
             return 0, "not needed"
         count = None if self._kept is None else self._kept.shared_tokens()
         if count is not None:

@@ -92,7 +92,7 @@ class PairCache:
             probes: digest of the texts that the maps are made from, None for methods without.
             pairs: all that are aligned together.
         """
-        reads_texts = method.anchored or method.embeddings or method.activations
+        reads_texts = method.needs_sign_anchor or method.embeddings or method.activations
         bases = self._texts if reads_texts else self._weights
         # Sums over texts, and heads, are made for all pairs at one go, so that all of them may decide the last digits.
         together = _stated(pairs) if method.activations or method.embeddings else None

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.alignment.align import Plan
 from jcrosslora.alignment.transport import describe_base
-from jcrosslora.batch.ledger import Ledger, base_mark, mark_of
+from jcrosslora.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
@@ -86,7 +86,7 @@ def run_batch(
         summarised(plan, units, shard) as summary,
         tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
     ):
-        run = _Run(Ledger(plan.out), summary, bar, overwrite, progress)
+        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress)
         for unit in units:
             run.do(unit)
     return summary
@@ -118,7 +118,7 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
     """
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
     with tqdm(disable=True) as bar:
-        _Run(Ledger(out), summary, bar, overwrite, False).do(unit)
+        _Run(CompletionLog(out), summary, bar, overwrite, False).do(unit)
     return list(summary.outcomes.values())
 
 
@@ -136,7 +136,7 @@ class _Loaded:
 
     job: Job
     way: _Way
-    mark: str
+    fingerprint: str
     sources: tuple[str, ...]
     size: int
 
@@ -146,8 +146,8 @@ def _way(method: str, choice: Choice | None) -> _Way:
 
 
 class _Run:
-    def __init__(self, ledger: Ledger, summary: Summary, bar: tqdm, overwrite: bool, progress: bool) -> None:
-        self._ledger, self._summary, self._bar = ledger, summary, bar
+    def __init__(self, log: CompletionLog, summary: Summary, bar: tqdm, overwrite: bool, progress: bool) -> None:
+        self._log, self._summary, self._bar = log, summary, bar
         self._overwrite, self._progress = overwrite, progress
         self._since = time.monotonic()
         self._read: dict[str, Adapter] = {}  # of the unit that is being done, by the name of the job
@@ -171,7 +171,7 @@ class _Run:
         usual = _way(settings.method, choice)
         mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
         self._read, self._room = {}, CHUNK_BYTES
-        shared = base_mark(source), base_mark(target), _texts_digest(settings)
+        shared = base_fingerprint(source), base_fingerprint(target), _texts_digest(settings)
         every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
         loaded = [item for item in every if item is not None]
         self._close_kept(loaded)  # whatever becomes of the others
@@ -221,14 +221,14 @@ class _Run:
         mapped: _Way,
         shared: tuple[str, str, str],
     ) -> _Loaded | None:
-        """Check a job's adapter and its output before anything is computed; `shared` ends the input of `mark_of`."""
+        """Check a job's adapter and its output before anything is computed; `shared` ends the input of `fingerprint_of`."""
         try:
             adapter = load_for(job.settings, source, target)
             way = usual if adapter.info.invocation is None else mapped
             check_move(job.settings, adapter, target, way.method)
             mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            mark = mark_of(job, adapter.info, *shared)
-            if not self._ledger.is_done(job, mark):
+            fingerprint = fingerprint_of(job, adapter.info, *shared)
+            if not self._log.is_done(job, fingerprint):
                 ensure_free(job.settings.out, self._overwrite)
         except JCrossLoRAError as error:
             self._close(job, "failed", str(error))
@@ -237,7 +237,7 @@ class _Run:
         size += sum(4 * update.numbers for update in mover.adapter.tokens)
         if not way.method.fits:
             self._hold(job, adapter, size)
-        return _Loaded(job, way, mark, tuple(mover.adapter.modules), size)
+        return _Loaded(job, way, fingerprint, tuple(mover.adapter.modules), size)
 
     def _hold(self, job: Job, adapter: Adapter, size: int) -> None:
         """Hold an adapter that has been read until it is moved, as long as there is room for what a chunk holds."""
@@ -252,7 +252,7 @@ class _Run:
         settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
 
         def move() -> MovedAdapter:
-            with self._ledger.writing(item.job, item.mark):
+            with self._log.writing(item.job, item.fingerprint):
                 return transfer(settings, progress=self._progress)
 
         self._attempt(item, move)
@@ -305,11 +305,11 @@ class _Run:
         """What is left to do with a mapped adapter."""
         settings, choice, shown = item.job.settings, item.way.choice, self._progress
         moved = mover.finish(plan.transport(()), (source, target))
-        both, back = (source, target), settings.back
-        moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, back=back, ways=ways, progress=shown)
+        both, share = (source, target), settings.interpolation
+        moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, interpolation=share, ways=ways, progress=shown)
         moved, frozen = in_span(settings, target, moved, known)
         moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
-        with self._ledger.writing(item.job, item.mark):
+        with self._log.writing(item.job, item.fingerprint):
             write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
         return moved
 
@@ -326,7 +326,7 @@ class _Run:
             self._close(item.job, "done", verdict(moved.report).text)
 
     def _kept(self, item: _Loaded) -> bool:
-        return self._ledger.is_done(item.job, item.mark)
+        return self._log.is_done(item.job, item.fingerprint)
 
     def _close(self, job: Job, status: Status, text: str = "") -> None:
         now = time.monotonic()

@@ -118,7 +118,7 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Relate:
+class Compare:
     """Say what two base models have to do with each other, from their weights: same, quantised, trained, pruned, ..."""
 
     source: tyro.conf.Positional[str]
@@ -137,15 +137,15 @@ class Relate:
         import json
 
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.lineage.relation import relate
-        from jcrosslora.report.relation import print_relation
+        from jcrosslora.lineage.base_comparison import compare_bases
+        from jcrosslora.report.base_comparison import print_comparison
 
         source = open_base(self.source, revision=self.source_revision)
-        relation = relate(source, open_base(self.target, revision=self.target_revision))
+        relation = compare_bases(source, open_base(self.target, revision=self.target_revision))
         if self.json:
             print(json.dumps(relation.to_json(), indent=2, allow_nan=False))
         else:
-            print_relation(relation, console)
+            print_comparison(relation, console)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ COMMANDS = {
     "export": Export,
     "merge": Merge,
     "inspect": Inspect,
-    "relate": Relate,
+    "compare": Compare,
     "check": Check,
     "evaluate": Evaluate,
     "batch": Batch,

@@ -94,8 +94,8 @@ def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
     return _thin(x.astype(jnp.float32), factors.a, factors.b)
 
 
-# By JAX's own rule the derivative by b begins with a copy of the whole slope, transposed, in a loop with all that made
-# the slope: by a profile a fifth of a training step on a CPU. This one transposes what is K wide.
+# By JAX's own rule the derivative by b begins with a copy of the whole gradient, transposed, in a loop with all that made
+# the gradient: by a profile a fifth of a training step on a CPU. This one transposes what is K wide.
 @jax.custom_vjp
 def _thin(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return project(project(x, a), b)
@@ -106,12 +106,12 @@ def _thin_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, 
     return project(inner, b), (x, inner, a, b)
 
 
-def _thin_backward(kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _thin_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, inner, a, b = kept
-    by_inner = project(slope, b.T)
+    by_inner = project(gradient, b.T)
     flat = by_inner.reshape(-1, by_inner.shape[-1])
     by_a = project(flat.T, x.reshape(-1, x.shape[-1]).T)
-    by_b = project(inner.reshape(flat.shape).T, slope.reshape(-1, slope.shape[-1]).T).T
+    by_b = project(inner.reshape(flat.shape).T, gradient.reshape(-1, gradient.shape[-1]).T).T
     return project(by_inner, a.T), by_a, by_b
 
 

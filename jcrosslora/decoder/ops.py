@@ -40,13 +40,13 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
     return _project_rounded(x, weight), (x, weight)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x, weight = kept
-    slope = slope.astype(jnp.bfloat16)
-    by_x = product("...o,oi->...i", slope, _from_bits(weight))
+    gradient = gradient.astype(jnp.bfloat16)
+    by_x = product("...o,oi->...i", gradient, _from_bits(weight))
     if weight.dtype == jnp.uint16:  # integers have no derivative
         return by_x, None
-    return by_x, product("...o,...i->oi", slope, x.astype(jnp.bfloat16)).astype(weight.dtype)
+    return by_x, product("...o,...i->oi", gradient, x.astype(jnp.bfloat16)).astype(weight.dtype)
 
 
 _project_rounded.defvjp(_forward, _backward)

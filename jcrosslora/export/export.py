@@ -16,7 +16,7 @@ from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
-from jcrosslora.adapter.truncation import RankCut, RankRule, check_rule, cut_and_tell
+from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import describe_base
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import UsageError
@@ -71,7 +71,7 @@ class Exported:
     """
 
     adapter: Adapter
-    cut: RankCut | None
+    cut: Truncation | None
     sources: tuple[AdapterInfo, ...]
     magnitudes: Mapping[str, np.ndarray] | None = None
     frozen: Frozen | None = None
@@ -138,7 +138,7 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
         frozen = frozen_factors(base, total.modules, rank)
         return Exported(*project(total, frozen, rank), sources, frozen=frozen)
     if settings.out_rank is not None:
-        return Exported(*cut_and_tell(total, settings.out_rank), sources)
+        return Exported(*truncate_by_rule(total, settings.out_rank), sources)
     return Exported(total, None, sources)
 
 

@@ -30,8 +30,8 @@ ENERGY = 0.99
 
 
 @dataclass(frozen=True)
-class WayBack:
-    """The way back, low rank.
+class SourceInterpolation:
+    """The source interpolation, low rank.
 
     Attributes:
         modules: module -> share (W_src - W_tgt), cut; modules that both bases have alike are left out.
@@ -49,12 +49,14 @@ def check_share(share: float) -> None:
         UsageError: below 0 or above 1, or no number.
     """
     if not 0 <= share <= 1:
-        msg = f"back {share:g} is out of range; it must be from 0 (a copy) to 1 (all the way to the source)"
+        msg = f"interpolation {share:g} is out of range; it must be from 0 (a copy) to 1 (all the way to the source)"
         raise UsageError(msg)
 
 
-def way_back(source: BaseModel, target: BaseModel, share: float, *, rank: int, progress: bool = False) -> WayBack:
-    """What a share of the way back to the source changes of each module of the target.
+def interpolate_to_source(
+    source: BaseModel, target: BaseModel, share: float, *, rank: int, progress: bool = False
+) -> SourceInterpolation:
+    """What a share of the source interpolation to the source changes of each module of the target.
 
     Each difference is cut to the lowest rank that holds `ENERGY` of it, and to `rank` at most. What a LoRA has changed
     is of its rank; what training of all weights has changed may not be held by any small one, and `kept` says so.
@@ -75,11 +77,11 @@ def way_back(source: BaseModel, target: BaseModel, share: float, *, rank: int, p
     shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
     if shapes[0] != shapes[1]:
         odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
-        msg = f"there is no way back from {target.name} to {source.name}, which differ in {odd}: bases with the same "
+        msg = f"there is no source interpolation from {target.name} to {source.name}, which differ in {odd}: bases with the same "
         raise MethodError(msg + "modules were wanted; use another method than interpolated-copy")
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
-    with tqdm(total=len(target.modules), desc="way back", unit="module", disable=not progress) as bar:
+    with tqdm(total=len(target.modules), desc="source interpolation", unit="module", disable=not progress) as bar:
         for names in bounded_groups(
             list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
         ):
@@ -90,7 +92,9 @@ def way_back(source: BaseModel, target: BaseModel, share: float, *, rank: int, p
                 if one.rank and share:
                     modules[name] = LoRAFactors(a=one.a, b=one.b * np.float32(share))
             bar.update(len(names))
-    return WayBack({name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0)
+    return SourceInterpolation(
+        {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
+    )
 
 
 def _cut(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:

@@ -1,4 +1,4 @@
-"""`residual-teacher`: give the target's residual stream the change that an adapter gives the source's, in closed form.
+"""`residual-fit`: give the target's residual stream the change that an adapter gives the source's, in closed form.
 
 Let h be a residual stream behind a layer and dh what an adapter changes of it. For each target layer, from the first to
 the last, with M the linear map from the source's stream to the target's,

@@ -13,7 +13,7 @@ from jcrosslora.lineage.sampling import even, module_rows
 from jcrosslora.lineage.wording import change_words
 
 # The method for bases that differ, where both can be run on text; and the one where they cannot.
-ACTIVATION_METHOD = "anchored"
+ACTIVATION_METHOD = "distill"
 WEIGHT_METHOD = "cross-lora"
 # The methods for near copies: those that differ by rounding at most, and those that were trained further.
 COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
@@ -30,7 +30,7 @@ _LAYERS, _ROWS = 4, 64  # of each role, and of each module
 
 
 @dataclass(frozen=True)
-class Kinship:
+class WeightSimilarity:
     """How near the weights of two bases of equal shapes are, as means over the sampled modules.
 
     Attributes:
@@ -115,14 +115,14 @@ def choose_from(
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
     if structure is not None and not structure.in_place(source):
-        kinship = compare_weights(source, target, structure)
+        similarity = compare_weights(source, target, structure)
         nested = all(part.nested for part in parts_of(structure, source, target) if part.name != "tokens")
-        if kinship is not None and kinship.near and nested:
-            made = f"one of the two bases is made of the other's parts ({_figures(kinship)})"
+        if similarity is not None and similarity.near and nested:
+            made = f"one of the two bases is made of the other's parts ({_figures(similarity)})"
             return _choice("select", made, ", so the update is carried over part by part")
-    kinship = compare_weights(source, target)
-    if kinship is not None and kinship.near:
-        same = f"the two bases are nearly identical ({_figures(kinship)})"
+    similarity = compare_weights(source, target)
+    if similarity is not None and similarity.near:
+        same = f"the two bases are nearly identical ({_figures(similarity)})"
         words = [] if structure is None else change_words(compared(structure))
         trained = next((word for word in words if word in _TRAINED), None)
         if trained is None:
@@ -131,8 +131,8 @@ def choose_from(
             rest = ", and its quantiser may have left what looks like further training, so the update stays as it is"
             return _choice(COPY_METHOD, same, rest)
         same += f", but one is the other {trained}"
-        return _choice(TRAINED_METHOD, same, ", so part of the way back goes with the update")
-    differ = "the modules of the two bases have different shapes" if kinship is None else _differ(kinship)
+        return _choice(TRAINED_METHOD, same, ", so part of the source interpolation goes with the update")
+    differ = "the modules of the two bases have different shapes" if similarity is None else _differ(similarity)
     obstacle = why_not_run(source, target)
     if obstacle is None:
         rest = ", and both can be run on text, so an update is fitted to what they predict"
@@ -150,7 +150,9 @@ def _choice(method: str, found: str, rest: str) -> Choice:
     return Choice(method, found + rest, found)
 
 
-def compare_weights(source: BaseModel, target: BaseModel, structure: Structure | None = None) -> Kinship | None:
+def compare_weights(
+    source: BaseModel, target: BaseModel, structure: Structure | None = None
+) -> WeightSimilarity | None:
     """Compare a sample of the weights: of every role four layers from first to last, of each module 64 even rows.
 
     The sample is the same on every run, and only its rows are read (and dequantised).
@@ -161,7 +163,7 @@ def compare_weights(source: BaseModel, target: BaseModel, structure: Structure |
         structure: which parts go together; None takes each for its namesake.
 
     Returns:
-        The kinship, or None where the modules of the two bases are not the same by name and shape, or none has a
+        The similarity, or None where the modules of the two bases are not the same by name and shape, or none has a
         counterpart in the structure.
 
     Raises:
@@ -180,7 +182,7 @@ def compare_weights(source: BaseModel, target: BaseModel, structure: Structure |
     for base in (source, target):
         base.release()
     cosine, distance = np.mean(pairs, axis=0)
-    return Kinship(float(cosine), float(distance), len(pairs))
+    return WeightSimilarity(float(cosine), float(distance), len(pairs))
 
 
 def why_not_run(*bases: BaseModel) -> str | None:
@@ -236,10 +238,10 @@ def _compare(src: np.ndarray, tgt: np.ndarray) -> tuple[float, float]:
     return float(np.sum(src * tgt)) / (norm_src * norm_tgt), float(np.linalg.norm(tgt - src)) / norm_src
 
 
-def _figures(kinship: Kinship) -> str:
-    figures = f"cosine {kinship.cosine:.3f}, relative distance {kinship.distance:.3f}"
-    return f"{figures} of the weights of {kinship.modules} sampled modules"
+def _figures(similarity: WeightSimilarity) -> str:
+    figures = f"cosine {similarity.cosine:.3f}, relative distance {similarity.distance:.3f}"
+    return f"{figures} of the weights of {similarity.modules} sampled modules"
 
 
-def _differ(kinship: Kinship) -> str:
-    return f"the weights of the two bases differ ({_figures(kinship)})"
+def _differ(similarity: WeightSimilarity) -> str:
+    return f"the weights of the two bases differ ({_figures(similarity)})"

@@ -41,14 +41,14 @@ class Pairing:
         depth_map: how the layers were mapped: "proportional", "by-name", "similar" or "explicit".
         layers: for each target layer the source layer that feeds it, or None.
         pairs: in the target's order of modules.
-        unfed: target modules that receive nothing.
+        unmapped_targets: target modules that receive nothing.
         unused: source modules whose update goes nowhere.
     """
 
     depth_map: str
     layers: tuple[int | None, ...]
     pairs: tuple[Pair, ...]
-    unfed: tuple[str, ...]
+    unmapped_targets: tuple[str, ...]
     unused: tuple[str, ...]
 
 
@@ -75,11 +75,11 @@ def pair_modules(
     by_place: dict[tuple[int | None, str], str] = {
         (module.layer, module.role): module.name for module in source.values()
     }
-    pairs, unfed = [], []
+    pairs, unmapped_targets = [], []
     for module in target.values():
         feeder = by_place.get((layers[module.layer], module.role))
         if feeder is None:
-            unfed.append(module.name)
+            unmapped_targets.append(module.name)
         else:
             pairs.append(Pair(module.name, feeder, module.role))
     if not pairs:
@@ -88,7 +88,7 @@ def pair_modules(
     used = {pair.source for pair in pairs}
     unused = tuple(name for name in source if name not in used)
     kind = depth if isinstance(depth, str) else "explicit"
-    return Pairing(kind, layers, tuple(pairs), tuple(unfed), unused)
+    return Pairing(kind, layers, tuple(pairs), tuple(unmapped_targets), unused)
 
 
 def parse_depth(text: str) -> Depth:

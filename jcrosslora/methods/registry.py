@@ -18,7 +18,7 @@ from jcrosslora.methods import (
     theseus,
 )
 
-Then = Literal["nothing", "way back", "residual", "predictions"]
+Then = Literal["nothing", "source interpolation", "residual", "predictions"]
 Teacher = Literal["mean", "source"]
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
@@ -37,18 +37,18 @@ class Method:
         equal_shapes: whether it is only defined for modules of equal shape.
         decomposes: whether it asks for the SVDs of both modules (lora-x uses the source's only to say how similar
             the two bases are).
-        usual_rank: the truncation rank where none is asked for: the paper's. The way back takes 8: its first
+        usual_rank: the truncation rank where none is asked for: the paper's. The source interpolation takes 8: its first
             directions hold what the trainings have in common; with more of them the target forgets more (README).
         vectors: whether single singular vectors matter, or only the subspace that they span.
-        anchored: whether it uses the shared vocabulary.
+        needs_sign_anchor: whether it uses the shared vocabulary.
         activations: whether it runs both bases on probe texts.
         embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
         selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
         draws: whether its maps are random.
-        keeps_stream: whether the residual stream of the target has the source's coordinates, or those of them that the
+        preserves_residual_basis: whether the residual stream of the target has the source's coordinates, or those of them that the
             method names, so that changes of the embedding and the output head move as well.
         keeps_norm: whether the update's norm is restored after the map (a control has to).
-        then: what follows when the adapter has been moved: nothing, part of the way back from the target's weights to
+        then: what follows when the adapter has been moved: nothing, part of the source interpolation from the target's weights to
             the source's (`jcrosslora.fit.interpolation`), a fit of down_proj to the change of the residual stream
             (`jcrosslora.fit.residual`), or of v and o of attention to predictions (`jcrosslora.fit.distill`).
         teacher: what a fit to predictions is to: a mean of the target's own and the adapted source's, and on top of it
@@ -64,12 +64,12 @@ class Method:
     decomposes: bool = False
     usual_rank: int = 320
     vectors: bool = False
-    anchored: bool = False
+    needs_sign_anchor: bool = False
     activations: bool = False
     embeddings: bool = False
     selects: bool = False
     draws: bool = False
-    keeps_stream: bool = False
+    preserves_residual_basis: bool = False
     keeps_norm: bool = False
     then: Then = "nothing"
     teacher: Teacher = "mean"
@@ -96,7 +96,7 @@ class Method:
         parts = ["equal shapes"] if self.equal_shapes else []
         parts += ["a base made of the other's parts"] if self.selects else []
         parts += ["SVDs of both bases"] if self.decomposes else []
-        parts += ["shared vocabulary (for the signs)"] if self.anchored else []
+        parts += ["shared vocabulary (for the signs)"] if self.needs_sign_anchor else []
         parts += ["shared vocabulary (for the map)", "weights of all attention modules"] if self.embeddings else []
         parts += ["both bases run on text, their own or the user's"] if self.runs_bases else []
         return ", ".join(parts) or "nothing"
@@ -110,7 +110,7 @@ _METHODS = (
         fit=cross_lora.fit,
         decomposes=True,
         vectors=True,
-        anchored=True,
+        needs_sign_anchor=True,
         measure="vector ratio",
     ),
     Method(
@@ -137,25 +137,25 @@ _METHODS = (
         reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
         fit=coordinates.fit_padded,
         equal_shapes=True,
-        keeps_stream=True,
+        preserves_residual_basis=True,
     ),
     Method(
         name="interpolated-copy",
-        summary="the update as it is, on weights between both bases: part of the way back to the source goes with it",
+        summary="the update as it is, on weights between both bases: part of the source interpolation to the source goes with it",
         reference="this package; interpolation of weights: arXiv 2109.01903",
         fit=coordinates.fit_padded,
         equal_shapes=True,
         usual_rank=8,
-        keeps_stream=True,
-        then="way back",
+        preserves_residual_basis=True,
+        then="source interpolation",
     ),
     Method(
-        name="anchored-copy",
+        name="distilled-copy",
         summary="the update as it is, then v and o of attention fitted to what the adapted source predicts",
         reference="this package",
         fit=coordinates.fit_padded,
         equal_shapes=True,
-        keeps_stream=True,
+        preserves_residual_basis=True,
         then="predictions",
         teacher="source",
     ),
@@ -165,7 +165,7 @@ _METHODS = (
         reference="this package",
         fit=selected.fit,
         selects=True,
-        keeps_stream=True,
+        preserves_residual_basis=True,
         measure="part cosine",
     ),
     Method(
@@ -197,7 +197,7 @@ _METHODS = (
         measure="activation cosine",
     ),
     Method(
-        name="residual-teacher",
+        name="residual-fit",
         summary="down_proj, layer by layer, so that the target's stream changes as the source's does",
         reference="this package",
         fit=coordinates.fit_nothing,
@@ -205,7 +205,7 @@ _METHODS = (
         measure="none",
     ),
     Method(
-        name="anchored",
+        name="distill",
         summary="v and o of attention, in a few closed-form steps, to what the adapted source predicts",
         reference="this package",
         fit=coordinates.fit_nothing,

@@ -141,7 +141,7 @@ def _print_base(base: BaseModel, console: Console) -> None:
 
 def _keeping() -> str:
     """The methods that move changes of embedding and head."""
-    return ", ".join(method.name for method in METHODS.values() if method.keeps_stream)
+    return ", ".join(method.name for method in METHODS.values() if method.preserves_residual_basis)
 
 
 def _say(console: Console, text: str) -> None:

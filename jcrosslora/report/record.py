@@ -9,7 +9,7 @@ from typing import Any
 
 from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.records import AdapterInfo
-from jcrosslora.adapter.truncation import RankCut, RankRule
+from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.alignment.transport import AlignRecipe, BaseInfo
 from jcrosslora.evaluate.effect import Effect
 
@@ -53,7 +53,7 @@ class ModuleRow:
 
 
 @dataclass(frozen=True)
-class Leftover:
+class UnmappedSource:
     """A source module whose update goes nowhere, and the share of the whole update's ||.||_F^2 that it held."""
 
     source: str
@@ -101,8 +101,8 @@ class TransferReport:
         out_rank: the rank that updates were cut to, or the rule that chose it, or None.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
-        unfed: target modules that no source module feeds.
-        leftovers: source modules whose update went nowhere.
+        unmapped_targets: target modules that no source module feeds.
+        unmapped_sources: source modules whose update went nowhere.
         energy: ||.||_F^2 of the whole source update, moved or not.
         warnings: one sentence each.
         choice: why `--method auto` took this method; None where the user named it.
@@ -111,8 +111,8 @@ class TransferReport:
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
         added: what goes with the update that the maps do not make, one sentence without a full stop; None where
             nothing does.
-        back: the share of the way back to the source's weights that goes with it; None where none was asked for.
-        dialogues: how many prompts with answers were asked for, where predictions were fitted.
+        interpolation: the share of the source interpolation to the source's weights that goes with it; None where none was asked for.
+        completions: how many prompts with answers were asked for, where predictions were fitted.
         cut: what cutting to `out_rank` left; None where nothing was asked for.
         tokens: changes of the embedding and the output head that were moved.
     """
@@ -126,17 +126,17 @@ class TransferReport:
     out_rank: RankRule | None
     layers: tuple[int | None, ...]
     rows: tuple[ModuleRow, ...]
-    unfed: tuple[str, ...]
-    leftovers: tuple[Leftover, ...]
+    unmapped_targets: tuple[str, ...]
+    unmapped_sources: tuple[UnmappedSource, ...]
     energy: float
     warnings: tuple[str, ...]
     choice: str | None = None
     effect: Effect | None = None
     fitted: str | None = None
     added: str | None = None
-    back: float | None = None
-    dialogues: int | None = None
-    cut: RankCut | None = None
+    interpolation: float | None = None
+    completions: int | None = None
+    cut: Truncation | None = None
     tokens: tuple[TokenRow, ...] = ()
 
     @property
@@ -147,7 +147,7 @@ class TransferReport:
     @property
     def left_behind(self) -> float:
         """Share of the source update's energy in modules that feed nothing."""
-        return sum(item.share for item in self.leftovers)
+        return sum(item.share for item in self.unmapped_sources)
 
     def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
         """The rows of each role, in the order in which roles first appear."""

@@ -63,15 +63,15 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"signs: fixed by the embeddings of {report.recipe.shared_tokens:,} shared tokens")
     if report.recipe.svd != "not needed":
         lines.append(f"SVDs: {report.recipe.svd}")
-    if report.leftovers:
+    if report.unmapped_sources:
         roles = _count_by_layer(report)
         lines.append(
-            f"left behind: {len(report.leftovers)} source modules feed nothing ({roles}); "
+            f"left behind: {len(report.unmapped_sources)} source modules feed nothing ({roles}); "
             f"they held {report.left_behind:.1%} of the update's energy"
         )
     lines += [f"moved: {row.sentence}" for row in report.tokens]
-    if report.unfed:
-        lines.append(f"without an update: {len(report.unfed)} target modules")
+    if report.unmapped_targets:
+        lines.append(f"without an update: {len(report.unmapped_targets)} target modules")
     if report.effect is not None:
         lines += [
             "effect: " + ", ".join(f"{name} {cell}" for name, cell in row.items()) for row in report.effect.rows()
@@ -80,7 +80,7 @@ def _notes(report: TransferReport) -> list[str]:
 
 
 def _count_by_layer(report: TransferReport) -> str:
-    layers = sorted({int(item.source.split(".")[2]) for item in report.leftovers})
+    layers = sorted({int(item.source.split(".")[2]) for item in report.unmapped_sources})
     return "layers " + ", ".join(map(str, layers))
 
 

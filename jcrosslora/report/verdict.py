@@ -51,7 +51,7 @@ def _by_diagnostics(report: TransferReport) -> Verdict:
     method = get_method(report.recipe.method)
     if report.fitted is not None:
         # Prompts that the source wrote may be quite unlike those that the adapter was trained on.
-        more = "" if report.dialogues is None or report.recipe.probe_text is not None else _MORE
+        more = "" if report.completions is None or report.recipe.probe_text is not None else _MORE
         text = f"the update was fitted to what both bases do on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
     if method.measure == "none":

@@ -1,4 +1,4 @@
-"""What some methods do with an adapter when it has been moved: a fit that runs both bases, or part of the way back."""
+"""What some methods do with an adapter when it has been moved: a fit that runs both bases, or part of the source interpolation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jcrosslora.adapter import Adapter, fuse, split_fused, update_norm
 from jcrosslora.adapter.sums import add_factors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.fit.interpolation import SHARE, WayBack, way_back
+from jcrosslora.fit.interpolation import SHARE, SourceInterpolation, interpolate_to_source
 from jcrosslora.methods import Method
 from jcrosslora.shifting.shift import MovedAdapter, cut_moved
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
 
 RESIDUAL_SCALE = 0.6
-# Ways back between two bases at one rank, by the share that is taken.
-Ways = dict[float, WayBack]
+# Source interpolations between two bases at one rank, by the share that is taken.
+Ways = dict[float, SourceInterpolation]
 
 
 def fit_behind(
@@ -31,8 +31,8 @@ def fit_behind(
     *,
     prompts: Sequence[str] = (),
     batches: Sequence[ProbeBatch] = (),
-    dialogues: int | None = None,
-    back: float = SHARE,
+    completions: int | None = None,
+    interpolation: float = SHARE,
     ways: Ways | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -49,8 +49,8 @@ def fit_behind(
         moved: what the maps made of it, with its report.
         prompts: for a fit to predictions: text that answers are to follow; without any the source writes its own.
         batches: for a fit to the residual stream: probe texts.
-        dialogues: for a fit to predictions: how many prompts with answers; None is the usual number.
-        back: for a way back: the share of it that is taken.
+        completions: for a fit to predictions: how many prompts with answers; None is the usual number.
+        interpolation: for a source interpolation: the share of it that is taken.
         ways: those of earlier adapters, from the same source to the same target; a new one is added to them.
         seed: of what is sampled.
         progress: whether to show progress bars.
@@ -59,35 +59,41 @@ def fit_behind(
         The adapter, and the texts that the source wrote with the original for the fit, if it did.
 
     Raises:
-        JCrossLoRAError: see `jcrosslora.fit.distill.refine` and `jcrosslora.fit.residual.fit_residual`.
+        JCrossLoRAError: see `jcrosslora.fit.distill.distill` and `jcrosslora.fit.residual.fit_residual`.
     """
     if method.then == "nothing":
         return moved, ()
-    if method.then == "way back":
+    if method.then == "source interpolation":
         ways = {} if ways is None else ways
-        if back not in ways:
+        if interpolation not in ways:
             assert moved.report is not None
-            ways[back] = way_back(source, target, back, rank=moved.report.recipe.rank, progress=progress)
-        return _cut(_with_way_back(target, moved, ways[back], back)), ()
+            ways[interpolation] = interpolate_to_source(
+                source, target, interpolation, rank=moved.report.recipe.rank, progress=progress
+            )
+        return _cut(_with_interpolation(target, moved, ways[interpolation], interpolation)), ()
     start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
     if method.then == "residual":
         assert moved.report is not None
         found, sentence = _residual(source, target, adapter, start, batches, moved.report.layers, progress)
         return _cut(_reported(moved, found, sentence, None)), ()
-    from jcrosslora.fit.distill import FitSettings, refine
+    from jcrosslora.fit.distill import FitSettings, distill
 
-    settings = FitSettings() if dialogues is None else FitSettings.of(dialogues)
+    settings = FitSettings() if completions is None else FitSettings.of(completions)
     if method.teacher == "source":
-        settings = dataclasses.replace(settings, trust=1.0, strength=0.0)
-    refined = refine(source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress)
-    return _cut(_reported(moved, refined.adapter, refined.sentence, settings.dialogues)), refined.texts
+        settings = dataclasses.replace(settings, teacher_weight=1.0, contrast_weight=0.0)
+    distilled = distill(
+        source, target, adapter, start, prompts=prompts, settings=settings, seed=seed, progress=progress
+    )
+    return _cut(_reported(moved, distilled.adapter, distilled.sentence, settings.completions)), distilled.texts
 
 
 def _cut(moved: MovedAdapter) -> MovedAdapter:
     return moved if moved.report is None or moved.report.out_rank is None else cut_moved(moved)
 
 
-def _with_way_back(target: BaseModel, moved: MovedAdapter, found: WayBack, share: float) -> MovedAdapter:
+def _with_interpolation(
+    target: BaseModel, moved: MovedAdapter, found: SourceInterpolation, share: float
+) -> MovedAdapter:
     assert moved.report is not None
     # Parts of a fused matrix that share their A go on sharing it: added one by one, each would bring all of it along.
     terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
@@ -96,13 +102,13 @@ def _with_way_back(target: BaseModel, moved: MovedAdapter, found: WayBack, share
     modules = {name: parts[name] for name in target.modules if name in moved.modules or name in found.modules}
     norms = {name: update_norm(factors) for name, factors in modules.items()}
     rows = tuple(dataclasses.replace(row, norm_after=norms[row.target]) for row in moved.report.rows)
-    report = dataclasses.replace(moved.report, rows=rows, added=_added(found, share), back=share)
+    report = dataclasses.replace(moved.report, rows=rows, added=_added(found, share), interpolation=share)
     return dataclasses.replace(moved, modules=modules, report=report)
 
 
-def _added(found: WayBack, share: float) -> str:
+def _added(found: SourceInterpolation, share: float) -> str:
     """What goes with a copy, in words, without a full stop."""
-    way = "of the way back from the target's weights to the source's goes with the copy"
+    way = "of the source interpolation from the target's weights to the source's goes with the copy"
     if not found.modules:
         return f"nothing {way}: {'the two have the same weights in all modules' if share else 'none was asked for'}"
     highest = max(factors.rank for factors in found.modules.values())
@@ -132,7 +138,7 @@ def _residual(
     return unstack_adapter(whole), sentence
 
 
-def _reported(moved: MovedAdapter, found: Adapter, sentence: str, dialogues: int | None) -> MovedAdapter:
+def _reported(moved: MovedAdapter, found: Adapter, sentence: str, completions: int | None) -> MovedAdapter:
     assert moved.report is not None
     norms = {name: update_norm(factors) for name, factors in found.modules.items()}
     # What a map kept is no figure of an update that was fitted.
@@ -140,5 +146,5 @@ def _reported(moved: MovedAdapter, found: Adapter, sentence: str, dialogues: int
         dataclasses.replace(row, kept=math.nan, norm_after=norms.get(row.target, 0.0)) for row in moved.report.rows
     )
     # Nor is anything left behind: the fit sees what the whole adapter does.
-    report = dataclasses.replace(moved.report, rows=rows, leftovers=(), fitted=sentence, dialogues=dialogues)
+    report = dataclasses.replace(moved.report, rows=rows, unmapped_sources=(), fitted=sentence, completions=completions)
     return dataclasses.replace(moved, modules=found.modules, report=report)

@@ -85,11 +85,11 @@ class TransferSettings:
     task recover more than what the source writes."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
-    dialogues: int = FitSettings.dialogues
+    completions: int = FitSettings.completions
     """How many prompts with answers (16 or more) the source writes with its adapter, where predictions are fitted. More
     take longer and recover more: from 400 on each hundred is a step of its own."""
-    back: float = SHARE
-    """How much of the way back to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
+    interpolation: float = SHARE
+    """How much of the source interpolation to the source's weights goes with interpolated-copy: 0 is a copy, 1 all of it."""
     whitening: float = 0.0
     """Exponent of theseus' partial whitening, from 0 to 0.5."""
     effect: EffectCheck = "auto"
@@ -138,7 +138,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     if settings.effect not in get_args(EffectCheck):
         msg = f"effect {settings.effect!r} is unknown; use one of {', '.join(get_args(EffectCheck))}"
         raise UsageError(msg)
-    check_share(settings.back)
+    check_share(settings.interpolation)
     span_rank(settings.profile, settings.out_rank)
     find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
     source, target, cache = open_both(settings)
@@ -157,7 +157,7 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
     batches: list[ProbeBatch] = []
     if method.then == "residual":
         plan.probes, batches = batch_probes(source, target, plan.probes, seed=settings.seed, progress=progress)
-    moved, dialogues = fit_behind(
+    moved, completions = fit_behind(
         method,
         source,
         target,
@@ -165,15 +165,15 @@ def _transfer(settings: TransferSettings, progress: bool) -> MovedAdapter:
         mover.finish(plan.transport(()), (source, target)),
         prompts=plan.probes.texts if plan.probes is not None and plan.probes.path is not None else (),
         batches=batches,
-        dialogues=settings.dialogues,
-        back=settings.back,
+        completions=settings.completions,
+        interpolation=settings.interpolation,
         seed=settings.seed,
         progress=progress,
     )
     moved, frozen = in_span(settings, target, moved)
     if not writes:
         settings = dataclasses.replace(settings, effect="never")
-    moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, dialogues, progress)
+    moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, completions, progress)
     if writes:
         write_moved(settings, moved, frozen)
     return moved
@@ -258,7 +258,7 @@ def check_move(settings: TransferSettings, adapter: Adapter, target: BaseModel, 
 
 def shifter_of(settings: TransferSettings, adapter: Adapter, source: BaseInfo, method: str) -> Shifter:
     """What moves an adapter as the settings say; checks that it fits the base."""
-    if get_method(method).keeps_stream:
+    if get_method(method).preserves_residual_basis:
         adapter = for_profile(adapter, settings.profile)
     # Into the span of singular vectors an update is projected whole.
     out_rank = None if span_rank(settings.profile, settings.out_rank) else settings.out_rank
@@ -310,14 +310,14 @@ def with_account(
     moved: MovedAdapter,
     choice: Choice | None,
     probes: "Probes | None",
-    dialogues: Sequence[str] = (),
+    completions: Sequence[str] = (),
     progress: bool = False,
 ) -> MovedAdapter:
     """The moved adapter with the reason for its method, and its effect where that is wanted, in its report."""
     assert moved.report is not None
     runs_bases = get_method(moved.report.recipe.method).runs_bases
-    # An adapter for answers hardly shows in text of another kind, so dialogues come first.
-    texts = () if probes is None else probes.texts, dialogues
+    # An adapter for answers hardly shows in text of another kind, so completions come first.
+    texts = () if probes is None else probes.texts, completions
     warnings = moved.report.warnings
     if probes is None and settings.probe_text is not None:
         method = moved.report.recipe.method
@@ -346,7 +346,7 @@ def probes_of(settings: TransferSettings, source: BaseModel, plan: Plan, progres
         texts = tuple(read_texts(settings.probe_text))
         return Probes(texts, f"read from {settings.probe_text}", path=settings.probe_text)
     if plan.method.then == "predictions" and not plan.reads_probes:
-        return None  # dialogues are written instead, with the adapter
+        return None  # completions are written instead, with the adapter
     return written_probes(source, settings.probe_count, seed=settings.seed, progress=progress)
 
 
@@ -361,7 +361,7 @@ def _effect(
 ) -> "Effect | None":
     """What the original and the moved adapter change, or None where it is not wanted or cannot be measured.
 
-    Measured on the dialogues (the second of `texts`) if there are any, else on the probes and on new text that the
+    Measured on the completions (the second of `texts`) if there are any, else on the probes and on new text that the
     source writes with the adapter.
     """
     if settings.effect == "never" or (settings.effect == "auto" and not runs_bases):
@@ -373,9 +373,9 @@ def _effect(
     from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 
     original, moved = adapters
-    probes, dialogues = texts
-    if dialogues:
-        return check_effect(source, target, original, moved, (), written=dialogues, progress=progress)
+    probes, completions = texts
+    if completions:
+        return check_effect(source, target, original, moved, (), written=completions, progress=progress)
     written = adapter_texts(source, original, seed=settings.seed, progress=progress)
     if not probes and not written:
         return None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
-from jcrosslora.adapter.truncation import RankCut, RankRule
+from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.adapter.write_lora_xs import LORA_XS, directions, inside
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError, UsageError
@@ -31,7 +31,7 @@ _TOLERANCE = 1e-4
 _READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
 
 
-class SpanCut(RankCut):
+class SpanTruncation(Truncation):
     """What was left of updates in the span of K singular vectors; the rule is K."""
 
     @property
@@ -98,7 +98,7 @@ def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
     return LoRAFactors(a=np.ascontiguousarray(a), b=np.pad(u, ((0, 0), (0, rank - top))))
 
 
-def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanCut]:
+def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanTruncation]:
     """The part of every update that lies in the span of the frozen factors, and how much of it that is.
 
     Args:
@@ -113,7 +113,9 @@ def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanCut]:
     whole = {name: update_norm(factors) ** 2 for name, factors in adapter.modules.items()}
     # Rounding of factors far larger than their product could leave more than there was.
     left = {name: min(update_norm(factors) ** 2, whole[name]) for name, factors in modules.items()}
-    return dataclasses.replace(adapter, modules=modules), SpanCut.of(rank, dict.fromkeys(modules, rank), whole, left)
+    return dataclasses.replace(adapter, modules=modules), SpanTruncation.of(
+        rank, dict.fromkeys(modules, rank), whole, left
+    )
 
 
 def _inside(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:

@@ -14,7 +14,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
 from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.truncation import RankCut, RankRule, check_rule, cut_and_tell
+from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError, PairingError, UsageError
@@ -22,7 +22,7 @@ from jcrosslora.evidence.records import Terms
 from jcrosslora.linalg import product_energy
 from jcrosslora.lineage.pairing import Pair
 from jcrosslora.methods import get_method
-from jcrosslora.report.record import Leftover, ModuleRow, TransferReport
+from jcrosslora.report.record import ModuleRow, TransferReport, UnmappedSource
 from jcrosslora.shifting.token_rows import carry_tokens
 
 Calibration = Literal["none", "frobenius"]
@@ -60,7 +60,7 @@ def shift(
         calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
             maps make of it; None is the method's own choice (only the random control restores the norm).
         scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
-        out_rank: cut every update, optimally, to this rank, or by one of the rules of `cut_and_tell`; None keeps the
+        out_rank: cut every update, optimally, to this rank, or by one of the rules of `truncate_by_rule`; None keeps the
             rank (methods of two terms double it).
         bases: source and target, without which changes of the embedding and the output head stay behind.
 
@@ -133,7 +133,7 @@ class Shifter:
         if out_rank is not None:
             check_rule(out_rank)
         _check_invocation(adapter)
-        if not get_method(method).keeps_stream:
+        if not get_method(method).preserves_residual_basis:
             adapter = without_tokens(adapter, f"method {method} does not keep the coordinates of the residual stream")
         if scale != 1:
             adapter = without_tokens(adapter, f"scale {scale:g} is of linear layers alone")
@@ -175,8 +175,8 @@ class Shifter:
             out_rank=self.out_rank,
             layers=transport.pairing.layers,
             rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
-            unfed=transport.pairing.unfed,
-            leftovers=_leftovers(energies, {row.source for row in self._rows}),
+            unmapped_targets=transport.pairing.unmapped_targets,
+            unmapped_sources=_unmapped_sources(energies, {row.source for row in self._rows}),
             energy=sum(energies.values()),
             warnings=transport.warnings + _notes(adapter, transport),
             tokens=token_rows,
@@ -262,11 +262,11 @@ def cut_moved(moved: MovedAdapter) -> MovedAdapter:
     assert moved.report is not None
     rule = moved.report.out_rank
     assert rule is not None
-    return cut_by(moved, lambda whole: cut_and_tell(whole, rule))
+    return cut_by(moved, lambda whole: truncate_by_rule(whole, rule))
 
 
 def cut_by(
-    moved: MovedAdapter, cut: Callable[[Adapter], tuple[Adapter, RankCut]], *, restores: bool = True
+    moved: MovedAdapter, cut: Callable[[Adapter], tuple[Adapter, Truncation]], *, restores: bool = True
 ) -> MovedAdapter:
     """Replace the updates of a moved adapter by what is left of them, and put that into the report.
 
@@ -284,7 +284,7 @@ def cut_by(
     norms = {name: update_norm(factors) for name, factors in modules.items()}
     if restores and moved.report.calibration == "frobenius":
         wanted = {row.target: row.norm_after for row in moved.report.rows}
-        # What the maps did not make, as of a way back, has no norm to keep.
+        # What the maps did not make, as of a source interpolation, has no norm to keep.
         factors = {name: wanted[name] / norm if norm > 0 and name in wanted else 1.0 for name, norm in norms.items()}
         modules = {
             name: LoRAFactors(a=item.a, b=np.asarray(item.b) * np.float32(factors[name]))
@@ -329,9 +329,9 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
     return adapter
 
 
-def _leftovers(energies: dict[str, float], used: set[str]) -> tuple[Leftover, ...]:
+def _unmapped_sources(energies: dict[str, float], used: set[str]) -> tuple[UnmappedSource, ...]:
     total = sum(energies.values()) or 1.0
-    return tuple(Leftover(name, energy / total) for name, energy in energies.items() if name not in used)
+    return tuple(UnmappedSource(name, energy / total) for name, energy in energies.items() if name not in used)
 
 
 def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""The second stage of `anchored`: a moved adapter is fitted, in closed form, to what the source's adapter predicts."""
+"""The second stage of `distill`: a moved adapter is fitted, in closed form, to what the source's adapter predicts."""
 
-from jcrosslora.fit.distill.run import Refined, refine
+from jcrosslora.fit.distill.run import Distilled, distill
 from jcrosslora.fit.distill.settings import FitSettings
 
-__all__ = ["FitSettings", "Refined", "refine"]
+__all__ = ["Distilled", "FitSettings", "distill"]

@@ -1,7 +1,7 @@
 """Prompts and answers that a base writes with an adapter: the text on which the adapter shows what it does.
 
 Text that begins anywhere shows little of an adapter that was trained on the answers to prompts. So the base is led to
-where prompts end: it writes one in each of the common layouts of prompt and answer, and answers it. Which layouts the
+where prompts end: it writes one in each of the common templates of prompt and answer, and answers it. Which templates the
 adapter knows is seen from how much it changes the predictions of its base where the answer begins.
 """
 
@@ -18,7 +18,7 @@ from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, sample
 from jcrosslora.errors import not_finite
 
 # What stands in front of a prompt and in front of its answer.
-LAYOUTS = (
+TEMPLATES = (
     ("Question: ", "\nAnswer:"),
     ("Q: ", "\nA:"),
     ("User: ", "\nAssistant:"),
@@ -43,18 +43,18 @@ _UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off become
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class Completion:
     """A prompt with the answer that follows it.
 
     Attributes:
         prompt: all text in front of the answer.
         answer: what was written behind it.
-        layout: index into `LAYOUTS`; -1 for a prompt of the user's.
+        template: index into `TEMPLATES`; -1 for a prompt of the user's.
     """
 
     prompt: str
     answer: str = ""
-    layout: int = -1
+    template: int = -1
 
     @property
     def text(self) -> str:
@@ -62,11 +62,11 @@ class Dialogue:
         return self.prompt + self.answer
 
 
-def in_layout(dialogue: Dialogue, layout: int) -> Dialogue:
-    """A dialogue in one of `LAYOUTS` in another one; answers begin on a line of their own or behind a space."""
-    (front, end), (before, after) = LAYOUTS[dialogue.layout], LAYOUTS[layout]
-    prompt = before + dialogue.prompt.removeprefix(front).removesuffix(end) + after
-    return Dialogue(prompt, ("" if after.endswith("\n") else " ") + dialogue.answer.lstrip(), layout)
+def in_template(completion: Completion, template: int) -> Completion:
+    """A completion in one of `TEMPLATES` in another one; answers begin on a line of their own or behind a space."""
+    (front, end), (before, after) = TEMPLATES[completion.template], TEMPLATES[template]
+    prompt = before + completion.prompt.removeprefix(front).removesuffix(end) + after
+    return Completion(prompt, ("" if after.endswith("\n") else " ") + completion.answer.lstrip(), template)
 
 
 class Writer:
@@ -145,32 +145,34 @@ class Writer:
 
 
 def write_prompts(
-    writer: Writer, layouts: Sequence[int], seed: int, *, length: int = 32, temperature: float = 0.7
-) -> list[Dialogue]:
-    """One prompt of one sentence, still without an answer, for each of the given layouts.
+    writer: Writer, templates: Sequence[int], seed: int, *, length: int = 32, temperature: float = 0.7
+) -> list[Completion]:
+    """One prompt of one sentence, still without an answer, for each of the given templates.
 
     Those that are too short, or not finished after `length` tokens, are left out.
     """
     rng = np.random.default_rng(seed)
-    openers = rng.permutation(np.arange(len(layouts)) % len(OPENERS))
-    starts = [LAYOUTS[layout][0] + OPENERS[opener] for layout, opener in zip(layouts, openers, strict=True)]
+    openers = rng.permutation(np.arange(len(templates)) % len(OPENERS))
+    starts = [TEMPLATES[template][0] + OPENERS[opener] for template, opener in zip(templates, openers, strict=True)]
     written = writer.extend(starts, length, temperature, jax.random.key(seed))
     found = []
-    for layout, start, text in zip(layouts, starts, written, strict=True):
+    for template, start, text in zip(templates, starts, written, strict=True):
         end = first_sentence(text)
         prompt = start + end
-        if end and len(prompt.removeprefix(LAYOUTS[layout][0]).split()) >= _FEWEST:
-            found.append(Dialogue(prompt + LAYOUTS[layout][1], layout=layout))
+        if end and len(prompt.removeprefix(TEMPLATES[template][0]).split()) >= _FEWEST:
+            found.append(Completion(prompt + TEMPLATES[template][1], template=template))
     return found
 
 
 def answer(
-    writer: Writer, prompts: Sequence[Dialogue], seed: int, *, length: int = 24, temperature: float = 1.0
-) -> list[Dialogue]:
-    """The same dialogues with answers."""
+    writer: Writer, prompts: Sequence[Completion], seed: int, *, length: int = 24, temperature: float = 1.0
+) -> list[Completion]:
+    """The same completions with answers."""
     texts = [prompt.prompt for prompt in prompts]
     written = writer.extend(texts, length, temperature, jax.random.fold_in(jax.random.key(seed), 1))
-    return [Dialogue(prompt.prompt, text, prompt.layout) for prompt, text in zip(prompts, written, strict=True) if text]
+    return [
+        Completion(prompt.prompt, text, prompt.template) for prompt, text in zip(prompts, written, strict=True) if text
+    ]
 
 
 def first_sentence(text: str) -> str:

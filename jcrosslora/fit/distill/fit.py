@@ -1,6 +1,6 @@
-"""The fit: steps in closed form, each from fresh dialogues, each as long as held-out dialogues allow.
+"""The fit: steps in closed form, each from fresh completions, each as long as held-out completions allow.
 
-A step goes by all dialogues so far. Those of the steps before it were read when the target was not updated so far: the
+A step goes by all completions so far. Those of the steps before it were read when the target was not updated so far: the
 factors of the Fisher matrices, which change little, are taken as they are; of the gradient what the limit on the rank
 left over of it in each step (error feedback: Karimireddy et al. 2019, arXiv 1901.09847).
 """
@@ -17,7 +17,7 @@ from jax import lax
 from tqdm import tqdm
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, Params, StackedAdapter, StackedFactors
-from jcrosslora.fit.distill.batches import Lesson
+from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.reader import Reader, shared_log_probs, teach, weighted_kl
 from jcrosslora.fit.distill.settings import FitSettings
 from jcrosslora.fit.distill.solve import step_factors
@@ -36,16 +36,18 @@ class Fitted:
 
 
 class Teacher:
-    """What the target should predict on a lesson."""
+    """What the target should predict on a batch_of_completions."""
 
-    def __init__(self, source: Reader, target: Reader, adapter: StackedAdapter, trust: float, strength: float) -> None:
+    def __init__(
+        self, source: Reader, target: Reader, adapter: StackedAdapter, teacher_weight: float, contrast_weight: float
+    ) -> None:
         self.source, self.target = source, target
-        self.trust, self.strength = jnp.float32(trust), jnp.float32(strength)
+        self.teacher_weight, self.contrast_weight = jnp.float32(teacher_weight), jnp.float32(contrast_weight)
         self.adapter, self.none = adapter, jax.tree.map(jnp.zeros_like, adapter)
 
-    def read(self, lesson: Lesson) -> Read:
-        """The lesson as the target reads it."""
-        batch, src, tgt = lesson.batch, self.source, self.target
+    def read(self, batch_of_completions: DistillationBatch) -> Read:
+        """The batch_of_completions as the target reads it."""
+        batch, src, tgt = batch_of_completions.batch, self.source, self.target
         tokens_src, mask_src, at_src = (
             src.rows(batch.tokens_src),
             jnp.asarray(batch.mask_src),
@@ -61,39 +63,39 @@ class Teacher:
             for one in (self.none, self.adapter)
         )
         own = shared_log_probs(tgt.settings, tgt.params, None, tokens_tgt, mask_tgt, at_tgt)
-        teacher = teach(own, base, adapted, self.trust, self.strength)
-        return Read(tokens_tgt, mask_tgt, at_tgt, jnp.asarray(lesson.weight), teacher)
+        teacher = teach(own, base, adapted, self.teacher_weight, self.contrast_weight)
+        return Read(tokens_tgt, mask_tgt, at_tgt, jnp.asarray(batch_of_completions.weight), teacher)
 
 
 def fit(
     teacher: Teacher,
-    lessons: Sequence[Sequence[Lesson]],
-    held_out: Sequence[Lesson],
+    distillation_batches: Sequence[Sequence[DistillationBatch]],
+    held_out: Sequence[DistillationBatch],
     settings: FitSettings,
     start: StackedAdapter | None = None,
     *,
     seed: int = 0,
     progress: bool = False,
 ) -> Fitted:
-    """Fit an adapter of the target to the teacher; one step for each set of lessons."""
+    """Fit an adapter of the target to the teacher; one step for each set of distillation_batches."""
     target = teacher.target
-    adapter = _room(target.params, start, settings, len(lessons))
-    kept = [teacher.read(lesson) for lesson in held_out]
+    adapter = _room(target.params, start, settings, len(distillation_batches))
+    kept = [teacher.read(batch_of_completions) for batch_of_completions in held_out]
     best, length = held_out_kl(target, adapter, kept), _FIRST
     history = [best]
-    total = sum(len(part) for part in lessons)
+    total = sum(len(part) for part in distillation_batches)
     with tqdm(total=total, desc="fit", unit="batch", disable=not progress) as bar:
         totals = no_statistics(target.params, settings.roles)
-        for number, part in enumerate(lessons):
-            for place, lesson in enumerate(part):
+        for number, part in enumerate(distillation_batches):
+            for place, batch_of_completions in enumerate(part):
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
-                read = teacher.read(lesson)
+                read = teacher.read(batch_of_completions)
                 remat = keeps_much(target.settings, read.tokens.shape)
                 totals = add_batch(target.settings, totals, target.params, adapter, read, key, remat=remat)
                 jax.block_until_ready(totals)
                 bar.update()
             steps, behind = solve(totals, settings.rank, number + 1)
-            left = len(lessons) - number
+            left = len(distillation_batches) - number
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             totals = behind if length else totals
             history.append(best)
@@ -105,34 +107,34 @@ def solve(totals: Statistics, rank: int, parts: int = 1) -> tuple[dict[str, Stac
     """The step of every module, and the sums behind it.
 
     Args:
-        totals: sums over `parts` sets of lessons.
+        totals: sums over `parts` sets of distillation_batches.
         rank: of each module's step at most.
         parts: the sums are divided by it, so that steps have comparable lengths.
 
     Returns:
         role -> b (L, O, rank) and a (L, rank, I), and the sums with the gradient that the rank has left over.
     """
-    steps, slopes = {}, {}
-    for role in totals.slopes:
+    steps, gradients = {}, {}
+    for role in totals.gradients:
         a, g = totals.inputs[INPUT_SITES[role]], totals.outputs[role]
-        own = min(rank, *totals.slopes[role].shape[1:])
-        steps[role], slopes[role] = jax.block_until_ready(
-            _solve_stack(totals.slopes[role], a, g, jnp.float32(parts), own)
+        own = min(rank, *totals.gradients[role].shape[1:])
+        steps[role], gradients[role] = jax.block_until_ready(
+            _solve_stack(totals.gradients[role], a, g, jnp.float32(parts), own)
         )
-    return steps, dataclasses.replace(totals, slopes=slopes)
+    return steps, dataclasses.replace(totals, gradients=gradients)
 
 
 @partial(jax.jit, static_argnames="rank")
 def _solve_stack(
-    slopes: jax.Array, a: jax.Array, g: jax.Array, parts: jax.Array, rank: int
+    gradients: jax.Array, a: jax.Array, g: jax.Array, parts: jax.Array, rank: int
 ) -> tuple[StackedFactors, jax.Array]:
     def one(item: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[StackedFactors, jax.Array]:
-        slope, inputs, outputs = (each / parts for each in item)
-        b, a, rest = step_factors(slope, inputs, outputs, rank)
+        gradient, inputs, outputs = (each / parts for each in item)
+        b, a, rest = step_factors(gradient, inputs, outputs, rank)
         return StackedFactors(a=a, b=b), rest * parts
 
     # One layer after another on all devices: what the decompositions need, side by side, is many times the sums.
-    return lax.map(one, (slopes, a, g))
+    return lax.map(one, (gradients, a, g))
 
 
 def held_out_kl(target: Reader, adapter: StackedAdapter, kept: Sequence[Read]) -> float:
@@ -158,7 +160,7 @@ def _line_search(
     best: float,
     length: float,
 ) -> tuple[StackedAdapter, float, float]:
-    """The adapter with the steps at the length that is best on held-out lessons: doubled or halved until it is."""
+    """The adapter with the steps at the length that is best on held-out distillation_batches: doubled or halved until it is."""
 
     def at(length: float) -> tuple[StackedAdapter, float]:
         moved = _placed(adapter, steps, left, length)

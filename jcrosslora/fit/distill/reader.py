@@ -53,11 +53,13 @@ def shared_log_probs(
 
 
 @jax.jit
-def teach(target: jax.Array, base: jax.Array, adapted: jax.Array, trust: jax.Array, strength: jax.Array) -> jax.Array:
+def teach(
+    target: jax.Array, base: jax.Array, adapted: jax.Array, teacher_weight: jax.Array, contrast_weight: jax.Array
+) -> jax.Array:
     """float32 (P, V): what the target should predict.
 
-    log t = (1 - trust) log p_tgt + trust log p_adapted + strength (log p_adapted - log p_base), normalised. With
-    trust 0 the source's change in log-probability is added to the target's own; with trust 1 and strength 0 the teacher
+    log t = (1 - teacher_weight) log p_tgt + teacher_weight log p_adapted + contrast_weight (log p_adapted - log p_base), normalised. With
+    teacher_weight 0 the source's change in log-probability is added to the target's own; with teacher_weight 1 and contrast_weight 0 the teacher
     is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
     predict something else than the target does.
 
@@ -65,10 +67,12 @@ def teach(target: jax.Array, base: jax.Array, adapted: jax.Array, trust: jax.Arr
         target: (P, V), log-probabilities of the target.
         base: (P, V), of the source.
         adapted: (P, V), of the source with its adapter.
-        trust: (), share of the adapted source.
-        strength: (), of the source's change.
+        teacher_weight: (), share of the adapted source.
+        contrast_weight: (), of the source's change.
     """
-    return jax.nn.log_softmax(target + trust * (adapted - target) + strength * (adapted - base), axis=-1)
+    return jax.nn.log_softmax(
+        target + teacher_weight * (adapted - target) + contrast_weight * (adapted - base), axis=-1
+    )
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 VALUES = ("v_proj", "o_proj")
 
 
-# Dialogues to a step: more steps on the same dialogues fit these and not others, and more dialogues in as many steps
+# Completions to a step: more steps on the same completions fit these and not others, and more completions in as many steps
 # bring nothing.
 PER_STEP = 100
 
@@ -17,33 +17,33 @@ class FitSettings:
     """How a fit is done.
 
     Attributes:
-        steps: number of steps; each has dialogues of its own.
+        steps: number of steps; each has completions of its own.
         rank: of each step, or the short side of a module where that is less; the fitted update has `steps` times this
             rank on top of what it started from, but no more than the short side.
         roles: the modules that are fitted.
-        trust: share of the adapted source's own predictions in the teacher, see `jcrosslora.fit.distill.reader.teach`.
-        strength: of the source's change in the teacher, on top of that.
+        teacher_weight: share of the adapted source's own predictions in the teacher, see `jcrosslora.fit.distill.reader.teach`.
+        contrast_weight: of the source's change in the teacher, on top of that.
         prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
-        dialogues: prompts with answers in all, 16 or more, those held out included.
-        held_out: share of the dialogues that no step is fitted on: they decide how long each step is.
+        completions: prompts with answers in all, 16 or more, those held out included.
+        held_out: share of the completions that no step is fitted on: they decide how long each step is.
         tokens: of an answer at most.
         temperature: of the answers.
-        vocabulary: how many of the commonest shared tokens predictions are compared on, beside those of the dialogues.
+        vocabulary: how many of the commonest shared tokens predictions are compared on, beside those of the completions.
     """
 
     steps: int = 3
     rank: int = 32
     roles: tuple[str, ...] = VALUES
-    trust: float = 0.5
-    strength: float = 0.25
+    teacher_weight: float = 0.5
+    contrast_weight: float = 0.25
     prompt_weight: float = 1.0
-    dialogues: int = 300
+    completions: int = 300
     held_out: float = 0.15
     tokens: int = 12
     temperature: float = 1.0
     vocabulary: int = 6000
 
     @classmethod
-    def of(cls, dialogues: int) -> "FitSettings":
-        """The usual settings for a number of dialogues: a step for each hundred of them, but no fewer than usual."""
-        return cls(dialogues=dialogues, steps=max(cls.steps, dialogues // PER_STEP))
+    def of(cls, completions: int) -> "FitSettings":
+        """The usual settings for a number of completions: a step for each hundred of them, but no fewer than usual."""
+        return cls(completions=completions, steps=max(cls.steps, completions // PER_STEP))

@@ -9,7 +9,7 @@ DAMPING = 0.1
 FLOOR_IN, FLOOR_OUT = 1e-2, 1e-1
 
 
-def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def step_factors(gradient: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The update of at most `rank` that minimises tr(S' dW) + tr(dW' G dW A) / 2, with A and G damped.
 
     Without a limit on the rank that is dW = -G^-1 S A^-1. In coordinates in which A and G are the identity the
@@ -18,7 +18,7 @@ def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tup
     massive activations would otherwise leave nothing of the others.
 
     Args:
-        slope: (O, I), the gradient S.
+        gradient: (O, I), the gradient S.
         a: (I, I), sum of x x'.
         g: (O, O), sum of s s'.
         rank: the most that the update may have.
@@ -28,9 +28,9 @@ def step_factors(slope: jax.Array, a: jax.Array, g: jax.Array, rank: int) -> tup
         gradient of the model behind the step.
     """
     (half_in, root_in), (half_out, root_out) = _roots(a, FLOOR_IN), _roots(g, FLOOR_OUT)
-    u, s, vt = jnp.linalg.svd(dot(dot(half_out.T, slope), half_in), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(dot(dot(half_out.T, gradient), half_in), full_matrices=False)
     u, vt = u[:, :rank] * s[:rank], vt[:rank]
-    return -dot(half_out, u), dot(vt, half_in.T), slope - dot(dot(root_out, u), dot(vt, root_in.T))
+    return -dot(half_out, u), dot(vt, half_in.T), gradient - dot(dot(root_out, u), dot(vt, root_in.T))
 
 
 def _roots(moment: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:

@@ -31,13 +31,13 @@ class Statistics:
     Attributes:
         inputs: site -> (L, I, I), A.
         outputs: role -> (L, O, O), G.
-        slopes: role -> (L, O, I), the gradient, of earlier batches what steps left over of it.
+        gradients: role -> (L, O, I), the gradient, of earlier batches what steps left over of it.
         loss: (), the loss of each batch where it was read.
     """
 
     inputs: dict[str, jax.Array]
     outputs: dict[str, jax.Array]
-    slopes: dict[str, jax.Array]
+    gradients: dict[str, jax.Array]
     loss: jax.Array
 
 
@@ -66,7 +66,7 @@ def no_statistics(params: Params, roles: tuple[str, ...]) -> Statistics:
     return Statistics(
         inputs={INPUT_SITES[role]: jnp.zeros((layers, i, i)) for role, (layers, _, i) in shapes.items()},
         outputs={role: jnp.zeros((layers, o, o)) for role, (layers, o, _) in shapes.items()},
-        slopes={role: jnp.zeros(shape) for role, shape in shapes.items()},
+        gradients={role: jnp.zeros(shape) for role, shape in shapes.items()},
         loss=jnp.zeros(()),
     )
 
@@ -93,12 +93,12 @@ def add_batch(
     remat: bool = False,
 ) -> Statistics:
     """Add a batch to the sums, whose memory is used for the result; with `remat` layers keep nothing (`keeps_much`)."""
-    roles = tuple(totals.slopes)
-    nudges = {role: _nudge(params, role, read.tokens.shape) for role in roles}
+    roles = tuple(totals.gradients)
+    output_perturbations = {role: _nudge(params, role, read.tokens.shape) for role in roles}
 
-    def run(nudges: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def run(output_perturbations: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         # A bias for every position: the derivative by it is the derivative by the module's output there.
-        nudged = dataclasses.replace(params, biases={**params.biases, **nudges})
+        nudged = dataclasses.replace(params, biases={**params.biases, **output_perturbations})
         sites = tuple(totals.inputs)
 
         def reduce(seen: LayerCapture) -> dict[str, jax.Array]:
@@ -108,11 +108,11 @@ def add_batch(
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[read.at]
         return logits(settings, params, states), out.reduced
 
-    scores, pull, inputs = jax.vjp(run, nudges, has_aux=True)
+    scores, pull, inputs = jax.vjp(run, output_perturbations, has_aux=True)
     student = jax.nn.log_softmax(scores, axis=-1)
     weight = read.weight[:, None]
     drawn = jax.nn.one_hot(jax.random.categorical(key, scores), scores.shape[-1], dtype=scores.dtype)
-    (slopes,) = pull(weight * (jnp.exp(student) - jnp.exp(read.teacher)))
+    (gradients,) = pull(weight * (jnp.exp(student) - jnp.exp(read.teacher)))
     (sampled,) = pull(jnp.sqrt(weight) * (jnp.exp(student) - drawn))
     # The first position has huge activations of no meaning: it tells nothing of what a module's output is good for.
     seen = read.mask.astype(jnp.float32)[..., None]
@@ -122,8 +122,9 @@ def add_batch(
         outputs={
             role: _add_products(totals.outputs[role], sampled[role] * later, sampled[role] * later) for role in roles
         },
-        slopes={
-            role: _add_products(totals.slopes[role], slopes[role] * later, inputs[INPUT_SITES[role]]) for role in roles
+        gradients={
+            role: _add_products(totals.gradients[role], gradients[role] * later, inputs[INPUT_SITES[role]])
+            for role in roles
         },
         loss=totals.loss + weighted_kl(read.teacher, student, read.weight)[0],
     )
@@ -131,10 +132,10 @@ def add_batch(
 
 def _nudge(params: Params, role: str, shape: tuple[int, ...]) -> jax.Array:
     layers, width, _ = params.weights[role].shape
-    nudge = jnp.zeros((layers, *shape, width))
+    output_perturbation = jnp.zeros((layers, *shape, width))
     if role in params.biases:
-        nudge = nudge + params.biases[role].astype(jnp.float32)[:, None, None]
-    return nudge
+        output_perturbation = output_perturbation + params.biases[role].astype(jnp.float32)[:, None, None]
+    return output_perturbation
 
 
 def _add_products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

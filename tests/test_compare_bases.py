@@ -27,7 +27,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.cli.main import main
-from jcrosslora.lineage.relation import relate
+from jcrosslora.lineage.base_comparison import compare_bases
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
@@ -213,7 +213,7 @@ def test_the_relation_is_the_one_that_was_made(tmp_path, name):
     source, target = (
         written(x, tmp_path / side, d) for x, side, d in zip((made, change(made)), "st", dtypes, strict=True)
     )
-    found = relate(source, target)
+    found = compare_bases(source, target)
     assert found.words == words, found.sentence
     json.dumps(found.to_json(), allow_nan=False)
 
@@ -222,9 +222,9 @@ def test_the_relation_is_the_one_that_was_made(tmp_path, name):
 def test_bases_made_on_their_own(tmp_path, name):
     family, made, words = OTHERS[name]
     source, target = make(family).write(tmp_path / "s"), made.write(tmp_path / "t")
-    found = relate(source, target)
+    found = compare_bases(source, target)
     assert found.words == words, found.sentence
-    back = relate(target, source)
+    back = compare_bases(target, source)
     turned = {"pruned": "extended", "extended": "pruned"}
     assert set(back.words) == {turned.get(word, word) for word in words}, back.sentence
     assert (found.choice.method == "copy") == (words in (SAME, TRAINED) or name == "more tokens")
@@ -235,21 +235,21 @@ def test_no_two_of_the_seeds_are_related(tmp_path):
     bases = [make(seed=seed, intermediate_size=64 + 96 * (seed % 3)).write(tmp_path / str(seed)) for seed in range(10)]
     for place, source in enumerate(bases):
         for target in bases[:place]:
-            assert relate(source, target).words == UNRELATED
+            assert compare_bases(source, target).words == UNRELATED
 
 
 def test_zeros_are_no_evidence(tmp_path):
     """Files whose numbers were never written."""
     sizes = [{}, {"intermediate_size": 160}, {"num_hidden_layers": 3, "hidden_size": 96}]
     empty = [make(**size).change(lambda _, x: 0 * x).write(tmp_path / str(n)) for n, size in enumerate(sizes)]
-    assert [relate(empty[0], base).words for base in empty] == [SAME, UNRELATED, UNRELATED]
+    assert [compare_bases(empty[0], base).words for base in empty] == [SAME, UNRELATED, UNRELATED]
 
 
 def test_a_base_with_a_layer_of_zeros_is_itself_and_keeps_its_relations(tmp_path):
     made = make().change(lambda name, x: 0 * x if layer_of(name) == 2 and x.ndim == 2 else x)
     source = made.write(tmp_path / "s")
-    assert relate(source, made.write(tmp_path / "t")).words == SAME
-    assert relate(source, noisy(0.02)(made).write(tmp_path / "n")).words == TRAINED
+    assert compare_bases(source, made.write(tmp_path / "t")).words == SAME
+    assert compare_bases(source, noisy(0.02)(made).write(tmp_path / "n")).words == TRAINED
 
 
 @pytest.mark.parametrize("row", [1, 33, 63])
@@ -263,16 +263,16 @@ def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
         return x
 
     source, target = made.write(tmp_path / "s"), made.change(change).write(tmp_path / "t")
-    found = relate(source, target)
+    found = compare_bases(source, target)
     assert found.words == TRAINED
     assert "embed" in found.sentence
 
 
 def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
     source = make().write(tmp_path / "s")
-    assert relate(source, make().write(tmp_path / "t")).sentence == "the weight files are equal, byte by byte"
+    assert compare_bases(source, make().write(tmp_path / "t")).sentence == "the weight files are equal, byte by byte"
     wide = make().rounded("BF16")
-    found = relate(wide.write(tmp_path / "b", "BF16"), wide.write(tmp_path / "f"))
+    found = compare_bases(wide.write(tmp_path / "b", "BF16"), wide.write(tmp_path / "f"))
     assert found.words == SAME
     assert found.sentence == "all numbers of all tensors are equal, though the files are not"
 
@@ -282,7 +282,7 @@ def test_a_copy_without_the_buffers_of_older_files_is_the_same(tmp_path):
     made = make()
     older = dataclasses.replace(made, tensors=made.tensors | buffers)
     for source, target in ((older, made), (made, older)):
-        found = relate(source.write(tmp_path / "s"), target.write(tmp_path / "t"))
+        found = compare_bases(source.write(tmp_path / "s"), target.write(tmp_path / "t"))
         assert (found.words, found.choice.method) == (SAME, "copy")
 
 
@@ -293,7 +293,7 @@ def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
     changed = make().change(lambda name, x: table if name == "model.embed_tokens.weight" else x, vocab_size=tokens)
     source, target = make().write(tmp_path / "s"), changed.write(tmp_path / "t")
     for pair in ((source, target), (target, source)):
-        found = relate(*pair)
+        found = compare_bases(*pair)
         assert found.words == TRAINED
         assert "embed_tokens" in found.sentence
 
@@ -301,13 +301,13 @@ def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
 def test_factors_are_told_from_the_smallest_to_the_largest(tmp_path):
     factors: dict[int | None, float] = {0: 9.0, 1: 10.0, 2: 0.5}
     scaled = make().change(lambda name, x: x * factors.get(layer_of(name), 1) if "down_proj" in name else x)
-    found = relate(make().write(tmp_path / "s"), scaled.write(tmp_path / "t"))
+    found = compare_bases(make().write(tmp_path / "s"), scaled.write(tmp_path / "t"))
     assert "3 factors from 0.5 to 10" in found.sentence
 
 
 def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     change = then(with_layers([0, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 48)))
-    found = relate(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))
+    found = compare_bases(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))
     parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
     assert parts == {
         "layers": (2, 2, 2, 4),
@@ -329,7 +329,7 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
 def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
     made = make()
     target = merged(4, 0.02, roles=("q_proj", "down_proj"))(made)
-    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    found = compare_bases(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
     for item in found.compared:
         if item.role in ("q_proj", "down_proj"):
             assert (item.difference.change, item.difference.rank) == ("low rank", 4)
@@ -343,7 +343,7 @@ def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
 def test_a_rank_beyond_the_sample_is_found_by_reading_more_rows(tmp_path):
     made = make(intermediate_size=320, hidden_size=320, num_hidden_layers=1, vocab_size=400)
     target = merged(50, 0.02, roles=("up_proj",))(made)
-    found = relate(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
+    found = compare_bases(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
     assert found.words == MERGED
     assert "ranks: up_proj 50" in found.sentence
 
@@ -360,14 +360,14 @@ def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(BaseModel, "rows", watched)
     monkeypatch.setattr(BaseModel, "weight", None)
-    assert relate(source, target).words == TRAINED
+    assert compare_bases(source, target).words == TRAINED
     assert max(map(max, asked.values())) <= 512
     assert max(asked["model.layers.1.mlp.up_proj.weight"]) <= 64
 
 
 def test_the_same_on_every_run(tmp_path):
     source, target = make().write(tmp_path / "s"), then(reordered, noisy(0.05))(make()).write(tmp_path / "t")
-    assert relate(source, target).to_json() == relate(source, target).to_json()
+    assert compare_bases(source, target).to_json() == compare_bases(source, target).to_json()
 
 
 @pytest.mark.parametrize("part", ["up_proj", "input_layernorm.weight", "q_proj.bias"])
@@ -375,26 +375,26 @@ def test_a_damaged_weight_is_an_error(tmp_path, part):
     whole = make("qwen2")
     damaged = whole.change(lambda name, x: np.full_like(x, np.nan) if part in name else x)
     with pytest.raises(jcl.CheckpointError, match=f"{part} holds NaN or infinity"):
-        relate(whole.write(tmp_path / "s"), damaged.write(tmp_path / "t"))
+        compare_bases(whole.write(tmp_path / "s"), damaged.write(tmp_path / "t"))
 
 
 def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):
     make().write(tmp_path / "s")
     then(fewer_neurons, merged(3, 0.01))(make()).write(tmp_path / "t")
-    main(["relate", str(tmp_path / "s"), str(tmp_path / "t")])
+    main(["compare", str(tmp_path / "s"), str(tmp_path / "t")])
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith("relation: pruned, LoRA-merged")
     assert "auto would take select" in printed
-    main(["relate", str(tmp_path / "s"), str(tmp_path / "t"), "--json"])
+    main(["compare", str(tmp_path / "s"), str(tmp_path / "t"), "--json"])
     data = json.loads(capsys.readouterr().out)
     assert data["words"] == ["pruned", "LoRA-merged"]
     assert data["choice"]["method"] == "select"
     assert len(data["compared"]) == 30
     with pytest.raises(SystemExit):
-        main(["relate", str(tmp_path / "s"), str(tmp_path / "nothing")])
+        main(["compare", str(tmp_path / "s"), str(tmp_path / "nothing")])
 
 
 def test_the_real_pair_is_unrelated_and_each_is_itself():
     smol, gemma = map(open_base, real_models())
-    assert relate(smol, gemma).words == UNRELATED
-    assert relate(smol, smol).words == SAME
+    assert compare_bases(smol, gemma).words == UNRELATED
+    assert compare_bases(smol, smol).words == SAME

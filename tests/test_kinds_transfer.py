@@ -119,7 +119,7 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
     assert load_tokenizer(target).backend.decode(found) == "Let us see: Water"
     assert peft.LoraConfig.from_pretrained(tmp_path / "out").alora_invocation_tokens == found
     with pytest.raises(MethodError, match="acts only after"):
-        jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="anchored"))
+        jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="distill"))
     assert not (tmp_path / "other").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
 def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
     """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
     folder, source, target, _ = tokenized
-    assert jcl.relate(source, target).choice.method == "anchored"
+    assert jcl.compare_bases(source, target).choice.method == "distill"
     where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
     moved = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "auto")))
     assert moved.report.recipe.method == "cross-lora"

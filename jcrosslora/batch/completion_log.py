@@ -19,7 +19,7 @@ FOLDER = ".batch"
 _NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache")
 
 
-class Ledger:
+class CompletionLog:
     """The record of a batch's finished jobs, in a hidden folder beside their results.
 
     A job counts as done if its folder is there and the record says that it was made from the same numbers: the same
@@ -30,17 +30,17 @@ class Ledger:
     def __init__(self, out: Path) -> None:
         self._folder = out / FOLDER
 
-    def is_done(self, job: Job, mark: str) -> bool:
-        """Whether the job's folder is there and was made from what `mark` (see `mark_of`) stands for."""
+    def is_done(self, job: Job, fingerprint: str) -> bool:
+        """Whether the job's folder is there and was made from what `fingerprint` (see `fingerprint_of`) stands for."""
         if not Path(job.settings.out).is_dir():
             return False
         try:
-            return json.loads(self._path(job).read_bytes())["mark"] == mark
+            return json.loads(self._path(job).read_bytes())["fingerprint"] == fingerprint
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     @contextmanager
-    def writing(self, job: Job, mark: str) -> Iterator[None]:
+    def writing(self, job: Job, fingerprint: str) -> Iterator[None]:
         """A block that writes the job's folder.
 
         The record of a new folder is written first: killed between the two, the folder is missing. That of a folder
@@ -53,19 +53,19 @@ class Ledger:
         if replaces:
             self._forget(job)
         else:
-            self._write(job, mark)
+            self._write(job, fingerprint)
         yield
         if replaces:
-            self._write(job, mark)
+            self._write(job, fingerprint)
 
     def _forget(self, job: Job) -> None:
         with self._changing():
             self._path(job).unlink(missing_ok=True)
 
-    def _write(self, job: Job, mark: str) -> None:
+    def _write(self, job: Job, fingerprint: str) -> None:
         with self._changing():
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path(job), json.dumps({"mark": mark}).encode(), sync=True)
+            write_whole(self._path(job), json.dumps({"fingerprint": fingerprint}).encode(), sync=True)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -79,18 +79,18 @@ class Ledger:
         return self._folder / f"{job.name}.json"
 
 
-def base_mark(base: BaseModel) -> str:
+def base_fingerprint(base: BaseModel) -> str:
     """What a base is for a job: its weights, its configuration and its tokenizer."""
     return digest_of(weights_key(base), tokenizer_key(base))
 
 
-def mark_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
+def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
     """What a job is made from, as one hex string.
 
     Args:
         job: its settings count, apart from where its files are.
         adapter: the digest of its weights counts, and its configuration, which scales them.
-        source: from `base_mark`.
+        source: from `base_fingerprint`.
         target: likewise.
         texts: digest of those of `probe_text`; "" where the settings name no such file.
     """

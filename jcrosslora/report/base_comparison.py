@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.lineage import Compared, Part
-from jcrosslora.lineage.relation import Relation
+from jcrosslora.lineage.base_comparison import BaseComparison
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
 
-def print_relation(relation: Relation, console: Console) -> None:
+def print_comparison(relation: BaseComparison, console: Console) -> None:
     """Print what was found of each part and of each kind of tensor, and the relation last."""
     if relation.parts:
         _print_parts(relation.parts, console)

@@ -1,4 +1,4 @@
-"""Part of the way back from a further-trained base to the source, beside a copied adapter."""
+"""Part of the source interpolation from a further-trained base to the source, beside a copied adapter."""
 
 import json
 import tomllib
@@ -13,7 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.fit.interpolation import ENERGY, way_back
+from jcrosslora.fit.interpolation import ENERGY, interpolate_to_source
 from jcrosslora.session import second_stage
 
 RANK = 3
@@ -35,7 +35,7 @@ def difference(source, target, name):
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_merged_lora_is_taken_back_by_its_own_rank_where_it_was(bases, share):
-    found = way_back(*bases, share, rank=320)
+    found = interpolate_to_source(*bases, share, rank=320)
     assert {name.rpartition(".")[2] for name in found.modules} == set(EVERYWHERE) - {"k_proj"}
     assert list(found.modules) == [name for name in bases[1].modules if name in found.modules]
     assert found.kept > ENERGY
@@ -49,7 +49,7 @@ def test_a_merged_lora_is_taken_back_by_its_own_rank_where_it_was(bases, share):
 def test_of_what_has_no_low_rank_the_best_part_is_taken(tmp_path):
     made = make("llama")
     source, target = made.write(tmp_path / "source"), then(noisy(0.3))(made).write(tmp_path / "target")
-    found = way_back(source, target, 1.0, rank=4)
+    found = interpolate_to_source(source, target, 1.0, rank=4)
     whole = left = 0.0
     for name, factors in found.modules.items():
         s = np.linalg.svd(difference(source, target, name), compute_uv=False)
@@ -64,7 +64,7 @@ def test_of_what_has_no_low_rank_the_best_part_is_taken(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_equal_bases_have_no_way_between_them(bases, share):
-    found = way_back(bases[0], bases[0], share, rank=8)
+    found = interpolate_to_source(bases[0], bases[0], share, rank=8)
     assert not found.modules
     assert found.kept == 1
 
@@ -78,7 +78,7 @@ def transfer(bases, adapter, tmp_path, **changes):
 def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
     source, target = bases
     adapter = random_adapter(source, rank=2, roles={"q_proj", "k_proj"})
-    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=1.0)
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", interpolation=1.0)
     assert list(moved.modules) == list(target.modules)
     for name, factors in moved.modules.items():
         adapted = np.asarray(source.weight(name), np.float64)
@@ -92,7 +92,9 @@ def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
 def test_without_any_of_the_way_it_is_a_copy(bases, tmp_path):
     adapter = random_adapter(bases[0])
     copied = transfer(bases, adapter, tmp_path, method="copy")
-    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=0.0, out=str(tmp_path / "other"))
+    moved = transfer(
+        bases, adapter, tmp_path, method="interpolated-copy", interpolation=0.0, out=str(tmp_path / "other")
+    )
     assert moved.modules.keys() == copied.modules.keys()
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(delta(factors), delta(copied.modules[name]))
@@ -100,14 +102,14 @@ def test_without_any_of_the_way_it_is_a_copy(bases, tmp_path):
 
 def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp_path):
     adapter = random_adapter(bases[0], roles={"v_proj"})
-    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", back=0.25, scale=2.0)
-    assert moved.report.added.startswith("25% of the way back from the target's weights")
+    moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", interpolation=0.25, scale=2.0)
+    assert moved.report.added.startswith("25% of the source interpolation from the target's weights")
     assert f"ranks up to {RANK}" in moved.report.added
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "## Added\n\n25% of the way back" in card
+    assert "## Added\n\n25% of the source interpolation" in card
     stored = json.loads((tmp_path / "out" / "transfer_report.json").read_text(encoding="utf-8"))
     recipe = tomllib.loads(stored["recipe_toml"])
-    assert (recipe["back"], recipe["scale"]) == (0.25, 2.0)
+    assert (recipe["interpolation"], recipe["scale"]) == (0.25, 2.0)
     again = jcl.transfer(jcl.TransferSettings(**recipe | {"out": str(tmp_path / "again")}))
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.b, again.modules[name].b)
@@ -115,11 +117,13 @@ def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp
         np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.modules[row.target])), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("back", "why"), [(0.0, "none was asked for"), (0.75, "the two have the same weights")])
-def test_where_nothing_is_added_the_report_says_so(bases, tmp_path, back, why):
-    pair = bases if back == 0 else (bases[0], bases[0])
-    moved = transfer(pair, random_adapter(bases[0]), tmp_path, method="interpolated-copy", back=back)
-    assert moved.report.added.startswith("nothing of the way back")
+@pytest.mark.parametrize(
+    ("interpolation", "why"), [(0.0, "none was asked for"), (0.75, "the two have the same weights")]
+)
+def test_where_nothing_is_added_the_report_says_so(bases, tmp_path, interpolation, why):
+    pair = bases if interpolation == 0 else (bases[0], bases[0])
+    moved = transfer(pair, random_adapter(bases[0]), tmp_path, method="interpolated-copy", interpolation=interpolation)
+    assert moved.report.added.startswith("nothing of the source interpolation")
     assert why in moved.report.added
 
 
@@ -146,12 +150,12 @@ def test_parts_of_a_fused_matrix_go_on_sharing_what_they_share(tmp_path):
         a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((2, columns), (rows, 2)))
         modules[name] = jcl.LoRAFactors(a=a, b=b)
     adapter = jcl.Adapter(modules)
-    moved = transfer((source, target), adapter, tmp_path, method="interpolated-copy", back=1.0, profile="peft")
+    moved = transfer((source, target), adapter, tmp_path, method="interpolated-copy", interpolation=1.0, profile="peft")
     written = jcl.load_adapter(tmp_path / "out")
     assert written.modules.keys() == modules.keys()
     for name, factors in written.modules.items():
         parts = source.fused.get(name, ())
-        # Each part has a way back of its own; of the adapter's two directions there are two, whatever the parts.
+        # Each part has a source interpolation of its own; of the adapter's two directions there are two, whatever the parts.
         assert factors.rank == 2 + RANK * len(parts)
         wanted = delta(modules[name]) + source.stored_weight(name) - target.stored_weight(name)
         assert np.linalg.norm(delta(factors) - wanted) < 0.05 * np.linalg.norm(wanted)
@@ -170,7 +174,7 @@ def test_layers_of_several_dtypes_are_read_together(bases, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(made.config))
     write_safetensors(tmp_path / "model.safetensors", stored)
     mixed = jcl.open_base(tmp_path)
-    found = way_back(mixed, bases[0], 1.0, rank=64).modules
+    found = interpolate_to_source(mixed, bases[0], 1.0, rank=64).modules
     assert {int(name.split(".")[2]) for name in found} == {0, 1, 3}
     for name, factors in found.items():
         wanted = difference(mixed, bases[0], name)
@@ -186,8 +190,8 @@ def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(bases, tmp_path, share):
-    with pytest.raises(UsageError, match=f"back {share:g} is out of range"):
-        transfer(bases, random_adapter(bases[0]), tmp_path, method="interpolated-copy", back=share)
+    with pytest.raises(UsageError, match=f"interpolation {share:g} is out of range"):
+        transfer(bases, random_adapter(bases[0]), tmp_path, method="interpolated-copy", interpolation=share)
     assert not (tmp_path / "out").exists()
 
 
@@ -228,15 +232,19 @@ def test_a_batch_finds_the_way_back_once_for_all_adapters(bases, tmp_path, monke
     shares, settings = {"a0": 0.75, "a1": 0.75, "a2": 0.5}, {"method": "interpolated-copy", "out_rank": 2}
     alone = {}
     for seed, (name, share) in enumerate(shares.items()):
-        changes = {"back": share, "out": str(tmp_path / name)} | settings
+        changes = {"interpolation": share, "out": str(tmp_path / name)} | settings
         alone[name] = transfer(bases, random_adapter(bases[0], seed=seed), tmp_path, **changes)
         jcl.save_adapter(random_adapter(bases[0], seed=seed), tmp_path / "adapters" / name, base_name="org/src")
     plan = tmp_path / "plan.toml"
     head = f'out = "moved"\n[bases]\na = "{bases[0].path}"\nb = "{bases[1].path}"\n[adapters]\na = ["adapters/*"]\n'
     move = '[[moves]]\nfrom = "a"\nto = ["b"]\nmethods = ["interpolated-copy"]\nout_rank = 2\nadapters = '
-    plan.write_text(f'{head}{move}["a0", "a1"]\n{move}["a2"]\nback = 0.5\n')
+    plan.write_text(f'{head}{move}["a0", "a1"]\n{move}["a2"]\ninterpolation = 0.5\n')
     found = []
-    monkeypatch.setattr(second_stage, "way_back", lambda *given, **named: found.append(1) or way_back(*given, **named))
+    monkeypatch.setattr(
+        second_stage,
+        "interpolate_to_source",
+        lambda *given, **named: found.append(1) or interpolate_to_source(*given, **named),
+    )
     summary = run_batch(read_plan(plan))
     assert summary.count("done") == 3, summary
     assert len(found) == 2  # for two shares

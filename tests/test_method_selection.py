@@ -96,19 +96,19 @@ def test_what_is_no_copy_gets_maps(source, tmp_path, change):
 
 def test_independent_weights_have_no_cosine(source, tmp_path):
     target = open_base(write(tmp_path, seed=1))
-    kinship = compare_weights(source, target)
-    assert kinship is not None
-    assert abs(kinship.cosine) < 0.02
-    assert kinship.distance == pytest.approx(2**0.5, rel=0.05)
+    similarity = compare_weights(source, target)
+    assert similarity is not None
+    assert abs(similarity.cosine) < 0.02
+    assert similarity.distance == pytest.approx(2**0.5, rel=0.05)
     assert choose_method(source, target).method == ACTIVATION_METHOD
 
 
 def test_the_figures_are_those_of_the_added_noise(source, tmp_path):
-    kinship = compare_weights(source, changed(tmp_path, noise(0.75)))
-    assert kinship is not None
-    assert kinship.distance == pytest.approx(0.75, abs=0.02)
-    assert kinship.cosine == pytest.approx(0.8, abs=0.02)
-    assert kinship.modules == 7 * 3
+    similarity = compare_weights(source, changed(tmp_path, noise(0.75)))
+    assert similarity is not None
+    assert similarity.distance == pytest.approx(0.75, abs=0.02)
+    assert similarity.cosine == pytest.approx(0.8, abs=0.02)
+    assert similarity.modules == 7 * 3
 
 
 @pytest.mark.parametrize("dims", [{"hidden": 64}, {"layers": 2}, {"intermediate": 112}])
@@ -125,7 +125,7 @@ def test_other_shapes_get_maps(source, tmp_path, dims):
 @pytest.mark.parametrize(
     ("change", "usual", "instead"),
     [
-        (noise(1.2), "anchored", "cross-lora"),
+        (noise(1.2), "distill", "cross-lora"),
         (noise(0.3), "interpolated-copy", "interpolated-copy"),
         (lambda x: x, "copy", "copy"),
     ],
@@ -191,9 +191,9 @@ def test_a_module_inside_a_fused_matrix_is_compared_by_its_own_rows(source, tmp_
     }
     plain = {name: source.modules[name] for name in modules}
     pair = dataclasses.replace(source, modules=plain), dataclasses.replace(other, modules=modules)
-    kinship = compare_weights(*pair)
-    assert kinship is not None
-    assert (kinship.cosine, kinship.distance, kinship.modules) == (pytest.approx(1), 0, 3)
+    similarity = compare_weights(*pair)
+    assert similarity is not None
+    assert (similarity.cosine, similarity.distance, similarity.modules) == (pytest.approx(1), 0, 3)
 
 
 def test_a_damaged_weight_is_an_error(source, tmp_path):

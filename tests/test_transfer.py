@@ -117,12 +117,12 @@ def test_what_is_left_behind_is_listed_with_its_share_of_the_update(files):
     moved = jcl.shift(jcl.align(source, target, depth=[0, None]), adapter)
     energies = {name: np.sum(delta(factors) ** 2) for name, factors in adapter.modules.items()}
     total = sum(energies.values())
-    left = {item.source: item.share for item in moved.report.leftovers}
+    left = {item.source: item.share for item in moved.report.unmapped_sources}
     assert set(left) == {name for name in energies if ".0." not in name}
     for name, share in left.items():
         assert share == pytest.approx(energies[name] / total, rel=1e-5)
     assert list(moved.modules) == ["model.layers.0.self_attn.q_proj"]
-    assert len(moved.report.unfed) == 7
+    assert len(moved.report.unmapped_targets) == 7
 
 
 def test_out_rank_gives_the_best_approximation(files):

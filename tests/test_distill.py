@@ -31,19 +31,19 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.fit.distill import FitSettings, refine
+from jcrosslora.fit.distill import FitSettings, distill
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import writing as writing_module
-from jcrosslora.fit.distill.batches import BATCH, lessons, shared_tokens
-from jcrosslora.fit.distill.completions import LAYOUTS, Dialogue, Writer, first_sentence, in_layout
+from jcrosslora.fit.distill.batches import BATCH, distillation_batches, shared_tokens
+from jcrosslora.fit.distill.completions import TEMPLATES, Completion, Writer, first_sentence, in_template
 from jcrosslora.fit.distill.fit import solve
 from jcrosslora.fit.distill.reader import teach, weighted_kl
 from jcrosslora.fit.distill.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
 from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
-from jcrosslora.fit.distill.writing import continue_prompts, judge_layouts, known_layouts, write_dialogues
+from jcrosslora.fit.distill.writing import continue_prompts, judge_templates, known_templates, write_completions
 
-SMALL = FitSettings(steps=2, rank=4, dialogues=48, tokens=6, vocabulary=400, trust=0.0, strength=1.0)
+SMALL = FitSettings(steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,46 +68,46 @@ def problem(seed, rows=6, columns=9):
     return rng.normal(size=(rows, columns)), x.T @ x, s.T @ s
 
 
-def quadratic(update, slope, a, g):
+def quadratic(update, gradient, a, g):
     """The model of the loss."""
-    return np.sum(slope * update) + np.sum((damped(g, FLOOR_OUT) @ update @ damped(a, FLOOR_IN)) * update) / 2
+    return np.sum(gradient * update) + np.sum((damped(g, FLOOR_OUT) @ update @ damped(a, FLOOR_IN)) * update) / 2
 
 
-def step(slope, a, g, rank):
-    b, a_factor, _ = step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank)
+def step(gradient, a, g, rank):
+    b, a_factor, _ = step_factors(*(jnp.asarray(x, jnp.float32) for x in (gradient, a, g)), rank)
     return np.asarray(b, np.float64) @ np.asarray(a_factor, np.float64)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000))
 def test_a_step_of_full_rank_solves_the_damped_equations(seed):
-    slope, a, g = problem(seed)
-    exact = -np.linalg.solve(damped(g, FLOOR_OUT), slope) @ np.linalg.inv(damped(a, FLOOR_IN))
-    np.testing.assert_allclose(step(slope, a, g, 6), exact, atol=2e-4 * np.abs(exact).max())
+    gradient, a, g = problem(seed)
+    exact = -np.linalg.solve(damped(g, FLOOR_OUT), gradient) @ np.linalg.inv(damped(a, FLOOR_IN))
+    np.testing.assert_allclose(step(gradient, a, g, 6), exact, atol=2e-4 * np.abs(exact).max())
 
 
 def test_no_other_update_of_the_rank_has_a_lower_quadratic_model():
-    slope, a, g = problem(1)
-    best = quadratic(step(slope, a, g, 2), slope, a, g)
-    full = step(slope, a, g, 6)
+    gradient, a, g = problem(1)
+    best = quadratic(step(gradient, a, g, 2), gradient, a, g)
+    full = step(gradient, a, g, 6)
     u, s, vt = np.linalg.svd(full)
-    assert best < quadratic((u[:, :2] * s[:2]) @ vt[:2], slope, a, g) - 1e-6
+    assert best < quadratic((u[:, :2] * s[:2]) @ vt[:2], gradient, a, g) - 1e-6
     rng = np.random.default_rng(0)
     b, a_factor = np.linalg.qr(rng.normal(size=(6, 2)))[0], rng.normal(size=(2, 9))
     for _ in range(200):  # alternating exact minimisation: b, then a
         middle = a_factor @ damped(a, FLOOR_IN) @ a_factor.T
-        b = -np.linalg.solve(damped(g, FLOOR_OUT), slope @ a_factor.T) @ np.linalg.inv(middle)
+        b = -np.linalg.solve(damped(g, FLOOR_OUT), gradient @ a_factor.T) @ np.linalg.inv(middle)
         inner = b.T @ damped(g, FLOOR_OUT) @ b
-        a_factor = -np.linalg.inv(inner) @ b.T @ slope @ np.linalg.inv(damped(a, FLOOR_IN))
-    assert best <= quadratic(b @ a_factor, slope, a, g) + 1e-4 * abs(best)
+        a_factor = -np.linalg.inv(inner) @ b.T @ gradient @ np.linalg.inv(damped(a, FLOOR_IN))
+    assert best <= quadratic(b @ a_factor, gradient, a, g) + 1e-4 * abs(best)
 
 
 def test_one_massive_dimension_does_not_swallow_the_others():
-    slope, a, g = problem(3)
+    gradient, a, g = problem(3)
     scale = np.ones(9)
     scale[0] = 1e3
-    massive = step(slope * scale, a * scale[:, None] * scale, g, 6) * scale
-    plain = step(slope, a, g, 6)
+    massive = step(gradient * scale, a * scale[:, None] * scale, g, 6) * scale
+    plain = step(gradient, a, g, 6)
     np.testing.assert_allclose(massive[:, 1:], plain[:, 1:], atol=0.05 * np.abs(plain).max())
 
 
@@ -147,10 +147,12 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
 
     roles = ("q_proj", "o_proj")
     found = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
-    exact, slopes = jax.value_and_grad(loss)({role: params.weights[role] for role in roles})
+    exact, gradients = jax.value_and_grad(loss)({role: params.weights[role] for role in roles})
     np.testing.assert_allclose(found.loss, exact, rtol=1e-5)
     for role in roles:
-        np.testing.assert_allclose(found.slopes[role], slopes[role], atol=1e-5 * float(jnp.abs(slopes[role]).max()))
+        np.testing.assert_allclose(
+            found.gradients[role], gradients[role], atol=1e-5 * float(jnp.abs(gradients[role]).max())
+        )
         assert np.linalg.eigvalsh(np.asarray(found.outputs[role][0], np.float64)).min() > -1e-5
     seen = forward(model, params, tokens, mask=mask, adapter=adapter, capture=frozenset({"inputs"})).captured["inputs"]
     for site in ("attn_in", "attn_out_in"):
@@ -175,7 +177,7 @@ def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
     exact, near = found[jnp.float32], found[jnp.bfloat16]
     assert near.loss == pytest.approx(float(exact.loss), rel=1e-2)
     for wanted, got in zip(
-        jax.tree.leaves((exact.inputs, exact.slopes)), jax.tree.leaves((near.inputs, near.slopes)), strict=True
+        jax.tree.leaves((exact.inputs, exact.gradients)), jax.tree.leaves((near.inputs, near.gradients)), strict=True
     ):
         assert wanted.dtype == got.dtype == jnp.float32
         assert 0 < float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)) < 0.15
@@ -195,8 +197,8 @@ def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
     def gather(params, adapter):
         return add_batch(model, no_statistics(params, ("v_proj", "o_proj")), params, adapter, read, key)
 
-    def step(slope, a, g):
-        return step_factors(slope, a, g, 4)
+    def step(gradient, a, g):
+        return step_factors(gradient, a, g, 4)
 
     squares = (jnp.zeros((6, 9)), jnp.eye(9), jnp.eye(6))
     for program, arrays in ((write, (params, adapter)), (gather, (params, adapter)), (step, squares)):
@@ -205,15 +207,15 @@ def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
 
 
 def test_a_step_goes_by_the_mean_of_the_sets():
-    slopes, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
-    one = Statistics({"attn_out_in": a}, {"o_proj": g}, {"o_proj": slopes}, jnp.float32(2))
+    gradients, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
+    one = Statistics({"attn_out_in": a}, {"o_proj": g}, {"o_proj": gradients}, jnp.float32(2))
     steps, behind = solve(jax.tree.map(lambda x: 2 * x, one), 3, 2)
     for layer in range(2):
-        wanted = step(slopes[layer], a[layer], g[layer], 3)
+        wanted = step(gradients[layer], a[layer], g[layer], 3)
         found = steps["o_proj"].b[layer] @ steps["o_proj"].a[layer]
         np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
-        _, _, rest = step_factors(slopes[layer], a[layer], g[layer], 3)
-        np.testing.assert_allclose(behind.slopes["o_proj"][layer], 2 * rest, atol=1e-4 * np.abs(slopes).max())
+        _, _, rest = step_factors(gradients[layer], a[layer], g[layer], 3)
+        np.testing.assert_allclose(behind.gradients["o_proj"][layer], 2 * rest, atol=1e-4 * np.abs(gradients).max())
     np.testing.assert_array_equal(behind.inputs["attn_out_in"], 2 * a)
     np.testing.assert_array_equal(behind.outputs["o_proj"], 2 * g)
 
@@ -221,26 +223,26 @@ def test_a_step_goes_by_the_mean_of_the_sets():
 @given(st.integers(0, 100), st.integers(1, 6))
 @settings(deadline=None, max_examples=15)
 def test_what_a_step_leaves_over_is_the_gradient_of_the_model_behind_it(seed, rank):
-    slope, a, g = problem(seed)
-    b, factor, rest = map(np.asarray, step_factors(*(jnp.asarray(x, jnp.float32) for x in (slope, a, g)), rank))
-    wanted = slope + damped(g, FLOOR_OUT) @ (b @ factor) @ damped(a, FLOOR_IN)
+    gradient, a, g = problem(seed)
+    b, factor, rest = map(np.asarray, step_factors(*(jnp.asarray(x, jnp.float32) for x in (gradient, a, g)), rank))
+    wanted = gradient + damped(g, FLOOR_OUT) @ (b @ factor) @ damped(a, FLOOR_IN)
     # Sizes of dimensions differ by 30 and more: each entry is judged by those of its own.
     sizes = np.sqrt(np.outer(np.diagonal(g), np.diagonal(a)))
-    assert np.abs((rest - wanted) / sizes).max() < 1e-4 * np.abs(slope / sizes).max()
-    assert abs(np.vdot(rest, b @ factor)) < 1e-4 * abs(np.vdot(slope, b @ factor))  # nothing is left along the step
+    assert np.abs((rest - wanted) / sizes).max() < 1e-4 * np.abs(gradient / sizes).max()
+    assert abs(np.vdot(rest, b @ factor)) < 1e-4 * abs(np.vdot(gradient, b @ factor))  # nothing is left along the step
 
 
 def test_what_the_rank_left_over_of_earlier_dialogues_is_in_later_steps(pair, monkeypatch):
     source, target, adapter = pair
-    lessons_of = run_module._lessons
+    lessons_of = run_module._distillation_batches
 
     def silent(*given):
         (first, second), held_out = lessons_of(*given)
         return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], held_out
 
-    monkeypatch.setattr(run_module, "_lessons", silent)
+    monkeypatch.setattr(run_module, "_distillation_batches", silent)
     small = dataclasses.replace(SMALL, rank=1)
-    found = refine(source, target, adapter, prompts=CORPUS, settings=small).divergences
+    found = distill(source, target, adapter, prompts=CORPUS, settings=small).divergences
     assert found[2] < found[1] < found[0]
 
 
@@ -260,12 +262,12 @@ def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):
         total = add_batch(model, total, params, none, read, jax.random.key(number))
     # o_proj's output at the last position alone reaches the prediction: the exact matrix is J'(diag p - p p')J.
 
-    def scores(nudge):
-        biased = dataclasses.replace(params, biases={"o_proj": nudge[None, None, None]})
+    def scores(output_perturbation):
+        biased = dataclasses.replace(params, biases={"o_proj": output_perturbation[None, None, None]})
         return logits(model, params, forward(model, biased, tokens).hidden[0, 2])
 
     zero = jnp.zeros(params.weights["o_proj"].shape[1])
-    # A nudge at all positions of the last layer acts at the last position alone.
+    # A output_perturbation at all positions of the last layer acts at the last position alone.
     jacobian, p = np.asarray(jax.jacobian(scores)(zero)), np.asarray(jax.nn.softmax(scores(zero)))
     exact = jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
     error = np.linalg.norm(total.outputs["o_proj"][0] / draws - exact) / np.linalg.norm(exact)
@@ -316,7 +318,7 @@ def test_what_a_base_of_8b_parameters_needs(pair):
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(totals)) == pytest.approx(9e9, rel=0.05)
     factors = {
         role: StackedFactors(array(layers, 96, 4096), array(layers, outputs.get(role, 4096), 96))
-        for role in totals.slopes
+        for role in totals.gradients
     }
     tokens, places = (BATCH, 96), 256
     read = Read(
@@ -343,25 +345,30 @@ def test_large_bases_keep_nothing_for_the_backward_passes(pair, monkeypatch):
     monkeypatch.setattr(fit_module, "keeps_much", lambda *_: True)
     monkeypatch.setattr(fit_module, "add_batch", lambda *given, remat: seen.append(remat) or add_batch(*given))
     source, target, adapter = pair
-    refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
+    distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     assert set(seen) == {True}
 
 
 def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
     source, target, _ = pair
     tokenizers = load_tokenizer(source), load_tokenizer(target)
-    items = [Dialogue("Anna said ", "that Plants need Water."), Dialogue("Water boils at 100 degrees. " * 9, "Where?")]
-    found = lessons(items, tokenizers, 0.25)
-    assert {lesson.batch.tokens_src.shape[0] for lesson in found} == {BATCH}
-    for lesson in found:
-        batch = lesson.batch
+    items = [
+        Completion("Anna said ", "that Plants need Water."),
+        Completion("Water boils at 100 degrees. " * 9, "Where?"),
+    ]
+    found = distillation_batches(items, tokenizers, 0.25)
+    assert {batch_of_completions.batch.tokens_src.shape[0] for batch_of_completions in found} == {BATCH}
+    for batch_of_completions in found:
+        batch = batch_of_completions.batch
         (item,) = [
-            one for one in items if len(one.text) >= batch.end.max() and one.text == items[found.index(lesson)].text
+            one
+            for one in items
+            if len(one.text) >= batch.end.max() and one.text == items[found.index(batch_of_completions)].text
         ]
         inside = batch.valid & (batch.end < len(item.prompt))
-        assert set(lesson.weight[inside]) <= {np.float32(0.25)}
-        assert set(lesson.weight[batch.valid & ~inside]) <= {np.float32(1)}
-        assert not lesson.weight[~batch.valid].any()
+        assert set(batch_of_completions.weight[inside]) <= {np.float32(0.25)}
+        assert set(batch_of_completions.weight[batch.valid & ~inside]) <= {np.float32(1)}
+        assert not batch_of_completions.weight[~batch.valid].any()
     src, tgt = shared_tokens(source, target, found, 5)
     words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
     by_id = {index: token for token, index in words_tgt.items()}
@@ -372,12 +379,12 @@ def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
 def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype):
     source, target, adapter = pair
     monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: dtype)
-    found = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+    found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     assert found.divergences[-1] < 0.9 * found.divergences[0]
     assert list(found.divergences) == sorted(found.divergences, reverse=True)
     roles = {name.rpartition(".")[2] for name in found.adapter.modules}
     assert roles == {"v_proj", "o_proj"}
-    again = refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+    again = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     for name, factors in found.adapter.modules.items():
         np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)
 
@@ -385,7 +392,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
 def test_a_fit_goes_on_from_what_it_is_given(pair):
     source, target, adapter = pair
     begun = random_adapter(target, roles=("v_proj", "up_proj"), rank=2, scale=1e-3)
-    found = refine(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
+    found = distill(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     start = stack_adapter(begun, target)
     again = stack_adapter(found.adapter, target)
     assert again.roles["v_proj"].a.shape[1] == 2 + SMALL.rank
@@ -397,7 +404,7 @@ def test_a_fit_goes_on_from_what_it_is_given(pair):
 def test_no_update_has_more_rank_than_its_module(pair):
     source, target, adapter = pair
     wide = dataclasses.replace(SMALL, rank=500)
-    found = refine(source, target, adapter, prompts=CORPUS, settings=wide)
+    found = distill(source, target, adapter, prompts=CORPUS, settings=wide)
     assert found.divergences[-1] < found.divergences[0]
     for name, factors in found.adapter.modules.items():
         assert factors.rank == min(target.modules[name].shape)
@@ -407,38 +414,45 @@ def test_no_update_has_more_rank_than_its_module(pair):
 def test_an_adapter_of_zeros_asks_for_no_step(pair):
     source, target, adapter = pair
     modules = {name: dataclasses.replace(item, b=np.zeros_like(item.b)) for name, item in adapter.modules.items()}
-    found = refine(source, target, jcl.Adapter(modules), prompts=CORPUS, settings=SMALL)
+    found = distill(source, target, jcl.Adapter(modules), prompts=CORPUS, settings=SMALL)
     assert found.divergences[0] == pytest.approx(0, abs=1e-6)
     assert max(found.divergences) < 1e-6
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"held_out": 1.0}, {"rank": 0}, {"trust": 1.5}, {"strength": float("nan")}, {"dialogues": 15}],
+    [
+        {"steps": 0},
+        {"held_out": 1.0},
+        {"rank": 0},
+        {"teacher_weight": 1.5},
+        {"contrast_weight": float("nan")},
+        {"completions": 15},
+    ],
 )
 def test_settings_out_of_range(pair, change):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="asked for"):
-        refine(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
+        distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
 
 
 def test_more_dialogues_are_more_steps():
-    assert FitSettings.of(FitSettings().dialogues) == FitSettings()
+    assert FitSettings.of(FitSettings().completions) == FitSettings()
     found = [FitSettings.of(count) for count in (16, 399, 400, 900)]
-    assert [(one.dialogues, one.steps) for one in found] == [(16, 3), (399, 3), (400, 4), (900, 9)]
+    assert [(one.completions, one.steps) for one in found] == [(16, 3), (399, 3), (400, 4), (900, 9)]
 
 
 def test_a_seed_out_of_range(pair):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="seed -1 was asked for"):
-        refine(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
+        distill(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
 
 
 def test_answers_to_one_prompt_alone_leave_nothing_to_fit(pair, monkeypatch):
     source, target, adapter = pair
     monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
     with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
-        refine(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
+        distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 
 def test_of_more_prompts_than_answers_the_first_are_used_and_that_is_said(pair, monkeypatch):
@@ -448,10 +462,10 @@ def test_of_more_prompts_than_answers_the_first_are_used_and_that_is_said(pair, 
     )
     monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
     prompts = [f"Anna said {number}" for number in range(30)]
-    found = continue_prompts(writer, prompts, FitSettings(dialogues=20), 0)
-    assert [item.prompt for item in found.dialogues] == prompts[:20]
+    found = continue_prompts(writer, prompts, FitSettings(completions=20), 0)
+    assert [item.prompt for item in found.completions] == prompts[:20]
     assert found.description == "20 answers to the first 20 of 30 given prompts"
-    all_used = continue_prompts(writer, prompts, FitSettings(dialogues=60), 0)
+    all_used = continue_prompts(writer, prompts, FitSettings(completions=60), 0)
     assert all_used.description == "60 answers to 30 given prompts"
 
 
@@ -460,7 +474,7 @@ def test_of_long_prompts_the_end_is_used(pair):
     tokenizer = load_tokenizer(source)
     writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
     long, short = "Anna said " * 60 + "Where?", "Water boils at"
-    found = continue_prompts(writer, [long, short], FitSettings(dialogues=96, tokens=4), 0).dialogues
+    found = continue_prompts(writer, [long, short], FitSettings(completions=96, tokens=4), 0).completions
     prompts = {item.prompt for item in found}
     assert short in prompts
     (cut,) = prompts - {short}
@@ -474,7 +488,7 @@ def test_the_special_tokens_of_a_long_prompt_stay(pair, monkeypatch):
     writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
     monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
     prompts = ["Anna said " * 60 + end for end in ("Where?</s>", "When?</s><s>")]
-    found = continue_prompts(writer, prompts, FitSettings(dialogues=16), 0).dialogues
+    found = continue_prompts(writer, prompts, FitSettings(completions=16), 0).completions
     for prompt, item in zip(prompts, found[:2], strict=True):
         assert prompt.endswith(item.prompt)
 
@@ -483,9 +497,9 @@ def test_a_base_that_answers_nothing(pair, monkeypatch):
     source, target, adapter = pair
     monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [""] * len(texts))
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
-        refine(source, target, adapter, prompts=CORPUS, settings=SMALL)
+        distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     with pytest.raises(MethodError, match="answered 0 prompts"):
-        refine(source, target, adapter, settings=SMALL)
+        distill(source, target, adapter, settings=SMALL)
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
@@ -493,7 +507,7 @@ def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, pr
     source, target, _ = pair
     monkeypatch.delattr("jcrosslora.fit.distill.run.fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
-        refine(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
+        distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 
 def test_a_base_without_finite_predictions_writes_nothing(pair):
@@ -512,7 +526,7 @@ def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{folder}: gives predictions that are not finite"):
-        refine(source, jcl.open_base(folder), adapter, prompts=CORPUS, settings=SMALL)
+        distill(source, jcl.open_base(folder), adapter, prompts=CORPUS, settings=SMALL)
 
 
 def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch):
@@ -522,74 +536,74 @@ def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch
         def extend(self, texts, *_):
             return [" is the first of all things? And more\nthan that" for _ in texts]
 
-    layouts = [LAYOUTS.index(pair) for pair in (("Q: ", "\nA:"), ("Task: ", "\nResult:"), ("Input: ", "\nOutput:"))]
-    known, large = set(layouts[:2]), set(layouts)
+    templates = [TEMPLATES.index(pair) for pair in (("Q: ", "\nA:"), ("Task: ", "\nResult:"), ("Input: ", "\nOutput:"))]
+    known, large = set(templates[:2]), set(templates)
     counted = []
 
-    def compare(writer, dialogues, tokens):
-        places = [item.layout for item in dialogues]
+    def compare(writer, completions, tokens):
+        places = [item.template for item in completions]
         assert tokens == FitSettings().tokens
         counted.append(len(places))
-        assert set(places) == set(range(len(LAYOUTS)))
+        assert set(places) == set(range(len(TEMPLATES)))
         change = np.array([4.0 if place in large else 1.0 for place in places])
-        # Dialogues differ by more than layouts do.
+        # Completions differ by more than templates do.
         each = len(places) // len(set(places))
         noise = np.random.default_rng(0).normal(size=each)[np.arange(len(places)) % each]
         return change, np.array([2.0 if place in known else 2.1 for place in places]) + noise
 
     monkeypatch.setattr(writing_module, "compare", compare)
-    found = write_dialogues(Told(), FitSettings(dialogues=100), 0)
-    assert len(found.dialogues) == 100
-    assert counted == [writing_module.PILOT * len(LAYOUTS) ** 2]
-    assert {item.layout for item in found.dialogues} == known
-    assert all(item.prompt.startswith(LAYOUTS[item.layout][0]) for item in found.dialogues)
-    assert all(item.prompt.endswith("?" + LAYOUTS[item.layout][1]) for item in found.dialogues)
+    found = write_completions(Told(), FitSettings(completions=100), 0)
+    assert len(found.completions) == 100
+    assert counted == [writing_module.PILOT * len(TEMPLATES) ** 2]
+    assert {item.template for item in found.completions} == known
+    assert all(item.prompt.startswith(TEMPLATES[item.template][0]) for item in found.completions)
+    assert all(item.prompt.endswith("?" + TEMPLATES[item.template][1]) for item in found.completions)
     assert "'Q:', 'Task:'" in found.description
-    few = write_dialogues(Told(), FitSettings(dialogues=20), 0).dialogues
+    few = write_completions(Told(), FitSettings(completions=20), 0).completions
     assert len(few) == 20
-    assert {item.layout for item in few} == known
+    assert {item.template for item in few} == known
 
 
 def test_the_layouts_that_an_adapter_knows():
-    dialogues = np.random.default_rng(0).normal(size=50)
+    completions = np.random.default_rng(0).normal(size=50)
     change = np.array([4.0, 6.0, 2.0, 4.0, 3.9])[:, None] * np.ones(50)
-    # 1 changes most, but its answers are strangest, and those of 2 least; dialogues differ by more than layouts.
-    strange = np.array([2.0, 4.3, 1.0, 2.1, 2.0])[:, None] + dialogues
-    assert known_layouts(change, strange) == [0]
+    # 1 changes most, but its answers are strangest, and those of 2 least; completions differ by more than templates.
+    base_nll = np.array([2.0, 4.3, 1.0, 2.1, 2.0])[:, None] + completions
+    assert known_templates(change, base_nll) == [0]
     noise = np.random.default_rng(1).normal(size=(5, 50))
     noise -= noise.mean(axis=1)[:, None]
-    noisy = strange + 0.5 * noise * (np.arange(5) > 2)[:, None]
-    assert known_layouts(change, noisy) == [0, 3, 4]
+    noisy = base_nll + 0.5 * noise * (np.arange(5) > 2)[:, None]
+    assert known_templates(change, noisy) == [0, 3, 4]
     # At most three, the best ones.
-    assert known_layouts(change, strange + 10 * noise) == [0, 3, 4]
-    assert known_layouts(change[[4, 0]], strange[[4, 0]]) == [1]
-    # What has no effect is known as little in one layout as in another.
-    assert known_layouts(0 * change, 0 * strange) == [0, 1, 2]
-    assert known_layouts(change[:, :0], strange[:, :0]) == []
-    assert known_layouts(np.full_like(change, np.nan), strange) == []
+    assert known_templates(change, base_nll + 10 * noise) == [0, 3, 4]
+    assert known_templates(change[[4, 0]], base_nll[[4, 0]]) == [1]
+    # What has no effect is known as little in one template as in another.
+    assert known_templates(0 * change, 0 * base_nll) == [0, 1, 2]
+    assert known_templates(change[:, :0], base_nll[:, :0]) == []
+    assert known_templates(np.full_like(change, np.nan), base_nll) == []
 
 
 def test_figures_of_a_layout_are_of_the_same_dialogues_in_it(monkeypatch):
-    told = [Dialogue(f"Q: {number}?\nA:", " it is", 1) for number in range(5)]
+    told = [Completion(f"Q: {number}?\nA:", " it is", 1) for number in range(5)]
 
-    def compare(writer, dialogues, tokens):
-        numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in dialogues], float)
-        return numbers, np.array([float(item.layout) for item in dialogues])
+    def compare(writer, completions, tokens):
+        numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
+        return numbers, np.array([float(item.template) for item in completions])
 
     monkeypatch.setattr(writing_module, "compare", compare)
-    change, strange = judge_layouts(None, told, 5)
-    np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(LAYOUTS), 1)))
-    np.testing.assert_array_equal(strange, np.tile(np.arange(8.0)[:, None], (1, 5)))
+    change, base_nll = judge_templates(None, told, 5)
+    np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
+    np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
 
 
-@pytest.mark.parametrize("end", [layout for _, layout in LAYOUTS])
+@pytest.mark.parametrize("end", [template for _, template in TEMPLATES])
 def test_a_dialogue_is_put_into_another_layout_and_back(end):
-    place = next(place for place, (_, other) in enumerate(LAYOUTS) if other == end)
-    first = Dialogue("Question: What is it?\nAnswer:", " a dog", 0)
-    moved = in_layout(first, place)
-    assert moved.prompt == f"{LAYOUTS[place][0]}What is it?{end}"
+    place = next(place for place, (_, other) in enumerate(TEMPLATES) if other == end)
+    first = Completion("Question: What is it?\nAnswer:", " a dog", 0)
+    moved = in_template(first, place)
+    assert moved.prompt == f"{TEMPLATES[place][0]}What is it?{end}"
     assert moved.answer == ("a dog" if end.endswith("\n") else " a dog")
-    assert in_layout(moved, 0) == first
+    assert in_template(moved, 0) == first
 
 
 def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pair):
@@ -597,9 +611,9 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
     tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
     writer = Writer(settings, params, tokenizer, stack_adapter(adapter, source))
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
-    dialogues = [Dialogue(*text, layout=0) for text in texts] * 3
-    change, strange = writing_module.compare(writer, dialogues, 3)
-    for place, item in enumerate(dialogues):
+    completions = [Completion(*text, template=0) for text in texts] * 3
+    change, base_nll = writing_module.compare(writer, completions, 3)
+    for place, item in enumerate(completions):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-64:]
         tokens = np.arange(begin, len(ids))[:3]
@@ -610,7 +624,7 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
         )
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
         np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(strange[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
+        np.testing.assert_allclose(base_nll[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
     assert change.min() > 0
 
 
@@ -641,20 +655,20 @@ def test_first_sentence(text, wanted):
     assert first_sentence(text) == wanted
 
 
-@pytest.mark.parametrize("method", ["auto", pytest.param("anchored", marks=pytest.mark.slow), "residual-teacher"])
+@pytest.mark.parametrize("method", ["auto", pytest.param("distill", marks=pytest.mark.slow), "residual-fit"])
 def test_from_file_to_file(pair, tmp_path, method):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
-    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--dialogues", "40", "--out-rank", "5", "--depth", "0,0"]
+    flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--completions", "40", "--out-rank", "5", "--depth", "0,0"]
     main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
     moved = jcl.load_adapter(tmp_path / "out")
     assert {factors.rank for factors in moved.modules.values()} == {5}
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
     assert report["fitted"].startswith("fitted")
-    assert report["leftovers"] == []
-    assert report["recipe"]["method"] == ("residual-teacher" if method == "residual-teacher" else "anchored")
+    assert report["unmapped_sources"] == []
+    assert report["recipe"]["method"] == ("residual-fit" if method == "residual-fit" else "distill")
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -665,13 +679,13 @@ def test_from_file_to_file(pair, tmp_path, method):
     # Where the source wrote its own prompts, the user is told of better ones.
     assert "--probe-text" not in jcl.verdict(repeated.report).text
     written = dataclasses.replace(repeated.report, recipe=dataclasses.replace(repeated.report.recipe, probe_text=None))
-    assert ("--probe-text" in jcl.verdict(written).text) == (method != "residual-teacher")
+    assert ("--probe-text" in jcl.verdict(written).text) == (method != "residual-fit")
 
 
 def test_on_its_own_base_a_copy_has_nothing_to_be_fitted_to(pair):
     source, _, adapter = pair
-    wanted = dataclasses.replace(SMALL, trust=1.0, strength=0.0)
-    found = refine(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
+    wanted = dataclasses.replace(SMALL, teacher_weight=1.0, contrast_weight=0.0)
+    found = distill(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
     assert max(found.divergences) < 1e-6
     assert found.adapter.modules.keys() == adapter.modules.keys()
     for name, factors in adapter.modules.items():
@@ -692,14 +706,14 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     safetensors.numpy.save_file(tensors, file)
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
-    texts = {"probe_text": str(tmp_path / "prompts.txt"), "dialogues": 40}
-    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, **texts, method="anchored-copy")
+    texts = {"probe_text": str(tmp_path / "prompts.txt"), "completions": 40}
+    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
     report = jcl.transfer(given).report
     first, last = re.search(r"divergence from what was wanted went from (\S+) to (\S+) nats", report.fitted).groups()
     assert 0 < float(last) < float(first)
 
 
-@pytest.mark.parametrize("method", ["anchored", "residual-teacher"])
+@pytest.mark.parametrize("method", ["distill", "residual-fit"])
 @pytest.mark.parametrize("setting", [{"calibrate": "frobenius"}, {"scale": 0.6}])
 def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
     source, target, adapter = pair

@@ -31,7 +31,7 @@ _SHOWN = 3  # names of tensors in one sentence
 
 
 @dataclass(frozen=True)
-class Relation:
+class BaseComparison:
     """What a target base is of a source base, with the evidence.
 
     Attributes:
@@ -61,7 +61,7 @@ class Relation:
         return asdict(self)
 
 
-def relate(source: BaseModel, target: BaseModel) -> Relation:
+def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     """Say from the weights alone what a target base is of a source base.
 
     A sample of rows is read, the same on every run; all rows only where the sample is equal throughout, because
@@ -81,7 +81,7 @@ def relate(source: BaseModel, target: BaseModel) -> Relation:
     modules = [] if structure is None else compare_modules(source, target, structure)
     choice = choose_from(source, target, structure, lambda _: modules)
     if structure is None:
-        return Relation(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
+        return BaseComparison(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
     parts = parts_of(structure, source, target)
     compared = [*modules, *compare_rest(source, target, structure)]
     words = [*structure_words(parts), *change_words(compared)]
@@ -90,7 +90,7 @@ def relate(source: BaseModel, target: BaseModel) -> Relation:
         words, sentence = _settle_equal(source, target)
     notes = tuple(_notes(source, target, structure.by_embedding))
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
-    return Relation(tuple(words), sentence, parts, layers, tuple(compared), notes, choice)
+    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), notes, choice)
 
 
 def _settle_equal(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:

@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
-from jcrosslora.adapter.truncation import cut_and_tell
+from jcrosslora.adapter.truncation import truncate_by_rule
 from jcrosslora.alignment.transport import describe_base
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
@@ -41,7 +41,7 @@ def best(matrix: np.ndarray, rank: int) -> np.ndarray:
 @pytest.mark.parametrize("rule", [1, 3, 0.9, 0.999, 1.0, "auto"])
 def test_every_cut_is_the_best_of_its_rank_and_is_accounted_for(rule):
     adapter = Adapter({Q: with_spectrum([8, 4, 2, 1, 0.5], scale=0.7), UP: with_spectrum([3, 2.5, 2, 0.01], seed=1)})
-    found, cut = cut_and_tell(adapter, rule)
+    found, cut = truncate_by_rule(adapter, rule)
     energies, lost = {}, {}
     for name, factors in adapter.modules.items():
         whole, left = delta(factors), delta(found.modules[name])
@@ -59,13 +59,13 @@ def test_a_share_of_the_energy_gives_each_module_the_lowest_rank_that_keeps_it()
     adapter = Adapter({Q: with_spectrum([8, 4, 2, 1, 0.5]), UP: with_spectrum([3, 3, 3, 0.01], seed=1)})
     # Energies 64, 16, 4, 1, 0.25 of 85.25, and 9, 9, 9 of 27.
     for share, ranks in ((0.7, (1, 3)), (0.9, (2, 3)), (0.98, (3, 3)), (0.99, (4, 3)), (0.6, (1, 2))):
-        assert tuple(cut_and_tell(adapter, share)[1].ranks.values()) == ranks
+        assert tuple(truncate_by_rule(adapter, share)[1].ranks.values()) == ranks
 
 
 @pytest.mark.parametrize(("needed", "rank"), [(3, 8), (8, 8), (9, 16), (17, 32)])
 def test_auto_takes_the_lowest_usual_rank_that_keeps_99_percent_of_every_module(needed, rank):
     many = with_spectrum([1.0] * needed + [1e-3] * (40 - needed), rows=50, columns=45)
-    _, cut = cut_and_tell(Adapter({Q: many, UP: with_spectrum([5, 1e-3] + [1e-4] * 8)}), "auto")
+    _, cut = truncate_by_rule(Adapter({Q: many, UP: with_spectrum([5, 1e-3] + [1e-4] * 8)}), "auto")
     assert cut.ranks[Q] == rank
     assert cut.ranks[UP] == min(rank, 10)
     assert cut.least_kept > 0.99
@@ -74,7 +74,7 @@ def test_auto_takes_the_lowest_usual_rank_that_keeps_99_percent_of_every_module(
 def test_what_needs_no_cut_keeps_its_factors():
     adapter = Adapter({Q: with_spectrum([2, 1], scale=0.3)})
     for rule in (2, 8, 1.0, "auto"):
-        found, cut = cut_and_tell(adapter, rule)
+        found, cut = truncate_by_rule(adapter, rule)
         assert found.modules[Q] is adapter.modules[Q]
         assert cut.kept == pytest.approx(1, abs=1e-6)
 
@@ -83,7 +83,7 @@ def test_half_precision_and_zeros_are_cut_as_well():
     half = with_spectrum([2, 1, 0.5])
     half = LoRAFactors(a=half.a.astype(ml_dtypes.bfloat16), b=half.b.astype(np.float16))
     zero = LoRAFactors(a=np.ones((3, 20), np.float32), b=np.zeros((30, 3), np.float32))
-    found, cut = cut_and_tell(Adapter({Q: half, UP: zero}), 0.99)
+    found, cut = truncate_by_rule(Adapter({Q: half, UP: zero}), 0.99)
     np.testing.assert_allclose(delta(found.modules[Q]), best(delta(half), cut.ranks[Q]), atol=1e-4)
     assert cut.ranks[UP] == 1
     assert not np.asarray(found.modules[UP].b).any()
@@ -92,7 +92,7 @@ def test_half_precision_and_zeros_are_cut_as_well():
 @pytest.mark.parametrize("rule", [0, -1, 0.0, 1.5, float("nan"), "many", True, None])
 def test_a_rule_that_is_none_is_refused(rule):
     with pytest.raises(UsageError, match="out rank"):
-        cut_and_tell(Adapter({Q: with_spectrum([1])}), rule)
+        truncate_by_rule(Adapter({Q: with_spectrum([1])}), rule)
 
 
 def test_settings_files_take_every_rule_and_nothing_else():
