@@ -32,12 +32,15 @@ from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
 from jcrosslora.lineage.pairing import Pairing as Pairing
 from jcrosslora.methods import METHODS as METHODS
+from jcrosslora.methods import Method as Method
+from jcrosslora.methods import register_method as register_method
 from jcrosslora.report.record import TransferReport as TransferReport
 from jcrosslora.report.verdict import verdict as verdict
-from jcrosslora.session.transfer import TransferSettings as TransferSettings
-from jcrosslora.session.transfer import save_adapter as save_adapter
+from jcrosslora.session.result import TransferResult as TransferResult
+from jcrosslora.session.saving import save_adapter as save_adapter
+from jcrosslora.session.settings import TransferSettings as TransferSettings
+from jcrosslora.session.transfer import shift as shift
 from jcrosslora.session.transfer import transfer as transfer
-from jcrosslora.shifting.shift import MovedAdapter as MovedAdapter
-from jcrosslora.shifting.shift import shift as shift
+from jcrosslora.shifting.apply import apply as apply
 
 __version__ = _version("jcrosslora")

@@ -1,1 +1,1 @@
-"""LoRA-Align: two bases in, the maps between their modules out. It never sees an adapter."""
+"""LoRA-Align: two bases in, the maps between their modules out. No adapter has a part in it."""

@@ -1,10 +1,10 @@
-"""How well two bases agree in what a method relies on, for one pair of modules. It never sees an adapter."""
+"""Diagnostics of an alignment: how well two bases agree in what the method relies on. No adapter has a part in it."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Fit, stream_vectors
+from jcrosslora.evidence.records import Evidence, Maps, stream_vectors
 from jcrosslora.linalg import TruncatedSVD, dot
 
 
@@ -26,9 +26,9 @@ class Agreement:
             is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
             residual stream's side it is measured through the shared vocabulary, see `_similarity_by_tokens`.
         similarity_in: the same for the right singular vectors and I.
-        vector_ratio: see `Fit`.
-        activation_cosine: see `Fit`.
-        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt; or see `Fit`.
+        vector_ratio: see `Maps`.
+        activation_cosine: see `Maps`.
+        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt; or see `Maps`.
     """
 
     rank: jax.Array
@@ -47,8 +47,8 @@ class Agreement:
     weight_cosine: jax.Array
 
 
-def measure(evidence: Evidence, fit: Fit, *, by_coordinates: bool) -> Agreement:
-    """The agreement of a pair; `by_coordinates` says that the map itself may carry W_src over for comparison."""
+def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreement:
+    """Measure the agreement of a pair; with `by_coordinates` the maps carry W_src over if the shapes differ."""
     src, tgt = evidence.src.svd, evidence.tgt.svd
     nan = jnp.full((), jnp.nan)
     have = src is not None and tgt is not None
@@ -64,9 +64,9 @@ def measure(evidence: Evidence, fit: Fit, *, by_coordinates: bool) -> Agreement:
         error_tgt=tgt.error if tgt else nan,
         similarity_out=_similarity(evidence, stream=not evidence.reads) if have else nan,
         similarity_in=_similarity(evidence, stream=evidence.reads) if have else nan,
-        vector_ratio=fit.vector_ratio,
-        activation_cosine=fit.activation_cosine,
-        weight_cosine=_weight_cosine(evidence, fit, by_coordinates),
+        vector_ratio=maps.vector_ratio,
+        activation_cosine=maps.activation_cosine,
+        weight_cosine=_weight_cosine(evidence, maps, by_coordinates),
     )
 
 
@@ -118,14 +118,14 @@ def _common(cross: jax.Array, spread_src: jax.Array, spread_tgt: jax.Array) -> j
     return jnp.sum(cross**2) / (spread_src * spread_tgt)
 
 
-def _weight_cosine(evidence: Evidence, fit: Fit, by_coordinates: bool) -> jax.Array:
-    if fit.weight_cosine is not None:
-        return fit.weight_cosine
+def _weight_cosine(evidence: Evidence, maps: Maps, by_coordinates: bool) -> jax.Array:
+    if maps.weight_cosine is not None:
+        return maps.weight_cosine
     w_src, w_tgt = evidence.src.weight, evidence.tgt.weight
     if w_src.shape != w_tgt.shape:
         if not by_coordinates:
             return jnp.full((), jnp.nan)
-        ((p_out, p_in),) = fit.terms
+        ((p_out, p_in),) = maps.terms
         w_src = p_in(p_out(w_src).T).T
     norms = jnp.linalg.norm(w_src) * jnp.linalg.norm(w_tgt)
     return jnp.sum(w_src * w_tgt) / jnp.where(norms > 0, norms, 1)

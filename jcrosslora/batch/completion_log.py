@@ -1,6 +1,5 @@
 """Which jobs of a batch are done: one small file for each, by what the job was made from."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from jcrosslora.batch.plan_file import Job
 from jcrosslora.cache.keys import digest_of, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import OutputError
+from jcrosslora.methods import Method
 from jcrosslora.utils.files import write_whole
 
 FOLDER = ".batch"
@@ -94,5 +94,7 @@ def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, tex
         target: likewise.
         texts: digest of those of `probe_text`; "" where the settings name no such file.
     """
-    settings = {key: value for key, value in dataclasses.asdict(job.settings).items() if key not in _NO_PART}
-    return digest_of(version("jcrosslora"), settings, adapter.digest, adapter.config, source, target, texts)
+    settings = {key: value for key, value in job.settings.flat().items() if key not in _NO_PART}
+    method = job.settings.method
+    code = method.cache_key() if isinstance(method, Method) else None  # of a user's own method its file counts
+    return digest_of(version("jcrosslora"), settings, code, adapter.digest, adapter.config, source, target, texts)

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Column, Table
 
-from jcrosslora.alignment.align import Plan
 from jcrosslora.batch.plan_file import BatchPlan
 from jcrosslora.batch.run import CHUNK_BYTES
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import JCrossLoRAError, MethodError, PairingError
+from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.linalg import decompose
-from jcrosslora.lineage.pairing import parse_depth
-from jcrosslora.methods import Method, get_method
-from jcrosslora.session.transfer import chosen
+from jcrosslora.methods import Method, make_method
+from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.settings import flat_method
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimate:
             None for the same methods. Bases that are run are in memory then.
     """
 
-    method: str
+    method: Method
     pairs: int
     seconds: float | None
     memory: int | None
@@ -57,29 +57,21 @@ def estimate(unit: Unit, times: dict[tuple[int, ...], float] | None = None) -> E
     settings = unit.settings
     source = open_base(settings.source, revision=settings.source_revision)
     target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
-    found, choice = chosen(settings, source, target)
-    method = get_method(settings.method if choice is None else choice.method)
-    plan = Plan(
-        source,
-        target,
-        method=method.name,
-        rank=settings.rank,
-        depth=parse_depth(settings.depth),
-        seed=settings.seed,
-        found=found,
-    )
-    chunks = list(plan.chunks())
+    session = PairSession(source, target)
+    method, _ = session.resolve(make_method(settings.method))
+    task = session.plan(method, settings, None)
+    chunks = list(task.chunks())
     count = sum(map(len, chunks))
-    if method.then != "nothing" or method.runs_bases:
-        return Estimate(method.name, count, None, None)
+    if method.has_finalize or method.runs_bases:
+        return Estimate(method, count, None, None)
     seconds, largest = 0.0, 0
     for pairs in chunks:
         sides = source.modules[pairs[0].source].shape, target.modules[pairs[0].target].shape
-        rank = min(plan.rank, *sides[0], *sides[1])
+        rank = min(task.rank, *sides[0], *sides[1])
         seconds += len(pairs) * sum(_seconds(method, (*side, rank), times) for side in sides)
         # Weights as float32, and of each side both factors, once as decomposed and once in the maps.
         largest = max(largest, len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides))
-    return Estimate(method.name, count, seconds, largest + 2 * CHUNK_BYTES)
+    return Estimate(method, count, seconds, largest + 2 * CHUNK_BYTES)
 
 
 def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int] = (1, 1)) -> None:
@@ -99,22 +91,22 @@ def print_estimates(plan: BatchPlan, console: Console, *, shard: tuple[int, int]
             # What fails on some modules does not on an adapter without them.
             of_modules = isinstance(error, MethodError | PairingError)
             what = "an adapter of all modules cannot be moved" if of_modules else "cannot be done"
-            table.add_row(*row, settings.method, str(len(unit.jobs)), "", "", f"{what}: {error}")
+            table.add_row(*row, flat_method(settings.method)["method"], str(len(unit.jobs)), "", "", f"{what}: {error}")
             continue
-        unknown = ("runs both bases", "both bases") if get_method(found.method).runs_bases else ("not estimated",) * 2
+        unknown = ("runs both bases", "both bases") if found.method.runs_bases else ("not estimated",) * 2
         time_text = unknown[0] if found.seconds is None else f"{found.seconds:.1f} s"
         memory = unknown[1] if found.memory is None else f"{found.memory / 1e9:.2f} GB"
-        table.add_row(*row, found.method, str(len(unit.jobs)), str(found.pairs), time_text, memory)
+        table.add_row(*row, found.method.name, str(len(unit.jobs)), str(found.pairs), time_text, memory)
     console.print(table, markup=False)
 
 
 def _seconds(method: Method, shape: tuple[int, int, int], times: dict[tuple[int, ...], float]) -> float:
-    if not method.decomposes:
+    if EvidenceKind.SINGULAR_VECTORS not in method.requires:
         return 0.0
     if shape not in times:
         stack = jax.random.normal(jax.random.key(0), (1, *shape[:2]))
         for _ in range(2):  # the first time it is compiled
             start = time.perf_counter()
-            jax.block_until_ready(decompose(jnp.asarray(stack), shape[2], vectors=method.vectors)[0])
+            jax.block_until_ready(decompose(jnp.asarray(stack), shape[2], vectors=method.single_vectors)[0])
             times[shape] = time.perf_counter() - start
     return times[shape]

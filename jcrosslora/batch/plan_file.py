@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter.folder import GGUF_ENDING
-from jcrosslora.errors import UsageError
-from jcrosslora.session.settings_file import FIELDS, check_settings, read_toml
-from jcrosslora.session.transfer import TransferSettings
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.methods import AUTO, find_method, setting_fields
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
+from jcrosslora.session.settings_file import check_settings, read_toml
 
 _TABLES = ("out", "bases", "adapters", "moves")
 _BASE_KEYS = ("ref", "revision", "name")
@@ -118,11 +119,18 @@ def _jobs(
         msg = f"{place} is {move!r}; write it as a table, [[moves]]"
         raise UsageError(msg)
     settings = {key: value for key, value in move.items() if key not in _MOVE_KEYS}
+    methods = _names(move, "methods", [AUTO], place)
+    known = _known_settings(methods, place)
     own = [key for key in settings if key in _OWN + _OWN_BASES]
     if own:
         msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out decide; leave it out"
         raise UsageError(msg)
     check_settings(settings, place)
+    hyper = {key: settings.pop(key) for key in list(settings) if key not in OWN_FIELDS}
+    for key in hyper:
+        if not any(key in names for names in known.values()):
+            msg = f"{place} sets {key}, which no method of it has: {', '.join(methods)}; leave it out"
+            raise UsageError(msg)
     if "probe_text" in settings:  # never a hub id
         settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
     source, label = _typed(move, "from", str, place), move.get("label", "")
@@ -134,10 +142,25 @@ def _jobs(
         _check_base(name, bases, place)
     chosen = _chosen(move, adapters.get(source, []), source, place)
     for target in targets:
-        for method in _names(move, "methods", ["auto"], place):
+        for method in methods:
+            own_settings = settings | {key: value for key, value in hyper.items() if key in known[method]}
             for adapter in chosen:
                 name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
-                yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, settings))
+                yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, own_settings))
+
+
+def _known_settings(methods: list[str], place: str) -> dict[str, set[str]]:
+    """Return the hyper-parameters of each method of a move; `auto` takes those of any."""
+    try:
+        return {
+            method: set(setting_fields())
+            if method == AUTO
+            else {field.name for field in dataclasses.fields(find_method(method))}
+            for method in methods
+        }
+    except MethodError as error:
+        msg = f"{place}: {error}"
+        raise MethodError(msg) from error
 
 
 def _check_base(name: str, bases: Mapping[str, _Base], place: str) -> None:
@@ -149,7 +172,7 @@ def _check_base(name: str, bases: Mapping[str, _Base], place: str) -> None:
 def _settings(
     adapter: str, source: _Base, target: _Base, method: str, out: Path, more: Mapping[str, Any]
 ) -> TransferSettings:
-    return TransferSettings(
+    return TransferSettings.of(
         adapter=adapter,
         source=source.ref,
         target=target.ref,
@@ -261,4 +284,4 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-.")
 
 
-assert set(_OWN + _OWN_BASES) <= FIELDS.keys()
+assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()

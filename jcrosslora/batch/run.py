@@ -1,4 +1,4 @@
-"""Run a plan: every pair is aligned once, all its adapters are shifted together, and what is done stays done."""
+"""The run of a batch: unit by unit, each unit a session of one pair of bases, its adapters in chunks of bounded memory."""
 
 from __future__ import annotations
 
@@ -12,38 +12,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.alignment.align import Plan
-from jcrosslora.alignment.transport import describe_base
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.alignment.groups import align_groups
+from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cache.keys import digest_of
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
-from jcrosslora.lineage.method_selection import Choice, by_maps
-from jcrosslora.methods import Method, get_method
-from jcrosslora.report.verdict import verdict
-from jcrosslora.session.second_stage import Ways, fit_behind
-from jcrosslora.session.transfer import (
-    TransferSettings,
-    check_move,
-    chosen,
-    in_span,
-    lighter,
-    load_for,
-    open_both,
-    plan_of,
-    probes_of,
-    shifter_of,
-    transfer,
-    with_account,
-    write_moved,
-)
-from jcrosslora.shifting.lora_xs_span import Known
-from jcrosslora.shifting.shift import MovedAdapter, Shifter, add_to_all
+from jcrosslora.methods import Method, make_method
+from jcrosslora.session.files import open_session, save_as
+from jcrosslora.session.pair_session import Move, lighter
+from jcrosslora.session.result import TransferResult
+from jcrosslora.session.settings import TransferSettings
+from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 
@@ -123,26 +107,22 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
-    """How jobs of a unit are done: the method, and the reason for it where it was chosen."""
+class _Checked:
+    """A job whose adapter fits its base: what is known of it while its factors are not in memory.
 
-    method: Method
-    choice: Choice | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    """A job whose adapter fits its base: what is known of it while its factors are not in memory."""
+    Attributes:
+        job: from the plan.
+        method: of its transfer.
+        fingerprint: of everything that its result is made from.
+        sources: the modules that its adapter has.
+        size: bytes of its factors as float32.
+    """
 
     job: Job
-    way: _Way
+    method: Method
     fingerprint: str
     sources: tuple[str, ...]
     size: int
-
-
-def _way(method: str, choice: Choice | None) -> _Way:
-    return _Way(get_method(method if choice is None else choice.method), choice)
 
 
 class _Run:
@@ -150,185 +130,57 @@ class _Run:
         self._log, self._summary, self._bar = log, summary, bar
         self._overwrite, self._progress = overwrite, progress
         self._since = time.monotonic()
-        self._read: dict[str, Adapter] = {}  # of the unit that is being done, by the name of the job
-        self._room = 0  # bytes for more of them
 
     def do(self, unit: Unit) -> None:
-        """All jobs of a unit; what goes wrong for all of them is the outcome of each."""
+        """Do all jobs of a unit; what goes wrong for all of them is the outcome of each."""
         self._since = time.monotonic()
         try:
-            with enough_memory(lighter(unit.settings.method)):
-                self._do(unit)
+            with enough_memory(lighter(make_method(unit.settings.method))):
+                _UnitRun(self, unit).do()
         except JCrossLoRAError as error:
             for job in unit.jobs:
                 if self._summary.outcomes[job.name].status == "open":
-                    self._close(job, "failed", str(error))
+                    self.close(job, "failed", str(error))
 
-    def _do(self, unit: Unit) -> None:
-        settings = unit.settings
-        source, target, cache = open_both(settings)
-        found, choice = chosen(settings, source, target)
-        usual = _way(settings.method, choice)
-        mapped = _way(settings.method, None if choice is None else by_maps(choice))  # for aLoRA
-        self._read, self._room = {}, CHUNK_BYTES
-        shared = base_fingerprint(source), base_fingerprint(target), _texts_digest(settings)
-        every = [self._load(job, source, target, usual, mapped, shared) for job in unit.jobs]
-        loaded = [item for item in every if item is not None]
-        self._close_kept(loaded)  # whatever becomes of the others
-        for name, way in {way.method.name: way for way in (usual, mapped)}.items():
-            items = [item for item in loaded if item.way.method.name == name]
-            if way.method.fits:
-                for item in items:
-                    self._alone(item)
-            elif not all(map(self._kept, items)):
+    @property
+    def overwrite(self) -> bool:
+        """Whether adapter folders that were made from other input may be replaced."""
+        return self._overwrite
 
-                def plan_for(sources: Collection[str], name: str = name) -> Plan:
-                    return plan_of(settings, source, target, name, sources, cache, found)
+    @property
+    def progress(self) -> bool:
+        """Whether to show progress."""
+        return self._progress
 
-                fitting, plan = self._planned(items, plan_for)
-                if plan is not None:
-                    self._together(fitting, plan, source, target, hold=cache is None)
-        self._close_kept(loaded)  # by another run meanwhile
+    def is_open(self, job: Job) -> bool:
+        """Whether nothing is known of a job yet."""
+        return self._summary.outcomes[job.name].status == "open"
 
-    def _planned(
-        self, items: Sequence[_Loaded], plan_for: Callable[[Collection[str]], Plan]
-    ) -> tuple[Sequence[_Loaded], Plan | None]:
-        """The jobs that can be aligned, with a plan for all of them; one whose own modules cannot fails alone."""
-        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
-        try:
-            return items, plan_for({name for kind in kinds for name in kind})
-        except JCrossLoRAError:
-            if len(kinds) == 1:
-                raise
-        reasons = {kind: _why_not(plan_for, kind) for kind in kinds}
-        for item in items:
-            if reasons[item.sources] and not self._kept(item):
-                self._close(item.job, "failed", reasons[item.sources])
-        fitting = [item for item in items if not reasons[item.sources]]
-        return fitting, plan_for({name for item in fitting for name in item.sources}) if fitting else None
-
-    def _close_kept(self, loaded: Sequence[_Loaded]) -> None:
-        for item in loaded:
-            if self._summary.outcomes[item.job.name].status == "open" and self._kept(item):
-                self._close(item.job, "kept")
-
-    def _load(
-        self,
-        job: Job,
-        source: BaseModel,
-        target: BaseModel,
-        usual: _Way,
-        mapped: _Way,
-        shared: tuple[str, str, str],
-    ) -> _Loaded | None:
-        """Check a job's adapter and its output before anything is computed; `shared` ends the input of `fingerprint_of`."""
-        try:
-            adapter = load_for(job.settings, source, target)
-            way = usual if adapter.info.invocation is None else mapped
-            check_move(job.settings, adapter, target, way.method)
-            mover = shifter_of(job.settings, adapter, describe_base(source), way.method.name)
-            fingerprint = fingerprint_of(job, adapter.info, *shared)
-            if not self._log.is_done(job, fingerprint):
-                ensure_free(job.settings.out, self._overwrite)
-        except JCrossLoRAError as error:
-            self._close(job, "failed", str(error))
-            return None
-        size = sum(4 * factors.rank * sum(factors.shape) for factors in mover.adapter.modules.values())
-        size += sum(4 * update.numbers for update in mover.adapter.tokens)
-        if not way.method.fits:
-            self._hold(job, adapter, size)
-        return _Loaded(job, way, fingerprint, tuple(mover.adapter.modules), size)
-
-    def _hold(self, job: Job, adapter: Adapter, size: int) -> None:
-        """Hold an adapter that has been read until it is moved, as long as there is room for what a chunk holds."""
-        self._room -= size
-        if self._room >= 0 or not self._read:
-            self._read[job.name] = adapter
-
-    def _alone(self, item: _Loaded) -> None:
-        """A method that fits an update to one adapter."""
-        if self._kept(item):
-            return
-        settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
-
-        def move() -> MovedAdapter:
-            with self._log.writing(item.job, item.fingerprint):
-                return transfer(settings, progress=self._progress)
-
-        self._attempt(item, move)
-
-    def _together(
-        self,
-        loaded: Sequence[_Loaded],
-        plan: Plan,
-        source: BaseModel,
-        target: BaseModel,
-        *,
-        hold: bool,
-    ) -> None:
-        # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
-        chunks = [chunk for chunk in _chunks(loaded) if not all(map(self._kept, chunk))]
-        needed = {item.job.name for chunk in chunks for item in chunk}
-        self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
-        plan.probes = probes_of(loaded[0].job.settings, source, plan, self._progress)
-        # Without a cache the groups of several chunks have to stay in memory.
-        held = tuple(plan.groups(progress=self._progress)) if hold and len(chunks) > 1 else None
-        info = describe_base(source)
-        known: Known = {}
-        ways: Ways = {}
-        for chunk in chunks:
-            movers = [
-                shifter_of(item.job.settings, self._adapter(item, source, target), info, plan.method.name)
-                for item in chunk
-            ]
-            for group in plan.groups(progress=self._progress) if held is None else held:
-                add_to_all(movers, group)
-            for item, mover in zip(chunk, movers, strict=True):
-                if not self._kept(item):
-                    self._attempt(item, partial(self._finish, item, mover, plan, source, target, known, ways))
-
-    def _adapter(self, item: _Loaded, source: BaseModel, target: BaseModel) -> Adapter:
-        """The adapter of a job, held since it was checked or read again."""
-        held = self._read.pop(item.job.name, None)
-        return load_for(item.job.settings, source, target) if held is None else held
-
-    def _finish(
-        self,
-        item: _Loaded,
-        mover: Shifter,
-        plan: Plan,
-        source: BaseModel,
-        target: BaseModel,
-        known: Known,
-        ways: Ways,
-    ) -> MovedAdapter:
-        """What is left to do with a mapped adapter."""
-        settings, choice, shown = item.job.settings, item.way.choice, self._progress
-        moved = mover.finish(plan.transport(()), (source, target))
-        both, share = (source, target), settings.interpolation
-        moved, _ = fit_behind(plan.method, *both, mover.adapter, moved, interpolation=share, ways=ways, progress=shown)
-        moved, frozen = in_span(settings, target, moved, known)
-        moved = with_account(settings, source, target, mover.adapter, moved, choice, plan.probes, progress=shown)
-        with self._log.writing(item.job, item.fingerprint):
-            write_moved(dataclasses.replace(settings, overwrite=self._overwrite), moved, frozen)
-        return moved
-
-    def _attempt(self, item: _Loaded, work: Callable[[], MovedAdapter]) -> None:
-        """List a job as done, or as failed, unless another run has done it meanwhile."""
-        try:
-            with enough_memory(lighter(item.way.method.name)):
-                moved = work()
-        except JCrossLoRAError as error:
-            if not self._kept(item):
-                self._close(item.job, "failed", str(error))
-        else:
-            assert moved.report is not None
-            self._close(item.job, "done", verdict(moved.report).text)
-
-    def _kept(self, item: _Loaded) -> bool:
+    def is_done(self, item: _Checked) -> bool:
+        """Whether a job's result is there already."""
         return self._log.is_done(item.job, item.fingerprint)
 
-    def _close(self, job: Job, status: Status, text: str = "") -> None:
+    def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
+        """Do a job and write its result; list it as failed if it does not succeed."""
+        settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
+        try:
+            with enough_memory(lighter(item.method)):
+                result = work()
+                with self._log.writing(item.job, item.fingerprint):
+                    save_as(result, settings)
+        except JCrossLoRAError as error:
+            if not self.is_done(item):
+                self.close(item.job, "failed", str(error))
+        else:
+            self.close(item.job, "done", result.verdict.text)
+
+    def check_place(self, job: Job, fingerprint: str) -> None:
+        """Refuse a job whose folder holds something that was made from other input."""
+        if not self._log.is_done(job, fingerprint):
+            ensure_free(job.settings.out, self._overwrite)
+
+    def close(self, job: Job, status: Status, text: str = "") -> None:
+        """List the outcome of a job."""
         now = time.monotonic()
         seconds = 0.0 if status == "kept" else now - self._since
         self._since = now
@@ -336,28 +188,119 @@ class _Run:
         self._bar.update()
 
 
-def _why_not(plan_for: Callable[[Collection[str]], Plan], modules: Collection[str]) -> str:
-    """Why modules cannot be aligned, "" if they can."""
+class _UnitRun:
+    """One unit: its jobs are checked, then aligned together, then moved in chunks."""
+
+    def __init__(self, run: _Run, unit: Unit) -> None:
+        self._run, self._unit, self._settings = run, unit, unit.settings
+        self._session = open_session(unit.settings, progress=run.progress)
+        self._method = make_method(unit.settings.method)
+        self._given = given_probes(unit.settings.probe_text)
+        self._read: dict[str, Adapter] = {}  # adapters that are held until they are moved, by the name of the job
+        self._room = CHUNK_BYTES
+
+    def do(self) -> None:
+        """Do all jobs of the unit that are not done yet."""
+        pair = self._session.pair
+        texts = "" if self._given is None else digest_of(*self._given.texts)
+        shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
+        checked = [item for item in (self._check(job, shared) for job in self._unit.jobs) if item is not None]
+        self._close_kept(checked)  # whatever becomes of the others
+        for method in dict.fromkeys(item.method for item in checked):
+            items = [item for item in checked if item.method == method]
+            if all(map(self._run.is_done, items)):
+                continue
+            fitting, task = self._planned(items)
+            if task is not None:
+                self._move(fitting, task)
+        self._close_kept(checked)  # by another run meanwhile
+
+    def _check(self, job: Job, shared: tuple[str, str, str]) -> _Checked | None:
+        """Check the adapter and the output of a job before anything is computed."""
+        try:
+            adapter = self._load(job.settings)
+            move = self._start(job, adapter)
+            fingerprint = fingerprint_of(job, adapter.info, *shared)
+            self._run.check_place(job, fingerprint)
+        except JCrossLoRAError as error:
+            self._run.close(job, "failed", str(error))
+            return None
+        factors = move.shifter.adapter
+        size = sum(4 * item.rank * sum(item.shape) for item in factors.modules.values())
+        size += sum(4 * update.numbers for update in factors.tokens)
+        self._room -= size
+        if self._room >= 0 or not self._read:
+            self._read[job.name] = adapter
+        return _Checked(job, move.method, fingerprint, tuple(factors.modules), size)
+
+    def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
+        """Return the jobs that can be aligned, with a task for all of them; one whose modules cannot fails alone."""
+        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
+        method = items[0].method
+
+        def plan(sources: Collection[str]) -> AlignmentTask:
+            return self._session.plan(method, self._settings, sources)
+
+        try:
+            return items, plan({name for kind in kinds for name in kind})
+        except JCrossLoRAError:
+            if len(kinds) == 1:
+                raise
+        reasons = {kind: _why_not(plan, kind) for kind in kinds}
+        for item in items:
+            if reasons[item.sources] and not self._run.is_done(item):
+                self._run.close(item.job, "failed", reasons[item.sources])
+        fitting = [item for item in items if not reasons[item.sources]]
+        return fitting, plan({name for item in fitting for name in item.sources}) if fitting else None
+
+    def _move(self, items: Sequence[_Checked], task: AlignmentTask) -> None:
+        # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
+        chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
+        needed = {item.job.name for chunk in chunks for item in chunk}
+        self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
+        task = self._session.collect_text(task, self._settings, self._given)
+        groups = None
+        if self._session.pair.store is None and len(chunks) > 1:
+            # Without a cache the groups of several chunks have to stay in memory.
+            groups = tuple(align_groups(task, progress=self._run.progress))
+        for chunk in chunks:
+            moves = [self._start(item.job, self._adapter(item)) for item in chunk]
+            transport = self._session.carry(moves, task, groups)
+            for item, move in zip(chunk, moves, strict=True):
+                if not self._run.is_done(item):
+                    self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
+
+    def _start(self, job: Job, adapter: Adapter) -> Move:
+        return self._session.start(adapter, self._method, job.settings, job.settings.profile)
+
+    def _adapter(self, item: _Checked) -> Adapter:
+        """Return the adapter of a job, held since it was checked or read again."""
+        held = self._read.pop(item.job.name, None)
+        return self._load(item.job.settings) if held is None else held
+
+    def _load(self, settings: TransferSettings) -> Adapter:
+        source = self._session.pair.source
+        return load_adapter(settings.adapter, source, revision=settings.adapter_revision, rank=settings.adapter_rank)
+
+    def _close_kept(self, items: Sequence[_Checked]) -> None:
+        for item in items:
+            if self._run.is_open(item.job) and self._run.is_done(item):
+                self._run.close(item.job, "kept")
+
+
+def _why_not(plan: Callable[[Collection[str]], AlignmentTask], modules: Collection[str]) -> str:
+    """Return why modules cannot be aligned, "" if they can."""
     try:
-        plan_for(modules)
+        plan(modules)
     except JCrossLoRAError as error:
         return str(error)
     return ""
 
 
-def _texts_digest(settings: TransferSettings) -> str:
-    """What the user's probe texts are for a job: the same for all of a unit, however long they are."""
-    if settings.probe_text is None:
-        return ""
-    from jcrosslora.evidence.probes import read_texts
-
-    return digest_of(*read_texts(settings.probe_text))
-
-
-def _chunks(loaded: Sequence[_Loaded]) -> Iterator[list[_Loaded]]:
-    chunk: list[_Loaded] = []
+def _chunks(items: Sequence[_Checked]) -> Iterator[list[_Checked]]:
+    chunk: list[_Checked] = []
     size = 0
-    for item in loaded:
+    for item in items:
         if chunk and size + item.size > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import UsageError
-from jcrosslora.session.transfer import TransferSettings
+from jcrosslora.session.settings import TransferSettings
 
 # What decides the maps between two bases; everything else is of one adapter alone.
 _ALIGNING = (
     *("source", "target", "source_revision", "target_revision", "target_name"),
-    *("method", "rank", "depth", "seed", "probe_text", "probe_count", "whitening", "cache"),
+    *("method", "depth", "seed", "probe_text", "probe_count", "cache"),
 )
 
 

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Everything it does can be done from Python as well."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -17,22 +18,23 @@ from rich.console import Console
 
 from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.cli.cache import CacheCommand
+from jcrosslora.cli.transfer_flags import method_flags, setting_flags
 from jcrosslora.distributed.join import join, leave
 from jcrosslora.errors import BatchError, JCrossLoRAError, LostHostError, UsageError
 from jcrosslora.export.export import ExportSettings
 from jcrosslora.export.merge import MergeSettings
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
 from jcrosslora.session.settings_file import check_settings, read_toml
-from jcrosslora.session.transfer import TransferSettings
+from jcrosslora.utils.attribute_docs import attribute_docs
 from jcrosslora.utils.memory import enough_memory
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Transfer(TransferSettings):
+class _TransferExtras:
     """Move an adapter to another base model."""
 
-    adapter: tyro.conf.Positional[str]
     recipe: Path | None = None
     """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
     table: Literal["role", "module", "none"] = "role"
@@ -49,15 +51,36 @@ class Transfer(TransferSettings):
         join(self.coordinator, self.processes, self.process)
         from jcrosslora.distributed import hosts
         from jcrosslora.report.table import print_report
-        from jcrosslora.session.transfer import transfer
+        from jcrosslora.session.files import transfer_files
 
-        moved = transfer(_settings(self, TransferSettings), progress=sys.stderr.isatty() and hosts.is_first())
+        result = transfer_files(self.settings(), progress=sys.stderr.isatty() and hosts.is_first())
         if not hosts.is_first():
             return
-        assert moved.report is not None
         if self.table != "none":
-            print_report(moved.report, console, by_module=self.table == "module")
-        _say(console, f"written: {self.out}")
+            print_report(result.report, console, by_module=self.table == "module")
+        _say(console, f"written: {self.out}")  # type: ignore[attr-defined]
+
+    def settings(self) -> TransferSettings:
+        """Return the settings among the flags; hyper-parameters that were not given are left to the method."""
+        extras = {field.name for field in fields(_TransferExtras)}
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in extras}
+        return TransferSettings.of(
+            **{name: value for name, value in given.items() if name in OWN_FIELDS or value is not None}
+        )
+
+
+_extras = [
+    (
+        field.name,
+        Annotated[field.type, tyro.conf.arg(help=attribute_docs(_TransferExtras)[field.name])],
+        dataclasses.field(default=field.default),
+    )
+    for field in fields(_TransferExtras)
+]
+Transfer: Any = dataclasses.make_dataclass(
+    "Transfer", [*setting_flags(), *method_flags(), *_extras], bases=(_TransferExtras,), frozen=True, kw_only=True
+)
+Transfer.__doc__ = _TransferExtras.__doc__
 
 
 @dataclass(frozen=True)
@@ -283,11 +306,11 @@ class Demo:
     def run(self, console: Console) -> None:
         """Fetch, transfer, print."""
         from jcrosslora.cli.demo import GEMMA3, fetch_models, shipped_adapter
-        from jcrosslora.session.transfer import check_method
+        from jcrosslora.methods import make_method
         from jcrosslora.utils.files import ensure_free
 
         ensure_free(self.out, self.overwrite)
-        check_method(self.method)
+        make_method(self.method)
         source, target = fetch_models(self.cache, console)
         with shipped_adapter() as adapter:
             Transfer(
@@ -368,7 +391,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _with_defaults(recipe: dict[str, Any]) -> Transfer:
+def _with_defaults(recipe: dict[str, Any]) -> Any:
     required = [field.name for field in fields(TransferSettings) if field.default is MISSING]
     return Transfer(**({name: tyro.MISSING for name in required} | recipe))
 

@@ -1,4 +1,4 @@
-"""Evidence from running both bases: probe texts into batches, batches into moments, moments to stacks of modules."""
+"""Activations of both bases on the same text: probe texts to batches, batches to moments, moments to evidence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES
-from jcrosslora.evidence.records import Activations
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Activations, Evidence
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, stated
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.moments import CrossMoments
@@ -24,7 +26,7 @@ PROBE_LENGTH, PROBE_BATCH = 128, 4
 def batch_probes(
     source: BaseModel, target: BaseModel, probes: Probes | None, *, seed: int = 0, progress: bool = False
 ) -> tuple[Probes, list[ProbeBatch]]:
-    """Probe texts as both bases read them.
+    """Tokenise probe texts for both bases.
 
     Args:
         source: the base that adapters come from.
@@ -52,7 +54,7 @@ def batch_probes(
 
 
 def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Sequence[int], count: int) -> Activations:
-    """The moments of several target modules of equal shape, stacked; the last one is repeated up to `count`.
+    """Stack the moments of several target modules of equal shape; the last one is repeated up to `count`.
 
     Args:
         moments: of all layers.
@@ -75,3 +77,34 @@ def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Seque
         None if moments.input_grams is None else stacked(moments.input_grams, sites),
         None if moments.output_grams is None else stacked(moments.output_grams, list(roles)),
     )
+
+
+class ActivationProvider:
+    """Adds up the moments of the activations of all modules, with the grams where they are asked for."""
+
+    is_costly = True
+    reads_tokenizers = True
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Accept every request."""
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give the texts and all modules: the sums are made at one go, so all of them may decide the last digits."""
+        texts = None if request.probes is None else request.probes.digest()
+        return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, stated(request.modules)
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+        """Run both bases over the probe texts."""
+        from jcrosslora.evidence.moments import cross_moments
+
+        source, target = request.pair.source, request.pair.target
+        roles = {pair.role for pair in request.modules}
+        grams = EvidenceKind.ACTIVATION_GRAMS in request.kinds
+        moments = cross_moments(source, target, request.batches, request.layers, roles, grams=grams, progress=progress)
+
+        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+            layers = [target.modules[pair.target].layer for pair in stack.pairs]
+            found = stack_activations(moments, [pair.role for pair in stack.pairs], layers, stack.count)
+            return dataclasses.replace(evidence, activations=found)
+
+        return add

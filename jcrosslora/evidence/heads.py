@@ -1,6 +1,8 @@
-"""The attention heads of two bases, matched layer by layer."""
+"""A map of the residual stream by the embeddings of shared tokens, and attention heads matched through it."""
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +10,72 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ATTENTION, ROLE_PATHS
+from jcrosslora.errors import MethodError
 from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
-from jcrosslora.evidence.records import HeadMatch
+from jcrosslora.evidence.records import Evidence, HeadMatch, Vocabulary
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, stated
 from jcrosslora.lineage.pairing import Pair
 
 _KEYED = frozenset({"k_proj", "v_proj"})
+# The moments are sums in float32: directions of the embeddings weaker than their rounding are noise.
+_ROUNDING = 10 * float(np.finfo(np.float32).eps)
+
+
+class EmbeddingMapProvider:
+    """Adds the shared vocabulary with the map of the stream, and to attention modules the match of their heads."""
+
+    is_costly = True
+    reads_tokenizers = True
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Refuse bases without enough shared tokens.
+
+        Raises:
+            MethodError: the vocabularies share too few tokens, or one cannot be read.
+        """
+        count, reason = request.pair.shared_tokens
+        if not count:
+            msg = f"the method needs tokens that both bases have: {reason}; use another method"
+            raise MethodError(msg)
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give all modules: the heads of a layer are matched at one go."""
+        return stated(request.modules)
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+        """Solve for the map, and match the heads of every pair of layers."""
+        del progress
+        pair = request.pair
+        found = pair.vocabulary[0]
+        assert found is not None
+        stream = embedding_map(found)
+        vocabulary = dataclasses.replace(found, stream=stream)
+        heads = match_heads(pair.source, pair.target, request.modules, stream)
+
+        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+            evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
+            if stack.pairs[0].target not in heads:
+                return evidence
+            matches = [heads[item.target] for item in stack.pairs]
+            matches += matches[-1:] * (stack.count - len(stack.pairs))
+            return dataclasses.replace(evidence, heads=jax.tree.map(lambda *leaves: jnp.stack(leaves), *matches))
+
+        return add
+
+
+def embedding_map(vocabulary: Vocabulary) -> jax.Array:
+    """Solve E_src W = E_tgt for W (H_src, H_tgt) by least squares of smallest norm, from the moments.
+
+    Solved in float64 on the host, once for a pair of bases.
+    """
+    mean_src, mean_tgt = np.asarray(vocabulary.mean_src, np.float64), np.asarray(vocabulary.mean_tgt, np.float64)
+    gram = np.asarray(vocabulary.gram_src, np.float64) + np.outer(mean_src, mean_src)
+    cross = np.asarray(vocabulary.cross, np.float64) + np.outer(mean_src, mean_tgt)
+    return jnp.asarray(np.linalg.pinv(gram, rcond=_ROUNDING, hermitian=True) @ cross, jnp.float32)
 
 
 def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], stream: jax.Array) -> dict[str, HeadMatch]:
-    """For each pair of attention modules, by the target's name, which heads go together.
+    """Match the attention heads of every pair of attention modules; the result is by the target's name.
 
     All four attention modules of a layer decide, whichever of them are paired; they are read a layer at a time.
 
@@ -44,7 +103,7 @@ def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], str
 
 
 def head_counts(source: BaseModel, target: BaseModel, role: str) -> tuple[int, int] | None:
-    """Heads of the target and of the source in modules of a role; None for the MLP's."""
+    """Return the numbers of heads of the target and of the source in modules of a role; None for the MLP."""
     if role not in ATTENTION:
         return None
     if role in _KEYED:

@@ -1,7 +1,7 @@
-"""What a method looks at, and what it returns: the records between the driver and the methods.
+"""The records between the alignment and the methods: evidence in, maps out.
 
-All shapes are those of one pair of modules; the driver adds the leading axis and `jax.vmap`. O and I are a module's
-out and in features, H the width of the residual stream, R the truncation rank; src and tgt are the two bases.
+All shapes are those of one pair of modules; the alignment adds the leading axis and `jax.vmap`. O and I are the out
+and in features of a module, H is the width of the residual stream, R the truncation rank; src and tgt are the bases.
 """
 
 import flax.struct
@@ -24,7 +24,7 @@ class Vocabulary:
         count: V, static.
         mean_src: (H_src,), the mean row that was taken off; None where nothing asks for it.
         mean_tgt: (H_tgt,), the same.
-        stream: (H_src, H_tgt), see `lorasuite.embedding_map`; None for methods that do not ask for it.
+        stream: (H_src, H_tgt), least squares map of the embeddings; None unless asked for.
     """
 
     cross: jax.Array
@@ -102,7 +102,7 @@ class Selection:
 
 @flax.struct.dataclass
 class Evidence:
-    """All that a method may look at for one pair of modules.
+    """Everything a method may look at for one pair of modules.
 
     Attributes:
         src: the source module.
@@ -115,7 +115,6 @@ class Evidence:
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
         selection: for methods that choose rows; None for the others.
-        whitening: static; the exponent of theseus' partial whitening, 0 for none. Above 0 the activations have grams.
     """
 
     src: Side
@@ -127,12 +126,11 @@ class Evidence:
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None
     selection: Selection | None = None
-    whitening: float = flax.struct.field(pytree_node=False, default=0.0)
 
 
 @flax.struct.dataclass
-class Fit:
-    """What a method returns for one pair of modules: dW_tgt = sum over terms of P_out dW_src P_in'.
+class Maps:
+    """The maps of one pair of modules: dW_tgt = sum over terms of P_out dW_src P_in'.
 
     Attributes:
         terms: pairs (P_out, P_in).

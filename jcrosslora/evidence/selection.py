@@ -1,36 +1,59 @@
-"""Which rows and columns of the source each target module takes, for the method `select`."""
+"""Rows and columns of the source that each target module is made of."""
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.evidence.records import Selection
-from jcrosslora.lineage import Structure, find_structure
+from jcrosslora.evidence.records import Evidence, Selection
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+from jcrosslora.lineage import Structure
 from jcrosslora.lineage.pairing import Depth
 
 _DEFAULT_DEPTH = "proportional"
 
 
-def find_selection(
-    source: BaseModel, target: BaseModel, depth: Depth, found: tuple[Structure | None, str] | None = None
-) -> tuple[Structure, tuple[int | None, ...]]:
-    """The structure that two bases share, and the source layer of every target layer.
+class SelectionProvider:
+    """Adds the rows and columns of the source that a target module takes."""
+
+    is_costly = False
+    reads_tokenizers = False
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Accept every request: `selected_layers` refuses others when the layers are paired."""
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give nothing beyond the weights."""
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+        """Take the structure that the pair of bases shares."""
+        del progress
+        structure, target = request.pair.structure[0], request.pair.target
+        assert structure is not None
+
+        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+            names = [pair.target for pair in stack.pairs]
+            return dataclasses.replace(evidence, selection=select_rows(structure, target, names, stack.count))
+
+        return add
+
+
+def selected_layers(found: tuple[Structure | None, str], depth: Depth) -> tuple[int | None, ...]:
+    """Return the source layer of every target layer by the structure that two bases share.
 
     Args:
-        source: the base that adapters come from.
-        target: the base that they go to.
-        depth: the map of layers that was asked for: the default, or what is found anyway.
-        found: what `find_structure` found, if it has been asked.
+        found: from `find_structure`.
+        depth: the depth map that was asked for: the default, or the one that the structure gives anyway.
 
     Raises:
-        MethodError: the target is not made of parts of the source, nor the source of the target's.
-        UsageError: another map of layers was asked for.
-        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+        MethodError: neither base is made of parts of the other.
+        UsageError: another depth map was asked for.
     """
-    structure, reason = found or find_structure(source, target)
+    structure, reason = found
     if structure is None:
         msg = f"method select needs a base that is made of the other's parts: {reason}; use another method"
         raise MethodError(msg)
@@ -39,11 +62,11 @@ def find_selection(
         shown = ",".join("-" if layer is None else str(layer) for layer in layers)
         msg = f"method select finds the layers by their weights, here {shown}; leave the depth map out"
         raise UsageError(msg)
-    return structure, layers
+    return layers
 
 
 def select_rows(structure: Structure, target: BaseModel, names: Iterable[str], count: int) -> Selection:
-    """The rows and columns of some target modules of one shape.
+    """Return the rows and columns of some target modules of one shape.
 
     Args:
         structure: of the pair of bases.

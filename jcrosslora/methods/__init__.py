@@ -1,9 +1,34 @@
-"""Transfer methods: one file a method, all returning the same `Fit`, listed in one registry.
+"""Transfer methods, one file a method: frozen dataclasses that own their hyper-parameters, listed in one registry.
 
-Methods know no files and no models: they see the `Evidence` of one pair of modules at a time.
+The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
 
+from jcrosslora.methods.base import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
+from jcrosslora.methods.base import Method as Method
+from jcrosslora.methods.copy import Copy as Copy
+from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
+from jcrosslora.methods.distill import Distill as Distill
+from jcrosslora.methods.distilled_copy import DistilledCopy as DistilledCopy
+from jcrosslora.methods.index_interp import IndexInterp as IndexInterp
+from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
+from jcrosslora.methods.lora_x import LoRAX as LoRAX
+from jcrosslora.methods.lorasuite import LoRASuite as LoRASuite
+from jcrosslora.methods.pad_truncate import PadTruncate as PadTruncate
+from jcrosslora.methods.prolora import ProLoRA as ProLoRA
+from jcrosslora.methods.random_map import Random as Random
+from jcrosslora.methods.registry import AUTO as AUTO
 from jcrosslora.methods.registry import METHODS as METHODS
-from jcrosslora.methods.registry import Method as Method
-from jcrosslora.methods.registry import check_known as check_known
-from jcrosslora.methods.registry import get_method as get_method
+from jcrosslora.methods.registry import Auto as Auto
+from jcrosslora.methods.registry import MethodLike as MethodLike
+from jcrosslora.methods.registry import find_method as find_method
+from jcrosslora.methods.registry import make_chosen as make_chosen
+from jcrosslora.methods.registry import make_method as make_method
+from jcrosslora.methods.registry import register_method as register_method
+from jcrosslora.methods.registry import setting_fields as setting_fields
+from jcrosslora.methods.registry import spec_of as spec_of
+from jcrosslora.methods.residual_fit import ResidualFit as ResidualFit
+from jcrosslora.methods.scaled_procrustes import ScaledProcrustes as ScaledProcrustes
+from jcrosslora.methods.select import Select as Select
+from jcrosslora.methods.theseus import Theseus as Theseus
+from jcrosslora.methods.update import FinalizeContext as FinalizeContext
+from jcrosslora.methods.update import Update as Update

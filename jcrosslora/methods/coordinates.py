@@ -1,25 +1,30 @@
-"""Methods that take the coordinates of the source for those of the target: copy, pad-truncate, index-interp."""
+"""Maps that take the coordinates of the source for those of the target."""
 
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Fit
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, select
 
 
-def fit_padded(evidence: Evidence) -> Fit:
-    """Rectangular identities: rows and columns beyond the smaller side are cut off or left zero.
+def padded_maps(evidence: Evidence) -> Maps:
+    """Return rectangular identities: rows and columns beyond the smaller side are cut off or left zero.
 
-    For equal shapes this is the plain copy. For unequal ones it is what a public development tree with the seed
-    paper's models emits (github.com/ootyzzz/PAW), and therefore a baseline that has to be named.
+    For equal shapes this is the plain copy.
     """
     (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Fit(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
+    return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))
 
 
-def fit_resampled(evidence: Evidence) -> Fit:
-    """Nearest-index resampling of rows and columns, the interpolation baseline of the same tree."""
+def resampled_maps(evidence: Evidence) -> Maps:
+    """Return maps that resample rows and columns at the nearest index."""
     (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Fit(((_resampled(o_src, o_tgt), _resampled(i_src, i_tgt)),))
+    return Maps(((_resampled(o_src, o_tgt), _resampled(i_src, i_tgt)),))
+
+
+def zero_maps(evidence: Evidence) -> Maps:
+    """Return maps to zero, for methods that fit the whole update."""
+    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+    return Maps(((_zero(o_src, o_tgt), _zero(i_src, i_tgt)),))
 
 
 def _padded(size_src: int, size_tgt: int) -> LinearMap:
@@ -33,11 +38,5 @@ def _resampled(size_src: int, size_tgt: int) -> LinearMap:
     return select(place, jnp.ones(size_tgt), size_src)
 
 
-def fit_nothing(evidence: Evidence) -> Fit:
-    """Maps to zero: for methods that fit an update to what both bases do, and carry nothing over."""
-    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Fit(((_nothing(o_src, o_tgt), _nothing(i_src, i_tgt)),))
-
-
-def _nothing(size_src: int, size_tgt: int) -> LinearMap:
+def _zero(size_src: int, size_tgt: int) -> LinearMap:
     return select(jnp.zeros(size_tgt, jnp.int32), jnp.zeros(size_tgt), size_src)

@@ -14,19 +14,40 @@ U~_s' and dW_s do not fit. The only reading that fits all shapes applies the map
     dW_t = P_U dW_s P_V' = U_t (U_s' dW_s V_s) V_t'
 
 and sends the i-th singular pair of the source to the i-th of the target. Singular pairs are defined up to a joint
-sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; see `anchor`
+sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; see `sign_anchor`
 for how it is chosen here.
 """
 
-from jcrosslora.evidence.records import Evidence, Fit
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import low_rank
-from jcrosslora.methods.anchor import joint_signs
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
+from jcrosslora.methods.sign_anchor import joint_signs
 
 
-def fit(evidence: Evidence) -> Fit:
-    """P_out = U_t D U_s', P_in = V_t D V_s'."""
-    src, tgt = evidence.src.svd, evidence.tgt.svd
-    assert src is not None
-    assert tgt is not None
-    signs, ratio = joint_signs(evidence)
-    return Fit(((low_rank(tgt.u * signs, src.u), low_rank(tgt.v * signs, src.v)),), ratio)
+@dataclass(frozen=True)
+class CrossLoRA(Method):
+    """The i-th singular pair of the source goes to the i-th of the target."""
+
+    name: ClassVar[str] = "cross-lora"
+    summary: ClassVar[str] = "i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'"
+    reference: ClassVar[str] = "arXiv 2508.05232, Eq. 3-7"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset(
+        {EvidenceKind.SINGULAR_VECTORS, EvidenceKind.SHARED_VOCABULARY}
+    )
+    measure: ClassVar[Measure] = "vector ratio"
+    single_vectors: ClassVar[bool] = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out = U_t D U_s', P_in = V_t D V_s'."""
+        src, tgt = evidence.src.svd, evidence.tgt.svd
+        assert src is not None
+        assert tgt is not None
+        signs, ratio = joint_signs(evidence)
+        return Maps(((low_rank(tgt.u * signs, src.u), low_rank(tgt.v * signs, src.v)),), ratio)

@@ -1,11 +1,30 @@
 """LoRA-X (arXiv 2501.16559, Eq. 3): keep what lies in the target's leading singular subspaces. Equal shapes only."""
 
-from jcrosslora.evidence.records import Evidence, Fit
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import low_rank
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 
-def fit(evidence: Evidence) -> Fit:
-    """P_out = U_t U_t', P_in = V_t V_t'."""
-    svd = evidence.tgt.svd
-    assert svd is not None
-    return Fit(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))
+@dataclass(frozen=True)
+class LoRAX(Method):
+    """Keep what lies in the leading singular subspaces of the target. The SVD of the source only serves the diagnostics."""
+
+    name: ClassVar[str] = "lora-x"
+    summary: ClassVar[str] = "keep what lies in the target's singular subspaces: U_t U_t' dW V_t V_t'"
+    reference: ClassVar[str] = "arXiv 2501.16559, Eq. 3"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure: ClassVar[Measure] = "subspace similarity"
+    equal_shapes: ClassVar[bool] = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out = U_t U_t', P_in = V_t V_t'."""
+        svd = evidence.tgt.svd
+        assert svd is not None
+        return Maps(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))

@@ -22,41 +22,41 @@ the outputs of down the published code has pinv(W_h) where the equations have W_
 between independently trained bases the inverse has no bound (a condition number of 300 on the one pair measured).
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jcrosslora.evidence.records import Evidence, Fit, Vocabulary
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, dot, low_rank
-
-# Moments are sums in float32: directions of the embeddings weaker than their rounding are noise.
-_ROUNDING = 10 * float(np.finfo(np.float32).eps)
+from jcrosslora.methods.base import Measure, Method
 
 
-def fit(evidence: Evidence) -> Fit:
-    """Stream's side W_h'; other side by head, or through the pseudo-inverse of the source's weight."""
-    vocabulary, heads = evidence.vocabulary, evidence.heads
-    assert vocabulary is not None
-    assert vocabulary.stream is not None
-    stream = vocabulary.stream.T
-    x_src, x_tgt = (side.weight if evidence.reads else side.weight.T for side in (evidence.src, evidence.tgt))
-    if heads is None:
-        inner, likeness = _through_inverse(x_src, x_tgt, stream), jnp.full((), jnp.nan)
-    else:
-        inner, likeness = _by_head(x_src, x_tgt, stream, heads.match), heads.cosine
-    pair = (inner, _dense(stream)) if evidence.reads else (_dense(stream), inner)
-    return Fit((pair,), weight_cosine=likeness)
+@dataclass(frozen=True)
+class LoRASuite(Method):
+    """The stream by the embeddings of shared tokens, attention by matched heads. Its fine-tuning is left out."""
 
+    name: ClassVar[str] = "lorasuite"
+    summary: ClassVar[str] = "the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning"
+    reference: ClassVar[str] = "arXiv 2505.13515"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.EMBEDDING_MAP})
+    measure: ClassVar[Measure] = "head cosine"
 
-def embedding_map(vocabulary: Vocabulary) -> jax.Array:
-    """W_h (H_src, H_tgt), the least squares solution of E_src W_h = E_tgt of smallest norm, from the moments.
-
-    Solved in float64 on the host; once for a pair of bases.
-    """
-    mean_src, mean_tgt = np.asarray(vocabulary.mean_src, np.float64), np.asarray(vocabulary.mean_tgt, np.float64)
-    gram = np.asarray(vocabulary.gram_src, np.float64) + np.outer(mean_src, mean_src)
-    cross = np.asarray(vocabulary.cross, np.float64) + np.outer(mean_src, mean_tgt)
-    return jnp.asarray(np.linalg.pinv(gram, rcond=_ROUNDING, hermitian=True) @ cross, jnp.float32)
+    def maps(self, evidence: Evidence) -> Maps:
+        """Stream's side W_h'; other side by head, or through the pseudo-inverse of the source's weight."""
+        vocabulary, heads = evidence.vocabulary, evidence.heads
+        assert vocabulary is not None
+        assert vocabulary.stream is not None
+        stream = vocabulary.stream.T
+        x_src, x_tgt = (side.weight if evidence.reads else side.weight.T for side in (evidence.src, evidence.tgt))
+        if heads is None:
+            inner, likeness = _through_inverse(x_src, x_tgt, stream), jnp.full((), jnp.nan)
+        else:
+            inner, likeness = _by_head(x_src, x_tgt, stream, heads.match), heads.cosine
+        pair = (inner, _dense(stream)) if evidence.reads else (_dense(stream), inner)
+        return Maps((pair,), weight_cosine=likeness)
 
 
 def _through_inverse(x_src: jax.Array, x_tgt: jax.Array, stream: jax.Array) -> LinearMap:

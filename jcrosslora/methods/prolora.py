@@ -8,20 +8,39 @@ The cross terms (range on one side, rest on the other) are dropped, as in the pa
 the update: 2 K. The paper pairs modules by subspace similarity; here the pairing is given.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 
-from jcrosslora.evidence.records import Evidence, Fit
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 
-def fit(evidence: Evidence) -> Fit:
-    """Two terms: through both ranges, and through both complements."""
-    src, tgt = evidence.src.svd, evidence.tgt.svd
-    assert src is not None
-    assert tgt is not None
-    within = (_both_projections(tgt.u, src.u), _both_projections(tgt.v, src.v))
-    outside = (complement(tgt.u, src.u), complement(tgt.v, src.v))
-    return Fit((within, outside))
+@dataclass(frozen=True)
+class ProLoRA(Method):
+    """Range and null space of source and target are carried over separately, which doubles the rank."""
+
+    name: ClassVar[str] = "prolora"
+    summary: ClassVar[str] = "range and null space of source and target carried over separately; rank 2 K"
+    reference: ClassVar[str] = "arXiv 2506.04244"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
+    measure: ClassVar[Measure] = "subspace similarity"
+    equal_shapes: ClassVar[bool] = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Two terms: through both ranges, and through both complements."""
+        src, tgt = evidence.src.svd, evidence.tgt.svd
+        assert src is not None
+        assert tgt is not None
+        within = (_both_projections(tgt.u, src.u), _both_projections(tgt.v, src.v))
+        outside = (complement(tgt.u, src.u), complement(tgt.v, src.v))
+        return Maps((within, outside))
 
 
 def _both_projections(first: jax.Array, second: jax.Array) -> LinearMap:

@@ -1,18 +1,37 @@
 """The control: random orthonormal bases in place of the singular ones, and the norm of the update kept."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Fit
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, low_rank
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 
-def fit(evidence: Evidence) -> Fit:
-    """P_out = Q_t Q_s', P_in = R_t R_s' with Q and R uniformly random, of inner width R."""
-    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    assert evidence.key is not None
-    out_key, in_key = jax.random.split(evidence.key)
-    return Fit(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
+@dataclass(frozen=True)
+class Random(Method):
+    """Uniformly random orthonormal bases in place of the singular ones."""
+
+    name: ClassVar[str] = "random"
+    summary: ClassVar[str] = "control: random orthonormal bases, norm of the update kept"
+    reference: ClassVar[str] = "control"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.RANDOM_KEY})
+    measure: ClassVar[Measure] = "none"
+    keeps_norm: ClassVar[bool] = True
+
+    svd_rank: int = DEFAULT_SVD_RANK
+    """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out = Q_t Q_s', P_in = R_t R_s' with Q and R uniformly random, of inner width R."""
+        (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
+        assert evidence.key is not None
+        out_key, in_key = jax.random.split(evidence.key)
+        return Maps(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
 
 
 def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMap:

@@ -1,255 +1,187 @@
-"""The methods by name. Each is a way to choose the pair of maps of every module; see `Method`."""
+"""The methods by name, and the way from a name with settings to a method object."""
 
-from collections.abc import Callable, Collection
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from jcrosslora.errors import MethodError
-from jcrosslora.evidence.records import Evidence, Fit
-from jcrosslora.methods import (
-    coordinates,
-    cross_lora,
-    lora_x,
-    lorasuite,
-    prolora,
-    random_map,
-    scaled_procrustes,
-    selected,
-    theseus,
-)
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.copy import Copy
+from jcrosslora.methods.cross_lora import CrossLoRA
+from jcrosslora.methods.distill import Distill
+from jcrosslora.methods.distilled_copy import DistilledCopy
+from jcrosslora.methods.index_interp import IndexInterp
+from jcrosslora.methods.interpolated_copy import InterpolatedCopy
+from jcrosslora.methods.lora_x import LoRAX
+from jcrosslora.methods.lorasuite import LoRASuite
+from jcrosslora.methods.pad_truncate import PadTruncate
+from jcrosslora.methods.prolora import ProLoRA
+from jcrosslora.methods.random_map import Random
+from jcrosslora.methods.residual_fit import ResidualFit
+from jcrosslora.methods.scaled_procrustes import ScaledProcrustes
+from jcrosslora.methods.select import Select
+from jcrosslora.methods.theseus import Theseus
 
-Then = Literal["nothing", "source interpolation", "residual", "predictions"]
-Teacher = Literal["mean", "source"]
-Measure = Literal[
-    "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
-]
+AUTO = "auto"
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        CrossLoRA,
+        LoRAX,
+        ProLoRA,
+        Copy,
+        InterpolatedCopy,
+        DistilledCopy,
+        Select,
+        PadTruncate,
+        IndexInterp,
+        Theseus,
+        ScaledProcrustes,
+        ResidualFit,
+        Distill,
+        LoRASuite,
+        Random,
+    )
+}
 
 
 @dataclass(frozen=True)
-class Method:
-    """A named way to choose P_out and P_in for a pair of modules.
+class Auto:
+    """Choose the method from the weights of the two bases (see `lineage.method_selection`).
 
     Attributes:
-        name: as given to `--method`.
-        summary: one line.
-        reference: where it is published.
-        fit: the unbatched maths, pure and traceable.
-        equal_shapes: whether it is only defined for modules of equal shape.
-        decomposes: whether it asks for the SVDs of both modules (lora-x uses the source's only to say how similar
-            the two bases are).
-        usual_rank: the truncation rank where none is asked for: the paper's. The source interpolation takes 8: its first
-            directions hold what the trainings have in common; with more of them the target forgets more (README).
-        vectors: whether single singular vectors matter, or only the subspace that they span.
-        needs_sign_anchor: whether it uses the shared vocabulary.
-        activations: whether it runs both bases on probe texts.
-        embeddings: whether it maps the stream by the embeddings of shared tokens and matches attention heads.
-        selects: whether it takes rows and columns of the source that the weights name (`jcrosslora.lineage`).
-        draws: whether its maps are random.
-        preserves_residual_basis: whether the residual stream of the target has the source's coordinates, or those of them that the
-            method names, so that changes of the embedding and the output head move as well.
-        keeps_norm: whether the update's norm is restored after the map (a control has to).
-        then: what follows when the adapter has been moved: nothing, part of the source interpolation from the target's weights to
-            the source's (`jcrosslora.fit.interpolation`), a fit of down_proj to the change of the residual stream
-            (`jcrosslora.fit.residual`), or of v and o of attention to predictions (`jcrosslora.fit.distill`).
-        teacher: what a fit to predictions is to: a mean of the target's own and the adapted source's, and on top of it
-            a share of what the adapter changes; or the adapted source's alone.
-        measure: which diagnostic says if the two bases agree in what this method relies on.
+        settings: hyper-parameters for whichever method is chosen; those that it does not have are left out.
     """
 
-    name: str
-    summary: str
-    reference: str
-    fit: Callable[[Evidence], Fit]
-    equal_shapes: bool = False
-    decomposes: bool = False
-    usual_rank: int = 320
-    vectors: bool = False
-    needs_sign_anchor: bool = False
-    activations: bool = False
-    embeddings: bool = False
-    selects: bool = False
-    draws: bool = False
-    preserves_residual_basis: bool = False
-    keeps_norm: bool = False
-    then: Then = "nothing"
-    teacher: Teacher = "mean"
-    measure: Measure = "weight cosine"
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the truncation rank has any part in its maps."""
-        return self.decomposes or self.draws
-
-    @property
-    def runs_bases(self) -> bool:
-        """Whether both bases have to run on text."""
-        return self.activations or self.fits
-
-    @property
-    def fits(self) -> bool:
-        """Whether an update is fitted to what the source does with the adapter."""
-        return self.then in ("residual", "predictions")
-
-    @property
-    def needs(self) -> str:
-        """What the method looks at, in words."""
-        parts = ["equal shapes"] if self.equal_shapes else []
-        parts += ["a base made of the other's parts"] if self.selects else []
-        parts += ["SVDs of both bases"] if self.decomposes else []
-        parts += ["shared vocabulary (for the signs)"] if self.needs_sign_anchor else []
-        parts += ["shared vocabulary (for the map)", "weights of all attention modules"] if self.embeddings else []
-        parts += ["both bases run on text, their own or the user's"] if self.runs_bases else []
-        return ", ".join(parts) or "nothing"
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
-_METHODS = (
-    Method(
-        name="cross-lora",
-        summary="i-th singular pair of the source to the i-th of the target: U_t D U_s' dW V_s D V_t'",
-        reference="arXiv 2508.05232, Eq. 3-7",
-        fit=cross_lora.fit,
-        decomposes=True,
-        vectors=True,
-        needs_sign_anchor=True,
-        measure="vector ratio",
-    ),
-    Method(
-        name="lora-x",
-        summary="keep what lies in the target's singular subspaces: U_t U_t' dW V_t V_t'",
-        reference="arXiv 2501.16559, Eq. 3",
-        fit=lora_x.fit,
-        equal_shapes=True,
-        decomposes=True,
-        measure="subspace similarity",
-    ),
-    Method(
-        name="prolora",
-        summary="range and null space of source and target carried over separately; rank 2 K",
-        reference="arXiv 2506.04244",
-        fit=prolora.fit,
-        equal_shapes=True,
-        decomposes=True,
-        measure="subspace similarity",
-    ),
-    Method(
-        name="copy",
-        summary="the update as it is",
-        reference="On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)",
-        fit=coordinates.fit_padded,
-        equal_shapes=True,
-        preserves_residual_basis=True,
-    ),
-    Method(
-        name="interpolated-copy",
-        summary="the update as it is, on weights between both bases: part of the source interpolation to the source goes with it",
-        reference="this package; interpolation of weights: arXiv 2109.01903",
-        fit=coordinates.fit_padded,
-        equal_shapes=True,
-        usual_rank=8,
-        preserves_residual_basis=True,
-        then="source interpolation",
-    ),
-    Method(
-        name="distilled-copy",
-        summary="the update as it is, then v and o of attention fitted to what the adapted source predicts",
-        reference="this package",
-        fit=coordinates.fit_padded,
-        equal_shapes=True,
-        preserves_residual_basis=True,
-        then="predictions",
-        teacher="source",
-    ),
-    Method(
-        name="select",
-        summary="rows, columns and layers of the source that the target was made of, in its order",
-        reference="this package",
-        fit=selected.fit,
-        selects=True,
-        preserves_residual_basis=True,
-        measure="part cosine",
-    ),
-    Method(
-        name="pad-truncate",
-        summary="rows and columns cut off or filled with zeros",
-        reference="github.com/ootyzzz/PAW, lora_x_core.py",
-        fit=coordinates.fit_padded,
-    ),
-    Method(
-        name="index-interp",
-        summary="rows and columns resampled at the nearest index",
-        reference="github.com/ootyzzz/PAW, interpo_core.py",
-        fit=coordinates.fit_resampled,
-    ),
-    Method(
-        name="theseus",
-        summary="orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)",
-        reference="arXiv 2602.12952",
-        fit=theseus.fit,
-        activations=True,
-        measure="activation cosine",
-    ),
-    Method(
-        name="scaled-procrustes",
-        summary="theseus on activations whose dimensions have been brought to one size",
-        reference="this package",
-        fit=scaled_procrustes.fit,
-        activations=True,
-        measure="activation cosine",
-    ),
-    Method(
-        name="residual-fit",
-        summary="down_proj, layer by layer, so that the target's stream changes as the source's does",
-        reference="this package",
-        fit=coordinates.fit_nothing,
-        then="residual",
-        measure="none",
-    ),
-    Method(
-        name="distill",
-        summary="v and o of attention, in a few closed-form steps, to what the adapted source predicts",
-        reference="this package",
-        fit=coordinates.fit_nothing,
-        then="predictions",
-        measure="none",
-    ),
-    Method(
-        name="lorasuite",
-        summary="the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning",
-        reference="arXiv 2505.13515",
-        fit=lorasuite.fit,
-        embeddings=True,
-        measure="head cosine",
-    ),
-    Method(
-        name="random",
-        summary="control: random orthonormal bases, norm of the update kept",
-        reference="control",
-        fit=random_map.fit,
-        draws=True,
-        keeps_norm=True,
-        measure="none",
-    ),
-)
-
-METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+MethodLike = str | Method | type[Method] | Auto
 
 
-def get_method(name: str) -> Method:
-    """The method called `name`.
+def register_method(method: type[Method]) -> type[Method]:
+    """Add a method of the user's own to the registry; may be used as a class decorator.
+
+    Args:
+        method: a frozen dataclass that inherits from `Method` and has a name, with a default for every field.
+
+    Returns:
+        The same class.
 
     Raises:
-        MethodError: there is none of that name.
+        MethodError: the class is none of that, or another class has its name.
     """
+    if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
+        msg = f"{method!r} is no method; write a class that inherits from jcrosslora.Method, with a name"
+        raise MethodError(msg)
+    unset = [field.name for field in dataclasses.fields(method) if field.default is dataclasses.MISSING]
+    if unset or not method.__dataclass_params__.frozen or "__dataclass_params__" not in vars(method):  # type: ignore[attr-defined]
+        reason = f"field {unset[0]} has no default" if unset else "it is not a frozen dataclass"
+        msg = f"method {method.name}: {reason}; write @dataclass(frozen=True) and give every field a default"
+        raise MethodError(msg)
+    other = METHODS.get(method.name)
+    if method.name == AUTO or (other is not None and _spec(other) != _spec(method)):
+        msg = f"a method called {method.name!r} exists already; choose another name"
+        raise MethodError(msg)
+    METHODS[method.name] = method
+    return method
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method called `name`. One of the form "module:Class" is imported and registered.
+
+    Raises:
+        MethodError: `name` is not registered, or the module or class is not there.
+    """
+    if ":" in name:
+        return register_method(_imported(name))
     check_known(name, METHODS)
     return METHODS[name]
+
+
+def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
+    """Make a method object, or `Auto`, from whatever a user gives.
+
+    Args:
+        method: a name, a class, or an object, to which `settings` are applied.
+        settings: hyper-parameters by name.
+
+    Raises:
+        MethodError: the method is not registered.
+        UsageError: a setting that the method does not have, or a value out of range.
+    """
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
+    if isinstance(method, Auto) or method == AUTO:
+        given = dict(method.settings) if isinstance(method, Auto) else {}
+        return Auto(tuple(sorted((given | settings).items())))
+    if isinstance(method, str):
+        method = find_method(method)
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        msg = f"method {method!r} is neither a name nor a method; see jcrosslora.methods"
+        raise MethodError(msg)
+    known = [field.name for field in dataclasses.fields(method)]
+    for name in settings:
+        if name not in known:
+            has = f"its settings are {', '.join(known)}" if known else "it has no settings"
+            msg = f"method {method.name} has no setting {name}; {has}"
+            raise UsageError(msg)
+    return method(**settings) if isinstance(method, type) else dataclasses.replace(method, **settings)
+
+
+def make_chosen(name: str, auto: Auto) -> Method:
+    """Make the method that `auto` stands for on a pair of bases, with those of its settings that the method has."""
+    method = find_method(name)
+    known = {field.name for field in dataclasses.fields(method)}
+    return method(**{key: value for key, value in auto.settings if key in known})
 
 
 def check_known(name: str, names: Collection[str]) -> None:
     """Refuse a method that is not among the names that can be given.
 
     Raises:
-        MethodError: so it is.
+        MethodError: `name` is not among them; suggests one that is spelt alike.
     """
     if name not in names:
-        msg = f"method {name!r} is unknown; use one of {', '.join(names)}"
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f"did you mean {close[0]}? The methods are" if close else "use one of"
+        msg = f"method {name!r} is unknown; {meant} {', '.join(names)}, or MODULE:CLASS for one of your own"
         raise MethodError(msg)
+
+
+def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:
+    """Return the hyper-parameters of all registered methods: name -> method -> field."""
+    found: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+    for method in METHODS.values():
+        for field in dataclasses.fields(method):
+            found.setdefault(field.name, {})[method.name] = field
+    return found
+
+
+def spec_of(method: Method) -> str:
+    """Return what `--method` and recipes call a method: its name, or "module:Class" for one of the user's own."""
+    return _spec(type(method))
+
+
+def _spec(method: type[Method]) -> str:
+    if method.__module__.startswith("jcrosslora."):
+        return method.name
+    return f"{method.__module__}:{method.__qualname__}"
+
+
+def _imported(spec: str) -> type[Method]:
+    module, _, name = spec.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)  # a console script does not look beside the user
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        msg = f"method {spec!r} cannot be imported ({error}); write MODULE:CLASS of a file that Python finds"
+        raise MethodError(msg) from error
+    finally:
+        sys.path.remove(here)
+    return found

@@ -12,22 +12,37 @@ functionals, which go by the inverse transpose: with x_t = M x_s and P orthogona
     P_out = D_t P D_s^-1 of the outputs,   P_in = D_t^-1 P D_s of the inputs.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Fit
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, dimension_sizes, low_rank, procrustes
+from jcrosslora.methods.base import Measure, Method
 
 
-def fit(evidence: Evidence) -> Fit:
-    """P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
-    moments = evidence.activations
-    assert moments is not None
-    turn_out, sizes_out, like_out = _aligned(moments.outputs, moments.output_squares)
-    turn_in, sizes_in, like_in = _aligned(moments.inputs, moments.input_squares)
-    p_out = low_rank(sizes_out[1][:, None] * turn_out.left, turn_out.right / sizes_out[0][:, None])
-    p_in = low_rank(turn_in.left / sizes_in[1][:, None], sizes_in[0][:, None] * turn_in.right)
-    return Fit(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
+@dataclass(frozen=True)
+class ScaledProcrustes(Method):
+    """Theseus on activations whose dimensions have been divided by their sizes."""
+
+    name: ClassVar[str] = "scaled-procrustes"
+    summary: ClassVar[str] = "theseus on activations whose dimensions have been brought to one size"
+    reference: ClassVar[str] = "this package"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.ACTIVATIONS})
+    measure: ClassVar[Measure] = "activation cosine"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
+        moments = evidence.activations
+        assert moments is not None
+        turn_out, sizes_out, like_out = _aligned(moments.outputs, moments.output_squares)
+        turn_in, sizes_in, like_in = _aligned(moments.inputs, moments.input_squares)
+        p_out = low_rank(sizes_out[1][:, None] * turn_out.left, turn_out.right / sizes_out[0][:, None])
+        p_in = low_rank(turn_in.left / sizes_in[1][:, None], sizes_in[0][:, None] * turn_in.right)
+        return Maps(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
 
 
 def _aligned(

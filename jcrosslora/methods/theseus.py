@@ -10,22 +10,54 @@ activations that are not whitened; p is 0 by default there and here. The authors
 1e-6 in float64; here they are raised to the rounding of float32 (see `jcrosslora.linalg.psd_power`).
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Fit
+from jcrosslora.errors import UsageError
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
+from jcrosslora.methods.base import Measure, Method
 
 Pair = tuple[jax.Array, jax.Array]
+# At this exponent the activations of both bases have the same spread in all directions.
+_MOST_WHITENING = 0.5
 
 
-def fit(evidence: Evidence) -> Fit:
-    """P_out = T_out', P_in = T_in'."""
-    moments = evidence.activations
-    assert moments is not None
-    p_in, like_in = _aligned(moments.inputs, moments.input_squares, moments.input_grams, evidence.whitening)
-    p_out, like_out = _aligned(moments.outputs, moments.output_squares, moments.output_grams, evidence.whitening)
-    return Fit(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
+@dataclass(frozen=True)
+class Theseus(Method):
+    """Orthogonal maps fitted on the activations of both bases."""
+
+    name: ClassVar[str] = "theseus"
+    summary: ClassVar[str] = "orthogonal maps fitted on activations: polar(Y_t' Y_s) dW polar(X_s' X_t)"
+    reference: ClassVar[str] = "arXiv 2602.12952"
+    measure: ClassVar[Measure] = "activation cosine"
+
+    whitening: float = 0.0
+    """Exponent of the partial whitening, from 0 (none) to 0.5 (full). Above 0 it takes three times the memory."""
+
+    def __post_init__(self) -> None:
+        """Refuse an exponent outside 0 to 0.5."""
+        if not 0 <= self.whitening <= _MOST_WHITENING:
+            msg = f"whitening {self.whitening} is out of range; wanted 0 (none) to {_MOST_WHITENING} (full)"
+            raise UsageError(msg)
+
+    @property
+    def requires(self) -> frozenset[EvidenceKind]:  # type: ignore[override]
+        """Activations, and their grams where they are whitened."""
+        grams = {EvidenceKind.ACTIVATION_GRAMS} if self.whitening else set()
+        return frozenset({EvidenceKind.ACTIVATIONS} | grams)
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out = T_out', P_in = T_in'."""
+        moments = evidence.activations
+        assert moments is not None
+        p_in, like_in = _aligned(moments.inputs, moments.input_squares, moments.input_grams, self.whitening)
+        p_out, like_out = _aligned(moments.outputs, moments.output_squares, moments.output_grams, self.whitening)
+        return Maps(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
 
 
 def _aligned(cross: jax.Array, squares: Pair, grams: Pair | None, whitening: float) -> tuple[LinearMap, jax.Array]:

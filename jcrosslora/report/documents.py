@@ -5,7 +5,7 @@ import json
 
 from jcrosslora.report.card import model_card
 from jcrosslora.report.record import TransferReport
-from jcrosslora.report.table import role_rows
+from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict
 
 
@@ -18,7 +18,7 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "target": report.target.ref,
         "out": out,
         "method": recipe.method,
-        "rank": recipe.rank,
+        **changed_settings(report),
         "depth": recipe.depth,
         "calibrate": report.calibration,
         "scale": None if report.scale == 1 else report.scale,
@@ -29,9 +29,6 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "seed": recipe.seed,
         "probe_text": recipe.probe_text,
         "probe_count": recipe.probe_count,
-        "completions": report.completions,
-        "interpolation": report.interpolation,
-        "whitening": recipe.whitening or None,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
@@ -67,7 +64,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
         added=report.added,
-        cut=None if report.cut is None else report.cut.sentence,
+        cut=None if report.truncation is None else report.truncation.sentence,
     )
 
 

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.lineage.pairing import DEPTH_MAPS, SIMILAR
-from jcrosslora.methods import get_method
-from jcrosslora.report.record import ModuleRow, TransferReport, weighted
+from jcrosslora.report.record import TransferReport, weighted
 from jcrosslora.report.verdict import verdict
+from jcrosslora.shifting.records import ModuleRow
 
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
@@ -28,8 +28,8 @@ def print_report(report: TransferReport, console: Console, *, by_module: bool = 
     """Print the table, what was left behind, the warnings, and the verdict last."""
     rows = module_rows(report) if by_module else role_rows(report)
     recipe = report.recipe
-    rank = f", rank {recipe.rank}" if get_method(recipe.method).cuts else ""
-    table = Table(title=f"{recipe.method}{rank}, depth {report_depth(report)}", title_justify="left")
+    settings = "".join(f", {name} {value}" for name, value in changed_settings(report).items())
+    table = Table(title=f"{recipe.method}{settings}, depth {report_depth(report)}", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for row in rows[:-1]:
@@ -40,6 +40,14 @@ def print_report(report: TransferReport, console: Console, *, by_module: bool = 
     for line in _notes(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"verdict: {verdict(report).text}", highlight=False, markup=False, soft_wrap=True, style="bold")
+
+
+def changed_settings(report: TransferReport) -> dict[str, object]:
+    """Return the hyper-parameters that a reader wants to see: the truncation rank, and what is not the default."""
+    default = type(report.method)().settings()
+    shown = {name: value for name, value in report.method.settings().items() if value != default[name]}
+    rank = {"svd_rank": report.recipe.settings["svd_rank"]} if report.method.truncates else {}
+    return shown | rank
 
 
 def report_depth(report: TransferReport) -> str:
@@ -55,8 +63,8 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"fit: {report.fitted}")
     if report.added is not None:
         lines.append(f"added: {report.added}")
-    if report.cut is not None:
-        lines.append(f"cut: {report.cut.sentence}")
+    if report.truncation is not None:
+        lines.append(f"cut: {report.truncation.sentence}")
     if report.recipe.probes != "none":
         lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":

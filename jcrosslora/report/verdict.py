@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.methods import get_method
-from jcrosslora.report.record import ModuleRow, TransferReport, weighted
+from jcrosslora.report.record import TransferReport, weighted
+from jcrosslora.shifting.records import ModuleRow
 
 Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control", "ineffective", "destructive"]
 
@@ -48,10 +48,10 @@ def verdict(report: TransferReport) -> Verdict:
 
 
 def _by_diagnostics(report: TransferReport) -> Verdict:
-    method = get_method(report.recipe.method)
+    method = report.method
     if report.fitted is not None:
         # Prompts that the source wrote may be quite unlike those that the adapter was trained on.
-        more = "" if report.completions is None or report.recipe.probe_text is not None else _MORE
+        more = _MORE if report.wrote_prompts else ""
         text = f"the update was fitted to what both bases do on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
     if method.measure == "none":

@@ -2,14 +2,12 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jcrosslora.errors import UsageError
-from jcrosslora.session.transfer import TransferSettings
-
-FIELDS = {field.name: field for field in fields(TransferSettings)}
+from jcrosslora.methods import setting_fields
+from jcrosslora.session.settings import OWN_FIELDS
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
@@ -37,17 +35,20 @@ def check_settings(settings: Mapping[str, Any], place: str) -> None:
     """Check names and types of settings of a transfer, as TOML gives them.
 
     Args:
-        settings: names of `TransferSettings` to values.
+        settings: names of `TransferSettings` or of hyper-parameters of a method, to values.
         place: where they stand, for errors.
 
     Raises:
         UsageError: an unknown name, or a value of another type than the setting has.
     """
+    types: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
+    for name, by_method in setting_fields().items():
+        types.setdefault(name, next(iter(by_method.values())).type)
     for key, value in settings.items():
-        if key not in FIELDS:
-            msg = f"{place} has an unknown setting {key!r}; the settings are {', '.join(FIELDS)}"
+        if key not in types:
+            msg = f"{place} has an unknown setting {key!r}; the settings are {', '.join(types)}"
             raise UsageError(msg)
-        _check_type(place, key, value, FIELDS[key].type)
+        _check_type(place, key, value, types[key])
 
 
 def _check_type(place: str, key: str, value: Any, annotation: Any) -> None:

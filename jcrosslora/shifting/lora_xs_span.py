@@ -19,7 +19,7 @@ from jcrosslora.adapter.write_lora_xs import LORA_XS, directions, inside
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError, UsageError
 from jcrosslora.linalg import decompose
-from jcrosslora.shifting.shift import MovedAdapter, cut_by
+from jcrosslora.shifting.truncate import reduce_fused
 
 A = TypeVar("A", bound=Adapter)
 Frozen = Mapping[str, LoRAFactors]
@@ -28,7 +28,7 @@ Known = dict[tuple[str, int], LoRAFactors]
 
 # Of the subspace, in radians: what is written is orthonormal whatever the angle, and only that matters to R.
 _TOLERANCE = 1e-4
-_READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
+READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
 
 
 class SpanTruncation(Truncation):
@@ -126,25 +126,24 @@ def _inside(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
     return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32), scale=factors.scale)
 
 
-def project_moved(
-    moved: MovedAdapter, base: BaseModel, rank: int, known: Known | None = None
-) -> tuple[MovedAdapter, Frozen]:
-    """A moved adapter in the span of its target's singular vectors, with what is left in its report.
+def project_update(
+    adapter: Adapter, base: BaseModel, rank: int, known: Known | None = None
+) -> tuple[Adapter, SpanTruncation, Frozen]:
+    """Project a moved update into the span of its target's singular vectors.
 
     Norms are not restored, whatever the calibration: parts of a fused matrix that were each made larger would leave the
     span.
 
     Args:
-        moved: with its report.
+        adapter: of the target.
         base: the target.
         rank: K.
         known: see `frozen_factors`.
 
     Returns:
-        The adapter, and the frozen factors that profile lora-xs writes it by.
+        The adapter, the account, and the frozen factors that profile lora-xs writes it by.
     """
-    frozen = frozen_factors(base, moved.modules, rank, known)
-    found = cut_by(moved, lambda whole: project(whole, frozen, rank), restores=False)
-    assert found.report is not None
-    report = dataclasses.replace(found.report, warnings=(*found.report.warnings, _READERS))
-    return dataclasses.replace(found, report=report), frozen
+    frozen = frozen_factors(base, adapter.modules, rank, known)
+    adapter, account = reduce_fused(adapter, base.fused, lambda whole: project(whole, frozen, rank))
+    assert isinstance(account, SpanTruncation)
+    return adapter, account, frozen

@@ -1,148 +1,107 @@
-"""LoRA-Shift: a transport and an adapter in, the adapter for the other base out. The same for all methods."""
+"""LoRA-Shift (arXiv 2508.05232, section 3): carry adapters through the maps, the same for all methods."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
 from jcrosslora.adapter.dropped import without_tokens
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError, PairingError, UsageError
+from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import Terms
-from jcrosslora.linalg import product_energy
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import get_method
-from jcrosslora.report.record import ModuleRow, TransferReport, UnmappedSource
+from jcrosslora.methods import Method
+from jcrosslora.shifting.apply import ShiftedFactors, rows_by_rank, shift_factors, terms_of
+from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.shifting.token_rows import carry_tokens
 
 Calibration = Literal["none", "frobenius"]
 
 
-@flax.struct.dataclass
-class MovedAdapter(Adapter):
-    """An adapter that was moved, with the account of what became of it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shifted:
+    """An adapter behind the maps, with the account of what they made of it.
 
     Attributes:
-        report: static, see `TransferReport`.
-        target: static, the base that it is now for.
+        adapter: of the target, float32.
+        original: the adapter before, with fused matrices taken apart.
+        rows: one for each moved module, in the target's order.
+        tokens: changes of the embedding and the output head that were moved.
+        unmapped: source modules whose update goes nowhere.
+        energy: ||.||_F^2 of the whole update before.
+        calibration: "none" or "frobenius".
+        scale: what every moved update was multiplied by.
+        notes: what the user has to know, one sentence each.
     """
 
-    report: TransferReport | None = flax.struct.field(pytree_node=False, default=None)
-    target: BaseInfo | None = flax.struct.field(pytree_node=False, default=None)
-
-
-def shift(
-    transport: Transport,
-    adapter: Adapter,
-    *,
-    calibrate: Calibration | None = None,
-    scale: float = 1.0,
-    out_rank: RankRule | None = None,
-    bases: tuple[BaseModel, BaseModel] | None = None,
-) -> MovedAdapter:
-    """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3).
-
-    B_tgt = P_out B and A_tgt = A P_in', term by term; the full-size product is never formed.
-
-    Args:
-        transport: from `align`.
-        adapter: an adapter of the transport's source base.
-        calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
-            maps make of it; None is the method's own choice (only the random control restores the norm).
-        scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
-        out_rank: cut every update, optimally, to this rank, or by one of the rules of `truncate_by_rule`; None keeps the
-            rank (methods of two terms double it).
-        bases: source and target, without which changes of the embedding and the output head stay behind.
-
-    Returns:
-        The adapter for the target base, float32, with its report.
-
-    Raises:
-        AdapterError: the adapter does not fit the source base, or holds nothing that the maps carry.
-        UsageError: an out_rank that is none, an unknown calibration, or a scale that is zero or no finite number.
-    """
-    mover = Shifter(
-        adapter,
-        transport.source,
-        method=transport.recipe.method,
-        calibrate=calibrate,
-        scale=scale,
-        out_rank=out_rank,
-    )
-    for group in transport.groups:
-        mover.add(group)
-    return mover.finish(transport, bases)
+    adapter: Adapter
+    original: Adapter
+    rows: tuple[ModuleRow, ...]
+    tokens: tuple[TokenRow, ...]
+    unmapped: tuple[UnmappedSource, ...]
+    energy: float
+    calibration: Calibration
+    scale: float
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Rows of a group whose updates have one rank, and what is done with them: adapters alike in it move together."""
+    """Rows of a group whose updates have one rank. Adapters that agree in it move together."""
 
     rows: tuple[int, ...]
     rank: int
     keep_norm: bool
 
 
-@flax.struct.dataclass
-class _Shifted:
-    """One module's moved factors (scale baked into b), and ||dW||_F^2 before, after the maps, and in the end."""
-
-    a: jax.Array
-    b: jax.Array
-    before: jax.Array
-    mapped: jax.Array
-    after: jax.Array
-
-
 class Shifter:
-    """Moves one adapter, group by group, so that the groups of a transport need not all be in memory."""
+    """Moves one adapter, group by group, so that the groups of a transport need not all be in memory.
+
+    Attributes:
+        adapter: the adapter to move, with fused matrices taken apart.
+    """
 
     def __init__(
         self,
         adapter: Adapter,
         source: BaseInfo,
+        method: Method,
         *,
-        method: str,
         calibrate: Calibration | None = None,
         scale: float = 1.0,
-        out_rank: RankRule | None = None,
     ) -> None:
-        if calibrate not in (None, "none", "frobenius"):
-            msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
-            raise UsageError(msg)
-        if not math.isfinite(scale) or scale == 0:
-            msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
-            raise UsageError(msg)
-        given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
-        if given is not None and get_method(method).fits:
-            msg = (
-                f"{given} has no part in method {method}, which fits the size of the update as well; "
-                "leave it out, or use another method"
-            )
-            raise UsageError(msg)
-        if out_rank is not None:
-            check_rule(out_rank)
+        """Check that the adapter fits the base, and the settings the method.
+
+        Args:
+            adapter: an adapter of the source.
+            source: the base that it is of.
+            method: of the transport.
+            calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
+                maps make of it; None is the method's own choice (the random control alone restores the norm).
+            scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
+
+        Raises:
+            AdapterError: the adapter does not fit the source base.
+            UsageError: an unknown calibration, or a scale that is zero or not finite.
+        """
+        _check_settings(method, calibrate, scale)
         _check_invocation(adapter)
-        if not get_method(method).preserves_residual_basis:
-            adapter = without_tokens(adapter, f"method {method} does not keep the coordinates of the residual stream")
+        if not method.preserves_residual_basis:
+            adapter = without_tokens(
+                adapter, f"method {method.name} does not keep the coordinates of the residual stream"
+            )
         if scale != 1:
             adapter = without_tokens(adapter, f"scale {scale:g} is of linear layers alone")
         self.adapter = fit_to_base(adapter, source)
-        self._scale = scale
-        self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
-        self.out_rank: RankRule | None = out_rank
-        # What is fitted behind the maps is cut when it has been.
-        self._cuts_here = out_rank is not None and get_method(method).then == "nothing"
+        self._method, self._scale = method, scale
+        self._keep_norm = method.keeps_norm if calibrate is None else calibrate == "frobenius"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
 
@@ -150,158 +109,76 @@ class Shifter:
         """Move what the adapter holds for the pairs of one group."""
         add_to_all([self], group)
 
-    def finish(self, transport: Transport, bases: tuple[BaseModel, BaseModel] | None = None) -> MovedAdapter:
-        """Put the modules in the target's order and close the account; `transport` may have dropped its groups.
+    def finish(self, transport: Transport, pair: BasePair | None) -> Shifted:
+        """Put the modules in the target's order and close the account.
 
-        With both bases changes of the embedding and the output head are carried over as well.
+        Args:
+            transport: it may have dropped its groups.
+            pair: both bases, without which changes of the embedding and the output head stay behind.
+
+        Raises:
+            PairingError: no module of the adapter was moved.
         """
         if not self._modules:
             msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
             raise PairingError(msg + "; choose another depth map")
         energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
         order = {name: place for place, name in enumerate(transport.target.shapes)}
-        names = sorted(self._modules, key=order.__getitem__)
-        tokens, token_rows, stays = (), (), "shift was not given the bases"
-        if bases is not None and self.adapter.tokens:
-            tokens, token_rows, stays = carry_tokens(self.adapter, *bases, get_method(transport.recipe.method))
-        adapter = without_tokens(self.adapter, stays) if stays else self.adapter
-        report = TransferReport(
-            recipe=transport.recipe,
-            source=transport.source,
-            target=transport.target,
-            adapter=self.adapter.info,
-            calibration="frobenius" if self._keep_norm else "none",
-            scale=self._scale,
-            out_rank=self.out_rank,
-            layers=transport.pairing.layers,
-            rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
-            unmapped_targets=transport.pairing.unmapped_targets,
-            unmapped_sources=_unmapped_sources(energies, {row.source for row in self._rows}),
-            energy=sum(energies.values()),
-            warnings=transport.warnings + _notes(adapter, transport),
-            tokens=token_rows,
-        )
+        tokens, token_rows, reason = (), (), "shift was not given the bases"
+        if pair is not None and self.adapter.tokens:
+            tokens, token_rows, reason = carry_tokens(self.adapter, pair, self._method)
+        remaining = without_tokens(self.adapter, reason) if reason else self.adapter
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
             base_name=transport.target.name,
             kind=self.adapter.info.kind if self.adapter.info.invocation else "LoRA",
             invocation=self.adapter.info.invocation_target,
         )
-        moved = MovedAdapter(
-            modules={name: self._modules[name] for name in names},
-            info=info,
-            tokens=tokens,
-            report=report,
-            target=transport.target,
+        modules = {name: self._modules[name] for name in sorted(self._modules, key=order.__getitem__)}
+        return Shifted(
+            adapter=Adapter(modules=modules, info=info, tokens=tokens),
+            original=self.adapter,
+            rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
+            tokens=token_rows,
+            unmapped=_unmapped(energies, {row.source for row in self._rows}),
+            energy=sum(energies.values()),
+            calibration="frobenius" if self._keep_norm else "none",
+            scale=self._scale,
+            notes=_notes(remaining, transport),
         )
-        return cut_moved(moved) if self._cuts_here else moved
 
-    def _parts(self, group: TransportGroup) -> list[_Part]:
-        """What can be moved in one go of what the adapter holds for a group: rows of one rank each."""
-        by_rank: dict[int, list[int]] = {}
-        for row, pair in enumerate(group.pairs):
-            if pair.source in self.adapter.modules:
-                by_rank.setdefault(self.adapter.modules[pair.source].rank, []).append(row)
-        return [_Part(tuple(rows), rank, self._keep_norm) for rank, rows in by_rank.items()]
+    def parts(self, group: TransportGroup) -> list[_Part]:
+        """Return what can be moved in one go of what the adapter holds for a group."""
+        modules = self.adapter.modules
+        return [
+            _Part(rows, modules[group.pairs[rows[0]].source].rank, self._keep_norm)
+            for rows in rows_by_rank(group, modules)
+        ]
 
-    def _take(self, pairs: list[Pair], agreements: list[dict[str, Any]], moved: _Shifted) -> None:
+    def take(self, pairs: Sequence[Pair], agreements: Sequence[dict[str, Any]], moved: ShiftedFactors) -> None:
+        """Keep the moved factors of some pairs; `moved` has their leading axis."""
         for place, (pair, agreement) in enumerate(zip(pairs, agreements, strict=True)):
             b = moved.b[place] if self._scale == 1 else moved.b[place] * np.float32(self._scale)
             self._modules[pair.target] = LoRAFactors(a=moved.a[place], b=b)
             self._rows.append(_row(pair, agreement, moved, place, self._scale))
 
 
-def add_to_all(movers: Sequence[Shifter], group: TransportGroup) -> None:
-    """Move what several adapters of one base hold for the pairs of a group, all that are alike in one vmapped call."""
+def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
+    """Move what several adapters of one base hold for the pairs of a group, those that agree in one vmapped call."""
     alike: dict[_Part, list[Shifter]] = {}
-    for mover in movers:
-        for part in mover._parts(group):
-            alike.setdefault(part, []).append(mover)
+    for shifter in shifters:
+        for part in shifter.parts(group):
+            alike.setdefault(part, []).append(shifter)
     for part, some in alike.items():
         pairs = [group.pairs[row] for row in part.rows]
-        factors = [_stack([mover.adapter.modules[pair.source] for pair in pairs]) for mover in some]
+        factors = [_stack([shifter.adapter.modules[pair.source] for pair in pairs]) for shifter in some]
         a, b, scale = (np.stack(leaves, axis=1) for leaves in zip(*factors, strict=True))
+        moved = jax.tree.map(np.asarray, _shift_stack(terms_of(group, part.rows), a, b, scale, part.keep_norm))
         rows = np.array(part.rows)
-        terms = group.terms
-        if len(part.rows) != len(group.pairs):
-            terms = jax.tree.map(lambda x, rows=rows: x[rows], terms)
-        moved = jax.tree.map(np.asarray, _shift_stack(terms, a, b, scale, part.keep_norm))
         agreement = {key: np.asarray(x)[rows] for key, x in dataclasses.asdict(group.agreement).items()}
         agreements = [{key: x[place].item() for key, x in agreement.items()} for place in range(len(pairs))]
-        for place, mover in enumerate(some):
-            mover._take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
-
-
-def _shift_one(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool) -> _Shifted:
-    """The unbatched maths: a (K, I_src) and b (O_src, K) through every term, the terms side by side."""
-    before = product_energy(b, a)
-    b_tgt = jnp.concatenate([p_out(b) for p_out, _ in terms], axis=1)
-    a_tgt = jnp.concatenate([p_in(a.T).T for _, p_in in terms], axis=0)
-    mapped = after = product_energy(b_tgt, a_tgt)
-    if keep_norm:
-        # Nothing can be restored where the map left nothing but rounding.
-        alive = after > jnp.finfo(after.dtype).eps ** 2 * before
-        factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
-        b_tgt, after = b_tgt * factor, after * factor**2
-    return _Shifted(a_tgt, b_tgt, before, mapped, after)
-
-
-@partial(jax.jit, static_argnames=("keep_norm",))
-def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> _Shifted:
-    """Of L pairs and N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
-    b = b * scale[:, :, None, None]
-
-    def one(terms: Terms, a: jax.Array, b: jax.Array) -> _Shifted:
-        return jax.vmap(lambda a, b: _shift_one(terms, a, b, keep_norm))(a, b)
-
-    return jax.vmap(one)(terms, a, b)
-
-
-def cut_moved(moved: MovedAdapter) -> MovedAdapter:
-    """Cut the updates of a moved adapter as its report says (`out_rank`), and put what is left into the report."""
-    assert moved.report is not None
-    rule = moved.report.out_rank
-    assert rule is not None
-    return cut_by(moved, lambda whole: truncate_by_rule(whole, rule))
-
-
-def cut_by(
-    moved: MovedAdapter, cut: Callable[[Adapter], tuple[Adapter, Truncation]], *, restores: bool = True
-) -> MovedAdapter:
-    """Replace the updates of a moved adapter by what is left of them, and put that into the report.
-
-    Args:
-        moved: with its report.
-        cut: gives what is left of an adapter of the modules that the base stores, and the account of it.
-        restores: whether each module gets back its norm where the calibration was to keep it.
-    """
-    assert moved.report is not None
-    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
-    fused = moved.target.fused if moved.target is not None else {}
-    whole, account = cut(Adapter(fuse(moved.modules, fused), moved.info))
-    parts = split_fused(whole, fused).modules
-    modules = {name: parts[name] for name in moved.modules}
-    norms = {name: update_norm(factors) for name, factors in modules.items()}
-    if restores and moved.report.calibration == "frobenius":
-        wanted = {row.target: row.norm_after for row in moved.report.rows}
-        # What the maps did not make, as of a source interpolation, has no norm to keep.
-        factors = {name: wanted[name] / norm if norm > 0 and name in wanted else 1.0 for name, norm in norms.items()}
-        modules = {
-            name: LoRAFactors(a=item.a, b=np.asarray(item.b) * np.float32(factors[name]))
-            for name, item in modules.items()
-        }
-        norms = {name: norm * factors[name] for name, norm in norms.items()}
-    rows = tuple(
-        dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in moved.report.rows
-    )
-    report = dataclasses.replace(moved.report, rows=rows, out_rank=account.rule, cut=account)
-    return dataclasses.replace(moved, modules=modules, report=report)
-
-
-def _stack(factors: list[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    a = np.stack([np.asarray(item.a, np.float32) for item in factors])
-    b = np.stack([np.asarray(item.b, np.float32) for item in factors])
-    return a, b, np.array([item.scale for item in factors], np.float32)
+        for place, shifter in enumerate(some):
+            shifter.take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
 
 
 def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
@@ -329,7 +206,49 @@ def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
     return adapter
 
 
-def _unmapped_sources(energies: dict[str, float], used: set[str]) -> tuple[UnmappedSource, ...]:
+@partial(jax.jit, static_argnames=("keep_norm",))
+def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> ShiftedFactors:
+    """Move L pairs of N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
+    b = b * scale[:, :, None, None]
+
+    def one(terms: Terms, a: jax.Array, b: jax.Array) -> ShiftedFactors:
+        return jax.vmap(lambda a, b: shift_factors(terms, a, b, keep_norm))(a, b)
+
+    return jax.vmap(one)(terms, a, b)
+
+
+def _stack(factors: Sequence[LoRAFactors]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a = np.stack([np.asarray(item.a, np.float32) for item in factors])
+    b = np.stack([np.asarray(item.b, np.float32) for item in factors])
+    return a, b, np.array([item.scale for item in factors], np.float32)
+
+
+def _check_settings(method: Method, calibrate: str | None, scale: float) -> None:
+    if calibrate not in (None, "none", "frobenius"):
+        msg = f"calibration {calibrate!r} is unknown; use none or frobenius"
+        raise UsageError(msg)
+    if not math.isfinite(scale) or scale == 0:
+        msg = f"scale {scale:g} is out of range; it must be a finite number other than 0"
+        raise UsageError(msg)
+    given = "calibration frobenius" if calibrate == "frobenius" else f"scale {scale:g}" if scale != 1 else None
+    if given is not None and method.fits_update:
+        msg = (
+            f"{given} has no part in method {method.name}, which fits the size of the update as well; "
+            "leave it out, or use another method"
+        )
+        raise UsageError(msg)
+
+
+def _check_invocation(adapter: Adapter) -> None:
+    if adapter.info.invocation is not None and adapter.info.invocation_target is None:
+        msg = (
+            f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "
+            "jcrosslora.shifting.invocation.with_invocation(adapter, source, target)"
+        )
+        raise AdapterError(msg)
+
+
+def _unmapped(energies: dict[str, float], used: set[str]) -> tuple[UnmappedSource, ...]:
     total = sum(energies.values()) or 1.0
     return tuple(UnmappedSource(name, energy / total) for name, energy in energies.items() if name not in used)
 
@@ -344,27 +263,15 @@ def _notes(adapter: Adapter, transport: Transport) -> tuple[str, ...]:
     return lossy + tuple(f"not moved: {sentence}" for sentence in adapter.info.ignored)
 
 
-def _check_invocation(adapter: Adapter) -> None:
-    if adapter.info.invocation is not None and adapter.info.invocation_target is None:
-        msg = (
-            f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "
-            "jcrosslora.shifting.invocation.with_invocation(adapter, source, target)"
-        )
-        raise AdapterError(msg)
-
-
-def _row(pair: Pair, agreement: dict[str, Any], moved: _Shifted, place: int, scale: float) -> ModuleRow:
+def _row(pair: Pair, agreement: dict[str, Any], moved: ShiftedFactors, place: int, scale: float) -> ModuleRow:
+    before, mapped = float(moved.before[place]), float(moved.mapped[place])
     return ModuleRow(
         target=pair.target,
         source=pair.source,
         role=pair.role,
-        energy=float(moved.before[place]),
-        kept=_ratio(float(moved.mapped[place]), float(moved.before[place])),
+        energy=before,
+        kept=mapped / before if before > 0 else 1.0,
         norm_before=float(np.sqrt(moved.before[place])),
         norm_after=float(np.sqrt(moved.after[place])) * abs(scale),
         **agreement,
     )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 1.0

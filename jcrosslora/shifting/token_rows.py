@@ -15,37 +15,38 @@ from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, TIED, TokenUpdate
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.errors import AdapterError
-from jcrosslora.evidence.selection import find_selection
+from jcrosslora.evidence.base_pair import BasePair
+from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.methods import Method
-from jcrosslora.report.record import TokenRow
+from jcrosslora.shifting.records import TokenRow
 
 
 def carry_tokens(
-    adapter: Adapter, source: BaseModel, target: BaseModel, method: Method
+    adapter: Adapter, pair: BasePair, method: Method
 ) -> tuple[tuple[TokenUpdate, ...], tuple[TokenRow, ...], str]:
-    """The changes of embedding and head on the target.
+    """Carry the changes of embedding and head over to the target.
 
     A row that is replaced becomes the target's plus the difference to the source's: the same row, where both bases have
     the same.
 
     Args:
         adapter: of the source, read with it.
-        source: the base that the adapter is of.
-        target: the base that it is to be moved to.
-        method: one that keeps the stream.
+        pair: the base that the adapter is of, and the base that it is to be moved to.
+        method: one that preserves the basis of the residual stream.
 
     Returns:
         The changes, one row of the report for each that the adapter has, and "" or why nothing is carried.
 
     Raises:
         AdapterError: the changes are of tables of other sizes than the source's.
-        MethodError: the method chooses dimensions, and none are found.
         CheckpointError: a weight cannot be read.
     """
+    source, target = pair.source, pair.target
     places, reason = token_places(source, target)
     if places is None:
         return (), (), reason
-    stream = find_selection(source, target, "proportional")[0].stream if method.selects else None
+    structure = pair.structure[0] if EvidenceKind.SELECTION in method.requires else None
+    stream = None if structure is None else structure.stream
     found: list[TokenUpdate] = []
     rows = []
     for update in adapter.tokens:

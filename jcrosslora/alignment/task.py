@@ -1,0 +1,250 @@
+"""An alignment that has been checked and not yet run: which modules are paired, and what the method needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jcrosslora.alignment.transport import AlignRecipe, Transport, TransportGroup, describe_base
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import MethodError, PairingError, UsageError
+from jcrosslora.evidence.base_pair import BasePair
+from jcrosslora.evidence.heads import head_counts
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.providers import providers_of
+from jcrosslora.evidence.request import EvidenceRequest
+from jcrosslora.evidence.selection import selected_layers
+from jcrosslora.evidence.weight_stacks import bounded_groups
+from jcrosslora.linalg import describe_kernels
+from jcrosslora.lineage.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
+from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
+
+if TYPE_CHECKING:
+    from jcrosslora.evidence.probes import ProbeBatch, Probes
+
+# Modules that read the residual stream; o_proj and down_proj write it.
+_READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+
+
+@dataclass(frozen=True, eq=False)
+class AlignmentTask:
+    """An alignment of two bases by one method.
+
+    Attributes:
+        pair: the two bases.
+        method: which chooses the maps.
+        depth: the depth map that was asked for, as reports state it.
+        seed: of everything that is drawn.
+        sources: the source modules that adapters have; None is all.
+        pairing: which module feeds which, over all modules of the target. With the depth map "similar" it is that of
+            the shapes alone until both bases have run.
+        rank: R, the truncation rank.
+        probes: text that both bases are run on; None where there is none yet.
+        batches: the same text as both bases read it.
+    """
+
+    pair: BasePair
+    method: Method
+    depth: str
+    seed: int
+    sources: frozenset[str] | None
+    pairing: Pairing
+    rank: int
+    probes: Probes | None = None
+    batches: tuple[ProbeBatch, ...] = ()
+
+    @property
+    def modules(self) -> tuple[Pair, ...]:
+        """The pairs that the wanted source modules feed."""
+        return _wanted(self.pairing, self.sources)
+
+    @property
+    def runs_bases(self) -> bool:
+        """Whether both bases have to run on text, for the method or for the depth map."""
+        return self.method.runs_bases or self.depth == SIMILAR
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether the maps or the depth map are made from probe texts."""
+        return EvidenceKind.ACTIVATIONS in self.method.requires or self.depth == SIMILAR
+
+    @property
+    def request(self) -> EvidenceRequest:
+        """What the evidence providers are asked for."""
+        return EvidenceRequest(
+            pair=self.pair,
+            kinds=frozenset(self.method.requires),
+            modules=self.modules,
+            layers=self.pairing.layers,
+            rank=self.rank,
+            single_vectors=self.method.single_vectors,
+            seed=self.seed,
+            probes=self.probes,
+            batches=self.batches,
+        )
+
+    def chunks(self) -> Iterator[tuple[Pair, ...]]:
+        """Yield the pairs that are aligned together: of equal shapes, and of a bounded size."""
+        source, target = self.pair.source, self.pair.target
+        by_heads = EvidenceKind.EMBEDDING_MAP in self.method.requires
+
+        def key(pair: Pair) -> tuple[object, ...]:
+            shapes = source.modules[pair.source].shape, target.modules[pair.target].shape
+            return *shapes, reads_stream(pair), head_counts(source, target, pair.role) if by_heads else None
+
+        def size(pair: Pair) -> int:
+            return _bytes(source, pair.source) + _bytes(target, pair.target)
+
+        yield from map(tuple, bounded_groups(self.modules, key, size))
+
+    def transport(self, groups: tuple[TransportGroup, ...], kernels: list[str]) -> Transport:
+        """Put groups together with the record of how they were made.
+
+        Args:
+            groups: all of them, or none where they have been used already.
+            kernels: what the matrices of all groups were decomposed by.
+        """
+        return Transport(
+            groups=groups,
+            method=self.method,
+            recipe=self.recipe(kernels),
+            source=describe_base(self.pair.source),
+            target=describe_base(self.pair.target),
+            pairing=self.pairing,
+            bases=(self.pair.source, self.pair.target),
+            warnings=self.warnings(),
+        )
+
+    def recipe(self, kernels: list[str]) -> AlignRecipe:
+        """Return the settings with their outcomes filled in."""
+        anchors = EvidenceKind.SHARED_VOCABULARY in self.method.requires
+        tokens = self.pair.shared_tokens[0] if anchors or EvidenceKind.EMBEDDING_MAP in self.method.requires else 0
+        probes = self.probes if self.runs_bases else None
+        decomposes = EvidenceKind.SINGULAR_VECTORS in self.method.requires
+        return AlignRecipe(
+            method=spec_of(self.method),
+            settings=self.method.settings() | ({"svd_rank": self.rank} if self.method.truncates else {}),
+            depth=self.depth,
+            seed=self.seed,
+            signs="not needed" if not anchors else "vocabulary" if tokens else "rule",
+            shared_tokens=tokens,
+            probes="none" if probes is None else probes.describe(),
+            probe_text=None if probes is None else probes.path,
+            probe_count=len(probes.texts) if probes is not None and probes.seed is not None else None,
+            svd=describe_kernels(kernels) if decomposes else "not needed",
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what the user has to know before looking at any number."""
+        found = []
+        if EvidenceKind.SHARED_VOCABULARY in self.method.requires and not self.pair.shared_tokens[0]:
+            found.append(
+                f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
+                "rule that depends on the basis, so the moved update is one of many equally valid ones"
+            )
+        if any("ConditionalGeneration" in str(name) for name in self.pair.target.config.get("architectures") or ()):
+            found.append(
+                "the target is a multimodal checkpoint: the adapter's names are those of its text model alone; load "
+                "it on that, not on the whole"
+            )
+        return tuple(found)
+
+    def with_layers(self, layers: tuple[int | None, ...]) -> AlignmentTask:
+        """Return the task with the layers that running both bases has paired."""
+        pairing = pair_modules(self.pair.source.modules, self.pair.target.modules, layers)
+        return dataclasses.replace(self, pairing=dataclasses.replace(pairing, depth_map=SIMILAR))
+
+
+def plan_alignment(
+    pair: BasePair,
+    method: Method,
+    *,
+    depth: Depth = "proportional",
+    seed: int = 0,
+    sources: Collection[str] | None = None,
+) -> AlignmentTask:
+    """Check an alignment; nothing is computed but what decides whether it can be done.
+
+    Args:
+        pair: the two bases.
+        method: which chooses the maps.
+        depth: see `jcrosslora.lineage.pairing.pair_modules`.
+        seed: of everything that is drawn.
+        sources: align only what these source modules feed (those an adapter has); None is all.
+
+    Raises:
+        MethodError: the method cannot be used on these bases.
+        PairingError: the modules cannot be paired as asked.
+        UsageError: a truncation rank out of range, or a seed outside 0 to 2^32 - 1 for a method that draws.
+    """
+    if EvidenceKind.SELECTION in method.requires:
+        depth = selected_layers(pair.structure, depth)
+    # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
+    by_shape = "proportional" if depth == SIMILAR else depth
+    pairing = pair_modules(pair.source.modules, pair.target.modules, by_shape)
+    modules = _wanted(pairing, sources)
+    _check_shapes(method, pair, modules)
+    stated = depth if isinstance(depth, str) else ",".join("-" if layer is None else str(layer) for layer in depth)
+    task = AlignmentTask(
+        pair=pair,
+        method=method,
+        depth=stated,
+        seed=seed,
+        sources=None if sources is None else frozenset(sources),
+        pairing=pairing,
+        rank=_checked_rank(method, pair, modules),
+    )
+    for provider in providers_of(method.requires):
+        provider.check(task.request)
+    return task
+
+
+def reads_stream(pair: Pair) -> bool:
+    """Whether a module reads the residual stream (q, k, v, gate, up), and does not write it (o, down)."""
+    return pair.role in _READERS
+
+
+def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ...]:
+    if sources is None:
+        return pairing.pairs
+    pairs = tuple(pair for pair in pairing.pairs if pair.source in sources)
+    if not pairs:
+        msg = (
+            f"none of the adapter's {len(sources)} modules feeds a module of the target under depth map "
+            f"{pairing.depth_map!r}; choose another with --depth"
+        )
+        raise PairingError(msg)
+    return pairs
+
+
+def _check_shapes(method: Method, bases: BasePair, modules: tuple[Pair, ...]) -> None:
+    if not method.equal_shapes:
+        return
+    for pair in modules:
+        src, tgt = bases.source.modules[pair.source].shape, bases.target.modules[pair.target].shape
+        if src != tgt:
+            msg = (
+                f"method {method.name} needs equal shapes, but {pair.source} is {src[0]} x {src[1]} and "
+                f"{pair.target} is {tgt[0]} x {tgt[1]}; use cross-lora or another method that maps between widths"
+            )
+            raise MethodError(msg)
+
+
+def _checked_rank(method: Method, bases: BasePair, modules: tuple[Pair, ...]) -> int:
+    """Return the truncation rank: the method's own, or its default where the modules are smaller than that."""
+    sides = [(bases.source.modules[pair.source].shape, bases.target.modules[pair.target].shape) for pair in modules]
+    widest = max(min(*src, *tgt) for src, tgt in sides)
+    rank = getattr(method, "svd_rank", DEFAULT_SVD_RANK)
+    if rank == getattr(type(method), "svd_rank", DEFAULT_SVD_RANK):
+        return min(rank, widest)
+    if not 1 <= rank <= widest:
+        msg = f"rank {rank} is out of range; these bases allow 1 to {widest}, the short side of their widest modules"
+        raise UsageError(msg)
+    return rank
+
+
+def _bytes(base: BaseModel, name: str) -> int:
+    rows, columns = base.modules[name].shape
+    return 4 * rows * columns

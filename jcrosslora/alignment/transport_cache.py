@@ -1,0 +1,76 @@
+"""The groups of one transport in the cache, each an entry of its own, so that memory is bounded by a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jcrosslora.alignment.group_arrays import AGREEMENT_FIELDS, MAP_FIELDS, arrays_of, facts_of, group_of
+from jcrosslora.alignment.transport import TransportGroup
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.evidence.factor_cache import describe
+from jcrosslora.evidence.pair_cache import PairCache
+from jcrosslora.evidence.providers import providers_of
+from jcrosslora.evidence.request import EvidenceRequest, stated
+from jcrosslora.lineage.pairing import Pair
+from jcrosslora.methods import Method
+
+
+class TransportCache:
+    """Finds and keeps the groups of the transport of one pair of bases by one method."""
+
+    def __init__(self, cache: PairCache, method: Method, request: EvidenceRequest) -> None:
+        """Derive the key from the method's fields and from what the evidence providers say."""
+        providers = providers_of(request.kinds)
+        stated = [provider.cache_key(request) for provider in providers]
+        tokenizers = any(provider.reads_tokenizers for provider in providers)
+        self._store = cache.store
+        self._key = cache.key(method.cache_key(), sorted(request.kinds), request.rank, stated, tokenizers=tokenizers)
+        self._what = f"{method.name}, rank {request.rank}, {cache.names}"
+
+    def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
+        """Yield the groups of these pairs, one after the other; None in the place of one that is not kept.
+
+        While one is used the next is read: two are in memory.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._load, chunks[0])
+            for following in [*chunks[1:], None]:
+                group = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._load, following)
+                yield group
+
+    def _load(self, pairs: tuple[Pair, ...]) -> TransportGroup | None:
+        loaded = self._store.load("transport", self._group_key(pairs))
+        if loaded is None:
+            return None
+        return group_of(pairs, loaded.arrays, loaded.facts)
+
+    def keep(self, group: TransportGroup) -> None:
+        """Keep a group."""
+        what = f"{self._what}, {describe([pair.target for pair in group.pairs])}"
+        self._store.save("transport", self._group_key(group.pairs), what, arrays_of(group), facts_of(group))
+
+    def _group_key(self, pairs: Sequence[Pair]) -> str:
+        return digest_of(self._key, stated(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
+
+
+def kept_layers(
+    cache: PairCache | None, probes: str, find: Callable[[], Sequence[int | None]]
+) -> tuple[int | None, ...]:
+    """Return the layers that are alike on texts: for each target layer the source layer.
+
+    Args:
+        cache: of the pair; None computes them.
+        probes: digest of the texts.
+        find: finds the layers if they are not kept.
+    """
+    key = "" if cache is None else cache.key(probes, tokenizers=True)
+    facts = None if cache is None else cache.store.facts("depth", key)
+    if facts is not None:
+        return tuple(facts["layers"])
+    layers = tuple(None if layer is None else int(layer) for layer in find())
+    if cache is not None:
+        cache.store.save("depth", key, f"layers that are alike, {cache.names}", {}, {"layers": list(layers)})
+    return layers

@@ -1,0 +1,57 @@
+"""The evidence providers by kind. An alignment asks for kinds and knows no method."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from jcrosslora.evidence.activations import ActivationProvider
+from jcrosslora.evidence.heads import EmbeddingMapProvider
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.random_keys import RandomKeyProvider
+from jcrosslora.evidence.records import Evidence
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+from jcrosslora.evidence.selection import SelectionProvider
+from jcrosslora.evidence.singular_vectors import SingularVectorProvider
+from jcrosslora.evidence.vocabulary_provider import SharedVocabularyProvider
+
+AddEvidence = Callable[[Evidence, ModuleStack], Evidence]
+"""Adds one kind of evidence for a stack of modules."""
+
+
+class EvidenceProvider(Protocol):
+    """Collects one kind of evidence.
+
+    Attributes:
+        is_costly: whether maps made from it take longer to compute than to read from a cache.
+        reads_tokenizers: whether the evidence depends on the tokenizers, and not on the weights alone.
+    """
+
+    is_costly: bool
+    reads_tokenizers: bool
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Refuse, before anything is computed, a request that cannot be met."""
+        ...
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give what decides the evidence beside the bases, the rank and the modules, as a JSON value."""
+        ...
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> AddEvidence:
+        """Collect what is shared by all modules, and return what adds the evidence of a stack of them."""
+        ...
+
+
+PROVIDERS: dict[EvidenceKind, EvidenceProvider] = {
+    EvidenceKind.SINGULAR_VECTORS: SingularVectorProvider(),
+    EvidenceKind.SHARED_VOCABULARY: SharedVocabularyProvider(),
+    EvidenceKind.EMBEDDING_MAP: EmbeddingMapProvider(),
+    EvidenceKind.ACTIVATIONS: ActivationProvider(),
+    EvidenceKind.SELECTION: SelectionProvider(),
+    EvidenceKind.RANDOM_KEY: RandomKeyProvider(),
+}
+
+
+def providers_of(kinds: Iterable[EvidenceKind]) -> list[EvidenceProvider]:
+    """Return the providers of some kinds, in a fixed order. Kinds that a fit reads by itself have none."""
+    wanted = set(kinds)
+    return [provider for kind, provider in PROVIDERS.items() if kind in wanted]

@@ -1,0 +1,44 @@
+"""A PRNG key for each pair of modules."""
+
+import dataclasses
+import zlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.evidence.records import Evidence
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+
+
+class RandomKeyProvider:
+    """Derives each key from the seed and the name of the target module, whatever else is aligned beside it."""
+
+    is_costly = True
+    reads_tokenizers = False
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Refuse a seed that JAX would cut to its lower 32 bits."""
+        check_seed(request.seed)
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give the seed."""
+        return request.seed
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+        """Make the keys of all modules."""
+        del progress
+        numbers = np.array([zlib.crc32(pair.target.encode()) for pair in request.modules], np.uint32)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(request.seed)))(numbers)
+        data = np.asarray(jax.random.key_data(keys))
+        by_target = {pair.target: row for pair, row in zip(request.modules, data, strict=True)}
+
+        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+            rows = [by_target[pair.target] for pair in stack.pairs]
+            rows += rows[-1:] * (stack.count - len(rows))
+            return dataclasses.replace(evidence, key=jax.random.wrap_key_data(jnp.asarray(np.stack(rows))))
+
+        return add

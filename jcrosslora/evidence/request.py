@@ -1,0 +1,73 @@
+"""What an alignment asks the evidence providers for, and the stacks of weights that they add their evidence to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import jax
+
+from jcrosslora.evidence.base_pair import BasePair
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.lineage.pairing import Pair
+
+if TYPE_CHECKING:
+    from jcrosslora.evidence.probes import ProbeBatch, Probes
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceRequest:
+    """The evidence that a method needs for some pairs of modules.
+
+    Attributes:
+        pair: the two bases.
+        kinds: what is asked for.
+        modules: the pairs of modules.
+        layers: for each target layer the source layer that feeds it, or None.
+        rank: R, the truncation rank asked for; a module uses at most its short side.
+        single_vectors: whether single singular vectors matter, or only the subspace that they span.
+        seed: of everything that is drawn.
+        probes: texts that both bases are run on; None before they are known, and where they are not needed.
+        batches: the same texts as both bases read them.
+    """
+
+    pair: BasePair
+    kinds: frozenset[EvidenceKind]
+    modules: tuple[Pair, ...]
+    layers: tuple[int | None, ...]
+    rank: int
+    single_vectors: bool = False
+    seed: int = 0
+    probes: Probes | None = None
+    batches: Sequence[ProbeBatch] = ()
+
+
+def stated(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
+    """Return pairs of modules as JSON values, for cache keys."""
+    return [(pair.target, pair.source, pair.role) for pair in pairs]
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleStack:
+    """The weights of L pairs of modules of equal shapes, on the devices.
+
+    Attributes:
+        pairs: the L pairs.
+        source: (L', O_src, I_src), float32; L' is L rounded up to a multiple of the device count, and the surplus
+            repeats the last module.
+        target: (L', O_tgt, I_tgt), likewise.
+        rank: R for these shapes.
+        kernels: what each matrix was decomposed by, the source's first; filled by the provider of singular vectors.
+    """
+
+    pairs: tuple[Pair, ...]
+    source: jax.Array
+    target: jax.Array
+    rank: int
+    kernels: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """L', the length of the leading axis."""
+        return self.source.shape[0]

@@ -1,0 +1,31 @@
+"""The shared vocabulary as evidence for the signs of singular vectors."""
+
+import dataclasses
+from typing import Any
+
+from jcrosslora.evidence.records import Evidence
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+
+
+class SharedVocabularyProvider:
+    """Adds the moments of the shared vocabulary where there is one; without one the evidence has None."""
+
+    is_costly = False
+    reads_tokenizers = True
+
+    def check(self, request: EvidenceRequest) -> None:
+        """Accept every request: methods that use the vocabulary for signs can do without."""
+
+    def cache_key(self, request: EvidenceRequest) -> Any:
+        """Give nothing beyond the tokenizers."""
+
+    def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
+        """Collect the moments once for the pair."""
+        del progress
+        vocabulary = request.pair.vocabulary[0] if request.pair.shared_tokens[0] else None
+
+        def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
+            del stack
+            return dataclasses.replace(evidence, vocabulary=vocabulary)
+
+        return add

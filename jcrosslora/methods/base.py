@@ -1,0 +1,100 @@
+"""What a transfer method is: a frozen dataclass that owns its hyper-parameters, with one function for the maths."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.evidence.kinds import FITTING, RUNNING, EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.methods.coordinates import zero_maps
+from jcrosslora.methods.update import FinalizeContext, Update
+
+Measure = Literal[
+    "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
+]
+# The truncation rank of the Cross-LoRA paper, and that of methods which do not state one.
+DEFAULT_SVD_RANK = 320
+_PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class of all methods. A subclass is a frozen dataclass; its fields are its hyper-parameters.
+
+    The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
+    a field needs a default, a type that TOML can hold, and a docstring line beneath it.
+
+    Attributes:
+        name: as given to `--method`.
+        summary: one line.
+        reference: where it is published.
+        requires: the evidence that has to be collected. A property may derive it from the fields.
+        measure: the diagnostic that says whether the two bases agree in what the method relies on.
+        equal_shapes: whether it is defined for modules of equal shape alone.
+        single_vectors: whether single singular vectors matter, or only the subspace that they span.
+        preserves_residual_basis: whether the residual stream of the target has the coordinates of the source, or those
+            that the evidence selects. Changes of the embedding and the output head then move as well.
+        keeps_norm: whether the norm of the update is restored after the maps, as a control needs it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
+    measure: ClassVar[Measure] = "weight cosine"
+    equal_shapes: ClassVar[bool] = False
+    single_vectors: ClassVar[bool] = False
+    preserves_residual_basis: ClassVar[bool] = False
+    keeps_norm: ClassVar[bool] = False
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Choose the maps of one pair of modules. Pure, traceable and unbatched; the default maps to zero."""
+        return zero_maps(evidence)
+
+    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+        """Run what follows the maps. The default keeps what was moved."""
+        del context
+        return Update(moved)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a truncation rank has a part in the maps."""
+        return hasattr(self, "svd_rank")
+
+    @property
+    def runs_bases(self) -> bool:
+        """Whether both bases have to run on text."""
+        return bool(self.requires & RUNNING)
+
+    @property
+    def fits_update(self) -> bool:
+        """Whether an update is fitted to what the source does with the adapter."""
+        return bool(self.requires & FITTING)
+
+    @property
+    def has_finalize(self) -> bool:
+        """Whether something follows the maps."""
+        return type(self).finalize is not Method.finalize
+
+    @property
+    def needs(self) -> str:
+        """State in words what the method looks at."""
+        parts = ["equal shapes"] if self.equal_shapes else []
+        parts += [kind.value for kind in EvidenceKind if kind in self.requires and kind != EvidenceKind.RANDOM_KEY]
+        return ", ".join(parts) or "nothing"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def cache_key(self) -> Any:
+        """Return what decides the maps, as a JSON value. Of a user's method the source file has a part in it."""
+        file = Path(inspect.getfile(type(self)))
+        code = "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
+        return self.name, type(self).__qualname__, code, self.settings()

@@ -1,0 +1,23 @@
+"""Copy: the update as it is."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.coordinates import padded_maps
+
+
+@dataclass(frozen=True)
+class Copy(Method):
+    """The update as it is."""
+
+    name: ClassVar[str] = "copy"
+    summary: ClassVar[str] = "the update as it is"
+    reference: ClassVar[str] = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
+    equal_shapes: ClassVar[bool] = True
+    preserves_residual_basis: ClassVar[bool] = True
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return identities."""
+        return padded_maps(evidence)

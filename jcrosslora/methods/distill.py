@@ -1,0 +1,38 @@
+"""Distillation: an update of the target fitted to what the adapted source predicts (see `fit.distill`)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.fit.distill.settings import FitSettings
+from jcrosslora.methods.base import Measure, Method
+from jcrosslora.methods.update import FinalizeContext, Update
+
+
+@dataclass(frozen=True)
+class Distill(FitSettings, Method):
+    """v and o of attention, fitted in a few closed-form steps to completions of the adapted source."""
+
+    name: ClassVar[str] = "distill"
+    summary: ClassVar[str] = "v and o of attention, in a few closed-form steps, to what the adapted source predicts"
+    reference: ClassVar[str] = "this package"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
+    measure: ClassVar[Measure] = "none"
+
+    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+        """Let the source write completions with its adapter, and fit the update of the target to them."""
+        from jcrosslora.fit.distill import distill
+
+        start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
+        found = distill(
+            context.source,
+            context.target,
+            context.adapter,
+            start,
+            prompts=context.prompts,
+            settings=self,
+            seed=context.seed,
+            progress=context.progress,
+        )
+        return Update(found.adapter, fitted=found.sentence, texts=found.texts, wrote_prompts=not context.prompts)

@@ -1,0 +1,27 @@
+"""Distilled copy: the update as it is, then fitted to what the adapted source predicts."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.methods.coordinates import padded_maps
+from jcrosslora.methods.distill import Distill
+
+
+@dataclass(frozen=True)
+class DistilledCopy(Distill):
+    """The update as it is, then v and o of attention fitted. The teacher is the adapted source alone."""
+
+    name: ClassVar[str] = "distilled-copy"
+    summary: ClassVar[str] = "the update as it is, then v and o of attention fitted to what the adapted source predicts"
+    equal_shapes: ClassVar[bool] = True
+    preserves_residual_basis: ClassVar[bool] = True
+
+    teacher_weight: float = 1.0
+    """Share of the adapted source's own predictions in the teacher."""
+    contrast_weight: float = 0.0
+    """Weight of the change that the adapter makes in the source's log-probabilities, on top of that."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return identities."""
+        return padded_maps(evidence)

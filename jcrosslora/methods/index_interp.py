@@ -1,0 +1,21 @@
+"""Index interpolation: the second baseline of the same public tree as `pad_truncate`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.coordinates import resampled_maps
+
+
+@dataclass(frozen=True)
+class IndexInterp(Method):
+    """Rows and columns resampled at the nearest index."""
+
+    name: ClassVar[str] = "index-interp"
+    summary: ClassVar[str] = "rows and columns resampled at the nearest index"
+    reference: ClassVar[str] = "github.com/ootyzzz/PAW, interpo_core.py"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return maps that repeat or skip indices."""
+        return resampled_maps(evidence)

@@ -1,0 +1,69 @@
+"""Interpolated copy: the update as it is, on weights between those of the two bases (see `fit.interpolation`)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.adapter import Adapter, fuse, split_fused
+from jcrosslora.adapter.sums import add_factors
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.coordinates import padded_maps
+from jcrosslora.methods.update import FinalizeContext, Update
+
+
+@dataclass(frozen=True)
+class InterpolatedCopy(Method):
+    """The update as it is, with a share of the difference from the target's weights to the source's beside it."""
+
+    name: ClassVar[str] = "interpolated-copy"
+    summary: ClassVar[str] = "the update as it is, on weights interpolated from the target towards the source"
+    reference: ClassVar[str] = "this package; interpolation of weights: arXiv 2109.01903"
+    equal_shapes: ClassVar[bool] = True
+    preserves_residual_basis: ClassVar[bool] = True
+
+    interpolation: float = 0.75
+    """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
+    svd_rank: int = 8
+    """Truncation rank of the difference. Its first directions hold what the two trainings have in common; with more
+    of them the target forgets more of its own."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share outside 0 to 1."""
+        check_share(self.interpolation)
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return identities."""
+        return padded_maps(evidence)
+
+    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+        """Add the low-rank difference, which is computed once for all adapters of a pair."""
+        if self not in context.shared:
+            context.shared[self] = interpolate_to_source(
+                context.source, context.target, self.interpolation, rank=context.rank, progress=context.progress
+            )
+        found = context.shared[self]
+        return Update(_sum(context.target, moved, found), added=_sentence(found, self.interpolation))
+
+
+def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:
+    # Parts of a fused matrix that share their A go on sharing it: added one by one, each would bring all of it along.
+    terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
+    whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
+    parts = split_fused(Adapter(whole), target.fused).modules
+    return Adapter({name: parts[name] for name in target.modules if name in moved.modules or name in found.modules})
+
+
+def _sentence(found: SourceInterpolation, share: float) -> str:
+    if not found.modules:
+        reason = (
+            "the two bases have the same weights in all modules" if share else "an interpolation of 0 was asked for"
+        )
+        return f"nothing is added to the copy: {reason}"
+    highest = max(factors.rank for factors in found.modules.values())
+    return (
+        f"{share:.0%} of the difference from the target's weights to the source's is added to the copy, in "
+        f"{len(found.modules)} modules and ranks up to {highest}, which hold {found.kept:.1%} of the difference; while "
+        f"the adapter is on, the target gives up {share:.0%} of what they hold of its further training"
+    )

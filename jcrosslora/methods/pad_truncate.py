@@ -1,0 +1,21 @@
+"""Pad and truncate: the baseline that a public development tree with the seed paper's models emits."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.coordinates import padded_maps
+
+
+@dataclass(frozen=True)
+class PadTruncate(Method):
+    """Rows and columns cut off or filled with zeros."""
+
+    name: ClassVar[str] = "pad-truncate"
+    summary: ClassVar[str] = "rows and columns cut off or filled with zeros"
+    reference: ClassVar[str] = "github.com/ootyzzz/PAW, lora_x_core.py"
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return rectangular identities."""
+        return padded_maps(evidence)

@@ -1,0 +1,42 @@
+"""Rows and columns of the source where the target has them: for bases that are pruned, permuted or repeated.
+
+Where W_tgt = S_out W_src S_in' with S_out and S_in that choose rows, the update that the adapted source would have
+after the same treatment is dW_tgt = S_out dW_src S_in', exactly.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.linalg import LinearMap, select
+from jcrosslora.methods.base import Measure, Method
+
+
+@dataclass(frozen=True)
+class Select(Method):
+    """Rows, columns and layers of the source that the target is made of."""
+
+    name: ClassVar[str] = "select"
+    summary: ClassVar[str] = "rows, columns and layers of the source that the target was made of, in its order"
+    reference: ClassVar[str] = "this package"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SELECTION})
+    measure: ClassVar[Measure] = "part cosine"
+    preserves_residual_basis: ClassVar[bool] = True
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """P_out and P_in choose what the evidence names; rows without a counterpart get nothing."""
+        chosen = evidence.selection
+        assert chosen is not None
+        (o_src, i_src), w_tgt = evidence.src.weight.shape, evidence.tgt.weight
+        p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
+        carried = p_in(p_out(evidence.src.weight).T).T
+        norms = jnp.linalg.norm(carried) * jnp.linalg.norm(w_tgt)
+        return Maps(((p_out, p_in),), weight_cosine=jnp.sum(carried * w_tgt) / jnp.where(norms > 0, norms, 1))
+
+
+def _choice(index: jax.Array, size: int) -> LinearMap:
+    return select(jnp.maximum(index, 0), (index >= 0).astype(jnp.float32), size)

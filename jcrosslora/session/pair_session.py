@@ -1,0 +1,353 @@
+"""The one orchestrator of transfers: it holds what belongs to a pair of bases, and moves adapters between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.truncation import Truncation
+from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
+from jcrosslora.alignment.task import AlignmentTask, plan_alignment
+from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup, describe_base
+from jcrosslora.cache import Cache
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.distributed import hosts
+from jcrosslora.errors import MethodError
+from jcrosslora.evidence.activations import batch_probes
+from jcrosslora.evidence.base_pair import BasePair
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method
+from jcrosslora.lineage.pairing import parse_depth
+from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
+from jcrosslora.report.record import TransferReport
+from jcrosslora.session.effect import measure_effect
+from jcrosslora.session.result import TransferResult
+from jcrosslora.session.settings import TransferOptions
+from jcrosslora.shifting.invocation import with_invocation
+from jcrosslora.shifting.lora_xs_span import READERS, Frozen, Known, project_update, span_rank
+from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
+from jcrosslora.shifting.truncate import truncate_update
+
+if TYPE_CHECKING:
+    from jcrosslora.evidence.probes import Probes
+
+_WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """One adapter on its way.
+
+    Attributes:
+        method: of the transfer.
+        choice: why `auto` took it; None where the user named it.
+        options: of the transfer.
+        profile: the file format that the result is meant for.
+        shifter: collects what the maps make of the adapter.
+    """
+
+    method: Method
+    choice: Choice | None
+    options: TransferOptions
+    profile: Profile
+    shifter: Shifter
+
+
+class PairSession:
+    """Transfers from one base to another: a single one, or many adapters that share an alignment.
+
+    The stages of a transfer are `start` (checks), `plan` (checks), `collect_text`, `carry` (align and shift) and
+    `finish`. Whatever holds for several adapters of the pair is found once.
+
+    Attributes:
+        pair: the two bases, with what is known of both.
+        progress: whether to show progress.
+    """
+
+    def __init__(
+        self, source: BaseModel, target: BaseModel, *, store: Cache | None = None, progress: bool = False
+    ) -> None:
+        self.pair = BasePair(source, target, store)
+        self.progress = progress
+        self._shared: dict[Any, Any] = {}
+        self._known: Known = {}
+
+    @cached_property
+    def source_info(self) -> BaseInfo:
+        """What is known of the source without its weights."""
+        return describe_base(self.pair.source)
+
+    @cached_property
+    def _choice(self) -> Choice:
+        return choose_method(self.pair.source, self.pair.target, self.pair.structure)
+
+    def resolve(self, method: Method | Auto, *, waits_for_tokens: bool = False) -> tuple[Method, Choice | None]:
+        """Return the method to use, and why where it was chosen.
+
+        Args:
+            method: what was asked for.
+            waits_for_tokens: whether the adapter acts only after its invocation tokens.
+        """
+        if not isinstance(method, Auto):
+            return method, None
+        choice = by_maps(self._choice) if waits_for_tokens else self._choice
+        return make_chosen(choice.method, method), choice
+
+    def start(
+        self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "portable"
+    ) -> Move:
+        """Check an adapter against everything that could refuse it later on.
+
+        Args:
+            adapter: of the source, read with it.
+            method: as the user gave it.
+            options: of the transfer.
+            profile: the file format that the result is meant for.
+
+        Raises:
+            AdapterError: the adapter does not fit the source base.
+            MethodError: the method would run an adapter that waits for its invocation tokens.
+            OutputError: a profile that cannot hold the adapter, or cannot be written for the target.
+            UsageError: an unknown profile, or options that do not fit the method.
+        """
+        span_rank(profile, options.out_rank)
+        adapter = with_invocation(adapter, self.pair.source, self.pair.target)
+        chosen, choice = self.resolve(method, waits_for_tokens=adapter.info.invocation is not None)
+        target = self.pair.target
+        check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
+        check_holds(profile, adapter)
+        _check_invocation(adapter, chosen, options)
+        if chosen.preserves_residual_basis:
+            adapter = for_profile(adapter, profile)
+        shifter = Shifter(adapter, self.source_info, chosen, calibrate=options.calibrate, scale=options.scale)
+        return Move(chosen, choice, options, profile, shifter)
+
+    def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
+        """Check the alignment for adapters of some source modules; nothing is computed yet."""
+        task = plan_alignment(self.pair, method, depth=parse_depth(options.depth), seed=options.seed, sources=sources)
+        check_hosts(task)
+        return task
+
+    def collect_text(self, task: AlignmentTask, options: TransferOptions, given: Probes | None) -> AlignmentTask:
+        """Return the task with the text that it needs: the user's, or what the source writes.
+
+        Args:
+            task: an alignment.
+            options: of the transfer.
+            given: the user's text, or None.
+        """
+        if not task.runs_bases:
+            return task
+        probes = given
+        # Completions are written later, with the adapter.
+        if probes is None and (task.reads_probes or EvidenceKind.PROBE_TEXTS in task.method.requires):
+            from jcrosslora.evidence.probes import written_probes
+
+            source = self.pair.source
+            probes = written_probes(source, options.probe_count, seed=options.seed, progress=self.progress)
+        task = with_text(task, probes, progress=self.progress)
+        if EvidenceKind.PROBE_TEXTS in task.method.requires and not task.batches:
+            probes, batches = batch_probes(
+                self.pair.source, self.pair.target, probes, seed=options.seed, progress=self.progress
+            )
+            task = dataclasses.replace(task, probes=probes, batches=tuple(batches))
+        return task
+
+    def carry(
+        self, moves: Sequence[Move], task: AlignmentTask, groups: Iterable[TransportGroup] | None = None
+    ) -> Transport:
+        """Align the modules group by group and shift all adapters through each group.
+
+        Args:
+            moves: adapters that share the alignment.
+            task: the alignment, with its text.
+            groups: the groups where they are at hand; None aligns them.
+
+        Returns:
+            The transport without its groups, which are forgotten one by one.
+        """
+        kernels: list[str] = []
+        for group in align_groups(task, progress=self.progress) if groups is None else groups:
+            add_to_all([move.shifter for move in moves], group)
+            kernels += group.kernels
+        return task.transport((), kernels)
+
+    def finish(
+        self, move: Move, task: AlignmentTask, transport: Transport, given: Probes | None = None
+    ) -> TransferResult:
+        """Run what follows the maps: the method's own stage, truncation, and the check of the effect.
+
+        Args:
+            move: an adapter that has been carried through all groups.
+            task: the alignment.
+            transport: from `carry`.
+            given: the user's text, or None.
+        """
+        shifted = move.shifter.finish(transport, self.pair)
+        update = move.method.finalize(self._context(shifted, task, move.options), shifted.adapter)
+        moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
+        moved, truncation, frozen = self._truncated(moved, move, shifted)
+        probes = () if task.probes is None else task.probes.texts
+        effect, warnings = measure_effect(
+            self.pair,
+            shifted.original,
+            moved,
+            move.options,
+            runs_bases=move.method.runs_bases,
+            probes=probes,
+            completions=update.texts,
+            progress=self.progress,
+        )
+        if shifted.original.tokens and (move.method.runs_bases or effect is not None):
+            warnings += (_WITHOUT_TOKENS,)
+        if given is not None and task.probes is None:
+            unread = f"the text that was given was not read: method {move.method.name} asks for none"
+            warnings = (unread, *warnings)
+        if frozen is not None:
+            warnings = (READERS, *warnings)
+        report = TransferReport(
+            method=move.method,
+            recipe=transport.recipe,
+            source=transport.source,
+            target=transport.target,
+            adapter=shifted.original.info,
+            calibration=shifted.calibration,
+            scale=shifted.scale,
+            layers=transport.pairing.layers,
+            rows=_rows(shifted, update, moved, changed=update.adapter is not shifted.adapter or truncation is not None),
+            unmapped_targets=transport.pairing.unmapped_targets,
+            # A fit sees what the whole adapter does.
+            unmapped_sources=() if update.fitted else shifted.unmapped,
+            energy=shifted.energy,
+            warnings=(*transport.warnings, *shifted.notes, *warnings),
+            out_rank=move.options.out_rank if truncation is None else truncation.rule,
+            choice=move.choice and move.choice.reason,
+            effect=effect,
+            fitted=update.fitted,
+            added=update.added,
+            wrote_prompts=update.wrote_prompts,
+            truncation=truncation,
+            tokens=shifted.tokens,
+        )
+        return TransferResult(moved, report, update.texts or tuple(probes), frozen)
+
+    def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
+        """Carry an adapter through a transport that has been aligned before, and finish it.
+
+        Args:
+            move: an adapter, from `start`.
+            transport: with its groups and its bases.
+            given: the user's text, or None.
+        """
+        task = AlignmentTask(
+            pair=self.pair,
+            method=transport.method,
+            depth=transport.recipe.depth,
+            seed=move.options.seed,
+            sources=None,
+            pairing=transport.pairing,
+            rank=transport.recipe.settings.get("svd_rank", 0),
+        )
+        if move.method.fits_update:
+            task = self.collect_text(task, move.options, given)
+        for group in transport.groups:
+            move.shifter.add(group)
+        return self.finish(move, task, transport, given)
+
+    def transfer(
+        self,
+        adapter: Adapter,
+        method: Method | Auto,
+        options: TransferOptions,
+        *,
+        probes: Probes | None = None,
+        profile: Profile = "portable",
+    ) -> TransferResult:
+        """Move one adapter.
+
+        Args:
+            adapter: of the source, read with it.
+            method: as the user gave it.
+            options: of the transfer.
+            probes: the user's text, or None.
+            profile: the file format that the result is meant for.
+        """
+        move = self.start(adapter, method, options, profile)
+        task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
+        # After everything has been checked: writing texts takes a minute.
+        task = self.collect_text(task, options, probes)
+        transport = self.carry([move], task)
+        return self.finish(move, task, transport, probes)
+
+    def _context(self, shifted: Shifted, task: AlignmentTask, options: TransferOptions) -> FinalizeContext:
+        given = task.probes is not None and task.probes.seed is None
+        return FinalizeContext(
+            source=self.pair.source,
+            target=self.pair.target,
+            adapter=shifted.original,
+            layers=task.pairing.layers,
+            prompts=task.probes.texts if given and task.probes is not None else (),
+            batches=task.batches,
+            rank=task.rank,
+            shared=self._shared,
+            seed=options.seed,
+            progress=self.progress,
+        )
+
+    def _truncated(
+        self, moved: Adapter, move: Move, shifted: Shifted
+    ) -> tuple[Adapter, Truncation | None, Frozen | None]:
+        rule, target = move.options.out_rank, self.pair.target
+        rank = span_rank(move.profile, rule)
+        if rank is not None:  # an update is projected into the span of singular vectors whole
+            return project_update(moved, target, rank, self._known)
+        if rule is None:
+            return moved, None, None
+        norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
+        return *truncate_update(moved, target.fused, rule, norms), None
+
+
+def lighter(method: Method | Auto) -> str:
+    """Say what to use where memory is short and the method may run the bases; "" where it does not."""
+    if isinstance(method, Method) and not method.runs_bases:
+        return ""
+    return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
+
+
+def with_one_writer(options: TransferOptions) -> TransferOptions:
+    """Return the options for this process: of several that work together the first alone checks the effect."""
+    return options if hosts.is_first() else dataclasses.replace(options, effect="never")
+
+
+def _check_invocation(adapter: Adapter, method: Method, options: TransferOptions) -> None:
+    """Refuse to run a base with an adapter that acts only after its invocation tokens."""
+    if adapter.info.invocation is None:
+        return
+    if method.fits_update:
+        msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "
+        msg += "invocation tokens; name another method, such as cross-lora"
+        raise MethodError(msg)
+    if options.effect == "always":
+        msg = f"the effect of {adapter.info.name} cannot be measured, since it acts only after its invocation tokens"
+        raise MethodError(msg + "; leave out --effect always")
+
+
+def _rows(shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) -> tuple[Any, ...]:
+    if not changed:
+        return shifted.rows
+    norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
+    # What the maps kept is no figure of an update that was fitted.
+    kept = {"kept": math.nan} if update.fitted else {}
+    missing = 0.0 if update.fitted else None
+    return tuple(
+        dataclasses.replace(
+            row, norm_after=norms.get(row.target, row.norm_after if missing is None else missing), **kept
+        )
+        for row in shifted.rows
+    )

@@ -1,0 +1,78 @@
+"""The account of a shift: plain data, no arrays."""
+
+from dataclasses import dataclass
+
+from jcrosslora.adapter.dropped import described
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """The update of one target module; the fields from `rank` on are those of `Agreement`.
+
+    Attributes:
+        target: module of the target base.
+        source: module of the source base whose update it received.
+        role: q_proj and so on.
+        energy: ||dW_src||_F^2.
+        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps kept. Above 1
+            where a map repeats rows (index-interp).
+        norm_before: ||dW_src||_F.
+        norm_after: ||dW_tgt||_F as written, after re-ranking and calibration.
+    """
+
+    target: str
+    source: str
+    role: str
+    energy: float
+    kept: float
+    norm_before: float
+    norm_after: float
+    rank: int
+    energy_src: float
+    energy_tgt: float
+    gap_src: float
+    gap_tgt: float
+    condition_src: float
+    condition_tgt: float
+    error_src: float
+    error_tgt: float
+    similarity_out: float
+    similarity_in: float
+    vector_ratio: float
+    activation_cosine: float
+    weight_cosine: float
+
+
+@dataclass(frozen=True)
+class UnmappedSource:
+    """A source module whose update goes nowhere, and the share of the whole update's ||.||_F^2 that it held."""
+
+    source: str
+    share: float
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A change of the embedding or the output head, on the target.
+
+    Attributes:
+        modules: what it is of; both, where the source has one matrix for them.
+        sort: what it was read from, a key of `jcrosslora.adapter.dropped.SORTS`.
+        rows: how many tokens' rows it changes.
+        moved: how many of these the target has.
+        share: ||.||_F^2 of the change over that of the whole adapter.
+        kept: share of the change's own ||.||_F^2 in what was moved.
+    """
+
+    modules: tuple[str, ...]
+    sort: str
+    rows: int
+    moved: int
+    share: float
+    kept: float
+
+    @property
+    def sentence(self) -> str:
+        """The figures in words, without a full stop."""
+        what = described(self.sort, self.modules, self.share)
+        return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
