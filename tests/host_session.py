@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.alignment.align
@@ -15,6 +16,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli.main import main
 from jcrosslora.distributed import hosts
+from jcrosslora.session.files import transfer_files
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 FOLDER, NUMBER, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -44,7 +46,7 @@ def failure(work) -> str:
 def settings(**changes):
     names = {"adapter": "adapter", "source": "source", "target": "target", "out": "bad"}
     paths = {key: str(FOLDER / value) for key, value in (names | changes).items() if key in names}
-    return jcl.TransferSettings(**({"method": "cross-lora", "cache": False} | changes | paths))
+    return transfer_settings(**({"method": "cross-lora", "cache": False} | changes | paths))
 
 
 def kill(*_):
@@ -65,10 +67,10 @@ if __name__ == "__main__":
     transport = jcl.align(source, target, method="random", sources=jcl.load_adapter(FOLDER / "adapter").modules)
     arrays = [np.asarray(leaf) for group in transport.groups for leaf in jax.tree.leaves(group)]
     np.savez(FOLDER / f"transport{NUMBER}.npz", *arrays)
-    found["one fails"] = failure(lambda: jcl.transfer(settings(adapter="none" if NUMBER else "adapter")))
-    found["first fails"] = failure(lambda: jcl.transfer(settings(out="first")))
-    found["unlike"] = failure(lambda: jcl.transfer(settings(seed=NUMBER)))
-    found["runs bases"] = failure(lambda: jcl.transfer(settings(method="theseus")))
+    found["one fails"] = failure(lambda: transfer_files(settings(adapter="none" if NUMBER else "adapter")))
+    found["first fails"] = failure(lambda: transfer_files(settings(out="first")))
+    found["unlike"] = failure(lambda: transfer_files(settings(seed=NUMBER)))
+    found["runs bases"] = failure(lambda: transfer_files(settings(method="theseus")))
     found["batch"] = failure(lambda: run_batch(read_plan(FOLDER / "plan.toml")))
     found["devices"] = [jax.local_device_count(), jax.device_count(), hosts.count()]
     (FOLDER / f"found{NUMBER}.json").write_text(json.dumps(found))

@@ -15,6 +15,7 @@ from gguf_files import gguf, permute, small_llama
 from rich.console import Console
 from tiny_bases import delta, mixed_ranks, random_adapter, write_llama
 from tiny_models import FAMILIES, save_tiny
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, fuse, load_adapter
@@ -58,7 +59,7 @@ def test_an_adapter_of_llama_cpp_moves_like_any_other(tmp_path):
     adapter = random_adapter(source)
     jcl.save_adapter(adapter, tmp_path / "gguf", base=source, profile="gguf")
     where = {"source": str(source.path), "target": str(target.path), "method": "pad-truncate", "effect": "never"}
-    jcl.transfer(jcl.TransferSettings(str(tmp_path / "gguf" / "adapter.gguf"), out=str(tmp_path / "o"), **where))
+    move_files(str(tmp_path / "gguf" / "adapter.gguf"), out=str(tmp_path / "o"), **where)
     moved = load_adapter(tmp_path / "o")
     assert moved.modules.keys() == target.modules.keys()
     for name, factors in moved.modules.items():

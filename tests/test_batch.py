@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_transfer import WIDER
 from tiny_bases import delta, random_adapter, write_llama
+from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
@@ -164,7 +165,7 @@ def test_two_adapters_of_one_name_need_another(house, tmp_path):
 
 def test_shards_have_every_job_once():
     def job(number, target):
-        return Job(f"{target}{number}", jcl.TransferSettings(adapter="a", source="s", target=target, out="o"))
+        return Job(f"{target}{number}", transfer_settings(adapter="a", source="s", target=target, out="o"))
 
     jobs = [job(n, "x") for n in range(7)] + [job(n, "y") for n in range(2)] + [job(0, "z")]
     units = units_of(jobs)
@@ -197,7 +198,7 @@ def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(hous
     decomposed = [pairs for method, pairs in aligned if method == "cross-lora"]
     assert len(decomposed) == len(set(decomposed)) > 1
     for job in plan.jobs:
-        single = jcl.transfer(jcl.TransferSettings(**{**vars(job.settings), "out": str(tmp_path / "one" / job.name)}))
+        single = move_files(**{**vars(job.settings), "out": str(tmp_path / "one" / job.name)})
         moved = jcl.load_adapter(job.settings.out)
         for name, factors in single.modules.items():
             np.testing.assert_allclose(delta(moved.modules[name]), delta(factors), atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 from probe_bases import CORPUS, write_base
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter, write_llama
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.cache import Cache
@@ -49,7 +50,7 @@ def cache(tmp_path):
 
 def move(files, out, *, adapter=0, source="source", target="target", **settings):
     places = (files / f"adapter{adapter}", files / source, files / target, out / "moved")
-    jcl.transfer(jcl.TransferSettings(*map(str, places), rank=12, overwrite=True, **settings))
+    move_files(*map(str, places), rank=12, overwrite=True, **settings)
     return {path.name: path.read_bytes() for path in (out / "moved").iterdir()}
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -42,6 +43,7 @@ from jcrosslora.fit.distill.reader import teach, weighted_kl
 from jcrosslora.fit.distill.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
 from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
 from jcrosslora.fit.distill.writing import continue_prompts, judge_templates, known_templates, write_completions
+from jcrosslora.session.files import transfer_files
 
 SMALL = FitSettings(steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0)
 
@@ -672,8 +674,8 @@ def test_from_file_to_file(pair, tmp_path, method):
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = jcl.TransferSettings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
-    repeated = jcl.transfer(again)
+    again = transfer_settings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
+    repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
     # Where the source wrote its own prompts, the user is told of better ones.
@@ -707,8 +709,8 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
     texts = {"probe_text": str(tmp_path / "prompts.txt"), "completions": 40}
-    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
-    report = jcl.transfer(given).report
+    given = transfer_settings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
+    report = transfer_files(given).report
     first, last = re.search(r"divergence from what was wanted went from (\S+) to (\S+) nats", report.fitted).groups()
     assert 0 < float(last) < float(first)
 
@@ -719,9 +721,9 @@ def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
-    given = jcl.TransferSettings(str(tmp_path / "adapter"), **where, method=method, **setting)
+    given = transfer_settings(str(tmp_path / "adapter"), **where, method=method, **setting)
     with pytest.raises(UsageError, match=f"(frobenius|scale 0.6) has no part in method {method}"):
-        jcl.transfer(given)
+        transfer_files(given)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 from probe_bases import CORPUS, write_base
 from rich.console import Console
 from tiny_bases import random_adapter
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -22,6 +23,7 @@ from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 from jcrosslora.evidence.probes import match_positions
 from jcrosslora.report.documents import card_text, report_json
 from jcrosslora.report.table import print_report
+from jcrosslora.session.files import transfer_files
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
 
@@ -159,24 +161,24 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
     (folder / "texts.txt").write_text("\n".join(texts))
     jcl.save_adapter(random_adapter(jcl.open_base(source), rank=2, scale=0.1), folder / "adapter")
     places = [str(folder / name) for name in ("adapter", "source", "target", "out")]
-    return jcl.TransferSettings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
+    return transfer_settings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
 
 
 def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, monkeypatch):
     given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
     monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
-    report = jcl.transfer(given).report
+    report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: no text has two positions")
     with pytest.raises(UsageError, match="no text has two positions"):
-        jcl.transfer(dataclasses.replace(given, effect="always", out=str(tmp_path / "again")))
+        transfer_files(dataclasses.replace(given, effect="always", out=str(tmp_path / "again")))
     assert not (tmp_path / "again").exists()
 
 
 def test_an_effect_setting_that_is_none_is_refused_before_anything_is_read(tmp_path):
-    given = jcl.TransferSettings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
+    given = transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
     with pytest.raises(UsageError, match="effect 'sometimes' is unknown; use one of auto, always, never"):
-        jcl.transfer(given)
+        transfer_files(given)
 
 
 def test_many_texts_are_thinned_out_evenly():

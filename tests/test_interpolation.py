@@ -8,6 +8,7 @@ import pytest
 from checkpoint_files import write_safetensors
 from relatives import DTYPES, layer_of, make, merged, noisy, then
 from tiny_bases import delta, random_adapter
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
@@ -72,7 +73,7 @@ def test_equal_bases_have_no_way_between_them(bases, share):
 def transfer(bases, adapter, tmp_path, **changes):
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src", overwrite=True)
     where = {"source": str(bases[0].path), "target": str(bases[1].path), "out": str(tmp_path / "out")}
-    return jcl.transfer(jcl.TransferSettings(str(tmp_path / "adapter"), **where | changes))
+    return move_files(str(tmp_path / "adapter"), **where | changes)
 
 
 def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
@@ -110,7 +111,7 @@ def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp
     stored = json.loads((tmp_path / "out" / "transfer_report.json").read_text(encoding="utf-8"))
     recipe = tomllib.loads(stored["recipe_toml"])
     assert (recipe["interpolation"], recipe["scale"]) == (0.25, 2.0)
-    again = jcl.transfer(jcl.TransferSettings(**recipe | {"out": str(tmp_path / "again")}))
+    again = move_files(**recipe | {"out": str(tmp_path / "again")})
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.b, again.modules[name].b)
     for row in moved.report.rows:

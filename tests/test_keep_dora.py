@@ -10,6 +10,7 @@ from engine_readers import log_softmax, mlx_log_probs
 from kind_cases import lora, peft
 from safetensors.numpy import load_file
 from tiny_models import tiny_model, torch
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
@@ -152,7 +153,7 @@ def test_what_a_kept_dora_cannot_be_is_refused(house, tmp_path):
 @one_house("plain")
 def test_a_copy_to_the_same_weights_says_how_to_lose_nothing(house, tmp_path):
     where = {"adapter": house.adapter, "source": house.base, "target": house.base, "out": str(tmp_path / "o")}
-    moved = jcl.transfer(jcl.TransferSettings(**where, method="copy"))
+    moved = move_files(**where, method="copy")
     assert any("export --keep-dora" in warning for warning in moved.report.warnings)
 
 

@@ -12,6 +12,7 @@ from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
 from tiny_bases import random_adapter, write_llama
 from tiny_models import tiny_model
+from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
@@ -21,6 +22,7 @@ from jcrosslora.cli.main import main
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.session import transfer as trip
+from jcrosslora.session.files import transfer_files
 from jcrosslora.shifting.invocation import translated, with_invocation
 
 pytestmark = [
@@ -105,21 +107,21 @@ def tokenized(tmp_path_factory):
 
 def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_path, tokenized):
     folder, _, target, tokens = tokenized
-    settings = jcl.TransferSettings(
+    settings = transfer_settings(
         adapter=str(folder / "adapter"),
         source=str(folder / "source"),
         target=str(folder / "target"),
         out=str(tmp_path / "out"),
         method="pad-truncate",
     )
-    jcl.transfer(settings)
+    transfer_files(settings)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     found = config["alora_invocation_tokens"]
     assert len(found) > len(tokens)
     assert load_tokenizer(target).backend.decode(found) == "Let us see: Water"
     assert peft.LoraConfig.from_pretrained(tmp_path / "out").alora_invocation_tokens == found
     with pytest.raises(MethodError, match="acts only after"):
-        jcl.transfer(dataclasses.replace(settings, out=str(tmp_path / "other"), method="distill"))
+        transfer_files(dataclasses.replace(settings, out=str(tmp_path / "other"), method="distill"))
     assert not (tmp_path / "other").exists()
 
 
@@ -139,7 +141,7 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     assert "which MLX does not know" in found["adapter--target--pad-truncate"].text or profile == "lora-xs"
     monkeypatch.delattr(trip, "plan_of")
     with pytest.raises(OutputError, match=r"does not know: write it in one of the profiles portable, peft, gguf"):
-        jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "out"), **settings))
+        move_files(**where, out=str(tmp_path / "out"), **settings)
     exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
     with pytest.raises(OutputError, match="aLoRA"):
         jcl.export_adapter(dataclasses.replace(exported, base=where["source"]))
@@ -151,15 +153,15 @@ def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
     folder, source, target, _ = tokenized
     assert jcl.compare_bases(source, target).choice.method == "distill"
     where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
-    moved = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "auto")))
+    moved = move_files(**where, out=str(tmp_path / "auto"))
     assert moved.report.recipe.method == "cross-lora"
     assert "no base can be run with an adapter that acts only after its invocation tokens" in moved.report.choice
-    named = jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "named"), method="cross-lora"))
+    named = move_files(**where, out=str(tmp_path / "named"), method="cross-lora")
     for name, factors in named.modules.items():
         np.testing.assert_array_equal(delta(moved.modules[name]), delta(factors))
     assert moved.info.invocation == named.info.invocation
     with pytest.raises(MethodError, match=r"effect of .* cannot be measured"):
-        jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always"))
+        move_files(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always")
 
 
 def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized, monkeypatch):

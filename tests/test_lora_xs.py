@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.shifting.lora_xs_span as span
@@ -16,6 +17,7 @@ from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.session.files import transfer_files
 from jcrosslora.shifting.lora_xs_span import frozen_factors
 
 K = 30  # more than the 24 rows of k_proj and v_proj, less than the short side of any other
@@ -177,11 +179,11 @@ def transfer_settings(files, out, **changes) -> jcl.TransferSettings:
     names = {"adapter": "source-adapter", "source": "source", "target": "target"}
     paths = {key: str(files / name) for key, name in names.items()}
     wanted = {"method": "pad-truncate", "profile": "lora-xs", "out_rank": K}
-    return jcl.TransferSettings(out=str(out), **(paths | wanted | changes))
+    return transfer_settings(out=str(out), **(paths | wanted | changes))
 
 
 def test_a_transfer_writes_what_it_says_it_moved(files, tmp_path):
-    moved = jcl.transfer(transfer_settings(files, tmp_path / "o", calibrate="frobenius", target=str(files / "phi3")))
+    moved = transfer_files(transfer_settings(files, tmp_path / "o", calibrate="frobenius", target=str(files / "phi3")))
     base = jcl.open_base(files / "phi3")
     written, wanted = jcl.load_adapter(tmp_path / "o").modules, fuse(moved.modules, base.fused)
     assert written.keys() == wanted.keys()
@@ -212,7 +214,7 @@ out_rank = {K}
     (tmp_path / "plan.toml").write_text(plan)
     assert run_batch(read_plan(tmp_path / "plan.toml")).count("done") == 2
     assert sorted(made) == sorted(jcl.open_base(files / "target").modules)
-    jcl.transfer(transfer_settings(files, tmp_path / "o"))
+    transfer_files(transfer_settings(files, tmp_path / "o"))
     (found,) = (tmp_path / "moved").glob("source-adapter*/adapter_model.safetensors")
     want = load_file(tmp_path / "o" / "adapter_model.safetensors")
     for key, tensor in load_file(found).items():
@@ -235,7 +237,7 @@ def test_what_cannot_be_written_is_refused(files, tmp_path):
         with pytest.raises(error, match=said):
             jcl.export_adapter(dataclasses.replace(settings, **change))
     with pytest.raises(UsageError, match="without an out rank"):
-        jcl.transfer(transfer_settings(files, tmp_path / "o", out_rank=None))
+        transfer_files(transfer_settings(files, tmp_path / "o", out_rank=None))
     base = jcl.open_base(files / "target")
     adapter = random_adapter(base)
     one, two = (frozen_factors(base, adapter.modules, rank) for rank in (2, 3))

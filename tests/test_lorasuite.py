@@ -10,7 +10,7 @@ import jcrosslora as jcl
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
 from jcrosslora.evidence.records import Evidence, HeadMatch, Side, Vocabulary
-from jcrosslora.methods import get_method
+from jcrosslora.methods import METHODS
 from jcrosslora.methods.lorasuite import embedding_map
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS, LAYERS, VOCAB = 4, 2, 6, 40, 56, 2, 96
@@ -118,7 +118,7 @@ def test_attention_by_head_is_the_published_product(reads):
         own, theirs = slice(4 * j, 4 * j + 4), slice(3 * i, 3 * i + 3)
         # In the paper's convention a weight is (stream, head).
         want[own] = (stream.T @ update[theirs].T @ w_src[theirs] @ stream @ w_tgt[own].T).T
-    fit = get_method("lorasuite").fit(item)
+    fit = METHODS["lorasuite"]().maps(item)
     moved = apply(fit, update if reads else update.T)
     np.testing.assert_allclose(moved if reads else moved.T, want, atol=1e-3)
     assert float(fit.weight_cosine) == 0.25
@@ -131,7 +131,7 @@ def test_the_mlp_goes_through_the_inverse_of_the_sources_weight(reads, shapes):
     item, w_src, w_tgt, stream = evidence(reads, None, shapes)
     update = normal(shapes[0], 10, seed=8)
     inner = np.linalg.pinv(w_src.T) @ stream @ w_tgt.T  # (neurons of the source, of the target)
-    fit = get_method("lorasuite").fit(item)
+    fit = METHODS["lorasuite"]().maps(item)
     moved = apply(fit, update if reads else update.T)
     np.testing.assert_allclose(moved if reads else moved.T, inner.T @ update @ stream, atol=2e-3)
     assert np.isnan(float(fit.weight_cosine))

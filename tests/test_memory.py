@@ -16,6 +16,7 @@ from jcrosslora.batch import run as batch_module
 from jcrosslora.cli.main import main
 from jcrosslora.evaluate import effect_check
 from jcrosslora.session import transfer as trip
+from jcrosslora.session.files import transfer_files
 from jcrosslora.utils.memory import enough_memory
 
 TOO_MANY = 2**46  # numbers; no machine has that
@@ -91,13 +92,13 @@ def test_every_command_says_so(house, monkeypatch, capsys):
 def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monkeypatch):
     given = move_in(tmp_path, "residual-fit", ["Anna said that the water boils.", "Peter has a dog."] * 8)
     monkeypatch.setattr(effect_check, "load_params", fill_device)
-    report = jcl.transfer(given).report
+    report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: not enough memory (")
     assert report.warnings[-1].endswith("or leave out the check with --effect never")
     assert jcl.load_adapter(tmp_path / "out").modules
     with pytest.raises(jcl.ShortMemoryError):
-        jcl.transfer(dataclasses.replace(given, effect="always", out=str(tmp_path / "again")))
+        transfer_files(dataclasses.replace(given, effect="always", out=str(tmp_path / "again")))
     assert not (tmp_path / "again").exists()
 
 

@@ -286,7 +286,7 @@ def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
     e_src = normal(200, 9, seed=seed + 50) + 3.0
     vocabulary = vocabulary_of(e_src, e_src @ rotation.T)
     sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 1)
-    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
+    fit = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
     coefficients = normal(9, 9, seed=seed)
     update = np.asarray(sides[0].svd.u) @ coefficients @ np.asarray(sides[0].svd.v).T
     np.testing.assert_allclose(apply(fit, update), (update @ rotation.T)[order], atol=2e-3)
@@ -301,7 +301,7 @@ def test_gains_between_stream_and_module_are_part_of_the_anchor():
     # The tokens as the modules see them: embeddings times gain. Divide the gain out of the embeddings first.
     vocabulary = vocabulary_of(e_src / np.asarray(gain_src), e_src @ rotation.T / np.asarray(gain_tgt))
     sides = side(w_src, True, 9, gain_src), side(w_tgt, True, 9, gain_tgt)
-    fit = get_method("cross-lora").fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
+    fit = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
     assert float(fit.vector_ratio) > 20
 
 
@@ -321,7 +321,7 @@ def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_un
     moved = []
     for seed in (0, 1):
         sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 7)
-        fit = get_method("cross-lora").fit(Evidence(*sides, None, None, jax.random.key(0), reads=True, rank=9))
+        fit = METHODS["cross-lora"]().maps(Evidence(*sides, None, None, jax.random.key(0), reads=True, rank=9))
         moved.append(apply(fit, update))
         assert math.isnan(float(fit.vector_ratio))
     np.testing.assert_allclose(moved[0], moved[1], atol=1e-5)
@@ -388,7 +388,7 @@ def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outp
     x_t, y_t = x @ rotation.T, y[:, order]
     seen = moments(x, x_t, y, y_t)
     sides = side(w_src, False), side(w_tgt, False)
-    fit = get_method("theseus").fit(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
+    fit = METHODS["theseus"]().maps(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
     inside = w_src @ normal(9, 9, seed=2)  # outputs that never occur cannot be told apart: stay among those that do
     np.testing.assert_allclose(apply(fit, inside), (inside @ rotation.T)[order], atol=1e-3 * np.abs(inside).max())
     assert float(fit.activation_cosine) == pytest.approx(1, abs=1e-3)
@@ -404,7 +404,7 @@ def test_theseus_whitened_in_part_is_the_polar_factor_of_the_whitened_moment(pow
     y_t[:, 3:13] -= 2 * y_s
     sides = side(normal(10, 8, seed=5), False), side(normal(15, 12, seed=6), False)
     item = Evidence(*sides, None, moments(x_s, x_t, y_s, y_t), jax.random.key(0), True, 5, whitening=power)
-    fit = jax.jit(get_method("theseus").fit)(item)
+    fit = jax.jit(METHODS["theseus"]().maps)(item)
 
     def whitened(rows):
         values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)

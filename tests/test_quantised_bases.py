@@ -10,6 +10,7 @@ from checkpoint_files import write_safetensors
 from quantised_files import BNB4, CASES, DIMS, NF4, Case, write_quantised
 from safetensors.numpy import save_file
 from tiny_bases import delta, llama_tensors, random_adapter, write_llama
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
@@ -199,7 +200,7 @@ def test_an_adapter_moves_onto_a_quantised_twin(name, tmp_path):
 
     def moved(target: str, method: str):
         places = (tmp_path / part for part in ("adapter", "source", target, f"out-{target}-{method}"))
-        return jcl.transfer(jcl.TransferSettings(*map(str, places), method=method, cache=False))
+        return move_files(*map(str, places), method=method, cache=False)
 
     auto = moved("target", "auto")
     assert auto.report.recipe.method == "copy"

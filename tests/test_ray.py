@@ -10,6 +10,7 @@ import pytest
 from test_batch import results
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
@@ -120,7 +121,7 @@ def test_a_dead_workers_unit_is_done_again_and_the_deadly_job_is_listed(cluster,
     import ray
 
     def unit(*names):
-        settings = jcl.TransferSettings(adapter="a", source="s", target="t", out="o")
+        settings = transfer_settings(adapter="a", source="s", target="t", out="o")
         return Unit(tuple(Job(name, settings) for name in names))
 
     ray.init(address=cluster, log_to_driver=False)

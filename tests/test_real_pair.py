@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from real_models import real_models
 from tiny_bases import delta
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.cli.demo import GEMMA3, shipped_adapter
+from jcrosslora.session.files import transfer_files
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -28,8 +30,8 @@ def moved(tmp_path_factory):
     out = tmp_path_factory.mktemp("real") / "moved"
     with shipped_adapter() as adapter:
         places = str(adapter), str(source), str(target), str(out)
-        settings = jcl.TransferSettings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
-        result = jcl.transfer(settings)
+        settings = transfer_settings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
+        result = transfer_files(settings)
     return result, out, target
 
 

@@ -16,6 +16,7 @@ from adapter_folders import tensors as lora_tensors
 from checkpoint_files import llama_tensors, write_llama
 from gguf_files import small_llama
 from tiny_models import tiny_model, torch, transformers
+from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
@@ -135,7 +136,7 @@ def logits(model, tokens) -> np.ndarray:
 def transfer(folder: Path, base: str, adapter: Path, out: Path, target: str = "larger", **changes):
     names = {"adapter": adapter, "source": folder / base / "source", "target": folder / base / target, "out": out}
     chosen = {"method": "copy", "profile": "peft", "cache": False} | changes
-    return jcl.transfer(jcl.TransferSettings(**{key: str(value) for key, value in names.items()}, **chosen))
+    return move_files(**{key: str(value) for key, value in names.items()}, **chosen)
 
 
 def changed_rows(base: str, form: str) -> tuple[int, int]:

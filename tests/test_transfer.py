@@ -15,12 +15,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from tiny_bases import delta, random_adapter, write_llama
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.alignment.align import Plan
 from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 from jcrosslora.lineage.pairing import DEPTH_MAPS
+from jcrosslora.session.files import transfer_files
 
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
 
@@ -40,7 +42,7 @@ def files(tmp_path_factory):
 
 def settings(files, out, **changes):
     names = {"adapter": files / "adapter", "source": files / "source", "target": files / "target", "out": out}
-    return jcl.TransferSettings(**({key: str(value) for key, value in names.items()} | changes))
+    return transfer_settings(**({key: str(value) for key, value in names.items()} | changes))
 
 
 def command(files, out, *flags):
@@ -53,7 +55,7 @@ def command(files, out, *flags):
     [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.runs_bases or method.selects)],
 )
 def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
-    moved = jcl.transfer(settings(files, tmp_path / "out", method=method))
+    moved = transfer_files(settings(files, tmp_path / "out", method=method))
     target = jcl.open_base(files / "target")
     again = jcl.load_adapter(tmp_path / "out")
     assert again.modules.keys() == target.modules.keys()
@@ -70,7 +72,7 @@ def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, meth
     "method", [name for name, method in jcl.METHODS.items() if method.equal_shapes and not method.runs_bases]
 )
 def test_every_method_for_equal_shapes(files, tmp_path, method):
-    moved = jcl.transfer(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))
+    moved = transfer_files(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))
     adapter = jcl.load_adapter(files / "adapter")
     ranks = {factors.rank for factors in jcl.load_adapter(tmp_path / "out").modules.values()}
     assert ranks == {8 if method == "prolora" else 4}
@@ -81,7 +83,7 @@ def test_every_method_for_equal_shapes(files, tmp_path, method):
 
 
 def test_align_and_shift_give_what_the_streamed_trip_gives(files, tmp_path):
-    moved = jcl.transfer(settings(files, tmp_path / "out", method="cross-lora", rank=20))
+    moved = transfer_files(settings(files, tmp_path / "out", method="cross-lora", rank=20))
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport = jcl.align(source, target, method="cross-lora", rank=20)
     again = jcl.shift(transport, jcl.load_adapter(files / "adapter"))
@@ -188,9 +190,9 @@ def test_a_scale_multiplies_every_moved_update_and_its_reported_norm(files, scal
 
 def test_the_scale_of_a_command_is_in_its_recipe(files, tmp_path):
     given = settings(files, tmp_path / "out", method="pad-truncate", scale=0.5)
-    moved = jcl.transfer(given)
+    moved = transfer_files(given)
     assert "scale = 0.5" in json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"]
-    plain = jcl.transfer(dataclasses.replace(given, scale=1.0, out=str(tmp_path / "plain")))
+    plain = transfer_files(dataclasses.replace(given, scale=1.0, out=str(tmp_path / "plain")))
     assert "scale" not in json.loads((tmp_path / "plain" / "transfer_report.json").read_text())["recipe_toml"]
     name = next(iter(moved.modules))
     np.testing.assert_array_equal(moved.modules[name].b, 0.5 * plain.modules[name].b)
@@ -289,7 +291,7 @@ def test_the_recipe_pins_the_commit_of_an_adapter_from_the_hub(files, tmp_path, 
     snapshot = tmp_path / "models--org--tuned" / "snapshots" / "0123abcd"
     shutil.copytree(files / "adapter", snapshot)
     monkeypatch.setattr("jcrosslora.adapter.folder._download", lambda _, name, revision: snapshot / name)
-    moved = jcl.transfer(settings(files, tmp_path / "out", method="pad-truncate", adapter="org/tuned"))
+    moved = transfer_files(settings(files, tmp_path / "out", method="pad-truncate", adapter="org/tuned"))
     assert moved.report.adapter.revision == "0123abcd"
     recipe = tomllib.loads(json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"])
     assert (recipe["adapter"], recipe["adapter_revision"]) == ("org/tuned", "0123abcd")
@@ -358,7 +360,7 @@ def test_importing_the_package_needs_none_of_the_heavy_libraries():
 
 def test_one_device_gives_the_numbers_of_two(files, tmp_path):
     """This process has two devices; a fresh one has one."""
-    jcl.transfer(settings(files, tmp_path / "two", rank=20))
+    transfer_files(settings(files, tmp_path / "two", rank=20))
     flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--rank", "20"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     arguments = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", files / "adapter", *flags]
