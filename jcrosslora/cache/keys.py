@@ -37,8 +37,10 @@ def sha256(*parts: bytes) -> str:
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
     """Names and contents of the files that a base's tokenizer is read from, beside the weights."""
+    if base.tokenizer_path is None:
+        return
     for name in _TOKENIZER_FILES:
-        path = base.path / name
+        path = base.tokenizer_path / name
         # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
         with suppress(OSError):
             yield from (name.encode(), path.read_bytes())

@@ -1,9 +1,11 @@
 """A base model: its modules, its tensors on demand, its vocabulary and its identity."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,43 +13,46 @@ import numpy as np
 
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
-from jcrosslora.checkpoint.layout import Module
+from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.html import html_table
 
 
 class Digests(Protocol):
-    """Whoever remembers the digests of files."""
+    """A record of the digests of files that outlives the process."""
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """Hex digests of files: those remembered, or else what `compute` reads."""
+        """Return the hex digests of files: the recorded ones if all are valid, else those from `compute`."""
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BaseModel:
-    """A base model whose files have been checked; arrays are read when asked for.
+    """A base model whose configuration and shapes have been checked; its arrays are read when used.
 
     Attributes:
         name: what adapters of this model should name as their base. In this order: the name given to `open_base`; the
-            hub id, also where the path lies in a hub cache; for GGUF the source repository of its metadata, then
-            `general.name`; else the path. Neither `_name_or_path` of config.json nor `general.base_model` of a GGUF is
-            used: in a model that was trained further they name the one that it was trained from.
-        ref: what was given to `open_base`.
-        path: the folder, or the GGUF file.
+            hub id, also where the path lies in a hub cache or a live model was loaded from the hub; for GGUF the source
+            repository in its metadata, then `general.name`; else the path. Neither `_name_or_path` in config.json nor
+            `general.base_model` of a GGUF is used: in a fine-tuned model they name the model that it was trained from.
+        ref: what was given to `open_base`; for a base in memory its name.
+        path: the folder or the GGUF file, None for a base in memory.
+        tokenizer_path: the folder of tokenizer.json or the GGUF file, None for a base in memory without a tokenizer.
         revision: commit of a hub model, else None.
         family: its architecture.
         config: its configuration with Hugging Face keys; for GGUF translated from the metadata.
         dims: its sizes.
         modules: every linear module by its Llama-style name: by layer, then q, k, v, o, gate, up, down.
-        fused: module that the model really has -> ((logical name, first row, last row exclusive), ...).
+        fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         store: the tensors.
     """
 
     name: str
     ref: str
-    path: Path
+    path: Path | None
+    tokenizer_path: Path | None
     revision: str | None
     family: Family
     config: Mapping[str, Any]
@@ -55,6 +60,37 @@ class BaseModel:
     modules: Mapping[str, Module]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]]
     store: TensorStore
+
+    def __repr__(self) -> str:
+        facts = f"{self.family.name}, {self.dims.layers} layers, width {self.dims.hidden}"
+        return f"BaseModel({self.name!r}, {facts}, {self._size} parameters, {self._storage})"
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        dims = self.dims
+        row = {
+            "family": self.family.name,
+            "layers": str(dims.layers),
+            "width": str(dims.hidden),
+            "MLP width": str(dims.intermediate),
+            "heads": f"{dims.heads} ({dims.kv_heads} key-value) of {dims.head_dim}",
+            "vocabulary": f"{dims.vocab:,}",
+            "parameters": self._size,
+            "stored as": self._storage,
+        }
+        return html_table([row | ({"revision": self.revision} if self.revision else {})], self.name)
+
+    @property
+    def _size(self) -> str:
+        count = sum(map(prod, expected_shapes(self.family, self.dims, self.config).values()))
+        if count >= 1e9:
+            return f"{count / 1e9:.2f}B"
+        return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
+
+    @property
+    def _storage(self) -> str:
+        """Dtypes of the modules, the most frequent first."""
+        return ", ".join(dtype for dtype, _ in Counter(module.dtype for module in self.modules.values()).most_common())
 
     @property
     def embedding_name(self) -> str:
@@ -67,14 +103,14 @@ class BaseModel:
         return bool(self.config.get("tie_word_embeddings", self.family.tied))
 
     def tensor_names(self) -> list[str]:
-        """Hugging Face names of the tensors in the files."""
+        """Hugging Face names of the stored tensors."""
         return self.store.names()
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor by its Hugging Face name and in its convention; the head of a tied model is the embedding.
+        """Read a tensor by its Hugging Face name; the head of a tied model is the embedding.
 
         Returns:
-            A read-only view in the stored dtype; float32 where the file is quantised.
+            A read-only view in the stored dtype; float32 for a quantised tensor. Matrices are (out, in).
 
         Raises:
             CheckpointError: no such tensor, or a dtype that cannot be read.
@@ -82,7 +118,7 @@ class BaseModel:
         return self.store.tensor(self._stored_name(name))
 
     def weight(self, module_name: str) -> np.ndarray:
-        """(O, I) of a logical module, see `tensor`.
+        """Read the weight (O, I) of a logical module, see `tensor`.
 
         Raises:
             CheckpointError: no such module, or a dtype that cannot be read.
@@ -92,7 +128,7 @@ class BaseModel:
         return array if module.rows is None else array[slice(*module.rows)]
 
     def stored_weight(self, name: str) -> np.ndarray:
-        """(O, I) of a module as the model has it: a logical one, or a fused one as a whole; see `tensor`.
+        """Read the weight (O, I) of a logical module, or of a fused module as a whole; see `tensor`.
 
         Raises:
             CheckpointError: no such module, or a dtype that cannot be read.
@@ -100,7 +136,7 @@ class BaseModel:
         return self.weight(name) if name in self.modules else self.tensor(f"{name}.weight")
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """float32 (n, columns): rows of a matrix, e.g. of the embedding; the others are not read.
+        """Read rows of a matrix, e.g. of the embedding, as float32 (n, columns), and no others.
 
         Args:
             name: Hugging Face name of a matrix.
@@ -118,10 +154,10 @@ class BaseModel:
         return self.store.rows(stored, ids.astype(np.int64))
 
     def residual_gain(self, module_name: str) -> np.ndarray:
-        """float32 (hidden,): the norm's gain between the residual stream and a module.
+        """Return the gain, float32 (hidden,), of the norm between the residual stream and a module.
 
-        For q, k, v, gate and up the gain of the norm in front of them; for o and down that of the norm behind them,
-        ones where the family has none. Gemma's gain, 1 + weight, is already summed.
+        For q, k, v, gate and up this is the norm in front of the module; for o and down the norm behind it, ones if
+        the family has none. Gemma's gain, 1 + weight, is already summed.
 
         Raises:
             CheckpointError: no such module.
@@ -131,32 +167,32 @@ class BaseModel:
         if norm is None:
             return np.ones(self.dims.hidden, np.float32)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)
-        with np.errstate(invalid="ignore"):  # NaN is found, and refused, where the gain is used.
+        with np.errstate(invalid="ignore"):  # Callers check for NaN.
             return weight + np.float32(self.family.gain_offset)
 
     def vocabulary(self) -> Vocabulary:
-        """The normal tokens as bytes, or the reason why they cannot be read."""
+        """Return the normal tokens as bytes, or the reason why they cannot be read."""
         return self._vocabulary
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         own = getattr(self.store, "vocabulary", None)
-        return own() if own is not None else read_tokenizer(self.path, self.dims.vocab)
+        return own() if own is not None else read_tokenizer(self.tokenizer_path, self.dims.vocab)
 
     def digest(self, digests: Digests | None = None) -> str:
-        """Identity of the weights: "sha256:" and a hex digest.
+        """Return the identity of the weights: "sha256:" and a hex digest, computed once.
 
-        Of one file its SHA-256; of several the SHA-256 of their hex digests, one a line, in index order. The files are
-        read at the first call alone.
+        One weight file gives its own SHA-256, several that of their hex digests, one a line in index order. Weights in
+        memory give that of their names, dtypes, shapes and numbers, which is not the digest of the file they are from.
 
         Args:
-            digests: remembers digests of files between runs, so that these need not be read; None reads them.
+            digests: a record of digests of files, so that files are not read again in later runs.
         """
         if "_digest" not in self.__dict__:
             read = self.store.sha256s
-            parts = read() if digests is None else digests.sha256s(self.store.files, read)
+            parts = digests.sha256s(self.store.files, read) if digests is not None and self.store.files else read()
             joined = "\n".join(parts).encode()
-            # As a cached property does, which takes no argument: the record is frozen, and this is none of its fields.
+            # A cached_property takes no argument, and assignment to an attribute of a frozen dataclass is refused.
             self.__dict__["_digest"] = parts[0] if len(parts) == 1 else hashlib.sha256(joined).hexdigest()
         return f"sha256:{self.__dict__['_digest']}"
 

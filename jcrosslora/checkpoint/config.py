@@ -1,4 +1,4 @@
-"""A model's configuration: which family it is, and the refusal of everything that is not understood."""
+"""A model's configuration: find its family, and refuse settings that are not understood."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,12 +46,13 @@ class Dims:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A configuration that has been checked.
+    """A checked configuration.
 
     Attributes:
         family: the family.
         values: the configuration of the (text) model, Hugging Face keys.
-        prefixes: tensor name prefixes of the file -> of the text model; empty for a text-only checkpoint.
+        prefixes: prefix of a tensor's name in the checkpoint -> in the text model, see `renamed`; empty for a text-only
+            checkpoint.
     """
 
     family: Family
@@ -73,80 +74,80 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(msg)
     msg = f"{folder}: has no config.json: give the folder of a base model, a .gguf file or a hub id"
     if packed := sorted(folder.glob("*.gguf")):
-        msg = f"{folder}: has no config.json, but a GGUF file: give {packed[0]} itself"
+        msg = f"{folder}: has no config.json but a GGUF file: give the path {packed[0]}"
     raise CheckpointError(msg)
 
 
 def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration, with the quantisation settings that older writers kept in a file of their own."""
+    """Add the quantisation settings that older writers kept in a file of their own."""
     for name, method in _SETTINGS_FILES.items():
         if not config.get("quantization_config") and (folder / name).exists():
             return {**config, "quantization_config": {"quant_method": method, **read_json_object(folder / name)}}
     return config
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Find the family of a configuration and refuse what is not known of it.
+def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
+    """Find the family of a configuration and refuse settings that are not known for it.
 
     Args:
         config: the content of `config.json`.
-        path: named in errors.
+        where: its file or the name of the base, for errors.
 
     Raises:
         CheckpointError: unknown model type, architecture, key, or a value that changes what the weights mean.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in MULTIMODAL:
-        return _multimodal(config, path)
+        return _multimodal(config, where)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join([*FAMILIES, *MULTIMODAL])
-        msg = f"{path}: model_type {model_type!r} is not supported; supported: {known}"
+        msg = f"{where}: model_type {model_type!r} is not supported; supported: {known}"
         raise CheckpointError(msg)
     family = FAMILIES[model_type]
-    _check_architecture(family, config, path)
-    _check_keys(family, config, path)
-    check_quantization(config, str(path))
+    _check_architecture(family, config, where)
+    _check_keys(family, config, where)
+    check_quantization(config, str(where))
     return ModelConfig(family, {**family.defaults, **config})
 
 
-def _multimodal(config: Mapping[str, Any], path: Path) -> ModelConfig:
+def _multimodal(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     text_type, prefixes = MULTIMODAL[config["model_type"]]
     text = config.get("text_config")
     if not isinstance(text, dict) or text.get("model_type", text_type) != text_type:
-        msg = f"{path}: text_config of model_type {config['model_type']!r} is not a {text_type} configuration"
+        msg = f"{where}: text_config of model_type {config['model_type']!r} is not a {text_type} configuration"
         raise CheckpointError(msg)
     for key, value in config.items():
         if key not in COMMON_KEYS | HARMLESS_KEYS | MULTIMODAL_KEYS and not _is_empty(value):
-            raise CheckpointError(_unknown_key(key, value, config["model_type"], path))
+            raise CheckpointError(_unknown_key(key, value, config["model_type"], where))
     shared = {
         key: config[key] for key in ("architectures", "quantization_config", "tie_word_embeddings") if key in config
     }
-    checked = check_config({**text, **shared, "model_type": text_type}, path)
+    checked = check_config({**text, **shared, "model_type": text_type}, where)
     return ModelConfig(checked.family, checked.values, prefixes)
 
 
-def _check_architecture(family: Family, config: Mapping[str, Any], path: Path) -> None:
+def _check_architecture(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
     named = config.get("architectures")
     if named and (not isinstance(named, list) or not set(map(str, named)) <= set(family.architectures)):
         msg = (
-            f"{path}: architectures {named!r} is not supported for {family.name}; supported: {family.architectures[0]}"
+            f"{where}: architectures {named!r} is not supported for {family.name}; supported: {family.architectures[0]}"
         )
         raise CheckpointError(msg)
 
 
-def _check_keys(family: Family, config: Mapping[str, Any], path: Path) -> None:
+def _check_keys(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
     known = COMMON_KEYS | HARMLESS_KEYS | family.keys
     for key, value in config.items():
         if key in family.fixed:
             if value is not None and value not in family.fixed[key]:
                 wanted = " or ".join(map(repr, family.fixed[key]))
-                msg = f"{path}: config key {key!r}={_short(value)} is not supported for {family.name}: wanted {wanted}"
+                msg = f"{where}: config key {key!r}={_short(value)} is not supported for {family.name}: wanted {wanted}"
                 raise CheckpointError(msg)
         elif key not in known and not _is_empty(value):
-            raise CheckpointError(_unknown_key(key, value, family.name, path))
+            raise CheckpointError(_unknown_key(key, value, family.name, where))
     for key in ("hidden_act", "hidden_activation"):
         if not isinstance(config.get(key), str | None):
-            msg = f"{path}: config key {key!r}={_short(config[key])} is not the name of an activation"
+            msg = f"{where}: config key {key!r}={_short(config[key])} is not the name of an activation"
             raise CheckpointError(msg)
 
 
@@ -154,9 +155,9 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ({}, [])
 
 
-def _unknown_key(key: str, value: Any, family: str, path: Path) -> str:
+def _unknown_key(key: str, value: Any, family: str, where: Path | str) -> str:
     return (
-        f"{path}: config key {key!r}={_short(value)} is not known for {family}; it may change what the weights mean: "
+        f"{where}: config key {key!r}={_short(value)} is not known for {family}; it may change what the weights mean: "
         "remove it from config.json if it does not"
     )
 
@@ -166,40 +167,40 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read_dims(config: Mapping[str, Any], path: Path) -> Dims:
-    """The sizes that a configuration states.
+def read_dims(config: Mapping[str, Any], where: Path | str) -> Dims:
+    """Read the sizes of a model from its configuration.
 
     Args:
         config: a checked configuration.
-        path: named in errors.
+        where: its file or the name of the base, for errors.
 
     Raises:
         CheckpointError: a size is missing, or is not a positive integer.
     """
-    hidden, heads = _size(config, "hidden_size", path), _size(config, "num_attention_heads", path)
+    hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
     config = {
         **config,
         "head_dim": config.get("head_dim") or max(hidden // heads, 1),
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
     }
     dims = Dims(
-        layers=_size(config, "num_hidden_layers", path),
+        layers=_size(config, "num_hidden_layers", where),
         hidden=hidden,
-        intermediate=_size(config, "intermediate_size", path),
+        intermediate=_size(config, "intermediate_size", where),
         heads=heads,
-        kv_heads=_size(config, "num_key_value_heads", path),
-        head_dim=_size(config, "head_dim", path),
-        vocab=_size(config, "vocab_size", path),
+        kv_heads=_size(config, "num_key_value_heads", where),
+        head_dim=_size(config, "head_dim", where),
+        vocab=_size(config, "vocab_size", where),
     )
     if heads % dims.kv_heads:
-        msg = f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {dims.kv_heads}"
+        msg = f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {dims.kv_heads}"
         raise CheckpointError(msg)
     return dims
 
 
-def _size(config: Mapping[str, Any], key: str, path: Path) -> int:
+def _size(config: Mapping[str, Any], key: str, where: Path | str) -> int:
     value = config.get(key)
     if type(value) is not int or not 0 < value < _SIZE_LIMIT:
-        msg = f"{path}: config key {key!r} is {_short(value)}, wanted a positive integer"
+        msg = f"{where}: config key {key!r} is {_short(value)}, wanted a positive integer"
         raise CheckpointError(msg)
     return value

@@ -1,4 +1,4 @@
-"""Which tensors a model of a family must hold, with which shapes, and where each linear module lies in them."""
+"""Names and shapes of the tensors of a model, and the place of each linear module in them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", 
 
 @dataclass(frozen=True)
 class Module:
-    """One logical linear module, named as in Llama whatever the family stores.
+    """One logical linear module, named as in Llama in every family.
 
     Attributes:
         name: e.g. "model.layers.0.self_attn.q_proj".
@@ -23,7 +23,7 @@ class Module:
         shape: (O, I).
         tensor: name of the tensor that holds it, e.g. "model.layers.0.self_attn.qkv_proj.weight".
         rows: first and last (exclusive) row inside a fused tensor, else None.
-        dtype: storage dtype as the file states it, e.g. "BF16" or "Q4_K".
+        dtype: storage dtype as the checkpoint states it, e.g. "BF16" or "Q4_K".
     """
 
     name: str
@@ -36,7 +36,7 @@ class Module:
 
 
 def role_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
-    """(O, I) of each role."""
+    """Return the shape (O, I) of each role."""
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     return {
         "q_proj": (queries, dims.hidden),
@@ -50,7 +50,7 @@ def role_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
 
 
 def fused_rows(family: Family, dims: Dims, layer: int) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """Fused modules of a layer: name -> (logical name, first row, last row exclusive) in row order."""
+    """List the fused modules of a layer: name -> (logical name, first row, last row exclusive) in row order."""
     shapes, result = role_shapes(dims), {}
     for path, roles in family.fused.items():
         parts, start = [], 0
@@ -62,7 +62,7 @@ def fused_rows(family: Family, dims: Dims, layer: int) -> dict[str, tuple[tuple[
 
 
 def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, Module]:
-    """Every logical module, by layer, then in the order of `families.ROLES`."""
+    """List the logical modules, by layer, then in the order of `families.ROLES`."""
     modules = {}
     shapes = role_shapes(dims)
     for layer in range(dims.layers):
@@ -80,7 +80,7 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
 
 
 def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the model must hold: name -> shape."""
+    """Return name -> shape of every tensor that the model must have."""
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden), FINAL_NORM: (dims.hidden,)}
     if not config.get("tie_word_embeddings", family.tied):
         expected[HEAD] = (dims.vocab, dims.hidden)
@@ -112,13 +112,13 @@ def _biased_roles(family: Family, config: Mapping[str, object]) -> list[str]:
 
 
 def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], store: TensorStore, ref: str) -> None:
-    """Compare the tensors of a checkpoint with what its configuration promises.
+    """Check that a checkpoint has the tensors that its configuration calls for.
 
     Raises:
-        CheckpointError: names the first few missing or misshapen tensors and the number of all.
+        CheckpointError: missing or misshapen tensors; the message names the first few and counts the rest.
     """
     names = store.names()
-    # Before any loop over layers: a configuration may claim 2^30 of them.
+    # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
     stored = {part for name in names if (part := _layer_of(name)) is not None}
     if stored and (dims.layers > len(stored) or max(stored) >= dims.layers):
         msg = (
@@ -127,12 +127,8 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], stor
         )
         raise CheckpointError(msg)
     known = set(names)
-    problems = []
-    layers_missing = not stored and dims.layers > 0
-    expected = {} if layers_missing else expected_shapes(family, dims, config)
-    if layers_missing:
-        problems.append("no tensor is named model.layers.*")
-    for name, shape in expected.items():
+    problems = [] if stored else ["no tensor is named model.layers.*"]
+    for name, shape in expected_shapes(family, dims, config).items() if stored else ():
         if name not in known:
             problems.append(f"{name} is missing")
         elif store.shape(name) != shape:
@@ -141,7 +137,8 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], stor
             problems.append(f"{name} has dtype {store.dtype(name)}, wanted a float dtype")
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: download it again"
+        advice = "download it again" if store.files else "give Hugging Face names and weights of shape (out, in)"
+        msg = f"{ref}: not a complete {family.name} model: {'; '.join(problems[:_SHOWN])}{more}: {advice}"
         raise CheckpointError(msg)
 
 

@@ -1,40 +1,76 @@
-"""Open a base model from a folder, a GGUF file or a hub id."""
+"""Open a base model from a folder, a GGUF file, a hub id, or what a program already holds."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jcrosslora.checkpoint import hub
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.config import read_config, read_dims
-from jcrosslora.checkpoint.families import Family
+from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
+from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.gguf import open_gguf
+from jcrosslora.checkpoint.in_memory import config_values, flat_weights, is_live_model, tokenizer_folder
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
+from jcrosslora.checkpoint.memory_store import MemoryStore
 from jcrosslora.checkpoint.quantised import with_weights
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.checkpoint.store import TensorStore
-from jcrosslora.errors import CheckpointError
+from jcrosslora.checkpoint.store import TensorStore, renamed
+from jcrosslora.errors import CheckpointError, UsageError
 
 
-def open_base(ref: str | Path, *, revision: str | None = None, name: str | None = None) -> BaseModel:
-    """Open a base model; its headers are read and checked, its weights are not.
+def open_base(
+    base: Any,
+    *,
+    revision: str | None = None,
+    name: str | None = None,
+    config: Any = None,
+    tokenizer: Any = None,
+) -> BaseModel:
+    """Open a base model and check its configuration and the shapes of its tensors; weights are read when used.
 
     Args:
-        ref: a folder with config.json and safetensors, a .gguf file, or a hub id "org/name".
-        revision: branch, tag or commit of a hub id; of files that are here only the commit that they are known as.
+        base: a folder with config.json and safetensors, a .gguf file, or a hub id "org/name"; a live model of
+            transformers or PEFT, whose adapters are left out; or weights with Hugging Face names and matrices of
+            shape (out features, in features): a mapping such as a torch `state_dict`, nested mappings, or an
+            `nnx.State`. Weights in memory are not copied and must not change while the base is in use. A `BaseModel`
+            is returned as it is.
+        revision: branch, tag or commit of a hub id. Of local files only their known commit is accepted.
         name: what adapters should name as their base; the rule without it is at `BaseModel.name`.
+        config: for weights in memory, the content of config.json or a configuration of transformers. A live model
+            brings its own.
+        tokenizer: for weights in memory, the tokenizer if text is to be read: a folder, a tokenizer.json, a fast
+            tokenizer of transformers, or a `tokenizers.Tokenizer`.
 
     Returns:
         The base model.
 
     Raises:
-        CheckpointError: not found, not of that revision, of an unknown family, or files that do not fit their
+        CheckpointError: not found, not of that revision, of an unknown family, or tensors that do not fit the
             configuration.
+        UsageError: an argument that does not apply to this kind of base.
     """
+    if isinstance(base, str | Path):
+        _refuse(base, "weights in memory", config=config, tokenizer=tokenizer)
+        return _open_path(base, revision, name)
+    if isinstance(base, BaseModel):
+        _refuse(base.ref, "a base that is not open yet", revision=revision, config=config, tokenizer=tokenizer)
+        return base if name is None else replace(base, name=name)
+    _refuse(name or "weights in memory", "a hub id", revision=revision)
+    return _open_memory(base, name, config, tokenizer)
+
+
+def _refuse(ref: str | Path, wanted: str, **arguments: Any) -> None:
+    if given := [argument for argument, value in arguments.items() if value is not None]:
+        msg = f"{ref}: {' and '.join(given)} can be given with {wanted} only: leave it out"
+        raise UsageError(msg)
+
+
+def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseModel:
     try:
         path = Path(ref).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # No such home, a name that is too long.
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown home, or a name that is too long
         reason = getattr(error, "strerror", None) or error
         msg = f"{str(ref)[:80]}: not a path ({reason}): give a folder, a .gguf file or a hub id of the form org/name"
         raise CheckpointError(msg) from error
@@ -55,7 +91,7 @@ def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, 
     config = read_config(folder)
     store = with_weights(ShardedStore(folder, config.prefixes), config.values, str(folder))
     hub_id, revision = identity or (None, None)
-    return _build(name or hub_id or str(folder), ref, folder, revision, config.family, config.values, store)
+    return _build(name or hub_id or str(folder), ref, folder, folder, revision, config, store)
 
 
 def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
@@ -63,20 +99,40 @@ def _open_file(path: Path, ref: str, name: str | None) -> BaseModel:
         msg = f"{ref}: is a file, wanted a .gguf file or the folder that holds config.json and the weights"
         raise CheckpointError(msg)
     config, store, named = open_gguf(path)
-    return _build(name or named or str(path), ref, path, None, config.family, config.values, store)
+    return _build(name or named or str(path), ref, path, path, None, config, store)
+
+
+def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) -> BaseModel:
+    if is_live_model(weights):
+        _refuse(name or "a live model", "weights without a configuration", config=config)
+        config = weights.config
+        loaded = str(getattr(config, "_name_or_path", ""))
+        name = name or (loaded if hub.is_hub_id(loaded) else None)
+    elif not isinstance(weights, Mapping):
+        msg = f"a base of type {type(weights).__name__} cannot be opened: give a folder, a .gguf file, a hub id, a "
+        raise CheckpointError(msg + "live model of transformers, or a mapping from Hugging Face names to arrays")
+    ref = name or "base in memory"
+    checked = check_config(config_values(config, ref), ref)
+    named = ((renamed(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
+    arrays = {name: array for name, array in named if name is not None}
+    if checked.values.get("tie_word_embeddings", checked.family.tied):
+        arrays.pop(HEAD, None)  # the embedding a second time
+    store = with_weights(MemoryStore(arrays, ref), checked.values, ref)
+    return _build(ref, ref, None, tokenizer_folder(tokenizer, store, ref), None, checked, store)
 
 
 def _build(
     name: str,
     ref: str,
-    path: Path,
+    path: Path | None,
+    tokenizer_path: Path | None,
     revision: str | None,
-    family: Family,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     store: TensorStore,
 ) -> BaseModel:
-    dims = read_dims(config, path)
-    check_tensors(family, dims, config, store, ref)
+    family, values = config.family, config.values
+    dims = read_dims(values, path or ref)
+    check_tensors(family, dims, values, store, ref)
     modules = build_modules(family, dims, store)
     fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
-    return BaseModel(name, ref, path, revision, family, config, dims, modules, fused, store)
+    return BaseModel(name, ref, path, tokenizer_path, revision, family, values, dims, modules, fused, store)

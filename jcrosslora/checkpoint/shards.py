@@ -11,6 +11,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
+from jcrosslora.checkpoint.store import renamed
 from jcrosslora.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -140,15 +141,9 @@ def shards_of(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> lis
 
 
 def _rename(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    if not prefixes:
-        return {name: (shard, name) for name, shard in weight_map.items()}
-    places = {}
-    for name, shard in weight_map.items():
-        for old, new in prefixes.items():
-            if name.startswith(old):
-                places[new + name.removeprefix(old)] = (shard, name)
-                break
-    return places
+    """Name in the model -> (shard, name in the shard)."""
+    places = ((renamed(stored, prefixes), (shard, stored)) for stored, shard in weight_map.items())
+    return {name: place for name, place in places if name is not None}
 
 
 def _is_plain_name(shard: str) -> bool:

@@ -1,5 +1,6 @@
 """What a base model needs from its file format: named tensors in the Hugging Face convention."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -41,3 +42,16 @@ class TensorStore(Protocol):
     def sha256s(self) -> list[str]:
         """Hex digests of `files`, in their order."""
         ...
+
+
+def renamed(stored: str, prefixes: Mapping[str, str]) -> str | None:
+    """Return the name in the text model of a tensor of a checkpoint, None if it belongs to another part.
+
+    Args:
+        stored: its name in the checkpoint.
+        prefixes: prefix in the checkpoint -> prefix in the text model, e.g. {"language_model.": ""}; the first that
+            matches applies. Empty for a checkpoint that is a text model.
+    """
+    if not prefixes:
+        return stored
+    return next((new + stored.removeprefix(old) for old, new in prefixes.items() if stored.startswith(old)), None)

@@ -1,4 +1,4 @@
-"""A base's tokenizer: text to token ids with the character at which each token ends."""
+"""The tokenizer of a base: text to token ids, with the character at which each token ends."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +14,18 @@ from jcrosslora.errors import CheckpointError, UsageError
 
 T = TypeVar("T")
 
-# Tokens that end a turn or a document in the supported families, beside the one that the tokenizer names as eos.
+# Tokens that end a turn or a document in the supported families, beside the tokenizer's own eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The tokens of a text; T tokens.
+    """A tokenized text of T tokens.
 
     Attributes:
         ids: int32 (T,).
-        ends: int32 (T,), characters (code points) of the text covered up to and with this token; 0 for bos; -1 where
-            the token ends inside a character, or covers nothing of the text.
+        ends: int32 (T,), number of characters (code points) of the text up to the end of each token; 0 for bos; -1 for
+            a token that ends inside a character or covers no text.
     """
 
     ids: np.ndarray
@@ -37,10 +37,10 @@ class Tokenizer:
     """A base's tokenizer.
 
     Attributes:
-        bos: the token that the model's own tokenizer puts in front of a text; None if it puts none.
+        bos: id that the model's own tokenizer puts in front of a text, None if it puts none.
         stops: ids of eos and of the tokens that end a turn.
-        vocab: rows of the base's embedding; every id is below.
-        ref: the base, named in errors.
+        vocab: rows of the base's embedding, above every id.
+        ref: names the base in errors.
         backend: a `tokenizers.Tokenizer` without post-processor, truncation and padding.
     """
 
@@ -51,14 +51,14 @@ class Tokenizer:
     backend: Any = field(repr=False)
 
     def encode(self, text: str, *, special: bool = True) -> Encoded:
-        """Split a text into tokens. Names of special tokens inside the text become these tokens.
+        """Split a text into tokens. The names of special tokens in the text become these tokens.
 
         Args:
             text: any text.
-            special: whether to put bos in front, where the model's own tokenizer does so.
+            special: whether to put bos in front if the model's own tokenizer does so.
 
         Raises:
-            UsageError: text with half a surrogate pair, which no tokenizer takes.
+            UsageError: half a surrogate pair in the text, which no tokenizer accepts.
             CheckpointError: a token for which the base has no embedding.
         """
         try:
@@ -76,19 +76,19 @@ class Tokenizer:
         return Encoded(ids.astype(np.int32), ends)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens, special tokens left out."""
+        """Join tokens into text, without special tokens."""
         return self.backend.decode([int(index) for index in ids], skip_special_tokens=True)
 
 
 def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows as one array, filled up on the right.
+    """Pad rows of tokens on the right into one array.
 
     Args:
-        rows: int32 (T,) each, at most B of at most T tokens.
+        rows: at most B arrays int32 of at most T tokens.
         shape: (B, T).
 
     Returns:
-        int32 (B, T) tokens, zero where there is none, and bool (B, T), False there.
+        int32 (B, T) tokens, zero in the padding, and bool (B, T), False in the padding.
     """
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for row, ids in enumerate(rows):
@@ -97,15 +97,19 @@ def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.nd
 
 
 def load_tokenizer(base: BaseModel) -> Tokenizer:
-    """The tokenizer of a base: tokenizer.json in its folder, or what its GGUF file describes.
+    """Load the tokenizer of a base from tokenizer.json or from the metadata of its GGUF file.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    backend, bos, ends = _from_gguf(base.path) if base.path.is_file() else _from_folder(base.path)
+    path = base.tokenizer_path
+    if path is None:
+        msg = f"{base.ref}: no tokenizer was given, and text is to be read: give one with open_base(weights, "
+        raise CheckpointError(msg + "config=config, tokenizer=...), as a folder with tokenizer.json or as an object")
+    backend, bos, ends = _from_gguf(path) if path.is_file() else _from_folder(path)
     backend.no_truncation()
     backend.no_padding()
-    # The post-processor may trim spaces off the offsets; all else that it does is to add bos.
+    # Beside adding bos, a post-processor may trim spaces off the offsets.
     backend.post_processor = None
     stated = base.config.get("eos_token_id")
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
@@ -116,7 +120,7 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     starts, ends = np.array(offsets, np.int32).reshape(-1, 2).T
-    # All tokens that share a character carry its whole range: only the last of them ends it.
+    # Tokens that share a character all have its whole range; the last of them ends it.
     unfinished = np.append(starts[1:] < ends[:-1], False)[: len(ends)]
     return np.where(unfinished | (starts == ends), np.int32(-1), ends)
 
@@ -129,7 +133,7 @@ def _first_special(backend: Any) -> int | None:
 def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any]]:
     path = folder / "tokenizer.json"
     if not path.exists():
-        msg = f"{folder} has no tokenizer.json, which is wanted to tokenize text: put the model's own there"
+        msg = f"{folder} has no tokenizer.json, wanted to tokenize text: copy the model's own into the folder"
         raise CheckpointError(msg)
     read_json_object(path)
     from transformers import PreTrainedTokenizerFast
@@ -145,13 +149,13 @@ def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any]]:
 
 
 def _called(ref: str | Path, call: Callable[[], T]) -> T:
-    """What the tokenizers library gives; whatever it raises is the fault of the tokenizer that it was given."""
+    """Call the tokenizers library and blame the tokenizer for whatever it raises."""
     try:
         return call()
     except CheckpointError:
         raise
-    # Its compiled half raises plain `Exception` for what it refuses, and for what it fails at a "PanicException" that
-    # is no `Exception` and whose class cannot be imported.
+    # The compiled part of the library raises plain `Exception` for invalid input; its panics are a "PanicException",
+    # which is no `Exception` and whose class cannot be imported.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -1,4 +1,4 @@
-"""Tokens as bytes, so that two tokenizers can be compared whatever their spelling of a space.
+"""Tokens as bytes, so that tokenizers that spell spaces in different ways can be compared.
 
 Byte-level BPE (GPT-2, Llama 3, Qwen) writes each byte as one printable character; sentencepiece (Llama 2, Gemma,
 Phi-3) writes a space as U+2581 and has tokens such as <0x0A> for single bytes.
@@ -22,9 +22,9 @@ class Vocabulary:
     """The tokens of a model.
 
     Attributes:
-        tokens: the bytes a token stands for -> its id; special and control tokens are left out. None if unreadable.
-        reason: why it cannot be read, "" if it can.
-        special: the names of special and control tokens -> their ids.
+        tokens: bytes that a token stands for -> its id, without special and control tokens; None if unreadable.
+        reason: why the vocabulary cannot be read, else "".
+        special: name of a special or control token -> its id.
     """
 
     tokens: Mapping[bytes, int] | None
@@ -33,9 +33,9 @@ class Vocabulary:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE.
+    """Map each character of byte-level BPE to its byte.
 
-    Printable Latin-1 bytes stand for themselves; the others, in order, for the characters from U+0100 on (GPT-2,
+    Printable Latin-1 characters are their own bytes; the characters from U+0100 on are the other bytes in order (GPT-2,
     `bytes_to_unicode` in https://github.com/openai/gpt-2/blob/master/src/encoder.py).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -47,7 +47,7 @@ _ALPHABET = byte_alphabet()
 
 
 def decode_byte_level(token: str) -> bytes | None:
-    """The bytes of a byte-level BPE token; None if it uses a character outside the alphabet."""
+    """Decode a byte-level BPE token; None if a character is outside the alphabet."""
     try:
         return bytes(_ALPHABET[character] for character in token)
     except KeyError:
@@ -55,26 +55,26 @@ def decode_byte_level(token: str) -> bytes | None:
 
 
 def decode_sentencepiece(token: str) -> bytes:
-    """The bytes of a sentencepiece token: U+2581 is a space, <0x0A> a single byte."""
+    """Decode a sentencepiece token: U+2581 is a space, <0x0A> a single byte."""
     if match := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(match[1], 16)])
     return decode_literal(token.replace(_SPACE, " "))
 
 
 def decode_literal(token: str) -> bytes:
-    """The UTF-8 bytes of a token that is matched as it is written."""
+    """Encode a token that is matched in text as it is written."""
     return token.encode("utf-8", "surrogatepass")
 
 
 def collect(
     pairs: Iterable[tuple[bytes | None, int]], size: int, special: Iterable[tuple[bytes | None, int]] = ()
 ) -> Vocabulary:
-    """A vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first stays.
+    """Build a vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first is kept.
 
     Args:
         pairs: normal tokens in order of preference; bytes None or empty are skipped.
-        size: number of rows of the embedding; ids outside are skipped.
-        special: special tokens, likewise.
+        size: number of rows of the embedding; larger ids are skipped.
+        special: special tokens, in the same form.
     """
     tokens = _first_of_each(pairs, size)
     if not tokens:
@@ -90,16 +90,18 @@ def _first_of_each(pairs: Iterable[tuple[bytes | None, int]], size: int) -> dict
     return found
 
 
-def read_tokenizer(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of `tokenizer.json` in a folder.
+def read_tokenizer(folder: Path | None, size: int) -> Vocabulary:
+    """Read the vocabulary of `tokenizer.json` in a folder.
 
     Args:
-        folder: the model's folder.
+        folder: the model's folder, None for a base in memory without a tokenizer.
         size: number of rows of the embedding.
 
     Returns:
-        The vocabulary, or the reason why it cannot be read: never an error, a model is usable without.
+        The vocabulary, or the reason why it cannot be read. This is no error: a model is usable without.
     """
+    if folder is None:
+        return Vocabulary(None, "no tokenizer was given")
     path = folder / "tokenizer.json"
     if not path.exists():
         return Vocabulary(None, f"{folder} has no tokenizer.json")
@@ -123,7 +125,7 @@ def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     unknown = _unknown_token(model, entries)
     decode = decode_byte_level if style == "byte-level" else decode_sentencepiece
     normal = [(t, i) for t, i in entries if i not in added_ids and t != unknown]
-    # A byte token such as <0x41> comes last: the token "A" is the one that text uses.
+    # A byte token such as <0x41> comes last: text uses the token "A".
     normal.sort(key=lambda pair: style == "sentencepiece" and _BYTE_TOKEN.fullmatch(pair[0]) is not None)
     literal = [(t["content"], int(t["id"])) for t in added if not t.get("special") and t["content"] != unknown]
     decoded = [(decode(token), index) for token, index in normal]

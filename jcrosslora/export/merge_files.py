@@ -39,17 +39,20 @@ def write_companions(
     Raises:
         CheckpointError: a file of the base cannot be read.
     """
-    config = read_json_object(base.path / CONFIG) if as_stored else _read_config(base)
+    config = read_json_object(base.path / CONFIG) if as_stored and base.path is not None else _read_config(base)
     if dtype != "keep" or not as_stored:
         config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
     if untied:
         config = _without_tie(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if base.path.is_file():
-        return _write_gguf_tokenizer(base, folder)
+    companions = base.path or base.tokenizer_path
+    if companions is None:
+        return ("no tokenizer was written: none was given with the base in memory",)
+    if companions.is_file():
+        return _write_gguf_tokenizer(companions, folder)
     if base.revision is not None and is_hub_id(base.ref) and not Path(base.ref).exists():
         fetch_companions(base.ref, base.revision)
-    for path in sorted(base.path.iterdir()):
+    for path in sorted(companions.iterdir()):
         if path.is_file() and _belongs(path.name):
             shutil.copyfile(path, folder / path.name)
     return ()
@@ -82,10 +85,10 @@ def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **parts, "tie_word_embeddings": False}
 
 
-def _write_gguf_tokenizer(base: BaseModel, folder: Path) -> tuple[str, ...]:
-    metadata = read_metadata(base.path)
+def _write_gguf_tokenizer(path: Path, folder: Path) -> tuple[str, ...]:
+    metadata = read_metadata(path)
     try:
-        backend = build_backend(metadata, base.path)
+        backend = build_backend(metadata, path)
     except CheckpointError as error:
         return (f"no tokenizer was written: {error}",)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
