@@ -121,9 +121,7 @@ def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | No
         msg = f"depth map {depth!r} is unknown; use one of {', '.join(DEPTH_MAPS)} or a list of source layers"
         raise PairingError(msg)
     if len(depth) != layers_tgt:
-        msg = (
-            f"the depth map names {len(depth)} layers, but the target has {layers_tgt}; give one for each"
-        )
+        msg = f"the depth map names {len(depth)} layers, but the target has {layers_tgt}; give one for each"
         raise PairingError(msg)
     wrong = [layer for layer in depth if layer is not None and not 0 <= layer < layers_src]
     if wrong:
