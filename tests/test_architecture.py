@@ -1,4 +1,4 @@
-"""The rooms of the package and the arrows between them: imports point down, and no files import each other in a circle."""
+"""The rooms of the package: imports point down, and no files import each other in a circle."""
 
 import ast
 import graphlib

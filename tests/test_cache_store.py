@@ -17,7 +17,7 @@ import pytest
 import jcrosslora as jcl
 from jcrosslora.cache import Cache
 from jcrosslora.cache.place import cache_limit
-from jcrosslora.cache.work import sweep, work_folder
+from jcrosslora.cache.work import remove_abandoned, work_folder
 
 ROOT = Path(jcl.__file__).parents[1]
 
@@ -146,7 +146,7 @@ def test_any_change_of_any_file_is_detected_and_the_entry_made_anew(copied, chan
         assert copied.keys("transport") == [], path
         keep(copied)
         assert holds(copied)
-    assert "damaged and will be made anew" in caplog.text
+    assert "damaged and will be computed again" in caplog.text
 
 
 def test_every_flipped_byte_of_a_manifest_is_detected(copied):
@@ -265,7 +265,7 @@ def test_leftovers_of_dead_writers_go_and_live_ones_stay(tmp_path):
     with work_folder(tmp_path) as live:
         os.utime(live, (1000, 1000))
         (tmp_path / "young").mkdir()
-        sweep(tmp_path)
+        remove_abandoned(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([live.name, "young"])
 
 

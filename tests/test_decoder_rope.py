@@ -97,7 +97,7 @@ def test_rotary_settings_and_windows(name):
     rotary = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb
     kinds = getattr(config, "layer_types", None) or [None] * 7
     for layer, kind in enumerate(kinds):
-        rope, prefix = found.ropes[found.rope_of_layer[layer]], ""
+        rope, prefix = found.ropes[found.layer_ropes[layer]], ""
         if checked.family.name == "gemma3_text":
             prefix = f"{kind}_"
         np.testing.assert_allclose(rope.frequencies, getattr(rotary, f"{prefix}inv_freq"), rtol=1e-6)

@@ -32,7 +32,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
-from jcrosslora.decoder.ops import project
+from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -260,9 +260,9 @@ def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
     rng = np.random.default_rng(4)
     x, weight, gradient = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 7), (6, 7), (2, 5, 6)))
     half = jnp.asarray(weight, jnp.bfloat16)
-    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(gradient, project(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
+    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(gradient, linear(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
     rounded = [np.asarray(jnp.asarray(one, jnp.bfloat16), np.float64) for one in (x, weight, gradient)]
-    np.testing.assert_allclose(project(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
+    np.testing.assert_allclose(linear(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
     np.testing.assert_allclose(by_x, rounded[2] @ rounded[1], **CLOSE)
     assert by_weight.dtype == jnp.bfloat16
     wanted = np.einsum("bto,bti->oi", rounded[2], rounded[0])

@@ -82,7 +82,7 @@ def test_old_and_new_spelling_mean_the_same(family, old, new):
 
 def test_gemma3_turns_its_sliding_layers_by_the_local_base():
     found = settings("gemma3_text", rope_theta=1e6, rope_local_base_freq=100.0, sliding_window=8)
-    slow, fast = found.ropes[found.rope_of_layer[5]], found.ropes[found.rope_of_layer[0]]
+    slow, fast = found.ropes[found.layer_ropes[5]], found.ropes[found.layer_ropes[0]]
     assert found.windows == (8,) * 5 + (None,)
     assert slow.frequencies[1] == pytest.approx(1e6 ** (-1 / 8))
     assert fast.frequencies[1] == pytest.approx(100.0 ** (-1 / 8))

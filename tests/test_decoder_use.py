@@ -111,7 +111,7 @@ def test_packed_weights_step_as_they_run_over_a_whole_text(tmp_path):
 
 
 def test_float32_is_not_packed(tmp_path):
-    with pytest.raises(UsageError, match="float32 weights were asked for packed"):
+    with pytest.raises(UsageError, match="float32 weights cannot be packed"):
         load_params(open_base(write_llama(tmp_path)), packed=True)
 
 

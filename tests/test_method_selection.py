@@ -18,9 +18,9 @@ from jcrosslora.lineage.method_selection import (
     Choice,
     by_maps,
     choose_method,
-    compare_weights,
     why_not_run,
 )
+from jcrosslora.lineage.weight_similarity import compare_weights
 from jcrosslora.methods import METHODS
 
 

@@ -81,9 +81,9 @@ def test_a_role_missing_on_one_side_is_accounted_for():
     ("depth", "message"),
     [
         ("closest", "unknown"),
-        ([0, 1], "names 2 layers but the target has 3"),
+        ([0, 1], "names 2 layers, but the target has 3"),
         ([0, 1, 7], "names source layer 7, but the source has layers 0 to 2"),
-        ([None, None, None], "pairs no module"),
+        ([None, None, None], "pairs no module of the two bases"),
     ],
 )
 def test_impossible_depth_maps_are_refused(depth, message):

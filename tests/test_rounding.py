@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from quantised_files import FP4, NF4
 
-from jcrosslora.lineage.rounding import rounding_of
+from jcrosslora.lineage.rounding import infer_rounding
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
 
@@ -49,7 +49,7 @@ def held(rounding, numbers):
 
 @pytest.mark.parametrize("dtype", STORED)
 def test_small_floats_are_known_by_the_numbers_that_they_were_rounded_from(dtype):
-    rounding = rounding_of(STORED[dtype](), dtype)
+    rounding = infer_rounding(STORED[dtype](), dtype)
     assert rounding.coarse
     assert held(rounding, WEIGHT) >= 0.998
     assert held(rounding, WEIGHT + np.random.default_rng(1).normal(size=WEIGHT.shape) * rounding.width / 2) < 0.9
@@ -58,13 +58,13 @@ def test_small_floats_are_known_by_the_numbers_that_they_were_rounded_from(dtype
 @pytest.mark.parametrize("shape", [(5, 48), (12, 36), (3, 49)])
 def test_blocks_end_with_the_row(shape):
     """Rows of a width that is no multiple of a block, as those of bitsandbytes may be."""
-    rounding = rounding_of(WEIGHT[: shape[0], : shape[1]], "NF4")
+    rounding = infer_rounding(WEIGHT[: shape[0], : shape[1]], "NF4")
     assert rounding.low.shape == rounding.high.shape == shape
 
 
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
 def test_a_block_of_equal_numbers_stands_for_itself(dtype):
     rows = np.where(np.arange(64) < 32, 0, np.round(WEIGHT[:, :64] * 30) / 30)
-    rounding = rounding_of(rows.astype(np.float32), dtype)
+    rounding = infer_rounding(rows.astype(np.float32), dtype)
     assert held(rounding, rows.astype(np.float32)) == 1
     assert np.isfinite(rounding.low).all()

@@ -109,7 +109,7 @@ def test_from_the_smaller_base_to_the_whole(tmp_path):
 
 def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, capsys, monkeypatch):
     asked = []
-    for place in ("trip", "selection", "similarity"):
+    for place in ("session.transfer", "evidence.selection", "lineage.method_selection"):
         count = f"jcrosslora.{place}.find_structure"
         monkeypatch.setattr(count, lambda *bases: asked.append(bases) or find_structure(*bases))
     made = make()
@@ -131,7 +131,7 @@ def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, ca
 
 def test_what_is_not_made_of_parts_is_refused(tmp_path):
     source, target = make().write(tmp_path / "source"), make(seed=1).write(tmp_path / "target")
-    with pytest.raises(jcl.MethodError, match="made of the other's parts: neither their embeddings agree"):
+    with pytest.raises(jcl.MethodError, match="made of the other's parts: neither their embeddings nor any"):
         jcl.align(source, target, method="select")
     assert choose_method(source, target).method != "select"
     with pytest.raises(jcl.UsageError, match="finds the layers by their weights, here 0,1,2,3"):

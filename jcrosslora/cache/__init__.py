@@ -1,9 +1,8 @@
-"""Factors of bases and transports of pairs, kept on disk and found again by the contents of what they were made from.
+"""Keep arrays on disk and find them by digests of everything that they were computed from.
 
-Nothing in the cache is needed: it may be removed at any time, by `jcrosslora cache clear` or by hand.
+The cache only saves time: `jcrosslora cache clear` or removing the folder by hand is always safe.
 """
 
-from jcrosslora.cache.store import KINDS as KINDS
+from jcrosslora.cache.entry import Entry as Entry
 from jcrosslora.cache.store import Cache as Cache
-from jcrosslora.cache.store import Entry as Entry
 from jcrosslora.cache.store import open_cache as open_cache

@@ -1,4 +1,4 @@
-"""Compiled programs, kept by JAX itself, so that a command does not compile what an earlier one has compiled."""
+"""Keep compiled programs on disk by JAX's own cache, so that later commands need not compile them again."""
 
 import hashlib
 import os
@@ -9,18 +9,15 @@ import jax
 
 from jcrosslora.cache.place import cache_root
 
-# When they take more, those not used for longest go.
-LIMIT = 512 * 2**20
-# Seconds of compilation from which a program is kept.
-WORTH = 0.1
+_MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
+_MIN_COMPILE_SECONDS = 0.1  # from which a program is kept
 
 
 def keep_compiled() -> None:
-    """Turn JAX's compilation cache on, in the user's cache folder, unless the environment has set one up.
+    """Turn on JAX's compilation cache in the user's cache folder, unless the environment names another.
 
-    A program that is damaged on the disk is compiled again, with a warning of JAX's; where the folder cannot be
-    written to, nothing is kept. Each kind of processor has a folder of its own: a program for one may not run on
-    another.
+    JAX compiles a damaged program again, with a warning. If the folder cannot be written to, nothing is kept. Each
+    kind of processor has its own folder, because a program for one may not run on another.
     """
     root = cache_root()
     if root is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -33,8 +30,8 @@ def keep_compiled() -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", LIMIT)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def _processor() -> str:

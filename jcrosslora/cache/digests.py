@@ -1,8 +1,8 @@
-"""SHA-256 of large files, remembered while a file's size, times and inode stay as they were.
+"""Remember the SHA-256 of large files while a file's size, times and inode stay the same.
 
-A file that is written to gets a new change time, which no program can set back, so the digest of other content is not
-taken for its own. What is not noticed: bytes that a failing disk turns beneath the file system, and writes on file
-systems that keep no change times if size and modification time stay.
+Writing to a file sets a new change time, which programs cannot reset, so a stale digest is never returned. Two changes
+go unnoticed: bytes that a failing disk flips beneath the file system, and writes that keep size and modification time
+on file systems without change times.
 """
 
 import hashlib
@@ -15,26 +15,23 @@ from pathlib import Path
 
 from jcrosslora.utils.files import write_whole
 
-# Two writes within one tick of the file system's clock leave one time.
+# Two writes within one tick of the file system's clock have the same time.
 _TICK_NS = 2 * 10**9
 
 
 class FileDigests:
-    """Digests of files in a folder of small records, one for each path."""
+    """Digests of files, remembered in a folder with one small record for each path."""
 
     def __init__(self, folder: Path):
-        """Use a folder, which is made when something is remembered."""
+        """Use a folder, which is created with the first record."""
         self._folder = folder
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """The digests of files.
+        """Return the hex digests of files, in their order.
 
         Args:
             paths: the files.
-            compute: reads them and gives their hex digests, in their order; called if not all are remembered.
-
-        Returns:
-            The hex digests, in the order of `paths`.
+            compute: reads the files and returns their hex digests in this order; called unless all are remembered.
         """
         before = [_state(path) for path in paths]
         known = [self._find(path, state) for path, state in zip(paths, before, strict=True)]
@@ -63,7 +60,7 @@ class FileDigests:
 
     def _keep(self, path: Path, state: list[int], digest: str) -> None:
         content = {"path": str(path.absolute()), "state": state, "sha256": digest, "check": _check(state, digest)}
-        with suppress(OSError):  # A digest that cannot be kept is computed again.
+        with suppress(OSError):  # A digest without a record is computed again.
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._record(path), json.dumps(content).encode())
 

@@ -1,4 +1,4 @@
-"""What the entries are found by: digests of everything that their content follows from, and of no name."""
+"""Compute the keys of entries: digests of everything that their content depends on, never of names."""
 
 import hashlib
 import importlib.metadata
@@ -12,22 +12,21 @@ import jax
 from jcrosslora.cache.digests import FileDigests
 from jcrosslora.checkpoint import BaseModel
 
-# The number of the procedure that leads from weights to factors and transports, `linalg` and `methods` included: raise
-# it with every change of the numbers that come out.
-PROCEDURE = 4
-# What a tokenizer is read from, beside the weights (see `load_tokenizer`); a GGUF file holds its own.
+# Version of the computations whose results are cached; raise it with every change of the resulting numbers.
+_PROCEDURE = 4
+# Files of a tokenizer beside the weights (see `load_tokenizer`); a GGUF file contains its own.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Of a configuration: they say where it came from, not what it is.
+# Keys of a configuration that say where it came from.
 _PROVENANCE = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
 
 
 def digest_of(*parts: Any) -> str:
-    """SHA-256 (hex) of JSON values; others, such as numpy's numbers, by their text."""
+    """Return the SHA-256 (hex) of JSON values; other values, such as numpy's numbers, count by their text."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256(*parts: bytes) -> str:
-    """SHA-256 (hex) of byte strings, each with its length in front: no two lists of parts are the same bytes."""
+    """Return the SHA-256 (hex) of byte strings, each preceded by its length, so that no two lists collide."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(len(part).to_bytes(8, "little"))
@@ -36,7 +35,7 @@ def sha256(*parts: bytes) -> str:
 
 
 def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
-    """Names and contents of the files that a base's tokenizer is read from, beside the weights."""
+    """Yield names and contents of the files of a base's tokenizer beside the weights."""
     if base.tokenizer_path is None:
         return
     for name in _TOKENIZER_FILES:
@@ -47,9 +46,9 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
 
 
 def numerics_key() -> str:
-    """Of what decides the last digits: the kind and number of devices, JAX's settings, versions, and the procedure.
+    """Return the key of everything that decides the last digits: devices, settings of JAX, versions, and procedure.
 
-    Processors of different makes are one kind to JAX: what one has left for another differs by rounding.
+    JAX does not distinguish makes of processors, so a result that another processor cached may differ by rounding.
     """
     devices = jax.local_devices()
     # LAPACK comes from scipy, and on a CPU from numpy as well.
@@ -57,15 +56,15 @@ def numerics_key() -> str:
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
     kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
     if jax.default_backend() != "cpu":
-        # How many matrices a device works on at once; on a CPU it takes them one by one.
+        # Decides how many matrices a device works on at once; a CPU takes them one by one.
         kind.append(jax.process_count())
-    return digest_of(PROCEDURE, versions, kind, settings)
+    return digest_of(_PROCEDURE, versions, kind, settings)
 
 
 def weights_key(base: BaseModel, digests: FileDigests | None = None) -> str:
-    """Of a base's weights and how its modules are read from them.
+    """Return the key of a base's weights and of how its modules are read from them.
 
-    The weight files are read once if their digest is not remembered, by the base itself or by `digests`.
+    Reads the weight files once unless the base or `digests` remembers their digest.
     """
     config = {name: value for name, value in base.config.items() if name not in _PROVENANCE}
     modules = [[name, module.shape, module.tensor, module.rows] for name, module in base.modules.items()]
@@ -73,5 +72,5 @@ def weights_key(base: BaseModel, digests: FileDigests | None = None) -> str:
 
 
 def tokenizer_key(base: BaseModel) -> str:
-    """Of the files that a base's tokenizer is read from, beside the weights."""
+    """Return the key of the files of a base's tokenizer beside the weights."""
     return sha256(*tokenizer_parts(base))

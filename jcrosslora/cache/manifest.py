@@ -1,4 +1,4 @@
-"""What an entry is and what its files must be: written beside them, and compared with them on every read."""
+"""Write the manifest of an entry beside its files, and compare the files with it on every read."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
-_LARGEST = 1 << 24  # bytes of a manifest; one is a few thousand
+_MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
 
 
 class Damaged(Exception):
-    """An entry is not what its manifest says; the text says how."""
+    """An entry differs from its manifest; the text says how."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Manifest:
     """The record of an entry.
 
     Attributes:
-        kind: "factors", "transport", ...
-        key: the entry's name: a digest of all that its content follows from.
-        what: one line for people.
-        facts: values that belong to the arrays; JSON.
+        kind: the kind of the content, such as "transport".
+        key: the entry's name, a digest of everything that its content depends on.
+        what: one line that describes the content.
+        facts: JSON values that belong to the arrays.
         arrays: name -> (dtype, shape).
         files: path within the entry -> (bytes, SHA-256).
         version: of the package that wrote it.
-        format: of this record.
+        format: version of this record.
     """
 
     kind: str
@@ -44,11 +44,11 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of the files, without the manifest."""
+        """Bytes of all files but the manifest."""
         return sum(size for size, _ in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Put the record into the entry's folder.
+        """Write the record into the entry's folder.
 
         Raises:
             OSError: it cannot be written.
@@ -57,46 +57,46 @@ class Manifest:
 
 
 def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
-    """The record of the entry in a folder; its files are not looked at.
+    """Read the record of the entry in a folder, but not its files.
 
     Raises:
         FileNotFoundError: there is no entry.
-        OSError: it cannot be read just now.
-        Damaged: it is not what was written, or belongs to another entry.
+        OSError: it cannot be read at the moment.
+        Damaged: it was changed after writing, or belongs to another entry.
     """
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     try:
         with (folder / MANIFEST).open("rb") as file:
-            content = file.read(_LARGEST)
+            content = file.read(_MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         msg = "its manifest is missing"
         raise Damaged(msg) from None
     try:
         record = json.loads(content)
-        whole = content == _encode({name: value for name, value in record.items() if name != "sha256"})
+        intact = content == _encode({name: value for name, value in record.items() if name != "sha256"})
         arrays = {name: (dtype, tuple(shape)) for name, (dtype, shape) in record["arrays"].items()}
         files = {path: (size, digest) for path, (size, digest) in record["files"].items()}
         fields = {name: record[name] for name in ("kind", "key", "what", "facts", "version", "format")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole, arrays, files, fields = False, {}, {}, {}
-    if not whole:
-        msg = "its manifest is not what was written"
+        intact, arrays, files, fields = False, {}, {}, {}
+    if not intact:
+        msg = "its manifest was changed after writing"
         raise Damaged(msg)
     if (fields["kind"], fields["key"], fields["format"]) != (kind, key, FORMAT):
-        msg = "its manifest is that of another entry"
+        msg = "its manifest belongs to another entry"
         raise Damaged(msg)
     return Manifest(arrays=arrays, files=files, **fields)
 
 
 def measure_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """(bytes, SHA-256) of every file of an entry but the manifest, by path within it, in sorted order.
+    """Return path -> (bytes, SHA-256) of every file of an entry but the manifest, sorted by path.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and path != folder / MANIFEST)
-    # hashlib lets other threads run meanwhile.
+    # hashlib releases the GIL.
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(_measure, paths))
     return {path.relative_to(folder).as_posix(): item for path, item in zip(paths, found, strict=True)}
@@ -106,13 +106,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Compare every byte of an entry with its manifest.
 
     Raises:
-        OSError: a file cannot be read just now, or the entry is being removed.
-        Damaged: a file is missing, too many, or not what was written.
+        OSError: a file cannot be read at the moment, or the entry is being removed.
+        Damaged: a file is missing, unexpected, or was changed after writing.
     """
     found = measure_files(folder)
     for path in sorted(found.keys() | manifest.files.keys()):
         if found.get(path) != manifest.files.get(path):
-            state = "missing" if path not in found else "too many" if path not in manifest.files else "damaged"
+            state = "missing" if path not in found else "unexpected" if path not in manifest.files else "damaged"
             msg = f"its file {path} is {state}"
             raise Damaged(msg)
 
@@ -127,6 +127,6 @@ def _measure(path: Path) -> tuple[int, str]:
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    """The bytes of a record: one way only, so that any other byte shows; closed by the digest of the rest."""
+    """Encode a record in its only valid form, with the digest of the rest, so that any changed byte shows."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return json.dumps({**record, "sha256": digest}, sort_keys=True, indent=1).encode()

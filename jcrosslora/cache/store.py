@@ -1,18 +1,17 @@
-"""The store: entries by kind and key in a folder that several processes may share, bounded in bytes.
+"""Store entries by kind and key in a folder that several processes may share, with a limit in bytes.
 
-An entry is made in a folder of its own and renamed into place, so it is there whole or not at all; every byte is
-compared with its manifest when it is read. One that is damaged counts as missing and is removed. Nothing here raises
-because of what is on the disk: without a cache the work is the same, only slower.
+An entry is written in a temporary folder and renamed into place, so it is complete or absent. Every byte is compared
+with the manifest when it is read; a damaged entry counts as missing and is removed. The content of the disk never
+raises an error, because without a cache the results are the same, only later.
 """
 
 import importlib.metadata
 import logging
 import os
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +20,33 @@ import numpy as np
 
 from jcrosslora.cache.arrays import read_arrays, write_arrays
 from jcrosslora.cache.digests import FileDigests
+from jcrosslora.cache.entry import Entry, Loaded, read_entry
 from jcrosslora.cache.manifest import MANIFEST, Damaged, Manifest, check_files, measure_files, read_manifest
 from jcrosslora.cache.place import cache_limit, cache_root
-from jcrosslora.cache.work import sweep, work_folder
+from jcrosslora.cache.work import remove_abandoned, work_folder
 
-KINDS = ("factors", "transport", "vocabulary", "depth")
 _WORK = ".work"
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An entry as it lies on the disk.
-
-    Attributes:
-        kind: one of `KINDS`.
-        key: its name.
-        path: its folder.
-        what: one line for people; the reason in brackets if the manifest cannot be read.
-        size: bytes on disk, those of its files' contents.
-        used: time of its last use, seconds since 1970.
-    """
-
-    kind: str
-    key: str
-    path: Path
-    what: str
-    size: int
-    used: float
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """What an entry holds.
-
-    Attributes:
-        facts: see `Manifest`.
-        arrays: by name, on the host.
-    """
-
-    facts: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
-
-
 class Cache:
-    """Factors and transports on disk. Safe to share between processes, and to kill.
+    """Arrays on disk. Processes may share it, and be killed at any time.
 
     Attributes:
-        root: the folder; entries lie in `arrays/KIND/KEY` below it.
-        limit: bytes that they may take; when a new one exceeds it, those not used for longest go.
-        digests: of the bases' files.
+        root: the folder; entries are in `arrays/KIND/KEY` below it.
+        limit: largest size of all entries in bytes; a new entry beyond it evicts the least recently used ones.
+        digests: remembered digests of the bases' files.
     """
 
     def __init__(self, root: str | Path, *, limit: int | None = None):
-        """Use a folder; nothing is made before something is kept.
+        """Use a folder, which is created with the first entry.
 
         Args:
             root: the folder.
             limit: in bytes; None is `cache_limit()`.
 
         Raises:
-            UsageError: $JCROSSLORA_CACHE_SIZE makes no sense.
+            UsageError: $JCROSSLORA_CACHE_SIZE is not a size.
         """
         self.root = Path(root).expanduser()
         self.limit = cache_limit() if limit is None else limit
@@ -93,9 +58,9 @@ class Cache:
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Inside, `save` returns before the entry is written; at the end all are written.
+        """Let `save` return before the entry is written; the end of the block waits for all entries.
 
-        At most two wait or are being written, which bounds memory; on an error those that wait are given up.
+        At most two entries wait or are being written, which limits memory. An error drops the waiting ones.
         """
         if self._writer is not None:
             yield
@@ -110,7 +75,7 @@ class Cache:
                 self._writing.clear()
 
     def facts(self, kind: str, key: str) -> Mapping[str, Any] | None:
-        """The facts of an entry without reading its arrays, marked as used now as well; None if there is none."""
+        """Return the facts of an entry without reading its arrays, and mark it as used; None if there is none."""
         folder = self._folder / kind / key
         try:
             facts = read_manifest(folder, kind, key).facts
@@ -123,17 +88,17 @@ class Cache:
         return facts
 
     def load(self, kind: str, key: str) -> Loaded | None:
-        """An entry, checked byte by byte, and marked as used now; None if there is none, or it was damaged."""
+        """Read and check an entry, and mark it as used; None if there is none, or it is damaged."""
         folder = self._folder / kind / key
         try:
             manifest = read_manifest(folder, kind, key)
-            # Checked first: what Orbax does with damaged files is anyone's guess.
+            # Checked first, because Orbax may do anything with damaged files.
             check_files(folder, manifest)
             arrays = read_arrays(folder, manifest.arrays)
         except FileNotFoundError:
             return None
         except (Damaged, OSError, ValueError, KeyError, TypeError) as error:
-            # Another process may have removed it meanwhile, which is no damage; nor is a folder of another user's.
+            # Not damaged if another process removed it, or if the folder belongs to another user.
             if os.path.isdir(folder):
                 self._drop(kind, key, error)
             return None
@@ -143,16 +108,16 @@ class Cache:
     def save(
         self, kind: str, key: str, what: str, arrays: Mapping[str, jax.Array | np.ndarray], facts: Mapping[str, Any]
     ) -> None:
-        """Keep an entry. If there is one already it stays; if it cannot be written, a warning is logged, once.
+        """Write an entry, unless one exists already. If it cannot be written, log one warning.
 
-        Of several processes that work together by `jax.distributed` the first alone writes.
+        Of several processes that work together by `jax.distributed`, only the first writes.
 
         Args:
-            kind: one of `KINDS`.
-            key: a digest of all that the content follows from.
-            what: one line for people.
-            arrays: by name; names are made of letters, digits and _.
-            facts: JSON values that belong to them.
+            kind: the kind of the content, the name of a folder.
+            key: a digest of everything that the content depends on.
+            what: one line that describes the content.
+            arrays: by name; names consist of letters, digits and _.
+            facts: JSON values that belong to the arrays.
         """
         if self._writer is None:
             self._save(kind, key, what, arrays, facts)
@@ -172,7 +137,7 @@ class Cache:
         if jax.process_index() or not self._writable or size > self.limit or os.path.exists(place):
             return
         try:
-            sweep(self._folder / _WORK)
+            remove_abandoned(self._folder / _WORK)
             with work_folder(self._folder / _WORK) as work:
                 self._write(work / "entry", place, Manifest(kind, key, what, facts, {}, {}, _version()), arrays)
             self._evict()
@@ -182,18 +147,19 @@ class Cache:
             _LOG.warning("the cache %s cannot be written (%s); going on without it", self.root, reason)
 
     def keys(self, kind: str, prefix: str = "") -> list[str]:
-        """Keys of the entries of a kind that begin with `prefix`, sorted."""
+        """Return the sorted keys of a kind that start with `prefix`."""
         with suppress(OSError):
             return sorted(name for name in os.listdir(self._folder / kind) if name.startswith(prefix))
         return []
 
-    def entries(self, kinds: Collection[str] = KINDS) -> list[Entry]:
-        """All entries of some kinds, the longest unused first."""
-        found = [entry for kind in kinds for key in self.keys(kind) if (entry := self._entry(kind, key)) is not None]
-        return sorted(found, key=lambda entry: (entry.used, entry.key))
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Return all entries of one kind, or of all kinds, least recently used first."""
+        kinds = self._kinds() if kind is None else [kind]
+        found = (read_entry(self._folder / kind / key, kind, key) for kind in kinds for key in self.keys(kind))
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry.used, entry.key))
 
     def verify(self, entry: Entry) -> str | None:
-        """What is wrong with an entry, compared byte by byte; None if nothing is, or it is gone."""
+        """Compare an entry byte by byte with its manifest and return what is wrong; None if it is intact or gone."""
         try:
             check_files(entry.path, read_manifest(entry.path, entry.kind, entry.key))
         except FileNotFoundError:
@@ -203,7 +169,7 @@ class Cache:
         return None
 
     def remove(self, entry: Entry) -> bool:
-        """Remove an entry at one stroke; False if it was gone already.
+        """Remove an entry atomically; return False if it was gone already.
 
         Raises:
             OSError: it cannot be removed.
@@ -224,7 +190,7 @@ class Cache:
         try:
             work.rename(place)
         except OSError:
-            if not place.is_dir():  # else another process was first, with the same content
+            if not place.is_dir():  # otherwise another process wrote the same content first
                 raise
 
     def _evict(self) -> None:
@@ -237,41 +203,32 @@ class Cache:
                 self.remove(entry)
                 total -= entry.size
 
-    def _entry(self, kind: str, key: str) -> Entry | None:
-        path = self._folder / kind / key
-        try:
-            used = path.stat().st_mtime
-            try:
-                manifest = read_manifest(path, kind, key)
-                what, size, used = manifest.what, manifest.size, (path / MANIFEST).stat().st_mtime
-            except Damaged as error:
-                what = f"[{error}]"
-                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        except OSError:
-            return None
-        return Entry(kind, key, path, what, size, used)
+    def _kinds(self) -> list[str]:
+        with suppress(OSError):
+            return sorted(name for name in os.listdir(self._folder) if name != _WORK)
+        return []
 
     def _drop(self, kind: str, key: str, reason: Exception) -> None:
         text = " ".join(str(reason).split())[:200]
-        _LOG.warning("a %s entry of the cache is damaged and will be made anew: %s", kind, text)
-        entry = self._entry(kind, key)
+        _LOG.warning("a %s entry of the cache is damaged and will be computed again: %s", kind, text)
+        entry = read_entry(self._folder / kind / key, kind, key)
         if entry is not None:
             with suppress(OSError):
                 self.remove(entry)
 
 
 def open_cache() -> Cache | None:
-    """The user's cache, see `cache_root` and `cache_limit`; None for a user without home or with a limit of 0.
+    """Open the user's cache, see `cache_root` and `cache_limit`; None for a user without a home or for a limit of 0.
 
     Raises:
-        UsageError: $JCROSSLORA_CACHE_SIZE makes no sense.
+        UsageError: $JCROSSLORA_CACHE_SIZE is not a size.
     """
     root, limit = cache_root(), cache_limit()
     return None if root is None or limit == 0 else Cache(root, limit=limit)
 
 
 def _mark_used(folder: Path) -> None:
-    with suppress(OSError):  # in a folder of another user, say
+    with suppress(OSError):  # e.g. in the folder of another user
         os.utime(folder / MANIFEST)
 
 

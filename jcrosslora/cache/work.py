@@ -1,6 +1,6 @@
-"""Folders that one process works in, and the removal of those whose process was killed.
+"""Provide temporary folders for writers, and remove those of killed processes.
 
-A writer holds an advisory lock on its folder, which the system lets go of when the process ends, however it ends.
+A writer holds an advisory lock on its folder, which the system releases however the process ends.
 """
 
 import os
@@ -13,21 +13,21 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # no such locks on Windows: there only age tells
+except ImportError:  # Windows has no such locks, so age alone decides
     fcntl = None
 
-# Between the making of a folder and the lock on it lie microseconds.
+# A younger folder may not be locked yet; creating and locking it takes microseconds.
 _SETTLED_SECONDS = 60.0
-# Where locks cannot be had, a folder that nothing was put into for a day has no writer.
+# Without locks, a folder that did not change for a day has no writer.
 _ABANDONED_SECONDS = 86400.0
 
 
 @contextmanager
 def work_folder(parent: Path) -> Iterator[Path]:
-    """Give a new folder in `parent`, which is made if need be; the folder and all in it goes when the block ends.
+    """Create a folder in `parent` and remove it with its content when the block ends.
 
     Raises:
-        OSError: the system refuses to make it.
+        OSError: it cannot be created.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=parent))
@@ -40,15 +40,15 @@ def work_folder(parent: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def sweep(parent: Path) -> None:
-    """Remove the folders in `parent` whose processes have ended; those of live ones stay."""
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders in `parent` whose processes have ended."""
     with suppress(OSError):
         for folder in parent.iterdir():
             with suppress(OSError):
-                _remove_if_left(folder)
+                _remove_if_abandoned(folder)
 
 
-def _remove_if_left(folder: Path) -> None:
+def _remove_if_abandoned(folder: Path) -> None:
     age = time.time() - folder.stat().st_mtime
     if age < _SETTLED_SECONDS:
         return
@@ -63,7 +63,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _lock(folder: Path, *, wanted: bool = False) -> int | None:
-    """A descriptor that holds the lock; None where there are no locks. Held by another: an error if `wanted`."""
+    """Lock a folder and return the descriptor; None without locks. If another holds it, raise if `wanted`."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)

@@ -65,6 +65,14 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the roles that have a bias in a model of this configuration."""
+        return (*self.biases, *(role for key, roles in self.bias_keys.items() if config.get(key) for role in roles))
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head is the embedding in a model of this configuration."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint.gguf_metadata import Metadata
+from jcrosslora.checkpoint.llama3_rope import llama3_factors
 from jcrosslora.errors import CheckpointError
 
 _DEFAULT_BASE = 10_000.0  # of the rotary frequencies, in llama.cpp and transformers
@@ -62,33 +63,14 @@ def _decimals(values: np.ndarray) -> list[float]:
 def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
     # The file keeps only the resulting factors. Every published Llama 3 uses the same three constants beside the
     # factor; the formula with them must give the stored numbers, otherwise the settings are unknown.
-    settings = {
-        "rope_type": "llama3",
+    settings: dict[str, Any] = {
         "factor": round(float(stored.max(initial=1.0)), 4),  # free of float32 rounding; checked below
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
     theta = meta.number("rope.freq_base") or _DEFAULT_BASE
-    if not np.allclose(llama3_factors(stored.size, theta, settings), stored, rtol=1e-4):
+    if not np.allclose(llama3_factors(stored.size, theta, **settings), stored, rtol=1e-4):
         msg = f"{meta.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"
         raise CheckpointError(msg)
-    return settings
-
-
-def llama3_factors(pairs: int, theta: float, settings: Mapping[str, Any]) -> np.ndarray:
-    """By what Llama 3 divides each rotary frequency (`_compute_llama3_parameters` of transformers).
-
-    Args:
-        pairs: number of frequencies, head_dim / 2.
-        theta: rope base.
-        settings: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
-
-    Returns:
-        (pairs,) float64: 1 for short wavelengths, `factor` for long ones, in between a smooth passage.
-    """
-    wavelength = 2 * np.pi * theta ** (np.arange(pairs) / max(pairs, 1))
-    turns = settings["original_max_position_embeddings"] / wavelength
-    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / settings["factor"] + smooth)
+    return {"rope_type": "llama3", **settings}

@@ -102,13 +102,8 @@ def _layer_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> I
     for role in ROLES:
         if role not in held_in_fused:
             yield f"{ROLE_PATHS[role]}.weight", shapes[role]
-    for role in _biased_roles(family, config):
+    for role in family.biased_roles(config):
         yield f"{ROLE_PATHS[role]}.bias", (shapes[role][0],)
-
-
-def _biased_roles(family: Family, config: Mapping[str, object]) -> list[str]:
-    keyed = [role for key, roles in family.bias_keys.items() if config.get(key) for role in roles]
-    return [*family.biases, *keyed]
 
 
 def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], store: TensorStore, ref: str) -> None:

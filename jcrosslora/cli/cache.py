@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jcrosslora.cache import Cache, Entry
 from jcrosslora.cache.place import cache_root
-from jcrosslora.cache.store import KINDS, Cache, Entry
 from jcrosslora.errors import CacheError
 
 Kind = Literal["all", "factors", "transport", "vocabulary", "depth", "texts"]
@@ -108,7 +108,7 @@ def _cache() -> Cache:
 
 
 def _entries(cache: Cache, kind: Kind) -> list[Entry]:
-    kept = [] if kind == _TEXTS else cache.entries(KINDS if kind == "all" else (kind,))
+    kept = [] if kind == _TEXTS else cache.entries(None if kind == "all" else kind)
     texts = [_text_entry(path) for path in _text_files(cache)] if kind in ("all", _TEXTS) else []
     return sorted([*kept, *texts], key=lambda entry: entry.used)
 

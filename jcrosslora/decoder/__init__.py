@@ -1,4 +1,4 @@
-"""The forward pass of the supported families in JAX: pure functions over stacked layer weights."""
+"""Forward pass, sampling and likelihoods of the supported families in JAX, as pure functions over stacked weights."""
 
 from jcrosslora.decoder.adapters import (
     StackedAdapter,
@@ -9,8 +9,8 @@ from jcrosslora.decoder.adapters import (
     unstack_adapter,
 )
 from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
-from jcrosslora.decoder.cache import Cache, init_cache
 from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
+from jcrosslora.decoder.kv_cache import KVCache, init_cache
 from jcrosslora.decoder.log_probs import target_log_probs
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.rope_settings import Rope
@@ -20,8 +20,8 @@ from jcrosslora.decoder.settings import DecoderSettings, settings_of
 __all__ = [
     "CAPTURES",
     "INPUT_SITES",
-    "Cache",
     "DecoderSettings",
+    "KVCache",
     "LayerCapture",
     "Output",
     "Params",

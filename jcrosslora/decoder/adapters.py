@@ -1,4 +1,4 @@
-"""Adapters in the layout of the decoder: the factors of each role stacked over the layers."""
+"""Stack the factors of adapters over the layers, as the decoder applies them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,17 +10,17 @@ import numpy as np
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.decoder.ops import project
+from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError
 
 
 @flax.struct.dataclass
 class StackedFactors:
-    """The updates of one role in all layers, dW = b @ a; zeros in layers without one.
+    """The updates dW = b @ a of one role in all layers; zeros in layers without an update.
 
     Attributes:
         a: float32 (L, K, I), or (N, L, K, I) of N adapters.
-        b: float32 (L, O, K), or (N, L, O, K); the scale is baked in.
+        b: float32 (L, O, K), or (N, L, O, K), multiplied by the scale.
     """
 
     a: jax.Array
@@ -32,19 +32,19 @@ class StackedAdapter:
     """An adapter as the decoder applies it, unmerged.
 
     Attributes:
-        roles: role -> its factors; roles without an update are left out.
+        roles: role -> factors, for roles with an update.
     """
 
     roles: dict[str, StackedFactors]
 
 
 def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
-    """Stack the factors of an adapter; smaller ranks of a role are padded with zeros.
+    """Stack the factors of an adapter, padded with zeros to the largest rank of each role.
 
-    Updates of matrices that the base holds as one (phi3's qkv_proj) are taken apart.
+    Splits updates of fused matrices, such as phi3's qkv_proj.
 
     Raises:
-        AdapterError: a module that the base does not have, factors that do not fit it, or an aLoRA.
+        AdapterError: the base lacks a module, factors do not fit it, or the adapter is an aLoRA.
     """
     adapter = split_fused(adapter, base.fused)
     ranks = _ranks([adapter], base)
@@ -52,13 +52,13 @@ def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
 
 
 def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapter:
-    """Stack several adapters along a first axis, for `jax.vmap` over it; roles are those that any of them has.
+    """Stack several adapters along a first axis, for `jax.vmap`, with the roles of all of them.
 
     Raises:
-        AdapterError: no adapter, or one that does not fit the base (see `stack_adapter`).
+        AdapterError: there is no adapter, or one does not fit the base (see `stack_adapter`).
     """
     if not adapters:
-        msg = "no adapters to stack: give at least one"
+        msg = "there are no adapters to stack; give at least one"
         raise AdapterError(msg)
     adapters = [split_fused(adapter, base.fused) for adapter in adapters]
     ranks = _ranks(adapters, base)
@@ -67,7 +67,7 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
 
 
 def unstack_adapter(stacked: StackedAdapter) -> Adapter:
-    """The factors by module again, scale 1; layers whose two factors are all zeros are left out."""
+    """Return an adapter of scale 1, without modules of which a factor is zero."""
     modules = {}
     for role in (role for role in ROLES if role in stacked.roles):
         factors = stacked.roles[role]
@@ -78,7 +78,7 @@ def unstack_adapter(stacked: StackedAdapter) -> Adapter:
 
 
 def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapter:
-    """The sum of two adapters of one base: in roles that both have, the factors side by side and the ranks added."""
+    """Add two adapters of one base by concatenating the factors of their common roles, which adds the ranks."""
     roles = dict(first.roles)
     for role, added in second.roles.items():
         if role in roles:
@@ -90,45 +90,45 @@ def join_stacked(first: StackedAdapter, second: StackedAdapter) -> StackedAdapte
 
 
 def update(x: jax.Array, factors: StackedFactors) -> jax.Array:
-    """float32 (..., O): b (a x) for x (..., I) and the factors of one layer."""
-    return _thin(x.astype(jnp.float32), factors.a, factors.b)
+    """Return b (a x), float32 (..., O), for x (..., I) and the factors of one layer."""
+    return _low_rank(x.astype(jnp.float32), factors.a, factors.b)
 
 
-# By JAX's own rule the derivative by b begins with a copy of the whole gradient, transposed, in a loop with all that made
-# the gradient: by a profile a fifth of a training step on a CPU. This one transposes what is K wide.
+# JAX's own rule transposes the whole gradient for the derivative by b, fused with the operations that produce it, which
+# takes a fifth of a training step on a CPU (profiled). This rule transposes an array that is K wide.
 @jax.custom_vjp
-def _thin(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return project(project(x, a), b)
+def _low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return linear(linear(x, a), b)
 
 
-def _thin_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    inner = project(x, a)
-    return project(inner, b), (x, inner, a, b)
+def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    inner = linear(x, a)
+    return linear(inner, b), (x, inner, a, b)
 
 
-def _thin_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _low_rank_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, inner, a, b = kept
-    by_inner = project(gradient, b.T)
+    by_inner = linear(gradient, b.T)
     flat = by_inner.reshape(-1, by_inner.shape[-1])
-    by_a = project(flat.T, x.reshape(-1, x.shape[-1]).T)
-    by_b = project(inner.reshape(flat.shape).T, gradient.reshape(-1, gradient.shape[-1]).T).T
-    return project(by_inner, a.T), by_a, by_b
+    by_a = linear(flat.T, x.reshape(-1, x.shape[-1]).T)
+    by_b = linear(inner.reshape(flat.shape).T, gradient.reshape(-1, gradient.shape[-1]).T).T
+    return linear(by_inner, a.T), by_a, by_b
 
 
-_thin.defvjp(_thin_forward, _thin_backward)
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def _check_acts(adapter: Adapter) -> None:
+def _check_always_active(adapter: Adapter) -> None:
     if adapter.info.invocation is not None:
         msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which the decoder does not "
-        msg += "look for: what it changes cannot be computed; use an adapter that always acts"
+        msg += "support; use an adapter that is always active"
         raise AdapterError(msg)
 
 
 def _ranks(adapters: Iterable[Adapter], base: BaseModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for adapter in adapters:
-        _check_acts(adapter)
+        _check_always_active(adapter)
         for name, factors in adapter.modules.items():
             role = _check_fit(name, factors, adapter, base)
             found[role] = max(found.get(role, 0), factors.rank)

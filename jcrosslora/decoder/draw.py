@@ -1,17 +1,17 @@
-"""Drawing a token from logits with one random number."""
+"""Draw a token from logits with one random number."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 512  # tokens; a vocabulary of 262,144 has as many blocks as a block has tokens
+_BLOCK = 512  # tokens; near the square root of a vocabulary of 262,144, which minimises the work
 
 
 def draw(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Array:
-    """int32 (B,): tokens drawn from softmax(scores / temperature), or the likeliest where the temperature is 0.
+    """Draw tokens int32 (B,) from softmax(scores / temperature); at temperature 0 take the likeliest.
 
-    The cumulative distribution is inverted, first over blocks of tokens, then inside one: `jax.random.categorical`
-    needs a random number and two logarithms for every token, which on a CPU costs more than the head itself.
+    Inverts the cumulative distribution, first over blocks of tokens, then inside one. `jax.random.categorical` needs a
+    random number and two logarithms for every token, which on a CPU costs more than the output head.
 
     Args:
         key: from `jax.random.key`.
@@ -28,16 +28,16 @@ def _invert(key: jax.Array, scores: jax.Array, temperature: jax.Array) -> jax.Ar
     sums = jnp.sum(weights, axis=-1)
     ends = jnp.cumsum(sums, axis=-1)
     level = jax.random.uniform(key, (scores.shape[0],)) * ends[:, -1]
-    block = _first_beyond(ends, sums, level)
+    block = _first_above(ends, sums, level)
     start = jnp.take_along_axis(ends - sums, block[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _first_beyond(jnp.cumsum(inside, axis=-1), inside, level - start)
+    return block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), inside, level - start)
 
 
-def _first_beyond(ends: jax.Array, weights: jax.Array, level: jax.Array) -> jax.Array:
-    beyond = ends > level[:, None]
-    # Rounding can leave none beyond; then the heaviest, which at least has a weight.
-    return jnp.where(jnp.any(beyond, axis=-1), jnp.argmax(beyond, axis=-1), _likeliest(weights)).astype(jnp.int32)
+def _first_above(ends: jax.Array, weights: jax.Array, level: jax.Array) -> jax.Array:
+    above = ends > level[:, None]
+    # Rounding can leave none above the level; take the heaviest then, whose weight is not zero.
+    return jnp.where(jnp.any(above, axis=-1), jnp.argmax(above, axis=-1), _likeliest(weights)).astype(jnp.int32)
 
 
 def _likeliest(scores: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The forward pass: embedding, scanned layers, last norm, logits."""
+"""The forward pass: embedding, scan over the layers, final norm, logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from jax import lax
 from jcrosslora.decoder.adapters import StackedAdapter
 from jcrosslora.decoder.attention import NO_WINDOW
 from jcrosslora.decoder.block import Context, LayerCapture, LayerWeights, layer_forward
-from jcrosslora.decoder.cache import EMPTY, Cache, note_positions
-from jcrosslora.decoder.ops import project, rms_norm, soft_cap
+from jcrosslora.decoder.kv_cache import EMPTY, KVCache, append_positions
+from jcrosslora.decoder.ops import linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.rope import rotations
 from jcrosslora.decoder.settings import DecoderSettings
@@ -25,13 +25,13 @@ Reduce = Callable[[LayerCapture], Any]
 
 @flax.struct.dataclass
 class Output:
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
-        hidden: (B, T, H), hidden states behind the last norm, ready for `logits`; at padding they mean nothing.
-        captured: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O); "residual" -> (L + 1, B, T, H),
-            the embedding first; only those that were asked for.
-        reduced: what `reduce` returned, with a first axis of L on every leaf; None without it.
+        hidden: (B, T, H), hidden states after the final norm, the input of `logits`; undefined at padding.
+        captured: the requested captures: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O);
+            "residual" -> (L + 1, B, T, H), the embedding first.
+        reduced: the results of `reduce`, with a first axis of L on every leaf; None without it.
     """
 
     hidden: jax.Array
@@ -50,32 +50,32 @@ def forward(
     reduce: Reduce | None = None,
     remat: bool = False,
 ) -> Output:
-    """Run a model over token sequences. Under `jax.jit` make settings, capture, reduce and remat static.
+    """Run a model on token sequences. Under `jax.jit`, settings, capture, reduce and remat are static.
 
     Args:
         settings: from `settings_of`.
         params: from `load_params`.
         tokens: int32 (B, T), or (T,) for a batch of one.
-        mask: bool, the shape of tokens, False at padding on either side; None for no padding. Positions count the
+        mask: bool, of the shape of tokens, False at padding on either side; None for no padding. Positions count the
             tokens that are not padding.
         adapter: applied unmerged in every module that it updates; `jax.vmap` over it shares the base.
-        capture: names of `CAPTURES` to return for all layers; memory is L times one layer's.
-        reduce: called with the `LayerCapture` of each layer inside the scan; only what it returns is kept. It may
-            close over arrays, such as the mask, or what another model captured.
+        capture: names of `CAPTURES` to return for all layers; memory is L times that of one layer.
+        reduce: called with the `LayerCapture` of each layer inside the scan; only its result is kept. It may close over
+            arrays, such as the mask or the captures of another model.
         remat: recompute each layer in the backward pass instead of keeping its intermediates.
 
     Raises:
-        UsageError: an unknown name in `capture`.
+        UsageError: `capture` has an unknown name.
     """
     if capture - CAPTURES:
-        msg = f"capture {sorted(capture - CAPTURES)[0]!r} is not known; known: {', '.join(sorted(CAPTURES))}"
+        msg = f"capture {sorted(capture - CAPTURES)[0]!r} is unknown; use one of {', '.join(sorted(CAPTURES))}"
         raise UsageError(msg)
     tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
     positions, keys = positions_of(tokens, mask)
     x = embed(settings, params, tokens)
 
-    def keep(seen: LayerCapture) -> tuple[dict[str, Any], Any]:
-        return {name: getattr(seen, name) for name in capture}, None if reduce is None else reduce(seen)
+    def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
+        return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
     context = Context(positions, keys, rotations(settings.ropes, positions))
     hidden, _, (captured, reduced) = run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
@@ -85,17 +85,17 @@ def forward(
 
 
 def logits(settings: DecoderSettings, params: Params, hidden: jax.Array) -> jax.Array:
-    """float32 (..., V) of hidden states (..., H) behind the last norm, soft cap included."""
-    return soft_cap(project(hidden, head_of(params)), settings.final_cap)
+    """Return float32 (..., V) of hidden states (..., H) after the final norm, with the soft cap applied."""
+    return soft_cap(linear(hidden, head_of(params)), settings.final_soft_cap)
 
 
 def head_of(params: Params) -> jax.Array:
-    """(V, H): the head, which is the embedding in a tied model."""
+    """Return the output head (V, H), which is the embedding in a tied model."""
     return params.embedding if params.head is None else params.head
 
 
 def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """int32 (B, T) twice: positions as a query, at padding those of a neighbour; and as a key, -1 at padding."""
+    """Return int32 (B, T) positions of queries (at padding those of a neighbour) and of keys (-1 at padding)."""
     valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     chex.assert_equal_shape([tokens, valid])
     counted = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
@@ -103,8 +103,8 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
 
 
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
-    """(B, T, H): the residual stream in front of the first layer."""
-    # The scale is rounded to the dtype of the weights, as it was when the Gemma models were trained.
+    """Return the residual stream (B, T, H) before the first layer."""
+    # The scale is rounded to the dtype of the stream, as in the training of the Gemma models.
     x = params.embedding[tokens].astype(params.stream_dtype)
     return x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
 
@@ -115,11 +115,11 @@ def run_layers(
     context: Context,
     x: jax.Array,
     adapter: StackedAdapter | None,
-    cache: Cache | None,
+    cache: KVCache | None,
     keep: Callable[[LayerCapture], Any] = lambda _: None,
     *,
     remat: bool = False,
-) -> tuple[jax.Array, Cache | None, Any]:
+) -> tuple[jax.Array, KVCache | None, Any]:
     """Scan the layers.
 
     Args:
@@ -128,17 +128,17 @@ def run_layers(
         context: positions and rotations.
         x: (B, T, H), the embedded tokens.
         adapter: or None.
-        cache: with the positions of the new tokens already entered, or None.
-        keep: what to keep of each layer.
+        cache: with the positions of the new tokens appended, or None.
+        keep: returns the values to keep from the captures of a layer.
         remat: recompute each layer in the backward pass.
 
     Returns:
-        Hidden states behind the last norm, the cache with the new tokens in it, what was kept with a first axis of L.
+        Hidden states after the final norm, the cache with the new tokens, the kept values with a first axis of L.
     """
 
-    def body(carry: tuple[jax.Array, Cache | None], layer: LayerWeights) -> tuple[Any, Any]:
-        x, cache, seen = layer_forward(settings, layer, context, *carry)
-        return (x, cache), keep(seen)
+    def body(carry: tuple[jax.Array, KVCache | None], layer: LayerWeights) -> tuple[Any, Any]:
+        x, cache, captured = layer_forward(settings, layer, context, *carry)
+        return (x, cache), keep(captured)
 
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
     (x, cache), kept = lax.scan(step, (x, cache), layer_stack(settings, params, adapter))
@@ -148,19 +148,19 @@ def run_layers(
 def extend_cache(
     settings: DecoderSettings,
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     tokens: jax.Array,
     positions: tuple[jax.Array, jax.Array],
     adapter: StackedAdapter | None,
     lengths: jax.Array | None = None,
-) -> tuple[jax.Array, Cache]:
-    """Run tokens (B, T) behind those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.
+) -> tuple[jax.Array, KVCache]:
+    """Run tokens (B, T) after those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.
 
     Returns:
-        (B, T, H) hidden states behind the last norm, and the cache with the tokens in it.
+        (B, T, H) hidden states after the final norm, and the cache with the tokens appended.
     """
     queries, keys = positions
-    cache = note_positions(cache, keys)
+    cache = append_positions(cache, keys)
     context = Context(queries, cache.positions, rotations(settings.ropes, queries, lengths))
     hidden, grown, _ = run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
     assert grown is not None
@@ -169,7 +169,7 @@ def extend_cache(
 
 
 def layer_stack(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None) -> LayerWeights:
-    """What `layer_forward` takes, of all layers: a first axis of L on every array."""
+    """Stack the arrays that `layer_forward` takes, with a first axis of L."""
     windows = [NO_WINDOW if window is None else window for window in settings.windows]
     return LayerWeights(
         layer=jnp.arange(settings.layers, dtype=jnp.int32),
@@ -178,5 +178,5 @@ def layer_stack(settings: DecoderSettings, params: Params, adapter: StackedAdapt
         norms=params.norms,
         factors={} if adapter is None else adapter.roles,
         window=jnp.asarray(windows, jnp.int32),
-        rope=jnp.asarray(settings.rope_of_layer, jnp.int32),
+        rope=jnp.asarray(settings.layer_ropes, jnp.int32),
     )

@@ -1,4 +1,4 @@
-"""Residual streams of one base over many texts, with an adapter or without, advanced a layer at a time."""
+"""Compute the residual streams of a base on many texts, with or without an adapter, one layer at a time."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -20,43 +20,43 @@ from jcrosslora.decoder.rope import rotations
 
 @flax.struct.dataclass
 class Down:
-    """What down_proj of one layer read and wrote, (B, T, I) and (B, T, H)."""
+    """The input (B, T, I) and the output (B, T, H) of down_proj in one layer."""
 
     read: jax.Array
     wrote: jax.Array
 
 
 class Texts:
-    """One base and what it reads.
+    """A base and the texts that it reads.
 
     Attributes:
         settings: of the base.
-        params: its weights, with the embeddings of those tokens alone that occur, and no head.
+        params: its weights, without head and with the embeddings of the occurring tokens alone.
         rows: int32 (B, T) of each batch, rows of that embedding.
-        masks: bool (B, T) of each batch.
+        masks: bool (B, T) of each batch, False at padding.
     """
 
     def __init__(self, base: BaseModel, params: Params | None, read: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         self.settings = settings_of(base)
         params = load_params(base) if params is None else params
         kept = np.unique(np.concatenate([tokens.ravel() for tokens, _ in read]))
-        # An embedding may be larger than all layers together, and no token but these is ever looked up.
+        # An embedding may be larger than all layers together.
         self.params = dataclasses.replace(params, embedding=jax.block_until_ready(params.embedding[kept]), head=None)
         self.rows = [jnp.asarray(np.searchsorted(kept, tokens).astype(np.int32)) for tokens, _ in read]
         self.masks = [jnp.asarray(mask) for _, mask in read]
 
 
 class Stream:
-    """The residual stream of one base with one adapter or none, at all positions, behind one layer at a time.
+    """The residual stream of a base with or without an adapter, at all positions, after one layer at a time.
 
     Attributes:
-        states: (B, T, H) of each batch, behind the last layer that was run.
-        done: how many layers were run.
+        states: (B, T, H) of each batch, after the last layer that was run.
+        done: number of layers that were run.
     """
 
     def __init__(self, texts: Texts, adapter: StackedAdapter | None) -> None:
         self._texts, self._settings = texts, texts.settings
-        self._layers = layer_stack(texts.settings, texts.params, _alive(adapter))
+        self._layers = layer_stack(texts.settings, texts.params, _nonzero(adapter))
         self._start()
 
     def _start(self) -> None:
@@ -64,7 +64,7 @@ class Stream:
         self.done = 0
 
     def run_to(self, layer: int) -> None:
-        """Run up to a layer, that one included; from the start where it lies behind."""
+        """Run up to and including a layer; start again if it was passed."""
         if layer < self.done - 1:
             self._start()
         while self.done <= layer:
@@ -72,43 +72,43 @@ class Stream:
                 pass
 
     def run_layer(self) -> list[Down]:
-        """Run one layer more; returns what its down_proj did in each batch."""
+        """Run the next layer; return the input and output of its down_proj in each batch."""
         return list(self._run_batches())
 
     def _run_batches(self) -> Iterator[Down]:
         weights = jax.tree.map(lambda x: x[self.done], self._layers)
         for place, (mask, state) in enumerate(zip(self._texts.masks, self.states, strict=True)):
-            self.states[place], down = jax.block_until_ready(_behind(self._settings, weights, mask, state))
+            self.states[place], down = jax.block_until_ready(_run_layer(self._settings, weights, mask, state))
             yield down
         self.done += 1
 
     def apply(self, downs: Sequence[Down], factors: StackedFactors) -> None:
-        """Put the states behind the last layer where they are with one more update of its down_proj."""
+        """Add an update of down_proj in the last layer to the states."""
         gain = self.gain(self.done - 1)
         for place, (state, down) in enumerate(zip(self.states, downs, strict=True)):
-            self.states[place] = jax.block_until_ready(_updated(self._settings, gain, factors, state, down))
+            self.states[place] = jax.block_until_ready(_add_update(self._settings, gain, factors, state, down))
 
     def gain(self, layer: int) -> jax.Array:
-        """(H,): of the norm behind down_proj, ones where there is none."""
+        """Return the gain (H,) of the norm after down_proj; ones without such a norm."""
         if self._settings.post_norms:
             return self._layers.norms["mlp_post"][layer]
         return jnp.ones(self._settings.hidden, jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
-def _behind(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, x: jax.Array) -> tuple[jax.Array, Down]:
-    """The stream behind a layer. One program for all streams: two would round differently, and pass for a change."""
+def _run_layer(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, x: jax.Array) -> tuple[jax.Array, Down]:
+    """Return the stream after a layer. One program serves all streams: two could round differently."""
     positions, keys = positions_of(mask, mask)
     context = Context(positions, keys, rotations(settings.ropes, positions))
-    x, _, seen = layer_forward(settings, layer, context, x, None)
-    return x, Down(seen.inputs["down_in"], seen.outputs["down_proj"])
+    x, _, captured = layer_forward(settings, layer, context, x, None)
+    return x, Down(captured.inputs["down_in"], captured.outputs["down_proj"])
 
 
 @partial(jax.jit, static_argnums=0)
-def _updated(
+def _add_update(
     settings: DecoderSettings, gain: jax.Array, factors: StackedFactors, state: jax.Array, down: Down
 ) -> jax.Array:
-    """The stream (B, T, H) with one more update of the layer's down_proj."""
+    """Return the stream (B, T, H) with an update of the layer's down_proj added."""
     added = update(down.read, factors)
     if settings.post_norms:
         wrote = down.wrote.astype(jnp.float32)
@@ -116,9 +116,9 @@ def _updated(
     return (state.astype(jnp.float32) + added).astype(state.dtype)
 
 
-def _alive(adapter: StackedAdapter | None) -> StackedAdapter | None:
-    """The adapter without roles that are all zeros; None where nothing is left, so that it is run as none is."""
+def _nonzero(adapter: StackedAdapter | None) -> StackedAdapter | None:
+    """Return the adapter without zero roles; None if all are zero, so that the program without an adapter is run."""
     if adapter is None:
         return None
-    alive = {role: f for role, f in adapter.roles.items() if bool(jnp.any(f.a != 0) & jnp.any(f.b != 0))}
-    return StackedAdapter(alive) if alive else None
+    roles = {role: f for role, f in adapter.roles.items() if bool(jnp.any(f.a != 0) & jnp.any(f.b != 0))}
+    return StackedAdapter(roles) if roles else None

@@ -1,7 +1,7 @@
-"""The rotary frequencies of each rope type: pure numbers, float64.
+"""Compute the rotary frequencies of each rope type, in float64.
 
-Every function takes the number of rotated features of a head and the settings of transformers by their names, and
-ignores those that its type does not use.
+Every function takes the number of rotated features of a head and the settings of transformers by name, and ignores
+those that its type does not use.
 """
 
 import math
@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint.gguf_rope import llama3_factors
+from jcrosslora.checkpoint.llama3_rope import llama3_factors
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """What a rule gives.
+class ScaledFrequencies:
+    """The frequencies of a rope type.
 
     Attributes:
         frequencies: (size / 2,) radians per position.
         long_frequencies: (size / 2,) for sequences longer than `switch`, or None.
-        switch: see there.
+        switch: length from which `long_frequencies` apply, or None.
         amplitude: factor on cosine and sine.
     """
 
@@ -30,14 +30,14 @@ class Scaled:
     amplitude: float = 1.0
 
 
-def plain(size: int, *, rope_theta: float, **_: Any) -> Scaled:
-    """Pair i turns by theta ** (-2 i / size) a position."""
-    return Scaled(1.0 / rope_theta ** (np.arange(0, size, 2) / size))
+def plain(size: int, *, rope_theta: float, **_: Any) -> ScaledFrequencies:
+    """Rotate pair i by theta ** (-2 i / size) per position."""
+    return ScaledFrequencies(1.0 / rope_theta ** (np.arange(0, size, 2) / size))
 
 
-def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Scaled:
-    """All frequencies divided by `factor`."""
-    return Scaled(plain(size, rope_theta=rope_theta).frequencies / factor)
+def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> ScaledFrequencies:
+    """Divide all frequencies by `factor`."""
+    return ScaledFrequencies(plain(size, rope_theta=rope_theta).frequencies / factor)
 
 
 def llama3(
@@ -49,15 +49,17 @@ def llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
     **_: Any,
-) -> Scaled:
-    """Long wavelengths divided by `factor`, short ones kept, a smooth passage in between."""
-    settings = {
-        "factor": factor,
-        "low_freq_factor": low_freq_factor,
-        "high_freq_factor": high_freq_factor,
-        "original_max_position_embeddings": original_max_position_embeddings,
-    }
-    return Scaled(plain(size, rope_theta=rope_theta).frequencies / llama3_factors(size // 2, rope_theta, settings))
+) -> ScaledFrequencies:
+    """Divide long wavelengths by `factor`, keep short ones, with a smooth transition in between."""
+    factors = llama3_factors(
+        size // 2,
+        rope_theta,
+        factor=factor,
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        original_max_position_embeddings=original_max_position_embeddings,
+    )
+    return ScaledFrequencies(plain(size, rope_theta=rope_theta).frequencies / factors)
 
 
 def longrope(
@@ -71,8 +73,8 @@ def longrope(
     factor: float | None = None,
     attention_factor: float | None = None,
     **_: Any,
-) -> Scaled:
-    """One divisor per frequency, another set for sequences beyond the original length."""
+) -> ScaledFrequencies:
+    """Divide each frequency by its own factor, of another set for sequences beyond the original length."""
     original = original_max_position_embeddings
     if factor is None:
         factor = _positive(max_position_embeddings, "max_position_embeddings") / original
@@ -80,7 +82,7 @@ def longrope(
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     frequencies = plain(size, rope_theta=rope_theta).frequencies
     short, long = (frequencies / _divisors(given, frequencies.size) for given in (short_factor, long_factor))
-    return Scaled(short, long, int(original), attention_factor)
+    return ScaledFrequencies(short, long, int(original), attention_factor)
 
 
 def yarn(
@@ -96,8 +98,8 @@ def yarn(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
     **_: Any,
-) -> Scaled:
-    """Frequencies that turn often are kept, slow ones divided by `factor`, a ramp in between."""
+) -> ScaledFrequencies:
+    """Keep fast frequencies, divide slow ones by `factor`, with a ramp in between."""
     original = _positive(original_max_position_embeddings, "original_max_position_embeddings")
     low, high = (
         size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope_theta))
@@ -112,7 +114,7 @@ def yarn(
     if attention_factor is None:
         both = mscale and mscale_all_dim
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
-    return Scaled(frequencies * (divided / factor + 1.0 - divided), amplitude=attention_factor)
+    return ScaledFrequencies(frequencies * (divided / factor + 1.0 - divided), amplitude=attention_factor)
 
 
 def _mscale(factor: float, weight: float | None) -> float:
@@ -122,7 +124,7 @@ def _mscale(factor: float, weight: float | None) -> float:
 def _divisors(given: list[float], count: int) -> np.ndarray:
     divisors = np.asarray(given, np.float64)
     if divisors.shape != (count,):
-        msg = f"a list of {divisors.size} factors, wanted {count}"
+        msg = f"a list has {divisors.size} factors, wanted {count}"
         raise ValueError(msg)
     return divisors
 

@@ -1,8 +1,8 @@
-"""Rotary position settings of a configuration, resolved to frequencies.
+"""Read the rotary position settings of a configuration and resolve them to frequencies.
 
-Both spellings are read: `rope_theta`, `rope_scaling` and `rope_local_base_freq` of transformers 4, `rope_parameters`
-(flat, or one entry per kind of layer) of transformers 5. What each type means follows `modeling_rope_utils.py` of
-transformers; in it, `yarn` is arXiv 2309.00071, `longrope` is arXiv 2402.13753.
+Reads both spellings: `rope_theta`, `rope_scaling` and `rope_local_base_freq` of transformers 4, and `rope_parameters`
+(flat, or one entry per kind of layer) of transformers 5. Each type follows `modeling_rope_utils.py` of transformers;
+`yarn` is arXiv 2309.00071, `longrope` is arXiv 2402.13753.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint import Dims
-from jcrosslora.decoder.rope_scaling import Scaled, linear, llama3, longrope, plain, yarn
+from jcrosslora.decoder.rope_scaling import ScaledFrequencies, linear, llama3, longrope, plain, yarn
 from jcrosslora.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-_THETA = 10_000.0  # where the configuration names no base
+_THETA = 10_000.0  # default base of the frequencies
 _GEMMA3_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 _ORIGINAL = frozenset({"original_max_position_embeddings"})
-# rope type -> its rule, and the keys that it may have beside the common ones.
-_RULES: Mapping[str, tuple[Callable[..., Scaled], frozenset[str]]] = {
+# rope type -> function, and the allowed keys beside the common ones.
+_RULES: Mapping[str, tuple[Callable[..., ScaledFrequencies], frozenset[str]]] = {
     "default": (plain, frozenset()),
     "linear": (linear, frozenset({"factor"})),
     "llama3": (
@@ -43,12 +43,12 @@ _NEED_ORIGINAL = frozenset({"llama3", "yarn", "longrope"})
 
 @dataclass(frozen=True)
 class Rope:
-    """How queries and keys are rotated in one kind of layer; the first `2 * len(frequencies)` features of a head are.
+    """The rotation of queries and keys in one kind of layer, in the first `2 * len(frequencies)` features of a head.
 
     Attributes:
         frequencies: radians per position of each rotated pair.
-        long_frequencies: those of longrope for sequences beyond `switch` positions, else None.
-        switch: the length up to which `frequencies` holds; None where there is only one set.
+        long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
+        switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
     """
 
@@ -59,16 +59,16 @@ class Rope:
 
 
 def read_ropes(config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> dict[str, Rope]:
-    """The rotary settings of each kind of layer, "full_attention" and "sliding_attention".
+    """Read the rotary settings of each kind of layer, "full_attention" and "sliding_attention".
 
     Args:
         config: checked configuration with Hugging Face keys.
         family: name of the family.
-        dims: its sizes.
-        ref: named in errors.
+        dims: sizes of the model.
+        ref: name of the model in errors.
 
     Raises:
-        CheckpointError: a rope type, key or number that is not understood.
+        CheckpointError: a rope type, key or number is not supported.
     """
     per_kind = _gemma3_kinds(config, ref) if family == "gemma3_text" else _kinds(config, ref)
     return {kind: _rope(settings, config, family, dims, ref) for kind, settings in per_kind.items()}
@@ -79,7 +79,7 @@ def _kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, Any]]:
     theta = config.get("rope_theta") or _THETA
     nested = [kind for kind in (FULL, SLIDING) if kind in stated]
     if nested and len(nested) < len(stated):
-        msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}"
+        msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted either"
         raise CheckpointError(msg)
     if nested:
         return {kind: {"rope_theta": theta, **_dict(stated[kind], ref)} for kind in nested}
@@ -100,7 +100,7 @@ def _gemma3_kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, An
 
 def _dict(value: Any, ref: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        msg = f"{ref}: rope settings {value!r} are not an object of settings"
+        msg = f"{ref}: rope settings {value!r} are not a JSON object"
         raise CheckpointError(msg)
     return value
 
@@ -108,7 +108,7 @@ def _dict(value: Any, ref: str) -> Mapping[str, Any]:
 def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> Rope:
     settings = {key: value for key, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if family == "phi3" and kind in ("su", "yarn"):  # names that Phi-3's first releases gave to longrope
+    if family == "phi3" and kind in ("su", "yarn"):  # the names of longrope in the first releases of Phi-3
         kind = "longrope"
     if not isinstance(kind, str) or kind not in _RULES:
         msg = f"{ref}: rope type {kind!r} is not supported; supported: {', '.join(_RULES)}"
@@ -116,7 +116,7 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, d
     rule, keys = _RULES[kind]
     unknown = sorted(set(settings) - keys - _COMMON)
     if unknown:
-        msg = f"{ref}: rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not known for rope type {kind!r}"
+        msg = f"{ref}: rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
     if kind in _NEED_ORIGINAL:
         settings |= _lengths(settings, config, family)
@@ -124,7 +124,7 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, d
 
 
 def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    # Phi-3 states the original length beside the rope settings, and that one counts.
+    # Phi-3 states the original length outside the rope settings, and uses that one.
     longest = config.get("max_position_embeddings")
     original = settings.get("original_max_position_embeddings", longest)
     if family == "phi3":
@@ -139,13 +139,13 @@ def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: str
         raise CheckpointError(msg)
     size = int(dims.head_dim * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
     if size < 2 or size % 2:
-        msg = f"{ref}: partial_rotary_factor {share!r} of head_dim {dims.head_dim} is not a positive even number"
+        msg = f"{ref}: partial_rotary_factor {share!r} of head_dim {dims.head_dim} gives no positive even size"
         raise CheckpointError(msg)
     return size
 
 
-def _resolved(rule: Callable[..., Scaled], settings: Mapping[str, Any], size: int, ref: str) -> Rope:
-    # Wrong types and numbers surface here in many ways, all of them the configuration's fault.
+def _resolved(rule: Callable[..., ScaledFrequencies], settings: Mapping[str, Any], size: int, ref: str) -> Rope:
+    # Wrong types and numbers in the configuration raise various errors here.
     try:
         with np.errstate(all="ignore"):
             scaled = rule(size, **{key: value for key, value in settings.items() if key not in ("rope_type", "type")})

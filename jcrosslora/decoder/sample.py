@@ -1,4 +1,4 @@
-"""Text that a model writes: one batched pass over the prompts, then a token at a time from the cache."""
+"""Sample text: one batched pass over the prompts, then a token at a time with the KV cache."""
 
 from functools import partial
 
@@ -8,21 +8,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder.adapters import StackedAdapter
-from jcrosslora.decoder.cache import Cache, init_cache
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, logits, positions_of
+from jcrosslora.decoder.kv_cache import KVCache, init_cache
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 
 
 @flax.struct.dataclass
 class Sampled:
-    """What `sample` wrote.
+    """The result of `sample`.
 
     Attributes:
         tokens: int32 (B, length), without the prompt; zeros after a stop token.
         valid: bool (B, length), True up to and including the stop token.
-        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
+        finite: bool (B,), False if a token was drawn from logits that are NaN or infinite.
     """
 
     tokens: jax.Array
@@ -33,23 +33,23 @@ class Sampled:
 def step(
     settings: DecoderSettings,
     params: Params,
-    cache: Cache,
+    cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array,
     adapter: StackedAdapter | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, KVCache]:
     """Run one more token of every sequence.
 
     Args:
         settings: of the model.
         params: its weights.
-        cache: of the tokens before; it must have a free slot, otherwise the last one is overwritten.
+        cache: of the previous tokens, with a free slot; without one the last slot is overwritten.
         tokens: int32 (B,).
-        positions: int32 (B,), how many tokens, padding not counted, are before each.
+        positions: int32 (B,), number of previous tokens without padding.
         adapter: or None.
 
     Returns:
-        float32 (B, V) logits of the token after these, and the cache with these in it.
+        float32 (B, V) logits of the next token, and the cache with the given tokens appended.
     """
     place = positions[:, None]
     hidden, cache = extend_cache(settings, params, cache, tokens[:, None], (place, place), adapter)
@@ -69,18 +69,18 @@ def sample(
     adapter: StackedAdapter | None = None,
     stop_tokens: tuple[int, ...] = (),
 ) -> Sampled:
-    """Continue prompts; ends early when all sequences have stopped.
+    """Continue prompts until `length` tokens are written or all sequences have stopped.
 
     Args:
         settings: of the model.
         params: its weights.
         prompts: int32 (B, P).
         prompt_mask: bool (B, P), False at padding on either side; every row has at least one token.
-        length: new tokens at most.
+        length: largest number of new tokens.
         temperature: divides the logits; 0 takes the likeliest token.
         key: from `jax.random.key`; the same key gives the same text.
         adapter: or None.
-        stop_tokens: a sequence ends behind one of these.
+        stop_tokens: a sequence ends after one of these.
     """
     batch, prompt_length = prompts.shape
     cache = init_cache(settings, batch, prompt_length + length, params.stream_dtype)
@@ -123,7 +123,7 @@ def sample(
 class _State:
     count: jax.Array
     scores: jax.Array
-    cache: Cache
+    cache: KVCache
     positions: jax.Array
     running: jax.Array
     tokens: jax.Array

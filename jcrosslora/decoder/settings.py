@@ -1,17 +1,17 @@
-"""All that decides the maths of a forward pass, read once from a configuration; hashable, so static under jit."""
+"""Read the settings of a forward pass from a configuration; they are hashable, and static under jit."""
 
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, Dims
 from jcrosslora.decoder.rope_settings import Rope, read_ropes
 from jcrosslora.decoder.windows import layer_windows, read_layer_kinds, read_window
 from jcrosslora.errors import CheckpointError
 
-# Name in configurations -> the function, see `ops.ACTIVATIONS`.
+# Name in configurations -> name in `ops.ACTIVATIONS`.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -20,105 +20,81 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _GEMMA = ("gemma2", "gemma3_text")
-# What the configuration classes assume where a file leaves the key out.
+# Defaults of the configuration classes of transformers.
 _EPS = {"phi3": 1e-5}
-_SCORE_CAP, _FINAL_CAP = {"gemma2": 50.0}, {"gemma2": 30.0}
-_QUERY_WIDTH = 256
+_ATTN_SOFT_CAP, _FINAL_SOFT_CAP = {"gemma2": 50.0}, {"gemma2": 30.0}
+_QUERY_PRE_ATTN_SCALAR = 256
 
 
 @dataclass(frozen=True)
-class DecoderSettings:
-    """The forward pass of one model.
+class DecoderSettings(Dims):
+    """The settings of one model's forward pass, beside its sizes.
 
     Attributes:
-        layers: L.
-        hidden: width of the residual stream.
-        intermediate: width of the MLP.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: features of a head.
-        vocab: tokens.
         eps: added to the mean square in every norm.
         activation: "silu", "gelu" (exact) or "gelu_tanh".
-        query_scale: factor on the attention scores.
-        score_cap: soft cap of the attention scores, or None.
-        final_cap: soft cap of the logits, or None.
+        attn_scale: factor on the attention scores.
+        attn_soft_cap: soft cap of the attention scores, or None.
+        final_soft_cap: soft cap of the logits, or None.
         embedding_scale: factor on the embedding.
         tied: whether the head is the embedding.
-        head_norms: whether queries and keys are normed by head.
-        post_norms: whether the outputs of attention and MLP are normed before they are added.
-        biased: roles with a bias.
-        windows: (L,) positions that a layer sees, its own included; None for all.
+        qk_norms: whether queries and keys are normalised per head.
+        post_norms: whether the outputs of attention and MLP are normalised before they are added.
+        biased_roles: roles with a bias.
+        windows: (L,) number of visible positions of a layer, its own included; None for all.
         ropes: the different rotary settings.
-        rope_of_layer: (L,) index into `ropes`.
+        layer_ropes: (L,) index into `ropes`.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
     eps: float
     activation: str
-    query_scale: float
-    score_cap: float | None
-    final_cap: float | None
+    attn_scale: float
+    attn_soft_cap: float | None
+    final_soft_cap: float | None
     embedding_scale: float
     tied: bool
-    head_norms: bool
+    qk_norms: bool
     post_norms: bool
-    biased: tuple[str, ...]
+    biased_roles: tuple[str, ...]
     windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
-    rope_of_layer: tuple[int, ...]
+    layer_ropes: tuple[int, ...]
 
 
 def settings_of(base: BaseModel) -> DecoderSettings:
     """Read the settings of a base.
 
     Raises:
-        CheckpointError: its configuration asks for something that the decoder does not do, named in the message.
+        CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
     """
     config, family, dims, ref = base.config, base.family, base.dims, base.ref
     kinds = read_layer_kinds(config, family.name, dims.layers, ref)
     per_kind = read_ropes(config, family.name, dims, ref)
     missing = sorted(set(kinds) - set(per_kind))
     if missing:
-        msg = f"{ref}: rope_parameters has no entry for {missing[0]} layers"
+        msg = f"{ref}: rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
         raise CheckpointError(msg)
     ropes = tuple(dict.fromkeys(per_kind[kind] for kind in kinds))
     gemma = family.name in _GEMMA
+    scalar = _number(config, "query_pre_attn_scalar", _QUERY_PRE_ATTN_SCALAR, ref) if gemma else dims.head_dim
     return DecoderSettings(
-        layers=dims.layers,
-        hidden=dims.hidden,
-        intermediate=dims.intermediate,
-        heads=dims.heads,
-        kv_heads=dims.kv_heads,
-        head_dim=dims.head_dim,
-        vocab=dims.vocab,
+        **asdict(dims),
         eps=_number(config, "rms_norm_eps", _EPS.get(family.name, 1e-6), ref),
         activation=_activation(config, gemma, ref),
-        query_scale=_number(config, "query_pre_attn_scalar", _QUERY_WIDTH, ref) ** -0.5
+        attn_scale=scalar**-0.5,
+        attn_soft_cap=_cap(config, "attn_logit_softcapping", _ATTN_SOFT_CAP.get(family.name), ref) if gemma else None,
+        final_soft_cap=_cap(config, "final_logit_softcapping", _FINAL_SOFT_CAP.get(family.name), ref)
         if gemma
-        else dims.head_dim**-0.5,
-        score_cap=_cap(config, "attn_logit_softcapping", _SCORE_CAP.get(family.name), ref) if gemma else None,
-        final_cap=_cap(config, "final_logit_softcapping", _FINAL_CAP.get(family.name), ref) if gemma else None,
+        else None,
         embedding_scale=math.sqrt(dims.hidden) if gemma else 1.0,
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
-        head_norms=bool(family.head_norms),
+        tied=family.is_tied(config),
+        qk_norms=bool(family.head_norms),
         post_norms=bool(family.norm_out),
-        biased=_biased(base),
+        biased_roles=family.biased_roles(config),
         windows=layer_windows(kinds, read_window(config, family.name, ref), ref),
         ropes=ropes,
-        rope_of_layer=tuple(ropes.index(per_kind[kind]) for kind in kinds),
+        layer_ropes=tuple(ropes.index(per_kind[kind]) for kind in kinds),
     )
-
-
-def _biased(base: BaseModel) -> tuple[str, ...]:
-    keyed = [role for key, roles in base.family.bias_keys.items() if base.config.get(key) for role in roles]
-    return (*base.family.biases, *keyed)
 
 
 def _activation(config: Mapping[str, Any], gemma: bool, ref: str) -> str:
@@ -131,13 +107,12 @@ def _activation(config: Mapping[str, Any], gemma: bool, ref: str) -> str:
 
 
 def _cap(config: Mapping[str, Any], key: str, default: float | None, ref: str) -> float | None:
-    absent = config.get(key, default) is None
-    return None if absent else _number(config, key, default, ref)
+    return None if config.get(key, default) is None else _number(config, key, default, ref)
 
 
 def _number(config: Mapping[str, Any], key: str, default: float | None, ref: str) -> float:
     value = config.get(key, default)
-    # An integer of 400 digits is below infinity, but no float.
+    # An integer of 400 digits compares below infinity, but is too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         msg = f"{ref}: {key} is {str(value)[:60]!r}, wanted a positive number"
         raise CheckpointError(msg)

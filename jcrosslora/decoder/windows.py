@@ -1,4 +1,4 @@
-"""Which layers see only a window of the past, by each family's rule."""
+"""Read which layers use sliding windows, by the rule of each family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from jcrosslora.decoder.rope_settings import FULL, SLIDING
 from jcrosslora.errors import CheckpointError
 
-_WINDOW = 4096  # the configuration classes' value where none is stated
-_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # the last layer of each period is a full one
+_WINDOW = 4096  # default of the configuration classes
+_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # the last layer of each period has full attention
 
 
 def read_layer_kinds(config: Mapping[str, Any], family: str, layers: int, ref: str) -> tuple[str, ...]:
-    """(L,) "full_attention" or "sliding_attention".
+    """Return (L,) "full_attention" or "sliding_attention".
 
     Raises:
         CheckpointError: `layer_types` has another kind or length, or contradicts the rest of the configuration.
@@ -21,24 +21,24 @@ def read_layer_kinds(config: Mapping[str, Any], family: str, layers: int, ref: s
     if stated is None:
         return implied
     if not isinstance(stated, list | tuple) or len(stated) != layers:
-        msg = f"{ref}: layer_types {stated!r} is not a list of {layers} kinds"
+        msg = f"{ref}: layer_types is {stated!r}, wanted a list of {layers} kinds"
         raise CheckpointError(msg)
     unknown = [kind for kind in stated if kind not in (FULL, SLIDING)]
     if unknown:
         msg = f"{ref}: layer type {unknown[0]!r} is not supported; supported: {FULL}, {SLIDING}"
         raise CheckpointError(msg)
-    # transformers builds these families by the window alone, whatever the list says.
+    # transformers ignores the list for these families and uses sliding_window alone.
     if family in ("mistral", "phi3", "llama") and tuple(stated) != implied:
-        msg = f"{ref}: layer_types of a {family} model differ from what its sliding_window says"
+        msg = f"{ref}: layer_types of a {family} model contradict its sliding_window"
         raise CheckpointError(msg)
     return tuple(stated)
 
 
 def read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
-    """Positions that a sliding layer sees, its own included; None where the model has no window.
+    """Return the number of positions that a sliding layer sees, its own included; None without a window.
 
     Raises:
-        CheckpointError: not a positive integer.
+        CheckpointError: it is not a positive integer.
     """
     if family == "llama" or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         return None
@@ -50,13 +50,13 @@ def read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
 
 
 def layer_windows(kinds: tuple[str, ...], window: int | None, ref: str) -> tuple[int | None, ...]:
-    """(L,) the window of each layer, None for a full one.
+    """Return (L,) the window of each layer, None for full attention.
 
     Raises:
-        CheckpointError: a sliding layer without a window.
+        CheckpointError: there is a sliding layer, but no window.
     """
     if window is None and SLIDING in kinds:
-        msg = f"{ref}: layer {kinds.index(SLIDING)} slides, but the configuration has no sliding_window in use"
+        msg = f"{ref}: layer {kinds.index(SLIDING)} has sliding attention, but no sliding_window is set or in use"
         raise CheckpointError(msg)
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
@@ -69,9 +69,7 @@ def _implied_kinds(config: Mapping[str, Any], family: str, layers: int, ref: str
             msg = f"{ref}: sliding_window_pattern is {period!r}, wanted a positive integer"
             raise CheckpointError(msg)
         return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))
-    first = 0
-    if family in ("qwen2", "qwen3"):
-        first = _first_sliding(config, ref)
+    first = _first_sliding(config, ref) if family in ("qwen2", "qwen3") else 0
     return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
 
 

@@ -1,1 +1,1 @@
-"""Work that several processes do together by `jax.distributed`."""
+"""Align two bases with several processes by `jax.distributed`."""

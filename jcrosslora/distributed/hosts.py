@@ -1,11 +1,11 @@
-"""Several processes, on one host or more, that align two bases together on JAX's own runtime (`jax.distributed`).
+"""Align two bases with several processes, on one host or more, on JAX's runtime (`jax.distributed`).
 
-All of them run the same program. Of every group of modules each takes the rows that lie on its own devices of a
-`NamedSharding` over the `layers` axis of all devices, reads and decomposes these alone, and then the maps are gathered.
-Weights are never one global array: which matrices have to be redone in float64 differs from process to process, and as
-one program all would wait for the slowest at every step; this way they wait once for each group.
+All processes run the same program. Each takes the items of every group of modules that lie on its own devices in a
+`NamedSharding` over the `layers` axis of all devices, reads and decomposes only these, and then gathers the maps.
+Weights are never one global array: the matrices that need float64 differ between processes, so in one global program
+all would wait for the slowest at every step. This way they wait once for each group.
 
-With one process every function here does nothing, or what it says for that one.
+With one process, the functions here do no communication.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _together: ContextVar[bool] = ContextVar("together", default=False)
 
 
 def count() -> int:
-    """How many processes take part, this one included."""
+    """Return the number of processes, this one included."""
     return jax.process_count()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes: the adapter, its report, and the cache."""
+    """Return whether this is the process that writes the adapter, its report, and the cache."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that all processes run at once. An error in one of them ends it with an error in all.
+    """Run a block in all processes at once; an error in one of them raises an error in all.
 
-    An error is told to the others when they exchange something next, at the end of the block at the latest. Blocks
-    inside this one do nothing of their own.
+    The others learn of an error at their next exchange, at the end of the block at the latest. Nested blocks have no
+    effect.
 
     Raises:
-        HostError: another process failed, or ended.
+        HostError: another process failed or ended.
         UsageError: the processes have different numbers of devices.
     """
     if count() == 1 or _together.get():
@@ -58,8 +58,8 @@ def together() -> Iterator[None]:
         return
     if jax.local_device_count() * count() != jax.device_count():
         msg = (
-            f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices; give all "
-            f"{count()} processes equally many"
+            f"process {jax.process_index()} has {jax.local_device_count()} of {jax.device_count()} devices; give each "
+            f"of the {count()} processes the same number"
         )
         raise UsageError(msg)
     token = _together.set(True)
@@ -67,10 +67,10 @@ def together() -> Iterator[None]:
         try:
             yield
         except HostError:
-            raise  # the others know
+            raise  # the others know already
         except Exception as error:
             with suppress(HostError):
-                _exchange({"failed": _sentence(error)})
+                _exchange({"failed": _one_line(error)})
             raise
         exchange("end", None)
     finally:
@@ -78,14 +78,14 @@ def together() -> Iterator[None]:
 
 
 def exchange(what: str, value: Any) -> list[Any]:
-    """The values of all processes, in their order; to be called by all of them, within `together`.
+    """Return the values of all processes, in their order. All of them have to call it, within `together`.
 
     Args:
-        what: says what is exchanged, the same in all processes.
-        value: anything that JSON can hold.
+        what: names the exchange, the same in all processes.
+        value: a JSON value.
 
     Raises:
-        HostError: another process failed, ended, or is somewhere else in its work.
+        HostError: another process failed, ended, or is at another exchange.
     """
     if count() == 1:
         return [value]
@@ -93,63 +93,63 @@ def exchange(what: str, value: Any) -> list[Any]:
     failed = [(number, one["failed"]) for number, one in enumerate(found) if "failed" in one]
     if failed:
         number, reason = failed[0]
-        msg = f"process {number} of {count()} failed, and so this one ends too: {reason}"
+        msg = f"process {number} of {count()} failed, so this one ends too: {reason}"
         raise HostError(msg)
-    met = list(dict.fromkeys(one["what"] for one in found))
-    if len(met) > 1:
-        msg = f"the processes are not at the same point of the same work ({', '.join(met)}); start all of them alike"
+    exchanges = list(dict.fromkeys(one["what"] for one in found))
+    if len(exchanges) > 1:
+        msg = f"the processes do different work ({', '.join(exchanges)}); start all of them with the same arguments"
         raise HostError(msg)
     return [one["value"] for one in found]
 
 
 def from_first(what: str, work: Callable[[], T]) -> T:
-    """What the first process makes, in all of them; the others do no work. The value must be one that JSON can hold."""
+    """Do work in the first process alone, and return its result, a JSON value, in all processes."""
     return exchange(what, work() if is_first() else None)[0]
 
 
 def own_part(items: Sequence[T]) -> list[T]:
-    """Those of some items, at least one, that this process takes; more than one process may take the last."""
+    """Return the items that this process takes, at least one; several processes may take the last item."""
     return [items[row] for row in _part(jax.process_index(), len(items))]
 
 
 def gather(
     what: str, arrays: Mapping[str, np.ndarray], labels: Sequence[Sequence[Any]], items: int
 ) -> tuple[dict[str, np.ndarray], list[list[Any]]]:
-    """Put the parts of all processes together.
+    """Gather the parts of all processes.
 
     Args:
-        what: says what is gathered, as for `exchange`.
-        arrays: by name, with the leading axis that `own_part` of `items` items has.
-        labels: lists of JSON values, one for each item of the part.
-        items: how many there are in all.
+        what: names the exchange, as for `exchange`.
+        arrays: by name, with a first axis over the items of `own_part`.
+        labels: lists of JSON values, one value for each item of the part.
+        items: number of items of all processes.
 
     Returns:
-        The arrays and the lists of all items.
+        The arrays and the lists for all items.
 
     Raises:
         HostError: another process failed or ended.
     """
-    stated = exchange(what, [list(one) for one in labels])
-    known: list[dict[int, Any]] = [{} for _ in labels]
-    for process, parts in enumerate(stated):
-        for one, part in zip(known, parts, strict=True):
-            one.update(zip(_part(process, items), part, strict=True))
+    parts_of_all = exchange(what, [list(one) for one in labels])
+    by_item: list[dict[int, Any]] = [{} for _ in labels]
+    for process, parts in enumerate(parts_of_all):
+        for values, part in zip(by_item, parts, strict=True):
+            values.update(zip(_part(process, items), part, strict=True))
     rows = np.array(_rows(jax.process_index(), items))
-    # As one array: programs on a CPU do not begin several exchanges in the same order everywhere.
+    # Packed into one array, because CPU programs may start several exchanges in different orders.
     own = {name: np.ascontiguousarray(array[rows - rows[0]]) for name, array in arrays.items()}
     packed = np.concatenate([_bytes(array) for array in own.values()], axis=1)
     sharding = over_all_devices()
-    with _losses():
+    with _reporting_losses():
         shape = (len(rows) * count(), packed.shape[1])
         full = jax.make_array_from_process_local_data(sharding, packed, shape)
         everywhere = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
         packed = np.asarray(everywhere(full).addressable_data(0))[:items]
     shapes = {name: (array.dtype.name, (items, *array.shape[1:])) for name, array in own.items()}
-    return _unpacked(packed, shapes), [[one[row] for row in range(items)] for one in known]
+    return _unpack(packed, shapes), [[values[item] for item in range(items)] for values in by_item]
 
 
 def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The first process's arrays, by name, in all processes; what the others give is not looked at.
+    """Return the first process's arrays, by name, in all processes; the arguments of the others are ignored.
 
     Raises:
         HostError: another process failed or ended.
@@ -158,17 +158,17 @@ def send(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(arrays)
     shapes = from_first("shapes", lambda: {name: (array.dtype.name, array.shape) for name, array in arrays.items()})
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes.values())
-    # As bytes: their sum with the others' zeros is exact, which that of floating point numbers (-0) is not.
+    # As bytes, whose sum with the zeros of the others is exact; with floating point numbers, -0 would become 0.
     packed = np.zeros(size, np.uint8)
     if is_first():
         packed = np.concatenate([_bytes(np.ascontiguousarray(array)).reshape(-1) for array in arrays.values()])
-    with _losses():
+    with _reporting_losses():
         packed = np.asarray(multihost_utils.broadcast_one_to_all(packed))
-    return _unpacked(packed[None], shapes)
+    return _unpack(packed[None], shapes)
 
 
 def shared(digests: Digests | None) -> Digests | None:
-    """Digests of files that the first process makes, or remembers, for all: the others need not read the files."""
+    """Let the first process compute or remember digests of files for all, so that the others need not read them."""
     return digests if count() == 1 else _FirstDigests(digests)
 
 
@@ -177,13 +177,13 @@ class _FirstDigests:
         self._inner = inner
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
-        """As `Digests` has it; to be called by all processes at once."""
+        """Return the digests, see `Digests`; all processes have to call it at once."""
         inner = self._inner
         return from_first("digests", compute if inner is None else lambda: inner.sha256s(paths, compute))
 
 
 def _rows(process: int, items: int) -> list[int]:
-    """The item of every row that lies on a device of a process; surplus rows repeat the last item."""
+    """Return the item of every row on the devices of a process; surplus rows repeat the last item."""
     each = -(-items // jax.device_count()) * jax.local_device_count()
     return [min(row, items - 1) for row in range(process * each, (process + 1) * each)]
 
@@ -197,12 +197,12 @@ def _same(whole: jax.Array) -> jax.Array:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """(L', n) uint8: the bytes of every row."""
+    """Return the bytes of every row, uint8 (L', n)."""
     return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8)
 
 
-def _unpacked(packed: np.ndarray, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:
-    """Arrays by dtype and shape from rows (L', n) of bytes that hold a part of each, in this order."""
+def _unpack(packed: np.ndarray, shapes: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:
+    """Split rows (L', n) of bytes into arrays of the given dtypes and shapes, in this order."""
     found, start = {}, 0
     for name, (dtype, shape) in shapes.items():
         stop = start + math.prod(shape) * np.dtype(dtype).itemsize // len(packed)
@@ -213,9 +213,9 @@ def _unpacked(packed: np.ndarray, shapes: Mapping[str, tuple[str, Sequence[int]]
 
 def _exchange(message: Mapping[str, Any]) -> list[Any]:
     text = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    with _losses():
+    with _reporting_losses():
         lengths = np.asarray(multihost_utils.process_allgather(np.array(text.size, np.int32)))
-        # A power of two, so that few programs are compiled.
+        # Padded to a power of two, to limit recompilation.
         padded = np.zeros(1 << int(lengths.max()).bit_length(), np.uint8)
         padded[: text.size] = text
         found = np.asarray(multihost_utils.process_allgather(padded))
@@ -223,16 +223,16 @@ def _exchange(message: Mapping[str, Any]) -> list[Any]:
 
 
 @contextmanager
-def _losses() -> Iterator[None]:
+def _reporting_losses() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
         msg = (
-            f"another of the {count()} processes ended or cannot be reached; look at what they printed "
-            f"({_sentence(error)[:300]})"
+            f"another of the {count()} processes ended or cannot be reached; see their output "
+            f"({_one_line(error)[:300]})"
         )
         raise LostHostError(msg) from error
 
 
-def _sentence(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""Start and end of a process that works with others: by their address, or as the cluster tells."""
+"""Join several processes by address or by the cluster's settings, and leave them."""
 
 import os
 import sys
@@ -10,44 +10,44 @@ import jax
 
 from jcrosslora.errors import UsageError
 
-CLUSTER = "auto"
-# Seconds: for all processes to start, until one that gives no sign of life counts as lost, and for all to end.
-_START, _SILENCE, _END = 300, 100, 30
-# Seconds that the first process, whose end ends all others, leaves them to say what happened.
-_LAST_WORDS = 2
+_CLUSTER = "auto"
+# Seconds for all processes to start, until a silent one counts as lost, and for all to end.
+_START_TIMEOUT, _HEARTBEAT_TIMEOUT, _SHUTDOWN_TIMEOUT = 300, 100, 30
+# Seconds that the first process waits before it ends, which ends all others, so that they can print their errors.
+_GRACE = 2
 
 
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Work together with other processes from now on; to be called before JAX is used for anything else.
+    """Join the other processes; call it before any other use of JAX.
 
-    JAX itself ends the process, with a message, if the others do not come or are lost later.
+    JAX ends the process, with a message, if the others do not start or are lost later.
 
     Args:
-        coordinator: HOST:PORT of process 0, "auto" where the cluster tells it (Slurm, Open MPI, Kubernetes, Cloud TPU,
-            or `JAX_COORDINATOR_ADDRESS` with the two numbers), or None for a process that works alone.
-        processes: how many there are.
-        process: which of them this is, from 0.
+        coordinator: HOST:PORT of process 0; "auto" if the cluster provides it (Slurm, Open MPI, Kubernetes, Cloud TPU,
+            or `JAX_COORDINATOR_ADDRESS` with the two numbers); None for a process that works alone.
+        processes: number of processes.
+        process: number of this process, from 0.
 
     Raises:
-        UsageError: these make no sense, or the cluster does not tell.
+        UsageError: the arguments are invalid or incomplete, or the cluster does not provide them.
     """
     if coordinator is None:
         if processes is not None or process is not None:
-            msg = "processes and process were given without a coordinator; give HOST:PORT of process 0, too"
+            msg = "processes and process were given without a coordinator; give HOST:PORT of process 0 too"
             raise UsageError(msg)
         return
-    if coordinator != CLUSTER:
+    if coordinator != _CLUSTER:
         _check(coordinator, processes, process)
         which = f"process {process} of {processes}, {coordinator}"
-        print(f"jcrosslora: {which}: waiting up to {_START} s for all to start", file=sys.stderr, flush=True)
+        print(f"jcrosslora: {which}: waiting up to {_START_TIMEOUT} s for all to start", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
-            None if coordinator == CLUSTER else coordinator,
+            None if coordinator == _CLUSTER else coordinator,
             processes,
             process,
-            initialization_timeout=_START,
-            heartbeat_timeout_seconds=_SILENCE,
-            shutdown_timeout_seconds=_END,
+            initialization_timeout=_START_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         msg = f"the processes cannot be joined ({error}); give --coordinator HOST:PORT --processes N --process I"
@@ -57,21 +57,21 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 def leave(code: int) -> NoReturn:
     """End the process at once.
 
-    An ordinary end would wait for fellows that may be lost; and in the middle of the work, as after Ctrl-C, it takes
-    from XLA's threads what they still compute on, which makes some of them crash.
+    An ordinary end would wait for processes that may be lost. In the middle of the work, as after Ctrl-C, it would also
+    free memory that XLA's threads still use, which crashes some of them.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(_LAST_WORDS)
+        time.sleep(_GRACE)
     os._exit(code)
 
 
 def _check(coordinator: str, processes: int | None, process: int | None) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
-        msg = f"coordinator {coordinator!r} is not of the form HOST:PORT, such as 10.0.0.1:1234, and not {CLUSTER}"
+        msg = f"coordinator {coordinator!r} is not of the form HOST:PORT, such as 10.0.0.1:1234, nor {_CLUSTER!r}"
         raise UsageError(msg)
     if processes is None or process is None or not 0 <= process < processes:
         msg = f"process {process} of {processes} does not exist; give --processes N and --process I from 0 to N - 1"

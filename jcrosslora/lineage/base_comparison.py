@@ -1,4 +1,4 @@
-"""What two bases have to do with each other: the same, rounded, trained further, pruned, permuted, or unrelated."""
+"""Compare two bases: equal, rounded, quantised, trained further, pruned, permuted, or unrelated."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -6,13 +6,15 @@ from typing import Any
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import COMMON_KEYS
-from jcrosslora.lineage import Compared, Part, compare_modules, compare_rest, find_structure, parts_of
 from jcrosslora.lineage.equality import same_bytes, unequal_tensors
 from jcrosslora.lineage.method_selection import Choice, choose_from
+from jcrosslora.lineage.parts import Part, count_parts
+from jcrosslora.lineage.structure_search import find_structure
+from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
 from jcrosslora.lineage.wording import change_phrases, change_words, structure_phrases, structure_words
 
-# Configuration keys that say what the parts say, or how the file is stored.
-_SIZES = frozenset(
+# Configuration keys whose values the parts show, or that say how the file is stored.
+_COVERED_KEYS = frozenset(
     {
         "model_type",
         "architectures",
@@ -27,52 +29,49 @@ _SIZES = frozenset(
         "layer_types",
     }
 )
-_SHOWN = 3  # names of tensors in one sentence
+_SHOWN_NAMES = 3  # tensors named in one sentence
 
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """What a target base is of a source base, with the evidence.
+    """The relation of a target base to a source base, with the evidence.
 
     Attributes:
-        words: what holds, the first of which says most. Of the parts: "pruned" (the target lacks some of the
-            source's), "extended" (it has others beside them), "upscaled" (it repeats some), "permuted" (it has them in
-            another order). Of their weights: "same", "rounded" (to a narrower float format), "quantised" (to 8 bits or
-            fewer), "LoRA-merged", "further trained", "further trained or quantised" (which of the two cannot be told),
-            "scaled". Or "unrelated" alone.
-        sentence: the same in words.
-        parts: how many of each kind of part the two share; empty for unrelated bases.
+        words: the relation, most important word first. Of the parts: "pruned" (the target lacks parts of the source),
+            "extended" (it has others beside them), "upscaled" (it repeats some), "permuted" (it has them in another
+            order). Of the weights: "same", "rounded" (to a narrower float format), "quantised" (to 8 bits or fewer),
+            "LoRA-merged", "further trained", "further trained or quantised" (the two cannot be told apart), "scaled".
+            Or "unrelated" alone.
+        sentence: the relation as a sentence, with figures.
+        parts: how many parts of each kind the two share; empty for unrelated bases.
         layers: the source layer of every target layer, None for none.
-        compared: what was compared, tensor by tensor.
-        notes: what else there is to know, one sentence each.
-        choice: what `--method auto` would take for the pair, and why.
+        compared: the comparison of each tensor.
+        notes: further remarks, one sentence each.
+        choice: the method that `auto` stands for on the pair, and why.
     """
 
     words: tuple[str, ...]
     sentence: str
     parts: tuple[Part, ...]
     layers: tuple[int | None, ...]
-    compared: tuple[Compared, ...]
+    compared: tuple[TensorComparison, ...]
     notes: tuple[str, ...]
     choice: Choice
 
     def to_json(self) -> dict[str, Any]:
-        """The relation as JSON values."""
+        """Return the comparison as JSON values."""
         return asdict(self)
 
 
 def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
-    """Say from the weights alone what a target base is of a source base.
+    """Compare two bases by their weights alone.
 
-    A sample of rows is read, the same on every run; all rows only where the sample is equal throughout, because
-    "same" is said of nothing less.
+    Reads a sample of rows, the same on every run. Only if the whole sample is equal are all rows read, because "same"
+    claims nothing less.
 
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
-
-    Returns:
-        The relation.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -82,37 +81,35 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     choice = choose_from(source, target, structure, lambda _: modules)
     if structure is None:
         return BaseComparison(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
-    parts = parts_of(structure, source, target)
-    compared = [*modules, *compare_rest(source, target, structure)]
+    parts = count_parts(structure, source, target)
+    compared = [*modules, *compare_other_tensors(source, target, structure)]
     words = [*structure_words(parts), *change_words(compared)]
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not words:
-        words, sentence = _settle_equal(source, target)
+        words, sentence = _compare_fully(source, target)
     notes = tuple(_notes(source, target, structure.by_embedding))
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
     return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), notes, choice)
 
 
-def _settle_equal(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:
-    """The words and the sentence for bases whose samples are equal, from all of their numbers."""
+def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:
+    """Return the words and the sentence for bases with equal samples, from all of their numbers."""
     if same_bytes(source, target):
         return ["same"], "the weight files are equal, byte by byte"
     unequal = unequal_tensors(source, target)
     if not unequal:
         return ["same"], "all numbers of all tensors are equal, though the files are not"
-    more = f" and {len(unequal) - _SHOWN} more" if len(unequal) > _SHOWN else ""
-    names = ", ".join(unequal[:_SHOWN]) + more
-    return [
-        "further trained"
-    ], f"all sampled rows are equal, but some others are not, in {len(unequal)} tensors: {names}"
+    more = f" and {len(unequal) - _SHOWN_NAMES} more" if len(unequal) > _SHOWN_NAMES else ""
+    names = ", ".join(unequal[:_SHOWN_NAMES]) + more
+    return ["further trained"], f"all sampled rows are equal, but {len(unequal)} tensors differ elsewhere: {names}"
 
 
 def _notes(source: BaseModel, target: BaseModel, by_embedding: bool) -> Iterator[str]:
     if source.family.name != target.family.name:
         yield f"the families differ: {source.family.name} and {target.family.name}"
     if not by_embedding:
-        yield "the embeddings have nothing in common, token by token; the stream is taken to be in the same order"
-    known = (COMMON_KEYS | source.family.keys | target.family.keys) - _SIZES
+        yield "no tokens of the embeddings agree; the residual streams are assumed to be in the same order"
+    known = (COMMON_KEYS | source.family.keys | target.family.keys) - _COVERED_KEYS
     differ = [key for key in sorted(known) if source.config.get(key) != target.config.get(key)]
     if differ:
         values = ", ".join(f"{key} {source.config.get(key)} > {target.config.get(key)}" for key in differ)

@@ -1,4 +1,4 @@
-"""Which source module feeds which target module."""
+"""Pair each target module with the source module whose update it receives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Protocol
 from jcrosslora.errors import PairingError
 
 Depth = str | Sequence[int | None]
-# Known from the numbers of layers alone.
+# Depth maps that follow from the numbers of layers.
 DEPTH_MAPS = ("proportional", "by-name")
-# Found by running both bases on text, see `jcrosslora.alignment.layer_similarity`.
+# Depth map that needs both bases to run on text, see `jcrosslora.alignment.layer_similarity`.
 SIMILAR = "similar"
 
 
 class ModuleLike(Protocol):
-    """What pairing needs to know of a linear module."""
+    """The attributes of a linear module that pairing uses."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -26,7 +26,7 @@ class ModuleLike(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """One target module and the source module whose update it receives, by name; both have the same role."""
+    """The names of a target module and of the source module whose update it receives; both have the same role."""
 
     target: str
     source: str
@@ -35,14 +35,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """The pairs of two bases, and what is left over on both sides.
+    """The pairs of two bases, and the unpaired modules of both.
 
     Attributes:
         depth_map: how the layers were mapped: "proportional", "by-name", "similar" or "explicit".
-        layers: for each target layer the source layer that feeds it, or None.
-        pairs: in the target's order of modules.
-        unmapped_targets: target modules that receive nothing.
-        unused: source modules whose update goes nowhere.
+        layers: for each target layer the source layer whose updates it receives, or None.
+        pairs: in the order of the target's modules.
+        unmapped_targets: target modules without a source module.
+        unused: source modules without a target module.
     """
 
     depth_map: str
@@ -60,30 +60,28 @@ def pair_modules(
     Args:
         source: the source base's modules by name.
         target: the target base's modules by name.
-        depth: "by-name" gives target layer i the source layer i (Cross-LoRA, Algorithm 1: deeper layers of either
-            side are skipped); "proportional" gives it the source layer at the same relative depth,
-            floor((i + 1/2) L_src / L_tgt); a sequence names the source layer of every target layer, None for none.
-
-    The map "similar" is not known here: it becomes a sequence once both bases have run (`alignment.layer_similarity`).
+        depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
+            Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
+            same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is
+            refused: `jcrosslora.alignment.layer_similarity` turns it into a sequence by running both bases.
 
     Raises:
-        PairingError: an unknown map, a list of the wrong length or naming a layer that the source does not have,
-            or no pair at all.
+        PairingError: the map is unknown, has the wrong length or a layer that the source lacks, or pairs nothing.
     """
     layers_src, layers_tgt = _layer_count(source), _layer_count(target)
     layers = _layer_map(depth, layers_src, layers_tgt)
-    by_place: dict[tuple[int | None, str], str] = {
+    by_layer_and_role: dict[tuple[int | None, str], str] = {
         (module.layer, module.role): module.name for module in source.values()
     }
     pairs, unmapped_targets = [], []
     for module in target.values():
-        feeder = by_place.get((layers[module.layer], module.role))
-        if feeder is None:
+        name = by_layer_and_role.get((layers[module.layer], module.role))
+        if name is None:
             unmapped_targets.append(module.name)
         else:
-            pairs.append(Pair(module.name, feeder, module.role))
+            pairs.append(Pair(module.name, name, module.role))
     if not pairs:
-        msg = f"depth map {depth!r} pairs no module of the source with one of the target; name at least one layer"
+        msg = f"depth map {depth!r} pairs no module of the two bases; name at least one source layer"
         raise PairingError(msg)
     used = {pair.source for pair in pairs}
     unused = tuple(name for name in source if name not in used)
@@ -95,7 +93,7 @@ def parse_depth(text: str) -> Depth:
     """Read a depth map from a command line: a name, or a comma-separated list such as `0,1,3,-,5`.
 
     Raises:
-        PairingError: the text is neither.
+        PairingError: the text is neither a name nor a list.
     """
     if text in (*DEPTH_MAPS, SIMILAR):
         return text
@@ -117,13 +115,13 @@ def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | No
     if depth == "proportional":
         return tuple((2 * i + 1) * layers_src // (2 * layers_tgt) for i in range(layers_tgt))
     if depth == SIMILAR:
-        msg = f"depth map {depth!r} is found by running both bases; name it to `align` or `transfer`"
+        msg = f"depth map {depth!r} is found by running both bases; give it to `align` or `transfer`"
         raise PairingError(msg)
     if isinstance(depth, str):
         msg = f"depth map {depth!r} is unknown; use one of {', '.join(DEPTH_MAPS)} or a list of source layers"
         raise PairingError(msg)
     if len(depth) != layers_tgt:
-        msg = f"the depth map names {len(depth)} layers but the target has {layers_tgt}; name one source layer for each"
+        msg = f"the depth map names {len(depth)} layers, but the target has {layers_tgt}; give one for each"
         raise PairingError(msg)
     wrong = [layer for layer in depth if layer is not None and not 0 <= layer < layers_src]
     if wrong:

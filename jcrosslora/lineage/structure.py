@@ -1,4 +1,4 @@
-"""Which dimension, layer, head and neuron of one base each of another base's is, whatever their order and number."""
+"""Record which dimension, layer, head and neuron of a source base each part of a target base corresponds to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.layout import Module, role_shapes
 
-# The index arrays of a layer that the rows and the columns of each module are counted by.
-OUTPUTS: Mapping[str, str] = {
+# The index array of a structure that holds the rows (_OUTPUTS) and the columns (_INPUTS) of each module.
+_OUTPUTS: Mapping[str, str] = {
     "q_proj": "queries",
     "k_proj": "keys",
     "v_proj": "values",
@@ -18,7 +18,7 @@ OUTPUTS: Mapping[str, str] = {
     "up_proj": "neurons",
     "down_proj": "stream",
 }
-INPUTS: Mapping[str, str] = {
+_INPUTS: Mapping[str, str] = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "stream"),
     "o_proj": "attended",
     "down_proj": "neurons",
@@ -27,17 +27,17 @@ INPUTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class LayerMap:
-    """What one layer of the target is made of. Indices of the source, -1 where it has no counterpart.
+    """The source indices that one target layer is made of, -1 for parts without a counterpart.
 
-    N heads, G key heads, D features of a head, I neurons.
+    N heads, G key-value heads, D features of a head, I neurons.
 
     Attributes:
         layer: the source layer.
-        queries: (N_tgt D,), rows of q.
-        keys: (G_tgt D,), rows of k.
-        values: (G_tgt D,), rows of v.
-        attended: (N_tgt D,), columns of o.
-        neurons: (I_tgt,), rows of gate and up, and columns of down.
+        queries: (N_tgt D,), rows of q_proj.
+        keys: (G_tgt D,), rows of k_proj.
+        values: (G_tgt D,), rows of v_proj.
+        attended: (N_tgt D,), columns of o_proj.
+        neurons: (I_tgt,), rows of gate_proj and up_proj, columns of down_proj.
     """
 
     layer: int
@@ -50,13 +50,13 @@ class LayerMap:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """Where every part of a target base is in a source base.
+    """The source part that every part of a target base corresponds to.
 
     Attributes:
-        stream: (H_tgt,), the source's dimension of the residual stream, -1 for none.
-        by_embedding: whether the embeddings told it; else the dimensions are taken to be in the same order.
-        tokens: (T,) and (T,), sampled rows of the source's and of the target's embedding that go together.
-        layers: for every target layer what it is made of, None where the source has nothing like it.
+        stream: (H_tgt,), the source dimension of the residual stream, -1 for none.
+        by_embedding: whether the embeddings determined `stream`; otherwise the same order is assumed.
+        tokens: (T,) and (T,), sampled rows of the source and the target embedding that correspond.
+        layers: a map for every target layer, None for a layer without a counterpart.
     """
 
     stream: np.ndarray
@@ -65,26 +65,26 @@ class Structure:
     layers: tuple[LayerMap | None, ...]
 
     def outputs(self, layer: int, role: str) -> np.ndarray | None:
-        """(O_tgt,): the source's row of every row of a target module; None where the layer has no counterpart."""
-        return self._index(layer, OUTPUTS[role])
+        """Return (O_tgt,), the source row of every row of a target module; None if the layer has no counterpart."""
+        return self._index(layer, _OUTPUTS[role])
 
     def inputs(self, layer: int, role: str) -> np.ndarray | None:
-        """(I_tgt,): the same of its columns."""
-        return self._index(layer, INPUTS[role])
+        """Return (I_tgt,), the source column of every column; None if the layer has no counterpart."""
+        return self._index(layer, _INPUTS[role])
 
     def counterpart(self, module: Module) -> str | None:
-        """The name of the source module of a target module; None where its layer has no counterpart."""
+        """Return the name of the source module of a target module; None if its layer has no counterpart."""
         layer = self.layers[module.layer]
         return None if layer is None else module.name.replace(f".{module.layer}.", f".{layer.layer}.", 1)
 
     def in_place(self, source: BaseModel) -> bool:
-        """Whether every module of the target is the source's of the same name, row by row, and nothing is left out."""
+        """Return whether every target module is the source module of the same name, row by row and without gaps."""
         if len(self.layers) != source.dims.layers or len(self.stream) != source.dims.hidden:
             return False
         axes = {
             axis: size
             for role, shape in role_shapes(source.dims).items()
-            for axis, size in zip((OUTPUTS[role], INPUTS[role]), shape, strict=True)
+            for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
         }
         return np.array_equal(self.stream, np.arange(len(self.stream))) and all(
             layer is not None

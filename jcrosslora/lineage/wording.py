@@ -1,4 +1,4 @@
-"""The relation of two bases in words: from what was counted and compared, and from nothing else."""
+"""Describe the relation of two bases in words, from counted parts and compared tensors alone."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.lineage.comparison import Compared
-from jcrosslora.lineage.difference import SAME_MATHS, Change, Difference
+from jcrosslora.lineage.difference import FLOAT32_NOISE, Change, Difference
 from jcrosslora.lineage.parts import Part
+from jcrosslora.lineage.tensor_comparison import TensorComparison
 
 
 def structure_words(parts: Iterable[Part]) -> list[str]:
-    """Those of "pruned", "extended", "upscaled" and "permuted" that hold."""
+    """Return the words on the structure that apply: "pruned", "extended", "upscaled", "permuted"."""
     parts = tuple(parts)
-    holds = {
+    applies = {
         "pruned": any(part.used < part.source for part in parts),
         "extended": any(part.found < part.target for part in parts),
         "upscaled": any(part.repeated for part in parts),
         "permuted": any(_permuted(part) for part in parts),
     }
-    return [word for word, true in holds.items() if true]
+    return [word for word, true in applies.items() if true]
 
 
-def change_words(compared: Sequence[Compared]) -> list[str]:
-    """Those words on the weights that hold; none if all that was compared is equal."""
+def change_words(compared: Sequence[TensorComparison]) -> list[str]:
+    """Return the words on the weights that apply, see `BaseComparison`; none if all compared numbers are equal."""
     linear = [item.difference for item in compared if item.role in ROLES]
     others = [item.difference for item in compared if item.role not in ROLES]
     every = [*linear, *others]
@@ -40,7 +40,8 @@ def change_words(compared: Sequence[Compared]) -> list[str]:
     if any(item.scale != 1 for item in every):
         words.append("scaled")
     rounded = [item for item in every if item.change == "rounded" and not item.only_scaled]
-    if any(item.quantised for item in rounded) or ((low_rank or trained) and _most(linear)):
+    mostly_quantised = 2 * sum(item.quantised for item in linear) > len(linear)
+    if any(item.quantised for item in rounded) or ((low_rank or trained) and mostly_quantised):
         words.append("quantised")
     elif rounded:
         words.append("rounded")
@@ -48,7 +49,7 @@ def change_words(compared: Sequence[Compared]) -> list[str]:
 
 
 def structure_phrases(parts: Iterable[Part]) -> list[str]:
-    """What is in the target of the source, beside it, repeated, and in another order."""
+    """Describe which parts the target lacks, adds, repeats and reorders."""
     parts = tuple(parts)
     lacks = [f"{part.used:,} of {part.source:,} {part.name}" for part in parts if part.used < part.source]
     adds = [
@@ -68,9 +69,9 @@ def structure_phrases(parts: Iterable[Part]) -> list[str]:
     return phrases
 
 
-def change_phrases(compared: Sequence[Compared]) -> list[str]:
-    """What became of the weights, with the figures that say so."""
-    writers: dict[Change, Callable[[list[Compared]], str]] = {
+def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
+    """Describe how the weights changed, with figures."""
+    writers: dict[Change, Callable[[list[TensorComparison]], str]] = {
         "low rank": _low_rank,
         "trained": _trained,
         "trained or rounded": _trained_or_rounded,
@@ -80,12 +81,12 @@ def change_phrases(compared: Sequence[Compared]) -> list[str]:
     for change, write in writers.items():
         items = [item for item in compared if item.difference.change == change and not item.difference.only_scaled]
         if items:
-            phrases.append(f"{_count(items, compared)} {write(items)}")
+            phrases.append(f"{_tensors(items, compared)} {write(items)}")
     scaled = [item for item in compared if item.difference.scale != 1]
     if scaled:
         factors = sorted({f"{item.difference.scale:.4g}" for item in scaled}, key=float)
         span = factors[0] if len(factors) == 1 else f"{len(factors)} factors from {factors[0]} to {factors[-1]}"
-        phrases.append(f"{_count(scaled, compared)} are multiplied by {span}")
+        phrases.append(f"{_tensors(scaled, compared)} are multiplied by {span}")
     return phrases or [f"all {len(compared)} tensors are equal in every sampled row"]
 
 
@@ -97,46 +98,41 @@ def _any(differences: Iterable[Difference], *changes: Change) -> bool:
     return any(item.change in changes for item in differences)
 
 
-def _most(differences: Sequence[Difference]) -> bool:
-    return 2 * sum(item.quantised for item in differences) > len(differences)
-
-
-def _count(items: Sequence[Compared], compared: Sequence[Compared]) -> str:
-    everything = "all" if len(items) == len(compared) else f"{len(items)} of"
+def _tensors(items: Sequence[TensorComparison], compared: Sequence[TensorComparison]) -> str:
+    count = "all" if len(items) == len(compared) else f"{len(items)} of"
     others = sorted({item.role for item in items} - set(ROLES))
     only = f" ({', '.join(others)})" if others and all(item.role in others for item in items) else ""
-    return f"{everything} {len(compared)} tensors{only}"
+    return f"{count} {len(compared)} tensors{only}"
 
 
-def _low_rank(items: list[Compared]) -> str:
+def _low_rank(items: list[TensorComparison]) -> str:
     ranks: dict[str, list[int]] = {}
     for item in items:
         if item.difference.rank is not None:
             ranks.setdefault(item.role, []).append(item.difference.rank)
     spans = [f"{role} {_span(found)}" for role, found in ranks.items()]
-    return f"differ by an update of low rank (of relative size {_size(items)}; ranks: {', '.join(spans)})"
+    return f"differ by an update of low rank (of relative size {_distances(items)}; ranks: {', '.join(spans)})"
 
 
-def _trained(items: list[Compared]) -> str:
+def _trained(items: list[TensorComparison]) -> str:
     cosine = np.mean([item.difference.cosine for item in items])
-    return f"are trained further (relative distance {_size(items)}, cosine {cosine:.4f})"
+    return f"are trained further (relative distance {_distances(items)}, cosine {cosine:.4f})"
 
 
-def _trained_or_rounded(items: list[Compared]) -> str:
+def _trained_or_rounded(items: list[TensorComparison]) -> str:
     explained = min(item.difference.explained for item in items)
     return (
-        f"differ by about a step of quantisation, relative distance {_size(items)}, but rounding to the nearest level "
-        f"explains as few as {explained:.1%} of the numbers: they were trained further and quantised, or quantised in "
-        "another way"
+        f"differ by about a step of quantisation (relative distance {_distances(items)}), but rounding to the nearest "
+        f"level explains as few as {explained:.1%} of the numbers: they were trained further and quantised, or "
+        "quantised in another way"
     )
 
 
-def _rounded(items: list[Compared]) -> str:
-    exact = [item for item in items if item.difference.distance < SAME_MATHS]
+def _rounded(items: list[TensorComparison]) -> str:
+    exact = [item for item in items if item.difference.distance < FLOAT32_NOISE]
     if len(exact) == len(items):
-        return (
-            f"differ by the last digits of float32 (relative distance {max(i.difference.distance for i in exact):.1e})"
-        )
+        distance = max(item.difference.distance for item in exact)
+        return f"differ by the last digits of float32 (relative distance {distance:.1e})"
     by_format: Counter[str] = Counter()
     for item in items:
         side, grids = item.difference.rounded, item.difference.grids
@@ -147,11 +143,11 @@ def _rounded(items: list[Compared]) -> str:
     hidden = max(item.difference.hidden for item in items)
     return (
         f"differ by rounding alone: {formats}; it explains at least {explained:.2%} of the numbers of each (relative "
-        f"distance {_size(items)}; changes below {hidden:.2%} would not show)"
+        f"distance {_distances(items)}; changes below {hidden:.2%} would not show)"
     )
 
 
-def _size(items: list[Compared]) -> str:
+def _distances(items: list[TensorComparison]) -> str:
     sizes = [item.difference.distance for item in items]
     low, high = f"{min(sizes):.2%}", f"{max(sizes):.2%}"
     return low if low == high else f"{low} to {high}"

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.lineage import Compared, Part
+from jcrosslora.lineage import Part, TensorComparison
 from jcrosslora.lineage.base_comparison import BaseComparison
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
@@ -39,7 +39,7 @@ def _print_parts(parts: Sequence[Part], console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _print_compared(compared: Sequence[Compared], console: Console) -> None:
+def _print_compared(compared: Sequence[TensorComparison], console: Console) -> None:
     table = Table("tensors", "change", title="weights, by sampled rows", title_justify="left")
     for name in ("n", "distance", "cosine", "equal", "rounding explains", "rank", "scale"):
         table.add_column(name, justify="right")
@@ -62,8 +62,8 @@ def _print_compared(compared: Sequence[Compared], console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _grouped(compared: Sequence[Compared]) -> dict[tuple[str, str, tuple[str, str]], list[Compared]]:
-    groups: dict[tuple[str, str, tuple[str, str]], list[Compared]] = {}
+def _grouped(compared: Sequence[TensorComparison]) -> dict[tuple[str, str, tuple[str, str]], list[TensorComparison]]:
+    groups: dict[tuple[str, str, tuple[str, str]], list[TensorComparison]] = {}
     for item in compared:
         key = item.role, item.difference.change, item.difference.grids
         groups.setdefault(key, []).append(item)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Cache, DecoderSettings, Params, StackedAdapter, init_cache, logits, step
+from jcrosslora.decoder import DecoderSettings, KVCache, Params, StackedAdapter, init_cache, logits, step
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, positions_of
 from jcrosslora.evaluate.harness.options import Options
@@ -89,7 +89,7 @@ class _State:
 
     scores: jax.Array
     positions: jax.Array
-    cache: Cache
+    cache: KVCache
     count: jax.Array
 
 

@@ -1,0 +1,174 @@
+"""Compare the weights of two bases tensor by tensor, from a sample of rows and through their shared structure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import FINAL_NORM, HEAD
+from jcrosslora.lineage.difference import Difference, compare_rows
+from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
+from jcrosslora.lineage.sampling import Sample, check_finite, counterpart_rows, evenly_spaced
+from jcrosslora.lineage.structure import Structure
+
+_ROWS = 64  # of each module
+# 64 rows cannot show the rank of an adapter of rank 64, which is in use, so a few modules are read further.
+_MORE_ROWS, _MODULES_READ_FURTHER = 512, 2
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """A tensor of the target compared with its counterpart in the source.
+
+    Attributes:
+        role: of a linear module, e.g. "q_proj"; or "embedding", "head", "norms", "biases".
+        target: name of the target module; for other tensors the role.
+        source: name of the source module; for other tensors the role.
+        difference: how the two differ.
+    """
+
+    role: str
+    target: str
+    source: str
+    difference: Difference
+
+
+def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
+    """Compare 64 evenly spaced rows of every linear target module that has a counterpart.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    found = []
+    for module in target.modules.values():
+        name = structure.counterpart(module)
+        difference = None if name is None else _compare_module(source, target, structure, name, module.name, _ROWS)
+        if name is not None and difference is not None:
+            found.append(TensorComparison(module.role, module.name, name, difference))
+        source.release()
+        target.release()
+    return _read_ranks(source, target, structure, found)
+
+
+def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
+    """Compare embedding and head at the structure's tokens, and all norms and biases.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    pieces = {
+        "embedding": _compare_table(source, target, structure, source.embedding_name),
+        "head": None if source.tied and target.tied else _compare_table(source, target, structure, HEAD),
+        "norms": _compare_vectors(_norms(source, target, structure)),
+        "biases": _compare_vectors(_biases(source, target, structure)),
+    }
+    return [TensorComparison(role, role, role, piece) for role, piece in pieces.items() if piece is not None]
+
+
+def _compare_module(
+    source: BaseModel, target: BaseModel, structure: Structure, name: str, target_name: str, rows: int
+) -> Difference | None:
+    pair = counterpart_rows(source, target, structure, target_name, rows)
+    return None if pair is None else _compare(*pair, (source.modules[name].dtype, target.modules[target_name].dtype))
+
+
+def _compare(src: Sample, tgt: Sample, dtypes: tuple[str, str]) -> Difference:
+    """Compare the corresponding columns of whole rows, given with their stored dtypes."""
+    x, y = src[0][:, src[1]], tgt[0][:, tgt[1]]
+    if np.array_equal(x, y):  # their roundings make no difference
+        roundings = [Rounding(x, x, dtype, coarse=False) for dtype in dtypes]
+    else:
+        roundings = [
+            _columns(infer_rounding(rows, dtype), columns)
+            for (rows, columns), dtype in zip((src, tgt), dtypes, strict=True)
+        ]
+    return compare_rows(x, y, *roundings)
+
+
+def _columns(rounding: Rounding, columns: np.ndarray) -> Rounding:
+    return replace(rounding, low=rounding.low[:, columns], high=rounding.high[:, columns])
+
+
+def _read_ranks(
+    source: BaseModel, target: BaseModel, structure: Structure, found: list[TensorComparison]
+) -> list[TensorComparison]:
+    """Read more rows of the first and the last module of each role that looks trained, and replace their results.
+
+    If all of them turn out to be of low rank, the other modules of these roles are taken for low rank too, with an
+    unknown rank. Otherwise the list is returned unchanged.
+    """
+    trained: dict[str, list[TensorComparison]] = {}
+    for item in found:
+        if item.difference.change == "trained" and target.modules[item.target].shape[0] > _ROWS:
+            trained.setdefault(item.role, []).append(item)
+    closer: dict[str, Difference] = {}
+    for items in trained.values():
+        for place in evenly_spaced(len(items), _MODULES_READ_FURTHER):
+            again = _compare_module(source, target, structure, items[place].source, items[place].target, _MORE_ROWS)
+            assert again is not None
+            closer[items[place].target] = again
+    if not closer or any(difference.change != "low rank" for difference in closer.values()):
+        return found
+    return [
+        replace(item, difference=closer.get(item.target) or replace(item.difference, change="low rank"))
+        if item in trained.get(item.role, ())
+        else item
+        for item in found
+    ]
+
+
+def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference | None:
+    """Compare rows of the embedding or the head; None if the embeddings did not show which tokens correspond."""
+    if not structure.by_embedding:
+        return None
+    columns = np.flatnonzero(structure.stream >= 0)
+    ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in structure.tokens)
+    src, tgt = (check_finite(base, name, base.rows(name, own)) for base, own in zip((source, target), ids, strict=True))
+    stored = (base.embedding_name if name != HEAD or base.tied else name for base in (source, target))
+    dtype_src, dtype_tgt = (base.store.dtype(own) for base, own in zip((source, target), stored, strict=True))
+    return _compare((src, structure.stream[columns]), (tgt, columns), (dtype_src, dtype_tgt))
+
+
+def _compare_vectors(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Difference | None:
+    """Concatenate all vectors of one kind and compare them as a matrix of one row, which has no low rank."""
+    both = list(pairs)
+    if not both:
+        return None
+    src, tgt = (np.concatenate(side)[None, :].astype(np.float32) for side in zip(*both, strict=True))
+    return compare_rows(src, tgt, float_rounding(src), float_rounding(tgt))
+
+
+def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the norm weights that both families have, in the dimensions that correspond."""
+    matched = structure.stream >= 0
+    in_layer = [norm for norm in target.family.norms if norm in source.family.norms]
+    names = [(FINAL_NORM, FINAL_NORM)]
+    for number, layer in enumerate(structure.layers):
+        if layer is not None:
+            names += [
+                (f"model.layers.{layer.layer}.{norm}.weight", f"model.layers.{number}.{norm}.weight")
+                for norm in in_layer
+            ]
+    # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
+    offset = np.float32(target.family.gain_offset - source.family.gain_offset)
+    for name_src, name_tgt in names:
+        src, tgt = _both((source, name_src), (target, name_tgt))
+        tgt = tgt + offset
+        yield src[structure.stream[matched]], tgt[matched]
+
+
+def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    stored_src, stored_tgt = set(source.tensor_names()), set(target.tensor_names())
+    for module in target.modules.values():
+        name, rows = structure.counterpart(module), structure.outputs(module.layer, module.role)
+        if name is None or rows is None:
+            continue
+        name_src, name_tgt = f"{name}.bias", f"{module.name}.bias"
+        if name_src in stored_src and name_tgt in stored_tgt:
+            src, tgt = _both((source, name_src), (target, name_tgt))
+            yield src[rows[rows >= 0]], tgt[rows >= 0]
+
+
+def _both(*named: tuple[BaseModel, str]) -> Iterator[np.ndarray]:
+    return (check_finite(base, name, base.tensor(name).astype(np.float32)) for base, name in named)
