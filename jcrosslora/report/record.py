@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jcrosslora.adapter.dropped import described
+from jcrosslora.adapter.ignored import describe_change
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.truncation import RankRule, Truncation
 from jcrosslora.alignment.transport import AlignRecipe, BaseInfo
@@ -66,7 +66,7 @@ class TokenRow:
 
     Attributes:
         modules: what it is of; both, where the source has one matrix for them.
-        sort: what it was read from, a key of `jcrosslora.adapter.dropped.SORTS`.
+        sort: what it was read from, a key of `jcrosslora.adapter.ignored.SORTS`.
         rows: how many tokens' rows it changes.
         moved: how many of these the target has.
         share: ||.||_F^2 of the change over that of the whole adapter.
@@ -83,7 +83,7 @@ class TokenRow:
     @property
     def sentence(self) -> str:
         """The figures in words, without a full stop."""
-        what = described(self.sort, self.modules, self.share)
+        what = describe_change(self.sort, self.modules, self.share)
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
-from jcrosslora.adapter.dropped import sentence
+from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.folder import find_adapter
-from jcrosslora.adapter.portable import FileDtype
+from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, why_without_tokens
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.alignment.align import Plan
@@ -459,7 +459,7 @@ def _written(moved: MovedAdapter, profile: str) -> MovedAdapter:
     if not moved.tokens or not why:
         return moved
     assert moved.report is not None
-    left = [sentence(row.sort, row.modules, row.share, why) for row in moved.report.tokens]
+    left = [ignored_sentence(row.sort, row.modules, row.share, why) for row in moved.report.tokens]
     warnings = (*moved.report.warnings, *(f"not written: {text}" for text in left))
     report = dataclasses.replace(moved.report, tokens=(), warnings=warnings)
     return dataclasses.replace(moved, tokens=(), report=report)

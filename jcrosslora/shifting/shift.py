@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, fuse, split_fused, update_norm
-from jcrosslora.adapter.dropped import without_tokens
+from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
@@ -134,9 +134,11 @@ class Shifter:
             check_rule(out_rank)
         _check_invocation(adapter)
         if not get_method(method).preserves_residual_basis:
-            adapter = without_tokens(adapter, f"method {method} does not keep the coordinates of the residual stream")
+            adapter = drop_token_updates(
+                adapter, f"method {method} does not keep the coordinates of the residual stream"
+            )
         if scale != 1:
-            adapter = without_tokens(adapter, f"scale {scale:g} is of linear layers alone")
+            adapter = drop_token_updates(adapter, f"scale {scale:g} is of linear layers alone")
         self.adapter = fit_to_base(adapter, source)
         self._scale = scale
         self._keep_norm = get_method(method).keeps_norm if calibrate is None else calibrate == "frobenius"
@@ -164,7 +166,7 @@ class Shifter:
         tokens, token_rows, stays = (), (), "shift was not given the bases"
         if bases is not None and self.adapter.tokens:
             tokens, token_rows, stays = carry_tokens(self.adapter, *bases, get_method(transport.recipe.method))
-        adapter = without_tokens(self.adapter, stays) if stays else self.adapter
+        adapter = drop_token_updates(self.adapter, stays) if stays else self.adapter
         report = TransferReport(
             recipe=transport.recipe,
             source=transport.source,
