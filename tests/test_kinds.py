@@ -279,6 +279,6 @@ def test_what_does_not_move_is_weighed(tmp_path):
     assert list(adapter.modules) == ["model.layers.0.self_attn.q_proj"]
     total = sum(energy.values())
     assert f"({energy['bias'] / total:.1%} of the whole change's squared norm)" in " ".join(adapter.info.ignored)
-    assert {update.sort: update.share for update in adapter.tokens} == {
+    assert {update.kind: update.share for update in adapter.tokens} == {
         sort: pytest.approx(energy[sort] / total, rel=1e-5) for sort in ("embedding", "head")
     }

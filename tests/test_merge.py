@@ -22,8 +22,8 @@ from jcrosslora.checkpoint import streaming
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.export.companions import write_companions
 from jcrosslora.export.merge import MergeSettings, merge
-from jcrosslora.export.merge_files import write_companions
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -149,7 +149,7 @@ def test_files_that_a_hub_model_was_opened_without_are_fetched(tmp_path, monkeyp
     def fetch(hub_id: str, revision: str) -> None:
         (base.path / "tokenizer.model").write_text(f"{hub_id} {revision}")
 
-    monkeypatch.setattr("jcrosslora.export.merge_files.fetch_companions", fetch)
+    monkeypatch.setattr("jcrosslora.export.companions.fetch_companions", fetch)
     (tmp_path / "out").mkdir()
     write_companions(base, tmp_path / "out", "keep", as_stored=True)
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"
@@ -233,7 +233,7 @@ def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
-    monkeypatch.setattr("jcrosslora.export.merge_rows._BLOCK", 7 * 64)
+    monkeypatch.setattr("jcrosslora.export.row_updates._BLOCK", 7 * 64)
     monkeypatch.setattr("jcrosslora.export.merge._SHARD", 40_000)
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "many"), dtype="float32"))
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.token_updates import TokenUpdate
 
 

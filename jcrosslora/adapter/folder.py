@@ -103,7 +103,7 @@ def open_weights(path: Path) -> SafetensorsFile:
         file = SafetensorsFile(path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
-    check_names(file.file, file.entries)
+    check_names(path, file.entries)
     return file
 
 

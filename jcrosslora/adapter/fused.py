@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.records import Adapter, LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import AdapterError
 
 Layout = Mapping[str, Sequence[tuple[str, int, int]]]

@@ -7,6 +7,7 @@ text-only base.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
@@ -64,6 +65,14 @@ def parse_tensor_name(key: str) -> TensorName:
         if match := pattern.match(name):
             return TensorName(key, kind, match[1])
     return TensorName(key, "full", name.removesuffix(".weight"))
+
+
+def by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:
+    """Group tensors by module, in the order in which modules first occur."""
+    groups: dict[str, list[TensorName]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.module, []).append(tensor)
+    return list(groups.values())
 
 
 def text_module_name(module: str) -> str:

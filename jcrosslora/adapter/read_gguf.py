@@ -15,7 +15,7 @@ import numpy as np
 from jcrosslora.adapter.config import is_alpha, shown
 from jcrosslora.adapter.names import PREFIX, TensorName, ending
 from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.weights import Opened, Translated, check_names
+from jcrosslora.adapter.weights import PeftContents, TranslatedWeights, check_names
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.gguf import open_header
@@ -72,7 +72,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
     if kind != _ADAPTER:
         msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, where an adapter was wanted"
         raise AdapterError(msg)
-    check_names(file, header.tensors)
+    check_names(path, header.tensors)
     return GGUFAdapter(file, header, gguf)
 
 
@@ -85,7 +85,7 @@ def is_gguf_adapter(path: Path) -> bool:
     return True
 
 
-def tensor_sort(name: str) -> TensorName:
+def parse_gguf_name(name: str) -> TensorName:
     """The meaning of a tensor's name; its module is the base's tensor, as GGUF calls it."""
     for suffix, kind in ((".lora_a", "A"), (".lora_b", "B")):
         if name.endswith(suffix):
@@ -94,7 +94,7 @@ def tensor_sort(name: str) -> TensorName:
     return TensorName(name, "norm" if name.endswith(_NORM) else "other", name)
 
 
-def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Opened:
+def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContents:
     """An adapter of llama.cpp as PEFT would have written it: the rows of q and k in the order of Hugging Face.
 
     Args:
@@ -120,20 +120,20 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> Opened:
     stored = {_name(name, adapter): name for name in adapter.header.tensors}
     entries = {name: _entry(name, old, adapter) for name, old in stored.items()}
     heads = _heads(adapter, base)
-    weights = Translated(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
-    return Opened(_config(adapter, entries), weights, metadata)
+    weights = TranslatedWeights(adapter.file, entries, lambda name: _read(name, stored[name], adapter, heads))
+    return PeftContents(_config(adapter, entries), weights, metadata)
 
 
 def _name(stored: str, adapter: GGUFAdapter) -> str:
     """PEFT's name of a tensor."""
-    sort = tensor_sort(stored)
-    name = hf_name(sort.module, adapter.arch)
-    layer = sort.module.split(".")[1:-2]
-    known = sort.kind in _PEFT and all(part.isascii() and part.isdecimal() for part in layer)
+    parsed = parse_gguf_name(stored)
+    name = hf_name(parsed.module, adapter.arch)
+    layer = parsed.module.split(".")[1:-2]
+    known = parsed.kind in _PEFT and all(part.isascii() and part.isdecimal() for part in layer)
     if not known or name is None or not name.endswith(".weight"):
         msg = f"{adapter.file.path}: tensor {stored!r} is not one of a LoRA for architecture {adapter.arch!r}"
         raise AdapterError(msg + ": use the adapter as llama.cpp's converter wrote it")
-    part = f"lora_embedding_{stored[-1].upper()}" if sort.kind == "embedding" else _PEFT[sort.kind]
+    part = f"lora_embedding_{stored[-1].upper()}" if parsed.kind == "embedding" else _PEFT[parsed.kind]
     return f"{PREFIX}{name.removesuffix('.weight')}.{part}"
 
 

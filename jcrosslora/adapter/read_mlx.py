@@ -12,7 +12,7 @@ import numpy as np
 
 from jcrosslora.adapter.config import is_alpha, is_rank, shown
 from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.weights import Opened, Translated
+from jcrosslora.adapter.weights import PeftContents, TranslatedWeights
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.errors import AdapterError
@@ -24,7 +24,7 @@ _EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 _EMBEDDING = "." + EMBEDDING.split(".")[-2]
 
 
-def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> Opened:
+def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> PeftContents:
     """An adapter of MLX as PEFT would have written it: the same factors, turned round.
 
     Args:
@@ -62,13 +62,13 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
     }
     # Until 2025 mlx_lm's own default settings had one; only its first releases, of early 2024, multiplied by it.
     notes = ("alpha of lora_parameters is ignored, as mlx_lm does.",) if "alpha" in parameters else ()
-    return Opened(peft, _translated(file), config, notes)
+    return PeftContents(peft, _translated(file), config, notes)
 
 
-def _translated(file: SafetensorsFile) -> Translated:
+def _translated(file: SafetensorsFile) -> TranslatedWeights:
     stored = {_name(name, file): name for name in file.entries}
     entries = {name: _turned(file.entries[old]) for name, old in stored.items()}
-    return Translated(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
+    return TranslatedWeights(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
 
 
 def _turned(entry: Entry) -> Entry:

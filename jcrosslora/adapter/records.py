@@ -1,69 +1,43 @@
 """A LoRA adapter in memory: one pair of factors for each module, as a pytree."""
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from math import hypot
+from typing import Any
 
 import flax.struct
-import jax
-import numpy as np
 
-if TYPE_CHECKING:
-    from jcrosslora.adapter.token_updates import TokenUpdate
-
-Array = jax.Array | np.ndarray
+from jcrosslora.adapter.factors import LoRAFactors, update_norm
+from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.utils.html import html_table
 
 
-@flax.struct.dataclass
-class LoRAFactors:
-    """The update of one linear module with weight W of shape (O, I): dW = scale * b @ a.
-
-    Attributes:
-        a: (K, I), reads the input of the module.
-        b: (O, K), writes its output.
-        scale: a Python float: alpha / r, or alpha / sqrt(r) for rsLoRA. Static, not a leaf.
-    """
-
-    a: Array
-    b: Array
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
-
-    @property
-    def rank(self) -> int:
-        """K, the number of rows of `a`."""
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I), the shape of the weight that the update is for."""
-        return self.b.shape[0], self.a.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AdapterInfo:
-    """Where an adapter came from and what could not be read from it.
+    """The provenance of an adapter, and what of its files was not read. Compared and hashed by value.
 
     Attributes:
-        name: the path or hub id it was read from, or a name given by its maker.
+        name: the path or hub id that it was read from, or a name given by its maker.
         base_name: `base_model_name_or_path` as its file states it; never trusted, may be None.
         config: the raw `adapter_config.json`, or the metadata of a GGUF file.
         form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
-        digest: "sha256:..." of the weights file, or None for an adapter made in memory.
-        revision: hub commit of an adapter that was asked for by a hub id, else None.
-        ignored: what the file holds beside LoRA factors, and why it does not move, one sentence each.
+        digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
+        revision: hub commit of an adapter that was loaded by hub id, else None.
+        ignored: what the files hold beside LoRA factors and why it does not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
         rank_limit: the largest rank that was asked for when it was read, or None.
-        invocation: tokens of its base from which on it acts (aLoRA); None for one that always does.
-        invocation_target: the same text in tokens of the base that it is to be moved to, see `shifting.invocation`.
+        invocation: token ids of its base after which it is active (aLoRA); None if it is always active.
+        invocation_target: the same text in token ids of the target base, see `shifting.invocation`.
+        stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
     """
 
     name: str = "memory"
     base_name: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     form: str | None = None
     digest: str | None = None
     revision: str | None = None
@@ -74,19 +48,63 @@ class AdapterInfo:
     rank_limit: int | None = None
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None
+    stacked: "tuple[AdapterInfo, ...]" = ()
 
 
 @flax.struct.dataclass
 class Adapter:
-    """A LoRA adapter.
+    """A LoRA adapter as a pytree whose leaves are the factors.
+
+    `jax.tree.map` combines adapters of the same modules, scales and info; `to_pytree` gives a plain tree without static
+    parts, for adapters of different origin.
 
     Attributes:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
         info: provenance, static.
-        tokens: what it changes of the embedding and of the output head, static; only where it was read with its base.
+        tokens: changes of the embedding and of the output head, static; read only if the base was given.
     """
 
     modules: dict[str, LoRAFactors]
     info: AdapterInfo = flax.struct.field(pytree_node=False, default_factory=AdapterInfo)
     tokens: tuple[TokenUpdate, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def __repr__(self) -> str:
+        """Name, kind, number of modules, ranks and size, on one line."""
+        return f"Adapter({_headline(self)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(describe_adapter(self), _headline(self))
+
+
+def describe_adapter(adapter: Adapter) -> list[dict[str, str]]:
+    """Make one row of text for each role, in the order in which roles first occur.
+
+    Columns: the role (last part of the module's name), the number of modules, the (O, I), ranks and scales that
+    occur, and the Frobenius norm of all updates of the role together.
+    """
+    groups: dict[str, list[LoRAFactors]] = defaultdict(list)
+    for name in sorted(adapter.modules, key=natural_key):
+        groups[ending(name)].append(adapter.modules[name])
+    return [_row(role, members) for role, members in groups.items()]
+
+
+def _row(role: str, members: list[LoRAFactors]) -> dict[str, str]:
+    return {
+        "module": role,
+        "n": str(len(members)),
+        "out x in": ", ".join(f"{rows} x {columns}" for rows, columns in sorted({item.shape for item in members})),
+        "rank": ", ".join(map(str, sorted({item.rank for item in members}))),
+        "scale": ", ".join(f"{scale:.4g}" for scale in sorted({item.scale for item in members})),
+        "norm of dW": f"{hypot(*(update_norm(item) for item in members)):.4g}",
+    }
+
+
+def _headline(adapter: Adapter) -> str:
+    # Of tracers and ShapeDtypeStructs too, which have shapes but no values.
+    items = [item for item in adapter.modules.values() if hasattr(item.a, "shape") and hasattr(item.b, "shape")]
+    ranks = sorted({item.rank for item in items if len(item.a.shape) >= 2})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
+    size = sum(array.size for item in items for array in (item.a, item.b))
+    tokens = "".join(f", {len(update.ids)} rows of {update.table}" for update in adapter.tokens)
+    return f"{adapter.info.name}: {adapter.info.kind}, {len(adapter.modules)} modules, {rank}, {size:,} numbers{tokens}"

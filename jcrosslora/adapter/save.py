@@ -7,12 +7,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.dropped import without_tokens
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
+from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.names import ending, natural_key
-from jcrosslora.adapter.portable import FileDtype
-from jcrosslora.adapter.records import Adapter, LoRAFactors
+from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
 from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
 from jcrosslora.adapter.write_mlx import write_mlx
@@ -126,7 +127,7 @@ def why_without_tokens(profile: str) -> str:
 def for_profile(adapter: Adapter, profile: str) -> Adapter:
     """The adapter as a profile holds it: what it does not hold is listed in `info.ignored`."""
     why = why_without_tokens(profile)
-    return without_tokens(adapter, why) if why else adapter
+    return drop_token_updates(adapter, why) if why else adapter
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:

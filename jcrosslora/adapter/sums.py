@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.dropped import without_tokens
-from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.errors import AdapterError
 
 
@@ -27,10 +28,10 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         raise AdapterError(msg)
     if len(adapters) == 1:
         return adapters[0]
-    check_always_on(adapters)
+    check_always_active(adapters)
     with_tokens = [adapter for adapter in adapters if adapter.tokens]
     if len(with_tokens) > 1:
-        adapters = [without_tokens(adapter, "several adapters of the sum change them") for adapter in adapters]
+        adapters = [drop_token_updates(adapter, "several adapters of the sum change them") for adapter in adapters]
     found: dict[str, list[LoRAFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.modules.items():
@@ -44,7 +45,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter({name: add_factors(name, terms) for name, terms in found.items()}, info, tokens)
 
 
-def check_always_on(adapters: Sequence[Adapter]) -> None:
+def check_always_active(adapters: Sequence[Adapter]) -> None:
     """Refuse to add an adapter that does not always act.
 
     Raises:

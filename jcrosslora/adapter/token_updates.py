@@ -1,4 +1,4 @@
-"""What an adapter changes of the embedding and of the output head: rows of matrices with one for each token.
+"""What an adapter changes of the embedding and of the output head: rows of matrices with one row for each token.
 
 V tokens, D the width of the residual stream, n the tokens whose rows change.
 """
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# Both, where the base has one matrix for them and the adapter one change.
+# Both, where the base has one matrix for the two and the adapter one change.
 TIED = "tied"
 MODULES: Mapping[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens",),
@@ -23,24 +23,24 @@ _AT_ONCE = 4096  # rows
 
 @dataclass(frozen=True, eq=False)
 class TokenUpdate:
-    """The change of an embedding, of an output head, or of the one matrix that is both.
+    """The change of an embedding, of an output head, or of the one matrix that is both. Compared by value.
 
-    One of `factors` and `rows` is given.
+    Exactly one of `factors` and `rows` is given.
 
     Attributes:
-        table: what is changed, a key of `MODULES`.
-        sort: what it was read from, a key of `dropped.SORTS`.
+        table: the matrix that changes, a key of `MODULES`.
+        kind: the tensors that it was read from, a key of `ignored.CHANGES`.
         size: V.
         ids: int64 (n,), ascending.
         factors: of the change of the rows: a (K, D), b (n, K).
-        rows: float32 (n, D), the rows as they are with the adapter. All V of them are a whole matrix.
+        rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
         energy: squared Frobenius norm of the change.
-        lost: what a cut of the rank, as it was read, has taken off that.
-        share: `energy` and `lost` over the same of the whole adapter that it was read from; 0 of one that was moved.
+        lost: squared Frobenius norm that truncation removed when it was read.
+        share: `energy` and `lost` over the same of the whole adapter that it was read from; 0 after a transfer.
     """
 
     table: str
-    sort: str
+    kind: str
     size: int
     ids: np.ndarray
     factors: LoRAFactors | None = None
@@ -48,6 +48,23 @@ class TokenUpdate:
     energy: float = 0.0
     lost: float = 0.0
     share: float = 0.0
+
+    def __repr__(self) -> str:
+        """Table, kind and sizes, on one line."""
+        form = "rows" if self.factors is None else f"factors of rank {self.factors.rank}"
+        return f"TokenUpdate({self.table}, {self.kind}, {form} for {len(self.ids)} of {self.size} tokens)"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value, so that an adapter is a pytree with comparable static parts."""
+        return isinstance(other, TokenUpdate) and self._figures == other._figures and self.same_change(other)
+
+    def __hash__(self) -> int:
+        """Hash the figures alone; reading all rows would cost more than a rare comparison."""
+        return hash(self._figures)
+
+    @property
+    def _figures(self) -> tuple:
+        return self.table, self.kind, self.size, len(self.ids), self.energy, self.lost, self.share
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -63,22 +80,22 @@ class TokenUpdate:
 
     @property
     def whole(self) -> bool:
-        """Whether it is a whole matrix in place of the base's."""
+        """Whether it replaces the whole matrix of the base."""
         return self.rows is not None and len(self.ids) == self.size
 
     @property
     def numbers(self) -> int:
-        """How many numbers it holds."""
+        """The number of array elements that it holds."""
         arrays = (self.rows,) if self.factors is None else (self.factors.a, self.factors.b)
         return sum(array.size for array in arrays if array is not None)
 
     def parts(self) -> Iterator[slice]:
-        """The n rows, a few thousand at a time."""
+        """Split the n rows into slices of a few thousand."""
         for start in range(0, len(self.ids), _AT_ONCE):
             yield slice(start, min(start + _AT_ONCE, len(self.ids)))
 
     def changed(self, old: np.ndarray, part: slice) -> np.ndarray:
-        """float64 (m, D): rows with the adapter.
+        """Compute the new rows, float64 (m, D).
 
         Args:
             old: (m, D), the base's rows of the tokens `ids[part]`.
@@ -90,8 +107,8 @@ class TokenUpdate:
         b = np.asarray(self.factors.b)[part].astype(np.float64) * self.factors.scale
         return old.astype(np.float64) + b @ np.asarray(self.factors.a).astype(np.float64)
 
-    def equals(self, other: "TokenUpdate") -> bool:
-        """Whether both make the same change, whatever table it is of."""
+    def same_change(self, other: "TokenUpdate") -> bool:
+        """Whether both change the same rows in the same way, whichever table they belong to."""
         return np.array_equal(self.ids, other.ids) and all(
             (one is None) == (two is None) and (one is None or np.array_equal(np.asarray(one), np.asarray(two)))
             for one, two in zip(_arrays(self), _arrays(other), strict=True)

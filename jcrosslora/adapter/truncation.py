@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, LoRAFactors
-from jcrosslora.adapter.engine_rules import VLLM_RANKS
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import recompress
 
@@ -19,21 +19,21 @@ A = TypeVar("A", bound=Adapter)
 RankRule = int | float | Literal["auto"]
 
 AUTO: Literal["auto"] = "auto"
-AUTO_RANKS = VLLM_RANKS[1:]  # vLLM makes room for these, and rounds others up. 1, the first, is no usual rank.
+AUTO_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # usual sizes; engines that reserve room for adapters round up to them
 AUTO_SHARE = 0.99  # of each module's energy
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What was left of an adapter's updates when their ranks were cut.
+    """The ranks of an adapter's updates after truncation, and the energy that they kept.
 
     Attributes:
-        rule: what was asked for.
-        ranks: the rank of each module's update afterwards.
-        kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is left.
-        least: the module that kept the smallest share of its own.
+        rule: by which the ranks were chosen.
+        ranks: rank of each module after truncation.
+        kept: share of the energy, the sum of ||dW||_F^2 over all modules, that is kept.
+        least: the module that kept the smallest share of its own energy.
         least_kept: that share.
-        shares: that of each module.
+        shares: the share that each module kept.
     """
 
     rule: RankRule
@@ -45,38 +45,35 @@ class Truncation:
 
     @classmethod
     def of(
-        cls, rule: RankRule, ranks: Mapping[str, int], whole: Mapping[str, float], left: Mapping[str, float]
+        cls, rule: RankRule, ranks: Mapping[str, int], before: Mapping[str, float], after: Mapping[str, float]
     ) -> Self:
-        """The account by the energies of the modules, before and after.
+        """Make the record from the energies of the modules.
 
         Args:
-            rule: what was asked for.
-            ranks: afterwards; at least one module.
-            whole: ||dW||_F^2 of each module before.
-            left: the same afterwards.
+            rule: by which the ranks were chosen.
+            ranks: after truncation; at least one module.
+            before: ||dW||_F^2 of each module before truncation.
+            after: the same after truncation.
         """
-        shares = {name: left[name] / whole[name] if whole[name] > 0 else 1.0 for name in whole}
+        shares = {name: after[name] / before[name] if before[name] > 0 else 1.0 for name in before}
         least = min(shares, key=lambda name: shares[name])
-        total = math.fsum(whole.values())
-        kept = math.fsum(left.values()) / total if total > 0 else 1.0
+        total = math.fsum(before.values())
+        kept = math.fsum(after.values()) / total if total > 0 else 1.0
         return cls(rule, dict(ranks), kept, least, shares[least], shares)
 
     @property
     def sentence(self) -> str:
         """The figures in words, without a full stop."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
-        return f"{f'rank {low}' if low == high else f'ranks {low} to {high}'}, which {self._left}"
-
-    @property
-    def _left(self) -> str:
-        return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return f"{ranks}, which keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
 def check_rule(rule: RankRule) -> None:
-    """Refuse a rule by which no rank can be chosen.
+    """Refuse a rule that defines no rank.
 
     Raises:
-        UsageError: no whole number of 1 or more, no share above 0 and up to 1, and not "auto".
+        UsageError: not a whole number of 1 or more, not a share above 0 and up to 1, and not "auto".
     """
     if isinstance(rule, bool) or not isinstance(rule, int | float | str):
         valid = False
@@ -93,9 +90,9 @@ def check_rule(rule: RankRule) -> None:
 
 
 def truncate_to_rounding(adapter: A, rule: RankRule | None = None) -> A:
-    """The adapter with every update cut to a lower rank, see `truncate_by_rule`.
+    """Truncate every update as `truncate_by_rule` does; an adapter without modules stays as it is.
 
-    None cuts to the short side of each module, at which nothing is lost. One without modules stays as it is.
+    None truncates to the short side of each module, which loses nothing.
     """
     if not adapter.modules:
         return adapter
@@ -104,7 +101,7 @@ def truncate_to_rounding(adapter: A, rule: RankRule | None = None) -> A:
 
 
 def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
-    """Cut every update to the best one of a lower rank in the Frobenius norm (Eckart-Young); none is made larger.
+    """Truncate every update to its best approximation of a lower rank in the Frobenius norm (Eckart-Young).
 
     The product of the factors is never formed: QR of both and the SVD of a small core give its singular values.
 
@@ -112,10 +109,10 @@ def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
         adapter: at least one module; not changed.
         rule: a rank for all modules; or a share such as 0.99, for each module the lowest rank that keeps that much of
             its energy; or "auto", for all modules the lowest rank of `AUTO_RANKS` that keeps `AUTO_SHARE` of each one's
-            energy; above the largest of them, just the rank that does.
+            energy; above the largest of them, exactly the rank that does.
 
     Returns:
-        The adapter, where nothing was cut with the factors that it had; and what is left.
+        The adapter, in which a module whose rank is low enough keeps its own factors; and what was kept.
 
     Raises:
         UsageError: see `check_rule`.
@@ -128,16 +125,16 @@ def truncate_by_rule(adapter: A, rule: RankRule) -> tuple[A, Truncation]:
         name: factors if ranks[name] >= factors.rank else _leading(*found[name], ranks[name])
         for name, factors in adapter.modules.items()
     }
-    whole = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
-    left = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
-    cut = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, whole, left)
-    return dataclasses.replace(adapter, modules=modules), cut
+    before = {name: float(np.sum(spectrum)) for name, spectrum in spectra.items()}
+    after = {name: float(np.sum(spectrum[: ranks[name]])) for name, spectrum in spectra.items()}
+    record = Truncation.of(rule, {name: factors.rank for name, factors in modules.items()}, before, after)
+    return dataclasses.replace(adapter, modules=modules), record
 
 
 def _ordered(factors: LoRAFactors) -> tuple[jax.Array, jax.Array]:
-    """The same update as b (O, K) and a (K, I) by falling singular values, the scale in b; K is at most min(O, I).
+    """Factor an update as b (O, K) and a (K, I) by falling singular values, the scale in b; K is at most min(O, I).
 
-    The i-th column of b and row of a have a norm of the root of the i-th singular value each.
+    The norms of the i-th column of b and of the i-th row of a are the square root of the i-th singular value.
     """
     b, a = (jnp.asarray(matrix, jnp.float32) for matrix in (factors.b, factors.a))
     return _by_singular_values(b * jnp.float32(factors.scale), a)
@@ -154,7 +151,7 @@ def _leading(b: jax.Array, a: jax.Array, rank: int) -> LoRAFactors:
 
 
 def _ranks(spectra: Mapping[str, np.ndarray], rule: RankRule) -> dict[str, int]:
-    """The rank for each module by its squared singular values (K,)."""
+    """Choose the rank of each module by its squared singular values (K,)."""
     if isinstance(rule, int):
         return {name: min(rule, len(spectrum)) for name, spectrum in spectra.items()}
     if isinstance(rule, float):
@@ -165,7 +162,7 @@ def _ranks(spectra: Mapping[str, np.ndarray], rule: RankRule) -> dict[str, int]:
 
 
 def _lowest(spectrum: np.ndarray, share: float) -> int:
-    """The lowest rank that keeps a share of the energy, at least 1."""
-    left = np.cumsum(spectrum)
-    # Of zeros any rank keeps all. The last sum is reached whatever the rounding of the product.
-    return 1 if left[-1] == 0 else int(np.argmax(left >= min(share * left[-1], left[-1]))) + 1
+    """Find the lowest rank that keeps a share of the energy, at least 1."""
+    kept = np.cumsum(spectrum)
+    # A zero update keeps everything at any rank. The last sum is reached despite the rounding of the product.
+    return 1 if kept[-1] == 0 else int(np.argmax(kept >= min(share * kept[-1], kept[-1]))) + 1

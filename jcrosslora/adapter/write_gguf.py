@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.file_factors import file_factors
 from jcrosslora.adapter.folder import GGUF_WEIGHTS
 from jcrosslora.adapter.names import ending
-from jcrosslora.adapter.portable import file_factors
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
 from jcrosslora.checkpoint.gguf_store import unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.file_factors import file_matrix
 from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.portable import file_matrix
-from jcrosslora.adapter.records import LoRAFactors
-from jcrosslora.adapter.write_peft import peft_config, write_files
+from jcrosslora.adapter.write_peft import peft_config, write_peft_files
 from jcrosslora.errors import OutputError
 
 LORA_XS = "lora-xs"
@@ -48,7 +48,7 @@ def write_lora_xs(contents: Contents, folder: Path) -> None:
         base_revision=contents.base_revision,
     )
     config = {key: value for key, value in config.items() if key not in _TOO_NEW}
-    write_files(folder, tensors, config, contents.metadata)
+    write_peft_files(folder, tensors, config, contents.metadata)
 
 
 def latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:

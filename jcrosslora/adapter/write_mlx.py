@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.file_factors import file_factors
 from jcrosslora.adapter.folder import CONFIG, MLX_WEIGHTS
-from jcrosslora.adapter.portable import file_factors
-from jcrosslora.adapter.serialized import serialized
+from jcrosslora.adapter.safetensors_bytes import safetensors_bytes
 from jcrosslora.errors import OutputError
 
 _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
@@ -44,7 +44,7 @@ def write_mlx(contents: Contents, folder: Path) -> None:
             "keys": sorted({_key(name) for name in contents.modules}),
         },
     }
-    (folder / MLX_WEIGHTS).write_bytes(serialized(tensors, {**contents.metadata, "format": "mlx"}))
+    (folder / MLX_WEIGHTS).write_bytes(safetensors_bytes(tensors, {**contents.metadata, "format": "mlx"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -10,29 +10,39 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.file_factors import file_factors
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.names import PREFIX, ending
 from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.portable import file_factors
-from jcrosslora.adapter.serialized import serialized
+from jcrosslora.adapter.safetensors_bytes import safetensors_bytes
 from jcrosslora.adapter.write_tokens import token_config, token_ranks, token_tensors
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
-    """One rank, lower ones padded with zeros, and lora_alpha == r: the form that every engine reads the same way."""
-    _write(dataclasses.replace(contents, tokens=()), folder, contents.rank)
+    """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
+    tensors, config = peft_state(dataclasses.replace(contents, tokens=()), contents.rank)
+    write_peft_files(folder, tensors, config, contents.metadata)
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
-    """Each module's own rank, in `rank_pattern` and `alpha_pattern`, which PEFT and new releases of vLLM read.
+    """Write each module's own rank, by `rank_pattern` and `alpha_pattern`.
 
-    The magnitudes of a DoRA stay in float32: what they change is their small difference from the norms of the rows.
-    With changes of the embedding and the head, which PEFT alone is sure to read.
+    Changes of the embedding and the head are part of it. The magnitudes of a DoRA stay in float32: what they change is
+    their small difference from the norms of the rows.
     """
-    _write(contents, folder, None)
+    write_peft_files(folder, *peft_state(contents), contents.metadata)
 
 
-def _write(contents: Contents, folder: Path, rank: int | None) -> None:
+def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors by their names in a file, and the configuration.
+
+    Args:
+        contents: what to write.
+        rank: of every module, lower ones are padded with zeros; None keeps each module's own.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype.
+    """
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, rank)
@@ -49,11 +59,10 @@ def _write(contents: Contents, folder: Path, rank: int | None) -> None:
         invocation=contents.invocation,
         dora=contents.magnitudes is not None,
     )
-    config |= token_config(contents.tokens)
-    write_files(folder, tensors, config, contents.metadata)
+    return tensors, config | token_config(contents.tokens)
 
 
-def write_files(
+def write_peft_files(
     folder: Path, tensors: dict[str, np.ndarray], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     """Write the two files of PEFT.
@@ -62,10 +71,10 @@ def write_files(
         folder: to write into.
         tensors: C-contiguous arrays by their names in the file.
         config: `adapter_config.json`.
-        metadata: pairs of strings for the header.
+        metadata: pairs of strings for the header of the weights file.
     """
     # As bytes, because safetensors' own writer hides the system's error (disk full) in one of its own.
-    (folder / WEIGHTS).write_bytes(serialized(tensors, {**metadata, "format": "pt"}))
+    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {**metadata, "format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -78,17 +87,17 @@ def peft_config(
     invocation: Sequence[int] | None = None,
     dora: bool = False,
 ) -> dict[str, Any]:
-    """The `adapter_config.json` for modules of these ranks, all with scale 1.
+    """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
 
-    Keys that peft learned after 0.14 are left out: their default is what is meant, and older readers warn about or
-    refuse keys that they do not know.
+    Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
+    keys or refuse them.
 
     Args:
         ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
         base_name: the base, an id or a path.
         base_revision: its revision.
         exclude: modules that have the ending of one in `ranks`, but no update.
-        invocation: tokens from which on the adapter acts (aLoRA); None for one that always does.
+        invocation: token ids after which the adapter is active (aLoRA); None if it is always active.
         dora: whether magnitudes belong to the factors.
     """
     counts = Counter(ranks.values())
@@ -101,7 +110,7 @@ def peft_config(
         "revision": base_revision,
         "inference_mode": True,
         "r": r,
-        "lora_alpha": r,  # An integer: Ollama reads no other number.
+        "lora_alpha": r,  # an integer, which is all that some readers decode
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "use_rslora": False,

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.file_factors import DTYPES, FileDtype, file_factors, file_matrix
 from jcrosslora.adapter.names import PREFIX, ending
-from jcrosslora.adapter.portable import DTYPES, FileDtype, file_factors, file_matrix
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.adapter.token_updates import EMBEDDING, MODULES, TokenUpdate
 
 

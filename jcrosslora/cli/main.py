@@ -205,7 +205,7 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
-        from jcrosslora.adapter.dropped import token_sentences
+        from jcrosslora.adapter.ignored import token_update_sentences
         from jcrosslora.checkpoint import open_base
         from jcrosslora.evaluate import print_scores, read_task, score
 
@@ -216,7 +216,7 @@ class Evaluate:
         base = open_base(self.base)
         adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
         for adapter in adapters:
-            for sentence in token_sentences(adapter.tokens, "bases are run without it"):
+            for sentence in token_update_sentences(adapter.tokens, "bases are run without it"):
                 _say(console, f"not scored: {adapter.info.name}: {sentence}")
         print_scores(score(base, questions[: self.limit], adapters, progress=sys.stderr.isatty()), console)
 

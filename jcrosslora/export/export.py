@@ -11,9 +11,9 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.portable import FileDtype
 from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule

@@ -24,8 +24,8 @@ from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
 from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
-from jcrosslora.export.merge_files import write_companions
-from jcrosslora.export.merge_rows import Updates, converted_rows, row_blocks, updates_of
+from jcrosslora.export.companions import write_companions
+from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, updates_of
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 

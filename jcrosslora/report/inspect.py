@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
-from jcrosslora.adapter.dropped import described
 from jcrosslora.adapter.folder import is_adapter
+from jcrosslora.adapter.ignored import describe_change
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
@@ -107,7 +107,7 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
         console.print(table, highlight=False, markup=False)
     _say(console, f"can be moved: {len(adapter.modules)} modules")
     for update in adapter.tokens:
-        what = described(update.sort, update.modules, update.share)
+        what = describe_change(update.kind, update.modules, update.share)
         _say(console, f"can be moved by {_keeping()} alone: {what}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")

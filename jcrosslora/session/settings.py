@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from jcrosslora.adapter.portable import FileDtype
+from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.save import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.errors import UsageError

@@ -56,10 +56,10 @@ def transfer(
     wanted, chosen = make_method(method), TransferOptions(**options)
     with hosts.together(), enough_memory(lighter(wanted)):
         session = PairSession(
-            _opened(source), _opened(target), store=open_cache() if cache else None, progress=progress
+            open_base(source), open_base(target), store=open_cache() if cache else None, progress=progress
         )
         share_digests(session)
-        loaded = _loaded(adapter, session.pair.source)
+        loaded = load_adapter(adapter, session.pair.source)
         return session.transfer(loaded, wanted, with_one_writer(chosen), probes=given_probes(prompts))
 
 
@@ -94,7 +94,7 @@ def shift(
     chosen = TransferOptions(**({"effect": "never", "seed": transport.recipe.seed} | options))
     with hosts.together(), enough_memory(lighter(transport.method)):
         session = PairSession(*transport.bases, progress=progress)
-        move = session.start(_loaded(adapter, session.pair.source), transport.method, chosen)
+        move = session.start(load_adapter(adapter, session.pair.source), transport.method, chosen)
         return session.finish_aligned(move, transport, given_probes(prompts))
 
 
@@ -116,11 +116,3 @@ def share_digests(session: PairSession) -> None:
     if digests is not None:
         for base in (session.pair.source, session.pair.target):
             base.digest(digests)
-
-
-def _opened(base: BaseModel | str | Path) -> BaseModel:
-    return base if isinstance(base, BaseModel) else open_base(base)
-
-
-def _loaded(adapter: Adapter | str | Path, base: BaseModel) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jcrosslora.adapter.dropped import described
+from jcrosslora.adapter.ignored import describe_change
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TokenRow:
 
     Attributes:
         modules: what it is of; both, where the source has one matrix for them.
-        sort: what it was read from, a key of `jcrosslora.adapter.dropped.SORTS`.
+        kind: what it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
         rows: how many tokens' rows it changes.
         moved: how many of these the target has.
         share: ||.||_F^2 of the change over that of the whole adapter.
@@ -65,7 +65,7 @@ class TokenRow:
     """
 
     modules: tuple[str, ...]
-    sort: str
+    kind: str
     rows: int
     moved: int
     share: float
@@ -74,5 +74,5 @@ class TokenRow:
     @property
     def sentence(self) -> str:
         """The figures in words, without a full stop."""
-        what = described(self.sort, self.modules, self.share)
+        what = describe_change(self.kind, self.modules, self.share)
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"

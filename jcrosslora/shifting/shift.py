@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
-from jcrosslora.adapter.dropped import without_tokens
+from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
 from jcrosslora.errors import AdapterError, PairingError, UsageError
@@ -94,11 +94,11 @@ class Shifter:
         _check_settings(method, calibrate, scale)
         _check_invocation(adapter)
         if not method.preserves_residual_basis:
-            adapter = without_tokens(
+            adapter = drop_token_updates(
                 adapter, f"method {method.name} does not keep the coordinates of the residual stream"
             )
         if scale != 1:
-            adapter = without_tokens(adapter, f"scale {scale:g} is of linear layers alone")
+            adapter = drop_token_updates(adapter, f"scale {scale:g} is of linear layers alone")
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
         self._keep_norm = method.keeps_norm if calibrate is None else calibrate == "frobenius"
@@ -127,7 +127,7 @@ class Shifter:
         tokens, token_rows, reason = (), (), "shift was not given the bases"
         if pair is not None and self.adapter.tokens:
             tokens, token_rows, reason = carry_tokens(self.adapter, pair, self._method)
-        remaining = without_tokens(self.adapter, reason) if reason else self.adapter
+        remaining = drop_token_updates(self.adapter, reason) if reason else self.adapter
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
             base_name=transport.target.name,

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jcrosslora.adapter import Adapter, LoRAFactors, update_norm
-from jcrosslora.adapter.read_tokens import replaced_rows, settled
+from jcrosslora.adapter import Adapter
+from jcrosslora.adapter.token_rows import changed_rows, complete_rows, low_rank_rows
 from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, TIED, TokenUpdate
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.shared_tokens import shared_ids
@@ -62,8 +62,8 @@ def carry_tokens(
             carried, changed, count, kept = carry(part, source, target, places, stream)
             found += [carried] if len(carried.ids) else []
         share = kept / update.energy if update.energy else 1.0
-        rows.append(TokenRow(update.modules, update.sort, changed, count, update.share, share))
-    moved = settled(found, target)
+        rows.append(TokenRow(update.modules, update.kind, changed, count, update.share, share))
+    moved = complete_rows(found, target)
     for base in (source, target):
         base.release()
     return moved, tuple(rows), ""
@@ -113,14 +113,11 @@ def _factors(
     assert update.factors is not None
     ids = places[update.ids]
     order = np.argsort(ids, kind="stable")[np.count_nonzero(ids < 0) :]
-    factors = LoRAFactors(
-        a=_chosen(np.asarray(update.factors.a), stream),
-        b=np.asarray(update.factors.b)[order],
-        scale=update.factors.scale,
+    factors = dataclasses.replace(
+        update.factors, a=_chosen(np.asarray(update.factors.a), stream), b=np.asarray(update.factors.b)[order]
     )
-    energy = update_norm(factors) ** 2
-    carried = TokenUpdate(update.table, update.sort, target.dims.vocab, ids[order], factors, energy=energy)
-    return carried, len(ids), len(order), energy
+    carried = low_rank_rows(update.table, update.kind, target.dims.vocab, ids[order], factors)
+    return carried, len(ids), len(order), carried.energy
 
 
 def _rows(
@@ -141,7 +138,7 @@ def _rows(
         rows.append((target.rows(name, place[moves]) + change).astype(np.float32))
     found = np.concatenate(ids)
     order = np.argsort(found)
-    carried = replaced_rows(update.table, update.sort, target, found[order], np.concatenate(rows)[order])
+    carried = changed_rows(update.table, update.kind, target, found[order], np.concatenate(rows)[order])
     return carried, changed, len(found), energy
 
 

@@ -6,10 +6,10 @@ Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.
 import numpy as np
 
 from jcrosslora.adapter.config import check_targets, is_alpha, is_rank, shown
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_pair
-from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
 _INITIAL_RANK, _ALPHA = 12, 8  # peft's defaults of init_r and lora_alpha

@@ -5,8 +5,8 @@ Its weights are those of a plain LoRA. The tokens go along: `shifting.invocation
 
 from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds.kind import Config, Kind
 from jcrosslora.adapter.kinds.plain import PLAIN
-from jcrosslora.adapter.kinds.record import Config, Kind
 from jcrosslora.errors import AdapterError
 
 

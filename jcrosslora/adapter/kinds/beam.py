@@ -10,11 +10,11 @@ Source: BeamLoRA (arXiv 2502.13604).
 import numpy as np
 
 from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds import variants
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
-from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
 TEMPERATURE = 0.05

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.config import check_lora
+from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds import variants
-from jcrosslora.adapter.kinds.mutated import OLORA, PISSA
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update
+from jcrosslora.adapter.kinds.pissa_olora import OLORA, PISSA
 from jcrosslora.adapter.kinds.plain import PLAIN
-from jcrosslora.adapter.kinds.record import Kind, Update
-from jcrosslora.adapter.kinds.trim import undivided
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.kinds.truncate import full_rank_factors
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
 
@@ -62,7 +62,7 @@ def _fitted(file: AdapterFile, module: str, factors: LoRAFactors, magnitude: np.
     change = full_update(weight, factors, magnitude)
     wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank
     if wanted >= min(factors.shape):
-        b, a = undivided(change)
+        b, a = full_rank_factors(change)
         return Update(LoRAFactors(a=a, b=b))
     svd, _ = decompose(jnp.asarray(change)[None], wanted, vectors=False)
     u, s, v = (np.asarray(field[0]) for field in (svd.u, svd.s, svd.v))

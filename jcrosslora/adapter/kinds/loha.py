@@ -8,10 +8,10 @@ Source: FedPara (arXiv 2108.06098), proposition 1; peft 0.21, tuners/loha/layer.
 
 import numpy as np
 
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.lycoris import check_lycoris, module_scale
-from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.kinds.trim import trimmed, undivided
+from jcrosslora.adapter.kinds.truncate import full_rank_factors, truncate_product
 from jcrosslora.errors import AdapterError
 
 
@@ -33,9 +33,9 @@ def _read(file: AdapterFile, module: str) -> Update:
     if rank**2 < min(rows, columns):
         b = np.einsum("oi,oj->oij", b1, b2).reshape(rows, rank**2)
         a = np.einsum("in,jn->ijn", a1, a2).reshape(rank**2, columns)
-        return trimmed(scale * b, a, file.rank)
+        return truncate_product(scale * b, a, file.rank)
     # Of full rank: the product itself is the smaller of the two ways to write it.
-    return trimmed(*undivided(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
+    return truncate_product(*full_rank_factors(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
 
 
 LOHA = Kind(

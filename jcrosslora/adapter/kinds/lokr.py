@@ -8,11 +8,11 @@ Source: LyCORIS (arXiv 2309.14859); peft 0.21, tuners/lokr/layer.py.
 
 import numpy as np
 
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.lycoris import check_lycoris, module_scale
-from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.kinds.trim import product_svd
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.kinds.truncate import product_svd
 from jcrosslora.errors import AdapterError
 
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose

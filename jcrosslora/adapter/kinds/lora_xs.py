@@ -10,10 +10,10 @@ Source: arXiv 2405.17604; utils/latent_utils.py and utils/merge_adapter_to_base_
 import numpy as np
 
 from jcrosslora.adapter.config import check_lora
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
-from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
 

@@ -1,9 +1,9 @@
 """What LoHa and LoKr have in common: `r`, `alpha` and patterns for both."""
 
 from jcrosslora.adapter.config import check_numbers, check_targets
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Config
 from jcrosslora.adapter.kinds.plain import pattern_name
-from jcrosslora.adapter.kinds.record import Config
 from jcrosslora.adapter.patterns import module_alpha, module_rank
 from jcrosslora.errors import AdapterError
 

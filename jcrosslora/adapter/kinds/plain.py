@@ -1,21 +1,21 @@
 """Plain LoRA, whatever its scale and initialisation: dW = s B A on an unchanged base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.adapter.config import check_lora
-from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.kinds.record import Kind, Update, each_module
-from jcrosslora.adapter.names import text_module_name
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
+from jcrosslora.adapter.names import TensorName, text_module_name
 from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
 
 def read_factors(file: AdapterFile, module: str) -> LoRAFactors:
-    """The stored A (K, I) and B (O, K) of a module with the scale that the configuration gives it.
+    """Read the stored A (K, I) and B (O, K) of a module, with the scale that the configuration gives it.
 
     Raises:
         AdapterError: one of them is missing or damaged, or their rank is not the configuration's.
@@ -27,7 +27,7 @@ def read_factors(file: AdapterFile, module: str) -> LoRAFactors:
 
 
 def read_pair(file: AdapterFile, module: str) -> tuple[np.ndarray, np.ndarray]:
-    """lora_A and lora_B of a module as they are stored.
+    """Read lora_A and lora_B of a module as they are stored.
 
     Raises:
         AdapterError: one of them is missing or damaged.
@@ -41,8 +41,28 @@ def read_pair(file: AdapterFile, module: str) -> tuple[np.ndarray, np.ndarray]:
     return file.part(module, "A"), file.part(module, "B")
 
 
+def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> LoRAFactors:
+    """Read the LoRA of an embedding as an update of its V rows: a (K, D), b (V, K).
+
+    Args:
+        file: the adapter.
+        tensors: `lora_embedding_A` (K, V) and `lora_embedding_B` (D, K) of one embedding.
+
+    Raises:
+        AdapterError: one of them is damaged, or their ranks differ.
+        KeyError: one of them is missing.
+    """
+    keys = {tensor.key[-1]: tensor.key for tensor in tensors}
+    a, b = (file.read(keys[side]) for side in "AB")
+    if a.shape[0] != b.shape[1]:
+        msg = f"its factors have ranks {a.shape[0]} and {b.shape[1]}"
+        raise AdapterError(msg)
+    scale = module_scale(file.config, pattern_name(file.config, tensors[0].module), a.shape[0])
+    return LoRAFactors(a=np.ascontiguousarray(b.T), b=np.ascontiguousarray(a.T), scale=scale)
+
+
 def pattern_name(config: Mapping[str, Any], module: str) -> str:
-    """The spelling of the module name that the patterns are written for: that of the file, else that of text models."""
+    """Return the spelling of a module name that the patterns use: that of the file, else that of text models."""
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     return module if matching_key(patterns, module) else text_module_name(module)
 

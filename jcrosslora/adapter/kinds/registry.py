@@ -6,12 +6,12 @@ from jcrosslora.adapter.kinds.adalora import ADALORA
 from jcrosslora.adapter.kinds.alora import ALORA
 from jcrosslora.adapter.kinds.beam import BEAM
 from jcrosslora.adapter.kinds.dora import DORA
+from jcrosslora.adapter.kinds.kind import Config, Kind
 from jcrosslora.adapter.kinds.loha import LOHA
 from jcrosslora.adapter.kinds.lokr import LOKR
 from jcrosslora.adapter.kinds.lora_xs import LORA_XS
-from jcrosslora.adapter.kinds.mutated import OLORA, PISSA
+from jcrosslora.adapter.kinds.pissa_olora import OLORA, PISSA
 from jcrosslora.adapter.kinds.plain import PLAIN
-from jcrosslora.adapter.kinds.record import Config, Kind
 from jcrosslora.adapter.kinds.unilora import UNILORA
 from jcrosslora.adapter.kinds.vblora import VBLORA
 from jcrosslora.adapter.kinds.vera import VERA

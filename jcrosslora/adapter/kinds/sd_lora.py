@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.dropped import without_tokens
-from jcrosslora.adapter.records import Adapter, AdapterInfo, LoRAFactors
-from jcrosslora.adapter.sums import check_always_on
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.records import Adapter, AdapterInfo
+from jcrosslora.adapter.sums import check_always_active
 from jcrosslora.errors import AdapterError, UsageError
 
 
@@ -38,7 +39,7 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}: at least one adapter, and a number for each"
         msg += " were wanted"
         raise UsageError(msg)
-    check_always_on(adapters)
+    check_always_active(adapters)
     terms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
         for name, factors in adapter.modules.items():
@@ -50,7 +51,7 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         ignored=tuple(
             sentence
             for one in adapters
-            for sentence in without_tokens(one, "a stack of tasks is of linear modules").info.ignored
+            for sentence in drop_token_updates(one, "a stack of tasks is of linear modules").info.ignored
         ),
     )
     return Adapter(modules={name: _joined(name, found) for name, found in terms.items()}, info=info)

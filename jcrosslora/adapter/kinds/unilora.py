@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jcrosslora.adapter.config import check_rank, check_targets, shown
-from jcrosslora.adapter.kinds.opened import INTEGERS, LARGEST, AdapterFile
-from jcrosslora.adapter.kinds.record import Config, Kind, Update
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import INTEGERS, LARGEST, AdapterFile
+from jcrosslora.adapter.kinds.kind import Config, Kind, Update
 from jcrosslora.adapter.kinds.targets import targeted_shapes
-from jcrosslora.adapter.records import LoRAFactors
 from jcrosslora.errors import AdapterError
 
 _SEED, _LENGTH = 42, 256  # peft's defaults of proj_seed and theta_d_length

@@ -6,9 +6,9 @@ Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 import numpy as np
 
 from jcrosslora.adapter.config import check_rank, check_targets, is_rank, shown
-from jcrosslora.adapter.kinds.opened import INTEGERS, AdapterFile
-from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import INTEGERS, AdapterFile
+from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
 from jcrosslora.errors import AdapterError
 
 _TOP = 2  # peft's default of topk

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from jcrosslora.adapter.config import check_rank, check_targets, shown
-from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.kinds.record import Config, Kind, Update
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Config, Kind, Update
 from jcrosslora.errors import AdapterError
 
 _WHY = "cuts its matrices to the shapes of the base's modules"

@@ -9,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.dropped import token_sentences
+from jcrosslora.adapter.ignored import token_update_sentences
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of, stack_adapter, stack_adapters
@@ -85,7 +85,7 @@ class JCrossLoRALM(TemplateLM):
         self.max_length = positive("max_length", stated if max_length is None else max_length)
         self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)
         if self.adapter is not None:
-            for sentence in token_sentences(self.adapter.tokens, "bases are run without it"):
+            for sentence in token_update_sentences(self.adapter.tokens, "bases are run without it"):
                 _LOG.warning("not scored: %s: %s", self.adapter.info.name, sentence)
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)

@@ -1,4 +1,4 @@
-"""What the tensors of an adapter file are for: parts of linear layers' updates, what all share, and others."""
+"""Group the tensors of an adapter file: parts of linear layers' updates, shared parts, and others."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,24 +11,24 @@ from jcrosslora.errors import AdapterError
 
 Parts = Mapping[str, Mapping[str, str]]
 
-_DROPPED = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
+_EXTRAS = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The tensors of an adapter file, sorted.
+class TensorGroups:
+    """The tensors of an adapter file by purpose.
 
     Attributes:
-        modules: module, as the file spells it, in natural order, to part to the tensor's name in the file.
+        modules: module, as the file spells it and in natural order, to its parts: part to the tensor's name.
         heads: the same of the output head.
-        shared: what all modules share: part to the tensor's name.
-        dropped: what is no part of an update of a linear layer, by sort ("embedding", "bias", ...).
+        shared: parts that all modules share, to the tensor's name.
+        extras: tensors that are not part of a linear layer's update, by kind ("embedding", "bias", ...).
     """
 
     modules: Parts
     heads: Parts
     shared: Mapping[str, str]
-    dropped: Mapping[str, Sequence[TensorName]]
+    extras: Mapping[str, Sequence[TensorName]]
 
     @property
     def parts(self) -> frozenset[str]:
@@ -38,31 +38,30 @@ class Contents:
         )
 
 
-def sort_tensors(tensors: Sequence[TensorName], path: Path) -> Contents:
-    """Sort the tensors of a file by what they are for.
+def group_tensors(tensors: Sequence[TensorName], path: Path) -> TensorGroups:
+    """Group the tensors of a file by purpose.
 
     Raises:
-        AdapterError: a tensor of a kind that is refused (named).
+        AdapterError: a tensor belongs to a kind of adapter that is refused (named).
     """
     _refuse_tensors(tensors, path)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     heads: dict[str, dict[str, str]] = defaultdict(dict)
-    dropped: dict[str, list[TensorName]] = defaultdict(list)
+    extras: dict[str, list[TensorName]] = defaultdict(list)
     for tensor in tensors:
-        if tensor.kind in _DROPPED:
-            dropped[tensor.kind].append(tensor)
+        if tensor.kind in _EXTRAS:
+            extras[tensor.kind].append(tensor)
         elif tensor.module and tensor.kind != "copy":
-            (heads if text_module_name(tensor.module) == "lm_head" else modules)[tensor.module][tensor.kind] = (
-                tensor.key
-            )
-    # The magnitudes of an embedding (DoRA) go with it.
-    for tensor in dropped["embedding"]:
+            group = heads if text_module_name(tensor.module) == "lm_head" else modules
+            group[tensor.module][tensor.kind] = tensor.key
+    # The magnitudes of a DoRA of an embedding belong to the embedding.
+    for tensor in extras["embedding"]:
         modules.pop(tensor.module, None)
-    return Contents(
+    return TensorGroups(
         modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
         heads=heads,
         shared={tensor.kind: tensor.key for tensor in tensors if not tensor.module},
-        dropped={sort: found for sort, found in dropped.items() if found},
+        extras={kind: found for kind, found in extras.items() if found},
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import ml_dtypes
 import numpy as np
 
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.errors import OutputError, UsageError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]

@@ -1,4 +1,4 @@
-"""A safetensors file as bytes."""
+"""Safetensors files as bytes."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import safetensors.numpy
 
 
-def serialized(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """The file as bytes, the same for the same content: safetensors writes metadata in an order that varies."""
+def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Serialise tensors, with the same bytes for the same content: safetensors' order of metadata varies."""
     data = safetensors.numpy.save(tensors, metadata)
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()

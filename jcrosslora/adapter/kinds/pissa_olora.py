@@ -18,10 +18,10 @@ import numpy as np
 
 from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.kinds import variants
-from jcrosslora.adapter.kinds.opened import AdapterFile
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
-from jcrosslora.adapter.kinds.record import Config, Kind, Update, each_module
-from jcrosslora.adapter.kinds.trim import trimmed
+from jcrosslora.adapter.kinds.truncate import truncate_product
 from jcrosslora.linalg import decompose
 
 # Of the subspace at the cut, in radians: what float32 weights with close neighbours at the cut allow.
@@ -48,7 +48,7 @@ def _reader(kind: str, basis: Basis, *, scaled: bool) -> Callable[[AdapterFile, 
         taken = factors.scale if scaled else 1.0
         b = np.concatenate([factors.scale * np.asarray(factors.b).astype(np.float64), -taken * q], axis=1)
         a = np.concatenate([np.asarray(factors.a).astype(np.float64), q.T @ weight.astype(np.float64)])
-        return trimmed(b, a)
+        return truncate_product(b, a)
 
     return read
 

@@ -1,22 +1,22 @@
-"""What a kind of adapter is: how it is known, and how its file becomes updates."""
+"""The record of a kind of adapter: how it is recognised, and how its file becomes updates."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jcrosslora.adapter.kinds.opened import AdapterFile
-from jcrosslora.adapter.records import LoRAFactors
+from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """The update of one module as a kind reads it.
+    """The update of one module.
 
     Attributes:
         factors: a (K, I), b (O, K).
-        lost: squared Frobenius norm of what the factors leave out of the true update; 0 where they are exact.
+        lost: squared Frobenius norm of what the factors leave out of the true update; 0 if they are exact.
     """
 
     factors: LoRAFactors
@@ -30,11 +30,11 @@ class Kind:
     Attributes:
         name: as its users know it.
         peft_type: `peft_type` of its configuration, in capitals.
-        formula: what its update is, in a few words.
-        read: an opened file to (module as the file spells it, its update), one after the other.
+        formula: its update dW, in a few words.
+        read: yields (module as the file spells it, its update) for each module of an opened file.
         check: refuses a configuration that cannot be computed with; arguments are the configuration and its path.
-        applies: whether a configuration and the parts that its file has (see `parse_tensor_name`) are of this kind;
-            asked only where `peft_type` is this one.
+        applies: whether a configuration and the parts in its file (see `parse_tensor_name`) are of this kind; only
+            called if `peft_type` is this one.
         over: names of kinds that it may be combined with.
         remark: what a user should know of how it was read, "" if nothing.
     """
@@ -52,7 +52,7 @@ class Kind:
 def each_module(
     read: Callable[[AdapterFile, str], Update | None],
 ) -> Callable[[AdapterFile], Iterator[tuple[str, Update]]]:
-    """A reader of whole files from one of single modules; None is a module without an update."""
+    """Make a reader of whole files from a reader of one module, which returns None for a module without an update."""
 
     def read_all(file: AdapterFile) -> Iterator[tuple[str, Update]]:
         for module in file.modules:

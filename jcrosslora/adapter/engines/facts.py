@@ -1,4 +1,4 @@
-"""What can be known of an adapter of any kind and format without reading its tensors: configuration, names, shapes."""
+"""Read what is known of an adapter of any kind and format without its tensors: configuration, names, shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,8 +9,10 @@ from jcrosslora.adapter.config import check_numbers
 from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapter, form_of, open_weights, read_config
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
-from jcrosslora.adapter.read_gguf import open_gguf_adapter, tensor_sort
+from jcrosslora.adapter.read_gguf import open_gguf_adapter, parse_gguf_name
 from jcrosslora.errors import AdapterError
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,16 @@ class AdapterFacts:
 
     Attributes:
         config: its `adapter_config.json`, or the metadata of a GGUF file.
-        shapes: tensor name to shape; empty where the weights are a pickle.
+        shapes: tensor name to shape; empty if the weights are a pickle.
         tensors: the same names, parsed; empty for MLX.
         pickle: whether the weights are `adapter_model.bin`.
         form: the format of the files.
-        family: the base's family ("llama", "qwen2", ...), None where it is not known.
-        faults: what is wrong with the numbers of the configuration or the shapes, whatever the engine.
+        family: the base's family ("llama", "qwen2", ...), None if it is not known.
+        faults: errors in the numbers of the configuration or in the shapes, for any engine.
     """
 
     config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Shapes = field(default_factory=dict)
     tensors: tuple[TensorName, ...] = ()
     pickle: bool = False
     form: Form = "PEFT"
@@ -37,20 +39,20 @@ class AdapterFacts:
 
     @property
     def peft_type(self) -> str:
-        """The type in capitals, "" where there is none."""
+        """The type in capitals, "" if there is none."""
         return str(self.config.get("peft_type") or "").upper()
 
     def factors(self, side: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the A or B of each module; for A the rank is the first number."""
+        """Return the shapes of the A or B of each module; the first number of A is the rank."""
         return {tensor.module: self.shapes[tensor.key] for tensor in self.tensors if tensor.kind == side}
 
     def scales(self) -> dict[str, float]:
-        """The scale with which PEFT applies each module; only to be asked for where there are no faults."""
+        """Return the scale that PEFT gives to each module; only defined without faults."""
         return {module: module_scale(self.config, module, shape[0]) for module, shape in self.factors("A").items()}
 
 
 def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
-    """The facts of an adapter: a folder, or a file of llama.cpp.
+    """Read the facts of an adapter: a folder, or a file of llama.cpp.
 
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
@@ -74,27 +76,27 @@ def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
 def _gguf_facts(path: Path, family: str | None) -> AdapterFacts:
     header = open_gguf_adapter(path).header
     shapes = {name: info.shape for name, info in header.tensors.items()}
-    tensors = tuple(tensor_sort(name) for name in shapes)
-    return AdapterFacts(
-        header.metadata, shapes, tensors, form="GGUF", family=family, faults=_pair_faults(shapes, tensors)
-    )
+    tensors = tuple(parse_gguf_name(name) for name in shapes)
+    faults = _pair_faults(shapes, tensors)
+    return AdapterFacts(header.metadata, shapes, tensors, form="GGUF", family=family, faults=faults)
+
+
+def _is_lora(config: Mapping[str, Any]) -> bool:
+    return str(config.get("peft_type")).upper() == "LORA"
 
 
 def _number_faults(config: Mapping[str, Any]) -> tuple[str, ...]:
-    if str(config.get("peft_type")).upper() != "LORA":
-        return ()
     try:
-        check_numbers(config, CONFIG)
+        if _is_lora(config):
+            check_numbers(config, CONFIG)
     except AdapterError as error:
         return (str(error),)
     return ()
 
 
-def _tensor_faults(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tensors: tuple[TensorName, ...]
-) -> tuple[str, ...]:
+def _tensor_faults(config: Mapping[str, Any], shapes: Shapes, tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
     # The factors of expert parameters hold all experts at once, with axes of their own.
-    if str(config.get("peft_type")).upper() != "LORA" or config.get("target_parameters"):
+    if not _is_lora(config) or config.get("target_parameters"):
         return ()
     if faults := _pair_faults(shapes, tensors):
         return faults
@@ -106,16 +108,16 @@ def _tensor_faults(
     return ()
 
 
-def _pair_faults(shapes: Mapping[str, tuple[int, ...]], tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
+def _pair_faults(shapes: Shapes, tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
     a, b = ({t.module: shapes[t.key] for t in tensors if t.kind == side} for side in "AB")
     alone = sorted(a.keys() ^ b.keys())
-    unlike = sorted(module for module in a.keys() & b.keys() if not _belong_together(a[module], b[module]))
+    differ = sorted(module for module in a.keys() & b.keys() if not _is_pair(a[module], b[module]))
     if alone:
         return (f"{alone[0]} has only one of lora_A and lora_B ({len(alone)} such modules)",)
-    if unlike:
-        return (f"lora_A and lora_B of {unlike[0]} have different ranks ({len(unlike)} such modules)",)
+    if differ:
+        return (f"lora_A and lora_B of {differ[0]} have different ranks ({len(differ)} such modules)",)
     return ()
 
 
-def _belong_together(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def _is_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return len(a) >= 2 and len(a) == len(b) and a[0] == b[1] and a[0] > 0

@@ -1,0 +1,51 @@
+"""Sentences on the changes of an adapter that do not move to another base."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.token_updates import TokenUpdate
+
+# Kind of change -> its name in a sentence.
+CHANGES = {
+    "embedding": "LoRA of an embedding",
+    "head": "an update of the output head",
+    "tokens": "trained tokens (trainable_token_indices)",
+    "bias": "trained biases",
+    "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
+    "full": "whole tensors (modules_to_save)",
+}
+_SHOWN = 3  # module names in a sentence
+
+
+def ignored_sentence(kind: str, names: Sequence[str], share: float | None, why: str = "") -> str:
+    """Say in one sentence what does not move.
+
+    Args:
+        kind: a key of `CHANGES`.
+        names: the modules.
+        share: of the whole adapter's squared Frobenius norm, or None if it is not known.
+        why: the reason, without a full stop.
+    """
+    return f"{describe_change(kind, names, share)}{f': {why}' if why else ''}."
+
+
+def describe_change(kind: str, names: Sequence[str], share: float | None) -> str:
+    """Name a change, its modules and its size, for a sentence; arguments as for `ignored_sentence`."""
+    names = list(dict.fromkeys(names))
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    part = "" if share is None else f" ({share:.1%} of the whole change's squared norm)"
+    return f"{CHANGES[kind]}, {listed}{part}"
+
+
+def token_update_sentences(tokens: Sequence[TokenUpdate], why: str) -> tuple[str, ...]:
+    """Say of each change of embedding or head, in one sentence, that it does not move."""
+    return tuple(ignored_sentence(update.kind, update.modules, update.share, why) for update in tokens)
+
+
+def drop_token_updates(adapter: Adapter, why: str) -> Adapter:
+    """Return the adapter without its changes of embedding and head, listed in `info.ignored` with the reason."""
+    if not adapter.tokens:
+        return adapter
+    ignored = adapter.info.ignored + token_update_sentences(adapter.tokens, why)
+    return dataclasses.replace(adapter, tokens=(), info=dataclasses.replace(adapter.info, ignored=ignored))

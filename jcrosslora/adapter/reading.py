@@ -1,0 +1,106 @@
+"""Read the updates of an opened adapter into memory, as low-rank factors."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jcrosslora.adapter.change_energy import change_energy
+from jcrosslora.adapter.factors import update_norm
+from jcrosslora.adapter.ignored import ignored_sentence, token_update_sentences
+from jcrosslora.adapter.kinds.alora import invocation_of
+from jcrosslora.adapter.kinds.kind import Kind, Update
+from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.truncate import truncate_update
+from jcrosslora.adapter.opening import OpenedAdapter
+from jcrosslora.adapter.read_tokens import read_tokens
+from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
+from jcrosslora.errors import AdapterError
+
+# A smaller share of the update's energy is rounding.
+_ROUNDING = 1e-6
+
+
+def read_adapter(opened: OpenedAdapter) -> Adapter:
+    """Read all updates; see `load_adapter`.
+
+    Raises:
+        AdapterError: damaged, empty, or of a kind that the base is needed for.
+    """
+    kind, file = opened.kind, opened.file
+    updates = opened.by_text_name((name, truncate_update(update, file.rank)) for name, update in kind.read(file))
+    head = _head(opened, updates)
+    linear = {name: update for name, update in updates.items() if name != HEAD}
+    tokens, ignored = _other_changes(opened, linear, head)
+    opened.check_not_empty(linear, [*ignored, *token_update_sentences(tokens, "")])
+    read = list(linear.values())
+    read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
+    info = opened.info(
+        ignored=(*opened.notes, *ignored),
+        read_as=_read_as(kind, file.config, read),
+        lost=_lost(read),
+        rank_limit=file.rank,
+        invocation=invocation_of(file.config) if kind.peft_type == "LORA" else None,
+    )
+    if file.base is not None:
+        file.base.release()
+    return Adapter(modules={name: update.factors for name, update in linear.items()}, info=info, tokens=tokens)
+
+
+def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None:
+    """Read the update of the output head; None if there is none, or none that can be read."""
+    groups = opened.groups
+    if not groups.heads:
+        return updates.get(HEAD)  # Of a kind whose file does not name its modules.
+    try:
+        found = list(opened.kind.read(dataclasses.replace(opened.file, modules=groups.heads, others=groups.modules)))
+    except AdapterError:
+        return None
+    return found[0][1] if len(found) == 1 else None
+
+
+def _other_changes(
+    opened: OpenedAdapter, linear: Mapping[str, Update], head: Update | None
+) -> tuple[tuple[TokenUpdate, ...], list[str]]:
+    """Read changes of embedding and head; say in a sentence for each kind of change what does not move."""
+    groups = opened.groups
+    tokens, read, reasons = read_tokens(opened.kind, opened.file, groups.extras, head)
+    left = {kind: [tensor for tensor in tensors if tensor.key not in read] for kind, tensors in groups.extras.items()}
+    names = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
+    energies = {kind: change_energy(opened.file, kind, left[kind]) for kind in names}
+    if (groups.heads or head is not None) and HEAD not in read:
+        names["head"] = list(groups.heads) or [HEAD]
+        energies["head"] = None if head is None else _energy(head)
+    total = math.fsum(map(_energy, linear.values())) + math.fsum(update.energy + update.lost for update in tokens)
+    total += math.fsum(energy or 0.0 for energy in energies.values())
+
+    def share(energy: float | None) -> float | None:
+        return None if energy is None or total == 0 else energy / total
+
+    ignored = [
+        ignored_sentence(kind, found, share(energies[kind]), reasons.get(kind, "")) for kind, found in names.items()
+    ]
+    return tuple(
+        dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens
+    ), ignored
+
+
+def _energy(update: Update) -> float:
+    return update_norm(update.factors) ** 2 + update.lost
+
+
+def _lost(updates: Sequence[Update]) -> float:
+    """Share of the update's energy that reading it lost, 0 if it is only rounding."""
+    total, lost = math.fsum(map(_energy, updates)), math.fsum(update.lost for update in updates)
+    return lost / total if lost > _ROUNDING * total else 0.0
+
+
+def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -> str | None:
+    lost, remark = _lost(updates), kind.remark(config)
+    if kind is PLAIN and lost == 0:
+        return None
+    ranks = sorted({update.factors.rank for update in updates})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    how = f"at {rank}, which loses {lost:.1%} of the update's energy" if lost else f"exactly, at {rank}"
+    return f"{kind.name} ({kind.formula}), read {how}{f'; {remark}' if remark else ''}"
