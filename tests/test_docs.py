@@ -1,0 +1,73 @@
+"""The documentation: every public name is described, every link leads somewhere, the README stays short."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import jcrosslora as jcl
+
+ROOT = Path(__file__).parent.parent
+API = (ROOT / "docs" / "python-api.md").read_text()
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("[!.]*/README.md")})
+PUBLIC = sorted(getattr(jcl, "__all__", ()))
+
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring(name: str):
+    value = getattr(jcl, name)
+    if inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value):
+        # Not inherited, and not the signature that a dataclass without a docstring gets.
+        text = value.__doc__ or ""
+        assert text.strip()
+        assert not text.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_on_the_api_page(name: str):
+    assert f"`{name}`" in API
+
+
+def test_the_api_page_lists_no_name_that_is_not_public():
+    if PUBLIC:
+        listed = {name for group in re.findall(r"members: \[(.*)\]", API) for name in group.split(", ")}
+        assert listed <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path):
+    for link in _LINK.findall(_FENCE.sub("", page.read_text())):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        if anchor:
+            assert anchor in _anchors(target), f"{page.name} links to {link}, but {target.name} has no such heading"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+
+
+def test_the_python_of_the_pages_is_python():
+    for page in PAGES:
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            ast.parse(code)
+
+
+def test_the_readme_has_at_most_10_kb():
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def _anchors(page: Path) -> set[str]:
+    """The ids that GitHub and mkdocs give to headings: lower case, spaces to hyphens, punctuation dropped."""
+    headings = _HEADING.findall(_FENCE.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
