@@ -1,46 +1,134 @@
-"""Move a LoRA adapter from one base model to a different one, without training data."""
+"""Move a LoRA adapter from one base model to a different one, without training data.
 
-from importlib.metadata import version as _version
+The public names are listed once, in `_MODULES`; a name's module is imported when the name is first used, so that
+`import jcrosslora` costs milliseconds.
+"""
 
-from jcrosslora.adapter import Adapter as Adapter
-from jcrosslora.adapter import LoRAFactors as LoRAFactors
-from jcrosslora.adapter import check_engines as check_engines
-from jcrosslora.adapter import load_adapter as load_adapter
-from jcrosslora.alignment.align import align as align
-from jcrosslora.alignment.transport import Transport as Transport
-from jcrosslora.cache import Cache as Cache
-from jcrosslora.cache import open_cache as open_cache
-from jcrosslora.checkpoint import BaseModel as BaseModel
-from jcrosslora.checkpoint import open_base as open_base
-from jcrosslora.errors import AdapterError as AdapterError
-from jcrosslora.errors import CacheError as CacheError
-from jcrosslora.errors import CheckpointError as CheckpointError
-from jcrosslora.errors import HostError as HostError
-from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
-from jcrosslora.errors import MethodError as MethodError
-from jcrosslora.errors import OutputError as OutputError
-from jcrosslora.errors import PairingError as PairingError
-from jcrosslora.errors import ShortMemoryError as ShortMemoryError
-from jcrosslora.errors import UsageError as UsageError
-from jcrosslora.evidence.probes import Probes as Probes
-from jcrosslora.evidence.probes import written_probes as written_probes
-from jcrosslora.export.export import ExportSettings as ExportSettings
-from jcrosslora.export.export import export_adapter as export_adapter
-from jcrosslora.export.merge import MergeSettings as MergeSettings
-from jcrosslora.export.merge import merge as merge
-from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
-from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
-from jcrosslora.lineage.pairing import Pairing as Pairing
-from jcrosslora.methods import METHODS as METHODS
-from jcrosslora.methods import Method as Method
-from jcrosslora.methods import register_method as register_method
-from jcrosslora.report.record import TransferReport as TransferReport
-from jcrosslora.report.verdict import verdict as verdict
-from jcrosslora.session.result import TransferResult as TransferResult
-from jcrosslora.session.saving import save_adapter as save_adapter
-from jcrosslora.session.settings import TransferSettings as TransferSettings
-from jcrosslora.session.transfer import shift as shift
-from jcrosslora.session.transfer import transfer as transfer
-from jcrosslora.shifting.apply import apply as apply
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-__version__ = _version("jcrosslora")
+if _TYPE_CHECKING:
+    from jcrosslora import errors as errors
+    from jcrosslora import methods as methods
+    from jcrosslora.adapter import Adapter as Adapter
+    from jcrosslora.adapter import LoRAFactors as LoRAFactors
+    from jcrosslora.adapter import check_engines as check_engines
+    from jcrosslora.adapter import load_adapter as load_adapter
+    from jcrosslora.adapter import stack_adapters as stack_adapters
+    from jcrosslora.adapter import unstack_adapters as unstack_adapters
+    from jcrosslora.alignment.align import align as align
+    from jcrosslora.alignment.transport import Transport as Transport
+    from jcrosslora.batch import read_plan as read_plan
+    from jcrosslora.batch import run_batch as run_batch
+    from jcrosslora.cache import Cache as Cache
+    from jcrosslora.cache import open_cache as open_cache
+    from jcrosslora.checkpoint import BaseModel as BaseModel
+    from jcrosslora.checkpoint import open_base as open_base
+    from jcrosslora.errors import AdapterError as AdapterError
+    from jcrosslora.errors import BatchError as BatchError
+    from jcrosslora.errors import CacheError as CacheError
+    from jcrosslora.errors import CheckpointError as CheckpointError
+    from jcrosslora.errors import HostError as HostError
+    from jcrosslora.errors import JCrossLoRAError as JCrossLoRAError
+    from jcrosslora.errors import LostHostError as LostHostError
+    from jcrosslora.errors import MethodError as MethodError
+    from jcrosslora.errors import OutputError as OutputError
+    from jcrosslora.errors import PairingError as PairingError
+    from jcrosslora.errors import ShortMemoryError as ShortMemoryError
+    from jcrosslora.errors import UsageError as UsageError
+    from jcrosslora.evaluate import score as score
+    from jcrosslora.evidence.kinds import EvidenceKind as EvidenceKind
+    from jcrosslora.evidence.probes import Probes as Probes
+    from jcrosslora.evidence.probes import written_probes as written_probes
+    from jcrosslora.evidence.records import Evidence as Evidence
+    from jcrosslora.evidence.records import Maps as Maps
+    from jcrosslora.export.export import ExportSettings as ExportSettings
+    from jcrosslora.export.export import export_adapter as export_adapter
+    from jcrosslora.export.merge import MergeSettings as MergeSettings
+    from jcrosslora.export.merge import merge as merge
+    from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
+    from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
+    from jcrosslora.lineage.pairing import Pairing as Pairing
+    from jcrosslora.methods import Method as Method
+    from jcrosslora.methods import register_method as register_method
+    from jcrosslora.report.record import TransferReport as TransferReport
+    from jcrosslora.report.verdict import verdict as verdict
+    from jcrosslora.session.files import transfer_files as transfer_files
+    from jcrosslora.session.result import TransferResult as TransferResult
+    from jcrosslora.session.saving import save_adapter as save_adapter
+    from jcrosslora.session.settings import TransferSettings as TransferSettings
+    from jcrosslora.session.transfer import shift as shift
+    from jcrosslora.session.transfer import transfer as transfer
+    from jcrosslora.shifting.apply import apply as apply
+    from jcrosslora.training import TrainingSettings as TrainingSettings
+    from jcrosslora.training import train_lora as train_lora
+
+    __version__: str
+
+# Each module below the package with the public names that come from it. The block above repeats them for type checkers;
+# a test compares the two.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "adapter": ("Adapter", "LoRAFactors", "check_engines", "load_adapter", "stack_adapters", "unstack_adapters"),
+    "alignment.align": ("align",),
+    "alignment.transport": ("Transport",),
+    "batch": ("read_plan", "run_batch"),
+    "cache": ("Cache", "open_cache"),
+    "checkpoint": ("BaseModel", "open_base"),
+    "errors": (
+        "AdapterError",
+        "BatchError",
+        "CacheError",
+        "CheckpointError",
+        "HostError",
+        "JCrossLoRAError",
+        "LostHostError",
+        "MethodError",
+        "OutputError",
+        "PairingError",
+        "ShortMemoryError",
+        "UsageError",
+    ),
+    "evaluate": ("score",),
+    "evidence.kinds": ("EvidenceKind",),
+    "evidence.probes": ("Probes", "written_probes"),
+    "evidence.records": ("Evidence", "Maps"),
+    "export.export": ("ExportSettings", "export_adapter"),
+    "export.merge": ("MergeSettings", "merge"),
+    "lineage.base_comparison": ("BaseComparison", "compare_bases"),
+    "lineage.pairing": ("Pairing",),
+    "methods": ("Method", "register_method"),
+    "report.record": ("TransferReport",),
+    "report.verdict": ("verdict",),
+    "session.files": ("transfer_files",),
+    "session.result": ("TransferResult",),
+    "session.saving": ("save_adapter",),
+    "session.settings": ("TransferSettings",),
+    "session.transfer": ("shift", "transfer"),
+    "shifting.apply": ("apply",),
+    "training": ("TrainingSettings", "train_lora"),
+}
+_PUBLIC_MODULES = ("errors", "methods")
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: _Any = version("jcrosslora")
+    elif name == "__all__":  # what `from jcrosslora import *` asks for
+        return [name for name in __dir__() if name != "__version__"]
+    elif name in _PUBLIC_MODULES:
+        return _import_module(f"jcrosslora.{name}")
+    elif name in _HOMES:
+        value = getattr(_import_module(f"jcrosslora.{_HOMES[name]}"), name)
+    else:
+        msg = f"module 'jcrosslora' has no attribute {name!r}"
+        raise AttributeError(msg)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted((*_HOMES, *_PUBLIC_MODULES, "__version__"))
