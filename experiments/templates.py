@@ -21,7 +21,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
 from jcrosslora.fit.distill.completions import TEMPLATES, Writer
 from jcrosslora.fit.distill.settings import FitSettings
-from jcrosslora.fit.distill.writing import PILOT, behind_best, judge_templates, known_templates, write_pilot
+from jcrosslora.fit.distill.template_choice import PILOT, behind_best, judge_templates, known_templates, write_pilot
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -59,4 +59,3 @@ def test_imports_point_down():
 def test_no_files_import_each_other_in_a_circle():
     graph = {name: imports(path) for name, path in FILES.items() if name != "jcrosslora"}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
-

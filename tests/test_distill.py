@@ -35,14 +35,14 @@ from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageE
 from jcrosslora.fit.distill import FitSettings, distill
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
-from jcrosslora.fit.distill import writing as writing_module
+from jcrosslora.fit.distill import template_choice as writing_module
 from jcrosslora.fit.distill.batches import BATCH, distillation_batches, shared_tokens
 from jcrosslora.fit.distill.completions import TEMPLATES, Completion, Writer, first_sentence, in_template
 from jcrosslora.fit.distill.fit import solve
-from jcrosslora.fit.distill.reader import teach, weighted_kl
-from jcrosslora.fit.distill.solve import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
+from jcrosslora.fit.distill.reduced_base import teach, weighted_kl
 from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
-from jcrosslora.fit.distill.writing import continue_prompts, judge_templates, known_templates, write_completions
+from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
+from jcrosslora.fit.distill.template_choice import continue_prompts, judge_templates, known_templates, write_completions
 from jcrosslora.session.files import transfer_files
 
 SMALL = FitSettings(steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0)

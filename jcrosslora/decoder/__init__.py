@@ -10,11 +10,11 @@ from jcrosslora.decoder.adapters import (
 )
 from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
 from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
+from jcrosslora.decoder.generate import Sampled, sample, step
 from jcrosslora.decoder.kv_cache import KVCache, init_cache
 from jcrosslora.decoder.log_probs import target_log_probs
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.rope_settings import Rope
-from jcrosslora.decoder.sample import Sampled, sample, step
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 
 __all__ = [

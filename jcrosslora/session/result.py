@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.file_factors import FileDtype
+from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.save import Profile, save_adapter, why_without_tokens
 from jcrosslora.report.documents import card_text, recipe_of, report_json
 from jcrosslora.report.record import TransferReport
@@ -92,14 +92,14 @@ class TransferResult:
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report as a profile holds them."""
-
-
         why = why_without_tokens(profile)
         if not self.adapter.tokens or not why:
             return self.adapter, self.report
         left = [ignored_sentence(row.kind, row.modules, row.share, why) for row in self.report.tokens]
         warnings = (*self.report.warnings, *(f"not written: {text}" for text in left))
-        return dataclasses.replace(self.adapter, tokens=()), dataclasses.replace(self.report, tokens=(), warnings=warnings)
+        return dataclasses.replace(self.adapter, tokens=()), dataclasses.replace(
+            self.report, tokens=(), warnings=warnings
+        )
 
 
 def _metadata(report: Mapping[str, Any]) -> dict[str, str]:

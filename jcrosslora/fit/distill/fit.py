@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, Params, StackedAdapter, StackedFactors
 from jcrosslora.fit.distill.batches import DistillationBatch
-from jcrosslora.fit.distill.reader import Reader, shared_log_probs, teach, weighted_kl
+from jcrosslora.fit.distill.reduced_base import Reader, shared_log_probs, teach, weighted_kl
 from jcrosslora.fit.distill.settings import FitSettings
-from jcrosslora.fit.distill.solve import step_factors
 from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
+from jcrosslora.fit.distill.step import step_factors
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8

@@ -19,9 +19,9 @@ from jcrosslora.evidence.probes.start_words import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, distillation_batches, shared_tokens
 from jcrosslora.fit.distill.completions import Completion, Writer
 from jcrosslora.fit.distill.fit import Fitted, Teacher, fit
-from jcrosslora.fit.distill.reader import reader
+from jcrosslora.fit.distill.reduced_base import reader
 from jcrosslora.fit.distill.settings import FitSettings
-from jcrosslora.fit.distill.writing import FEWEST, Written, continue_prompts, write_completions
+from jcrosslora.fit.distill.template_choice import FEWEST, Written, continue_prompts, write_completions
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +58,10 @@ def distill(
     """Fit an update of the target to what an adapter changes in the source's predictions.
 
     The teacher of the fit is a mean of the log-probabilities of the target and of the adapted source, and on top of it
-    a share of what the adapter changes in them (`fit.distill.reader.teach`): at positions where tokens of both
+    a share of what the adapter changes in them (`fit.distill.reduced_base.teach`): at positions where tokens of both
     end at the same character, on the tokens that both have. The text is what the source writes with the adapter:
     answers to prompts, given ones or its own. Each step minimises a quadratic model of the divergence from the teacher
-    in closed form (see `fit.distill.solve`), and is made as long as is best on completions that no step is fitted
+    in closed form (see `fit.distill.step`), and is made as long as is best on completions that no step is fitted
     on.
 
     Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written, then the layers of both,

@@ -21,7 +21,7 @@ class FitSettings:
         rank: of each step, or the short side of a module where that is less; the fitted update has `steps` times this
             rank on top of what it started from, but no more than the short side.
         roles: the modules that are fitted.
-        teacher_weight: share of the adapted source's own predictions in the teacher, see `jcrosslora.fit.distill.reader.teach`.
+        teacher_weight: share of the adapted source's own predictions in the teacher, see `jcrosslora.fit.distill.reduced_base.teach`.
         contrast_weight: of the source's change in the teacher, on top of that.
         prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
         completions: prompts with answers in all, 16 or more, those held out included.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, StackedAdapter, forward, logits
-from jcrosslora.fit.distill.reader import weighted_kl
+from jcrosslora.fit.distill.reduced_base import weighted_kl
 
 _HIGHEST = lax.Precision.HIGHEST
 # Bytes that the layers may keep for the two backward passes: to compute them again takes two more forward passes.
