@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jcrosslora.adapter.card_licence import stated_licence
 from jcrosslora.adapter.config import check_type, config_notes
 from jcrosslora.adapter.folder import AdapterFiles, Form, find_adapter, open_weights, read_config
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
@@ -31,6 +32,7 @@ class OpenedAdapter:
         name: the path, hub id or name that it was asked for by.
         form: the format of its files; None in memory.
         revision: hub commit of the files, if they were asked for by a hub id.
+        licence: as the model card beside the files states it, or None.
         kind: of adapter.
         file: its configuration and tensors.
         groups: the same tensors by purpose.
@@ -41,6 +43,7 @@ class OpenedAdapter:
     name: str
     form: Form | None
     revision: str | None
+    licence: str | None
     kind: Kind
     file: AdapterFile
     groups: TensorGroups
@@ -57,6 +60,7 @@ class OpenedAdapter:
             form=self.form,
             digest=f"sha256:{self.file.file.file.sha256()}",
             revision=self.revision,
+            licence=self.licence,
             kind=self.kind.name,
             **known,
         )
@@ -99,7 +103,13 @@ def open_adapter(
     files = find_adapter(ref, revision)
     where, identity = str(files.config or files.weights), cached_identity(files.weights.parent)
     commit = identity[1] if identity is not None and identity[0] == files.name else None
-    return _opened(_peft_contents(files, base), where, base, rank, name=files.name, form=files.form, revision=commit)
+    origin = {
+        "name": files.name,
+        "form": files.form,
+        "revision": commit,
+        "licence": stated_licence(files.weights.parent),
+    }
+    return _opened(_peft_contents(files, base), where, base, rank, **origin)
 
 
 def open_state_dict(
@@ -120,7 +130,7 @@ def open_state_dict(
     check_type(config, name, TYPES)
     check_names(Path(name), tensors)
     contents = PeftContents(config, MemoryWeights(name, tensors), config, tuple(config_notes(config)))
-    return _opened(contents, name, base, rank, name=name, form=None, revision=None)
+    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licence=None)
 
 
 def _opened(

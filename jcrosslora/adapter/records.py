@@ -29,6 +29,7 @@ class AdapterInfo:
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
+        licence: as the adapter's own card states it, or None.
         rank_limit: the largest rank that was asked for when it was read, or None.
         invocation: token ids of its base after which it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `shifting.invocation`.
@@ -45,6 +46,7 @@ class AdapterInfo:
     kind: str = "LoRA"
     read_as: str | None = None
     lost: float = 0.0
+    licence: str | None = None
     rank_limit: int | None = None
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None

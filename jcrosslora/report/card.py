@@ -1,8 +1,9 @@
-"""The model card (README.md) of a moved adapter: where it comes from, how it was made, what to expect."""
+"""The model card (README.md) of a moved adapter: its origin, how it was made, what to expect."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from jcrosslora.checkpoint.hub import is_hub_id
 
@@ -13,6 +14,7 @@ def model_card(
     *,
     base_name: str | None,
     library: str = "peft",
+    licence: str | None = None,
     source_adapter: str,
     method: str,
     recipe: str,
@@ -34,6 +36,7 @@ def model_card(
         base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
             stands in the text only.
         library: whose format the files have, as the hub names it.
+        licence: of the source adapter, as its own card states it; None if it states none.
         source_adapter: name of the adapter that was moved.
         method: the transfer method.
         recipe: the exact recipe, as TOML.
@@ -50,13 +53,13 @@ def model_card(
         cut: to which ranks the updates were cut, and what that left, if they were.
     """
     sections = [
-        _front_matter(base_name, library),
+        _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
-        f"without training, by the method {_code(method)}{f', chosen because {_plain(choice)}' if choice else ''}.",
+        f"without data of its task, by the method {_code(method)}{f', chosen because {_plain(choice)}' if choice else ''}.",
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
-        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nRun again with `jcrosslora transfer --recipe FILE`.",
+        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nThe same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
@@ -76,14 +79,17 @@ def _is_on_the_hub(name: str | None) -> bool:
     return name is not None and is_hub_id(name) and not Path(name).exists()
 
 
-def _front_matter(base_name: str | None, library: str) -> str:
-    tags = ["lora", "jcrosslora"]
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
-    if _is_on_the_hub(base_name):
-        # A JSON string is a YAML string, whatever characters it holds.
-        lines.insert(0, f"base_model: {json.dumps(base_name)}")
-        tags.insert(0, f"base_model:adapter:{base_name}")
-    return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+def _front_matter(base_name: str | None, library: str, licence: str | None) -> str:
+    on_the_hub = _is_on_the_hub(base_name)
+    data = ModelCardData(
+        base_model=base_name if on_the_hub else None,
+        base_model_relation="adapter" if on_the_hub else None,
+        library_name=library,
+        license=licence,
+        pipeline_tag="text-generation",
+        tags=[*([f"base_model:adapter:{base_name}"] if on_the_hub else []), "lora", "jcrosslora"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _bases(bases: Mapping[str, BaseRow]) -> str:

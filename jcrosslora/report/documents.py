@@ -1,21 +1,54 @@
-"""What is written beside a moved adapter: the recipe that made it, and its model card."""
+"""What is written beside a moved adapter: the recipe that made it, its report and its model card."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 from jcrosslora.report.card import model_card
+from jcrosslora.report.public_names import public_name, publish, replacements, source_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict
 
+CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
+_HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
+# What lay in files of a machine is given by name: add --adapter, --source and --target with the paths of yours.
+"""
+
+
+def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> dict[str, str]:
+    """Return the files that go beside a moved adapter, by name. They tell no path of the machine.
+
+    Args:
+        report: of the transfer.
+        out: name of the folder.
+        profile: file format of the adapter.
+        dtype: number format of the adapter.
+    """
+    recipe = recipe_of(report, out=out, profile=profile, dtype=dtype)
+    card = publish(card_text(report, recipe, profile), replacements(report))
+    data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
+    return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: _HEAD + recipe}
+
+
+def published(report: TransferReport) -> dict[str, Any]:
+    """Return a report as JSON data that may be published."""
+    data = publish(report.to_json(), replacements(report))
+    for side, name in (("source", source_name(report)), ("target", public_name(report.target.name))):
+        data[side]["name"] = name
+        data[side]["ref"] = public_name(getattr(report, side).ref)
+    return data
+
 
 def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
-    """The transfer as TOML that `jcrosslora transfer --recipe` reads back; only what differs from the defaults."""
+    """Return the transfer as TOML that `jcrosslora transfer --recipe` reads back; only what differs from the defaults."""
     recipe = report.recipe
     settings = {
-        "adapter": report.adapter.name,
-        "source": report.source.ref,
-        "target": report.target.ref,
+        "adapter": public_name(report.adapter.name),
+        "source": public_name(report.source.ref),
+        "target": public_name(report.target.ref),
         "out": out,
         "method": recipe.method,
         **changed_settings(report),
@@ -27,33 +60,28 @@ def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         "dtype": dtype,
         "profile": profile,
         "seed": recipe.seed,
-        "probe_text": recipe.probe_text,
+        "probe_text": public_name(recipe.probe_text),
         "probe_count": recipe.probe_count,
         "adapter_revision": report.adapter.revision,
         "source_revision": report.source.revision,
         "target_revision": report.target.revision,
-        "target_name": report.target.name,
+        "target_name": public_name(report.target.name),
     }
     return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items() if value is not None)
 
 
-def report_json(report: TransferReport, recipe: str) -> str:
-    """The content of `transfer_report.json`."""
-    data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **report.to_json()}
-    return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-
 def card_text(report: TransferReport, recipe: str, profile: str = "portable") -> str:
-    """The model card of a moved adapter."""
+    """Return the model card of a moved adapter."""
     return model_card(
         library="peft" if profile in ("portable", "peft") else profile,
-        base_name=report.target.name,
-        source_adapter=report.adapter.name,
+        licence=report.adapter.licence,
+        base_name=public_name(report.target.name),
+        source_adapter=public_name(report.adapter.name) or "adapter",
         method=report.recipe.method,
         recipe=recipe,
         bases={
-            "source": (report.source.name, report.source.revision, report.source.digest),
-            "target": (report.target.name, report.target.revision, report.target.digest),
+            "source": (source_name(report), report.source.revision, report.source.digest),
+            "target": (public_name(report.target.name), report.target.revision, report.target.digest),
         },
         verdict=verdict(report).text,
         table=role_rows(report),
@@ -68,7 +96,9 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
     )
 
 
-def _toml(value: str | float) -> str:
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     # A TOML basic string takes every escape that JSON writes, apart from surrogate pairs: keep those as they are.
     # It does not take a DEL, which JSON leaves.
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.save import Profile, save_adapter, why_without_tokens
-from jcrosslora.report.documents import card_text, recipe_of, report_json
+from jcrosslora.errors import OutputError
+from jcrosslora.report.documents import documents, published
+from jcrosslora.report.html import result_html
+from jcrosslora.report.public_names import public_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
 from jcrosslora.shifting.lora_xs_span import Frozen
@@ -65,11 +69,10 @@ class TransferResult:
         """
         adapter, report = self._held_by(profile)
         target = report.target
-        recipe = recipe_of(report, out=Path(out).name, profile=profile, dtype=dtype)
         return save_adapter(
             adapter,
             out,
-            base_name=target.name,
+            base_name=public_name(target.name),
             profile=profile,
             dtype=dtype,
             overwrite=overwrite,
@@ -78,17 +81,75 @@ class TransferResult:
             all_modules=list(target.shapes),
             family=target.family,
             heads=target.heads,
-            documents={
-                "README.md": card_text(report, recipe, profile),
-                "transfer_report.json": report_json(report, recipe),
-            },
-            metadata=_metadata(report.to_json()),
+            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype),
+            metadata=_metadata(published(report)),
         )
+
+    def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
+        """Load the adapter into a live model of transformers or PEFT, and make it the active one.
+
+        Args:
+            model: the target; its linear layers are wrapped in place.
+            adapter_name: a name that the model does not have yet.
+
+        Returns:
+            The `peft.PeftModel`.
+
+        Raises:
+            AdapterError: the model is not the target, or a tensor was not loaded (named).
+        """
+        return to_peft(self.adapter, model, adapter_name, fused=self.report.target.fused)
+
+    def to_pytree(self) -> dict[str, Any]:
+        """Return the adapter as nested dictionaries of arrays, see `jcrosslora.adapter.to_pytree`."""
+        return to_pytree(self.adapter)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        profile: Profile = "portable",
+        dtype: FileDtype = "float32",
+        token: str | None = None,
+    ) -> str:
+        """Upload the adapter with its card, recipe and report.
+
+        Args:
+            repo_id: "owner/name" on the hub; the repository is made if it is not there.
+            private: whether a new repository is private.
+            profile: see `jcrosslora.save_adapter`.
+            dtype: number format of the file.
+            token: for the hub; None takes the one that `hf auth login` has left, or that of the environment.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            OutputError: the hub refuses the upload, or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            written = self.save(Path(folder) / repo_id.rpartition("/")[2], profile=profile, dtype=dtype)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                message = f"Adapter moved by jcrosslora, method {self.report.recipe.method}"
+                found = api.upload_folder(repo_id=repo_id, folder_path=written, commit_message=message)
+            except (OSError, ValueError) as error:  # those of huggingface_hub and of its HTTP client are among them
+                reason = " ".join(str(error).split())[:300]
+                msg = f"{repo_id}: the hub did not take the upload ({reason}); save the adapter, and try again"
+                raise OutputError(msg) from error
+        return str(found)
 
     def __repr__(self) -> str:
         """One line: method, bases, and what to expect."""
-        report = self.report
-        return f"TransferResult({report.recipe.method}, {report.source.name} -> {report.target.name}: {self.verdict.level})"
+        names = f"{public_name(self.report.source.name)} -> {public_name(self.report.target.name)}"
+        return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
+
+    def _repr_html_(self) -> str:
+        return result_html(self.report, self.texts)
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report as a profile holds them."""

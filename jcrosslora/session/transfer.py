@@ -105,7 +105,7 @@ def given_probes(prompts: Sequence[str] | str | Path | None) -> Probes | None:
     from jcrosslora.evidence.probes import Probes, read_texts
 
     if isinstance(prompts, str | Path):
-        return Probes(tuple(read_texts(prompts)), f"read from {prompts}", path=str(prompts))
+        return Probes(tuple(read_texts(prompts)), f"read from {Path(prompts).name}", path=str(prompts))
     return Probes(tuple(prompts), "given")
 
 

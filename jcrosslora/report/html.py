@@ -1,0 +1,56 @@
+"""A transfer in a notebook: what to expect, the figures by role, and the text it was made on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from jcrosslora.report.public_names import public_name, publish, replacements
+from jcrosslora.report.record import TransferReport
+from jcrosslora.report.table import role_rows
+from jcrosslora.report.verdict import verdict
+from jcrosslora.utils.html import html_table
+
+_TEXTS = 5  # shown, evenly spread
+_LONGEST = 300  # characters of a text
+_GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
+_COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
+
+
+def result_html(report: TransferReport, texts: Sequence[str]) -> str:
+    """Return the result of a transfer as inline HTML; every text in it is escaped.
+
+    Args:
+        report: of the transfer.
+        texts: that the fit was made on; a few are shown.
+    """
+    found = verdict(report)
+    title = (
+        f"{public_name(report.adapter.name)}: {public_name(report.source.name)} to {public_name(report.target.name)}"
+    )
+    colour = _COLOURS.get(found.level, _BAD)
+    sentences = [f"Method {report.recipe.method}" + (f", because {report.choice}" if report.choice else "") + "."]
+    sentences += [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
+    parts = [
+        f"<b>{escape(title)}</b>",
+        f'<div style="border-left:4px solid {colour};padding:2px 8px;margin:6px 0">'
+        f"<b>{escape(found.level)}</b>: {escape(found.text)}</div>",
+        *(f"<div>{escape(sentence)}</div>" for sentence in sentences),
+        html_table(role_rows(report), "What became of the update"),
+        html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
+        _listed("Warnings", report.warnings),
+        _listed("Text that it was made on", _samples(texts)),
+    ]
+    return publish(f"<div>{''.join(parts)}</div>", replacements(report))
+
+
+def _samples(texts: Sequence[str]) -> list[str]:
+    places = sorted({round(place * (len(texts) - 1) / max(_TEXTS - 1, 1)) for place in range(_TEXTS)}) if texts else []
+    return [text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in (texts[place] for place in places)]
+
+
+def _listed(title: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    lines = "".join(f'<li style="white-space:pre-wrap">{escape(item)}</li>' for item in items)
+    return f"<details><summary>{escape(title)} ({len(items)})</summary><ul>{lines}</ul></details>"

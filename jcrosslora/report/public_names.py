@@ -1,0 +1,58 @@
+"""Names that tell nothing of the machine that an adapter was made on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.report.record import TransferReport
+
+
+def public_name(ref: str | None) -> str | None:
+    """Return what may be published of a reference: a hub id as it is, of a path the last part."""
+    if ref is None or (is_hub_id(ref) and not Path(ref).exists()):
+        return ref
+    return Path(ref).name or Path(ref).resolve().name or None
+
+
+def source_name(report: TransferReport) -> str | None:
+    """Return the name of the source base: the hub id that the adapter's own configuration states, else the file's.
+
+    The `general.name` of a GGUF file is that of its training, and often not that of the repository.
+    """
+    stated = report.adapter.base_name
+    return stated if stated and is_hub_id(stated) and not Path(stated).exists() else public_name(report.source.name)
+
+
+def replacements(report: TransferReport) -> dict[str, str]:
+    """Return the paths that occur in a report, with what stands for them in anything that is published."""
+    found = {}
+    infos = report.source, report.target
+    for ref in (
+        report.adapter.name,
+        report.recipe.probe_text,
+        *(info.ref for info in infos),
+        *(info.name for info in infos),
+    ):
+        name = public_name(ref)
+        # A bare name tells nothing, and replacing it could hit other text.
+        if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):
+            found[ref] = name
+            found[str(Path(ref).expanduser().absolute())] = name
+    return found
+
+
+def publish(value: Any, names: Mapping[str, str]) -> Any:
+    """Replace the paths in all texts of a JSON value, longer ones first."""
+    if isinstance(value, str) and names:
+        pattern = "|".join(re.escape(path) for path in sorted(names, key=len, reverse=True))
+        return re.sub(pattern, lambda match: names[match.group()], value)
+    if isinstance(value, Mapping):
+        return {key: publish(item, names) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [publish(item, names) for item in value]
+    return value
