@@ -1,4 +1,4 @@
-"""Rotary settings of a GGUF file in the form of transformers 5."""
+"""Rotary settings of a GGUF file, in the form of transformers 5."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,19 +8,19 @@ import numpy as np
 from jcrosslora.checkpoint.gguf_metadata import Metadata
 from jcrosslora.errors import CheckpointError
 
-_DEFAULT_BASE = 10_000.0  # of the rotary frequencies, in llama.cpp and transformers
+_DEFAULT_BASE = 10_000.0  # in llama.cpp and transformers
 _GEMMA3_LOCAL_BASE = 10_000.0
 
 
 def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The rotary settings in the form of transformers 5.
+    """Return the `rope_parameters` of a configuration.
 
     Args:
         meta: the metadata.
-        factors: the tensors rope_freqs (llama3) or rope_factors_long and _short (longrope), if the file has them.
+        factors: the tensors rope_freqs (llama3), or rope_factors_long and _short (longrope), if the file has them.
 
     Raises:
-        CheckpointError: a scaling type, or factors, that cannot be expressed.
+        CheckpointError: a scaling type, or factors, that are not supported.
     """
     theta = meta.number("rope.freq_base") or _DEFAULT_BASE
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}
@@ -60,8 +60,8 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 
 def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
-    # The file keeps only the resulting factors. Every published Llama 3 uses the same three constants beside the
-    # factor; the formula with them must give the stored numbers, otherwise the settings are unknown.
+    # The file has only the resulting factors. All published Llama 3 models use the same three constants; with them the
+    # formula must give the stored numbers, otherwise the settings are unknown.
     settings = {
         "rope_type": "llama3",
         "factor": round(float(stored.max(initial=1.0)), 4),  # free of float32 rounding; checked below
@@ -77,7 +77,7 @@ def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
 
 
 def llama3_factors(pairs: int, theta: float, settings: Mapping[str, Any]) -> np.ndarray:
-    """By what Llama 3 divides each rotary frequency (`_compute_llama3_parameters` of transformers).
+    """Return the divisor of each rotary frequency in Llama 3 (`_compute_llama3_parameters` of transformers).
 
     Args:
         pairs: number of frequencies, head_dim / 2.
@@ -85,7 +85,7 @@ def llama3_factors(pairs: int, theta: float, settings: Mapping[str, Any]) -> np.
         settings: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
 
     Returns:
-        (pairs,) float64: 1 for short wavelengths, `factor` for long ones, in between a smooth passage.
+        (pairs,) float64: 1 for short wavelengths, `factor` for long ones, a smooth transition in between.
     """
     wavelength = 2 * np.pi * theta ** (np.arange(pairs) / max(pairs, 1))
     turns = settings["original_max_position_embeddings"] / wavelength

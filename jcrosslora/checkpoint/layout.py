@@ -82,7 +82,7 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
 def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor that the model must have."""
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden), FINAL_NORM: (dims.hidden,)}
-    if not config.get("tie_word_embeddings", family.tied):
+    if not family.is_tied(config):
         expected[HEAD] = (dims.vocab, dims.hidden)
     in_layer = dict(_layer_shapes(family, dims, config))
     for layer in range(dims.layers):
@@ -102,13 +102,8 @@ def _layer_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> I
     for role in ROLES:
         if role not in held_in_fused:
             yield f"{ROLE_PATHS[role]}.weight", shapes[role]
-    for role in _biased_roles(family, config):
+    for role in family.biased_roles(config):
         yield f"{ROLE_PATHS[role]}.bias", (shapes[role][0],)
-
-
-def _biased_roles(family: Family, config: Mapping[str, object]) -> list[str]:
-    keyed = [role for key, roles in family.bias_keys.items() if config.get(key) for role in roles]
-    return [*family.biases, *keyed]
 
 
 def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], store: TensorStore, ref: str) -> None:
