@@ -57,19 +57,19 @@ def test_scales(tmp_path: Path, case: str, dtype, suffix: str):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (24, 16, 1), (5,), (0, 4)])
-def test_a_scale_that_fits_nothing_is_refused(tmp_path: Path, shape: tuple[int, ...]):
+def test_a_scale_that_does_not_fit_the_weight_is_refused(tmp_path: Path, shape: tuple[int, ...]):
     fp8_llama(tmp_path, "_scale", np.ones(shape), {"quant_method": "fp8"})
     with pytest.raises(CheckpointError, match="FP8 scale of shape"):
         open_base(tmp_path)
 
 
-def test_rows_alone(tmp_path: Path):
+def test_rows_are_dequantised_alone(tmp_path: Path):
     values = fp8_llama(tmp_path, "_scale_inv", BLOCKS, QWEN)
     ids = np.array([23, 0, 15, 16, 16])
     assert np.allclose(open_base(tmp_path).rows(NAME, ids), (values * expand(BLOCKS, 16, 8))[ids], rtol=1e-6)
 
 
-def test_fp8_without_scale_is_plain_values_in_a_plain_checkpoint(tmp_path: Path):
+def test_fp8_without_scale_is_read_as_values_in_a_checkpoint_without_quantisation(tmp_path: Path):
     values = fp8_llama(tmp_path, None, None, None)
     assert np.array_equal(open_base(tmp_path).tensor(NAME).astype(np.float64), values)
 

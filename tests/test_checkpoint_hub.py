@@ -116,7 +116,7 @@ def test_only_json_and_the_needed_shards_are_fetched_and_then_used_offline(hub, 
     assert offline == online
 
 
-def test_a_single_file_model(hub, tmp_path: Path):
+def test_a_model_of_one_file_is_fetched(hub, tmp_path: Path):
     folder, endpoint = hub
     for path in folder.glob("model*"):
         path.unlink()
@@ -140,20 +140,20 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(hub, tmp
         ("org/a..b", "", "HFValidationError"),
     ],
 )
-def test_a_failed_resolution_is_one_line(hub, tmp_path: Path, ref: str, revision: str, named: str):
+def test_a_hub_error_is_one_line(hub, tmp_path: Path, ref: str, revision: str, named: str):
     error = resolve(tmp_path / "cache", hub[1], ref, revision)["error"]
     assert ref in error
     assert named in error or "LocalEntryNotFoundError" in error
     assert "check the name, the network, HF_HUB_OFFLINE" in error
 
 
-def test_offline_and_not_in_the_cache(tmp_path: Path):
+def test_a_model_that_is_not_cached_is_refused_offline(tmp_path: Path):
     (tmp_path / "cache").mkdir()
     error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
     assert "org/model: no such folder here" in error
 
 
-def test_a_shard_that_is_missing_offline(hub, tmp_path: Path):
+def test_a_missing_shard_is_named_offline(hub, tmp_path: Path):
     resolve(tmp_path / "cache", hub[1])
     next((tmp_path / "cache").rglob("model-00002*")).unlink()
     error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
@@ -161,7 +161,7 @@ def test_a_shard_that_is_missing_offline(hub, tmp_path: Path):
     assert "model-00002-of-00002.safetensors is neither" in error or "LocalEntryNotFoundError" in error
 
 
-def test_a_repository_without_safetensors(hub, tmp_path: Path):
+def test_a_repository_without_safetensors_is_refused(hub, tmp_path: Path):
     folder, endpoint = hub
     for path in folder.glob("model*"):
         path.unlink()
@@ -169,7 +169,7 @@ def test_a_repository_without_safetensors(hub, tmp_path: Path):
     assert "choose a safetensors model" in error
 
 
-def test_a_repository_of_gguf_files_says_what_to_do(hub, tmp_path: Path):
+def test_a_repository_of_gguf_files_is_refused_with_advice(hub, tmp_path: Path):
     folder, endpoint = hub
     for path in folder.iterdir():
         path.unlink()
@@ -194,5 +194,5 @@ def test_a_repository_of_gguf_files_says_what_to_do(hub, tmp_path: Path):
         ("org/", False),
     ],
 )
-def test_the_form_of_a_hub_id(ref: str, valid: bool):
+def test_hub_ids_are_recognised_by_their_form(ref: str, valid: bool):
     assert is_hub_id(ref) == valid

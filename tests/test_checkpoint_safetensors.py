@@ -27,7 +27,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_one_file_holds_every_dtype_each_read_with_its_own(tmp_path: Path, padding: int):
+def test_a_file_of_mixed_dtypes_is_read(tmp_path: Path, padding: int):
     rng = np.random.default_rng(0)
     arrays = {}
     for dtype, numpy_dtype in DTYPES.items():
@@ -41,7 +41,7 @@ def test_one_file_holds_every_dtype_each_read_with_its_own(tmp_path: Path, paddi
         assert not read.flags.writeable
 
 
-def test_the_safetensors_package_writes_what_we_read(tmp_path: Path):
+def test_files_of_the_safetensors_package_are_read(tmp_path: Path):
     numpy_io = pytest.importorskip("safetensors.numpy")
     tensors = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.array(3.5), "c": np.ones((0, 4))}
     tensors["d"] = np.arange(4).astype(ml_dtypes.bfloat16)
@@ -114,7 +114,7 @@ def test_a_bad_header_is_refused_in_one_line(tmp_path: Path, case: str):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=8), st.integers(0, 100))
-def test_a_damaged_file_gives_an_error_of_ours_or_arrays(tmp_path_factory, position: int, patch: bytes, cut: int):
+def test_a_damaged_file_is_refused_or_read(tmp_path_factory, position: int, patch: bytes, cut: int):
     folder = tmp_path_factory.mktemp("fuzz")
     tensors = {"a": ("F32", np.ones((2, 3), np.float32)), "b": ("BF16", np.ones(4, ml_dtypes.bfloat16))}
     raw = bytearray(write_safetensors(folder / "x.safetensors", tensors).read_bytes())
@@ -131,7 +131,7 @@ def test_a_damaged_file_gives_an_error_of_ours_or_arrays(tmp_path_factory, posit
     assert "\n" not in message
 
 
-def test_single_and_sharded_give_the_same_tensors_but_other_digests(tmp_path: Path):
+def test_single_and_sharded_files_hold_the_same_tensors_with_different_digests(tmp_path: Path):
     single, sharded = open_base(write_llama(tmp_path / "a")), open_base(write_sharded_llama(tmp_path / "b"))
     assert set(single.tensor_names()) == set(sharded.tensor_names())
     for name, array in llama_tensors().items():
@@ -157,7 +157,7 @@ def test_files_that_the_index_does_not_name_are_never_opened(tmp_path: Path):
     assert open_base(folder).dims.layers == 2
 
 
-def test_rows_of_the_embedding(tmp_path: Path):
+def test_rows_of_the_embedding_are_read_by_id(tmp_path: Path):
     base, table = open_base(write_llama(tmp_path)), llama_tensors()["model.embed_tokens.weight"]
     ids = np.array([7, 0, 7])
     assert np.array_equal(base.rows(base.embedding_name, ids), table[ids])
@@ -169,7 +169,7 @@ def test_rows_of_the_embedding(tmp_path: Path):
         base.rows("model.norm.weight", ids)
 
 
-def test_names_of_a_base(tmp_path: Path):
+def test_a_base_is_named_by_argument_hub_cache_or_path(tmp_path: Path):
     folder = write_llama(tmp_path / "plain")
     assert open_base(folder).name == str(folder)
     assert open_base(folder, name="me/mine").name == "me/mine"
@@ -179,7 +179,7 @@ def test_names_of_a_base(tmp_path: Path):
     assert (cached.name, cached.revision) == ("org/name", "abc123")
 
 
-def test_files_that_are_here_are_of_no_revision_but_their_own(tmp_path: Path):
+def test_local_files_have_no_revision_but_their_own(tmp_path: Path):
     plain = write_llama(tmp_path / "plain")
     cached = write_llama(tmp_path / "models--org--name" / "snapshots" / "abc123")
     assert open_base(cached, revision="abc123").revision == "abc123"
@@ -189,7 +189,7 @@ def test_files_that_are_here_are_of_no_revision_but_their_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ref", ["~no-such-user/model", "m" * 5000, "org/" + "m" * 5000])
-def test_what_cannot_be_a_path_is_one_line(ref: str):
+def test_an_impossible_path_gives_a_one_line_error(ref: str):
     with pytest.raises(CheckpointError, match="not a path"):
         open_base(ref)
 
@@ -296,7 +296,7 @@ def test_integer_weights_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "ref", ["/no/such/folder", "./nothing", "gpt2", "a/b/c", "", "a b/c", "nothing.gguf", "x/y.gguf"]
 )
-def test_a_ref_that_is_neither_path_nor_id(ref: str, tmp_path: Path, monkeypatch):
+def test_a_name_that_is_neither_path_nor_hub_id_is_refused(ref: str, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     with pytest.raises(CheckpointError, match=r"no such folder or file|no config\.json") as error:
@@ -311,7 +311,7 @@ def test_a_single_weight_file_is_refused(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file(tmp_path: Path):
+def test_an_unreadable_file_is_refused(tmp_path: Path):
     folder = write_llama(tmp_path)
     (folder / "model.safetensors").chmod(0)
     with pytest.raises(CheckpointError, match="Permission denied"):

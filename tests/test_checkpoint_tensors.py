@@ -94,7 +94,7 @@ def test_each_module_computes_what_the_torch_module_computes(model, base, family
         assert np.allclose(ours, output, atol=1e-4), name
 
 
-def test_fused_modules(base, family):
+def test_fused_modules_hold_their_parts_in_row_order(base, family):
     if family != "phi3":
         assert base.fused == {}
         return
@@ -110,7 +110,7 @@ def test_fused_modules(base, family):
     assert np.array_equal(np.concatenate([as_float(piece) for piece in pieces]), whole)
 
 
-def test_residual_gain_is_what_the_norm_multiplies_by(model, base, family):
+def test_residual_gain_is_the_factor_of_the_norm(model, base, family):
     # A norm's gain is its output divided by its normalised input.
     x = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, 48).astype(np.float32))
     layer = copy.deepcopy(model).float().model.layers[2]
@@ -135,7 +135,7 @@ def test_residual_gain_is_what_the_norm_multiplies_by(model, base, family):
         assert np.allclose(ours, wanted, atol=1e-4), name
 
 
-def test_embedding_rows(model, base):
+def test_embedding_rows_equal_the_state_dict(model, base):
     ids = np.array([95, 3, 3, 0])
     table = as_float(model.get_input_embeddings().weight)
     rows = base.rows(base.embedding_name, ids)
@@ -144,7 +144,7 @@ def test_embedding_rows(model, base):
 
 
 @pytest.mark.parametrize("family_name", list(FAMILIES))
-def test_a_config_in_the_form_of_transformers_4_is_read_as_well(family_name: str, tmp_path: Path):
+def test_a_config_of_transformers_4_is_read(family_name: str, tmp_path: Path):
     tiny_model(family_name).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -160,7 +160,7 @@ def test_a_config_in_the_form_of_transformers_4_is_read_as_well(family_name: str
     assert open_base(tmp_path).dims.layers == 3
 
 
-def test_biases_that_the_config_promises_are_read(tmp_path: Path):
+def test_biases_of_the_config_are_read(tmp_path: Path):
     model = tiny_model("llama", attention_bias=True, mlp_bias=True)
     model.save_pretrained(tmp_path)
     base = open_base(tmp_path)
@@ -168,7 +168,7 @@ def test_biases_that_the_config_promises_are_read(tmp_path: Path):
         assert np.array_equal(base.tensor(name), tensor.numpy()), name
 
 
-def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path):
+def test_the_text_model_of_a_multimodal_gemma3_is_read(tmp_path: Path):
     # The weights of a text model under the prefixes of both generations of transformers, with a vision tensor beside.
     numpy_io = pytest.importorskip("safetensors.numpy")
     model = tiny_model("gemma3_text", num_attention_heads=8, num_key_value_heads=4)

@@ -50,30 +50,30 @@ def read(folder: Path, tokenizer, size: int = 100):
     return read_tokenizer(folder, size)
 
 
-def test_byte_level(tmp_path: Path):
+def test_byte_level_tokens_are_decoded(tmp_path: Path):
     # "€" is no character of the byte alphabet: not a token that byte-level text can give.
     tokens = read(tmp_path, BYTE_LEVEL).tokens
     assert tokens == {b"a": 0, b" the": 1, b"\n": 2, "é".encode(): 3, b" <tag>": 6}
 
 
-def test_sentencepiece(tmp_path: Path):
+def test_sentencepiece_tokens_are_decoded(tmp_path: Path):
     # <0x41> and "A" both stand for b"A": the id of "A" is the one that text gets.
     tokens = read(tmp_path, SENTENCEPIECE).tokens
     assert tokens == {b"A": 3, b"\n": 2, b" the": 4, "é".encode(): 5, b"  ": 8}
 
 
-def test_unigram(tmp_path: Path):
+def test_unigram_tokens_are_decoded(tmp_path: Path):
     assert read(tmp_path, UNIGRAM).tokens == {b" a": 1, b"b": 2}
 
 
-def test_special_tokens_are_known_by_their_names(tmp_path: Path):
+def test_special_tokens_are_listed_by_name(tmp_path: Path):
     assert read(tmp_path, BYTE_LEVEL).special == {b"<|end|>": 5}
     assert read(tmp_path, SENTENCEPIECE).special == {b"<unk>": 0}
     assert read(tmp_path, UNIGRAM).special == {}
     assert read(tmp_path, BYTE_LEVEL, size=5).special == {}
 
 
-def test_ids_beyond_the_embedding_are_left_out(tmp_path: Path):
+def test_ids_beyond_the_embedding_are_skipped(tmp_path: Path):
     assert read(tmp_path, BYTE_LEVEL, size=2).tokens == {b"a": 0, b" the": 1}
 
 
@@ -99,7 +99,7 @@ def test_an_unreadable_tokenizer_gives_its_reason(tmp_path: Path, tokenizer, rea
     assert "\n" not in vocabulary.reason
 
 
-def test_a_base_without_tokenizer_is_usable(tmp_path: Path):
+def test_a_base_without_a_tokenizer_is_usable(tmp_path: Path):
     base = open_base(write_llama(tmp_path))
     assert base.vocabulary().tokens is None
     assert "no tokenizer.json" in base.vocabulary().reason

@@ -169,7 +169,7 @@ def test_published_configurations_are_accepted(name: str):
     assert bool(checked.prefixes) == (name == "gemma-3-4b")
 
 
-def test_the_defaults_of_a_multimodal_text_part():
+def test_a_multimodal_text_config_gets_its_defaults():
     checked = check_config(PUBLISHED["gemma-3-4b"][0], PATH)
     dims = read_dims(checked.values, PATH)
     assert (dims.heads, dims.kv_heads, dims.vocab) == (8, 4, 262208)
@@ -198,7 +198,7 @@ def test_the_defaults_of_a_multimodal_text_part():
         ("Phi-4-mini", {"architectures": "Phi3ForCausalLM"}, "architectures"),
     ],
 )
-def test_what_changes_the_weights_meaning_is_refused(name: str, change: dict, message: str):
+def test_settings_that_change_the_meaning_of_weights_are_refused(name: str, change: dict, message: str):
     with pytest.raises(CheckpointError, match=message) as error:
         check_config(PUBLISHED[name][0] | change, PATH)
     assert "\n" not in str(error.value)
@@ -216,7 +216,7 @@ def test_an_unknown_key_with_a_value_is_refused(value):
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-def test_the_table_is_consistent(family):
+def test_the_family_table_is_consistent(family):
     assert set(family.norm_in) | set(family.norm_out) <= set(ROLES)
     assert not set(family.norm_in) & set(family.norm_out)
     assert set(family.norm_in.values()) | set(family.norm_out.values()) == set(family.norms)
@@ -225,6 +225,6 @@ def test_the_table_is_consistent(family):
     assert set(family.bias_keys) <= family.keys
 
 
-def test_public_names():
+def test_public_names_of_the_package():
     assert callable(open_base)
     assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}

@@ -82,7 +82,7 @@ def test_a_failure_in_the_block_leaves_no_trace(tmp_path, existing, error, raise
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch, failing, error, late):
+def test_a_failed_rename_restores_the_old_folder(tmp_path, monkeypatch, failing, error, late):
     """The first rename moves the old folder aside, the second the new one in; an interrupt may also come just after."""
     out = old_adapter(tmp_path / "out")
     before, rename, calls = everything(tmp_path), Path.rename, []
@@ -105,7 +105,7 @@ def test_a_failing_rename_brings_the_old_folder_back(tmp_path, monkeypatch, fail
 
 
 @pytest.mark.parametrize("call", ["mkdir", "mkdtemp"])
-def test_a_parent_that_refuses_is_one_line(tmp_path, monkeypatch, call):
+def test_a_parent_that_cannot_be_written_gives_a_one_line_error(tmp_path, monkeypatch, call):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -141,7 +141,7 @@ def make_link(out: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_file, make_home, make_checkpoints, make_link])
-def test_what_is_no_adapter_folder_is_never_replaced(tmp_path, make):
+def test_a_folder_without_an_adapter_is_never_replaced(tmp_path, make):
     out = tmp_path / "out"
     make(out)
     before = everything(tmp_path)
@@ -150,7 +150,7 @@ def test_what_is_no_adapter_folder_is_never_replaced(tmp_path, make):
     assert everything(tmp_path) == before
 
 
-def test_what_another_process_made_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_that_another_process_made_meanwhile_is_not_replaced(tmp_path):
     def write():
         with atomic_folder(tmp_path / "out") as work:
             (work / MARK).write_text("new")
@@ -172,13 +172,13 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("out", [".", "", "..", "inner/..", "/"])
-def test_what_cannot_be_renamed_is_refused_before_any_work(tmp_path, monkeypatch, out):
+def test_an_output_without_a_name_of_its_own_is_refused_before_any_work(tmp_path, monkeypatch, out):
     monkeypatch.chdir(old_adapter(tmp_path / "inner"))
     with pytest.raises(OutputError, match="a name of its own"):
         ensure_free(out, overwrite=True)
 
 
-def test_a_home_in_front_is_the_users(tmp_path, monkeypatch):
+def test_tilde_expands_to_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     with atomic_folder("~/out") as work:
@@ -191,7 +191,7 @@ def test_a_home_in_front_is_the_users(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("sync", [False, True])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, sync):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch, error, sync):
     path = tmp_path / "file.json"
     write_whole(path, b"old", sync=sync)
 

@@ -33,7 +33,7 @@ def test_the_header_equals_what_the_gguf_reader_finds(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantised_weights(kind: str, tmp_path: Path):
+def test_quantised_gguf_weights_are_dequantised(kind: str, tmp_path: Path):
     quant = gguf.GGMLQuantizationType[kind]
     path, tensors = small_llama(tmp_path / "x.gguf", kind=quant)
     base = open_base(path)
@@ -51,7 +51,7 @@ def test_quantised_weights(kind: str, tmp_path: Path):
     assert base.modules["model.layers.1.self_attn.q_proj"].dtype == kind
 
 
-def test_vocabulary_and_name(tmp_path: Path):
+def test_vocabulary_and_name_come_from_the_metadata(tmp_path: Path):
     path, _ = small_llama(tmp_path / "x.gguf", {"general.name": "Small one"}, tokens=TOKENS)
     base = open_base(path)
     assert base.name == "Small one"
@@ -67,12 +67,12 @@ def test_vocabulary_and_name(tmp_path: Path):
     assert open_base(path, name="me/mine").name == "me/mine"
 
 
-def test_a_list_where_the_kind_of_tokenizer_was_wanted_is_a_reason(tmp_path: Path):
+def test_an_invalid_kind_of_tokenizer_is_given_as_the_reason(tmp_path: Path):
     path, _ = small_llama(tmp_path / "x.gguf", {"tokenizer.ggml.model": ["gpt2"]})
     assert "['gpt2'] is not supported" in open_base(path).vocabulary().reason
 
 
-def test_sentencepiece_vocabulary(tmp_path: Path):
+def test_a_sentencepiece_vocabulary_is_read_from_the_metadata(tmp_path: Path):
     texts = ["<unk>", "<s>", "<0x41>", "<0x0A>", "A", "▁the", "▁▁", "<b>", "é", "unused"]
     path, _ = small_llama(tmp_path / "x.gguf", tokens=("llama", texts, [2, 3, 6, 6, 1, 1, 1, 4, 1, 5]))
     vocabulary = open_base(path).vocabulary()
@@ -82,7 +82,7 @@ def test_sentencepiece_vocabulary(tmp_path: Path):
     assert vocabulary.special == {b"<unk>": 0, b"<s>": 1}
 
 
-def test_rope_scaling_from_metadata(tmp_path: Path):
+def test_rope_scaling_is_read_from_the_metadata(tmp_path: Path):
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     path, _ = small_llama(tmp_path / "a.gguf", linear)
     assert open_base(path).config["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
@@ -115,7 +115,7 @@ BAD_MODELS = {
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_a_model_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path, case: str):
+def test_an_inconsistent_model_is_refused_in_one_line(tmp_path: Path, case: str):
     changes, message = BAD_MODELS[case]
     path, _ = small_llama(tmp_path / "x.gguf", **changes)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -182,7 +182,7 @@ def test_a_truncated_model_is_refused(tmp_path: Path):
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 3000), st.binary(min_size=1, max_size=8))
-def test_a_damaged_header_gives_an_error_of_ours_or_arrays(tmp_path_factory, position: int, patch: bytes):
+def test_a_damaged_header_is_refused_or_read(tmp_path_factory, position: int, patch: bytes):
     folder = tmp_path_factory.mktemp("fuzz")
     path, _ = small_llama(folder / "x.gguf", tokens=TOKENS)
     content = bytearray(path.read_bytes())
@@ -215,7 +215,7 @@ REAL = {
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
-def test_real_model(name: str):
+def test_a_real_gguf_model_is_read(name: str):
     base = open_base(real_model(name))
     family, dims = REAL[name]
     assert base.family.name == family
@@ -231,7 +231,7 @@ def test_real_model(name: str):
 
 
 @pytest.mark.real
-def test_the_real_models_share_a_large_part_of_their_words():
+def test_two_real_vocabularies_share_many_tokens():
     smol, gemma = (open_base(real_model(name)).vocabulary().tokens for name in REAL)
     assert smol is not None
     assert gemma is not None

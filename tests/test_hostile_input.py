@@ -30,7 +30,7 @@ FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChec
 @pytest.mark.parametrize("name", READERS)
 @FEW
 @given(st.integers(0, 1 << 40))
-def test_damaged_files_are_read_or_refused_in_one_line(name, tmp_path, seed):
+def test_damaged_files_are_refused_in_one_line_or_read(name, tmp_path, seed):
     for path in tmp_path.iterdir():
         path.unlink()
     for file, content in READERS[name].damage(Random(seed)).items():
@@ -44,7 +44,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(name, tmp_path, seed):
     assert len(message) < 5000
 
 
-def test_whatever_a_message_quotes_it_is_one_printable_line():
+def test_messages_are_one_printable_line():
     assert str(CheckpointError("a\nb\x1b[2J\u2028\ud800é")) == r"a\nb\x1b[2J\u2028\ud800é"
     assert len(str(CheckpointError("x" * 100_000))) < 5000
 
@@ -52,7 +52,7 @@ def test_whatever_a_message_quotes_it_is_one_printable_line():
 CODE = "from pathlib import Path\nPath({mark!r}).write_text('run')\nclass Own:\n    pass\n"
 
 
-def test_code_that_a_model_brings_along_is_not_run(tmp_path: Path):
+def test_code_in_a_model_folder_is_not_run(tmp_path: Path):
     mark = tmp_path / "mark"
     folder = write_llama(
         tmp_path / "base", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}, trust_remote_code=...

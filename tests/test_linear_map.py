@@ -20,7 +20,7 @@ def test_low_rank_map_is_the_product_of_its_factors():
     np.testing.assert_allclose(dense(low_rank(left, right), 5), left @ right.T, atol=1e-5)
 
 
-def test_select_takes_rows_with_their_gains():
+def test_select_weights_the_selected_rows():
     chosen = select(jnp.array([2, 0, 2]), jnp.array([1.0, 0.0, 3.0]), 4)
     np.testing.assert_array_equal(dense(chosen, 4), [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 3, 0]])
 
@@ -36,7 +36,7 @@ def test_a_map_refuses_an_argument_of_the_wrong_height():
         low_rank(normal(7, 3), normal(5, 3))(jnp.zeros((6, 2)))
 
 
-def test_energy_of_a_product_without_forming_it():
+def test_product_energy_is_the_squared_norm_of_the_product():
     b, a = normal(8, 3), normal(3, 6, seed=1)
     assert float(product_energy(b, a)) == pytest.approx(float(np.sum((b @ a) ** 2)), rel=1e-5)
 
@@ -51,7 +51,7 @@ def test_recompression_is_the_best_approximation_of_its_rank(rank):
     assert float(kept) == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-5)
 
 
-def test_recompression_of_zero_keeps_all_of_nothing():
+def test_recompression_of_a_zero_product_keeps_all_its_energy():
     b, a, kept = recompress(jnp.zeros((5, 3)), jnp.zeros((3, 4)), 2)
     assert not np.asarray(b @ a).any()
     assert float(kept) == 1.0

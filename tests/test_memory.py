@@ -38,7 +38,7 @@ def bare(*_, **__):
     ("fill", "said"),
     [(fill_device, r"not enough memory \(.*\d{12} bytes\): use"), (fill_host, r"\(Unable to .*\)"), (bare, "memory: ")],
 )
-def test_memory_that_runs_out_is_one_error_of_ours(fill, said):
+def test_memory_errors_become_short_memory_errors(fill, said):
     with pytest.raises(jcl.ShortMemoryError, match=said) as caught, enough_memory():
         fill()
     assert str(caught.value).endswith("use a device or a machine with more memory")
@@ -68,7 +68,7 @@ def house(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["cross-lora", "theseus"])
-def test_the_command_says_so_in_one_line_and_writes_nothing(house, tmp_path, monkeypatch, capsys, method):
+def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(house, tmp_path, monkeypatch, capsys, method):
     monkeypatch.setattr(trip, "open_both", fill_device)
     places = ["--source", str(house / "small"), "--target", str(house / "wide"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as left:
@@ -81,7 +81,7 @@ def test_the_command_says_so_in_one_line_and_writes_nothing(house, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_every_command_says_so(house, monkeypatch, capsys):
+def test_every_command_reports_short_memory(house, monkeypatch, capsys):
     monkeypatch.setattr("jcrosslora.report.inspect.open_base", fill_host)
     with pytest.raises(SystemExit) as left:
         main(["inspect", str(house / "small")])
@@ -89,7 +89,7 @@ def test_every_command_says_so(house, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("jcrosslora: not enough memory (Unable to allocate")
 
 
-def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monkeypatch):
+def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
     given = move_in(tmp_path, "residual-fit", ["Anna said that the water boils.", "Peter has a dog."] * 8)
     monkeypatch.setattr(effect_check, "load_params", fill_device)
     report = transfer_files(given).report
@@ -102,7 +102,7 @@ def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monke
     assert not (tmp_path / "again").exists()
 
 
-def test_a_job_that_needs_too_much_fails_alone(house, tmp_path, monkeypatch):
+def test_a_batch_job_that_runs_out_of_memory_fails_alone(house, tmp_path, monkeypatch):
     head = f'out="moved"\n[bases]\nsmall="{house}/small"\nwide="{house}/wide"\n'
     text = (
         head + f'[adapters]\nsmall=["{house}/adapters/*"]\n[[moves]]\nfrom="small"\nto="wide"\nmethods=["cross-lora"]\n'

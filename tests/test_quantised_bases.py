@@ -33,7 +33,7 @@ def quantised(request, tmp_path_factory):
     return CASES[request.param], folder, write_quantised(folder, CASES[request.param])
 
 
-def test_weights_are_what_the_formula_says(quantised):
+def test_weights_equal_the_formula_of_the_format(quantised):
     case, folder, meant = quantised
     base = open_base(folder)
     for name, module in base.modules.items():
@@ -44,14 +44,14 @@ def test_weights_are_what_the_formula_says(quantised):
     assert set(base.tensor_names()) == set(meant)
 
 
-def test_the_formula_is_near_the_weights(quantised):
+def test_the_formula_is_close_to_the_original_weights(quantised):
     """Guards the makers of these files: a format that is misunderstood on both sides would be far off."""
     case, _, meant = quantised
     original = llama_tensors(seed=0, **DIMS)[Q + ".weight"]
     assert np.linalg.norm(meant[Q + ".weight"] - original) < case.error * np.linalg.norm(original)
 
 
-def test_rows_alone(quantised):
+def test_rows_are_dequantised_alone(quantised):
     _, folder, meant = quantised
     base = open_base(folder)
     ids = np.array([31, 0, 7, 7, 12])
@@ -59,7 +59,7 @@ def test_rows_alone(quantised):
     assert np.allclose(base.rows("model.embed_tokens.weight", ids), meant["model.embed_tokens.weight"][ids])
 
 
-def test_the_decoder_reads_the_weights(quantised):
+def test_the_decoder_loads_quantised_weights(quantised):
     _, folder, meant = quantised
     params = load_params(open_base(folder))
     assert np.allclose(params.weights["down_proj"][0], meant["model.layers.0.mlp.down_proj.weight"], rtol=2e-6)
@@ -77,7 +77,7 @@ def rewritten(folder, change):
 OPTIONAL = (".g_idx", ".weight_format", ".weight_zero_point", ".weight_g_idx")
 
 
-def test_parts_that_are_missing_or_cut_are_refused(quantised, tmp_path):
+def test_missing_or_truncated_parts_are_refused(quantised, tmp_path):
     case, _, _ = quantised
     write_quantised(tmp_path, case)
     whole = (tmp_path / "model.safetensors").read_bytes()
@@ -123,7 +123,7 @@ def test_a_group_that_does_not_exist_is_refused(tmp_path):
         open_base(tmp_path)
 
 
-def test_a_quant_state_of_nonsense_is_refused(tmp_path):
+def test_an_invalid_quant_state_is_refused(tmp_path):
     case = CASES["nf4, double"]
     for state in (
         b"{",
@@ -139,7 +139,7 @@ def test_a_quant_state_of_nonsense_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_an_opened_weight_keeps_no_copy_of_its_scales(double, tmp_path):
+def test_an_open_weight_keeps_no_copy_of_its_scales(double, tmp_path):
     """They would add up over all modules of a model, whose weights are read a few at a time."""
     blocks, state = 1 << 14, {"shape": [1024, 1024], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.5}
     parts = {
@@ -163,7 +163,7 @@ def test_an_opened_weight_keeps_no_copy_of_its_scales(double, tmp_path):
     np.testing.assert_allclose(store.rows(Q + ".weight", np.arange(2)), -1.5 if double else -1)
 
 
-def test_scales_of_small_groups_are_widened_when_asked_for():
+def test_scales_of_small_groups_are_converted_on_demand():
     values = np.arange(1 << 15, dtype=np.float16).reshape(1024, 32)
     tracemalloc.start()
     try:
@@ -178,19 +178,19 @@ def test_scales_of_small_groups_are_widened_when_asked_for():
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "fp4"])
-def test_uneven_levels_are_known_as_a_rounding(name, tmp_path):
+def test_uneven_levels_are_recognised_as_rounding(name, tmp_path):
     write_quantised(tmp_path / "t", CASES[name], **LARGER)
     found = jcl.compare_bases(open_base(write_llama(tmp_path / "s", **LARGER)), open_base(tmp_path / "t"))
     assert found.words == ("quantised",), found.sentence
 
 
-def test_every_format_has_a_case():
+def test_every_format_is_tested():
     for form in FORMATS:
         assert any(case.settings and form.claims(case.settings) for case in CASES.values()), form.name
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "gptq, act order", "awq"])
-def test_an_adapter_moves_onto_a_quantised_twin(name, tmp_path):
+def test_an_adapter_is_transferred_to_a_quantised_copy_of_its_base(name, tmp_path):
     write_llama(tmp_path / "source", **DIMS)
     meant = write_quantised(tmp_path / "target", CASES[name])
     write_llama(tmp_path / "plain", **DIMS)
@@ -216,7 +216,7 @@ BITSANDBYTES = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "double"), BITSANDBYTES)
-def test_four_bits_as_bitsandbytes_itself_reads_them(kind, double, tmp_path):
+def test_four_bit_weights_equal_those_of_bitsandbytes(kind, double, tmp_path):
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -236,7 +236,7 @@ def test_four_bits_as_bitsandbytes_itself_reads_them(kind, double, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_bits_as_bitsandbytes_itself_reads_them(tmp_path):
+def test_eight_bit_weights_equal_those_of_bitsandbytes(tmp_path):
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -268,7 +268,7 @@ COMPRESSED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "options"), COMPRESSED)
-def test_what_compressed_tensors_itself_compresses(form, options, tmp_path):
+def test_weights_compressed_by_compressed_tensors_are_read(form, options, tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor

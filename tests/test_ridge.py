@@ -30,7 +30,7 @@ def test_ridge_is_the_least_squares_solution_of_the_padded_problem():
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
-def test_no_other_map_of_that_rank_is_better(rank):
+def test_reduced_rank_ridge_is_optimal_for_its_rank(rank):
     x, y, gram, cross = moments()
     left, right = (
         np.asarray(f, np.float64) for f in jax.jit(reduced_rank_ridge, static_argnums=2)(gram, cross, rank, PENALTY)
@@ -47,7 +47,7 @@ def test_no_other_map_of_that_rank_is_better(rank):
     assert loss(x, y, (u[:, :rank] * s[:rank]) @ vt[:rank]) >= best * (1 - 1e-5)
 
 
-def test_nothing_to_fit_gives_zeros():
+def test_zero_moments_give_zero_maps():
     nothing = jnp.zeros((5, 5)), jnp.zeros((5, 3))
     assert not np.asarray(ridge(*nothing, PENALTY)).any()
     left, right = reduced_rank_ridge(*nothing, 2, PENALTY)
@@ -56,7 +56,7 @@ def test_nothing_to_fit_gives_zeros():
 
 
 @pytest.mark.parametrize("power", [-0.5, -0.25, 0.5, 1.0])
-def test_powers_of_a_matrix(power):
+def test_psd_power_equals_the_matrix_power(power):
     x, *_ = moments()
     gram = x.T @ x
     values, vectors = np.linalg.eigh(gram)
@@ -66,7 +66,7 @@ def test_powers_of_a_matrix(power):
     np.testing.assert_allclose(raised, values, rtol=1e-3)
 
 
-def test_directions_that_are_never_reached_do_not_blow_up():
+def test_negative_powers_stay_bounded_in_unused_directions():
     x = moments()[0][:, :3] @ np.random.default_rng(2).normal(size=(3, 12))
     found, raised = psd_power(jnp.asarray(x.T @ x, jnp.float32), -0.5)
     assert np.isfinite(np.asarray(found)).all()

@@ -8,7 +8,7 @@ from jax import lax
 from jcrosslora.linalg import mesh_of, over_all_devices, over_layers, place, spread
 
 
-def test_loops_that_begin_with_constants_run_on_every_device():
+def test_loops_that_start_from_constants_run_on_every_device():
     stack = spread(np.arange(12, dtype=np.float32).reshape(4, 3))
 
     def total(row, factor):
@@ -21,7 +21,7 @@ def test_loops_that_begin_with_constants_run_on_every_device():
     assert found.sharding.mesh == mesh
 
 
-def test_an_array_is_divided_where_its_rows_can_be():
+def test_an_array_is_sharded_if_its_rows_divide_evenly():
     assert mesh_of(place(np.zeros((4, 3)))) is not None
     assert mesh_of(place(np.zeros((3, 4)))) is None
     assert over_all_devices().mesh.devices.tolist() == jax.local_devices()

@@ -61,14 +61,14 @@ def test_triplets_of_a_known_spectrum(route, rows, columns, rank):
     np.testing.assert_allclose(svd.condition, spectrum[0] / spectrum[rank - 1], rtol=1e-3)
 
 
-def test_gap_says_how_well_the_cut_is_defined():
+def test_gap_is_the_relative_distance_at_the_cut():
     spectrum = np.array([4.0, 3.0, 2.0, 1.0, 0.5])
     w, _, _ = matrix(12, 9, spectrum)
     assert float(full_svd(jnp.asarray(w, jnp.float32), 3).gap) == pytest.approx(0.5, abs=1e-4)
     assert float(full_svd(jnp.asarray(w, jnp.float32), 5).gap) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_error_grows_with_closeness_of_neighbours_and_is_an_honest_bound():
+def test_error_grows_with_close_neighbours_and_bounds_the_true_error():
     wide, narrow = np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array([5.0, 4.0, 4.0 - 1e-4, 2.0, 1.0])
     for spectrum in (wide, narrow):
         w, u, _ = matrix(60, 30, spectrum)
@@ -80,14 +80,14 @@ def test_error_grows_with_closeness_of_neighbours_and_is_an_honest_bound():
     assert errors[1] > 100 * errors[0]
 
 
-def test_close_neighbours_do_not_matter_where_only_the_subspace_is_used():
+def test_close_neighbours_do_not_raise_the_error_of_the_subspace():
     w, u, _ = matrix(60, 30, [5.0, 4.0, 4.0, 2.0, 1.0])
     svd = gram_svd(jnp.asarray(w, jnp.float32), 3, vectors=False)
     assert float(svd.error) < 1e-5
     np.testing.assert_allclose(np.asarray(svd.u) @ np.asarray(svd.u).T, u[:, :3] @ u[:, :3].T, atol=1e-4)
 
 
-def test_a_matrix_that_the_gram_route_cannot_resolve_is_redone():
+def test_a_matrix_that_the_gram_kernel_cannot_resolve_is_redone():
     easy, _, _ = matrix(48, 32, np.linspace(10, 1, 32))
     hard, u, _ = matrix(48, 32, np.r_[np.linspace(10, 1, 29), 1e-3, 5e-4, 2e-4], seed=1)
     stack = jnp.asarray(np.stack([easy, hard]), jnp.float32)
@@ -103,7 +103,7 @@ def test_a_matrix_that_the_gram_route_cannot_resolve_is_redone():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96), (64, 64)])
-def test_the_kernel_on_the_host_is_exact_and_keeps_the_order_of_the_stack(rows, columns):
+def test_the_host_kernel_is_exact_and_keeps_the_order_of_the_stack(rows, columns):
     made = [matrix(rows, columns, slow(64), seed) for seed in range(7)]
     found = gram_on_host([w.astype(np.float32) for w, _, _ in made], 20)
     for svd, (w, u, v) in zip(found, made, strict=True):
@@ -119,7 +119,7 @@ def test_the_kernel_on_the_host_is_exact_and_keeps_the_order_of_the_stack(rows, 
         assert all(x.dtype == np.float32 for x in (svd.u, svd.v, svd.s, svd.error, svd.gap))
 
 
-def test_one_matrix_that_is_not_finite_does_not_spoil_its_neighbours_on_the_host():
+def test_a_matrix_with_nan_does_not_affect_others_on_the_host():
     w = matrix(24, 20, slow(20))[0].astype(np.float32)
     good, bad = gram_on_host([w, np.full_like(w, np.nan)], 6)
     assert np.isnan(bad.error)
@@ -127,7 +127,7 @@ def test_one_matrix_that_is_not_finite_does_not_spoil_its_neighbours_on_the_host
     assert good.error < 1e-4
 
 
-def test_directions_of_zero_singular_value_are_left_out():
+def test_vectors_of_zero_singular_values_are_zero():
     w, u, v = matrix(20, 12, [3.0, 2.0, 1.0])
     svd, _ = decompose(jnp.asarray(w, jnp.float32)[None], 8)
     assert int(svd.numerical_rank[0]) == 3
@@ -136,7 +136,7 @@ def test_directions_of_zero_singular_value_are_left_out():
     assert not np.asarray(svd.u[0])[:, 3:].any()
 
 
-def test_a_zero_matrix_has_no_directions_and_no_nan():
+def test_a_zero_matrix_gives_zero_vectors_and_no_nan():
     svd, _ = decompose(jnp.zeros((1, 6, 4)), 3)
     assert int(svd.numerical_rank[0]) == 0
     for leaf in (svd.u, svd.v, svd.s, svd.energy, svd.gap, svd.condition):
@@ -144,7 +144,7 @@ def test_a_zero_matrix_has_no_directions_and_no_nan():
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e12])
-def test_the_scale_of_the_weights_does_not_matter(size):
+def test_results_do_not_depend_on_the_scale_of_the_weights(size):
     w, u, _ = matrix(20, 12, np.linspace(3, 1, 12))
     svd, _ = decompose(jnp.asarray(w * size, jnp.float32)[None], 5)
     np.testing.assert_allclose(np.abs(np.sum(np.asarray(svd.u[0]) * u[:, :5], axis=0)), 1, atol=1e-4)
@@ -212,7 +212,7 @@ def test_kernels_on_a_slowly_decaying_spectrum_agree_with_float64(kernel, rows, 
     np.testing.assert_allclose(svd.residual, np.hypot(*sides) / 2**0.5, rtol=0.05, atol=3e-7)
 
 
-def test_a_kernel_that_has_not_converged_says_so():
+def test_a_kernel_that_has_not_converged_reports_a_large_error():
     w, u, v = matrix(96, 64, slow())
     for kernel, options in (("krylov", {"depth": 1}), ("subspace", {"extra": 0, "iterations": 1})):
         svd = run(kernel, w, **options)
@@ -222,7 +222,7 @@ def test_a_kernel_that_has_not_converged_says_so():
 
 
 @every_kernel
-def test_guard_triplets_are_added_and_change_no_figure(kernel):
+def test_guard_triplets_do_not_change_the_scalars(kernel):
     w = matrix(96, 64, slow())[0]
     alone, guarded = run(kernel, w), run(kernel, w, guard=5)
     assert guarded.u.shape == (96, 13)
@@ -234,7 +234,7 @@ def test_guard_triplets_are_added_and_change_no_figure(kernel):
 
 @every_kernel
 @pytest.mark.parametrize("count", [0, 5], ids=["zero", "low rank"])
-def test_low_rank_and_zero_leave_blanks_and_no_nan(kernel, count):
+def test_low_rank_and_zero_matrices_give_zero_vectors_and_no_nan(kernel, count):
     w, u, v = matrix(96, 64, slow(count)) if count else (np.zeros((96, 64)), np.zeros((96, 0)), np.zeros((64, 0)))
     svd = run(kernel, w)
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(svd))
@@ -246,7 +246,7 @@ def test_low_rank_and_zero_leave_blanks_and_no_nan(kernel, count):
 
 
 @every_kernel
-def test_equal_singular_values_leave_orthonormal_vectors_of_no_certainty(kernel):
+def test_equal_singular_values_give_orthonormal_vectors_with_a_large_error(kernel):
     w, u, _ = matrix(96, 64, np.r_[np.full(3, 2.0), slow(61)])
     svd = run(kernel, w)
     assert float(svd.error) > 0.1
@@ -256,7 +256,7 @@ def test_equal_singular_values_leave_orthonormal_vectors_of_no_certainty(kernel)
 
 
 @every_kernel
-def test_what_is_not_finite_has_no_error_that_passes(kernel):
+def test_matrices_that_are_not_finite_never_meet_a_tolerance(kernel):
     w = matrix(96, 64, slow())[0]
     w[3, 4] = np.nan
     assert not float(run(kernel, w).error) <= np.inf
@@ -275,14 +275,14 @@ def test_every_kernel_lowers_to_every_platform(kernel, platform):
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (1031, 1030), (1030, 1031)])
-def test_the_triangle_of_the_gram_matrix_is_the_whole_of_it(shape):
+def test_the_gram_matrix_from_its_upper_blocks_is_complete(shape):
     w = np.random.default_rng(0).normal(size=shape)
     gram = np.asarray(gram_matrix(jnp.asarray(w, jnp.float32)))
     np.testing.assert_array_equal(gram, gram.T)
     np.testing.assert_allclose(gram, w @ w.T if shape[0] < shape[1] else w.T @ w, atol=1e-2)
 
 
-def test_krylov_finds_more_copies_of_a_value_than_a_block_has_columns():
+def test_krylov_finds_more_copies_of_a_singular_value_than_a_block_has_columns():
     spectrum = np.r_[np.full(12, 2.0), slow(84)]
     w, _, _ = matrix(100, 96, spectrum)
     assert krylov_columns(12, block=4) < 96
@@ -328,7 +328,7 @@ def test_the_kernel_follows_shape_rank_and_platform(shape, rank, platform, wante
 
 
 @pytest.mark.parametrize("kernel", ["full", "krylov", "subspace"])
-def test_every_kernel_gives_single_vectors_through_decompose(kernel):
+def test_every_kernel_gives_accurate_vectors_through_decompose(kernel):
     w, u, v = matrix(500, 480, slow(480))
     svd, used = decompose(jnp.asarray(w, jnp.float32)[None], 4, kernel=kernel)
     assert krylov_columns(4, guard=GUARD) < 480
@@ -338,13 +338,13 @@ def test_every_kernel_gives_single_vectors_through_decompose(kernel):
     assert turned(jax.tree.map(lambda x: x[0], svd), u, v, 4).max() < 1e-2
 
 
-def test_a_space_too_wide_for_the_matrix_is_called_what_it_is():
+def test_krylov_without_room_for_its_subspace_is_reported_as_gram():
     w, _, _ = matrix(48, 32, slow(32))
     assert decompose(jnp.asarray(w, jnp.float32)[None], 8, kernel="krylov")[1] == ("gram in float64",)
 
 
 @pytest.mark.parametrize(("misses", "wanted"), [(1, "krylov, deeper"), (2, "gram"), (3, "full")])
-def test_a_miss_is_redone_by_one_stronger_kernel_after_the_other(monkeypatch, misses, wanted):
+def test_stronger_kernels_are_tried_in_turn(monkeypatch, misses, wanted):
     monkeypatch.setattr(choose, "_fits", lambda *_: True)
     w, u, v = matrix(60, 40, slow(40))
     nothing = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 3)))[0]
@@ -364,7 +364,7 @@ def test_a_miss_is_redone_by_one_stronger_kernel_after_the_other(monkeypatch, mi
     assert turned(jax.tree.map(lambda x: x[1], svd), u, v, 2).max() < 1e-2
 
 
-def test_what_cannot_be_had_is_returned_with_its_error():
+def test_the_best_result_is_returned_if_no_kernel_meets_the_tolerance():
     equal, nan = np.eye(24)[:, :20] * 3, np.full((24, 20), np.nan)
     svd, used = decompose(jnp.asarray(np.stack([equal, nan]), jnp.float32), 6)
     assert float(svd.error[0]) > 1
@@ -373,14 +373,14 @@ def test_what_cannot_be_had_is_returned_with_its_error():
     np.testing.assert_allclose(np.asarray(svd.u[0]).T @ np.asarray(svd.u[0]), np.eye(6), atol=1e-5)
 
 
-def test_the_account_counts_what_was_used():
+def test_describe_kernels_counts_the_kernels():
     assert describe_kernels(["gram", "gram in float64", "gram"]) == "gram 2, gram in float64 1"
     assert set(KERNELS) == {"full", "gram", "krylov", "krylov, deeper", "subspace"}
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(sorted(SMALL)), st.floats(0.1, 1.5), st.integers(0, 2**32 - 1))
-def test_no_kernel_is_surer_than_it_may_be(name, power, seed):
+def test_no_kernel_underestimates_its_error(name, power, seed):
     spectrum = np.sort(np.random.default_rng(seed).uniform(0.2, 1, size=64) ** power)[::-1]
     w, u, v = matrix(96, 64, spectrum, seed)
     svd = run(name, w)

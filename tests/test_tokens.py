@@ -56,13 +56,13 @@ def check_ends(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_ends_are_characters(loaded, text):
+def test_ends_count_characters(loaded, text):
     check_ends(loaded[1], text)
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.sampled_from("the sun.é日本語🎉\u0301\u200d\n½"), max_size=12))
-def test_ends_of_any_text(loaded, text):
+def test_ends_are_right_for_any_text(loaded, text):
     check_ends(loaded[1], text)
 
 
@@ -71,7 +71,7 @@ def test_tokens_inside_a_character_have_no_end(loaded):
     assert tokenizer.encode("🎉", special=False).ends.tolist()[-4:] == [-1, -1, -1, 1]
 
 
-def test_bos_and_stops(loaded):
+def test_bos_and_stop_tokens_are_found(loaded):
     kind, tokenizer = loaded
     assert tokenizer.bos == (None if kind == "byte-level" else 1)
     assert tokenizer.stops == (2, 7)
@@ -80,7 +80,7 @@ def test_bos_and_stops(loaded):
     assert tokenizer.decode([1, *tokenizer.encode("the").ids, 2]) == "the"
 
 
-def test_half_a_character_is_refused(loaded):
+def test_half_a_surrogate_pair_is_refused(loaded):
     with pytest.raises(UsageError, match="character 1"):
         loaded[1].encode("a\ud800")
 

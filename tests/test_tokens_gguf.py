@@ -1,5 +1,6 @@
-"""Tokenizers built from GGUF metadata act as the ones that the metadata were made from."""
+"""Tokenizers built from GGUF metadata behave as those that the metadata come from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_tokenizers import KINDS
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, merges_of
+from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of
 from jcrosslora.errors import CheckpointError
 
 PATH = Path("model.gguf")
@@ -18,8 +19,6 @@ REAL = {"SmolLM2-135M-Instruct.Q4_1.gguf": None, "gemma-3-270m-q4_k_m.gguf": 2}
 
 
 def byte_level_metadata(pre="gpt-2"):
-    import json
-
     model = json.loads(KINDS["byte-level"]().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     return {
@@ -50,7 +49,7 @@ def sentencepiece_metadata(**changes):
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.sampled_from("the sun, moon.é日🎉\n '7½"), max_size=20))
-def test_byte_level_is_the_one_it_came_from(text):
+def test_a_byte_level_tokenizer_is_rebuilt_from_its_metadata(text):
     own, built = KINDS["byte-level"](), build_backend(byte_level_metadata(), PATH)
     own.post_processor = None
     assert built.encode(text).ids == own.encode(text).ids
@@ -68,7 +67,7 @@ def test_byte_level_is_the_one_it_came_from(text):
         ("tekken", "HelloWorld 12", ["Hello", "World", " ", "1", "2"]),
     ],
 )
-def test_text_is_cut_as_the_metadata_say(pre, text, wanted):
+def test_text_is_split_by_the_rule_in_the_metadata(pre, text, wanted):
     backend = build_backend(byte_level_metadata(pre), PATH)
     pieces = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
     assert pieces == wanted
@@ -84,12 +83,19 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
     assert prefixed.decode(prefixed.encode("the a").ids) == "the a"
 
 
-def test_merges_come_best_score_first():
-    scores = {"a": -9.0, "b": -8.0, "ab": -2.0, "aab": -1.0, "aa": -5.0, "x": 0.0, "xy": 0.0}
-    assert merges_of(scores) == [("a", "ab"), ("aa", "b"), ("a", "b"), ("a", "a")]
+def test_merges_are_ordered_by_score():
+    scores = {"<unk>": 0.0, "a": -9.0, "b": -8.0, "ab": -2.0, "aab": -1.0, "aa": -5.0, "x": 0.0, "xy": 0.0}
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": list(scores),
+        "tokenizer.ggml.scores": list(scores.values()),
+        "tokenizer.ggml.token_type": [2] + [1] * (len(scores) - 1),
+    }
+    model = json.loads(build_backend(metadata, PATH).to_str())["model"]
+    assert model["merges"] == [["a", "ab"], ["aa", "b"], ["a", "b"], ["a", "a"]]
 
 
-def test_bos_where_the_metadata_do_not_say():
+def test_bos_has_a_default_if_the_metadata_do_not_state_it():
     ids = {"tokenizer.ggml.bos_token_id": 5}
     assert bos_of(ids | {"tokenizer.ggml.model": "llama"}) == 5
     assert bos_of(ids | {"tokenizer.ggml.model": "gpt2"}) is None
@@ -114,7 +120,7 @@ def test_bos_where_the_metadata_do_not_say():
         (sentencepiece_metadata(**{"tokenizer.ggml.unknown_token_id": 10**6}), "1000000 as the unknown one"),
     ],
 )
-def test_metadata_that_describe_no_tokenizer_are_refused(metadata, message):
+def test_invalid_metadata_are_refused(metadata, message):
     with pytest.raises(CheckpointError) as caught:
         build_backend(metadata, PATH)
     assert message in str(caught.value)
@@ -123,12 +129,12 @@ def test_metadata_that_describe_no_tokenizer_are_refused(metadata, message):
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers(name):
+def test_real_gguf_tokenizers_round_trip(name):
     tokenizer = load_tokenizer(open_base(real_model(name)))
     assert tokenizer.bos == REAL[name]
     for text in ("Hello, world! 12 345", "Héllo 日本語 👩\u200d🚀𓀀 x", "  a  b\n\n\n c\t"):
         encoded = tokenizer.encode(text)
         assert tokenizer.decode(encoded.ids) == text
         assert encoded.ends[-1] == len(text)
-    if REAL[name]:  # The ids of Gemma's own tokenizer.
+    if REAL[name]:  # ids of Gemma's own tokenizer
         assert tokenizer.encode("Hello, world!").ids.tolist() == [2, 9259, 236764, 1902, 236888]

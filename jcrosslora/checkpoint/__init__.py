@@ -1,4 +1,4 @@
-"""Base models: safetensors and GGUF files, the hub, and the table of supported families."""
+"""Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import Dims

@@ -100,7 +100,7 @@ class BaseModel:
     @property
     def tied(self) -> bool:
         """Whether the output head is the input embedding."""
-        return bool(self.config.get("tie_word_embeddings", self.family.tied))
+        return self.family.is_tied(self.config)
 
     def tensor_names(self) -> list[str]:
         """Hugging Face names of the stored tensors."""

@@ -1,7 +1,7 @@
 """The supported families as data: tensor names, fused matrices, norms, biases and configuration keys.
 
-Sources: the modelling code of transformers 5 and the `config.json` files of the published models. A key that is in
-no table is refused (see `config.py`), because it may change what the weights mean.
+Sources: the modelling code of transformers 5 and the `config.json` files of published models. A key that is in no table
+is refused (see `config.py`), because it may change what the weights mean.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Logical place of each role in a layer, the same for every family.
+# Logical name of each role in a layer, the same in every family.
 ROLE_PATHS: Mapping[str, str] = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -36,18 +36,18 @@ class Family:
     Attributes:
         name: the `model_type` of its configuration.
         architectures: accepted values in `architectures`.
-        norm_in: role -> norm of the layer between the residual stream and the module's input.
-        norm_out: role -> norm of the layer between the module's output and the residual stream.
-        norms: every norm of a layer with one weight per hidden feature.
-        head_norms: every norm of a layer with one weight per feature of a head.
+        norm_in: role -> norm between the residual stream and the module's input.
+        norms: norms of a layer with one weight per hidden feature.
+        norm_out: role -> norm between the module's output and the residual stream.
+        head_norms: norms of a layer with one weight per feature of a head.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         fused: module that holds several roles as row slices -> those roles in row order.
         biases: roles that always have a bias.
-        bias_keys: configuration key -> roles that have a bias when it is true.
-        tied: whether the head is the embedding when the configuration does not say.
-        keys: configuration keys that are understood, beside `COMMON_KEYS` and `HARMLESS_KEYS`.
-        fixed: configuration key -> the values that leave the weights' meaning alone; others are refused.
-        defaults: values that the configuration may leave out.
+        bias_keys: configuration key -> roles that have a bias if it is true.
+        tied: whether the head is the embedding if the configuration does not say.
+        keys: configuration keys that are understood beside `COMMON_KEYS` and `HARMLESS_KEYS`.
+        fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
+        defaults: values of keys that a configuration may omit.
     """
 
     name: str
@@ -78,14 +78,14 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Sizes, positions and activations: understood in every family.
+# Sizes, positions and activations, understood in every family.
 COMMON_KEYS = _words(
     "model_type architectures hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim vocab_size tie_word_embeddings hidden_act rms_norm_eps "
     "max_position_embeddings rope_theta rope_scaling rope_parameters quantization_config compression_config"
 )
 
-# Loading, training and generation settings: they do not change what the stored weights mean.
+# Settings of loading, training and generation, which do not change what the weights mean.
 HARMLESS_KEYS = _words(
     "_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled "
     "attn_implementation attention_dropout auto_map bos_token_id cache_implementation chunk_size_feed_forward "
@@ -99,7 +99,7 @@ HARMLESS_KEYS = _words(
     "unsloth_version_fixed use_cache use_flash_attn"
 )
 
-_IN_FRONT = {
+_PRE_NORMS = {
     **dict.fromkeys(QKV, "input_layernorm"),
     **dict.fromkeys(("gate_proj", "up_proj"), "post_attention_layernorm"),
 }
@@ -121,7 +121,7 @@ _GEMMA_KEYS = _WINDOW | {
     "sliding_window_pattern",
     "_sliding_window_pattern",
 }
-# What Gemma3TextConfig assumes: the `text_config` of a multimodal checkpoint leaves these out.
+# Defaults of Gemma3TextConfig: the `text_config` of a multimodal checkpoint omits these keys.
 _GEMMA3_DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -139,7 +139,7 @@ _TABLE = (
     Family(
         name="llama",
         architectures=("LlamaForCausalLM",),
-        norm_in=_IN_FRONT,
+        norm_in=_PRE_NORMS,
         norms=_TWO_NORMS,
         bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
         keys=frozenset({"attention_bias", "mlp_bias"}),
@@ -148,14 +148,14 @@ _TABLE = (
     Family(
         name="mistral",
         architectures=("MistralForCausalLM",),
-        norm_in=_IN_FRONT,
+        norm_in=_PRE_NORMS,
         norms=_TWO_NORMS,
         keys=_WINDOW,
     ),
     Family(
         name="qwen2",
         architectures=("Qwen2ForCausalLM",),
-        norm_in=_IN_FRONT,
+        norm_in=_PRE_NORMS,
         norms=_TWO_NORMS,
         biases=QKV,
         keys=_WINDOW | {"use_sliding_window"},
@@ -163,7 +163,7 @@ _TABLE = (
     Family(
         name="qwen3",
         architectures=("Qwen3ForCausalLM",),
-        norm_in=_IN_FRONT,
+        norm_in=_PRE_NORMS,
         norms=_TWO_NORMS,
         head_norms=_QK_NORMS,
         bias_keys={"attention_bias": ATTENTION},
@@ -200,7 +200,7 @@ _TABLE = (
     Family(
         name="phi3",
         architectures=("Phi3ForCausalLM",),
-        norm_in=_IN_FRONT,
+        norm_in=_PRE_NORMS,
         norms=_TWO_NORMS,
         fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("gate_proj", "up_proj")},
         keys=frozenset({"sliding_window", "original_max_position_embeddings", "partial_rotary_factor"}),
@@ -215,8 +215,8 @@ _TABLE = (
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
-# Multimodal checkpoints whose language model is a supported family: model_type -> (text model_type, name prefixes in
-# the file -> prefixes of the text model). Written by transformers 4 (language_model.model.) and 5.
+# Multimodal checkpoints whose language model is of a supported family: model_type -> (model_type of the text model,
+# prefixes of its tensors, see `renamed`), as transformers 4 (language_model.model.) and 5 write them.
 MULTIMODAL: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma3": (
         "gemma3_text",

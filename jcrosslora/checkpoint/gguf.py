@@ -1,4 +1,4 @@
-"""Open a GGUF model: names of its tensors, its configuration, and the refusal of what is not understood."""
+"""Open a GGUF model: its tensors by Hugging Face name, and its configuration."""
 
 import importlib
 from pathlib import Path
@@ -26,7 +26,7 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
         path: the file.
 
     Returns:
-        Its configuration, its tensors, and the name that its metadata give it.
+        Its configuration, its tensors, and its name in the metadata.
 
     Raises:
         CheckpointError: the gguf package is missing, or the file is corrupt, truncated or not supported.
@@ -44,7 +44,7 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
 
 
 def open_header(path: Path) -> tuple[ModuleType, MappedFile, GGUFHeader]:
-    """The gguf package, a GGUF file of any type, and its header.
+    """Return the gguf package, the mapped file and its header; the file may be a model or an adapter.
 
     Raises:
         CheckpointError: the package is missing, or the file is corrupt, truncated or of a quantisation that cannot be
@@ -80,7 +80,7 @@ def _hf_names(header: GGUFHeader, arch: str, path: Path) -> dict[str, str]:
 
 
 def _check_types(header: GGUFHeader, gguf: ModuleType, path: Path) -> None:
-    """Dequantise one block of zeros of each type in use, so that an unsupported one is refused at once."""
+    """Refuse types that cannot be dequantised, by a block of zeros of each type in use."""
     for kind in {info.kind for info in header.tensors.values()}:
         to_float(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind, gguf, path)
 
@@ -93,7 +93,7 @@ def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -
 def _facts(header: GGUFHeader, path: Path) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        msg = f"{path}: has no matrix token_embd.weight: the file is not a whole model"
+        msg = f"{path}: has no matrix token_embd.weight: the file is not a complete model"
         raise CheckpointError(msg)
     return {
         "vocab_size": embedding.shape[0],
@@ -104,7 +104,7 @@ def _facts(header: GGUFHeader, path: Path) -> dict[str, Any]:
 
 
 def _check_heads(heads: tuple[Any, Any], header: GGUFHeader, arch: str, path: Path) -> None:
-    """Rows of q and k must split into heads of pairs before they can be reordered."""
+    """Check that rows of q and k split into heads of pairs, so that they can be reordered."""
     if arch != "llama":
         return
     for count, key in zip(heads, ("attn_q", "attn_k"), strict=True):

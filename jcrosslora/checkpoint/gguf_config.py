@@ -1,7 +1,7 @@
-"""GGUF metadata as a Hugging Face configuration, for the architectures that are also in the family table.
+"""Translate GGUF metadata into a Hugging Face configuration, for the architectures of the family table.
 
-Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter. What llama.cpp implies
-(Gemma's layer pattern, its second rope base, the query scale of the 27B models) is written out here, so that the
+Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's converter. Values that llama.cpp
+implies (Gemma's layer pattern, its second rope base, the query scale of the 27B models) are written out, so that the
 result builds the same model in transformers.
 """
 
@@ -10,41 +10,33 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, Metadata
 from jcrosslora.checkpoint.gguf_rope import rope_parameters
 from jcrosslora.errors import CheckpointError
 
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
-_GEMMA3_PATTERN = 6  # five sliding layers, then a full one
+_GEMMA3_PATTERN = 6  # five sliding layers, then a full layer
 
 
 def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The configuration of a GGUF model with Hugging Face keys.
+    """Return the configuration of a GGUF model with Hugging Face keys.
 
     Args:
         meta: its metadata.
-        facts: what only the tensors tell: vocab_size, tie_word_embeddings, attention_bias, mlp_bias.
-        factors: rope factor tensors by their GGUF name, if any.
+        facts: values from its tensors: vocab_size, tie_word_embeddings, attention_bias, mlp_bias.
+        factors: its rope factor tensors by GGUF name, if any.
 
     Raises:
-        CheckpointError: rope scaling that cannot be expressed.
+        CheckpointError: rope scaling that is not supported.
     """
     model_type = ARCHITECTURES[meta.arch]
     if meta.arch == "llama" and meta.count("attention.sliding_window"):
         model_type = "mistral"
     config = {
         "model_type": model_type,
-        "architectures": [_CLASSES[model_type]],
+        "architectures": [FAMILIES[model_type].architectures[0]],
         "hidden_size": meta.count("embedding_length"),
         "intermediate_size": meta.count("feed_forward_length"),
         "num_hidden_layers": meta.count("block_count"),
@@ -69,22 +61,21 @@ def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _family_part(meta: Metadata, model_type: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     window = meta.count("attention.sliding_window") or None
-    if model_type == "llama":
-        return {
-            "hidden_act": "silu",
-            "attention_bias": facts["attention_bias"],
-            "mlp_bias": facts["mlp_bias"],
-        }
-    if model_type == "mistral":
-        return {"hidden_act": "silu", "sliding_window": window}
-    if model_type == "qwen2":
-        return {"hidden_act": "silu", "use_sliding_window": False}
-    if model_type == "qwen3":
-        return {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": facts["attention_bias"]}
-    if model_type == "phi3":
-        original = meta.count("rope.scaling.original_context_length") or meta.count("context_length")
-        return {"hidden_act": "silu", "sliding_window": window, "original_max_position_embeddings": original}
-    return _gemma_part(meta, window) | {"attention_bias": facts["attention_bias"]}
+    bias = {"attention_bias": facts["attention_bias"]}
+    if model_type.startswith("gemma"):
+        return _gemma_part(meta, window) | bias
+    parts = {
+        "llama": {**bias, "mlp_bias": facts["mlp_bias"]},
+        "mistral": {"sliding_window": window},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, **bias},
+        "phi3": {
+            "sliding_window": window,
+            "original_max_position_embeddings": meta.count("rope.scaling.original_context_length")
+            or meta.count("context_length"),
+        },
+    }
+    return {"hidden_act": "silu", **parts[model_type]}
 
 
 def _gemma_part(meta: Metadata, window: int | None) -> dict[str, Any]:
@@ -102,7 +93,7 @@ def _gemma_part(meta: Metadata, window: int | None) -> dict[str, Any]:
 
 
 def _layer_types(meta: Metadata) -> list[str]:
-    # The pattern is a period, or one flag per layer; without it llama.cpp's and transformers' own.
+    # The pattern is a period or one flag per layer; the default is that of llama.cpp and transformers.
     stated = meta.get("attention.sliding_window_pattern")
     layers = meta.count("block_count")
     if layers is None or not 0 < layers < 10_000:

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and the place of each tensor, all checked against the file's size.
+"""The header of a GGUF file: metadata and the place of each tensor, checked against the size of the file.
 
-Parsed here and not by gguf's own reader, because that one keeps an array object for every string of the vocabulary
-(7.5 s and 0.7 GB for Gemma's 262,144 tokens) and does not check lengths. Format:
+The reader of the gguf package is not used: it keeps an array object for every string of the vocabulary (7.5 s and
+0.7 GB for Gemma's 262,144 tokens) and does not check lengths. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -29,7 +29,7 @@ class TensorInfo:
     """One tensor of a GGUF file.
 
     Attributes:
-        shape: rows first, as in numpy (the file lists the row length first).
+        shape: rows first, as in numpy; the file lists the row length first.
         kind: number of its ggml type.
         start: first byte, counted from the start of the file.
     """
@@ -41,7 +41,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Metadata values by key, and tensors by their GGUF name."""
+    """The checked header.
+
+    Attributes:
+        metadata: values by key.
+        tensors: by GGUF name.
+    """
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -51,14 +56,14 @@ _LENGTH = struct.Struct("<Q")
 
 
 class _Cursor:
-    """Reads the header in order; every length is checked before it is used."""
+    """A reader of the header that checks every length before use."""
 
     def __init__(self, file: MappedFile):
         self.file = file
         self.position = 0
 
     def take(self, count: int) -> int:
-        """Move over `count` bytes and return where they start."""
+        """Advance by `count` bytes and return their start."""
         start = self.position
         if count > self.file.size - start:
             msg = f"{self.file.path}: the GGUF header ends beyond the file ({self.file.size} bytes): download it again"
@@ -73,7 +78,7 @@ class _Cursor:
     def string(self) -> str:
         length = self.number("Q")
         start = self.take(length)
-        # A token that is not valid UTF-8 matches no text; it must not make the model unreadable.
+        # A token that is not valid UTF-8 matches no text, but the model stays readable.
         return self.file.buffer[start : start + length].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
@@ -97,7 +102,7 @@ class _Cursor:
         return self.strings(count)
 
     def strings(self, count: int) -> list[str]:
-        """`count` strings as `string` reads them, in a loop without calls: a vocabulary has hundreds of thousands."""
+        """Read strings as `string` does, in a loop without calls: a vocabulary has hundreds of thousands."""
         self._ensure(count * _LENGTH.size)
         buffer, size, unpack, found = self.file.buffer, self.file.size, _LENGTH.unpack_from, []
         position = self.position
@@ -106,14 +111,14 @@ class _Cursor:
             end = start + unpack(buffer, position)[0] if start <= size else start
             if end > size:
                 self.position = position
-                self.take(end - position)  # which says that the file ends
+                self.take(end - position)  # raises the error
             found.append(buffer[start:end].decode("utf-8", "replace"))
             position = end
         self.position = position
         return found
 
     def repeat(self, count: int, smallest: int, read: Callable[[], Any]) -> list[Any]:
-        """`read` called `count` times; refused at once if so many items of `smallest` bytes cannot fit."""
+        """Call `read` `count` times, after a check that as many items of `smallest` bytes fit into the file."""
         self._ensure(count * smallest)
         return [read() for _ in range(count)]
 
@@ -131,7 +136,7 @@ def read_header(file: MappedFile, sizes: Mapping[int, tuple[int, int]]) -> GGUFH
         sizes: ggml type number -> (elements of a block, bytes of a block).
 
     Raises:
-        CheckpointError: not a GGUF file, an unsupported version, truncated, or a tensor that leaves the file.
+        CheckpointError: not a GGUF file, an unsupported version, truncated, or a tensor outside the file.
     """
     cursor = _Cursor(file)
     _check_start(cursor)

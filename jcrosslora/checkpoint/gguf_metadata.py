@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, read by key and checked by type."""
+"""The metadata of a GGUF file, by key, with checked types."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 from jcrosslora.errors import CheckpointError
 
-# general.architecture -> model_type. Mistral's exports say "llama": the modules are the same.
+# general.architecture -> model_type. Mistral is exported as "llama", which has the same modules.
 ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
 }
+# Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _LARGEST = 1e38  # float32 ends at 3.4e38
 _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
 
@@ -27,10 +29,10 @@ class Metadata:
 
     Args:
         values: all metadata.
-        path: named in errors.
+        path: the file, for errors.
 
     Raises:
-        CheckpointError: an architecture that is not supported, or a file that is no whole model.
+        CheckpointError: an architecture that is not supported, or a file that is not a complete base model.
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path):
@@ -51,11 +53,11 @@ class Metadata:
             raise CheckpointError(msg)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of `<architecture>.<key>`."""
+        """Return the value of `<architecture>.<key>`."""
         return self.values.get(f"{self.arch}.{key}", default)
 
     def number(self, key: str) -> float | None:
-        """A float value, as the shortest decimal that gives the stored float32 (1e-05, not 9.99999975e-06).
+        """Return a positive number, as the shortest decimal of the stored float32 (1e-05, not 9.99999975e-06).
 
         Raises:
             CheckpointError: the value is not a positive number.
@@ -63,14 +65,14 @@ class Metadata:
         value = self.get(key)
         if value is None:
             return None
-        # The bound keeps infinity and NaN out, too.
+        # The bound also excludes infinity and NaN.
         if type(value) not in (int, float) or not 0 < value < _LARGEST:
             msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]!r}, wanted a positive number"
             raise CheckpointError(msg)
         return float(str(np.float32(value)))
 
     def count(self, key: str) -> int | None:
-        """An integer value.
+        """Return a non-negative integer.
 
         Raises:
             CheckpointError: the value is not a non-negative integer of 32 bits.
@@ -82,14 +84,14 @@ class Metadata:
         return value
 
     def head_dim(self) -> int:
-        """Features of a head, 0 if the metadata do not tell."""
+        """Return the features of a head, 0 if the metadata do not state them."""
         return self.count("attention.key_length") or (self.count("embedding_length") or 0) // (
             self.count("attention.head_count") or 1
         )
 
 
 def model_name(values: Mapping[str, Any]) -> str | None:
-    """The hub id of the file's source repository if the metadata state one, else `general.name`."""
+    """Return the hub id of the source repository if the metadata state one, else `general.name`."""
     for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url"):
         if (hub_id := hub_id_of(values.get(key))) is not None:
             return hub_id
@@ -98,7 +100,7 @@ def model_name(values: Mapping[str, Any]) -> str | None:
 
 
 def hub_id_of(stated: Any) -> str | None:
-    """The hub id in a value that is one, or the address of a repository on the hub; None for others."""
+    """Return the hub id in a value that is a hub id or the address of a repository on the hub, else None."""
     if not isinstance(stated, str):
         return None
     if match := _HUB_URL.fullmatch(stated):

@@ -1,4 +1,4 @@
-"""Names of tensors in GGUF files and in the Hugging Face convention, by architecture."""
+"""Names of tensors in GGUF files and in the Hugging Face convention."""
 
 from collections.abc import Mapping
 
@@ -24,23 +24,22 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# What differs from `_BLOCK` by architecture.
+# Differences from `_BLOCK` by architecture.
 _BLOCK_CHANGES: Mapping[str, Mapping[str, str]] = {
     "gemma2": _SANDWICH,
     "gemma3": _SANDWICH,
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
 }
-# Mistral's exports say "llama": the modules are the same.
 _BY_FAMILY = {family: arch for arch, family in ARCHITECTURES.items()} | {"mistral": "llama"}
 
 
 def architecture(family: str) -> str | None:
-    """`general.architecture` of a family's GGUF files; None for a family that is not known."""
+    """Return `general.architecture` of the GGUF files of a family, None if the family is not known."""
     return _BY_FAMILY.get(family)
 
 
 def hf_name(stored: str, arch: str) -> str | None:
-    """The Hugging Face name of a tensor of a GGUF file; None if it is not known."""
+    """Return the Hugging Face name of a tensor of a GGUF file, None if it is not known."""
     stem, _, kind = stored.rpartition(".")
     if stem in _GLOBAL and kind == "weight":
         return _GLOBAL[stem]
@@ -51,7 +50,7 @@ def hf_name(stored: str, arch: str) -> str | None:
 
 
 def gguf_name(name: str, arch: str) -> str | None:
-    """The name in a GGUF file of a layer's tensor, given by its Hugging Face name; None if it is not known."""
+    """Return the GGUF name of a tensor of a layer by its Hugging Face name, None if it is not known."""
     parts = name.split(".", 3)
     path, _, kind = parts[-1].rpartition(".")
     stems = {path: stem for stem, path in _block(arch).items()}

@@ -1,4 +1,4 @@
-"""Rotary settings of a GGUF file in the form of transformers 5."""
+"""Rotary settings of a GGUF file, in the form of transformers 5."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,19 @@ from jcrosslora.checkpoint.gguf_metadata import Metadata
 from jcrosslora.checkpoint.llama3_rope import llama3_factors
 from jcrosslora.errors import CheckpointError
 
-_DEFAULT_BASE = 10_000.0  # of the rotary frequencies, in llama.cpp and transformers
+_DEFAULT_BASE = 10_000.0  # in llama.cpp and transformers
 _GEMMA3_LOCAL_BASE = 10_000.0
 
 
 def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The rotary settings in the form of transformers 5.
+    """Return the `rope_parameters` of a configuration.
 
     Args:
         meta: the metadata.
-        factors: the tensors rope_freqs (llama3) or rope_factors_long and _short (longrope), if the file has them.
+        factors: the tensors rope_freqs (llama3), or rope_factors_long and _short (longrope), if the file has them.
 
     Raises:
-        CheckpointError: a scaling type, or factors, that cannot be expressed.
+        CheckpointError: a scaling type, or factors, that are not supported.
     """
     theta = meta.number("rope.freq_base") or _DEFAULT_BASE
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}

@@ -1,43 +1,38 @@
-"""Tensors of a GGUF file in the Hugging Face convention: row order of q and k, norm offsets, dequantised on demand."""
+"""Tensors of a GGUF file in the Hugging Face convention, dequantised when read."""
 
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from types import ModuleType
 
-import ml_dtypes
 import numpy as np
 
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, TensorInfo
 from jcrosslora.checkpoint.gguf_vocabulary import gguf_vocabulary
 from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.errors import CheckpointError
 
 _ROWS_AT_ONCE = 4096
-# Types that numpy holds as they are; every other type is dequantised to float32.
-_NATIVE = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+# Types that numpy can hold; all others are dequantised to float32.
+_NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
 class GGUFStore:
     """The tensors of a GGUF file by their Hugging Face names.
 
-    llama.cpp's converter changes two things, which are undone here: for architecture "llama" the rows of q and k are
-    reordered for its rotary layout, and for Gemma every norm is stored as 1 + weight.
+    Two changes of llama.cpp's converter are undone: for architecture "llama" it reorders the rows of q and k for its
+    rotary layout, and for Gemma it stores norms as 1 + weight.
 
     Args:
         file: the mapped file.
         header: its checked header.
         gguf: the gguf package.
         names: Hugging Face name -> GGUF name.
-        heads: (query heads, key heads) where rows of q and k were reordered, else None.
-        norm_offset: what was added to every norm.
+        heads: (query heads, key heads) if rows of q and k are reordered, else None.
+        norm_offset: number added to every norm.
     """
 
     def __init__(
@@ -72,19 +67,19 @@ class GGUFStore:
         return self._info(name).shape
 
     def dtype(self, name: str) -> str:
-        """Name of the ggml type, e.g. "Q4_K"."""
+        """The ggml type, e.g. "Q4_K"."""
         return self._gguf.GGMLQuantizationType(self._info(name).kind).name
 
     def tensor(self, name: str) -> np.ndarray:
-        """A view for float types stored as they are; otherwise a float32 or reordered copy."""
+        """Read a tensor: a view of a float type, a float32 or reordered copy of others."""
         return self._read(name, self._row_order(name))
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """float32 (n, columns): only these rows are dequantised."""
+        """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
         order = self._row_order(name)
         places = ids if order is None else order[ids]
         out = np.empty((len(ids), self.shape(name)[1]), np.float32)
-        # In pieces, because dequantising needs several times the memory of its result.
+        # In pieces, because dequantising takes several times the memory of its result.
         for start in range(0, len(ids), _ROWS_AT_ONCE):
             piece = slice(start, start + _ROWS_AT_ONCE)
             out[piece] = self._read(name, places[piece])
@@ -106,11 +101,11 @@ class GGUFStore:
         return None if heads is None else unpermuted_rows(self._info(name).shape[0], heads)
 
     def vocabulary(self) -> Vocabulary:
-        """The tokens, from the metadata."""
+        """Return the tokens of the metadata."""
         return gguf_vocabulary(self._header.metadata, self.shape(EMBEDDING)[0])
 
     def release(self) -> None:
-        """Give resident pages back."""
+        """Give the resident pages back to the system."""
         self._file.release()
 
     def sha256s(self) -> list[str]:
@@ -119,13 +114,13 @@ class GGUFStore:
 
 
 def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
-    """For each row of the Hugging Face order, the row of the GGUF file that holds it.
+    """Return the row of the GGUF file for each row in Hugging Face order.
 
-    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF puts each pair side by
-    side, at rows 2j and 2j + 1.
+    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
+    2j and 2j + 1.
 
     Args:
-        rows: rows of the matrix, a multiple of 2 * heads.
+        rows: number of rows of the matrix, a multiple of 2 * heads.
         heads: number of heads.
 
     Returns:
@@ -135,7 +130,7 @@ def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
 
 
 def stored_rows(file: MappedFile, info: TensorInfo, gguf: ModuleType) -> np.ndarray:
-    """The tensor as stored: (..., columns) in its dtype, or (..., bytes of a row) for block types."""
+    """Return a tensor as stored: (..., columns) in its dtype, or (..., bytes of a row) for block types."""
     native = _NATIVE.get(gguf.GGMLQuantizationType(info.kind).name)
     if native is not None:
         return file.array(native, info.shape, info.start)
@@ -144,19 +139,19 @@ def stored_rows(file: MappedFile, info: TensorInfo, gguf: ModuleType) -> np.ndar
 
 
 def float_type(kind: int, gguf: ModuleType) -> str:
-    """Name of the type that `to_float` gives for a ggml type: itself if numpy holds it, else F32."""
+    """Return the name of the dtype of `to_float` for a ggml type: itself if numpy can hold it, else F32."""
     name = gguf.GGMLQuantizationType(kind).name
     return name if name in _NATIVE else "F32"
 
 
 def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None = None) -> np.ndarray:
-    """Rows as `stored_rows` gives them, dequantised to float32; types that numpy holds stay as they are.
+    """Dequantise rows from `stored_rows` to float32; types that numpy can hold are returned as they are.
 
     Args:
         stored: (..., columns or bytes).
         kind: number of the ggml type.
         gguf: the gguf package.
-        path: named in the error.
+        path: the file, for the error.
 
     Raises:
         CheckpointError: the package cannot dequantise the type.
@@ -168,7 +163,7 @@ def to_float(stored: np.ndarray, kind: int, gguf: ModuleType, path: Path | None 
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         return np.empty((*stored.shape[:-1], stored.shape[-1] // size * elements), np.float32)
     try:
-        # Whoever uses a weight refuses NaN and infinity, and says where they are.
+        # Callers check weights for NaN and infinity.
         with np.errstate(over="ignore", invalid="ignore"):
             return gguf.quants.dequantize(np.ascontiguousarray(stored), quant)
     except NotImplementedError as error:

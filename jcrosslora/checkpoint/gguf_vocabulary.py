@@ -1,8 +1,9 @@
-"""The vocabulary in a GGUF file's metadata."""
+"""The vocabulary in the metadata of a GGUF file."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from jcrosslora.checkpoint.gguf_metadata import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from jcrosslora.checkpoint.vocabulary import (
     Vocabulary,
     collect,
@@ -11,13 +12,11 @@ from jcrosslora.checkpoint.vocabulary import (
     decode_sentencepiece,
 )
 
-# Token types of llama.cpp (`llama_token_type`); unused tokens (5) are left out.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece}
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
-    """The tokens of `tokenizer.ggml.*`.
+    """Read the tokens of `tokenizer.ggml.*`.
 
     Args:
         metadata: the file's metadata.
@@ -35,9 +34,9 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
     if not all(isinstance(token, str) for token in tokens):
         return Vocabulary(None, "the GGUF metadata have tokens that are not strings")
     decode = _DECODERS[model]
-    order = (_NORMAL, _USER_DEFINED, _BYTE)  # A byte token last: text uses "A", not <0x41>.
+    order = (NORMAL, USER_DEFINED, BYTE)  # byte tokens last: text uses "A", not <0x41>
     pairs = [
-        (decode_literal(token) if kind == _USER_DEFINED else decode(token), index, kind)
+        (decode_literal(token) if kind == USER_DEFINED else decode(token), index, kind)
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in order
     ]
@@ -45,6 +44,6 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
     special = (
         (decode_literal(token), index)
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_UNKNOWN, _CONTROL)
+        if kind in (UNKNOWN, CONTROL)
     )
     return collect(((token, index) for token, index, _ in pairs), size, special)

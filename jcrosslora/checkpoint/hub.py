@@ -1,4 +1,4 @@
-"""A hub id becomes a local folder: only JSON files and the shards that hold the model's tensors are fetched."""
+"""Fetch a hub model into the local cache: its JSON files and the shards of its tensors only."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,18 @@ from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_
 from jcrosslora.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# Files of a model that are neither weights nor its card.
+# Files of a model except its weights and its card.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def is_hub_id(ref: str) -> bool:
-    """Whether `ref` has the form "org/name" and is no file name of a kind this package reads."""
+    """Whether `ref` has the form "org/name" and is not the name of a weight file."""
     return _HUB_ID.fullmatch(ref) is not None and not ref.endswith((".gguf", ".safetensors", ".bin"))
 
 
 def cached_identity(folder: Path) -> tuple[str, str] | None:
-    """(hub id, commit) of a folder inside a hub cache: models--org--name/snapshots/commit; else None."""
+    """Return (hub id, commit) of a folder models--org--name/snapshots/commit of a hub cache, else None."""
     parts = folder.absolute().parts
     if len(parts) < 3 or parts[-2] != "snapshots" or (match := _CACHE_FOLDER.fullmatch(parts[-3])) is None:
         return None
@@ -28,25 +28,25 @@ def cached_identity(folder: Path) -> tuple[str, str] | None:
 
 
 def check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
-    """Refuse another revision of what is here: only the hub has that.
+    """Check that local files are of the wanted revision.
 
     Args:
-        ref: as it was given, for the message.
-        path: of the folder or file.
-        wanted: the revision that was asked for, if any.
+        ref: the path as given, for the message.
+        path: the folder or file.
+        wanted: the wanted revision, if any.
 
     Raises:
-        CheckpointError: it is not the commit that the folder is known to be of.
+        CheckpointError: it is not the known commit of the folder.
     """
     identity = cached_identity(path)
     if wanted is not None and (identity is None or identity[1] != wanted):
-        known = "no revision is known of it" if identity is None else f"of revision {identity[1]}"
-        msg = f"{ref}: is here, {known}; revision {wanted!r} was wanted: leave it out, or give a hub id"
+        known = "which no revision is known" if identity is None else f"revision {identity[1]}"
+        msg = f"{ref}: is a local path of {known}; revision {wanted!r} was wanted: leave it out, or give a hub id"
         raise CheckpointError(msg)
 
 
 def fetch(hub_id: str, revision: str | None) -> Path:
-    """Bring the needed files of a hub model into the local cache.
+    """Fetch the needed files of a hub model into the local cache.
 
     Args:
         hub_id: "org/name".
@@ -60,9 +60,9 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     """
     folder = _snapshot(hub_id, revision, ["*.json"])
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        msg = f"{hub_id}: the repository has no config.json, as those of GGUF files have none: download the GGUF file "
-        raise CheckpointError(msg + "that you want and give its path, or choose a safetensors model")
-    config = read_config(folder)  # Refuses an unsupported model before gigabytes are fetched.
+        msg = f"{hub_id}: the repository has no config.json (repositories of GGUF files have none): download the GGUF "
+        raise CheckpointError(msg + "file and give its path, or choose a safetensors model")
+    config = read_config(folder)  # refuses an unsupported model before its weights are fetched
     shards = [SINGLE]
     if (folder / INDEX).exists():
         shards = shards_of(read_weight_map(folder / INDEX), config.prefixes)
@@ -70,14 +70,14 @@ def fetch(hub_id: str, revision: str | None) -> Path:
         return folder
     folder = _snapshot(hub_id, folder.name, ["*.json", *shards])
     missing = [shard for shard in shards if not (folder / shard).exists()]
-    if missing:  # Offline, a snapshot that is only partly in the cache is given without a word.
+    if missing:  # Offline, snapshot_download returns an incomplete snapshot without an error.
         msg = f"{hub_id}: {missing[0]} is neither in the cache nor on the hub: go online, or choose a safetensors model"
         raise CheckpointError(msg)
     return folder
 
 
 def fetch_companions(hub_id: str, revision: str) -> Path:
-    """Bring what belongs to a model beside configuration and weights into the cache: tokenizer, templates, licence.
+    """Fetch the other files of a model into the cache: tokenizer, chat template, licence.
 
     Args:
         hub_id: "org/name".
@@ -93,12 +93,12 @@ def fetch_companions(hub_id: str, revision: str) -> Path:
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    # Imported here because it is slow to import and only hub ids need it.
+    # Imported here because the import is slow and only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library in use, which differs between
-    # versions of huggingface_hub: together they cover refused, offline and broken connections.
+    # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library, which differs between versions of
+    # huggingface_hub; together they cover refused, offline and broken connections.
     failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
@@ -106,7 +106,7 @@ def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         at = f" at revision {revision!r}" if revision else ""
         msg = (
-            f"{hub_id}{at}: no such folder here, and the hub did not give it ({cause}): "
+            f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause}): "
             "check the name, the network, HF_HUB_OFFLINE and your access to the model"
         )
         raise CheckpointError(msg) from error

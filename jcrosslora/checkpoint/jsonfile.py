@@ -1,4 +1,4 @@
-"""Read a JSON object from a file, with one error for all that can be wrong with it."""
+"""Read a JSON object from a file, with one kind of error."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from jcrosslora.errors import CheckpointError
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in a file.
 
     Raises:
         CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something other than an object.

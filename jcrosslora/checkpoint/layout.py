@@ -82,7 +82,7 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
 def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor that the model must have."""
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden), FINAL_NORM: (dims.hidden,)}
-    if not config.get("tie_word_embeddings", family.tied):
+    if not family.is_tied(config):
         expected[HEAD] = (dims.vocab, dims.hidden)
     in_layer = dict(_layer_shapes(family, dims, config))
     for layer in range(dims.layers):

@@ -1,4 +1,4 @@
-"""A file seen through a read-only memory map: arrays are views, and their pages can be given back."""
+"""A read-only memory map of a file: arrays are views, and their pages can be given back to the system."""
 
 import hashlib
 import mmap
@@ -14,11 +14,11 @@ from jcrosslora.errors import CheckpointError
 
 _CHUNK = 1 << 20
 MAX_DIMS = 32  # numpy 1 held 32 dimensions, numpy 2 holds 64
-_MAX_ELEMENTS = (1 << 63) // 16 - 1  # of the widest dtype, so that the bytes can be counted in 63 bits
+_MAX_ELEMENTS = (1 << 63) // 16 - 1  # numpy counts bytes in 63 bits, and the widest dtype has 16
 
 
 def is_array_shape(shape: Sequence[int]) -> bool:
-    """Whether numpy can hold an array of this shape in any dtype; a size of 0 does not make up for a huge one."""
+    """Whether numpy can hold an array of this shape in any dtype; sizes of 0 count as 1."""
     return len(shape) <= MAX_DIMS and prod(max(size, 1) for size in shape) <= _MAX_ELEMENTS
 
 
@@ -26,7 +26,7 @@ class MappedFile:
     """One weight file.
 
     Attributes:
-        path: where it lies.
+        path: its path.
         size: its length in bytes.
     """
 
@@ -40,7 +40,7 @@ class MappedFile:
 
     @cached_property
     def buffer(self) -> mmap.mmap:
-        """The whole file as a read-only buffer; only touched pages become resident."""
+        """The file as a read-only buffer, of which only touched pages are resident."""
         if self.size == 0:
             msg = f"{self.path}: the file is empty: download it again"
             raise CheckpointError(msg)
@@ -52,19 +52,19 @@ class MappedFile:
             raise CheckpointError(msg) from error
 
     def array(self, dtype: npt.DTypeLike, shape: Sequence[int], offset: int) -> np.ndarray:
-        """A read-only view of `shape` at byte `offset`; the caller has checked that it lies in the file."""
+        """Return a read-only view of `shape` at byte `offset`, which the caller has checked to lie in the file."""
         count = prod(shape)
         if count == 0:
             return np.empty(shape, dtype)
         return np.frombuffer(self.buffer, dtype, count, offset).reshape(shape)
 
     def release(self) -> None:
-        """Give resident pages back to the system; views stay valid and are read again when touched."""
+        """Give the resident pages back to the system; views stay valid and are read again when touched."""
         if "buffer" in self.__dict__ and hasattr(mmap, "MADV_DONTNEED"):
             self.buffer.madvise(mmap.MADV_DONTNEED)
 
     def sha256(self) -> str:
-        """Hex digest of the file, by plain reads so that the map's pages do not become resident."""
+        """Return the hex digest of the file, by plain reads that leave no pages of the map resident."""
         digest = hashlib.sha256()
         try:
             with self.path.open("rb", buffering=0) as file:

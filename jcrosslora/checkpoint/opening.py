@@ -115,7 +115,7 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
     checked = check_config(config_values(config, ref), ref)
     named = ((renamed(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
     arrays = {name: array for name, array in named if name is not None}
-    if checked.values.get("tie_word_embeddings", checked.family.tied):
+    if checked.family.is_tied(checked.values):
         arrays.pop(HEAD, None)  # the embedding a second time
     store = with_weights(MemoryStore(arrays, ref), checked.values, ref)
     return _build(ref, ref, None, tokenizer_folder(tokenizer, store, ref), None, checked, store)

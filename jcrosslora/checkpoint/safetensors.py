@@ -1,8 +1,8 @@
-"""One safetensors file: the header checked entry by entry, tensors as views of a memory map.
+"""One safetensors file: a checked header, and tensors as views of a memory map.
 
 Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data
-(https://github.com/huggingface/safetensors#format). Each tensor is read with its own dtype and offsets: a file may
-mix several dtypes.
+(https://github.com/huggingface/safetensors#format). Each tensor is read with its own dtype and offsets, because a file
+may mix dtypes.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from jcrosslora.checkpoint.mapped import MAX_DIMS, MappedFile, is_array_shape
 from jcrosslora.errors import CheckpointError
 
-HEADER_LIMIT = 100_000_000  # the limit of the reference implementation, in bytes
+HEADER_LIMIT = 100_000_000  # bytes, as in the reference implementation
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -45,10 +45,10 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in its file.
+    """The place of a tensor in its file.
 
     Attributes:
-        dtype: the name that the header gives, e.g. "BF16".
+        dtype: its name in the header, e.g. "BF16".
         shape: its shape.
         start: first byte, counted from the start of the file.
     """
@@ -59,7 +59,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A safetensors file whose header has been read and checked.
+    """A safetensors file with a checked header.
 
     Args:
         path: the file.
@@ -78,10 +78,10 @@ class SafetensorsFile:
         self.entries = {name: entry for name, (entry, _) in places.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """The tensor `name` as a read-only view in its stored dtype.
+        """Return a tensor as a read-only view in its stored dtype.
 
         Raises:
-            CheckpointError: the tensor is not in the file, or its dtype is one this package cannot read.
+            CheckpointError: the tensor is not in the file, or has a dtype that is not supported.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -116,7 +116,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without a doubled key, of which readers would take different values."""
+    """Refuse an object that names a key twice, because readers differ in which value they take."""
     found = dict(pairs)
     if len(found) != len(pairs):
         msg = "a name occurs twice"
@@ -125,7 +125,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: MappedFile, name: str, raw: Any, data_start: int) -> tuple[Entry, int]:
-    """The entry, and the first byte behind it."""
+    """Return the entry of a tensor and the byte at which it ends."""
     fields = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -152,7 +152,7 @@ def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
             f"{file.path}: file has {file.size} bytes, header says {stop} or more (tensor {name!r}): download it again"
         )
         raise CheckpointError(msg)
-    if entry.dtype not in DTYPES:  # Refused when it is read: other tensors of the file are fine.
+    if entry.dtype not in DTYPES:  # refused when this tensor is read
         return
     wanted = prod(entry.shape) * DTYPES[entry.dtype].itemsize
     if stop - entry.start != wanted:
@@ -164,7 +164,7 @@ def _check_extent(file: MappedFile, name: str, entry: Entry, stop: int) -> None:
 
 
 def _check_apart(file: MappedFile, places: Mapping[str, tuple[Entry, int]]) -> None:
-    """No byte belongs to two tensors, as the format demands."""
+    """Check that no byte belongs to two tensors, as the format demands."""
     taken, before = 0, ""
     for start, stop, name in sorted((entry.start, stop, name) for name, (entry, stop) in places.items()):
         if start < taken and start < stop:

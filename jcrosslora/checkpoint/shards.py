@@ -1,7 +1,6 @@
-"""A folder of safetensors: `model.safetensors.index.json` decides, else `model.safetensors`; never a glob.
+"""A folder of safetensors: the files that `model.safetensors.index.json` names, else `model.safetensors`.
 
-Repositories also ship other `*.safetensors` (Mistral's `consolidated.safetensors`, adapters): only what the index
-names belongs to the model.
+Other `*.safetensors` in a repository (Mistral's `consolidated.safetensors`, adapters) are not part of the model.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,15 +18,14 @@ SINGLE = "model.safetensors"
 
 
 class ShardedStore:
-    """The tensors of a folder; shards are opened when a tensor of theirs is asked for.
+    """The tensors of a folder; a shard is opened when one of its tensors is read.
 
     Args:
-        folder: holds the index and shards, or the single file.
-        prefixes: name prefixes in the file that are replaced by others, e.g. {"language_model.": ""}; with any,
-            tensors that match none are left out.
+        folder: of the index and shards, or of the single file.
+        prefixes: renames tensors, see `renamed`.
 
     Raises:
-        CheckpointError: neither index nor single file, or an index that makes no sense.
+        CheckpointError: neither index nor single file, or an invalid index.
     """
 
     def __init__(self, folder: Path, prefixes: Mapping[str, str] | None = None):
@@ -75,9 +73,9 @@ class ShardedStore:
         return list(self._places)
 
     def stored(self) -> Iterator[tuple[str, SafetensorsFile, dict[str, str | None]]]:
-        """For each file its name, the file, and all its tensors: stored name -> name in the model, None for the rest.
+        """Yield each shard: its name, the file, and name in the file -> name in the model for all its tensors.
 
-        Unlike `names`, this has the tensors that do not belong to the text model as well.
+        The name in the model is None for a tensor of another part than the text model; `names` omits those.
         """
         names = {place: name for name, place in self._places.items()}
         for shard in _unique(self._weight_map().values()):
@@ -93,7 +91,7 @@ class ShardedStore:
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """A read-only view in the stored dtype.
+        """Return a read-only view in the stored dtype.
 
         Raises:
             CheckpointError: no such tensor, or a dtype that cannot be read.
@@ -102,11 +100,11 @@ class ShardedStore:
         return file.array(stored)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """float32 (n, columns): these rows of a matrix."""
+        """Read rows of a matrix, as float32 (n, columns)."""
         return self.tensor(name)[ids].astype(np.float32)
 
     def release(self) -> None:
-        """Give resident pages back."""
+        """Give the resident pages back to the system."""
         for shard in self._shards.values():
             shard.file.release()
 
@@ -116,13 +114,13 @@ class ShardedStore:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The map from tensor name to shard file of an index.
+    """Read the map from tensor name to shard file in an index.
 
     Args:
         index: `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: not an index, or an entry that leaves the folder.
+        CheckpointError: not an index, or an entry outside the folder.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -136,12 +134,12 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def shards_of(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> list[str]:
-    """The shards that hold tensors of the model, in index order (arguments as in `ShardedStore`)."""
+    """List the shards that hold tensors of the model, in index order; arguments as in `ShardedStore`."""
     return _unique(place[0] for place in _rename(weight_map, prefixes).values())
 
 
 def _rename(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Name in the model -> (shard, name in the shard)."""
+    """Map each name in the model to its shard and its name in the shard."""
     places = ((renamed(stored, prefixes), (shard, stored)) for stored, shard in weight_map.items())
     return {name: place for name, place in places if name is not None}
 

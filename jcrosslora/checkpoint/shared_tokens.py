@@ -1,4 +1,4 @@
-"""The tokens that two bases share: those that stand for the same bytes."""
+"""Tokens that two bases share: those that stand for the same bytes."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ FEWEST_TOKENS = 32
 
 
 def shared_ids(source: BaseModel, target: BaseModel) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
-    """Ids (V,) in source and target of the tokens that both have: those that stand for the same bytes.
+    """Match the tokens of two bases that stand for the same bytes.
 
     Returns:
-        The ids in the order of the tokens' bytes, or None with the reason.
+        Their ids (V,) in source and target, in the order of the tokens' bytes, and ""; or None and the reason.
     """
     vocabulary_src, vocabulary_tgt = source.vocabulary(), target.vocabulary()
     for base, vocabulary in ((source, vocabulary_src), (target, vocabulary_tgt)):

@@ -1,4 +1,4 @@
-"""What a base model needs from its file format: named tensors in the Hugging Face convention."""
+"""The interface between a base model and its format: named tensors in the Hugging Face convention."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,27 +20,27 @@ class TensorStore(Protocol):
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the file's header."""
+        """Shape of a tensor, without reading it."""
         ...
 
     def dtype(self, name: str) -> str:
-        """Storage dtype as the file states it, e.g. "BF16" or "Q4_K"."""
+        """Storage dtype as the checkpoint states it, e.g. "BF16" or "Q4_K"."""
         ...
 
     def tensor(self, name: str) -> np.ndarray:
-        """The tensor, float32 where the file is quantised, else a view in the stored dtype."""
+        """Read a tensor: float32 if it is quantised, else a read-only view in the stored dtype."""
         ...
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """float32 (n, columns): only these rows of a matrix are read."""
+        """Read only these rows of a matrix, as float32 (n, columns)."""
         ...
 
     def release(self) -> None:
-        """Give resident pages of the memory maps back."""
+        """Give the resident pages of memory maps back to the system."""
         ...
 
     def sha256s(self) -> list[str]:
-        """Hex digests of `files`, in their order."""
+        """Hex digests of `files` in their order; without files one digest of the content."""
         ...
 
 

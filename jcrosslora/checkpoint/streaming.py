@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor, block by block: memory is bounded by a block, not by the file."""
+"""Write a safetensors file block by block, in the memory of one block."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ from jcrosslora.checkpoint.safetensors import DTYPES
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A tensor that is yet to be written.
+    """A tensor to be written.
 
     Attributes:
-        name: in the file.
-        dtype: as the header names it, e.g. "BF16".
+        name: its name in the file.
+        dtype: its name in the header, e.g. "BF16".
         shape: its shape.
-        blocks: gives its rows in order, in arrays of that dtype; called once, when it is written.
+        blocks: yields its rows in order as arrays of that dtype; called once.
     """
 
     name: str
@@ -29,20 +29,20 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes of its data."""
+        """Number of its bytes."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def write_pieces(
     path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str], written: Callable[[int], object]
 ) -> None:
-    """Write a file; its header is known before any tensor is read.
+    """Write a safetensors file.
 
     Args:
         path: the file to make.
-        pieces: its tensors. Those of wider dtypes come first in the file, so that each is aligned to its items.
-        metadata: for the header.
-        written: told the number of bytes after each block.
+        pieces: its tensors. Wider dtypes come first in the file, so that every tensor is aligned to its items.
+        metadata: of the header.
+        written: called with the number of bytes after each block.
 
     Raises:
         OSError: it cannot be written.

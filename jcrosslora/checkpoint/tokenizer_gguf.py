@@ -1,22 +1,20 @@
-"""The tokenizer that a GGUF file describes, built with the tokenizers library.
+"""Build the tokenizer of a GGUF file with the tokenizers library.
 
-transformers builds one too, but needs torch for that, takes four times as long for Gemma, and does not look at
-`tokenizer.ggml.pre`, which says how text is cut before the merges.
+transformers can build one too, but needs torch for it, takes four times as long for Gemma, and ignores
+`tokenizer.ggml.pre`, the rule by which text is split before the merges.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.checkpoint.gguf_header import read_header
-from jcrosslora.checkpoint.mapped import MappedFile
+from jcrosslora.checkpoint.gguf import open_header
+from jcrosslora.checkpoint.gguf_metadata import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from jcrosslora.errors import CheckpointError
 
-# Token types of llama.cpp (`llama_token_type`).
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
 
-# How text is cut before the merges, as the tokenizer.json of the models says (`tokenizer.ggml.pre` names them).
+# Rules that split text before the merges, from the tokenizer.json of the models; `tokenizer.ggml.pre` names them.
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -30,21 +28,19 @@ _BY_GPT2 = ("default", "gpt-2", "smollm")
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
-    """The metadata of a GGUF file.
+    """Read the metadata of a GGUF file.
 
     Raises:
         CheckpointError: the file is corrupt.
     """
-    import gguf  # It is there: the base was opened with it.
-
-    return read_header(MappedFile(path), {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}).metadata
+    return open_header(path)[2].metadata
 
 
 def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
-    """A `tokenizers.Tokenizer` without post-processor.
+    """Build a `tokenizers.Tokenizer` without post-processor.
 
     Raises:
-        CheckpointError: a kind of tokenizer that is not supported, or metadata that do not describe one.
+        CheckpointError: a kind of tokenizer that is not supported, or invalid metadata.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
@@ -62,14 +58,14 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
 
 
 def bos_of(metadata: Mapping[str, Any]) -> int | None:
-    """The token that belongs in front of every text; where the metadata do not say, as llama.cpp decides."""
+    """Return the token in front of every text, None for none; llama.cpp's rule applies if the metadata do not say."""
     implied = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     return bos if metadata.get("tokenizer.ggml.add_bos_token", implied) is True and type(bos) is int else None
 
 
 def eos_of(metadata: Mapping[str, Any]) -> list[Any]:
-    """What the metadata name as the ends of a document, a turn and a message."""
+    """Return the tokens that end a document, a turn and a message, None for each that the metadata do not state."""
     return [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
 
 
@@ -86,7 +82,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> A
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in (*_SPLITS, *_BY_GPT2):
-        msg = f"{path}: cuts text by the rule {pre!r}, which is not known here: use the model's folder instead"
+        msg = f"{path}: splits text by the rule {pre!r}, which is not supported: use the model's folder instead"
         raise CheckpointError(msg)
     pairs = [tuple(merge.split(" ")) for merge in _listed(metadata, "merges", str, path)]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -115,11 +111,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         counts = f"{len(scores)} scores for {len(tokens)} tokens, and {unknown!r} as the unknown one"
         msg = f"{path}: has {counts}: convert the model again"
         raise CheckpointError(msg)
-    normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == _NORMAL}
+    normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == NORMAL}
     backend = Tokenizer(
         models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges_of(normal),
+            merges=_merges(normal),
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -133,8 +129,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     return backend
 
 
-def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Merges that act as sentencepiece does: of all pairs of neighbours that make a token, the best score goes first.
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """List the merges that act as sentencepiece: of all neighbours that form a token, those of the best score first.
 
     Args:
         scores: normal tokens with their scores.
@@ -149,10 +145,10 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _add_tokens(backend: Any, tokens: list[str], types: list[int]) -> None:
-    """Control and user-defined tokens are matched in the text as they are written, before anything else."""
+    """Match control and user-defined tokens in text as they are written, before the merges."""
     from tokenizers import AddedToken
 
-    for kinds, special in (((_UNKNOWN, _CONTROL), True), ((_USER_DEFINED,), False)):
+    for kinds, special in (((UNKNOWN, CONTROL), True), ((USER_DEFINED,), False)):
         added = [
             AddedToken(token, normalized=False, special=special)
             for token, kind in zip(tokens, types, strict=True)

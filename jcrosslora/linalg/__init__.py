@@ -1,6 +1,6 @@
-"""Linear algebra that knows no models: decompositions, factored maps, recompression. One algorithm a file.
+"""Linear algebra without models: decompositions, factored maps, recompression; one algorithm per file.
 
-All functions are unbatched (one matrix); callers add `jax.vmap` and `jax.jit`.
+Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
 
 from jcrosslora.linalg.dimension_sizes import dimension_sizes as dimension_sizes

@@ -1,18 +1,18 @@
-"""The sizes by which dimensions are divided, so that a few massive ones do not rule what is fitted on all."""
+"""Sizes of dimensions, to normalise by, so that a few massive dimensions do not dominate a fit over all."""
 
 import chex
 import jax
 import jax.numpy as jnp
 
-# Of the median size. A smaller dimension is dead, or nearly never used: divided by its own size, what little the probes
-# show of it would count as much as all of another one, and a map that divides by it would have no bound.
+# Share of the median size. A smaller dimension is dead or almost unused: divided by its own size, its few small values
+# would weigh as much as a whole other dimension, and a map that divides by it would be unbounded.
 FLOOR = 1e-2
 
 
 def dimension_sizes(squares: jax.Array) -> jax.Array:
-    """The root of each dimension's sum of squares (M,), at least `FLOOR` times the median; ones where all are zero.
+    """Return the root of each dimension's sum of squares (M,), at least `FLOOR` times the median.
 
-    The mean takes the place of the median where more than half are zero.
+    If more than half of the sizes are zero, the mean replaces the median; if all are, the sizes are ones.
     """
     chex.assert_rank(squares, 1)
     sizes = jnp.sqrt(squares)

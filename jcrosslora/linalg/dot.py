@@ -1,4 +1,4 @@
-"""The matrix product that every decomposition and solve here depends on."""
+"""The matrix product of all decompositions and solves."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ from jax import lax
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` at full float32 precision.
+    """Multiply `a @ b` at full float32 precision.
 
-    TF32 on a GPU and bfloat16 passes on a TPU are the default there; a single such product turns singular
-    vectors by more than the gaps between them allow, so the precision is always asked for.
+    The defaults are TF32 on a GPU and bfloat16 passes on a TPU. One product of that precision turns singular vectors
+    by more than the gaps in the spectrum allow, so the precision is always explicit.
     """
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""A linear map P of shape (M_tgt, M_src), kept factored, so that nothing of that size is ever formed."""
+"""A linear map P of shape (M_tgt, M_src), kept factored: no array of that size is formed."""
 
 import chex
 import flax.struct
@@ -10,13 +10,13 @@ from jcrosslora.linalg.dot import dot
 
 @flax.struct.dataclass
 class LinearMap:
-    """P x = gain * x[index] + left @ (right' @ x): a weighted choice of rows plus a low-rank term.
+    """P x = gain * x[index] + left @ (right' @ x): a weighted selection of rows plus a low-rank term.
 
     Attributes:
         left: (M_tgt, R).
-        right: (M_src, R). R may be 0: then only the rows are chosen.
-        index: (M_tgt,) int32, the source row that each target row takes.
-        gain: (M_tgt,), its weight; all zero for a purely low-rank map.
+        right: (M_src, R); R = 0 for a pure selection.
+        index: (M_tgt,) int32, the source row of each target row.
+        gain: (M_tgt,), the weight of that row; all zero for a purely low-rank map.
     """
 
     left: jax.Array
@@ -31,21 +31,21 @@ class LinearMap:
 
 
 def low_rank(left: jax.Array, right: jax.Array) -> LinearMap:
-    """P = left @ right', from (M_tgt, R) and (M_src, R)."""
+    """Return P = left @ right' for (M_tgt, R) and (M_src, R)."""
     rows = left.shape[0]
     return LinearMap(left, right, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, left.dtype))
 
 
 def select(index: jax.Array, gain: jax.Array, size: int) -> LinearMap:
-    """P x = gain * x[index] for x with `size` rows."""
+    """Return P with P x = gain * x[index], for x with `size` rows."""
     empty = jnp.zeros((index.shape[0], 0), gain.dtype)
     return LinearMap(empty, jnp.zeros((size, 0), gain.dtype), index.astype(jnp.int32), gain)
 
 
 def complement(first: jax.Array, second: jax.Array) -> LinearMap:
-    """P = (I - F F')(I - S S') for orthonormal F and S of shape (M, R) each.
+    """Return P = (I - F F')(I - S S') for orthonormal F and S, both (M, R).
 
-    Expanded, P = I - F F' - (S - F F' S) S': the identity plus a term of inner width 2 R.
+    Expanded, P = I - F F' - (S - F F' S) S': the identity plus a term of rank 2 R.
     """
     chex.assert_equal_shape([first, second])
     rest = second - dot(first, dot(first.T, second))

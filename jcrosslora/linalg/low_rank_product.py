@@ -1,4 +1,4 @@
-"""A product B A of thin factors: its norm and its best approximation of lower rank, without forming it."""
+"""Norm and best low-rank approximation of a product B A of thin factors, without forming it."""
 
 import chex
 import jax
@@ -8,21 +8,21 @@ from jcrosslora.linalg.dot import dot
 
 
 def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
-    """||B A||_F^2 for b (O, K) and a (K, I), through two K x K Gram matrices: tr(B'B A A')."""
+    """Return ||B A||_F^2 = tr(B'B A A') for b (O, K) and a (K, I), from two Gram matrices (K, K)."""
     chex.assert_equal(b.shape[1], a.shape[0])
     return jnp.sum(dot(b.T, b) * dot(a, a.T))
 
 
 def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Best approximation of B A of at most `rank`, in the Frobenius norm (Eckart-Young).
+    """Approximate B A by the nearest product of at most `rank` in the Frobenius norm (Eckart-Young).
 
-    QR of both factors, then the SVD of the small core R_b R_a'; singular values are split evenly over the two
+    QR of both factors, then the SVD of the small core R_b R_a'; the singular values are split evenly between the
     factors.
 
     Args:
         b: (O, K).
         a: (K, I).
-        rank: the rank wanted, at most min(O, K, I).
+        rank: new rank, at most min(O, K, I).
 
     Returns:
         b (O, rank), a (rank, I), and the share of the energy kept, in [0, 1] (1 for a zero product).

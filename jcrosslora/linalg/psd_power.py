@@ -8,17 +8,17 @@ from jcrosslora.linalg.dot import dot
 
 
 def psd_power(matrix: jax.Array, power: float) -> tuple[jax.Array, jax.Array]:
-    """matrix^power by its eigenvectors; eigenvalues below the rounding of float32 are raised to it.
+    """Compute matrix^power by eigenvectors, with eigenvalues raised to at least the level of float32 rounding.
 
-    Below eps times the side times the largest an eigenvalue is noise, and may be negative; a negative power of it
-    would outweigh all the others.
+    An eigenvalue below eps times the side times the largest is noise and may be negative; its negative power would
+    outweigh all others.
 
     Args:
         matrix: (M, M).
         power: any real number.
 
     Returns:
-        The power (M, M), and the raised eigenvalues (M,), ascending.
+        The power (M, M), and the eigenvalues (M,) after raising, ascending.
     """
     chex.assert_rank(matrix, 2)
     values, vectors = jnp.linalg.eigh(matrix)

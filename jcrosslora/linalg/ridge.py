@@ -1,4 +1,4 @@
-"""Ridge regression from moments alone, of full and of reduced rank."""
+"""Ridge regression of full and of reduced rank, from moments."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ from jcrosslora.linalg.dot import dot
 
 
 def ridge(gram: jax.Array, cross: jax.Array, penalty: float) -> jax.Array:
-    """The W (M, N) that minimises ||X W - Y||_F^2 + c ||W||_F^2, with c = penalty * mean(diag(X'X)).
+    """Find W (M, N) that minimises ||X W - Y||_F^2 + c ||W||_F^2, with c = penalty * mean(diag(X'X)).
 
     Args:
         gram: (M, M), X'X.
@@ -20,12 +20,12 @@ def ridge(gram: jax.Array, cross: jax.Array, penalty: float) -> jax.Array:
 
 
 def reduced_rank_ridge(gram: jax.Array, cross: jax.Array, rank: int, penalty: float) -> tuple[jax.Array, jax.Array]:
-    """The W of at most `rank` that minimises the same (Izenman 1975; with a penalty, Mukherjee and Zhu 2011).
+    """Find the minimiser of `ridge` of at most `rank` (Izenman 1975; with a penalty, Mukherjee and Zhu 2011).
 
-    With L L' = X'X + c I the sum is ||L'W - L^-1 X'Y||_F^2 and a constant, so the best L'W of a given rank is the
-    truncated SVD of L^-1 X'Y (Eckart-Young). Its right vectors V are the leading eigenvectors of the Gram matrix of
-    that, and W = (the W of `ridge`) V V'. The Gram matrix squares the singular values: those below 3e-4 of the largest
-    are lost in rounding, and with them 1e-7 of what is explained.
+    With L L' = X'X + c I the objective is ||L'W - L^-1 X'Y||_F^2 plus a constant, so the best L'W of a given rank is
+    the truncated SVD of L^-1 X'Y (Eckart-Young). Its right vectors V are the leading eigenvectors of the Gram matrix of
+    L^-1 X'Y, and W = ridge(...) V V'. The Gram matrix squares the singular values: those below 3e-4 of the largest are
+    lost in rounding, and with them 1e-7 of the explained sum of squares.
 
     Args:
         gram: (M, M), X'X.
@@ -45,7 +45,7 @@ def reduced_rank_ridge(gram: jax.Array, cross: jax.Array, rank: int, penalty: fl
 
 
 def _damped_root(gram: jax.Array, penalty: float) -> jax.Array:
-    """The lower Cholesky factor of gram + c I; c is the penalty itself where the gram is zero."""
+    """Return the lower Cholesky factor of gram + c I; c is the penalty itself if the gram is zero."""
     mean = jnp.mean(jnp.diagonal(gram))
     damping = penalty * jnp.where(mean > 0, mean, 1)
     return jnp.linalg.cholesky(gram + damping * jnp.eye(gram.shape[0], dtype=gram.dtype))

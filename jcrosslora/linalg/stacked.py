@@ -1,4 +1,4 @@
-"""Run unbatched maths over a stack of matrices, on one device or divided over several."""
+"""Apply a function of one matrix to a stack of matrices, on one device or sharded over several."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ AXIS = "layers"
 
 
 def spread(stack: np.ndarray) -> jax.Array:
-    """Put an array on the local devices, divided along its first axis, which their number has to divide."""
+    """Put an array on the local devices, sharded along its first axis, whose length their number must divide."""
     devices = np.array(jax.local_devices())
     if devices.size == 1:
         return jax.device_put(stack)
@@ -20,35 +20,35 @@ def spread(stack: np.ndarray) -> jax.Array:
 
 
 def place(array: np.ndarray) -> jax.Array:
-    """Put an array on the local devices, divided as `spread` does it if their number divides it, else on the first."""
+    """Shard an array over the local devices if their number divides its length, else put it on the first."""
     return spread(array) if len(array) % jax.local_device_count() == 0 else jax.device_put(array)
 
 
 def over_all_devices() -> NamedSharding:
-    """The first axis divided over the devices of all processes, those of each process side by side."""
+    """Return the sharding of a first axis over the devices of all processes, those of each process side by side."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
 
 def mesh_of(stack: jax.Array) -> Mesh | None:
-    """The mesh that a stack made by `spread` is divided over, None on one device."""
+    """Return the mesh of a stack that `spread` has sharded, None on one device."""
     sharding = stack.sharding
     divided = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 and sharding.spec[:1] == (AXIS,)
     return sharding.mesh if divided else None  # type: ignore[return-value]
 
 
 def over_layers(function: Callable[..., Any], mesh: Mesh | None, stacked: Any, shared: Any = None) -> Any:
-    """Apply `function(item, shared)` to every item of a stack; to be called under jit.
+    """Apply `function(item, shared)` to every item of a stack; call it under jit.
 
-    Each device works through its own part with no exchange between them. On an accelerator the items of a part are
-    batched with vmap. On a CPU they are taken one after the other: LAPACK does so in any case, and its batched call
-    waits for threads that the other devices' calls hold, for ever where there are not more threads than devices.
+    Devices work on their own items without communication. An accelerator batches its items with vmap. A CPU takes them
+    one by one: LAPACK does so in any case, and its batched call waits for threads that the calls of other devices hold,
+    a deadlock if there are no more threads than devices.
 
     Args:
-        function: maths of one item.
+        function: of one item.
         mesh: from `mesh_of`.
         stacked: a pytree whose arrays have the leading axis L.
-        shared: a pytree that is the same for all items.
+        shared: a pytree, the same for all items.
     """
 
     def part(stacked: Any, shared: Any) -> Any:
@@ -59,6 +59,6 @@ def over_layers(function: Callable[..., Any], mesh: Mesh | None, stacked: Any, s
     if mesh is None:
         return part(stacked, shared)
     specs = (PartitionSpec(AXIS), PartitionSpec())
-    # Unchecked: loops of unbatched maths begin with constants, which are not marked as different on every device.
+    # check_vma is off because loops in `function` start from constants, which are not marked as varying by device.
     divided = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
     return divided(stacked, shared)

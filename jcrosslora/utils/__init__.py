@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and errors of memory."""
+"""Atomic writing of files, errors of memory, and HTML tables."""

@@ -1,4 +1,4 @@
-"""Write a folder or a file so that it is there whole or not at all."""
+"""Write a folder or a file atomically: completely or not at all."""
 
 import os
 import secrets
@@ -10,17 +10,16 @@ from pathlib import Path
 
 from jcrosslora.errors import OutputError
 
-# A folder that holds one of these files was made by this package or holds an adapter: it may be replaced when that is
-# asked for.
+# A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
 MARK = "adapter_config.json"
 MARKS = (MARK, "adapter.gguf", "merge_report.json")
 
 
 def output_path(out: str | Path) -> Path:
-    """The folder that is meant by an output: a ~ in front is the home, as it is in what is read.
+    """Expand ~ in the path of an output.
 
     Raises:
-        OutputError: there is no such home.
+        OutputError: there is no such home folder.
     """
     try:
         return Path(out).expanduser()
@@ -30,18 +29,18 @@ def output_path(out: str | Path) -> Path:
 
 
 def ensure_free(out: str | Path, overwrite: bool) -> None:
-    """Check that a folder can be written to `out`, before any work is done for it.
+    """Check that a folder can be written, before any work is done for it.
 
     Args:
-        out: the folder that is to be made.
-        overwrite: whether a folder of one of `MARKS` (or an empty one) that is there already may be replaced.
+        out: the folder to make.
+        overwrite: whether an existing folder with one of `MARKS`, or an empty one, may be replaced.
 
     Raises:
-        OutputError: something is there that may not be replaced, or the place cannot be written to.
+        OutputError: something exists there that may not be replaced, or the place cannot be written to.
     """
     out = output_path(out)
     if out.name in ("", ".."):
-        msg = f"{out}: a folder with a name of its own was wanted, to be made or replaced: choose another output"
+        msg = f"{out}: an output needs a name of its own: give a folder to make, or to replace"
         raise OutputError(msg)
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
@@ -56,14 +55,14 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `out` to write into, and rename it to `out` when the block ends well.
+    """Provide a temporary folder beside `out`, and rename it to `out` when the block ends without an error.
 
-    When the block or the rename fails, nothing of it stays and an old folder at `out` is as before. Missing parents
-    are made, and removed again on failure.
+    If the block or the rename fails, the temporary folder is removed and an old folder at `out` is as before. Missing
+    parents are made, and removed again on failure.
 
     Args:
-        out: the folder to make; the same rules as in `ensure_free`. A symbolic link is refused, not followed.
-        overwrite: whether a folder of one of `MARKS` (or an empty one) that is there already may be replaced.
+        out: the folder to make, as in `ensure_free`. A symbolic link is refused, not followed.
+        overwrite: whether an existing folder with one of `MARKS`, or an empty one, may be replaced.
 
     Yields:
         The temporary folder, empty.
@@ -80,7 +79,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
         yield work
         _sync(work)
-        if os.path.lexists(out):  # Another process may have made it meanwhile.
+        if os.path.lexists(out):  # another process may have made it in the meantime
             _check_replaceable(out, overwrite)
         _put_in_place(work, out)
     except BaseException as error:
@@ -93,15 +92,15 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
-    """Write a file beside `path` and rename it into place: whole or not at all, and whole for whoever reads meanwhile.
+    """Write a file beside `path` and rename it into place, so that no reader sees a part of it.
 
     Args:
-        path: a file that is there is replaced; its folder has to be there.
+        path: the file, which is replaced if it exists; its folder must exist.
         content: of the file.
-        sync: whether it has to be on the disk before the rename, to outlive a power failure.
+        sync: whether to flush it to the disk before the rename, so that it survives a power failure.
 
     Raises:
-        OSError: it cannot be written; an old file is as before.
+        OSError: the file cannot be written; an old one is as before.
     """
     work = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -117,7 +116,7 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "a symbolic link" if out.is_symlink() else "a file"
-        msg = f"{out}: {kind} is there, a new folder was wanted: choose another output"
+        msg = f"{out}: {kind} exists there, wanted a new folder: choose another output"
         raise OutputError(msg)
     try:
         names = os.listdir(out)
@@ -146,13 +145,13 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
     if folder.is_dir():
         return
     _make_parents(folder.parent, made)
-    with suppress(FileExistsError):  # Another process may be making the same parents.
+    with suppress(FileExistsError):  # another process may make the same parents
         folder.mkdir()
         made.append(folder)
 
 
 def _put_in_place(work: Path, out: Path) -> None:
-    work.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read.
+    work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
     if not out.is_dir():
         work.rename(out)
         _sync_entry(out.parent)
@@ -166,7 +165,7 @@ def _swap(work: Path, out: Path, aside: Path) -> None:
         out.rename(aside)
         work.rename(out)
     except BaseException:
-        # Also an interrupt between or just after the two renames: the old folder comes back in every case.
+        # Also on an interrupt between or just after the two renames, the old folder is restored.
         if aside.exists():
             if out.exists():
                 out.rename(work)
@@ -184,7 +183,7 @@ def _remove(work: Path | None, made: list[Path]) -> None:
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     for folder in reversed(made):
-        with suppress(OSError):  # Not ours to remove if something else was put there.
+        with suppress(OSError):  # something else may be in it by now
             folder.rmdir()
 
 
@@ -200,7 +199,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_entry(folder: Path) -> None:
-    # Some file systems cannot sync a folder; the rename itself is done by then.
+    # Some file systems cannot sync a folder; the rename is done by then.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,22 +1,22 @@
-"""What to say where a host or a device has too little memory."""
+"""One error for too little memory on the host or on a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jcrosslora.errors import ShortMemoryError
 
-_STATUS = "RESOURCE_EXHAUSTED: "  # how XLA begins
+_STATUS = "RESOURCE_EXHAUSTED: "  # the prefix of XLA's message
 
 
 @contextmanager
 def enough_memory(advice: str = "") -> Iterator[None]:
-    """Turn what NumPy, Python and JAX raise where memory runs out into an error of ours; other errors pass.
+    """Turn the memory errors of Python, NumPy and JAX into a `ShortMemoryError`; other errors pass.
 
     Args:
-        advice: what may need less.
+        advice: what to do to need less memory, for the message.
 
     Raises:
-        ShortMemoryError: there was too little memory.
+        ShortMemoryError: memory ran out in the block.
     """
     try:
         yield

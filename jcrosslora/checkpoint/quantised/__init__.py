@@ -1,4 +1,4 @@
-"""Weights stored as several tensors, small integers or FP8 with scales: which are read, and how they become float32."""
+"""Formats of quantised weights, small integers or FP8 with scales, and their dequantisation to float32."""
 
 from jcrosslora.checkpoint.quantised.registry import FORMATS, check_quantization
 from jcrosslora.checkpoint.quantised.store import QuantisedStore, with_weights

@@ -1,9 +1,9 @@
-"""AWQ as AutoAWQ's "gemm" stores it: 4-bit numbers packed along the outputs, in an interleaved order.
+"""AWQ in the "gemm" version of AutoAWQ: 4-bit numbers packed along the outputs in an interleaved order.
 
     W[o, i] = scales[g, o] * (q[i, o] - zero[g, o]),  g = i // group size
 
-qweight is (I, O / 8), qzeros (groups, O / 8), scales (groups, O). Of eight outputs in a word, output c lies in nibble
-0, 4, 1, 5, 2, 6, 3, 7 for c = 0 to 7. Source: https://github.com/casper-hansen/AutoAWQ.
+qweight is (I, O / 8), qzeros (groups, O / 8), scales (groups, O). A word holds eight outputs; output c = 0 to 7 is in
+nibble 0, 4, 1, 5, 2, 6, 3, 7. Source: https://github.com/casper-hansen/AutoAWQ.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def _open(parts: Parts, _: Settings) -> Packed | None:
     inputs, (groups, outputs) = qweight.shape[0], scales.shape
     if (qweight.shape[1] * _IN_WORD, *qzeros.shape) != (outputs, groups, qweight.shape[1]):
         shapes = [list(array.shape) for array in (qweight, qzeros, scales)]
-        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not belong together")
+        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not fit together")
     group_of = group_of_each(parts, inputs, groups)
 
     def rows(ids: np.ndarray) -> np.ndarray:
@@ -43,7 +43,7 @@ def _open(parts: Parts, _: Settings) -> Packed | None:
 
 
 def _columns(packed: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """float32 (rows, n): the numbers of these outputs."""
+    """Unpack the numbers of these outputs, float32 (rows, n)."""
     shifts = (4 * _NIBBLES[ids % _IN_WORD]).astype(np.uint32)
     return (packed.view(np.uint32)[:, ids // _IN_WORD] >> shifts & np.uint32(15)).astype(np.float32)
 

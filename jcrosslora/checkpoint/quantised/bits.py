@@ -1,4 +1,4 @@
-"""Numbers of a few bits, packed one after another into 32-bit words, the lowest bits first."""
+"""Unpack numbers of a few bits from 32-bit words, lowest bits first."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ WORD = 32  # bits
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Unpack along the last axis; a number may begin in one word and end in the next, as with 3 bits.
+    """Unpack along the last axis; a number may span two words, as with 3 bits.
 
     Args:
         words: (..., W) integers of 32 bits, with W * 32 >= count * bits.
-        bits: of a number, 1 to 8.
-        count: how many numbers there are.
+        bits: bits of a number, 1 to 8.
+        count: number of numbers.
 
     Returns:
         (..., count) uint8.

@@ -1,8 +1,8 @@
-"""bitsandbytes in 4 bits (nf4, fp4): pairs of places in a table of 16 values, times the largest number of each block.
+"""bitsandbytes in 4 bits (nf4, fp4): indices into a table of 16 values, times the absolute maximum of a block.
 
-The blocks run over the flattened matrix; the first number of a pair lies in the high half of its byte. With double
-quantisation the blocks' numbers are themselves places in a table of 256 values, times one number for each block of
-blocks, plus an offset. Source: `QuantState` of https://github.com/bitsandbytes-foundation/bitsandbytes.
+Blocks run over the flattened matrix; a byte holds two indices, the first in its high half. With double quantisation the
+maxima are themselves indices into a table of 256 values, times one maximum for each block of blocks, plus an offset.
+Source: `QuantState` of https://github.com/bitsandbytes-foundation/bitsandbytes.
 """
 
 import json
@@ -16,9 +16,9 @@ from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
-_STATE_LIMIT = 1 << 16  # bytes of a quant state, which has a few hundred
+_STATE_LIMIT = 1 << 16  # bytes; a quant state has a few hundred
 _SIZE_LIMIT = 1 << 31
-_LARGEST = 1e38  # float32 ends at 3.4e38; keeps infinity and NaN out, too
+_LARGEST = 1e38  # float32 ends at 3.4e38; the bound also excludes infinity and NaN
 
 
 def _open(parts: Parts, _: Settings) -> Packed | None:
@@ -30,7 +30,7 @@ def _open(parts: Parts, _: Settings) -> Packed | None:
     count = shape[0] * shape[1]
     data = _bytes(parts)
     table = parts.array(".weight.quant_map", ("F32",))
-    blocks, largest = _largest(parts, state)
+    blocks, maxima = _block_maxima(parts, state)
     if data.size != -(-count // 2) or blocks != -(-count // block) or table.size != 16:
         found = f"{data.size} bytes, {blocks} blocks of {block}, a table of {table.size}"
         parts.refuse(f"shape {list(shape)} does not fit {found}")
@@ -41,9 +41,9 @@ def _open(parts: Parts, _: Settings) -> Packed | None:
         numbers = np.where(places & 1, pairs & 15, pairs >> 4)
         of = places // block
         first = of[:, :1]
-        # Of each row its blocks, of which few are made, and then one for each number.
+        # The few maxima of each row are computed once, and then one is taken for each number.
         spans = first + np.arange(int((of[:, -1:] - first).max(initial=0)) + 1)
-        scales = np.take_along_axis(largest(np.minimum(spans, blocks - 1)), of - first, axis=1)
+        scales = np.take_along_axis(maxima(np.minimum(spans, blocks - 1)), of - first, axis=1)
         return table.reshape(-1)[numbers] * scales
 
     return Packed(shape, kind.upper(), rows)
@@ -61,7 +61,7 @@ def _read_state(parts: Parts, ending: str) -> dict[str, Any]:
 
 
 def _sizes(parts: Parts, state: dict[str, Any]) -> tuple[tuple[int, int], int]:
-    """(O, I) and the numbers of a block."""
+    """Return (O, I) and the size of a block."""
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
         parts.refuse(f"its quant state has shape {str(shape)[:40]}, wanted two sizes")
@@ -75,14 +75,14 @@ def _size(parts: Parts, value: Any) -> int:
 
 
 def _bytes(parts: Parts) -> np.ndarray:
-    """(bytes,): the pairs; training with sharded parameters stores the same bytes under a float dtype."""
+    """Return the packed indices (bytes,); sharded training stores the same bytes with a float dtype."""
     return parts.array(".weight", ("U8", *FLOATS)).reshape(-1).view(np.uint8)
 
 
-def _largest(parts: Parts, state: dict[str, Any]) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
-    """The number of blocks, and block numbers -> the largest number of each, float32.
+def _block_maxima(parts: Parts, state: dict[str, Any]) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+    """Return the number of blocks, and a function from block numbers to their absolute maxima, float32.
 
-    Made when asked for: kept for every weight that was opened they would take 0.4 GB for 7B parameters.
+    The maxima are computed on demand: kept for every weight they would take 0.4 GB for 7B parameters.
     """
     if ".weight.nested_absmax" not in parts:
         stored = parts.array(".weight.absmax", FLOATS).reshape(-1)

@@ -1,4 +1,4 @@
-"""Which checkpoints of compressed-tensors are read; its weights are in `fp8`, `int8` and `pack_quantized`.
+"""Supported checkpoints of compressed-tensors; their weights are read by `fp8`, `int8` and `pack_quantized`.
 
 Source: https://github.com/vllm-project/compressed-tensors.
 """
@@ -11,7 +11,7 @@ _MIXED = "mixed-precision"  # each group of modules states its own
 
 
 def compressed_obstacle(settings: Settings) -> str | None:
-    """Why a checkpoint cannot be read, None if it can: its format, sparse storage, or rotations at run time."""
+    """Return why a checkpoint cannot be read (format, sparse storage, rotations at run time), None if it can."""
     if settings.get("quant_method") != METHOD:
         return None
     whole, groups = settings.get("format"), settings.get("config_groups")

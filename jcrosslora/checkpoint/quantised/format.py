@@ -1,4 +1,4 @@
-"""What a format of quantised weights is: how it is recognised, and how one weight of it is opened."""
+"""The description of a format of quantised weights: how to recognise it, and how to open a weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ import numpy as np
 
 from jcrosslora.checkpoint.quantised.parts import Parts
 
-Settings = Mapping[str, Any]  # the quantization_config of a config.json, {} where there is none
+Settings = Mapping[str, Any]  # the quantization_config of a config.json, {} if there is none
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One quantised matrix whose parts have been checked against each other.
+    """One quantised matrix whose parts are checked to fit together.
 
     Attributes:
         shape: (O, I).
-        dtype: how it is stored, for reports, e.g. "NF4" or "F8_E4M3".
-        rows: (n,) row numbers -> float32 (n, I); the other rows are not dequantised.
+        dtype: storage dtype for reports, e.g. "NF4" or "F8_E4M3".
+        rows: dequantises rows: (n,) row numbers -> float32 (n, I).
     """
 
     shape: tuple[int, int]
@@ -28,17 +28,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """One format of quantised weights.
 
     Attributes:
         name: for messages.
-        claims: whether the settings name it.
-        obstacle: why a checkpoint with these settings, which it claims, cannot be read; None if it can.
-        holder: what follows a module's name in the tensor that holds its numbers, e.g. ".qweight".
-        parts: endings of tensors that belong to a quantised weight and are no tensors of the model.
-        marks: endings that only this format has, by which it is known where there are no settings; without any, it
-            cannot be read without settings.
-        open: opens one weight; None where its tensors say that it is not stored in this format.
+        claims: whether the settings name this format.
+        obstacle: why a checkpoint with settings of this format cannot be read, None if it can.
+        holder: suffix of the tensor that holds the numbers of a module, e.g. ".qweight".
+        parts: suffixes of tensors that belong to a quantised weight and are no tensors of the model.
+        marks: suffixes that only this format has and that identify it without settings; if empty, settings are needed.
+        open: opens one weight; None if its tensors are not in this format.
     """
 
     name: str
@@ -51,9 +50,9 @@ class Format:
 
 
 def claims_method(*methods: str) -> Callable[[Settings], bool]:
-    """A `claims` that compares `quant_method`."""
+    """Make a `claims` that compares `quant_method`."""
     return lambda settings: settings.get("quant_method") in methods
 
 
 def no_obstacle(_: Settings) -> None:
-    """The `obstacle` of a format that is read in every variant."""
+    """Report no obstacle: every variant of the format can be read."""

@@ -1,8 +1,8 @@
-"""FP8 weights and their scales.
+"""FP8 weights with scales.
 
-Layouts on the hub: one scale for the tensor, one per output row, one per block of rows and columns (DeepSeek and Qwen
-FP8, blocks of 128 x 128), one per group of columns. In all of them the weight is the stored value times the scale; the
-name `weight_scale_inv` refers to the scale used when the file was written.
+Layouts on the hub: one scale per tensor, per output row, per block of rows and columns (DeepSeek and Qwen FP8, blocks
+of 128 x 128), or per group of columns. In all of them the weight is the stored value times the scale; the name
+`weight_scale_inv` refers to the scale at quantisation.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ SCALES = (".weight_scale_inv", ".weight_scale")
 
 
 def block_size(settings: Settings) -> tuple[int, int] | None:
-    """(rows, columns) of a scale block as the settings state it, else None."""
+    """Return (rows, columns) of a scale block if the settings state it, else None."""
     groups = settings.get("config_groups")
     stated = [settings.get("weight_block_size")]
     for group in groups.values() if isinstance(groups, dict) else ():

@@ -1,9 +1,9 @@
-"""GPTQ: numbers of 2, 3, 4 or 8 bits packed along the inputs, a scale and a zero point for each group of inputs.
+"""GPTQ: numbers of 2, 3, 4 or 8 bits packed along the inputs, with a scale and a zero point per group of inputs.
 
     W[o, i] = scales[g, o] * (q[i, o] - zero[g, o]),  g = g_idx[i], else i // group_size
 
 qweight is (I * bits / 32, O), scales (groups, O), qzeros (groups, O * bits / 32). The first format stores zero - 1,
-"gptq_v2" the zero itself. Source: the layouts of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
+"gptq_v2" stores zero. Source: the layouts of AutoGPTQ and GPTQModel (https://github.com/ModelCloud/GPTQModel).
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def _open(parts: Parts, settings: Settings) -> Packed | None:
     groups, outputs = scales.shape
     if qweight.shape[1] != outputs or qzeros.shape != (groups, outputs * bits // WORD) or outputs * bits % WORD:
         shapes = [list(array.shape) for array in (qweight, qzeros, scales)]
-        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not belong together with {bits} bits")
+        parts.refuse(f"qweight, qzeros and scales of shapes {shapes} do not fit together with {bits} bits")
     group_of = _groups(parts, settings, inputs, groups)
     old = _layout(settings) != "gptq_v2"
 
@@ -51,7 +51,7 @@ def _open(parts: Parts, settings: Settings) -> Packed | None:
 
 
 def _inputs_and_bits(parts: Parts, settings: Settings, words: int) -> tuple[int, int]:
-    """From g_idx, which has an entry for each input whatever the settings say of the module; else from them."""
+    """Return the number of inputs and the bits, from g_idx (one entry per input) if present, else from the settings."""
     bits, inputs = settings.get("bits"), 0
     if _has_groups(parts):
         inputs = len(parts.array(".g_idx", ("I32", "I64"), 1))
@@ -80,10 +80,10 @@ def _groups(parts: Parts, settings: Settings, inputs: int, groups: int) -> np.nd
 
 
 def _zeros(qzeros: np.ndarray, bits: int, outputs: int, old: bool) -> np.ndarray:
-    """(groups, O) uint8."""
+    """Unpack the zero points, uint8 (groups, O)."""
     if old and WORD % bits == 0:
-        # The 1 was taken from all numbers of a word at once, so a zero point of 0 borrowed from its neighbour:
-        # adding to the whole word gives that back.
+        # The writer subtracts 1 from all numbers of a word at once, so a zero point of 0 borrows from its neighbour;
+        # adding to the whole word undoes that.
         ones = sum(1 << shift for shift in range(0, WORD, bits))
         return unpack(qzeros.view(np.uint32) + np.uint32(ones), bits, outputs)
     zeros = unpack(qzeros, bits, outputs)

@@ -1,4 +1,4 @@
-"""INT8 weights of compressed-tensors: (stored - zero point) * scale; scales as with FP8, the zero point optional.
+"""INT8 weights of compressed-tensors: (stored - zero point) * scale, with scales as in FP8 and optional zero points.
 
 Source: https://github.com/vllm-project/compressed-tensors, formats int-quantized and naive-quantized.
 """

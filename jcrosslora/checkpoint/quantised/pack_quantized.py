@@ -1,7 +1,7 @@
-"""Packed integers of compressed-tensors (format pack-quantized, e.g. INT4): rows of `bits`-bit numbers in words.
+"""Packed integers of compressed-tensors (format pack-quantized, e.g. INT4): rows of numbers of `bits` bits in words.
 
-A number is stored with 2^(bits - 1) added. The zero point, where there is one, is packed along the rows and shifted in
-the same way, so that the shifts cancel. Source: https://github.com/vllm-project/compressed-tensors.
+A number is stored plus 2^(bits - 1). An optional zero point is packed along the rows and shifted likewise, so that the
+shifts cancel. Source: https://github.com/vllm-project/compressed-tensors.
 """
 
 import numpy as np
@@ -39,12 +39,12 @@ def _shape(parts: Parts, packed: np.ndarray) -> tuple[int, int]:
 def _bits(parts: Parts, words: int, inputs: int) -> int:
     fitting = [bits for bits in range(1, 9) if -(-inputs * bits // WORD) == words]
     if len(fitting) != 1:
-        parts.refuse(f"{words} words a row do not tell of how many bits {inputs} numbers are")
+        parts.refuse(f"{words} words per row fit no single number of bits for {inputs} numbers")
     return fitting[0]
 
 
 def _scales(parts: Parts, shape: tuple[int, int]) -> np.ndarray:
-    """(O, groups) in the stored dtype."""
+    """Return the scales (O, groups) in the stored dtype."""
     scale = parts.array(".weight_scale", FLOATS)
     if scale.size == 1:
         return np.broadcast_to(scale.reshape(1, 1), (shape[0], 1))
@@ -56,7 +56,7 @@ def _scales(parts: Parts, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _zeros(parts: Parts, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """(O, groups) uint8, with the shift of the numbers."""
+    """Return the zero points, uint8 (O, groups), with the same shift as the numbers."""
     rows, groups = shape
     if ".weight_zero_point" not in parts:
         return np.broadcast_to(np.uint8(2 ** (bits - 1)), shape)
@@ -67,7 +67,7 @@ def _zeros(parts: Parts, shape: tuple[int, ...], bits: int) -> np.ndarray:
 
 
 def _groups(parts: Parts, inputs: int, groups: int) -> np.ndarray:
-    # The list is written as -1 throughout where the groups are in order.
+    # All entries are -1 if the groups are in order.
     listed = parts.array(".weight_g_idx", ("I32", "I64"), 1) if ".weight_g_idx" in parts else None
     if listed is None or bool((listed == -1).all()):
         return group_of_each(parts, inputs, groups)

@@ -1,4 +1,4 @@
-"""The tensors that make up one quantised weight, each checked as it is read."""
+"""The tensors of one quantised weight, checked when read."""
 
 from typing import NoReturn
 
@@ -11,13 +11,13 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class Parts:
-    """The tensors whose names begin with the name of one module.
+    """The tensors of one module.
 
     Args:
-        store: the tensors as they are stored.
+        store: the tensors as stored.
         names: their names.
         module: e.g. "model.layers.0.self_attn.q_proj".
-        where: the folder, named in errors.
+        where: the folder or base, for errors.
     """
 
     def __init__(self, store: TensorStore, names: frozenset[str], module: str, where: str):
@@ -28,19 +28,19 @@ class Parts:
         return self.module + ending in self._names
 
     def dtype(self, ending: str) -> str:
-        """Storage dtype of a part that is there."""
+        """Return the storage dtype of an existing part."""
         return self._store.dtype(self.module + ending)
 
     def array(self, ending: str, dtypes: tuple[str, ...], ndim: int | None = None) -> np.ndarray:
-        """A part.
+        """Read a part.
 
         Args:
-            ending: what follows the module's name.
-            dtypes: the dtypes that it may have.
-            ndim: the number of dimensions that it must have, None for any.
+            ending: its suffix to the name of the module.
+            dtypes: accepted dtypes.
+            ndim: required number of dimensions, None for any.
 
         Raises:
-            CheckpointError: it is missing, of another dtype, or has another number of dimensions.
+            CheckpointError: it is missing, or has another dtype or number of dimensions.
         """
         name = self.module + ending
         if name not in self._names:
@@ -53,14 +53,14 @@ class Parts:
         return self._store.tensor(name)
 
     def matrix(self, ending: str, *dtypes: str) -> np.ndarray:
-        """A part of two dimensions, see `array`."""
+        """Read a part of two dimensions, see `array`."""
         return self.array(ending, dtypes, 2)
 
     def refuse(self, what: str) -> NoReturn:
-        """Refuse parts that do not fit together.
+        """Refuse the weight.
 
         Raises:
-            CheckpointError: always, with `what` is the matter.
+            CheckpointError: always, with the reason `what`.
         """
         msg = f"{self.where}: the quantised weight of {self.module} cannot be read: {what}"
         msg += "; download it again, or use the unquantised checkpoint"
@@ -68,10 +68,10 @@ class Parts:
 
 
 def group_of_each(parts: Parts, inputs: int, groups: int) -> np.ndarray:
-    """(I,): the group of each input, for groups of equal size in order.
+    """Return the group of each input (I,), for groups of equal size in order.
 
     Raises:
-        CheckpointError: the inputs cannot be split evenly.
+        CheckpointError: the inputs do not split evenly.
     """
     if groups == 0 or inputs % groups:
         parts.refuse(f"{inputs} inputs do not split into {groups} groups of scales")
@@ -79,10 +79,10 @@ def group_of_each(parts: Parts, inputs: int, groups: int) -> np.ndarray:
 
 
 def checked_groups(parts: Parts, ending: str, inputs: int, groups: int) -> np.ndarray:
-    """(I,): the group of each input as the part `ending` lists it, in any order.
+    """Return the group of each input (I,) from the list in part `ending`.
 
     Raises:
-        CheckpointError: not one group for each input, or a group that does not exist.
+        CheckpointError: not one entry per input, or a group that does not exist.
     """
     listed = parts.array(ending, ("I32", "I64"), 1)
     if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):

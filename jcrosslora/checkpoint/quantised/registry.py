@@ -1,4 +1,4 @@
-"""The formats of quantised weights, and which of them a checkpoint uses."""
+"""The formats of quantised weights, and the choice among them for a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,25 +13,25 @@ from jcrosslora.checkpoint.quantised.int8 import INT8
 from jcrosslora.checkpoint.quantised.pack_quantized import PACK_QUANTIZED
 from jcrosslora.errors import CheckpointError
 
-# A checkpoint may mix those that its settings claim; the first that knows the tensors of a weight reads it.
+# A checkpoint may mix the formats that claim its settings; the first that recognises the tensors of a weight opens it.
 FORMATS: tuple[Format, ...] = (BITSANDBYTES4, BITSANDBYTES8, GPTQ, AWQ, PACK_QUANTIZED, FP8, INT8)
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """The `quantization_config` of a configuration, {} without one; what is no object is taken for its method."""
+    """Return the `quantization_config` of a configuration, {} without one; a string is taken as the method."""
     settings = config.get("quantization_config") or config.get("compression_config") or {}
     return settings if isinstance(settings, dict) else {"quant_method": settings}
 
 
 def check_quantization(config: Mapping[str, Any], path: str) -> None:
-    """Refuse, by name, a quantised checkpoint that no format reads.
+    """Refuse a quantised checkpoint that no format can read, by name.
 
     Args:
         config: the model's configuration.
-        path: named in the error.
+        path: its file or the name of the base, for the error.
 
     Raises:
-        CheckpointError: an unknown kind of quantisation, or a variant of a known one that is not read.
+        CheckpointError: an unknown quantisation, or an unsupported variant.
     """
     settings = settings_of(config)
     if not settings:
@@ -50,15 +50,15 @@ def check_quantization(config: Mapping[str, Any], path: str) -> None:
 
 
 def formats_in(config: Mapping[str, Any], names: Iterable[str], where: str) -> tuple[Format, ...]:
-    """The formats that may occur in a checkpoint: by its settings, or by its tensors where there are none.
+    """Return the formats that may occur in a checkpoint, by its settings, or by its tensors without settings.
 
     Args:
-        config: a configuration that `check_quantization` has passed.
-        names: of the stored tensors.
-        where: the folder, named in the error.
+        config: a configuration that has passed `check_quantization`.
+        names: names of the stored tensors.
+        where: the folder or base, for the error.
 
     Raises:
-        CheckpointError: tensors that are packed in a way that only settings can tell.
+        CheckpointError: packed tensors that cannot be read without settings.
     """
     settings = settings_of(config)
     if settings:

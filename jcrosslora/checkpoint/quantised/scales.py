@@ -1,4 +1,4 @@
-"""Scales, or zero points, of a matrix: one number, one a row, one a block of rows and columns."""
+"""Scales or zero points of a matrix: one for all, one per row, or one per block of rows and columns."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,15 @@ Rows = Callable[[np.ndarray], np.ndarray]
 
 
 def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None = None) -> Rows | None:
-    """The scale of each number of the rows asked for.
+    """Return a function that gives the scales of rows.
 
     Args:
         values: one number, (O,), (O, 1), or (ceil(O / block rows), ceil(I / block columns)).
         shape: (O, I) of the matrix.
-        block: rows and columns of a block; without it the ratio of the shapes decides.
+        block: rows and columns of a block; the default is the ratio of the shapes.
 
     Returns:
-        (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
+        A function (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
     """
     if values.size == 1:
         return lambda _: values.reshape(1, 1).astype(np.float32)
@@ -26,7 +26,7 @@ def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int
     if size is None or values.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
         return None
     rows, columns = size[0], np.arange(shape[1]) // size[1]
-    # Widened when asked for: the scales of small groups, kept for a whole model, would be an eighth of a byte a number.
+    # Converted on demand: float32 scales of small groups, kept for a whole model, take an eighth of a byte per number.
     return lambda ids: values[ids // rows].astype(np.float32)[:, columns]
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint with quantised weights, as if they were not: dequantised to float32 on demand."""
+"""The tensors of a checkpoint with quantised weights, dequantised to float32 when read."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -13,32 +13,32 @@ from jcrosslora.checkpoint.quantised.registry import formats_in, settings_of
 from jcrosslora.checkpoint.store import TensorStore
 
 _WEIGHT = ".weight"
-_NUMBERS_AT_ONCE = 1 << 20  # Dequantising needs several times the memory of its result.
+_NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
 
 
 def with_weights(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
-    """The store itself, or one that dequantises its weights if it holds quantised ones.
+    """Wrap a store of quantised weights in one that dequantises them; return any other store as it is.
 
     Args:
-        store: the tensors as they are stored.
+        store: the tensors as stored.
         config: the model's configuration, checked by `check_quantization`.
-        where: the folder, named in errors.
+        where: the folder or base, for errors.
 
     Raises:
-        CheckpointError: tensors that are packed in a way that the configuration should tell, and does not.
+        CheckpointError: packed tensors that cannot be read without settings in the configuration.
     """
     formats = formats_in(config, store.names(), where)
     return QuantisedStore(store, formats, config, where) if formats else store
 
 
 class QuantisedStore:
-    """Tensors by their Hugging Face names; the parts of quantised weights are not among them.
+    """A `TensorStore` of dequantised weights; the parts of quantised weights are not among its tensors.
 
     Args:
-        store: the tensors as they are stored.
-        formats: those that may occur.
+        store: the tensors as stored.
+        formats: formats that may occur.
         config: the model's configuration.
-        where: the folder, named in errors.
+        where: the folder or base, for errors.
     """
 
     def __init__(self, store: TensorStore, formats: tuple[Format, ...], config: Mapping[str, Any], where: str):
@@ -53,7 +53,7 @@ class QuantisedStore:
         return self._store.files
 
     def names(self) -> list[str]:
-        """Names of the tensors, each quantised weight in the place of the tensor that holds its numbers."""
+        """Names of the tensors; a quantised weight takes the place of the tensor that holds its numbers."""
         holders = tuple(form.holder for form in self._formats if form.holder != _WEIGHT)
         parts = tuple(part for form in self._formats for part in form.parts)
         names = []
@@ -75,21 +75,21 @@ class QuantisedStore:
         return self._store.dtype(name) if packed is None else packed.dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """float32 of a quantised weight, else a view in the stored dtype.
+        """Read a tensor: float32 if it is quantised, else a read-only view in the stored dtype.
 
         Raises:
-            CheckpointError: no such tensor, or parts of a weight that do not fit together.
+            CheckpointError: no such tensor, or a quantised weight whose parts do not fit together.
         """
         packed = self._open(name)
         return self._store.tensor(name) if packed is None else _dequantise(packed, np.arange(packed.shape[0]))
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """float32 (n, columns): only these rows are dequantised."""
+        """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
         packed = self._open(name)
         return self._store.rows(name, ids) if packed is None else _dequantise(packed, ids)
 
     def release(self) -> None:
-        """Give resident pages back."""
+        """Give the resident pages back to the system."""
         self._store.release()
 
     def sha256s(self) -> list[str]:
@@ -119,5 +119,5 @@ def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:
 
 
 def _quiet() -> AbstractContextManager[None]:
-    # Whoever uses a weight refuses NaN and infinity, and says where they are.
+    # Callers check weights for NaN and infinity.
     return np.errstate(over="ignore", invalid="ignore")

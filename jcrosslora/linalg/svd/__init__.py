@@ -1,5 +1,5 @@
-"""Truncated SVD with the individual singular vectors exact, and a statement of how exact. One kernel a file.
+"""Truncated SVD with accurate individual singular vectors and an error estimate; one kernel per file.
 
-Every kernel is `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one matrix; `choose.decompose` runs a
-stack of them, looks at what they say of their own error, and redoes what is not good enough.
+A kernel is `kernel(w, rank, *, vectors=True, guard=0) -> TruncatedSVD` for one matrix. `choose.decompose` runs a kernel
+over a stack of matrices and redoes those whose estimated error is above the tolerance.
 """

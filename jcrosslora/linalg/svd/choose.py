@@ -1,4 +1,4 @@
-"""Which kernel for which matrix, and a stack of matrices decomposed as exactly as was asked for."""
+"""Choose the SVD kernel for a shape, and decompose a stack of matrices to a tolerance."""
 
 import dataclasses
 from collections import Counter
@@ -31,32 +31,32 @@ KERNELS: dict[str, Callable[..., TruncatedSVD]] = {
     "krylov, deeper": partial(krylov_svd, depth=_DEEPER),
     "subspace": subspace_svd,
 }
-# What a matrix that missed the tolerance is redone by, one after the other.
+# Kernels that are tried in turn on a matrix that misses the tolerance.
 _STRONGER = {
     "subspace": ("krylov, deeper", "gram", "full"),
     "krylov": ("krylov, deeper", "gram", "full"),
     "gram": ("full",),
     "full": (),
 }
-# Triplets beyond the rank that `refine` may use; 32 neighbours apart, real spectra have fallen by several per cent.
+# Triplets beyond the rank for `refine`. Over 32 neighbours, spectra of real weights fall by several per cent.
 GUARD = 32
-# Short sides up to this are eigensolved whole on a CPU.
+# Up to this short side a CPU solves the whole eigenproblem.
 _GRAM_UP_TO = 1536
-# Largest share of the short side that the subspace of `krylov` may take.
+# Largest width of the subspace of `krylov`, as a share of the short side.
 _NARROW = 2 / 3
 
 
 def choose_kernel(shape: tuple[int, int], rank: int, platform: str) -> Kernel:
-    """The kernel that is fastest for matrices of one shape.
+    """Choose the fastest kernel for matrices of one shape.
 
-    `krylov` where its subspace is at most two thirds as wide as the short side, on a CPU only above a short side of
-    1,536; `gram` elsewhere. `full` is never first: on a GPU and a TPU an SVD costs many times an eigensolve, and on a
-    CPU it is needed only where nothing else resolves a matrix. Nothing has been timed on a GPU or a TPU.
+    `krylov` if its subspace is at most two thirds as wide as the short side, on a CPU only above a short side of 1,536;
+    else `gram`. `full` is never first: on a GPU or TPU an SVD costs many times an eigensolve, and on a CPU it is needed
+    only if no other kernel resolves a matrix. The rule has not been timed on a GPU or TPU.
 
     Args:
         shape: (O, I).
         rank: R.
-        platform: as `jax.default_backend()` names it.
+        platform: a name from `jax.default_backend()`.
     """
     short = min(shape)
     narrow = krylov_columns(rank, guard=GUARD) <= _NARROW * short
@@ -71,22 +71,21 @@ def decompose(
     tolerance: float = 1e-2,
     kernel: Kernel = "auto",
 ) -> tuple[TruncatedSVD, tuple[str, ...]]:
-    """Truncated SVD of a stack of matrices, each as exact as asked for or as can be had.
+    """Compute the truncated SVD of each matrix of a stack, to a tolerance.
 
-    A matrix whose `error` is above the tolerance is refined in float64; if that is not enough it is redone, and
-    refined, by one stronger kernel after the other, the last of them the full SVD. Where even that misses the tolerance
-    (equal singular values have no single vectors), the best is returned, and its `error` says so.
+    A matrix whose `error` is above the tolerance is refined in float64, then redone and refined by stronger kernels in
+    turn, at last by the full SVD. If none meets the tolerance (equal singular values have no individual vectors), the
+    result of smallest `error` is returned.
 
     Args:
         stack: (L, O, I), float32; may be sharded over L.
         rank: R, at most min(O, I).
-        vectors: whether single vectors matter, or only the subspace that they span.
-        tolerance: largest `error` accepted.
-        kernel: which kernel to begin with; "auto" is `choose_kernel`.
+        vectors: whether `error` is about individual vectors (True) or about their subspace.
+        tolerance: largest accepted `error`.
+        kernel: the first kernel; "auto" is `choose_kernel`.
 
     Returns:
-        The decomposition with a leading axis L on every field, and for each matrix what its result is from; see
-        `describe_kernels`.
+        The decompositions with a leading axis L on every field, and the kernel that gave each, see `describe_kernels`.
     """
     chex.assert_rank(stack, 3)
     chex.assert_scalar_in(rank, 1, min(stack.shape[1:]))
@@ -95,7 +94,7 @@ def decompose(
         kernel = choose_kernel((rows, columns), rank, jax.default_backend())
     if kernel == "krylov" and not _fits(kernel, (rows, columns), rank):
         kernel = "gram"
-    # On a CPU in threads. A stack that other processes hold a part of stays where it is.
+    # A CPU runs `gram` in threads on the host, unless other processes hold a part of the stack.
     in_threads = kernel == "gram" and jax.default_backend() == "cpu" and stack.is_fully_addressable
     decompose_all = _decompose_in_threads if in_threads else _decompose_stack
     return decompose_all(stack, kernel, rank, vectors, tolerance)
@@ -129,20 +128,27 @@ def _decompose_in_threads(
 
 
 def _missed(errors: Any, tolerance: float) -> np.ndarray:
-    return np.flatnonzero(~(np.asarray(errors) <= tolerance))  # "not <=" so that a NaN is redone too
+    return np.flatnonzero(~(np.asarray(errors) <= tolerance))  # not "error > tolerance", so that a NaN is redone too
 
 
 def describe_kernels(used: Iterable[str]) -> str:
-    """What matrices were decomposed by, with their numbers: "gram 240, gram in float64 12"."""
+    """Count the kernels that gave the results: "gram 240, gram in float64 12"."""
     return ", ".join(f"{name} {number}" for name, number in Counter(used).most_common())
 
 
 def _redo(
     w: jax.Array, svd: TruncatedSVD, name: str, kernel: str, rank: int, vectors: bool, tolerance: float
 ) -> tuple[TruncatedSVD, str]:
-    """One matrix again, until it is good enough, or else the best of what was tried.
+    """Redo one matrix until it meets the tolerance; return the result of smallest error and the name of its kernel.
 
-    `svd`, called `name`, is what `kernel` has made of it so far.
+    Args:
+        w: (O, I).
+        svd: the result so far.
+        name: how `svd` was made: `kernel`, or `kernel` in float64.
+        kernel: the kernel that made it.
+        rank: R.
+        vectors: as in `decompose`.
+        tolerance: as in `decompose`.
     """
 
     def attempts() -> Iterator[tuple[TruncatedSVD, str]]:
@@ -156,7 +162,7 @@ def _redo(
 
     best, label = svd, name
     for result, tried in attempts():
-        # The error of a later result is the more trustworthy, so ties and NaN go to it.
+        # The error of a later result is more reliable: it wins ties, and replaces NaN.
         if not float(best.error) < float(result.error):
             best, label = result, tried
         if float(best.error) <= tolerance:
@@ -165,7 +171,7 @@ def _redo(
 
 
 def _fits(kernel: str, shape: tuple[int, ...], rank: int) -> bool:
-    """Whether a kernel does what its name says: without room for the subspace `krylov_svd` is `gram_svd`."""
+    """Whether a kernel applies to a shape: `krylov_svd` needs a subspace narrower than the short side."""
     if not kernel.startswith("krylov"):
         return True
     depth = DEPTH if kernel == "krylov" else _DEEPER
@@ -193,7 +199,7 @@ def _cut(svd: TruncatedSVD, rank: int) -> TruncatedSVD:
 
 
 def _row(stack: jax.Array, row: int) -> jax.Array:
-    """One item of a stack, on the device that holds it, without moving the others."""
+    """Return one item of a stack, on the device that holds it."""
     for shard in stack.addressable_shards:
         first, stop, _ = shard.index[0].indices(stack.shape[0])
         if first <= row < stop:

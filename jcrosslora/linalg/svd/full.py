@@ -1,4 +1,4 @@
-"""The full SVD: slow, and limited by nothing but float32."""
+"""The full SVD: slow, with an error of float32 rounding only."""
 
 import chex
 import jax
@@ -9,13 +9,13 @@ from jcrosslora.linalg.svd.record import TruncatedSVD, truncate
 
 
 def full_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
-    """The leading triplets of W (O, I) by a full SVD (LAPACK's gesdd on a CPU), cut afterwards.
+    """Compute the leading triplets of W (O, I) by a full SVD (LAPACK's gesdd on a CPU) and truncation.
 
     Args:
         w: (O, I), float32.
         rank: R, at most min(O, I).
-        vectors: whether `error` is about single vectors (True) or only about the subspace at the cut.
-        guard: how many further triplets to return, as far as there are any.
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
     """
     chex.assert_rank(w, 2)
     columns = min(rank + guard, *w.shape)

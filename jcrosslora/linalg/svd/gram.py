@@ -1,4 +1,4 @@
-"""The eigenvectors of the short side's Gram matrix: fast, but it squares the condition."""
+"""SVD by the eigenvectors of the Gram matrix of the short side: fast, but it squares the condition number."""
 
 import chex
 import jax
@@ -9,10 +9,10 @@ from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale
 
 
 def gram_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
-    """The leading triplets of W (O, I) through W'W or WW', whichever is smaller; arguments as in `full_svd`.
+    """Compute the leading triplets of W (O, I) from W'W or WW', the smaller one; arguments as in `full_svd`.
 
-    A vector whose neighbours in the spectrum are close comes out turned, and singular values below 3e-4 of the
-    largest are lost; `error` says so.
+    Vectors with close neighbours in the spectrum come out rotated, and singular values below 3e-4 of the largest are
+    lost; `error` shows both.
     """
     chex.assert_rank(w, 2)
     eigenvalues, short = jnp.linalg.eigh(gram_matrix(scale_out(w)[0]))

@@ -1,4 +1,4 @@
-"""Block Krylov: the leading triplets of a large matrix from a subspace a few times as wide as the rank."""
+"""Block Krylov: leading triplets of a large matrix from a subspace a few times as wide as the rank."""
 
 import itertools
 
@@ -12,8 +12,8 @@ from jcrosslora.linalg.svd.gram import gram_svd
 from jcrosslora.linalg.svd.record import TruncatedSVD
 from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale_out
 
-# The last blocks start anew from random columns. A block Krylov space holds no more copies of a repeated eigenvalue
-# than a block has columns; new columns find the ones that are missing, and their residual betrays them.
+# The last blocks restart from random columns. A block Krylov space holds a repeated eigenvalue at most as often as a
+# block has columns; new random columns find the missing copies, whose residual then shows.
 _PROBE_BLOCKS = 2
 _FEWEST = 3
 _LOOPS = 4
@@ -21,10 +21,9 @@ DEPTH, BLOCK = 4, 32
 
 
 def krylov_columns(rank: int, *, guard: int = 0, depth: int = DEPTH, block: int = BLOCK) -> int:
-    """The width of the subspace of `krylov_svd`: `depth` times the rank in whole blocks, and the probes.
+    """Return the width of the subspace of `krylov_svd`: `depth` times the rank in whole blocks, plus the probes.
 
-    It is the number of blocks that makes the space converge, so a small rank gets `_FEWEST` of them for each unit of
-    depth.
+    Convergence depends on the number of blocks, so a small rank gets `_FEWEST` blocks per unit of depth.
     """
     blocks = max(-(-depth * rank // block), -(-(rank + guard) // block), _FEWEST * depth)
     return (blocks + _PROBE_BLOCKS) * block
@@ -33,22 +32,21 @@ def krylov_columns(rank: int, *, guard: int = 0, depth: int = DEPTH, block: int 
 def krylov_svd(
     w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0, depth: int = DEPTH, block: int = BLOCK
 ) -> TruncatedSVD:
-    """The leading triplets of W (O, I) by block Lanczos on the Gram matrix (Golub and Underwood 1977).
+    """Compute the leading triplets of W (O, I) by block Lanczos on the Gram matrix (Golub and Underwood 1977).
 
-    The products are with the Gram matrix itself: two products with W, without forming it, are fewer operations for a
-    square W, but took as long there and longer elsewhere. Every block is orthogonalised twice against all before it,
-    then Rayleigh-Ritz takes the eigenvectors of the whole subspace. Nothing is assumed to have converged: `residual`
-    is measured on W, and `error` rests on it. A subspace as wide as the matrix has no advantage, and `gram_svd` is
-    taken instead.
+    The Gram matrix is formed: two products with W per step are fewer operations for a square W, but took as long there
+    and longer for other shapes. Each block is orthogonalised twice against all earlier blocks; Rayleigh-Ritz then takes
+    the eigenvectors in the whole subspace. `error` does not assume convergence: it follows from `residual`, which is
+    measured on W. If the subspace would be as wide as the matrix, `gram_svd` is used instead.
 
     Args:
         w: (O, I), float32.
         rank: R, at most min(O, I).
-        vectors: whether `error` is about single vectors (True) or only about the subspace at the cut.
-        guard: how many further triplets to return, as far as there are any.
-        depth: columns of the subspace for each triplet. With 3, the vectors next to the cut have not converged on
-            spectra that fall as slowly as those of language models.
-        block: columns multiplied at a time.
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
+        depth: columns of the subspace per triplet. With 3, vectors next to the cut do not converge on spectra that
+            decay as slowly as those of language models.
+        block: columns per block.
     """
     chex.assert_rank(w, 2)
     columns = krylov_columns(rank, guard=guard, depth=depth, block=block)
@@ -62,7 +60,7 @@ def krylov_svd(
 
 
 def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal basis Q (M, count * block) of the Krylov space of G, and the upper triangle of Q'G Q by blocks."""
+    """Return an orthonormal basis Q (M, count * block) of the Krylov space of G, and the upper triangle of Q'G Q."""
 
     def orthonormal(new: jax.Array, basis: jax.Array) -> jax.Array:
         new, _ = jnp.linalg.qr(new)
@@ -75,8 +73,8 @@ def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Arra
         inside = dot(basis.T, image)
         projected = lax.dynamic_update_slice_in_dim(projected, inside, (j - 1) * block, axis=1)
         noise = jax.random.normal(jax.random.fold_in(key, j), (width, block), basis.dtype)
-        # Random columns of the size of the rounding keep a block from being singular: where the space is invariant
-        # already (low rank, equal singular values, zero) the next block is outside it, and nothing is divided by zero.
+        # Random columns of the size of rounding keep a block from being singular: if the space is already invariant
+        # (low rank, equal singular values, zero), the next block lies outside it, and nothing is divided by zero.
         rounding = 10 * float(jnp.finfo(basis.dtype).eps) * jnp.maximum(jnp.linalg.norm(image), 1) / width**0.5
         new = jnp.where(j == count - _PROBE_BLOCKS, noise, image - dot(basis, inside) + rounding * noise)
         new = orthonormal(new, basis)
@@ -85,8 +83,8 @@ def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Arra
     key, width = jax.random.key(0), gram.shape[0]
     basis, _ = jnp.linalg.qr(jax.random.normal(key, (width, block), gram.dtype))
     projected = jnp.zeros((block, block), basis.dtype)
-    # In a few loops, each as wide as it has to be: columns that are still empty would be multiplied for nothing, and
-    # one program for each block would take longer to compile than to run.
+    # A few loops of growing width: one loop of full width would multiply empty columns, and one program per block would
+    # take longer to compile than to run.
     edges = sorted({1, *(max(1, count * i // _LOOPS) for i in range(1, _LOOPS + 1))})
     for start, stop in itertools.pairwise(edges):
         more = stop * block - basis.shape[1]

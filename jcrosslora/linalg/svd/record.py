@@ -1,4 +1,4 @@
-"""What every SVD kernel returns, and how its own error is judged."""
+"""The result of every SVD kernel, and the estimate of its error."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 class TruncatedSVD:
     """W ~ U diag(s) V', the leading R singular triplets of W (O, I).
 
-    Directions of zero singular value (below the numerical rank) carry zero vectors: they are not part of the row
-    or column space of W, and LAPACK's choice among them is arbitrary. A kernel that was asked for guard triplets
-    returns R + guard of them; the scalars are about the first R.
+    Vectors of zero singular values (beyond the numerical rank) are zero: they are not part of the row or column space
+    of W, and LAPACK's choice of them is arbitrary. With guard triplets there are R + guard; the scalars are about the
+    first R.
 
     Attributes:
         u: (O, R), orthonormal columns.
@@ -22,12 +22,11 @@ class TruncatedSVD:
         v: (I, R), orthonormal columns.
         residual: (R,), root mean square of ||W v - s u|| and ||W'u - s v||, over s_1.
         energy: (), share of ||W||_F^2 in the R triplets.
-        gap: (), (s_R - s_{R+1}) / s_R: how well the cut separates the subspace from the rest, 1 where nothing
-            is cut off.
-        condition: (), s_1 / s_R over the numerical rank.
-        error: (), estimated error (radians, first order) of the worst of what was asked for: of a single vector,
-            or of the whole subspace. Infinite where it cannot be had, NaN where W is not finite.
-        numerical_rank: (), int32, how many of the R singular values are above float32 noise.
+        gap: (), (s_R - s_{R+1}) / s_R, how well the cut separates the subspace; 1 if nothing is cut off.
+        condition: (), s_1 / s_R within the numerical rank.
+        error: (), estimated largest angle (radians, first order) between a computed and a true vector, or between the
+            subspaces. Infinite if it cannot be estimated, NaN if W is not finite.
+        numerical_rank: (), int32, number of the R singular values above float32 noise.
     """
 
     u: jax.Array
@@ -42,12 +41,12 @@ class TruncatedSVD:
 
 
 def namespace(x: jax.Array) -> Any:
-    """The functions for arrays of this kind: JAX's, or numpy's on the host, where nothing has to be compiled."""
+    """Return numpy for an array on the host, which needs no compilation, else jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
 def noise_level(shape: tuple[int, ...]) -> float:
-    """The level, relative to the largest, below which a singular value of a float32 matrix is rounding."""
+    """Return the level, relative to the largest, below which a singular value of a float32 matrix is rounding."""
     return float(jnp.finfo(jnp.float32).eps) * max(shape)
 
 
@@ -61,20 +60,20 @@ def truncate(
     rank: int,
     vectors: bool,
 ) -> TruncatedSVD:
-    """Make the record: blank the directions below the noise, and turn residuals into an error by the gaps.
+    """Build the record: zero the vectors below the noise, and estimate `error` from residuals and gaps.
 
-    With [u; v] / sqrt(2) as eigenvector of [0 W; W' 0], a triplet of residual r is turned by at most r over its
-    distance to the next singular value (Davis and Kahan 1970, Wedin 1972). Residuals below float32's rounding of s_1
-    count as that: the stored vectors are no better.
+    With [u; v] / sqrt(2) as an eigenvector of [0 W; W' 0], a triplet of residual r is rotated by at most r over its
+    distance to the next singular value (Davis and Kahan 1970, Wedin 1972). Residuals are raised to at least the float32
+    rounding of s_1, because the vectors are stored in float32.
 
     Args:
-        u: (O, K), K of rank or more.
-        s: (S,), all singular values that are known, descending; S of K or more.
+        u: (O, K), K >= R.
+        s: (S,), all known singular values, descending; S >= K.
         v: (I, K).
-        residual: (K,), as in the record but not divided by s_1.
+        residual: (K,), as in the record, but not divided by s_1.
         total: (), ||W||_F^2.
         rank: R.
-        vectors: whether `error` is about single vectors or only about the subspace at the cut.
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
     """
     keep, judged = judge(s, residual, total, (u.shape[0], v.shape[0]), rank=rank, vectors=vectors)
     return TruncatedSVD(u=jnp.where(keep, u, 0), v=jnp.where(keep, v, 0), **judged)
@@ -83,7 +82,7 @@ def truncate(
 def judge(
     s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, int], *, rank: int, vectors: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Which of K directions (K,) are above the noise, and all fields of the record but the vectors.
+    """Return a mask (K,) of the triplets above the noise, and all fields of the record except the vectors.
 
     Args:
         s: as in `truncate`.
@@ -94,7 +93,7 @@ def judge(
         vectors: as in `truncate`.
     """
     xp, columns, short = namespace(s), residual.shape[0], min(shape)
-    # With where, and not a product: LAPACK may leave NaN in directions of zero singular value.
+    # `where` and not a product: LAPACK may leave NaN in vectors of zero singular values.
     keep = s[:columns] > noise_level(shape) * s[0]
     count = xp.sum(keep[:rank], dtype=xp.int32)
     kept = xp.where(keep, s[:columns], 0)
@@ -114,12 +113,12 @@ def judge(
 
 
 def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vectors: bool) -> jax.Array:
-    """The largest angle of `truncate`, from s (S + 1,) that ends in a zero and the residuals (R,)."""
+    """Return the largest angle of `truncate`, from s (S + 1,), ending in a zero, and residuals (R,)."""
     xp, rank = namespace(s), residual.shape[0]
     residual = xp.maximum(residual, float(xp.finfo(xp.float32).eps) * s[0])
     below = s[:rank] - s[1 : rank + 1]
     if whole:
-        # Nothing is cut off: the whole space is exact, and the last vector is fixed by the others.
+        # Nothing is cut off: the subspace is the whole space, and the other vectors determine the last one.
         below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype))
     if vectors:
         above = xp.append(xp.full(1, xp.inf, dtype=s.dtype), below[:-1])
@@ -128,5 +127,5 @@ def _turn(s: jax.Array, residual: jax.Array, count: jax.Array, whole: bool, vect
         gaps = xp.broadcast_to(below[xp.maximum(count - 1, 0)], below.shape)
     angles = residual / xp.maximum(gaps, float(xp.finfo(s.dtype).tiny))
     worst = xp.max(xp.where(xp.arange(rank, dtype=xp.int32) < count, angles, 0))
-    # NaN compares as below the noise, which would blank all directions and leave no error at all.
+    # NaN compares as below the noise, so all vectors would be zero, with an error of 0.
     return xp.where(xp.isfinite(s[0]), worst, xp.nan)

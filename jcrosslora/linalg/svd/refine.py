@@ -1,4 +1,4 @@
-"""Single vectors in float64 from a subspace in float32, for matrices whose singular values lie too close."""
+"""Individual vectors in float64 from a float32 subspace, for matrices with close singular values."""
 
 from functools import partial
 
@@ -13,12 +13,12 @@ from jcrosslora.linalg.svd.record import TruncatedSVD, judge, namespace
 
 
 def refine(w: jax.Array, svd: TruncatedSVD, rank: int, *, vectors: bool = True) -> TruncatedSVD:
-    """Rayleigh-Ritz in float64 within the space of R + guard triplets; not to be called under jit.
+    """Apply Rayleigh-Ritz in float64 in the span of R + guard triplets; do not call it under jit.
 
-    Rounding in float32 mixes neighbours in the spectrum, and hardly anything with vectors that are far from it: the
-    guard triplets keep the mixture inside. Each vector is sought anew there, from W in float64, which costs products
-    of that width and a small eigenproblem, whatever the size of W (Parlett 1998, chapter 11). What is left of other
-    directions shows in the residual. Where these triplets are more than half of all, the whole space is as cheap.
+    float32 rounding mixes a vector with its neighbours in the spectrum and hardly with distant ones, so the span of the
+    R + guard triplets contains the true vectors almost exactly. They are found in it from W in float64, by products of
+    that width and a small eigenproblem (Parlett 1998, chapter 11); the residual shows the part outside. If the
+    triplets are more than half of all, the whole eigenproblem is solved, which costs no more.
 
     Args:
         w: (O, I), float32.
@@ -43,15 +43,15 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
         squares, short = jnp.linalg.eigh(dot(tall.T, tall))
         s = jnp.sqrt(jnp.maximum(squares[::-1], 0))
         short = short[:, -columns:][:, ::-1].astype(jnp.float32)
-        # Neighbours are told apart by now, and float32 does for what is left.
+        # The eigenvectors resolve close neighbours, so float32 is enough from here on.
         scale = jnp.where(s[:columns] > 0, s[:columns], 1).astype(jnp.float32)
         long = dot(single, short) / scale
     else:
         s, short, long = _ritz(tall, short)
         short, long = short.astype(jnp.float32), long.astype(jnp.float32)
-    # Of the vectors as they are stored, and on the scale of W, where squares in float32 might vanish.
+    # The residual of the vectors as stored, in float64: squares of small numbers may underflow in float32.
     back = dot(single.T, long).astype(jnp.float64) - short.astype(jnp.float64) * s[:columns]
-    residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds
+    residual = jnp.linalg.norm(back, axis=0) / 2**0.5  # W v = s u holds by construction
     keep, judged = judge_refined(s, residual, jnp.sum(tall**2), w.shape, rank, vectors)
     long, short = jnp.where(keep, long, 0), jnp.where(keep, short, 0)
     u, v = (long, short) if upright else (short, long)
@@ -61,21 +61,21 @@ def _refine(w: jax.Array, short: jax.Array, rank: int, vectors: bool) -> Truncat
 def judge_refined(
     s: jax.Array, residual: jax.Array, total: jax.Array, shape: tuple[int, ...], rank: int, vectors: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `judge`, of singular values and residuals in float64, with every field in float32."""
+    """Apply `judge` to singular values and residuals in float64; the fields are float32."""
     keep, judged = judge(s, residual, total, (shape[0], shape[1]), rank=rank, vectors=vectors)
-    # The vectors are stored in float32, and no surer than that.
+    # The vectors are stored in float32, which bounds their accuracy.
     error = _leak(s, residual, judged["numerical_rank"], rank, vectors, min(shape)) + float(jnp.finfo(jnp.float32).eps)
     judged = {**judged, "error": error}
     return keep, {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in judged.items()}
 
 
 def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ritz values s (K,), and both sides (M, K) and (N, K), of T (N, M) in the space of the columns of `short`."""
-    # Blank columns give way to random ones: they get what W has beside the others.
+    """Return Ritz values s (K,) and vectors (M, K) and (N, K) of T (N, M) in the span of the columns of `short`."""
+    # Random columns replace zero ones and pick up directions of W that the others miss.
     noise = jax.random.normal(jax.random.key(0), short.shape, jnp.float32) / short.shape[0] ** 0.5
     short = jnp.where(jnp.any(short != 0, axis=0), short, noise).astype(jnp.float64)
     long = dot(tall, short)
-    # L L' = V'V makes up for columns that are orthonormal only in float32.
+    # L L' = V'V corrects for columns that are orthonormal in float32 only.
     root = jnp.linalg.cholesky(dot(short.T, short))
     squares = solve_triangular(root, solve_triangular(root, dot(long.T, long), lower=True).T, lower=True)
     squares, rotation = jnp.linalg.eigh(squares)
@@ -85,10 +85,11 @@ def _ritz(tall: jax.Array, short: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vectors: bool, width: int) -> jax.Array:
-    """The error of vectors that are exact within their space: what leaks out of it, and what that turns inside.
+    """Estimate the error of vectors that are exact in their span: leakage out of it, and the rotation that it causes.
 
-    The residual r_i is orthogonal to the space, so it is over the distance to what is outside, at most the last value
-    inside, that it turns vector i; neighbours i and j are turned into each other by r_i r_j over both distances.
+    The residual r_i is orthogonal to the span. It rotates vector i by r_i over the distance to the singular values
+    outside, which are at most the last one inside; it rotates neighbours i and j into each other by r_i r_j over both
+    distances.
     """
     xp = namespace(s)
     inside = xp.arange(rank, dtype=xp.int32) < count
@@ -96,7 +97,7 @@ def _leak(s: jax.Array, residual: jax.Array, count: jax.Array, rank: int, vector
     tiny = float(xp.finfo(s.dtype).tiny)
     below = s[:rank] - xp.append(s, xp.zeros(1, dtype=s.dtype))[1 : rank + 1]
     if s.shape[0] == width:
-        # Nothing is outside; only float64 itself is left over.
+        # The span is the whole space: only float64 rounding remains.
         leak = xp.zeros_like(residual)
         below = xp.append(below[:-1], xp.full(1, xp.inf, dtype=s.dtype)) if rank == width else below
     else:

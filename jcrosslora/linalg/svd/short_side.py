@@ -1,4 +1,4 @@
-"""The Gram matrix of a matrix's short side, and triplets of the matrix from its eigenvectors."""
+"""The Gram matrix of the short side of a matrix, and singular triplets from its eigenvectors."""
 
 import dataclasses
 import itertools
@@ -9,20 +9,20 @@ import jax.numpy as jnp
 from jcrosslora.linalg.dot import dot
 from jcrosslora.linalg.svd.record import TruncatedSVD, noise_level, truncate
 
-# From this many columns on, leaving out the lower triangle pays for the copies that it costs.
+# From this width on, skipping the lower triangle saves more time than its copies take.
 _TRIANGLE_FROM = 1024
 _STRIPES = 4
 
 
 def scale_out(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """W over its largest entry, which keeps squares inside float32's range, and that entry."""
+    """Divide W by its largest entry, so that squares stay in the range of float32; return both."""
     size = jnp.maximum(jnp.max(jnp.abs(w)), jnp.finfo(w.dtype).tiny)
     return w / size, size
 
 
 def gram_matrix(w: jax.Array) -> jax.Array:
-    """W'W or WW' (M, M), whichever is smaller; of a large one only the blocks from the diagonal on are multiplied."""
-    # Each orientation is written out: of a slice of a transpose XLA makes a copy, which takes longer than it saves.
+    """Return W'W or WW' (M, M), the smaller one, of a large W by the blocks on and above the diagonal."""
+    # Both orientations are written out: XLA copies a slice of a transpose, which takes longer than it saves.
     wide, width = w.shape[0] < w.shape[1], min(w.shape)
     if width < _TRIANGLE_FROM:
         return dot(w, w.T) if wide else dot(w.T, w)
@@ -40,10 +40,10 @@ def gram_matrix(w: jax.Array) -> jax.Array:
 def from_eigenpairs(
     w: jax.Array, eigenvalues: jax.Array, short: jax.Array, *, rank: int, vectors: bool, guard: int
 ) -> TruncatedSVD:
-    """Triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `scale_out(w)`.
+    """Compute triplets of W (O, I) from (approximate) eigenpairs of the Gram matrix of `scale_out(w)`.
 
-    The long side is u = W v / s, so that W v = s u holds by construction; the residual of the other equation is taken
-    from W itself, and therefore sees the rounding of the Gram matrix and of its eigenvectors.
+    The long side is u = W v / s, so W v = s u holds by construction. The residual of the other equation is measured on
+    W and includes the rounding of the Gram matrix and of its eigenvectors.
 
     Args:
         w: (O, I).
@@ -59,11 +59,13 @@ def from_eigenpairs(
     squares, short = jnp.maximum(eigenvalues[::-1], 0), short[:, -columns:][:, ::-1]
     s = jnp.sqrt(squares)
     long = dot(tall, short) / jnp.where(s[:columns] > 0, s[:columns], 1)
-    residual = jnp.linalg.norm(dot(tall.T, long) - short * s[:columns], axis=0) / 2**0.5  # W v = s u holds
+    residual = (
+        jnp.linalg.norm(dot(tall.T, long) - short * s[:columns], axis=0) / 2**0.5
+    )  # W v = s u holds by construction
     u, v = (long, short) if w.shape[0] >= w.shape[1] else (short, long)
     total = jnp.sum(jnp.sum(tall**2, axis=0))
     svd = truncate(u, s, v, residual, total, rank=rank, vectors=vectors)
-    # Squares below the noise are not told apart from zero here, though W itself may still hold them: then only W can
-    # answer. Not "<=", so that a NaN stays one.
+    # The Gram matrix does not resolve squares below the noise, though W may hold these singular values: the error is
+    # unknown then. `~(a > b)` keeps a NaN error.
     lost = ~(squares[rank - 1] > noise_level(w.shape) * squares[0]) & jnp.isfinite(squares[0])
     return dataclasses.replace(svd, s=svd.s * size, error=jnp.where(lost, jnp.inf, svd.error))

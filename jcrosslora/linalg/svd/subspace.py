@@ -1,4 +1,4 @@
-"""Randomised subspace iteration: the usual way to a few leading triplets, here to be compared with."""
+"""Randomised subspace iteration: the usual method for a few leading triplets, kept for comparison."""
 
 import chex
 import jax
@@ -12,17 +12,17 @@ from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale
 def subspace_svd(
     w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0, extra: int | None = None, iterations: int = 8
 ) -> TruncatedSVD:
-    """The leading triplets of W (O, I) by subspace iteration from random columns (Halko, Martinsson and Tropp 2011).
+    """Compute the leading triplets of W (O, I) by subspace iteration (Halko, Martinsson and Tropp 2011).
 
-    The spectra of language models decay slowly, and this method gains only a factor of (s_{R+extra} / s_R)^2 with each
-    iteration: the subspace comes out well, single vectors near the cut do not. `error` says so.
+    Each iteration gains a factor of (s_{R+extra} / s_R)^2, which is close to 1 for the slowly decaying spectra of
+    language models: the subspace converges, individual vectors near the cut do not. `error` shows this.
 
     Args:
         w: (O, I), float32.
         rank: R, at most min(O, I).
-        vectors: whether `error` is about single vectors (True) or only about the subspace at the cut.
-        guard: how many further triplets to return, as far as there are any.
-        extra: columns beside the R; None is half of R.
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
+        extra: columns beyond R; None is half of R.
         iterations: products with the Gram matrix.
     """
     chex.assert_rank(w, 2)
