@@ -1,24 +1,17 @@
 """Test depth maps and the modules that they leave unpaired."""
 
-from dataclasses import dataclass
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jcrosslora.checkpoint.layout import Module
 from jcrosslora.errors import PairingError
 from jcrosslora.lineage.pairing import pair_modules, parse_depth
 
 
-@dataclass(frozen=True)
-class Module:
-    name: str
-    layer: int
-    role: str
-
-
 def modules(layers, roles=("q_proj", "down_proj")):
-    made = [Module(f"model.layers.{i}.{role}", i, role) for i in range(layers) for role in roles]
+    names = [(f"model.layers.{i}.{role}", i, role) for i in range(layers) for role in roles]
+    made = [Module(*name, shape=(4, 4), tensor=f"{name[0]}.weight", rows=None, dtype="F32") for name in names]
     return {module.name: module for module in made}
 
 
