@@ -1,4 +1,4 @@
-"""Tiny models of every family as pairs: in torch, and in the decoder from the same files."""
+"""Provide tiny models of every family in torch and in the decoder, from the same files."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from tiny_models import save_tiny, torch, transformers
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of
 
-LENGTH = 40  # beyond the window of 16, and beyond longrope's switch of 32
+LENGTH = 40  # beyond the window of 16, and beyond longrope's original length of 32
 SHORT = 24
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 LLAMA3 = {
@@ -51,12 +51,12 @@ VARIANTS = {
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
 }
 
-# One of each family, where layers differ from each other if they can.
+# One of each family, with different kinds of layers where the family has them.
 EACH_FAMILY = ("llama", "mistral", "qwen2-window", "qwen3", "gemma2", "gemma3", "phi3-longrope")
 
 
 def load_pair(name, folder):
-    """A torch model and our base, settings and parameters of the same files."""
+    """Return a torch model, and base, settings and parameters from the same files."""
     family, overrides = VARIANTS[name]
     save_tiny(family, folder, **overrides)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -65,7 +65,7 @@ def load_pair(name, folder):
 
 
 def pair_fixture(names):
-    """A fixture with the pair of each name in turn."""
+    """Return a fixture over the pairs of these names."""
 
     @pytest.fixture(scope="module", params=names)
     def pair(request, tmp_path_factory):

@@ -1,4 +1,4 @@
-"""What one of two processes that work together does in tests/test_hosts.py; its arguments are in a JSON file."""
+"""The program of each of the two processes of tests/test_hosts.py; arguments: folder, process number, port."""
 
 import json
 import os
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     main([*COMMAND, "--out", str(FOLDER / "first"), *joined])
     found: dict[str, object] = {"read": {kind: list(names) for kind, names in read.items()}}
     read["weights"].clear()
-    # Its transport is in the cache of the first process alone.
+    # Only the cache of the first process has the transport.
     main([*COMMAND, "--out", str(FOLDER / "again")])
     found["read again"] = list(read["weights"])
     source, target = (jcl.open_base(FOLDER / name) for name in ("source", "target"))

@@ -1,4 +1,4 @@
-"""Tiny bases of several families, and what is done to bases in the wild: pruned, permuted, merged, trained, rounded."""
+"""Make tiny bases of several families and change them: prune, permute, merge, train, round."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ATTENTION_ROWS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_head
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A base before it is written: its configuration and its tensors."""
+    """The configuration and tensors of a base in memory."""
 
     config: dict
     tensors: dict[str, np.ndarray]
@@ -30,12 +30,12 @@ class Made:
         return Made(self.config | config, {name: change(name, x) for name, x in self.tensors.items()})
 
     def rounded(self, dtype: str) -> "Made":
-        """What a file of a float format holds; quantised formats round what they are given."""
+        """Round all tensors to a float format; other formats leave them unchanged."""
         kind = DTYPES.get(dtype, np.float32)
         return self.change(lambda _, x: x.astype(kind).astype(np.float32))
 
     def quantised(self, kind: str) -> "Made":
-        """With every matrix rounded as a GGUF quantisation does."""
+        """Round every matrix as a GGUF quantisation does."""
         quant = gguf.GGMLQuantizationType[kind]
         return self.change(
             lambda _, x: gguf.quants.dequantize(gguf.quants.quantize(x, quant), quant) if x.ndim == 2 else x
@@ -52,7 +52,7 @@ class Made:
         return open_base(folder)
 
     def write_gguf(self, path: Path, kind: str) -> BaseModel:
-        """As llama.cpp's converter and quantiser write it."""
+        """Write a GGUF file as llama.cpp's converter and quantiser do."""
         path.parent.mkdir(parents=True, exist_ok=True)
         heads = self.size("num_attention_heads"), self.size("num_key_value_heads")
         stored = {
@@ -78,7 +78,7 @@ class Made:
 
 
 def make(family: str = "llama", *, seed: int = 0, **changes) -> Made:
-    """A random base whose singular values fall off, as those of trained ones do."""
+    """Make a random base with decaying singular values, as trained ones have."""
     config = {
         "model_type": family,
         "architectures": list(FAMILIES[family].architectures[:1]),
@@ -119,7 +119,7 @@ def layer_of(name: str) -> int | None:
 
 
 def noisy(size: float, *, seed: int = 7, only: Callable[[str], bool] = lambda _: True):
-    """Dense noise of a size relative to each weight: training goes on."""
+    """Add dense noise of a size relative to each weight, as further training does."""
     rng = np.random.default_rng(seed)
 
     def add(name: str, x: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ def noisy(size: float, *, seed: int = 7, only: Callable[[str], bool] = lambda _:
 
 
 def merged(rank: int, size: float, *, roles=("q_proj", "v_proj"), seed: int = 8):
-    """A LoRA update merged into some roles."""
+    """Merge a LoRA update into some roles."""
     rng = np.random.default_rng(seed)
 
     def add(name: str, x: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def scaled(factor: float):
 
 
 def with_layers(layers):
-    """The layers of the list, in its order."""
+    """Take the listed layers, in this order."""
 
     def build(made: Made) -> Made:
         tensors = {name: x for name, x in made.tensors.items() if layer_of(name) is None}
@@ -165,7 +165,7 @@ def with_layers(layers):
 
 
 def with_neurons(choose):
-    """The neurons that `choose(layer, count)` names."""
+    """Take the neurons `choose(layer, count)`."""
 
     def build(made: Made) -> Made:
         def change(name, x):
@@ -181,7 +181,7 @@ def with_neurons(choose):
 
 
 def with_heads(choose, within=lambda layer, size: np.arange(size)):
-    """The heads of `choose(layer, groups, served)`: (groups, heads of each); values in the order `within` a head."""
+    """Take the heads `choose(layer, groups, served)`, (groups, heads of each); `within` orders the values of a head."""
 
     def build(made: Made) -> Made:
         groups, size = made.size("num_key_value_heads"), made.size("head_dim")
@@ -204,7 +204,7 @@ def with_heads(choose, within=lambda layer, size: np.arange(size)):
 
 
 def with_stream(index):
-    """The dimensions of the residual stream, in their order."""
+    """Take these dimensions of the residual stream, in this order."""
 
     def change(name, x):
         if is_linear(name) and role_of(name) in ("o_proj", "down_proj"):
@@ -224,7 +224,7 @@ def with_tokens(index):
 
 
 def then(*steps):
-    """One after the other."""
+    """Apply changes one after the other."""
 
     def build(made: Made) -> Made:
         for step in steps:

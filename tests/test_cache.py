@@ -79,7 +79,7 @@ def assert_same(one, two):
 @pytest.mark.parametrize(
     ("method", "target"), [("cross-lora", "target"), ("lorasuite", "target"), ("prolora", "twin"), ("random", "target")]
 )
-def test_the_same_bytes_without_a_cache_with_a_cold_one_and_with_a_warm_one(
+def test_output_is_the_same_without_cache_with_cold_and_with_warm_cache(
     files, root, tmp_path, monkeypatch, method, target
 ):
     where = {"method": method, "target": target}
@@ -94,7 +94,7 @@ def test_the_same_bytes_without_a_cache_with_a_cold_one_and_with_a_warm_one(
     assert second == move(files, tmp_path, adapter=1, **where)
 
 
-def test_a_damaged_group_is_made_anew_with_the_same_bytes(files, root, tmp_path):
+def test_damaged_entries_are_computed_again_with_the_same_output(files, root, tmp_path):
     first = move(files, tmp_path, method="cross-lora")
     # One that is gone, among others that are there.
     shutil.rmtree(sorted((root / "arrays" / "transport").iterdir())[0])
@@ -109,7 +109,7 @@ def test_a_damaged_group_is_made_anew_with_the_same_bytes(files, root, tmp_path)
     assert [found.verify(entry) for entry in found.entries()] == [None] * len(found.entries())
 
 
-def test_another_pair_uses_the_factors_that_its_base_has(files, cache, monkeypatch):
+def test_factors_of_a_base_are_reused_in_another_pair(files, cache, monkeypatch):
     source, target, twin = (jcl.open_base(files / name) for name in ("source", "target", "twin"))
     jcl.align(source, target, rank=12, cache=cache)
     plain = jcl.align(twin, target, rank=12)
@@ -124,7 +124,7 @@ def test_another_pair_uses_the_factors_that_its_base_has(files, cache, monkeypat
     assert {shape[1:] for shape in decomposed} == {twin.modules[name].shape for name in twin.modules}
 
 
-def test_only_the_modules_that_are_missing_are_decomposed(files, cache, monkeypatch):
+def test_only_missing_modules_are_decomposed(files, cache, monkeypatch):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     one = [0, None, None]
     jcl.align(source, target, rank=12, depth=one, cache=cache)
@@ -138,7 +138,7 @@ def test_only_the_modules_that_are_missing_are_decomposed(files, cache, monkeypa
     assert sum(rows) < 7 * 3 + 7 * 3
 
 
-def test_bases_are_known_by_their_contents_not_by_their_names(files, cache, tmp_path, monkeypatch):
+def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path, monkeypatch):
     shutil.copytree(files / "source", tmp_path / "renamed")
     config = json.loads((tmp_path / "renamed" / "config.json").read_text())
     (tmp_path / "renamed" / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/other"}))
@@ -158,7 +158,7 @@ def test_bases_are_known_by_their_contents_not_by_their_names(files, cache, tmp_
         assert_same(first, jcl.align(changed, target, rank=12, cache=cache))
 
 
-def test_maps_from_texts_and_layers_that_are_alike_are_kept_for_these_texts(tmp_path, cache, monkeypatch):
+def test_activation_maps_and_depth_map_are_cached_per_texts(tmp_path, cache, monkeypatch):
     source = jcl.open_base(write_base(tmp_path / "source", 60, seed=0, layers=3))
     target = jcl.open_base(write_base(tmp_path / "target", 20, bos=True, seed=1, hidden=56, head_dim=14, layers=2))
     settings = {"method": "theseus", "depth": "similar", "sources": [n for n in source.modules if "q_proj" in n]}
@@ -177,7 +177,7 @@ def test_maps_from_texts_and_layers_that_are_alike_are_kept_for_these_texts(tmp_
         jcl.align(source, target, probes=Probes(tuple(CORPUS[:2]), "given"), cache=cache, **settings)
 
 
-def test_a_cache_that_cannot_be_written_changes_nothing(files, tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_does_not_change_the_output(files, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     plain = move(files, tmp_path, method="cross-lora", cache=False)
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "file"))
@@ -185,7 +185,7 @@ def test_a_cache_that_cannot_be_written_changes_nothing(files, tmp_path, monkeyp
     assert caplog.text.count("going on without it") == 1
 
 
-def test_digests_are_remembered_until_the_file_is_written_to(tmp_path, monkeypatch):
+def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
     path, digests = tmp_path / "weights", FileDigests(tmp_path / "digests")
     path.write_bytes(b"abc")
     reads = []
@@ -212,7 +212,7 @@ def test_digests_are_remembered_until_the_file_is_written_to(tmp_path, monkeypat
     assert read("22") == ["22"]
 
 
-def test_the_digest_of_a_base_is_the_same_however_it_is_come_by(files, tmp_path, monkeypatch):
+def test_remembered_and_computed_digests_of_a_base_are_equal(files, tmp_path, monkeypatch):
     now = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)
     digests = FileDigests(tmp_path / "digests")
@@ -228,7 +228,7 @@ def run(capsys, *args):
     return capsys.readouterr().out
 
 
-def test_the_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
+def test_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
     assert "0 entries" in run(capsys, "list")
     move(files, tmp_path, method="cross-lora")
     keep_texts("ab", ["a text"])
@@ -257,13 +257,13 @@ def test_the_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
     assert Cache(root).entries() == []
 
 
-def test_the_command_without_a_cache_writes_no_cache(files, root, tmp_path):
+def test_command_with_no_cache_writes_no_cache(files, root, tmp_path):
     given = [files / "adapter0", "--source", files / "source", "--target", files / "target", "--out", tmp_path / "o"]
     main(["transfer", *map(str, given), "--method", "cross-lora", "--rank", "12", "--no-cache"])
     assert not root.exists()
 
 
-def test_a_home_in_the_environment_is_the_users(tmp_path, monkeypatch, capsys):
+def test_tilde_in_the_environment_expands_to_home(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     for name, value, root in (("JCROSSLORA_CACHE", "~/kept", "kept"), ("XDG_CACHE_HOME", "~/xdg", "xdg/jcrosslora")):
@@ -275,7 +275,7 @@ def test_a_home_in_the_environment_is_the_users(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["me"]
 
 
-def test_a_user_without_home_is_told(monkeypatch, capsys):
+def test_user_without_home_has_no_cache_and_gets_an_error(monkeypatch, capsys):
     monkeypatch.delenv("JCROSSLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 

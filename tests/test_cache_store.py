@@ -1,4 +1,4 @@
-"""The store on its own: entries whole or not at all, damage found, bytes bounded, processes side by side."""
+"""Test the store alone: complete entries, detection of damage, the size limit, and concurrent processes."""
 
 import logging
 import os
@@ -59,7 +59,7 @@ def cache(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A cache with one entry, to be copied."""
+    """Return a cache with one entry, to be copied."""
     cache = Cache(tmp_path_factory.mktemp("whole"), limit=10**8)
     keep(cache)
     return cache
@@ -71,7 +71,7 @@ def copied(whole, tmp_path):
     return Cache(tmp_path / "copy", limit=10**8)
 
 
-def test_what_is_kept_is_found_and_nothing_else(cache):
+def test_saved_entry_is_found_and_no_other(cache):
     assert cache.load("transport", "ab") is None
     assert cache.facts("transport", "ab") is None
     assert not cache.root.exists()
@@ -86,20 +86,20 @@ def test_what_is_kept_is_found_and_nothing_else(cache):
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
 
 
-def test_facts_alone_need_no_arrays(cache):
+def test_entry_may_have_facts_without_arrays(cache):
     cache.save("depth", "cd", "layers", {}, {"layers": [0, None]})
     loaded = cache.load("depth", "cd")
     assert loaded is not None
     assert (loaded.facts, loaded.arrays) == ({"layers": [0, None]}, {})
 
 
-def test_the_first_of_two_writers_wins(cache):
+def test_first_of_two_writers_wins(cache):
     keep(cache, seed=0)
     keep(cache, seed=1)
     assert holds(cache, seed=0)
 
 
-def test_in_background_all_is_written_at_the_end_and_in_order(cache):
+def test_background_writing_is_complete_and_in_order_at_the_end(cache):
     with cache.in_background():
         for number in range(5):
             keep(cache, key=f"k{number}", seed=number)
@@ -110,7 +110,7 @@ def test_in_background_all_is_written_at_the_end_and_in_order(cache):
     assert holds(cache, key="later")
 
 
-def test_an_error_inside_gives_up_what_waits_and_leaves_only_whole_entries(cache):
+def test_error_in_background_block_leaves_only_complete_entries(cache):
     def interrupted():
         with cache.in_background():
             for number in range(5):
@@ -126,10 +126,10 @@ def test_an_error_inside_gives_up_what_waits_and_leaves_only_whole_entries(cache
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "extend", "remove", "empty"])
-def test_any_change_of_any_file_is_detected_and_the_entry_made_anew(copied, change, caplog):
+def test_any_change_of_any_file_is_detected_and_the_entry_can_be_saved_again(copied, change, caplog):
     rng = random.Random(change)
     number = 0
-    while number < len(files_of(copied)):  # an entry made anew may have another number of files
+    while number < len(files_of(copied)):  # a new entry may have another number of files
         path = files_of(copied)[number]
         number += 1
         data = bytearray(path.read_bytes())
@@ -149,7 +149,7 @@ def test_any_change_of_any_file_is_detected_and_the_entry_made_anew(copied, chan
     assert "damaged and will be computed again" in caplog.text
 
 
-def test_every_flipped_byte_of_a_manifest_is_detected(copied):
+def test_flipped_bytes_of_a_manifest_are_detected(copied):
     (entry,) = copied.entries()
     path = entry.path / "manifest.json"
     data = path.read_bytes()
@@ -160,7 +160,7 @@ def test_every_flipped_byte_of_a_manifest_is_detected(copied):
     assert copied.verify(entry) is None
 
 
-def test_an_entry_of_another_key_and_a_file_too_many_are_refused(copied):
+def test_entry_of_another_key_and_unexpected_file_are_refused(copied):
     folder = copied.root / "arrays" / "transport"
     shutil.copytree(folder / "ab", folder / "cd")
     assert copied.load("transport", "cd") is None
@@ -169,7 +169,7 @@ def test_an_entry_of_another_key_and_a_file_too_many_are_refused(copied):
     assert copied.keys("transport") == []
 
 
-def test_a_folder_without_manifest_is_listed_and_removed(copied):
+def test_folder_without_manifest_is_listed_and_removed(copied):
     (copied.root / "arrays" / "transport" / "ab" / "manifest.json").unlink()
     (entry,) = copied.entries()
     assert "manifest is missing" in entry.what
@@ -177,7 +177,7 @@ def test_a_folder_without_manifest_is_listed_and_removed(copied):
     assert copied.entries() == []
 
 
-def test_the_longest_unused_go_first(cache):
+def test_least_recently_used_entries_are_evicted_first(cache):
     rows = 5000  # so large that all have the same size, in however many files their arrays are packed
     for number, key in enumerate(["aa", "bb", "cc"]):
         keep(cache, key, number, rows=rows)
@@ -195,13 +195,13 @@ def test_the_longest_unused_go_first(cache):
     assert cache.keys("transport") == ["ee"]
 
 
-def test_what_is_larger_than_the_bound_is_not_kept(tmp_path):
+def test_entry_larger_than_the_limit_is_not_saved(tmp_path):
     cache = Cache(tmp_path, limit=100)
     keep(cache)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eviction_under_a_reader_means_missing(copied, monkeypatch):
+def test_entry_removed_while_it_is_read_counts_as_missing(copied, monkeypatch):
     (entry,) = copied.entries()
 
     def gone(folder, shapes):
@@ -215,7 +215,7 @@ def test_eviction_under_a_reader_means_missing(copied, monkeypatch):
     assert copied.load("transport", "ab") is None
 
 
-def test_an_unwritable_place_costs_one_warning(tmp_path, caplog):
+def test_unwritable_folder_logs_one_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     cache = Cache(tmp_path / "file", limit=10**8)
     keep(cache)
@@ -225,11 +225,11 @@ def test_an_unwritable_place_costs_one_warning(tmp_path, caplog):
     assert "going on without it" in caplog.text
 
 
-def test_a_folder_that_another_user_alone_may_enter_costs_one_warning(cache, caplog):
+def test_folder_without_permission_logs_one_warning(cache, caplog):
     keep(cache)
     user, folder = os.geteuid(), cache.root / "arrays"
     folder.chmod(0)
-    if user == 0:  # for whom modes are no obstacle
+    if user == 0:  # root ignores modes
         os.seteuid(65534)
     try:
         assert cache.facts("transport", "ab") is None
@@ -243,11 +243,11 @@ def test_a_folder_that_another_user_alone_may_enter_costs_one_warning(cache, cap
     assert cache.load("transport", "ab") is not None
 
 
-# Callbacks of Orbax's own that come after its loop is closed.
+# Orbax has callbacks that run after its loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_costs_one_warning_and_leaves_nothing(cache, caplog):
+def test_full_disk_logs_one_warning_and_leaves_no_files(cache, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Files of more than this are refused by the system, as on a full disk.
+    # The system refuses larger files, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         cache.save("transport", "ab", "large", content(rows=4000), {})
@@ -258,7 +258,7 @@ def test_a_full_disk_costs_one_warning_and_leaves_nothing(cache, caplog):
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
 
 
-def test_leftovers_of_dead_writers_go_and_live_ones_stay(tmp_path):
+def test_folders_of_dead_writers_are_removed_and_live_ones_stay(tmp_path):
     left = tmp_path / "left"
     (left / "entry").mkdir(parents=True)
     os.utime(left, (1000, 1000))
@@ -270,14 +270,14 @@ def test_leftovers_of_dead_writers_go_and_live_ones_stay(tmp_path):
 
 
 @pytest.mark.parametrize(("stated", "size"), [("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), ("7", 7), ("0", 0)])
-def test_the_bound_is_read_from_the_environment(monkeypatch, stated, size):
+def test_limit_is_read_from_the_environment(monkeypatch, stated, size):
     monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
     assert cache_limit() == size
     assert (jcl.open_cache() is None) == (size == 0)
 
 
 @pytest.mark.parametrize("stated", ["much", "1" + 400 * "0", "-1"])
-def test_a_bound_that_makes_no_sense_is_an_error(monkeypatch, stated):
+def test_invalid_limit_in_the_environment_is_an_error(monkeypatch, stated):
     monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
     with pytest.raises(jcl.UsageError, match=rf"'{stated}', wanted a number of bytes"):
         jcl.open_cache()
@@ -308,7 +308,7 @@ def start(cache, rounds, limit=10**8):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_write_read_and_remove_the_same_entries(cache):
+def test_two_processes_can_write_read_and_remove_the_same_entries(cache):
     jobs = [start(cache, 24, limit=200_000) for _ in range(2)]
     ends = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], ends
@@ -317,7 +317,7 @@ def test_two_processes_write_read_and_remove_the_same_entries(cache):
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
 
 
-def test_a_writer_killed_at_any_point_leaves_a_store_that_works(cache):
+def test_store_works_after_a_writer_is_killed(cache):
     rng = random.Random(0)
     for _ in range(3):
         job = start(cache, 10**6)

@@ -1,4 +1,4 @@
-"""What two bases have to do with each other, on made pairs of every kind: the truth is known of each."""
+"""Test the comparison of bases on constructed pairs with a known relation."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def same(made):
 
 
 def mixed_heads(layer, groups, served):
-    """Groups in another order, and the heads of each in another order."""
+    """Permute the groups of heads, and the heads of each group."""
     return [group * served + shuffled(served, 31 + layer) for group in shuffled(groups, 41 + layer)]
 
 
@@ -66,7 +66,7 @@ values_moved = with_heads(
 
 
 def with_embedding_of(other, made):
-    """Every layer of `made`, the tables of `other`."""
+    """Return the layers of `made` with the embeddings of `other`."""
     return made.change(lambda name, x: other.tensors[name] if ".layers." not in name and x.ndim == 2 else x)
 
 
@@ -75,7 +75,7 @@ def with_layers_of(made, other, layers):
 
 
 def with_extra_layers(made, other):
-    """Two layers of another base behind those of `made`."""
+    """Append two layers of another base."""
     extra = {
         name.replace(f".{layer}.", f".{layer + 4}.", 1): x
         for name, x in other.tensors.items()
@@ -86,7 +86,7 @@ def with_extra_layers(made, other):
 
 
 def with_averaged_keys(made):
-    """Both key heads made one, as checkpoints of many heads are turned into such with fewer."""
+    """Average both key-value heads, as in the conversion of multi-head to grouped-query attention."""
     half = made.size("head_dim")
 
     def change(name, x):
@@ -100,7 +100,7 @@ def renamed(made, family):
     return dataclasses.replace(made, config=made.config | config)
 
 
-# name: (family, what becomes of the base, dtypes or quantisations of both, the words)
+# name: (family, change of the base, dtypes or quantisations of both, expected words)
 CASES = {
     "a copy": ("llama", same, ("F32", "F32"), SAME),
     "a copy, gemma": ("gemma3_text", same, ("F32", "F32"), SAME),
@@ -178,7 +178,7 @@ CASES = {
 }
 
 
-# Bases that share little or nothing, and targets that have more than the source; name: (family, target, the words).
+# Bases that share little or nothing, and targets with more than the source; name: (family, target, expected words).
 OTHERS = {
     "other seed": ("llama", make(seed=1), UNRELATED),
     "other seed, gemma": ("gemma3_text", make("gemma3_text", seed=1), UNRELATED),
@@ -207,7 +207,7 @@ def written(made, folder, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_relation_is_the_one_that_was_made(tmp_path, name):
+def test_constructed_relation_is_recognised(tmp_path, name):
     family, change, dtypes, words = CASES[name]
     made = make(family).rounded(dtypes[0])
     source, target = (
@@ -219,7 +219,7 @@ def test_the_relation_is_the_one_that_was_made(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_bases_made_on_their_own(tmp_path, name):
+def test_relation_of_independent_and_extended_bases_in_both_directions(tmp_path, name):
     family, made, words = OTHERS[name]
     source, target = make(family).write(tmp_path / "s"), made.write(tmp_path / "t")
     found = compare_bases(source, target)
@@ -230,22 +230,22 @@ def test_bases_made_on_their_own(tmp_path, name):
     assert (found.choice.method == "copy") == (words in (SAME, TRAINED) or name == "more tokens")
 
 
-def test_no_two_of_the_seeds_are_related(tmp_path):
-    """Chance among many small bases: none of 45 pairs, of which a third has columns enough to be mistaken in."""
+def test_independent_bases_are_unrelated(tmp_path):
+    """None of 45 pairs of small bases agrees by chance; a third of them have equal widths."""
     bases = [make(seed=seed, intermediate_size=64 + 96 * (seed % 3)).write(tmp_path / str(seed)) for seed in range(10)]
     for place, source in enumerate(bases):
         for target in bases[:place]:
             assert compare_bases(source, target).words == UNRELATED
 
 
-def test_zeros_are_no_evidence(tmp_path):
-    """Files whose numbers were never written."""
+def test_bases_of_zeros_are_related_only_to_equal_ones(tmp_path):
+    """Such as files whose numbers were never written."""
     sizes = [{}, {"intermediate_size": 160}, {"num_hidden_layers": 3, "hidden_size": 96}]
     empty = [make(**size).change(lambda _, x: 0 * x).write(tmp_path / str(n)) for n, size in enumerate(sizes)]
     assert [compare_bases(empty[0], base).words for base in empty] == [SAME, UNRELATED, UNRELATED]
 
 
-def test_a_base_with_a_layer_of_zeros_is_itself_and_keeps_its_relations(tmp_path):
+def test_layer_of_zeros_does_not_hide_the_relation(tmp_path):
     made = make().change(lambda name, x: 0 * x if layer_of(name) == 2 and x.ndim == 2 else x)
     source = made.write(tmp_path / "s")
     assert compare_bases(source, made.write(tmp_path / "t")).words == SAME
@@ -253,7 +253,7 @@ def test_a_base_with_a_layer_of_zeros_is_itself_and_keeps_its_relations(tmp_path
 
 
 @pytest.mark.parametrize("row", [1, 33, 63])
-def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
+def test_one_changed_number_outside_the_sample_is_found(tmp_path, row):
     made = make(vocab_size=700)
 
     def change(name, x):
@@ -268,7 +268,7 @@ def test_a_single_number_in_a_row_that_is_not_sampled_is_no_copy(tmp_path, row):
     assert "embed" in found.sentence
 
 
-def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
+def test_copy_is_recognised_by_bytes_or_by_all_numbers(tmp_path):
     source = make().write(tmp_path / "s")
     assert compare_bases(source, make().write(tmp_path / "t")).sentence == "the weight files are equal, byte by byte"
     wide = make().rounded("BF16")
@@ -277,7 +277,7 @@ def test_a_copy_is_told_by_its_bytes_or_by_all_of_its_numbers(tmp_path):
     assert found.sentence == "all numbers of all tensors are equal, though the files are not"
 
 
-def test_a_copy_without_the_buffers_of_older_files_is_the_same(tmp_path):
+def test_rotary_buffers_of_older_files_are_ignored(tmp_path):
     buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for n in range(4)}
     made = make()
     older = dataclasses.replace(made, tensors=made.tensors | buffers)
@@ -287,8 +287,8 @@ def test_a_copy_without_the_buffers_of_older_files_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [100, 128, 150])
-def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
-    """Another vocabulary in the same body: whichever table is the longer one."""
+def test_equal_layers_with_other_embeddings_are_not_the_same(tmp_path, tokens):
+    """The embedding may be shorter, equally long or longer."""
     table = np.random.default_rng(5).normal(size=(tokens, 64)).astype(np.float32)
     changed = make().change(lambda name, x: table if name == "model.embed_tokens.weight" else x, vocab_size=tokens)
     source, target = make().write(tmp_path / "s"), changed.write(tmp_path / "t")
@@ -298,14 +298,14 @@ def test_the_same_layers_behind_other_embeddings_are_no_copy(tmp_path, tokens):
         assert "embed_tokens" in found.sentence
 
 
-def test_factors_are_told_from_the_smallest_to_the_largest(tmp_path):
+def test_scale_factors_are_listed_in_increasing_order(tmp_path):
     factors: dict[int | None, float] = {0: 9.0, 1: 10.0, 2: 0.5}
     scaled = make().change(lambda name, x: x * factors.get(layer_of(name), 1) if "down_proj" in name else x)
     found = compare_bases(make().write(tmp_path / "s"), scaled.write(tmp_path / "t"))
     assert "3 factors from 0.5 to 10" in found.sentence
 
 
-def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
+def test_parts_and_layers_of_a_pruned_base_are_counted(tmp_path):
     change = then(with_layers([0, 3]), fewer_neurons, with_heads(kept_heads), with_stream(subset(64, 3, 48)))
     found = compare_bases(make().write(tmp_path / "s"), change(make()).write(tmp_path / "t"))
     parts = {part.name: (part.found, part.target, part.used, part.source) for part in found.parts}
@@ -326,7 +326,7 @@ def test_the_parts_say_what_was_left_out_and_where_it_went(tmp_path):
     )
 
 
-def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
+def test_rank_and_size_of_a_merged_update_are_reported(tmp_path):
     made = make()
     target = merged(4, 0.02, roles=("q_proj", "down_proj"))(made)
     found = compare_bases(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
@@ -340,7 +340,7 @@ def test_the_rank_and_the_size_of_a_merged_update_are_told(tmp_path):
     assert "ranks: q_proj 4, down_proj 4" in found.sentence
 
 
-def test_a_rank_beyond_the_sample_is_found_by_reading_more_rows(tmp_path):
+def test_rank_beyond_the_sample_is_found_with_more_rows(tmp_path):
     made = make(intermediate_size=320, hidden_size=320, num_hidden_layers=1, vocab_size=400)
     target = merged(50, 0.02, roles=("up_proj",))(made)
     found = compare_bases(made.write(tmp_path / "s"), target.write(tmp_path / "t"))
@@ -365,20 +365,20 @@ def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
     assert max(asked["model.layers.1.mlp.up_proj.weight"]) <= 64
 
 
-def test_the_same_on_every_run(tmp_path):
+def test_result_is_the_same_on_every_run(tmp_path):
     source, target = make().write(tmp_path / "s"), then(reordered, noisy(0.05))(make()).write(tmp_path / "t")
     assert compare_bases(source, target).to_json() == compare_bases(source, target).to_json()
 
 
 @pytest.mark.parametrize("part", ["up_proj", "input_layernorm.weight", "q_proj.bias"])
-def test_a_damaged_weight_is_an_error(tmp_path, part):
+def test_weight_with_nan_is_an_error(tmp_path, part):
     whole = make("qwen2")
     damaged = whole.change(lambda name, x: np.full_like(x, np.nan) if part in name else x)
     with pytest.raises(jcl.CheckpointError, match=f"{part} holds NaN or infinity"):
         compare_bases(whole.write(tmp_path / "s"), damaged.write(tmp_path / "t"))
 
 
-def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys):
+def test_command_prints_evidence_first_and_relation_last(tmp_path, capsys):
     make().write(tmp_path / "s")
     then(fewer_neurons, merged(3, 0.01))(make()).write(tmp_path / "t")
     main(["compare", str(tmp_path / "s"), str(tmp_path / "t")])
@@ -394,7 +394,7 @@ def test_the_command_prints_the_evidence_and_the_relation_last(tmp_path, capsys)
         main(["compare", str(tmp_path / "s"), str(tmp_path / "nothing")])
 
 
-def test_the_real_pair_is_unrelated_and_each_is_itself():
+def test_real_bases_are_unrelated_and_each_equals_itself():
     smol, gemma = map(open_base, real_models())
     assert compare_bases(smol, gemma).words == UNRELATED
     assert compare_bases(smol, smol).words == SAME

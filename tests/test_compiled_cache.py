@@ -1,4 +1,4 @@
-"""Programs that the command has compiled are kept, and damage to them costs only time."""
+"""Test that compiled programs are cached and that damage to them is harmless."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 
 
-def test_programs_are_kept_and_damage_is_survived(tmp_path):
+def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     write_llama(tmp_path / "base", seed=0)
     jcl.save_adapter(random_adapter(jcl.open_base(tmp_path / "base")), tmp_path / "adapter", base_name="x")
     cache = tmp_path / "cache"

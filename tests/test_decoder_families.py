@@ -1,4 +1,4 @@
-"""The decoder against transformers and torch: tiny random models of every family, float32."""
+"""Compare the decoder with transformers on tiny random models of every family, in float32."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def run_captured(settings, params, tokens):
 
 
 def hooked(model, tokens):
-    """Logits, (input, output) of every linear module by name, and the stream in front of and behind each layer."""
+    """Return logits, (input, output) of every linear module by name, and the stream before and after each layer."""
     seen, stream, handles = {}, [], []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
@@ -43,7 +43,7 @@ def hooked(model, tokens):
     return scores, seen, torch.stack([stream[0][0], *(after for _, after in stream)]).numpy()
 
 
-def test_logits_modules_and_residual_are_those_of_torch(pair):
+def test_logits_captures_and_residual_stream_match_torch(pair):
     model, base, settings, params = pair
     tokens = random_tokens(2, LENGTH)
     scores, seen, stream = hooked(model, tokens)
@@ -60,14 +60,14 @@ def test_logits_modules_and_residual_are_those_of_torch(pair):
 
 
 @pytest.mark.parametrize("pair", ["phi3-longrope"], indirect=True)
-def test_longrope_takes_the_short_factors_up_to_its_switch(pair):
+def test_longrope_uses_short_factors_up_to_the_original_length(pair):
     model, _, settings, params = pair
     tokens = random_tokens(2, SHORT)
     np.testing.assert_allclose(run(settings, params, tokens), torch_logits(model, tokens), **TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", ["llama-biases", "gemma2"], indirect=True)
-def test_target_log_probs_are_those_of_the_logits(pair):
+def test_target_log_probs_match_the_logits(pair):
     model, _, settings, params = pair
     tokens, targets = random_tokens(2, SHORT), random_tokens(2, SHORT + 1)[:, 1:]
 

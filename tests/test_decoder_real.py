@@ -1,4 +1,4 @@
-"""The decoder on the two real GGUF models, against the same weights in torch."""
+"""Compare the decoder with transformers on two real models."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_transformers(name):
+def test_logits_match_transformers(name):
     base = open_base(real_model(name))
     tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (1, 20)).astype(np.int32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rotary frequencies and layer kinds against what transformers makes of the same published configuration."""
+"""Compare rotary frequencies and layer kinds with those of transformers for published configurations."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ LLAMA31 = {
     "rope_type": "llama3",
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-# The configurations as their files state them, in the spelling of transformers 4; sizes that matter here only.
+# Published configurations in the spelling of transformers 4, with the sizes that matter here.
 PUBLISHED = {
     "llama-3.1-8b": {
         "model_type": "llama",
@@ -86,7 +86,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
-def test_rotary_settings_and_windows(name):
+def test_rotary_frequencies_and_windows_match_transformers(name):
     stated = {**SIZES, **PUBLISHED[name]}
     checked = check_config(stated, Path("here"))
     base = SimpleNamespace(
@@ -107,5 +107,5 @@ def test_rotary_settings_and_windows(name):
 
 
 def _copied(value):
-    # transformers writes into the dictionaries that it is given.
+    # transformers modifies the dictionaries that it is given.
     return dict(value) if isinstance(value, dict) else value

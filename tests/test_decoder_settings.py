@@ -1,4 +1,4 @@
-"""What the decoder reads from a configuration, and what it refuses by name."""
+"""Test which settings the decoder reads from a configuration, and which it refuses by name."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +25,13 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 def settings(family: str, **config) -> DecoderSettings:
-    """Settings of a base of which only the configuration is looked at."""
+    """Return the settings of a base that consists of a configuration alone."""
     checked = check_config({**SIZES, "model_type": family, **config}, Path("here"))
     dims = read_dims(checked.values, Path("here"))
     return settings_of(SimpleNamespace(config=checked.values, family=checked.family, dims=dims, ref="here"))
 
 
-def test_settings_can_be_static_under_jit():
+def test_settings_are_hashable_and_comparable():
     one, same = settings("gemma3_text"), settings("gemma3_text")
     assert one == same
     assert hash(one) == hash(same)
@@ -76,11 +76,11 @@ def test_settings_can_be_static_under_jit():
         ),
     ],
 )
-def test_old_and_new_spelling_mean_the_same(family, old, new):
+def test_spellings_of_transformers_4_and_5_are_equivalent(family, old, new):
     assert settings(family, **old) == settings(family, **new)
 
 
-def test_gemma3_turns_its_sliding_layers_by_the_local_base():
+def test_gemma3_uses_the_local_rope_base_in_sliding_layers():
     found = settings("gemma3_text", rope_theta=1e6, rope_local_base_freq=100.0, sliding_window=8)
     slow, fast = found.ropes[found.layer_ropes[5]], found.ropes[found.layer_ropes[0]]
     assert found.windows == (8,) * 5 + (None,)
@@ -121,7 +121,7 @@ def test_gemma3_turns_its_sliding_layers_by_the_local_base():
         ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(family, config, named):
+def test_unsupported_setting_is_refused_by_name(family, config, named):
     with pytest.raises(CheckpointError) as caught:
         settings(family, **config)
     assert named in str(caught.value)

@@ -1,4 +1,4 @@
-"""Padding, adapters, the cache and bfloat16 in every family: against torch where it can do the same."""
+"""Test padding, adapters, the KV cache and bfloat16 in every family, against torch where possible."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pair = pair_fixture(EACH_FAMILY)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_nothing(pair, side):
+def test_padding_on_either_side_does_not_change_logits(pair, side):
     model, _, settings, params = pair
     tokens, lengths = random_tokens(3, LENGTH), (LENGTH, 33, 18)
     mask = np.zeros(tokens.shape, bool)
@@ -33,7 +33,7 @@ def test_padding_on_either_side_changes_nothing(pair, side):
     np.testing.assert_allclose(np.asarray(found)[mask], theirs[mask], **TOLERANCE)
 
 
-def test_an_unmerged_adapter_is_the_merged_one(pair):
+def test_unmerged_adapter_matches_the_merged_model(pair):
     model, base, settings, params = pair
     adapter, tokens = random_adapter(base, rank=3, scale=0.02), random_tokens(2, LENGTH)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -50,10 +50,10 @@ def test_an_unmerged_adapter_is_the_merged_one(pair):
     np.testing.assert_allclose(found, theirs, **TOLERANCE)
 
 
-def test_cached_steps_give_the_logits_of_the_whole_sequence(pair):
+def test_cached_steps_match_one_pass_over_the_sequence(pair):
     _, base, settings, params = pair
     adapter = stack_adapter(random_adapter(base, rank=2, scale=0.02), base)
-    # Longrope turns the keys in the cache by the short set: the sequence must stay on its side.
+    # Cached keys of longrope use the short factors, so the sequence must not exceed the original length.
     tokens = random_tokens(2, LENGTH if settings.ropes[0].switch is None else SHORT)
     wanted = run(settings, params, tokens, None, adapter)
     one = jax.jit(step, static_argnums=0)
@@ -64,7 +64,7 @@ def test_cached_steps_give_the_logits_of_the_whole_sequence(pair):
 
 
 @pytest.mark.parametrize("pair", ["qwen2-window", "gemma3"], indirect=True)
-def test_bfloat16_stays_near_float32(pair):
+def test_bfloat16_logits_are_close_to_float32(pair):
     _, base, settings, params = pair
     half = load_params(base, jnp.bfloat16, packed=False)
     assert {array.dtype for array in half.weights.values()} == {jnp.dtype(jnp.bfloat16)}
@@ -72,7 +72,7 @@ def test_bfloat16_stays_near_float32(pair):
     exact, found = run(settings, params, tokens), run(settings, half, tokens)
     error = relative(found, exact)
     assert 0 < error < 0.1
-    # Packed, only the weights and what is multiplied with them are rounded.
+    # With packed weights, only the weights and the inputs of their products are rounded.
     bits = load_params(base, jnp.bfloat16, packed=True)
     for role, array in bits.weights.items():
         assert array.dtype == jnp.uint16
@@ -81,7 +81,7 @@ def test_bfloat16_stays_near_float32(pair):
 
 
 @pytest.mark.parametrize("pair", ["qwen2-window", "gemma3", "phi3-longrope"], indirect=True)
-def test_packed_weights_pass_back_the_gradient_of_an_adapter(pair):
+def test_adapter_gradient_through_packed_weights_is_close_to_float32(pair):
     _, base, settings, params = pair
     tokens, adapter = random_tokens(2, SHORT), stack_adapter(random_adapter(base, rank=3, scale=0.05), base)
 
@@ -97,7 +97,7 @@ def test_packed_weights_pass_back_the_gradient_of_an_adapter(pair):
         assert 0 < relative(near, wanted) < 0.1
 
 
-def test_packed_weights_step_as_they_run_over_a_whole_text(tmp_path):
+def test_cached_steps_with_packed_weights_match_one_pass(tmp_path):
     base = open_base(write_llama(tmp_path))
     settings, params = settings_of(base), load_params(base, jnp.bfloat16, packed=True)
     tokens = random_tokens(2, 6)
@@ -106,11 +106,11 @@ def test_packed_weights_step_as_they_run_over_a_whole_text(tmp_path):
     assert cache.keys.dtype == jnp.float32
     for place in range(6):
         scores, cache = step(settings, params, cache, tokens[:, place], jnp.full((2,), place, jnp.int32))
-        # What is rounded depends on all digits of it: sums in another order can cross a border.
+        # Sums in another order can round to another bfloat16 number.
         assert relative(scores, wanted[:, place]) < 5e-3
 
 
-def test_float32_is_not_packed(tmp_path):
+def test_packing_float32_is_refused(tmp_path):
     with pytest.raises(UsageError, match="float32 weights cannot be packed"):
         load_params(open_base(write_llama(tmp_path)), packed=True)
 

@@ -1,4 +1,4 @@
-"""The similarity of layers against float64, and the ordered map against all maps there are."""
+"""Compare the similarity of layers with float64, and the ordered depth map with all possible maps."""
 
 from itertools import combinations, combinations_with_replacement
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def all_maps(layers_src, layers_tgt):
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1))
-def test_the_ordered_map_is_the_best_of_all(layers_src, layers_tgt, seed):
+def test_ordered_map_is_the_best_of_all_maps(layers_src, layers_tgt, seed):
     similarity = np.random.default_rng(seed).uniform(-0.2, 1, (layers_src, layers_tgt))
 
     def total(layers):
@@ -41,7 +41,7 @@ def test_the_ordered_map_is_the_best_of_all(layers_src, layers_tgt, seed):
     assert total(found) == pytest.approx(max(map(total, all_maps(layers_src, layers_tgt))))
 
 
-def test_a_deeper_source_gives_each_of_its_layers_once_and_a_shallower_one_all_of_them():
+def test_layers_of_a_deeper_source_are_used_once_and_of_a_shallower_one_all():
     similarity = np.array([[0.9, 0.8], [0.1, 0.9], [0.2, 0.3]])
     assert ordered_layers(similarity) == (0, 1)
     assert ordered_layers(similarity.T) == (0, 1, 1)
@@ -52,7 +52,7 @@ def test_a_deeper_source_gives_each_of_its_layers_once_and_a_shallower_one_all_o
 
 
 def hsic(x, y):
-    """The unbiased estimate by Song et al. 2012, Eq. 5, in float64."""
+    """Return the unbiased estimate of Song et al. 2012, Eq. 5, in float64."""
     k, m, n = x @ x.T, y @ y.T, len(x)
     np.fill_diagonal(k, 0)
     np.fill_diagonal(m, 0)
@@ -61,13 +61,13 @@ def hsic(x, y):
 
 
 def linear_cka(x, y):
-    """The plain figure, which is right where there are many more rows than columns."""
+    """Return plain linear CKA, which is accurate for many more rows than columns."""
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     return np.sum((x.T @ y) ** 2) / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
 
 
 def wide(rows, columns, seed):
-    """Rows as in a residual stream: a mean and a few dimensions that are hundreds of times larger than the rest."""
+    """Return rows as in a residual stream, with a mean and a few dimensions hundreds of times larger than the rest."""
     rng = np.random.default_rng(seed)
     sizes = np.ones(columns)
     sizes[:2] = 300
@@ -80,8 +80,8 @@ def similarity(x, y, valid=None):
     return np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b))
 
 
-def test_centred_gram_matrices_give_the_unbiased_estimate():
-    # Few rows: what is wrong in the centring shows with the square of 1 / n.
+def test_centred_gram_matrices_give_the_unbiased_hsic():
+    # Few rows, because an error of the centring shrinks with the square of 1 / n.
     x, y = wide(7, 8, 0), wide(7, 11, 1)
     y[:, :5] += x[:, :5]
     valid = np.arange(13) < 7
@@ -93,19 +93,19 @@ def test_centred_gram_matrices_give_the_unbiased_estimate():
     assert not np.diagonal(a).any()
 
 
-def test_it_is_the_plain_centred_figure_where_there_are_many_rows():
+def test_similarity_matches_linear_cka_for_many_rows():
     x = wide(1500, 6, 0)
     y = x @ np.random.default_rng(1).normal(size=(6, 9)) + 100 * wide(1500, 9, 2)
     assert similarity(x, y) == pytest.approx(linear_cka(x, y), abs=0.02)
 
 
-def test_unrelated_streams_are_unrelated_though_rows_are_few():
+def test_unrelated_streams_have_similarity_near_0_for_few_rows():
     x, y = (np.random.default_rng(seed).normal(size=(40, 200)) for seed in (0, 1))
     assert abs(similarity(x, y)) < 0.1
     assert linear_cka(x, y) > 0.7
 
 
-def test_a_rotation_a_scale_and_a_shift_change_nothing():
+def test_similarity_is_invariant_to_rotation_scale_and_shift():
     x = np.random.default_rng(0).normal(size=(40, 12))
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(12, 12)))[0]
     assert similarity(x, 3 * x @ rotation + 70) == pytest.approx(1, abs=1e-4)
@@ -120,7 +120,7 @@ def bases(tmp_path_factory):
 
 
 def batch(seed, matches=18, used=16):
-    """Three texts of both bases, the last one padded."""
+    """Return three texts of both bases, the last one padded."""
     rng = np.random.default_rng(seed)
     mask = np.ones((3, 10), bool)
     mask[2, 7:] = False
@@ -144,11 +144,11 @@ def streams(base, tokens, mask, at):
         mask=jnp.asarray(mask),
         capture=frozenset({"residual"}),
     ).captured["residual"]
-    # The first is the embedding, in front of all layers.
+    # The first is the embedding.
     return [np.asarray(layer, np.float64).reshape(-1, layer.shape[-1])[at] for layer in seen[1:]]
 
 
-def test_similarity_of_layers_against_float64_over_all_batches(bases):
+def test_similarity_of_layers_over_batches_matches_float64(bases):
     source, target = bases
     batches = [batch(0), batch(1, used=11), batch(2, used=3)]  # the last one is too short to count
     found = layer_similarity(source, target, batches)
@@ -165,7 +165,7 @@ def test_similarity_of_layers_against_float64_over_all_batches(bases):
     np.testing.assert_allclose(found, want, atol=1e-4)
 
 
-def test_a_base_is_like_itself_layer_by_layer(bases):
+def test_every_layer_has_similarity_1_with_itself(bases):
     found = layer_similarity(bases[0], bases[0], [mirrored(batch(0))])
     np.testing.assert_allclose(np.diagonal(found), 1, atol=1e-4)
     assert found.max() <= 1 + 1e-4
@@ -176,19 +176,19 @@ def mirrored(item):
     return item
 
 
-def test_texts_too_short_are_refused(bases):
+def test_too_short_texts_are_refused(bases):
     with pytest.raises(UsageError, match="no batch of probe texts has 4 positions that both bases share"):
         layer_similarity(*bases, [batch(0, used=3)])
 
 
-def test_the_map_is_a_name_on_the_command_line_but_needs_both_bases_to_run(bases):
+def test_similar_is_parsed_but_refused_without_running_bases(bases):
     assert parse_depth("similar") == "similar"
     with pytest.raises(PairingError, match="'similar' is found by running both bases"):
         pair_modules(bases[0].modules, bases[1].modules, "similar")
 
 
-def test_a_layer_put_in_between_is_passed_over(tmp_path):
-    """The source is the target with one layer more, which turns the stream over: the map has to leave it out."""
+def test_inserted_layer_is_skipped(tmp_path):
+    """The source is the target with one more layer, which changes the stream little."""
     from safetensors.numpy import save_file
 
     tensors = llama_tensors(layers=3, seed=5)

@@ -1,4 +1,4 @@
-"""The chunked divergence against float64 on the whole vocabulary."""
+"""Compare the chunked divergence with float64 on the whole vocabulary."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SHAPE = (3, 11)
 
 @pytest.fixture(scope="module", params=[None, 6.0])
 def model(request, tmp_path_factory):
-    """Settings, with and without a soft cap of the logits, and parameters."""
+    """Return settings, with and without a soft cap of the logits, and parameters."""
     base = open_base(write_llama(tmp_path_factory.mktemp("base"), vocab=500, layers=1))
     return dataclasses.replace(settings_of(base), final_soft_cap=request.param), load_params(base)
 
@@ -41,7 +41,7 @@ def exact_kl(model, a, b) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 33, 64])
-def test_the_divergence_is_that_of_the_whole_vocabulary_in_any_pieces(model, chunk):
+def test_divergence_matches_float64_for_any_chunk_size(model, chunk):
     a, b = states(0), states(1)
     targets = np.random.default_rng(2).integers(0, 500, SHAPE).astype(np.int32)
     found = divergence(*model, a, b, targets, chunk=chunk)
@@ -52,12 +52,12 @@ def test_the_divergence_is_that_of_the_whole_vocabulary_in_any_pieces(model, chu
         np.testing.assert_allclose(log_probs, target_log_probs(*model, jnp.asarray(hidden), targets), atol=1e-4)
 
 
-def test_equal_states_do_not_diverge(model):
+def test_equal_states_have_divergence_0(model):
     assert not np.any(divergence(*model, states(0), states(0), jnp.zeros(SHAPE, jnp.int32)).kl)
 
 
-def test_nearly_equal_states_are_told_from_rounding(model):
-    """The normalisers are rounded to 1e-6, which is as large as these divergences are."""
+def test_divergence_of_nearly_equal_states_is_exact(model):
+    """The rounding error of the normalisers, 1e-6, is as large as these divergences."""
     a = states(0)
     b = a + 1e-4 * states(1)
     wanted = exact_kl(model, a, b)
@@ -67,7 +67,7 @@ def test_nearly_equal_states_are_told_from_rounding(model):
     assert np.all(np.asarray(found) > -1e-9)
 
 
-def test_the_gradient_is_that_of_the_plain_formula(model):
+def test_gradient_matches_the_plain_formula(model):
     settings, params = model
     a, b = jnp.asarray(states(0, 0.2)), jnp.asarray(states(1, 0.2))
 

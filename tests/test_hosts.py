@@ -1,4 +1,4 @@
-"""Two processes that align together write what one writes, read their own parts alone, and end together."""
+"""Test that two processes write what one writes, read only their own parts, and end together."""
 
 import json
 import os
@@ -25,7 +25,7 @@ bases = { source = "source", target = "target" }
 adapters = { source = ["adapter"] }
 moves = [{ from = "source", to = ["target"], methods = ["copy"] }]
 """
-# The session ends by itself in seconds; this is for a machine that is busy with other things.
+# Seconds; the session takes a few, but more on a busy machine.
 PATIENCE = 300
 
 
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """The folder of a session of two processes, what they found, and (exit code, errors) of each."""
+    """Run two processes; return their folder, their results, and (exit code, stderr) of each."""
     folder = tmp_path_factory.mktemp("hosts")
     write_llama(folder / "source", seed=0)
     write_llama(folder / "target", seed=1, first_token=20, **{**WIDER, "layers": 3})
@@ -55,7 +55,7 @@ def session(tmp_path_factory):
         for number in range(2):
             child = subprocess.Popen(
                 [sys.executable, str(script), str(folder), str(number), str(port)],
-                # Caches of their own, as on two machines.
+                # Separate caches, as on two hosts.
                 env={**environment, "JCROSSLORA_CACHE": str(folder / f"cache{number}")},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -73,10 +73,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_two_processes_write_what_one_writes(session, monkeypatch):
+def test_two_processes_write_the_same_files_as_one(session, monkeypatch):
     folder, found, _ = session
     given = [str(folder / "adapter"), "--source", str(folder / "source"), "--target", str(folder / "target")]
-    # In the end with what the first of the two has kept.
+    # The second run uses the cache of the first of the two processes.
     for cache, name in (("cache", "first"), ("cache0", "again")):
         monkeypatch.setenv("JCROSSLORA_CACHE", str(folder / cache))
         main(["transfer", *given, "--method", "cross-lora", "--out", str(folder / "alone" / name)])
@@ -94,10 +94,10 @@ def test_two_processes_write_what_one_writes(session, monkeypatch):
                 np.testing.assert_array_equal(together[name], array)
 
 
-def test_each_reads_the_weights_of_its_own_part_alone_and_the_first_writes(session):
+def test_each_process_reads_only_its_own_part_and_the_first_writes(session):
     folder, found, _ = session
     names = [one["read"]["weights"] for one in found]
-    # Of three modules, on two devices each; both bases name them alike.
+    # Three modules, of the same names in both bases.
     assert [[name.split(".")[2] for name in own] for own in names] == [["0", "1", "0", "1"], ["2", "2"]]
     assert [one["read"]["digests"] for one in found] == [["sha256s", "sha256s"], []]
     assert all(one["read again"] == [] for one in found)
@@ -107,7 +107,7 @@ def test_each_reads_the_weights_of_its_own_part_alone_and_the_first_writes(sessi
     assert not (folder / "cache1" / "digests").exists()
 
 
-def test_an_error_in_one_process_is_an_error_in_all(session):
+def test_error_in_one_process_is_an_error_in_all(session):
     folder, (first, second), ends = session
     assert second["one fails"].startswith("AdapterError: ")
     assert first["one fails"].startswith("HostError: process 1 of 2 failed")
@@ -136,12 +136,12 @@ def test_an_error_in_one_process_is_an_error_in_all(session):
         ((None, 2, None), "without a coordinator"),
     ],
 )
-def test_processes_that_cannot_be_meant(given, message):
+def test_invalid_process_arguments_are_refused(given, message):
     with pytest.raises(jcl.UsageError, match=message):
         join(*given)
 
 
-def test_one_process_is_its_own_whole():
+def test_one_process_needs_no_communication():
     with hosts.together():
         assert (hosts.count(), hosts.is_first(), hosts.own_part([5, 6, 7])) == (1, True, [5, 6, 7])
         assert hosts.exchange("x", 3) == [3]
@@ -151,7 +151,7 @@ def test_one_process_is_its_own_whole():
 
 
 @pytest.mark.slow
-def test_two_processes_of_one_device_write_what_a_single_device_writes(session, tmp_path):
+def test_two_processes_with_one_device_each_write_the_same_files_as_one(session, tmp_path):
     folder, _, _ = session
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Which method `auto` takes for a pair of bases: copies, relatives, strangers, and bases that cannot be run."""
+"""Test which method `auto` selects for copies, related bases, unrelated bases, and bases that cannot be run."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from jcrosslora.methods import METHODS
 
 
 def write(folder, **options):
-    """A tiny base with a tokenizer that the tokenizers library takes."""
+    """Write a tiny base with a tokenizer that the tokenizers library accepts."""
     write_llama(folder, **options)
     path = folder / "tokenizer.json"
     if path.exists():
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 
 def changed(folder, change) -> BaseModel:
-    """The base of the fixture with every linear weight changed."""
+    """Write the base of the fixture with every linear weight changed."""
     write(folder)
     save_file(
         {name: change(x) if x.ndim == 2 and ".layers." in name else x for name, x in llama_tensors().items()},
@@ -52,14 +52,14 @@ def changed(folder, change) -> BaseModel:
 
 
 def four_bits(x: np.ndarray) -> np.ndarray:
-    """Blocks of 16 numbers rounded to 15 levels, as 4-bit formats do."""
+    """Round blocks of 16 numbers to 15 levels, as 4-bit formats do."""
     blocks = x.reshape(-1, 16)
     scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
     return (np.round(blocks / scale) * scale).reshape(x.shape)
 
 
 def noise(size: float):
-    """Independent noise of a size relative to the weight's own norm."""
+    """Return a function that adds independent noise, of a size relative to the weight's norm."""
     rng = np.random.default_rng(9)
 
     def add(x: np.ndarray) -> np.ndarray:
@@ -68,19 +68,19 @@ def noise(size: float):
     return add
 
 
-def test_both_methods_are_in_the_registry():
+def test_selected_methods_are_registered():
     assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD} <= METHODS.keys()
 
 
 @pytest.mark.parametrize("change", [lambda x: x, four_bits, lambda x: x.astype(np.float16)])
-def test_near_copies_get_copy(source, tmp_path, change):
+def test_near_copy_selects_copy(source, tmp_path, change):
     found = choose_method(source, changed(tmp_path, change))
     assert found.method == "copy"
     assert "nearly identical (cosine " in found.reason
 
 
 @pytest.mark.parametrize("size", [0.05, 0.3, 0.5])
-def test_near_copies_that_were_trained_get_part_of_the_way_back(source, tmp_path, size):
+def test_near_copy_that_was_trained_selects_interpolated_copy(source, tmp_path, size):
     found = choose_method(source, changed(tmp_path, noise(size)))
     assert found.method == "interpolated-copy"
     assert "nearly identical (cosine " in found.reason
@@ -88,13 +88,13 @@ def test_near_copies_that_were_trained_get_part_of_the_way_back(source, tmp_path
 
 
 @pytest.mark.parametrize("change", [noise(1.2), lambda x: 3 * x, lambda x: -x, lambda x: x[::-1].copy(), np.zeros_like])
-def test_what_is_no_copy_gets_maps(source, tmp_path, change):
+def test_different_weights_select_distillation(source, tmp_path, change):
     found = choose_method(source, changed(tmp_path, change))
     assert found.method == ACTIVATION_METHOD
     assert "differ (cosine " in found.reason
 
 
-def test_independent_weights_have_no_cosine(source, tmp_path):
+def test_independent_weights_have_cosine_near_0(source, tmp_path):
     target = open_base(write(tmp_path, seed=1))
     similarity = compare_weights(source, target)
     assert similarity is not None
@@ -103,7 +103,7 @@ def test_independent_weights_have_no_cosine(source, tmp_path):
     assert choose_method(source, target).method == ACTIVATION_METHOD
 
 
-def test_the_figures_are_those_of_the_added_noise(source, tmp_path):
+def test_weight_similarity_measures_the_added_noise(source, tmp_path):
     similarity = compare_weights(source, changed(tmp_path, noise(0.75)))
     assert similarity is not None
     assert similarity.distance == pytest.approx(0.75, abs=0.02)
@@ -112,7 +112,7 @@ def test_the_figures_are_those_of_the_added_noise(source, tmp_path):
 
 
 @pytest.mark.parametrize("dims", [{"hidden": 64}, {"layers": 2}, {"intermediate": 112}])
-def test_other_shapes_get_maps(source, tmp_path, dims):
+def test_different_shapes_select_distillation(source, tmp_path, dims):
     found = choose_method(source, open_base(write(tmp_path, seed=1, **dims)))
     assert found == Choice(
         ACTIVATION_METHOD,
@@ -130,7 +130,7 @@ def test_other_shapes_get_maps(source, tmp_path, dims):
         (lambda x: x, "copy", "copy"),
     ],
 )
-def test_an_adapter_that_no_base_is_run_with_goes_by_maps(source, tmp_path, change, usual, instead):
+def test_alora_falls_back_to_a_weight_only_method(source, tmp_path, change, usual, instead):
     choice = choose_method(source, changed(tmp_path, change))
     other = by_maps(choice)
     assert (choice.method, other.method) == (usual, instead)
@@ -140,7 +140,7 @@ def test_an_adapter_that_no_base_is_run_with_goes_by_maps(source, tmp_path, chan
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_without_a_tokenizer_only_weights_are_left(source, tmp_path, side):
+def test_base_without_tokenizer_selects_a_weight_only_method(source, tmp_path, side):
     other = open_base(write(tmp_path, seed=1, tokenizer=False))
     found = choose_method(*((other, source) if side == "source" else (source, other)))
     assert found.method == WEIGHT_METHOD
@@ -150,7 +150,7 @@ def test_without_a_tokenizer_only_weights_are_left(source, tmp_path, side):
     assert "\n" not in found.reason
 
 
-def test_a_model_that_the_decoder_refuses_is_not_run(source, tmp_path):
+def test_base_that_the_decoder_refuses_selects_a_weight_only_method(source, tmp_path):
     write(tmp_path, seed=1)
     config = json.loads((tmp_path / "config.json").read_text()) | {"hidden_act": "relu6"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -159,7 +159,7 @@ def test_a_model_that_the_decoder_refuses_is_not_run(source, tmp_path):
     assert "relu6" in found.reason
 
 
-def test_a_copy_needs_no_tokenizer(source, tmp_path):
+def test_copy_needs_no_tokenizer(source, tmp_path):
     assert choose_method(source, open_base(write(tmp_path, tokenizer=False))).method == "copy"
 
 
@@ -175,8 +175,8 @@ def test_only_a_sample_of_rows_is_read(tmp_path, monkeypatch):
     assert max(asked) == 64
 
 
-def test_a_module_inside_a_fused_matrix_is_compared_by_its_own_rows(source, tmp_path):
-    """The up projections of one base are the last rows of a taller matrix of the other."""
+def test_module_in_a_fused_matrix_is_compared_by_its_own_rows(source, tmp_path):
+    """The up projections of one base are the last rows of larger matrices of the other."""
     write(tmp_path, intermediate=160)
     taller = llama_tensors(intermediate=160)
     for name, x in llama_tensors().items():
@@ -196,6 +196,6 @@ def test_a_module_inside_a_fused_matrix_is_compared_by_its_own_rows(source, tmp_
     assert (similarity.cosine, similarity.distance, similarity.modules) == (pytest.approx(1), 0, 3)
 
 
-def test_a_damaged_weight_is_an_error(source, tmp_path):
+def test_weight_with_nan_is_an_error(source, tmp_path):
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         choose_method(source, changed(tmp_path, lambda x: np.full_like(x, np.nan)))

@@ -1,4 +1,4 @@
-"""Which numbers a stored weight may have been rounded from: all that were, and few others."""
+"""Test the intervals that stored weights may have been rounded from."""
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,7 @@ def fp8(kind, top):
 
 
 def microscaled(block, scale):
-    """Blocks of e2m1 with a scale each, of the largest number over 6."""
+    """Round blocks to e2m1 with one scale each, the largest number over 6."""
     parts = WEIGHT.reshape(len(WEIGHT), -1, block)
     scales = scale(np.abs(parts).max(axis=-1, keepdims=True) / 6)
     levels = np.clip(parts / scales, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -38,7 +38,7 @@ STORED = {
     "FP4": lambda: bitsandbytes(FP4),
     "NF4": lambda: bitsandbytes(NF4),
     "NVFP4": lambda: microscaled(16, lambda s: s.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)),
-    # ggml's scale: the power of two by which the largest number is between 4 and 8.
+    # ggml's scale is a power of two that brings the largest number between 4 and 8.
     "MXFP4": lambda: microscaled(32, lambda s: np.exp2(np.floor(np.log2(s * 6)) - 2).astype(np.float32)),
 }
 
@@ -48,7 +48,7 @@ def held(rounding, numbers):
 
 
 @pytest.mark.parametrize("dtype", STORED)
-def test_small_floats_are_known_by_the_numbers_that_they_were_rounded_from(dtype):
+def test_intervals_of_small_floats_contain_the_originals_and_few_other_numbers(dtype):
     rounding = infer_rounding(STORED[dtype](), dtype)
     assert rounding.coarse
     assert held(rounding, WEIGHT) >= 0.998
@@ -56,14 +56,14 @@ def test_small_floats_are_known_by_the_numbers_that_they_were_rounded_from(dtype
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (12, 36), (3, 49)])
-def test_blocks_end_with_the_row(shape):
-    """Rows of a width that is no multiple of a block, as those of bitsandbytes may be."""
+def test_width_need_not_be_a_multiple_of_the_block(shape):
+    """Such rows occur in bitsandbytes."""
     rounding = infer_rounding(WEIGHT[: shape[0], : shape[1]], "NF4")
     assert rounding.low.shape == rounding.high.shape == shape
 
 
 @pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
-def test_a_block_of_equal_numbers_stands_for_itself(dtype):
+def test_block_of_equal_numbers_is_inside_its_own_interval(dtype):
     rows = np.where(np.arange(64) < 32, 0, np.round(WEIGHT[:, :64] * 30) / 30)
     rounding = infer_rounding(rows.astype(np.float32), dtype)
     assert held(rounding, rows.astype(np.float32)) == 1

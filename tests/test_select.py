@@ -1,4 +1,4 @@
-"""Adapters moved to bases that are made of the source's parts: what the same treatment makes of the adapted source."""
+"""Test the transfer to bases made of the source's parts: it equals the same change of the adapted source."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ reordered = then(
     with_heads(mixed_heads, lambda layer, size: shuffled(size, 70 + layer)),
     with_stream(shuffled(64, 5)),
 )
-# name: (family, what becomes of the base)
+# name: (family, change of the base)
 CASES = {
     "fewer layers": ("llama", with_layers([0, 2, 3])),
     "fewer neurons": ("gemma3_text", fewer_neurons),
@@ -56,7 +56,7 @@ CASES = {
 
 
 def adapted(made, adapter):
-    """The base with an adapter merged into it."""
+    """Merge an adapter into a base."""
     tensors = dict(made.tensors)
     for name, factors in adapter.modules.items():
         tensors[f"{name}.weight"] = (tensors[f"{name}.weight"] + delta(factors)).astype(np.float32)
@@ -64,7 +64,7 @@ def adapted(made, adapter):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_module_is_found_row_by_row(tmp_path, name):
+def test_rows_and_columns_of_every_module_are_found(tmp_path, name):
     family, change = CASES[name]
     made = make(family)
     source, target = made.write(tmp_path / "source"), change(made).write(tmp_path / "target")
@@ -78,7 +78,7 @@ def test_every_module_is_found_row_by_row(tmp_path, name):
         np.testing.assert_array_equal(target.weight(module.name), whole[rows][:, columns])
 
 
-def test_the_moved_update_is_that_of_the_adapted_source_treated_alike(tmp_path):
+def test_moved_update_equals_that_of_the_changed_adapted_source(tmp_path):
     family, change = CASES["all at once"]
     made = make(family)
     source, target = made.write(tmp_path / "source"), change(made).write(tmp_path / "target")
@@ -93,8 +93,8 @@ def test_the_moved_update_is_that_of_the_adapted_source_treated_alike(tmp_path):
         np.testing.assert_allclose(delta(factors), want.tensors[key] - base.tensors[key], atol=1e-4)
 
 
-def test_from_the_smaller_base_to_the_whole(tmp_path):
-    """An adapter of the pruned base has zeros where the whole one has more."""
+def test_transfer_from_a_pruned_base_to_the_whole(tmp_path):
+    """The moved update is zero in parts that the pruned base lacks."""
     made = make()
     whole, small = made.write(tmp_path / "whole"), fewer_neurons(made).write(tmp_path / "small")
     assert choose_method(small, whole).method == "select"
@@ -107,7 +107,7 @@ def test_from_the_smaller_base_to_the_whole(tmp_path):
         np.testing.assert_allclose(delta(moved.modules[name]), want, atol=1e-5)
 
 
-def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, capsys, monkeypatch):
+def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys, monkeypatch):
     asked = []
     for place in ("session.transfer", "evidence.selection", "lineage.method_selection"):
         count = f"jcrosslora.{place}.find_structure"
@@ -129,7 +129,7 @@ def test_the_command_selects_by_itself_and_its_recipe_does_the_same(tmp_path, ca
         np.testing.assert_array_equal(delta(factors), delta(second.modules[name]))
 
 
-def test_what_is_not_made_of_parts_is_refused(tmp_path):
+def test_unrelated_bases_and_other_depth_maps_are_refused(tmp_path):
     source, target = make().write(tmp_path / "source"), make(seed=1).write(tmp_path / "target")
     with pytest.raises(jcl.MethodError, match="made of the other's parts: neither their embeddings nor any"):
         jcl.align(source, target, method="select")
@@ -138,8 +138,8 @@ def test_what_is_not_made_of_parts_is_refused(tmp_path):
         jcl.align(source, source, method="select", depth=[0, 1, 1, 3])
 
 
-def test_half_of_another_base_is_not_made_of_parts(tmp_path):
-    """Layers of two bases put together: what comes from the source could be moved, but not all of either is there."""
+def test_mix_of_two_bases_is_not_made_of_parts(tmp_path):
+    """The source's layers could be used, but neither base contains all parts of the other."""
     made, other = make(), make(seed=1)
     layers = {name: x for name, x in other.tensors.items() if name.startswith(("model.layers.1.", "model.layers.3."))}
     target = dataclasses.replace(made, tensors=made.tensors | layers).write(tmp_path / "target")

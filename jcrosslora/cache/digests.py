@@ -1,8 +1,8 @@
 """Remember the SHA-256 of large files while a file's size, times and inode stay the same.
 
-Writing to a file sets a new change time, which programs cannot reset, so a stale digest is never returned. Two changes
-go unnoticed: bytes that a failing disk flips beneath the file system, and writes that keep size and modification time
-on file systems without change times.
+Writing to a file sets a new change time, which programs cannot reset, so changed files are noticed. The exceptions are
+bytes that a failing disk flips beneath the file system, and writes that keep size and modification time on file systems
+without change times.
 """
 
 import hashlib

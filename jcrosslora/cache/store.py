@@ -119,27 +119,27 @@ class Cache:
             arrays: by name; names consist of letters, digits and _.
             facts: JSON values that belong to the arrays.
         """
+        version = importlib.metadata.version("jcrosslora")
+        manifest = Manifest(kind, key, what, facts, arrays={}, files={}, version=version)
         if self._writer is None:
-            self._save(kind, key, what, arrays, facts)
+            self._save(manifest, arrays)
             return
         self._await_writing(left=1)
-        self._writing.append(self._writer.submit(self._save, kind, key, what, arrays, facts))
+        self._writing.append(self._writer.submit(self._save, manifest, arrays))
 
     def _await_writing(self, left: int) -> None:
         while len(self._writing) > left:
             self._writing.popleft().result()
 
-    def _save(
-        self, kind: str, key: str, what: str, arrays: Mapping[str, jax.Array | np.ndarray], facts: Mapping[str, Any]
-    ) -> None:
-        place = self._folder / kind / key
+    def _save(self, manifest: Manifest, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
+        place = self._folder / manifest.kind / manifest.key
         size = sum(array.nbytes for array in arrays.values())
         if jax.process_index() or not self._writable or size > self.limit or os.path.exists(place):
             return
         try:
             remove_abandoned(self._folder / _WORK)
             with work_folder(self._folder / _WORK) as work:
-                self._write(work / "entry", place, Manifest(kind, key, what, facts, {}, {}, _version()), arrays)
+                self._write(work / "entry", place, manifest, arrays)
             self._evict()
         except (OSError, ValueError) as error:
             self._writable = False
@@ -230,7 +230,3 @@ def open_cache() -> Cache | None:
 def _mark_used(folder: Path) -> None:
     with suppress(OSError):  # e.g. in the folder of another user
         os.utime(folder / MANIFEST)
-
-
-def _version() -> str:
-    return importlib.metadata.version("jcrosslora")

@@ -1,45 +1,25 @@
 """Forward pass, sampling and likelihoods of the supported families in JAX, as pure functions over stacked weights."""
 
-from jcrosslora.decoder.adapters import (
-    StackedAdapter,
-    StackedFactors,
-    join_stacked,
-    stack_adapter,
-    stack_adapters,
-    unstack_adapter,
-)
-from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
-from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
-from jcrosslora.decoder.generate import Sampled, sample, step
-from jcrosslora.decoder.kv_cache import KVCache, init_cache
-from jcrosslora.decoder.log_probs import target_log_probs
-from jcrosslora.decoder.params import Params, fast_dtype, load_params
-from jcrosslora.decoder.rope_settings import Rope
-from jcrosslora.decoder.settings import DecoderSettings, settings_of
-
-__all__ = [
-    "CAPTURES",
-    "INPUT_SITES",
-    "DecoderSettings",
-    "KVCache",
-    "LayerCapture",
-    "Output",
-    "Params",
-    "Rope",
-    "Sampled",
-    "StackedAdapter",
-    "StackedFactors",
-    "fast_dtype",
-    "forward",
-    "init_cache",
-    "join_stacked",
-    "load_params",
-    "logits",
-    "sample",
-    "settings_of",
-    "stack_adapter",
-    "stack_adapters",
-    "step",
-    "target_log_probs",
-    "unstack_adapter",
-]
+from jcrosslora.decoder.adapters import StackedAdapter as StackedAdapter
+from jcrosslora.decoder.adapters import StackedFactors as StackedFactors
+from jcrosslora.decoder.adapters import join_stacked as join_stacked
+from jcrosslora.decoder.adapters import stack_adapter as stack_adapter
+from jcrosslora.decoder.adapters import stack_adapters as stack_adapters
+from jcrosslora.decoder.adapters import unstack_adapter as unstack_adapter
+from jcrosslora.decoder.block import INPUT_SITES as INPUT_SITES
+from jcrosslora.decoder.block import LayerCapture as LayerCapture
+from jcrosslora.decoder.forward import CAPTURES as CAPTURES
+from jcrosslora.decoder.forward import Output as Output
+from jcrosslora.decoder.forward import forward as forward
+from jcrosslora.decoder.forward import logits as logits
+from jcrosslora.decoder.kv_cache import KVCache as KVCache
+from jcrosslora.decoder.kv_cache import init_cache as init_cache
+from jcrosslora.decoder.log_probs import target_log_probs as target_log_probs
+from jcrosslora.decoder.params import Params as Params
+from jcrosslora.decoder.params import fast_dtype as fast_dtype
+from jcrosslora.decoder.params import load_params as load_params
+from jcrosslora.decoder.generate import Sampled as Sampled
+from jcrosslora.decoder.generate import sample as sample
+from jcrosslora.decoder.generate import step as step
+from jcrosslora.decoder.settings import DecoderSettings as DecoderSettings
+from jcrosslora.decoder.settings import settings_of as settings_of

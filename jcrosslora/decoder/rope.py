@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.rope_settings import Rope
+from jcrosslora.decoder.rope_scaling import Rope
 
 
 def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:

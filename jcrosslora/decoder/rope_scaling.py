@@ -14,30 +14,30 @@ from jcrosslora.checkpoint.llama3_rope import llama3_factors
 
 
 @dataclass(frozen=True)
-class ScaledFrequencies:
-    """The frequencies of a rope type.
+class Rope:
+    """The rotation of queries and keys in one kind of layer, in the first `2 * len(frequencies)` features of a head.
 
     Attributes:
-        frequencies: (size / 2,) radians per position.
-        long_frequencies: (size / 2,) for sequences longer than `switch`, or None.
-        switch: length from which `long_frequencies` apply, or None.
+        frequencies: radians per position of each rotated pair.
+        long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
+        switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
     """
 
-    frequencies: np.ndarray
-    long_frequencies: np.ndarray | None = None
+    frequencies: tuple[float, ...]
+    long_frequencies: tuple[float, ...] | None = None
     switch: int | None = None
     amplitude: float = 1.0
 
 
-def plain(size: int, *, rope_theta: float, **_: Any) -> ScaledFrequencies:
+def default(size: int, *, rope_theta: float, **_: Any) -> Rope:
     """Rotate pair i by theta ** (-2 i / size) per position."""
-    return ScaledFrequencies(1.0 / rope_theta ** (np.arange(0, size, 2) / size))
+    return Rope(_floats(_plain(size, rope_theta)))
 
 
-def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> ScaledFrequencies:
+def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Rope:
     """Divide all frequencies by `factor`."""
-    return ScaledFrequencies(plain(size, rope_theta=rope_theta).frequencies / factor)
+    return Rope(_floats(_plain(size, rope_theta) / factor))
 
 
 def llama3(
@@ -49,7 +49,7 @@ def llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
     **_: Any,
-) -> ScaledFrequencies:
+) -> Rope:
     """Divide long wavelengths by `factor`, keep short ones, with a smooth transition in between."""
     factors = llama3_factors(
         size // 2,
@@ -59,7 +59,7 @@ def llama3(
         high_freq_factor=high_freq_factor,
         original_max_position_embeddings=original_max_position_embeddings,
     )
-    return ScaledFrequencies(plain(size, rope_theta=rope_theta).frequencies / factors)
+    return Rope(_floats(_plain(size, rope_theta) / factors))
 
 
 def longrope(
@@ -73,16 +73,16 @@ def longrope(
     factor: float | None = None,
     attention_factor: float | None = None,
     **_: Any,
-) -> ScaledFrequencies:
+) -> Rope:
     """Divide each frequency by its own factor, of another set for sequences beyond the original length."""
     original = original_max_position_embeddings
     if factor is None:
         factor = _positive(max_position_embeddings, "max_position_embeddings") / original
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    frequencies = plain(size, rope_theta=rope_theta).frequencies
-    short, long = (frequencies / _divisors(given, frequencies.size) for given in (short_factor, long_factor))
-    return ScaledFrequencies(short, long, int(original), attention_factor)
+    frequencies = _plain(size, rope_theta)
+    short, long = (_floats(frequencies / _divisors(given, frequencies.size)) for given in (short_factor, long_factor))
+    return Rope(short, long, int(original), float(attention_factor))
 
 
 def yarn(
@@ -98,7 +98,7 @@ def yarn(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
     **_: Any,
-) -> ScaledFrequencies:
+) -> Rope:
     """Keep fast frequencies, divide slow ones by `factor`, with a ramp in between."""
     original = _positive(original_max_position_embeddings, "original_max_position_embeddings")
     low, high = (
@@ -110,11 +110,19 @@ def yarn(
     low, high = max(low, 0), min(high, size - 1)
     high = high if high != low else high + 0.001
     divided = np.clip((np.arange(size // 2) - low) / (high - low), 0.0, 1.0)
-    frequencies = plain(size, rope_theta=rope_theta).frequencies
+    frequencies = _plain(size, rope_theta) * (divided / factor + 1.0 - divided)
     if attention_factor is None:
         both = mscale and mscale_all_dim
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
-    return ScaledFrequencies(frequencies * (divided / factor + 1.0 - divided), amplitude=attention_factor)
+    return Rope(_floats(frequencies), amplitude=float(attention_factor))
+
+
+def _plain(size: int, theta: float) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, size, 2) / size)
+
+
+def _floats(frequencies: np.ndarray) -> tuple[float, ...]:
+    return tuple(map(float, frequencies))
 
 
 def _mscale(factor: float, weight: float | None) -> float:

@@ -6,56 +6,28 @@ Reads both spellings: `rope_theta`, `rope_scaling` and `rope_local_base_freq` of
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jcrosslora.checkpoint import Dims
-from jcrosslora.decoder.rope_scaling import ScaledFrequencies, linear, llama3, longrope, plain, yarn
+from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, yarn
 from jcrosslora.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _THETA = 10_000.0  # default base of the frequencies
 _GEMMA3_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
-_ORIGINAL = frozenset({"original_max_position_embeddings"})
+_ORIGINAL = "original_max_position_embeddings"
+_YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL}
 # rope type -> function, and the allowed keys beside the common ones.
-_RULES: Mapping[str, tuple[Callable[..., ScaledFrequencies], frozenset[str]]] = {
-    "default": (plain, frozenset()),
-    "linear": (linear, frozenset({"factor"})),
-    "llama3": (
-        llama3,
-        frozenset({"factor", "low_freq_factor", "high_freq_factor"}) | _ORIGINAL,
-    ),
-    "yarn": (
-        yarn,
-        frozenset({"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})
-        | _ORIGINAL,
-    ),
-    "longrope": (
-        longrope,
-        frozenset({"factor", "attention_factor", "short_factor", "long_factor"}) | _ORIGINAL,
-    ),
+_RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
+    "default": (default, set()),
+    "linear": (linear, {"factor"}),
+    "llama3": (llama3, {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL}),
+    "yarn": (yarn, _YARN),
+    "longrope": (longrope, {"factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL}),
 }
-_NEED_ORIGINAL = frozenset({"llama3", "yarn", "longrope"})
-
-
-@dataclass(frozen=True)
-class Rope:
-    """The rotation of queries and keys in one kind of layer, in the first `2 * len(frequencies)` features of a head.
-
-    Attributes:
-        frequencies: radians per position of each rotated pair.
-        long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
-        switch: largest length for which `frequencies` apply; None if there is only one set.
-        amplitude: factor on cosine and sine.
-    """
-
-    frequencies: tuple[float, ...]
-    long_frequencies: tuple[float, ...] | None = None
-    switch: int | None = None
-    amplitude: float = 1.0
 
 
 def read_ropes(config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> dict[str, Rope]:
@@ -118,9 +90,9 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, d
     if unknown:
         msg = f"{ref}: rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
-    if kind in _NEED_ORIGINAL:
+    if _ORIGINAL in keys:
         settings |= _lengths(settings, config, family)
-    return _resolved(rule, settings, _rotated(settings, config, family, dims, ref), f"{ref}: rope type {kind!r}")
+    return _resolve(rule, settings, _rotated(settings, config, family, dims, ref), f"{ref}: rope type {kind!r}")
 
 
 def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -144,21 +116,15 @@ def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: str
     return size
 
 
-def _resolved(rule: Callable[..., ScaledFrequencies], settings: Mapping[str, Any], size: int, ref: str) -> Rope:
+def _resolve(rule: Callable[..., Rope], settings: Mapping[str, Any], size: int, ref: str) -> Rope:
     # Wrong types and numbers in the configuration raise various errors here.
     try:
         with np.errstate(all="ignore"):
-            scaled = rule(size, **{key: value for key, value in settings.items() if key not in ("rope_type", "type")})
+            rope = rule(size, **{key: value for key, value in settings.items() if key not in ("rope_type", "type")})
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         msg = f"{ref}: {error}"
         raise CheckpointError(msg) from error
-    long = scaled.long_frequencies
-    if not all(np.all(np.isfinite(numbers)) for numbers in (scaled.frequencies, long) if numbers is not None):
+    if not np.all(np.isfinite([*rope.frequencies, *(rope.long_frequencies or ())])):
         msg = f"{ref}: the settings give frequencies that are not finite"
         raise CheckpointError(msg)
-    return Rope(
-        frequencies=tuple(map(float, scaled.frequencies)),
-        long_frequencies=None if long is None else tuple(map(float, long)),
-        switch=scaled.switch,
-        amplitude=float(scaled.amplitude),
-    )
+    return rope

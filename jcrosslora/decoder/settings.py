@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jcrosslora.checkpoint import BaseModel, Dims
-from jcrosslora.decoder.rope_settings import Rope, read_ropes
-from jcrosslora.decoder.windows import layer_windows, read_layer_kinds, read_window
+from jcrosslora.decoder.rope_scaling import Rope
+from jcrosslora.decoder.rope_settings import read_ropes
+from jcrosslora.decoder.windows import layer_windows, read_layer_kinds
 from jcrosslora.errors import CheckpointError
 
 # Name in configurations -> name in `ops.ACTIVATIONS`.
@@ -91,7 +92,7 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         qk_norms=bool(family.head_norms),
         post_norms=bool(family.norm_out),
         biased_roles=family.biased_roles(config),
-        windows=layer_windows(kinds, read_window(config, family.name, ref), ref),
+        windows=layer_windows(kinds, config, family.name, ref),
         ropes=ropes,
         layer_ropes=tuple(ropes.index(per_kind[kind]) for kind in kinds),
     )

@@ -34,12 +34,20 @@ def read_layer_kinds(config: Mapping[str, Any], family: str, layers: int, ref: s
     return tuple(stated)
 
 
-def read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
-    """Return the number of positions that a sliding layer sees, its own included; None without a window.
+def layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: str, ref: str) -> tuple[int | None, ...]:
+    """Return (L,) the number of positions that each layer sees, its own included; None for full attention.
 
     Raises:
-        CheckpointError: it is not a positive integer.
+        CheckpointError: the window is not a positive integer, or a sliding layer has none.
     """
+    window = _read_window(config, family, ref)
+    if window is None and SLIDING in kinds:
+        msg = f"{ref}: layer {kinds.index(SLIDING)} has sliding attention, but no sliding_window is set or in use"
+        raise CheckpointError(msg)
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
     if family == "llama" or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
         return None
     window = config.get("sliding_window", None if family == "phi3" else _WINDOW)
@@ -49,33 +57,16 @@ def read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
     return window
 
 
-def layer_windows(kinds: tuple[str, ...], window: int | None, ref: str) -> tuple[int | None, ...]:
-    """Return (L,) the window of each layer, None for full attention.
-
-    Raises:
-        CheckpointError: there is a sliding layer, but no window.
-    """
-    if window is None and SLIDING in kinds:
-        msg = f"{ref}: layer {kinds.index(SLIDING)} has sliding attention, but no sliding_window is set or in use"
-        raise CheckpointError(msg)
-    return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
 def _implied_kinds(config: Mapping[str, Any], family: str, layers: int, ref: str) -> tuple[str, ...]:
-    window = read_window(config, family, ref)
+    window = _read_window(config, family, ref)
     if family in _PERIOD:
         period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or _PERIOD[family]
         if type(period) is not int or period < 1:
             msg = f"{ref}: sliding_window_pattern is {period!r}, wanted a positive integer"
             raise CheckpointError(msg)
         return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))
-    first = _first_sliding(config, ref) if family in ("qwen2", "qwen3") else 0
-    return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
-
-
-def _first_sliding(config: Mapping[str, Any], ref: str) -> int:
-    first = config.get("max_window_layers", 28)
+    first = config.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
     if type(first) is not int:
         msg = f"{ref}: max_window_layers is {first!r}, wanted an integer"
         raise CheckpointError(msg)
-    return first
+    return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from jcrosslora.checkpoint.layout import Module
 from jcrosslora.errors import PairingError
 
 Depth = str | Sequence[int | None]
@@ -11,17 +11,6 @@ Depth = str | Sequence[int | None]
 DEPTH_MAPS = ("proportional", "by-name")
 # Depth map that needs both bases to run on text, see `jcrosslora.alignment.layer_similarity`.
 SIMILAR = "similar"
-
-
-class ModuleLike(Protocol):
-    """The attributes of a linear module that pairing uses."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def layer(self) -> int: ...  # noqa: D102
-    @property
-    def role(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -52,9 +41,7 @@ class Pairing:
     unused: tuple[str, ...]
 
 
-def pair_modules(
-    source: Mapping[str, ModuleLike], target: Mapping[str, ModuleLike], depth: Depth = "proportional"
-) -> Pairing:
+def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], depth: Depth = "proportional") -> Pairing:
     """Pair the modules of two bases by role and by a map of the layers.
 
     Args:
@@ -105,7 +92,7 @@ def parse_depth(text: str) -> Depth:
         raise PairingError(msg) from None
 
 
-def _layer_count(modules: Mapping[str, ModuleLike]) -> int:
+def _layer_count(modules: Mapping[str, Module]) -> int:
     return 1 + max(module.layer for module in modules.values())
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import FINAL_NORM, HEAD
+from jcrosslora.checkpoint.layout import Module
 from jcrosslora.lineage.difference import Difference, compare_rows
 from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
 from jcrosslora.lineage.sampling import Sample, check_finite, counterpart_rows, evenly_spaced
@@ -42,10 +43,9 @@ def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) 
     """
     found = []
     for module in target.modules.values():
-        name = structure.counterpart(module)
-        difference = None if name is None else _compare_module(source, target, structure, name, module.name, _ROWS)
-        if name is not None and difference is not None:
-            found.append(TensorComparison(module.role, module.name, name, difference))
+        comparison = _compare_module(source, target, structure, module, _ROWS)
+        if comparison is not None:
+            found.append(comparison)
         source.release()
         target.release()
     return _read_ranks(source, target, structure, found)
@@ -67,10 +67,13 @@ def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Struc
 
 
 def _compare_module(
-    source: BaseModel, target: BaseModel, structure: Structure, name: str, target_name: str, rows: int
-) -> Difference | None:
-    pair = counterpart_rows(source, target, structure, target_name, rows)
-    return None if pair is None else _compare(*pair, (source.modules[name].dtype, target.modules[target_name].dtype))
+    source: BaseModel, target: BaseModel, structure: Structure, module: Module, rows: int
+) -> TensorComparison | None:
+    name, pair = structure.counterpart(module), counterpart_rows(source, target, structure, module.name, rows)
+    if name is None or pair is None:
+        return None
+    difference = _compare(*pair, (source.modules[name].dtype, module.dtype))
+    return TensorComparison(module.role, module.name, name, difference)
 
 
 def _compare(src: Sample, tgt: Sample, dtypes: tuple[str, str]) -> Difference:
@@ -102,20 +105,23 @@ def _read_ranks(
     for item in found:
         if item.difference.change == "trained" and target.modules[item.target].shape[0] > _ROWS:
             trained.setdefault(item.role, []).append(item)
-    closer: dict[str, Difference] = {}
+    closer: dict[str, TensorComparison] = {}
     for items in trained.values():
         for place in evenly_spaced(len(items), _MODULES_READ_FURTHER):
-            again = _compare_module(source, target, structure, items[place].source, items[place].target, _MORE_ROWS)
+            module = target.modules[items[place].target]
+            again = _compare_module(source, target, structure, module, _MORE_ROWS)
             assert again is not None
-            closer[items[place].target] = again
-    if not closer or any(difference.change != "low rank" for difference in closer.values()):
+            closer[module.name] = again
+    if not closer or any(item.difference.change != "low rank" for item in closer.values()):
         return found
-    return [
-        replace(item, difference=closer.get(item.target) or replace(item.difference, change="low rank"))
-        if item in trained.get(item.role, ())
-        else item
-        for item in found
-    ]
+
+    def corrected(item: TensorComparison) -> TensorComparison:
+        if item not in trained.get(item.role, ()):
+            return item
+        low_rank = replace(item, difference=replace(item.difference, change="low rank"))
+        return closer.get(item.target, low_rank)
+
+    return [corrected(item) for item in found]
 
 
 def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference | None:
