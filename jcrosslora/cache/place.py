@@ -1,4 +1,4 @@
-"""Where things are kept, and how much of them: both can be set from the environment."""
+"""Locate the cache and read its size limit; both can be set from the environment."""
 
 import os
 import re
@@ -11,9 +11,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def cache_root() -> Path | None:
-    """$JCROSSLORA_CACHE, else `jcrosslora` in $XDG_CACHE_HOME or in ~/.cache; None for a user without home.
+    """Return $JCROSSLORA_CACHE, else `jcrosslora` in $XDG_CACHE_HOME or ~/.cache; None for a user without a home.
 
-    A ~ in front is the home, also where no shell has made it that.
+    A leading ~ is expanded, because not every shell does it inside a variable.
     """
     try:
         if own := os.environ.get("JCROSSLORA_CACHE"):
@@ -23,15 +23,28 @@ def cache_root() -> Path | None:
         return None
 
 
-def cache_limit() -> int:
-    """Bytes that factors and transports may take: $JCROSSLORA_CACHE_SIZE, such as 500MB or 20G, else 10 GB.
+def cache_folder(kind: str) -> Path:
+    """Return the cache folder of one kind of data, such as "models"; it is not created.
 
     Raises:
-        UsageError: the variable holds something else.
+        UsageError: the user has no home folder and no environment variable names a cache.
+    """
+    root = cache_root()
+    if root is None:
+        msg = "no cache folder: the user has no home folder; set JCROSSLORA_CACHE to a folder"
+        raise UsageError(msg)
+    return root / kind
+
+
+def cache_limit() -> int:
+    """Return the bytes that cached arrays may take: $JCROSSLORA_CACHE_SIZE, such as 500MB or 20G, else 10 GB.
+
+    Raises:
+        UsageError: the variable is not a size.
     """
     stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(DEFAULT_LIMIT)
     found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", stated.strip().upper())
     if found is None:
-        msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 keeps nothing"
+        msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 turns it off"
         raise UsageError(msg)
     return int(float(found[1]) * _UNITS[found[2]])
