@@ -146,13 +146,13 @@ def _states(
     with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
         for step in range(start, settings.steps):
             batch = plan.batch(step)
-            loss, gradient = gradient(state.trained, batch)
+            loss, found = gradient(state.trained, batch)
             if not math.isfinite(loss):
                 msg = (
                     f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is {settings.rate:g}"
                 )
                 raise UsageError(msg)
-            state = update(settings, state, gradient)
+            state = update(settings, state, found)
             bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
             yield state
