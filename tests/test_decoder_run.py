@@ -22,16 +22,15 @@ from jcrosslora.decoder import (
     init_cache,
     load_params,
     logits,
-    sample,
     settings_of,
     stack_adapter,
     stack_adapters,
-    step,
     target_log_probs,
     unstack_adapter,
 )
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
+from jcrosslora.decoder.generate import extend, prefill, step
 from jcrosslora.decoder.ops import project
 from jcrosslora.errors import AdapterError, UsageError
 
@@ -200,28 +199,34 @@ def test_greedy_sampling_of_padded_prompts_is_greedy_decoding(model, side):
     for row, prompt in enumerate(prompts):
         place = slice(5 - len(prompt), 5) if side == "left" else slice(len(prompt))
         padded[row, place], mask[row, place] = prompt, True
-    found = sample(settings, params, padded, mask, length=12, temperature=0.0, key=jax.random.key(0), adapter=adapter)
-    assert found.valid.all()
-    assert all(len(set(row)) > 4 for row in found.tokens.tolist())
+    state = prefill(settings, params, adapter, padded, mask, room=12)
+    _, tokens, valid = extend(settings, params, adapter, state, jnp.float32(0), jax.random.key(0), count=12)
+    assert valid.all()
+    assert all(len(set(row)) > 4 for row in tokens.tolist())
     for row, prompt in enumerate(prompts):
-        assert found.tokens[row].tolist() == greedy(settings, params, prompt, 12, adapter)
+        assert tokens[row].tolist() == greedy(settings, params, prompt, 12, adapter)
 
 
 def test_sampling_stops_behind_a_stop_token_and_repeats_with_its_key(model):
     _, settings, params = model
     prompts, mask = TOKENS[:, :3], np.ones((2, 3), bool)
-    run = partial(sample, settings, params, prompts, mask, length=40, temperature=2.0)
-    free, again = run(key=jax.random.key(1)), run(key=jax.random.key(1))
-    np.testing.assert_array_equal(free.tokens, again.tokens)
-    assert (free.tokens != run(key=jax.random.key(2)).tokens).any()
-    stop = int(free.tokens[0, 4])
-    stopped = run(key=jax.random.key(1), stop_tokens=(stop, 95))
+
+    def run(key, stop_tokens=()):
+        state = prefill(settings, params, None, prompts, mask, room=40)
+        key = jax.random.key(key)
+        return extend(settings, params, None, state, jnp.float32(2), key, count=40, stop_tokens=stop_tokens)[1:]
+
+    (free, _), (again, _) = run(1), run(1)
+    np.testing.assert_array_equal(free, again)
+    assert (free != run(2)[0]).any()
+    stop = int(free[0, 4])
+    tokens, valid = run(1, (stop, 95))
     for row in range(2):
-        wanted = free.tokens[row].tolist()
+        wanted = free[row].tolist()
         ends = [place for place, token in enumerate(wanted) if token in (stop, 95)]
         count = ends[0] + 1 if ends else 40
-        assert stopped.valid[row].tolist() == [True] * count + [False] * (40 - count)
-        assert stopped.tokens[row].tolist() == wanted[:count] + [0] * (40 - count)
+        assert valid[row].tolist() == [True] * count + [False] * (40 - count)
+        assert tokens[row].tolist() == wanted[:count] + [0] * (40 - count)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -11,10 +11,10 @@ from jcrosslora.decoder.adapters import (
 from jcrosslora.decoder.block import INPUT_SITES, LayerCapture
 from jcrosslora.decoder.cache import Cache, init_cache
 from jcrosslora.decoder.forward import CAPTURES, Output, forward, logits
+from jcrosslora.decoder.generate import Generator
 from jcrosslora.decoder.log_probs import target_log_probs
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.rope_settings import Rope
-from jcrosslora.decoder.sample import Sampled, sample, step
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 
 __all__ = [
@@ -22,11 +22,11 @@ __all__ = [
     "INPUT_SITES",
     "Cache",
     "DecoderSettings",
+    "Generator",
     "LayerCapture",
     "Output",
     "Params",
     "Rope",
-    "Sampled",
     "StackedAdapter",
     "StackedFactors",
     "fast_dtype",
@@ -35,11 +35,9 @@ __all__ = [
     "join_stacked",
     "load_params",
     "logits",
-    "sample",
     "settings_of",
     "stack_adapter",
     "stack_adapters",
-    "step",
     "target_log_probs",
     "unstack_adapter",
 ]

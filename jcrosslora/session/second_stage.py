@@ -76,9 +76,9 @@ def fit_behind(
         assert moved.report is not None
         found, sentence = _residual(source, target, adapter, start, batches, moved.report.layers, progress)
         return _cut(_reported(moved, found, sentence, None)), ()
-    from jcrosslora.fit.distill import FitSettings, distill
+    from jcrosslora.fit.distill import DistillSettings, distill
 
-    settings = FitSettings() if completions is None else FitSettings.of(completions)
+    settings = DistillSettings() if completions is None else DistillSettings(completions=completions)
     if method.teacher == "source":
         settings = dataclasses.replace(settings, teacher_weight=1.0, contrast_weight=0.0)
     distilled = distill(

@@ -21,7 +21,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import CheckpointError, MethodError, ShortMemoryError, UsageError
 from jcrosslora.evidence.activations import batch_probes
-from jcrosslora.fit.distill import FitSettings
+from jcrosslora.fit.distill import DistillSettings
 from jcrosslora.fit.interpolation import SHARE, check_share
 from jcrosslora.lineage import Structure, find_structure
 from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method, why_not_run
@@ -85,7 +85,7 @@ class TransferSettings:
     task recover more than what the source writes."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run."""
-    completions: int = FitSettings.completions
+    completions: int = DistillSettings.completions
     """How many prompts with answers (16 or more) the source writes with its adapter, where predictions are fitted. More
     take longer and recover more: from 400 on each hundred is a step of its own."""
     interpolation: float = SHARE
