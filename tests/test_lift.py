@@ -31,7 +31,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_params
 from jcrosslora.evaluate import Scores, lift_recovered
 from jcrosslora.fit.distill.templates import Completion
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 
 
 def figures(seed: int, count: int = 200):
@@ -332,7 +332,7 @@ def test_exact_match_goes_by_what_is_written_behind_each_prompt(folders, monkeyp
 
 
 def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
-    made = {**dataclasses.asdict(TrainSettings(seed=3)), "task": "small", "first": 3}
+    made = {**dataclasses.asdict(TrainingSettings(seed=3)), "task": "small", "first": 3}
     header = {"jcrosslora.training": json.dumps({**made, "task": "small_train.jsonl"})}
     path = save_adapter(random_adapter(jcl.open_base(folders[0])), tmp_path / "adapter", metadata=header)
     lift_work.check_same(path, made)
@@ -350,7 +350,7 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
 
 def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, tmp_path):
     bases, task = [jcl.open_base(folder) for folder in folders], lift_tasks.load_task(*task_files, 3, written=False)
-    work = lift_work.Work(tmp_path, TrainSettings(), Console())
+    work = lift_work.Work(tmp_path, TrainingSettings(), Console())
     pair, row = lift_work.Pair(*(lift_work.Base.of(str(folder)) for folder in folders)), lift_tasks.parse_row("random")
     trained = tmp_path / "trained" / "small--small--seed0"
     save_adapter(random_adapter(bases[0], rank=2), trained)

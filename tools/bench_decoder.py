@@ -26,7 +26,7 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Generator, forward, load_params, settings_of
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.factors import first_factors
 from jcrosslora.training.step import loss_and_gradient
@@ -46,7 +46,7 @@ def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[st
     answers = jnp.arange(count, dtype=jnp.int32), tokens.reshape(-1), jnp.ones(count)
     batch = Batch(tokens, jnp.ones(shape, bool), *answers)
     prompts = list(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)))
-    usual = TrainSettings()
+    usual = TrainingSettings()
     factors = first_factors(base, usual)
     run = jax.jit(lambda tokens: forward(settings, params, tokens).hidden)
     generator = Generator.of(base, params=params)

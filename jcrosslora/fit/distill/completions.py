@@ -139,7 +139,7 @@ def _shortened(generator: Generator, prompt: str) -> str:
     ids = generator.tokenizer.encode(prompt).ids
     if len(ids) <= _LONGEST_PROMPT:
         return prompt
-    # With the special tokens that the prompt names: where an answer begins, they are what a chat model goes by.
+    # With the special tokens that the prompt names: they tell a chat model where an answer begins.
     return generator.tokenizer.backend.decode(ids[-_LONGEST_PROMPT:].tolist(), skip_special_tokens=False)
 
 
