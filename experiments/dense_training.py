@@ -14,7 +14,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
 from jcrosslora.evaluate import Question
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.run import train
 from jcrosslora.training.step import answer_loss
@@ -25,7 +25,7 @@ _EVERY = 80  # steps between checkpoints, which hold three times the weights
 def train_dense(
     base: BaseModel,
     examples: Sequence[Question],
-    settings: TrainSettings,
+    settings: TrainingSettings,
     *,
     checkpoints: Path | None = None,
     progress: bool = False,

@@ -42,7 +42,7 @@ from rich.console import Console
 import jcrosslora as jcl
 from jcrosslora.evaluate import read_questions
 from jcrosslora.evidence.probes import read_texts
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 
 # Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.
 LINEAGE_ROWS = ("auto", "copy", "random")
@@ -50,7 +50,7 @@ _ORACLE_FILE = "oracle"
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
-    usual = TrainSettings()
+    usual = TrainingSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pair, files = {"nargs": 2, "action": "append", "default": []}, ("TRAIN", "TEST")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is made")
@@ -209,7 +209,7 @@ def _task_of(train: Path) -> str:
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    settings = TrainSettings(
+    settings = TrainingSettings(
         steps=arguments.steps, rank=arguments.rank, alpha=2.0 * arguments.rank, rate=arguments.rate, dtype="float32"
     )
     work, sheets = Work(arguments.work, settings, console), []

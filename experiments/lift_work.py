@@ -32,11 +32,11 @@ from safetensors import SafetensorError, safe_open
 from written_task import written_example
 
 import jcrosslora as jcl
-from jcrosslora.adapter import Adapter, save_adapter
+from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evidence.probes.text_files import save_texts
-from jcrosslora.training import TrainSettings, read_examples, train_lora
+from jcrosslora.training import TrainingSettings, read_examples, save_trained, train_lora
 
 # Of the further training: apart from the seeds of adapters, so that no adapter starts from the same factors.
 _FURTHER_SEED = 1000
@@ -73,7 +73,7 @@ class Work:
     """The folder, and the settings that adapters are trained with; their seed is set for each."""
 
     folder: Path
-    settings: TrainSettings
+    settings: TrainingSettings
     console: Console
 
     def trained(self, task: Task, base: Base, seed: int) -> Path:
@@ -161,7 +161,7 @@ class Work:
         self,
         ref: str,
         examples: Sequence[Question],
-        settings: TrainSettings,
+        settings: TrainingSettings,
         out: Path,
         facts: Mapping[str, Any],
         train: Callable[..., Adapter],
@@ -173,14 +173,7 @@ class Work:
         self._say(f"training {out.name}: {settings.steps} steps on {len(examples)} examples")
         base, checkpoints = jcl.open_base(ref), self.folder / "checkpoints" / out.name
         adapter = train(base, examples, settings, checkpoints=checkpoints, progress=sys.stderr.isatty())
-        save_adapter(
-            adapter,
-            out,
-            base_revision=base.revision,
-            fused=base.fused,
-            all_modules=list(base.modules),
-            metadata={"jcrosslora.training": json.dumps(made)},
-        )
+        save_trained(adapter, out, base, settings, dict(facts))
         shutil.rmtree(checkpoints, ignore_errors=True)
         _forget()
 
@@ -202,7 +195,7 @@ class Work:
 def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
     """Refuse an adapter that states other settings than are asked for; what it does not state is taken as fitting.
 
-    The task is not compared: `train_lora.py` names it by its file.
+    The task is not compared: `jcrosslora train` names it by its file.
 
     Raises:
         UsageError: a setting differs, or its file cannot be read.

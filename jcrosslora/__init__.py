@@ -61,7 +61,7 @@ if _TYPE_CHECKING:
     from jcrosslora.session.transfer import shift as shift
     from jcrosslora.session.transfer import transfer as transfer
     from jcrosslora.shifting.apply import apply as apply
-    from jcrosslora.training import TrainSettings as TrainSettings
+    from jcrosslora.training import TrainingSettings as TrainingSettings
     from jcrosslora.training import train_lora as train_lora
 
     __version__: str
@@ -106,7 +106,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("shift", "transfer"),
     "shifting.apply": ("apply",),
-    "training": ("TrainSettings", "train_lora"),
+    "training": ("TrainingSettings", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -18,13 +18,13 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.evaluate import score
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode
 from jcrosslora.training.factors import first_factors
 from jcrosslora.training.step import loss_and_gradient
 
-SETTINGS = TrainSettings(steps=6, batch=3, rate=5e-3, rank=3, alpha=6.0, seed=1)
+SETTINGS = TrainingSettings(steps=6, batch=3, rate=5e-3, rank=3, alpha=6.0, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,37 +15,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
-from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
+    Generator,
     StackedAdapter,
     StackedFactors,
     forward,
     load_params,
     logits,
-    sample,
     settings_of,
     stack_adapter,
 )
 from jcrosslora.decoder.forward import head_of
+from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.fit.distill import FitSettings, distill
+from jcrosslora.fit.distill import DistillSettings, distill, template_choice
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
-from jcrosslora.fit.distill import template_choice as writing_module
-from jcrosslora.fit.distill.batches import BATCH, distillation_batches, shared_tokens
-from jcrosslora.fit.distill.completions import TEMPLATES, Completion, Writer, first_sentence, in_template
-from jcrosslora.fit.distill.fit import solve
-from jcrosslora.fit.distill.reduced_base import teach, weighted_kl
-from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
-from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, step_factors
-from jcrosslora.fit.distill.template_choice import continue_prompts, judge_templates, known_templates, write_completions
-from jcrosslora.session.files import transfer_files
+from jcrosslora.fit.distill.batches import BATCH, make_batches, shared_tokens
+from jcrosslora.fit.distill.completions import PILOT, answer_given, first_sentence, write_completions
+from jcrosslora.fit.distill.statistics import Statistics, add_batch, needs_remat, zero_statistics
+from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, solve, step_factors
+from jcrosslora.fit.distill.teacher import TaughtBatch, mix_teacher, weighted_kl
+from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
+from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate, in_template
 
-SMALL = FitSettings(steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0)
+SMALL = DistillSettings(
+    steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_no_other_update_of_the_rank_has_a_lower_quadratic_model():
     assert best <= quadratic(b @ a_factor, gradient, a, g) + 1e-4 * abs(best)
 
 
-def test_one_massive_dimension_does_not_swallow_the_others():
+def test_a_massive_dimension_leaves_the_steps_of_others_alone():
     gradient, a, g = problem(3)
     scale = np.ones(9)
     scale[0] = 1e3
@@ -113,13 +113,13 @@ def test_one_massive_dimension_does_not_swallow_the_others():
     np.testing.assert_allclose(massive[:, 1:], plain[:, 1:], atol=0.05 * np.abs(plain).max())
 
 
-def test_the_teacher_is_the_target_moved_by_the_sources_change():
+def test_the_teacher_mixes_target_and_source_and_adds_the_sources_change():
     rng = np.random.default_rng(0)
     own, base, adapted = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, 11)), jnp.float32)) for _ in range(3))
-    np.testing.assert_allclose(teach(own, base, adapted, 0.0, 0.0), own, atol=1e-6)
-    np.testing.assert_allclose(teach(own, base, adapted, 1.0, 0.0), adapted, atol=1e-5)
-    np.testing.assert_allclose(teach(base, base, adapted, 0.0, 1.0), adapted, atol=1e-5)
-    found = np.asarray(teach(own, base, adapted, 0.25, 0.5))
+    np.testing.assert_allclose(mix_teacher(own, base, adapted, 0.0, 0.0), own, atol=1e-6)
+    np.testing.assert_allclose(mix_teacher(own, base, adapted, 1.0, 0.0), adapted, atol=1e-5)
+    np.testing.assert_allclose(mix_teacher(base, base, adapted, 0.0, 1.0), adapted, atol=1e-5)
+    found = np.asarray(mix_teacher(own, base, adapted, 0.25, 0.5))
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
     raw = np.asarray(0.75 * own + 0.25 * adapted + 0.5 * (adapted - base))
     np.testing.assert_allclose(found - found[:, :1], raw - raw[:, :1], atol=1e-5)
@@ -129,7 +129,7 @@ def test_the_teacher_is_the_target_moved_by_the_sources_change():
     assert weight == 3.5
 
 
-def test_statistics_are_the_gradient_and_the_moments(tmp_path):
+def test_statistics_are_the_gradient_and_the_square_moments(tmp_path):
     # In the last layer what q and o do at the first position, which is left out, changes nothing behind it.
     base = jcl.open_base(write_base(tmp_path / "base", 30, layers=1))
     params, model = load_params(base), settings_of(base)
@@ -139,7 +139,7 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
     at, weight = jnp.asarray([2, 3, 6, 9, 11, 0]), jnp.asarray([1.0, 0.5, 1, 2, 1, 0])
     vocab = params.embedding.shape[0]
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(6, vocab)), jnp.float32))
-    read = Read(tokens, mask, at, weight, teacher)
+    read = TaughtBatch(tokens, mask, at, weight, teacher)
 
     def loss(weights):
         changed = dataclasses.replace(params, weights={**params.weights, **weights})
@@ -148,7 +148,7 @@ def test_statistics_are_the_gradient_and_the_moments(tmp_path):
         return weighted_kl(teacher, jax.nn.log_softmax(scores), weight)[0]
 
     roles = ("q_proj", "o_proj")
-    found = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
+    found = add_batch(model, zero_statistics(params, roles), params, adapter, read, jax.random.key(0))
     exact, gradients = jax.value_and_grad(loss)({role: params.weights[role] for role in roles})
     np.testing.assert_allclose(found.loss, exact, rtol=1e-5)
     for role in roles:
@@ -169,13 +169,13 @@ def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
     tokens, mask = jnp.asarray(rng.integers(0, 90, (2, 7)), jnp.int32), jnp.ones((2, 7), bool)
     at, weight = jnp.asarray([2, 3, 6, 9, 11]), jnp.ones(5)
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
-    read = Read(tokens, mask, at, weight, teacher)
+    read = TaughtBatch(tokens, mask, at, weight, teacher)
     roles, found = ("q_proj", "v_proj"), {}
     biases = {role: rng.normal(size=load_params(base).weights[role].shape[:2]) for role in roles}
     for dtype in (jnp.float32, jnp.bfloat16):
         params = load_params(base, dtype, packed=dtype == jnp.bfloat16)
         params = dataclasses.replace(params, biases={role: jnp.asarray(bias, dtype) for role, bias in biases.items()})
-        found[dtype] = add_batch(model, no_statistics(params, roles), params, adapter, read, jax.random.key(0))
+        found[dtype] = add_batch(model, zero_statistics(params, roles), params, adapter, read, jax.random.key(0))
     exact, near = found[jnp.float32], found[jnp.bfloat16]
     assert near.loss == pytest.approx(float(exact.loss), rel=1e-2)
     for wanted, got in zip(
@@ -186,18 +186,19 @@ def test_statistics_of_packed_weights_are_near_those_of_float32(tmp_path):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
+def test_the_programs_of_a_fit_lower_for_other_devices(pair, platform):
     """With weights as they are kept there, bits of bfloat16; that they run there can only be seen there."""
     base, adapter = pair[0], stack_adapter(pair[2], pair[0])
     model, params = settings_of(base), load_params(base, jnp.bfloat16)
     tokens, mask, key = jnp.zeros((2, 7), jnp.int32), jnp.ones((2, 7), bool), jax.random.key(0)
-    read = Read(tokens, mask, jnp.asarray([2, 3, 9]), jnp.ones(3), jnp.zeros((3, base.dims.vocab)))
+    read = TaughtBatch(tokens, mask, jnp.asarray([2, 3, 9]), jnp.ones(3), jnp.zeros((3, base.dims.vocab)))
 
     def write(params, adapter):
-        return sample(model, params, tokens, mask, length=4, temperature=1.0, key=key, adapter=adapter)
+        state = prefill(model, params, adapter, tokens, mask, room=4)
+        return extend(model, params, adapter, state, 1.0, key, count=4)
 
     def gather(params, adapter):
-        return add_batch(model, no_statistics(params, ("v_proj", "o_proj")), params, adapter, read, key)
+        return add_batch(model, zero_statistics(params, ("v_proj", "o_proj")), params, adapter, read, key)
 
     def step(gradient, a, g):
         return step_factors(gradient, a, g, 4)
@@ -208,7 +209,7 @@ def test_the_programs_of_a_fit_can_be_made_for_other_devices(pair, platform):
         assert made.platforms == (platform,)
 
 
-def test_a_step_goes_by_the_mean_of_the_sets():
+def test_a_step_uses_the_mean_over_sets_of_batches():
     gradients, a, g = (jnp.asarray(np.stack(x), jnp.float32) for x in zip(problem(0), problem(1), strict=True))
     one = Statistics({"attn_out_in": a}, {"o_proj": g}, {"o_proj": gradients}, jnp.float32(2))
     steps, behind = solve(jax.tree.map(lambda x: 2 * x, one), 3, 2)
@@ -224,7 +225,7 @@ def test_a_step_goes_by_the_mean_of_the_sets():
 
 @given(st.integers(0, 100), st.integers(1, 6))
 @settings(deadline=None, max_examples=15)
-def test_what_a_step_leaves_over_is_the_gradient_of_the_model_behind_it(seed, rank):
+def test_the_remaining_gradient_is_that_of_the_quadratic_model_behind_the_step(seed, rank):
     gradient, a, g = problem(seed)
     b, factor, rest = map(np.asarray, step_factors(*(jnp.asarray(x, jnp.float32) for x in (gradient, a, g)), rank))
     wanted = gradient + damped(g, FLOOR_OUT) @ (b @ factor) @ damped(a, FLOOR_IN)
@@ -234,15 +235,15 @@ def test_what_a_step_leaves_over_is_the_gradient_of_the_model_behind_it(seed, ra
     assert abs(np.vdot(rest, b @ factor)) < 1e-4 * abs(np.vdot(gradient, b @ factor))  # nothing is left along the step
 
 
-def test_what_the_rank_left_over_of_earlier_dialogues_is_in_later_steps(pair, monkeypatch):
+def test_later_steps_use_the_gradient_that_the_rank_left_over(pair, monkeypatch):
     source, target, adapter = pair
-    lessons_of = run_module._distillation_batches
+    make_parts = run_module._make_parts
 
     def silent(*given):
-        (first, second), held_out = lessons_of(*given)
+        (first, second), held_out = make_parts(*given)
         return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], held_out
 
-    monkeypatch.setattr(run_module, "_distillation_batches", silent)
+    monkeypatch.setattr(run_module, "_make_parts", silent)
     small = dataclasses.replace(SMALL, rank=1)
     found = distill(source, target, adapter, prompts=CORPUS, settings=small).divergences
     assert found[2] < found[1] < found[0]
@@ -257,35 +258,35 @@ def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):
     tokens = jnp.asarray([[5, 9, 70]], jnp.int32)
     at, weight = jnp.asarray([2]), jnp.asarray([1.0])
     teacher = jax.nn.log_softmax(jnp.zeros((1, params.embedding.shape[0])))
-    read = Read(tokens, jnp.ones((1, 3), bool), at, weight, teacher)
-    total = no_statistics(params, ("o_proj",))
+    read = TaughtBatch(tokens, jnp.ones((1, 3), bool), at, weight, teacher)
+    total = zero_statistics(params, ("o_proj",))
     draws = 3000
     for number in range(draws):
         total = add_batch(model, total, params, none, read, jax.random.key(number))
     # o_proj's output at the last position alone reaches the prediction: the exact matrix is J'(diag p - p p')J.
 
-    def scores(output_perturbation):
-        biased = dataclasses.replace(params, biases={"o_proj": output_perturbation[None, None, None]})
+    def scores(perturbation):
+        biased = dataclasses.replace(params, biases={"o_proj": perturbation[None, None, None]})
         return logits(model, params, forward(model, biased, tokens).hidden[0, 2])
 
     zero = jnp.zeros(params.weights["o_proj"].shape[1])
-    # A output_perturbation at all positions of the last layer acts at the last position alone.
+    # A perturbation at all positions of the last layer acts at the last position alone.
     jacobian, p = np.asarray(jax.jacobian(scores)(zero)), np.asarray(jax.nn.softmax(scores(zero)))
     exact = jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian
     error = np.linalg.norm(total.outputs["o_proj"][0] / draws - exact) / np.linalg.norm(exact)
     assert error < 0.15
 
 
-def test_layers_that_keep_nothing_give_the_same_sums_in_less_memory(pair):
+def test_remat_gives_the_same_sums_in_less_memory(pair):
     base = pair[1]
     model, params, adapter = settings_of(base), load_params(base), stack_adapter(random_adapter(base, scale=0.3), base)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 90, (8, 64)), jnp.int32)
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, base.dims.vocab)), jnp.float32))
-    read = Read(tokens, jnp.ones((8, 64), bool), jnp.asarray([2, 3, 99, 300, 511]), jnp.ones(5), teacher)
+    read = TaughtBatch(tokens, jnp.ones((8, 64), bool), jnp.asarray([2, 3, 99, 300, 511]), jnp.ones(5), teacher)
     found, sizes = [], []
     for remat in (False, True):
-        given = model, no_statistics(params, ("v_proj", "o_proj")), params, adapter, read, jax.random.key(0)
+        given = model, zero_statistics(params, ("v_proj", "o_proj")), params, adapter, read, jax.random.key(0)
         sizes.append(add_batch.lower(*given, remat=remat).compile().memory_analysis().temp_size_in_bytes)
         found.append(add_batch(*given, remat=remat))
     for kept, again in zip(*map(jax.tree.leaves, found), strict=True):
@@ -293,13 +294,13 @@ def test_layers_that_keep_nothing_give_the_same_sums_in_less_memory(pair):
     assert sizes[1] < 0.8 * sizes[0]
 
 
-def test_what_a_base_of_8b_parameters_needs(pair):
+def test_memory_of_a_base_of_8b_parameters(pair):
     """As XLA's memory analysis has it, without a number of it being made: sums of 9 GB, and without remat too much."""
     layers, hidden, inner, heads, kv_heads, vocab = 32, 4096, 14336, 32, 8, 6500
     small, few = settings_of(pair[1]), load_params(pair[1], jnp.bfloat16)
     widths = dict(hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=128, vocab=vocab)
     ropes = tuple(dataclasses.replace(rope, frequencies=(1.0,) * 64) for rope in small.ropes)
-    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes)
+    each = dict(windows=(None,) * layers, rope_of_layer=(0,) * layers, ropes=ropes)
     model = dataclasses.replace(small, layers=layers, **widths, **each)
     outputs = {"k_proj": 1024, "v_proj": 1024, "gate_proj": inner, "up_proj": inner}
 
@@ -316,14 +317,14 @@ def test_what_a_base_of_8b_parameters_needs(pair):
         },
         norms={name: array(layers, hidden) for name in few.norms},
     )
-    totals = jax.eval_shape(lambda params: no_statistics(params, ("v_proj", "o_proj")), params)
+    totals = jax.eval_shape(lambda params: zero_statistics(params, ("v_proj", "o_proj")), params)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(totals)) == pytest.approx(9e9, rel=0.05)
     factors = {
         role: StackedFactors(array(layers, 96, 4096), array(layers, outputs.get(role, 4096), 96))
         for role in totals.gradients
     }
     tokens, places = (BATCH, 96), 256
-    read = Read(
+    read = TaughtBatch(
         array(*tokens, dtype=jnp.int32),
         array(*tokens, dtype=jnp.bool_),
         array(places, dtype=jnp.int32),
@@ -334,43 +335,39 @@ def test_what_a_base_of_8b_parameters_needs(pair):
     kept, again = (
         add_batch.lower(*given, remat=remat).compile().memory_analysis().temp_size_in_bytes for remat in (False, True)
     )
-    assert keeps_much(model, tokens)
+    assert needs_remat(model, tokens)
     assert 8e9 < kept < 16e9
     assert again < 4e9
 
 
-def test_large_bases_keep_nothing_for_the_backward_passes(pair, monkeypatch):
+def test_large_bases_are_fitted_with_remat(pair, monkeypatch):
     small = settings_of(pair[1])
     large = dataclasses.replace(small, layers=32, hidden=4096, intermediate=14336, heads=32, head_dim=128)
-    assert [keeps_much(model, (BATCH, 96)) for model in (small, large)] == [False, True]
+    assert [needs_remat(model, (BATCH, 96)) for model in (small, large)] == [False, True]
     seen = []
-    monkeypatch.setattr(fit_module, "keeps_much", lambda *_: True)
+    monkeypatch.setattr(fit_module, "needs_remat", lambda *_: True)
     monkeypatch.setattr(fit_module, "add_batch", lambda *given, remat: seen.append(remat) or add_batch(*given))
     source, target, adapter = pair
     distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     assert set(seen) == {True}
 
 
-def test_lessons_weigh_answers_and_keep_to_few_shapes(pair):
+def test_batches_weigh_answers_and_have_few_shapes(pair):
     source, target, _ = pair
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     items = [
         Completion("Anna said ", "that Plants need Water."),
         Completion("Water boils at 100 degrees. " * 9, "Where?"),
     ]
-    found = distillation_batches(items, tokenizers, 0.25)
-    assert {batch_of_completions.batch.tokens_src.shape[0] for batch_of_completions in found} == {BATCH}
-    for batch_of_completions in found:
-        batch = batch_of_completions.batch
-        (item,) = [
-            one
-            for one in items
-            if len(one.text) >= batch.end.max() and one.text == items[found.index(batch_of_completions)].text
-        ]
-        inside = batch.valid & (batch.end < len(item.prompt))
-        assert set(batch_of_completions.weight[inside]) <= {np.float32(0.25)}
-        assert set(batch_of_completions.weight[batch.valid & ~inside]) <= {np.float32(1)}
-        assert not batch_of_completions.weight[~batch.valid].any()
+    found = make_batches(items, tokenizers, 0.25)
+    for batch, item in zip(found, items, strict=True):
+        probe = batch.probe
+        assert probe.tokens_src.shape[0] == BATCH
+        assert len(item.text) >= probe.end.max()
+        inside = probe.valid & (probe.end < len(item.prompt))
+        assert set(batch.weight[inside]) <= {np.float32(0.25)}
+        assert set(batch.weight[probe.valid & ~inside]) <= {np.float32(1)}
+        assert not batch.weight[~probe.valid].any()
     src, tgt = shared_tokens(source, target, found, 5)
     words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
     by_id = {index: token for token, index in words_tgt.items()}
@@ -391,7 +388,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
         np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)
 
 
-def test_a_fit_goes_on_from_what_it_is_given(pair):
+def test_a_fit_continues_from_a_given_start(pair):
     source, target, adapter = pair
     begun = random_adapter(target, roles=("v_proj", "up_proj"), rank=2, scale=1e-3)
     found = distill(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
@@ -413,7 +410,7 @@ def test_no_update_has_more_rank_than_its_module(pair):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_zeros_asks_for_no_step(pair):
+def test_an_adapter_of_zeros_gives_an_update_without_effect(pair):
     source, target, adapter = pair
     modules = {name: dataclasses.replace(item, b=np.zeros_like(item.b)) for name, item in adapter.modules.items()}
     found = distill(source, target, jcl.Adapter(modules), prompts=CORPUS, settings=SMALL)
@@ -432,51 +429,48 @@ def test_an_adapter_of_zeros_asks_for_no_step(pair):
         {"completions": 15},
     ],
 )
-def test_settings_out_of_range(pair, change):
+def test_settings_out_of_range_are_refused(pair, change):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="asked for"):
         distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, **change))
 
 
-def test_more_dialogues_are_more_steps():
-    assert FitSettings.of(FitSettings().completions) == FitSettings()
-    found = [FitSettings.of(count) for count in (16, 399, 400, 900)]
-    assert [(one.completions, one.steps) for one in found] == [(16, 3), (399, 3), (400, 4), (900, 9)]
+def test_a_step_for_each_hundred_completions_but_at_least_three():
+    assert [DistillSettings(completions=count).step_count for count in (16, 300, 399, 400, 900)] == [3, 3, 3, 4, 9]
+    assert DistillSettings(completions=900, steps=2).step_count == 2
 
 
-def test_a_seed_out_of_range(pair):
+def test_a_seed_out_of_range_is_refused(pair):
     source, target, adapter = pair
     with pytest.raises(UsageError, match="seed -1 was asked for"):
         distill(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
 
 
-def test_answers_to_one_prompt_alone_leave_nothing_to_fit(pair, monkeypatch):
+def test_answers_to_a_single_prompt_are_refused(pair, monkeypatch):
     source, target, adapter = pair
-    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
     with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
         distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 
-def test_of_more_prompts_than_answers_the_first_are_used_and_that_is_said(pair, monkeypatch):
+def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair, monkeypatch):
     source, _, adapter = pair
-    writer = Writer(
-        settings_of(source), load_params(source), load_tokenizer(source), stack_adapter(adapter, source), name="told"
-    )
-    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    generator = Generator.of(source, adapter)
+    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
     prompts = [f"Anna said {number}" for number in range(30)]
-    found = continue_prompts(writer, prompts, FitSettings(completions=20), 0)
-    assert [item.prompt for item in found.completions] == prompts[:20]
+    found = answer_given(generator, prompts, DistillSettings(completions=20), 0)
+    assert [item.prompt for item in found.items] == prompts[:20]
     assert found.description == "20 answers to the first 20 of 30 given prompts"
-    all_used = continue_prompts(writer, prompts, FitSettings(completions=60), 0)
+    all_used = answer_given(generator, prompts, DistillSettings(completions=60), 0)
     assert all_used.description == "60 answers to 30 given prompts"
 
 
-def test_of_long_prompts_the_end_is_used(pair):
+def test_long_prompts_keep_their_end(pair):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
+    generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
     long, short = "Anna said " * 60 + "Where?", "Water boils at"
-    found = continue_prompts(writer, [long, short], FitSettings(completions=96, tokens=4), 0).completions
+    found = answer_given(generator, [long, short], DistillSettings(completions=96, tokens=4), 0).items
     prompts = {item.prompt for item in found}
     assert short in prompts
     (cut,) = prompts - {short}
@@ -484,20 +478,20 @@ def test_of_long_prompts_the_end_is_used(pair):
     assert len(tokenizer.encode(cut, special=False).ids) <= 64
 
 
-def test_the_special_tokens_of_a_long_prompt_stay(pair, monkeypatch):
+def test_long_prompts_keep_their_special_tokens(pair, monkeypatch):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
-    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [" a dog"] * len(texts))
+    generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
+    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
     prompts = ["Anna said " * 60 + end for end in ("Where?</s>", "When?</s><s>")]
-    found = continue_prompts(writer, prompts, FitSettings(completions=16), 0).completions
+    found = answer_given(generator, prompts, DistillSettings(completions=16), 0).items
     for prompt, item in zip(prompts, found[:2], strict=True):
         assert prompt.endswith(item.prompt)
 
 
-def test_a_base_that_answers_nothing(pair, monkeypatch):
+def test_a_base_without_answers_is_refused(pair, monkeypatch):
     source, target, adapter = pair
-    monkeypatch.setattr(Writer, "extend", lambda self, texts, *_: [""] * len(texts))
+    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [""] * len(texts))
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
         distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     with pytest.raises(MethodError, match="answered 0 prompts"):
@@ -505,20 +499,20 @@ def test_a_base_that_answers_nothing(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
-def test_an_adapter_that_is_too_large_is_said_before_anything_is_fitted(pair, prompts, monkeypatch):
+def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, monkeypatch):
     source, target, _ = pair
     monkeypatch.delattr("jcrosslora.fit.distill.run.fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 
 
-def test_a_base_without_finite_predictions_writes_nothing(pair):
+def test_a_base_without_finite_predictions_is_named(pair):
     source, _, _ = pair
     params = load_params(source)
     params = dataclasses.replace(params, head=head_of(params) * jnp.inf)
-    writer = Writer(settings_of(source), params, load_tokenizer(source), None, name=source.ref)
+    generator = Generator.of(source, params=params)
     with pytest.raises(CheckpointError, match=f"{source.ref}: gives predictions that are not finite: its weights"):
-        writer.extend(["a text"], 4, 1.0, jax.random.key(0))
+        generator.continue_texts(["a text"], 4, 1.0, jax.random.key(0))
 
 
 def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
@@ -531,90 +525,89 @@ def test_a_target_without_finite_predictions_is_named(pair, tmp_path):
         distill(source, jcl.open_base(folder), adapter, prompts=CORPUS, settings=SMALL)
 
 
-def test_dialogues_are_written_in_the_layouts_that_the_adapter_knows(monkeypatch):
-    class Told:
-        name = "told"
-
-        def extend(self, texts, *_):
-            return [" is the first of all things? And more\nthan that" for _ in texts]
-
-    templates = [TEMPLATES.index(pair) for pair in (("Q: ", "\nA:"), ("Task: ", "\nResult:"), ("Input: ", "\nOutput:"))]
+def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, monkeypatch):
+    templates = [TEMPLATES[place] for place in (1, 7, 5)]
     known, large = set(templates[:2]), set(templates)
     counted = []
 
-    def compare(writer, completions, tokens):
-        places = [item.template for item in completions]
-        assert tokens == FitSettings().tokens
-        counted.append(len(places))
-        assert set(places) == set(range(len(TEMPLATES)))
-        change = np.array([4.0 if place in large else 1.0 for place in places])
+    def compare(generator, completions, tokens):
+        found = [item.template for item in completions]
+        assert tokens == DistillSettings().tokens
+        counted.append(len(found))
+        assert set(found) == set(TEMPLATES)
+        change = np.array([4.0 if template in large else 1.0 for template in found])
         # Completions differ by more than templates do.
-        each = len(places) // len(set(places))
-        noise = np.random.default_rng(0).normal(size=each)[np.arange(len(places)) % each]
-        return change, np.array([2.0 if place in known else 2.1 for place in places]) + noise
+        each = len(found) // len(set(found))
+        noise = np.random.default_rng(0).normal(size=each)[np.arange(len(found)) % each]
+        return change, np.array([2.0 if template in known else 2.1 for template in found]) + noise
 
-    monkeypatch.setattr(writing_module, "compare", compare)
-    found = write_completions(Told(), FitSettings(completions=100), 0)
-    assert len(found.completions) == 100
-    assert counted == [writing_module.PILOT * len(TEMPLATES) ** 2]
-    assert {item.template for item in found.completions} == known
-    assert all(item.prompt.startswith(TEMPLATES[item.template][0]) for item in found.completions)
-    assert all(item.prompt.endswith("?" + TEMPLATES[item.template][1]) for item in found.completions)
+    text = " is the first of all things? And more\nthan that"
+    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [text] * len(texts))
+    monkeypatch.setattr(template_choice, "compare", compare)
+    generator = Generator.of(pair[0])
+    found = write_completions(generator, DistillSettings(completions=100), 0)
+    assert len(found.items) == 100
+    assert counted == [PILOT * len(TEMPLATES) ** 2]
+    assert {item.template for item in found.items} == known
+    assert all(item.prompt.startswith(item.template.before) for item in found.items)
+    assert all(item.prompt.endswith("?" + item.template.after) for item in found.items)
     assert "'Q:', 'Task:'" in found.description
-    few = write_completions(Told(), FitSettings(completions=20), 0).completions
+    few = write_completions(generator, DistillSettings(completions=20), 0).items
     assert len(few) == 20
     assert {item.template for item in few} == known
 
 
-def test_the_layouts_that_an_adapter_knows():
+def test_known_templates_are_those_with_the_largest_change_beyond_the_base_nll():
+    def known(*figures):
+        return [TEMPLATES.index(template) for template in known_templates(*figures)]
+
     completions = np.random.default_rng(0).normal(size=50)
     change = np.array([4.0, 6.0, 2.0, 4.0, 3.9])[:, None] * np.ones(50)
-    # 1 changes most, but its answers are strangest, and those of 2 least; completions differ by more than templates.
+    # 1 changes most, but its answers are least likely, and those of 2 most; completions differ by more than templates.
     base_nll = np.array([2.0, 4.3, 1.0, 2.1, 2.0])[:, None] + completions
-    assert known_templates(change, base_nll) == [0]
+    assert known(change, base_nll) == [0]
     noise = np.random.default_rng(1).normal(size=(5, 50))
     noise -= noise.mean(axis=1)[:, None]
     noisy = base_nll + 0.5 * noise * (np.arange(5) > 2)[:, None]
-    assert known_templates(change, noisy) == [0, 3, 4]
+    assert known(change, noisy) == [0, 3, 4]
     # At most three, the best ones.
-    assert known_templates(change, base_nll + 10 * noise) == [0, 3, 4]
-    assert known_templates(change[[4, 0]], base_nll[[4, 0]]) == [1]
-    # What has no effect is known as little in one template as in another.
-    assert known_templates(0 * change, 0 * base_nll) == [0, 1, 2]
-    assert known_templates(change[:, :0], base_nll[:, :0]) == []
-    assert known_templates(np.full_like(change, np.nan), base_nll) == []
+    assert known(change, base_nll + 10 * noise) == [0, 3, 4]
+    assert known(change[[4, 0]], base_nll[[4, 0]]) == [1]
+    # An adapter without effect knows no template better than another.
+    assert known(0 * change, 0 * base_nll) == [0, 1, 2]
+    assert known(change[:, :0], base_nll[:, :0]) == []
+    assert known(np.full_like(change, np.nan), base_nll) == []
 
 
-def test_figures_of_a_layout_are_of_the_same_dialogues_in_it(monkeypatch):
-    told = [Completion(f"Q: {number}?\nA:", " it is", 1) for number in range(5)]
+def test_templates_are_judged_on_the_same_completions(monkeypatch):
+    told = [Completion(f"Q: {number}?\nA:", " it is", TEMPLATES[1]) for number in range(5)]
 
-    def compare(writer, completions, tokens):
+    def compare(generator, completions, tokens):
         numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
-        return numbers, np.array([float(item.template) for item in completions])
+        return numbers, np.array([float(TEMPLATES.index(item.template)) for item in completions])
 
-    monkeypatch.setattr(writing_module, "compare", compare)
+    monkeypatch.setattr(template_choice, "compare", compare)
     change, base_nll = judge_templates(None, told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
     np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
 
 
-@pytest.mark.parametrize("end", [template for _, template in TEMPLATES])
-def test_a_dialogue_is_put_into_another_layout_and_back(end):
-    place = next(place for place, (_, other) in enumerate(TEMPLATES) if other == end)
-    first = Completion("Question: What is it?\nAnswer:", " a dog", 0)
-    moved = in_template(first, place)
-    assert moved.prompt == f"{TEMPLATES[place][0]}What is it?{end}"
-    assert moved.answer == ("a dog" if end.endswith("\n") else " a dog")
-    assert in_template(moved, 0) == first
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_a_completion_is_put_into_another_template_and_back(template: PromptTemplate):
+    first = Completion("Question: What is it?\nAnswer:", " a dog", TEMPLATES[0])
+    moved = in_template(first, template)
+    assert moved.prompt == f"{template.before}What is it?{template.after}"
+    assert moved.answer == ("a dog" if template.after.endswith("\n") else " a dog")
+    assert in_template(moved, TEMPLATES[0]) == first
 
 
-def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pair):
+def test_completions_are_compared_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
-    writer = Writer(settings, params, tokenizer, stack_adapter(adapter, source))
+    generator = Generator.of(source, adapter, params=params, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
-    completions = [Completion(*text, template=0) for text in texts] * 3
-    change, base_nll = writing_module.compare(writer, completions, 3)
+    completions = [Completion(*text) for text in texts] * 3
+    change, base_nll = template_choice.compare(generator, completions, 3)
     for place, item in enumerate(completions):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-64:]
@@ -622,7 +615,7 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
         places = tokens - 1 - (len(ids) - len(cut))
         changed, plain = (
             np.asarray(jax.nn.log_softmax(logits(settings, params, out.hidden[0])), np.float64)[places]
-            for out in (forward(settings, params, jnp.asarray(cut)[None], adapter=a) for a in (writer.adapter, None))
+            for out in (forward(settings, params, jnp.asarray(cut)[None], adapter=a) for a in (generator.adapter, None))
         )
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
         np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
@@ -630,13 +623,13 @@ def test_what_an_adapter_changes_in_a_dialogue_is_that_of_the_dialogue_alone(pai
     assert change.min() > 0
 
 
-def test_a_writer_continues_each_text_by_itself(pair):
+def test_texts_are_continued_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    writer = Writer(settings_of(source), load_params(source), tokenizer, stack_adapter(adapter, source))
+    generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
     texts = ["Water boils at", "Anna", "The dog of Peter and Anna, said"]
-    together = writer.extend(texts, 5, 0.0, jax.random.key(0))
-    alone = [writer.extend([text], 5, 0.0, jax.random.key(1))[0] for text in texts]
+    together = generator.continue_texts(texts, 5, 0.0, jax.random.key(0))
+    alone = [generator.continue_texts([text], 5, 0.0, jax.random.key(1))[0] for text in texts]
     assert together == alone
     assert any(together)
 
@@ -658,7 +651,7 @@ def test_first_sentence(text, wanted):
 
 
 @pytest.mark.parametrize("method", ["auto", pytest.param("distill", marks=pytest.mark.slow), "residual-fit"])
-def test_from_file_to_file(pair, tmp_path, method):
+def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
@@ -674,7 +667,7 @@ def test_from_file_to_file(pair, tmp_path, method):
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = transfer_settings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
+    again = settings_of(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
     repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
@@ -684,7 +677,7 @@ def test_from_file_to_file(pair, tmp_path, method):
     assert ("--probe-text" in jcl.verdict(written).text) == (method != "residual-fit")
 
 
-def test_on_its_own_base_a_copy_has_nothing_to_be_fitted_to(pair):
+def test_a_copy_on_its_own_base_stays_as_it_is(pair):
     source, _, adapter = pair
     wanted = dataclasses.replace(SMALL, teacher_weight=1.0, contrast_weight=0.0)
     found = distill(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
@@ -709,7 +702,7 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
     texts = {"probe_text": str(tmp_path / "prompts.txt"), "completions": 40}
-    given = transfer_settings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
+    given = settings_of(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
     report = transfer_files(given).report
     first, last = re.search(r"divergence from what was wanted went from (\S+) to (\S+) nats", report.fitted).groups()
     assert 0 < float(last) < float(first)
@@ -721,7 +714,7 @@ def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
-    given = transfer_settings(str(tmp_path / "adapter"), **where, method=method, **setting)
+    given = settings_of(str(tmp_path / "adapter"), **where, method=method, **setting)
     with pytest.raises(UsageError, match=f"(frobenius|scale 0.6) has no part in method {method}"):
         transfer_files(given)
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -29,10 +28,10 @@ import written_task
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Sampled
+from jcrosslora.decoder import Generator, load_params
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.fit.distill.completions import Completion
-from jcrosslora.training import TrainSettings
+from jcrosslora.fit.distill.templates import Completion
+from jcrosslora.training import TrainingSettings
 
 
 def figures(seed: int, count: int = 200):
@@ -203,7 +202,9 @@ def dora(folders, tmp_path):
 def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch, capsys):
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
-    monkeypatch.setattr(templates, "write_pilot", lambda *_: [Completion("Q: Who?\nA:", " Anna", 1)] * 2)
+    monkeypatch.setattr(
+        templates, "write_pilot", lambda *_: [Completion("Q: Who?\nA:", " Anna", templates.TEMPLATES[1])] * 2
+    )
     wanted = argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0)
     templates.run(wanted)
     assert "Q:" in capsys.readouterr().out
@@ -315,25 +316,23 @@ def test_exact_match_goes_by_what_is_written_behind_each_prompt(folders, monkeyp
     questions = [written_task.written_example(question) for question in QUESTIONS[:3]]
     prompts = [tokenizer.encode(question.prompt).ids.tolist() for question in questions]
 
-    def sample(settings, params, tokens, mask, *, length, temperature, stop_tokens, **rest):
-        assert [row[own].tolist() for row, own in zip(tokens, mask, strict=True)][:3] == prompts
+    def written(generator, rows, length, temperature, key, *, shape):
+        assert [row.tolist() for row in rows] == prompts
         assert temperature == 0
         # The right reply and more; nothing, as the model stops at once; the right reply of another question.
-        texts = [f" {questions[0].choices[0]} And", "</s>", f" {questions[0].choices[0]}"]
-        rows = [tokenizer.encode(text, special=False).ids for text in texts]
-        assert length >= max(map(len, rows)) - 4
-        written, valid = np.zeros((len(tokens), 400), np.int32), np.zeros((len(tokens), 400), bool)
-        for index, row in enumerate(rows):
-            written[index, : len(row)], valid[index, : len(row)] = row, True
-        return Sampled(jnp.asarray(written), jnp.asarray(valid), jnp.ones(len(tokens), bool))
+        texts = [f" {questions[0].choices[0]} And", "", f" {questions[0].choices[0]}"]
+        found = [tokenizer.encode(text, special=False).ids for text in texts]
+        assert length >= max(map(len, found)) - 4
+        return found
 
-    monkeypatch.setattr(written_task, "sample", sample)
-    found = written_task.exact_matches(base, questions, None, None, tokenizer)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(Generator, "continue_tokens", written)
+    params = load_params(base)
+    found = written_task.exact_matches(base, questions, None, params, tokenizer)
     assert found.tolist() == [1, 0, 0]
 
 
 def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
-    made = {**dataclasses.asdict(TrainSettings(seed=3)), "task": "small", "first": 3}
+    made = {**dataclasses.asdict(TrainingSettings(seed=3)), "task": "small", "first": 3}
     header = {"jcrosslora.training": json.dumps({**made, "task": "small_train.jsonl"})}
     path = save_adapter(random_adapter(jcl.open_base(folders[0])), tmp_path / "adapter", metadata=header)
     lift_work.check_same(path, made)
@@ -351,7 +350,7 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
 
 def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, tmp_path):
     bases, task = [jcl.open_base(folder) for folder in folders], lift_tasks.load_task(*task_files, 3, written=False)
-    work = lift_work.Work(tmp_path, TrainSettings(), Console())
+    work = lift_work.Work(tmp_path, TrainingSettings(), Console())
     pair, row = lift_work.Pair(*(lift_work.Base.of(str(folder)) for folder in folders)), lift_tasks.parse_row("random")
     trained = tmp_path / "trained" / "small--small--seed0"
     save_adapter(random_adapter(bases[0], rank=2), trained)

@@ -9,7 +9,7 @@ from tiny_models import save_tiny, torch, transformers
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import StackedAdapter, StackedFactors, load_params, settings_of
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded
 from jcrosslora.training.factors import first_factors
@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 RANK, ALPHA = 4, 8.0
 ROLES = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-SETTINGS = TrainSettings(
+SETTINGS = TrainingSettings(
     steps=40, batch=3, rate=0.01, rank=RANK, alpha=ALPHA, modules=ROLES, weight_decay=0.1, clip=0.5, dtype="float32"
 )
 LENGTHS = ((21, 3), (9, 5), (14, 1))  # tokens of each example, and how many of them are the answer

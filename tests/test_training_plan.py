@@ -14,7 +14,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.pairs import tokenize
-from jcrosslora.training import Prompted, TrainSettings, read_examples
+from jcrosslora.training import Prompted, TrainingSettings, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded, digest, encode
 from jcrosslora.training.step import rate_at
@@ -173,15 +173,15 @@ def test_files_without_examples(tmp_path):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, came):
-    TrainSettings().check()
+    TrainingSettings().check()
     with pytest.raises(UsageError, match=f"training with .*{came}.*: wanted "):
-        TrainSettings(**change).check()
+        TrainingSettings(**change).check()
 
 
 def test_the_rate_rises_then_falls():
-    rates = np.array([rate_at(TrainSettings(steps=100, rate=0.1))(step) for step in range(100)])
+    rates = np.array([rate_at(TrainingSettings(steps=100, rate=0.1))(step) for step in range(100)])
     np.testing.assert_allclose(rates[:6], [0.1 * part / 6 for part in range(1, 7)], rtol=1e-6)
     assert (np.diff(rates[5:]) < 0).all()
     np.testing.assert_allclose(rates[5 + 95 // 2], 0.05, rtol=0.03)
     assert 0 < rates[-1] < 1e-3 * 0.1
-    np.testing.assert_allclose(rate_at(TrainSettings(steps=1, rate=0.1))(0), 0.1)
+    np.testing.assert_allclose(rate_at(TrainingSettings(steps=1, rate=0.1))(0), 0.1)

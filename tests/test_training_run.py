@@ -1,30 +1,30 @@
 """Training: the loss is what `evaluate` scores, it falls, and a run that was stopped ends with the same numbers."""
 
 import dataclasses
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from probe_bases import QUESTIONS, write_base
+from rich.console import Console
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.cli.train import Train
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
-from jcrosslora.training import TrainSettings, train_lora
+from jcrosslora.training import TrainingSettings, train_lora
 from jcrosslora.training import run as training_run
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode
 from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.step import loss_and_gradient
 
-SETTINGS = TrainSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
+SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_loss_is_what_evaluate_scores_and_falls(base, undisturbed):
     np.testing.assert_allclose(loss, by_token[0], rtol=1e-5)
 
 
-def test_settings_are_checked_before_anything_is_made_of_them(base):
+def test_settings_are_checked_first(base):
     with pytest.raises(UsageError, match="rank 0"):
         train_lora(base, QUESTIONS, dataclasses.replace(SETTINGS, rank=0))
 
@@ -85,7 +85,7 @@ def test_first_factors_are_those_of_peft(base):
     assert not np.array_equal(other.roles["q_proj"].a, factors.roles["q_proj"].a)
 
 
-def test_the_adapter_has_the_scale_inside(base):
+def test_the_adapter_has_the_scale_inside_b(base):
     factors = jax.tree.map(lambda leaf: leaf + 0.5, first_factors(base, SETTINGS))
     adapter = to_adapter(factors, SETTINGS, base)
     assert len(adapter.modules) == 14
@@ -95,7 +95,7 @@ def test_the_adapter_has_the_scale_inside(base):
     np.testing.assert_array_equal(one.a, factors.roles["up_proj"].a[1])
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers(base, undisturbed, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_numbers(base, undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "states"
     with monkeypatch.context() as patch:
         stop_behind(patch, 5)
@@ -150,7 +150,7 @@ def test_states_of_other_examples_or_another_base_are_refused(base, states, tmp_
         train_lora(other, QUESTIONS, SETTINGS, checkpoints=states)
 
 
-def test_what_a_killed_writer_left_is_not_taken(base, states, undisturbed, tmp_path):
+def test_unfinished_checkpoints_are_ignored(base, states, undisturbed, tmp_path):
     folder = shutil.copytree(states, tmp_path / "states")
     shutil.rmtree(folder / "6")
     left = folder / "6.orbax-checkpoint-tmp"
@@ -179,7 +179,7 @@ def test_a_damaged_state_is_named(base, states, tmp_path, how):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_where_the_folder_should_be(base, tmp_path):
+def test_a_file_in_place_of_the_checkpoint_folder_is_refused(base, tmp_path):
     (tmp_path / "states").write_text("mine")
     with pytest.raises(OutputError, match="states: cannot be written"):
         train_lora(base, QUESTIONS, SETTINGS, checkpoints=tmp_path / "states")
@@ -192,23 +192,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(base):
 
 
 @pytest.mark.parametrize(("questions", "every"), [([], 1), (QUESTIONS, 0)])
-def test_nothing_to_do_is_refused(base, questions, every):
+def test_no_examples_or_no_checkpoint_interval_are_refused(base, questions, every):
     with pytest.raises(UsageError, match="wanted 1 or more"):
         train_lora(base, questions, SETTINGS, every=every)
 
 
-def test_the_script_writes_a_folder_that_can_be_read(base, tmp_path, monkeypatch, capsys):
-    task = tmp_path / "task.jsonl"
-    task.write_text('{"prompt": "Water and", "answer": "light"}\n{"prompt": "Anna and", "answer": "Peter"}\n')
-    script = Path(__file__).parents[1] / "experiments" / "train_lora.py"
-    arguments = ["--base", base.ref, "--task", task, "--out", tmp_path / "out", "--steps", 2, "--batch", 2]
-    arguments += ["--rank", 2, "--modules", "q_proj", "o_proj"]
-    monkeypatch.setattr(sys, "argv", [str(one) for one in (script, *arguments)])
-    runpy.run_path(str(script), run_name="__main__")
+def test_the_command_trains_from_a_file_and_writes_a_folder(base, tmp_path, capsys):
+    data = tmp_path / "task.jsonl"
+    data.write_text('{"prompt": "Water and", "answer": "light"}\n{"prompt": "Anna and", "answer": "Peter"}\n')
+    settings = {"steps": 2, "batch": 2, "rank": 2, "modules": ("q_proj", "o_proj")}
+    command = Train(base=base.ref, data=data, out=tmp_path / "out", **settings)
+    command.run(Console(width=200))
     assert capsys.readouterr().out == f"written: {tmp_path / 'out'}\n"
     adapter = load_adapter(tmp_path / "out")
     assert sorted({name.rpartition(".")[2] for name in adapter.modules}) == ["o_proj", "q_proj"]
     assert {factors.rank for factors in adapter.modules.values()} == {2}
     assert all(np.asarray(factors.b).any() for factors in adapter.modules.values())
-    with pytest.raises(SystemExit, match=r"^train_lora: .*out: exists already"):
-        runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(OutputError, match="out: exists already"):
+        command.run(Console())
+    with pytest.raises(UsageError, match="limit 0 is out of range"):
+        dataclasses.replace(command, out=tmp_path / "other", limit=0).run(Console())
+    assert same(train_lora(base.ref, data, TrainingSettings(**settings)), adapter)

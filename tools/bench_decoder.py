@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.decoder import forward, load_params, sample, settings_of
+from jcrosslora.decoder import Generator, forward, load_params, settings_of
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.factors import first_factors
 from jcrosslora.training.step import loss_and_gradient
@@ -45,17 +45,15 @@ def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[st
     count = tokens.size
     answers = jnp.arange(count, dtype=jnp.int32), tokens.reshape(-1), jnp.ones(count)
     batch = Batch(tokens, jnp.ones(shape, bool), *answers)
-    prompts = jnp.asarray(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)), jnp.int32)
-    usual = TrainSettings()
+    prompts = list(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)))
+    usual = TrainingSettings()
     factors = first_factors(base, usual)
     run = jax.jit(lambda tokens: forward(settings, params, tokens).hidden)
-    mask = jnp.ones(prompts.shape, bool)
+    generator = Generator.of(base, params=params)
     return {
         "forward": lambda: run(tokens),
         "train": lambda: loss_and_gradient(settings, params, factors, batch, usual.alpha / usual.rank),
-        "write": lambda: sample(
-            settings, params, prompts, mask, length=WRITTEN, temperature=1.0, key=jax.random.key(0)
-        ),
+        "write": lambda: generator.continue_tokens(prompts, WRITTEN, 1.0, jax.random.key(0)),
     }
 
 

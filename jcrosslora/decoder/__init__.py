@@ -12,14 +12,12 @@ from jcrosslora.decoder.forward import CAPTURES as CAPTURES
 from jcrosslora.decoder.forward import Output as Output
 from jcrosslora.decoder.forward import forward as forward
 from jcrosslora.decoder.forward import logits as logits
+from jcrosslora.decoder.generate import Generator as Generator
 from jcrosslora.decoder.kv_cache import KVCache as KVCache
 from jcrosslora.decoder.kv_cache import init_cache as init_cache
 from jcrosslora.decoder.log_probs import target_log_probs as target_log_probs
 from jcrosslora.decoder.params import Params as Params
 from jcrosslora.decoder.params import fast_dtype as fast_dtype
 from jcrosslora.decoder.params import load_params as load_params
-from jcrosslora.decoder.generate import Sampled as Sampled
-from jcrosslora.decoder.generate import sample as sample
-from jcrosslora.decoder.generate import step as step
 from jcrosslora.decoder.settings import DecoderSettings as DecoderSettings
 from jcrosslora.decoder.settings import settings_of as settings_of

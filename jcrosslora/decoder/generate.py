@@ -1,33 +1,280 @@
-"""Sample text: one batched pass over the prompts, then a token at a time with the KV cache."""
+"""Generate text: one batched pass over the prompts, then a token at a time from the cache."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from tqdm import tqdm
 
-from jcrosslora.decoder.adapters import StackedAdapter
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder.adapters import StackedAdapter, stack_adapter
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, logits, positions_of
-from jcrosslora.decoder.kv_cache import KVCache, init_cache
-from jcrosslora.decoder.params import Params
-from jcrosslora.decoder.settings import DecoderSettings
+from jcrosslora.decoder.kv_cache import init_cache
+from jcrosslora.decoder.params import Params, fast_dtype, load_params
+from jcrosslora.decoder.settings import DecoderSettings, settings_of
+from jcrosslora.errors import not_finite
+
+_BATCH = 48  # texts continued together
+_LONGEST, _MULTIPLE = 96, 16  # tokens of a text that are read, and what the width of a batch is rounded up to
+_CONTEXT = 4  # tokens that are decoded together with those that follow them
+_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A base model that continues prompts, alone or with an adapter.
+
+    Attributes:
+        settings: of the base.
+        params: its weights.
+        tokenizer: its tokenizer.
+        adapter: stacked, or None.
+        name: of the base, for error messages.
+        adapter_name: of the adapter, likewise; None without one.
+    """
+
+    settings: DecoderSettings
+    params: Params
+    tokenizer: Tokenizer
+    adapter: StackedAdapter | None
+    name: str
+    adapter_name: str | None
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        adapter: Adapter | None = None,
+        *,
+        params: Params | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Generator:
+        """Load what generation needs.
+
+        Args:
+            base: the model; it needs a tokenizer.
+            adapter: of this base; None for the base alone.
+            params: weights of the base, if they are loaded already; None loads them in `fast_dtype()`.
+            tokenizer: of the base, if it is loaded already.
+
+        Raises:
+            AdapterError: the adapter does not fit the base.
+            CheckpointError: the weights or the tokenizer cannot be read.
+        """
+        tokenizer = tokenizer or load_tokenizer(base)
+        stacked, name = (None, None) if adapter is None else (stack_adapter(adapter, base), adapter.info.name)
+        params = load_params(base, fast_dtype()) if params is None else params
+        return cls(settings_of(base), params, tokenizer, stacked, base.ref, name)
+
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        *,
+        shape: tuple[int, int] | None = None,
+        pad_left: bool = False,
+        block: int | None = None,
+        until: Sequence[str] = (),
+    ) -> list[np.ndarray]:
+        """Continue all prompts in one batch.
+
+        Args:
+            prompts: token ids, none empty.
+            max_new_tokens: the most tokens to write behind each prompt.
+            temperature: of the sampling; 0 takes the likeliest token.
+            key: from `jax.random.key`; the same key, prompts and shape give the same tokens on one kind of machine.
+            shape: (B, T) to pad the prompts to, so that few shapes are compiled; None pads to the longest prompt.
+            pad_left: whether padding goes in front of the prompts instead of behind.
+            block: tokens written between two looks at `until`; None writes all at once.
+            until: strings that end a text; special tokens are looked for by their names.
+
+        Returns:
+            int32 (T,) for each prompt: what was written, up to the first stop token (not included) or the token that
+            completes a string of `until` (included).
+
+        Raises:
+            AdapterError: with the adapter the predictions are not finite.
+            CheckpointError: the predictions are not finite, and there is no adapter.
+        """
+        tokens, mask = _padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
+        block = block or max_new_tokens
+        model = self.settings, self.params, self.adapter
+        state = prefill(*model, jnp.asarray(tokens), jnp.asarray(mask), room=block * -(-max_new_tokens // block))
+        rows = [np.zeros(0, np.int32) for _ in prompts]
+        unfinished = list(range(len(prompts)))
+        for start in range(0, max_new_tokens, block):
+            if not unfinished:
+                break
+            state, *new = extend(
+                *model, state, jnp.float32(temperature), key, count=block, stop_tokens=self.tokenizer.stops
+            )
+            written, valid = map(np.asarray, new)
+            for row in tuple(unfinished):
+                found = np.concatenate([rows[row], written[row][valid[row]]])
+                end = self._end(found[:max_new_tokens], start, until)
+                rows[row] = found[:max_new_tokens][:end]
+                if end is not None or found[-1] in self.tokenizer.stops:
+                    unfinished.remove(row)
+        if not np.asarray(state.finite)[: len(prompts)].all():
+            raise not_finite(self.name, self.adapter_name)
+        return [row[~np.isin(row, self.tokenizer.stops)] for row in rows]
+
+    def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
+        """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
+
+        def complete(count: int) -> bool:
+            # With special tokens, whose names may be among the strings.
+            text = self.tokenizer.backend.decode(tokens[:count].tolist(), skip_special_tokens=False)
+            return any(stop in text for stop in until)
+
+        if not until or not complete(len(tokens)):
+            return None
+        return next(count for count in range(seen, len(tokens) + 1) if complete(count))
+
+    def continue_texts(
+        self,
+        texts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        *,
+        bar: tqdm | None = None,
+    ) -> list[str]:
+        """Continue texts in batches of 48 of similar length; only the last 96 tokens of a text are read.
+
+        Args:
+            texts: any number.
+            max_new_tokens: see `continue_tokens`.
+            temperature: see `continue_tokens`.
+            key: see `continue_tokens`.
+            bar: a progress bar that advances by one for each text.
+
+        Returns:
+            What follows each text, without stop tokens and without a character that was cut off.
+
+        Raises:
+            AdapterError, CheckpointError: see `continue_tokens`.
+        """
+        ids = [self.tokenizer.encode(text).ids[-_LONGEST:] for text in texts]
+        found = [""] * len(ids)
+        # Every token of padding costs as much as one of text.
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
+        for start in range(0, len(ids), _BATCH):
+            places = order[start : start + _BATCH]
+            shape = _BATCH, -(-len(ids[places[-1]]) // _MULTIPLE) * _MULTIPLE
+            prompts = [ids[place] for place in places]
+            written = self.continue_tokens(prompts, max_new_tokens, temperature, key, shape=shape, pad_left=True)
+            key = jax.random.fold_in(key, start)
+            for place, tokens in zip(places, written, strict=True):
+                # Decoded together: a tokenizer may drop the space in front of what it decodes first.
+                context = ids[place][-_CONTEXT:]
+                found[place] = self.decode([*context, *tokens])[len(self.tokenizer.decode(context)) :]
+            if bar is not None:
+                bar.update(len(places))
+        return found
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Decode tokens without special tokens, and without a character that is cut off at the end."""
+        return self.tokenizer.decode(tokens).rstrip(_UNFINISHED)
 
 
 @flax.struct.dataclass
-class Sampled:
-    """The result of `sample`.
+class State:
+    """A batch of B sequences between two tokens.
 
     Attributes:
-        tokens: int32 (B, length), without the prompt; zeros after a stop token.
-        valid: bool (B, length), True up to and including the stop token.
-        finite: bool (B,), False if a token was drawn from logits that are NaN or infinite.
+        count: int32 (), tokens written so far.
+        scores: float32 (B, V), logits of the next token.
+        positions: int32 (B,), of the next token.
+        cache: of all tokens before.
+        running: bool (B,), False behind a stop token.
+        finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
     """
 
-    tokens: jax.Array
-    valid: jax.Array
+    count: jax.Array
+    scores: jax.Array
+    positions: jax.Array
+    cache: KVCache
+    running: jax.Array
     finite: jax.Array
+
+
+@partial(jax.jit, static_argnames=("settings", "room"))
+def prefill(
+    settings: DecoderSettings,
+    params: Params,
+    adapter: StackedAdapter | None,
+    prompts: jax.Array,
+    mask: jax.Array,
+    *,
+    room: int,
+) -> State:
+    """Run prompts.
+
+    Args:
+        settings: of the model.
+        params: its weights.
+        adapter: or None.
+        prompts: int32 (B, P).
+        mask: bool (B, P), False at padding on either side; every row has at least one token.
+        room: tokens that the cache has space for behind the prompts.
+    """
+    batch, length = prompts.shape
+    cache = init_cache(settings, batch, length + room, params.stream_dtype)
+    hidden, cache = extend_cache(settings, params, cache, prompts, positions_of(prompts, mask), adapter)
+    last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
+    first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    positions = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
+    return State(jnp.zeros((), jnp.int32), first, positions, cache, running, finite)
+
+
+@partial(jax.jit, static_argnames=("settings", "count", "stop_tokens"), donate_argnames="state")
+def extend(
+    settings: DecoderSettings,
+    params: Params,
+    adapter: StackedAdapter | None,
+    state: State,
+    temperature: jax.Array,
+    key: jax.Array,
+    *,
+    count: int,
+    stop_tokens: tuple[int, ...] = (),
+) -> tuple[State, jax.Array, jax.Array]:
+    """Write up to `count` tokens more; ends early when all sequences have stopped. The state is used up.
+
+    Returns:
+        The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
+    """
+    shape = len(state.scores), count
+
+    def advance(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
+        place, state, tokens, valid = carry
+        drawn = draw(jax.random.fold_in(key, state.count), state.scores, temperature)
+        drawn = jnp.where(state.running, drawn, 0)
+        finite = state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running)
+        scores, cache = step(settings, params, state.cache, drawn, state.positions, adapter)
+        running = state.running & ~jnp.isin(drawn, jnp.asarray(stop_tokens, jnp.int32))
+        tokens, valid = tokens.at[:, place].set(drawn), valid.at[:, place].set(state.running)
+        return place + 1, State(state.count + 1, scores, state.positions + 1, cache, running, finite), tokens, valid
+
+    start = jnp.zeros((), jnp.int32), state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+    _, state, tokens, valid = lax.while_loop(
+        lambda carry: (carry[0] < count) & jnp.any(carry[1].running), advance, start
+    )
+    return state, tokens, valid
 
 
 def step(
@@ -43,89 +290,26 @@ def step(
     Args:
         settings: of the model.
         params: its weights.
-        cache: of the previous tokens, with a free slot; without one the last slot is overwritten.
+        cache: of the tokens before; it must have a free slot, otherwise the last one is overwritten.
         tokens: int32 (B,).
-        positions: int32 (B,), number of previous tokens without padding.
+        positions: int32 (B,), how many tokens, padding not counted, are before each.
         adapter: or None.
 
     Returns:
-        float32 (B, V) logits of the next token, and the cache with the given tokens appended.
+        float32 (B, V) logits of the token after these, and the cache with these in it.
     """
     place = positions[:, None]
     hidden, cache = extend_cache(settings, params, cache, tokens[:, None], (place, place), adapter)
     return logits(settings, params, hidden[:, 0]), cache
 
 
-@partial(jax.jit, static_argnames=("settings", "length", "stop_tokens"))
-def sample(
-    settings: DecoderSettings,
-    params: Params,
-    prompts: jax.Array,
-    prompt_mask: jax.Array,
-    *,
-    length: int,
-    temperature: float | jax.Array,
-    key: jax.Array,
-    adapter: StackedAdapter | None = None,
-    stop_tokens: tuple[int, ...] = (),
-) -> Sampled:
-    """Continue prompts until `length` tokens are written or all sequences have stopped.
-
-    Args:
-        settings: of the model.
-        params: its weights.
-        prompts: int32 (B, P).
-        prompt_mask: bool (B, P), False at padding on either side; every row has at least one token.
-        length: largest number of new tokens.
-        temperature: divides the logits; 0 takes the likeliest token.
-        key: from `jax.random.key`; the same key gives the same text.
-        adapter: or None.
-        stop_tokens: a sequence ends after one of these.
-    """
-    batch, prompt_length = prompts.shape
-    cache = init_cache(settings, batch, prompt_length + length, params.stream_dtype)
-    positions = positions_of(prompts, prompt_mask)
-    hidden, cache = extend_cache(settings, params, cache, prompts, positions, adapter)
-    last = jnp.argmax(jnp.where(prompt_mask, jnp.arange(prompt_length), -1), axis=-1)
-    first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    state = _State(
-        count=jnp.zeros((), jnp.int32),
-        scores=first,
-        cache=cache,
-        positions=jnp.sum(prompt_mask, axis=-1, dtype=jnp.int32),
-        running=jnp.ones((batch,), bool),
-        tokens=jnp.zeros((batch, length), jnp.int32),
-        valid=jnp.zeros((batch, length), bool),
-        finite=jnp.ones((batch,), bool),
-    )
-
-    def advance(state: _State) -> _State:
-        drawn = draw(jax.random.fold_in(key, state.count), state.scores, jnp.asarray(temperature, jnp.float32))
-        drawn = jnp.where(state.running, drawn, 0)
-        stopped = jnp.isin(drawn, jnp.asarray(stop_tokens, jnp.int32))
-        scores, cache = step(settings, params, state.cache, drawn, state.positions, adapter)
-        return _State(
-            count=state.count + 1,
-            scores=scores,
-            cache=cache,
-            positions=state.positions + 1,
-            running=state.running & ~stopped,
-            tokens=state.tokens.at[:, state.count].set(drawn),
-            valid=state.valid.at[:, state.count].set(state.running),
-            finite=state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running),
-        )
-
-    end = lax.while_loop(lambda state: (state.count < length) & jnp.any(state.running), advance, state)
-    return Sampled(end.tokens, end.valid, end.finite)
-
-
-@flax.struct.dataclass
-class _State:
-    count: jax.Array
-    scores: jax.Array
-    cache: KVCache
-    positions: jax.Array
-    running: jax.Array
-    tokens: jax.Array
-    valid: jax.Array
-    finite: jax.Array
+def _padded(
+    prompts: Sequence[Sequence[int] | np.ndarray], shape: tuple[int, int], left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask (B, T); rows without a prompt hold one token, as every row has to."""
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    mask[len(prompts) :, -1 if left else 0] = True
+    for row, prompt in enumerate(prompts):
+        place = slice(shape[1] - len(prompt), None) if left else slice(len(prompt))
+        tokens[row, place], mask[row, place] = prompt, True
+    return tokens, mask

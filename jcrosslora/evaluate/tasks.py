@@ -1,10 +1,10 @@
-"""Task files: one question with its choices a line."""
+"""Task files: a question with its choices on each line."""
 
 import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jcrosslora.errors import UsageError
 
@@ -13,12 +13,12 @@ _WANTED = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
 
 @dataclass(frozen=True)
 class Question:
-    """A question.
+    """A question with choices.
 
     Attributes:
         question: its text.
         choices: the possible answers.
-        answer: index of the right one.
+        answer: index of the right choice.
     """
 
     question: str
@@ -27,7 +27,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What a model reads in front of " " and a choice."""
+        """The text in front of " " and a choice."""
         return f"Question: {self.question}\nAnswer:"
 
 
@@ -40,13 +40,7 @@ def read_task(path: str | Path) -> list[Question]:
     Raises:
         UsageError: the file cannot be read, a line is not such a question, or there is none.
     """
-    path = Path(path)
-    try:
-        lines = read_lines(path)
-    except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file of questions"
-        raise UsageError(msg) from error
-    found = [_parse(line, f"{path}:{number}") for number, line in lines]
+    found = [_parse(line, f"{path}:{number}") for number, line in read_lines(Path(path))]
     if not found:
         msg = f"{path}: holds no question: {_WANTED} on each line"
         raise UsageError(msg)
@@ -54,13 +48,23 @@ def read_task(path: str | Path) -> list[Question]:
 
 
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers from 1; a byte order mark in front is no part of it.
+    """Read the lines of a JSONL file that are not blank, with their numbers from 1; skip a byte order mark in front.
 
     Raises:
-        OSError: it cannot be read.
+        UsageError: the file cannot be read.
     """
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file"
+        raise UsageError(msg) from error
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Check that a JSON value is text that is not blank; JSON can hold half a surrogate pair, which is no text."""
+    return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
 def _parse(line: bytes, place: str) -> Question:
@@ -74,18 +78,13 @@ def _parse(line: bytes, place: str) -> Question:
         if key not in entry:
             raise _refusal(place, f"has no {key!r}")
     question, choices, answer = entry["question"], entry["choices"], entry["answer"]
-    if not _is_text(question):
+    if not is_text(question):
         raise _refusal(place, f"has the question {_short(question)}")
-    if not isinstance(choices, list) or not choices or not all(_is_text(choice) for choice in choices):
+    if not isinstance(choices, list) or not choices or not all(is_text(choice) for choice in choices):
         raise _refusal(place, f"has the choices {_short(choices)}")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise _refusal(place, f"has the answer {_short(answer)} for {len(choices)} choices")
     return Question(question, tuple(choices), answer)
-
-
-def _is_text(value: Any) -> bool:
-    # Half a surrogate pair can be written in JSON, but is no text.
-    return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
 def _refusal(place: str, came: str) -> UsageError:

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.fit.distill.settings import FitSettings
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods.base import Measure, Method
 from jcrosslora.methods.update import FinalizeContext, Update
 
 
 @dataclass(frozen=True)
-class Distill(FitSettings, Method):
+class Distill(DistillSettings, Method):
     """v and o of attention, fitted in a few closed-form steps to completions of the adapted source."""
 
     name: ClassVar[str] = "distill"

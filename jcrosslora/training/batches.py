@@ -1,4 +1,4 @@
-"""Examples in batches of few shapes, in an order that the seed decides."""
+"""Batches of examples: of few shapes, in an order that the seed decides."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ import numpy as np
 from jcrosslora.training.examples import Encoded
 
 _MULTIPLE = 16  # of widths and of answer slots: every further shape has to be compiled
-_RARE = 1 / 16  # where fewer of the steps have a width, to compile for it takes more than it saves
-_WINDOW = 16  # batches among which examples of like length are put together
+_RARE = 1 / 16  # share of the steps below which it takes longer to compile for a width than it saves
+_WINDOW = 16  # batches among which examples of similar length are put together
 
 
 @flax.struct.dataclass
@@ -34,9 +34,9 @@ class Batch:
 
 
 class Plan:
-    """All batches of a run, known from the start, so that a run can go on at any step.
+    """All batches of a run, known from the start, so that a run can continue at any step.
 
-    Each pass over the examples is a new permutation. Among the examples of every 16 batches those of like length are
+    Each pass over the examples is a new permutation. Among the examples of every 16 batches those of similar length are
     put together, so that less of a batch is padding; the order of these batches is random again.
     """
 
@@ -50,11 +50,11 @@ class Plan:
         self._slots = {int(width): _rounded(found[self.widths == width].max()) for width in np.unique(self.widths)}
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Width and answer slots of every different batch."""
+        """List the width and the answer slots of every different batch."""
         return sorted(self._slots.items())
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
+        """Make the batch of a step, counted from 0."""
         rows = [self._examples[index] for index in self.members[step]]
         width = int(self.widths[step])
         tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
@@ -71,7 +71,7 @@ class Plan:
 
 
 def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
-    """int64 (steps, batch), indices of the examples."""
+    """int64 (steps, batch): the examples of each batch."""
     rng = np.random.default_rng(seed)
     total = steps * batch
     passes = [rng.permutation(len(lengths)) for _ in range(-(-total // len(lengths)))]
@@ -85,7 +85,7 @@ def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray
 
 
 def _widths(lengths: np.ndarray) -> np.ndarray:
-    """int64 (steps,): widths for batches of these lengths; rare widths give way to the next wider one."""
+    """int64 (steps,): widths for batches of these lengths; a rare width is replaced by the next wider one."""
     widths = np.array([_rounded(length) for length in lengths])
     for width in np.unique(widths)[:-1]:
         here = widths == width

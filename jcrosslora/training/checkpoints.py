@@ -1,4 +1,4 @@
-"""The state of a training on disk, so that a run that was stopped goes on: Orbax, whole or not at all."""
+"""Training states on disk, from which a stopped run continues; written by Orbax, whole or not at all."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
-from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.training.step import TrainState
 
 _KEPT = 2
@@ -20,16 +20,16 @@ _ITEMS = ("state", "run")
 class Checkpoints:
     """The newest states of one run in a folder, each under the number of its step.
 
-    With every state goes what the run was made from; a folder of another run is refused, because the order of the
-    examples and the learning rate would be neither run's.
+    Every state is saved with the run's identity. A folder of another run is refused, because the order of the examples
+    and the learning rate would be neither run's.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """Open the folder, or make it.
+        """Open or make the folder.
 
         Args:
             folder: of this run alone.
-            run: what decides the numbers, from `identity`.
+            run: what the numbers depend on, from `identity`.
 
         Raises:
             OutputError: the folder cannot be made or written to.
@@ -47,7 +47,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest state; `like` itself where there is none.
+        """Return the newest state, or `like` where there is none.
 
         Raises:
             UsageError: the state is of another run.
@@ -60,11 +60,11 @@ class Checkpoints:
         self._check_run(self._read(step, run=args.JsonRestore())["run"])
         shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         restored = self._read(step, state=args.StandardRestore(shapes))["state"]
-        # Copied, so that they are bound to a device no more than those of a new run: bound ones are compiled for anew.
+        # Copied, so that they are not committed to a device: committed arrays would be compiled for anew.
         return jax.tree.map(jnp.array, jax.device_get(restored))
 
     def save(self, state: TrainState) -> None:
-        """Write a state; older ones but the last go.
+        """Write a state, and remove all older ones but the last.
 
         Raises:
             OutputError: it cannot be written.
@@ -77,7 +77,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Wait for what is being written, and let go of the folder."""
+        """Close the folder."""
         self._manager.close()
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -101,6 +101,6 @@ class Checkpoints:
         return OutputError(f"{self._folder}: cannot be written ({reason}): choose another folder, or free space")
 
 
-def identity(settings: TrainSettings, base: str, examples: str) -> dict[str, Any]:
-    """What decides the numbers of a run: its settings, and digests of the base and of the examples."""
+def identity(settings: TrainingSettings, base: str, examples: str) -> dict[str, Any]:
+    """Collect what the numbers of a run depend on: its settings, and digests of the base and of the examples."""
     return {**dataclasses.asdict(settings), "base": base, "examples": examples}

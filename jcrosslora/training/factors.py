@@ -1,4 +1,4 @@
-"""The factors that are trained: how they start, and how the decoder and an adapter see them."""
+"""The factors that are trained: their initial values, and their forms for the decoder and for an adapter."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from jcrosslora.adapter import Adapter, AdapterInfo
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import StackedAdapter, StackedFactors, unstack_adapter
-from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.settings import TrainingSettings
 
 
-def first_factors(base: BaseModel, settings: TrainSettings) -> StackedAdapter:
-    """A uniform in +-1/sqrt(I), which is Kaiming's bound as PEFT takes it; B zero, so that training starts at the base.
+def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter:
+    """Initialise A uniformly in +-1/sqrt(I), Kaiming's bound as in PEFT, and B with zeros: training starts at the base.
 
-    The scale is not inside: AdamW's steps do not scale with the factors.
+    The scale is not inside B: AdamW's steps do not scale with the factors.
     """
     layers, rng = base.dims.layers, np.random.default_rng([settings.seed, 1])
     roles = {}
@@ -27,14 +27,14 @@ def first_factors(base: BaseModel, settings: TrainSettings) -> StackedAdapter:
 
 
 def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
-    """The same with the scale inside B, as the decoder wants it."""
+    """Multiply B by the scale, as the decoder wants it."""
     roles = {
         role: StackedFactors(one.a, one.b * jnp.asarray(scale, jnp.float32)) for role, one in factors.roles.items()
     }
     return StackedAdapter(roles)
 
 
-def to_adapter(factors: StackedAdapter, settings: TrainSettings, base: BaseModel) -> Adapter:
-    """The factors by module, the scale inside B."""
+def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
+    """Make an adapter of the factors, the scale inside B."""
     host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
     return Adapter(unstack_adapter(host).modules, AdapterInfo(name=f"trained on {base.name}", base_name=base.name))

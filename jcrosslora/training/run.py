@@ -1,35 +1,37 @@
-"""A whole training: from a base and examples to an adapter, or to whatever else of a base is trained."""
+"""Whole trainings: of a LoRA adapter, or of anything else of a base that has a gradient."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from tqdm import tqdm
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.adapter import Adapter, save_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
-from jcrosslora.training.examples import Encoded, digest, encode
+from jcrosslora.training.examples import digest, encode, read_examples
 from jcrosslora.training.factors import first_factors, to_adapter
-from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
 
 Trained = TypeVar("Trained")
 
 
 def train_lora(
-    base: BaseModel,
-    examples: Sequence[Question],
-    settings: TrainSettings,
+    base: BaseModel | str | Path,
+    examples: Sequence[Question] | str | Path,
+    settings: TrainingSettings = TrainingSettings(),  # noqa: B008
     *,
     checkpoints: Path | None = None,
     every: int = 20,
@@ -40,44 +42,47 @@ def train_lora(
     """Train a LoRA adapter to give the right answers: AdamW on the mean loss of the answers' tokens.
 
     The same base, examples and settings give the same adapter on one kind of machine, also when the run was stopped
-    and went on from a checkpoint.
+    and continued from a checkpoint.
+
+        adapter = jcl.train_lora("models/gemma-3-270m", "train.jsonl", jcl.TrainingSettings(rank=16))
 
     Args:
-        base: the model; its weights do not change.
-        examples: at least one; only the right choice of each is used, behind its prompt. `Prompted` ones have a prompt
-            of their own.
+        base: the model, opened, or what `open_base` opens; its weights do not change.
+        examples: at least one, or the JSONL file of them (see `read_examples`). Of each, the right choice is used,
+            behind its prompt.
         settings: of the training.
-        checkpoints: folder for the states of this run. If there are states in it, the run goes on from the newest.
-        every: steps from one checkpoint to the next; there is one behind the last step as well.
-        progress: whether to show a progress bar with the loss.
-        params: the weights in `settings.dtype`, where they are loaded already.
-        tokenizer: the base's, where it is loaded already.
+        checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
+        every: steps from one checkpoint to the next; the last step always has one.
+        progress: whether to show a progress bar with the loss and the time left.
+        params: the weights in `settings.dtype`, if they are loaded already.
+        tokenizer: of the base, if it is loaded already.
 
     Returns:
         The adapter, in float32, its scale inside B.
 
     Raises:
-        UsageError: settings that make no sense, no example, an answer without a token of its own, checkpoints of
-            another run, or a loss that is not finite.
+        UsageError: settings out of range, no example, an answer without a token of its own, checkpoints of another run,
+            or a loss that is not finite.
         CheckpointError: the base, its tokenizer or a checkpoint cannot be read.
         OutputError: a checkpoint cannot be written.
     """
     settings.check()
+    base = base if isinstance(base, BaseModel) else open_base(base)
     model, scale = settings_of(base), settings.alpha / settings.rank
 
     @cache
-    def weights() -> Params:  # not before a step has to be made
+    def weights() -> Params:  # loaded with the first step: a finished run needs none
         return load_params(base, settings.dtype) if params is None else params
 
-    def gradient(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
+    def gradient_of(factors: StackedAdapter, batch: Batch) -> tuple[jax.Array, StackedAdapter]:
         return loss_and_gradient(model, weights(), factors, batch, scale, settings.remat)
 
     factors = train(
         base,
-        examples,
+        examples if isinstance(examples, Sequence) and not isinstance(examples, str) else read_examples(examples),
         settings,
         first_factors(base, settings),
-        gradient,
+        gradient_of,
         checkpoints=checkpoints,
         every=every,
         progress=progress,
@@ -86,33 +91,58 @@ def train_lora(
     return to_adapter(factors, settings, base)
 
 
+def save_trained(
+    adapter: Adapter,
+    out: Path,
+    base: BaseModel,
+    settings: TrainingSettings,
+    facts: dict[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a trained adapter as a PEFT folder, with the settings and facts of its training in the file's metadata.
+
+    Raises:
+        OutputError: the folder exists already, or cannot be written.
+    """
+    save_adapter(
+        adapter,
+        out,
+        base_revision=base.revision,
+        fused=base.fused,
+        all_modules=list(base.modules),
+        metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
+        overwrite=overwrite,
+    )
+
+
 def train(
     base: BaseModel,
     examples: Sequence[Question],
-    settings: TrainSettings,
-    started: Trained,
-    gradient: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
+    settings: TrainingSettings,
+    start: Trained,
+    gradient_of: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
     *,
     checkpoints: Path | None = None,
     every: int = 20,
     progress: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Trained:
-    """Train what `gradient` is the gradient of, for the given examples; otherwise as `train_lora`.
+    """Train arrays by their gradient; otherwise as `train_lora`.
 
     Args:
         base: the model.
         examples: see `train_lora`.
-        settings: of the training, checked; what is trained decides whether rank, alpha and modules have a meaning.
-        started: arrays in float32, in front of the first step. They are used up.
-        gradient: the loss of a batch, and its gradient with respect to these arrays.
+        settings: of the training, checked; rank, alpha and modules only matter to `gradient_of`.
+        start: arrays in float32, before the first step. They are used up.
+        gradient_of: returns the loss of a batch, and its gradient with respect to the arrays.
         checkpoints: see `train_lora`.
         every: see `train_lora`.
         progress: see `train_lora`.
         tokenizer: see `train_lora`.
 
     Returns:
-        The arrays behind the last step.
+        The arrays after the last step.
 
     Raises:
         UsageError, CheckpointError, OutputError: see `train_lora`.
@@ -123,10 +153,13 @@ def train(
     tokenizer = tokenizer or load_tokenizer(base)
     encoded = [encode(tokenizer, one) for one in examples]
     plan = Plan(encoded, settings.batch, settings.steps, settings.seed)
-    state = first_state(started, settings)
-    with _opened(checkpoints, base, encoded, settings) as kept:
+    state = first_state(start, settings)
+    kept = None
+    if checkpoints is not None:
+        kept = Checkpoints(checkpoints, identity(settings, base.digest(), digest(encoded)))
+    with nullcontext() if kept is None else closing(kept):
         state = state if kept is None else kept.restore(state)
-        for state in _states(base, gradient, plan, settings, state, progress):  # noqa: B020
+        for state in _states(base, gradient_of, plan, settings, state, progress):  # noqa: B020
             step = int(state.step)
             if kept is not None and (step % every == 0 or step == settings.steps):
                 kept.save(state)
@@ -135,35 +168,22 @@ def train(
 
 def _states(
     base: BaseModel,
-    gradient: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
+    gradient_of: Callable[[Trained, Batch], tuple[jax.Array, Trained]],
     plan: Plan,
-    settings: TrainSettings,
+    settings: TrainingSettings,
     state: TrainState,
     progress: bool,
 ) -> Iterator[TrainState]:
-    """The state behind every further step; it is used up when the next one is asked for."""
+    """Yield the state after each remaining step; it is used up when the next one is asked for."""
     start = int(state.step)
     with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
         for step in range(start, settings.steps):
-            batch = plan.batch(step)
-            loss, found = gradient(state.trained, batch)
+            loss, gradient = gradient_of(state.trained, plan.batch(step))
             if not math.isfinite(loss):
-                msg = (
-                    f"{base.ref}: the loss is {float(loss)} at step {step}: lower the rate, which is {settings.rate:g}"
-                )
+                came = f"the loss is {float(loss)} at step {step}"
+                msg = f"{base.ref}: {came}: lower the rate, which is {settings.rate:g}"
                 raise UsageError(msg)
-            state = update(settings, state, found)
+            state = update(settings, state, gradient)
             bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
             yield state
-
-
-@contextmanager
-def _opened(
-    folder: Path | None, base: BaseModel, encoded: Sequence[Encoded], settings: TrainSettings
-) -> Iterator[Checkpoints | None]:
-    if folder is None:
-        yield None
-        return
-    with closing(Checkpoints(folder, identity(settings, base.digest(), digest(encoded)))) as opened:
-        yield opened

@@ -1,4 +1,4 @@
-"""What decides a training run."""
+"""The settings of a LoRA training."""
 
 import math
 from dataclasses import dataclass
@@ -11,34 +11,31 @@ Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Settings of a LoRA training; the same settings, examples and base give the same adapter on one machine.
-
-    Attributes:
-        steps: updates of the factors.
-        batch: examples in an update.
-        rate: highest learning rate; it rises over the first 1/20 of the steps, then falls to 0 as a cosine.
-        rank: K of every module.
-        alpha: the update is alpha / rank * B A.
-        modules: roles that get an update.
-        seed: of the first factors and of the order of the examples.
-        weight_decay: of AdamW.
-        clip: the gradient's norm over all factors is cut to this.
-        dtype: of the base's weights; the factors and their gradients are float32.
-        remat: recompute each layer in the backward pass, which takes less memory and more time.
-    """
+class TrainingSettings:
+    """How `train_lora` trains; the same settings, examples and base give the same adapter on one kind of machine."""
 
     steps: int = 160
+    """Updates of the factors."""
     batch: int = 8
+    """Examples in an update."""
     rate: float = 1e-3
+    """Highest learning rate; it rises over the first 1/20 of the steps, then falls to 0 as a cosine."""
     rank: int = 8
+    """Rank of the adapter in every module."""
     alpha: float = 16.0
+    """The update is alpha / rank * B A."""
     modules: tuple[str, ...] = ROLES
+    """Kinds of modules that get an update."""
     seed: int = 0
+    """Seed of the first factors and of the order of the examples."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     clip: float = 1.0
+    """The norm of the gradient over all factors is clipped to this."""
     dtype: Dtype = "bfloat16"
+    """Dtype of the base's weights; the factors and their gradients are float32."""
     remat: bool = False
+    """Recompute each layer in the backward pass, which takes less memory and more time."""
 
     @property
     def warm_up(self) -> int:
@@ -46,10 +43,10 @@ class TrainSettings:
         return self.steps // 20
 
     def check(self) -> None:
-        """Refuse values that make no sense.
+        """Check the ranges.
 
         Raises:
-            UsageError: the first such value.
+            UsageError: a setting is out of range.
         """
         positive, counted = (lambda value: 0 < value < math.inf), (lambda value: value >= 1)
         rules = {
@@ -64,12 +61,12 @@ class TrainSettings:
             "dtype": (lambda value: value in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),
             "modules": (_are_roles, f"a tuple of different ones of {', '.join(ROLES)}"),
         }
-        for name, (makes_sense, wanted) in rules.items():
-            if not makes_sense(getattr(self, name)):
+        for name, (holds, wanted) in rules.items():
+            if not holds(getattr(self, name)):
                 msg = f"training with {name} {getattr(self, name)!r}: wanted {wanted}"
                 raise UsageError(msg)
 
 
 def _are_roles(modules: tuple[str, ...]) -> bool:
-    # A list cannot be hashed, which what is compiled for the settings asks for.
+    # Compiled functions are cached by the settings, and a list cannot be hashed.
     return isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)) and set(modules) <= set(ROLES)

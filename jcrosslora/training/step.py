@@ -1,4 +1,4 @@
-"""One update: the loss of a batch's answers, its gradient, AdamW."""
+"""One update: the loss of a batch's answers, its gradient, and AdamW."""
 
 from functools import partial
 from typing import Any
@@ -11,17 +11,17 @@ import optax
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward, target_log_probs
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.factors import scaled
-from jcrosslora.training.settings import TrainSettings
+from jcrosslora.training.settings import TrainingSettings
 
 _LOGITS_AT_ONCE = 128
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that an update changes.
+    """The state of a training between two updates.
 
     Attributes:
-        trained: what is trained, in float32: of a LoRA A and B of every role, the scale not inside.
+        trained: the trained arrays, in float32; of a LoRA A and B of every role, without the scale.
         optimizer: state of `optimizer_of`.
         step: int32 scalar, updates made.
     """
@@ -31,8 +31,8 @@ class TrainState:
     step: jax.Array
 
 
-def rate_at(settings: TrainSettings) -> optax.Schedule:
-    """The learning rate of a step counted from 0: up in equal steps, then down as half a cosine."""
+def rate_at(settings: TrainingSettings) -> optax.Schedule:
+    """Make the schedule of the learning rate: a linear rise, then half a cosine down to 0; steps count from 0."""
 
     def rate(step: Any) -> Any:
         rise = (step + 1) / (settings.warm_up + 1)
@@ -42,14 +42,14 @@ def rate_at(settings: TrainSettings) -> optax.Schedule:
     return rate
 
 
-def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
-    """AdamW behind a limit on the norm of the gradient."""
+def optimizer_of(settings: TrainingSettings) -> optax.GradientTransformation:
+    """Make the optimiser: the norm of the gradient is clipped, then AdamW."""
     adam = optax.adamw(rate_at(settings), weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
 
 
-def first_state(trained: Any, settings: TrainSettings) -> TrainState:
-    """The state in front of the first update."""
+def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
+    """Make the state before the first update."""
     return TrainState(trained, optimizer_of(settings).init(jax.tree.leaves(trained)), jnp.zeros((), jnp.int32))
 
 
@@ -60,7 +60,7 @@ def answer_loss(
     batch: Batch,
     remat: bool = False,
 ) -> jax.Array:
-    """float32 scalar: mean over the batch's answer tokens of -log p(token), in nats.
+    """Compute the mean of -log p(token) over the batch's answer tokens: float32 scalar, nats.
 
     Only the positions in front of answer tokens go through the head: in Gemma-3-270M it has more weights than all
     layers together.
@@ -68,7 +68,7 @@ def answer_loss(
     Args:
         model: the base's settings.
         params: its weights.
-        adapter: what is applied to it, the scale inside.
+        adapter: of the base, the scale inside B; or None.
         batch: the examples.
         remat: recompute each layer in the backward pass.
     """
@@ -87,12 +87,12 @@ def loss_and_gradient(
     scale: float | jax.Array,
     remat: bool = False,
 ) -> tuple[jax.Array, StackedAdapter]:
-    """`answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
+    """Compute `answer_loss` and its gradient with respect to the factors; compiled once for each shape of a batch.
 
     Args:
         model: the base's settings.
         params: its weights.
-        factors: A and B, the scale not inside.
+        factors: A and B, without the scale.
         batch: the examples.
         scale: alpha / rank.
         remat: recompute each layer in the backward pass.
@@ -104,12 +104,14 @@ def loss_and_gradient(
     return jax.value_and_grad(loss)(factors)
 
 
-# Apart from the gradient, because it is the same for batches of all shapes.
+# Compiled apart from the gradient, because it is the same for batches of all shapes.
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def update(settings: TrainSettings, state: TrainState, gradient: Any) -> TrainState:
-    """The state behind an update. The state that is given is used up."""
+def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> TrainState:
+    """Update the state; the given one is used up."""
     leaves, structure = jax.tree.flatten(state.trained)
-    with jax.numpy_dtype_promotion("standard"):  # optax counts on it; a program around us may have set "strict"
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # optax relies on it, and a program around this one may have set "strict"
         changes, optimizer = optimizer_of(settings).update(jax.tree.leaves(gradient), state.optimizer, leaves)
     trained = structure.unflatten(jax.tree.leaves(optax.apply_updates(leaves, changes)))
     return TrainState(trained, optimizer, state.step + 1)

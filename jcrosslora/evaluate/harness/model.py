@@ -12,12 +12,12 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.ignored import token_update_sentences
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import load_params, settings_of, stack_adapter, stack_adapters
+from jcrosslora.decoder import Generator, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness.continuations import Pair, check_finite, judge
 from jcrosslora.evaluate.harness.options import Options, read_options
 from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
-from jcrosslora.evaluate.harness.writing import Writer, batches_of
+from jcrosslora.evaluate.harness.writing import generate, group_prompts
 from jcrosslora.evaluate.run import Models
 from jcrosslora.evidence.probes.start_words import check_seed
 
@@ -91,8 +91,7 @@ class JCrossLoRALM(TemplateLM):
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
         stacked = stack_adapters([self.adapter or Adapter(modules={})], self.base)
         self._models = Models(settings_of(self.base), load_params(self.base, dtype), stacked, count=1)
-        single = None if self.adapter is None else stack_adapter(self.adapter, self.base)
-        self._writer = Writer(self._models.settings, self._models.params, single, self._text)
+        self._generator = Generator.of(self.base, self.adapter, params=self._models.params, tokenizer=self._text)
 
     @property
     def eot_token_id(self) -> int:
@@ -157,9 +156,9 @@ class JCrossLoRALM(TemplateLM):
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
-            for number, (options, members) in enumerate(batches_of(prompts, self.batch_tokens)):
+            for number, (options, members) in enumerate(group_prompts(prompts, self.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
-                written = self._writer.write(rows, options, jax.random.fold_in(keys, number))
+                written = generate(self._generator, rows, options, jax.random.fold_in(keys, number))
                 for index, text in zip(members, written, strict=True):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)

@@ -1,24 +1,20 @@
 """Text that a base writes itself, from one word on."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, Sampled, fast_dtype, load_params, sample, settings_of, stack_adapter
-from jcrosslora.errors import MethodError, UsageError, not_finite
+from jcrosslora.decoder import Generator, Params
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evidence.probes.random_text import readable_vocabulary
 from jcrosslora.evidence.probes.start_words import check_seed, start_words
 
 TRIES = 4
 _SHORTEST = 8  # written tokens; an instruction-tuned model sometimes stops right behind the first word
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off become
 
 
 def write_texts(
@@ -60,17 +56,17 @@ def write_texts(
     """
     _check(count, length, temperature, batch)
     check_seed(seed)
-    tokenizer = load_tokenizer(base)
+    generator = Generator.of(base, adapter, params=params)
+    bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
     rows, rounds = _plan(count, batch)
     words = start_words(readable_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
-    write = _writer(base, tokenizer, adapter, params, length, temperature)
     keys = jax.random.key(seed)
     texts: list[str] = []
     with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
         for number in range(rounds):
-            sampled = write(words[number], jax.random.fold_in(keys, number))
-            _check_finite(sampled, base, adapter)
-            found = _usable(tokenizer, words[number], sampled, length)
+            prompts = [[*bos, word] for word in words[number]]
+            written = generator.continue_tokens(prompts, length, temperature, jax.random.fold_in(keys, number))
+            found = _usable(generator, words[number], written, length)
             texts = list(dict.fromkeys(texts + found))
             bar.update(min(len(texts), count) - bar.n)
             if len(texts) >= count:
@@ -96,42 +92,11 @@ def _check(count: int, length: int, temperature: float, batch: int) -> None:
         raise UsageError(msg)
 
 
-def _writer(
-    base: BaseModel,
-    tokenizer: Tokenizer,
-    adapter: Adapter | None,
-    params: Params | None,
-    length: int,
-    temperature: float,
-) -> Callable[[np.ndarray, jax.Array], Sampled]:
-    run = partial(
-        sample,
-        settings_of(base),
-        load_params(base, fast_dtype()) if params is None else params,
-        length=length,
-        temperature=jnp.float32(temperature),
-        adapter=None if adapter is None else stack_adapter(adapter, base),
-        stop_tokens=tokenizer.stops,
-    )
-
-    def write(words: np.ndarray, key: jax.Array) -> Sampled:
-        bos = [] if tokenizer.bos is None else [np.full_like(words, tokenizer.bos)]
-        prompts = np.stack([*bos, words], axis=1)
-        return run(jnp.asarray(prompts), jnp.ones(prompts.shape, bool), key=key)
-
-    return write
-
-
-def _check_finite(sampled: Sampled, base: BaseModel, adapter: Adapter | None) -> None:
-    if not bool(sampled.finite.all()):
-        raise not_finite(base.ref, None if adapter is None else adapter.info.name)
-
-
-def _usable(tokenizer: Tokenizer, words: np.ndarray, sampled: Sampled, length: int) -> list[str]:
+def _usable(generator: Generator, words: np.ndarray, written: Sequence[np.ndarray], length: int) -> list[str]:
+    """Decode what was written behind each word, and leave out what is too short or repeats one token."""
     texts = []
-    for word, tokens, valid in zip(words, np.asarray(sampled.tokens), np.asarray(sampled.valid), strict=True):
-        written = tokens[valid & ~np.isin(tokens, tokenizer.stops)]
-        text = tokenizer.decode([word, *written]).rstrip(_UNFINISHED)
-        if len(written) >= min(_SHORTEST, length) and len({int(word), *written.tolist()}) > 1 and text.strip():
+    for word, tokens in zip(words, written, strict=True):
+        text = generator.decode([word, *tokens])
+        if len(tokens) >= min(_SHORTEST, length) and len({int(word), *tokens.tolist()}) > 1 and text.strip():
             texts.append(text)
     return texts

@@ -1,6 +1,6 @@
-"""The second stage of `distill`: a moved adapter is fitted, in closed form, to what the source's adapter predicts."""
+"""Distillation: fit an update of the target, in closed form, to the predictions of the source with its adapter."""
 
 from jcrosslora.fit.distill.run import Distilled, distill
-from jcrosslora.fit.distill.settings import FitSettings
+from jcrosslora.fit.distill.settings import DistillSettings
 
-__all__ = ["Distilled", "FitSettings", "distill"]
+__all__ = ["DistillSettings", "Distilled", "distill"]

@@ -1,4 +1,4 @@
-"""Completions as arrays of few shapes, and the vocabulary in which both bases' predictions are compared."""
+"""Distillation batches: completions as arrays of few shapes, and the tokens that predictions are compared on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.probes import ProbeBatch, probe_batches
-from jcrosslora.fit.distill.completions import Completion
+from jcrosslora.fit.distill.templates import Completion
 
 WIDTHS = (24, 40, 64, 96)  # tokens of a row: the fewer shapes, the less to compile
 BATCH = 8
@@ -18,56 +18,66 @@ BATCH = 8
 
 @dataclass(frozen=True, eq=False)
 class DistillationBatch:
-    """A batch of completions.
+    """A batch of completions as both bases read them; P matched positions.
 
     Attributes:
-        batch: tokens and matches of both bases.
+        probe: tokens and matched positions of both bases.
         weight: float32 (P,), of each match in the fit; 0 where there is none.
     """
 
-    batch: ProbeBatch
+    probe: ProbeBatch
     weight: np.ndarray
 
+    @property
+    def positions(self) -> int:
+        """Number of matched positions with a weight."""
+        return int((self.weight > 0).sum())
 
-def distillation_batches(
+
+def make_batches(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float
 ) -> list[DistillationBatch]:
-    """Completions in batches of `BATCH`, in rows of the smallest of `WIDTHS` that holds them; longer ones are cut.
+    """Batch completions by 8, in rows of the smallest of `WIDTHS` that holds them; longer ones are cut.
 
     Args:
         completions: at least one with a match.
         tokenizers: of source and target.
-        prompt_weight: of the predictions inside a prompt; those of the answer's tokens have 1.
+        prompt_weight: weight of predictions inside a prompt; those of the answer's tokens have 1.
     """
     sizes = [max(len(one.encode(item.text).ids) for one in tokenizers) for item in completions]
-    found = []
-    lower = 0
-    for width in WIDTHS:
-        upper = width if width != WIDTHS[-1] else max([*sizes, width])
-        group = [item for item, size in zip(completions, sizes, strict=True) if lower < size <= upper]
-        lower = width
-        if group:
-            texts = [item.text for item in group]
-            places = BATCH * width
-            batches = probe_batches(texts, *tokenizers, length=width, batch=BATCH, positions=places, width=width)
-            found += [DistillationBatch(batch, _weights(batch, group, prompt_weight)) for batch in batches]
-    return found
+    widths = [next((width for width in WIDTHS if size <= width), WIDTHS[-1]) for size in sizes]
+    batches = []
+    for width in sorted(set(widths)):
+        group = [item for item, own in zip(completions, widths, strict=True) if own == width]
+        shape = {"length": width, "width": width, "batch": BATCH, "positions": BATCH * width}
+        probes = probe_batches([item.text for item in group], *tokenizers, **shape)
+        batches += [DistillationBatch(probe, _weights(probe, group, prompt_weight)) for probe in probes]
+    return batches
 
 
-def _weights(batch: ProbeBatch, completions: Sequence[Completion], prompt_weight: float) -> np.ndarray:
-    starts = np.array([len(item.prompt) for item in completions])[batch.text]
-    return np.where(batch.end >= starts, 1.0, prompt_weight).astype(np.float32) * batch.valid
+def _weights(probe: ProbeBatch, completions: Sequence[Completion], prompt_weight: float) -> np.ndarray:
+    starts = np.array([len(item.prompt) for item in completions])[probe.text]
+    return np.where(probe.end >= starts, 1.0, prompt_weight).astype(np.float32) * probe.valid
 
 
 def shared_tokens(
-    source: BaseModel, target: BaseModel, found: Sequence[DistillationBatch], lowest: int
+    source: BaseModel, target: BaseModel, batches: Sequence[DistillationBatch], commonest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (V,) in source and target of tokens that both have: those of the distillation_batches and the `lowest` of the source.
+    """Choose the shared tokens that predictions are compared on: those in the batches, and the commonest.
 
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
 
+    Args:
+        source: the source base.
+        target: the target base.
+        batches: all batches of the fit.
+        commonest: how many of the source's lowest ids to take, whether they occur or not.
+
+    Returns:
+        Their ids in source and target, int32 (V,) each.
+
     Raises:
-        MethodError: a vocabulary cannot be read, or they share too few tokens.
+        MethodError: a vocabulary cannot be read, or the two share too few tokens.
     """
     ids, reason = shared_ids(source, target)
     if ids is None:
@@ -75,9 +85,12 @@ def shared_tokens(
         raise MethodError(msg)
     order = np.argsort(ids[0])
     ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
-    used_src, used_tgt = (
-        np.unique(np.concatenate([tokens.ravel() for tokens in side]))
-        for side in ([item.batch.tokens_src for item in found], [item.batch.tokens_tgt for item in found])
-    )
-    kept = np.isin(ids_src, used_src) | np.isin(ids_tgt, used_tgt) | (np.arange(len(ids_src)) < lowest)
+    kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))
+    kept |= np.arange(len(ids_src)) < commonest
     return ids_src[kept], ids_tgt[kept]
+
+
+def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:
+    """int32, ascending: the tokens that occur in the batches of the source (side 0) or the target (side 1)."""
+    rows = [(batch.probe.tokens_src, batch.probe.tokens_tgt)[side].ravel() for batch in batches]
+    return np.unique(np.concatenate(rows))

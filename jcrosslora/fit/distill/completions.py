@@ -1,8 +1,8 @@
-"""Prompts and answers that a base writes with an adapter: the text on which the adapter shows what it does.
+"""Completions to fit to: answers to given prompts, or to prompts that the base writes in templates its adapter knows.
 
 Text that begins anywhere shows little of an adapter that was trained on the answers to prompts. So the base is led to
-where prompts end: it writes one in each of the common templates of prompt and answer, and answers it. Which templates the
-adapter knows is seen from how much it changes the predictions of its base where the answer begins.
+where prompts end: it writes one in each of the common templates, and answers it. Which templates the adapter knows
+shows in how much it changes the predictions of its base where the answer begins.
 """
 
 import re
@@ -10,173 +10,152 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, sample
-from jcrosslora.errors import not_finite
+from jcrosslora.decoder import Generator
+from jcrosslora.errors import MethodError
+from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
+from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
+from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate
 
-# What stands in front of a prompt and in front of its answer.
-TEMPLATES = (
-    ("Question: ", "\nAnswer:"),
-    ("Q: ", "\nA:"),
-    ("User: ", "\nAssistant:"),
-    ("### Instruction:\n", "\n\n### Response:\n"),
-    ("Instruction: ", "\nResponse:"),
-    ("Input: ", "\nOutput:"),
-    ("Problem: ", "\nSolution:"),
-    ("Task: ", "\nResult:"),
-)
+PILOT = 6  # completions in each template, which show which templates the adapter knows
 # First words of prompts, asking and telling.
-OPENERS = (
+_OPENERS = (
     *("What", "Which", "How", "Why", "When", "Where", "Who", "If", "A", "The", "In", "Which of the following"),
     *("Explain", "Describe", "Write", "Name", "Give", "List"),
 )
 # A full stop inside a number or a name has no space behind it; the others are those of Chinese, Japanese and Hindi.
 _SENTENCE_END = re.compile(r"[?!]|\.(?=\s|$)|[\uff1f\uff01\u3002\u0964]")
-_FEWEST = 4  # words of a prompt
-_AT_ONCE = 48  # texts written together
-_LONGEST, _STEP = 96, 16  # tokens of a text that are read, and what their number is rounded up to
-_CONTEXT = 4  # tokens that are decoded with what follows them
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off become
+_FEWEST_WORDS = 4  # of a prompt
+_PROMPT_TOKENS, _PROMPT_TEMPERATURE = 32, 0.7
+_LONGEST_PROMPT = 64  # tokens
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A prompt with the answer that follows it.
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """The completions of a fit, and where they come from, for reports."""
 
-    Attributes:
-        prompt: all text in front of the answer.
-        answer: what was written behind it.
-        template: index into `TEMPLATES`; -1 for a prompt of the user's.
+    items: list[Completion]
+    description: str
+
+
+def answer_given(
+    generator: Generator, prompts: Sequence[str], settings: DistillSettings, seed: int, *, progress: bool = False
+) -> Completions:
+    """Answer the user's prompts, each as often as it takes to make `settings.completions`.
+
+    Only the last 64 tokens of a prompt are used: the fit works in rows of 96, answer included. Where there are more
+    prompts than answers are wanted, the first ones are used.
+
+    Raises:
+        MethodError: the base answers too few of them, or there is only one.
+        AdapterError: with the adapter the base's predictions are not finite.
     """
-
-    prompt: str
-    answer: str = ""
-    template: int = -1
-
-    @property
-    def text(self) -> str:
-        """Prompt and answer."""
-        return self.prompt + self.answer
-
-
-def in_template(completion: Completion, template: int) -> Completion:
-    """A completion in one of `TEMPLATES` in another one; answers begin on a line of their own or behind a space."""
-    (front, end), (before, after) = TEMPLATES[completion.template], TEMPLATES[template]
-    prompt = before + completion.prompt.removeprefix(front).removesuffix(end) + after
-    return Completion(prompt, ("" if after.endswith("\n") else " ") + completion.answer.lstrip(), template)
+    given = [Completion(_shortened(generator, prompt)) for prompt in prompts]
+    found: list[Completion] = []
+    with _bar(settings.completions, progress) as bar:
+        for turn in range(max(1, -(-settings.completions // len(given)))):
+            part = given[: settings.completions - turn * len(given)]
+            found += _answer(generator, part, settings, seed + turn, bar)
+    used = f"the first {settings.completions} of " if len(given) > settings.completions else ""
+    _check_enough(found, generator)
+    return Completions(found, f"{len(found)} answers to {used}{len(given)} given prompts")
 
 
-class Writer:
-    """A base that continues texts with an adapter.
+def write_completions(
+    generator: Generator, settings: DistillSettings, seed: int, *, progress: bool = False
+) -> Completions:
+    """Write prompts and answers in the templates that the adapter knows, which a pilot in all templates shows.
 
-    Attributes:
-        settings: of the base.
-        params: its weights.
-        tokenizer: its tokenizer.
-        adapter: stacked, or None.
-        name: of the base, for messages.
-        adapter_name: of the adapter, for messages; None without one.
+    Raises:
+        MethodError: the base writes no prompts, or no answers.
+        AdapterError: with the adapter the base's predictions are not finite.
     """
-
-    def __init__(
-        self,
-        settings: DecoderSettings,
-        params: Params,
-        tokenizer: Tokenizer,
-        adapter: StackedAdapter | None,
-        *,
-        name: str = "the base",
-        adapter_name: str = "the adapter",
-    ) -> None:
-        self.settings, self.params, self.tokenizer = settings, params, tokenizer
-        self.adapter, self.name = adapter, name
-        self.adapter_name = None if adapter is None else adapter_name
-
-    def extend(self, texts: Sequence[str], length: int, temperature: float, key: jax.Array) -> list[str]:
-        """What follows each text, `length` tokens at most. Of a text that is longer the last 96 tokens are read.
-
-        Raises:
-            AdapterError: with the adapter the base's predictions are not finite.
-            CheckpointError: they are not, and there is no adapter.
-        """
-        ids = [self.tokenizer.encode(text).ids[-_LONGEST:] for text in texts]
-        found = [""] * len(ids)
-        # Texts of one width together: every token of padding in front costs as much as one of text.
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-        for start in range(0, len(ids), _AT_ONCE):
-            places = order[start : start + _AT_ONCE]
-            written = self._batch([ids[place] for place in places], length, temperature, key)
-            key = jax.random.fold_in(key, start)
-            for place, text in zip(places, written, strict=True):
-                found[place] = text
-        return found
-
-    def _batch(self, ids: Sequence[np.ndarray], length: int, temperature: float, key: jax.Array) -> list[str]:
-        width = -(-len(ids[-1]) // _STEP) * _STEP
-        prompts, mask = np.zeros((_AT_ONCE, width), np.int32), np.zeros((_AT_ONCE, width), bool)
-        # Rows that are not used hold one token: every row has to.
-        prompts[:, -1], mask[:, -1] = ids[0][-1], True
-        for row, own in enumerate(ids):
-            prompts[row, width - len(own) :], mask[row, width - len(own) :] = own, True
-        written = sample(
-            self.settings,
-            self.params,
-            jnp.asarray(prompts),
-            jnp.asarray(mask),
-            length=length,
-            temperature=jnp.float32(temperature),
-            key=key,
-            adapter=self.adapter,
-            stop_tokens=self.tokenizer.stops,
-        )
-        if not np.asarray(written.finite)[: len(ids)].all():
-            raise not_finite(self.name, self.adapter_name)
-        tokens, valid = np.asarray(written.tokens), np.asarray(written.valid)
-        valid = valid & ~np.isin(tokens, np.asarray(self.tokenizer.stops))
-        return [self._behind(own, tokens[row][valid[row]]) for row, own in enumerate(ids)]
-
-    def _behind(self, before: np.ndarray, written: np.ndarray) -> str:
-        # Decoded together: a tokenizer may drop the space in front of what it decodes first.
-        head = self.tokenizer.decode(before[-_CONTEXT:])
-        return self.tokenizer.decode([*before[-_CONTEXT:], *written])[len(head) :].rstrip(_UNFINISHED)
+    with _bar(2 * (PILOT * len(TEMPLATES) + settings.completions), progress) as bar:
+        pilot = write_pilot(generator, settings, seed, bar=bar)
+        known = known_templates(*judge_templates(generator, pilot, settings.tokens))
+        found = [item for item in pilot if item.template in known]
+        missing = max(0, settings.completions - len(found)) if known else 0
+        bar.total = bar.n + 2 * missing
+        if missing:
+            shares = np.array_split(np.arange(missing), len(known))
+            templates = [template for template, share in zip(known, shares, strict=True) for _ in share]
+            prompts = _write_prompts(generator, templates, seed + 1, bar)
+            found += _answer(generator, prompts, settings, seed + 1, bar)
+    # Shuffled, so that a part of them comes from all templates.
+    order = np.random.default_rng(seed).permutation(len(found))[: settings.completions]
+    found = [found[place] for place in order]
+    _check_enough(found, generator)
+    names = ", ".join(repr(template.name) for template in known)
+    return Completions(found, f"{len(found)} completions that it wrote itself in templates that begin {names}")
 
 
-def write_prompts(
-    writer: Writer, templates: Sequence[int], seed: int, *, length: int = 32, temperature: float = 0.7
+def write_pilot(
+    generator: Generator, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: tqdm | None = None
 ) -> list[Completion]:
-    """One prompt of one sentence, still without an answer, for each of the given templates.
-
-    Those that are too short, or not finished after `length` tokens, are left out.
-    """
-    rng = np.random.default_rng(seed)
-    openers = rng.permutation(np.arange(len(templates)) % len(OPENERS))
-    starts = [TEMPLATES[template][0] + OPENERS[opener] for template, opener in zip(templates, openers, strict=True)]
-    written = writer.extend(starts, length, temperature, jax.random.key(seed))
-    found = []
-    for template, start, text in zip(templates, starts, written, strict=True):
-        end = first_sentence(text)
-        prompt = start + end
-        if end and len(prompt.removeprefix(TEMPLATES[template][0]).split()) >= _FEWEST:
-            found.append(Completion(prompt + TEMPLATES[template][1], template=template))
-    return found
-
-
-def answer(
-    writer: Writer, prompts: Sequence[Completion], seed: int, *, length: int = 24, temperature: float = 1.0
-) -> list[Completion]:
-    """The same completions with answers."""
-    texts = [prompt.prompt for prompt in prompts]
-    written = writer.extend(texts, length, temperature, jax.random.fold_in(jax.random.key(seed), 1))
-    return [
-        Completion(prompt.prompt, text, prompt.template) for prompt, text in zip(prompts, written, strict=True) if text
-    ]
+    """Write prompts and answers in all of `TEMPLATES`, at most `each` in each."""
+    templates = [template for template in TEMPLATES for _ in range(each)]
+    found = _answer(generator, _write_prompts(generator, templates, seed, bar), settings, seed, bar)
+    return [item for item in found if item.answer.strip()]
 
 
 def first_sentence(text: str) -> str:
-    """Up to and with the first mark that ends a sentence, within the first line; nothing if there is none."""
+    """Return the first sentence with the mark that ends it, if the first line has one; else nothing."""
     line = text.split("\n", 1)[0]
     found = _SENTENCE_END.search(line)
     return line[: found.end()] if found else ""
+
+
+def _write_prompts(
+    generator: Generator, templates: Sequence[PromptTemplate], seed: int, bar: tqdm | None
+) -> list[Completion]:
+    """Write a prompt of one sentence for each template; leave out those that are too short or not finished."""
+    rng = np.random.default_rng(seed)
+    openers = rng.permutation(np.arange(len(templates)) % len(_OPENERS))
+    starts = [template.before + _OPENERS[opener] for template, opener in zip(templates, openers, strict=True)]
+    key = jax.random.key(seed)
+    written = generator.continue_texts(starts, _PROMPT_TOKENS, _PROMPT_TEMPERATURE, key, bar=bar)
+    found = []
+    for template, start, text in zip(templates, starts, written, strict=True):
+        end = first_sentence(text)
+        sentence = (start + end).removeprefix(template.before)
+        if end and len(sentence.split()) >= _FEWEST_WORDS:
+            found.append(Completion(template.wrap(sentence), template=template))
+    return found
+
+
+def _answer(
+    generator: Generator, prompts: Sequence[Completion], settings: DistillSettings, seed: int, bar: tqdm | None
+) -> list[Completion]:
+    """Add answers to prompts; leave out prompts that get none."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    texts = [item.prompt for item in prompts]
+    written = generator.continue_texts(texts, settings.tokens, settings.temperature, key, bar=bar)
+    return [Completion(item.prompt, text, item.template) for item, text in zip(prompts, written, strict=True) if text]
+
+
+def _shortened(generator: Generator, prompt: str) -> str:
+    ids = generator.tokenizer.encode(prompt).ids
+    if len(ids) <= _LONGEST_PROMPT:
+        return prompt
+    # With the special tokens that the prompt names: they tell a chat model where an answer begins.
+    return generator.tokenizer.backend.decode(ids[-_LONGEST_PROMPT:].tolist(), skip_special_tokens=False)
+
+
+def _check_enough(found: list[Completion], generator: Generator) -> None:
+    different = len({item.prompt for item in found})
+    if len(found) >= FEWEST_COMPLETIONS and different > 1:
+        return
+    # No step is fitted on the prompts that are held out, and at least one is.
+    few = len(found) < FEWEST_COMPLETIONS
+    came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
+    msg = (
+        f"{generator.name} with the adapter answered {came} are wanted: "
+        "give more prompts with --probe-text, or use another method"
+    )
+    raise MethodError(msg)
+
+
+def _bar(texts: int, progress: bool) -> tqdm:
+    return tqdm(total=texts, desc="write completions", unit="text", disable=not progress)

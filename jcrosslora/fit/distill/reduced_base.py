@@ -1,4 +1,4 @@
-"""A base cut down to the tokens that occur: what it predicts among the shared ones, at matched positions."""
+"""A base reduced to the tokens that occur, which predicts among the shared tokens at matched positions."""
 
 import dataclasses
 from functools import partial
@@ -12,7 +12,7 @@ from jcrosslora.decoder.forward import head_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reader:
+class ReducedBase:
     """A base that reads K kept tokens and predicts V shared ones.
 
     Attributes:
@@ -25,16 +25,15 @@ class Reader:
     params: Params
     kept: np.ndarray
 
+    @classmethod
+    def of(cls, settings: DecoderSettings, params: Params, kept: np.ndarray, shared: np.ndarray) -> "ReducedBase":
+        """Keep the embeddings of the tokens `kept`, and the head's rows of the tokens `shared`."""
+        head = head_of(params)[shared]
+        return cls(settings, dataclasses.replace(params, embedding=params.embedding[kept], head=head), kept)
+
     def rows(self, tokens: np.ndarray) -> jax.Array:
-        """int32: the rows of tokens, all of which are kept."""
+        """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
         return jnp.asarray(np.searchsorted(self.kept, tokens).astype(np.int32))
-
-
-def reader(settings: DecoderSettings, params: Params, tokens: np.ndarray, shared: np.ndarray) -> Reader:
-    """Cut a base down to the embeddings of some tokens and the head's rows of the shared ones."""
-    kept = np.unique(tokens)
-    head = head_of(params)[shared]
-    return Reader(settings, dataclasses.replace(params, embedding=params.embedding[kept], head=head), kept)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -50,33 +49,3 @@ def shared_log_probs(
     hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[at]
     return jax.nn.log_softmax(logits(settings, params, states), axis=-1)
-
-
-@jax.jit
-def teach(
-    target: jax.Array, base: jax.Array, adapted: jax.Array, teacher_weight: jax.Array, contrast_weight: jax.Array
-) -> jax.Array:
-    """float32 (P, V): what the target should predict.
-
-    log t = (1 - teacher_weight) log p_tgt + teacher_weight log p_adapted + contrast_weight (log p_adapted - log p_base), normalised. With
-    teacher_weight 0 the source's change in log-probability is added to the target's own; with teacher_weight 1 and contrast_weight 0 the teacher
-    is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
-    predict something else than the target does.
-
-    Args:
-        target: (P, V), log-probabilities of the target.
-        base: (P, V), of the source.
-        adapted: (P, V), of the source with its adapter.
-        teacher_weight: (), share of the adapted source.
-        contrast_weight: (), of the source's change.
-    """
-    return jax.nn.log_softmax(
-        target + teacher_weight * (adapted - target) + contrast_weight * (adapted - base), axis=-1
-    )
-
-
-@jax.jit
-def weighted_kl(teacher: jax.Array, student: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum over positions of weight * KL(teacher || student), and the sum of the weights."""
-    kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-    return jnp.sum(jnp.where(weight > 0, weight * kl, 0)), jnp.sum(weight)

@@ -1,49 +1,65 @@
-"""How a fit is done."""
+"""The settings of a distillation."""
 
+import math
 from dataclasses import dataclass
+
+from jcrosslora.errors import UsageError
 
 # What attention passes on, not where it looks: all modules of a step have one length, and q and k, whose own best
 # length is next to nothing, keep that of the others short.
 VALUES = ("v_proj", "o_proj")
+FEWEST_COMPLETIONS = 16
 
-
-# Completions to a step: more steps on the same completions fit these and not others, and more completions in as many steps
-# bring nothing.
-PER_STEP = 100
+# More steps on the same completions fit these and not others, and more completions in as many steps bring nothing.
+_COMPLETIONS_A_STEP, _FEWEST_STEPS = 100, 3
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """How a fit is done.
+class DistillSettings:
+    """How `distill` fits an update."""
 
-    Attributes:
-        steps: number of steps; each has completions of its own.
-        rank: of each step, or the short side of a module where that is less; the fitted update has `steps` times this
-            rank on top of what it started from, but no more than the short side.
-        roles: the modules that are fitted.
-        teacher_weight: share of the adapted source's own predictions in the teacher, see `jcrosslora.fit.distill.reduced_base.teach`.
-        contrast_weight: of the source's change in the teacher, on top of that.
-        prompt_weight: of the predictions inside a prompt, where those inside an answer have 1.
-        completions: prompts with answers in all, 16 or more, those held out included.
-        held_out: share of the completions that no step is fitted on: they decide how long each step is.
-        tokens: of an answer at most.
-        temperature: of the answers.
-        vocabulary: how many of the commonest shared tokens predictions are compared on, beside those of the completions.
-    """
-
-    steps: int = 3
-    rank: int = 32
-    roles: tuple[str, ...] = VALUES
-    teacher_weight: float = 0.5
-    contrast_weight: float = 0.25
-    prompt_weight: float = 1.0
     completions: int = 300
+    """Prompts with answers in all, 16 or more, those held out included."""
+    steps: int | None = None
+    """Steps of the fit, each on completions of its own; None makes one for each hundred completions, but at least 3."""
+    rank: int = 32
+    """Rank of each step, at most the short side of a module; the ranks of all steps add up."""
+    roles: tuple[str, ...] = VALUES
+    """The modules that are fitted."""
+    teacher_weight: float = 0.5
+    """Share of the adapted source's own predictions in the teacher, 0 to 1; the rest is the target's."""
+    contrast_weight: float = 0.25
+    """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
+    prompt_weight: float = 1.0
+    """Weight of predictions inside a prompt; those inside an answer have 1."""
     held_out: float = 0.15
+    """Share of the completions that no step is fitted on; they decide how long each step is."""
     tokens: int = 12
+    """The most tokens of an answer."""
     temperature: float = 1.0
+    """Temperature at which answers are sampled."""
     vocabulary: int = 6000
+    """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
-    @classmethod
-    def of(cls, completions: int) -> "FitSettings":
-        """The usual settings for a number of completions: a step for each hundred of them, but no fewer than usual."""
-        return cls(completions=completions, steps=max(cls.steps, completions // PER_STEP))
+    @property
+    def step_count(self) -> int:
+        """The number of steps that `steps` asks for."""
+        if self.steps is not None:
+            return self.steps
+        return max(_FEWEST_STEPS, self.completions // _COMPLETIONS_A_STEP)
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: a setting is out of range.
+        """
+        least = {"step_count": 1, "rank": 1, "completions": FEWEST_COMPLETIONS, "tokens": 1, "vocabulary": 1}
+        rules = {name: (getattr(self, name) >= fewest, f"{fewest} or more") for name, fewest in least.items()}
+        rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
+        rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
+        rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                msg = f"distill with {name.removesuffix('_count')} {getattr(self, name)} was asked for, wanted {wanted}"
+                raise UsageError(msg)

@@ -1,0 +1,47 @@
+"""The command `train`: train a LoRA adapter on examples."""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.errors import UsageError
+from jcrosslora.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TrainingSettings):
+    """Train a LoRA adapter of a base model on the answers of examples, and write it as a PEFT folder."""
+
+    base: tyro.conf.Positional[str]
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    data: Path
+    """JSONL with {"prompt", "answer"} on each line, or {"question", "choices", "answer"} with an index as answer."""
+    out: Path
+    """The folder to write."""
+    limit: int | None = None
+    """Only the first so many examples."""
+    checkpoints: Path | None = None
+    """Folder for the states of the run: the same command continues from the newest."""
+    overwrite: bool = False
+    """Replace the folder if it already holds an adapter."""
+
+    def run(self, console: Console) -> None:
+        """Train and write."""
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.training import read_examples, save_trained, train_lora
+        from jcrosslora.utils.files import ensure_free
+
+        ensure_free(self.out, self.overwrite)
+        if self.limit is not None and self.limit < 1:
+            msg = f"limit {self.limit} is out of range; it must be at least 1"
+            raise UsageError(msg)
+        settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
+        base, examples = open_base(self.base), read_examples(self.data)[: self.limit]
+        progress = sys.stderr.isatty()
+        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=progress)
+        facts = {"task": self.data.name, "first": len(examples)}
+        save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite)
+        console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)

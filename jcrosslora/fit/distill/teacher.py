@@ -1,0 +1,81 @@
+"""The teacher: what the target should predict, from its own predictions and the source's without and with adapter."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.decoder import StackedAdapter
+from jcrosslora.fit.distill.batches import DistillationBatch
+from jcrosslora.fit.distill.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.fit.distill.settings import DistillSettings
+
+
+@flax.struct.dataclass
+class TaughtBatch:
+    """A batch as the target reads it, with the teacher's predictions.
+
+    Attributes:
+        tokens: int32 (B, T), rows of the embedding.
+        mask: bool (B, T).
+        at: int32 (P,), flat positions.
+        weight: float32 (P,).
+        teacher: float32 (P, V), log-probabilities.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    at: jax.Array
+    weight: jax.Array
+    teacher: jax.Array
+
+
+class Teacher:
+    """The two bases and the source's adapter, from which the teacher's predictions are made."""
+
+    def __init__(
+        self, source: ReducedBase, target: ReducedBase, adapter: StackedAdapter, settings: DistillSettings
+    ) -> None:
+        self._source, self.target = source, target
+        self._weights = jnp.float32(settings.teacher_weight), jnp.float32(settings.contrast_weight)
+        # Zeros instead of no adapter: one compiled program serves both.
+        self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
+
+    def read(self, batch: DistillationBatch) -> TaughtBatch:
+        """Make the teacher's predictions on a batch."""
+        probe, src, tgt = batch.probe, self._source, self.target
+        read_src = src.rows(probe.tokens_src), jnp.asarray(probe.mask_src), jnp.asarray(probe.at_src)
+        read_tgt = tgt.rows(probe.tokens_tgt), jnp.asarray(probe.mask_tgt), jnp.asarray(probe.at_tgt)
+        base, adapted = (shared_log_probs(src.settings, src.params, one, *read_src) for one in self._adapters)
+        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt)
+        return TaughtBatch(*read_tgt, jnp.asarray(batch.weight), mix_teacher(own, base, adapted, *self._weights))
+
+
+@jax.jit
+def mix_teacher(
+    target: jax.Array, base: jax.Array, adapted: jax.Array, teacher_weight: jax.Array, contrast_weight: jax.Array
+) -> jax.Array:
+    """float32 (P, V): the teacher's log-probabilities.
+
+    log t = (1 - teacher_weight) log p_tgt + teacher_weight log p_adapted
+            + contrast_weight (log p_adapted - log p_base), normalised.
+
+    With teacher_weight 0 the source's change in log-probability is added to the target's own; with teacher_weight 1 and
+    contrast_weight 0 the teacher is the adapted source. The change alone is not enough: it leads away from the source
+    without its adapter, which may predict something else than the target does.
+
+    Args:
+        target: (P, V), log-probabilities of the target.
+        base: (P, V), of the source.
+        adapted: (P, V), of the source with its adapter.
+        teacher_weight: (), share of the adapted source.
+        contrast_weight: (), weight of the source's change.
+    """
+    mixed = target + teacher_weight * (adapted - target) + contrast_weight * (adapted - base)
+    return jax.nn.log_softmax(mixed, axis=-1)
+
+
+@jax.jit
+def weighted_kl(teacher: jax.Array, student: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum weight * KL(teacher || student) over positions; also return the sum of the weights."""
+    kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return jnp.sum(jnp.where(weight > 0, weight * kl, 0)), jnp.sum(weight)
