@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.dropped import token_sentences
@@ -20,6 +19,7 @@ from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positiv
 from jcrosslora.evaluate.harness.writing import Writer, batches_of
 from jcrosslora.evaluate.run import Models
 from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.utils.progress import each, track
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -156,7 +156,7 @@ class JCrossLoRALM(TemplateLM):
         keys = jax.random.key(self.seed)
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
+        with track(len(requests), "write", "texts", show=not disable_tqdm) as bar:
             for number, (options, members) in enumerate(batches_of(prompts, self.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
                 written = self._writer.write(rows, options, jax.random.fold_in(keys, number))
