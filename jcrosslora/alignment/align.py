@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jcrosslora.alignment.agreement import Agreement, measure
 from jcrosslora.alignment.checks import check_rank, check_shapes, check_whitening, wanted_pairs
@@ -39,6 +38,7 @@ from jcrosslora.lineage import Structure
 from jcrosslora.lineage.pairing import SIMILAR, Depth, Pair, pair_modules
 from jcrosslora.methods import Method, get_method
 from jcrosslora.methods.lorasuite import embedding_map
+from jcrosslora.utils.progress import each, track
 
 if TYPE_CHECKING:
     from jcrosslora.alignment.factor_cache import FactorCache
@@ -199,7 +199,7 @@ class Plan:
         kept, chunks = self._kept_groups(), list(self.chunks())
         found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
         background = self._cache.in_background() if self._cache is not None else nullcontext()
-        with background, tqdm(total=len(self._pairs), desc="align", unit="module", disable=not progress) as bar:
+        with background, track(len(self._pairs), "align", "modules", show=progress) as bar:
             for (pairs, group), stacks in self._read_ahead(zip(chunks, found, strict=False)):
                 if stacks is None:
                     group = _sent(pairs, group)
