@@ -14,7 +14,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from tqdm import tqdm
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, Params, StackedAdapter, StackedFactors
 from jcrosslora.fit.distill.batches import DistillationBatch
@@ -22,6 +21,7 @@ from jcrosslora.fit.distill.reader import Reader, shared_log_probs, teach, weigh
 from jcrosslora.fit.distill.settings import FitSettings
 from jcrosslora.fit.distill.solve import step_factors
 from jcrosslora.fit.distill.statistics import Read, Statistics, add_batch, keeps_much, no_statistics
+from jcrosslora.utils.progress import track
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8
@@ -84,7 +84,7 @@ def fit(
     best, length = held_out_kl(target, adapter, kept), _FIRST
     history = [best]
     total = sum(len(part) for part in distillation_batches)
-    with tqdm(total=total, desc="fit", unit="batch", disable=not progress) as bar:
+    with track(total, "fit", "batches", show=progress) as bar:
         totals = no_statistics(target.params, settings.roles)
         for number, part in enumerate(distillation_batches):
             for place, batch_of_completions in enumerate(part):
@@ -99,7 +99,7 @@ def fit(
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             totals = behind if length else totals
             history.append(best)
-            bar.set_postfix(kl=f"{best:.4f}")
+            bar.note = f"KL {best:.4f}"
     return Fitted(adapter, tuple(history))
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
@@ -22,6 +21,7 @@ from jcrosslora.fit.distill.fit import Fitted, Teacher, fit
 from jcrosslora.fit.distill.reader import reader
 from jcrosslora.fit.distill.settings import FitSettings
 from jcrosslora.fit.distill.writing import FEWEST, Written, continue_prompts, write_completions
+from jcrosslora.utils.progress import track
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def _check(settings: FitSettings) -> None:
 
 
 def _write(writer: Writer, prompts: Sequence[str], settings: FitSettings, seed: int, progress: bool) -> Written:
-    with tqdm(total=1, desc="write completions", unit="set", disable=not progress) as bar:
+    with track(1, "write completions", show=progress) as bar:
         found = (
             continue_prompts(writer, prompts, settings, seed) if prompts else write_completions(writer, settings, seed)
         )
