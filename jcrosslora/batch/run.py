@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jcrosslora.adapter import Adapter
 from jcrosslora.alignment.align import Plan
 from jcrosslora.alignment.transport import describe_base
@@ -46,6 +44,7 @@ from jcrosslora.shifting.lora_xs_span import Known
 from jcrosslora.shifting.shift import MovedAdapter, Shifter, add_to_all
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.progress import Track, track
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -84,7 +83,7 @@ def run_batch(
     units = share_of(units_of(plan.jobs), *shard)
     with (
         summarised(plan, units, shard) as summary,
-        tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+        track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
     ):
         run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress)
         for unit in units:
@@ -117,7 +116,7 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
         overwrite: as for `run_batch`.
     """
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
-    with tqdm(disable=True) as bar:
+    with track(len(unit.jobs), "batch", "jobs", show=False) as bar:
         _Run(CompletionLog(out), summary, bar, overwrite, False).do(unit)
     return list(summary.outcomes.values())
 
@@ -146,7 +145,7 @@ def _way(method: str, choice: Choice | None) -> _Way:
 
 
 class _Run:
-    def __init__(self, log: CompletionLog, summary: Summary, bar: tqdm, overwrite: bool, progress: bool) -> None:
+    def __init__(self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, progress: bool) -> None:
         self._log, self._summary, self._bar = log, summary, bar
         self._overwrite, self._progress = overwrite, progress
         self._since = time.monotonic()
