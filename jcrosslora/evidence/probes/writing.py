@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -15,6 +14,7 @@ from jcrosslora.decoder import Params, Sampled, fast_dtype, load_params, sample,
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evidence.probes.random_text import readable_vocabulary
 from jcrosslora.evidence.probes.start_words import check_seed, start_words
+from jcrosslora.utils.progress import each, track
 
 TRIES = 4
 _SHORTEST = 8  # written tokens; an instruction-tuned model sometimes stops right behind the first word
@@ -66,13 +66,13 @@ def write_texts(
     write = _writer(base, tokenizer, adapter, params, length, temperature)
     keys = jax.random.key(seed)
     texts: list[str] = []
-    with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
+    with track(count, "write", "texts", show=progress) as bar:
         for number in range(rounds):
             sampled = write(words[number], jax.random.fold_in(keys, number))
             _check_finite(sampled, base, adapter)
             found = _usable(tokenizer, words[number], sampled, length)
             texts = list(dict.fromkeys(texts + found))
-            bar.update(min(len(texts), count) - bar.n)
+            bar.update(min(len(texts), count) - bar.done)
             if len(texts) >= count:
                 return texts[:count]
     tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"
