@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import jax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -22,6 +21,7 @@ from jcrosslora.training.examples import Encoded, digest, encode
 from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.settings import TrainSettings
 from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
+from jcrosslora.utils.progress import track
 
 Trained = TypeVar("Trained")
 
@@ -143,7 +143,7 @@ def _states(
 ) -> Iterator[TrainState]:
     """The state behind every further step; it is used up when the next one is asked for."""
     start = int(state.step)
-    with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
+    with track(settings.steps, "train", "steps", show=progress, done=start) as bar:
         for step in range(start, settings.steps):
             batch = plan.batch(step)
             loss, gradient = gradient(state.trained, batch)
@@ -153,7 +153,7 @@ def _states(
                 )
                 raise UsageError(msg)
             state = update(settings, state, gradient)
-            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.note = f"loss {float(loss):.3f}"
             bar.update()
             yield state
 
