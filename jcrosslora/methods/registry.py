@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from jcrosslora.errors import MethodError
+from jcrosslora.errors import MethodError, suggestion
 from jcrosslora.evidence.records import Evidence, Fit
 from jcrosslora.methods import (
     coordinates,
@@ -251,5 +251,5 @@ def check_known(name: str, names: Collection[str]) -> None:
         MethodError: so it is.
     """
     if name not in names:
-        msg = f"method {name!r} is unknown; use one of {', '.join(names)}"
+        msg = f"method {name!r} is unknown{suggestion(name, names)}; use one of {', '.join(names)}"
         raise MethodError(msg)
