@@ -4,6 +4,8 @@ Every message says what came, what was wanted, and what to do. The command line 
 exits with code 2; a traceback means a defect of ours.
 """
 
+from collections.abc import Iterable
+
 _LONGEST = 4000  # characters; real messages have a few hundred
 
 
@@ -83,3 +85,11 @@ def not_finite(
         return CheckpointError(f"{base}: {what}: its weights are too large or not numbers")
     whose = "its factors" if sound else "its factors, or the base's weights,"
     return AdapterError(f"{adapter}: {what} on {base}: {whose} are too large or not numbers")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that a misspelt one is closest to: " (did you mean 'copy'?)", or "" if none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

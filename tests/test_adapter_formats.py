@@ -21,7 +21,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, fuse, load_adapter
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError
-from jcrosslora.report.inspect import inspect
+from jcrosslora.report.inspect import open_any, print_description
 
 FILES = {"mlx": "adapters.safetensors", "gguf": "adapter.gguf"}
 
@@ -282,7 +282,7 @@ def test_check_and_inspect_know_the_formats(llama, tmp_path, capsys):
     assert {each.engine for each in check_engines(mlx) if each.reads} == {"MLX"}
     for path, form in ((gguf_file, "GGUF"), (gguf_file.parent, "GGUF"), (mlx, "MLX")):
         with Console(width=200) as console:
-            inspect(str(path), console)
+            print_description(open_any(str(path)), console)
         shown = capsys.readouterr().out
         assert f"(format of {form})" in shown
         assert "can be moved: 14 modules" in shown

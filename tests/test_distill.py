@@ -667,7 +667,7 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = settings_of(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
+    again = transfer_settings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
     repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.modules[name].a)
@@ -702,7 +702,7 @@ def test_a_copy_to_a_further_trained_base_is_fitted(pair, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     where = {"source": str(source.path), "target": str(tmp_path / "trained"), "out": str(tmp_path / "out")}
     texts = {"probe_text": str(tmp_path / "prompts.txt"), "completions": 40}
-    given = settings_of(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
+    given = transfer_settings(str(tmp_path / "adapter"), **where, **texts, method="distilled-copy")
     report = transfer_files(given).report
     first, last = re.search(r"divergence from what was wanted went from (\S+) to (\S+) nats", report.fitted).groups()
     assert 0 < float(last) < float(first)
@@ -714,7 +714,7 @@ def test_a_fitted_update_is_not_calibrated(pair, tmp_path, method, setting):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
     where = {"source": str(source.path), "target": str(target.path), "out": str(tmp_path / "out")}
-    given = settings_of(str(tmp_path / "adapter"), **where, method=method, **setting)
+    given = transfer_settings(str(tmp_path / "adapter"), **where, method=method, **setting)
     with pytest.raises(UsageError, match=f"(frobenius|scale 0.6) has no part in method {method}"):
         transfer_files(given)
     assert not (tmp_path / "out").exists()

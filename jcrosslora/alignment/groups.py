@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jcrosslora.alignment.agreement import Agreement, measure
 from jcrosslora.alignment.group_arrays import arrays_of, facts_of, group_of
@@ -33,6 +32,7 @@ from jcrosslora.evidence.weight_stacks import load_stack
 from jcrosslora.linalg import mesh_of, over_layers, spread
 from jcrosslora.lineage.pairing import SIMILAR, Pair
 from jcrosslora.methods import Method
+from jcrosslora.utils.progress import track
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
@@ -90,7 +90,7 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
     found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
     store = task.pair.store
     background = store.in_background() if store is not None else nullcontext()
-    bar = tqdm(total=len(request.modules), desc="align", unit="module", disable=not progress)
+    bar = track(len(request.modules), "align", "modules", show=progress)
     with background, bar:
         for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
             if stacks is None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.linalg import dot
+from jcrosslora.utils.progress import each
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
@@ -54,7 +54,7 @@ def layer_similarity(
     run = partial(_batch_sums, (settings_of(source), settings_of(target)), (load_params(source), load_params(target)))
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")
     totals = [0.0, 0.0, 0.0]
-    for batch in tqdm(batches, desc="layers", unit="batch", disable=not progress):
+    for batch in each(batches, "compare layers", "batches", show=progress):
         sums = run({name: jnp.asarray(getattr(batch, name)) for name in names})
         totals = [total + np.asarray(part, np.float64) for total, part in zip(totals, sums, strict=True)]
     cross, own_src, own_tgt = (np.asarray(total) for total in totals)

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from jcrosslora.batch.plan_file import BatchPlan
 from jcrosslora.batch.run import do_unit, summarised
 from jcrosslora.batch.summary import Outcome, Summary
 from jcrosslora.batch.units import Unit, cut, share_of, units_of
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.progress import track
 
 LOCAL = "local"
 # How often Ray starts a unit anew whose worker died.
@@ -67,7 +66,7 @@ def run_on_ray(
         units = cut(mine, slots)
         with (
             summarised(plan, units, shard) as summary,
-            tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+            track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
         ):
             task = ray.remote(_work).options(**takes, max_retries=_RETRIES, runtime_env={"env_vars": _environment()})
             for outcome in _outcomes(ray, task, units, (plan.out, overwrite, os.getcwd())):

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.alignment.groups import align_groups
 from jcrosslora.alignment.task import AlignmentTask
@@ -30,6 +28,7 @@ from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.progress import Track, track
 
 # Adapters in memory at a time, in bytes as float32, with as much again for what they become.
 CHUNK_BYTES = 256 * 2**20
@@ -68,7 +67,7 @@ def run_batch(
     units = share_of(units_of(plan.jobs), *shard)
     with (
         summarised(plan, units, shard) as summary,
-        tqdm(total=len(summary.outcomes), desc="jobs", unit="job", disable=not progress) as bar,
+        track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
     ):
         run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress)
         for unit in units:
@@ -101,7 +100,7 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
         overwrite: as for `run_batch`.
     """
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
-    with tqdm(disable=True) as bar:
+    with track(len(unit.jobs), "batch", "jobs", show=False) as bar:
         _Run(CompletionLog(out), summary, bar, overwrite, False).do(unit)
     return list(summary.outcomes.values())
 
@@ -126,7 +125,7 @@ class _Checked:
 
 
 class _Run:
-    def __init__(self, log: CompletionLog, summary: Summary, bar: tqdm, overwrite: bool, progress: bool) -> None:
+    def __init__(self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, progress: bool) -> None:
         self._log, self._summary, self._bar = log, summary, bar
         self._overwrite, self._progress = overwrite, progress
         self._since = time.monotonic()

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -23,6 +22,7 @@ from jcrosslora.decoder.kv_cache import init_cache
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 from jcrosslora.errors import not_finite
+from jcrosslora.utils.progress import Track
 
 _BATCH = 48  # texts continued together
 _LONGEST, _MULTIPLE = 96, 16  # tokens of a text that are read, and what the width of a batch is rounded up to
@@ -150,7 +150,7 @@ class Generator:
         temperature: float,
         key: jax.Array,
         *,
-        bar: tqdm | None = None,
+        bar: Track | None = None,
     ) -> list[str]:
         """Continue texts in batches of 48 of similar length; only the last 96 tokens of a text are read.
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -13,6 +12,7 @@ from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.predictions import Figures, measure, part_of
 from jcrosslora.evidence.probes import ProbeBatch, probe_batches, write_texts
+from jcrosslora.utils.progress import track
 
 TEXTS, LENGTH = 12, 64  # of each kind, and tokens of a text: some 700 positions
 _BATCH = 6
@@ -59,7 +59,7 @@ def check_effect(
         msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
         raise UsageError(msg)
     src, tgt = [], []
-    with tqdm(total=2 * len(batches), desc="effect", unit="pass", disable=not progress, leave=False) as bar:
+    with track(2 * len(batches), "measure the effect", "passes", show=progress) as bar:
         for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
             model = settings_of(base), load_params(base) if params is None else params[side]
             for kind in batches:

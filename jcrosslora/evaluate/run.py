@@ -7,11 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
 from jcrosslora.decoder.forward import extend_cache, positions_of
 from jcrosslora.evaluate.pairs import Batch
+from jcrosslora.utils.progress import track
 
 _STATES_AT_ONCE = 512  # given to the head, those of all models counted
 _LOGITS_AT_ONCE = 128
@@ -60,7 +60,7 @@ def run(
     """
     size = max(8, _STATES_AT_ONCE // models.count)
     rest = None
-    with tqdm(total=questions, desc="questions", disable=not progress, leave=False) as bar:
+    with track(questions, "score", "questions", show=progress) as bar:
         for part in parts:
             found = _states(models, part)
             rest = found if rest is None else rest.then(found)

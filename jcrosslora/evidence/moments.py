@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
 from jcrosslora.linalg import dot
+from jcrosslora.utils.progress import each
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
@@ -104,7 +104,7 @@ def cross_moments(
         return jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
 
     totals = None
-    for batch in tqdm(batches, desc="activations", unit="batch", disable=not progress):
+    for batch in each(batches, "collect activations", "batches", show=progress):
         totals = add(totals, batch)
     assert totals is not None
     return totals

@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.alignment.transport import describe_base
 from jcrosslora.checkpoint import BaseModel, open_base
@@ -28,6 +26,7 @@ from jcrosslora.export.companions import write_companions
 from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, updates_of
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
+from jcrosslora.utils.progress import track
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
 REPORT = "merge_report.json"
@@ -106,7 +105,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     total = sum(piece.size for pieces in files.values() for piece in pieces)
     _check_space(out, total)
     with atomic_folder(out, settings.overwrite) as folder:
-        with tqdm(total=total, desc="merge", unit="B", unit_scale=True, disable=not progress) as bar:
+        with track(total, "merge", "B", show=progress) as bar:
             for name, pieces in files.items():
                 write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
         if list(files) != [SINGLE]:

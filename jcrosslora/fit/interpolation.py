@@ -15,13 +15,13 @@ from math import prod
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import LoRAFactors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evidence.weight_stacks import bounded_groups, load_stack
 from jcrosslora.linalg import decompose
+from jcrosslora.utils.progress import track
 
 # Of the way that is taken.
 SHARE = 0.75
@@ -81,7 +81,7 @@ def interpolate_to_source(
         raise MethodError(msg + "modules were wanted; use another method than interpolated-copy")
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
-    with tqdm(total=len(target.modules), desc="source interpolation", unit="module", disable=not progress) as bar:
+    with track(len(target.modules), "interpolate", "modules", show=progress) as bar:
         for names in bounded_groups(
             list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
         ):

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -38,6 +37,7 @@ from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedF
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import dimension_sizes, dot, recompress, reduced_rank_ridge, ridge
+from jcrosslora.utils.progress import each
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
@@ -103,7 +103,7 @@ def fit_residual(
     a = np.zeros((len(layers), rank, inner), np.float32)
     b = np.zeros((len(layers), hidden, rank), np.float32)
     last = max(layer for layer, feeder in enumerate(layers) if feeder is not None)
-    for layer in tqdm(range(last + 1), desc="residual fit", unit="layer", disable=not progress):
+    for layer in each(range(last + 1), "fit the residual stream", "layers", show=progress):
         plain.run_to(layer)
         feeder = layers[layer]
         if feeder is None:

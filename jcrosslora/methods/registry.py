@@ -1,7 +1,6 @@
 """The methods by name, and the way from a name with settings to a method object."""
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.methods.base import Method
 from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.cross_lora import CrossLoRA
@@ -147,9 +146,8 @@ def check_known(name: str, names: Collection[str]) -> None:
         MethodError: `name` is not among them; suggests one that is spelt alike.
     """
     if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f"did you mean {close[0]}? The methods are" if close else "use one of"
-        msg = f"method {name!r} is unknown; {meant} {', '.join(names)}, or MODULE:CLASS for one of your own"
+        listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+        msg = f"method {name!r} is unknown{suggestion(name, names)}; {listed}"
         raise MethodError(msg)
 
 

@@ -1,14 +1,16 @@
 """What a path holds, for `jcrosslora inspect`, and the other short listings."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter
+from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.adapter.ignored import describe_change
 from jcrosslora.checkpoint import BaseModel, open_base
@@ -17,32 +19,40 @@ from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
 
 
-def inspect(ref: str, console: Console, *, revision: str | None = None, base: str | None = None) -> None:
-    """Print what `ref` is: an adapter (of PEFT, MLX or llama.cpp) or a base model.
+def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
+    """Open what `ref` holds: an adapter (of PEFT, MLX or llama.cpp) or a base model.
 
     Args:
         ref: a path or a hub id.
-        console: to print to.
         revision: hub revision.
-        base: the base of an adapter, which some kinds are no update without: a path or a hub id.
+        base: the base of an adapter, which some kinds need: a path or a hub id.
 
     Raises:
         JCrossLoRAError: it is neither, or cannot be read.
-        UsageError: a base of a base model.
+        UsageError: a base was given for a base model.
     """
     path = Path(ref)
     if is_adapter(path):
-        _print_adapter(load_adapter(ref, None if base is None else open_base(base), revision=revision), console)
-        return
+        return load_adapter(ref, None if base is None else open_base(base), revision=revision)
     if path.exists():
-        model = open_base(ref, revision=revision)
-        _check_no_base(ref, base)
-        _print_base(model, console)
-        return
+        return _without_base(open_base(ref, revision=revision), ref, base)
     if not is_hub_id(ref):
         msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
         raise CheckpointError(msg)
-    _inspect_hub(ref, console, revision, base)
+    return _open_hub(ref, revision, base)
+
+
+def describe(found: Adapter | BaseModel) -> dict[str, Any]:
+    """Describe an adapter or a base model as JSON data."""
+    return _adapter_json(found) if isinstance(found, Adapter) else _base_json(found)
+
+
+def print_description(found: Adapter | BaseModel, console: Console) -> None:
+    """Print an adapter or a base model as lines and a table."""
+    if isinstance(found, Adapter):
+        _print_adapter(found, console)
+    else:
+        _print_base(found, console)
 
 
 def reported_family(path: Path) -> str | None:
@@ -71,26 +81,56 @@ def print_methods(console: Console) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _inspect_hub(ref: str, console: Console, revision: str | None, base_ref: str | None) -> None:
-    """A hub id may be either kind: try the small one first, and report the base's error if it is neither."""
+def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | BaseModel:
+    """A hub id may be either kind: try the small one first, and report both errors if it is neither."""
     try:
-        adapter = load_adapter(ref, None if base_ref is None else open_base(base_ref), revision=revision)
+        return load_adapter(ref, None if base is None else open_base(base), revision=revision)
     except JCrossLoRAError as adapter_error:
         try:
-            base = open_base(ref, revision=revision)
+            model = open_base(ref, revision=revision)
         except CheckpointError as error:
             msg = f"{ref} is neither an adapter ({adapter_error}) nor a base model ({error})"
             raise CheckpointError(msg) from None
-        _check_no_base(ref, base_ref)
-        _print_base(base, console)
-    else:
-        _print_adapter(adapter, console)
+        return _without_base(model, ref, base)
 
 
-def _check_no_base(ref: str, base: str | None) -> None:
+def _without_base(model: BaseModel, ref: str, base: str | None) -> BaseModel:
     if base is not None:
         msg = f"{ref} is a base model, and --base {base} was given, which goes with an adapter: leave it out"
         raise UsageError(msg)
+    return model
+
+
+def _adapter_json(adapter: Adapter) -> dict[str, Any]:
+    info = adapter.info
+    return {
+        "type": "adapter",
+        "name": info.name,
+        "format": info.form,
+        "kind": info.kind,
+        "base": info.base_name,
+        "invocation": info.invocation,
+        "modules": {
+            name: {"rank": factors.rank, "norm": float(update_norm(factors))}
+            for name, factors in adapter.modules.items()
+        },
+        "token_updates": [describe_change(item.kind, item.modules, item.share) for item in adapter.tokens],
+        "not_moved": list(info.ignored),
+    }
+
+
+def _base_json(base: BaseModel) -> dict[str, Any]:
+    return {
+        "type": "base",
+        "name": base.name,
+        "ref": str(base.ref),
+        "family": base.family.name,
+        "dimensions": dataclasses.asdict(base.dims),
+        "modules": {
+            name: {"shape": list(module.shape), "dtype": module.dtype} for name, module in base.modules.items()
+        },
+        "vocabulary_readable": base.vocabulary().tokens is not None,
+    }
 
 
 def _print_adapter(adapter: Adapter, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,10 @@ from jcrosslora.lineage.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 from jcrosslora.shifting.records import ModuleRow
+
+TableKind = Literal["role", "full", "module"]
+# Figures of the decompositions, which say how a map was found and not how well it fits: left out where room is short.
+_DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
 
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
@@ -24,9 +29,25 @@ def module_rows(report: TransferReport) -> list[dict[str, str]]:
     return _without_empty([*rows, _cells("all", report.rows)])
 
 
-def print_report(report: TransferReport, console: Console, *, by_module: bool = False) -> None:
-    """Print the table, what was left behind, the warnings, and the verdict last."""
-    rows = module_rows(report) if by_module else role_rows(report)
+def print_report(report: TransferReport, console: Console, *, table: TableKind = "role") -> None:
+    """Print the table, what was left behind, the warnings, and the verdict last.
+
+    Args:
+        report: of the transfer.
+        console: to print to.
+        table: "role": a row for each role, with the figures that matter most, in 80 columns; "full": with every figure;
+            "module": every figure, a row for each module.
+    """
+    rows = module_rows(report) if table == "module" else role_rows(report)
+    if table == "role":
+        rows = [{name: text for name, text in row.items() if name not in _DETAILS} for row in rows]
+    _print_table(report, rows, console)
+    for line in _notes(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"verdict: {verdict(report).text}", highlight=False, markup=False, soft_wrap=True, style="bold")
+
+
+def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:
     recipe = report.recipe
     settings = "".join(f", {name} {value}" for name, value in changed_settings(report).items())
     table = Table(title=f"{recipe.method}{settings}, depth {report_depth(report)}", title_justify="left")
@@ -37,9 +58,6 @@ def print_report(report: TransferReport, console: Console, *, by_module: bool = 
     table.add_section()
     table.add_row(*rows[-1].values())
     console.print(table)
-    for line in _notes(report):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"verdict: {verdict(report).text}", highlight=False, markup=False, soft_wrap=True, style="bold")
 
 
 def changed_settings(report: TransferReport) -> dict[str, object]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
@@ -24,6 +23,7 @@ from jcrosslora.training.examples import digest, encode, read_examples
 from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
+from jcrosslora.utils.progress import track
 
 Trained = TypeVar("Trained")
 
@@ -176,7 +176,7 @@ def _states(
 ) -> Iterator[TrainState]:
     """Yield the state after each remaining step; it is used up when the next one is asked for."""
     start = int(state.step)
-    with tqdm(total=settings.steps, initial=start, desc="train", unit="step", disable=not progress) as bar:
+    with track(settings.steps, "train", "steps", show=progress, done=start) as bar:
         for step in range(start, settings.steps):
             loss, gradient = gradient_of(state.trained, plan.batch(step))
             if not math.isfinite(loss):
@@ -184,6 +184,6 @@ def _states(
                 msg = f"{base.ref}: {came}: lower the rate, which is {settings.rate:g}"
                 raise UsageError(msg)
             state = update(settings, state, gradient)
-            bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.note = f"loss {float(loss):.3f}"
             bar.update()
             yield state

@@ -7,7 +7,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -15,6 +14,7 @@ from jcrosslora.decoder import DecoderSettings, Params, logits
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.pairs import Tokens, batches
 from jcrosslora.evaluate.run import Models, _states
+from jcrosslora.utils.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]
 _LOGITS_AT_ONCE = 128
@@ -35,7 +35,7 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress:
     """
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-    with tqdm(total=len(pairs), desc="continuations", disable=not progress) as bar:
+    with track(len(pairs), "score", "continuations", show=progress) as bar:
         for part in batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
             states = _states(models, part)
             found, likeliest = _judged(models, states.hidden[0], states.wanted)

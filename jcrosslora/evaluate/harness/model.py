@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.ignored import token_update_sentences
@@ -20,6 +19,7 @@ from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positiv
 from jcrosslora.evaluate.harness.writing import generate, group_prompts
 from jcrosslora.evaluate.run import Models
 from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.utils.progress import track
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -155,7 +155,7 @@ class JCrossLoRALM(TemplateLM):
         keys = jax.random.key(self.seed)
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="texts", disable=disable_tqdm) as bar:
+        with track(len(requests), "write", "texts", show=not disable_tqdm) as bar:
             for number, (options, members) in enumerate(group_prompts(prompts, self.batch_tokens)):
                 rows = [prompts[index][0] for index in members]
                 written = generate(self._generator, rows, options, jax.random.fold_in(keys, number))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
@@ -12,6 +11,7 @@ from jcrosslora.decoder import Generator, Params
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evidence.probes.random_text import readable_vocabulary
 from jcrosslora.evidence.probes.start_words import check_seed, start_words
+from jcrosslora.utils.progress import track
 
 TRIES = 4
 _SHORTEST = 8  # written tokens; an instruction-tuned model sometimes stops right behind the first word
@@ -62,13 +62,13 @@ def write_texts(
     words = start_words(readable_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
     keys = jax.random.key(seed)
     texts: list[str] = []
-    with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
+    with track(count, "write", "texts", show=progress) as bar:
         for number in range(rounds):
             prompts = [[*bos, word] for word in words[number]]
             written = generator.continue_tokens(prompts, length, temperature, jax.random.fold_in(keys, number))
             found = _usable(generator, words[number], written, length)
             texts = list(dict.fromkeys(texts + found))
-            bar.update(min(len(texts), count) - bar.n)
+            bar.update(min(len(texts), count) - bar.done)
             if len(texts) >= count:
                 return texts[:count]
     tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"

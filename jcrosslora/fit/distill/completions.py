@@ -7,17 +7,18 @@ shows in how much it changes the predictions of its base where the answer begins
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jcrosslora.decoder import Generator
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate
+from jcrosslora.utils.progress import Track, track
 
 PILOT = 6  # completions in each template, which show which templates the adapter knows
 # First words of prompts, asking and telling.
@@ -77,7 +78,7 @@ def write_completions(
         known = known_templates(*judge_templates(generator, pilot, settings.tokens))
         found = [item for item in pilot if item.template in known]
         missing = max(0, settings.completions - len(found)) if known else 0
-        bar.total = bar.n + 2 * missing
+        bar.total = bar.done + 2 * missing
         if missing:
             shares = np.array_split(np.arange(missing), len(known))
             templates = [template for template, share in zip(known, shares, strict=True) for _ in share]
@@ -92,7 +93,7 @@ def write_completions(
 
 
 def write_pilot(
-    generator: Generator, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: tqdm | None = None
+    generator: Generator, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: Track | None = None
 ) -> list[Completion]:
     """Write prompts and answers in all of `TEMPLATES`, at most `each` in each."""
     templates = [template for template in TEMPLATES for _ in range(each)]
@@ -108,7 +109,7 @@ def first_sentence(text: str) -> str:
 
 
 def _write_prompts(
-    generator: Generator, templates: Sequence[PromptTemplate], seed: int, bar: tqdm | None
+    generator: Generator, templates: Sequence[PromptTemplate], seed: int, bar: Track | None
 ) -> list[Completion]:
     """Write a prompt of one sentence for each template; leave out those that are too short or not finished."""
     rng = np.random.default_rng(seed)
@@ -126,7 +127,7 @@ def _write_prompts(
 
 
 def _answer(
-    generator: Generator, prompts: Sequence[Completion], settings: DistillSettings, seed: int, bar: tqdm | None
+    generator: Generator, prompts: Sequence[Completion], settings: DistillSettings, seed: int, bar: Track | None
 ) -> list[Completion]:
     """Add answers to prompts; leave out prompts that get none."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -157,5 +158,5 @@ def _check_enough(found: list[Completion], generator: Generator) -> None:
     raise MethodError(msg)
 
 
-def _bar(texts: int, progress: bool) -> tqdm:
-    return tqdm(total=texts, desc="write completions", unit="text", disable=not progress)
+def _bar(texts: int, progress: bool) -> AbstractContextManager[Track]:
+    return track(texts, "write completions", "texts", show=progress)

@@ -13,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors
 from jcrosslora.fit.distill.batches import DistillationBatch
@@ -22,6 +21,7 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import add_batch, needs_remat, zero_statistics
 from jcrosslora.fit.distill.step import solve
 from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
+from jcrosslora.utils.progress import track
 
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8  # how often a step's length is halved or doubled
@@ -61,7 +61,7 @@ def fit(
     kept = [teacher.read(batch) for batch in held_out]
     best, length = _mean_kl(target, adapter, kept), _FIRST
     history = [best]
-    with tqdm(total=sum(map(len, parts)), desc="fit", unit="batch", disable=not progress) as bar:
+    with track(sum(map(len, parts)), "fit", "batches", show=progress) as bar:
         totals = zero_statistics(target.params, settings.roles)
         for number, part in enumerate(parts):
             for place, batch in enumerate(part):

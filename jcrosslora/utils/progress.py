@@ -1,0 +1,248 @@
+"""One display of progress for everything that runs: one line on a terminal, elsewhere a log line every 30 s.
+
+A piece of work reports itself by `track`, or by `each` while it goes through a list; whoever calls several pieces one
+after the other names them by `steps`. What runs inside something else is shown on the same line:
+
+    step 2 of 5: write completions, 120 of 300, about 3 min left
+"""
+
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+# Seconds between two refreshes of the line on a terminal while work reports itself, and while it does not.
+_REFRESH, _TICK = 0.1, 1.0
+LOG_EVERY = 30.0  # seconds between two log lines
+# Below this share of the work done the time left is better estimated by what a step usually takes.
+_ENOUGH = 0.05
+
+
+class _Shown(Protocol):
+    """Part of the line."""
+
+    def text(self, inside: str) -> str:
+        """Describe the state; `inside` is the name of the step that it is part of, if any."""
+        ...
+
+    def left(self, now: float, inner: "_Shown | None") -> float | None:
+        """Estimate the seconds left; `inner` is the part that runs inside."""
+        ...
+
+
+class Track:
+    """Work of a known size.
+
+    Attributes:
+        total: units of the work; may be changed as more becomes known.
+        done: units done.
+        note: shown behind the count, such as "loss 1.234".
+    """
+
+    def __init__(self, display: "Display | None", total: int, description: str, unit: str, done: int) -> None:
+        """Start at `done` units; without a display nothing is shown."""
+        self.total, self.done, self.note = total, done, ""
+        self._display, self._description, self._unit = display, description, unit
+        self._begun = done
+        self._since = 0.0 if display is None else display.clock()
+
+    def update(self, count: int = 1) -> None:
+        """Report that more units are done."""
+        self.done += count
+        if self._display is not None:
+            self._display.refresh()
+
+    def text(self, inside: str) -> str:
+        """Give the description, unless it is the step's name, and the count."""
+        if self._unit == "B":
+            count = f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
+        else:
+            count = f"{self.done:,} of {self.total:,}" + (f" {self._unit}" if self._unit else "")
+        described = [] if self._description == inside else [self._description]
+        return ", ".join([*described, count, *([self.note] if self.note else [])])
+
+    def left(self, now: float, inner: _Shown | None) -> float | None:
+        """Estimate the seconds left from the pace so far; None before the first unit is done."""
+        del inner
+        done = self.done - self._begun
+        return (now - self._since) / done * max(0, self.total - self.done) if done > 0 else None
+
+    @property
+    def share(self) -> float:
+        """Share of the work that is done."""
+        return self.done / self.total if self.total else 1.0
+
+
+class Steps:
+    """Steps of a command, each with the seconds that it usually takes, or None."""
+
+    def __init__(self, display: "Display | None", seconds: Mapping[str, float | None]) -> None:
+        """Plan the steps, by name, in the order in which they run; none has begun."""
+        self._display, self._seconds, self._names = display, dict(seconds), list(seconds)
+        self._current, self._since = -1, 0.0
+        self._took = self._usual = 0.0
+
+    def begin(self, name: str) -> None:
+        """Begin a step, which ends the one before; steps between the two are skipped."""
+        if self._display is None:
+            return
+        now = self._display.clock()
+        usual = None if self._current < 0 else self._seconds[self._names[self._current]]
+        if usual is not None:
+            self._took, self._usual = self._took + now - self._since, self._usual + usual
+        self._current, self._since = self._names.index(name), now
+        self._display.refresh()
+
+    @property
+    def name(self) -> str:
+        """Name of the current step, "" before the first."""
+        return "" if self._current < 0 else self._names[self._current]
+
+    def text(self, inside: str) -> str:
+        """Give the number and the name of the current step."""
+        del inside
+        return f"step {self._current + 1} of {len(self._names)}: {self.name}" if self.name else "begin"
+
+    def left(self, now: float, inner: _Shown | None) -> float | None:
+        """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones."""
+        later = [self._seconds[name] for name in self._names[self._current + 1 :]]
+        if not self.name or None in later:
+            return None
+        pace = self._took / self._usual if self._usual else 1.0
+        usual = self._seconds[self.name]
+        current = None if usual is None else max(0.0, usual * pace - (now - self._since))
+        if isinstance(inner, Track) and (current is None or inner.share >= _ENOUGH):
+            current = inner.left(now, None)
+        return None if current is None else current + pace * sum(seconds for seconds in later if seconds)
+
+
+class Display:
+    """The line of everything that runs, outermost first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, ticks: bool = True) -> None:
+        """Show nothing yet.
+
+        Args:
+            clock: seconds from any point in time on.
+            ticks: whether a thread refreshes the line while work reports nothing.
+        """
+        self.clock = clock
+        self._ticks, self._shown, self._lock = ticks, list[Track | Steps](), threading.Lock()
+        self._begun = self._last = 0.0
+        self._terminal = False
+        self._ended = threading.Event()
+
+    @contextmanager
+    def track(
+        self, total: int, description: str, unit: str = "", *, show: bool = True, done: int = 0
+    ) -> Iterator[Track]:
+        """Show a piece of work while the block runs.
+
+        Args:
+            total: its size in units.
+            description: what it is, in the imperative.
+            unit: the units in the plural, "B" for bytes, "" for units that the description names.
+            show: whether to show anything.
+            done: units that were done before.
+        """
+        shown = Track(self if show else None, total, description, unit, done)
+        with self._during(shown, show):
+            yield shown
+
+    def each(self, items: Collection[T], description: str, unit: str = "", *, show: bool = True) -> Iterator[T]:
+        """Go through `items`, and show how many are done; for the arguments see `track`."""
+        with self.track(len(items), description, unit, show=show) as shown:
+            for item in items:
+                yield item
+                shown.update()
+
+    @contextmanager
+    def steps(self, seconds: Mapping[str, float | None], *, show: bool = True) -> Iterator[Steps]:
+        """Number the steps of a command while the block runs; each is begun by `Steps.begin`.
+
+        Args:
+            seconds: what each step usually takes, by its name, in order; None where it is not known.
+            show: whether to show anything.
+        """
+        shown = Steps(self if show else None, seconds)
+        with self._during(shown, show):
+            yield shown
+
+    def refresh(self) -> None:
+        """Show the line if the last time is long enough ago."""
+        with self._lock:
+            now = self.clock()
+            if self._shown and now - self._last >= (_REFRESH if self._terminal else LOG_EVERY):
+                self._last = now
+                self._write(self.line(now))
+
+    def line(self, now: float) -> str:
+        """Describe all that runs, and the time that the outermost has left, or has taken."""
+        parts, inside = [], ""
+        for one in self._shown:
+            parts.append(one.text(inside))
+            inside = one.name if isinstance(one, Steps) else ""
+        left = self._shown[0].left(now, self._shown[1] if len(self._shown) > 1 else None)
+        ending = f"{_duration(now - self._begun)} so far" if left is None else f"about {_duration(left)} left"
+        return ", ".join([*parts, ending])
+
+    @contextmanager
+    def _during(self, shown: Track | Steps, show: bool) -> Iterator[None]:
+        if not show:
+            yield
+            return
+        self._push(shown)
+        try:
+            yield
+        finally:
+            self._pop(shown)
+
+    def _push(self, shown: Track | Steps) -> None:
+        with self._lock:
+            if not self._shown:
+                self._terminal, self._begun = sys.stderr.isatty(), self.clock()
+                # On a terminal at once; a log begins when there has been something to wait for.
+                self._last = -math.inf if self._terminal else self._begun
+                self._ended = threading.Event()
+                if self._ticks:
+                    threading.Thread(target=self._tick, args=(self._ended,), daemon=True).start()
+            self._shown.append(shown)
+        self.refresh()
+
+    def _pop(self, shown: Track | Steps) -> None:
+        with self._lock:
+            self._shown.remove(shown)
+            if not self._shown:
+                self._ended.set()
+                if self._terminal:
+                    self._write("")
+
+    def _tick(self, ended: threading.Event) -> None:
+        while not ended.wait(_TICK):
+            self.refresh()
+
+    def _write(self, line: str) -> None:
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
+        else:
+            sys.stderr.write(f"jcrosslora: {line}\n")
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    """Write a time in round figures: 40 s, 3 min, 2 h 10 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+_DISPLAY = Display()
+track, each, steps = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps

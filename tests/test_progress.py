@@ -1,0 +1,129 @@
+"""The line that shows progress: its words, how often it comes, and that nothing stays on a terminal."""
+
+import time
+
+import pytest
+
+from jcrosslora.utils import progress
+from jcrosslora.utils.progress import Display
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def display(clock):
+    return Display(clock, ticks=False)
+
+
+def test_a_log_line_comes_every_30_seconds_at_most(display, clock, capsys):
+    with display.track(288, "write texts", "texts") as shown:
+        for _ in range(10):
+            clock.now += 10
+            shown.update(12)
+    assert capsys.readouterr().err == (
+        "jcrosslora: write texts, 36 of 288 texts, about 4 min left\n"
+        "jcrosslora: write texts, 72 of 288 texts, about 3 min left\n"
+        "jcrosslora: write texts, 108 of 288 texts, about 2 min left\n"
+    )
+
+
+def test_short_work_writes_no_log_line(display, clock, capsys):
+    with display.track(2, "effect", "passes") as shown:
+        clock.now += 29
+        shown.update()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_time_taken_is_shown_until_the_time_left_is_known(display, clock):
+    with display.track(3, "jobs", "jobs"):
+        clock.now += 42
+        assert display.line(clock.now) == "jobs, 0 of 3 jobs, 42 s so far"
+
+
+def test_steps_are_numbered_and_scaled_by_the_pace_of_those_before(display, clock):
+    with display.steps({"align": 20, "write completions": 100, "fit": 60}) as plan:
+        plan.begin("align")
+        assert display.line(clock.now) == "step 1 of 3: align, about 3 min left"
+        clock.now += 10  # half of what it usually takes
+        plan.begin("write completions")
+        assert display.line(clock.now) == "step 2 of 3: write completions, about 80 s left"
+        with display.track(300, "write completions") as shown:
+            clock.now += 40
+            shown.update(150)
+            assert display.line(clock.now) == "step 2 of 3: write completions, 150 of 300, about 70 s left"
+
+
+def test_a_step_of_unknown_time_shows_the_time_taken(display, clock):
+    with display.steps({"align": None, "fit": None}) as plan:
+        plan.begin("fit")
+        clock.now += 100
+        assert display.line(clock.now) == "step 2 of 2: fit, 2 min so far"
+
+
+def test_what_runs_inside_something_else_stands_on_the_same_line(display, clock):
+    with display.track(4, "jobs", "jobs", done=1), display.steps({"align": 20}) as plan:
+        plan.begin("align")
+        with display.track(2, "train", "steps") as shown:
+            shown.note = "loss 1.250"
+            line = display.line(clock.now)
+    assert line == "jobs, 1 of 4 jobs, step 1 of 1: align, train, 0 of 2 steps, loss 1.250, 0 s so far"
+
+
+def test_bytes_are_shown_in_megabytes_and_hours_in_hours(display, clock):
+    with display.track(8_000_000_000, "merge", "B") as shown:
+        clock.now += 600
+        shown.update(400_000_000)
+        assert display.line(clock.now) == "merge, 400 of 8,000 MB, about 3 h 10 min left"
+
+
+def test_a_terminal_has_one_line_that_is_cleared_in_the_end(display, clock, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    for _ in display.each(["a", "b"], "activations", "batches"):
+        clock.now += 5
+    written = capsys.readouterr().err
+    assert "\n" not in written
+    assert written.split("\r\x1b[K") == [
+        "",
+        "activations, 0 of 2 batches, ",
+        "activations, 1 of 2 batches, ",
+        "activations, 2 of 2 batches, ",
+        "",
+    ]
+
+
+def test_nothing_is_shown_where_it_is_not_asked_for(display, clock, capsys):
+    with display.track(3, "x", show=False) as shown, display.steps({"a": 1}, show=False) as plan:
+        clock.now += 100
+        plan.begin("a")
+        shown.update()
+    assert shown.done == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_work_that_reports_nothing_is_still_shown(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY", 0.05)
+    monkeypatch.setattr(progress, "_TICK", 0.01)
+    with Display().track(1, "compile"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert set(lines) == {"jcrosslora: compile, 0 of 1, 0 s so far"}
+
+
+def test_an_error_takes_its_work_off_the_display(display, clock):
+    with pytest.raises(RuntimeError), display.track(1, "first"):
+        raise RuntimeError
+    with display.track(1, "second"):
+        assert display.line(clock.now).startswith("second")
