@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
+from transfers import settings_of, transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
@@ -42,6 +43,7 @@ from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, solve, ste
 from jcrosslora.fit.distill.teacher import TaughtBatch, mix_teacher, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate, in_template
+from jcrosslora.session.files import transfer_files
 
 SMALL = DistillSettings(
     steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0
