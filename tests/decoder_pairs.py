@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from tiny_models import save_tiny, torch, transformers
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of

@@ -23,7 +23,6 @@ from probe_bases import write_base
 from quantised_files import CASES, write_quantised
 from safetensors.numpy import save
 from tiny_bases import write_tokenizer
-from transfers import settings_of
 
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.adapter.engines import check_engines

@@ -7,7 +7,6 @@ import pytest
 from real_models import real_model
 from tiny_models import torch
 from torch_model import torch_model
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tiny_models import transformers
-from transfers import settings_of
 
 from jcrosslora.checkpoint.config import check_config, read_dims
 from jcrosslora.decoder import settings_of

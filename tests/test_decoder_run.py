@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
-from transfers import settings_of
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
 from jcrosslora.checkpoint import ROLES, open_base

@@ -4,7 +4,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transfers import settings_of
 
 from jcrosslora.checkpoint.config import check_config, read_dims
 from jcrosslora.decoder import DecoderSettings, settings_of

@@ -7,7 +7,6 @@ import pytest
 from decoder_pairs import EACH_FAMILY, LENGTH, SHORT, TOLERANCE, pair_fixture, random_tokens, run, torch_logits
 from tiny_bases import random_adapter, write_llama
 from tiny_models import torch
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import init_cache, load_params, settings_of, stack_adapter, step

@@ -12,7 +12,6 @@ from probe_bases import QUESTIONS, write_base
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import dense_training
 from dense_training import train_dense
-from transfers import settings_of
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_bases import llama_tensors, open_pair, write_llama
-from transfers import settings_of
 
 import jcrosslora as jcl
 from jcrosslora.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_bases import write_llama
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import load_params, logits, settings_of, target_log_probs

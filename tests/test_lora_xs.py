@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
-from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.shifting.lora_xs_span as span

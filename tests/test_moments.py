@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_bases import open_pair, write_llama
-from transfers import settings_of
 
 import jcrosslora as jcl
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of

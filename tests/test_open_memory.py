@@ -13,7 +13,6 @@ from quantised_files import CASES, write_quantised
 from tiny_bases import llama_config, llama_tensors, write_llama, write_tokenizer
 from tiny_models import save_tiny, tiny_model, torch, transformers
 from tiny_tokenizers import KINDS
-from transfers import settings_of
 
 import jcrosslora as jcl
 from jcrosslora.cache.digests import FileDigests

@@ -10,7 +10,6 @@ import pytest
 from probe_bases import write_base
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_bases import open_pair, random_adapter
-from transfers import settings_of
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter

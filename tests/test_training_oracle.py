@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import save_tiny, torch, transformers
-from transfers import settings_of
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS

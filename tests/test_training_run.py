@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from probe_bases import QUESTIONS, write_base
 from rich.console import Console
-from transfers import settings_of
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.checkpoint import open_base

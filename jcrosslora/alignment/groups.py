@@ -90,8 +90,7 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
     found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
     store = task.pair.store
     background = store.in_background() if store is not None else nullcontext()
-    bar = track(len(request.modules), "align", "modules", show=progress)
-    with background, bar:
+    with background, track(len(request.modules), "align", "modules", show=progress) as bar:
         for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
             if stacks is None:
                 group = _sent(pairs, group)
