@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
-from transfers import settings_of, transfer_settings
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer

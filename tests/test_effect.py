@@ -11,7 +11,7 @@ import pytest
 from probe_bases import CORPUS, write_base
 from rich.console import Console
 from tiny_bases import random_adapter
-from transfers import settings_of, transfer_settings
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer

@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
@@ -49,15 +50,25 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-@dataclass(frozen=True)
 class Auto:
     """Choose the method from the weights of the two bases (see `lineage.method_selection`).
 
     Attributes:
-        settings: hyper-parameters for whichever method is chosen; those that it does not have are left out.
+        settings: hyper-parameters for whichever method is chosen, sorted by name; those that it lacks are left out.
     """
 
-    settings: tuple[tuple[str, Any], ...] = ()
+    def __init__(self, **settings: Any) -> None:
+        """Take hyper-parameters by name, such as `completions=600`."""
+        self.settings: tuple[tuple[str, Any], ...] = tuple(sorted(settings.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Auto) and self.settings == other.settings
+
+    def __hash__(self) -> int:
+        return hash(self.settings)
+
+    def __repr__(self) -> str:
+        return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.settings)})"
 
 
 MethodLike = str | Method | type[Method] | Auto
@@ -117,7 +128,7 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
     if isinstance(method, Auto) or method == AUTO:
         given = dict(method.settings) if isinstance(method, Auto) else {}
-        return Auto(tuple(sorted((given | settings).items())))
+        return Auto(**given | settings)
     if isinstance(method, str):
         method = find_method(method)
     if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
@@ -168,7 +179,9 @@ def spec_of(method: Method) -> str:
 def _spec(method: type[Method]) -> str:
     if method.__module__.startswith("jcrosslora."):
         return method.name
-    return f"{method.__module__}:{method.__qualname__}"
+    # Of a script its file can be imported, and `__main__` cannot.
+    module = Path(inspect.getfile(method)).stem if method.__module__ == "__main__" else method.__module__
+    return f"{module}:{method.__qualname__}"
 
 
 def _imported(spec: str) -> type[Method]:
