@@ -36,6 +36,7 @@ from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evidence.probes.text_files import save_texts
+from jcrosslora.session.files import transfer_files
 from jcrosslora.training import TrainSettings, read_examples, train_lora
 
 # Of the further training: apart from the seeds of adapters, so that no adapter starts from the same factors.
@@ -101,7 +102,7 @@ class Work:
             check_moved_from(out, self.trained(task, pair.source, seed))
             return out
         started = time.monotonic()
-        settings = jcl.TransferSettings(
+        settings = jcl.TransferSettings.of(
             adapter=str(self.trained(task, pair.source, seed)),
             source=pair.source.ref,
             target=pair.target.ref,
@@ -110,9 +111,8 @@ class Work:
             probe_text=self._probe_text(task, row),
             **row.settings,
         )
-        report = jcl.transfer(settings, progress=sys.stderr.isatty()).report
-        text = "" if report is None else jcl.verdict(report).text
-        self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {text}")
+        result = transfer_files(settings, progress=sys.stderr.isatty())
+        self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {result.verdict.text}")
         _forget()
         return out
 
