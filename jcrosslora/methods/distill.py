@@ -1,11 +1,12 @@
 """Distillation: an update of the target fitted to what the adapted source predicts (see `fit.distill`)."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.fit.distill.settings import FitSettings
+from jcrosslora.fit.distill.settings import PER_STEP, FitSettings
 from jcrosslora.methods.base import Measure, Method
 from jcrosslora.methods.update import FinalizeContext, Update
 
@@ -31,7 +32,7 @@ class Distill(FitSettings, Method):
             context.adapter,
             start,
             prompts=context.prompts,
-            settings=self,
+            settings=dataclasses.replace(self, steps=max(self.steps, self.completions // PER_STEP)),
             seed=context.seed,
             progress=context.progress,
         )

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,12 @@ def find_method(name: str) -> type[Method]:
     """
     if ":" in name:
         return register_method(_imported(name))
-    check_known(name, METHODS)
+    if name not in METHODS:
+        names = (AUTO, *METHODS)
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f"did you mean {close[0]}? The methods are" if close else "use one of"
+        msg = f"method {name!r} is unknown; {meant} {', '.join(names)}, or MODULE:CLASS for one of your own"
+        raise MethodError(msg)
     return METHODS[name]
 
 
@@ -138,19 +143,6 @@ def make_chosen(name: str, auto: Auto) -> Method:
     method = find_method(name)
     known = {field.name for field in dataclasses.fields(method)}
     return method(**{key: value for key, value in auto.settings if key in known})
-
-
-def check_known(name: str, names: Collection[str]) -> None:
-    """Refuse a method that is not among the names that can be given.
-
-    Raises:
-        MethodError: `name` is not among them; suggests one that is spelt alike.
-    """
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f"did you mean {close[0]}? The methods are" if close else "use one of"
-        msg = f"method {name!r} is unknown; {meant} {', '.join(names)}, or MODULE:CLASS for one of your own"
-        raise MethodError(msg)
 
 
 def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:
