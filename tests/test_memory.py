@@ -105,10 +105,9 @@ def test_a_move_is_not_lost_for_the_memory_that_its_effect_takes(tmp_path, monke
 
 def test_a_job_that_needs_too_much_fails_alone(house, tmp_path, hooks):
     head = f'out="moved"\n[bases]\nsmall="{house}/small"\nwide="{house}/wide"\n'
-    text = (
-        head
-        + f'[adapters]\nsmall=["{house}/adapters/*"]\n[[moves]]\nfrom="small"\nto="wide"\nmethods=["user_methods:Hooked"]\n'
-    )
+    adapters = f'[adapters]\nsmall=["{house}/adapters/*"]\n'
+    move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["user_methods:Hooked"]\n'
+    text = head + adapters + move
     (tmp_path / "plan.toml").write_text(text)
 
     def fill_for_rank_2(context):

@@ -369,7 +369,7 @@ def test_prolora_on_the_same_base_keeps_both_diagonal_blocks():
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(MethodError, match="'magic' is unknown; use one of cross-lora"):
+    with pytest.raises(MethodError, match="'magic' is unknown; use one of auto, cross-lora"):
         find_method("magic")
 
 
