@@ -141,3 +141,17 @@ def test_whitening_that_cannot_be_done(method, power, wanted):
     with pytest.raises(UsageError) as refused:
         transfer_settings("adapter", "source", "target", "out", method=method, whitening=power)
     assert wanted in str(refused.value)
+
+
+def test_shift_runs_the_fit_of_a_method_that_fits(files):
+    """The transport of such a method maps to zero; the fit is that of a transfer."""
+    base, target, adapter = jcl.open_base(files / "source"), jcl.open_base(files / "target"), files / "adapter"
+    transport = jcl.align(base, target, "residual-fit")
+    assert all(not delta(factors).any() for factors in jcl.apply(transport, jcl.load_adapter(adapter)).values())
+    shifted = jcl.shift(transport, adapter, prompts=CORPUS)
+    moved = jcl.transfer(adapter, base, target, "residual-fit", prompts=CORPUS, effect="never", cache=False)
+    assert shifted.report.fitted == moved.report.fitted is not None
+    assert shifted.texts == moved.texts == tuple(CORPUS)
+    for name, factors in moved.adapter.modules.items():
+        np.testing.assert_allclose(delta(shifted.adapter.modules[name]), delta(factors), rtol=1e-5)
+    assert any(delta(factors).any() for factors in moved.adapter.modules.values())

@@ -19,7 +19,7 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.lineage.pairing import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
@@ -96,6 +96,15 @@ def test_align_and_shift_give_what_a_transfer_gives(files, tmp_path):
     assert again.report.to_json() == moved.report.to_json()
     for name, factors in again.adapter.modules.items():
         np.testing.assert_array_equal(factors.b, moved.adapter.modules[name].b)
+
+
+def test_a_transport_that_has_lost_its_bases_is_for_apply_alone(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter, transport = jcl.load_adapter(files / "adapter"), jcl.align(source, target, "pad-truncate")
+    alone = transport.replace(bases=None)
+    with pytest.raises(MethodError, match=r"lost its bases, which shift needs; use jcrosslora\.apply"):
+        jcl.shift(alone, adapter)
+    assert jcl.apply(alone, adapter).keys() == jcl.shift(transport, adapter).adapter.modules.keys()
 
 
 def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
