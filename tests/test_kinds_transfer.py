@@ -140,12 +140,12 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
     assert [outcome.status for outcome in found.values()] == ["failed", "done"]
     assert "which MLX does not know" in found["adapter--target--pad-truncate"].text or profile == "lora-xs"
-    refused = pytest.raises(OutputError, match=r"does not know: write it in one of the profiles portable, peft, gguf")
-    with refused:
+    said = r"does not know: write it in one of the profiles portable, peft, gguf"
+    with pytest.raises(OutputError, match=said):
         move_files(**where, out=str(tmp_path / "out"), **settings)
     (source, read), (target, also_read) = recorded(source), recorded(target)
     adapter, options = jcl.load_adapter(where["adapter"], source), TransferOptions(out_rank=4)
-    with refused:
+    with pytest.raises(OutputError, match=said):
         PairSession(source, target).transfer(adapter, PadTruncate(), options, profile=profile)
     assert not read.read + also_read.read
     exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
