@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,29 +20,22 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import print_scores, read_task, score
-from jcrosslora.methods import get_method
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.methods import find_method
 
 
-def moved(arguments: argparse.Namespace, folder: Path, console: Console) -> list[tuple[str, jcl.Adapter]]:
+def moved(arguments: argparse.Namespace, console: Console) -> list[tuple[str, jcl.Adapter]]:
     """Every method's adapters, one a seed where the method draws anything, each under a name that says so."""
     found = []
     for name in arguments.method:
-        method = get_method(name)
-        seeds = range(arguments.seeds) if method.runs_bases or method.name == "random" else (0,)
+        method = find_method(name)()
+        draws = method.runs_bases or EvidenceKind.RANDOM_KEY in method.requires
+        seeds = range(arguments.seeds) if draws else (0,)
         for seed in seeds:
-            settings = jcl.TransferSettings(
-                adapter=arguments.adapter,
-                source=arguments.source,
-                target=arguments.target,
-                out=str(folder / f"{name}-{seed}"),
-                method=name,
-                seed=seed,
-            )
-            adapter = jcl.transfer(settings)
-            assert adapter.report is not None
-            console.print(f"{name}, seed {seed}: {jcl.verdict(adapter.report).text}", highlight=False)
+            result = jcl.transfer(arguments.adapter, arguments.source, arguments.target, method, seed=seed)
+            console.print(f"{name}, seed {seed}: {result.verdict.text}", highlight=False)
             label = f"{name}, seed {seed}" if len(seeds) > 1 else name
-            plain = jcl.Adapter(adapter.modules, dataclasses.replace(adapter.info, name=label))
+            plain = jcl.Adapter(result.adapter.modules, dataclasses.replace(result.adapter.info, name=label))
             found.append((name, plain))
     return found
 
@@ -68,7 +60,7 @@ def check(arguments: argparse.Namespace) -> None:
         UsageError: a method that is given twice, or a number below 1.
     """
     for name in arguments.method:
-        get_method(name)
+        find_method(name)
     if len(set(arguments.method)) < len(arguments.method):
         msg = f"--method {' '.join(arguments.method)}: one is given twice; give each once"
         raise jcl.UsageError(msg)
@@ -82,8 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     console = Console(width=140)
     questions = read_task(arguments.task)[: arguments.limit]
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = moved(arguments, Path(folder), console)
+    adapters = moved(arguments, console)
     scores = score(jcl.open_base(arguments.target), questions, [adapter for _, adapter in adapters])
     print_scores(scores, console)
     differences = scores.differences("nll_per_char")[1:]

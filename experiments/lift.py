@@ -1,7 +1,7 @@
 """The lift table: how much of the gain of a LoRA trained on the target does a moved adapter bring?
 
     python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
-        [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method theseus:rank=64 ...]
+        [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method cross-lora:svd_rank=64 ...]
         [--prompts 200 --prompted METHOD] [--text FILE --texted METHOD]
         [--lineage OTHER_TRAIN [--lineage-written] [--lineage-dense]]
         [--markdown TABLE.md]

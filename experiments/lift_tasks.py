@@ -12,8 +12,9 @@ from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.session.settings_file import FIELDS, check_settings
-from jcrosslora.session.transfer import check_method
+from jcrosslora.methods import make_method, setting_fields
+from jcrosslora.session.settings import OWN_FIELDS
+from jcrosslora.session.settings_file import check_settings
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, where there are enough
@@ -76,7 +77,7 @@ class Row:
 
     Attributes:
         name: as printed, and in the names of folders.
-        settings: of `jcl.TransferSettings`, the method among them.
+        settings: flat settings as recipes have them, the method among them.
         prompts: unlabelled train questions to give as probe text; 0 for none.
         text: a file of other texts to give as probe text.
     """
@@ -120,7 +121,7 @@ def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
 
 
 def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
-    """A row from METHOD or METHOD:KEY=VALUE,KEY=VALUE with keys of `jcl.TransferSettings`.
+    """A row from METHOD or METHOD:KEY=VALUE,KEY=VALUE with keys as recipes have them.
 
     Args:
         text: the method with its settings.
@@ -129,15 +130,16 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 
     Raises:
         MethodError: an unknown method.
-        UsageError: a key that is no setting, or that the table sets itself, or one without a value or with one of
-            another type than the setting has.
+        UsageError: a key that is no setting, or none of the method's, or that the table sets itself, or one without a
+            value or with one of another type than the setting has.
     """
     method, _, rest = text.partition(":")
-    check_method(method)
+    make_method(method)
     settings: dict[str, Any] = {"method": method}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
         settings[key] = _value(key, value, f"--method {text}")
+    make_method(method, {key: value for key, value in settings.items() if key not in OWN_FIELDS})
     probed = f", {prompts} prompts" if prompts else f", on {file.stem}" if file else ""
     return Row(text + probed, settings, prompts, file)
 
@@ -145,7 +147,8 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 def _value(key: str, value: str, place: str) -> Any:
     """A number, true, false or null as JSON writes it; anything else is text."""
     own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
-    fields = FIELDS.keys() - {*own}
+    fields = {name: next(iter(by_method.values())) for name, by_method in setting_fields().items()}
+    fields |= {name: field for name, field in OWN_FIELDS.items() if name not in own}
     if key not in fields or not value:
         msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(fields))}"
         raise jcl.UsageError(msg)
@@ -153,7 +156,7 @@ def _value(key: str, value: str, place: str) -> Any:
         found = json.loads(value)
     except ValueError:
         found = value
-    if type(found) is int and FIELDS[key].type is float:
+    if type(found) is int and fields[key].type is float:
         found = float(found)
     if found is not None:
         check_settings({key: found}, place)

@@ -101,7 +101,7 @@ class Work:
             check_moved_from(out, self.trained(task, pair.source, seed))
             return out
         started = time.monotonic()
-        settings = jcl.TransferSettings(
+        settings = jcl.TransferSettings.of(
             adapter=str(self.trained(task, pair.source, seed)),
             source=pair.source.ref,
             target=pair.target.ref,
@@ -110,9 +110,8 @@ class Work:
             probe_text=self._probe_text(task, row),
             **row.settings,
         )
-        report = jcl.transfer(settings, progress=sys.stderr.isatty()).report
-        text = "" if report is None else jcl.verdict(report).text
-        self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {text}")
+        result = transfer_files(settings, progress=sys.stderr.isatty())
+        self._say(f"{row.name}, seed {seed}: moved in {time.monotonic() - started:.0f} s. {result.verdict.text}")
         _forget()
         return out
 

@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["JCROSSLORA_CACHE"] = tempfile.mkdtemp(prefix="jcrosslora-tests-")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,3 +24,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["JCROSSLORA_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def hooks():
+    """A list of functions that the method `user_methods.Hooked` calls with its context for every adapter it moves."""
+    from user_methods import HOOKS
+
+    yield HOOKS
+    HOOKS.clear()

@@ -11,7 +11,6 @@ import numpy as np
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-import jcrosslora.alignment.align
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli.main import main
@@ -75,5 +74,5 @@ if __name__ == "__main__":
     found["devices"] = [jax.local_device_count(), jax.device_count(), hosts.count()]
     (FOLDER / f"found{NUMBER}.json").write_text(json.dumps(found))
     if NUMBER:
-        jcrosslora.alignment.align.load_stack = kill
+        jcl.BaseModel.weight = kill
     main([*COMMAND, "--out", str(FOLDER / "never"), "--no-cache"])

@@ -188,8 +188,8 @@ def test_spoilt_files(name, place, capsys):
 
 # flags: what the line has to hold
 FLAGS = {
-    ("--rank", "0"): ["rank 0", "1 to 48"],
-    ("--rank", "5000"): ["rank 5000", "1 to 48"],
+    ("--svd-rank", "0"): ["svd_rank 0", "1 to 48"],
+    ("--svd-rank", "5000"): ["svd_rank 5000", "1 to 48"],
     ("--out-rank", "0"): ["out rank 0"],
     ("--method", "magic"): ["magic", "cross-lora"],
     ("--method", "copy"): ["copy", "equal shapes", "48 x 48", "56 x 56"],
@@ -214,9 +214,9 @@ def test_impossible_settings(flags, place, capsys):
     ("text", "wanted"),
     [
         ('methd = "copy"', ["methd", "method"]),
-        ("rank = 1.5", ["rank", "1.5"]),
+        ("svd_rank = 1.5", ["svd_rank", "1.5"]),
         ('dtype = "int8"', ["dtype", "int8", "bfloat16"]),
-        ("rank = = 3", ["not TOML"]),
+        ("svd_rank = = 3", ["not TOML"]),
         ("overwrite = 1", ["overwrite", "bool"]),
     ],
 )
@@ -226,11 +226,11 @@ def test_recipes_with_mistakes(text, wanted, place, capsys):
     fails(transfer(place, "--recipe", recipe), capsys, "recipe.toml", *wanted)
 
 
-def test_an_existing_output_is_left_alone_before_any_work(place, capsys, monkeypatch):
+def test_an_existing_output_is_left_alone_before_any_work(place, capsys):
     out = place.parent / "out"
     out.mkdir()
     (out / "adapter_config.json").write_text("precious")
-    monkeypatch.setattr("jcrosslora.session.transfer.load_adapter", lambda *_, **__: pytest.fail("work began"))
+    shutil.rmtree(place / "adapter")  # which would be the error, had work begun
     fails(transfer(place), capsys, str(out), "overwrite")
     assert (out / "adapter_config.json").read_text() == "precious"
 
@@ -269,17 +269,17 @@ def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
     assert everything(place.parent) == before
 
 
-SLOW_ALIGNMENT = """
+SLOW_TRANSFER = """
 import signal, sys, time
-import jcrosslora.alignment.align as module
+from user_methods import HOOKS
 from jcrosslora.cli.main import main
 
-def wait(*_, **__):
-    print("aligning", flush=True)
+def wait(context):
+    print("aligned", flush=True)
     for _ in range(600):  # a signal just before a sleep is seen at its end
         time.sleep(0.1)
 
-module._fit_stack = wait
+HOOKS.append(wait)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 main()
 """
@@ -288,10 +288,11 @@ main()
 def test_ctrl_c_in_the_middle_of_the_work(place):
     """A real signal to a real process: exit 130, one line, nothing left behind."""
     before = everything(place.parent)
-    command = [sys.executable, "-c", SLOW_ALIGNMENT, *map(str, transfer(place))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    given = transfer(place, "--method", "user_methods:Hooked")
+    command, here = [sys.executable, "-c", SLOW_TRANSFER, *map(str, given)], Path(__file__).parent
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
     assert process.stdout is not None
-    assert process.stdout.readline() == "aligning\n"
+    assert process.stdout.readline() == "aligned\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
@@ -313,9 +314,9 @@ def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys,
 
 def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys, monkeypatch):
     monkeypatch.setattr("jcrosslora.cli.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
-    monkeypatch.setattr("jcrosslora.session.transfer.open_base", lambda *_, **__: pytest.fail("a base was read"))
     out = place.parent / "out"
     fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
+    shutil.rmtree(place / "source")  # which would be the error, had it been read
     fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")
 
 

@@ -1,5 +1,6 @@
 """Batches: what a plan means, that a pair is aligned once, and that nothing is lost or redone after a stop."""
 
+import dataclasses
 import io
 import json
 import os
@@ -8,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 from probe_bases import write_base
@@ -17,7 +21,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_transfer import WIDER
 from tiny_bases import delta, random_adapter, write_llama
-from transfers import move_files, transfer_settings
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
@@ -26,6 +30,8 @@ from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
+from jcrosslora.methods import CrossLoRA
+from jcrosslora.session.files import transfer_files
 
 PLAN = """
 out = "moved"
@@ -44,9 +50,13 @@ from = "small"
 to = "wide"
 methods = ["cross-lora"]
 adapters = ["a0", "a2"]
-rank = 8
+svd_rank = 8
 label = "r8"
 """
+
+
+# Moves by a method that calls what a test puts into `hooks` after the maps of each adapter.
+HOOKED = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="user_methods:Hooked"\n'
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +95,7 @@ def test_what_a_plan_means(house, tmp_path):
     plain = [f"a{number}--{target}--pad-truncate" for target in ("wide", "twin") for number in range(4)]
     assert names == [*plain, "a0--wide--cross-lora--r8", "a2--wide--cross-lora--r8"]
     last = plan.jobs[-1].settings
-    assert (last.rank, last.method, last.target_name) == (8, "cross-lora", "org/wide")
+    assert (last.method, last.target_name) == (CrossLoRA(svd_rank=8), "org/wide")
     assert Path(last.out) == tmp_path / "moved" / names[-1]
     assert [len(unit.jobs) for unit in units_of(plan.jobs)] == [4, 4, 2]
     (tmp_path / "x.gguf").touch()
@@ -99,14 +109,20 @@ def test_what_a_plan_means(house, tmp_path):
         ('out = "moved"', "", "out is missing"),
         ("[bases]", "speed = 3\n[bases]", "unknown entry 'wide'|unknown entry 'speed'"),
         ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
-        ("rank = 8", 'rank = "8"', "sets rank to '8'; it must be int"),
-        ("rank = 8", "ranks = 8", "unknown setting 'ranks'"),
-        ("rank = 8", 'out = "x"', "sets out, which"),
+        ("svd_rank = 8", 'svd_rank = "8"', "sets svd_rank to '8'; it must be int"),
+        ("svd_rank = 8", "ranks = 8", "unknown setting 'ranks'"),
+        ("svd_rank = 8", "whitening = 0.1", "sets whitening, which no method of it has: cross-lora"),
+        ("svd_rank = 8", 'out = "x"', "sets out, which"),
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
         ("adapters/*", "nothing/*", "no adapter matches nothing"),
         ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "adapters, names the base 'smal'; the plan has small, wide"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
+        (
+            'methods = ["cross-lora"]',
+            'methods = ["cross-lore"]',
+            "move 2: method 'cross-lore' is unknown",
+        ),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
         ('from = "small"', "from = 3", "from is 3; it must be text"),
@@ -181,50 +197,68 @@ def test_shards_have_every_job_once():
             share_of(units, *wrong)
 
 
-def test_a_batch_gives_what_single_transfers_give_and_aligns_each_pair_once(house, tmp_path, monkeypatch):
+def test_a_batch_gives_what_single_transfers_give(house, tmp_path):
     plan = plan_in(house, tmp_path)
-    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
-    aligned, align = [], run_module.Plan._align
-
-    def counted(self, pairs, *rest):
-        aligned.append((self.method.name, pairs))
-        return align(self, pairs, *rest)
-
-    monkeypatch.setattr(run_module.Plan, "_align", counted)
-    # Every adapter in a chunk of its own.
-    monkeypatch.setattr(run_module, "CHUNK_BYTES", 1)
     summary = run_batch(plan)
     assert summary.count("done") == len(plan.jobs) == 10
-    decomposed = [pairs for method, pairs in aligned if method == "cross-lora"]
-    assert len(decomposed) == len(set(decomposed)) > 1
     for job in plan.jobs:
-        single = move_files(**{**vars(job.settings), "out": str(tmp_path / "one" / job.name)})
+        single = transfer_files(dataclasses.replace(job.settings, out=str(tmp_path / "one" / job.name)))
         moved = jcl.load_adapter(job.settings.out)
-        for name, factors in single.modules.items():
+        for name, factors in single.adapter.modules.items():
             np.testing.assert_allclose(delta(moved.modules[name]), delta(factors), atol=1e-5)
         assert json.loads((Path(job.settings.out) / "transfer_report.json").read_text())["verdict"]
     stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
     assert (stated["done"], stated["failed"]) == (10, 0)
     assert [one["name"] for one in stated["jobs"]] == [job.name for job in plan.jobs]
 
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "moved").rglob("*/*")}
     again = results(tmp_path / "moved")
-    monkeypatch.setattr(run_module, "Plan", None)
-    monkeypatch.setattr(run_module, "write_moved", None)
     assert run_batch(plan).count("kept") == 10
     assert results(tmp_path / "moved") == again
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "moved").rglob("*/*")}
 
 
-@pytest.mark.parametrize(("room", "reads"), [(1, [2, 1]), (1 << 30, [1, 1])])
-def test_adapters_are_read_once_while_there_is_room(house, tmp_path, monkeypatch, room, reads):
-    """What is read again is what is in no chunk with the first."""
-    text = PLAN.replace('"adapters/*"', '"adapters/a0", "adapters/a2"').split("[[moves]]")
-    plan = plan_in(house, tmp_path, text[0] + "[[moves]]" + text[1].replace('["wide", "twin"]', '"wide"'))
-    read, load_for = [], run_module.load_for
-    monkeypatch.setattr(run_module, "load_for", lambda *given: read.append(given[0].adapter[-2:]) or load_for(*given))
+@dataclass(frozen=True)
+class Counted(CrossLoRA):
+    """cross-lora that writes down which weights it is given."""
+
+    name: ClassVar[str] = "counted"
+    seen: ClassVar[list[float]] = []
+
+    def maps(self, evidence):
+        jax.debug.callback(lambda first: self.seen.append(float(first)), evidence.src.weight[0, 0])
+        return super().maps(evidence)
+
+
+@pytest.mark.parametrize("room", [1, 1 << 30])
+def test_a_batch_aligns_each_pair_once(house, tmp_path, monkeypatch, room):
+    """Whether every adapter is in a chunk of its own or all are in one."""
+    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_module, "CHUNK_BYTES", room)
-    assert run_batch(plan).count("done") == 2
-    assert sorted(map(read.count, ("a0", "a2")), reverse=True) == reads
-    assert read.count("a0") == 1
+    Counted.seen.clear()
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="test_batch:Counted"\n'
+    plan = plan_in(house, tmp_path, text)
+    assert run_batch(plan).count("done") == 4
+    jax.effects_barrier()
+    target = jcl.open_base(house / "wide")
+    assert len(set(Counted.seen)) == len(Counted.seen) == len(target.modules)
+    assert run_batch(plan).count("kept") == 4
+    jax.effects_barrier()
+    assert len(Counted.seen) == len(target.modules)
+
+
+@pytest.mark.parametrize(("room", "statuses"), [(1, ["done", "failed"]), (1 << 30, ["done", "done"])])
+def test_adapters_are_read_once_while_there_is_room(house, tmp_path, monkeypatch, hooks, room, statuses):
+    """The second adapter is gone when the first has been moved: there is no room to hold both, or it is not missed."""
+    monkeypatch.setattr(run_module, "CHUNK_BYTES", room)
+    plan_in(house, tmp_path)
+    for name in ("a0", "a2"):
+        shutil.copytree(house / "adapters" / name, tmp_path / "own" / name)
+    text = PLAN.split("[[moves]]")[0].replace("adapters/*", "own/*")
+    text += '[[moves]]\nfrom="small"\nto="wide"\nmethods="user_methods:Hooked"\n'
+    hooks.append(lambda context: shutil.rmtree(tmp_path / "own", ignore_errors=True))
+    found = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    assert [one.status for one in found] == statuses
 
 
 def test_a_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
@@ -269,16 +303,15 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
-def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, monkeypatch):
-    write = run_module.write_moved
+def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, hooks):
+    plan = plan_in(house, tmp_path, HOOKED + 'adapters="a0"\n')
 
-    def write_after_another(*moved):
-        write(*moved)
-        write(*moved)
+    def run_another(context):
+        hooks.clear()
+        assert run_batch(plan).count("done") == 1
 
-    monkeypatch.setattr(run_module, "write_moved", write_after_another)
-    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
-    (outcome,) = run_batch(plan_in(house, tmp_path, text)).outcomes.values()
+    hooks.append(run_another)
+    (outcome,) = run_batch(plan).outcomes.values()
     assert (outcome.status, outcome.text) == ("kept", "")
 
 
@@ -410,25 +443,31 @@ def test_long_names_are_folded_and_not_cut(house, tmp_path):
         assert printed.getvalue().count("b") >= 90
 
 
-def test_an_interrupt_keeps_what_is_done(house, tmp_path, monkeypatch, capsys):
-    plan_in(house, tmp_path)
-    save, written = run_module.write_moved, []
+RESUMED = HOOKED.replace('to="twin"', 'to=["twin", "wide"]') + PLAN[PLAN.rindex("[[moves]]") :]
 
-    def stop_at_third(*given):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(save(*given))
 
-    monkeypatch.setattr(run_module, "write_moved", stop_at_third)
+def raise_at(hooks, places, error):
+    """Raise an error for the adapters whose places are named, counted from 1 over all runs."""
+    count = iter(range(1, 100))
+
+    def stop(context):
+        if next(count) in places:
+            raise error
+
+    hooks.append(stop)
+
+
+def test_an_interrupt_keeps_what_is_done(house, tmp_path, hooks, capsys):
+    plan_in(house, tmp_path, HOOKED)
+    raise_at(hooks, {3}, KeyboardInterrupt)
     with pytest.raises(SystemExit) as exit_info:
         main(["batch", str(tmp_path / "plan.toml")])
     assert exit_info.value.code == 130
     assert "goes on from there" in capsys.readouterr().err
     stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
-    assert (stated["done"], stated["open"]) == (2, 8)
-    monkeypatch.setattr(run_module, "write_moved", save)
+    assert (stated["done"], stated["open"]) == (2, 2)
     summary = run_batch(read_plan(tmp_path / "plan.toml"))
-    assert (summary.count("kept"), summary.count("done")) == (2, 8)
+    assert (summary.count("kept"), summary.count("done")) == (2, 2)
 
 
 # Killed at any point: outputs are those of an undisturbed run, byte by byte.
@@ -472,20 +511,12 @@ def test_killed_at_twenty_points_and_resumed(house, tmp_path):
     assert kill_and_resume(house, tmp_path / "x", rng.uniform(0, 0.9 * most, 20)) == whole
 
 
-def test_a_resumed_run_writes_the_same_bytes(house, tmp_path, monkeypatch):
-    plan = plan_in(house, tmp_path)
+def test_a_resumed_run_writes_the_same_bytes(house, tmp_path, hooks):
+    plan = plan_in(house, tmp_path, RESUMED)
     run_batch(plan)
     whole = results(tmp_path / "moved")
     (tmp_path / "moved").rename(tmp_path / "whole")
-    log, count = run_module.CompletionLog.writing, [0]
-
-    def die(self, job, fingerprint):
-        count[0] += 1
-        if count[0] in (2, 4, 9):
-            raise SystemError
-        return log(self, job, fingerprint)
-
-    monkeypatch.setattr(run_module.CompletionLog, "writing", die)
+    raise_at(hooks, {2, 4, 9}, SystemError)
     for _ in range(3):
         with pytest.raises(SystemError):
             run_batch(plan)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from probe_bases import CORPUS, write_base
+from recording import recorded
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter, write_llama
 from transfers import move_files
@@ -20,8 +21,10 @@ from jcrosslora.cache.digests import FileDigests
 from jcrosslora.cli.main import main
 from jcrosslora.evidence.probes import Probes
 from jcrosslora.evidence.probes.cache import keep_texts
+from jcrosslora.methods import METHODS, CrossLoRA
 
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "layers": 2, "vocab": 64}
+RANK_12 = CrossLoRA(svd_rank=12)
 WIDER = {**SMALL, "hidden": 40, "intermediate": 56, "layers": 3}
 
 
@@ -50,19 +53,33 @@ def cache(tmp_path):
 
 def move(files, out, *, adapter=0, source="source", target="target", **settings):
     places = (files / f"adapter{adapter}", files / source, files / target, out / "moved")
-    move_files(*map(str, places), rank=12, overwrite=True, **settings)
+    move_files(*map(str, places), overwrite=True, **settings)
     return {path.name: path.read_bytes() for path in (out / "moved").iterdir()}
 
 
-def forbid(monkeypatch, *names):
-    def fails(*given, **settings):
-        pytest.fail("this should have come from the cache")
-
-    for name in names:
-        monkeypatch.setattr(name, fails)
+def opened(*folders):
+    """Bases, and the names of all tensors that are read of any of them."""
+    pairs = [recorded(jcl.open_base(folder)) for folder in folders]
+    return [base for base, _ in pairs], lambda: [name for _, store in pairs for name in store.read if "." in name]
 
 
-DECOMPOSE = ("jcrosslora.alignment.align.decompose", "jcrosslora.alignment.factor_cache.decompose")
+def mark(cache):
+    """Double the left singular vectors of all factors that are kept: what is made of them is doubled, exactly."""
+    for entry in cache.entries(["factors"]):
+        loaded = cache.load("factors", entry.key)
+        shutil.rmtree(entry.path)
+        arrays = {name: 2 * array if name == "u" else array for name, array in loaded.arrays.items()}
+        cache.save("factors", entry.key, entry.what, arrays, loaded.facts)
+
+
+def outer(transport):
+    """For each target module the left side of its outer map and the right one."""
+    return {
+        pair.target: (np.asarray(p_out.left)[row], np.asarray(p_out.right)[row])
+        for group in transport.groups
+        for ((p_out, _),) in [group.terms]
+        for row, pair in enumerate(group.pairs)
+    }
 
 
 def arrays_of(transport):
@@ -79,109 +96,109 @@ def assert_same(one, two):
 @pytest.mark.parametrize(
     ("method", "target"), [("cross-lora", "target"), ("lorasuite", "target"), ("prolora", "twin"), ("random", "target")]
 )
-def test_output_is_the_same_without_cache_with_cold_and_with_warm_cache(
-    files, root, tmp_path, monkeypatch, method, target
-):
-    where = {"method": method, "target": target}
+def test_output_is_the_same_without_cache_with_cold_and_with_warm_cache(files, root, tmp_path, method, target):
+    where = {"method": method, "target": target} | ({} if method == "lorasuite" else {"svd_rank": 12})
     none = move(files, tmp_path, cache=False, **where)
     assert not root.exists()
     cold = move(files, tmp_path, **where)
     second = move(files, tmp_path, adapter=1, cache=False, **where)
-    forbid(
-        monkeypatch, *DECOMPOSE, "jcrosslora.alignment.align.shared_vocabulary", "jcrosslora.alignment.align._fit_stack"
-    )
     assert none == cold == move(files, tmp_path, **where)
     assert second == move(files, tmp_path, adapter=1, **where)
+    bases, read = opened(files / "source", files / target)
+    wanted = METHODS[method](**{key: value for key, value in where.items() if key == "svd_rank"})
+    jcl.transfer(files / "adapter0", *bases, wanted)
+    assert not read()
 
 
 def test_damaged_entries_are_computed_again_with_the_same_output(files, root, tmp_path):
-    first = move(files, tmp_path, method="cross-lora")
+    first = move(files, tmp_path, method="cross-lora", svd_rank=12)
     # One that is gone, among others that are there.
     shutil.rmtree(sorted((root / "arrays" / "transport").iterdir())[0])
-    assert first == move(files, tmp_path, method="cross-lora")
+    assert first == move(files, tmp_path, method="cross-lora", svd_rank=12)
     for kind in ("transport", "factors", "vocabulary"):
         for path in (root / "arrays" / kind).glob("*/arrays/d/*"):
             data = bytearray(path.read_bytes())
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
-    assert first == move(files, tmp_path, method="cross-lora")
+    assert first == move(files, tmp_path, method="cross-lora", svd_rank=12)
     found = Cache(root)
     assert [found.verify(entry) for entry in found.entries()] == [None] * len(found.entries())
 
 
-def test_factors_of_a_base_are_reused_in_another_pair(files, cache, monkeypatch):
+def test_factors_of_a_base_are_reused_in_another_pair(files, tmp_path):
     source, target, twin = (jcl.open_base(files / name) for name in ("source", "target", "twin"))
-    jcl.align(source, target, rank=12, cache=cache)
-    plain = jcl.align(twin, target, rank=12)
-    decomposed = []
-    from jcrosslora.alignment import factor_cache as factors
+    plain = jcl.align(twin, target, RANK_12)
+    cache, marked = Cache(tmp_path / "kept"), Cache(tmp_path / "marked")
+    for each in (cache, marked):
+        jcl.align(source, target, RANK_12, cache=each)
+    mark(marked)
+    assert_same(plain, jcl.align(twin, target, RANK_12, cache=cache))
+    # The factors of the target are those that are kept, the twin's are new.
+    found = outer(jcl.align(twin, target, RANK_12, cache=marked))
+    for name, (left, right) in outer(plain).items():
+        np.testing.assert_array_equal(found[name][0], 2 * left)
+        np.testing.assert_array_equal(found[name][1], right)
 
-    real = factors.decompose
-    monkeypatch.setattr(
-        factors, "decompose", lambda stack, *a, **k: decomposed.append(stack.shape) or real(stack, *a, **k)
-    )
-    assert_same(plain, jcl.align(twin, target, rank=12, cache=cache))
-    assert {shape[1:] for shape in decomposed} == {twin.modules[name].shape for name in twin.modules}
 
-
-def test_only_missing_modules_are_decomposed(files, cache, monkeypatch):
+def test_only_missing_modules_are_decomposed(files, tmp_path):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
-    one = [0, None, None]
-    jcl.align(source, target, rank=12, depth=one, cache=cache)
-    plain = jcl.align(source, target, rank=12)
-    from jcrosslora.alignment import factor_cache as factors
+    plain = jcl.align(source, target, RANK_12)
+    cache, marked = Cache(tmp_path / "kept"), Cache(tmp_path / "marked")
+    for each in (cache, marked):
+        jcl.align(source, target, RANK_12, depth=[0, None, None], cache=each)
+    mark(marked)
+    assert_same(plain, jcl.align(source, target, RANK_12, cache=cache))
+    found = outer(jcl.align(source, target, RANK_12, cache=marked))
+    kept = {name for name, (left, _) in outer(plain).items() if np.array_equal(found[name][0], 2 * left)}
+    assert kept == {name for name in target.modules if ".0." in name}
+    fresh = {name for name, (left, _) in outer(plain).items() if np.array_equal(found[name][0], left)}
+    assert fresh == target.modules.keys() - kept
 
-    rows, real = [], factors.decompose
-    monkeypatch.setattr(factors, "decompose", lambda stack, *a, **k: rows.append(len(stack)) or real(stack, *a, **k))
-    found = jcl.align(source, target, rank=12, cache=cache)
-    assert_same(plain, found)
-    assert sum(rows) < 7 * 3 + 7 * 3
 
-
-def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path, monkeypatch):
+def test_bases_are_identified_by_content_not_by_name(files, cache, tmp_path):
     shutil.copytree(files / "source", tmp_path / "renamed")
     config = json.loads((tmp_path / "renamed" / "config.json").read_text())
     (tmp_path / "renamed" / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/other"}))
-    source, renamed, target = map(jcl.open_base, (files / "source", tmp_path / "renamed", files / "target"))
-    first = jcl.align(source, target, rank=12, cache=cache)
-    with monkeypatch.context() as patched:
-        forbid(patched, *DECOMPOSE)
-        assert_same(first, jcl.align(renamed, target, rank=12, cache=cache))
-        with pytest.raises(pytest.fail.Exception):
-            jcl.align(source, target, rank=11, cache=cache)
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    first = jcl.align(source, target, RANK_12, cache=cache)
+    (renamed, other), read = opened(tmp_path / "renamed", files / "target")
+    assert_same(first, jcl.align(renamed, other, RANK_12, cache=cache))
+    assert not read()
+    jcl.align(renamed, other, CrossLoRA(svd_rank=11), cache=cache)
+    assert read()
     weights = load_file(tmp_path / "renamed" / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][3, 4] += 0.5
     save_file(weights, tmp_path / "renamed" / "model.safetensors")
     changed = jcl.open_base(tmp_path / "renamed")
-    assert_same(jcl.align(changed, target, rank=12), jcl.align(changed, target, rank=12, cache=cache))
+    assert_same(jcl.align(changed, target, RANK_12), jcl.align(changed, target, RANK_12, cache=cache))
     with pytest.raises(AssertionError):
-        assert_same(first, jcl.align(changed, target, rank=12, cache=cache))
+        assert_same(first, jcl.align(changed, target, RANK_12, cache=cache))
 
 
-def test_activation_maps_and_depth_map_are_cached_per_texts(tmp_path, cache, monkeypatch):
-    source = jcl.open_base(write_base(tmp_path / "source", 60, seed=0, layers=3))
-    target = jcl.open_base(write_base(tmp_path / "target", 20, bos=True, seed=1, hidden=56, head_dim=14, layers=2))
+def test_activation_maps_and_depth_map_are_cached_per_texts(tmp_path, cache):
+    folders = [
+        write_base(tmp_path / "source", 60, seed=0, layers=3),
+        write_base(tmp_path / "target", 20, bos=True, seed=1, hidden=56, head_dim=14, layers=2),
+    ]
+    (source, target), _ = opened(*folders)
     settings = {"method": "theseus", "depth": "similar", "sources": [n for n in source.modules if "q_proj" in n]}
     probes = Probes(tuple(CORPUS), "given")
     plain = jcl.align(source, target, probes=probes, **settings)
     assert_same(plain, jcl.align(source, target, probes=probes, cache=cache, **settings))
-    forbid(
-        monkeypatch,
-        "jcrosslora.evidence.moments.cross_moments",
-        "jcrosslora.alignment.layer_similarity.layer_similarity",
-    )
-    warm = jcl.align(source, target, probes=probes, cache=cache, **settings)
+    bases, read = opened(*folders)
+    warm = jcl.align(*bases, probes=probes, cache=cache, **settings)
     assert_same(plain, warm)
     assert warm.pairing == plain.pairing
-    with pytest.raises(pytest.fail.Exception):
-        jcl.align(source, target, probes=Probes(tuple(CORPUS[:2]), "given"), cache=cache, **settings)
+    assert not read()  # neither base was run
+    jcl.align(*bases, probes=Probes(tuple(CORPUS[:2]), "given"), cache=cache, **settings)
+    assert read()
 
 
 def test_unwritable_cache_does_not_change_the_output(files, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
-    plain = move(files, tmp_path, method="cross-lora", cache=False)
+    plain = move(files, tmp_path, method="cross-lora", svd_rank=12, cache=False)
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "file"))
-    assert plain == move(files, tmp_path, method="cross-lora")
+    assert plain == move(files, tmp_path, method="cross-lora", svd_rank=12)
     assert caplog.text.count("going on without it") == 1
 
 
@@ -217,9 +234,9 @@ def test_remembered_and_computed_digests_of_a_base_are_equal(files, tmp_path, mo
     monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)
     digests = FileDigests(tmp_path / "digests")
     first = jcl.open_base(files / "source").digest(digests)
-    forbid(monkeypatch, "jcrosslora.checkpoint.mapped.MappedFile.sha256")
-    assert jcl.open_base(files / "source").digest(digests) == first
-    monkeypatch.undo()
+    base, store = recorded(jcl.open_base(files / "source"))
+    assert base.digest(digests) == first
+    assert "sha256s" not in store.read
     assert jcl.open_base(files / "source").digest() == first
 
 
@@ -230,7 +247,7 @@ def run(capsys, *args):
 
 def test_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
     assert "0 entries" in run(capsys, "list")
-    move(files, tmp_path, method="cross-lora")
+    move(files, tmp_path, method="cross-lora", svd_rank=12)
     keep_texts("ab", ["a text"])
     listed = run(capsys, "list")
     for part in ("transport", "cross-lora, rank 12", "factors", "vocabulary", "texts that a base wrote", "MB"):
@@ -259,7 +276,7 @@ def test_command_lists_verifies_and_clears(files, root, tmp_path, capsys):
 
 def test_command_with_no_cache_writes_no_cache(files, root, tmp_path):
     given = [files / "adapter0", "--source", files / "source", "--target", files / "target", "--out", tmp_path / "o"]
-    main(["transfer", *map(str, given), "--method", "cross-lora", "--rank", "12", "--no-cache"])
+    main(["transfer", *map(str, given), "--method", "cross-lora", "--svd-rank", "12", "--no-cache"])
     assert not root.exists()
 
 

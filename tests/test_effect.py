@@ -176,9 +176,8 @@ def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, 
 
 
 def test_an_effect_setting_that_is_none_is_refused_before_anything_is_read(tmp_path):
-    given = transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
     with pytest.raises(UsageError, match="effect 'sometimes' is unknown; use one of auto, always, never"):
-        transfer_files(given)
+        transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
 
 
 def test_many_texts_are_thinned_out_evenly():

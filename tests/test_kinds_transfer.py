@@ -1,8 +1,7 @@
-"""Adapters of other kinds on the whole trip: to another base, in each profile, through Python and the command."""
+"""Adapters of other kinds in whole transfers: to another base, in each profile, through Python and the command."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +9,21 @@ from adapter_folders import delta
 from engine_readers import gguf_factors, in_profile, mlx_factors, peft_factors
 from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
+from recording import recorded
 from tiny_bases import random_adapter, write_llama
 from tiny_models import tiny_model
 from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
-import jcrosslora.batch.run as run_module
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
-from jcrosslora.session import transfer as trip
+from jcrosslora.methods import PadTruncate
 from jcrosslora.session.files import transfer_files
+from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import translated, with_invocation
 
 pytestmark = [
@@ -47,7 +48,7 @@ def house(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
+def test_every_kind_survives_a_transfer_in_each_profile(tmp_path, house, kind):
     _, source, target, transport = house
     make_adapter(next(iter(MADE[kind].values()))(), tmp_path / "adapter")
     adapter = jcl.load_adapter(tmp_path / "adapter", source, rank=FULL)
@@ -57,10 +58,10 @@ def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
     wanted = {name: delta(factors) for name, factors in adapter.modules.items() if name in target.modules}
     if kind == "aLoRA":
         with pytest.raises(jcl.OutputError, match="MLX does not know"):
-            jcl.save_adapter(moved, tmp_path / "mlx", profile="mlx")
+            moved.save(tmp_path / "mlx", profile="mlx")
     heads = target.dims.heads, target.dims.kv_heads
     for profile in PROFILES if kind != "aLoRA" else PROFILES.keys() - {"mlx"}:
-        out = jcl.save_adapter(moved, tmp_path / profile, profile=profile)
+        out = moved.save(tmp_path / profile, profile=profile)
         back, by_documentation = jcl.load_adapter(out), PROFILES[profile](out, heads)
         assert back.modules.keys() == wanted.keys()
         assert len(by_documentation) == len(wanted)
@@ -126,8 +127,8 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
 
 
 @pytest.mark.parametrize("profile", ["mlx", "lora-xs"])
-def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized, monkeypatch, profile):
-    folder, source, _, _ = tokenized
+def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized, profile):
+    folder, source, target, _ = tokenized
     where = {name: str(folder / name) for name in ("adapter", "source", "target")}
     settings = {"method": "pad-truncate", "profile": profile, "out_rank": 4}
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
@@ -139,9 +140,14 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
     assert [outcome.status for outcome in found.values()] == ["failed", "done"]
     assert "which MLX does not know" in found["adapter--target--pad-truncate"].text or profile == "lora-xs"
-    monkeypatch.delattr(trip, "plan_of")
-    with pytest.raises(OutputError, match=r"does not know: write it in one of the profiles portable, peft, gguf"):
+    said = r"does not know: write it in one of the profiles portable, peft, gguf"
+    with pytest.raises(OutputError, match=said):
         move_files(**where, out=str(tmp_path / "out"), **settings)
+    (source, read), (target, also_read) = recorded(source), recorded(target)
+    adapter, options = jcl.load_adapter(where["adapter"], source), TransferOptions(out_rank=4)
+    with pytest.raises(OutputError, match=said):
+        PairSession(source, target).transfer(adapter, PadTruncate(), options, profile=profile)
+    assert not read.read + also_read.read
     exported = jcl.ExportSettings((where["adapter"],), str(tmp_path / "out"), profile=profile, out_rank=4)
     with pytest.raises(OutputError, match="aLoRA"):
         jcl.export_adapter(dataclasses.replace(exported, base=where["source"]))
@@ -152,44 +158,37 @@ def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
     """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
     folder, source, target, _ = tokenized
     assert jcl.compare_bases(source, target).choice.method == "distill"
-    where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
+    where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"svd_rank": 8}
     moved = move_files(**where, out=str(tmp_path / "auto"))
     assert moved.report.recipe.method == "cross-lora"
     assert "no base can be run with an adapter that acts only after its invocation tokens" in moved.report.choice
     named = move_files(**where, out=str(tmp_path / "named"), method="cross-lora")
-    for name, factors in named.modules.items():
-        np.testing.assert_array_equal(delta(moved.modules[name]), delta(factors))
-    assert moved.info.invocation == named.info.invocation
+    for name, factors in named.adapter.modules.items():
+        np.testing.assert_array_equal(delta(moved.adapter.modules[name]), delta(factors))
+    assert moved.adapter.info.invocation == named.adapter.info.invocation
     with pytest.raises(MethodError, match=r"effect of .* cannot be measured"):
         move_files(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always")
 
 
-def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized, monkeypatch):
+def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized):
     folder, source, _, _ = tokenized
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
     bases = "".join(f'{name} = "{folder / name}"\n' for name in ("source", "target"))
     adapters = f'source = ["{folder / "adapter"}", "{tmp_path / "plain"}"]\n'
-    move = '[[moves]]\nfrom = "source"\nto = "target"\nrank = 8\n'
+    move = '[[moves]]\nfrom = "source"\nto = "target"\nsvd_rank = 8\ncompletions = 16\n'
     (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
-    alone, read, load_for = [], [], run_module.load_for
-
-    def fitted(settings, **_):
-        alone.append(Path(settings.adapter).name)
-        msg = "not here"
-        raise MethodError(msg)
-
-    monkeypatch.setattr(run_module, "transfer", fitted)
-    monkeypatch.setattr(run_module, "load_for", lambda *given: read.append(given[0].adapter) or load_for(*given))
-    found = run_batch(read_plan(tmp_path / "plan.toml")).outcomes
-    assert alone == ["plain"]
-    assert {name.split("--")[0]: outcome.status for name, outcome in found.items()} == {
-        "adapter": "done",
-        "plain": "failed",
+    assert run_batch(read_plan(tmp_path / "plan.toml")).count("done") == 2
+    reports = {
+        name: json.loads((tmp_path / "moved" / f"{name}--target--auto" / "transfer_report.json").read_text())
+        for name in ("adapter", "plain")
     }
-    report = json.loads((tmp_path / "moved" / "adapter--target--auto" / "transfer_report.json").read_text())
-    assert report["recipe"]["method"] == "cross-lora"
-    assert "invocation tokens" in report["choice"]
-    assert len(read) == len(set(read)) == 2
+    assert {name: report["recipe"]["method"] for name, report in reports.items()} == {
+        "adapter": "cross-lora",
+        "plain": "distill",
+    }
+    assert reports["adapter"]["recipe"]["settings"] == {"svd_rank": 8}
+    assert reports["plain"]["recipe"]["settings"]["completions"] == 16
+    assert "invocation tokens" in reports["adapter"]["choice"]
 
 
 def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):

@@ -257,24 +257,26 @@ def test_a_row_on_a_text_file_that_has_changed_is_another_row(tmp_path):
 
 
 def test_rows():
-    row = lift_tasks.parse_row("cross-lora:rank=64,calibrate=none,depth=by-name", 200)
-    assert row.settings == {"method": "cross-lora", "rank": 64, "calibrate": "none", "depth": "by-name"}
-    assert row.name == "cross-lora:rank=64,calibrate=none,depth=by-name, 200 prompts"
-    assert row.slug == "cross-lora-rank=64-calibrate=none-depth=by-name-200-prompts"
-    texted = lift_tasks.parse_row("theseus:rank=64", file=Path("some/news.txt"))
-    assert (texted.name, texted.text) == ("theseus:rank=64, on news", Path("some/news.txt"))
+    row = lift_tasks.parse_row("cross-lora:svd_rank=64,calibrate=none,depth=by-name", 200)
+    assert row.settings == {"method": "cross-lora", "svd_rank": 64, "calibrate": "none", "depth": "by-name"}
+    assert row.name == "cross-lora:svd_rank=64,calibrate=none,depth=by-name, 200 prompts"
+    assert row.slug == "cross-lora-svd_rank=64-calibrate=none-depth=by-name-200-prompts"
+    texted = lift_tasks.parse_row("theseus:whitening=0.2", file=Path("some/news.txt"))
+    assert (texted.name, texted.text) == ("theseus:whitening=0.2, on news", Path("some/news.txt"))
     assert lift_tasks.parse_row("theseus") == lift_tasks.Row("theseus", {"method": "theseus"})
-    for bad in ("theseus:seed=1", "theseus:rank", "theseus:speed=2"):
+    for bad in ("theseus:seed=1", "theseus:whitening", "theseus:speed=2"):
         with pytest.raises(jcl.UsageError, match=f"--method {bad}: wanted KEY=VALUE"):
             lift_tasks.parse_row(bad)
     assert lift_tasks.parse_row("copy:scale=2,out_rank=auto").settings == {"method": "copy", "scale": 2.0} | {
         "out_rank": "auto"
     }
-    for bad, wanted in (("theseus:rank=many", "rank to 'many'"), ("copy:calibrate=1", "calibrate to 1")):
+    for bad, wanted in (("cross-lora:svd_rank=many", "svd_rank to 'many'"), ("copy:calibrate=1", "calibrate to 1")):
         with pytest.raises(jcl.UsageError, match=f"--method {bad} sets {wanted}; it must be"):
             lift_tasks.parse_row(bad)
     with pytest.raises(jcl.MethodError, match="'theseuss' is unknown"):
-        lift_tasks.parse_row("theseuss:rank=64")
+        lift_tasks.parse_row("theseuss:whitening=0.2")
+    with pytest.raises(jcl.UsageError, match="method theseus has no setting svd_rank; its settings are whitening"):
+        lift_tasks.parse_row("theseus:svd_rank=64")
 
 
 def test_a_written_example_is_json_and_matched_as_a_whole():

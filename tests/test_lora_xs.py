@@ -6,17 +6,19 @@ import tomllib
 
 import numpy as np
 import pytest
+from recording import recorded
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
-import jcrosslora.shifting.lora_xs_span as span
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.session.files import transfer_files
+from jcrosslora.session.pair_session import PairSession
+from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.lora_xs_span import frozen_factors
 
 K = 30  # more than the 24 rows of k_proj and v_proj, less than the short side of any other
@@ -148,10 +150,10 @@ def test_the_commands_say_what_was_kept(files, tmp_path, capsys):
     assert f"cut: the span of the top {K} singular vectors" in capsys.readouterr().out
     report = json.loads((tmp_path / "t" / "transfer_report.json").read_text())
     assert report["out_rank"] == K
-    assert report["cut"]["shares"].keys() == {row["target"] for row in report["rows"]}
+    assert report["truncation"]["shares"].keys() == {row["target"] for row in report["rows"]}
     # The maps left the update as it was.
     whole, left = (sum(row[field] ** 2 for row in report["rows"]) for field in ("norm_before", "norm_after"))
-    assert report["cut"]["kept"] == pytest.approx(left / whole, rel=1e-4)
+    assert report["truncation"]["kept"] == pytest.approx(left / whole, rel=1e-4)
     assert "peft leaves out its R" in report["warnings"][-1]
     recipe = tomllib.loads(report["recipe_toml"])
     assert (recipe["profile"], recipe["out_rank"]) == ("lora-xs", K)
@@ -174,7 +176,7 @@ def test_the_commands_say_what_was_kept(files, tmp_path, capsys):
     assert "LoRA-XS's or BeamLoRA's own repository" in engines["PEFT"].reasons[0]
 
 
-def transfer_settings(files, out, **changes) -> jcl.TransferSettings:
+def lora_xs_settings(files, out, **changes) -> jcl.TransferSettings:
     names = {"adapter": "source-adapter", "source": "source", "target": "target"}
     paths = {key: str(files / name) for key, name in names.items()}
     wanted = {"method": "pad-truncate", "profile": "lora-xs", "out_rank": K}
@@ -182,19 +184,30 @@ def transfer_settings(files, out, **changes) -> jcl.TransferSettings:
 
 
 def test_a_transfer_writes_what_it_says_it_moved(files, tmp_path):
-    moved = transfer_files(transfer_settings(files, tmp_path / "o", calibrate="frobenius", target=str(files / "phi3")))
+    moved = transfer_files(lora_xs_settings(files, tmp_path / "o", calibrate="frobenius", target=str(files / "phi3")))
     base = jcl.open_base(files / "phi3")
-    written, wanted = jcl.load_adapter(tmp_path / "o").modules, fuse(moved.modules, base.fused)
+    written, wanted = jcl.load_adapter(tmp_path / "o").modules, fuse(moved.adapter.modules, base.fused)
     assert written.keys() == wanted.keys()
     for name, factors in written.items():
         np.testing.assert_allclose(delta(factors), delta(wanted[name]), rtol=0, atol=1e-4)
     for row in moved.report.rows:
-        assert update_norm(moved.modules[row.target]) == pytest.approx(row.norm_after, rel=1e-4) != row.norm_before
+        assert (
+            update_norm(moved.adapter.modules[row.target]) == pytest.approx(row.norm_after, rel=1e-4) != row.norm_before
+        )
 
 
-def test_a_batch_writes_what_a_transfer_writes_and_decomposes_the_target_once(files, tmp_path, monkeypatch):
-    made, frozen = [], span._frozen
-    monkeypatch.setattr(span, "_frozen", lambda base, name, rank: made.append(name) or frozen(base, name, rank))
+def test_the_target_is_decomposed_once_for_all_adapters(files):
+    source, (target, store) = jcl.open_base(files / "source"), recorded(jcl.open_base(files / "target"))
+    transport = jcl.align(source, target, "pad-truncate")
+    store.read.clear()
+    session, options = PairSession(source, target), TransferOptions(out_rank=K)
+    for seed in range(2):
+        move = session.start(random_adapter(source, seed=seed), transport.method, options, "lora-xs")
+        session.finish_aligned(move, transport)
+    assert sorted(store.read) == sorted(f"{name}.weight" for name in target.modules)
+
+
+def test_a_batch_writes_what_a_transfer_writes(files, tmp_path):
     jcl.save_adapter(random_adapter(jcl.open_base(files / "source"), seed=5), tmp_path / "second")
     plan = f"""
 out = "moved"
@@ -212,8 +225,7 @@ out_rank = {K}
 """
     (tmp_path / "plan.toml").write_text(plan)
     assert run_batch(read_plan(tmp_path / "plan.toml")).count("done") == 2
-    assert sorted(made) == sorted(jcl.open_base(files / "target").modules)
-    transfer_files(transfer_settings(files, tmp_path / "o"))
+    transfer_files(lora_xs_settings(files, tmp_path / "o"))
     (found,) = (tmp_path / "moved").glob("source-adapter*/adapter_model.safetensors")
     want = load_file(tmp_path / "o" / "adapter_model.safetensors")
     for key, tensor in load_file(found).items():
@@ -236,7 +248,7 @@ def test_what_cannot_be_written_is_refused(files, tmp_path):
         with pytest.raises(error, match=said):
             jcl.export_adapter(dataclasses.replace(settings, **change))
     with pytest.raises(UsageError, match="without an out rank"):
-        transfer_files(transfer_settings(files, tmp_path / "o", out_rank=None))
+        transfer_files(lora_xs_settings(files, tmp_path / "o", out_rank=None))
     base = jcl.open_base(files / "target")
     adapter = random_adapter(base)
     one, two = (frozen_factors(base, adapter.modules, rank) for rank in (2, 3))

@@ -9,9 +9,9 @@ from tiny_bases import ROLES, delta, llama_tensors, random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
+from jcrosslora.evidence.heads import embedding_map
 from jcrosslora.evidence.records import Evidence, HeadMatch, Side, Vocabulary
 from jcrosslora.methods import METHODS
-from jcrosslora.methods.lorasuite import embedding_map
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS, LAYERS, VOCAB = 4, 2, 6, 40, 56, 2, 96
 DIMS = {
@@ -219,10 +219,10 @@ def theory(source, name, maps, update, *, exact):
 def test_a_planted_symmetry_is_recovered_as_far_as_the_equations_allow(planted):
     """Attention: exactly where heads are orthonormal, else up to W W'. MLP: what the neurons can express."""
     source, _, maps, adapter, moved, exact = planted
-    assert set(moved.modules) == set(maps)
+    assert set(moved.adapter.modules) == set(maps)
     for name in maps:
         want = theory(source, name, maps, delta(adapter.modules[name]), exact=exact)
-        np.testing.assert_allclose(delta(moved.modules[name]), want, atol=2e-3 * np.abs(want).max())
+        np.testing.assert_allclose(delta(moved.adapter.modules[name]), want, atol=2e-3 * np.abs(want).max())
 
 
 def test_the_verdict_knows_related_heads(planted):
@@ -248,11 +248,12 @@ def test_unrelated_bases_of_other_shapes_are_called_unrelated(tmp_path, dims):
         jcl.open_base(write_llama(tmp_path / n, seed=i, **d)) for i, (n, d) in enumerate((("s", DIMS), ("t", dims)))
     ]
     moved = jcl.shift(jcl.align(*bases, method="lorasuite"), random_adapter(bases[0]))
-    assert {name: factors.shape for name, factors in moved.modules.items()} == {
+    assert {name: factors.shape for name, factors in moved.adapter.modules.items()} == {
         name: module.shape for name, module in bases[1].modules.items()
     }
     assert all(
-        np.isfinite(np.asarray(f.a)).all() and np.isfinite(np.asarray(f.b)).all() for f in moved.modules.values()
+        np.isfinite(np.asarray(f.a)).all() and np.isfinite(np.asarray(f.b)).all()
+        for f in moved.adapter.modules.values()
     )
     assert jcl.verdict(moved.report).level in ("chance", "weak")
 

@@ -12,13 +12,12 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.batch import run as batch_module
 from jcrosslora.cli.main import main
 from jcrosslora.evaluate import effect_check
-from jcrosslora.session import transfer as trip
 from jcrosslora.session.files import transfer_files
 from jcrosslora.utils.memory import enough_memory
 
+TEXTS = ["Anna said that the water boils.", "Peter has a dog."] * 8
 TOO_MANY = 2**46  # numbers; no machine has that
 
 
@@ -67,18 +66,20 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["cross-lora", "theseus"])
-def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(house, tmp_path, monkeypatch, capsys, method):
-    monkeypatch.setattr(trip, "open_both", fill_device)
-    places = ["--source", str(house / "small"), "--target", str(house / "wide"), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("method", ["Hooked", "HookedOnText"])
+def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, hooks, capsys, method):
+    hooks.append(fill_device)
+    given = move_in(tmp_path, "copy", TEXTS)
+    places = ["--source", given.source, "--target", given.target, "--out", given.out, "--probe-text", given.probe_text]
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as left:
-        main(["transfer", str(house / "adapters" / "a0"), *places, "--method", method])
+        main(["transfer", given.adapter, *places, "--method", f"user_methods:{method}"])
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jcrosslora: not enough memory (")
     # One that looks at weights alone needs the least there is.
-    assert ("such as cross-lora" in line) == (method == "theseus")
-    assert not list(tmp_path.iterdir())
+    assert ("such as cross-lora" in line) == (method == "HookedOnText")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_every_command_reports_short_memory(house, monkeypatch, capsys):
@@ -90,7 +91,7 @@ def test_every_command_reports_short_memory(house, monkeypatch, capsys):
 
 
 def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
-    given = move_in(tmp_path, "residual-fit", ["Anna said that the water boils.", "Peter has a dog."] * 8)
+    given = move_in(tmp_path, "residual-fit", TEXTS)
     monkeypatch.setattr(effect_check, "load_params", fill_device)
     report = transfer_files(given).report
     assert report.effect is None
@@ -102,21 +103,20 @@ def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypa
     assert not (tmp_path / "again").exists()
 
 
-def test_a_batch_job_that_runs_out_of_memory_fails_alone(house, tmp_path, monkeypatch):
+def test_a_batch_job_that_runs_out_of_memory_fails_alone(house, tmp_path, hooks):
     head = f'out="moved"\n[bases]\nsmall="{house}/small"\nwide="{house}/wide"\n'
-    text = (
-        head + f'[adapters]\nsmall=["{house}/adapters/*"]\n[[moves]]\nfrom="small"\nto="wide"\nmethods=["cross-lora"]\n'
-    )
+    adapters = f'[adapters]\nsmall=["{house}/adapters/*"]\n'
+    move = '[[moves]]\nfrom="small"\nto="wide"\nmethods=["user_methods:Hooked"]\n'
+    text = head + adapters + move
     (tmp_path / "plan.toml").write_text(text)
-    behind = batch_module.fit_behind
 
-    def fill_once(method, source, target, adapter, moved, **given):
-        rank = next(iter(adapter.modules.values())).rank
-        return fill_device() if rank == 2 else behind(method, source, target, adapter, moved, **given)
+    def fill_for_rank_2(context):
+        if next(iter(context.adapter.modules.values())).rank == 2:
+            fill_device()
 
-    monkeypatch.setattr(batch_module, "fit_behind", fill_once)
+    hooks.append(fill_for_rank_2)
     first, second = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     assert (first.status, second.status) == ("failed", "done")
     assert first.text.startswith("not enough memory (")
-    monkeypatch.undo()
+    hooks.clear()
     assert [one.status for one in run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()] == ["done", "kept"]

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from user_methods import HalfCopy
 
 from jcrosslora.alignment.agreement import measure
 from jcrosslora.errors import MethodError
+from jcrosslora.evidence.heads import embedding_map
+from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.evidence.records import Activations, Evidence, Selection, Side, Vocabulary
 from jcrosslora.linalg import decompose
-from jcrosslora.methods import METHODS, get_method
-from jcrosslora.methods.lorasuite import embedding_map
+from jcrosslora.methods import METHODS, Theseus, find_method
 
 RANK = 5
 EQUAL, WIDER, NARROWER = ((14, 9), (14, 9)), ((10, 8), (15, 12)), ((15, 12), (10, 8))
@@ -30,12 +32,13 @@ def side(weight, decomposed, rank=RANK, gain=None):
 
 def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     src, tgt = normal(*shapes[0], seed=seed), normal(*shapes[1], seed=seed + 1)
-    sides = side(src, method.decomposes, rank), side(tgt, method.decomposes, rank)
-    seen = activations(shapes, seed) if method.activations else None
-    if method.embeddings:
+    wanted = method.requires
+    sides = [side(weight, EvidenceKind.SINGULAR_VECTORS in wanted, rank) for weight in (src, tgt)]
+    seen = activations(shapes, seed) if EvidenceKind.ACTIVATIONS in wanted else None
+    if EvidenceKind.EMBEDDING_MAP in wanted:
         vocabulary = with_stream(shapes[0][1], shapes[1][1], seed)
-    chosen = selection(shapes, seed) if method.selects else None
-    key = jax.random.key(seed) if method.draws else None
+    chosen = selection(shapes, seed) if EvidenceKind.SELECTION in wanted else None
+    key = jax.random.key(seed) if EvidenceKind.RANDOM_KEY in wanted else None
     return Evidence(*sides, vocabulary, seen, key, reads=True, rank=rank, selection=chosen)
 
 
@@ -73,58 +76,59 @@ def usable(method):
     return [EQUAL] if method.equal_shapes else [EQUAL, WIDER, NARROWER]
 
 
-CASES = [(method, shapes) for method in METHODS.values() for shapes in usable(method)]
+# One of a user's own has to keep the contract as well.
+CASES = [(method(), shapes) for method in (*METHODS.values(), HalfCopy) for shapes in usable(method)]
 contract = pytest.mark.parametrize(("method", "shapes"), CASES, ids=lambda value: getattr(value, "name", str(value)))
 
 
-def apply(fit, update):
+def apply(maps, update):
     """The moved update in full: sum of P_out dW P_in'."""
-    return sum(np.asarray(p_in(p_out(jnp.asarray(update)).T).T) for p_out, p_in in fit.terms)
+    return sum(np.asarray(p_in(p_out(jnp.asarray(update)).T).T) for p_out, p_in in maps.terms)
 
 
 @contract
 def test_maps_have_the_shapes_and_dtypes_of_the_pair(method, shapes):
-    fit = method.fit(evidence(method, shapes))
-    for p_out, p_in in fit.terms:
+    found = method.maps(evidence(method, shapes))
+    for p_out, p_in in found.terms:
         for linear_map, axis in ((p_out, 0), (p_in, 1)):
             moved = linear_map(jnp.ones((shapes[0][axis], 3)))
             assert moved.shape == (shapes[1][axis], 3)
             assert moved.dtype == jnp.float32
-    assert fit.vector_ratio.shape == ()
+    assert found.vector_ratio.shape == ()
 
 
 @contract
 def test_jit_and_vmap_change_nothing(method, shapes):
     items = [evidence(method, shapes, seed=seed) for seed in (0, 10)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *items)
-    batched = jax.jit(jax.vmap(method.fit))(stacked)
+    batched = jax.jit(jax.vmap(method.maps))(stacked)
     update = normal(*shapes[0], seed=7)
     for place, item in enumerate(items):
         one = jax.tree.map(lambda leaf, place=place: leaf[place], batched)
-        np.testing.assert_allclose(apply(one, update), apply(method.fit(item), update), atol=1e-4)
+        np.testing.assert_allclose(apply(one, update), apply(method.maps(item), update), atol=1e-4)
 
 
 @contract
 def test_the_same_evidence_gives_the_same_maps(method, shapes):
-    first, second = (method.fit(evidence(method, shapes)) for _ in range(2))
+    first, second = (method.maps(evidence(method, shapes)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @contract
 def test_the_map_is_linear_in_the_update(method, shapes):
-    fit = method.fit(evidence(method, shapes))
+    found = method.maps(evidence(method, shapes))
     x, y = normal(*shapes[0], seed=1), normal(*shapes[0], seed=2)
-    np.testing.assert_allclose(apply(fit, 2 * x - y), 2 * apply(fit, x) - apply(fit, y), atol=1e-4)
+    np.testing.assert_allclose(apply(found, 2 * x - y), 2 * apply(found, x) - apply(found, y), atol=1e-4)
 
 
 @contract
 def test_agreement_is_defined_or_says_that_it_is_not(method, shapes):
     item = evidence(method, shapes)
-    figures = measure(item, method.fit(item), by_coordinates=method.measure == "weight cosine")
-    assert math.isnan(float(figures.energy_src)) == (not method.decomposes)
+    figures = measure(item, method.maps(item), by_coordinates=method.measure == "weight cosine")
+    assert math.isnan(float(figures.energy_src)) == (EvidenceKind.SINGULAR_VECTORS not in method.requires)
     if method.measure == "weight cosine" or method.equal_shapes:
         assert abs(float(figures.weight_cosine)) <= 1
-    if method.decomposes and shapes == EQUAL:
+    if EvidenceKind.SINGULAR_VECTORS in method.requires and shapes == EQUAL:
         assert float(figures.similarity_out) > 0
 
 
@@ -159,6 +163,10 @@ def reference_pad_truncate(w_src, w_tgt, update):
     rows, columns = np.minimum(w_src.shape, w_tgt.shape)
     moved[:rows, :columns] = update[:rows, :columns]
     return moved
+
+
+def reference_half_copy(w_src, w_tgt, update):
+    return HalfCopy().share * reference_pad_truncate(w_src, w_tgt, update)
 
 
 def reference_index_interp(w_src, w_tgt, update):
@@ -215,6 +223,7 @@ REFERENCES = {
     "distilled-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
     "index-interp": reference_index_interp,
+    "half-copy": reference_half_copy,
 }
 
 
@@ -226,33 +235,39 @@ ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"residual-fit", "distill"}
 def test_against_the_numpy_reference(method, shapes):
     item = evidence(method, shapes)
     update = normal(*shapes[0], seed=5)
-    if method.activations:
+    if EvidenceKind.ACTIVATIONS in method.requires:
         want = reference_theseus(item.activations, update.astype(np.float64))
-    elif method.embeddings:
+    elif EvidenceKind.EMBEDDING_MAP in method.requires:
         want = reference_lorasuite(item, update.astype(np.float64))
-    elif method.selects:
+    elif EvidenceKind.SELECTION in method.requires:
         want = reference_select(item, update.astype(np.float64))
     elif method.name in NOTHING:
         want = np.zeros(shapes[1])
     else:
         weights = np.asarray(item.src.weight), np.asarray(item.tgt.weight)
         want = REFERENCES[method.name](*weights, update.astype(np.float64))
-    np.testing.assert_allclose(apply(method.fit(item), update), want, atol=2e-4)
+    np.testing.assert_allclose(apply(method.maps(item), update), want, atol=2e-4)
 
 
 def test_every_method_has_a_reference_or_is_the_random_one():
-    assert set(METHODS) == set(REFERENCES) | ELSEWHERE | NOTHING | {"theseus", "lorasuite", "select", "random"}
+    shipped = {name for name, method in METHODS.items() if method.__module__.startswith("jcrosslora.")}
+    assert shipped | {HalfCopy.name} == set(REFERENCES) | ELSEWHERE | NOTHING | {
+        "theseus",
+        "lorasuite",
+        "select",
+        "random",
+    }
 
 
 def test_random_maps_are_partial_isometries_that_depend_on_the_key():
-    method = get_method("random")
+    method = METHODS["random"]()
     item = evidence(method, WIDER)
-    ((p_out, p_in),) = method.fit(item).terms
+    ((p_out, p_in),) = method.maps(item).terms
     for linear_map, size in ((p_out, 10), (p_in, 8)):
         singular = np.linalg.svd(np.asarray(linear_map(jnp.eye(size))), compute_uv=False)
         np.testing.assert_allclose(singular[:RANK], 1, atol=1e-5)
         np.testing.assert_allclose(singular[RANK:], 0, atol=1e-5)
-    other = method.fit(item.replace(key=jax.random.key(99))).terms[0][0]
+    other = method.maps(item.replace(key=jax.random.key(99))).terms[0][0]
     assert np.abs(np.asarray(other.left) - np.asarray(p_out.left)).max() > 0.1
 
 
@@ -286,11 +301,11 @@ def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
     e_src = normal(200, 9, seed=seed + 50) + 3.0
     vocabulary = vocabulary_of(e_src, e_src @ rotation.T)
     sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 1)
-    fit = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
+    found = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
     coefficients = normal(9, 9, seed=seed)
     update = np.asarray(sides[0].svd.u) @ coefficients @ np.asarray(sides[0].svd.v).T
-    np.testing.assert_allclose(apply(fit, update), (update @ rotation.T)[order], atol=2e-3)
-    assert float(fit.vector_ratio) > 20
+    np.testing.assert_allclose(apply(found, update), (update @ rotation.T)[order], atol=2e-3)
+    assert float(found.vector_ratio) > 20
 
 
 def test_gains_between_stream_and_module_are_part_of_the_anchor():
@@ -301,18 +316,18 @@ def test_gains_between_stream_and_module_are_part_of_the_anchor():
     # The tokens as the modules see them: embeddings times gain. Divide the gain out of the embeddings first.
     vocabulary = vocabulary_of(e_src / np.asarray(gain_src), e_src @ rotation.T / np.asarray(gain_tgt))
     sides = side(w_src, True, 9, gain_src), side(w_tgt, True, 9, gain_tgt)
-    fit = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
-    assert float(fit.vector_ratio) > 20
+    found = METHODS["cross-lora"]().maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=9))
+    assert float(found.vector_ratio) > 20
 
 
 def test_independent_bases_are_at_chance_level():
-    method = get_method("cross-lora")
+    method = METHODS["cross-lora"]()
     w_src, w_tgt = normal(60, 40, seed=0), normal(60, 48, seed=1)
     vocabulary = vocabulary_of(normal(500, 40, seed=2), normal(500, 48, seed=3))
     sides = side(w_src, True, 40), side(w_tgt, True, 40)
     sides = sides[0], sides[1].replace(gain=jnp.ones(48))
-    fit = method.fit(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=40))
-    assert 0.5 < float(fit.vector_ratio) < 1.7
+    found = method.maps(Evidence(*sides, vocabulary, None, jax.random.key(0), reads=True, rank=40))
+    assert 0.5 < float(found.vector_ratio) < 1.7
 
 
 def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_unknown():
@@ -321,9 +336,9 @@ def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_un
     moved = []
     for seed in (0, 1):
         sides = scramble(side(w_src, True, 9), seed), scramble(side(w_tgt, True, 9), seed + 7)
-        fit = METHODS["cross-lora"]().maps(Evidence(*sides, None, None, jax.random.key(0), reads=True, rank=9))
-        moved.append(apply(fit, update))
-        assert math.isnan(float(fit.vector_ratio))
+        found = METHODS["cross-lora"]().maps(Evidence(*sides, None, None, jax.random.key(0), reads=True, rank=9))
+        moved.append(apply(found, update))
+        assert math.isnan(float(found.vector_ratio))
     np.testing.assert_allclose(moved[0], moved[1], atol=1e-5)
 
 
@@ -333,35 +348,35 @@ def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_un
 @pytest.mark.parametrize("name", ["copy", "pad-truncate", "index-interp", "cross-lora", "lora-x"])
 def test_the_same_base_on_both_sides(name):
     """Coordinate methods return the update; subspace methods its projection on the base's singular subspaces."""
-    method = get_method(name)
+    method = METHODS[name]()
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
-    both = side(weight, method.decomposes)
-    fit = method.fit(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
+    both = side(weight, EvidenceKind.SINGULAR_VECTORS in method.requires)
+    found = method.maps(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
     u, v = bases(weight)
-    want = u @ u.T @ update @ v @ v.T if method.decomposes else update
-    np.testing.assert_allclose(apply(fit, update), want, atol=1e-4)
+    want = u @ u.T @ update @ v @ v.T if EvidenceKind.SINGULAR_VECTORS in method.requires else update
+    np.testing.assert_allclose(apply(found, update), want, atol=1e-4)
 
 
 def test_prolora_on_the_same_base_keeps_both_diagonal_blocks():
-    method = get_method("prolora")
+    method = METHODS["prolora"]()
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
     both = side(weight, True)
-    fit = method.fit(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
+    found = method.maps(Evidence(both, both, None, None, jax.random.key(0), reads=True, rank=RANK))
     u, v = bases(weight)
     p, q = u @ u.T, v @ v.T
     want = p @ update @ q + (np.eye(14) - p) @ update @ (np.eye(9) - q)
-    np.testing.assert_allclose(apply(fit, update), want, atol=1e-4)
+    np.testing.assert_allclose(apply(found, update), want, atol=1e-4)
 
 
 def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(MethodError, match="'magic' is unknown; use one of cross-lora"):
-        get_method("magic")
+    with pytest.raises(MethodError, match="'magic' is unknown; use one of auto, cross-lora"):
+        find_method("magic")
 
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_similarity_through_tokens_is_the_figure_by_coordinates_for_isotropic_embeddings(reads):
     """Embed the target's stream in a wider one by an isometry: nothing but the coordinates changes."""
-    method = get_method("cross-lora")
+    method = METHODS["cross-lora"]()
     stream = 20
     shape = (14, stream) if reads else (stream, 14)
     w_src, w_tgt = normal(*shape, seed=0), normal(*shape, seed=1)
@@ -374,7 +389,7 @@ def test_similarity_through_tokens_is_the_figure_by_coordinates_for_isotropic_em
         vocabulary = Vocabulary(jnp.asarray(cross), eye, gram, count=stream)
         sides = side(w_src, True, gain=jnp.ones(stream)), side(weight, True, gain=jnp.ones(width))
         item = Evidence(*sides, vocabulary, None, jax.random.key(0), reads=reads, rank=RANK)
-        figures = measure(item, method.fit(item), by_coordinates=False)
+        figures = measure(item, method.maps(item), by_coordinates=False)
         return float(figures.similarity_in if reads else figures.similarity_out)
 
     want = figure(w_tgt, stream, np.eye(stream, dtype=np.float32))
@@ -388,10 +403,10 @@ def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outp
     x_t, y_t = x @ rotation.T, y[:, order]
     seen = moments(x, x_t, y, y_t)
     sides = side(w_src, False), side(w_tgt, False)
-    fit = METHODS["theseus"]().maps(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
+    found = METHODS["theseus"]().maps(Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5))
     inside = w_src @ normal(9, 9, seed=2)  # outputs that never occur cannot be told apart: stay among those that do
-    np.testing.assert_allclose(apply(fit, inside), (inside @ rotation.T)[order], atol=1e-3 * np.abs(inside).max())
-    assert float(fit.activation_cosine) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(apply(found, inside), (inside @ rotation.T)[order], atol=1e-3 * np.abs(inside).max())
+    assert float(found.activation_cosine) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("power", [0.1, 0.25, 0.5])
@@ -403,17 +418,17 @@ def test_theseus_whitened_in_part_is_the_polar_factor_of_the_whitened_moment(pow
     x_t[:, :8] += 2 * x_s
     y_t[:, 3:13] -= 2 * y_s
     sides = side(normal(10, 8, seed=5), False), side(normal(15, 12, seed=6), False)
-    item = Evidence(*sides, None, moments(x_s, x_t, y_s, y_t), jax.random.key(0), True, 5, whitening=power)
-    fit = jax.jit(METHODS["theseus"]().maps)(item)
+    item = Evidence(*sides, None, moments(x_s, x_t, y_s, y_t), jax.random.key(0), True, 5)
+    found = jax.jit(Theseus(whitening=power).maps)(item)
 
     def whitened(rows):
         values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows)
         return rows @ (vectors * values**-power) @ vectors.T
 
     cosines = []
-    for found, src, tgt in zip(reversed(fit.terms[0]), (x_s, y_s), (x_t, y_t), strict=True):
+    for turn, src, tgt in zip(reversed(found.terms[0]), (x_s, y_s), (x_t, y_t), strict=True):
         src, tgt = whitened(src), whitened(tgt)
         u, s, vt = np.linalg.svd(src.T @ tgt, full_matrices=False)
-        np.testing.assert_allclose(np.asarray(found.left @ found.right.T), vt.T @ u.T, atol=2e-4)
+        np.testing.assert_allclose(np.asarray(turn.left @ turn.right.T), vt.T @ u.T, atol=2e-4)
         cosines.append(s.sum() / np.linalg.norm(src) / np.linalg.norm(tgt))
-    assert float(fit.activation_cosine) == pytest.approx(np.sqrt(np.prod(cosines)), rel=1e-4)
+    assert float(found.activation_cosine) == pytest.approx(np.sqrt(np.prod(cosines)), rel=1e-4)

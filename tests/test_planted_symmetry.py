@@ -3,16 +3,19 @@
 Both compute the same function, so an adapter has an exact counterpart, and cross-lora has to find it.
 """
 
-import zlib
+from dataclasses import dataclass
+from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 from tiny_bases import delta, write_tokenizer
 from tiny_models import tiny_model, torch
 
 import jcrosslora as jcl
-import jcrosslora.alignment.align
 from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.methods import CrossLoRA
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS = 4, 2, 12, 48, 80, 2
 DIMS = {
@@ -94,18 +97,21 @@ def pair(request, tmp_path):
     return source, target, maps, tmp_path, seed
 
 
-@pytest.fixture(autouse=True)
-def scrambled_signs(monkeypatch, request):
-    """Every decomposition comes with its joint signs flipped at random: an equally valid one."""
-    rng = np.random.default_rng(zlib.crc32(request.node.name.encode()))
-    decompose = jcrosslora.alignment.align.decompose
+@dataclass(frozen=True)
+class Scrambled(CrossLoRA):
+    """cross-lora on decompositions with joint signs that are flipped at random: equally valid ones."""
 
-    def scrambled(stack, rank, **options):
-        svd, redone = decompose(stack, rank, **options)
-        flips = rng.choice(np.float32([-1, 1]), size=svd.s.shape)[:, None, :]
-        return svd.replace(u=svd.u * flips, v=svd.v * flips), redone
+    name: ClassVar[str] = "scrambled"
+    requires: ClassVar[frozenset[EvidenceKind]] = CrossLoRA.requires | {EvidenceKind.RANDOM_KEY}
 
-    monkeypatch.setattr(jcrosslora.alignment.align, "decompose", scrambled)
+    def maps(self, evidence):
+        def flipped(side, key):
+            flips = jax.random.rademacher(key, side.svd.s.shape, side.svd.u.dtype)
+            return side.replace(svd=side.svd.replace(u=side.svd.u * flips, v=side.svd.v * flips))
+
+        sides = zip((evidence.src, evidence.tgt), jax.random.split(evidence.key), strict=True)
+        src, tgt = (flipped(side, key) for side, key in sides)
+        return super().maps(evidence.replace(src=src, tgt=tgt))
 
 
 def full_rank_bases(model, name):
@@ -125,19 +131,19 @@ def adapter_inside(source, maps, seed, rank=3):
     return Adapter(modules)
 
 
-def move(folder, adapter, **settings):
+def move(folder, adapter, seed):
     source, target = jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
-    return jcl.shift(jcl.align(source, target, method="cross-lora", rank=HIDDEN, **settings), adapter)
+    return jcl.shift(jcl.align(source, target, Scrambled(svd_rank=HIDDEN), seed=seed), adapter)
 
 
 def test_an_adapter_inside_the_row_and_column_spaces_moves_exactly(pair):
     source, target, maps, folder, seed = pair
     adapter = adapter_inside(source, maps, seed)
-    moved = move(folder, adapter)
+    moved = move(folder, adapter, seed)
     effect = np.abs(logits(source, adapter) - logits(source)).max()
     assert effect > 0.1
     # Single vectors are known to eps / gap only, in float32, and how much of that is used up depends on the CPU.
-    np.testing.assert_allclose(logits(target, moved), logits(source, adapter), atol=3e-3 * max(1.0, effect))
+    np.testing.assert_allclose(logits(target, moved.adapter), logits(source, adapter), atol=3e-3 * max(1.0, effect))
     assert moved.report.kept == pytest.approx(1, abs=1e-3)
     assert jcl.verdict(moved.report).level == "aligned"
     assert not moved.report.warnings
@@ -150,13 +156,13 @@ def test_the_lost_part_of_any_adapter_is_what_the_report_says(pair):
         name: LoRAFactors(rng.normal(size=(3, i.shape[0])).astype("f"), rng.normal(size=(o.shape[0], 3)).astype("f"))
         for name, (o, i) in maps.items()
     }
-    moved = move(folder, Adapter(modules))
+    moved = move(folder, Adapter(modules), seed)
     rows = {row.target: row for row in moved.report.rows}
     for name, (p_out, p_in) in maps.items():
         u, v = full_rank_bases(source, name)
         update = delta(modules[name])
         inside = u @ u.T @ update @ v @ v.T
-        np.testing.assert_allclose(delta(moved.modules[name]), p_out @ inside @ p_in.T, atol=3e-2)
+        np.testing.assert_allclose(delta(moved.adapter.modules[name]), p_out @ inside @ p_in.T, atol=3e-2)
         lost = np.sum((update - inside) ** 2) / np.sum(update**2)
         assert 1 - rows[name].kept == pytest.approx(lost, abs=1e-3)
         assert rows[name].norm_after == pytest.approx(np.linalg.norm(inside), rel=1e-3)
@@ -167,7 +173,7 @@ def test_the_lost_part_of_any_adapter_is_what_the_report_says(pair):
 def test_without_anchors_the_report_warns(pair):
     source, _, maps, folder, seed = pair
     (folder / "target" / "tokenizer.json").unlink()
-    moved = move(folder, adapter_inside(source, maps, seed))
+    moved = move(folder, adapter_inside(source, maps, seed), seed)
     assert moved.report.recipe.signs == "rule"
     assert "not anchored" in moved.report.warnings[0]
     assert "tokenizer.json" in moved.report.warnings[0]

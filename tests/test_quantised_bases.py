@@ -205,10 +205,10 @@ def test_an_adapter_is_transferred_to_a_quantised_copy_of_its_base(name, tmp_pat
     auto = moved("target", "auto")
     assert auto.report.recipe.method == "copy"
     for module, factors in adapter.modules.items():
-        assert np.allclose(delta(auto.modules[module]), delta(factors), atol=1e-4)
+        assert np.allclose(delta(auto.adapter.modules[module]), delta(factors), atol=1e-4)
     aligned, expected = moved("target", "cross-lora"), moved("plain", "cross-lora")
-    for module, factors in expected.modules.items():
-        assert np.allclose(delta(aligned.modules[module]), delta(factors), atol=1e-3), module
+    for module, factors in expected.adapter.modules.items():
+        assert np.allclose(delta(aligned.adapter.modules[module]), delta(factors), atol=1e-3), module
 
 
 BITSANDBYTES = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]

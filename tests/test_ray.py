@@ -24,7 +24,7 @@ PLAN = """
 out = "OUT"
 bases = { small = "small", wide = "wide" }
 adapters = { small = ["adapters/*"] }
-moves = [{ from = "small", to = ["wide"], methods = ["pad-truncate", "cross-lora"], rank = 8 }]
+moves = [{ from = "small", to = ["wide"], methods = ["pad-truncate", "cross-lora"], svd_rank = 8 }]
 """
 
 

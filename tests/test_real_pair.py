@@ -42,8 +42,8 @@ def test_peft_loads_it_on_the_real_target_and_merges_to_our_weights(moved):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     merged = peft.PeftModel.from_pretrained(model, out).merge_and_unload()
     changed = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {f"{name}.weight" for name in result.modules}
-    for name, factors in result.modules.items():
+    assert changed == {f"{name}.weight" for name in result.adapter.modules}
+    for name, factors in result.adapter.modules.items():
         got = (merged.get_submodule(name).weight - before[f"{name}.weight"]).detach().numpy()
         want = delta(factors)
         rounding = np.abs(before[f"{name}.weight"].numpy()).max() * np.finfo(np.float32).eps
@@ -70,7 +70,7 @@ def test_the_map_is_the_float64_one_up_to_rounding_and_signs():
     source, target = (jcl.open_base(path) for path in real_models())
     name = "model.layers.4.self_attn.q_proj"
     depth = [4 if layer == 4 else None for layer in range(18)]
-    transport = jcl.align(source, target, depth=depth, sources=[name])
+    transport = jcl.align(source, target, "cross-lora", depth=depth, sources=[name])
     group = transport.groups[0]
     ((p_out, p_in),) = group.terms
     (u_s, _, vt_s), (u_t, _, vt_t) = (np.linalg.svd(np.float64(base.weight(name)), False) for base in (source, target))

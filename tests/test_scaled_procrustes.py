@@ -8,8 +8,7 @@ import pytest
 from jcrosslora.evidence.records import Activations, Evidence, Side
 from jcrosslora.linalg import dimension_sizes
 from jcrosslora.linalg.dimension_sizes import FLOOR
-from jcrosslora.methods import scaled_procrustes as scaled
-from jcrosslora.methods import theseus
+from jcrosslora.methods import ScaledProcrustes, Theseus
 
 WIDTHS = 14, 9  # out and in features of the source
 ROWS = 300
@@ -49,9 +48,9 @@ def planted(wider, seed, massive=False):
     return Evidence(*sides, None, seen, jax.random.key(0), reads=True, rank=5), out, into, x, y
 
 
-def effect(fit, b, a, x):
+def effect(maps, b, a, x):
     """What the moved update b a does to rows x of the target."""
-    ((p_out, p_in),) = fit.terms
+    ((p_out, p_in),) = maps.terms
     moved_b, moved_a = (np.asarray(part, np.float64) for part in (p_out(jnp.asarray(b)), p_in(jnp.asarray(a.T)).T))
     return x @ moved_a.T @ moved_b.T
 
@@ -62,7 +61,7 @@ def errors(method, wider, seed, massive):
     b, a = (rng(seed + k).normal(size=shape).astype(np.float32) for k, shape in ((7, (14, RANK)), (8, (RANK, 9))))
     # An update that reads and writes every dimension as much as it is large: all of them take part.
     b, a = b * np.linalg.norm(y, axis=0)[:, None].astype(np.float32), a / np.linalg.norm(x, axis=0).astype(np.float32)
-    found = jax.jit(method.fit)(evidence)
+    found = jax.jit(method.maps)(evidence)
     wanted, got = x @ a.T @ b.T @ out.T, effect(found, b, a, x @ into.T)
     sizes = np.linalg.norm(wanted, axis=0)
     alive = sizes > 0
@@ -74,22 +73,22 @@ def errors(method, wider, seed, massive):
 @pytest.mark.parametrize("wider", [0, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_moved_update_acts_alike(seed, wider, massive):
-    found, fit = errors(scaled, wider, seed, massive)
+    found, maps = errors(ScaledProcrustes(), wider, seed, massive)
     assert found.max() < 1e-3
-    assert float(fit.activation_cosine) == pytest.approx(1, abs=1e-3)
+    assert float(maps.activation_cosine) == pytest.approx(1, abs=1e-3)
 
 
 def test_orthogonal_maps_alone_cannot_do_it():
-    found, _ = errors(theseus, 0, 0, True)
+    found, _ = errors(Theseus(), 0, 0, True)
     assert np.median(found) > 0.3
 
 
 def test_nothing_seen_is_finite():
     evidence, *_ = planted(0, 0)
     empty = jax.tree.map(jnp.zeros_like, evidence)
-    fit = jax.jit(scaled.fit)(empty.replace(key=evidence.key))
-    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(fit.terms))
-    assert float(fit.activation_cosine) == 0
+    maps = jax.jit(ScaledProcrustes().maps)(empty.replace(key=evidence.key))
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(maps.terms))
+    assert float(maps.activation_cosine) == 0
 
 
 def test_dimensions_that_are_nearly_dead_have_the_size_of_the_floor():

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from recording import recorded
 from relatives import (
     make,
     noisy,
@@ -84,11 +85,11 @@ def test_moved_update_equals_that_of_the_changed_adapted_source(tmp_path):
     source, target = made.write(tmp_path / "source"), change(made).write(tmp_path / "target")
     adapter = random_adapter(source, seed=3, roles=("v_proj", "down_proj"))
     moved = jcl.shift(jcl.align(source, target, method="select", sources=adapter.modules), adapter)
-    assert len(moved.modules) == 2 * len(moved.report.layers)
+    assert len(moved.adapter.modules) == 2 * len(moved.report.layers)
     verdict = jcl.verdict(moved.report)
     assert (verdict.level, "the same parts" in verdict.text) == ("aligned", True)
     want, base = change(adapted(made, adapter)), change(made)
-    for module, factors in moved.modules.items():
+    for module, factors in moved.adapter.modules.items():
         key = f"{module}.weight"
         np.testing.assert_allclose(delta(factors), want.tensors[key] - base.tensors[key], atol=1e-4)
 
@@ -104,21 +105,16 @@ def test_transfer_from_a_pruned_base_to_the_whole(tmp_path):
         name = f"model.layers.{layer}.mlp.up_proj"
         want = np.zeros((96, 64))
         want[subset(96, 60 + layer, 48)] = delta(adapter.modules[name])
-        np.testing.assert_allclose(delta(moved.modules[name]), want, atol=1e-5)
+        np.testing.assert_allclose(delta(moved.adapter.modules[name]), want, atol=1e-5)
 
 
-def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys, monkeypatch):
-    asked = []
-    for place in ("session.transfer", "evidence.selection", "lineage.method_selection"):
-        count = f"jcrosslora.{place}.find_structure"
-        monkeypatch.setattr(count, lambda *bases: asked.append(bases) or find_structure(*bases))
+def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys):
     made = make()
     source = made.write(tmp_path / "source")
     then(with_layers([0, 2, 3]), noisy(0.02))(made).write(tmp_path / "target")
     jcl.save_adapter(random_adapter(source, roles=("q_proj",)), tmp_path / "adapter", base_name="some/base")
     given = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target"), "--no-cache"]
     main(["transfer", str(tmp_path / "adapter"), *given, "--out", str(tmp_path / "out")])
-    assert len(asked) == 1
     printed = capsys.readouterr().out
     assert "method: select, because one of the two bases is made of the other's parts" in printed
     assert "left behind: 1 source modules feed nothing (layers 1)" in printed
@@ -130,6 +126,17 @@ def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys
 
 
 def test_unrelated_bases_and_other_depth_maps_are_refused(tmp_path):
+    made = make()
+    source, (target, store) = made.write(tmp_path / "source"), recorded(reordered(made).write(tmp_path / "target"))
+    find_structure(source, target)
+    once = store.read.count("model.embed_tokens.weight")
+    store.read.clear()
+    moved = jcl.transfer(random_adapter(source, roles=("q_proj",)), source, target, cache=False)
+    assert moved.report.recipe.method == "select"
+    assert store.read.count("model.embed_tokens.weight") == once > 0
+
+
+def test_what_is_not_made_of_parts_is_refused(tmp_path):
     source, target = make().write(tmp_path / "source"), make(seed=1).write(tmp_path / "target")
     with pytest.raises(jcl.MethodError, match="made of the other's parts: neither their embeddings nor any"):
         jcl.align(source, target, method="select")

@@ -20,4 +20,4 @@ def test_a_sparse_base_and_its_adapter_move_like_any_other(tmp_path):
     assert not np.asarray(base.weight("model.layers.1.mlp.down_proj"), np.float32).any()
     transport = jcl.align(jcl.open_base(tmp_path / "small"), base, method="pad-truncate")
     moved = jcl.shift(transport, jcl.load_adapter(tmp_path / "small-adapter"))
-    assert moved.modules.keys() == base.modules.keys()
+    assert moved.adapter.modules.keys() == base.modules.keys()

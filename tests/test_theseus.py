@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 from jcrosslora.evidence.probes import Probes
+from jcrosslora.methods import Theseus
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,9 @@ def test_the_same_base_on_both_sides_keeps_what_the_probes_reach(files):
                 dense = left @ right.T
                 np.testing.assert_allclose(dense, dense.T, atol=5e-2)
                 np.testing.assert_allclose(dense @ dense, dense, atol=5e-2)
-    assert set(moved.modules) == set(adapter.modules)
+    assert set(moved.adapter.modules) == set(adapter.modules)
     assert moved.report.kept > 0.5
-    whole = sum(np.sum(delta(f) * delta(adapter.modules[n])) for n, f in moved.modules.items())
+    whole = sum(np.sum(delta(f) * delta(adapter.modules[n])) for n, f in moved.adapter.modules.items())
     assert whole > 0.5 * sum(np.sum(delta(f) ** 2) for f in adapter.modules.values())
 
 
@@ -121,19 +123,35 @@ def test_evaluate_by_the_command(files, tmp_path, capsys):
 def test_partial_whitening_by_the_package(files):
     base, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     probes = Probes(tuple(CORPUS), "given")
-    transport = jcl.align(base, target, method="theseus", probes=probes, whitening=0.25)
-    assert transport.recipe.whitening == 0.25
+    transport = jcl.align(base, target, method=Theseus(whitening=0.25), probes=probes)
+    assert transport.recipe.settings == {"whitening": 0.25}
     moved = jcl.shift(transport, random_adapter(base))
     plain = jcl.shift(jcl.align(base, target, method="theseus", probes=probes), random_adapter(base))
-    for name, factors in moved.modules.items():
+    for name, factors in moved.adapter.modules.items():
         assert np.isfinite(delta(factors)).all()
-        assert np.abs(delta(factors) - delta(plain.modules[name])).max() > 1e-3
+        assert np.abs(delta(factors) - delta(plain.adapter.modules[name])).max() > 1e-3
     assert all(0 < row.activation_cosine <= 1 for row in moved.report.rows)
 
 
-@pytest.mark.parametrize(("method", "power", "wanted"), [("theseus", 0.6, "0 (none) to 0.5"), ("copy", 0.1, "theseus")])
-def test_whitening_that_cannot_be_done(files, method, power, wanted):
-    base = jcl.open_base(files / "source")
+@pytest.mark.parametrize(
+    ("method", "power", "wanted"),
+    [("theseus", 0.6, "0 (none) to 0.5"), ("copy", 0.1, "method copy has no setting whitening; it has no settings")],
+)
+def test_whitening_that_cannot_be_done(method, power, wanted):
     with pytest.raises(UsageError) as refused:
-        jcl.align(base, base, method=method, whitening=power)
+        transfer_settings("adapter", "source", "target", "out", method=method, whitening=power)
     assert wanted in str(refused.value)
+
+
+def test_shift_runs_the_fit_of_a_method_that_fits(files):
+    """The transport of such a method maps to zero; the fit is that of a transfer."""
+    base, target, adapter = jcl.open_base(files / "source"), jcl.open_base(files / "target"), files / "adapter"
+    transport = jcl.align(base, target, "residual-fit")
+    assert all(not delta(factors).any() for factors in jcl.apply(transport, jcl.load_adapter(adapter)).values())
+    shifted = jcl.shift(transport, adapter, prompts=CORPUS)
+    moved = jcl.transfer(adapter, base, target, "residual-fit", prompts=CORPUS, effect="never", cache=False)
+    assert shifted.report.fitted == moved.report.fitted is not None
+    assert shifted.texts == moved.texts == tuple(CORPUS)
+    for name, factors in moved.adapter.modules.items():
+        np.testing.assert_allclose(delta(shifted.adapter.modules[name]), delta(factors), rtol=1e-5)
+    assert any(delta(factors).any() for factors in moved.adapter.modules.values())

@@ -20,7 +20,6 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
-from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.shifting.token_rows import token_places
 
 peft = pytest.importorskip("peft")
@@ -212,7 +211,7 @@ def test_between_tied_and_untied_bases(tmp_path, bases, base, form):
 def test_few_rows_of_a_whole_matrix_become_tokens(tmp_path, bases):
     adapted = make_adapter("untied", "whole", tmp_path / "adapter", rows=FEW)
     moved = transfer(bases, "untied", tmp_path / "adapter", tmp_path / "out")
-    assert [len(update.ids) for update in moved.tokens] == [3, 3]
+    assert [len(update.ids) for update in moved.adapter.tokens] == [3, 3]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     tokens = sorted(int(PLACES[token]) for token in FEW if token not in ABSENT)
     assert config["trainable_token_indices"] == {"embed_tokens": tokens, "lm_head": tokens}
@@ -236,7 +235,7 @@ def test_rows_keep_every_bit_where_the_bases_agree(tmp_path, bases, form):
     adapted = make_adapter("untied", form, tmp_path / "adapter")
     moved = transfer(bases, "untied", tmp_path / "adapter", tmp_path / "out")
     trained = adapted.get_base_model().model.embed_tokens.weight.detach().numpy()
-    update = next(update for update in moved.tokens if update.table == "embed_tokens")
+    update = next(update for update in moved.adapter.tokens if update.table == "embed_tokens")
     rows = dict(zip(update.ids.tolist(), update.rows, strict=True))
     for token in FEW:
         if token not in ABSENT:
@@ -311,7 +310,7 @@ def test_elsewhere_they_are_listed_with_their_share(tmp_path, bases, form, chang
     assert len(said) == len(found) - 1
     for sort, sentence in zip([sort for sort in found if sort], said, strict=True):
         assert f"({found[sort] / sum(found.values()):.1%} of the whole change's squared norm): {why}" in sentence
-    assert not moved.tokens
+    assert not moved.adapter.tokens
     if changes.get("profile") != "mlx":
         assert list(jcl.load_adapter(tmp_path / "out").modules) == ["model.layers.0.self_attn.q_proj"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -333,24 +332,22 @@ def test_without_its_base_they_are_listed(tmp_path, bases, capsys):
     )
 
 
-def test_shift_carries_them_if_it_is_given_the_bases(tmp_path, bases):
+def test_shift_carries_them(tmp_path, bases):
     make_adapter("tied", "tokens", tmp_path / "adapter")
     pair = tuple(jcl.open_base(bases / "tied" / name) for name in ("source", "larger"))
     adapter = jcl.load_adapter(tmp_path / "adapter", pair[0])
     transport = jcl.align(*pair, method="copy")
-    without = jcl.shift(transport, adapter)
-    assert any("shift was not given the bases" in warning for warning in without.report.warnings)
-    moved = jcl.shift(transport, adapter, bases=pair)
+    moved = jcl.shift(transport, adapter)
     assert [row.moved for row in moved.report.tokens] == [3]
-    out = jcl.save_adapter(moved, tmp_path / "out")
+    out = moved.save(tmp_path / "out")
     share = f"({adapter.tokens[0].share:.1%} of the whole change's squared norm): profile portable"
     assert f"not written: trained tokens (trainable_token_indices), model.embed_tokens, lm_head {share}" in (
         out / "README.md"
     ).read_text(encoding="utf-8")
     assert json.loads((out / "transfer_report.json").read_text())["tokens"] == []
-    out = jcl.save_adapter(moved, tmp_path / "peft", profile="peft")
+    out = moved.save(tmp_path / "peft", profile="peft")
     assert "3 of 5 rows moved" in (out / "README.md").read_text()
-    assert jcl.load_adapter(out, pair[1]).tokens[0].same_change(moved.tokens[0])
+    assert jcl.load_adapter(out, pair[1]).tokens[0].equals(moved.adapter.tokens[0])
 
 
 def test_select_takes_the_dimensions_that_the_target_has(tmp_path, bases):
@@ -371,8 +368,8 @@ def test_select_takes_the_dimensions_that_the_target_has(tmp_path, bases):
     for form in ("LoRA", "tokens"):
         adapted = make_adapter("untied", form, tmp_path / form).merge_and_unload()
         adapter = jcl.load_adapter(tmp_path / form, source)
-        moved = jcl.shift(jcl.align(source, target, method="select"), adapter, bases=(source, target))
-        jcl.save_adapter(moved, tmp_path / f"{form} out", profile="peft")
+        moved = jcl.shift(jcl.align(source, target, method="select"), adapter)
+        moved.save(tmp_path / f"{form} out", profile="peft")
         found = peft.PeftModel.from_pretrained(
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "narrow"), str(tmp_path / f"{form} out")
         ).merge_and_unload()
@@ -419,16 +416,11 @@ def test_the_sum_of_adapters_has_what_one_of_them_has(tmp_path, bases):
     assert sum("several adapters of the sum change them" in sentence for sentence in exported.info.ignored) == 2
 
 
-def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, monkeypatch, capsys):
+def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, capsys):
     make_adapter("tied", "tokens", tmp_path / "adapter")
-    change = Change(0.2, 0.1, 4.0, 4.0)
-    effect = Effect(change, change, 0.0, 0.01, texts=12, positions=700, written=True)
-    monkeypatch.setattr("jcrosslora.session.transfer._effect", lambda *_: effect)
     moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")
     said = "where the bases were run, it was without the changes of the embedding and the output head"
     assert said in moved.report.warnings
-    monkeypatch.setattr("jcrosslora.evaluate.score", lambda *_, **__: None)
-    monkeypatch.setattr("jcrosslora.evaluate.print_scores", lambda *_: None)
     (tmp_path / "task.jsonl").write_text('{"question": "w1", "choices": ["w2", "w3"], "answer": 0}\n')
     base, adapter = str(bases / "tied" / "source"), str(tmp_path / "adapter")
     main(["evaluate", "--base", base, "--task", str(tmp_path / "task.jsonl"), "--adapter", adapter])

@@ -1,4 +1,4 @@
-"""The whole trip on tiny bases, through Python and through the command."""
+"""Whole transfers on tiny bases, through Python and through the command."""
 
 import dataclasses
 import json
@@ -18,12 +18,14 @@ from tiny_bases import delta, random_adapter, write_llama
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.alignment.align import Plan
 from jcrosslora.cli.main import main
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.lineage.pairing import DEPTH_MAPS
+from jcrosslora.methods import CrossLoRA
 from jcrosslora.session.files import transfer_files
 
+METHODS = {name: method() for name, method in jcl.METHODS.items()}
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
 
 
@@ -52,7 +54,11 @@ def command(files, out, *flags):
 
 @pytest.mark.parametrize(
     "method",
-    [name for name, method in jcl.METHODS.items() if not (method.equal_shapes or method.runs_bases or method.selects)],
+    [
+        name
+        for name, method in METHODS.items()
+        if not (method.equal_shapes or method.runs_bases or EvidenceKind.SELECTION in method.requires)
+    ],
 )
 def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
     moved = transfer_files(settings(files, tmp_path / "out", method=method))
@@ -62,14 +68,14 @@ def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, meth
     for name, factors in again.modules.items():
         assert factors.shape == target.modules[name].shape
         assert factors.rank == 4
-        np.testing.assert_allclose(delta(factors), delta(moved.modules[name]), atol=1e-5)
+        np.testing.assert_allclose(delta(factors), delta(moved.adapter.modules[name]), atol=1e-5)
     norms = [(row.norm_before, row.norm_after) for row in moved.report.rows]
     if method == "random":
         np.testing.assert_allclose(*zip(*norms, strict=True), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, method in jcl.METHODS.items() if method.equal_shapes and not method.runs_bases]
+    "method", [name for name, method in METHODS.items() if method.equal_shapes and not method.runs_bases]
 )
 def test_every_method_for_equal_shapes(files, tmp_path, method):
     moved = transfer_files(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))
@@ -77,19 +83,28 @@ def test_every_method_for_equal_shapes(files, tmp_path, method):
     ranks = {factors.rank for factors in jcl.load_adapter(tmp_path / "out").modules.values()}
     assert ranks == {8 if method == "prolora" else 4}
     if method == "copy":
-        for name, factors in moved.modules.items():
+        for name, factors in moved.adapter.modules.items():
             np.testing.assert_array_equal(delta(factors), delta(adapter.modules[name]))
     assert "nearly identical" in jcl.verdict(moved.report).text
 
 
-def test_align_and_shift_give_what_the_streamed_trip_gives(files, tmp_path):
-    moved = transfer_files(settings(files, tmp_path / "out", method="cross-lora", rank=20))
+def test_align_and_shift_give_what_a_transfer_gives(files, tmp_path):
+    moved = transfer_files(settings(files, tmp_path / "out", method="cross-lora", svd_rank=20))
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
-    transport = jcl.align(source, target, method="cross-lora", rank=20)
+    transport = jcl.align(source, target, CrossLoRA(svd_rank=20))
     again = jcl.shift(transport, jcl.load_adapter(files / "adapter"))
     assert again.report.to_json() == moved.report.to_json()
-    for name, factors in again.modules.items():
-        np.testing.assert_array_equal(factors.b, moved.modules[name].b)
+    for name, factors in again.adapter.modules.items():
+        np.testing.assert_array_equal(factors.b, moved.adapter.modules[name].b)
+
+
+def test_a_transport_that_has_lost_its_bases_is_for_apply_alone(files):
+    source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
+    adapter, transport = jcl.load_adapter(files / "adapter"), jcl.align(source, target, "pad-truncate")
+    alone = transport.replace(bases=None)
+    with pytest.raises(MethodError, match=r"lost its bases, which shift needs; use jcrosslora\.apply"):
+        jcl.shift(alone, adapter)
+    assert jcl.apply(alone, adapter).keys() == jcl.shift(transport, adapter).adapter.modules.keys()
 
 
 def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
@@ -101,29 +116,29 @@ def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
     # A device gets one pair each; without a pair it would repeat another's.
     assert {len(group.pairs) for group in small.groups} <= set(range(1, jax.device_count() + 1))
     assert len(small.groups) >= len(target.modules) / jax.device_count()
-    for name, factors in jcl.shift(small, adapter).modules.items():
-        np.testing.assert_allclose(delta(factors), delta(large.modules[name]), atol=1e-4)
+    for name, factors in jcl.shift(small, adapter).adapter.modules.items():
+        np.testing.assert_allclose(delta(factors), delta(large.adapter.modules[name]), atol=1e-4)
 
 
 def test_only_what_the_adapter_has_is_aligned(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"q_proj", "v_proj"})
-    plan = Plan(source, target, method="pad-truncate", rank=None, depth="by-name", seed=0, sources=adapter.modules)
-    roles = {pair.role for group in plan.groups() for pair in group.pairs}
+    transport = jcl.align(source, target, "pad-truncate", depth="by-name", sources=adapter.modules)
+    roles = {pair.role for group in transport.groups for pair in group.pairs}
     assert roles == {"q_proj", "v_proj"}
 
 
 def test_what_is_left_behind_is_listed_with_its_share_of_the_update(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"q_proj"})
-    moved = jcl.shift(jcl.align(source, target, depth=[0, None]), adapter)
+    moved = jcl.shift(jcl.align(source, target, "cross-lora", depth=[0, None]), adapter)
     energies = {name: np.sum(delta(factors) ** 2) for name, factors in adapter.modules.items()}
     total = sum(energies.values())
     left = {item.source: item.share for item in moved.report.unmapped_sources}
     assert set(left) == {name for name in energies if ".0." not in name}
     for name, share in left.items():
         assert share == pytest.approx(energies[name] / total, rel=1e-5)
-    assert list(moved.modules) == ["model.layers.0.self_attn.q_proj"]
+    assert list(moved.adapter.modules) == ["model.layers.0.self_attn.q_proj"]
     assert len(moved.report.unmapped_targets) == 7
 
 
@@ -131,7 +146,7 @@ def test_out_rank_gives_the_best_approximation(files):
     source, twin = jcl.open_base(files / "source"), jcl.open_base(files / "twin")
     adapter = random_adapter(source, rank=5, roles={"up_proj"})
     moved = jcl.shift(jcl.align(source, twin, method="copy"), adapter, out_rank=2)
-    for name, factors in moved.modules.items():
+    for name, factors in moved.adapter.modules.items():
         u, s, vt = np.linalg.svd(delta(adapter.modules[name]))
         np.testing.assert_allclose(delta(factors), (u[:, :2] * s[:2]) @ vt[:2], atol=1e-3)
         assert factors.rank == 2
@@ -143,7 +158,7 @@ def test_modules_of_different_ranks_move_as_they_are(files):
     mixed = jcl.Adapter({name: (one if "0" in name else two).modules[name] for name in source.modules})
     transport = jcl.align(source, target, method="pad-truncate", depth="by-name")
     moved = jcl.shift(transport, mixed)
-    assert {name: factors.rank for name, factors in moved.modules.items()} == {
+    assert {name: factors.rank for name, factors in moved.adapter.modules.items()} == {
         name: 2 if "0" in name else 6 for name in target.modules
     }
 
@@ -157,13 +172,13 @@ def test_modules_stored_in_different_formats_move_together(files):
     transport = jcl.align(source, target, method="pad-truncate", depth="by-name")
     mixed = jcl.shift(transport, jcl.Adapter(adapter.modules | {first: halved}))
     plain = jcl.shift(transport, adapter)
-    for name, factors in mixed.modules.items():
-        np.testing.assert_allclose(delta(factors), delta(plain.modules[name]), atol=0.1 if name == first else 0)
+    for name, factors in mixed.adapter.modules.items():
+        np.testing.assert_allclose(delta(factors), delta(plain.adapter.modules[name]), atol=0.1 if name == first else 0)
 
 
 def test_calibration_restores_the_norm_of_every_module(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
-    transport = jcl.align(source, target, rank=10)
+    transport = jcl.align(source, target, CrossLoRA(svd_rank=10))
     moved = jcl.shift(transport, jcl.load_adapter(files / "adapter"), calibrate="frobenius")
     for row in moved.report.rows:
         assert row.norm_after == pytest.approx(row.norm_before, rel=1e-4)
@@ -173,12 +188,12 @@ def test_calibration_restores_the_norm_of_every_module(files):
 @pytest.mark.parametrize(("scale", "calibrate"), [(0.6, None), (-2.0, "frobenius")])
 def test_a_scale_multiplies_every_moved_update_and_its_reported_norm(files, scale, calibrate):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
-    transport, adapter = jcl.align(source, target, rank=10), jcl.load_adapter(files / "adapter")
+    transport, adapter = jcl.align(source, target, CrossLoRA(svd_rank=10)), jcl.load_adapter(files / "adapter")
     plain = jcl.shift(transport, adapter, calibrate=calibrate)
     moved = jcl.shift(transport, adapter, calibrate=calibrate, scale=scale)
-    for name, factors in moved.modules.items():
+    for name, factors in moved.adapter.modules.items():
         np.testing.assert_allclose(
-            factors.b @ factors.a, scale * plain.modules[name].b @ plain.modules[name].a, rtol=1e-5
+            factors.b @ factors.a, scale * plain.adapter.modules[name].b @ plain.adapter.modules[name].a, rtol=1e-5
         )
     for row, before in zip(moved.report.rows, plain.report.rows, strict=True):
         assert row.kept == before.kept
@@ -194,14 +209,14 @@ def test_the_scale_of_a_command_is_in_its_recipe(files, tmp_path):
     assert "scale = 0.5" in json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"]
     plain = transfer_files(dataclasses.replace(given, scale=1.0, out=str(tmp_path / "plain")))
     assert "scale" not in json.loads((tmp_path / "plain" / "transfer_report.json").read_text())["recipe_toml"]
-    name = next(iter(moved.modules))
-    np.testing.assert_array_equal(moved.modules[name].b, 0.5 * plain.modules[name].b)
+    name = next(iter(moved.adapter.modules))
+    np.testing.assert_array_equal(moved.adapter.modules[name].b, 0.5 * plain.adapter.modules[name].b)
 
 
 @pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
 def test_a_scale_that_leaves_no_update_is_refused(files, scale):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
-    transport, adapter = jcl.align(source, target, rank=10), jcl.load_adapter(files / "adapter")
+    transport, adapter = jcl.align(source, target, CrossLoRA(svd_rank=10)), jcl.load_adapter(files / "adapter")
     with pytest.raises(UsageError, match=f"scale {scale:g} is out of range"):
         jcl.shift(transport, adapter, scale=scale)
 
@@ -210,15 +225,15 @@ def test_an_update_of_zero_stays_zero_under_calibration(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"k_proj"})
     zero = jcl.Adapter({n: f.replace(b=np.zeros_like(f.b)) for n, f in adapter.modules.items()})
-    moved = jcl.shift(jcl.align(source, target), zero, calibrate="frobenius")
-    assert all(not np.asarray(factors.b).any() for factors in moved.modules.values())
+    moved = jcl.shift(jcl.align(source, target, "cross-lora"), zero, calibrate="frobenius")
+    assert all(not np.asarray(factors.b).any() for factors in moved.adapter.modules.values())
 
 
 def test_inputs_are_not_changed(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source)
     before = {name: (factors.a.copy(), factors.b.copy()) for name, factors in adapter.modules.items()}
-    moved = jcl.shift(jcl.align(source, target), adapter)
+    moved = jcl.shift(jcl.align(source, target, "cross-lora"), adapter)
     report = json.dumps(moved.report.to_json())
     jcl.shift(jcl.align(source, target, method="random"), adapter)
     for name, (a, b) in before.items():
@@ -231,7 +246,7 @@ def test_inputs_are_not_changed(files):
 
 
 def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(files, tmp_path, capsys):
-    command(files, tmp_path / "out", "--rank", "20")
+    command(files, tmp_path / "out", "--svd-rank", "20")
     printed = capsys.readouterr()
     for text in (
         "q_proj",
@@ -271,7 +286,7 @@ def test_the_recipe_on_the_card_makes_the_same_adapter_again(files, tmp_path):
         "random",
         "--seed",
         "7",
-        "--rank",
+        "--svd-rank",
         "11",
         "--depth",
         "2,0",
@@ -300,10 +315,10 @@ def test_the_recipe_pins_the_commit_of_an_adapter_from_the_hub(files, tmp_path, 
 
 def test_flags_come_before_the_recipe(files, tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text('method = "random"\nrank = 7\n')
-    command(files, tmp_path / "out", "--recipe", str(recipe), "--rank", "9")
+    recipe.write_text('method = "random"\nsvd_rank = 7\n')
+    command(files, tmp_path / "out", "--recipe", str(recipe), "--svd-rank", "9")
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
-    assert (report["recipe"]["method"], report["recipe"]["rank"]) == ("random", 9)
+    assert (report["recipe"]["method"], report["recipe"]["settings"]) == ("random", {"svd_rank": 9})
 
 
 @pytest.mark.parametrize("depth", [*DEPTH_MAPS, "0,-"])
@@ -360,8 +375,8 @@ def test_importing_the_package_needs_none_of_the_heavy_libraries():
 
 def test_one_device_gives_the_numbers_of_two(files, tmp_path):
     """This process has two devices; a fresh one has one."""
-    transfer_files(settings(files, tmp_path / "two", rank=20))
-    flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--rank", "20"]
+    transfer_files(settings(files, tmp_path / "two", svd_rank=20))
+    flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--svd-rank", "20"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     arguments = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", files / "adapter", *flags]
     subprocess.run(

@@ -2,7 +2,6 @@
 
 import json
 import tomllib
-from dataclasses import fields
 
 import ml_dtypes
 import numpy as np
@@ -13,13 +12,10 @@ from tiny_models import save_tiny
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
 from jcrosslora.adapter.truncation import truncate_by_rule
-from jcrosslora.alignment.transport import describe_base
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.export.export import ExportSettings, export_adapter
-from jcrosslora.report.record import ModuleRow, TransferReport
 from jcrosslora.session.settings_file import check_settings
-from jcrosslora.shifting.shift import MovedAdapter, cut_moved
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -125,48 +121,39 @@ def test_a_transfer_says_what_a_cut_left_and_so_does_its_recipe(files, tmp_path,
     main(["transfer", *given, *flags, "--out", str(tmp_path / "one")])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "one" / "transfer_report.json").read_text())
-    assert f"keeps {report['cut']['kept']:.2%} of the energy" in printed
-    assert report["cut"]["kept"] > report["cut"]["least_kept"] >= 0.8
+    assert f"keeps {report['truncation']['kept']:.2%} of the energy" in printed
+    assert report["truncation"]["kept"] > report["truncation"]["least_kept"] >= 0.8
     card = (tmp_path / "one" / "README.md").read_text()
     assert "The update was cut to ranks" in card
     written = jcl.load_adapter(tmp_path / "one").modules
-    assert {name: factors.rank for name, factors in written.items()} == report["cut"]["ranks"]
-    assert len(set(report["cut"]["ranks"].values())) > 1
+    assert {name: factors.rank for name, factors in written.items()} == report["truncation"]["ranks"]
+    assert len(set(report["truncation"]["ranks"].values())) > 1
     for row in report["rows"]:
         assert row["norm_after"] == pytest.approx(np.linalg.norm(delta(written[row["target"]])), rel=1e-5)
     assert tomllib.loads(report["recipe_toml"])["out_rank"] == 0.8
 
 
-def moved(base, adapter: Adapter, rule, calibration="none") -> MovedAdapter:
-    """A moved adapter whose report holds what a cut asks of it."""
-    rows = tuple(
-        ModuleRow(
-            **dict.fromkeys((field.name for field in fields(ModuleRow)), 0.0)
-            | {"target": name, "norm_after": update_norm(factors)}
-        )
-        for name, factors in adapter.modules.items()
-    )
-    told = {"calibration": calibration, "out_rank": rule, "rows": rows}
-    report = TransferReport(**dict.fromkeys((field.name for field in fields(TransferReport)), None) | told)
-    return MovedAdapter(adapter.modules, report=report, target=describe_base(base, digest=False))
+def copied(base, adapter: Adapter, rule, calibration=None) -> jcl.TransferResult:
+    """A copy of an adapter on its own base, at the ranks that a rule gives."""
+    return jcl.shift(jcl.align(base, base, "copy"), adapter, out_rank=rule, calibrate=calibration)
 
 
 def test_a_cut_keeps_the_norm_where_the_method_does(files):
     base, adapter = jcl.open_base(files / "base"), jcl.load_adapter(files / "adapter0")
-    found = cut_moved(moved(base, adapter, 2, "frobenius"))
+    found = copied(base, adapter, 2, "frobenius")
     for row in found.report.rows:
-        assert found.modules[row.target].rank == 2
+        assert found.adapter.modules[row.target].rank == 2
         wanted = update_norm(adapter.modules[row.target])
-        assert update_norm(found.modules[row.target]) == pytest.approx(wanted, rel=1e-4)
+        assert update_norm(found.adapter.modules[row.target]) == pytest.approx(wanted, rel=1e-4)
         assert row.norm_after == pytest.approx(wanted, rel=1e-4)
 
 
 def test_fused_matrices_are_cut_as_one(tmp_path):
     base = jcl.open_base(save_tiny("phi3", tmp_path / "phi3", num_hidden_layers=1))
     adapter = random_adapter(base, rank=3, roles={"q_proj", "v_proj", "gate_proj", "up_proj"})
-    found = cut_moved(moved(base, adapter, 4))
-    assert found.modules.keys() == adapter.modules.keys()
-    written = fuse(found.modules, base.fused)
+    found = copied(base, adapter, 4)
+    assert found.adapter.modules.keys() == adapter.modules.keys()
+    written = fuse(found.adapter.modules, base.fused)
     for name, factors in fuse(adapter.modules, base.fused).items():
         assert written[name].rank == 4
         np.testing.assert_allclose(delta(written[name]), best(delta(factors), 4), atol=2e-4)

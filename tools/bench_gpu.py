@@ -33,6 +33,7 @@ from bench_svd import Case, quality, real, synthetic
 
 import jcrosslora as jcl
 from jcrosslora.linalg import decompose, describe_kernels, dot, spread
+from jcrosslora.methods import CrossLoRA
 
 # Where a float32 product of this size runs at the full rate of the device; and small enough for a CPU.
 _PRODUCT, _PRODUCT_SMALL = 8192, 1024
@@ -103,7 +104,7 @@ def whole_pair(folder: Path, rank: int, repeats: int) -> None:
         print(f"\n{folder} holds {len(models)} models; no pair is aligned")
         return
     source, target = (jcl.open_base(str(path)) for path in models[:2])
-    first, median, transport = timed(lambda: jcl.align(source, target, method="cross-lora", rank=rank), repeats)
+    first, median, transport = timed(lambda: jcl.align(source, target, CrossLoRA(svd_rank=rank)), repeats)
     pairs = sum(len(group.pairs) for group in transport.groups)
     print(f"\n{models[0].stem} to {models[1].stem}, {pairs} pairs of modules, rank {rank}: {transport.recipe.svd}")
     print(f"first {first:.2f} s, then {median:.2f} s", flush=True)

@@ -33,6 +33,8 @@ import numpy as np
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.lineage.pairing import pair_modules
+from jcrosslora.methods import CrossLoRA
+from jcrosslora.session.files import transfer_files
 
 
 def with_torch(source_ref: str, target_ref: str, adapter_ref: str, rank: int, out: Path) -> None:
@@ -66,8 +68,7 @@ def settings(arguments: argparse.Namespace, adapter: str, out: Path, *, cache: b
         source=arguments.source,
         target=arguments.target,
         out=str(out),
-        method="cross-lora",
-        rank=arguments.rank,
+        method=CrossLoRA(svd_rank=arguments.rank),
         cache=cache,
     )
 
@@ -79,7 +80,7 @@ def in_new_process(arguments: argparse.Namespace, adapter: str, out: Path) -> No
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "JCROSSLORA_CACHE": cache}
         subprocess.run(
-            [*command, "--rank", str(arguments.rank)], check=True, env=environment, stdout=subprocess.DEVNULL
+            [*command, "--svd-rank", str(arguments.rank)], check=True, env=environment, stdout=subprocess.DEVNULL
         )
 
 
@@ -88,7 +89,7 @@ def many(arguments: argparse.Namespace, folder: Path) -> None:
     for number in range(arguments.many):
         shutil.copytree(arguments.adapter[0], folder / "adapters" / f"a{number:03d}")
     bases = f'[bases]\nsource = "{arguments.source}"\ntarget = "{arguments.target}"\n'
-    move = f'[[moves]]\nfrom = "source"\nto = "target"\nmethods = ["cross-lora"]\nrank = {arguments.rank}\n'
+    move = f'[[moves]]\nfrom = "source"\nto = "target"\nmethods = ["cross-lora"]\nsvd_rank = {arguments.rank}\n'
     (folder / "plan.toml").write_text(f'out = "moved"\n{bases}[adapters]\nsource = ["adapters/*"]\n{move}')
     start = time.perf_counter()
     summary = run_batch(read_plan(folder / "plan.toml"))
@@ -111,8 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows: dict[str, Callable[[str, Path], object]] = {
         "torch": lambda adapter, out: with_torch(source, target, adapter, rank, out),
         "first": lambda adapter, out: in_new_process(arguments, adapter, out),
-        "compiled": lambda adapter, out: jcl.transfer(settings(arguments, adapter, out, cache=False)),
-        "second": lambda adapter, out: jcl.transfer(settings(arguments, adapter, out, cache=True)),
+        "compiled": lambda adapter, out: transfer_files(settings(arguments, adapter, out, cache=False)),
+        "second": lambda adapter, out: transfer_files(settings(arguments, adapter, out, cache=True)),
     }
     for name in ("compiled", "second"):
         timed(lambda out, job=rows[name]: job(adapters[0], out))

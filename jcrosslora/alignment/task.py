@@ -240,7 +240,7 @@ def _checked_rank(method: Method, bases: BasePair, modules: tuple[Pair, ...]) ->
     if rank == getattr(type(method), "svd_rank", DEFAULT_SVD_RANK):
         return min(rank, widest)
     if not 1 <= rank <= widest:
-        msg = f"rank {rank} is out of range; these bases allow 1 to {widest}, the short side of their widest modules"
+        msg = f"svd_rank {rank} is out of range; these bases allow 1 to {widest}, their widest modules' short side"
         raise UsageError(msg)
     return rank
 

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,11 @@ def find_method(name: str) -> type[Method]:
     """
     if ":" in name:
         return register_method(_imported(name))
-    check_known(name, METHODS)
+    if name not in METHODS:
+        names = (AUTO, *METHODS)
+        listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
+        msg = f"method {name!r} is unknown{suggestion(name, names)}; {listed}"
+        raise MethodError(msg)
     return METHODS[name]
 
 
@@ -148,18 +152,6 @@ def make_chosen(name: str, auto: Auto) -> Method:
     method = find_method(name)
     known = {field.name for field in dataclasses.fields(method)}
     return method(**{key: value for key, value in auto.settings if key in known})
-
-
-def check_known(name: str, names: Collection[str]) -> None:
-    """Refuse a method that is not among the names that can be given.
-
-    Raises:
-        MethodError: `name` is not among them; suggests one that is spelt alike.
-    """
-    if name not in names:
-        listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
-        msg = f"method {name!r} is unknown{suggestion(name, names)}; {listed}"
-        raise MethodError(msg)
 
 
 def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:

@@ -38,9 +38,9 @@ class ShiftedFactors:
 def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) -> dict[str, LoRAFactors]:
     """Move the factors of an adapter through the maps: B_tgt = P_out B and A_tgt = A P_in', term by term.
 
-    Pure and traceable: it works under `jax.jit`, `jax.vmap` (over `stack_adapters(...)`) and `jax.grad`, with the
-    transport as an argument or closed over. What follows the maps of some methods, and changes of embedding and head,
-    are the business of `shift`.
+    Pure and traceable: it works under `jax.jit`, `jax.vmap` (over adapters of equal ranks and scales whose factors are
+    stacked leaf by leaf) and `jax.grad`, with the transport as an argument or closed over. `shift` alone does what
+    follows the maps of some methods, and moves changes of the embedding and the output head.
 
     Args:
         transport: from `align`.

@@ -109,12 +109,12 @@ class Shifter:
         """Move what the adapter holds for the pairs of one group."""
         add_to_all([self], group)
 
-    def finish(self, transport: Transport, pair: BasePair | None) -> Shifted:
+    def finish(self, transport: Transport, pair: BasePair) -> Shifted:
         """Put the modules in the target's order and close the account.
 
         Args:
             transport: it may have dropped its groups.
-            pair: both bases, without which changes of the embedding and the output head stay behind.
+            pair: both bases.
 
         Raises:
             PairingError: no module of the adapter was moved.
@@ -124,8 +124,8 @@ class Shifter:
             raise PairingError(msg + "; choose another depth map")
         energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
         order = {name: place for place, name in enumerate(transport.target.shapes)}
-        tokens, token_rows, reason = (), (), "shift was not given the bases"
-        if pair is not None and self.adapter.tokens:
+        tokens, token_rows, reason = (), (), ""
+        if self.adapter.tokens:
             tokens, token_rows, reason = carry_tokens(self.adapter, pair, self._method)
         remaining = drop_token_updates(self.adapter, reason) if reason else self.adapter
         info = AdapterInfo(

@@ -1,0 +1,72 @@
+"""`jcrosslora.apply`: the maths of a shift as a pure function that JAX may compile, vectorise and differentiate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_transfer import WIDER
+from tiny_bases import delta, mixed_ranks, open_pair, random_adapter
+from user_methods import HalfCopy
+
+import jcrosslora as jcl
+from jcrosslora.errors import AdapterError
+from jcrosslora.methods import CrossLoRA, PadTruncate, Random
+
+METHODS = [CrossLoRA(svd_rank=8), PadTruncate(), HalfCopy(share=0.3), Random(svd_rank=8)]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    return open_pair(tmp_path_factory.mktemp("bases"), **WIDER)
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
+def transport(request, bases):
+    return jcl.align(*bases, request.param)
+
+
+def assert_same(found, wanted):
+    assert list(found) == list(wanted)
+    for name, factors in wanted.items():
+        np.testing.assert_allclose(delta(found[name]), delta(factors), atol=1e-4)
+
+
+def test_it_is_what_shift_does(transport, bases):
+    adapter = mixed_ranks(bases[0])
+    assert_same(jcl.apply(transport, adapter), jcl.shift(transport, adapter).adapter.modules)
+
+
+def test_compiled_with_the_transport_as_an_argument_or_closed_over(transport, bases):
+    modules = random_adapter(bases[0], scale=0.5).modules
+    wanted = jcl.apply(transport, modules)
+    assert_same(dict(jax.jit(jcl.apply)(transport, modules)), dict(sorted(wanted.items())))
+    assert_same(dict(jax.jit(lambda item: jcl.apply(transport, item))(modules)), dict(sorted(wanted.items())))
+
+
+def test_vectorised_over_stacked_adapters(transport, bases):
+    each = [random_adapter(bases[0], seed=seed).modules for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    moved = jax.vmap(lambda item: jcl.apply(transport, item))(stacked)
+    for place, modules in enumerate(each):
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], moved)
+        assert_same(one, dict(sorted(jcl.apply(transport, modules).items())))
+
+
+def test_its_gradient_is_the_slope(transport, bases):
+    modules = random_adapter(bases[0], roles={"q_proj"}).modules
+    direction = random_adapter(bases[0], roles={"q_proj"}, seed=1).modules
+
+    def energy(modules):
+        return sum(jnp.sum((factors.b @ factors.a) ** 2) for factors in jcl.apply(transport, modules).values())
+
+    gradient = jax.grad(energy)(modules)
+    slope = sum(jnp.sum(x * y) for x, y in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    step = 1e-2
+    ends = [energy(jax.tree.map(lambda x, y, s=s: x + s * y, modules, direction)) for s in (-step, step)]
+    assert float(slope) == pytest.approx(float(ends[1] - ends[0]) / (2 * step), rel=1e-2)
+
+
+def test_an_adapter_that_feeds_nothing_is_refused(transport, bases):
+    other = {"model.layers.9.self_attn.q_proj": next(iter(random_adapter(bases[0]).modules.values()))}
+    with pytest.raises(AdapterError, match="none of the 1 modules of the adapter feeds a module of the target"):
+        jcl.apply(transport, other)

@@ -1,0 +1,203 @@
+"""A method in a user's own file: registered, moved with by every way there is, and known by its file."""
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from tiny_bases import delta, random_adapter, write_llama
+from user_methods import HalfCopy
+
+import jcrosslora as jcl
+from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.cache import Cache
+from jcrosslora.cli.main import main
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.methods import Method, find_method
+
+PLAN = """
+out = "moved"
+bases = { source = "source", target = "target" }
+adapters = { source = ["adapter"] }
+[[moves]]
+from = "source"
+to = ["target"]
+methods = ["user_methods:HalfCopy", "pad-truncate"]
+share = 0.25
+"""
+# One that decomposes, so that its transports are kept.
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.methods import CrossLoRA
+
+
+@dataclass(frozen=True)
+class Own(CrossLoRA):
+    name: ClassVar[str] = "own"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    write_llama(folder / "source", seed=0)
+    write_llama(folder / "target", seed=1, hidden=64, heads=4, head_dim=16)
+    jcl.save_adapter(random_adapter(jcl.open_base(folder / "source")), folder / "adapter", base_name="org/src")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copied(folder):
+    """What the whole of the update becomes."""
+    return jcl.transfer(folder / "adapter", folder / "source", folder / "target", "pad-truncate").adapter.modules
+
+
+def assert_share(modules, copied, share):
+    assert modules.keys() == copied.keys()
+    for name, factors in modules.items():
+        np.testing.assert_allclose(delta(factors), share * delta(copied[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [HalfCopy(share=0.25), HalfCopy, "user_methods:HalfCopy"])
+def test_in_memory_as_an_object_a_class_or_a_name(folder, copied, method):
+    moved = jcl.transfer(folder / "adapter", folder / "source", folder / "target", method)
+    share = 0.25 if isinstance(method, HalfCopy) else 0.5
+    assert_share(moved.adapter.modules, copied, share)
+    assert (moved.report.recipe.method, moved.report.recipe.settings) == ("user_methods:HalfCopy", {"share": share})
+
+
+def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
+    places = [folder / "adapter", "--source", folder / "source", "--target", folder / "target"]
+    own = ["--method", "user_methods:HalfCopy", "--share", "0.25"]
+    main(["transfer", *map(str, places), *own, "--out", str(tmp_path / "one")])
+    assert "half-copy" in capsys.readouterr().out
+    assert_share(jcl.load_adapter(tmp_path / "one").modules, copied, 0.25)
+    recipe = json.loads((tmp_path / "one" / "transfer_report.json").read_text())["recipe_toml"]
+    assert tomllib.loads(recipe)["share"] == 0.25
+    (tmp_path / "recipe.toml").write_text(recipe)
+    main(["transfer", "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "two")])
+    one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    main(["transfer", *map(str, places), "--method", "half-copy", "--out", str(tmp_path / "three")])  # now registered
+    assert_share(jcl.load_adapter(tmp_path / "three").modules, copied, 0.5)
+
+
+def test_by_a_batch_whose_other_methods_do_not_have_its_setting(folder, copied, tmp_path):
+    for name in ("source", "target", "adapter"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "plan.toml").write_text(PLAN)
+    own, other = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
+    assert Path(own.out).name == "adapter--target--user_methods-HalfCopy"
+    assert (own.status, other.status) == ("done", "done")
+    assert_share(jcl.load_adapter(own.out).modules, copied, 0.25)
+    assert_share(jcl.load_adapter(other.out).modules, copied, 1)
+
+
+def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a console script finds what lies there
+    Path("own_method.py").write_text(OWN)
+    method = find_method("own_method:Own")(svd_rank=4)
+    bases = jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
+    cache, counts = Cache(tmp_path / "cache", limit=10**9), []
+    for text in (OWN, OWN, f"{OWN}# changed\n"):
+        Path("own_method.py").write_text(text)
+        jcl.align(*bases, method, cache=cache)
+        counts.append(len(cache.entries(["transport"])))
+    assert counts[0] == counts[1] > 0
+    assert counts[2] == 2 * counts[0]
+
+
+def test_a_batch_moves_again_what_a_changed_method_moved(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "target", "adapter"):
+        (tmp_path / name).symlink_to(folder / name)
+    Path("own_batch_method.py").write_text(OWN.replace('"own"', '"own-batch"'))
+    text = PLAN.replace('"user_methods:HalfCopy", "pad-truncate"', '"own_batch_method:Own"')
+    Path("plan.toml").write_text(text.replace("share = 0.25", "svd_rank = 4"))
+    plan = read_plan("plan.toml")
+    assert run_batch(plan).count("done") == 1
+    assert run_batch(plan).count("kept") == 1
+    Path("own_batch_method.py").write_text(OWN.replace('"own"', '"own-batch"') + "# changed\n")
+    (outcome,) = run_batch(plan).outcomes.values()
+    assert (outcome.status, "exists already" in outcome.text) == ("failed", True)
+    assert run_batch(plan, overwrite=True).count("done") == 1
+
+
+def test_a_setting_that_a_method_does_not_have_is_refused(folder):
+    with pytest.raises(UsageError, match="method half-copy has no setting svd_rank; its settings are share"):
+        jcl.TransferSettings.of(adapter="a", source="s", target="t", out="o", method=HalfCopy, svd_rank=3)
+    with pytest.raises(UsageError, match="method pad-truncate has no setting share; it has no settings"):
+        jcl.TransferSettings.of(adapter="a", source="s", target="t", out="o", method="pad-truncate", share=0.3)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taken(Method):
+    name: ClassVar[str] = "copy"
+
+
+@dataclass(frozen=True)
+class Unset(Method):
+    name: ClassVar[str] = "unset"
+    share: float
+
+
+@dataclass
+class Loose:
+    name: ClassVar[str] = "loose"
+
+
+class Undecorated(Method):
+    name = "undecorated"
+
+
+@dataclass(frozen=True)
+class Nameless(Method):
+    share: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (Taken, "a method called 'copy' exists already; choose another name"),
+        (Unset, "method unset: field share has no default"),
+        (Undecorated, "method undecorated: it is not a frozen dataclass"),
+        (Loose, "is no method; write a class that inherits from jcrosslora.Method, with a name"),
+        (Nameless, "is no method"),
+        (HalfCopy(), "is no method"),
+    ],
+)
+def test_what_cannot_be_registered(method, said):
+    before = dict(jcl.METHODS)
+    with pytest.raises(MethodError, match=said):
+        jcl.register_method(method)
+    assert before == jcl.METHODS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module:Own", "cannot be imported"),
+        ("user_methods:Absent", "cannot be imported"),
+        ("user_methods:HOOKS", "is no method"),
+        (":Own", "cannot be imported"),
+        ("half-coppy", "'half-coppy' is unknown; did you mean half-copy"),
+    ],
+)
+def test_names_that_lead_to_no_method(name, said):
+    jcl.register_method(HalfCopy)
+    with pytest.raises(MethodError, match=said):
+        find_method(name)
+
+
+def test_registering_the_same_class_again_changes_nothing():
+    assert jcl.register_method(HalfCopy) is jcl.register_method(HalfCopy) is jcl.METHODS["half-copy"]
+    assert dataclasses.fields(HalfCopy)[0].default == 0.5

@@ -1,0 +1,53 @@
+"""Methods in a user's own file: they take part in transfers, batches and the command line like any other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.linalg import select
+from jcrosslora.methods import FinalizeContext, Method, Update
+from jcrosslora.methods.coordinates import padded_maps
+
+# Called with the context of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
+HOOKS: list[Callable[[FinalizeContext], object]] = []
+
+
+@dataclass(frozen=True)
+class HalfCopy(Method):
+    """Copy a share of the update by coordinates."""
+
+    name: ClassVar[str] = "half-copy"
+    summary: ClassVar[str] = "a share of the update, by coordinates"
+    reference: ClassVar[str] = "the tests"
+
+    share: float = 0.5
+    """The factor that the copied update is multiplied by."""
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Return the maps of pad-truncate, with the share in the outer one."""
+        ((p_out, p_in),) = padded_maps(evidence).terms
+        return Maps(((select(p_out.index, self.share * p_out.gain, evidence.src.weight.shape[0]), p_in),))
+
+
+@dataclass(frozen=True)
+class Hooked(HalfCopy):
+    """Call what a test wants to happen in the middle of a transfer."""
+
+    name: ClassVar[str] = "hooked"
+
+    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+        """Call all hooks."""
+        for hook in HOOKS:
+            hook(context)
+        return Update(moved)
+
+
+@dataclass(frozen=True)
+class HookedOnText(Hooked):
+    """The same with both bases run on text."""
+
+    name: ClassVar[str] = "hooked-on-text"
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.PROBE_TEXTS})
