@@ -1,4 +1,4 @@
-"""Too little memory: one clear error, and nothing lost that was done before."""
+"""Too little memory: one clear error, and finished work is kept."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from jcrosslora.evaluate import effect_check
 from jcrosslora.session import transfer as trip
 from jcrosslora.utils.memory import enough_memory
 
-TOO_MANY = 2**46  # numbers; no machine has that
+TOO_MANY = 2**46  # numbers, more than fit into any memory
 
 
 def fill_device(*_, **__):
@@ -75,7 +75,7 @@ def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(house, tmp
     assert left.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("jcrosslora: not enough memory (")
-    # One that looks at weights alone needs the least there is.
+    # Methods that read weights only need the least memory.
     assert ("such as cross-lora" in line) == (method == "theseus")
     assert not list(tmp_path.iterdir())
 
