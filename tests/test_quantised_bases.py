@@ -13,7 +13,7 @@ from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.quantised import FORMATS, with_weights
+from jcrosslora.checkpoint.quantised import FORMATS, dequantised
 from jcrosslora.checkpoint.quantised.scales import scale_rows
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore
@@ -151,7 +151,7 @@ def test_an_open_weight_keeps_no_copy_of_its_scales(double, tmp_path):
         parts[".weight.nested_absmax"] = "F32", np.ones(blocks // 256, np.float32)
         parts[".weight.nested_quant_map"] = "F32", np.ones(256, np.float32)
     write_safetensors(tmp_path / "model.safetensors", {Q + ending: part for ending, part in parts.items()})
-    store = with_weights(ShardedStore(tmp_path), {"quantization_config": BNB4}, "here")
+    store = dequantised(ShardedStore(tmp_path), {"quantization_config": BNB4}, "here")
     tracemalloc.start()
     try:
         assert store.shape(Q + ".weight") == (1024, 1024)

@@ -216,7 +216,7 @@ _TABLE = (
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
 # Multimodal checkpoints whose language model is of a supported family: model_type -> (model_type of the text model,
-# prefixes of its tensors, see `renamed`), as transformers 4 (language_model.model.) and 5 write them.
+# prefixes of its tensors, see `text_model_name`), as transformers 4 (language_model.model.) and 5 write them.
 MULTIMODAL: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma3": (
         "gemma3_text",
