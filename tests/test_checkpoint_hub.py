@@ -150,7 +150,7 @@ def test_a_hub_error_is_one_line(hub, tmp_path: Path, ref: str, revision: str, n
 def test_a_model_that_is_not_cached_is_refused_offline(tmp_path: Path):
     (tmp_path / "cache").mkdir()
     error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
-    assert "org/model: no such folder here" in error
+    assert "org/model: no such local folder" in error
 
 
 def test_a_missing_shard_is_named_offline(hub, tmp_path: Path):
