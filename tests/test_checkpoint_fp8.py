@@ -15,7 +15,7 @@ QWEN = {"quant_method": "fp8", "weight_block_size": [16, 8], "activation_scheme"
 
 
 def fp8_llama(folder: Path, scale_name: str | None, scale, settings, dtype=ml_dtypes.float8_e4m3fn) -> np.ndarray:
-    """A Llama whose `NAME` is FP8; returns the FP8 values as float64."""
+    """Write a Llama whose `NAME` is FP8; return the FP8 values as float64."""
     tensors = {name: ("F32", array) for name, array in llama_tensors().items()}
     weight = tensors[NAME][1].astype(dtype)
     tensors[NAME] = ("F8_E5M2" if dtype is ml_dtypes.float8_e5m2 else "F8_E4M3", weight)
@@ -39,7 +39,7 @@ CASES = {
     "tensor of one": (np.array([0.25]), {"quant_method": "fp8"}, np.full((24, 16), 0.25)),
     "row": (PER_ROW, {"quant_method": "compressed-tensors", "format": "float-quantized"}, PER_ROW * np.ones((24, 16))),
     "row, flat": (PER_ROW[:, 0], {"quant_method": "fbgemm_fp8"}, PER_ROW * np.ones((24, 16))),
-    # 24 rows in blocks of 16: the last block is cut.
+    # 24 rows in blocks of 16: the last block is incomplete.
     "stated blocks": (BLOCKS, QWEN, expand(BLOCKS, 16, 8)),
     "blocks by ratio": (EVEN_BLOCKS, {"quant_method": "fp8"}, expand(EVEN_BLOCKS, 8, 4)),
 }

@@ -1,4 +1,4 @@
-"""Hub ids, against a server on this machine that speaks as much of the hub's protocol as is needed."""
+"""Hub ids, against a local server with a small part of the hub's protocol."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from checkpoint_files import llama_tensors, write_config, write_safetensors, wri
 from jcrosslora.checkpoint.hub import is_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# One interpreter per case: huggingface_hub reads its settings when it is imported.
+# One interpreter per case, because huggingface_hub reads its settings at import.
 SCRIPT = """
 import sys, json
 from jcrosslora.checkpoint import open_base
@@ -33,7 +33,7 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: Path
 
-    def log_message(self, format, *args):  # noqa: A002 - the name is the base class's.
+    def log_message(self, format, *args):  # noqa: A002 - named by the base class
         pass
 
     def answer(self, status: int, body: bytes = b"", **headers: str):
@@ -111,7 +111,7 @@ def test_only_json_and_the_needed_shards_are_fetched_and_then_used_offline(hub, 
         "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json", "tokenizer.json",
     ])  # fmt: skip
-    # No server answers on the discard port: what follows comes from the cache.
+    # No server answers on the discard port, so all files come from the cache.
     offline = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert offline == online
 
@@ -150,14 +150,14 @@ def test_a_hub_error_is_one_line(hub, tmp_path: Path, ref: str, revision: str, n
 def test_a_model_that_is_not_cached_is_refused_offline(tmp_path: Path):
     (tmp_path / "cache").mkdir()
     error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
-    assert "org/model: no such folder here" in error
+    assert "org/model: no such local folder" in error
 
 
 def test_a_missing_shard_is_named_offline(hub, tmp_path: Path):
     resolve(tmp_path / "cache", hub[1])
     next((tmp_path / "cache").rglob("model-00002*")).unlink()
     error = resolve(tmp_path / "cache", "http://127.0.0.1:9", HF_HUB_OFFLINE="1")["error"]
-    # Some versions of huggingface_hub notice themselves that the cached snapshot is not whole.
+    # Some versions of huggingface_hub notice the incomplete snapshot themselves.
     assert "model-00002-of-00002.safetensors is neither" in error or "LocalEntryNotFoundError" in error
 
 

@@ -173,7 +173,7 @@ def test_a_base_is_named_by_argument_hub_cache_or_path(tmp_path: Path):
     folder = write_llama(tmp_path / "plain")
     assert open_base(folder).name == str(folder)
     assert open_base(folder, name="me/mine").name == "me/mine"
-    # What transformers writes there is where the model came from before it was trained.
+    # transformers writes `_name_or_path` as the model that training started from.
     assert open_base(write_llama(tmp_path / "own", _name_or_path="org/parent")).name == str(tmp_path / "own")
     cached = open_base(write_llama(tmp_path / "models--org--name" / "snapshots" / "abc123"))
     assert (cached.name, cached.revision) == ("org/name", "abc123")

@@ -1,4 +1,4 @@
-"""Each family read back from what transformers writes: the model's own state dict is the oracle."""
+"""Each family as written by transformers and read back; the state dict is the oracle."""
 
 import copy
 import json
@@ -67,7 +67,7 @@ def test_modules_are_the_linear_layers_in_order(model, base):
 
 
 def test_each_module_computes_what_the_torch_module_computes(model, base, family):
-    # Fused modules: the parts of the torch module's own output, split as its forward pass splits them.
+    # The output of a fused torch module is split as in its forward pass.
     x = np.random.default_rng(0).standard_normal((2, 48)).astype(np.float32)
     layer = copy.deepcopy(model).float().model.layers[1]
     if family == "phi3":
@@ -169,7 +169,7 @@ def test_biases_of_the_config_are_read(tmp_path: Path):
 
 
 def test_the_text_model_of_a_multimodal_gemma3_is_read(tmp_path: Path):
-    # The weights of a text model under the prefixes of both generations of transformers, with a vision tensor beside.
+    # A text model under the prefixes of transformers 4 and 5, with a vision tensor beside it.
     numpy_io = pytest.importorskip("safetensors.numpy")
     model = tiny_model("gemma3_text", num_attention_heads=8, num_key_value_heads=4)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}

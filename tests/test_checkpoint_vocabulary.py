@@ -51,13 +51,13 @@ def read(folder: Path, tokenizer, size: int = 100):
 
 
 def test_byte_level_tokens_are_decoded(tmp_path: Path):
-    # "€" is no character of the byte alphabet: not a token that byte-level text can give.
+    # "€" is not in the byte alphabet, so byte-level text never gives this token.
     tokens = read(tmp_path, BYTE_LEVEL).tokens
     assert tokens == {b"a": 0, b" the": 1, b"\n": 2, "é".encode(): 3, b" <tag>": 6}
 
 
 def test_sentencepiece_tokens_are_decoded(tmp_path: Path):
-    # <0x41> and "A" both stand for b"A": the id of "A" is the one that text gets.
+    # <0x41> and "A" both stand for b"A"; text gets the id of "A".
     tokens = read(tmp_path, SENTENCEPIECE).tokens
     assert tokens == {b"A": 3, b"\n": 2, b" the": 4, "é".encode(): 5, b"  ": 8}
 
@@ -113,7 +113,7 @@ def test_the_byte_alphabet_is_a_bijection_of_printable_characters():
     alphabet = byte_alphabet()
     assert sorted(alphabet.values()) == list(range(256))
     assert all(character.isprintable() and not character.isspace() for character in alphabet)
-    # Spellings that every byte-level vocabulary shows: space, newline, tab, DEL.
+    # Known spellings of space, newline, tab and DEL.
     assert (alphabet["Ġ"], alphabet["Ċ"], alphabet["ĉ"], alphabet["ġ"]) == (0x20, 0x0A, 0x09, 0x7F)
 
 

@@ -1,4 +1,4 @@
-"""Configurations as published models have them are accepted; what may change the weights' meaning is refused."""
+"""Configurations of published models are accepted; settings that may change the meaning of weights are refused."""
 
 from pathlib import Path
 

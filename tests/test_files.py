@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, and what was there before survives every failure."""
+"""Folders appear completely or not at all, and old content survives every failure."""
 
 import errno
 import os
@@ -83,7 +83,7 @@ def test_a_failure_in_the_block_leaves_no_trace(tmp_path, existing, error, raise
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_failed_rename_restores_the_old_folder(tmp_path, monkeypatch, failing, error, late):
-    """The first rename moves the old folder aside, the second the new one in; an interrupt may also come just after."""
+    """The first rename moves the old folder aside, the second the new one in; an interrupt may come after either."""
     out = old_adapter(tmp_path / "out")
     before, rename, calls = everything(tmp_path), Path.rename, []
 

@@ -1,4 +1,4 @@
-"""Each architecture written as GGUF from a model of transformers, and read back: its state dict is the oracle."""
+"""Each architecture written as GGUF from a transformers model and read back; the state dict is the oracle."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_every_tensor_equals_the_state_dict(written):
     model, base = written
     for name, tensor in model.state_dict().items():
         read, gemma_norm = base.tensor(name), base.family.gain_offset and name.endswith("norm.weight")
-        # A Gemma norm went through 1 + w in float32.
+        # A norm of Gemma is stored as 1 + w in float32.
         assert np.allclose(read, tensor.numpy(), rtol=0, atol=1e-6 if gemma_norm else 0), name
         assert read.dtype == np.float32
 

@@ -1,4 +1,4 @@
-"""GGUF files without torch: the header against gguf's own reader, quantised types, bad files, the two real models."""
+"""GGUF files without torch: the header against the gguf package, quantised types, bad files, two real models."""
 
 import struct
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_quantised_gguf_weights_are_dequantised(kind: str, tmp_path: Path):
     path, tensors = small_llama(tmp_path / "x.gguf", kind=quant)
     base = open_base(path)
     for name, array in tensors.items():
-        # Blocks lie inside rows, so that the order of rows and quantisation commute.
+        # Blocks do not cross rows, so reordering rows and quantisation commute.
         expected = gguf.quants.dequantize(gguf.quants.quantize(array, quant), quant) if array.ndim == 2 else array
         read = base.tensor(name)
         assert np.array_equal(read.astype(np.float32), expected), name

@@ -1,4 +1,4 @@
-"""Hostile files: every reader ends in a result or in an error of ours, runs nothing, and leaves the folder alone.
+"""Hostile files: every reader returns a result or raises an error of ours, and neither runs nor changes anything.
 
 `tools/fuzz_readers.py` does the same with very many cases, and watches memory and what is opened.
 """
@@ -85,7 +85,7 @@ def test_links_out_of_the_folder_are_replaced_and_not_followed(tmp_path: Path):
     write_whole(link, b"new")
     assert link.read_bytes() == b"new"
     assert not link.is_symlink()
-    # An adapter that is replaced holds a link to a file, and one that dangles.
+    # The replaced adapter holds a link to a file and a dangling link.
     folder = write_folder(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.safetensors").symlink_to(outside / "precious")

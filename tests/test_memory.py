@@ -1,4 +1,4 @@
-"""Too little memory: one clear error, and nothing lost that was done before."""
+"""Too little memory: one clear error, and finished work is kept."""
 
 import dataclasses
 

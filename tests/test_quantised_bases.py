@@ -1,4 +1,4 @@
-"""Quantised checkpoints against what their formats' formulas say, and bitsandbytes against bitsandbytes itself."""
+"""Quantised checkpoints against the formulas of their formats, bitsandbytes also against its own package."""
 
 import json
 import tracemalloc
@@ -14,7 +14,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.quantised import FORMATS, with_weights
+from jcrosslora.checkpoint.quantised import FORMATS, dequantised
 from jcrosslora.checkpoint.quantised.scales import scale_rows
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore
@@ -22,13 +22,13 @@ from jcrosslora.decoder import load_params
 from jcrosslora.errors import CheckpointError
 
 Q = "model.layers.0.self_attn.q_proj"
-LARGER = {**DIMS, "hidden": 128, "intermediate": 192, "head_dim": 32}  # some blocks of many levels in every module
+LARGER = {**DIMS, "hidden": 128, "intermediate": 192, "head_dim": 32}  # several blocks per module
 STATE = Q + ".weight.quant_state.bitsandbytes__nf4"
 
 
 @pytest.fixture(scope="module", params=CASES)
 def quantised(request, tmp_path_factory):
-    """A case, its folder, and every tensor that the folder stands for."""
+    """A case, its folder, and the tensors that it represents."""
     folder = tmp_path_factory.mktemp("base")
     return CASES[request.param], folder, write_quantised(folder, CASES[request.param])
 
@@ -45,7 +45,7 @@ def test_weights_equal_the_formula_of_the_format(quantised):
 
 
 def test_the_formula_is_close_to_the_original_weights(quantised):
-    """Guards the makers of these files: a format that is misunderstood on both sides would be far off."""
+    """Guard against a format that writer and reader misunderstand alike: the values would be far off."""
     case, _, meant = quantised
     original = llama_tensors(seed=0, **DIMS)[Q + ".weight"]
     assert np.linalg.norm(meant[Q + ".weight"] - original) < case.error * np.linalg.norm(original)
@@ -67,7 +67,7 @@ def test_the_decoder_loads_quantised_weights(quantised):
 
 
 def rewritten(folder, change):
-    """The same file with some tensors changed; bfloat16 and float8 do not occur where this is used."""
+    """Write the file again with some tensors changed; none of them is bfloat16 or float8."""
     file = SafetensorsFile(folder / "model.safetensors")
     tensors = {name: (entry.dtype, file.array(name).copy()) for name, entry in file.entries.items()}
     change(tensors)
@@ -97,7 +97,7 @@ def test_missing_or_truncated_parts_are_refused(quantised, tmp_path):
 
 
 def cut(tensor):
-    """One row or number less; a single number becomes two."""
+    """Remove one row or number; a single number becomes two."""
     dtype, array = tensor
     return dtype, array[:-1].copy() if array.size > 1 else np.repeat(array.reshape(-1), 2)
 
@@ -140,7 +140,7 @@ def test_an_invalid_quant_state_is_refused(tmp_path):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_an_open_weight_keeps_no_copy_of_its_scales(double, tmp_path):
-    """They would add up over all modules of a model, whose weights are read a few at a time."""
+    """Copies would add up over all modules of a model, whose weights are read a few at a time."""
     blocks, state = 1 << 14, {"shape": [1024, 1024], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.5}
     parts = {
         ".weight": ("U8", np.zeros((1 << 19, 1), np.uint8)),
@@ -152,7 +152,7 @@ def test_an_open_weight_keeps_no_copy_of_its_scales(double, tmp_path):
         parts[".weight.nested_absmax"] = "F32", np.ones(blocks // 256, np.float32)
         parts[".weight.nested_quant_map"] = "F32", np.ones(256, np.float32)
     write_safetensors(tmp_path / "model.safetensors", {Q + ending: part for ending, part in parts.items()})
-    store = with_weights(ShardedStore(tmp_path), {"quantization_config": BNB4}, "here")
+    store = dequantised(ShardedStore(tmp_path), {"quantization_config": BNB4}, "here")
     tracemalloc.start()
     try:
         assert store.shape(Q + ".weight") == (1024, 1024)
@@ -221,7 +221,7 @@ def test_four_bit_weights_equal_those_of_bitsandbytes(kind, double, tmp_path):
     functional = pytest.importorskip("bitsandbytes.functional")
 
     def make(weight):
-        # Rows of whole blocks: for others the CPU kernel of bitsandbytes 0.50 differs from its own definition.
+        # Rows of whole blocks: for others the CPU kernel of bitsandbytes 0.50 differs from its definition.
         stored, state = functional.quantize_4bit(torch.from_numpy(weight), quant_type=kind, compress_statistics=double)
         values = functional.dequantize_4bit(stored, state).numpy()
         parts = {f".weight.{ending}": part for ending, part in state.as_dict(packed=True).items()}

@@ -42,7 +42,7 @@ def test_reduced_rank_ridge_is_optimal_for_its_rank(rank):
         for _ in range(20):
             other = (left + size * rng.normal(size=left.shape)) @ (right + size * rng.normal(size=right.shape)).T
             assert loss(x, y, other) > best * (1 - 1e-6)
-    # The truncated SVD of the solution itself is another map, and a worse one.
+    # The truncated SVD of the full-rank solution is another map, and a worse one.
     u, s, vt = np.linalg.svd(np.asarray(ridge(gram, cross, PENALTY), np.float64), full_matrices=False)
     assert loss(x, y, (u[:, :rank] * s[:rank]) @ vt[:rank]) >= best * (1 - 1e-5)
 

@@ -1,4 +1,4 @@
-"""Unbatched maths over a stack that is divided over devices."""
+"""Functions of one matrix over a stack that is sharded over devices."""
 
 import jax
 import jax.numpy as jnp

@@ -27,7 +27,7 @@ from jcrosslora.linalg.svd.krylov import krylov_columns
 from jcrosslora.linalg.svd.short_side import gram_matrix
 
 ROUTES = [full_svd, gram_svd]
-# Of every kernel, one that is itself on matrices of 64: a Krylov space as wide as the matrix is the Gram kernel.
+# Kernels with options for matrices of side 64: with its defaults, Krylov would fall back to the Gram kernel.
 SMALL = {
     "full": full_svd,
     "gram": gram_svd,
@@ -53,7 +53,7 @@ def test_triplets_of_a_known_spectrum(route, rows, columns, rank):
     w, u, v = matrix(rows, columns, spectrum)
     svd = route(jnp.asarray(w, jnp.float32), rank)
     np.testing.assert_allclose(svd.s, spectrum[:rank], rtol=1e-4)
-    # Vectors up to their joint sign: the products u_i v_i' are unique.
+    # Singular vectors are unique up to a joint sign, so the products u_i v_i' are compared.
     products = np.einsum("or,ir->roi", svd.u, svd.v)
     np.testing.assert_allclose(products, np.einsum("or,ir->roi", u, v)[:rank], atol=2e-3)
     np.testing.assert_allclose(svd.energy, (spectrum[:rank] ** 2).sum() / (spectrum**2).sum(), rtol=1e-5)
@@ -74,7 +74,7 @@ def test_error_grows_with_close_neighbours_and_bounds_the_true_error():
         w, u, _ = matrix(60, 30, spectrum)
         svd = gram_svd(jnp.asarray(w, jnp.float32), 4)
         ours, exact = np.asarray(svd.u, np.float64), u[:, :4]
-        beside = ours - exact * np.sum(ours * exact, axis=0)  # the part of each vector that is not along the exact one
+        beside = ours - exact * np.sum(ours * exact, axis=0)  # the component orthogonal to the exact vector
         assert np.linalg.norm(beside, axis=0).max() <= 10 * float(svd.error)
     errors = [float(gram_svd(jnp.asarray(matrix(60, 30, s)[0], jnp.float32), 4).error) for s in (wide, narrow)]
     assert errors[1] > 100 * errors[0]
@@ -91,7 +91,7 @@ def test_a_matrix_that_the_gram_kernel_cannot_resolve_is_redone():
     easy, _, _ = matrix(48, 32, np.linspace(10, 1, 32))
     hard, u, _ = matrix(48, 32, np.r_[np.linspace(10, 1, 29), 1e-3, 5e-4, 2e-4], seed=1)
     stack = jnp.asarray(np.stack([easy, hard]), jnp.float32)
-    # As on an accelerator, and as on a CPU.
+    # As on an accelerator, then as on a CPU.
     on_device, redone = choose._decompose_stack(stack, "gram", 32, True, 1e-2)
     assert redone == ("gram", "gram in float64")
     on_host, used = decompose(stack, 32)
@@ -163,23 +163,23 @@ def test_projections_agree_with_float64_on_any_shape(rows, columns, data):
     np.testing.assert_allclose(ours, best, atol=1e-3)
 
 
-# --- the contract of all kernels ----------------------------------------------------------------------------------
+# --- all kernels ----------------------------------------------------------------------------------------------------
 
 
 def slow(count=64):
-    """The spectrum of language models: neighbours are close, and much is left beyond any cut."""
+    """Return a spectrum like that of language models: close neighbours, and much energy beyond any cut."""
     return np.arange(1, count + 1) ** -0.33
 
 
 def turned(svd, u, v, rank):
-    """(R,): the sine of the angle between [u; v] and the exact pair, whatever their joint sign."""
+    """Return the sine (R,) of the angle between [u; v] and the exact pair, up to a joint sign."""
     ours = np.concatenate([np.asarray(svd.u, np.float64), np.asarray(svd.v, np.float64)])[:, :rank] / 2**0.5
     exact = np.concatenate([u, v])[:, :rank] / 2**0.5
     return np.linalg.norm(ours - exact * np.sum(ours * exact, axis=0), axis=0)
 
 
 def captured(w, svd):
-    """The share of the energy of W within the columns of u, in float64."""
+    """Return the share of the energy of W in the span of u, in float64."""
     basis, _ = np.linalg.qr(np.asarray(svd.u, np.float64))
     return np.linalg.norm(basis.T @ w) ** 2 / np.linalg.norm(w) ** 2
 
@@ -238,7 +238,7 @@ def test_low_rank_and_zero_matrices_give_zero_vectors_and_no_nan(kernel, count):
     w, u, v = matrix(96, 64, slow(count)) if count else (np.zeros((96, 64)), np.zeros((96, 0)), np.zeros((64, 0)))
     svd = run(kernel, w)
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(svd))
-    # Through the Gram matrix zeros come out as noise of 3e-4 of the largest; the error is infinite then.
+    # The Gram matrix turns zeros into noise of 3e-4 of the largest; the error is infinite then.
     if np.isfinite(svd.error):
         assert int(svd.numerical_rank) == count
     np.testing.assert_allclose(np.asarray(svd.u)[:, :count] @ np.asarray(svd.u)[:, :count].T, u @ u.T, atol=1e-3)
@@ -271,7 +271,7 @@ def test_every_kernel_lowers_to_every_platform(kernel, platform):
     assert exported.out_avals[0].shape == (2, 96, 12)
 
 
-# --- the parts of them --------------------------------------------------------------------------------------------
+# --- parts of kernels -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(40, 3), (1031, 1030), (1030, 1031)])
@@ -288,7 +288,7 @@ def test_krylov_finds_more_copies_of_a_singular_value_than_a_block_has_columns()
     assert krylov_columns(12, block=4) < 96
     svd = run("krylov", w, rank=12, vectors=False)
     found = captured(w, svd) / ((spectrum[:12] ** 2).sum() / (spectrum**2).sum())
-    # Some are still missing, or not single: that has to show, or the subspace would pass for the leading one.
+    # Some copies are still missing or mixed, which must show in the error.
     assert found > 1 - 1e-6 or float(svd.error) > 1e-2
 
 
@@ -306,7 +306,7 @@ def test_refinement_resolves_what_float32_cannot(shape):
     assert turned(better, u, vt.T, 8).max() < 1e-3 * turned(first, u, vt.T, 8).max() + 1e-6
 
 
-# --- choosing, and doing again ------------------------------------------------------------------------------------
+# --- choice of kernels, and redoing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -352,12 +352,12 @@ def test_stronger_kernels_are_tried_in_turn(monkeypatch, misses, wanted):
 
     def broken(w, rank, **options):
         svd = gram_svd(w, rank, **options)
-        # Vectors of nothing, so that refining them does not help.
+        # Arbitrary vectors, which refinement cannot repair.
         return svd.replace(v=jnp.asarray(nothing, jnp.float32), error=jnp.full((), 9.0))
 
     for name in ("krylov", "krylov, deeper", "gram")[:misses]:
         monkeypatch.setitem(choose.KERNELS, name, broken)
-    jax.clear_caches()  # programs made of the kernels that were there before, or are there now
+    jax.clear_caches()  # drop programs compiled with the original kernels
     svd, used = decompose(jnp.asarray(np.stack([w, w]), jnp.float32), 2, kernel="krylov")
     jax.clear_caches()
     assert used == (wanted, wanted)
@@ -384,5 +384,5 @@ def test_no_kernel_underestimates_its_error(name, power, seed):
     spectrum = np.sort(np.random.default_rng(seed).uniform(0.2, 1, size=64) ** power)[::-1]
     w, u, v = matrix(96, 64, spectrum, seed)
     svd = run(name, w)
-    # First order: beyond a radian it says only that nothing is known.
+    # The error is a first-order estimate; above a radian it only says that nothing is known.
     assert turned(svd, u, v, 8).max() <= 2 * float(svd.error)

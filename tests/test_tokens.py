@@ -38,7 +38,7 @@ def loaded(request, tmp_path_factory):
 
 
 def check_ends(tokenizer, text):
-    """The bytes that the tokens up to each end stand for are exactly the text up to that character."""
+    """Check that the bytes of the tokens up to each end are the text up to that character."""
     encoded = tokenizer.encode(text)
     assert encoded.ids.dtype == encoded.ends.dtype == np.int32
     assert encoded.ids.shape == encoded.ends.shape
@@ -50,7 +50,7 @@ def check_ends(tokenizer, text):
     for place, end in told:
         assert tokenizer.decode(encoded.ids[: place + 1]) == text[:end]
     for place in np.flatnonzero(encoded.ends < 0):
-        # Part of a character alone decodes to a replacement mark, or the token is the space that was put in front.
+        # A part of a character decodes to a replacement mark; or the token is the added leading space.
         so_far = tokenizer.decode(encoded.ids[: place + 1])
         assert not text.startswith(so_far) or so_far == ""
 

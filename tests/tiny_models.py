@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models, one of each supported family: the oracles of the tests (torch, transformers)."""
+"""Tiny random Hugging Face models of each supported family, the oracles of tests (torch, transformers)."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ COMMON = {
     "pad_token_id": 0,
 }
 
-# model_type -> what this family has beyond COMMON. head_dim * heads differs from the width where a family allows it.
+# model_type -> settings beyond COMMON. head_dim * heads differs from the width if the family allows it.
 FAMILIES = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 16, "head_dim": 16},
@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):
-    """A random causal language model of `family`, float32, eval mode; norms and biases are random as well."""
+    """Make a random causal language model of `family`, float32, in eval mode, with random norms and biases."""
     config = transformers.AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | overrides))
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -49,7 +49,7 @@ def tiny_model(family: str, seed: int = 0, **overrides):
 
 
 def save_tiny(family: str, folder: Path, seed: int = 0, dtype=None, **overrides) -> Path:
-    """Write a tiny model of `family` to `folder` as safetensors with its config; returns the folder."""
+    """Write a tiny model of `family` to `folder` as safetensors with its config; return the folder."""
     model = tiny_model(family, seed, **overrides)
     if dtype is not None:
         model = model.to(dtype)

@@ -1,4 +1,4 @@
-"""Small tokenizers trained here: byte-level as of GPT-2, and sentencepiece style with byte fallback as of Gemma."""
+"""Small tokenizers, trained on import: byte-level as in GPT-2, and sentencepiece with byte fallback as in Gemma."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def byte_level(bos: bool = False):
 
 
 def sentencepiece(prefix: bool = False):
-    """`prefix`: whether a space is put in front, as of Llama 2."""
+    """Build a tokenizer; `prefix` adds a leading space, as in Llama 2."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     tokens = ["<pad>", "<s>", "</s>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]

@@ -51,8 +51,8 @@ class ModelConfig:
     Attributes:
         family: the family.
         values: the configuration of the (text) model, Hugging Face keys.
-        prefixes: prefix of a tensor's name in the checkpoint -> in the text model, see `renamed`; empty for a text-only
-            checkpoint.
+        prefixes: prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`; empty for a
+            text-only checkpoint.
     """
 
     family: Family

@@ -6,6 +6,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -135,73 +136,62 @@ _GEMMA3_DEFAULTS = {
     "tie_word_embeddings": True,
 }
 
+# Norms in front of attention and MLP.
+_pre_norm = partial(Family, norm_in=_PRE_NORMS, norms=_TWO_NORMS)
+# Norms in front of and behind attention and MLP.
+_gemma = partial(
+    Family,
+    norm_in=_SANDWICH_IN,
+    norm_out=_SANDWICH_OUT,
+    norms=_FOUR_NORMS,
+    gain_offset=1.0,
+    bias_keys={"attention_bias": ATTENTION},
+    tied=True,
+    fixed={"use_bidirectional_attention": (False, None)},
+)
 _TABLE = (
-    Family(
+    _pre_norm(
         name="llama",
         architectures=("LlamaForCausalLM",),
-        norm_in=_PRE_NORMS,
-        norms=_TWO_NORMS,
         bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
         keys=frozenset({"attention_bias", "mlp_bias"}),
         fixed={"pretraining_tp": (1,), "rope_interleaved": (False,)},
     ),
-    Family(
+    _pre_norm(
         name="mistral",
         architectures=("MistralForCausalLM",),
-        norm_in=_PRE_NORMS,
-        norms=_TWO_NORMS,
         keys=_WINDOW,
     ),
-    Family(
+    _pre_norm(
         name="qwen2",
         architectures=("Qwen2ForCausalLM",),
-        norm_in=_PRE_NORMS,
-        norms=_TWO_NORMS,
         biases=QKV,
         keys=_WINDOW | {"use_sliding_window"},
     ),
-    Family(
+    _pre_norm(
         name="qwen3",
         architectures=("Qwen3ForCausalLM",),
-        norm_in=_PRE_NORMS,
-        norms=_TWO_NORMS,
         head_norms=_QK_NORMS,
         bias_keys={"attention_bias": ATTENTION},
         keys=_WINDOW | {"use_sliding_window", "attention_bias"},
         defaults={"head_dim": 128},
     ),
-    Family(
+    _gemma(
         name="gemma2",
         architectures=("Gemma2ForCausalLM",),
-        norm_in=_SANDWICH_IN,
-        norm_out=_SANDWICH_OUT,
-        norms=_FOUR_NORMS,
-        gain_offset=1.0,
-        bias_keys={"attention_bias": ATTENTION},
-        tied=True,
         keys=_GEMMA_KEYS,
-        fixed={"use_bidirectional_attention": (False, None)},
         defaults={"head_dim": 256},
     ),
-    Family(
+    _gemma(
         name="gemma3_text",
         architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        norm_in=_SANDWICH_IN,
-        norm_out=_SANDWICH_OUT,
-        norms=_FOUR_NORMS,
         head_norms=_QK_NORMS,
-        gain_offset=1.0,
-        bias_keys={"attention_bias": ATTENTION},
-        tied=True,
         keys=_GEMMA_KEYS | {"rope_local_base_freq"},
-        fixed={"use_bidirectional_attention": (False, None)},
         defaults=_GEMMA3_DEFAULTS,
     ),
-    Family(
+    _pre_norm(
         name="phi3",
         architectures=("Phi3ForCausalLM",),
-        norm_in=_PRE_NORMS,
-        norms=_TWO_NORMS,
         fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("gate_proj", "up_proj")},
         keys=frozenset({"sliding_window", "original_max_position_embeddings", "partial_rotary_factor"}),
         fixed={
@@ -216,7 +206,7 @@ _TABLE = (
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
 # Multimodal checkpoints whose language model is of a supported family: model_type -> (model_type of the text model,
-# prefixes of its tensors, see `renamed`), as transformers 4 (language_model.model.) and 5 write them.
+# prefixes of its tensors, see `text_model_name`), as transformers 4 (language_model.model.) and 5 write them.
 MULTIMODAL: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gemma3": (
         "gemma3_text",

@@ -64,16 +64,14 @@ def _family_part(meta: Metadata, model_type: str, facts: Mapping[str, Any]) -> d
     bias = {"attention_bias": facts["attention_bias"]}
     if model_type.startswith("gemma"):
         return _gemma_part(meta, window) | bias
+    if model_type == "phi3":
+        original = meta.count("rope.scaling.original_context_length") or meta.count("context_length")
+        return {"hidden_act": "silu", "sliding_window": window, "original_max_position_embeddings": original}
     parts = {
         "llama": {**bias, "mlp_bias": facts["mlp_bias"]},
         "mistral": {"sliding_window": window},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, **bias},
-        "phi3": {
-            "sliding_window": window,
-            "original_max_position_embeddings": meta.count("rope.scaling.original_context_length")
-            or meta.count("context_length"),
-        },
     }
     return {"hidden_act": "silu", **parts[model_type]}
 

@@ -6,7 +6,7 @@ from typing import Any
 from jcrosslora.checkpoint.gguf_metadata import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from jcrosslora.checkpoint.vocabulary import (
     Vocabulary,
-    collect,
+    build_vocabulary,
     decode_byte_level,
     decode_literal,
     decode_sentencepiece,
@@ -46,4 +46,4 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (UNKNOWN, CONTROL)
     )
-    return collect(((token, index) for token, index, _ in pairs), size, special)
+    return build_vocabulary(((token, index) for token, index, _ in pairs), size, special)

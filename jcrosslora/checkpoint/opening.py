@@ -13,9 +13,9 @@ from jcrosslora.checkpoint.gguf import open_gguf
 from jcrosslora.checkpoint.in_memory import config_values, flat_weights, is_live_model, tokenizer_folder
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
 from jcrosslora.checkpoint.memory_store import MemoryStore
-from jcrosslora.checkpoint.quantised import with_weights
+from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.checkpoint.store import TensorStore, renamed
+from jcrosslora.checkpoint.store import TensorStore, text_model_name
 from jcrosslora.errors import CheckpointError, UsageError
 
 
@@ -89,7 +89,7 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:
     config = read_config(folder)
-    store = with_weights(ShardedStore(folder, config.prefixes), config.values, str(folder))
+    store = dequantised(ShardedStore(folder, config.prefixes), config.values, str(folder))
     hub_id, revision = identity or (None, None)
     return _build(name or hub_id or str(folder), ref, folder, folder, revision, config, store)
 
@@ -113,11 +113,11 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
         raise CheckpointError(msg + "live model of transformers, or a mapping from Hugging Face names to arrays")
     ref = name or "base in memory"
     checked = check_config(config_values(config, ref), ref)
-    named = ((renamed(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
+    named = ((text_model_name(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
     arrays = {name: array for name, array in named if name is not None}
     if checked.family.is_tied(checked.values):
         arrays.pop(HEAD, None)  # the embedding a second time
-    store = with_weights(MemoryStore(arrays, ref), checked.values, ref)
+    store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
     return _build(ref, ref, None, tokenizer_folder(tokenizer, store, ref), None, checked, store)
 
 

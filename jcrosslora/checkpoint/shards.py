@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
-from jcrosslora.checkpoint.store import renamed
+from jcrosslora.checkpoint.store import text_model_name
 from jcrosslora.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -22,7 +22,7 @@ class ShardedStore:
 
     Args:
         folder: of the index and shards, or of the single file.
-        prefixes: renames tensors, see `renamed`.
+        prefixes: renames tensors, see `text_model_name`.
 
     Raises:
         CheckpointError: neither index nor single file, or an invalid index.
@@ -140,7 +140,7 @@ def shards_of(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> lis
 
 def _rename(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Map each name in the model to its shard and its name in the shard."""
-    places = ((renamed(stored, prefixes), (shard, stored)) for stored, shard in weight_map.items())
+    places = ((text_model_name(stored, prefixes), (shard, stored)) for stored, shard in weight_map.items())
     return {name: place for name, place in places if name is not None}
 
 

@@ -44,7 +44,7 @@ class TensorStore(Protocol):
         ...
 
 
-def renamed(stored: str, prefixes: Mapping[str, str]) -> str | None:
+def text_model_name(stored: str, prefixes: Mapping[str, str]) -> str | None:
     """Return the name in the text model of a tensor of a checkpoint, None if it belongs to another part.
 
     Args:

@@ -66,7 +66,7 @@ def decode_literal(token: str) -> bytes:
     return token.encode("utf-8", "surrogatepass")
 
 
-def collect(
+def build_vocabulary(
     pairs: Iterable[tuple[bytes | None, int]], size: int, special: Iterable[tuple[bytes | None, int]] = ()
 ) -> Vocabulary:
     """Build a vocabulary from (bytes, id) pairs; of two tokens with the same bytes the first is kept.
@@ -130,7 +130,7 @@ def _from_tokenizer(tokenizer: Mapping[str, Any], size: int) -> Vocabulary:
     literal = [(t["content"], int(t["id"])) for t in added if not t.get("special") and t["content"] != unknown]
     decoded = [(decode(token), index) for token, index in normal]
     special = [(decode_literal(t["content"]), int(t["id"])) for t in added if t.get("special")]
-    return collect(decoded + [(_decode_added(t, style), i) for t, i in literal], size, special)
+    return build_vocabulary(decoded + [(_decode_added(t, style), i) for t, i in literal], size, special)
 
 
 def _decode_added(token: str, style: str) -> bytes:

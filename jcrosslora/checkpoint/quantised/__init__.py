@@ -1,6 +1,6 @@
 """Formats of quantised weights, small integers or FP8 with scales, and their dequantisation to float32."""
 
 from jcrosslora.checkpoint.quantised.registry import FORMATS, check_quantization
-from jcrosslora.checkpoint.quantised.store import QuantisedStore, with_weights
+from jcrosslora.checkpoint.quantised.store import QuantisedStore, dequantised
 
-__all__ = ["FORMATS", "QuantisedStore", "check_quantization", "with_weights"]
+__all__ = ["FORMATS", "QuantisedStore", "check_quantization", "dequantised"]

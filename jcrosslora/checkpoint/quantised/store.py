@@ -16,7 +16,7 @@ _WEIGHT = ".weight"
 _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
 
 
-def with_weights(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
+def dequantised(store: TensorStore, config: Mapping[str, Any], where: str) -> TensorStore:
     """Wrap a store of quantised weights in one that dequantises them; return any other store as it is.
 
     Args:
