@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+_FORMAT = 1
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 _MAX_BYTES = 1 << 24  # of a manifest; usual ones have a few thousand
@@ -40,7 +40,7 @@ class Manifest:
     arrays: Mapping[str, tuple[str, tuple[int, ...]]]
     files: Mapping[str, tuple[int, str]]
     version: str
-    format: int = FORMAT
+    format: int = _FORMAT
 
     @property
     def size(self) -> int:
@@ -83,7 +83,7 @@ def read_manifest(folder: Path, kind: str, key: str) -> Manifest:
     if not intact:
         msg = "its manifest was changed after writing"
         raise Damaged(msg)
-    if (fields["kind"], fields["key"], fields["format"]) != (kind, key, FORMAT):
+    if (fields["kind"], fields["key"], fields["format"]) != (kind, key, _FORMAT):
         msg = "its manifest belongs to another entry"
         raise Damaged(msg)
     return Manifest(arrays=arrays, files=files, **fields)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jcrosslora.errors import UsageError
 
-DEFAULT_LIMIT = 10 * 10**9
+_DEFAULT_LIMIT = 10 * 10**9
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -42,7 +42,7 @@ def cache_limit() -> int:
     Raises:
         UsageError: the variable is not a size.
     """
-    stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(DEFAULT_LIMIT)
+    stated = os.environ.get("JCROSSLORA_CACHE_SIZE") or str(_DEFAULT_LIMIT)
     found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)B?", stated.strip().upper())
     if found is None:
         msg = f"JCROSSLORA_CACHE_SIZE is {stated!r}, wanted a number of bytes such as 500MB or 20G; 0 turns it off"

@@ -78,7 +78,7 @@ def forward(
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
     context = Context(positions, keys, rotations(settings.ropes, positions))
-    hidden, _, (captured, reduced) = run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
+    hidden, _, (captured, reduced) = _run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
     if "residual" in capture:
         captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
     return Output(hidden, captured, reduced)
@@ -109,7 +109,7 @@ def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.A
     return x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
 
 
-def run_layers(
+def _run_layers(
     settings: DecoderSettings,
     params: Params,
     context: Context,
@@ -120,20 +120,10 @@ def run_layers(
     *,
     remat: bool = False,
 ) -> tuple[jax.Array, KVCache | None, Any]:
-    """Scan the layers.
-
-    Args:
-        settings: of the model.
-        params: its weights.
-        context: positions and rotations.
-        x: (B, T, H), the embedded tokens.
-        adapter: or None.
-        cache: with the positions of the new tokens appended, or None.
-        keep: returns the values to keep from the captures of a layer.
-        remat: recompute each layer in the backward pass.
+    """Scan the layers over embedded tokens x (B, T, H).
 
     Returns:
-        Hidden states after the final norm, the cache with the new tokens, the kept values with a first axis of L.
+        Hidden states after the final norm, the cache with the new tokens, and the results of `keep` for all layers.
     """
 
     def body(carry: tuple[jax.Array, KVCache | None], layer: LayerWeights) -> tuple[Any, Any]:
@@ -162,7 +152,7 @@ def extend_cache(
     queries, keys = positions
     cache = append_positions(cache, keys)
     context = Context(queries, cache.positions, rotations(settings.ropes, queries, lengths))
-    hidden, grown, _ = run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
+    hidden, grown, _ = _run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
     return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]

@@ -51,7 +51,7 @@ def _kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, Any]]:
     theta = config.get("rope_theta") or _THETA
     nested = [kind for kind in (FULL, SLIDING) if kind in stated]
     if nested and len(nested) < len(stated):
-        msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted either"
+        msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted only one of them"
         raise CheckpointError(msg)
     if nested:
         return {kind: {"rope_theta": theta, **_dict(stated[kind], ref)} for kind in nested}
