@@ -8,7 +8,7 @@ from real_models import real_models
 from tiny_bases import delta
 
 import jcrosslora as jcl
-from jcrosslora.cli.demo import GEMMA3, shipped_adapter
+from jcrosslora.demo import GEMMA3, SOURCE_ADAPTER, shipped
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -26,7 +26,7 @@ pytestmark = [
 def moved(tmp_path_factory):
     source, target = real_models()
     out = tmp_path_factory.mktemp("real") / "moved"
-    with shipped_adapter() as adapter:
+    with shipped(SOURCE_ADAPTER) as adapter:
         places = str(adapter), str(source), str(target), str(out)
         settings = jcl.TransferSettings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
         result = jcl.transfer(settings)
