@@ -294,7 +294,7 @@ def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     assert [line.split(":")[0] for line in text.splitlines() if line.startswith("step")] == [
         f"step {number} of 4" for number in range(1, 5)
     ]
-    for name in ("base", "the adapter moved by theseus", run.TRAINED, run.RANDOM, run.PAPER):
+    for name in ("base", "moved by theseus", run.TRAINED, run.RANDOM, run.PAPER):
         assert f"│ {name}" in text
     assert SHORT[0].question in text
     assert jcl.load_adapter(out).info.base_name == fetch.GEMMA3.hub_id
@@ -304,7 +304,7 @@ def test_the_demo_shows_the_papers_map_once_when_it_is_asked_for(tiny, tmp_path,
     main(["demo", "--out", str(tmp_path / "out"), "--method", "cross-lora"])
     text = capsys.readouterr().out
     assert "verdict: " in text
-    assert "│ the adapter moved by cross-lora" in text
+    assert "│ moved by cross-lora" in text
     assert f"│ {run.PAPER} " not in text
 
 

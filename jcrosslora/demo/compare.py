@@ -14,7 +14,7 @@ from jcrosslora.demo.job import is_json_answer
 from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, score
 from jcrosslora.fit.distill.completions import Writer
 
-# What differs most between a base and an adapter of little effect: where an answer begins. The first line fits here.
+# Enough for the first line of most answers.
 _ANSWER_TOKENS = 20
 
 

@@ -17,9 +17,9 @@ from jcrosslora.report.table import print_report
 from jcrosslora.session.transfer import AUTO, check_method
 from jcrosslora.utils.files import ensure_free
 
-TRAINED, RANDOM, PAPER = "an adapter trained on it", "random control", "cross-lora"
+TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
 _WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
-_SECONDS = (20, 120, 20, 60)  # of each step, on 2 cores
+_SECONDS = (20, 90, 10, 60)  # of each step, on 2 cores
 
 
 def run_demo(
@@ -76,7 +76,7 @@ def _compare(
 
 
 def _moved_name(method: str) -> str:
-    return "the moved adapter" if method == AUTO else f"the adapter moved by {method}"
+    return "moved" if method == AUTO else f"moved by {method}"
 
 
 def _print(result: Comparison, moved: str, console: Console) -> None:

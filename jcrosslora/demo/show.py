@@ -29,8 +29,14 @@ def print_figures(comparison: Comparison, trained: str, console: Console) -> Non
         console: where to.
     """
     nats, accuracy, json = comparison.log_likelihoods(), comparison.accuracies(), comparison.json_shares()
-    table = Table(title=f"{len(comparison.questions)} questions", title_justify="left")
-    table.add_column("Gemma with", overflow="fold")
+    written = len(comparison.written[trained])
+    caption = (
+        f"{len(comparison.questions)} questions. log p / char: log-likelihood of the right answer, nats per character. "
+        f"In JSON: of the first {written} answers in writing. "
+        f"Lift: share of the gain in log-likelihood of '{trained}', with its 95% interval."
+    )
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("model", overflow="fold")
     for name in ("log p / char", "accuracy", "in JSON", "lift recovered"):
         table.add_column(name, justify="right")
     for name in comparison.names:
