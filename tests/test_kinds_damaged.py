@@ -164,7 +164,7 @@ def test_a_pattern_that_cannot_be_matched_or_takes_for_ever_is_refused(tmp_path,
     """Where the modules are not named by the file; other kinds never match these settings."""
     base, files = made
     config, weights = files["Uni-LoRA"]
-    with pytest.raises(AdapterError, match="no pattern, or has too many ways to match"):
+    with pytest.raises(AdapterError, match="not a regular expression, or has too many ways to match"):
         load_adapter(write_folder(tmp_path, config | settings, weights), base)
 
 

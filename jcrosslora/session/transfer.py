@@ -12,7 +12,7 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.adapter.ignored import ignored_sentence
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile, why_without_tokens
+from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile, why_without_tokens
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.alignment.align import Plan
 from jcrosslora.alignment.transport import BaseInfo, describe_base

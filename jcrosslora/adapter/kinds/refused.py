@@ -1,4 +1,4 @@
-"""The kinds of adapter that cannot be read as an update of weight matrices: refused by name, as a table."""
+"""Tables of the kinds of adapter that are refused because they cannot be read as an update of weight matrices."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,12 @@ from jcrosslora.adapter.kinds import variants
 CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
 RETRAIN = "no conversion exists; train a plain LoRA adapter instead"
 
-_MUTATES = "its training changed the base weights by what is not in the adapter"
+_MUTATES = "its training changed the base weights, and the change is not in the adapter"
 _SAVE_CONVERTED = (
     "save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) and load the result"
 )
 
-# Variant of LORA -> what makes it different from dW = scale B A, and what the user can do.
+# Variant of LORA -> why it is not dW = scale B A, and what the user can do.
 REFUSED: Mapping[str, tuple[str, str]] = {
     variants.CORDA: (_MUTATES, _SAVE_CONVERTED),
     variants.LOFTQ: (_MUTATES, RETRAIN),
@@ -25,15 +25,15 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     variants.REPLICATION: ("its layer numbers are not those of the base", RETRAIN),
 }
 
-# Tensors that belong to a kind even where the configuration does not say so.
+# Tensors that identify a refused kind whatever the configuration says.
 REFUSED_TENSORS: Mapping[str, str] = {
     "kasa": f"KaSA: it truncates the base weights; {RETRAIN}",
 }
 
-# Initialisations of peft 0.21 that leave the base weights alone.
+# Initialisations of peft 0.21 that do not change the base weights.
 PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
-_TOKENS = "it adds trained vectors to what the model reads, and changes no weight matrix"
+_TOKENS = "it adds trained vectors to the model's input and changes no weight matrix"
 _ROTATES = "it rotates weight matrices, a change of full rank"
 _ROUTES = "it routes between several adapters"
 
@@ -62,7 +62,7 @@ _REFUSED_TYPES: Mapping[str, tuple[str, str]] = {
 
 
 def why_refused(peft_type: str) -> str:
-    """Why an adapter of a `peft_type` in capitals is not read, and what to do about it."""
+    """Say why an adapter of a `peft_type`, in capitals, is not read, and what to do about it."""
     why, cure = _REFUSED_TYPES.get(peft_type, ("", f"where peft supports it, {CONVERT}"))
     return f"{why}; {cure}" if why else cure
 
