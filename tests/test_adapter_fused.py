@@ -1,4 +1,4 @@
-"""Updates of fused matrices: taken apart and put together without changing one number of dW."""
+"""Updates of fused modules are split and merged without changing a number of dW."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_a_shared_a_with_a_part_missing_keeps_the_rank():
     np.testing.assert_array_equal(fused.b[4:6], 0)
 
 
-def test_different_scales_are_put_into_b():
+def test_different_scales_are_folded_into_b():
     modules = {"l.q": part("l.q", 2, 0, scale=0.5), "l.v": part("l.v", 1, 1, scale=4.0)}
     fused = fuse(modules, FUSED)["l.qkv"]
     assert fused.scale == 1.0

@@ -1,4 +1,4 @@
-"""Reading against peft: base weights plus what we read equal peft's own merged weights."""
+"""Reading against peft: base weights plus our updates equal peft's merged weights."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_half_precision_factors_keep_their_bits(tmp_path, dtype):
     np.testing.assert_array_equal(factors.b.astype(np.float32), layer.lora_B["default"].weight.detach().float().numpy())
 
 
-def test_what_peft_saves_beside_lora_is_listed(tmp_path):
+def test_other_tensors_of_peft_are_listed_as_ignored(tmp_path):
     model = tiny_model("qwen2", num_hidden_layers=1, tie_word_embeddings=False)
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], bias="lora_only"

@@ -1,4 +1,4 @@
-"""Damaged files of every kind: a tensor or a setting that is not what it should be is one line, or does no harm."""
+"""Damaged files of every kind: an invalid tensor or setting is refused with one line, or is harmless."""
 
 import json
 from contextlib import suppress
@@ -85,7 +85,7 @@ def spoilt(array):
 
 
 @pytest.mark.parametrize("kind", [*SMALL, "LoRA-XS", "BeamLoRA"])
-def test_a_damaged_tensor_is_one_line(tmp_path, made, kind):
+def test_a_damaged_tensor_is_refused_with_one_line(tmp_path, made, kind):
     base, files = made
     config, weights = files[kind]
     assert read(tmp_path, base, config, weights)
@@ -101,7 +101,7 @@ def test_a_damaged_tensor_is_one_line(tmp_path, made, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SMALL if kind not in ("DoRA", "PiSSA", "OLoRA")])
-def test_a_senseless_setting_is_one_line(tmp_path, made, kind):
+def test_an_invalid_setting_is_refused_with_one_line(tmp_path, made, kind):
     base, files = made
     config, weights = files[kind]
     for key in READ & config.keys():
@@ -127,7 +127,7 @@ def test_small_files_of_huge_updates_are_refused(tmp_path):
         load_adapter(write_folder(tmp_path / "bank", {"peft_type": "VBLORA", "r": 300}, logits | bank))
 
 
-def test_what_is_drawn_anew_is_bounded(tmp_path, made, monkeypatch):
+def test_the_size_of_redrawn_matrices_is_bounded(tmp_path, made, monkeypatch):
     """A vector of gains, or a rank in a configuration, asks for random numbers that no file holds."""
     base, files = made
     config, weights = files["VeRA, drawn"]
@@ -160,7 +160,7 @@ ENDLESS = r"([a-z_.0-9]+)+!"
         {"modules_to_save": ["("]},
     ],
 )
-def test_a_pattern_that_cannot_be_matched_or_takes_for_ever_is_refused(tmp_path, made, settings):
+def test_invalid_and_exponential_patterns_are_refused(tmp_path, made, settings):
     """Where the modules are not named by the file; other kinds never match these settings."""
     base, files = made
     config, weights = files["Uni-LoRA"]
@@ -168,5 +168,5 @@ def test_a_pattern_that_cannot_be_matched_or_takes_for_ever_is_refused(tmp_path,
         load_adapter(write_folder(tmp_path, config | settings, weights), base)
 
 
-def test_every_kind_is_damaged():
+def test_every_kind_has_a_damaged_case():
     assert {kind.partition(",")[0] for kind in SMALL} | {"LoRA"} == MADE.keys()

@@ -1,4 +1,4 @@
-"""Adapters of other kinds on the whole trip: to another base, in each profile, through Python and the command."""
+"""Adapters of other kinds are transferred to another base, in each profile, from Python and the command line."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def house(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
+def test_every_kind_is_transferred_in_each_profile(tmp_path, house, kind):
     _, source, target, transport = house
     make_adapter(next(iter(MADE[kind].values()))(), tmp_path / "adapter")
     adapter = jcl.load_adapter(tmp_path / "adapter", source, rank=FULL)
@@ -72,7 +72,7 @@ def test_every_kind_survives_the_trip_in_each_profile(tmp_path, house, kind):
 
 
 @pytest.mark.parametrize("init", ["use_dora", "pissa"])
-def test_the_command_moves_them_and_says_how_they_were_read(tmp_path, house, capsys, init):
+def test_the_command_transfers_kinds_and_says_how_they_were_read(tmp_path, house, capsys, init):
     folder, _, _, _ = house
     one = {"target_modules": ["q_proj"]}
     config = lora(use_dora=True, **one) if init == "use_dora" else lora(init_lora_weights="pissa", **one)
@@ -103,7 +103,7 @@ def tokenized(tmp_path_factory):
     return folder, source, target, tokens
 
 
-def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_path, tokenized):
+def test_invocation_tokens_are_translated_to_the_target(tmp_path, tokenized):
     folder, _, target, tokens = tokenized
     settings = jcl.TransferSettings(
         adapter=str(folder / "adapter"),
@@ -124,7 +124,7 @@ def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_p
 
 
 @pytest.mark.parametrize("profile", ["mlx", "lora-xs"])
-def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, tokenized, monkeypatch, profile):
+def test_a_profile_without_invocation_tokens_is_refused_before_any_work(tmp_path, tokenized, monkeypatch, profile):
     folder, source, _, _ = tokenized
     where = {name: str(folder / name) for name in ("adapter", "source", "target")}
     settings = {"method": "pad-truncate", "profile": profile, "out_rank": 4}
@@ -146,7 +146,7 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     assert not (tmp_path / "out").exists()
 
 
-def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
+def test_auto_maps_an_alora_and_says_why(tmp_path, tokenized):
     """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
     folder, source, target, _ = tokenized
     assert jcl.compare_bases(source, target).choice.method == "distill"
@@ -162,7 +162,7 @@ def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
         jcl.transfer(jcl.TransferSettings(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always"))
 
 
-def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized, monkeypatch):
+def test_a_batch_maps_aloras_and_fits_other_adapters(tmp_path, tokenized, monkeypatch):
     folder, source, _, _ = tokenized
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
     bases = "".join(f'{name} = "{folder / name}"\n' for name in ("source", "target"))
@@ -190,7 +190,7 @@ def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, to
     assert len(read) == len(set(read)) == 2
 
 
-def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
+def test_invocation_tokens_without_a_translation_are_refused(tokenized, tmp_path):
     _, source, target, tokens = tokenized
     src, tgt = load_tokenizer(source), load_tokenizer(target)
     # "w" and "a" apart, which the tokenizer of the source would not write so in a text.
@@ -206,7 +206,7 @@ def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
         translated(tokens, src, load_tokenizer(jcl.open_base(lower)), "it")
 
 
-def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
+def test_an_alora_is_never_treated_as_always_active(tokenized):
     folder, source, target, _ = tokenized
     adapter = jcl.load_adapter(folder / "adapter")
     with pytest.raises(AdapterError, match="with_invocation"):
@@ -217,7 +217,7 @@ def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
     assert with_invocation(plain, source, target) is plain
 
 
-def test_merging_takes_the_whole_of_a_dora_and_no_alora(tmp_path, house):
+def test_a_dora_is_merged_exactly_and_an_alora_refused(tmp_path, house):
     folder, source, _, _ = house
     make_adapter(lora(use_dora=True, target_modules=["q_proj", "down_proj"]), tmp_path / "dora")
     jcl.merge(jcl.MergeSettings(str(folder / "source"), str(tmp_path / "dora"), str(tmp_path / "merged")))
@@ -231,7 +231,7 @@ def test_merging_takes_the_whole_of_a_dora_and_no_alora(tmp_path, house):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_invocation_is_in_every_profile_that_knows_it(tmp_path, house):
+def test_invocation_tokens_are_written_in_every_profile_that_holds_them(tmp_path, house):
     folder, source, _, _ = house
     make_adapter(next(iter(MADE["aLoRA"].values()))(), tmp_path / "alora")
     wanted = jcl.load_adapter(tmp_path / "alora", source).info.invocation

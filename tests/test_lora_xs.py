@@ -1,4 +1,4 @@
-"""Profile lora-xs: numpy's SVD of the base is the oracle for what it keeps, and the reader for what it writes."""
+"""Profile lora-xs: numpy's SVD of the base is the oracle for the kept energy, the reader for the written file."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def projected(base, name, change: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["target", "phi3"])
-def test_what_is_read_back_is_the_projected_update_and_its_energy_is_told(files, tmp_path, name):
+def test_the_projected_update_is_read_back_with_its_energy(files, tmp_path, name):
     done = jcl.export_adapter(export(files, tmp_path / "o", name))
     base, adapter = jcl.open_base(files / name), jcl.load_adapter(files / f"{name}-adapter")
     back = jcl.load_adapter(tmp_path / "o")
@@ -74,7 +74,7 @@ def test_what_is_read_back_is_the_projected_update_and_its_energy_is_told(files,
     assert done.cut.least_kept == pytest.approx(min(done.cut.shares.values()))
 
 
-def test_an_update_in_the_span_survives_whole(files, tmp_path):
+def test_an_update_in_the_span_is_kept_exactly(files, tmp_path):
     base, rng = jcl.open_base(files / "target"), np.random.default_rng(0)
     modules = {}
     for name in base.modules:
@@ -92,7 +92,7 @@ def test_an_update_in_the_span_survives_whole(files, tmp_path):
         assert error < 1e-5 * np.linalg.norm(delta(modules[name]))
 
 
-def test_the_file_is_that_of_the_repository(files, tmp_path):
+def test_the_file_equals_that_of_the_repository(files, tmp_path):
     """U, S V' and R under its names, in a configuration that its peft (0.10) knows."""
     jcl.export_adapter(export(files, tmp_path / "o"))
     base, tensors = jcl.open_base(files / "target"), load_file(tmp_path / "o" / "adapter_model.safetensors")
@@ -116,7 +116,7 @@ def test_the_file_is_that_of_the_repository(files, tmp_path):
     assert config.keys().isdisjoint({"exclude_modules", "lora_bias"})
 
 
-def test_what_is_all_in_the_span_loses_nothing(files, tmp_path):
+def test_an_update_in_the_span_loses_no_energy(files, tmp_path):
     done = jcl.export_adapter(export(files, tmp_path / "o", out_rank=48))
     back, wanted = (jcl.load_adapter(folder).modules for folder in (tmp_path / "o", files / "target-adapter"))
     for name, share in done.cut.shares.items():
@@ -135,7 +135,7 @@ def test_half_precision_loses_no_more_than_its_digits(files, tmp_path, dtype, ep
         assert np.linalg.norm(delta(factors) - wanted) < 3 * eps * np.linalg.norm(wanted)
 
 
-def test_the_commands_say_what_was_kept(files, tmp_path, capsys):
+def test_commands_report_the_kept_energy(files, tmp_path, capsys):
     given = ["--profile", "lora-xs", "--out-rank", str(K)]
     adapter, base = str(files / "target-adapter"), str(files / "target")
     main(["export", adapter, "--out", str(tmp_path / "e"), "--base", base, *given])
@@ -180,7 +180,7 @@ def transfer_settings(files, out, **changes) -> jcl.TransferSettings:
     return jcl.TransferSettings(out=str(out), **(paths | wanted | changes))
 
 
-def test_a_transfer_writes_what_it_says_it_moved(files, tmp_path):
+def test_a_transfer_writes_the_update_that_it_reports(files, tmp_path):
     moved = jcl.transfer(transfer_settings(files, tmp_path / "o", calibrate="frobenius", target=str(files / "phi3")))
     base = jcl.open_base(files / "phi3")
     written, wanted = jcl.load_adapter(tmp_path / "o").modules, fuse(moved.modules, base.fused)
@@ -191,7 +191,7 @@ def test_a_transfer_writes_what_it_says_it_moved(files, tmp_path):
         assert update_norm(moved.modules[row.target]) == pytest.approx(row.norm_after, rel=1e-4) != row.norm_before
 
 
-def test_a_batch_writes_what_a_transfer_writes_and_decomposes_the_target_once(files, tmp_path, monkeypatch):
+def test_a_batch_writes_the_same_as_a_transfer_with_one_svd_of_the_target(files, tmp_path, monkeypatch):
     made, frozen = [], span._frozen
     monkeypatch.setattr(span, "_frozen", lambda base, name, rank: made.append(name) or frozen(base, name, rank))
     jcl.save_adapter(random_adapter(jcl.open_base(files / "source"), seed=5), tmp_path / "second")
@@ -219,7 +219,7 @@ out_rank = {K}
         np.testing.assert_array_equal(tensor, want[key])
 
 
-def test_what_cannot_be_written_is_refused(files, tmp_path):
+def test_adapters_that_cannot_be_written_are_refused(files, tmp_path):
     settings = export(files, tmp_path / "o")
     alora = dataclasses.replace(jcl.load_adapter(files / "target-adapter").info, invocation=(5, 7))
     jcl.save_adapter(Adapter(jcl.load_adapter(files / "target-adapter").modules, alora), tmp_path / "alora")

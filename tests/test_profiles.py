@@ -124,7 +124,7 @@ def test_fused_modules_are_written_as_one(house, tmp_path):
     assert not any("attn_q." in name or "ffn_gate" in name for name in names)
 
 
-def test_gguf_names_its_base_and_says_where_it_comes_from(llama, tmp_path):
+def test_gguf_names_its_base_and_provenance(llama, tmp_path):
     out = jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, base_name="org/name", profile="gguf")
     fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "adapter.gguf").fields.items()}
     assert fields["general.architecture"] == "llama"
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_gguf_and_no_open_file(llama, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_profile_cannot_hold_is_refused_before_anything_is_written(llama, tmp_path, monkeypatch):
+def test_modules_that_a_profile_cannot_hold_are_refused_before_writing(llama, tmp_path, monkeypatch):
     adapter = random_adapter(llama)
     with pytest.raises(OutputError, match="--base"):
         jcl.save_adapter(adapter, tmp_path / "o", profile="gguf")
@@ -171,7 +171,7 @@ def test_what_a_profile_cannot_hold_is_refused_before_anything_is_written(llama,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_of_every_profile_are_replaced_when_asked(llama, tmp_path):
+def test_adapters_of_every_profile_are_overwritten_on_request(llama, tmp_path):
     for profile in (*READERS, "portable"):
         jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile=profile, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [

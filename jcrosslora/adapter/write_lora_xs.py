@@ -29,9 +29,9 @@ def write_lora_xs(contents: Contents, folder: Path) -> None:
     """Write one rank for all modules, that of the frozen factors.
 
     Raises:
-        OutputError: see `check_frozen`; values that do not fit the dtype.
+        OutputError: see `_check_frozen`; values that do not fit the dtype.
     """
-    frozen = check_frozen(contents.modules, contents.frozen)
+    frozen = _check_frozen(contents.modules, contents.frozen)
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         parts = {
@@ -77,7 +77,7 @@ def directions(frozen: LoRAFactors) -> tuple[np.ndarray, np.ndarray]:
     return np.divide(a, s[:, None], out=np.zeros_like(a), where=s[:, None] > 0), s
 
 
-def check_frozen(
+def _check_frozen(
     modules: Mapping[str, LoRAFactors], frozen: Mapping[str, LoRAFactors] | None
 ) -> Mapping[str, LoRAFactors]:
     """Return the frozen factors after a check that every module has them, at one rank.

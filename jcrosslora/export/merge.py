@@ -30,7 +30,7 @@ from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
-REPORT = "merge_report.json"
+_REPORT = "merge_report.json"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
@@ -114,7 +114,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
         if untied:
             notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
-        (folder / REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
+        (folder / _REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
     return Merged(out, _changed(adapter), notes)
 
 

@@ -16,7 +16,7 @@ from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
 from jcrosslora.errors import AdapterError
 
-TEMPERATURE = 0.05
+_TEMPERATURE = 0.05
 
 
 def _read(file: AdapterFile, module: str) -> Update:
@@ -26,7 +26,7 @@ def _read(file: AdapterFile, module: str) -> Update:
         msg = f"{file.path}: module {module!r} has a gate of shape {list(gate.shape)} for rank {factors.rank}"
         msg += ": the file is damaged"
         raise AdapterError(msg)
-    gains = np.exp((gate - gate.max()) / TEMPERATURE).ravel()
+    gains = np.exp((gate - gate.max()) / _TEMPERATURE).ravel()
     gains *= factors.rank / gains.sum()
     # The most important ranks first.
     order = np.argsort(-gains, kind="stable")
@@ -41,5 +41,5 @@ BEAM = Kind(
     read=each_module(_read),
     check=check_lora,
     applies=lambda config, parts: variants.VARIANTS[variants.BEAM](config) or "lora_gate" in parts,
-    remark=lambda _: f"its temperature is not in the file, its repository's default of {TEMPERATURE} was taken",
+    remark=lambda _: f"its temperature is not in the file, its repository's default of {_TEMPERATURE} was taken",
 )

@@ -24,7 +24,7 @@ from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
 
 # One more direction for each one of B A, for the effect of the magnitudes.
-RANK_FACTOR = 2
+_RANK_FACTOR = 2
 
 _WHY = "rescales the rows of W + B A"
 
@@ -60,7 +60,7 @@ def _magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> np.ndarr
 def _fitted(file: AdapterFile, module: str, factors: LoRAFactors, magnitude: np.ndarray) -> Update:
     weight = file.weight(module, factors.shape, "DoRA", _WHY)
     change = full_update(weight, factors, magnitude)
-    wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank
+    wanted = _RANK_FACTOR * factors.rank if file.rank is None else file.rank
     if wanted >= min(factors.shape):
         b, a = full_rank_factors(change)
         return Update(LoRAFactors(a=a, b=b))

@@ -16,8 +16,8 @@ import numpy as np
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.adapter.sums import check_always_active
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.adapter.sums import add_factors, check_always_active
+from jcrosslora.errors import UsageError
 
 
 def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
@@ -42,7 +42,7 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         msg += "each"
         raise UsageError(msg)
     check_always_active(adapters)
-    terms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    terms: dict[str, list[LoRAFactors]] = {}
     for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
         for name, factors in adapter.modules.items():
             last = place == len(adapters) - 1
@@ -56,23 +56,15 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
             for sentence in drop_token_updates(one, "tasks are combined in their linear modules alone").info.ignored
         ),
     )
-    return Adapter(modules={name: _joined(name, found) for name, found in terms.items()}, info=info)
+    return Adapter(modules={name: add_factors(name, found) for name, found in terms.items()}, info=info)
 
 
-def _term(factors: LoRAFactors, magnitude: float, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+def _term(factors: LoRAFactors, magnitude: float, *, last: bool) -> LoRAFactors:
     a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
     if last:
-        return magnitude * factors.scale * b, a
-    size = float(np.linalg.norm(b) * np.linalg.norm(a))
-    # A task with a zero update has no direction.
-    gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
-    return gain * b, a
-
-
-def _joined(name: str, terms: Sequence[tuple[np.ndarray, np.ndarray]]) -> LoRAFactors:
-    shapes = {(b.shape[0], a.shape[1]) for b, a in terms}
-    if len(shapes) > 1:
-        msg = f"module {name!r} has updates of shapes {sorted(shapes)}: give adapters of one base"
-        raise AdapterError(msg)
-    b, a = np.concatenate([b for b, _ in terms], axis=1), np.concatenate([a for _, a in terms])
-    return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32))
+        gain = magnitude * factors.scale
+    else:
+        size = float(np.linalg.norm(b) * np.linalg.norm(a))
+        # A task with a zero update has no direction.
+        gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
+    return LoRAFactors(a=a.astype(np.float32), b=(gain * b).astype(np.float32))

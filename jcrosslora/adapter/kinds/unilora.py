@@ -75,7 +75,7 @@ def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
             f"{file.path}: r is {rank}, for which {count:,} indices would have to be drawn: correct the file, or save "
         )
         raise AdapterError(msg + "the adapter with its indices (save_indices=True)")
-    indices = balanced_indices(count, theta.size, file.config.get("proj_seed", _SEED))
+    indices = _balanced_indices(count, theta.size, file.config.get("proj_seed", _SEED))
     counts = np.bincount(indices, minlength=theta.size)
     scaled = theta / np.sqrt(np.maximum(counts, 1))
     start = 0
@@ -90,7 +90,7 @@ def _size(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
     return rank * sum(rows + columns for rows, columns in shapes.values())
 
 
-def balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
+def _balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
     """Draw int64 (count,) below `length`, each equally often up to one, shuffled as peft does.
 
     Args:

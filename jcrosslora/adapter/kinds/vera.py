@@ -61,10 +61,10 @@ def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tupl
     file.check_size(widest, rank * (rows + columns))
     # RandomState seeds the Mersenne Twister as torch does; a Generator does not.
     draw = np.random.RandomState(file.config.get("projection_prng_key", 0) % 2**32)
-    return torch_kaiming(draw, rank, columns).astype(np.float64), torch_kaiming(draw, rows, rank).astype(np.float64)
+    return _torch_kaiming(draw, rank, columns).astype(np.float64), _torch_kaiming(draw, rows, rank).astype(np.float64)
 
 
-def torch_kaiming(draw: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
+def _torch_kaiming(draw: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
     """Draw float32 (rows, columns) as torch does for a uniform Kaiming initialisation of gain sqrt(2) on the CPU.
 
     torch takes the lower 24 bits of each number of the same generator; the bounds are +-sqrt(6 / columns).
