@@ -52,7 +52,7 @@ def test_exported_adapters_are_read_back(base, tmp_path, profile, given):
 
 
 def test_gguf_adapters_are_transferred_like_others(tmp_path):
-    """Its fused updates are taken apart, and its file is named instead of a folder."""
+    """Fused updates are split, and the source is a file instead of a folder."""
     source = jcl.open_base(save_tiny("phi3", tmp_path / "source"))
     target = jcl.open_base(save_tiny("llama", tmp_path / "target"))
     adapter = random_adapter(source)
@@ -69,7 +69,7 @@ def test_gguf_adapters_are_transferred_like_others(tmp_path):
 
 
 class _Tokens(list):
-    """Rows of tokens as mlx_lm's training takes them."""
+    """Make rows of tokens as mlx_lm's training expects them."""
 
     def process(self, row):
         return row
@@ -77,7 +77,7 @@ class _Tokens(list):
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_trained_by_mlx_lm_are_read(tmp_path, kind):
-    """Two steps of its own training; what its own layers fuse into the weights is the update."""
+    """Train two steps with mlx_lm; the weights that its layers fuse are the oracle."""
     mlx_lora = pytest.importorskip("mlx_lm.lora")
     import mlx.core as mx
     from mlx_lm.utils import load_model
@@ -150,7 +150,7 @@ def test_damaged_or_other_mlx_adapters_are_refused(tmp_path, config, weights, na
 
 
 def write_adapter(path, arch="llama", tensors=None, *, drop=(), quantised=None, **metadata):
-    """A GGUF adapter as llama.cpp's converter writes it, which states no heads."""
+    """Write a GGUF adapter as llama.cpp's converter does, without the numbers of heads."""
     writer = gguf.GGUFWriter(path, arch)
     stated = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 5.0} | metadata
     for key, value in stated.items():

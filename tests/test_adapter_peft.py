@@ -14,7 +14,7 @@ LAYERS = 12  # Layers 1 and 11 share a prefix.
 
 
 def trained(folder, **settings):
-    """A saved adapter whose factors are random, and the merged weights of its model, by name of the base's weight."""
+    """Save an adapter with random factors; return the weights of the base and the merged weights, by name."""
     model = tiny_model("llama", num_hidden_layers=LAYERS)
     base = {name: value.clone() for name, value in model.state_dict().items()}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))

@@ -74,7 +74,7 @@ def test_pattern_of_layer_1_leaves_layer_11_alone():
 
 
 def test_patterns_for_every_module_of_a_large_model_are_fast():
-    """re itself would compile most of them for each module again: half a minute."""
+    """The cache of re is too small: it would recompile most patterns for each module, for half a minute."""
     names = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(250) for part in ("gate", "up", "down")]
     start, patterns = time.process_time(), [exact_pattern(name) for name in names]
     assert [matching_key(patterns, name) for name in names] == patterns

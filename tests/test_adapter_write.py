@@ -25,7 +25,7 @@ def config_of(folder: Path) -> dict:
 
 
 def assert_same_update(got: LoRAFactors, want: LoRAFactors, eps: float) -> None:
-    """Entry by entry within what rounding a and b to `eps` can do."""
+    """Compare entry by entry within the error of rounding a and b to `eps`."""
     bound = abs(want.scale) * np.abs(np.float64(want.b)) @ np.abs(np.float64(want.a))
     assert (np.abs(delta(got) - delta(want)) <= 2.1 * eps * bound + 1e-300).all()
 
@@ -140,7 +140,7 @@ def test_documents_and_metadata_are_written_and_arguments_not_changed(tmp_path):
 
 @pytest.mark.parametrize(("size_a", "size_b"), [(1e-7, 1e7), (1e6, 1e-6), (1e-9, 1e3)])
 def test_float16_balances_the_size_of_the_factors(tmp_path, size_a, size_b):
-    """Neither of these pairs fits float16 as it is: the large factor overflows, or the small one has no digits."""
+    """Neither pair fits float16 unchanged: the large factor overflows, or the small one loses its digits."""
     factors = LoRAFactors(a=matrix(2, 6) * np.float32(size_a), b=matrix(5, 2, seed=1) * np.float32(size_b), scale=1.0)
     back = load_adapter(save_adapter(Adapter({Q: factors}), tmp_path / "o", dtype="float16")).modules[Q]
     error = np.linalg.norm(delta(back) - delta(factors)) / np.linalg.norm(delta(factors))

@@ -42,7 +42,7 @@ def test_patterns_are_refused_by_engines_with_one_scale(tmp_path):
     assert any("older releases" in note for note in verdicts(out)["vLLM"].notes)
 
 
-# What is changed in a plain configuration -> the engines that still read it (MLX never does).
+# Change of a plain configuration -> engines that still read it (MLX never does).
 CASES = [
     ({}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
     ({"use_rslora": True}, {"PEFT", "vLLM"}),

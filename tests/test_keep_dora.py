@@ -37,7 +37,7 @@ CASES = {
 
 @dataclasses.dataclass
 class House:
-    """A base, a DoRA of it by peft, and the logits (N, V) of both together and of the base alone."""
+    """Make a base, a DoRA of it by peft, and the logits (N, V) with and without the DoRA."""
 
     family: str
     base: str
@@ -62,7 +62,7 @@ def make_dora(folder, case) -> House:
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
-                # Magnitudes that are well away from the norms of the rows, as no low rank could hold them.
+                # Magnitudes far from the norms of the rows, which no low rank could represent.
                 noise = torch.randn_like(parameter)
                 parameter.mul_(1 + 0.2 * noise) if "magnitude" in name else parameter.add_(0.1 * noise)
     wrapped.save_pretrained(folder / "adapter")

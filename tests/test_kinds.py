@@ -18,7 +18,7 @@ from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 
-# peft warns of many settings that are meant here.
+# peft warns of many settings that are intended here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -38,7 +38,7 @@ def base_folder(tmp_path_factory):
 
 
 def merged_weights(folder):
-    """The weights of the base with the adapter, and of the base alone, as peft loads it."""
+    """Return the merged weights of an adapter loaded by peft, and the weights of the base alone."""
     model = tiny_model("llama")
     base = {name: value.clone().numpy() for name, value in model.state_dict().items()}
     wrapped = peft.PeftModel.from_pretrained(model, folder)
@@ -64,7 +64,7 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
         assert adapter.info.read_as is not None
         assert "exactly" in adapter.info.read_as
         assert adapter.info.read_as.startswith(f"{kind} (")
-    if kind == "aLoRA":  # peft does not merge it: as a plain one it is the same weights
+    if kind == "aLoRA":  # peft does not merge it, but a plain LoRA has the same weights
         config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"alora_invocation_tokens": None}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         assert adapter.info.invocation == (5, 7)
@@ -74,7 +74,7 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
 
 @pytest.mark.parametrize("alpha", [None, 0, -2])
 def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, alpha):
-    """Of a configuration without one, None here, its default; of none above zero the rank."""
+    """A missing lora_alpha, None here, means the default; zero or less means the rank."""
     make_adapter(MADE["AdaLoRA"]["pruned"](), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
     if alpha is None:
@@ -85,7 +85,7 @@ def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, 
     check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
 
 
-# Kinds that peft does not have: their tensors beside lora_A and lora_B, and the factor between B and A.
+# Kinds that peft lacks: their tensor beside lora_A and lora_B, its value, and the matrix between B and A.
 def softmax(values):
     powers = np.exp(values - values.max())
     return powers / powers.sum()
@@ -191,7 +191,7 @@ def test_a_lower_rank_is_the_best_fit_with_the_loss_reported(tmp_path, base_fold
 
 
 def test_zero_directions_are_removed_from_the_rank(tmp_path):
-    """Two equal pairs of a LoHa make equal directions: 4 of its 9 are new only to a count of products."""
+    """Equal pairs of a LoHa give equal directions: its 9 products have rank 6."""
     make_adapter(peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj"]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     weights = safetensors.numpy.load_file(path)
@@ -237,7 +237,7 @@ def test_fused_modules_are_read_with_their_fused_weights(tmp_path):
     wrapped = peft.get_peft_model(tiny_model("phi3"), config)
     wrapped.save_pretrained(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter", open_base(tmp_path / "base"))
-    # As it was when training began: the update is nothing beside the weights.
+    # As initialised: the update is zero up to rounding of the weights.
     assert max(update_norm(factors) for factors in adapter.modules.values()) < 1e-4 * np.linalg.norm(
         open_base(tmp_path / "base").weight("model.layers.0.self_attn.q_proj")
     )

@@ -30,13 +30,13 @@ pytestmark = [
 ]
 
 
-# Profile -> a reader written from the documentation of the format; peft itself reads its own in test_export_peft.
+# Profile -> a reader written from the documentation of the format; test_export_peft uses peft itself.
 PROFILES = {"portable": peft_factors, "peft": peft_factors, "mlx": mlx_factors, "gguf": gguf_factors}
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """The base that peft's adapters are made for, a wider and shallower target, and the way between them."""
+    """The base of peft's adapters, a wider and shallower target, and the transport between them."""
     folder = tmp_path_factory.mktemp("house")
     tiny_model("llama").save_pretrained(folder / "source")
     write_llama(folder / "target", seed=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers=2)
@@ -92,7 +92,7 @@ def test_the_command_transfers_kinds_and_says_how_they_were_read(tmp_path, house
 
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory):
-    """Two bases with tokenizers of their own, and an aLoRA of the first."""
+    """Two bases with different tokenizers, and an aLoRA of the first."""
     folder = tmp_path_factory.mktemp("tokenized")
     source = jcl.open_base(write_base(folder / "source", 60))
     target = jcl.open_base(write_base(folder / "target", 10, seed=1))
@@ -147,7 +147,7 @@ def test_a_profile_without_invocation_tokens_is_refused_before_any_work(tmp_path
 
 
 def test_auto_maps_an_alora_and_says_why(tmp_path, tokenized):
-    """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
+    """Auto would fit predictions between these bases, but an inactive aLoRA does not change predictions."""
     folder, source, target, _ = tokenized
     assert jcl.compare_bases(source, target).choice.method == "distill"
     where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"rank": 8}
@@ -193,7 +193,7 @@ def test_a_batch_maps_aloras_and_fits_other_adapters(tmp_path, tokenized, monkey
 def test_invocation_tokens_without_a_translation_are_refused(tokenized, tmp_path):
     _, source, target, tokens = tokenized
     src, tgt = load_tokenizer(source), load_tokenizer(target)
-    # "w" and "a" apart, which the tokenizer of the source would not write so in a text.
+    # "w" and "a" as two tokens, which the source tokenizer would not produce for a text.
     apart = [token for letter in "Water" for token in src.encode(letter, special=False).ids.tolist()]
     with pytest.raises(AdapterError, match="would not be found in text"):
         translated(apart, src, tgt, "it")

@@ -41,7 +41,7 @@ def export(files, out, name="target", **changes) -> jcl.ExportSettings:
 
 
 def svd(base, name) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U (O, K), S (K,) and V (I, K) of the weight that the base stores, by LAPACK in float64."""
+    """Compute U (O, K), S (K,) and V (I, K) of the stored weight by LAPACK in float64."""
     u, s, vt = np.linalg.svd(np.asarray(base.stored_weight(name), np.float64), full_matrices=False)
     return u[:, :K], s[:K], vt[:K].T
 
@@ -93,7 +93,7 @@ def test_an_update_in_the_span_is_kept_exactly(files, tmp_path):
 
 
 def test_the_file_equals_that_of_the_repository(files, tmp_path):
-    """U, S V' and R under its names, in a configuration that its peft (0.10) knows."""
+    """U, S V' and R have its names, and the configuration only keys that its peft (0.10) knows."""
     jcl.export_adapter(export(files, tmp_path / "o"))
     base, tensors = jcl.open_base(files / "target"), load_file(tmp_path / "o" / "adapter_model.safetensors")
     change = jcl.load_adapter(files / "target-adapter").modules
@@ -102,7 +102,7 @@ def test_the_file_equals_that_of_the_repository(files, tmp_path):
         a, b = (tensors[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         r = tensors[f"{PREFIX}{name}_lora_latent_mapping.weight"]
         u, s, v = svd(base, name)
-        top = len(s)  # fewer than K where the module is narrow: the rest is zero
+        top = len(s)  # fewer than K in narrow modules: the rest is zero
         assert (a.shape[0], b.shape[1], r.shape) == (K, K, (K, K))
         signs = np.sign(np.sum(b[:, :top] * u, axis=0))
         np.testing.assert_allclose(b[:, :top] * signs, u, rtol=0, atol=1e-3)
@@ -120,7 +120,7 @@ def test_an_update_in_the_span_loses_no_energy(files, tmp_path):
     done = jcl.export_adapter(export(files, tmp_path / "o", out_rank=48))
     back, wanted = (jcl.load_adapter(folder).modules for folder in (tmp_path / "o", files / "target-adapter"))
     for name, share in done.cut.shares.items():
-        whole = name.endswith(("q_proj", "o_proj"))  # square: all of both sides is in the span
+        whole = name.endswith(("q_proj", "o_proj"))  # square: both sides lie in the span
         assert (share > 1 - 1e-5) == whole
         assert back[name].rank == 48
         if whole:
@@ -148,7 +148,7 @@ def test_commands_report_the_kept_energy(files, tmp_path, capsys):
     report = json.loads((tmp_path / "t" / "transfer_report.json").read_text())
     assert report["out_rank"] == K
     assert report["cut"]["shares"].keys() == {row["target"] for row in report["rows"]}
-    # The maps left the update as it was.
+    # The maps did not change the update.
     whole, left = (sum(row[field] ** 2 for row in report["rows"]) for field in ("norm_before", "norm_after"))
     assert report["cut"]["kept"] == pytest.approx(left / whole, rel=1e-4)
     assert "peft leaves out its R" in report["warnings"][-1]

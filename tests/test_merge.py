@@ -31,7 +31,7 @@ TOKENS = torch.tensor([[5, 9, 30, 7, 61, 44, 12]])
 
 
 def saved_adapter(base, out: Path, **kwargs) -> tuple[Adapter, Path]:
-    """Without a third of the modules, and with a scale of its own."""
+    """Make an adapter without a third of the modules, with a scale other than 1."""
     whole = random_adapter(base, rank=3, scale=0.02, **kwargs)
     adapter = Adapter({name: factors for place, (name, factors) in enumerate(whole.modules.items()) if place % 3})
     return adapter, jcl.save_adapter(adapter, out, base=base)
@@ -43,7 +43,7 @@ def merged(base: Path, adapter: Path, out: Path, **changes) -> jcl.BaseModel:
 
 
 def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Every tensor of every file: dtype and bytes, by safetensors' own reader."""
+    """Read dtype and bytes of every tensor of every file by safetensors' own reader."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -95,7 +95,7 @@ def test_shards_keep_their_names_and_every_tensor_its_dtype(tmp_path):
         assert found.dtype == kept.dtype == types[kinds[module.tensor]]
         change = delta(adapter.modules[name]) if name in adapter.modules else 0
         wanted = (kept.astype(np.float32) + np.asarray(change, np.float32)).astype(kept.dtype)
-        # Rounded once: a value of float32 beside a tie may fall on the other side.
+        # Rounded once: a float32 value near a tie may round to the other side.
         assert np.mean(found != wanted) < 0.02
         np.testing.assert_allclose(found.astype(np.float64), wanted.astype(np.float64), rtol=2**-7)
 
@@ -194,7 +194,7 @@ def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
 def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
     words = ["<s>", "</s>", "a", "b", "c", "ab", "abc", "\u0120", "\u0120a", "d"]
     metadata = {
-        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which puts bos in front
+        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which starts texts with bos
         "tokenizer.ggml.merges": ["a b", "ab c", "\u0120 a"],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -281,7 +281,7 @@ def test_the_command_reports_changes_that_are_not_merged(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "not merged: config key novelty" in printed.out
     assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'} ({len(adapter.modules)} modules changed)"
-    assert printed.err == ""  # no progress bar but on a terminal
+    assert printed.err == ""  # a progress bar is shown on a terminal alone
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["base"]["ref"] == str(base.path)
     assert report["adapter"]["digest"].startswith("sha256:")

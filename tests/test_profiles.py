@@ -53,7 +53,7 @@ def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
 
 @dataclasses.dataclass
 class House:
-    """A base as a folder and as GGUF, an adapter, and the log-probabilities of both together by torch."""
+    """Make a base as a folder and as GGUF, an adapter, and the log-probabilities of both by torch."""
 
     base: jcl.BaseModel
     packed: object
@@ -65,11 +65,11 @@ class House:
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def house(request, tmp_path_factory):
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    # MLX's Gemma 3 wants its sixth layer to be there, and rounds the root of the width to bfloat16 to scale by it.
+    # MLX's Gemma 3 requires a sixth layer, and rounds its scale, the root of the width, to bfloat16.
     model = tiny_model(family, **({"num_hidden_layers": 6, "hidden_size": 64} if family == "gemma3_text" else {}))
     model.save_pretrained(folder / "base")
     config = json.loads((folder / "base" / "config.json").read_text())
-    if family == "qwen2":  # MLX reads the key of transformers 4, and has another value where it is not there.
+    if family == "qwen2":  # MLX reads the key of transformers 4 and has another default.
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
         (folder / "base" / "config.json").write_text(json.dumps(config))
     arch, tied = ARCHITECTURES[family], model.config.tie_word_embeddings

@@ -25,7 +25,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
 
 def with_spectrum(values, rows=30, columns=20, seed=0, scale=1.0) -> LoRAFactors:
-    """An update with these singular values, whose factors are far from orthogonal."""
+    """Make an update with these singular values from factors that are far from orthogonal."""
     rng, rank = np.random.default_rng(seed), len(values)
     u, v = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (rows, columns))
     mix = rng.normal(size=(rank, rank)) + 3 * np.eye(rank)
@@ -138,7 +138,7 @@ def test_a_transfer_reports_the_truncation_and_records_it_in_the_recipe(files, t
 
 
 def moved(base, adapter: Adapter, rule, calibration="none") -> MovedAdapter:
-    """A moved adapter whose report holds what a cut asks of it."""
+    """Make a moved adapter whose report has the fields that truncation reads."""
     rows = tuple(
         ModuleRow(
             **dict.fromkeys((field.name for field in fields(ModuleRow)), 0.0)

@@ -71,7 +71,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""
-        return f"Adapter({_headline(self)})"
+        return f"{type(self).__name__}({_headline(self)})"
 
     def _repr_html_(self) -> str:
         return html_table(describe_adapter(self), _headline(self))
