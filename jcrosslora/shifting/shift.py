@@ -28,7 +28,7 @@ from jcrosslora.shifting.token_rows import carry_tokens
 Calibration = Literal["none", "frobenius"]
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(repr=False)
 class MovedAdapter(Adapter):
     """An adapter that was moved, with the account of what became of it.
 
