@@ -23,7 +23,7 @@ class Contents:
         family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
         metadata: provenance, pairs of strings.
-        invocation: token ids after which it is active (aLoRA); None if it is always active.
+        invocation: token ids from which on it is active (aLoRA); None if it is always active.
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
         tokens: changes of the embedding and the output head, for the one format that stores them.

@@ -49,7 +49,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     try:
         folder = Path(ref).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # No such home directory, or a name that is too long.
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # no such home directory, or too long a name
         msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
         raise AdapterError(msg) from error
     if is_there:

@@ -11,7 +11,7 @@ from jcrosslora.errors import AdapterError
 
 
 def invocation_of(config: Config) -> tuple[int, ...] | None:
-    """Return the token ids after which an adapter is active; None if it is always active."""
+    """Return the token ids from which on an adapter is active; None if it is always active."""
     tokens = config.get("alora_invocation_tokens")
     return None if tokens is None else tuple(tokens)
 
