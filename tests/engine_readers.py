@@ -18,7 +18,7 @@ def peft_factors(folder: Path, heads=None) -> dict[str, LoRAFactors]:
 
 
 def mlx_factors(folder: Path, heads=None) -> dict[str, LoRAFactors]:
-    """By mlx_lm's LORA.md and tuner: lora_a (I, K), lora_b (K, O), one rank and scale, keys inside a layer."""
+    """Read by mlx_lm's LORA.md and tuner: lora_a (I, K), lora_b (K, O), one rank and scale, keys inside a layer."""
     del heads
     config = json.loads((folder / "adapter_config.json").read_text())
     parameters, tensors = config["lora_parameters"], load_file(folder / "adapters.safetensors")
@@ -33,7 +33,7 @@ def mlx_factors(folder: Path, heads=None) -> dict[str, LoRAFactors]:
 
 
 def gguf_factors(folder: Path, heads: tuple[int, int]) -> dict[str, LoRAFactors]:
-    """By src/llama-adapter.cpp: scale alpha / rank of the tensor; rows of a llama's q and k lie in pairs."""
+    """Read by src/llama-adapter.cpp: scale alpha / rank of the tensor; rows of a llama's q and k in pairs."""
     reader = gguf.GGUFReader(folder / "adapter.gguf")
     fields = {key: field.contents() for key, field in reader.fields.items()}
     assert fields["general.type"] == "adapter"
@@ -51,18 +51,18 @@ def gguf_factors(folder: Path, heads: tuple[int, int]) -> dict[str, LoRAFactors]
 
 
 def in_profile(name: str, profile: str) -> str:
-    """The key under which the reader of a profile gives the update of a module of a llama."""
+    """Return the key of a llama's module in the result of a profile's reader."""
     return gguf_name(f"{name}.weight", "llama")[4:].removesuffix(".weight") if profile == "gguf" else name
 
 
 def numbers(tensor) -> np.ndarray:
-    """The reader gives bfloat16, which numpy does not know, as bytes."""
+    """Decode bfloat16, which the reader returns as bytes."""
     data = np.array(tensor.data)
     return data.view(ml_dtypes.bfloat16) if tensor.tensor_type == gguf.GGMLQuantizationType.BF16 else data
 
 
 def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows 2j and 2j + 1 of each head become its rows j and D/2 + j."""
+    """Move rows 2j and 2j + 1 of each head to its rows j and D/2 + j."""
     out, size = np.empty_like(rows), rows.shape[0] // heads
     for head in range(heads):
         for j in range(size // 2):
@@ -72,7 +72,7 @@ def in_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def mlx_log_probs(base: Path, adapter: Path, tokens: list[int]) -> np.ndarray:
-    """Of the token behind the last one, by mlx_lm's own loaders."""
+    """Compute log-probabilities of the next token by mlx_lm's own loaders."""
     pytest.importorskip("mlx_lm")
     import mlx.core as mx
     from mlx_lm.utils import load_adapters, load_model
@@ -83,7 +83,7 @@ def mlx_log_probs(base: Path, adapter: Path, tokens: list[int]) -> np.ndarray:
 
 
 def llama_cpp_log_probs(base: Path, adapter: Path, tokens: list[int], vocab: int) -> np.ndarray:
-    """The same by llama.cpp, as xllamacpp builds it, with a cache in float32."""
+    """Compute the same by llama.cpp, as built by xllamacpp, with a cache in float32."""
     engine = pytest.importorskip("xllamacpp")
     params = engine.CommonParams()
     params.model.path = str(base)

@@ -7,7 +7,7 @@ peft = pytest.importorskip("peft")
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6}
-FULL = 48  # the short side of every module: nothing is cut
+FULL = 48  # the short side of every module: nothing is truncated
 
 
 def lora(**settings):
@@ -89,7 +89,7 @@ MADE = {
 
 
 def make_adapter(config, folder):
-    """An adapter file with random numbers in all that is trained."""
+    """Save an adapter with random numbers in all trained parameters."""
     wrapped = peft.get_peft_model(tiny_model("llama"), config)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adapters of MLX and of llama.cpp, read back: what this package wrote, what mlx_lm saved, and what cannot be read."""
+"""Adapters of MLX and llama.cpp: files of this package and of mlx_lm are read, damaged ones are refused."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ def llama(tmp_path_factory):
 
 @pytest.mark.parametrize("given", [True, False], ids=["with its base", "alone"])
 @pytest.mark.parametrize("profile", FILES)
-def test_what_is_exported_is_read_back(base, tmp_path, profile, given):
+def test_exported_adapters_are_read_back(base, tmp_path, profile, given):
     adapter = mixed_ranks(base)
     out = jcl.save_adapter(adapter, tmp_path / "o", base=base, base_name="org/name", profile=profile)
     back = load_adapter(out, base if given else None)
@@ -52,8 +52,8 @@ def test_what_is_exported_is_read_back(base, tmp_path, profile, given):
     assert info.digest is not None
 
 
-def test_an_adapter_of_llama_cpp_moves_like_any_other(tmp_path):
-    """Its fused updates are taken apart, and its file is named instead of a folder."""
+def test_gguf_adapters_are_transferred_like_others(tmp_path):
+    """Fused updates are split, and the source is a file instead of a folder."""
     source = jcl.open_base(save_tiny("phi3", tmp_path / "source"))
     target = jcl.open_base(save_tiny("llama", tmp_path / "target"))
     adapter = random_adapter(source)
@@ -70,15 +70,15 @@ def test_an_adapter_of_llama_cpp_moves_like_any_other(tmp_path):
 
 
 class _Tokens(list):
-    """Rows of tokens as mlx_lm's training takes them."""
+    """Make rows of tokens as mlx_lm's training expects them."""
 
     def process(self, row):
         return row
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_what_mlx_lm_trained_is_read(tmp_path, kind):
-    """Two steps of its own training; what its own layers fuse into the weights is the update."""
+def test_adapters_trained_by_mlx_lm_are_read(tmp_path, kind):
+    """Train two steps with mlx_lm; the weights that its layers fuse are the oracle."""
     mlx_lora = pytest.importorskip("mlx_lm.lora")
     import mlx.core as mx
     from mlx_lm.utils import load_model
@@ -151,7 +151,7 @@ def test_damaged_or_other_mlx_adapters_are_refused(tmp_path, config, weights, na
 
 
 def write_adapter(path, arch="llama", tensors=None, *, drop=(), quantised=None, **metadata):
-    """A GGUF adapter as llama.cpp's converter writes it, which states no heads."""
+    """Write a GGUF adapter as llama.cpp's converter does, without the numbers of heads."""
     writer = gguf.GGUFWriter(path, arch)
     stated = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 5.0} | metadata
     for key, value in stated.items():
@@ -191,7 +191,7 @@ def test_the_rows_of_q_and_k_take_the_heads_of_the_base(llama, tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [{"adapter.lora.alpha": 0.0}, {"drop": ["adapter.lora.alpha"]}])
-def test_without_an_alpha_nothing_is_scaled(tmp_path, metadata):
+def test_a_gguf_adapter_without_alpha_is_not_scaled(tmp_path, metadata):
     other = {f"blk.0.attn_v.weight.lora_{side}": array for side, array in (("a", matrix(3, 48)), ("b", matrix(24, 3)))}
     adapter = load_adapter(write_adapter(tmp_path / "x.gguf", tensors=V_ALONE | other, **metadata))
     assert [factors.scale for factors in adapter.modules.values()] == [1.0, 1.0]
@@ -242,7 +242,7 @@ def test_damaged_or_other_gguf_adapters_are_refused(llama, tmp_path, given, name
     assert named in str(caught.value)
 
 
-def test_an_adapter_of_other_heads_than_the_base_has_is_refused(llama, tmp_path):
+def test_other_numbers_of_heads_than_in_the_base_are_refused(llama, tmp_path):
     other = jcl.open_base(write_llama(tmp_path / "other", layers=2, heads=8, kv_heads=4, head_dim=6))
     out = jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile="gguf")
     with pytest.raises(AdapterError, match=r"of \(4, 2\) query and key heads, this one has \(8, 4\)"):
@@ -250,7 +250,7 @@ def test_an_adapter_of_other_heads_than_the_base_has_is_refused(llama, tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
-def test_truncated_files_are_refused_in_one_line(llama, tmp_path, keep):
+def test_truncated_files_are_refused_with_one_line(llama, tmp_path, keep):
     for profile, file in FILES.items():
         path = jcl.save_adapter(random_adapter(llama), tmp_path / profile, base=llama, profile=profile) / file
         path.write_bytes(path.read_bytes()[:keep])
@@ -261,7 +261,7 @@ def test_truncated_files_are_refused_in_one_line(llama, tmp_path, keep):
             check_engines(path.parent)
 
 
-def test_an_invocation_goes_through_gguf_and_llama_cpp_takes_it(tmp_path):
+def test_invocation_tokens_survive_gguf_and_load_in_llama_cpp(tmp_path):
     path, _ = small_llama(tmp_path / "base.gguf", tokens=("llama", [f"w{index}" for index in range(10)], [1] * 10))
     base = jcl.open_base(path)
     adapter = random_adapter(base, scale=0.1)
@@ -297,7 +297,7 @@ def test_check_and_inspect_know_the_formats(llama, tmp_path, capsys):
     assert not any(each.reads for each in check_engines(rank))
 
 
-def test_a_folder_with_half_an_adapter_says_what_is_missing(tmp_path):
+def test_an_incomplete_adapter_folder_names_the_missing_file(tmp_path):
     folder = write_mlx(tmp_path / "a")
     (folder / "adapters.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"no adapters\.safetensors here"):

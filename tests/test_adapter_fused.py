@@ -1,4 +1,4 @@
-"""Updates of fused matrices: taken apart and put together without changing one number of dW."""
+"""Updates of fused modules are split and merged without changing a number of dW."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ ROWS = {part: (start, stop) for part, start, stop in FUSED["l.qkv"]}
 
 def part(name: str, rank: int, seed: int, scale: float = 2.0) -> LoRAFactors:
     start, stop = ROWS[name]
-    # Small whole numbers: every product and sum is exact, so equality below is equality.
+    # Small whole numbers make every product and sum exact.
     rng = np.random.default_rng(seed)
     a = rng.integers(-4, 5, (rank, 5)).astype(np.float32)
     return LoRAFactors(a=a, b=rng.integers(-4, 5, (stop - start, rank)).astype(np.float32), scale=scale)
@@ -55,7 +55,7 @@ def test_splitting_and_fusing_is_the_identity(rank, seed, scale):
     whole = LoRAFactors(a=rng.normal(size=(rank, 5)), b=rng.normal(size=(8, rank)), scale=scale)
     split = split_fused(Adapter({"l.qkv": whole}), FUSED)
     assert set(split.modules) == set(ROWS)
-    # A product of fewer rows may be summed in another order by the matrix library.
+    # The matrix library may sum a product of fewer rows in another order.
     np.testing.assert_allclose(dense(split.modules), delta(whole), rtol=0, atol=1e-13)
     back = fuse(split.modules, FUSED)["l.qkv"]
     np.testing.assert_array_equal(back.a, whole.a)
@@ -71,7 +71,7 @@ def test_a_shared_a_with_a_part_missing_keeps_the_rank():
     np.testing.assert_array_equal(fused.b[4:6], 0)
 
 
-def test_different_scales_are_put_into_b():
+def test_different_scales_are_folded_into_b():
     modules = {"l.q": part("l.q", 2, 0, scale=0.5), "l.v": part("l.v", 1, 1, scale=4.0)}
     fused = fuse(modules, FUSED)["l.qkv"]
     assert fused.scale == 1.0

@@ -1,4 +1,4 @@
-"""Reading against peft: base weights plus what we read equal peft's own merged weights."""
+"""Reading against peft: base weights plus our updates equal peft's merged weights."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LAYERS = 12  # Layers 1 and 11 share a prefix.
 
 
 def trained(folder, **settings):
-    """A saved adapter whose factors are random, and the merged weights of its model, by name of the base's weight."""
+    """Save an adapter with random factors; return the weights of the base and the merged weights, by name."""
     model = tiny_model("llama", num_hidden_layers=LAYERS)
     base = {name: value.clone() for name, value in model.state_dict().items()}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
@@ -79,7 +79,7 @@ def test_half_precision_factors_keep_their_bits(tmp_path, dtype):
     np.testing.assert_array_equal(factors.b.astype(np.float32), layer.lora_B["default"].weight.detach().float().numpy())
 
 
-def test_what_peft_saves_beside_lora_is_listed(tmp_path):
+def test_other_tensors_of_peft_are_listed_as_ignored(tmp_path):
     model = tiny_model("qwen2", num_hidden_layers=1, tie_word_embeddings=False)
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], bias="lora_only"

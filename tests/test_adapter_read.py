@@ -1,4 +1,4 @@
-"""Reading PEFT folders: what is understood, what is set aside, and what is refused in one line."""
+"""Reading PEFT folders: updates are read, other changes listed, and unreadable files refused with one line."""
 
 import json
 import math
@@ -73,8 +73,8 @@ def test_pattern_of_layer_1_leaves_layer_11_alone():
     assert matching_key(["up", "layers.1.mlp", "_proj", "p_proj"], "model.layers.1.mlp.up_proj") is None
 
 
-def test_a_pattern_for_every_module_of_a_large_model_takes_no_time():
-    """re itself would compile most of them for each module again: half a minute."""
+def test_patterns_for_every_module_of_a_large_model_are_fast():
+    """The cache of re is too small: it would recompile most patterns for each module, for half a minute."""
     names = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(250) for part in ("gate", "up", "down")]
     start, patterns = time.process_time(), [exact_pattern(name) for name in names]
     assert [matching_key(patterns, name) for name in names] == patterns
@@ -107,7 +107,7 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", (1, 6), "tokens"),
     ],
 )
-def test_what_does_not_move_is_listed(tmp_path, key, shape, said):
+def test_changes_that_do_not_move_are_listed(tmp_path, key, shape, said):
     weights = tensors() | {f"base_model.model.{key}": matrix(*shape)}
     adapter = load_adapter(write_folder(tmp_path / "a", weights=weights))
     assert list(adapter.modules) == [Q, V]
@@ -115,12 +115,12 @@ def test_what_does_not_move_is_listed(tmp_path, key, shape, said):
     assert said in adapter.info.ignored[0]
 
 
-def test_copies_of_base_weights_are_passed_over(tmp_path):
+def test_copies_of_base_weights_are_ignored(tmp_path):
     weights = tensors() | {"base_model.model.lm_head.base_layer.weight": matrix(9, 6)}
     assert load_adapter(write_folder(tmp_path / "a", weights=weights)).info.ignored == ()
 
 
-def test_settings_without_meaning_here_are_listed(tmp_path):
+def test_ignored_settings_are_listed(tmp_path):
     config = CONFIG | {"fan_in_fan_out": True, "init_lora_weights": "lora_ga", "brand_new": 1, "unused": None}
     ignored = load_adapter(write_folder(tmp_path / "a", config)).info.ignored
     assert [word in " ".join(ignored) for word in ("fan_in_fan_out", "lora_ga", "brand_new", "unused")] == [
@@ -179,7 +179,7 @@ def test_settings_without_meaning_here_are_listed(tmp_path):
         ({"target_modules": 7}, "target_modules"),
     ],
 )
-def test_other_kinds_and_senseless_values_are_refused_by_name(tmp_path, extra, named):
+def test_other_kinds_and_invalid_values_are_refused_by_name(tmp_path, extra, named):
     assert named in refusal(write_folder(tmp_path / "a", CONFIG | extra))
 
 
@@ -224,7 +224,7 @@ def test_damaged_tensors_are_refused(tmp_path, weights, named):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"', "\x00", "[" * 100_000], ids=["cut", "list", "text", "nul", "deep"])
-def test_configuration_that_is_no_json_object_is_refused(tmp_path, text):
+def test_configuration_that_is_not_a_json_object_is_refused(tmp_path, text):
     folder = write_folder(tmp_path / "a")
     (folder / "adapter_config.json").write_text(text)
     assert "adapter_config.json" in refusal(folder)
@@ -266,7 +266,7 @@ def test_missing_files_are_named(tmp_path):
     assert "safe_serialization" in refusal(empty)
 
 
-def test_hub_id_without_a_connection_is_one_line(monkeypatch, tmp_path):
+def test_hub_id_without_a_connection_is_refused_with_one_line(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -274,7 +274,7 @@ def test_hub_id_without_a_connection_is_one_line(monkeypatch, tmp_path):
     assert "hub" in refusal("owner/no-such-adapter")
 
 
-def test_hub_id_fetches_the_two_files(monkeypatch, tmp_path):
+def test_hub_id_downloads_only_two_files(monkeypatch, tmp_path):
     import huggingface_hub
 
     folder, asked = write_folder(tmp_path / "snapshot"), []
@@ -289,7 +289,7 @@ def test_hub_id_fetches_the_two_files(monkeypatch, tmp_path):
     assert adapter.info.name == "owner/adapter"
 
 
-def test_an_adapter_that_is_here_is_of_no_revision_but_its_own(tmp_path, capsys):
+def test_a_local_adapter_of_another_revision_is_refused(tmp_path, capsys):
     plain = write_folder(tmp_path / "plain")
     cached = write_folder(tmp_path / "models--org--name" / "snapshots" / "abc123")
     assert load_adapter(cached, revision="abc123").modules

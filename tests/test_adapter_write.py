@@ -1,4 +1,4 @@
-"""Writing adapters: what is read back is the same update, whatever the profile, the dtype or the memory layout."""
+"""Writing adapters: the update is read back unchanged for every profile, dtype and memory layout."""
 
 import copy
 import errno
@@ -25,7 +25,7 @@ def config_of(folder: Path) -> dict:
 
 
 def assert_same_update(got: LoRAFactors, want: LoRAFactors, eps: float) -> None:
-    """Entry by entry within what rounding a and b to `eps` can do."""
+    """Compare entry by entry within the error of rounding a and b to `eps`."""
     bound = abs(want.scale) * np.abs(np.float64(want.b)) @ np.abs(np.float64(want.a))
     assert (np.abs(delta(got) - delta(want)) <= 2.1 * eps * bound + 1e-300).all()
 
@@ -38,7 +38,7 @@ def assert_same_update(got: LoRAFactors, want: LoRAFactors, eps: float) -> None:
     scale=st.floats(1e-3, 1e3) | st.floats(-1e3, -1e-3),
     seed=st.integers(0, 2**20),
 )
-def test_what_is_read_back_is_what_was_written(tmp_path_factory, profile, dtype, ranks, scale, seed):
+def test_written_updates_are_read_back_exactly(tmp_path_factory, profile, dtype, ranks, scale, seed):
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in (1, 11, 2, 111)]
     adapter = adapter_of(dict(zip(names, ranks, strict=False)), scale=scale, seed=seed)
     out = save_adapter(adapter, tmp_path_factory.mktemp("w") / "out", profile=profile, dtype=dtype)
@@ -52,7 +52,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path_factory, profile, dtype,
 
 @settings(max_examples=15, deadline=None)
 @given(ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4), profile=st.sampled_from(["portable", "peft"]))
-def test_a_second_trip_changes_nothing(tmp_path_factory, ranks, profile):
+def test_a_second_round_trip_changes_nothing(tmp_path_factory, ranks, profile):
     names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(4)]
     folder = tmp_path_factory.mktemp("w")
     once = load_adapter(save_adapter(adapter_of(dict(zip(names, ranks, strict=False))), folder / "1", profile=profile))
@@ -74,7 +74,7 @@ def strided(array: np.ndarray, layout: str) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "every other"])
 @pytest.mark.parametrize("dtype", list(EPS))
-def test_memory_layout_does_not_reach_the_file(tmp_path, layout, dtype):
+def test_non_contiguous_factors_are_written_correctly(tmp_path, layout, dtype):
     adapter = adapter_of({Q: 3, V: 3}, scale=1.0)
     turned = Adapter(
         {
@@ -119,7 +119,7 @@ def test_base_name_falls_back_to_the_adapters(tmp_path):
     assert config_of(save_adapter(adapter_of({Q: 1}), tmp_path / "o"))["base_model_name_or_path"] == "owner/base"
 
 
-def test_documents_and_metadata_are_written_and_arguments_left_alone(tmp_path):
+def test_documents_and_metadata_are_written_and_arguments_not_changed(tmp_path):
     adapter = adapter_of({Q: 2, V: 1})
     documents, metadata = {"README.md": "# ü\n"}, {"recipe": "x = 1"}
     arguments = copy.deepcopy((documents, metadata, dict(adapter.modules)))
@@ -139,8 +139,8 @@ def test_documents_and_metadata_are_written_and_arguments_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("size_a", "size_b"), [(1e-7, 1e7), (1e6, 1e-6), (1e-9, 1e3)])
-def test_float16_moves_size_between_the_factors(tmp_path, size_a, size_b):
-    """Neither of these pairs fits float16 as it is: the large factor overflows, or the small one has no digits."""
+def test_float16_balances_the_size_of_the_factors(tmp_path, size_a, size_b):
+    """Neither pair fits float16 unchanged: the large factor overflows, or the small one loses its digits."""
     factors = LoRAFactors(a=matrix(2, 6) * np.float32(size_a), b=matrix(5, 2, seed=1) * np.float32(size_b), scale=1.0)
     back = load_adapter(save_adapter(Adapter({Q: factors}), tmp_path / "o", dtype="float16")).modules[Q]
     error = np.linalg.norm(delta(back) - delta(factors)) / np.linalg.norm(delta(factors))
@@ -172,7 +172,7 @@ def test_an_update_of_zeros_can_be_written(tmp_path):
     ],
     ids=["empty", "rank 0", "shapes", "nan", "scale"],
 )
-def test_what_is_no_adapter_is_not_written(tmp_path, modules, named):
+def test_invalid_adapters_are_not_written(tmp_path, modules, named):
     with pytest.raises(OutputError) as caught:
         save_adapter(Adapter(modules), tmp_path / "o")
     assert named in str(caught.value)
@@ -191,13 +191,13 @@ def test_what_is_no_adapter_is_not_written(tmp_path, modules, named):
     ],
     ids=str,
 )
-def test_settings_that_make_no_sense_are_refused(tmp_path, settings_):
+def test_invalid_settings_are_refused(tmp_path, settings_):
     with pytest.raises(UsageError):
         save_adapter(adapter_of({Q: 1}), tmp_path / "o", **settings_)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_adapter(tmp_path, monkeypatch):
     out = save_adapter(adapter_of({Q: 2}), tmp_path / "o")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 

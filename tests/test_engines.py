@@ -1,4 +1,4 @@
-"""Which engines read a folder: each rule fires where it should, and only there."""
+"""Engine rules: each rule refuses the adapters that break it, and no others."""
 
 import json
 from contextlib import suppress
@@ -9,6 +9,8 @@ import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, adapter_of, matrix, tensors, write_folder
 
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
+from jcrosslora.adapter.engines import vllm
+from jcrosslora.adapter.truncation import AUTO_RANKS
 from jcrosslora.errors import AdapterError
 
 ALL = ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama")
@@ -27,20 +29,20 @@ def readers(folder, family=None) -> set[str]:
     return {name for name, verdict in result.items() if verdict.reads}
 
 
-def test_a_portable_export_is_read_by_all_that_read_peft(tmp_path):
+def test_a_portable_export_is_read_by_every_reader_of_peft(tmp_path):
     out = save_adapter(adapter_of({Q: 2, V: 3}), tmp_path / "o")
     assert readers(out, "llama") == {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}
     assert readers(out, "qwen2") == {"PEFT", "vLLM", "SGLang", "llama.cpp"}
     assert any("gemma2" in note for note in verdicts(out)["Ollama"].notes)
 
 
-def test_a_peft_export_with_patterns_is_not_for_engines_of_one_scale(tmp_path):
+def test_patterns_are_refused_by_engines_with_one_scale(tmp_path):
     out = save_adapter(adapter_of({Q: 2, V: 2, V.replace("1", "2"): 3}), tmp_path / "o", profile="peft")
     assert readers(out, "llama") == {"PEFT", "vLLM"}
     assert any("older releases" in note for note in verdicts(out)["vLLM"].notes)
 
 
-# What is changed in a plain configuration -> the engines that still read it (MLX never does).
+# Change of a plain configuration -> engines that still read it (MLX never does).
 CASES = [
     ({}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
     ({"use_rslora": True}, {"PEFT", "vLLM"}),
@@ -68,7 +70,7 @@ def test_each_setting_is_judged_by_each_engine(tmp_path, changes, expected):
     assert readers(write_folder(tmp_path / "a", CONFIG | changes), "llama") == expected
 
 
-def test_ranks_from_the_tensors_are_right_for_engines_that_take_them_there(tmp_path):
+def test_ranks_by_pattern_are_read_by_engines_that_use_tensor_shapes(tmp_path):
     """One alpha, two ranks: llama.cpp divides by each tensor's rank as PEFT does; SGLang refuses."""
     config = CONFIG | {"rank_pattern": {"v_proj": 4}}
     folder = write_folder(tmp_path / "a", config, tensors([Q]) | tensors([V], rank=4))
@@ -105,6 +107,10 @@ def test_vllm_rank_limits(tmp_path, rank, note):
     assert flags == ([f"rank {rank} needs --max-lora-rank {note}"] if note else [])
 
 
+def test_automatic_ranks_are_sizes_that_vllm_reserves():
+    assert set(AUTO_RANKS) < set(vllm.RANKS)
+
+
 def test_names_without_the_prefix_are_not_found_by_peft(tmp_path):
     bare = {key.removeprefix("base_model.model."): value for key, value in tensors().items()}
     assert "PEFT" not in readers(write_folder(tmp_path / "a", weights=bare))
@@ -118,7 +124,7 @@ def test_names_without_the_prefix_are_not_found_by_peft(tmp_path):
         {f"base_model.model.{V.replace('1', '2')}.lora_A.weight": matrix(2, 6)},
     ],
 )
-def test_factors_that_do_not_belong_together_are_read_by_none(tmp_path, damage):
+def test_mismatched_factors_are_read_by_no_engine(tmp_path, damage):
     assert readers(write_folder(tmp_path / "a", weights=tensors() | damage)) == set()
 
 
@@ -134,7 +140,7 @@ def test_a_folder_of_mlx_is_for_mlx_alone(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["_lora_latent_mapping.weight", ".lora_gate"])
-def test_what_stands_between_the_factors_is_read_by_its_own_repository_alone(tmp_path, part):
+def test_tensors_between_the_factors_are_read_by_no_engine(tmp_path, part):
     folder = write_folder(tmp_path / "a", CONFIG, tensors() | {f"base_model.model.{Q}{part}": matrix(2, 2)})
     assert readers(folder, "llama") == set()
     assert "own repository reads tensor" in verdicts(folder)["PEFT"].reasons[0]
@@ -148,7 +154,7 @@ def test_a_pickle_is_judged_by_its_configuration(tmp_path):
     assert any("--max-lora-rank 64" in note for note in result["vLLM"].notes)
 
 
-def test_what_load_adapter_refuses_can_still_be_checked(tmp_path):
+def test_adapters_that_load_adapter_refuses_can_be_checked(tmp_path):
     config = CONFIG | {"target_parameters": ["mlp.experts.gate_up_proj"]}
     experts = {
         "base_model.model.model.layers.0.mlp.experts.lora_A.weight": matrix(8, 6),
@@ -160,7 +166,7 @@ def test_what_load_adapter_refuses_can_still_be_checked(tmp_path):
     assert readers(folder) == {"PEFT"}
 
 
-def test_what_is_no_adapter_folder_is_one_line(tmp_path):
+def test_other_folders_are_refused_with_one_line(tmp_path):
     with pytest.raises(AdapterError, match="no adapter_config"):
         check_engines(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -173,7 +179,7 @@ def test_what_is_no_adapter_folder_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("value", [[], {}, "text", 7, [None, {}], True, 1e400, [[1]]], ids=str)
 @pytest.mark.parametrize("key", [*CONFIG, "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_rslora"])
-def test_no_value_of_a_known_key_breaks_the_check_or_the_reader(tmp_path, key, value):
+def test_invalid_values_of_known_keys_raise_adapter_errors_only(tmp_path, key, value):
     folder = write_folder(tmp_path / "a", CONFIG | {key: value})
     readers(folder, "llama")
     with suppress(AdapterError):

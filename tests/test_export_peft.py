@@ -1,4 +1,4 @@
-"""Exports loaded by peft on a tiny model of each family: merged weights are W + dW, and peft has nothing to say."""
+"""Exports loaded by peft on a tiny model of each family: merged weights are W + dW, without warnings of peft."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def assert_merged(base, merged, updates, dtype) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("profile", ["portable", "peft"])
 @pytest.mark.parametrize("dtype", list(EPS))
-def test_peft_merges_what_was_written(tmp_path, family, profile, dtype):
+def test_peft_merges_the_written_update(tmp_path, family, profile, dtype):
     model = tiny_model(family, num_hidden_layers=2)
     base = {name: value.numpy().copy() for name, value in model.state_dict().items()}
     shapes = linear_modules(model)

@@ -1,4 +1,4 @@
-"""A DoRA written again as a DoRA: peft and MLX predict with it what peft predicts with the original."""
+"""A DoRA written again as a DoRA: peft and MLX predict the same as peft with the original."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ CASES = {
 
 @dataclasses.dataclass
 class House:
-    """A base, a DoRA of it by peft, and the logits (N, V) of both together and of the base alone."""
+    """Make a base, a DoRA of it by peft, and the logits (N, V) with and without the DoRA."""
 
     family: str
     base: str
@@ -63,7 +63,7 @@ def make_dora(folder, case) -> House:
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
-                # Magnitudes that are well away from the norms of the rows, as no low rank could hold them.
+                # Magnitudes far from the norms of the rows, which no low rank could represent.
                 noise = torch.randn_like(parameter)
                 parameter.mul_(1 + 0.2 * noise) if "magnitude" in name else parameter.add_(0.1 * noise)
     wrapped.save_pretrained(folder / "adapter")
@@ -90,7 +90,7 @@ def test_peft_predicts_the_same(house, tmp_path):
 
 
 @one_house("plain")
-def test_the_fit_that_is_written_otherwise_is_not_exact_and_says_so(house, tmp_path, capsys):
+def test_a_fit_of_a_dora_is_inexact_and_says_so(house, tmp_path, capsys):
     main(["export", house.adapter, "--out", str(tmp_path / "o"), "--profile", "peft", "--base", house.base])
     said = capsys.readouterr().out.splitlines()[0]
     assert said.startswith(f"lost: {house.adapter} is DoRA (")
@@ -110,7 +110,7 @@ def test_mlx_predicts_the_same(house, tmp_path):
 
 @one_house("plain")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_magnitudes_keep_all_their_digits(house, tmp_path, dtype):
+def test_magnitudes_stay_in_float32(house, tmp_path, dtype):
     settings = jcl.ExportSettings((house.adapter,), str(tmp_path / "o"), "peft", keep_dora=True, dtype=dtype)
     stored = load_file(f"{house.adapter}/adapter_model.safetensors")
     jcl.export_adapter(settings)
@@ -132,7 +132,7 @@ def test_the_command_keeps_a_dora_without_its_base(house, tmp_path, capsys):
 
 
 @one_house("plain")
-def test_what_a_kept_dora_cannot_be_is_refused(house, tmp_path):
+def test_settings_that_a_kept_dora_excludes_are_refused(house, tmp_path):
     settings = jcl.ExportSettings((house.adapter,), str(tmp_path / "o"), "peft", keep_dora=True)
     refused = [
         ({"profile": "portable"}, UsageError, "no place for the magnitudes of a DoRA; use peft or mlx"),
@@ -151,14 +151,14 @@ def test_what_a_kept_dora_cannot_be_is_refused(house, tmp_path):
 
 
 @one_house("plain")
-def test_a_copy_to_the_same_weights_says_how_to_lose_nothing(house, tmp_path):
+def test_a_transfer_to_equal_weights_suggests_keep_dora(house, tmp_path):
     where = {"adapter": house.adapter, "source": house.base, "target": house.base, "out": str(tmp_path / "o")}
     moved = move_files(**where, method="copy")
     assert any("export --keep-dora" in warning for warning in moved.report.warnings)
 
 
 @one_house("of PiSSA")
-def test_a_dora_that_began_in_its_base_needs_it(house):
+def test_a_dora_initialised_from_its_base_needs_it(house):
     with pytest.raises(AdapterError, match="the source base is needed"):
         load_dora(house.adapter)
 

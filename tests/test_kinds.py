@@ -1,4 +1,4 @@
-"""One contract for every kind of adapter: what peft makes of the file on its base is what our factors make of it."""
+"""One contract for every kind of adapter: our factors give the weights that peft merges from the same file."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, UsageError
 
-# peft warns of many settings that are meant here.
+# peft warns of many settings that are intended here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -38,7 +38,7 @@ def base_folder(tmp_path_factory):
 
 
 def merged_weights(folder):
-    """The weights of the base with the adapter, and of the base alone, as peft loads it."""
+    """Return the merged weights of an adapter loaded by peft, and the weights of the base alone."""
     model = tiny_model("llama")
     base = {name: value.clone().numpy() for name, value in model.state_dict().items()}
     wrapped = peft.PeftModel.from_pretrained(model, folder)
@@ -64,7 +64,7 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
         assert adapter.info.read_as is not None
         assert "exactly" in adapter.info.read_as
         assert adapter.info.read_as.startswith(f"{kind} (")
-    if kind == "aLoRA":  # peft does not merge it: as a plain one it is the same weights
+    if kind == "aLoRA":  # peft does not merge it, but a plain LoRA has the same weights
         config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"alora_invocation_tokens": None}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         assert adapter.info.invocation == (5, 7)
@@ -74,7 +74,7 @@ def test_factors_are_the_update_that_peft_makes_of_the_file(tmp_path, base_folde
 
 @pytest.mark.parametrize("alpha", [None, 0, -2])
 def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, alpha):
-    """Of a configuration without one, None here, its default; of none above zero the rank."""
+    """A missing lora_alpha, None here, means the default; zero or less means the rank."""
     make_adapter(MADE["AdaLoRA"]["pruned"](), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"lora_alpha": alpha}
     if alpha is None:
@@ -85,7 +85,7 @@ def test_the_scale_of_adalora_is_the_one_that_peft_takes(tmp_path, base_folder, 
     check_against(adapter.modules, {name: value.numpy() for name, value in merged.items()}, base)
 
 
-# Kinds that peft does not have: their tensors beside lora_A and lora_B, and the factor between B and A.
+# Kinds that peft lacks: their tensor beside lora_A and lora_B, its value, and the matrix between B and A.
 def softmax(values):
     powers = np.exp(values - values.max())
     return powers / powers.sum()
@@ -113,7 +113,7 @@ def test_kinds_of_other_repositories_follow_their_formula(tmp_path, kind):
         np.testing.assert_allclose(delta(adapter.modules[name]), 2 * b @ between @ a, rtol=0, atol=1e-6)
 
 
-def test_a_stack_of_tasks_is_directions_with_magnitudes():
+def test_combined_tasks_are_directions_with_magnitudes():
     first, second, last = (adapter_of({Q: rank} | ({V: 2} if rank != 3 else {}), seed=10 * rank) for rank in (2, 3, 4))
     stacked = stack_tasks([first, second, last], [0.8, -0.5, 1.2])
     a = [np.asarray(one.modules[Q].a, np.float64) for one in (first, second, last)]
@@ -129,10 +129,10 @@ def test_a_stack_of_tasks_is_directions_with_magnitudes():
         stack_tasks([first, adapter_of({Q: 2}, width=7)], [1.0, 1.0])
 
 
-def test_a_stack_of_tasks_hides_nothing():
+def test_combined_tasks_list_what_was_ignored():
     adapters = [adapter_of({Q: 2}), adapter_of({Q: 2}, seed=1)]
     bound = dataclasses.replace(adapters[0], info=dataclasses.replace(adapters[0].info, invocation=(5,)))
-    with pytest.raises(AdapterError, match="acts only after"):
+    with pytest.raises(AdapterError, match="active only after"):
         stack_tasks([bound, adapters[1]], [1.0, 1.0])
     table = TokenUpdate("embed_tokens", "tokens", size=9, ids=np.array([3]), rows=matrix(1, 4))
     told = dataclasses.replace(adapters[0], tokens=(table,))
@@ -151,7 +151,7 @@ def dora(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_a_dora_is_read_as_its_best_fit_and_says_what_that_loses(base_folder, dora, rank):
+def test_a_dora_is_read_as_its_best_fit_with_the_loss_reported(base_folder, dora, rank):
     base = open_base(base_folder)
     adapter, whole = load_adapter(dora, base, rank=rank), load_adapter(dora, base, rank=FULL)
     lost = total = 0.0
@@ -178,7 +178,7 @@ def test_a_dora_whose_magnitudes_are_the_norms_is_its_lora():
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoRA"])
-def test_a_lower_rank_is_the_best_one_and_says_what_it_loses(tmp_path, base_folder, kind):
+def test_a_lower_rank_is_the_best_fit_with_the_loss_reported(tmp_path, base_folder, kind):
     make_adapter(next(iter(MADE[kind].values()))(), tmp_path)
     whole, cut = load_adapter(tmp_path), load_adapter(tmp_path, rank=2)
     lost = total = 0.0
@@ -190,8 +190,8 @@ def test_a_lower_rank_is_the_best_one_and_says_what_it_loses(tmp_path, base_fold
     assert f"read at rank 2, which loses {lost / total:.1%}" in (cut.info.read_as or "")
 
 
-def test_directions_of_no_size_take_no_rank(tmp_path):
-    """Two equal pairs of a LoHa make equal directions: 4 of its 9 are new only to a count of products."""
+def test_zero_directions_are_removed_from_the_rank(tmp_path):
+    """Equal pairs of a LoHa give equal directions: its 9 products have rank 6."""
     make_adapter(peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj"]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     weights = safetensors.numpy.load_file(path)
@@ -211,7 +211,7 @@ def test_directions_of_no_size_take_no_rank(tmp_path):
         ("Uni-LoRA", "without its indices"),
     ],
 )
-def test_without_the_base_it_is_said_what_it_is_needed_for(tmp_path, kind, said):
+def test_a_missing_base_is_asked_for_with_the_reason(tmp_path, kind, said):
     make_adapter(next(iter(MADE[kind].values()))(), tmp_path)
     with pytest.raises(AdapterError, match=f"{kind} .*{said}.*the source base is needed"):
         load_adapter(tmp_path)
@@ -237,7 +237,7 @@ def test_fused_modules_are_read_with_their_fused_weights(tmp_path):
     wrapped = peft.get_peft_model(tiny_model("phi3"), config)
     wrapped.save_pretrained(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter", open_base(tmp_path / "base"))
-    # As it was when training began: the update is nothing beside the weights.
+    # As initialised: the update is zero up to rounding of the weights.
     assert max(update_norm(factors) for factors in adapter.modules.values()) < 1e-4 * np.linalg.norm(
         open_base(tmp_path / "base").weight("model.layers.0.self_attn.q_proj")
     )
@@ -248,7 +248,7 @@ def test_fused_modules_are_read_with_their_fused_weights(tmp_path):
         load_adapter(tmp_path / "uni", open_base(tmp_path / "base"))
 
 
-def test_what_does_not_move_is_weighed(tmp_path):
+def test_the_energy_of_ignored_changes_is_reported(tmp_path):
     model = tiny_model("qwen2", num_hidden_layers=1, tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(**LORA, target_modules=["q_proj", "embed_tokens", "lm_head"], bias="lora_only")

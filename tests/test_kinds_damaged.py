@@ -1,4 +1,4 @@
-"""Damaged files of every kind: a tensor or a setting that is not what it should be is one line, or does no harm."""
+"""Damaged files of every kind: an invalid tensor or setting is refused with one line, or is harmless."""
 
 import json
 from contextlib import suppress
@@ -37,7 +37,7 @@ SMALL = {
     "Uni-LoRA": lambda: peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=ONE),
     "Uni-LoRA, stored": lambda: peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=ONE, save_indices=True),
 }
-# Settings that decide what is computed; those of plain LoRA are spoilt elsewhere.
+# Settings that the update depends on; those of plain LoRA are damaged in test_adapter_read.
 READ = {
     *("r", "init_r", "lora_alpha", "alpha", "topk", "projection_prng_key", "proj_seed", "theta_d_length"),
     *("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"),
@@ -48,7 +48,7 @@ VALUES = [None, [], {}, "text", -1, 0, 2.5, True, 1e400, [None, {}], "(", ["("],
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The base, and a file of each kind: its configuration and its tensors."""
+    """Make the base, and the configuration and tensors of a file of each kind."""
     folder = tmp_path_factory.mktemp("damaged")
     tiny_model("llama").save_pretrained(folder / "base")
     files = {}
@@ -73,7 +73,7 @@ def read(folder, base, config, weights):
 
 
 def spoilt(array):
-    """A tensor as it must not be, and lastly what does no harm; a vector is flat already."""
+    """Yield damaged versions of a tensor, and last a harmless one; a vector is flat already."""
     yield None
     yield np.concatenate([array, array])
     yield array[..., :-1]
@@ -85,7 +85,7 @@ def spoilt(array):
 
 
 @pytest.mark.parametrize("kind", [*SMALL, "LoRA-XS", "BeamLoRA"])
-def test_a_damaged_tensor_is_one_line(tmp_path, made, kind):
+def test_a_damaged_tensor_is_refused_with_one_line(tmp_path, made, kind):
     base, files = made
     config, weights = files[kind]
     assert read(tmp_path, base, config, weights)
@@ -96,12 +96,12 @@ def test_a_damaged_tensor_is_one_line(tmp_path, made, kind):
             else read(tmp_path, base, config, {other: x for other, x in weights.items() if other != key})
             for value in spoilt(array)
         ]
-        # Other lengths may go together, and are refused where they do not fit the base.
+        # Other lengths may be consistent, and are refused if they do not fit the base.
         assert not any(read_without[3:7])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SMALL if kind not in ("DoRA", "PiSSA", "OLoRA")])
-def test_a_senseless_setting_is_one_line(tmp_path, made, kind):
+def test_an_invalid_setting_is_refused_with_one_line(tmp_path, made, kind):
     base, files = made
     config, weights = files[kind]
     for key in READ & config.keys():
@@ -110,7 +110,7 @@ def test_a_senseless_setting_is_one_line(tmp_path, made, kind):
 
 
 def test_small_files_of_huge_updates_are_refused(tmp_path):
-    """Kronecker products, elementwise ones and banks of vectors make much of little."""
+    """Kronecker products, elementwise products and vector banks can describe huge updates in small files."""
     side = {f"base_model.model.{Q}.lokr_{part}": matrix(200, 200) for part in ("w1", "w2")}
     config = {"peft_type": "LOKR", "r": 200, "alpha": 1}
     with pytest.raises(AdapterError, match=r"3,200,000,000 numbers.*--adapter-rank"):
@@ -127,8 +127,8 @@ def test_small_files_of_huge_updates_are_refused(tmp_path):
         load_adapter(write_folder(tmp_path / "bank", {"peft_type": "VBLORA", "r": 300}, logits | bank))
 
 
-def test_what_is_drawn_anew_is_bounded(tmp_path, made, monkeypatch):
-    """A vector of gains, or a rank in a configuration, asks for random numbers that no file holds."""
+def test_the_size_of_redrawn_matrices_is_bounded(tmp_path, made, monkeypatch):
+    """A vector of gains, or a rank in a configuration, determines how many random numbers are drawn."""
     base, files = made
     config, weights = files["VeRA, drawn"]
     key = next(key for key in weights if key.endswith("lambda_d"))
@@ -160,13 +160,13 @@ ENDLESS = r"([a-z_.0-9]+)+!"
         {"modules_to_save": ["("]},
     ],
 )
-def test_a_pattern_that_cannot_be_matched_or_takes_for_ever_is_refused(tmp_path, made, settings):
-    """Where the modules are not named by the file; other kinds never match these settings."""
+def test_invalid_and_exponential_patterns_are_refused(tmp_path, made, settings):
+    """For files that do not name their modules; other kinds never match these settings."""
     base, files = made
     config, weights = files["Uni-LoRA"]
-    with pytest.raises(AdapterError, match="no pattern, or has too many ways to match"):
+    with pytest.raises(AdapterError, match="not a regular expression, or has too many ways to match"):
         load_adapter(write_folder(tmp_path, config | settings, weights), base)
 
 
-def test_every_kind_is_damaged():
+def test_every_kind_has_a_damaged_case():
     assert {kind.partition(",")[0] for kind in SMALL} | {"LoRA"} == MADE.keys()

@@ -33,13 +33,13 @@ pytestmark = [
 ]
 
 
-# Profile -> a reader written from the documentation of the format; peft itself reads its own in test_export_peft.
+# Profile -> a reader written from the documentation of the format; test_export_peft uses peft itself.
 PROFILES = {"portable": peft_factors, "peft": peft_factors, "mlx": mlx_factors, "gguf": gguf_factors}
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """The base that peft's adapters are made for, a wider and shallower target, and the way between them."""
+    """The base of peft's adapters, a wider and shallower target, and the transport between them."""
     folder = tmp_path_factory.mktemp("house")
     tiny_model("llama").save_pretrained(folder / "source")
     write_llama(folder / "target", seed=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, layers=2)
@@ -75,7 +75,7 @@ def test_every_kind_survives_a_transfer_in_each_profile(tmp_path, house, kind):
 
 
 @pytest.mark.parametrize("init", ["use_dora", "pissa"])
-def test_the_command_moves_them_and_says_how_they_were_read(tmp_path, house, capsys, init):
+def test_the_command_transfers_kinds_and_says_how_they_were_read(tmp_path, house, capsys, init):
     folder, _, _, _ = house
     one = {"target_modules": ["q_proj"]}
     config = lora(use_dora=True, **one) if init == "use_dora" else lora(init_lora_weights="pissa", **one)
@@ -95,7 +95,7 @@ def test_the_command_moves_them_and_says_how_they_were_read(tmp_path, house, cap
 
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory):
-    """Two bases with tokenizers of their own, and an aLoRA of the first."""
+    """Two bases with different tokenizers, and an aLoRA of the first."""
     folder = tmp_path_factory.mktemp("tokenized")
     source = jcl.open_base(write_base(folder / "source", 60))
     target = jcl.open_base(write_base(folder / "target", 10, seed=1))
@@ -106,7 +106,7 @@ def tokenized(tmp_path_factory):
     return folder, source, target, tokens
 
 
-def test_the_invocation_of_an_alora_is_written_in_the_tokens_of_the_target(tmp_path, tokenized):
+def test_invocation_tokens_are_translated_to_the_target(tmp_path, tokenized):
     folder, _, target, tokens = tokenized
     settings = transfer_settings(
         adapter=str(folder / "adapter"),
@@ -154,8 +154,8 @@ def test_a_profile_without_invocations_is_refused_before_any_work(tmp_path, toke
     assert not (tmp_path / "out").exists()
 
 
-def test_auto_moves_an_alora_by_maps_and_says_why(tmp_path, tokenized):
-    """Between these bases it would fit an update to what they predict, which an adapter that sleeps does not change."""
+def test_auto_maps_an_alora_and_says_why(tmp_path, tokenized):
+    """Auto would fit predictions between these bases, but an inactive aLoRA does not change predictions."""
     folder, source, target, _ = tokenized
     assert jcl.compare_bases(source, target).choice.method == "distill"
     where = {name: str(folder / name) for name in ("adapter", "source", "target")} | {"svd_rank": 8}
@@ -191,10 +191,10 @@ def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, to
     assert "invocation tokens" in reports["adapter"]["choice"]
 
 
-def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
+def test_invocation_tokens_without_a_translation_are_refused(tokenized, tmp_path):
     _, source, target, tokens = tokenized
     src, tgt = load_tokenizer(source), load_tokenizer(target)
-    # "w" and "a" apart, which the tokenizer of the source would not write so in a text.
+    # "w" and "a" as two tokens, which the source tokenizer would not produce for a text.
     apart = [token for letter in "Water" for token in src.encode(letter, special=False).ids.tolist()]
     with pytest.raises(AdapterError, match="would not be found in text"):
         translated(apart, src, tgt, "it")
@@ -207,7 +207,7 @@ def test_an_invocation_that_does_not_survive_is_refused(tokenized, tmp_path):
         translated(tokens, src, load_tokenizer(jcl.open_base(lower)), "it")
 
 
-def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
+def test_an_alora_is_never_treated_as_always_active(tokenized):
     folder, source, target, _ = tokenized
     adapter = jcl.load_adapter(folder / "adapter")
     with pytest.raises(AdapterError, match="with_invocation"):
@@ -218,7 +218,7 @@ def test_an_alora_is_never_taken_for_one_that_always_acts(tokenized):
     assert with_invocation(plain, source, target) is plain
 
 
-def test_merging_takes_the_whole_of_a_dora_and_no_alora(tmp_path, house):
+def test_a_dora_is_merged_exactly_and_an_alora_refused(tmp_path, house):
     folder, source, _, _ = house
     make_adapter(lora(use_dora=True, target_modules=["q_proj", "down_proj"]), tmp_path / "dora")
     jcl.merge(jcl.MergeSettings(str(folder / "source"), str(tmp_path / "dora"), str(tmp_path / "merged")))
@@ -232,7 +232,7 @@ def test_merging_takes_the_whole_of_a_dora_and_no_alora(tmp_path, house):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_invocation_is_in_every_profile_that_knows_it(tmp_path, house):
+def test_invocation_tokens_are_written_in_every_profile_that_holds_them(tmp_path, house):
     folder, source, _, _ = house
     make_adapter(next(iter(MADE["aLoRA"].values()))(), tmp_path / "alora")
     wanted = jcl.load_adapter(tmp_path / "alora", source).info.invocation

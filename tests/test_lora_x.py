@@ -37,7 +37,7 @@ def test_changed_singular_values_are_an_update_whatever_the_signs(base, tmp_path
     np.testing.assert_allclose(delta(back.modules[Q]), delta(adapter.modules[Q]), rtol=0, atol=1e-6)
 
 
-def test_a_matrix_of_changes_is_taken_between_the_vectors_it_was_trained_with(base):
+def test_a_matrix_of_changes_uses_the_given_vectors(base):
     u, v = svd(base, Q)
     turned = u * [1, -1, 1, 1, -1], v * [1, 1, -1, 1, -1]
     for vectors in ((u, v), turned):
@@ -53,7 +53,7 @@ def test_a_fused_matrix_has_singular_values_of_its_own(tmp_path):
     np.testing.assert_allclose(delta(lora_x_update(base, {name: D}).modules[name]), u * D @ v.T, rtol=0, atol=1e-5)
 
 
-def test_what_is_no_change_is_refused(base, tmp_path):
+def test_invalid_changes_are_refused(base, tmp_path):
     u, v = svd(base, Q)
     for change in (
         np.zeros((5, 4)),
@@ -71,7 +71,7 @@ def test_what_is_no_change_is_refused(base, tmp_path):
         lora_x_update(base, {"model.layers.0.self_attn.no_proj": D})
 
 
-def test_vectors_that_the_weights_do_not_tell_are_refused(tmp_path):
+def test_vectors_of_close_singular_values_are_refused(tmp_path):
     write_llama(tmp_path / "b", layers=1)
     path = tmp_path / "b" / "model.safetensors"
     tensors = load_file(path)

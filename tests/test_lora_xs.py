@@ -1,4 +1,4 @@
-"""Profile lora-xs: numpy's SVD of the base is the oracle for what it keeps, and the reader for what it writes."""
+"""Profile lora-xs: numpy's SVD of the base is the oracle for the kept energy, the reader for the written file."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def export(files, out, name="target", **changes) -> jcl.ExportSettings:
 
 
 def svd(base, name) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U (O, K), S (K,) and V (I, K) of the weight that the base stores, by LAPACK in float64."""
+    """Compute U (O, K), S (K,) and V (I, K) of the stored weight by LAPACK in float64."""
     u, s, vt = np.linalg.svd(np.asarray(base.stored_weight(name), np.float64), full_matrices=False)
     return u[:, :K], s[:K], vt[:K].T
 
@@ -55,7 +55,7 @@ def projected(base, name, change: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["target", "phi3"])
-def test_what_is_read_back_is_the_projected_update_and_its_energy_is_told(files, tmp_path, name):
+def test_the_projected_update_is_read_back_with_its_energy(files, tmp_path, name):
     done = jcl.export_adapter(export(files, tmp_path / "o", name))
     base, adapter = jcl.open_base(files / name), jcl.load_adapter(files / f"{name}-adapter")
     back = jcl.load_adapter(tmp_path / "o")
@@ -77,7 +77,7 @@ def test_what_is_read_back_is_the_projected_update_and_its_energy_is_told(files,
     assert done.cut.least_kept == pytest.approx(min(done.cut.shares.values()))
 
 
-def test_an_update_in_the_span_survives_whole(files, tmp_path):
+def test_an_update_in_the_span_is_kept_exactly(files, tmp_path):
     base, rng = jcl.open_base(files / "target"), np.random.default_rng(0)
     modules = {}
     for name in base.modules:
@@ -95,8 +95,8 @@ def test_an_update_in_the_span_survives_whole(files, tmp_path):
         assert error < 1e-5 * np.linalg.norm(delta(modules[name]))
 
 
-def test_the_file_is_that_of_the_repository(files, tmp_path):
-    """U, S V' and R under its names, in a configuration that its peft (0.10) knows."""
+def test_the_file_equals_that_of_the_repository(files, tmp_path):
+    """U, S V' and R have its names, and the configuration only keys that its peft (0.10) knows."""
     jcl.export_adapter(export(files, tmp_path / "o"))
     base, tensors = jcl.open_base(files / "target"), load_file(tmp_path / "o" / "adapter_model.safetensors")
     change = jcl.load_adapter(files / "target-adapter").modules
@@ -105,7 +105,7 @@ def test_the_file_is_that_of_the_repository(files, tmp_path):
         a, b = (tensors[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         r = tensors[f"{PREFIX}{name}_lora_latent_mapping.weight"]
         u, s, v = svd(base, name)
-        top = len(s)  # fewer than K where the module is narrow: the rest is zero
+        top = len(s)  # fewer than K in narrow modules: the rest is zero
         assert (a.shape[0], b.shape[1], r.shape) == (K, K, (K, K))
         signs = np.sign(np.sum(b[:, :top] * u, axis=0))
         np.testing.assert_allclose(b[:, :top] * signs, u, rtol=0, atol=1e-3)
@@ -119,11 +119,11 @@ def test_the_file_is_that_of_the_repository(files, tmp_path):
     assert config.keys().isdisjoint({"exclude_modules", "lora_bias"})
 
 
-def test_what_is_all_in_the_span_loses_nothing(files, tmp_path):
+def test_an_update_in_the_span_loses_no_energy(files, tmp_path):
     done = jcl.export_adapter(export(files, tmp_path / "o", out_rank=48))
     back, wanted = (jcl.load_adapter(folder).modules for folder in (tmp_path / "o", files / "target-adapter"))
     for name, share in done.cut.shares.items():
-        whole = name.endswith(("q_proj", "o_proj"))  # square: all of both sides is in the span
+        whole = name.endswith(("q_proj", "o_proj"))  # square: both sides lie in the span
         assert (share > 1 - 1e-5) == whole
         assert back[name].rank == 48
         if whole:
@@ -138,7 +138,7 @@ def test_half_precision_loses_no_more_than_its_digits(files, tmp_path, dtype, ep
         assert np.linalg.norm(delta(factors) - wanted) < 3 * eps * np.linalg.norm(wanted)
 
 
-def test_the_commands_say_what_was_kept(files, tmp_path, capsys):
+def test_commands_report_the_kept_energy(files, tmp_path, capsys):
     given = ["--profile", "lora-xs", "--out-rank", str(K)]
     adapter, base = str(files / "target-adapter"), str(files / "target")
     main(["export", adapter, "--out", str(tmp_path / "e"), "--base", base, *given])
@@ -232,7 +232,7 @@ out_rank = {K}
         np.testing.assert_array_equal(tensor, want[key])
 
 
-def test_what_cannot_be_written_is_refused(files, tmp_path):
+def test_adapters_that_cannot_be_written_are_refused(files, tmp_path):
     settings = export(files, tmp_path / "o")
     alora = dataclasses.replace(jcl.load_adapter(files / "target-adapter").info, invocation=(5, 7))
     jcl.save_adapter(Adapter(jcl.load_adapter(files / "target-adapter").modules, alora), tmp_path / "alora")

@@ -1,4 +1,4 @@
-"""Merged checkpoints: torch's own sum is the oracle, and what the adapter does not change keeps every bit."""
+"""Merged checkpoints: torch's own sum is the oracle, and unchanged tensors keep every bit."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ TOKENS = torch.tensor([[5, 9, 30, 7, 61, 44, 12]])
 
 
 def saved_adapter(base, out: Path, **kwargs) -> tuple[Adapter, Path]:
-    """Without a third of the modules, and with a scale of its own."""
+    """Make an adapter without a third of the modules, with a scale other than 1."""
     whole = random_adapter(base, rank=3, scale=0.02, **kwargs)
     adapter = Adapter({name: factors for place, (name, factors) in enumerate(whole.modules.items()) if place % 3})
     return adapter, jcl.save_adapter(adapter, out, base=base)
@@ -43,7 +43,7 @@ def merged(base: Path, adapter: Path, out: Path, **changes) -> jcl.BaseModel:
 
 
 def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
-    """Every tensor of every file: dtype and bytes, by safetensors' own reader."""
+    """Read dtype and bytes of every tensor of every file by safetensors' own reader."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -54,7 +54,7 @@ def stored(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_transformers_loads_what_peft_merges(tmp_path, family):
+def test_the_merged_model_equals_that_of_peft_in_transformers(tmp_path, family):
     base = jcl.open_base(save_tiny(family, tmp_path / "base"))
     adapter, folder = saved_adapter(base, tmp_path / "adapter")
     again = merged(base.path, folder, tmp_path / "out")
@@ -95,13 +95,13 @@ def test_shards_keep_their_names_and_every_tensor_its_dtype(tmp_path):
         assert found.dtype == kept.dtype == types[kinds[module.tensor]]
         change = delta(adapter.modules[name]) if name in adapter.modules else 0
         wanted = (kept.astype(np.float32) + np.asarray(change, np.float32)).astype(kept.dtype)
-        # Rounded once: a value of float32 beside a tie may fall on the other side.
+        # Rounded once: a float32 value near a tie may round to the other side.
         assert np.mean(found != wanted) < 0.02
         np.testing.assert_allclose(found.astype(np.float64), wanted.astype(np.float64), rtol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_another_dtype_reaches_the_files_and_the_configuration(tmp_path, dtype):
+def test_another_dtype_is_set_in_files_and_configuration(tmp_path, dtype):
     base = jcl.open_base(save_tiny("llama", tmp_path / "base"))
     _, folder = saved_adapter(base, tmp_path / "adapter")
     merged(base.path, folder, tmp_path / "out", dtype=dtype)
@@ -122,7 +122,7 @@ def test_weights_beyond_a_dtype_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_tokenizer_and_other_files_come_along_but_no_weights_and_no_card(tmp_path):
+def test_the_tokenizer_and_other_files_are_copied_without_weights_and_card(tmp_path):
     write_base(tmp_path / "base", merges=8, layers=1)
     for name in ("generation_config.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE"):
         (tmp_path / "base" / name).write_text(f"{{}} {name}")
@@ -142,7 +142,7 @@ def test_tokenizer_and_other_files_come_along_but_no_weights_and_no_card(tmp_pat
     )
 
 
-def test_files_that_a_hub_model_was_opened_without_are_fetched(tmp_path, monkeypatch):
+def test_missing_files_of_a_hub_model_are_downloaded(tmp_path, monkeypatch):
     write_base(tmp_path / "base", merges=0, layers=1)
     base = dataclasses.replace(jcl.open_base(tmp_path / "base"), ref="org/name", revision="c0ffee")
 
@@ -155,7 +155,7 @@ def test_files_that_a_hub_model_was_opened_without_are_fetched(tmp_path, monkeyp
     assert (tmp_path / "out" / "tokenizer.model").read_text() == "org/name c0ffee"
 
 
-def test_tensors_that_are_no_part_of_the_text_model_stay(tmp_path):
+def test_tensors_outside_the_text_model_are_kept(tmp_path):
     text = {f"language_model.{name}": ("F32", tensor) for name, tensor in llama_tensors().items()}
     tower = np.arange(6, dtype=np.int32).reshape(2, 3)
     folder = tmp_path / "multi"
@@ -194,7 +194,7 @@ def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
 def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
     words = ["<s>", "</s>", "a", "b", "c", "ab", "abc", "\u0120", "\u0120a", "d"]
     metadata = {
-        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which puts bos in front
+        "tokenizer.ggml.pre": "llama-bpe",  # of Llama 3, which starts texts with bos
         "tokenizer.ggml.merges": ["a b", "ab c", "\u0120 a"],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -210,7 +210,7 @@ def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_scales_of_fp8_are_multiplied_out(tmp_path, stated):
+def test_fp8_weights_are_dequantised(tmp_path, stated):
     tensors = {name: ("F32", array) for name, array in llama_tensors().items()}
     name = "model.layers.0.mlp.gate_proj.weight"
     values = tensors[name][1].astype(ml_dtypes.float8_e4m3fn)
@@ -229,7 +229,7 @@ def test_scales_of_fp8_are_multiplied_out(tmp_path, stated):
     assert {again.tensor(other).dtype.name for other in tensors if other != name} == {"float32"}
 
 
-def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
+def test_blocks_and_shards_do_not_change_the_values(tmp_path, monkeypatch):
     path, _ = small_llama(tmp_path / "base.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
     merge(MergeSettings(str(path), str(folder), str(tmp_path / "one"), dtype="float32"))
@@ -244,7 +244,7 @@ def test_blocks_and_many_files_give_what_one_gives(tmp_path, monkeypatch):
         np.testing.assert_allclose(one.tensor(name), many.tensor(name), atol=1e-6)
 
 
-def test_a_merge_that_fails_leaves_nothing_and_an_earlier_one_alone(tmp_path, monkeypatch):
+def test_a_failed_merge_writes_nothing_and_keeps_an_earlier_one(tmp_path, monkeypatch):
     base = jcl.open_base(write_sharded_llama(tmp_path / "base"))
     _, folder = saved_adapter(base, tmp_path / "adapter")
     settings = MergeSettings(str(base.path), str(folder), str(tmp_path / "out"))
@@ -272,7 +272,7 @@ def test_a_merge_that_fails_leaves_nothing_and_an_earlier_one_alone(tmp_path, mo
         merge(MergeSettings(str(base.path), str(folder), str(base.path), overwrite=True))
 
 
-def test_the_command_says_what_is_not_merged(tmp_path, capsys):
+def test_the_command_reports_changes_that_are_not_merged(tmp_path, capsys):
     base = jcl.open_base(write_sharded_llama(tmp_path / "base"))
     adapter, folder = saved_adapter(base, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -281,7 +281,7 @@ def test_the_command_says_what_is_not_merged(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "not merged: config key novelty" in printed.out
     assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'} ({len(adapter.modules)} modules changed)"
-    assert printed.err == ""  # no progress bar but on a terminal
+    assert printed.err == ""  # a progress bar is shown on a terminal alone
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["base"]["ref"] == str(base.path)
     assert report["adapter"]["digest"].startswith("sha256:")

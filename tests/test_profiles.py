@@ -53,7 +53,7 @@ def test_every_profile_holds_the_same_update(llama, tmp_path, profile, dtype):
 
 @dataclasses.dataclass
 class House:
-    """A base as a folder and as GGUF, an adapter, and the log-probabilities of both together by torch."""
+    """Make a base as a folder and as GGUF, an adapter, and the log-probabilities of both by torch."""
 
     base: jcl.BaseModel
     packed: object
@@ -65,11 +65,11 @@ class House:
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def house(request, tmp_path_factory):
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
-    # MLX's Gemma 3 wants its sixth layer to be there, and rounds the root of the width to bfloat16 to scale by it.
+    # MLX's Gemma 3 requires a sixth layer, and rounds its scale, the root of the width, to bfloat16.
     model = tiny_model(family, **({"num_hidden_layers": 6, "hidden_size": 64} if family == "gemma3_text" else {}))
     model.save_pretrained(folder / "base")
     config = json.loads((folder / "base" / "config.json").read_text())
-    if family == "qwen2":  # MLX reads the key of transformers 4, and has another value where it is not there.
+    if family == "qwen2":  # MLX reads the key of transformers 4 and has another default.
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
         (folder / "base" / "config.json").write_text(json.dumps(config))
     arch, tied = ARCHITECTURES[family], model.config.tie_word_embeddings
@@ -124,7 +124,7 @@ def test_fused_modules_are_written_as_one(house, tmp_path):
     assert not any("attn_q." in name or "ffn_gate" in name for name in names)
 
 
-def test_gguf_names_its_base_and_says_where_it_comes_from(llama, tmp_path):
+def test_gguf_names_its_base_and_provenance(llama, tmp_path):
     out = jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, base_name="org/name", profile="gguf")
     fields = {key: field.contents() for key, field in gguf.GGUFReader(out / "adapter.gguf").fields.items()}
     assert fields["general.architecture"] == "llama"
@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_gguf_and_no_open_file(llama, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_profile_cannot_hold_is_refused_before_anything_is_written(llama, tmp_path, monkeypatch):
+def test_modules_that_a_profile_cannot_hold_are_refused_before_writing(llama, tmp_path, monkeypatch):
     adapter = random_adapter(llama)
     with pytest.raises(OutputError, match="--base"):
         jcl.save_adapter(adapter, tmp_path / "o", profile="gguf")
@@ -171,7 +171,7 @@ def test_what_a_profile_cannot_hold_is_refused_before_anything_is_written(llama,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_of_every_profile_are_replaced_when_asked(llama, tmp_path):
+def test_adapters_of_every_profile_are_overwritten_on_request(llama, tmp_path):
     for profile in (*READERS, "portable"):
         jcl.save_adapter(random_adapter(llama), tmp_path / "o", base=llama, profile=profile, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [

@@ -1,4 +1,4 @@
-"""Updates at lower ranks: the best approximation in numpy is the oracle, and what is left is what is said."""
+"""Truncated updates: numpy's best approximation is the oracle, for the values and for the reported energy."""
 
 import json
 import tomllib
@@ -21,7 +21,7 @@ Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
 
 def with_spectrum(values, rows=30, columns=20, seed=0, scale=1.0) -> LoRAFactors:
-    """An update with these singular values, whose factors are far from orthogonal."""
+    """Make an update with these singular values from factors that are far from orthogonal."""
     rng, rank = np.random.default_rng(seed), len(values)
     u, v = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (rows, columns))
     mix = rng.normal(size=(rank, rank)) + 3 * np.eye(rank)
@@ -35,7 +35,7 @@ def best(matrix: np.ndarray, rank: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rule", [1, 3, 0.9, 0.999, 1.0, "auto"])
-def test_every_cut_is_the_best_of_its_rank_and_is_accounted_for(rule):
+def test_every_truncation_is_the_best_of_its_rank_with_its_energy_reported(rule):
     adapter = Adapter({Q: with_spectrum([8, 4, 2, 1, 0.5], scale=0.7), UP: with_spectrum([3, 2.5, 2, 0.01], seed=1)})
     found, cut = truncate_by_rule(adapter, rule)
     energies, lost = {}, {}
@@ -67,7 +67,7 @@ def test_auto_takes_the_lowest_usual_rank_that_keeps_99_percent_of_every_module(
     assert cut.least_kept > 0.99
 
 
-def test_what_needs_no_cut_keeps_its_factors():
+def test_low_ranks_keep_their_factors():
     adapter = Adapter({Q: with_spectrum([2, 1], scale=0.3)})
     for rule in (2, 8, 1.0, "auto"):
         found, cut = truncate_by_rule(adapter, rule)
@@ -75,7 +75,7 @@ def test_what_needs_no_cut_keeps_its_factors():
         assert cut.kept == pytest.approx(1, abs=1e-6)
 
 
-def test_half_precision_and_zeros_are_cut_as_well():
+def test_half_precision_and_zero_updates_are_truncated():
     half = with_spectrum([2, 1, 0.5])
     half = LoRAFactors(a=half.a.astype(ml_dtypes.bfloat16), b=half.b.astype(np.float16))
     zero = LoRAFactors(a=np.ones((3, 20), np.float32), b=np.zeros((30, 3), np.float32))
@@ -86,12 +86,12 @@ def test_half_precision_and_zeros_are_cut_as_well():
 
 
 @pytest.mark.parametrize("rule", [0, -1, 0.0, 1.5, float("nan"), "many", True, None])
-def test_a_rule_that_is_none_is_refused(rule):
+def test_invalid_rules_are_refused(rule):
     with pytest.raises(UsageError, match="out rank"):
         truncate_by_rule(Adapter({Q: with_spectrum([1])}), rule)
 
 
-def test_settings_files_take_every_rule_and_nothing_else():
+def test_settings_files_accept_every_rule_and_nothing_else():
     for rule in (8, 0.99, "auto"):
         check_settings({"out_rank": rule}, "here")
     for rule in ("many", True, [8]):
@@ -115,7 +115,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_a_transfer_says_what_a_cut_left_and_so_does_its_recipe(files, tmp_path, capsys):
+def test_a_transfer_reports_the_truncation_and_records_it_in_the_recipe(files, tmp_path, capsys):
     given = [str(files / "adapter0"), "--source", str(files / "base"), "--target", str(files / "target")]
     flags = ["--method", "pad-truncate", "--out-rank", "0.8", "--profile", "peft", "--no-cache"]
     main(["transfer", *given, *flags, "--out", str(tmp_path / "one")])
@@ -138,7 +138,7 @@ def copied(base, adapter: Adapter, rule, calibration=None) -> jcl.TransferResult
     return jcl.shift(jcl.align(base, base, "copy"), adapter, out_rank=rule, calibrate=calibration)
 
 
-def test_a_cut_keeps_the_norm_where_the_method_does(files):
+def test_truncation_keeps_the_norm_if_the_method_does(files):
     base, adapter = jcl.open_base(files / "base"), jcl.load_adapter(files / "adapter0")
     found = copied(base, adapter, 2, "frobenius")
     for row in found.report.rows:
@@ -148,7 +148,7 @@ def test_a_cut_keeps_the_norm_where_the_method_does(files):
         assert row.norm_after == pytest.approx(wanted, rel=1e-4)
 
 
-def test_fused_matrices_are_cut_as_one(tmp_path):
+def test_fused_modules_are_truncated_as_one(tmp_path):
     base = jcl.open_base(save_tiny("phi3", tmp_path / "phi3", num_hidden_layers=1))
     adapter = random_adapter(base, rank=3, roles={"q_proj", "v_proj", "gate_proj", "up_proj"})
     found = copied(base, adapter, 4)
@@ -176,7 +176,7 @@ def test_export_writes_the_sum_of_adapters_at_the_rank_it_needs(files, tmp_path)
     assert not (tmp_path / "x").exists()
 
 
-def test_the_command_export_carries_documents_and_says_what_it_lost(files, tmp_path, capsys):
+def test_the_export_command_copies_documents_and_reports_the_loss(files, tmp_path, capsys):
     jcl.save_adapter(jcl.load_adapter(files / "adapter0"), tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("# mine\n")
     main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "o"), "--profile", "mlx", "--out-rank", "3"])

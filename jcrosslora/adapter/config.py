@@ -1,4 +1,4 @@
-"""Check an `adapter_config.json`: that it is of a kind that is read, and that its numbers make sense."""
+"""Check an `adapter_config.json`: its kind of adapter, and the range of its numbers."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -14,7 +14,7 @@ Config = Mapping[str, Any]
 
 
 def check_type(config: Config, where: str, types: Collection[str]) -> None:
-    """Refuse a configuration that is not of a kind that can be read.
+    """Refuse a kind of adapter that cannot be read.
 
     Args:
         config: the JSON object.
@@ -25,11 +25,11 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
         AdapterError: another kind of adapter (named).
     """
     if "fine_tune_type" in config:
-        msg = f"{where}: has both peft_type, of PEFT, and fine_tune_type, of MLX: remove the one that it is not"
+        msg = f"{where}: has both peft_type, of PEFT, and fine_tune_type, of MLX: remove the one that does not apply"
         raise AdapterError(msg)
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
-        msg = f"{where}: peft_type is {peft_type!r}, 'LORA' was wanted: this is not a complete PEFT configuration"
+        msg = f"{where}: peft_type is {peft_type!r}, a name such as 'LORA' was wanted: correct the file"
         raise AdapterError(msg)
     if peft_type.upper() not in types:
         msg = f"{where}: an adapter of type {peft_type!r} is not supported: {why_refused(peft_type.upper())}"
@@ -37,10 +37,10 @@ def check_type(config: Config, where: str, types: Collection[str]) -> None:
 
 
 def check_lora(config: Config, where: str) -> None:
-    """Refuse a configuration of type LORA that cannot be computed with.
+    """Refuse a configuration of type LORA whose update is not defined.
 
     Raises:
-        AdapterError: a variant that is refused (named), or a missing or senseless value.
+        AdapterError: a variant that is refused (named), or a missing or invalid value.
     """
     for kind, (why, cure) in REFUSED.items():
         if VARIANTS[kind](config):
@@ -52,7 +52,7 @@ def check_lora(config: Config, where: str) -> None:
 
 
 def config_notes(config: Config) -> list[str]:
-    """What the configuration holds that does not move with the factors, one sentence each."""
+    """List settings that do not move with the factors, one sentence each."""
     notes = []
     if config.get("fan_in_fan_out"):
         notes.append("fan_in_fan_out is true, which peft ignores on linear layers; it was ignored.")
@@ -75,10 +75,10 @@ def _check_init(config: Config, where: str) -> None:
 
 
 def check_rank(config: Config, where: str) -> None:
-    """Refuse a rank that cannot be computed with.
+    """Refuse an invalid rank.
 
     Raises:
-        AdapterError: `r` is missing or makes no sense.
+        AdapterError: `r` is missing or is not a whole number of 1 or more.
     """
     if not is_rank(config.get("r")):
         msg = f"{where}: r is {shown(config, 'r')}, a whole number of 1 or more was wanted: correct the file"
@@ -86,15 +86,15 @@ def check_rank(config: Config, where: str) -> None:
 
 
 def check_numbers(config: Config, where: str, alpha: str = "lora_alpha") -> None:
-    """Refuse ranks and scales that cannot be computed with.
+    """Refuse invalid ranks and scales.
 
     Args:
         config: the JSON object.
         where: its path, for messages.
-        alpha: the name of what is divided by the rank.
+        alpha: the key of the number that is divided by the rank.
 
     Raises:
-        AdapterError: `r`, `alpha`, `use_rslora` or one of the patterns is missing or makes no sense.
+        AdapterError: `r`, `alpha`, `use_rslora` or one of the patterns is missing or invalid.
     """
     check_rank(config, where)
     if not is_alpha(config.get(alpha)):
@@ -119,10 +119,10 @@ def _check_patterns(config: Config, where: str) -> None:
 
 
 def check_targets(config: Config, where: str) -> None:
-    """Refuse `target_modules` that are no names.
+    """Refuse `target_modules` that are not names.
 
     Raises:
-        AdapterError: they are something else.
+        AdapterError: they are not.
     """
     targets = config.get("target_modules")
     as_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
@@ -137,12 +137,12 @@ def is_rank(value: Any) -> bool:
 
 
 def is_alpha(value: Any) -> bool:
-    """Whether a JSON value can be a lora_alpha: a finite number other than 0, which would switch the adapter off."""
+    """Whether a JSON value can be a lora_alpha: a finite number other than 0, which would make the update zero."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e30 and not math.isnan(value) and value != 0
 
 
 def shown(config: Config, key: str) -> str:
-    """A value for a message: short, or that it is missing."""
+    """Format a value for a message, shortened; "missing" if it is absent."""
     return repr(config[key])[:60] if key in config else "missing"

@@ -1,4 +1,4 @@
-"""What a profile writes: the factors of an adapter, and what its file has to say of the base."""
+"""The contents of an adapter file to write, whatever the format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from jcrosslora.adapter.token_updates import TokenUpdate
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """An adapter as it goes into files.
+    """An adapter to write.
 
     Attributes:
         modules: updates by the names under which the base stores its modules (fused ones merged), in natural order.
         dtype: number format of the file.
-        base_name: the base that it is for, an id or a path.
+        base_name: the base model that it is for, an id or a path.
         base_revision: its revision.
         exclude: modules of the base that have the ending of one in `modules`, but no update.
-        family: the base's family ("llama", "qwen2", ...), where a format needs it.
+        family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
         metadata: provenance, pairs of strings.
-        invocation: tokens of the base from which on it acts (aLoRA); None for one that always does.
-        frozen: profile lora-xs's a (K, I) and b (O, K) for each module, see `write_lora_xs`.
-        magnitudes: of each module, float32 (O,), where the adapter is a DoRA and `modules` its s B A; else None.
-        tokens: changes of the embedding and the output head, for the one profile that holds them.
+        invocation: token ids from which on it is active (aLoRA); None if it is always active.
+        frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
+        magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
+        tokens: changes of the embedding and the output head, for the one format that stores them.
     """
 
     modules: Mapping[str, LoRAFactors]

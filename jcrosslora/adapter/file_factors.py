@@ -1,4 +1,4 @@
-"""Factors in the form that files hold them: one dtype, the scale inside, one rank where that is asked for."""
+"""Factors in the form in which files store them: one dtype, the scale inside B, one rank if asked for."""
 
 import math
 from typing import Literal, get_args
@@ -16,10 +16,10 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 def file_factors(
     name: str, factors: LoRAFactors, dtype: FileDtype, rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two matrices of a module as a file holds them, with scale 1: b @ a is the update.
+    """Return the two matrices of a module as a file stores them, with scale 1: b @ a is the update.
 
-    The scale goes into b. In float16 a power of two, which rounds nothing, is moved between a and b so that their
-    largest entries are alike: neither overflows where the other has room.
+    The scale is folded into b. In float16 a power of two, which is exact, is moved between a and b until their largest
+    entries are of one size, so that neither overflows while the other has room.
 
     Args:
         name: the module, for messages.
@@ -31,7 +31,7 @@ def file_factors(
         a (rank, I) and b (O, rank), C-contiguous.
 
     Raises:
-        OutputError: the shapes do not belong together, or the values are not finite or do not fit the dtype.
+        OutputError: the shapes do not fit together, or the values are not finite or do not fit the dtype.
         UsageError: an unknown dtype.
     """
     if dtype not in get_args(FileDtype):
@@ -40,7 +40,7 @@ def file_factors(
     _check_shapes(name, factors)
     # float64 holds every product of a stored value and a scale without a second rounding.
     a = np.asarray(factors.a).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # Values that are not finite are refused below, by name.
+    with np.errstate(invalid="ignore"):  # Values that are not finite are refused below, with the module's name.
         b = np.asarray(factors.b).astype(np.float64) * factors.scale
     if dtype == "float16":
         a, b = _balanced(a, b)
@@ -51,8 +51,8 @@ def file_factors(
 def _check_shapes(name: str, factors: LoRAFactors) -> None:
     a, b = np.shape(factors.a), np.shape(factors.b)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
-        msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}: (K, I) and (O, K) were wanted"
-        msg += ", none of them 0"
+        msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}; they must be (K, I) "
+        msg += "and (O, K), without a 0"
         raise OutputError(msg)
 
 
@@ -65,7 +65,7 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
-    """A matrix in the dtype of a file.
+    """Cast a matrix to the dtype of a file.
 
     Args:
         name: the module, for messages.
@@ -76,12 +76,12 @@ def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
         OutputError: values that are not finite or do not fit the dtype.
     """
     if not np.isfinite(matrix).all():
-        msg = f"module {name!r} holds NaN or infinite values: nothing was written; look for their cause"
+        msg = f"module {name!r} holds NaN or infinite values: nothing was written; check where they come from"
         raise OutputError(msg)
     with np.errstate(over="ignore", under="ignore"):
         cast = matrix.astype(DTYPES[dtype])
         lost = np.linalg.norm(cast.astype(np.float64) - matrix)
-    # Rounding loses 0.2 % at most; more is overflow, or values so small that float16 has few digits for them.
+    # Rounding loses 0.2 % at most; a larger loss is overflow, or values so small that float16 has few digits for them.
     if not lost <= 0.01 * np.linalg.norm(matrix):
         msg = f"module {name!r} has values up to {np.abs(matrix).max():.3g}, which do not fit {dtype}"
         msg += ": write it in float32 or bfloat16"

@@ -1,4 +1,4 @@
-"""Find the files of an adapter and their format: in a folder, on the hub, or a file of llama.cpp."""
+"""Find the files of an adapter and tell their format: a folder, a hub repository, or a file of llama.cpp."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ class AdapterFiles:
     """The files of an adapter.
 
     Attributes:
-        name: what it was asked for by.
-        form: the format that they are in.
+        name: the path or hub id that was given.
+        form: their format.
         weights: the file with the tensors.
-        config: `adapter_config.json`; None where the weights say all.
+        config: `adapter_config.json`; None if the weights file holds the configuration.
     """
 
     name: str
@@ -40,16 +40,16 @@ class AdapterFiles:
 
 
 def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
-    """The files of the adapter `ref`: a folder (PEFT's, MLX's, or one with `adapter.gguf`), a .gguf file, or a hub id.
+    """Find an adapter: a folder (of PEFT, of MLX, or with `adapter.gguf`), a .gguf file, or a hub id.
 
     Raises:
         AdapterError: there is no such folder or repository, one of the files is missing, the configuration cannot be
-            read, or what is here is not of the revision.
+            read, or a local folder is not of the revision.
     """
     try:
         folder = Path(ref).expanduser()
         is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # No such home, a name that is too long.
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # no such home directory, or too long a name
         msg = f"{str(ref)[:80]}: not a path ({error}): give a folder with {CONFIG} and {WEIGHTS}, or a hub id"
         raise AdapterError(msg) from error
     if is_there:
@@ -59,7 +59,7 @@ def find_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
     if is_there and folder.suffix == GGUF_ENDING:
         return AdapterFiles(str(folder), "GGUF", folder)
     if is_there:
-        msg = f"{ref}: a file, the folder that holds {CONFIG} and {WEIGHTS} was wanted, or a {GGUF_ENDING} file"
+        msg = f"{ref}: is a file; give the folder that holds {CONFIG} and {WEIGHTS}, or a {GGUF_ENDING} file"
         raise AdapterError(msg)
     if isinstance(ref, str) and is_hub_id(ref):
         return _hub_files(ref, revision)
@@ -75,14 +75,14 @@ def _check_revision(ref: str | Path, path: Path, wanted: str | None) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path here is an adapter, in whatever state and format, and no base model."""
+    """Whether a local path is an adapter of any format, perhaps damaged, and not a base model."""
     if path.is_dir():
         return (path / CONFIG).exists() or (path / GGUF_WEIGHTS).exists()
     return path.suffix == GGUF_ENDING and path.is_file() and is_gguf_adapter(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in an `adapter_config.json`.
+    """Read the JSON object in an `adapter_config.json`.
 
     Raises:
         AdapterError: the file cannot be read, is not JSON, or holds something other than an object.
@@ -94,10 +94,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_weights(path: Path) -> SafetensorsFile:
-    """The weights file with its header checked.
+    """Open a weights file and check its header.
 
     Raises:
-        AdapterError: missing, truncated, not a safetensors file, or one with absurdly long names.
+        AdapterError: missing, truncated, not a safetensors file, or absurdly long tensor names.
     """
     try:
         file = SafetensorsFile(path)
@@ -108,7 +108,7 @@ def open_weights(path: Path) -> SafetensorsFile:
 
 
 def form_of(config: Mapping[str, Any]) -> Form:
-    """The format that an `adapter_config.json` belongs to: MLX's says nothing of a `peft_type`."""
+    """Tell the format by an `adapter_config.json`: that of MLX has no `peft_type`."""
     mlx = "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config)
     return "MLX" if mlx else "PEFT"
 
@@ -135,14 +135,14 @@ def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
 
 def _missing_weights(folder: Path, form: Form) -> str:
     if form == "MLX":
-        return f"no {MLX_WEIGHTS} here, which belongs to the {CONFIG} of MLX: give the folder of a whole adapter"
+        return f"no {MLX_WEIGHTS} here, which belongs to the {CONFIG} of MLX: give the folder of a complete adapter"
     if (folder / PICKLE).is_file():
         return (
-            f"only {PICKLE}, a pickle that can run code when it is read, {WEIGHTS} was wanted: load it with peft "
-            "where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+            f"only {PICKLE}, a pickle that can run code when it is read, and no {WEIGHTS}: if you trust it, load "
+            "it with peft and save it again with save_pretrained(..., safe_serialization=True)"
         )
     if (folder / MLX_WEIGHTS).is_file():
-        return f"{MLX_WEIGHTS} is of an adapter of MLX, but {CONFIG} is PEFT's: give the two files of one adapter"
+        return f"{MLX_WEIGHTS} belongs to MLX but {CONFIG} to PEFT: give the two files of one adapter"
     return f"no {WEIGHTS} here: give the folder of a PEFT adapter"
 
 
@@ -154,6 +154,6 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        msg = f"{repo}: no such folder, and {name} cannot be had from the hub ({type(error).__name__}: {reason})"
+        msg = f"{repo}: no such folder, and {name} cannot be downloaded from the hub ({type(error).__name__}: {reason})"
         msg += ": check the name, the revision and the connection"
         raise AdapterError(msg) from error

@@ -1,6 +1,6 @@
-"""Matrices that hold several logical modules as row slices (phi3's qkv_proj): updates taken apart and put together.
+"""Split and merge updates of matrices that hold several logical modules as row slices (phi3's qkv_proj).
 
-A layout names them: fused module -> ((logical module, first row, last row + 1), ...).
+A layout describes them: fused module -> ((logical module, first row, last row + 1), ...).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ Layout = Mapping[str, Sequence[tuple[str, int, int]]]
 
 
 def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
-    """Give each logical module its own update: its rows of B, and the one A that they share.
+    """Give each logical module its own update: its rows of B, and the A that the parts share.
 
     Args:
         adapter: may hold updates of fused modules, b (rows of all parts, K).
-        fused: the layout of the base; fused modules that the adapter does not have are skipped.
+        fused: the layout of the base; fused modules without an update are skipped.
 
     Raises:
         AdapterError: a fused update has another number of rows than the layout, or a part has its own update too.
@@ -39,10 +39,10 @@ def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFac
     """Merge the updates of logical modules into those of the fused modules that hold them, exactly.
 
     dW of the fused module is B A with the A's stacked and the B's block-diagonal: the rank is the sum of the parts'.
-    Where all parts have the same A (a split of a fused update) the rank stays. A missing part has zero rows.
+    If all parts have the same A (a split of a fused update) the rank stays. A missing part gets zero rows.
 
     Args:
-        modules: updates by module name; those that are no part of a fused module are passed through.
+        modules: updates by module name; those of other modules are passed through.
         fused: the layout of the base.
 
     Raises:
@@ -92,7 +92,7 @@ def _with_one_scale(present: Placed) -> tuple[Placed, float]:
 
 def _bake(factors: LoRAFactors) -> LoRAFactors:
     b = np.asarray(factors.b)
-    # 8 or 11 bits of mantissa would round the product with the scale.
+    # The product with the scale would be rounded in 8 or 11 bits of mantissa.
     wide = np.float64 if b.dtype == np.float64 else np.float32
     return LoRAFactors(a=factors.a, b=b.astype(wide) * wide(factors.scale))
 

@@ -85,12 +85,19 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         msg = f"{adapter.info.name}: peft cannot load the adapter into this model: {' '.join(str(error).split())[:200]}"
         raise AdapterError(msg) from error
-    unloaded = [*result.unexpected_keys, *(key for key in result.missing_keys if f".{adapter_name}." in f"{key}.")]
-    if unloaded:
-        msg = f"{adapter.info.name}: tensor {unloaded[0]!r} was not loaded into the model ({len(unloaded)} in all)"
-        raise AdapterError(msg + "; give the base that the adapter is for")
+    _check_loaded(adapter.info.name, live, adapter_name, result)
     live.set_adapter(adapter_name)
     return live
+
+
+def _check_loaded(name: str, live: Any, adapter_name: str, result: Any) -> None:
+    own = {key: value.data_ptr() for key, value in live.state_dict().items() if f".{adapter_name}." in f"{key}."}
+    # By address, because a head that is tied to the embedding shares its trained rows under a second name.
+    loaded = {address for key, address in own.items() if key not in set(result.missing_keys)}
+    unloaded = [*result.unexpected_keys, *(key for key, address in own.items() if address not in loaded)]
+    if unloaded:
+        msg = f"{name}: tensor {unloaded[0]!r} was not loaded into the model ({len(unloaded)} in all)"
+        raise AdapterError(msg + "; give the base that the adapter is for")
 
 
 def _adapter_name(model: Any, wanted: str | None) -> str:

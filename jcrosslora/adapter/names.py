@@ -1,8 +1,8 @@
-"""What the names of the tensors in a PEFT adapter file mean.
+"""Parse the names of tensors in a PEFT adapter file.
 
 Names are `base_model.model.<module>.<part>`, e.g. `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
 Models with several modalities put their text layers under `model.language_model.layers` (transformers 5) or
-`language_model.model.layers` (before); both are read as `model.layers`, so that an adapter of either spelling fits a
+`language_model.model.layers` (before); both become `model.layers`, so that an adapter of either spelling fits a
 text-only base.
 """
 
@@ -17,19 +17,19 @@ _PARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("lora_bias", re.compile(r"^(.+)\.lora_[AB]\.bias$")),
     ("dora", re.compile(r"^(.+)\.(?:lora_magnitude_vector|dora_scale)(?:\.weight)?$")),
     ("kasa", re.compile(r"^(.+)\.lora_diag(?:\.weight)?$")),
-    # peft writes `q_proj_lora_latent_mapping`, because it takes ".default" out of every name.
+    # peft writes `q_proj_lora_latent_mapping`, because it removes ".default" from every name.
     ("latent", re.compile(r"^(.+?)(?:\.default)?_lora_latent_mapping\.weight$")),
     ("tokens", re.compile(r"^(.+?)\.(?:token_adapter\.)?trainable_tokens_(?:delta|original).*$")),
     ("copy", re.compile(r"^(.+)\.base_layer\.weight$")),
     ("bias", re.compile(r"^(.+?)(?:\.base_layer)?\.bias$")),
 )
 _FACTOR = re.compile(r"^(.+)\.lora_([AB])(?:\.weight)?$")
-# Parts of other kinds of adapter, which keep the name that the file gives them.
+# Parts of other kinds of adapter, which keep their name in the file.
 _OTHER = re.compile(
     r"^(.+)\.(lora_E|ranknum|lora_gate|vera_lambda_[bd]|vblora_logits_[AB](?:_topk_(?:indices|weights))?|"
     r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|unilora_(?:indices|scales)_[AB])(?:\.weight)?$"
 )
-# What all modules of such a kind share.
+# Parts that all modules of such a kind share.
 _SHARED = re.compile(r"^base_model\.(vera_[AB]|vblora_vector_bank|unilora_theta_d)$")
 _TEXT_PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)")
 _OUTER_HEAD = re.compile(r"^(?:model\.)?language_model\.lm_head")
@@ -43,8 +43,8 @@ class TensorName:
         key: the name in the file.
         kind: "A" or "B" for a LoRA factor; "embedding", "lora_bias", "dora", "kasa", "latent" (LoRA-XS), "tokens",
             "copy" (a copy of a base weight), "bias" or "full" (a whole tensor that replaces the base's); else the name
-            that another kind of adapter gives to its part, such as "hada_w1_a".
-        module: the module that it belongs to, without the PEFT prefix, as the file spells it; "" where all share it.
+            of the part in the file, such as "hada_w1_a".
+        module: its module, without the PEFT prefix, as the file spells it; "" if all modules share it.
     """
 
     key: str
@@ -53,7 +53,7 @@ class TensorName:
 
 
 def parse_tensor_name(key: str) -> TensorName:
-    """The meaning of a tensor name in an adapter file; the PEFT prefix may be absent."""
+    """Parse a tensor name of an adapter file; the PEFT prefix may be absent."""
     if shared := _SHARED.match(key):
         return TensorName(key, shared[1], "")
     name = key.removeprefix(PREFIX)
@@ -76,17 +76,17 @@ def by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:
 
 
 def text_module_name(module: str) -> str:
-    """The module name with the spelling of text-only models: `model.layers...`, `lm_head`."""
+    """Spell a module name as text-only models do: `model.layers...`, `lm_head`."""
     if _OUTER_HEAD.match(module):
         return _OUTER_HEAD.sub("lm_head", module)
     return _TEXT_PREFIX.sub("model.", module)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts layer 2 before layer 11."""
+    """Return a sort key that puts layer 2 before layer 11."""
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
 
 
 def ending(module: str) -> str:
-    """The last part of a module's name, its role in text models."""
+    """Return the last part of a module's name, its role in text models."""
     return module.rpartition(".")[2]

@@ -1,13 +1,13 @@
-"""Whether a pattern from an adapter's configuration can be matched in reasonable time.
+"""Bound the time that matching a pattern from an adapter's configuration can take.
 
-Python's regular expressions try every way to match, which for `(a+)+` are exponentially many: a configuration could
-stop whoever reads it.
+Python's regular expressions try every way to match, exponentially many for `(a+)+`: a malicious configuration could
+block its reader.
 """
 
 import re
 from math import prod
 
-_NAME = 64  # characters of a module's name, about
+_NAME = 64  # typical characters of a module's name
 _BUDGET = 1 << 22  # ways to match; `.*\.layers\.(0|1|...|31)\.(q|k|v|o)_proj` has 2^13
 _SINGLE = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)  # an escaped character, or a set of characters
 _GROUP_MARK = re.compile(r"\(\?(?::|[=!]|<[=!]|P<\w+>)")

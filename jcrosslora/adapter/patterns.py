@@ -1,4 +1,4 @@
-"""PEFT's rule for ranks and scales that differ between modules (`rank_pattern`, `alpha_pattern`)."""
+"""Ranks and scales that differ between modules, by PEFT's rule (`rank_pattern`, `alpha_pattern`)."""
 
 import math
 import re
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-# Modules of a large model that have a rank each: re itself keeps 512 patterns, and compiles more of them every time.
+# Enough for a large model with a rank for each module: re itself caches 512 patterns and recompiles the others.
 _KEPT = 1 << 14
 
 
 def matching_key(keys: Iterable[str], module: str) -> str | None:
-    """The first key, in order, that PEFT applies to `module`, or None.
+    """Find the first key, in order, that PEFT applies to `module`; None if there is none.
 
     A key is a regular expression for the whole name or for its end from a dot on, so `layers.1.mlp` does not match
     in `layers.11.mlp`. A key that starts with `^` matches the whole name only.
@@ -33,22 +33,22 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 
 def module_rank(config: Mapping[str, Any], module: str) -> int:
-    """The rank that the configuration gives to a module (name without the PEFT prefix)."""
+    """Return the rank that the configuration gives to a module (name without the PEFT prefix)."""
     return _pattern_value(config, "rank_pattern", "r", module)
 
 
 def module_alpha(config: Mapping[str, Any], module: str, default: str = "lora_alpha") -> float:
-    """The alpha that the configuration gives to a module (name without the PEFT prefix), `default` where no pattern."""
+    """Return the alpha that the configuration gives to a module (name without the PEFT prefix)."""
     return _pattern_value(config, "alpha_pattern", default, module)
 
 
 def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scale alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732)."""
+    """Return the scale alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732)."""
     return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def exact_pattern(module: str) -> str:
-    """A key that matches this module and no other."""
+    """Return a key that matches this module and no other."""
     return "^" + re.escape(module)
 
 

@@ -1,4 +1,4 @@
-"""Adapters of llama.cpp, read as PEFT would have written them; `write_gguf` describes the format.
+"""Translate an adapter of llama.cpp into the form of PEFT; `write_gguf` describes the format.
 
 Source: llama.cpp's src/llama-adapter.cpp and convert_lora_to_gguf.py.
 """
@@ -29,12 +29,12 @@ from jcrosslora.errors import AdapterError, CheckpointError
 
 TYPE, ALPHA, INVOCATION = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 _ADAPTER = "adapter"
-_NORM = "_norm.weight"  # llama.cpp passes over norms, which are no LoRA.
+_NORM = "_norm.weight"  # llama.cpp ignores norms
 _GGUF_EMBEDDING = "token_embd.weight"
-# Sort of a tensor -> what PEFT calls that part of a module.
+# Kind of a tensor -> PEFT's name of that part of a module.
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
-_REORDERED = "llama"  # the architecture whose rows of q and k lie in another order
-# Heads whose rows are reordered, by role: their place among (query heads, key heads), and the key of the metadata.
+_REORDERED = "llama"  # the architecture whose rows of q and k are stored in another order
+# Reordered roles: index into (query heads, key heads), and the metadata key of the number of heads.
 _HEADS = {"q_proj": (0, "attention.head_count"), "k_proj": (1, "attention.head_count_kv")}
 
 
@@ -44,7 +44,7 @@ class GGUFAdapter:
 
     Attributes:
         file: the file.
-        header: its metadata and the places of its tensors.
+        header: its metadata, and the offsets of its tensors.
         gguf: the gguf package.
     """
 
@@ -54,12 +54,12 @@ class GGUFAdapter:
 
     @property
     def arch(self) -> Any:
-        """`general.architecture`: whose bases it is for."""
+        """`general.architecture` of the bases that it is for."""
         return self.header.metadata.get("general.architecture")
 
 
 def open_gguf_adapter(path: Path) -> GGUFAdapter:
-    """The header of an adapter of llama.cpp.
+    """Read the header of an adapter of llama.cpp.
 
     Raises:
         AdapterError: the gguf package is missing, the file is damaged, or it is a model.
@@ -70,14 +70,14 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter:
         raise AdapterError(str(error)) from error
     kind = header.metadata.get("general.type", "model")
     if kind != _ADAPTER:
-        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, where an adapter was wanted"
+        msg = f"{path}: is a GGUF of type {str(kind)[:60]!r}, an adapter was wanted"
         raise AdapterError(msg)
     check_names(path, header.tensors)
     return GGUFAdapter(file, header, gguf)
 
 
 def is_gguf_adapter(path: Path) -> bool:
-    """Whether a file is an adapter of llama.cpp and no model; False for what cannot be read."""
+    """Whether a file is an adapter of llama.cpp and not a model; False if it cannot be read."""
     try:
         open_gguf_adapter(path)
     except AdapterError:
@@ -86,7 +86,7 @@ def is_gguf_adapter(path: Path) -> bool:
 
 
 def parse_gguf_name(name: str) -> TensorName:
-    """The meaning of a tensor's name; its module is the base's tensor, as GGUF calls it."""
+    """Parse a tensor's name; its module is the base's tensor, as GGUF calls it."""
     for suffix, kind in ((".lora_a", "A"), (".lora_b", "B")):
         if name.endswith(suffix):
             module = name.removesuffix(suffix)
@@ -95,16 +95,16 @@ def parse_gguf_name(name: str) -> TensorName:
 
 
 def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContents:
-    """An adapter of llama.cpp as PEFT would have written it: the rows of q and k in the order of Hugging Face.
+    """Translate an adapter: the rows of q and k get the order of Hugging Face.
 
     Args:
         adapter: its header.
-        base: the model that it was trained on. For architecture "llama" its heads decide the order of rows where the
-            file does not state them, which only those do that this package writes.
+        base: the model that it was trained on. For architecture "llama" its heads decide the order of rows if the
+            file does not state them, as only files of this package do.
 
     Raises:
-        AdapterError: no LoRA, one for an architecture that is not known or for another one than the base's, or a
-            tensor that is not of a LoRA.
+        AdapterError: not a LoRA, an unknown architecture or another one than the base's, or a tensor that does not
+            belong to a LoRA.
     """
     path, metadata = adapter.file.path, adapter.header.metadata
     if metadata.get(TYPE) != "lora":
@@ -125,7 +125,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContent
 
 
 def _name(stored: str, adapter: GGUFAdapter) -> str:
-    """PEFT's name of a tensor."""
+    """Return PEFT's name of a tensor."""
     parsed = parse_gguf_name(stored)
     name = hf_name(parsed.module, adapter.arch)
     layer = parsed.module.split(".")[1:-2]
@@ -158,7 +158,7 @@ def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] |
 
 
 def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
-    """Query heads and key heads where rows are reordered: the base's, else the file's; None where neither tells."""
+    """Query heads and key heads if rows are reordered, by the base or the file; None if neither states them."""
     if adapter.arch != _REORDERED:
         return None
     stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
@@ -173,7 +173,7 @@ def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | No
 
 
 def _heads_of(module: str, rows: int, path: Path, heads: tuple[Any, Any] | None) -> int:
-    """How many heads the rows of a module belong to."""
+    """Return the number of heads that the rows of a module belong to."""
     if heads is None:
         msg = f"{path}: the order of the rows of {module!r} depends on the heads of the base: the source base is needed"
         raise AdapterError(msg + "; give the base that it was trained on (`inspect --base`, or load_adapter's base)")
@@ -200,7 +200,7 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
         "base_model_name_or_path": _base_name(metadata),
         "r": common,
         "rank_pattern": others,
-        # Without an alpha llama.cpp does not scale.
+        # llama.cpp does not scale if there is no alpha.
         "lora_alpha": alpha or common,
         "alpha_pattern": {} if alpha else others,
     }
@@ -209,6 +209,6 @@ def _config(adapter: GGUFAdapter, entries: Mapping[str, Entry]) -> dict[str, Any
 
 
 def _base_name(metadata: Mapping[str, Any]) -> str | None:
-    """The first base that the file names: its hub id, else its name."""
+    """Return the hub id of the first base that the file names, else its name."""
     name = metadata.get("general.base_model.0.name")
     return hub_id_of(metadata.get("general.base_model.0.repo_url")) or (name if isinstance(name, str) else None)

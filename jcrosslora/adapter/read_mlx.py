@@ -1,6 +1,6 @@
-"""Adapters of MLX (mlx_lm), read as PEFT would have written them; `write_mlx` describes the format.
+"""Translate an adapter of MLX (mlx_lm) into the form of PEFT; `write_mlx` describes the format.
 
-DoRA of MLX rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`, as PEFT's does.
+DoRA of MLX rescales the rows of W + scale (lora_a lora_b)' to the magnitudes `m`, as that of PEFT does.
 
 Source: mlx_lm/tuner/utils.py, lora.py and dora.py (mlx-lm 0.32).
 """
@@ -18,14 +18,14 @@ from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
 from jcrosslora.errors import AdapterError
 
 _LORA, _DORA = "lora", "dora"
-# What each tensor of a module is called by PEFT; for an embedding, whose factors have names of their own, see `_name`.
+# PEFT's names of the tensors of a linear module, and of an embedding.
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING_PARTS = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 _EMBEDDING = "." + EMBEDDING.split(".")[-2]
 
 
 def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str) -> PeftContents:
-    """An adapter of MLX as PEFT would have written it: the same factors, turned round.
+    """Translate an adapter: the factors are transposed.
 
     Args:
         config: its `adapter_config.json`.
@@ -33,11 +33,11 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
         where: path of the configuration, for messages.
 
     Raises:
-        AdapterError: a whole model and no adapter, a missing or senseless value, or a tensor of another kind.
+        AdapterError: a whole model instead of an adapter, a missing or invalid value, or an unknown tensor.
     """
     kind = config.get("fine_tune_type", _LORA)
     if kind not in (_LORA, _DORA):
-        why = "whole weights of the model and no update of them" if kind == "full" else "not known"
+        why = "whole weights of the model instead of an update" if kind == "full" else "not known"
         msg = f"{where}: fine_tune_type {str(kind)[:60]!r} is not supported: {why}; train it as lora or dora"
         raise AdapterError(msg)
     parameters = config.get("lora_parameters")
@@ -60,18 +60,18 @@ def translated_mlx(config: Mapping[str, Any], file: SafetensorsFile, where: str)
         "lora_alpha": parameters["scale"] * rank,
         "use_dora": kind == _DORA,
     }
-    # Until 2025 mlx_lm's own default settings had one; only its first releases, of early 2024, multiplied by it.
+    # mlx_lm's default settings had one until 2025; only its first releases, of early 2024, multiplied by it.
     notes = ("alpha of lora_parameters is ignored, as mlx_lm does.",) if "alpha" in parameters else ()
     return PeftContents(peft, _translated(file), config, notes)
 
 
 def _translated(file: SafetensorsFile) -> TranslatedWeights:
     stored = {_name(name, file): name for name in file.entries}
-    entries = {name: _turned(file.entries[old]) for name, old in stored.items()}
+    entries = {name: _transposed(file.entries[old]) for name, old in stored.items()}
     return TranslatedWeights(file.file, entries, lambda name: np.transpose(file.array(stored[name])))
 
 
-def _turned(entry: Entry) -> Entry:
+def _transposed(entry: Entry) -> Entry:
     return Entry(entry.dtype, entry.shape[::-1], entry.start)
 
 

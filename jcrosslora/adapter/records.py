@@ -16,7 +16,7 @@ from jcrosslora.utils.html import html_table
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The provenance of an adapter, and what of its files was not read. Compared and hashed by value.
+    """The provenance of an adapter, and the contents of its files that were not read. Compared and hashed by value.
 
     Attributes:
         name: the path or hub id that it was read from, or a name given by its maker.
@@ -73,7 +73,7 @@ class Adapter:
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""
-        return f"Adapter({_headline(self)})"
+        return f"{type(self).__name__}({_headline(self)})"
 
     def _repr_html_(self) -> str:
         return html_table(describe_adapter(self), _headline(self))

@@ -1,8 +1,8 @@
-"""Write a LoRA adapter, whole or not at all, in one of several profiles."""
+"""Write a LoRA adapter in one of several profiles, atomically."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -11,28 +11,12 @@ from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
-from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile
 from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
-from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
-from jcrosslora.adapter.write_mlx import write_mlx
-from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
-Profile = Literal["portable", "peft", "mlx", "gguf", "lora-xs"]
-WRITERS: Mapping[str, Callable[[Contents, Path], None]] = {
-    "portable": write_portable,
-    "peft": write_peft,
-    "mlx": write_mlx,
-    "gguf": write_gguf,
-    LORA_XS: write_lora_xs,
-}
-# Those whose readers know the magnitudes of a DoRA.
-_OF_DORA = ("peft", "mlx")
-# Those whose readers know no invocation tokens (aLoRA): there an adapter would always act.
-_ALWAYS_ACTS = {"mlx": "MLX", LORA_XS: "LoRA-XS"}
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
@@ -54,7 +38,7 @@ def save_adapter(
     frozen: Mapping[str, LoRAFactors] | None = None,
     magnitudes: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write an adapter as a folder, whole or not at all. The scale is inside B in every profile.
+    """Write an adapter as a folder, completely or not at all. The scale is folded into B in every profile.
 
     Args:
         adapter: at least one module; not changed. Its changes of embedding and head are written in profile "peft".
@@ -63,7 +47,7 @@ def save_adapter(
         base_revision: its revision.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
-            `alpha_pattern`, which PEFT and new releases of vLLM read; "mlx" is the folder of mlx_lm; "gguf" the file
+            `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
             `adapter.gguf` of llama.cpp; "lora-xs" the format of LoRA-XS, which holds the part of each update that lies
             in the span of `frozen`.
         dtype: of the tensors in the file.
@@ -75,7 +59,8 @@ def save_adapter(
         heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
-        frozen: what profile lora-xs writes each module by, from `jcrosslora.shifting.lora_xs_span.frozen_factors`.
+        frozen: the frozen factors of each module for profile lora-xs, from
+            `jcrosslora.shifting.lora_xs_span.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 
@@ -95,7 +80,7 @@ def save_adapter(
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
     if not modules:
-        msg = f"{out}: the adapter has no modules, at least one was wanted: nothing was written"
+        msg = f"{out}: the adapter has no modules; nothing was written, give one with at least one update"
         raise OutputError(msg)
     _check_magnitudes(modules, magnitudes)
     contents = Contents(
@@ -113,65 +98,14 @@ def save_adapter(
         tokens=adapter.tokens,
     )
     with atomic_folder(out, overwrite) as folder:
-        WRITERS[profile](contents, folder)
+        FORMATS[profile].write(contents, folder)
         for name, text in (documents or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
     return out
 
 
-def why_without_tokens(profile: str) -> str:
-    """Why changes of the embedding and the output head are not written in a profile; "" if they are."""
-    return "" if profile == "peft" else f"profile {profile} does not hold it, profile peft does"
-
-
-def for_profile(adapter: Adapter, profile: str) -> Adapter:
-    """The adapter as a profile holds it: what it does not hold is listed in `info.ignored`."""
-    why = why_without_tokens(profile)
-    return drop_token_updates(adapter, why) if why else adapter
-
-
-def check_holds(profile: str, adapter: Adapter) -> None:
-    """Refuse a profile that has no place for what an adapter waits for.
-
-    Raises:
-        OutputError: the adapter acts only after invocation tokens (aLoRA), which the profile does not hold.
-    """
-    if adapter.info.invocation is not None and profile in _ALWAYS_ACTS:
-        others = ", ".join(other for other in WRITERS if other not in _ALWAYS_ACTS)
-        msg = f"the adapter acts only after its invocation tokens (aLoRA), which {_ALWAYS_ACTS[profile]} does not know"
-        msg += f": write it in one of the profiles {others}"
-        raise OutputError(msg)
-
-
-def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:
-    """Refuse a profile that cannot be written for a base, before any work is done for it.
-
-    Args:
-        profile: see `save_adapter`.
-        family: of the base, None if it is not known.
-        heads: its query heads and key heads, likewise.
-        dora: whether a DoRA is to be written with its magnitudes.
-
-    Raises:
-        UsageError: an unknown profile, or one that holds no magnitudes.
-        OutputError: profile gguf without the gguf package, or without a base that it knows; profile lora-xs without
-            a base.
-    """
-    if profile not in WRITERS:
-        msg = f"profile {profile!r} is unknown; use one of {', '.join(WRITERS)}"
-        raise UsageError(msg)
-    if dora and profile not in _OF_DORA:
-        msg = f"profile {profile} has no place for the magnitudes of a DoRA; use {' or '.join(_OF_DORA)}, or let it be "
-        msg += "fitted (leave out --keep-dora)"
-        raise UsageError(msg)
-    if profile == "gguf":
-        check_gguf(family, heads)
-    if profile == LORA_XS and family is None:
-        msg = "profile lora-xs needs the base model, whose singular vectors it is written in: name it with --base"
-        raise OutputError(msg)
-
-
 def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
+    """Names of modules that have the ending of an updated module, but no update."""
     owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
     endings = {ending(name) for name in updated}
     every = dict.fromkeys(owner.get(name, name) for name in all_modules or ())
@@ -182,7 +116,7 @@ def _check_magnitudes(modules: Mapping[str, LoRAFactors], magnitudes: Mapping[st
     for name, factors in modules.items():
         rows, _ = factors.shape
         if magnitudes is not None and (name not in magnitudes or magnitudes[name].shape != (rows,)):
-            msg = f"module {name!r} of a DoRA has not the magnitudes of its {rows} rows: give those that belong to it"
+            msg = f"module {name!r} of a DoRA lacks magnitudes of its {rows} rows; give those that belong to it"
             raise OutputError(msg)
 
 
@@ -192,9 +126,9 @@ def _check_settings(dtype: str, documents: Mapping[str, str], metadata: Mapping[
         raise UsageError(msg)
     for name in documents:
         if Path(name).name != name or name in _WRITTEN:
-            msg = f"document {name!r} cannot be written: a plain file name other than {', '.join(_WRITTEN)} was wanted"
+            msg = f"document {name!r} cannot be written; give a plain file name other than {', '.join(_WRITTEN)}"
             raise UsageError(msg)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key == "format":
-            msg = f"metadata {key!r} cannot be written: text for a key other than 'format' was wanted"
+            msg = f"metadata {key!r} cannot be written; give text for a key other than 'format'"
             raise UsageError(msg)

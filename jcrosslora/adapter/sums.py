@@ -11,16 +11,16 @@ from jcrosslora.errors import AdapterError
 
 
 def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
-    """The adapter whose update of each module is the sum of the updates that the adapters have for it.
+    """Add adapters: the update of each module is the sum of their updates.
 
-    The rank of a module is the sum of its ranks; where only one adapter has it, its factors are left alone. Changes of
-    embedding and head go along where one adapter alone has any; else they are listed in `info.ignored`.
+    The rank of a module is the sum of its ranks; a module of one adapter only keeps its factors. Changes of embedding
+    and head are kept if only one adapter has any; else they are listed in `info.ignored`.
 
     Args:
-        adapters: at least one. Of a single one the result is that adapter itself.
+        adapters: at least one. A single adapter is returned as it is.
 
     Raises:
-        AdapterError: none was given, one acts only after certain tokens, or updates of one module have different
+        AdapterError: none was given, one is active only after certain tokens, or updates of one module have different
             shapes.
     """
     if not adapters:
@@ -46,24 +46,24 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def check_always_active(adapters: Sequence[Adapter]) -> None:
-    """Refuse to add an adapter that does not always act.
+    """Refuse an adapter that is not always active.
 
     Raises:
-        AdapterError: one acts only after certain tokens.
+        AdapterError: one is active only after certain tokens.
     """
     bound = next((adapter for adapter in adapters if adapter.info.invocation is not None), None)
     if bound is not None:
-        msg = f"adapter {bound.info.name} acts only after its invocation tokens (aLoRA): it has no sum with others"
-        raise AdapterError(msg + ", write it alone")
+        msg = f"adapter {bound.info.name} is active only after its invocation tokens (aLoRA) and has no sum with others"
+        raise AdapterError(msg + "; write it alone")
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:
-    """The factors of a sum of updates of one module, side by side; see `add_adapters`."""
+    """Concatenate the factors of updates of one module along the rank; see `add_adapters`."""
     if len(terms) == 1:
         return terms[0]
     if len({factors.shape for factors in terms}) > 1:
         shapes = " and ".join(f"{rows} x {columns}" for rows, columns in sorted({each.shape for each in terms}))
-        msg = f"module {name!r} has updates of {shapes}: adapters of one base were wanted"
+        msg = f"module {name!r} has updates of {shapes}; give adapters of one base"
         raise AdapterError(msg)
     a = np.concatenate([np.asarray(factors.a).astype(np.float32) for factors in terms])
     b = [np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale) for factors in terms]

@@ -11,7 +11,7 @@ import numpy as np
 from jcrosslora.adapter.factors import LoRAFactors
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-# Both, where the base has one matrix for the two and the adapter one change.
+# Both, if the base has one matrix for the two and the adapter one change.
 TIED = "tied"
 MODULES: Mapping[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens",),

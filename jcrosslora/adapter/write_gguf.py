@@ -1,4 +1,4 @@
-"""The format of llama.cpp: one GGUF file of type adapter.
+"""Write the format of llama.cpp: one GGUF file of type adapter.
 
 A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K), and the
 update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For architecture "llama" the base has rows
@@ -22,12 +22,12 @@ from jcrosslora.checkpoint.gguf_store import unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import OutputError
 
-# dtype -> ggml type, and the file type that stands for a file of mostly that.
+# dtype -> ggml type of a tensor, and file type of a file that mostly holds it.
 _TYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "bfloat16": ("BF16", "MOSTLY_BF16")}
 
 
 def write_gguf(contents: Contents, folder: Path) -> None:
-    """Each module's own rank, for which alpha, the largest of them, is made up in lora_b.
+    """Write each module's own rank; alpha is the largest of them, and lora_b compensates for it.
 
     Raises:
         OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
@@ -41,11 +41,11 @@ def write_gguf(contents: Contents, folder: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     if contents.invocation is not None:
-        # llama.cpp takes no other type; by itself the writer would choose INT32.
+        # llama.cpp requires UINT32; the writer would choose INT32 by itself.
         types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
         tokens = [int(token) for token in contents.invocation]
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, tokens, *types)
-    if arch == "llama":  # llama.cpp does not ask for them; whoever reads the file without the base has to.
+    if arch == "llama":  # llama.cpp does not need them, but a reader without the base does.
         writer.add_head_count(heads[0])
         writer.add_head_count_kv(heads[1])
     writer.add_file_type(gguf.LlamaFileType[file_type])
@@ -66,11 +66,11 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
-        writer.close()  # also on a full disk, where an open file would go on taking room that is needed
+        writer.close()  # also on a full disk, where an open file would keep its space
 
 
 def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[ModuleType, str, tuple[int, int]]:
-    """The gguf package, the architecture and the heads, if an adapter for such a base can be written.
+    """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for.
 
     Raises:
         OutputError: the package is missing, the base is not known, or GGUF has no architecture for its family.
@@ -100,17 +100,18 @@ def _add_base(writer: Any, name: str | None) -> None:
 
 
 def _add(writer: Any, gguf: ModuleType, kind: str, name: str, array: np.ndarray) -> None:
-    # As bytes: the writer knows no bfloat16 of numpy.
+    # As bytes, because the writer does not know numpy's bfloat16.
     writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType[kind])
 
 
 def _permuted(module: str, b: np.ndarray, heads: tuple[int, int]) -> np.ndarray:
-    """Rows of b in the order in which GGUF holds those of the module; see `unpermuted_rows`."""
+    """Reorder the rows of b as GGUF stores those of the module; see `unpermuted_rows`."""
     count = {"q_proj": heads[0], "k_proj": heads[1]}.get(ending(module))
     if count is None:
         return b
     if b.shape[0] % (2 * count):
-        msg = f"module {module!r} has {b.shape[0]} rows, which do not split into {count} heads: it is of another base"
+        msg = f"module {module!r} has {b.shape[0]} rows, which do not split into {count} heads: "
+        msg += "it belongs to another base"
         raise OutputError(msg)
     stored = np.empty_like(b)
     stored[unpermuted_rows(b.shape[0], count)] = b

@@ -1,4 +1,4 @@
-"""The format of MLX (mlx_lm): `adapters.safetensors` and an `adapter_config.json` of its own.
+"""Write the format of MLX (mlx_lm): `adapters.safetensors` and an `adapter_config.json` of its own.
 
 Its factors are the transposes of PEFT's: y = x W' + scale (x lora_a) lora_b, with lora_a (I, K) and lora_b (K, O). One
 rank and one scale hold for all modules. The magnitudes of a DoRA are `m` (O,), over norms of the rows as in PEFT.
@@ -22,7 +22,9 @@ _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
 
 
 def write_mlx(contents: Contents, folder: Path) -> None:
-    """One rank, lower ones padded with zeros, and scale 1. In a layer without an update MLX's own change nothing.
+    """Write one rank, lower ones padded with zeros, and scale 1.
+
+    In a layer without an update MLX adds LoRA modules of its own, whose B is zero.
 
     Raises:
         OutputError: a module that is not part of a layer, values that do not fit the dtype.
@@ -36,7 +38,7 @@ def write_mlx(contents: Contents, folder: Path) -> None:
     config = {
         "fine_tune_type": "lora" if contents.magnitudes is None else "dora",
         "model": contents.base_name,
-        "num_layers": -1,  # All: a number would count from the last layer.
+        "num_layers": -1,  # all; a positive number would count from the last layer
         "lora_parameters": {
             "rank": contents.rank,
             "scale": 1.0,
@@ -49,9 +51,9 @@ def write_mlx(contents: Contents, folder: Path) -> None:
 
 
 def _key(module: str) -> str:
-    """The name inside its layer, by which MLX chooses modules."""
+    """Return the name inside its layer, by which MLX chooses modules."""
     match = _IN_LAYER.match(module)
     if match is None:
-        msg = f"module {module!r} is not part of a layer (model.layers.N), as an adapter of MLX wants it"
+        msg = f"module {module!r} is not part of a layer (model.layers.N), which MLX requires"
         raise OutputError(msg + ": write it in another profile")
     return match[1]

@@ -97,7 +97,7 @@ def peft_config(
         base_name: the base, an id or a path.
         base_revision: its revision.
         exclude: modules that have the ending of one in `ranks`, but no update.
-        invocation: token ids after which the adapter is active (aLoRA); None if it is always active.
+        invocation: token ids from which on the adapter is active (aLoRA); None if it is always active.
         dora: whether magnitudes belong to the factors.
     """
     counts = Counter(ranks.values())

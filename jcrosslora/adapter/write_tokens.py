@@ -1,8 +1,8 @@
-"""Changes of the embedding and the output head in the format of PEFT.
+"""Write changes of the embedding and the output head in the format of PEFT.
 
 Factors stay a LoRA. A matrix of which most rows change is written whole, for `modules_to_save`; single rows as
-`trainable_token_indices`. Rows stay in float32 unless the dtype of the file holds them exactly: what they change is
-their small difference from the base's. See `read_tokens` for the names.
+`trainable_token_indices`. Rows are written in float32 unless the dtype of the file holds them exactly, because the
+change is a small difference from the base's rows. `read_tokens` describes the names.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from jcrosslora.adapter.token_updates import EMBEDDING, MODULES, TokenUpdate
 
 
 def token_tensors(tokens: Sequence[TokenUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
-    """Tensor names and values of all changes.
+    """Return the tensors of all changes by name.
 
     Raises:
         OutputError: values that are not finite or do not fit the dtype.
@@ -26,12 +26,12 @@ def token_tensors(tokens: Sequence[TokenUpdate], dtype: FileDtype) -> dict[str, 
 
 
 def token_ranks(tokens: Sequence[TokenUpdate]) -> dict[str, int]:
-    """The rank of each module that has a LoRA."""
+    """Return the rank of each module that has a LoRA."""
     return {name: update.factors.rank for update in tokens if update.factors is not None for name in update.modules}
 
 
 def token_config(tokens: Sequence[TokenUpdate]) -> dict[str, Any]:
-    """What the configuration has to say of rows and whole matrices; nothing of those that are a LoRA."""
+    """Return the settings for rows and whole matrices; a LoRA needs none."""
     replaced = [update for update in tokens if update.rows is not None]
     whole = sorted(ending(name) for update in replaced if update.whole for name in update.modules)
     single = {ending(update.modules[0]): update.ids.tolist() for update in replaced if not update.whole}
@@ -54,13 +54,13 @@ def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.nd
                 yield f"{name}.lora_B.weight", b
         return
     rows = _rows(update, dtype)
-    # Single rows of a matrix that is embedding and head are written once: peft gives them to both.
+    # Single rows of a matrix that is embedding and head are written once: peft applies them to both.
     for name in update.modules if update.whole else update.modules[:1]:
         yield f"{name}.{'weight' if update.whole else 'token_adapter.trainable_tokens_delta'}", rows
 
 
 def _rows(update: TokenUpdate, dtype: FileDtype) -> np.ndarray:
-    """The rows in the dtype of the file if it holds them exactly, else in float32."""
+    """Cast the rows to the dtype of the file if it holds them exactly, else to float32."""
     assert update.rows is not None
     with np.errstate(over="ignore", under="ignore"):
         parts = [update.rows[part] for part in update.parts()]

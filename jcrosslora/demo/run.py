@@ -8,13 +8,13 @@ from rich.console import Console
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.demo.compare import Comparison, compare
-from jcrosslora.demo.fetch import fetch_models
+from jcrosslora.demo.fetch import GEMMA3, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
-from jcrosslora.demo.move import move, move_by_maps
+from jcrosslora.demo.move import move
 from jcrosslora.demo.show import print_answers, print_figures
 from jcrosslora.demo.steps import Steps
+from jcrosslora.methods import AUTO, make_method
 from jcrosslora.report.table import print_report
-from jcrosslora.session.transfer import AUTO, check_method
 from jcrosslora.utils.files import ensure_free
 
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
@@ -38,23 +38,24 @@ def run_demo(
         JCrossLoRAError: the method or the output folder cannot be used, or the models cannot be fetched.
     """
     ensure_free(out, overwrite)
-    check_method(method)
+    make_method(method)
     progress = sys.stderr.isatty()
     steps = Steps(lambda text: _say(console, text), _SECONDS)
     with steps.step("fetch SmolLM2-135M-Instruct and Gemma-3-270M", paced=False):
-        source, target = (open_base(path) for path in fetch_models(models, console))
+        places = fetch_models(models, console)
+        source, target = open_base(places[0]), open_base(places[1], name=GEMMA3.hub_id)
     with shipped(SOURCE_ADAPTER) as path:
         with steps.step(f"move an adapter from SmolLM2 to Gemma by method {method}"):
-            moved = move(path, (source, target), method, out, overwrite=overwrite, progress=progress)
-        assert moved.report is not None
-        print_report(moved.report, console)
+            result = move(path, (source, target), method, progress=progress)
+            result.save(out, overwrite=overwrite)
+        print_report(result.report, console)
         _say(console, f"written: {out}")
         try:
-            result = _compare((source, target), path, moved, method, steps, progress)
+            found = _compare((source, target), path, result.adapter, method, steps, progress)
         except KeyboardInterrupt:
             print(f"jcrosslora: interrupted; the moved adapter is in {out}", file=sys.stderr)
             sys.exit(130)
-    _print(result, _moved_name(method), console)
+    _print(found, _moved_name(method), console)
 
 
 def _compare(
@@ -67,7 +68,7 @@ def _compare(
     with steps.step("move it by a random map and by the paper's map (cross-lora) for comparison"):
         others = {RANDOM: "random", PAPER: "cross-lora"}
         adapters |= {
-            name: move_by_maps(path, bases, other, progress=progress)
+            name: move(path, bases, other, progress=progress).adapter
             for name, other in others.items()
             if other != method
         }

@@ -1,1 +1,1 @@
-"""Written adapters and merged models, made from an adapter and the base that it has."""
+"""Write adapters in other profiles, and merge them into their base."""

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged checkpoint: its configuration, its tokenizer, templates, the licence."""
+"""Write the files beside the weights of a merged checkpoint: configuration, tokenizer, templates, licence."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_met
 from jcrosslora.errors import CheckpointError
 
 CONFIG = "config.json"
-# Hidden, of other checkpoints in the same folder, or written for the merged one anew.
+# Hidden files, files of other checkpoints in the folder, and files that are written anew.
 _NOT_COPIED = (".*", CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -24,17 +24,17 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 def write_companions(
     base: BaseModel, folder: Path, dtype: str, *, as_stored: bool, untied: bool = False
 ) -> tuple[str, ...]:
-    """Write all files of a merged checkpoint but its weights.
+    """Write all files of a merged checkpoint except its weights.
 
     Args:
-        base: that it was made from.
+        base: the base model.
         folder: to write into.
-        dtype: of the weights, "keep" where it is the base's own.
-        as_stored: whether the weights have the names and layout of the base's files, and its configuration with them.
-        untied: whether the head is no longer the embedding, as the base's configuration says.
+        dtype: of the weights, "keep" for the base's own.
+        as_stored: whether the weights have the names and layout of the base's files, and so its configuration.
+        untied: whether the head is no longer the embedding, against the base's configuration.
 
     Returns:
-        What could not be written, one sentence each.
+        Files that could not be written, one sentence each.
 
     Raises:
         CheckpointError: a file of the base cannot be read.
@@ -63,13 +63,13 @@ def _belongs(name: str) -> bool:
 
 
 def _read_config(base: BaseModel) -> dict[str, Any]:
-    """The configuration of the dequantised text model."""
+    """Return the configuration of the dequantised text model."""
     config = {key: value for key, value in base.config.items() if key not in _QUANTIZATION_KEYS and value is not None}
     return config | {"architectures": [base.family.architectures[0]]}
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration with the number format of the weights, also in the parts of a multimodal one."""
+    """Set the number format of the weights, also in the parts of a multimodal configuration."""
     changed = {
         key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") and isinstance(value, dict) else value
         for key, value in config.items()
@@ -79,7 +79,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a model with a head of its own, also in the text part of a multimodal one."""
+    """Untie the head from the embedding, also in the text part of a multimodal configuration."""
     text = config.get("text_config")
     parts = {"text_config": _without_tie(text)} if isinstance(text, dict) else {}
     return {**config, **parts, "tie_word_embeddings": False}

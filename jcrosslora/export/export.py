@@ -1,4 +1,4 @@
-"""Write an adapter again for the base that it has: in another profile, at other ranks, or several as their sum."""
+"""Write an adapter again for the same base: in another profile, at other ranks, or the sum of several adapters."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import describe_base
@@ -24,50 +24,50 @@ from jcrosslora.shifting.lora_xs_span import Frozen, frozen_factors, project, sp
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import ensure_free
 
-# What a moved adapter's folder says of itself; it still holds where the same adapter is written in another form.
+# Documents of a transferred adapter, which stay true when it is written in another form.
 _DOCUMENTS = ("README.md", "transfer_report.json")
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Everything that decides what an export writes."""
+    """The settings of an export."""
 
     adapter: tuple[str, ...]
-    """The adapter to write again: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id. Several of one base
-    are added up."""
+    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id. Several adapters of one base are
+    added up."""
     out: str
     """The folder to write."""
     profile: Profile = "portable"
-    """portable: PEFT with one rank, read alike by every engine. peft: a rank for each module. mlx: the folder of MLX.
-    gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
-    them, for LoRA-XS. peft alone holds changes of the embedding and the output head, read with the base."""
+    """portable: PEFT with one rank, which every engine reads the same way. peft: a rank for each module. mlx: the
+    folder of MLX. gguf: the file of llama.cpp. lora-xs: a small matrix between the top --out-rank singular vectors of
+    each weight. Only peft holds changes of the embedding and the output head, which are read with the base."""
     base: str | None = None
-    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need
-    it; with it the adapter is also checked against it."""
+    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
+    adapter is checked against it."""
     out_rank: RankRule | None = None
-    """Cut every update, optimally, to this rank; or to the lowest that keeps a share of its energy, such as 0.99; or
-    all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many singular
-    vectors of each weight to take."""
+    """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as
+    0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: the
+    number of singular vectors of each weight."""
     keep_dora: bool = False
-    """Write a DoRA as a DoRA, with its magnitudes, and not as a fit of a lower rank; exact, in profile peft or mlx."""
+    """Write a DoRA with its magnitudes instead of a fit of a lower rank; exact, in profile peft or mlx."""
     dtype: FileDtype = "float32"
     """Number format of the file."""
     base_revision: str | None = None
     """Hub revision of the base."""
     overwrite: bool = False
-    """Replace the folder if it already holds an adapter."""
+    """Replace the folder if it holds an adapter."""
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        adapter: with fused modules merged, as in the file; of a DoRA that was kept only its s B A.
-        cut: what cutting the ranks left; None where that was not asked for.
-        sources: what is known of each adapter that was read.
+        adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
+        cut: the truncation of the ranks; None if none was asked for.
+        sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept; else None.
-        frozen: what profile lora-xs wrote each module by; else None.
+        frozen: the frozen factors of profile lora-xs; else None.
     """
 
     adapter: Adapter
@@ -78,7 +78,7 @@ class Exported:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """What reading the adapters lost, one sentence each without a full stop."""
+        """Losses in reading the adapters, one sentence each without a full stop."""
         alone = len(self.sources) == 1 and self.sources[0].kind == DORA.name
         hint = "; --keep-dora, in profile peft or mlx, loses nothing" if alone else ""
         return tuple(f"{info.name} is {info.read_as}{hint}" for info in self.sources if info.lost)
@@ -88,8 +88,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     """Write one adapter, or the sum of several, in a profile.
 
     Raises:
-        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
-            written then.
+        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
     """
     ensure_free(Path(settings.out), settings.overwrite)
     if settings.out_rank is not None:
@@ -122,19 +121,19 @@ def export_adapter(settings: ExportSettings) -> Exported:
 
 
 def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
-    """The sum of the adapters, at the ranks that are wanted."""
+    """Add the adapters and truncate the sum to the ranks of the settings."""
     adapters = [load_adapter(ref, base) for ref in settings.adapter]
     if base is not None:
         info = describe_base(base, digest=False)
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     check_holds(settings.profile, total)
-    # Parts of a fused matrix are written as one update of it: cut on their own, they would have a rank for each.
+    # Parts of a fused matrix are written as one update, so they are truncated as one.
     total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
     total = for_profile(total, settings.profile)
     sources = tuple(adapter.info for adapter in adapters)
     if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
-        assert base is not None  # as `check_profile` has seen
+        assert base is not None  # checked by `check_profile`
         frozen = frozen_factors(base, total.modules, rank)
         return Exported(*project(total, frozen, rank), sources, frozen=frozen)
     if settings.out_rank is not None:
@@ -143,20 +142,20 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
 
 
 def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
-    """A DoRA as it is."""
+    """Read a DoRA in its stored form."""
     dora = load_dora(settings.adapter[0], base)
     return Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
 
 
 def _check_kept(settings: ExportSettings) -> None:
-    """Refuse what cannot be done with a DoRA as it is.
+    """Refuse settings that a DoRA in its stored form does not allow.
 
     Raises:
-        UsageError: not just one adapter, or a rank to cut it to.
+        UsageError: several adapters, or a rank to truncate to.
     """
     if len(settings.adapter) != 1:
-        msg = f"{len(settings.adapter)} adapters with --keep-dora: a sum of DoRAs is no DoRA, one adapter was wanted"
-        raise UsageError(msg + "; leave out --keep-dora")
+        msg = f"{len(settings.adapter)} adapters with --keep-dora: a sum of DoRAs is not a DoRA; give one adapter"
+        raise UsageError(msg + ", or leave out --keep-dora")
     if settings.out_rank is not None:
         msg = f"out rank {settings.out_rank} with --keep-dora: a DoRA of a lower rank has other norms, and its "
         raise UsageError(msg + "magnitudes do not fit them; leave out one of the two")
@@ -167,13 +166,13 @@ def _heads(base: BaseModel) -> tuple[int, int]:
 
 
 def _documents(refs: tuple[str, ...]) -> dict[str, str]:
-    """The documents of the one adapter that is written again, if they are in a folder here."""
+    """Read the documents of a single adapter in a local folder."""
     paths = [Path(refs[0]).expanduser() / name for name in _DOCUMENTS] if len(refs) == 1 else []
     return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
 
 
 def _account(exported: Exported, base: BaseModel | None) -> str:
-    """From what, for which base and at which loss an adapter was written, as JSON."""
+    """Return the provenance of the written adapter as JSON: sources, base and loss."""
     cut = exported.cut
     made = {
         "adapters": [{"name": info.name, "digest": info.digest} for info in exported.sources],

@@ -1,6 +1,6 @@
-"""A base with an adapter merged into its weights, as a checkpoint of its own for engines that take no adapters.
+"""Merge an adapter into the weights of its base, as a checkpoint for engines that do not load adapters.
 
-W' = W + scale B A, block of rows by block of rows: what is in memory is bounded by a tensor, whatever the model's size.
+W' = W + scale B A, computed in blocks of rows: memory is bounded by the largest tensor, whatever the model's size.
 """
 
 import json
@@ -29,24 +29,24 @@ from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
-REPORT = "merge_report.json"
+_REPORT = "merge_report.json"
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_SHARD = 4 << 30  # bytes of a file, where the base is not in several files of its own
+_SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Everything that decides what a merge writes."""
+    """The settings of a merge."""
 
     base: str
     """The base model: a folder of safetensors, a GGUF file or a hub id."""
     adapter: str
-    """An adapter of it: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
+    """An adapter for it: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
     out: str
     """The folder to write."""
     dtype: MergeDtype = "keep"
-    """Number format of the weights. keep: each tensor's own; bfloat16 for those that the base holds quantised."""
+    """Number format of the weights. keep: each tensor's own, bfloat16 for quantised ones."""
     base_revision: str | None = None
     """Hub revision of the base."""
     adapter_revision: str | None = None
@@ -57,12 +57,12 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written.
+    """The result of a merge.
 
     Attributes:
-        folder: where.
-        modules: how many modules were changed.
-        notes: what of the base or the adapter is not in it, one sentence each.
+        folder: that was written.
+        modules: number of modules that were changed.
+        notes: parts of the base or the adapter that are missing in it, one sentence each.
     """
 
     folder: Path
@@ -74,32 +74,31 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
 
     A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
-    From GGUF or quantised weights the dequantised model is written, with the configuration and, for GGUF, the tokenizer
-    that the file describes.
+    GGUF or quantised weights are written dequantised, with the configuration and, for GGUF, the tokenizer that the file
+    describes.
 
     Args:
-        settings: what to merge, and where to.
+        settings: the inputs and the output folder.
         progress: whether to show a progress bar.
 
     Raises:
-        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
-            written then.
+        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
     """
     out = output_path(settings.out)
     ensure_free(out, settings.overwrite)
     base = open_base(settings.base, revision=settings.base_revision)
-    # Weights take an update of any rank, so that of a DoRA is merged whole.
+    # Weights can hold an update of any rank, so a DoRA is merged at full rank.
     whole = max(min(module.shape) for module in base.modules.values())
     adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole)
     if adapter.info.invocation is not None:
-        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which weights cannot do"
-        raise AdapterError(msg + ": use it beside the base, in an engine that knows aLoRA")
+        msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
+        raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")
     adapter = fit_to_base(adapter, describe_base(base, digest=False))
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
     plan = _stored_plan if as_stored is not None else _read_plan
     updates = updates_of(adapter, base)
-    # With changes of their own, embedding and head are two matrices from now on.
+    # Embedding and head become two matrices if their changes differ.
     untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
     files = plan(base, updates, wanted, untied)
     total = sum(piece.size for pieces in files.values() for piece in pieces)
@@ -114,7 +113,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
         if untied:
             notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
-        (folder / REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
+        (folder / _REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
     return Merged(out, _changed(adapter), notes)
 
 
@@ -123,7 +122,7 @@ def _changed(adapter: Adapter) -> int:
 
 
 def _plain_folder(base: BaseModel) -> ShardedStore | None:
-    """The base's store if its files can be written again as they are, which quantised ones cannot."""
+    """Return the base's store if its files can keep their layout; None for quantised files."""
     store = base.store
     if not isinstance(store, ShardedStore):  # GGUF, or dequantised as it is read
         return None
@@ -133,7 +132,7 @@ def _plain_folder(base: BaseModel) -> ShardedStore | None:
 def _stored_plan(
     base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
 ) -> dict[str, list[Piece]]:
-    """The files of the base with their own tensors, those of no text model as well; with a head where it has none."""
+    """Plan the base's own files, with tensors outside the text model too, and a head if the base is untied."""
     store = base.store
     assert isinstance(store, ShardedStore)
     files: dict[str, list[Piece]] = {}
@@ -145,7 +144,7 @@ def _stored_plan(
                 msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
                 raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
-            # A head that a tied base holds as well is not what it uses.
+            # A tied base may store a head that it does not use.
             read = partial(base.tensor, HEAD) if name == HEAD and untied else partial(file.array, stored)
             pieces.append(
                 Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
@@ -158,20 +157,20 @@ def _stored_plan(
 
 
 def _head_beside(embedding: str) -> str:
-    """The name of a head in a file in which the embedding has this name."""
+    """Return the name of a head in a file in which the embedding has this name."""
     return embedding.removesuffix(EMBEDDING) + HEAD if embedding.endswith(EMBEDDING) else HEAD
 
 
 def _read_plan(
     base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
 ) -> dict[str, list[Piece]]:
-    """The tensors that the family has, dequantised, in as many files as their size asks for."""
+    """Plan the dequantised tensors of the family, in files of limited size."""
     groups: list[list[Piece]] = [[]]
     config = {**base.config, "tie_word_embeddings": base.tied and not untied}
     for name, shape in expected_shapes(base.family, base.dims, config).items():
         own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
         dtype = wanted or (own if own in _FLOATS else "BF16")
-        if name in (EMBEDDING, HEAD):  # by far the largest: never in memory as a whole
+        if name in (EMBEDDING, HEAD):  # by far the largest: dequantised block by block
             blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
         else:
             blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)

@@ -1,4 +1,4 @@
-"""The rows of a merged tensor, block by block: W' = W + scale B A, or single rows that take the place of W's."""
+"""Compute the rows of a merged tensor in blocks: W' = W + scale B A, or single rows that replace those of W."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,16 +12,16 @@ from jcrosslora.errors import OutputError
 
 _BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 
-# Rows of a tensor and what is added to them, or single rows that change.
+# Factors that are added to a range of rows, or a change of single rows.
 Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate]
 
 
 def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
-    """What an adapter adds to each tensor of a base: tensor name -> updates of its rows.
+    """Group the updates of an adapter by tensor of the base: tensor name -> updates of its rows.
 
     Args:
-        adapter: with fused matrices taken apart, see `fit_to_base`.
-        base: whose modules it has.
+        adapter: with fused modules split, see `fit_to_base`.
+        base: that the adapter is for.
     """
     found: dict[str, Updates] = {}
     for name, factors in adapter.modules.items():
@@ -35,12 +35,12 @@ def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
 
 
 def row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates, dtype: str) -> Iterator[np.ndarray]:
-    """A tensor with its updates, block by block.
+    """Yield a tensor with its updates, block by block.
 
     Args:
-        base: whose memory maps are released after each block.
-        read: gives the base's tensor.
-        updates: of it; without any its values are those of the base.
+        base: its memory maps are released after each block.
+        read: returns the base's tensor.
+        updates: of the tensor; an empty list keeps its values.
         dtype: as the header names it.
 
     Raises:
@@ -56,13 +56,13 @@ def row_blocks(base: BaseModel, read: Callable[[], np.ndarray], updates: Updates
 def converted_rows(
     base: BaseModel, name: str, shape: tuple[int, ...], updates: Updates, dtype: str
 ) -> Iterator[np.ndarray]:
-    """As `row_blocks`, of a matrix that is dequantised a block at a time.
+    """Yield a matrix with its updates like `row_blocks`, dequantised a block at a time.
 
     Args:
-        base: the base.
-        name: of its matrix.
-        shape: of it.
-        updates: of it.
+        base: that holds the matrix.
+        name: of the matrix.
+        shape: of the matrix.
+        updates: of the matrix.
         dtype: as the header names it.
 
     Raises:
@@ -75,7 +75,7 @@ def converted_rows(
 
 
 def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First and last (exclusive) row of each block."""
+    """Yield the first and the last (exclusive) row of each block."""
     rows = shape[0] if shape else 1
     step = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
     for start in range(0, rows, step):
@@ -83,7 +83,7 @@ def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
-    """Rows of W from `first` on with their updates; float32, or float64 where W is."""
+    """Apply the updates to rows of W from `first` on; float32, or float64 if W is."""
     wide = np.float64 if block.dtype == np.float64 else np.float32
     result = block.astype(wide)
     for update in updates:

@@ -1,6 +1,5 @@
 """Distillation: an update of the target fitted to what the adapted source predicts (see `fit.distill`)."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,6 +1,6 @@
 """llama.cpp, main branch in 2026: convert_lora_to_gguf.py and src/llama-adapter.cpp."""
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine, alpha_over_rank, note_pickle, only_plain_lora, only_tensors
@@ -17,7 +17,7 @@ def note_convert(facts: AdapterFacts) -> str | None:
 
 def note_head(facts: AdapterFacts) -> str | None:
     has = any(text_module_name(module) == "lm_head" for module in facts.factors("A"))
-    return "the LoRA of lm_head is refused where the base ties it to the embedding" if has else None
+    return "the LoRA of lm_head is refused if the base ties it to the embedding" if has else None
 
 
 def type_is_lora(facts: AdapterFacts) -> str | None:

@@ -1,6 +1,6 @@
 """MLX, mlx-lm 0.32 (2026): mlx_lm/tuner/utils.py."""
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine

@@ -1,6 +1,6 @@
 """Ollama, main branch in August 2026: convert/convert.go."""
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.llamacpp import GGUF_RULES

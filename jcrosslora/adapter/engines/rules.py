@@ -1,6 +1,6 @@
 """Rules that several engines share. A rule returns a sentence if an adapter breaks it, else None."""
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """SGLang, main branch in September 2026: python/sglang/srt/lora; use_rslora is its issue #40835."""
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import (

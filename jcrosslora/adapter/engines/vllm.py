@@ -3,7 +3,7 @@
 Releases with a `bias_enabled` in peft_helper.py read no rank_pattern and no alpha_pattern.
 """
 
-# ruff: noqa: D103 - the sentence that a rule returns says what it checks.
+# ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine, note_pickle, only_plain_lora, only_tensors, overriding_modules

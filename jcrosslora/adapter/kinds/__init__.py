@@ -1,1 +1,1 @@
-"""Kinds of adapter: one small file for each that turns what it stores into A and B, one table of those refused."""
+"""Kinds of adapter: one small file a kind turns its tensors into A and B; one table lists those that are refused."""

@@ -1,4 +1,4 @@
-"""AdaLoRA: dW = alpha / (n + 1e-5) B diag(E) A, where n is the rank that training began with.
+"""AdaLoRA: dW = alpha / (n + 1e-5) B diag(E) A, with n the initial rank of training.
 
 Source: AdaLoRA (arXiv 2303.10512), equation 3; peft 0.21, tuners/adalora/layer.py.
 """
@@ -19,7 +19,7 @@ def _check(config: Config, where: str) -> None:
     if not is_rank(config.get("init_r", _INITIAL_RANK)):
         msg = f"{where}: init_r is {shown(config, 'init_r')}, a whole number of 1 or more was wanted: correct the file"
         raise AdapterError(msg)
-    # Zero or less stands for the rank here.
+    # Zero or less means the rank here.
     alpha = config.get("lora_alpha", _ALPHA)
     if alpha != 0 and not is_alpha(alpha):
         msg = f"{where}: lora_alpha is {shown(config, 'lora_alpha')}, a number was wanted: correct the file"
@@ -30,7 +30,7 @@ def _check(config: Config, where: str) -> None:
 def _read(file: AdapterFile, module: str) -> Update | None:
     keys = file.modules[module]
     if "A" in keys and 0 in file.file.entries[keys["A"]].shape:
-        return None  # All its ranks were pruned.
+        return None  # all its ranks were pruned
     (a, b), gains = read_pair(file, module), file.part(module, "lora_E").astype(np.float64)
     if not a.shape[0] == b.shape[1] == gains.size:
         msg = (

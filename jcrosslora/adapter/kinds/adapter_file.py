@@ -1,4 +1,4 @@
-"""An adapter that is being read: its configuration, its tensors by meaning, and its base where there is one."""
+"""The input of a kind's reader: the configuration, the tensors by module and part, and the base if given."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from jcrosslora.errors import AdapterError, CheckpointError
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("U8", "I16", "I32", "I64")
 _HEAD = "lm_head"
-# Numbers in the factors of one module: 2 GB in float64.
+# Largest number of elements in the factors of one module: 2 GB in float64.
 LARGEST = 2**28
-# What files call the parts whose names here are others.
+# Names in files of the parts that have other names here.
 _TENSORS = {"A": "lora_A", "B": "lora_B", "dora": "lora_magnitude_vector", "latent": "default_lora_latent_mapping"}
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter with its tensors sorted.
+    """An adapter with its tensors grouped.
 
     Attributes:
-        config: its `adapter_config.json`, or what PEFT would have there.
+        config: its `adapter_config.json`, or the equivalent of PEFT.
         file: its weights, by PEFT's names.
         modules: module, as the file spells it, to part (see `parse_tensor_name`) to the tensor's name in the file.
-        others: the same of modules that are not to be read (the output head), but may decide what all share.
-        shared: what all modules share: part to the tensor's name.
+        others: the same of modules that are not read (the output head), but may determine what all modules share.
+        shared: parts that all modules share, to the tensor's name.
         base: the model that the adapter was trained on, or None.
-        rank: the largest rank that is wanted, or None.
+        rank: the largest rank to read an update at, or None.
     """
 
     config: Mapping[str, Any]
@@ -45,14 +45,14 @@ class AdapterFile:
 
     @property
     def path(self) -> Path:
-        """The weights file, for messages."""
+        """The weights file, or its name in memory, for messages."""
         return self.file.file.path
 
     def part(self, module: str, part: str, *, axes: int = 2) -> np.ndarray:
-        """A float tensor of a module, see `read`.
+        """Read a float tensor of a module, see `read`.
 
         Raises:
-            AdapterError: the module lacks it, or it is not what was wanted.
+            AdapterError: the module lacks it, or `read` refuses it.
         """
         if part not in self.modules[module]:
             msg = f"{self.path}: module {module!r} has no {_TENSORS.get(part, part)}: the file is incomplete; save or "
@@ -61,10 +61,10 @@ class AdapterFile:
         return self.read(self.modules[module][part], axes=axes)
 
     def common(self, part: str, *, axes: int = 2) -> np.ndarray:
-        """A float tensor that all modules share, see `read`.
+        """Read a float tensor that all modules share, see `read`.
 
         Raises:
-            AdapterError: the file lacks it, or it is not what was wanted.
+            AdapterError: the file lacks it, or `read` refuses it.
         """
         if part not in self.shared:
             msg = f"{self.path}: there is no {part}, which all modules share: save or download the adapter again"
@@ -72,12 +72,12 @@ class AdapterFile:
         return self.read(self.shared[part], axes=axes)
 
     def read(self, key: str, *, axes: int = 2, dtypes: tuple[str, ...] = FLOATS) -> np.ndarray:
-        """A copy, C-contiguous and in the machine's memory, of a tensor of finite numbers.
+        """Copy a tensor of finite numbers into memory, C-contiguous.
 
         Args:
             key: its name in the file.
             axes: how many axes it must have, none of them empty.
-            dtypes: what it may be stored as.
+            dtypes: accepted dtypes.
 
         Raises:
             AdapterError: another dtype or number of axes, values that are not finite, or a damaged file.
@@ -103,12 +103,12 @@ class AdapterFile:
         return array
 
     def check_size(self, module: str, numbers: int, *, whole: bool = False) -> None:
-        """Refuse factors that are far larger than the tensors that they are made of, before they are made.
+        """Refuse factors that are far larger than the stored tensors, before they are computed.
 
         Args:
             module: as the file spells it.
-            numbers: how many both factors hold.
-            whole: whether they have to be made at full rank, whatever rank is asked for.
+            numbers: elements of both factors.
+            whole: whether they are computed at full rank, whatever rank is asked for.
 
         Raises:
             AdapterError: they would take more than 2 GB.
@@ -120,7 +120,7 @@ class AdapterFile:
             raise AdapterError(msg)
 
     def known_base(self, kind: str, why: str) -> BaseModel:
-        """The base, where a kind cannot do without.
+        """Return the base for a kind that needs it.
 
         Args:
             kind: its name.
@@ -136,12 +136,12 @@ class AdapterFile:
         return self.base
 
     def shape(self, module: str, kind: str, why: str) -> tuple[int, int]:
-        """(O, I) of a module of the base.
+        """Return (O, I) of a module of the base.
 
         Args:
             module: as the file spells it.
-            kind: who asks, see `known_base`.
-            why: what for.
+            kind: see `known_base`.
+            why: see `known_base`.
 
         Raises:
             AdapterError: there is no base, or it has no such module.
@@ -158,13 +158,13 @@ class AdapterFile:
         raise AdapterError(msg)
 
     def check_shape(self, module: str, shape: tuple[int, int], kind: str, why: str) -> None:
-        """Refuse an update that is not of the base's module.
+        """Refuse an update that does not fit the base's module.
 
         Args:
             module: as the file spells it.
             shape: (O, I) of the update.
-            kind: who asks, see `known_base`.
-            why: what for.
+            kind: see `known_base`.
+            why: see `known_base`.
 
         Raises:
             AdapterError: there is no base, it has no such module, or one of another shape.
@@ -176,7 +176,7 @@ class AdapterFile:
             raise AdapterError(msg)
 
     def weight(self, module: str, shape: tuple[int, int], kind: str, why: str) -> np.ndarray:
-        """float32 (O, I): the base's weight of a module; the arguments are those of `check_shape`.
+        """Return the base's weight of a module, float32 (O, I); the arguments are those of `check_shape`.
 
         Raises:
             AdapterError: see `check_shape`.

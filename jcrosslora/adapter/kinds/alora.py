@@ -1,6 +1,6 @@
-"""Activated LoRA: s B A, but only from the last occurrence of certain tokens on (arXiv 2504.12397).
+"""Activated LoRA: s B A, active only from the last occurrence of certain tokens on (arXiv 2504.12397).
 
-Its weights are those of a plain LoRA. The tokens go along: `shifting.invocation` writes them in another tokenizer's.
+Its weights are those of a plain LoRA. `shifting.invocation` translates the tokens to another tokenizer.
 """
 
 from jcrosslora.adapter.config import check_lora
@@ -11,7 +11,7 @@ from jcrosslora.errors import AdapterError
 
 
 def invocation_of(config: Config) -> tuple[int, ...] | None:
-    """The tokens from which on an adapter acts; None for one that always does."""
+    """Return the token ids from which on an adapter is active; None if it is always active."""
     tokens = config.get("alora_invocation_tokens")
     return None if tokens is None else tuple(tokens)
 

@@ -1,8 +1,7 @@
-"""BeamLoRA: dW = s B diag(r softmax(g / tau)) A, a gate g over the ranks.
+"""BeamLoRA: dW = s B diag(r softmax(g / tau)) A, with a gate g over the ranks.
 
-The format is that of https://github.com/gccnlp/BeamLoRA, peft's with a `lora_gate` (1, r) for each module. The
-temperature tau stands in its code and not in the file: 0.05, which its README says to change to 0.03 for learning rates
-below 1e-4.
+The format is that of https://github.com/gccnlp/BeamLoRA: PEFT's with a `lora_gate` (1, r) for each module. The
+temperature tau is set in its code and not in the file: 0.05, or 0.03 for learning rates below 1e-4 (its README).
 
 Source: BeamLoRA (arXiv 2502.13604).
 """
@@ -17,7 +16,7 @@ from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
 from jcrosslora.errors import AdapterError
 
-TEMPERATURE = 0.05
+_TEMPERATURE = 0.05
 
 
 def _read(file: AdapterFile, module: str) -> Update:
@@ -27,7 +26,7 @@ def _read(file: AdapterFile, module: str) -> Update:
         msg = f"{file.path}: module {module!r} has a gate of shape {list(gate.shape)} for rank {factors.rank}"
         msg += ": the file is damaged"
         raise AdapterError(msg)
-    gains = np.exp((gate - gate.max()) / TEMPERATURE).ravel()
+    gains = np.exp((gate - gate.max()) / _TEMPERATURE).ravel()
     gains *= factors.rank / gains.sum()
     # The most important ranks first.
     order = np.argsort(-gains, kind="stable")
@@ -42,5 +41,5 @@ BEAM = Kind(
     read=each_module(_read),
     check=check_lora,
     applies=lambda config, parts: variants.VARIANTS[variants.BEAM](config) or "lora_gate" in parts,
-    remark=lambda _: f"its temperature is not in the file, {TEMPERATURE} was taken, its repository's default",
+    remark=lambda _: f"its temperature is not in the file, its repository's default of {_TEMPERATURE} was taken",
 )

@@ -1,8 +1,8 @@
 """DoRA: W' = diag(m / ||W + s B A||) (W + s B A), the norm taken of each row.
 
-The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the m over the norms, is of full rank: what is read is
-its best approximation of a lower rank, and how much of it that loses. `read_stored` gives B, A and m themselves, which
-are the whole of it on the base that they were trained on, and on no other.
+The update dW = W' - W = diag(c - 1) W + diag(c) s B A, with c the ratio of m to the norms, is of full rank: it is read
+as its best approximation of a lower rank, together with the loss. `read_stored` gives B, A and m themselves, which are
+exact, but only on the base that they were trained on.
 
 Source: DoRA (arXiv 2402.09353), equation 5; peft 0.21, tuners/lora/dora.py.
 """
@@ -23,8 +23,8 @@ from jcrosslora.adapter.kinds.truncate import full_rank_factors
 from jcrosslora.errors import AdapterError
 from jcrosslora.linalg import decompose
 
-# For each direction of B A one more, for what the magnitudes do.
-RANK_FACTOR = 2
+# One more direction for each one of B A, for the effect of the magnitudes.
+_RANK_FACTOR = 2
 
 _WHY = "rescales the rows of W + B A"
 
@@ -35,9 +35,9 @@ def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
 
 
 def read_stored(file: AdapterFile) -> Iterator[tuple[str, tuple[LoRAFactors, np.ndarray]]]:
-    """Module by module the factors of s B A, and m as float32 (O,).
+    """Yield the factors of s B A and m, float32 (O,), of each module.
 
-    Where training began from factors of the base (PiSSA, OLoRA), s B A is taken with what was removed from W for them.
+    If training began from factors of the base (PiSSA, OLoRA), s B A includes what was removed from W for them.
 
     Raises:
         AdapterError: a part is missing or damaged, or the base is needed and was not given.
@@ -52,7 +52,7 @@ def _magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> np.ndarr
     rows, _ = factors.shape
     if magnitude.shape != (rows,):
         msg = f"{file.path}: module {module!r} has {magnitude.shape[0]} magnitudes for {rows} rows"
-        msg += ": magnitudes of another axis (LyCORIS's dora_scale) are not supported; convert it with peft first"
+        msg += ": magnitudes of the other axis (LyCORIS's dora_scale) are not supported; convert it with peft first"
         raise AdapterError(msg)
     return magnitude
 
@@ -60,7 +60,7 @@ def _magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> np.ndarr
 def _fitted(file: AdapterFile, module: str, factors: LoRAFactors, magnitude: np.ndarray) -> Update:
     weight = file.weight(module, factors.shape, "DoRA", _WHY)
     change = full_update(weight, factors, magnitude)
-    wanted = RANK_FACTOR * factors.rank if file.rank is None else file.rank
+    wanted = _RANK_FACTOR * factors.rank if file.rank is None else file.rank
     if wanted >= min(factors.shape):
         b, a = full_rank_factors(change)
         return Update(LoRAFactors(a=a, b=b))
@@ -73,7 +73,7 @@ def _fitted(file: AdapterFile, module: str, factors: LoRAFactors, magnitude: np.
 
 
 def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray) -> np.ndarray:
-    """float32 (O, I): dW = W' - W, with float64 sums where the two nearly cancel.
+    """Compute dW = W' - W, float32 (O, I), with float64 sums because the two nearly cancel.
 
     Args:
         weight: float32 (O, I), W.
@@ -83,7 +83,7 @@ def full_update(weight: np.ndarray, factors: LoRAFactors, magnitude: np.ndarray)
     a, b = (np.asarray(matrix).astype(np.float32) for matrix in (factors.a, factors.b))
     low = np.float32(factors.scale) * (b @ a)
     norms = np.sqrt(np.sum(np.square(weight + low, dtype=np.float64), axis=1))
-    # A row of zeros stays one, whatever its magnitude.
+    # A row of zeros stays zero, whatever its magnitude.
     ratio = np.where(norms > 0, magnitude / np.where(norms > 0, norms, 1), 1)
     return (ratio - 1).astype(np.float32)[:, None] * weight + ratio.astype(np.float32)[:, None] * low
 

@@ -1,4 +1,4 @@
-"""Every key of the configurations that are read, as peft 0.21 writes them, so that a new one can be named."""
+"""Every configuration key that peft 0.21 writes for the kinds that are read; other keys are reported by name."""
 
 _LORA = frozenset(
     [

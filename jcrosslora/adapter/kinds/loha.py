@@ -1,7 +1,7 @@
-"""LoHa: dW = s (W1a W1b) * (W2a W2b), an elementwise product, of rank r^2 at most.
+"""LoHa: dW = s (W1a W1b) * (W2a W2b), an elementwise product of rank r^2 at most.
 
-Row o of the product is the sum over (i, j) of (W1a[o, i] W2a[o, j]) (W1b[i] * W2b[j]): row-wise Khatri-Rao products of
-the factors are factors of it.
+Row o of the product is the sum over (i, j) of (W1a[o, i] W2a[o, j]) (W1b[i] * W2b[j]), so the row-wise Khatri-Rao
+products of the factors are factors of the update.
 
 Source: FedPara (arXiv 2108.06098), proposition 1; peft 0.21, tuners/loha/layer.py.
 """
@@ -34,7 +34,7 @@ def _read(file: AdapterFile, module: str) -> Update:
         b = np.einsum("oi,oj->oij", b1, b2).reshape(rows, rank**2)
         a = np.einsum("in,jn->ijn", a1, a2).reshape(rank**2, columns)
         return truncate_product(scale * b, a, file.rank)
-    # Of full rank: the product itself is the smaller of the two ways to write it.
+    # At full rank the product itself is smaller than its factors.
     return truncate_product(*full_rank_factors(scale * (b1 @ a1) * (b2 @ a2)), file.rank)
 
 

@@ -1,7 +1,7 @@
-"""LoKr: dW = s kron(W1, W2), each whole or a product of two factors.
+"""LoKr: dW = s kron(W1, W2), each stored whole or as a product of two factors.
 
-The singular triplets of a Kronecker product are the products of those of its factors, so the update is decomposed, and
-cut where a rank is asked for, without being formed.
+The singular triplets of a Kronecker product are the products of those of its factors, so the update is decomposed and
+truncated without being formed.
 
 Source: LyCORIS (arXiv 2309.14859); peft 0.21, tuners/lokr/layer.py.
 """
@@ -28,7 +28,7 @@ def _read(file: AdapterFile, module: str) -> Update:
     file.check_size(module, rank * sum(shape))
     values = abs(module_scale(file, module)) * np.outer(s1, s2)
     sign = np.sign(module_scale(file, module))
-    # In descending order, without what is rounding of the largest.
+    # In descending order, without values below the rounding error of the largest.
     order = np.argsort(-values, axis=None, kind="stable")
     noise = np.finfo(np.float32).eps * values.max()
     full = max(1, int(np.count_nonzero(values > noise)))
@@ -42,7 +42,7 @@ def _read(file: AdapterFile, module: str) -> Update:
 
 
 def _triplets(file: AdapterFile, module: str, part: str) -> Triplets:
-    """The SVD of one side of the Kronecker product."""
+    """Compute the SVD of one side of the Kronecker product."""
     if part in file.modules[module]:
         return np.linalg.svd(file.part(module, part).astype(np.float64), full_matrices=False)
     b, a = file.part(module, f"{part}_a"), file.part(module, f"{part}_b")

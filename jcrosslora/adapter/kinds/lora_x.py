@@ -1,10 +1,9 @@
-"""LoRA-X: of the SVD of a frozen weight W = U S V' only a change of the singular values is trained.
+"""LoRA-X: only a change of the singular values of a frozen weight W = U S V' is trained.
 
     dW = U diag(d) V'   or   dW = U D V', with D (R, R)
 
-No file format of it is public, so no file is read; what was trained is given as arrays. With a vector d the base's
-weights tell the rest, because the signs of u_i and v_i cancel. They do not around a matrix D, which needs the U and V
-that it was trained with.
+It has no public file format, so the trained numbers are given as arrays. A vector d is complete with the base's
+weights, because the signs of u_i and v_i cancel. A matrix D also needs the U and V that it was trained with.
 
 Source: LoRA-X (arXiv 2501.16559).
 """
@@ -22,19 +21,19 @@ from jcrosslora.linalg import decompose
 
 Vectors = tuple[np.ndarray, np.ndarray]
 
-# Of the worst single vector, in radians: closer neighbours among singular values mix in any two SVDs.
+# Error of the worst singular vector, in radians: vectors of closer singular values mix between any two SVDs.
 _TOLERANCE = 1e-2
 
 
 def lora_x_update(
     base: BaseModel, changes: Mapping[str, np.ndarray], vectors: Mapping[str, Vectors] | None = None
 ) -> Adapter:
-    """The update of a LoRA-X adapter as factors.
+    """Compute the update of a LoRA-X adapter as factors.
 
     Args:
         base: the model that it was trained on.
-        changes: module, as the base names it (a fused one as a whole), to d (R,) of its leading singular values, or to
-            D (R, R).
+        changes: module, as the base names it (a fused module as a whole), to d (R,) of its leading singular values, or
+            to D (R, R).
         vectors: module to U (O, R) and V (I, R) that were frozen in training; those of other modules are taken from
             the base's weights.
 
@@ -42,8 +41,8 @@ def lora_x_update(
         The adapter, float32 and scale 1, of rank R.
 
     Raises:
-        AdapterError: a change that is no finite d or D of a rank that the module has, vectors of other shapes, D
-            without its vectors, or singular values of the base that lie too close for their vectors to be known.
+        AdapterError: a change that is not a finite d or D of a possible rank, vectors of other shapes, D without its
+            vectors, or singular values of the base that are too close for their vectors to be determined.
         CheckpointError: the base has no such module.
     """
     modules = {}
@@ -62,7 +61,7 @@ def lora_x_update(
         rank = len(change)
         if u.shape != (weight.shape[0], rank) or v.shape != (weight.shape[1], rank):
             msg = f"module {name!r} of {weight.shape[0]} x {weight.shape[1]} has U of shape {list(u.shape)} and V of "
-            msg += f"shape {list(v.shape)} for changes of rank {rank}: (O, R) and (I, R) were wanted"
+            msg += f"shape {list(v.shape)} for changes of rank {rank}: they must be (O, R) and (I, R)"
             raise AdapterError(msg)
         middle = np.diag(change) if change.ndim == 1 else change
         b = u.astype(np.float64) @ middle.astype(np.float64)
@@ -84,5 +83,5 @@ def _leading(name: str, weight: np.ndarray, rank: int) -> Vectors:
     svd, _ = decompose(jnp.asarray(weight)[None], rank, tolerance=_TOLERANCE)
     if not float(svd.error[0]) <= _TOLERANCE:
         msg = f"module {name!r}: singular values among the first {rank} lie too close together for their vectors to be "
-        raise AdapterError(msg + "known from the weights; give U and V (vectors=...)")
+        raise AdapterError(msg + "determined from the weights; give U and V (vectors=...)")
     return np.asarray(svd.u[0]), np.asarray(svd.v[0])

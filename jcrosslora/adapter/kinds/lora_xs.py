@@ -1,8 +1,8 @@
 """LoRA-XS: dW = s B R A, where B and A are frozen (from an SVD of the base) and only R (r, r) is trained.
 
-The format is that of https://github.com/MohammadrezaBanaei/LoRA-XS, which is peft's with one more tensor for each
-module, `default_lora_latent_mapping.weight`; peft writes it as `q_proj_lora_latent_mapping.weight`. A and B are in the
-file; a file without them is refused, because the signs of the singular vectors that R was trained with are not known.
+The format is that of https://github.com/MohammadrezaBanaei/LoRA-XS, PEFT's with one more tensor for each module,
+`default_lora_latent_mapping.weight`; peft writes it as `q_proj_lora_latent_mapping.weight`. A and B are in the file; a
+file without them is refused, because the signs of the singular vectors that R was trained with are not known.
 
 Source: arXiv 2405.17604; utils/latent_utils.py and utils/merge_adapter_to_base_model.py there.
 """

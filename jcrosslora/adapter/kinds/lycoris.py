@@ -1,4 +1,4 @@
-"""What LoHa and LoKr have in common: `r`, `alpha` and patterns for both."""
+"""The settings that LoHa and LoKr share: `r`, `alpha` and patterns of both."""
 
 from jcrosslora.adapter.config import check_numbers, check_targets
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
@@ -9,25 +9,25 @@ from jcrosslora.errors import AdapterError
 
 
 def check_lycoris(config: Config, where: str) -> None:
-    """Refuse ranks and scales that cannot be computed with.
+    """Refuse invalid ranks and scales.
 
     Raises:
-        AdapterError: `r`, `alpha` or one of the patterns is missing or makes no sense.
+        AdapterError: `r`, `alpha` or one of the patterns is missing or invalid.
     """
     check_numbers(config, where, alpha="alpha")
     check_targets(config, where)
 
 
 def module_scale(file: AdapterFile, module: str, rank: int | None = None) -> float:
-    """Alpha / r of a module.
+    """Return alpha / r of a module.
 
     Args:
         file: the adapter.
         module: as the file spells it.
-        rank: of its tensors, to be compared with the configuration's; None where they do not tell.
+        rank: of its tensors, to compare with the configuration; None if they do not show it.
 
     Raises:
-        AdapterError: the tensors have another rank than the configuration says.
+        AdapterError: the rank of the tensors is not that of the configuration.
     """
     name = pattern_name(file.config, module)
     stated = module_rank(file.config, name)

@@ -1,6 +1,6 @@
-"""PiSSA and OLoRA: training starts from factors that were taken out of the base.
+"""PiSSA and OLoRA: training starts from factors that were subtracted from the base.
 
-When peft loads such an adapter it takes the same out of the base again, so s B A alone is not the update. It is
+When peft loads such an adapter it subtracts them from the base again, so s B A alone is not the update. It is
 
     PiSSA   dW = s B A - Q Q' W     Q: the top r left singular vectors of W
     OLoRA   dW = s B A - s Q Q' W   Q: an orthonormal basis of the first r columns of W
@@ -24,7 +24,7 @@ from jcrosslora.adapter.kinds.plain import read_factors
 from jcrosslora.adapter.kinds.truncate import truncate_product
 from jcrosslora.linalg import decompose
 
-# Of the subspace at the cut, in radians: what float32 weights with close neighbours at the cut allow.
+# Error of the truncated subspace, in radians: the limit for float32 weights with close singular values at rank r.
 _TOLERANCE = 1e-4
 
 Basis = Callable[[np.ndarray, int], np.ndarray]
@@ -56,7 +56,7 @@ def _reader(kind: str, basis: Basis, *, scaled: bool) -> Callable[[AdapterFile, 
 def _pissa_remark(config: Config) -> str:
     if str(config.get("init_lora_weights")).lower() == "pissa":
         return ""
-    return "its random SVD is not recorded, the exact one took its place"
+    return "its random SVD is not recorded, the exact SVD was used in its place"
 
 
 PISSA = Kind(

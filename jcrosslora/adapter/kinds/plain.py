@@ -1,4 +1,4 @@
-"""Plain LoRA, whatever its scale and initialisation: dW = s B A on an unchanged base."""
+"""Plain LoRA of any scale and initialisation: dW = s B A on an unchanged base."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

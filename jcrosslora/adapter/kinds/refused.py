@@ -1,69 +1,69 @@
-"""The kinds of adapter that cannot be read as an update of weight matrices: refused by name, as a table."""
+"""Tables of the kinds of adapter that are refused because they cannot be read as an update of weight matrices."""
 
 from collections.abc import Mapping
 
 from jcrosslora.adapter.kinds import variants
 
-CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
-RETRAIN = "no conversion exists; train a plain LoRA adapter instead"
+_CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
+_RETRAIN = "no conversion exists; train a plain LoRA adapter instead"
 
-_MUTATES = "its training changed the base weights by what is not in the adapter"
+_MUTATES = "its training changed the base weights, and the change is not in the adapter"
 _SAVE_CONVERTED = (
     "save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) and load the result"
 )
 
-# Variant of LORA -> what makes it different from dW = scale B A, and what the user can do.
+# Variant of LORA -> why it is not dW = scale B A, and what the user can do.
 REFUSED: Mapping[str, tuple[str, str]] = {
     variants.CORDA: (_MUTATES, _SAVE_CONVERTED),
-    variants.LOFTQ: (_MUTATES, RETRAIN),
-    variants.QALORA: ("its A reads pooled groups of inputs", RETRAIN),
-    variants.BDLORA: ("its factors are block-diagonal", CONVERT),
-    variants.KASA: ("it truncates the base weights", RETRAIN),
-    variants.ARROW: ("it routes between several adapters", RETRAIN),
-    variants.MONTECLORA: ("its factors are random variables", RETRAIN),
-    variants.PARAMETERS: ("it updates three-dimensional expert weights", RETRAIN),
-    variants.REPLICATION: ("its layer numbers are not those of the base", RETRAIN),
+    variants.LOFTQ: (_MUTATES, _RETRAIN),
+    variants.QALORA: ("its A reads pooled groups of inputs", _RETRAIN),
+    variants.BDLORA: ("its factors are block-diagonal", _CONVERT),
+    variants.KASA: ("it truncates the base weights", _RETRAIN),
+    variants.ARROW: ("it routes between several adapters", _RETRAIN),
+    variants.MONTECLORA: ("its factors are random variables", _RETRAIN),
+    variants.PARAMETERS: ("it updates three-dimensional expert weights", _RETRAIN),
+    variants.REPLICATION: ("its layer numbers are not those of the base", _RETRAIN),
 }
 
-# Tensors that belong to a kind even where the configuration does not say so.
+# Tensors that identify a refused kind whatever the configuration says.
 REFUSED_TENSORS: Mapping[str, str] = {
-    "kasa": f"KaSA: it truncates the base weights; {RETRAIN}",
+    "kasa": f"KaSA: it truncates the base weights; {_RETRAIN}",
 }
 
-# Initialisations of peft 0.21 that leave the base weights alone.
+# Initialisations of peft 0.21 that do not change the base weights.
 PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 
-_TOKENS = "it adds trained vectors to what the model reads, and changes no weight matrix"
+_TOKENS = "it adds trained vectors to the model's input and changes no weight matrix"
 _ROTATES = "it rotates weight matrices, a change of full rank"
 _ROUTES = "it routes between several adapters"
 
 # peft type -> why its update cannot be read, and what the user can do.
 _REFUSED_TYPES: Mapping[str, tuple[str, str]] = {
-    "PROMPT_TUNING": (_TOKENS, RETRAIN),
-    "MULTITASK_PROMPT_TUNING": (_TOKENS, RETRAIN),
-    "P_TUNING": (_TOKENS, RETRAIN),
-    "PREFIX_TUNING": (_TOKENS, RETRAIN),
-    "ADAPTION_PROMPT": (_TOKENS, RETRAIN),
-    "CARTRIDGE": (_TOKENS, RETRAIN),
-    "CPT": (_TOKENS, RETRAIN),
-    "LN_TUNING": ("it changes norms alone", RETRAIN),
-    "TRAINABLE_TOKENS": ("it changes rows of the embedding alone", RETRAIN),
-    "XLORA": (_ROUTES, RETRAIN),
-    "POLY": (_ROUTES, RETRAIN),
-    "IA3": ("it rescales activations, a change of full rank", CONVERT),
-    "HIRA": ("it multiplies the weights entry by entry, a change of full rank", CONVERT),
-    "OFT": (_ROTATES, CONVERT),
-    "BOFT": (_ROTATES, CONVERT),
-    "HRA": (_ROTATES, CONVERT),
-    "ROAD": (_ROTATES, CONVERT),
-    "PSOFT": (_ROTATES, CONVERT),
-    "FOURIERFT": ("its frequencies are drawn by torch", CONVERT),
+    "PROMPT_TUNING": (_TOKENS, _RETRAIN),
+    "MULTITASK_PROMPT_TUNING": (_TOKENS, _RETRAIN),
+    "P_TUNING": (_TOKENS, _RETRAIN),
+    "PREFIX_TUNING": (_TOKENS, _RETRAIN),
+    "ADAPTION_PROMPT": (_TOKENS, _RETRAIN),
+    "CARTRIDGE": (_TOKENS, _RETRAIN),
+    "CPT": (_TOKENS, _RETRAIN),
+    "LN_TUNING": ("it changes norms alone", _RETRAIN),
+    "TRAINABLE_TOKENS": ("it changes rows of the embedding alone", _RETRAIN),
+    "XLORA": (_ROUTES, _RETRAIN),
+    "POLY": (_ROUTES, _RETRAIN),
+    "IA3": ("it rescales activations, a change of full rank", _CONVERT),
+    "HIRA": ("it multiplies the weights entry by entry, a change of full rank", _CONVERT),
+    "OFT": (_ROTATES, _CONVERT),
+    "BOFT": (_ROTATES, _CONVERT),
+    "HRA": (_ROTATES, _CONVERT),
+    "ROAD": (_ROTATES, _CONVERT),
+    "PSOFT": (_ROTATES, _CONVERT),
+    "FOURIERFT": ("its frequencies are drawn by torch", _CONVERT),
 }
 
 
 def why_refused(peft_type: str) -> str:
-    """Why an adapter of a `peft_type` in capitals is not read, and what to do about it."""
-    why, cure = _REFUSED_TYPES.get(peft_type, ("", f"where peft supports it, {CONVERT}"))
+    """Say why an adapter of a `peft_type`, in capitals, is not read, and what to do about it."""
+    why, cure = _REFUSED_TYPES.get(peft_type, ("", f"where peft supports it, {_CONVERT}"))
     return f"{why}; {cure}" if why else cure
 
 

@@ -1,4 +1,4 @@
-"""Every kind of adapter that is read, and which of them a configuration and its tensors are."""
+"""Every kind of adapter that is read, and the choice of the kind of a file."""
 
 from collections.abc import Collection
 
@@ -26,20 +26,20 @@ TYPES = frozenset(kind.peft_type for kind in KINDS)
 
 
 def kind_of(config: Config, parts: Collection[str], where: str) -> Kind:
-    """The kind of an adapter whose `peft_type` is one of `TYPES`.
+    """Find the kind of an adapter whose `peft_type` is one of `TYPES`.
 
     Args:
         config: its configuration.
-        parts: what its tensors are, see `parse_tensor_name`.
+        parts: kinds of its tensors, see `parse_tensor_name`.
         where: its path, for messages.
 
     Raises:
-        AdapterError: it is of two kinds at once that cannot be combined.
+        AdapterError: it is of two kinds that cannot be combined.
     """
     peft_type = str(config["peft_type"]).upper()
     found = [kind for kind in KINDS if kind.peft_type == peft_type and kind.applies(config, parts)]
     first, others = found[0], [kind.name for kind in found[1:] if kind is not PLAIN]
-    if strange := [name for name in others if name not in first.over]:
-        msg = f"{where}: {first.name} and {strange[0]} in one adapter are not supported; train it as one of them"
+    if excluded := [name for name in others if name not in first.over]:
+        msg = f"{where}: {first.name} and {excluded[0]} in one adapter are not supported; train it as one of them"
         raise AdapterError(msg)
     return first

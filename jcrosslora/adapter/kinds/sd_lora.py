@@ -1,9 +1,9 @@
-"""SD-LoRA: a stack of tasks, whose earlier updates are directions of unit size with magnitudes.
+"""SD-LoRA: a sequence of tasks, whose earlier updates are directions of unit size with magnitudes.
 
     dW = sum over i < t of a_i B_i A_i / (||B_i||_F ||A_i||_F)  +  a_t s_t B_t A_t
 
-Its repository trains vision transformers and keeps every task as a pickle, which is not read; what a stack is made of
-are plain adapters, one a task, and their magnitudes.
+Its repository trains vision transformers and saves every task as a pickle, which is not read. The input here is one
+plain adapter a task, and the magnitudes.
 
 Source: SD-LoRA (https://openreview.net/forum?id=5U1rlpX68A).
 """
@@ -16,31 +16,33 @@ import numpy as np
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.adapter.sums import check_always_active
-from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.adapter.sums import add_factors, check_always_active
+from jcrosslora.errors import UsageError
 
 
 def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
-    """The update of a stack of tasks as one adapter; the ranks of a module add up.
+    """Combine the updates of a sequence of tasks into one adapter; the ranks of a module add up.
 
     Args:
         adapters: of one base, in the order in which they were trained.
-        magnitudes: a_i of each; that of the last multiplies its update as it is.
+        magnitudes: a_i of each; the last one multiplies its update without normalisation.
 
     Returns:
-        The adapter, float32 and scale 1. A module that only some tasks have is the sum over these; what is no update of
-        a linear module is listed in `info.ignored`.
+        The adapter, float32 and scale 1. A module of some tasks only is the sum over these; changes of embedding and
+        head are listed in `info.ignored`.
 
     Raises:
-        UsageError: no adapters, as many magnitudes as adapters were not given, or one is not finite.
-        AdapterError: updates of a module have different shapes, or an adapter acts only after certain tokens.
+        UsageError: no adapters, another number of magnitudes than of adapters, or one that is not finite.
+        AdapterError: updates of a module have different shapes, or an adapter is active only after certain tokens.
     """
     if not adapters or len(magnitudes) != len(adapters) or not all(map(math.isfinite, magnitudes)):
-        msg = f"{len(adapters)} adapters and magnitudes {list(magnitudes)}: at least one adapter, and a number for each"
-        msg += " were wanted"
+        msg = (
+            f"{len(adapters)} adapters and magnitudes {list(magnitudes)}; give at least one adapter, and a number for "
+        )
+        msg += "each"
         raise UsageError(msg)
     check_always_active(adapters)
-    terms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    terms: dict[str, list[LoRAFactors]] = {}
     for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
         for name, factors in adapter.modules.items():
             last = place == len(adapters) - 1
@@ -51,26 +53,18 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         ignored=tuple(
             sentence
             for one in adapters
-            for sentence in drop_token_updates(one, "a stack of tasks is of linear modules").info.ignored
+            for sentence in drop_token_updates(one, "tasks are combined in their linear modules alone").info.ignored
         ),
     )
-    return Adapter(modules={name: _joined(name, found) for name, found in terms.items()}, info=info)
+    return Adapter(modules={name: add_factors(name, found) for name, found in terms.items()}, info=info)
 
 
-def _term(factors: LoRAFactors, magnitude: float, *, last: bool) -> tuple[np.ndarray, np.ndarray]:
+def _term(factors: LoRAFactors, magnitude: float, *, last: bool) -> LoRAFactors:
     a, b = (np.asarray(matrix).astype(np.float64) for matrix in (factors.a, factors.b))
     if last:
-        return magnitude * factors.scale * b, a
-    size = float(np.linalg.norm(b) * np.linalg.norm(a))
-    # A task that changed nothing has no direction.
-    gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
-    return gain * b, a
-
-
-def _joined(name: str, terms: Sequence[tuple[np.ndarray, np.ndarray]]) -> LoRAFactors:
-    shapes = {(b.shape[0], a.shape[1]) for b, a in terms}
-    if len(shapes) > 1:
-        msg = f"module {name!r} has updates of shapes {sorted(shapes)}: adapters of one base were wanted"
-        raise AdapterError(msg)
-    b, a = np.concatenate([b for b, _ in terms], axis=1), np.concatenate([a for _, a in terms])
-    return LoRAFactors(a=a.astype(np.float32), b=b.astype(np.float32))
+        gain = magnitude * factors.scale
+    else:
+        size = float(np.linalg.norm(b) * np.linalg.norm(a))
+        # A task with a zero update has no direction.
+        gain = magnitude * math.copysign(1.0, factors.scale) / size if size > 0 else 0.0
+    return LoRAFactors(a=a.astype(np.float32), b=(gain * b).astype(np.float32))

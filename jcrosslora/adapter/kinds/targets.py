@@ -1,6 +1,6 @@
-"""Which modules of a base a configuration names, in the order in which peft meets them.
+"""Find the modules of a base that a configuration targets, in peft's order.
 
-Only for kinds whose files do not name their modules. Source: peft 0.21, check_target_module_exists in
+Needed for kinds whose files do not name their modules. Source: peft 0.21, check_target_module_exists in
 tuners/tuners_utils.py.
 """
 
@@ -17,16 +17,16 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> dict[str, tuple[int, int]]:
-    """(O, I) of every module that the configuration names, by its name in the base.
+    """Return (O, I) of every module that the configuration targets, by its name in the base.
 
     Args:
         config: of the adapter.
-        base: the model it is for. Its modules come layer by layer, q, k, v, o, gate, up, down, the head last.
+        base: the model it is for. Its modules are ordered layer by layer, q, k, v, o, gate, up, down, the head last.
         where: path of the configuration, for messages.
 
     Raises:
-        AdapterError: the base holds fused modules, whose order differs, or the configuration names none or cannot be
-            understood.
+        AdapterError: the base has fused modules, whose order differs, or the configuration targets no module or
+            cannot be parsed.
     """
     if base.fused:
         msg = f"{where}: the order of the modules of {base.family.name} bases is not known: save the adapter with its "
@@ -37,7 +37,7 @@ def targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> d
     try:
         found = {name: shape for name, shape in every.items() if _is_target(config, name)}
     except (re.error, TypeError, AttributeError, RecursionError) as error:
-        msg = f"{where}: its target_modules or layers cannot be understood ({error}): correct the file"
+        msg = f"{where}: its target_modules or layers cannot be parsed ({error}): correct the file"
         raise AdapterError(msg) from error
     if not found:
         msg = f"{where}: target_modules names no module of the base {base.name}: give the base it was trained on"
@@ -59,13 +59,13 @@ def _is_target(config: Mapping[str, Any], name: str) -> bool:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    """A pattern of the configuration, compiled.
+    """Compile a pattern of the configuration.
 
     Raises:
-        re.error: it is none, or could take for ever to match.
+        re.error: it is not a regular expression, or could take very long to match.
     """
     if not is_matchable(text):
-        msg = f"{text[:60]!r} is no pattern, or has too many ways to match"
+        msg = f"{text[:60]!r} is not a regular expression, or has too many ways to match"
         raise re.error(msg)
     return re.compile(text)
 

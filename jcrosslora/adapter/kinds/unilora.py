@@ -1,7 +1,7 @@
-"""Uni-LoRA: every number of every A and B is one of d numbers of a vector theta, over the root of its uses: dW = B A.
+"""Uni-LoRA: dW = B A, and every entry of every A and B is an entry of one vector theta over the root of its uses.
 
-Which one is drawn once: each number of theta is used equally often, up to one, in an order shuffled by a seed; the
-modules follow in the order of the model, A before B. A file that does not hold the indices has them drawn again.
+The indices into theta are drawn once: each entry is used equally often, up to one, in an order shuffled by a seed; the
+modules follow in the order of the model, A before B. If a file does not hold the indices they are drawn again.
 
 Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
 """
@@ -63,7 +63,7 @@ def _from_indices(file: AdapterFile, module: str, side: str, theta: np.ndarray) 
 
 
 def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
-    base = file.known_base("Uni-LoRA", "was saved without its indices, which follow the base's modules")
+    base = file.known_base("Uni-LoRA", "was saved without its indices, which depend on the base's modules")
     shapes = targeted_shapes(file.config, base, str(file.path))
     rank = int(file.config["r"])
     if rank > max(map(min, shapes.values())):
@@ -75,7 +75,7 @@ def _replayed(file: AdapterFile, theta: np.ndarray) -> Pairs:
             f"{file.path}: r is {rank}, for which {count:,} indices would have to be drawn: correct the file, or save "
         )
         raise AdapterError(msg + "the adapter with its indices (save_indices=True)")
-    indices = balanced_indices(count, theta.size, file.config.get("proj_seed", _SEED))
+    indices = _balanced_indices(count, theta.size, file.config.get("proj_seed", _SEED))
     counts = np.bincount(indices, minlength=theta.size)
     scaled = theta / np.sqrt(np.maximum(counts, 1))
     start = 0
@@ -90,12 +90,12 @@ def _size(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
     return rank * sum(rows + columns for rows, columns in shapes.values())
 
 
-def balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
-    """int64 (count,) below `length`, each as often as any other, up to one, shuffled as peft does.
+def _balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
+    """Draw int64 (count,) below `length`, each equally often up to one, shuffled as peft does.
 
     Args:
-        count: numbers in all A and B.
-        length: numbers in theta.
+        count: entries of all A and B.
+        length: entries of theta.
         seed: `proj_seed`.
     """
     rng = np.random.default_rng(seed)

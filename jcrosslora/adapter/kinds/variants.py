@@ -1,4 +1,4 @@
-"""What a configuration of type LORA may say that makes it more than dW = scale B A on an unchanged base, as a table."""
+"""Table of the settings that make a configuration of type LORA more than dW = scale B A on an unchanged base."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +34,7 @@ BIASES = "LoRA with biases (lora_bias)"
 REPLICATION = "layer replication (layer_replication)"
 BEAM = "BeamLoRA (use_beamlora)"
 
-# The name, as its users know it -> whether a configuration is of it.
+# Name, as its users know it -> whether it applies to a configuration.
 VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     DORA: _truthy("use_dora"),
     PISSA: _init_starts("pissa"),

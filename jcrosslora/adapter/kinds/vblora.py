@@ -1,4 +1,4 @@
-"""VB-LoRA: dW = B A, whose vectors of length v are mixtures of a few vectors of one bank.
+"""VB-LoRA: dW = B A, composed of vectors of length v that mix a few vectors of one bank.
 
 Source: VB-LoRA (arXiv 2405.15179); peft 0.21, tuners/vblora/layer.py.
 """
@@ -40,7 +40,7 @@ def _read(file: AdapterFile, module: str) -> Update:
 
 
 def _mixed(file: AdapterFile, module: str, part: str, bank: np.ndarray) -> np.ndarray:
-    """(.., .., v): for each place the mixture of vectors that its logits choose."""
+    """Mix the vectors that the logits of each place choose, (.., .., v)."""
     keys = file.modules[module]
     indices_key = f"{part}_topk_indices"
     if indices_key in keys:

@@ -1,6 +1,6 @@
-"""VeRA: dW = diag(b) B diag(d) A, with one random B and A for all modules, cut to the shape of each.
+"""VeRA: dW = diag(b) B diag(d) A, with one random B and A for all modules, sliced to the shape of each.
 
-Where the two were not saved (`save_projection` false) they are drawn anew, as torch's CPU generator draws them.
+If the two were not saved (`save_projection` false) they are drawn again, as torch's CPU generator draws them.
 
 Source: VeRA (arXiv 2310.11454), equation 2; peft 0.21, tuners/vera.
 """
@@ -16,7 +16,7 @@ from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Config, Kind, Update
 from jcrosslora.errors import AdapterError
 
-_WHY = "cuts its matrices to the shapes of the base's modules"
+_WHY = "slices its matrices to the shapes of the base's modules"
 
 
 def _check(config: Config, where: str) -> None:
@@ -47,25 +47,25 @@ def _read(file: AdapterFile) -> Iterator[tuple[str, Update]]:
 
 
 def _projections(file: AdapterFile, shapes: Collection[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """A (r, largest I) and B (largest O, r) in float64, from the file or drawn anew."""
+    """Return A (r, largest I) and B (largest O, r) in float64, from the file or drawn again."""
     if "vera_A" in file.shared or "vera_B" in file.shared:
         a, b = file.common("vera_A"), file.common("vera_B")
         if a.shape[0] != b.shape[1]:
             msg = f"{file.path}: vera_A has shape {list(a.shape)} and vera_B {list(b.shape)}: one rank was wanted"
             raise AdapterError(msg)
         return a.astype(np.float64), b.astype(np.float64)
-    # The length of the gains, and not `r`, which may claim any size.
+    # By the length of the gains, because a damaged `r` could claim any size.
     ranks = {module: file.part(module, "vera_lambda_d", axes=1).size for module in file.modules}
     widest, rank = max(ranks.items(), key=lambda item: item[1])
     rows, columns = max(o for o, _ in shapes), max(i for _, i in shapes)
     file.check_size(widest, rank * (rows + columns))
-    # Its seeding of the Mersenne Twister is torch's; a Generator's is not.
+    # RandomState seeds the Mersenne Twister as torch does; a Generator does not.
     draw = np.random.RandomState(file.config.get("projection_prng_key", 0) % 2**32)
-    return torch_kaiming(draw, rank, columns).astype(np.float64), torch_kaiming(draw, rows, rank).astype(np.float64)
+    return _torch_kaiming(draw, rank, columns).astype(np.float64), _torch_kaiming(draw, rows, rank).astype(np.float64)
 
 
-def torch_kaiming(draw: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
-    """float32 (rows, columns): what torch draws for a uniform Kaiming initialisation of gain sqrt(2) on the CPU.
+def _torch_kaiming(draw: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
+    """Draw float32 (rows, columns) as torch does for a uniform Kaiming initialisation of gain sqrt(2) on the CPU.
 
     torch takes the lower 24 bits of each number of the same generator; the bounds are +-sqrt(6 / columns).
     """
