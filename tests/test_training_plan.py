@@ -13,7 +13,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.evaluate.pairs import tokenize
+from jcrosslora.evaluate.question_batches import tokenize
 from jcrosslora.training import Prompted, TrainingSettings, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded, digest, encode

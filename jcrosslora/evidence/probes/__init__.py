@@ -1,4 +1,4 @@
-"""Probe texts: text that both bases are run on so that their activations can be compared; no user data is needed."""
+"""Probe texts: text that both bases are run on to compare their activations; no user data is needed."""
 
 from jcrosslora.evidence.probes.batches import ProbeBatch, count_positions, probe_batches
 from jcrosslora.evidence.probes.matching import match_positions

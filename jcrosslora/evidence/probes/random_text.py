@@ -1,4 +1,4 @@
-"""Random token strings: the control that shows what text which a model understands is worth."""
+"""Random token strings: the control for texts that a model understands."""
 
 import numpy as np
 
@@ -9,13 +9,13 @@ from jcrosslora.evidence.probes.start_words import check_seed
 
 
 def random_texts(base: BaseModel, count: int, *, length: int = 96, seed: int = 0) -> list[str]:
-    """Strings of tokens drawn from a base's vocabulary, all equally likely.
+    """Draw strings of tokens from a base's vocabulary, all equally likely.
 
-    Only normal tokens that are whole characters by themselves and hold no control character are drawn, so that the
-    strings can be read by any tokenizer and kept in a file with a text a line.
+    Only normal tokens are drawn that are whole characters and hold no control character, so that any tokenizer can read
+    the strings and a file can hold a text on each line.
 
     Args:
-        base: whose vocabulary is drawn from.
+        base: the base whose vocabulary is drawn from.
         count: number of texts.
         length: tokens in each.
         seed: the same seed gives the same texts.
@@ -37,7 +37,7 @@ def random_texts(base: BaseModel, count: int, *, length: int = 96, seed: int = 0
 
 
 def readable_vocabulary(base: BaseModel) -> dict[bytes, int]:
-    """The normal tokens of a base as bytes, with their ids.
+    """Return the normal tokens of a base as bytes, with their ids.
 
     Raises:
         CheckpointError: they cannot be read.
