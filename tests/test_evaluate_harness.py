@@ -175,7 +175,7 @@ def test_a_local_task_runs_without_network_and_agrees_with_our_scorer(folder, tm
     assert get_model("jcrosslora") is JCrossLoRALM
 
 
-def test_what_cannot_be_scored_is_refused(both):
+def test_requests_that_cannot_be_scored_are_refused(both):
     ours, _ = both
     with pytest.raises(UsageError, match="is empty"):
         ours.loglikelihood(requests("loglikelihood", [("", "")]), disable_tqdm=True)
@@ -187,7 +187,7 @@ def test_what_cannot_be_scored_is_refused(both):
         ours.apply_chat_template([{"role": "user", "content": "the sun"}])
 
 
-def test_what_an_adapter_changes_of_the_embedding_is_said_not_to_be_scored(folder, caplog):
+def test_changes_of_the_embedding_are_logged_as_not_scored(folder, caplog):
     update = TokenUpdate("tied", "tokens", 330, np.array([5]), rows=np.ones((1, 48), np.float32), share=0.25)
     JCrossLoRALM(folder, dataclasses.replace(adapter_of(folder), tokens=(update,)), batch_tokens=1)
     assert "not scored" in caplog.text

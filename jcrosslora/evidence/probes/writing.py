@@ -9,8 +9,7 @@ from tqdm import tqdm
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Params
-from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.evidence.probes.random_text import readable_vocabulary
+from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.evidence.probes.start_words import check_seed, start_words
 
 _TRIES = 4
@@ -59,7 +58,7 @@ def write_texts(
     generator = Generator.of(base, adapter, params=params)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
     rows, rounds = _plan(count, batch)
-    words = start_words(readable_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
+    words = start_words(_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
     keys = jax.random.key(seed)
     texts: list[str] = []
     with tqdm(total=count, desc="write texts", unit="text", disable=not progress) as bar:
@@ -90,6 +89,15 @@ def _check(count: int, length: int, temperature: float, batch: int) -> None:
     if not 0 <= temperature < float("inf"):
         msg = f"temperature {temperature} was asked for, wanted a finite number from 0 on, such as 1"
         raise UsageError(msg)
+
+
+def _vocabulary(base: BaseModel) -> dict[bytes, int]:
+    """Return the normal tokens of a base as bytes, with their ids."""
+    vocabulary = base.vocabulary()
+    if vocabulary.tokens is None:
+        msg = f"{base.ref}: its vocabulary cannot be read ({vocabulary.reason}): add its tokenizer.json"
+        raise CheckpointError(msg)
+    return dict(vocabulary.tokens)
 
 
 def _usable(generator: Generator, words: np.ndarray, written: Sequence[np.ndarray], length: int) -> list[str]:
