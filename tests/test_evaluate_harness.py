@@ -19,7 +19,7 @@ from harness_models import (
 )
 from real_models import real_model
 
-from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.adapter import save_adapter
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
@@ -168,8 +168,7 @@ def test_a_local_task_runs_without_network_and_agrees_with_our_scorer(folder, tm
     saved = save_adapter(adapter_of(folder), tmp_path / "adapter", base_name="tiny")
     settings = {"base": str(folder), "adapter": str(saved), "batch_tokens": 50}
     found = evaluated("jcrosslora", manager, ["tiny_questions", "tiny_texts"], model_args=settings, batch_size=1)
-    base = open_base(folder)
-    check_against_our_scores(found, score(base, read_task(tmp_path / "task.jsonl"), [load_adapter(saved)]))
+    check_against_our_scores(found, score(folder, tmp_path / "task.jsonl", [saved]))
     assert found["results"]["tiny_texts"]["exact_match,none"] == 0
     assert found["config"]["adapter"]
     assert get_model("jcrosslora") is JCrossLoRALM

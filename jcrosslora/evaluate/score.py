@@ -1,26 +1,27 @@
 """Score the choices of questions under a base and its adapters."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError, not_finite
 from jcrosslora.evaluate.log_probs import Models, token_log_probs
 from jcrosslora.evaluate.question_batches import Tokens, batches, tokenize
 from jcrosslora.evaluate.scores import Scores
-from jcrosslora.evaluate.tasks import Question
+from jcrosslora.evaluate.tasks import Question, read_task
 
 
 def score(
-    base: BaseModel,
-    questions: Sequence[Question],
-    adapters: Sequence[Adapter] = (),
+    base: BaseModel | str | Path,
+    questions: Sequence[Question] | str | Path,
+    adapters: Sequence[Adapter | str | Path] = (),
     *,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
@@ -34,9 +35,9 @@ def score(
     that the choices of a question share are run once. Log-probabilities are float32, their sums float64.
 
     Args:
-        base: the model.
-        questions: at least one.
-        adapters: of this base, applied unmerged.
+        base: the model, opened, or what `open_base` opens.
+        questions: at least one, or the JSONL file of them (see `read_task`).
+        adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
         dtype: of the weights, float32 or bfloat16.
         batch_tokens: token positions in memory at once, over all adapters.
         progress: whether to show a progress bar.
@@ -49,6 +50,9 @@ def score(
         AdapterError: an adapter that does not fit, or whose scores are not finite.
         CheckpointError: the base or its tokenizer cannot be read, or its scores are not finite.
     """
+    base = base if isinstance(base, BaseModel) else open_base(base)
+    questions = read_task(questions) if isinstance(questions, str | Path) else questions
+    adapters = [one if isinstance(one, Adapter) else load_adapter(one, base) for one in adapters]
     if not questions or batch_tokens < 1:
         msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)
@@ -58,9 +62,8 @@ def score(
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
     # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((count + 1, len(questions), max(len(one.choices) for one in questions)))
-    for places, values in token_log_probs(
-        models, batches(items, max(1, batch_tokens // count)), len(questions), progress
-    ):
+    parts = batches(items, max(1, batch_tokens // count))
+    for places, values in token_log_probs(models, parts, len(questions), progress):
         for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
             np.add.at(one, tuple(places.T), found)
     tokens = sums[-1].astype(np.int64)
