@@ -226,7 +226,7 @@ def main() -> None:
     except (jcl.JCrossLoRAError, OSError) as error:
         sys.exit(f"lift: {error}")
     except KeyboardInterrupt:
-        sys.exit("lift: interrupted; the same command goes on from here")
+        sys.exit("lift: interrupted; the same command continues from here")
 
 
 if __name__ == "__main__":
