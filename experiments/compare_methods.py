@@ -3,10 +3,10 @@
     python experiments/compare_methods.py --adapter ADAPTER --source BASE --target BASE --task TEST.jsonl \
         --method theseus --method cross-lora --method random --seeds 3 [--limit 300]
 
-Methods that draw anything at random (probe texts, random maps) are run once for each seed. Prints every figure with
-its 95% interval over questions, the paired difference to the base, and for each method the spread over seeds of the
-nats per character of the right answer. Scales and other settings are those of the methods; nothing is tuned here.
-On 2 cores a seed of theseus takes about 5 minutes for SmolLM2-135M to Gemma-3-270M, and 300 questions 1 minute a model.
+Methods that draw at random (probe texts, random maps) run once for each seed. The script prints every figure with its
+95% interval over questions, the paired difference to the base, and for each method the spread over seeds of the nats
+per character of the right answer. Scales and other settings are the methods' own; nothing is tuned here. On 2 cores a
+seed of theseus takes about 5 minutes for SmolLM2-135M to Gemma-3-270M, and 300 questions 1 minute a model.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse what would fail only after the first moves.
+    """Check what would fail only after the first moves.
 
     Raises:
         MethodError: an unknown method.

@@ -1,4 +1,4 @@
-"""Further training of all weights of a base's modules, as most further-trained models were made: no low rank in it."""
+"""Further training of all weights of a base's modules, without low rank, as most further-trained models were made."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,24 +35,26 @@ def train_dense(
     Args:
         base: the model; its files do not change.
         examples: see `train_lora`.
-        settings: of the training; rank, alpha, dtype (it is float32) and remat have no meaning here.
+        settings: of the training; rank, alpha, dtype (always float32) and remat are not used.
         checkpoints: folder for the states of this run.
         progress: whether to show a progress bar.
 
     Returns:
-        What was added to each weight, exactly: as an adapter of full rank, so that it can be merged.
+        The exact change of each weight as an adapter of full rank, which can be merged.
 
     Raises:
         UsageError, CheckpointError, OutputError: see `train_lora`.
     """
     settings.check()
     model, params = settings_of(base), load_params(base)
-    started = {role: jnp.array(params.weights[role]) for role in settings.modules}
+    start = {role: jnp.array(params.weights[role]) for role in settings.modules}
 
-    def gradient(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def gradient_of(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return _loss_and_gradient(model, params, weights, batch)
 
-    found = train(base, examples, settings, started, gradient, checkpoints=checkpoints, every=_EVERY, progress=progress)
+    found = train(
+        base, examples, settings, start, gradient_of, checkpoints=checkpoints, every=_EVERY, progress=progress
+    )
     modules = {}
     for role, weights in found.items():
         for layer, change in enumerate(np.asarray(weights) - np.asarray(params.weights[role])):
@@ -61,7 +63,7 @@ def train_dense(
 
 
 def _whole(change: np.ndarray) -> LoRAFactors:
-    """A matrix (O, I) as b @ a without a rounding: the identity of the shorter side and the matrix itself."""
+    """Factor a matrix (O, I) as b @ a without rounding: the identity of the shorter side and the matrix itself."""
     rows, columns = change.shape
     if rows <= columns:
         return LoRAFactors(a=change, b=np.eye(rows, dtype=np.float32))

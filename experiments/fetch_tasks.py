@@ -23,13 +23,13 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a task is on the hub: a dataset and the folder of its parquet files."""
+    """The place of a task on the hub: a dataset and the folder of its parquet files."""
 
     dataset: str
     folder: str
 
     def file(self, split: str) -> str:
-        """The file of a split; all of these are of one part."""
+        """Name the file of a split; all splits have one part."""
         return f"{self.folder}/{split}-00000-of-00001.parquet"
 
 
@@ -41,11 +41,11 @@ PLACES = {
 
 
 def convert(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A question as a task file holds it: the answer as an index into the choices, not as a label.
+    """Convert a record to a question of a task file: the answer as an index into the choices instead of a label.
 
     Args:
         record: of ARC ("question") or OpenBookQA ("question_stem"), with {"text", "label"} as choices.
-        place: named in errors.
+        place: of the record, for errors.
 
     Raises:
         UsageError: a record of another form.
@@ -56,13 +56,13 @@ def convert(record: Mapping[str, Any], place: str) -> dict[str, Any]:
         answer = labels.index(record["answerKey"])
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        msg = f"{place}: is no question of ARC or OpenBookQA ({reason}): the dataset has changed its form"
+        msg = f"{place}: is no question of ARC or OpenBookQA ({reason}): the format of the dataset has changed"
         raise jcl.UsageError(msg) from error
     return {"question": question, "choices": texts, "answer": answer}
 
 
 def read_parquet(path: str) -> list[dict[str, Any]]:
-    """The records of a parquet file.
+    """Read the records of a parquet file.
 
     Raises:
         UsageError: pyarrow is not installed.
@@ -76,10 +76,10 @@ def read_parquet(path: str) -> list[dict[str, Any]]:
 
 
 def fetch(place: Place, split: str) -> list[dict[str, Any]]:
-    """The questions of one split, from the hub or its cache.
+    """Fetch the questions of a split, from the hub or its cache.
 
     Raises:
-        UsageError: it cannot be fetched, or is not of the form that is known.
+        UsageError: it cannot be fetched, or has another format than expected.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -96,7 +96,7 @@ def fetch(place: Place, split: str) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines, renamed into place, so that there is never half a task."""
+    """Write JSON lines, renamed into place so that there is never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(entry, ensure_ascii=False) for entry in entries)
     write_whole(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""The lift table: how much of the gain of a LoRA trained on the target does a moved adapter bring?
+"""Make the lift table: how much of the gain of a LoRA trained on the target a moved adapter brings.
 
     python experiments/lift.py --work WORK --pair SOURCE TARGET [--pair TARGET SOURCE] --task TRAIN TEST [--task ...]
         [--written TRAIN TEST] [--seeds 0 1 2] [--method theseus --method cross-lora:svd_rank=64 ...]
@@ -6,20 +6,20 @@
         [--lineage OTHER_TRAIN [--lineage-written] [--lineage-dense]]
         [--markdown TABLE.md]
 
-For each task, pair of bases and seed it trains a LoRA adapter on the source and one on the target (the oracle), moves
-the first by every method and scores all on the target. Lift recovered = (base - moved) / (base - oracle), of negative
-log-likelihoods of right answers: of all answers together per character, and of the mean over questions of each answer's
-own per character. Intervals: 95% over questions, the same resampled questions in all terms, averaged over seeds inside
-each resample; "sd" is the standard deviation over seeds.
+For each task, pair of bases and seed the script trains a LoRA adapter on the source and one on the target (the
+oracle), moves the first by every method and scores all on the target. Lift recovered = (base - moved) / (base -
+oracle), of negative log-likelihoods of right answers: of all answers together per character, and of the mean over
+questions of each answer's own per character. Intervals: 95% over questions, the same resampled questions in all
+terms, averaged over seeds inside each resample; "sd" is the standard deviation over seeds.
 
-Everything that was made is kept in WORK and used again (`lift_work.py` says where): a run that was stopped goes on
-with the same command. After a change of the package remove the folders below WORK/moved that it concerns.
+All results are kept in WORK and used again (see `lift_work.py`): the same command continues a stopped run. After a
+change of the package remove the folders below WORK/moved that it concerns.
 
 Hyper-parameters are chosen with --split train-rest, which scores train questions that no adapter was trained on, and
 never on test questions. --written makes a task whose answers are written, in JSON (`written_task.py`); its accuracy is
 exact match. --lineage adds the pair of the first source and its own further-trained version, trained on another task;
-with --lineage-written on its answers in JSON, which are of quite another form, and with --lineage-dense in all weights
-of its modules, where else a LoRA of --lineage-rank is merged into them.
+with --lineage-written on its answers in JSON, which have another form, and with --lineage-dense in all weights of its
+modules; otherwise a LoRA of --lineage-rank is merged into it.
 
 On 2 cores, for SmolLM2-135M to Gemma-3-270M, theseus takes about 5 minutes a seed, and 300 questions 1 minute a row.
 """
@@ -44,7 +44,7 @@ from jcrosslora.evaluate import read_questions
 from jcrosslora.evidence.probes import read_texts
 from jcrosslora.training import TrainingSettings
 
-# Between a base and its own further-trained version: what is to be used, what the literature uses, and the control.
+# Between a base and its own further-trained version: the recommended method, the literature's, and the control.
 LINEAGE_ROWS = ("auto", "copy", "random")
 _ORACLE_FILE = "oracle"
 
@@ -81,7 +81,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse what would fail or mislead only after hours.
+    """Check what would fail or mislead only after hours.
 
     Raises:
         UsageError: the first such argument.
@@ -111,14 +111,14 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def rows_of(arguments: argparse.Namespace) -> list[Row]:
-    """The rows asked for: methods as they are, then methods with prompts, then methods with other texts."""
+    """List the rows: methods as they are, then methods with prompts, then methods with other texts."""
     plain = [parse_row(text) for text in arguments.method or dict.fromkeys([*jcl.METHODS, "auto"])]
     prompted = [parse_row(text, arguments.prompts) for text in arguments.prompted]
     return plain + prompted + [parse_row(text, file=arguments.text) for text in arguments.texted]
 
 
 def make_table(work: Work, task: Task, pair: Pair, rows: Sequence[Row], arguments: argparse.Namespace) -> Sheet:
-    """Train, move, score: the table of one task and direction."""
+    """Train, move and score; make the table of one task and direction."""
     undefined: dict[str, str] = {}
     seeds = [_seed_figures(work, task, pair, rows, seed, arguments, undefined) for seed in arguments.seeds]
     names = [name for name in seeds[0] if name not in undefined]
@@ -142,7 +142,7 @@ def _seed_figures(
     arguments: argparse.Namespace,
     undefined: dict[str, str],
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Name -> figure -> (n,) of one seed; rows that are not defined go into `undefined`, with the reason."""
+    """Compute name -> figure -> (n,) of one seed; add rows that are not defined to `undefined`, with the reason."""
     adapters = {_ORACLE_FILE: work.trained(task, pair.target, seed)}
     work.trained(task, pair.source, seed)
     for row in (row for row in rows if row.name not in undefined):
@@ -164,11 +164,11 @@ def _seed_figures(
 
 
 def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, list[Row]]]:
-    """Every table to make; the further-trained version is trained here if it is wanted and not there.
+    """List the tables to make; train the further-trained version if it is asked for and missing.
 
     Raises:
-        JCrossLoRAError: a file or a base that cannot be read, fewer questions than are wanted, or one that a target
-            cannot be scored on: before any training.
+        JCrossLoRAError: before any training, if a file or a base cannot be read, there are too few questions, or a
+            target cannot be scored on one.
     """
     tasks = [load_task(*files, first=arguments.first, written=False) for files in arguments.task]
     tasks += [load_task(*files, first=arguments.first, written=True) for files in arguments.written]
@@ -192,7 +192,7 @@ def plan(arguments: argparse.Namespace, work: Work) -> list[tuple[Task, Pair, li
             dense_rate=arguments.lineage_rate if arguments.lineage_dense else None,
         )
         lineage = [parse_row(name) for name in LINEAGE_ROWS]
-        # A version trained on the task itself has nothing left to gain.
+        # A version that was trained on the task itself gains nothing.
         others = [task for task in tasks if task.name.removesuffix("_written") != _task_of(arguments.lineage)]
         tables += [(task, Pair(source, version), lineage) for task in others]
     for task, pair, _ in tables:
@@ -226,7 +226,7 @@ def main() -> None:
     except (jcl.JCrossLoRAError, OSError) as error:
         sys.exit(f"lift: {error}")
     except KeyboardInterrupt:
-        sys.exit("lift: interrupted; the same command goes on from here")
+        sys.exit("lift: interrupted; the same command continues from here")
 
 
 if __name__ == "__main__":

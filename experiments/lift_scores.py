@@ -1,7 +1,7 @@
-"""Scores of the rows of the lift table, kept on disk by question, so that a run that was stopped goes on.
+"""Scores of the rows of the lift table, kept on disk by question, so that a stopped run continues.
 
-Each row has a file of its own: another method, or more questions, costs only what is not there yet. A file says what it
-was made from (digests of base, adapter and questions); when that has changed it is made anew.
+Each row has a file of its own: another method or more questions cost only what is missing. A file holds the digests of
+the base, adapter and questions that it was made from, and is made anew when they change.
 """
 
 import gc
@@ -34,7 +34,7 @@ class Scorer:
 
     Attributes:
         folder: of the files.
-        questions: all there are, in the order in which they are scored.
+        questions: in the order in which they are scored.
     """
 
     def __init__(self, ref: str, questions: Sequence[Question], folder: Path):
@@ -48,18 +48,18 @@ class Scorer:
 
     @cached_property
     def _params(self) -> Params:
-        """Loaded only where something is to be scored."""
+        """Load the weights, only where something has to be scored."""
         return load_params(self._base, "float32")
 
     def figures(self, adapters: Mapping[str, Path], limit: int | None) -> dict[str, Arrays]:
-        """For the base and each adapter, by name: each of `FIGURES` by question, float64 (n,).
+        """Score the base and each adapter: name -> each of `FIGURES` by question, float64 (n,).
 
         Args:
             adapters: file name -> adapter folder.
             limit: only the first so many questions.
 
         Raises:
-            JCrossLoRAError: an adapter, the base or a question that cannot be used.
+            JCrossLoRAError: an adapter, the base or a question cannot be used.
         """
         questions = self.questions[:limit]
         loaded = {BASE: None, **{name: jcl.load_adapter(path, self._base) for name, path in adapters.items()}}
@@ -74,7 +74,7 @@ class Scorer:
         return {name: figures_of(row, questions) for name, row in rows.items()}
 
     def exact(self, adapters: Mapping[str, Path], limit: int | None) -> dict[str, np.ndarray]:
-        """For the base and each adapter, by name: float64 (n,), 1 where the model writes the whole right answer."""
+        """Compute exact matches of the base and each adapter: name -> float64 (n,), 1 for a right answer."""
         questions, found = self.questions[:limit], {}
         for name, path in {BASE: None, **adapters}.items():
             adapter = None if path is None else jcl.load_adapter(path, self._base)
@@ -90,7 +90,7 @@ class Scorer:
         return found
 
     def _score(self, questions: Sequence[Question], adapters: Mapping[str, jcl.Adapter | None]) -> dict[str, Arrays]:
-        """Log-probabilities and numbers of tokens; the base, which is scored in any case, only where it is wanted."""
+        """Compute log-probabilities and token counts; `score` always adds the base, returned only if asked for."""
         given = {name: adapter for name, adapter in adapters.items() if adapter is not None}
         scores = score(
             self._base,
@@ -113,9 +113,9 @@ class Scorer:
 
 
 def next_group(done: Mapping[str, int], count: int) -> tuple[int, int, list[str]] | None:
-    """What to score next: first and last (exclusive) question, and the rows that have got just as far.
+    """Choose what to score next: first and last (exclusive) question, and the rows that are scored up to the first.
 
-    Rows that are behind go first, up to where the next ones are, so that all soon run together.
+    Rows that are behind go first, up to the next ones, so that soon all run together.
     """
     start = min(done.values())
     if start >= count:
@@ -125,28 +125,28 @@ def next_group(done: Mapping[str, int], count: int) -> tuple[int, int, list[str]
 
 
 def figures_of(row: Arrays, questions: Sequence[Question]) -> Arrays:
-    """Each of `FIGURES` by question, float64 (n,), of one row."""
+    """Compute each of `FIGURES` by question, float64 (n,), of one row."""
     count = len(questions)
     scores = Scores.of(("row",), questions, row["log_probs"][None, :count], row["tokens"][:count])
     return {figure: scores.by_question(figure)[0] for figure in FIGURES}
 
 
 def read_arrays(path: Path, made: str) -> Arrays:
-    """The arrays of a file; none where there is no file, or it was made from something else."""
+    """Read the arrays of a file; none where there is no file, or it was made from something else."""
     try:
-        # Opened here: of a file that is cut short np.load leaves it open.
+        # Opened here: np.load leaves a truncated file open.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        msg = f"{path}: cannot be read ({error}): remove it, it will be made again"
+        msg = f"{path}: cannot be read ({error}): remove it, and it will be made again"
         raise jcl.UsageError(msg) from error
     return arrays if str(arrays.pop("made", "")) == made else {}
 
 
 def write_arrays(path: Path, made: str, arrays: Arrays) -> None:
-    """Write arrays with what they were made from, renamed into place."""
+    """Write arrays and the digests that they were made from, renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, made=np.array(made), **arrays)
@@ -154,7 +154,7 @@ def write_arrays(path: Path, made: str, arrays: Arrays) -> None:
 
 
 def _joined(row: Arrays, part: Arrays) -> Arrays:
-    """A row with further questions behind it; both padded to the larger number of choices."""
+    """Append further questions to a row; both are padded to the larger number of choices."""
     if not row:
         return part
     width = max(row["tokens"].shape[1], part["tokens"].shape[1])

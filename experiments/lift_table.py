@@ -1,4 +1,4 @@
-"""The lift table: figures of all seeds in, rows of text with intervals and spreads out, printed or as Markdown."""
+"""The lift table: rows with intervals and spreads from the figures of all seeds, printed or as Markdown."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,22 +28,22 @@ class Spread:
     """A mean over questions and seeds.
 
     Attributes:
-        interval: with its 95% interval over questions.
-        deviation: standard deviation over seeds; None of one seed.
+        interval: the mean with its 95% interval over questions.
+        deviation: standard deviation over seeds; None for a single seed.
     """
 
     interval: Interval
     deviation: float | None
 
     def text(self, sign: str = "") -> str:
-        """As the table shows it."""
+        """Format it for the table."""
         value, low, high = (f"{number:{sign}.3f}" for number in vars(self.interval).values())
         return f"{value} [{low}, {high}]" + ("" if self.deviation is None else f" sd {self.deviation:.3f}")
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: what it is of, the names of its columns, its rows, and what is said below it."""
+    """A table: title, names of the columns, rows, and notes below it."""
 
     title: str
     header: tuple[str, ...]
@@ -52,7 +52,7 @@ class Sheet:
 
 
 def lift(base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int = 10_000) -> Spread | None:
-    """The share of the trained adapters' gain that the moved ones bring: (base - moved) / (base - trained).
+    """Compute the share of the trained adapters' gain that the moved ones bring: (base - moved) / (base - trained).
 
     A ratio of means over questions for each seed, then the mean over seeds; the interval is that of this mean over
     resampled questions, the same ones in numerator and denominator and for all seeds.
@@ -64,7 +64,7 @@ def lift(base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int
         draws: number of resamples.
 
     Returns:
-        None where one of the trained adapters gains nothing that can be told from 0, or makes the figure worse.
+        None where the interval of a trained adapter's gain includes 0 or lies below.
     """
     gains, reached = base - trained, base - moved
     if not all(found.low > 0 for found in intervals(gains, draws=draws)):
@@ -76,7 +76,7 @@ def lift(base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int
 
 
 def difference(base: np.ndarray, moved: np.ndarray, *, draws: int = 10_000) -> Spread:
-    """Moved (S, n) minus base (n,): the mean over questions and seeds, as for `lift`."""
+    """Compute moved (S, n) minus base (n,): the mean over questions and seeds, as for `lift`."""
     found = moved - base
     return Spread(intervals(found.mean(axis=0)[None], draws=draws)[0], _deviation(found.mean(axis=1)))
 
@@ -84,12 +84,12 @@ def difference(base: np.ndarray, moved: np.ndarray, *, draws: int = 10_000) -> S
 def make_sheet(
     title: str, rows: Mapping[str, Mapping[str, np.ndarray]], undefined: Mapping[str, str], accuracies: Sequence[str]
 ) -> Sheet:
-    """The table of one task and direction.
+    """Make the table of one task and direction.
 
     Args:
-        title: what it is of.
+        title: of the table.
         rows: name -> figure -> (S, n), of `BASE`, of `ORACLE` and of moved adapters.
-        undefined: name -> why there is no such row.
+        undefined: name -> reason why there is no such row.
         accuracies: which of `ACCURACIES` to show.
     """
     names = [part for key in accuracies for part in (ACCURACIES[key], f"{ACCURACIES[key]} - base")]
@@ -113,7 +113,7 @@ def print_sheet(sheet: Sheet, console: Console) -> None:
 
 
 def markdown(sheets: Sequence[Sheet], command: str) -> str:
-    """Tables as GitHub's Markdown, the command that made them on top."""
+    """Format tables as GitHub's Markdown, below the command that made them."""
     parts = [f"Made by\n\n```sh\n{command}\n```\n"]
     for sheet in sheets:
         lines = [sheet.header, ("---",) * len(sheet.header), *sheet.rows]

@@ -1,4 +1,4 @@
-"""Tasks of the lift table: which questions are trained on, which decide hyper-parameters, which are tested on."""
+"""Tasks and rows of the lift table: the questions for training, for hyper-parameters and for tests; the methods."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from jcrosslora.session.settings import OWN_FIELDS
 from jcrosslora.session.settings_file import check_settings
 
 Split = Literal["test", "train-rest"]
-REST = 300  # train questions that no adapter is trained on, where there are enough
+REST = 300  # train questions that no adapter is trained on, if there are enough
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Task:
     """A task.
 
     Attributes:
-        name: names its folders.
+        name: of the task, used in names of folders.
         train: questions of the train file.
         test: questions of the test file.
-        first: how many of `train` are trained on; what is behind them is for hyper-parameters and for prompts.
-        written: whether the answer is written, not chosen: then accuracy is exact match of what the model writes.
+        first: how many of `train` are trained on; the rest is for hyper-parameters and for prompts.
+        written: whether the answer is written instead of chosen; then accuracy is exact match.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Task:
 
     @property
     def examples(self) -> Sequence[Question]:
-        """What adapters are trained on."""
+        """The questions that adapters are trained on."""
         return self.train[: self.first]
 
     def questions(self, split: Split, prompts: int) -> Sequence[Question]:
-        """What is scored: of the train file only what is neither trained on nor given away as prompts.
+        """Choose the questions to score: of the train file only those that are neither trained on nor used as prompts.
 
         Raises:
-            UsageError: nothing is left of the train file.
+            UsageError: no question of the train file is left.
         """
         if split == "test":
             return self.test
@@ -59,10 +59,10 @@ class Task:
         return rest
 
     def prompts(self, count: int) -> list[str]:
-        """Prompts without answers, of questions that no adapter was trained on.
+        """Take prompts without answers from questions that no adapter was trained on.
 
         Raises:
-            UsageError: there are not so many.
+            UsageError: there are too few.
         """
         rest = self.train[self.first : self.first + count]
         if len(rest) < count:
@@ -89,22 +89,22 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """The name as a file name; with other texts by their content too, so that a changed file is another row."""
+        """The name as a file name, with a digest of other texts, so that a changed file is another row."""
         if self.text is None:
             return slug(self.name)
         return f"{slug(self.name)}-{hashlib.sha256(self.text.read_bytes()).hexdigest()[:8]}"
 
 
 def slug(text: str) -> str:
-    """A text as a file name: runs of other signs than letters, digits and . = _ + - become one -."""
+    """Make a file name of a text: runs of characters other than letters, digits and . = _ + - become one -."""
     return re.sub(r"[^A-Za-z0-9.=_+-]+", "-", text).strip("-")
 
 
 def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     """Read a task; its name is that of its train file without "_train".
 
-    300 questions of the train file, or a quarter of a short one, are never trained on: they are to choose settings by
-    and to take prompts from. The table's head says how many were trained on.
+    300 questions of the train file, or a quarter of a short one, are never trained on: they are for choosing settings
+    and for prompts. The table's title says how many were trained on.
 
     Raises:
         UsageError: a file cannot be read, or `first` is below 1.
@@ -125,8 +125,8 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 
     Args:
         text: the method with its settings.
-        prompts: how many unlabelled train questions are its probe text.
-        file: of other probe text, where there are no prompts.
+        prompts: number of unlabelled train questions for its probe text.
+        file: other probe text, where there are no prompts.
 
     Raises:
         MethodError: an unknown method.
@@ -145,7 +145,7 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 
 
 def _value(key: str, value: str, place: str) -> Any:
-    """A number, true, false or null as JSON writes it; anything else is text."""
+    """Parse a number, true, false or null as JSON; anything else is text."""
     own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
     fields = {name: next(iter(by_method.values())) for name, by_method in setting_fields().items()}
     fields |= {name: field for name, field in OWN_FIELDS.items() if name not in own}

@@ -1,8 +1,9 @@
 """The folder behind the lift table: trained adapters, moved adapters, prompts and further-trained bases.
 
-What is there is used again, so that a run that was stopped goes on, and adapters that were trained elsewhere can be put
-there. A moved adapter of another trained one than lies there now is refused. Nothing looks at the code that made it:
-after a change of the package remove its folder.
+Existing results are used again, so that a stopped run continues and adapters that were trained elsewhere can be added.
+A moved adapter that was made from another trained adapter than the present one is refused. Changes of the package are
+not
+noticed: remove the folders that they concern.
 
     trained/TASK--BASE--seedN          an adapter trained on a base: the source's, and the target's (the oracle)
     moved/TASK--SOURCE--TARGET/ROW--seedN
@@ -38,13 +39,13 @@ from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evidence.probes.text_files import save_texts
 from jcrosslora.training import TrainingSettings, read_examples, save_trained, train_lora
 
-# Of the further training: apart from the seeds of adapters, so that no adapter starts from the same factors.
+# Seed of the further training, apart from those of adapters, so that no adapter starts from the same factors.
 _FURTHER_SEED = 1000
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base by what `jcl.open_base` takes, and by the short name that its folders have."""
+    """A base: what `jcl.open_base` takes, and the short name for its folders."""
 
     ref: str
     name: str
@@ -64,23 +65,23 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """As folders have it."""
+        """The name for folders."""
         return f"{self.source.name}--{self.target.name}"
 
 
 @dataclass(frozen=True)
 class Work:
-    """The folder, and the settings that adapters are trained with; their seed is set for each."""
+    """The folder, and the settings of the trainings, whose seed is set for each adapter."""
 
     folder: Path
     settings: TrainingSettings
     console: Console
 
     def trained(self, task: Task, base: Base, seed: int) -> Path:
-        """The adapter trained on a base for a task.
+        """Train an adapter on a base for a task, unless it exists.
 
         Raises:
-            UsageError: one is there that was trained with other settings.
+            UsageError: it exists, but was trained with other settings.
             JCrossLoRAError: it cannot be trained.
         """
         out = self.folder / "trained" / f"{task.name}--{base.name}--seed{seed}"
@@ -89,12 +90,12 @@ class Work:
         return out
 
     def moved(self, task: Task, pair: Pair, row: Row, seed: int) -> Path:
-        """The source's adapter moved to the target as the row says.
+        """Move the source's adapter to the target by the row's method, unless the moved adapter exists.
 
         Raises:
             MethodError, PairingError: the row's method is not defined for this pair.
-            UsageError: one is there that was moved from another adapter.
-            JCrossLoRAError: anything else that is wrong.
+            UsageError: it exists, but was moved from another adapter.
+            JCrossLoRAError: the move fails.
         """
         out = self.moved_folder(task, pair, row, seed)
         if out.exists():
@@ -116,28 +117,28 @@ class Work:
         return out
 
     def moved_folder(self, task: Task, pair: Pair, row: Row, seed: int) -> Path:
-        """Where a moved adapter is kept."""
+        """Return the folder of a moved adapter."""
         return self.folder / "moved" / f"{task.name}--{pair.name}" / f"{row.slug}--seed{seed}"
 
     def scores(self, task: Task, pair: Pair, split: str, seed: int) -> Path:
-        """The folder of the scores of all rows of one seed."""
+        """Return the folder of the scores of all rows of one seed."""
         return self.folder / "scores" / f"{task.name}--{pair.name}" / f"{split}--seed{seed}"
 
     def further_trained(
         self, base: Base, file: Path, rank: int, steps: int, *, written: bool = False, dense_rate: float | None = None
     ) -> Base:
-        """The base's version further trained on all of a task file: a LoRA of a larger rank, merged into the weights.
+        """Train a base further on all of a task file, unless that exists: a LoRA of a larger rank, merged into it.
 
         Args:
             base: the base.
             file: of questions with choices.
             rank: of the LoRA.
             steps: of the training.
-            written: whether on answers that are written (`written_task.py`).
-            dense_rate: train all weights of its modules at this rate, not a LoRA (`dense_training.py`).
+            written: whether to train on written answers (`written_task.py`).
+            dense_rate: train all weights of the modules at this rate instead of a LoRA (`dense_training.py`).
 
         Raises:
-            UsageError: one is there that was trained with other settings.
+            UsageError: it exists, but was trained with other settings.
             JCrossLoRAError: it cannot be trained or written.
         """
         name = f"{file.stem}_written" if written else file.stem
@@ -151,7 +152,7 @@ class Work:
         self._train(base.ref, examples, settings, adapter, facts, train)
         if not out.exists():
             self._say(f"merging {adapter.name} into {base.name}")
-            # In float32: updates are smaller than what bfloat16 leaves of a weight.
+            # In float32: updates are smaller than the rounding of weights to bfloat16.
             jcl.merge(jcl.MergeSettings(base=base.ref, adapter=str(adapter), out=str(out), dtype="float32"))
             _forget()
         return Base(str(out), out.name)
@@ -192,21 +193,21 @@ class Work:
 
 
 def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
-    """Refuse an adapter that states other settings than are asked for; what it does not state is taken as fitting.
+    """Refuse an adapter whose metadata has other settings than asked for; settings that are missing there are accepted.
 
     The task is not compared: `jcrosslora train` names it by its file.
 
     Raises:
-        UsageError: a setting differs, or its file cannot be read.
+        UsageError: a setting differs, or the file cannot be read.
     """
     path = adapter / "adapter_model.safetensors"
-    if not path.exists():  # of another format, which states nothing
+    if not path.exists():  # of a format without metadata
         return
     try:
         with safe_open(path, framework="numpy") as file:
             stated = json.loads((file.metadata() or {}).get("jcrosslora.training", "{}"))
     except (SafetensorError, ValueError) as error:
-        msg = f"{path}: cannot be read ({error}): remove its folder, it will be trained again"
+        msg = f"{path}: cannot be read ({error}): remove its folder, and it will be trained again"
         raise jcl.UsageError(msg) from error
     wanted = json.loads(json.dumps(made))
     for key in sorted((stated.keys() & wanted.keys()) - {"task"}):
@@ -216,10 +217,10 @@ def check_same(adapter: Path, made: Mapping[str, Any]) -> None:
 
 
 def check_moved_from(moved: Path, source: Path) -> None:
-    """Refuse a moved adapter that was made from another one than lies at `source` now: that was trained anew since.
+    """Refuse a moved adapter that was made from another one than the present one at `source`.
 
     Raises:
-        UsageError: it states another digest; one without a report is taken as fitting.
+        UsageError: the digest in its report differs; an adapter without a report is accepted.
     """
     report = moved / "transfer_report.json"
     if not report.exists():
@@ -228,11 +229,11 @@ def check_moved_from(moved: Path, source: Path) -> None:
     with find_adapter(source).weights.open("rb") as file:
         own = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     if stated != own:
-        msg = f"{moved}: was not moved from what lies in {source} now: remove it, it will be made again"
+        msg = f"{moved}: was not moved from what lies in {source} now: remove it, and it will be made again"
         raise jcl.UsageError(msg)
 
 
 def _forget() -> None:
-    """Let go of weights and compiled code between jobs, so that memory is bounded by one of them."""
+    """Free weights and compiled code between jobs, so that memory is bounded by one of them."""
     gc.collect()
     jax.clear_caches()

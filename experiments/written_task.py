@@ -1,8 +1,8 @@
-"""An instruction-style task whose answers are written, not chosen: reply with the right option in a fixed JSON form.
+"""An instruction-style task with written answers: reply with the right option in a fixed JSON form.
 
-It is derived by a template from questions with choices. What counts is the likelihood of the whole reply, and whether
-what the model writes, taking the likeliest token each time, is that reply exactly. A base without training does not
-know the form, so exact match starts near 0; a trained model gets as many right as it can choose.
+A template makes it from questions with choices. The figures are the likelihood of the whole reply, and whether the
+greedy generation is exactly that reply. An untrained base does not know the form, so exact match starts near 0; a
+trained model gets as many right as it can choose.
 """
 
 import json
@@ -25,7 +25,7 @@ _STEP = 32
 
 
 def written_example(question: Question) -> Prompted:
-    """The prompt and the one right reply made from a question with choices."""
+    """Make the prompt and its right reply from a question with choices."""
     options = "\n".join(f"{number}. {choice}" for number, choice in enumerate(question.choices, 1))
     prompt = f"Choose the right option and reply in JSON.\nQuestion: {question.question}\n{options}\nReply:"
     right = {"option": question.answer + 1, "text": question.choices[question.answer]}
@@ -35,10 +35,10 @@ def written_example(question: Question) -> Prompted:
 def exact_matches(
     base: BaseModel, questions: Sequence[Question], adapter: Adapter | None, params: Params, tokenizer: Tokenizer
 ) -> np.ndarray:
-    """float64 (n,): 1 where the text that the model writes begins with the whole right reply.
+    """Generate greedily, float64 (n,): 1 where the text begins with the whole right reply.
 
-    The reply ends with a brace that closes it; what a model writes behind it is not looked at, because training on
-    answers does not teach it to stop.
+    The reply ends with a closing brace; text behind it is ignored, because training on answers does not teach a model
+    to stop.
     """
     generator = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
     found: list[bool] = []
@@ -54,7 +54,7 @@ def exact_matches(
 
 
 def matches(text: str, question: Question) -> bool:
-    """Whether a written text begins with the right answer."""
+    """Check whether a generated text begins with the right answer."""
     return text.lstrip().startswith(question.choices[question.answer])
 
 

@@ -32,7 +32,7 @@ def base(tmp_path_factory):
     return jcl.open_base(write_base(tmp_path_factory.mktemp("base"), 60, bos=True, layers=2))
 
 
-def test_the_gradient_is_that_of_the_factors_where_they_begin(base):
+def test_the_gradient_agrees_with_that_of_initial_factors(base):
     """With B = 0 the derivative by B is that by the weight, times A transposed and the scale."""
     model, params, factors = settings_of(base), load_params(base), first_factors(base, SETTINGS)
     batch = Plan([encode(load_tokenizer(base), one) for one in QUESTIONS], 3, 1, 0).batch(0)
@@ -46,7 +46,7 @@ def test_the_gradient_is_that_of_the_factors_where_they_begin(base):
         assert np.abs(wanted).max() > 1e-4
 
 
-def test_what_is_added_is_of_full_rank_and_merges_to_what_was_trained(base, tmp_path):
+def test_the_change_has_full_rank_and_merges_exactly(base, tmp_path):
     change = train_dense(base, QUESTIONS, SETTINGS)
     assert change.modules.keys() == base.modules.keys()
     for factors in change.modules.values():
@@ -62,7 +62,7 @@ def test_what_is_added_is_of_full_rank_and_merges_to_what_was_trained(base, tmp_
         np.testing.assert_allclose(merged.weight(name), base.weight(name) + delta(factors), rtol=0, atol=1e-7)
 
 
-def test_a_stopped_run_goes_on_to_the_same_numbers_and_only_its_modules_change(base, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_and_only_its_modules_change(base, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, modules=("v_proj", "down_proj"))
     whole = train_dense(base, QUESTIONS, settings)
     assert {name.rpartition(".")[2] for name in whole.modules} == {"v_proj", "down_proj"}

@@ -98,7 +98,7 @@ def test_without_written_texts_the_growth_is_compared_with_the_source(pair):
     assert not effect.written
 
 
-def test_weights_and_tokenizers_at_hand_change_nothing(pair):
+def test_given_weights_and_tokenizers_give_the_same_effect(pair):
     source, target, *_ = pair
     given = {"params": (load_params(source), load_params(target))}
     given |= {"tokenizers": (load_tokenizer(source), load_tokenizer(target))}
@@ -121,7 +121,7 @@ def test_a_weak_update_is_ineffective_and_a_huge_one_destructive(pair, factor, o
     assert (effect.target.kl == 0) == (factor == 0)
 
 
-def test_an_update_that_breaks_the_target_is_destructive_and_still_plain_json(pair):
+def test_an_update_with_infinite_predictions_is_destructive_and_plain_json(pair):
     source, target, adapter, moved = pair
     effect = check_effect(source, target, adapter, scaled(moved, 1e30), TEXTS)
     assert effect.outcome == "destructive"
@@ -131,24 +131,24 @@ def test_an_update_that_breaks_the_target_is_destructive_and_still_plain_json(pa
     assert "nan" not in effect.sentence + str(effect.rows())
 
 
-def test_a_source_adapter_that_gives_no_numbers_is_an_error(pair):
+def test_an_original_that_is_not_finite_is_refused(pair):
     source, target, adapter, moved = pair
     with pytest.raises(AdapterError, match="not finite"):
         check_effect(source, target, scaled(adapter, 1e30), moved, TEXTS)
 
 
-def test_an_original_that_changes_nothing_leaves_the_effect_unmeasured(pair):
+def test_an_original_without_effect_leaves_the_effect_unmeasured(pair):
     source, target, adapter, moved = pair
     assert check_effect(source, target, scaled(adapter, 0), moved, TEXTS).outcome == "unmeasured"
 
 
 @pytest.mark.parametrize("texts", [[], ["a"]])
-def test_too_little_text_is_an_error(pair, texts):
+def test_too_little_text_is_refused(pair, texts):
     with pytest.raises(UsageError, match="give"):
         check_effect(*pair, texts)
 
 
-def test_a_kind_of_texts_that_are_too_short_is_left_out(pair):
+def test_texts_that_are_too_short_are_left_out(pair):
     alone = check_effect(*pair, TEXTS)
     assert check_effect(*pair, TEXTS, written=["a"]) == alone
     assert check_effect(*pair, ["a"], written=TEXTS) == check_effect(*pair, (), written=TEXTS)
@@ -164,7 +164,7 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
     return transfer_settings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
 
 
-def test_a_move_is_not_lost_for_texts_too_short_to_measure_its_effect(tmp_path, monkeypatch):
+def test_a_transfer_without_long_enough_texts_has_no_effect_measured(tmp_path, monkeypatch):
     given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
     monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
     report = transfer_files(given).report
@@ -180,7 +180,7 @@ def test_an_effect_setting_that_is_none_is_refused_before_anything_is_read(tmp_p
         transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
 
 
-def test_many_texts_are_thinned_out_evenly():
+def test_many_texts_are_sampled_evenly():
     texts = [str(number) for number in range(100)]
     chosen = effect_check._spread(texts)
     assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_check.TEXTS)
@@ -207,11 +207,11 @@ def made(share, excess, error=0.01):
         (0.01, 0.5, 0.01, "destructive"),
     ],
 )
-def test_the_limits(share, excess, error, outcome):
+def test_outcomes_at_their_bounds(share, excess, error, outcome):
     assert made(share, excess, error).outcome == outcome
 
 
-def test_texts_of_the_adapter(pair, monkeypatch):
+def test_adapter_texts_are_written_with_the_adapter(pair, monkeypatch):
     source, _, adapter, _ = pair
     texts = adapter_texts(source, adapter, seed=3)
     assert len(set(texts)) == effect_check.TEXTS
@@ -230,7 +230,7 @@ def report(pair):
     return jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).report
 
 
-def test_a_report_without_an_effect_says_nothing_of_it(report):
+def test_a_report_without_an_effect_does_not_mention_it(report):
     text = report_json(report, "")
     assert json.loads(text)["effect"] is None
     assert "Effect on text" not in card_text(report, "")
@@ -256,7 +256,7 @@ def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
     assert "effect: base target, KL" in printed
 
 
-def test_a_control_stays_a_control(pair, report):
+def test_a_random_control_keeps_its_verdict(pair, report):
     recipe = dataclasses.replace(report.recipe, method="random")
     full = dataclasses.replace(report, recipe=recipe, effect=made(0.01, 0))
     assert jcl.verdict(full).level == "control"

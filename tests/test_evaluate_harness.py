@@ -19,7 +19,7 @@ from harness_models import (
 )
 from real_models import real_model
 
-from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.adapter import save_adapter
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
@@ -168,14 +168,13 @@ def test_a_local_task_runs_without_network_and_agrees_with_our_scorer(folder, tm
     saved = save_adapter(adapter_of(folder), tmp_path / "adapter", base_name="tiny")
     settings = {"base": str(folder), "adapter": str(saved), "batch_tokens": 50}
     found = evaluated("jcrosslora", manager, ["tiny_questions", "tiny_texts"], model_args=settings, batch_size=1)
-    base = open_base(folder)
-    check_against_our_scores(found, score(base, read_task(tmp_path / "task.jsonl"), [load_adapter(saved)]))
+    check_against_our_scores(found, score(folder, tmp_path / "task.jsonl", [saved]))
     assert found["results"]["tiny_texts"]["exact_match,none"] == 0
     assert found["config"]["adapter"]
     assert get_model("jcrosslora") is JCrossLoRALM
 
 
-def test_what_cannot_be_scored_is_refused(both):
+def test_requests_that_cannot_be_scored_are_refused(both):
     ours, _ = both
     with pytest.raises(UsageError, match="is empty"):
         ours.loglikelihood(requests("loglikelihood", [("", "")]), disable_tqdm=True)
@@ -187,7 +186,7 @@ def test_what_cannot_be_scored_is_refused(both):
         ours.apply_chat_template([{"role": "user", "content": "the sun"}])
 
 
-def test_what_an_adapter_changes_of_the_embedding_is_said_not_to_be_scored(folder, caplog):
+def test_changes_of_the_embedding_are_logged_as_not_scored(folder, caplog):
     update = TokenUpdate("tied", "tokens", 330, np.array([5]), rows=np.ones((1, 48), np.float32), share=0.25)
     JCrossLoRALM(folder, dataclasses.replace(adapter_of(folder), tokens=(update,)), batch_tokens=1)
     assert "not scored" in caplog.text

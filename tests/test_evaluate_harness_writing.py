@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("folder"), "byte-level")
 
 
-def test_written_texts_end_at_stop_strings_as_in_the_harness(folder):
+def test_generation_ends_at_stop_strings_as_in_the_harness(folder):
     ours, theirs = JCrossLoRALM(folder, adapter_of(folder)), torch_lm(folder, adapter_of(folder))
     length = {"max_gen_toks": 40, "do_sample": False}
     (text,) = theirs.generate_until(requests("generate_until", [(PROMPT, length)]), disable_tqdm=True)
@@ -31,7 +31,7 @@ def test_written_texts_end_at_stop_strings_as_in_the_harness(folder):
     assert len(set(map(len, found))) > 5
 
 
-def test_written_texts_end_at_eos_and_at_names_of_special_tokens(folder, tmp_path):
+def test_generation_ends_at_eos_and_at_names_of_special_tokens(folder, tmp_path):
     theirs = torch_lm(folder, adapter_of(folder))
     written = written_tokens(theirs, theirs.tok_encode(PROMPT), 40)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -62,6 +62,6 @@ def test_sampled_texts_follow_the_seed(folder):
     assert len({*one, *other}) == 4
 
 
-def test_a_seed_that_would_be_cut_is_refused(folder):
+def test_a_seed_of_more_than_32_bits_is_refused(folder):
     with pytest.raises(UsageError, match="seed 4294967296 was asked for"):
         JCrossLoRALM(folder, seed=1 << 32)

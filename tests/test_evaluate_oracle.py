@@ -102,7 +102,7 @@ def test_the_size_of_a_batch_does_not_matter(llama):
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
 
 
-def test_bfloat16_is_near(llama):
+def test_bfloat16_scores_are_near_float32(llama):
     base = open_base(llama)
     near, exact = (score(base, QUESTIONS[:1], dtype=kind).nll_per_char() for kind in ("bfloat16", "float32"))
     np.testing.assert_allclose(near, exact, rtol=0.05)
@@ -125,18 +125,18 @@ def test_an_adapter_of_another_base_is_refused(llama):
 
 
 @pytest.mark.parametrize(("questions", "size"), [([], 100), (QUESTIONS[:1], 0)])
-def test_nothing_to_do_is_refused(llama, questions, size):
+def test_no_questions_or_an_empty_batch_are_refused(llama, questions, size):
     with pytest.raises(UsageError, match="wanted 1 or more"):
         score(open_base(llama), questions, batch_tokens=size)
 
 
-def test_text_beyond_what_the_base_was_made_for_is_refused(llama):
+def test_text_longer_than_the_bases_positions_is_refused(llama):
     long = Question("the " * 400, ("the sun", "x"), 0)
     with pytest.raises(UsageError, match=r"question 2 \('Question: the .*tokens with its longest choice, and .*256 at"):
         score(open_base(llama), [QUESTIONS[0], long])
 
 
-def test_a_text_that_passes_the_switch_of_its_rotations_is_turned_as_a_whole(tmp_path):
+def test_a_text_beyond_the_original_positions_uses_long_rotations_throughout(tmp_path):
     """Its prompt alone would take phi3's short factors, as the second question does all along."""
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
     rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}}

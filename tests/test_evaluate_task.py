@@ -62,7 +62,7 @@ def test_a_bad_line_is_named(tmp_path, line, came):
     assert "\n" not in message
 
 
-def test_files_without_questions(tmp_path):
+def test_files_without_questions_are_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_task(tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match="cannot be read"):
@@ -77,7 +77,7 @@ def scores(log_probs, names=("base", "one")):
     return Scores.of(names, questions, np.array(log_probs), np.array([[2, 1, 0], [1, 1, 2]]))
 
 
-def test_figures_by_hand():
+def test_figures_equal_those_computed_by_hand():
     nan = math.nan
     found = scores([[[-4.0, -2.0, nan], [-1.0, -1.5, -2.0]], [[-1.0, -2.0, nan], [-3.0, -2.0, -1.0]]])
     assert found.characters.tolist() == [[4, 1, 0], [1, 2, 4]]
@@ -101,7 +101,7 @@ def test_pooled_nats_weigh_answers_by_their_length():
     assert found.nll_pooled().tolist() == [(6 + 1) / (3 + 1)]
 
 
-def test_the_interval_of_a_share_is_the_binomial_one():
+def test_the_interval_of_a_share_is_binomial():
     # The resampled mean of n zeros and ones is exactly binomial(n, p) / n.
     values = np.zeros((1, 400))
     values[0, :120] = 1
@@ -112,7 +112,7 @@ def test_the_interval_of_a_share_is_the_binomial_one():
     assert found.high == pytest.approx(0.3 + 1.96 * deviation, abs=0.003)
 
 
-def test_the_interval_of_a_mean_is_the_normal_one_and_seeds_count():
+def test_the_interval_of_a_mean_is_normal_and_follows_the_seed():
     values = np.random.default_rng(3).normal(5.0, 2.0, (2, 500))
     found = intervals(values, draws=20_000)
     for row, each in zip(values, found, strict=True):
@@ -167,7 +167,7 @@ def test_lift_without_a_gain_is_refused():
         lift_recovered(base, base[:50], base)
 
 
-def test_words():
+def test_differences_are_named_better_worse_or_none():
     assert word_of("accuracy", Interval(0.1, 0.05, 0.2)) == "better"
     assert word_of("accuracy", Interval(-0.1, -0.2, -0.05)) == "worse"
     assert word_of("nll_per_char", Interval(-0.1, -0.2, -0.05)) == "better"

@@ -134,7 +134,7 @@ def test_rows_that_are_behind_are_scored_first():
     assert lift_scores.next_group({"base": 20, "a": 12}, 12) is None
 
 
-def test_arrays_are_read_back_only_if_made_from_the_same(tmp_path):
+def test_arrays_are_read_back_only_with_the_same_digests(tmp_path):
     path = tmp_path / "scores" / "row.npz"
     assert lift_scores.read_arrays(path, "this") == {}
     lift_scores.write_arrays(path, "this", {"tokens": np.arange(3)})
@@ -148,7 +148,7 @@ def test_arrays_are_read_back_only_if_made_from_the_same(tmp_path):
             lift_scores.read_arrays(path, "this")
 
 
-def test_scoring_goes_on_where_it_was_stopped(folders, tmp_path, monkeypatch):
+def test_scoring_continues_where_it_stopped(folders, tmp_path, monkeypatch):
     adapter = save_adapter(random_adapter(jcl.open_base(folders[0]), scale=0.02), tmp_path / "adapter")
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(lift_scores, "_PART", 2)
@@ -224,7 +224,7 @@ def task_files(tmp_path):
     return paths
 
 
-def test_what_is_left_of_a_long_train_file(task_files):
+def test_300_questions_of_a_long_train_file_are_left(task_files):
     path = task_files[0].with_name("long_train.jsonl")
     fetch_tasks.write_lines(path, [dataclasses.asdict(question) for question in QUESTIONS * 500])
     firsts = [lift_tasks.load_task(path, task_files[1], first=first, written=False).first for first in (1600, 1900)]
@@ -245,7 +245,7 @@ def test_a_quarter_of_the_train_file_is_left(task_files):
         lift_tasks.load_task(*task_files, first=0, written=False)
 
 
-def test_a_row_on_a_text_file_that_has_changed_is_another_row(tmp_path):
+def test_a_changed_text_file_makes_another_row(tmp_path):
     path = tmp_path / "news.txt"
     path.write_text("One.")
     row = lift_tasks.parse_row("theseus", file=path)
@@ -288,7 +288,7 @@ def test_a_written_example_is_json_and_matched_as_a_whole():
 
 
 @pytest.mark.parametrize("key", ["question", "question_stem"])
-def test_records_of_the_hub(key):
+def test_hub_records_become_questions(key):
     record = {"id": "x", key: "Which?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
     assert fetch_tasks.convert(record, "here") == {"question": "Which?", "choices": ["a", "b"], "answer": 1}
     for change in ({"answerKey": "C"}, {"choices": ["a", "b"]}, {"choices": None}):
@@ -313,7 +313,7 @@ def folders(tmp_path_factory):
     return small, write_base(root / "wide", 90, layers=2, hidden=64, seed=1)
 
 
-def test_exact_match_goes_by_what_is_written_behind_each_prompt(folders, monkeypatch):
+def test_exact_match_compares_the_generated_text(folders, monkeypatch):
     tokenizer, base = load_tokenizer(jcl.open_base(folders[0])), jcl.open_base(folders[0])
     questions = [written_task.written_example(question) for question in QUESTIONS[:3]]
     prompts = [tokenizer.encode(question.prompt).ids.tolist() for question in questions]
@@ -382,7 +382,7 @@ def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, 
         (["--pair", "a", "b", "--lineage", "here/train_train"], "another task"),
     ],
 )
-def test_arguments_that_would_fail_later(given, message):
+def test_arguments_are_checked_before_any_training(given, message):
     task = [] if "--task or" in message else ["--task", "train", "test"]
     with pytest.raises(jcl.UsageError, match=message):
         lift.check(lift.parse(["--work", "w", *given, *task]))
@@ -397,7 +397,7 @@ def test_arguments_that_would_fail_later(given, message):
         (["--method", "copy", "--limit", "-1"], "--limit -1 is out of range"),
     ],
 )
-def test_a_comparison_that_would_fail_later(given, message, monkeypatch):
+def test_arguments_of_a_comparison_are_checked_first(given, message, monkeypatch):
     paths = ["--adapter", "a", "--source", "s", "--target", "t", "--task", "x.jsonl"]
     monkeypatch.setattr(sys, "argv", ["compare_methods.py", *paths, *given])
     with pytest.raises(SystemExit, match=f"compare_methods: .*{message}"):
@@ -413,7 +413,7 @@ def test_a_comparison_that_would_fail_later(given, message, monkeypatch):
         (["--prompts", "1", "--prompted", "theseus", "--split", "train-rest"], "use up its 4 train questions"),
     ],
 )
-def test_what_cannot_be_read_is_refused_before_training(folders, task_files, tmp_path, monkeypatch, given, message):
+def test_unreadable_files_are_refused_before_training(folders, task_files, tmp_path, monkeypatch, given, message):
     monkeypatch.setattr(lift_work, "train_lora", lambda *_, **__: pytest.fail("training began"))
     usual = ["--pair", *map(str, folders), "--task", *map(str, task_files), "--method", "pad-truncate"]
     given = usual + [part.format(small=folders[0]) for part in given]

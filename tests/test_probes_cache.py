@@ -48,7 +48,7 @@ def writes(monkeypatch):
     return calls
 
 
-def test_texts_come_back_as_they_were(folder):
+def test_cached_texts_equal_those_written(folder):
     assert find_texts("ab") is None
     keep_texts("ab", TEXTS)
     assert find_texts("ab") == TEXTS
@@ -56,7 +56,7 @@ def test_texts_come_back_as_they_were(folder):
     assert [path.name for path in folder.iterdir()] == ["ab.json"]
 
 
-def test_a_base_writes_once(base, folder, writes):
+def test_texts_are_written_once(base, folder, writes):
     first = written_probes(base, 2, length=8)
     again = written_probes(open_base(base.path), 2, length=8)
     assert len(writes) == 1
@@ -66,7 +66,7 @@ def test_a_base_writes_once(base, folder, writes):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_settings_without_sense_are_refused_still(base, folder):
+def test_settings_out_of_range_are_refused_with_a_cache(base, folder):
     for settings in ({"seed": -1}, {"temperature": float("nan")}, {"count": 0}, {"seed": np.int64(-1)}):
         with pytest.raises(UsageError):
             written_probes(base, **settings)
@@ -125,7 +125,7 @@ def test_the_dtype_that_texts_are_written_in_is_in_the_key(base, monkeypatch):
     assert len(keys) == 2
 
 
-def test_an_adapter_is_known_by_its_numbers(base):
+def test_the_numbers_of_an_adapter_are_in_the_key(base):
     adapter = random_adapter(base, roles={"q_proj", "v_proj"})
     name, factors = next(iter(adapter.modules.items()))
     rest = {other: value for other, value in adapter.modules.items() if other != name}
@@ -180,7 +180,7 @@ def block_by_a_folder(folder: Path, base) -> None:
 
 
 @pytest.mark.parametrize("block", [block_by_a_file, block_by_a_folder])
-def test_without_a_place_to_write_texts_are_still_had(base, folder, writes, block):
+def test_texts_are_written_without_a_cache_folder(base, folder, writes, block):
     block(folder, base)
     for number in (1, 2):
         assert written_probes(base, 2, length=8).texts == (f"call {number} text 0", f"call {number} text 1")

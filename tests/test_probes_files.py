@@ -19,13 +19,13 @@ def folder(tmp_path_factory):
 
 
 @given(texts=st.lists(any_text, min_size=1))
-def test_json_lines_come_back(folder, texts):
+def test_json_lines_are_read_back(folder, texts):
     save_texts(folder / "texts.jsonl", texts)
     assert read_texts(folder / "texts.jsonl") == texts
 
 
 @given(texts=st.lists(one_line, min_size=1))
-def test_lines_come_back(folder, texts):
+def test_lines_are_read_back(folder, texts):
     save_texts(folder / "texts.txt", texts)
     assert read_texts(folder / "texts.txt") == texts
 
@@ -71,7 +71,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " \n"], ["\ud800"], ["a\nb"], ["a\rb"], ["\ufeffa"]])
-def test_texts_that_would_not_come_back_are_not_written(tmp_path, texts):
+def test_texts_that_could_not_be_read_back_are_refused(tmp_path, texts):
     with pytest.raises(UsageError) as caught:
         save_texts(tmp_path / "texts.txt", texts)
     assert "\n" not in str(caught.value)
@@ -89,7 +89,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_description_names_what_the_texts_are():
+def test_the_description_names_source_count_and_digest():
     probes = Probes(("one", "two"), "written by B at temperature 1", 7, positions=31)
     said = probes.describe()
     for part in ("2 texts", "written by B at temperature 1", "seed 7", "31 matched", probes.digest()[:12]):

@@ -47,7 +47,7 @@ def test_matches_are_the_first_tokens_that_end_at_each_shared_character(src, tgt
         assert np.all(np.diff(found) > 0)
 
 
-def test_both_sides_swap():
+def test_matching_is_symmetric():
     src, tgt = PieceTokenizer(2).encode("abcdefghijkl"), PieceTokenizer(3, bos=1).encode("abcdefghijkl")
     assert [at.tolist() for at in match_positions(src, tgt)] == [[2, 5], [2, 4]]
     assert [at.tolist() for at in match_positions(tgt, src)] == [[2, 4], [2, 5]]
@@ -141,7 +141,7 @@ def test_tokens_behind_the_last_match_are_left_out_and_long_texts_come_first():
     assert alone.mask_tgt.sum() * 5 == 20
 
 
-def test_texts_without_a_match_make_no_row():
+def test_texts_without_a_match_are_dropped():
     tok_src, tok_tgt = PieceTokenizer(2), PieceTokenizer(3)
     (one,) = probe_batches(["x", "xx" * 9, ""], tok_src, tok_tgt, batch=3)
     assert one.mask_src.any(axis=1).tolist() == [True, False, False]
@@ -158,7 +158,7 @@ def test_texts_without_a_match_make_no_row():
         (["x" * 9], {"positions": 0}, "positions=0"),
     ],
 )
-def test_what_cannot_be_matched_is_refused(texts, sizes, named):
+def test_texts_without_any_match_are_refused(texts, sizes, named):
     with pytest.raises(UsageError) as caught:
         probe_batches(texts, PieceTokenizer(2), PieceTokenizer(3), **sizes)
     assert named in str(caught.value)

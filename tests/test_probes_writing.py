@@ -1,4 +1,4 @@
-"""Texts that a base writes itself, and the random control."""
+"""Texts that a base writes itself."""
 
 from collections import Counter
 from functools import partial
@@ -15,7 +15,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.evidence.probes import probe_batches, random_texts, write_texts, written_probes
+from jcrosslora.evidence.probes import probe_batches, write_texts, written_probes
 from jcrosslora.evidence.probes.start_words import start_words
 
 LENGTH = 24
@@ -69,7 +69,7 @@ def test_every_text_begins_with_a_capitalised_word(base):
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["one token", "one text"])
-def test_texts_that_repeat_are_not_taken(tmp_path, silent):
+def test_texts_that_repeat_are_dropped(tmp_path, silent):
     folder = write_base(tmp_path, 150, hidden=48, seed=1)
     tensors = load_file(folder / "model.safetensors")
     if silent:  # layers that add nothing: a tied model then finds its last token the likeliest
@@ -82,7 +82,7 @@ def test_texts_that_repeat_are_not_taken(tmp_path, silent):
     assert "\n" not in str(caught.value)
 
 
-def test_predictions_that_are_not_finite_are_no_texts(tmp_path):
+def test_predictions_that_are_not_finite_are_refused(tmp_path):
     folder = write_base(tmp_path, 150)
     base = open_base(folder)
     with pytest.raises(AdapterError, match=r"gives predictions that are not finite on .*: its factors, or"):
@@ -130,7 +130,7 @@ def test_writing_ends_at_a_stop_token_and_short_texts_are_replaced(tmp_path):
         ({"temperature": float("nan")}, "nan"),
     ],
 )
-def test_settings_without_sense_are_refused(base, settings, named):
+def test_settings_out_of_range_are_refused(base, settings, named):
     with pytest.raises(UsageError, match=named):
         write(base, **{"count": 1, **settings})
 
@@ -139,27 +139,11 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
     folder = write_base(tmp_path, 20)
     (folder / "tokenizer.json").unlink()
     base = open_base(folder)
-    for make in (partial(write_texts, base, 1), partial(random_texts, base, 1)):
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-            make()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        write_texts(base, 1)
 
 
-def test_random_texts_are_tokens_of_the_base_and_repeat_with_their_seed(base):
-    found = random_texts(base, 5, length=30, seed=1)
-    assert found == random_texts(base, 5, length=30, seed=1)
-    assert not set(found) & set(random_texts(base, 5, length=30, seed=2))
-    tokens = {token.decode("utf-8", "ignore") for token in base.vocabulary().tokens}
-    drawn = random_texts(base, 2000, length=1, seed=3)
-    assert set(drawn) <= tokens
-    assert len(set(drawn)) > 150
-    assert all(text.isprintable() for text in found)
-    with pytest.raises(UsageError, match="0 tokens"):
-        random_texts(base, 1, length=0)
-    with pytest.raises(UsageError, match="seed -1"):
-        random_texts(base, 1, seed=-1)
-
-
-def test_start_words_come_once_before_they_come_again():
+def test_start_words_repeat_only_after_all_have_come():
     words = {b"The": 1, b" The": 2, b"Th": 3, b"the": 4, b" the": 5, b"Anna": 6, b" Anna": 7, b"OK": 8, b" OK": 9}
     found = start_words(words, 5, 0).tolist()
     assert sorted(found[:2]) == sorted(found[2:4]) == [1, 6]
@@ -170,7 +154,7 @@ def test_start_words_come_once_before_they_come_again():
     assert set(start_words({"Él".encode(): 1, " Él".encode(): 2, b"xy": 3}, 2, 0).tolist()) == {1}
 
 
-def test_written_probes_say_who_wrote_them(base, tmp_path, monkeypatch):
+def test_written_probes_name_their_base_seed_and_temperature(base, tmp_path, monkeypatch):
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path))
     probes = written_probes(base, 2, length=LENGTH, temperature=HOT, seed=9)
     assert list(probes.texts) == write_texts(base, 2, length=LENGTH, temperature=HOT, seed=9)

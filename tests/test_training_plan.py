@@ -13,7 +13,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.evaluate.pairs import tokenize
+from jcrosslora.evaluate.question_batches import tokenize
 from jcrosslora.training import Prompted, TrainingSettings, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded, digest, encode
@@ -47,13 +47,12 @@ def test_a_batch_holds_its_examples_and_scores_their_answers_alone(examples, bat
         np.testing.assert_array_equal(np.asarray(found.wanted)[used], wanted)
         np.testing.assert_array_equal(tokens.reshape(-1)[np.asarray(found.picked)[used] + 1], wanted)
         assert tokens.shape == (batch, plan.widths[step])
-        assert (tokens.shape[1], len(used)) in plan.shapes()
-    assert all(width % 16 == slots % 16 == 0 for width, slots in plan.shapes())
+        assert tokens.shape[1] % 16 == len(used) % 16 == 0
 
 
 @settings(deadline=None, max_examples=60)
 @given(count=st.integers(1, 40), batch=st.integers(1, 5), steps=st.integers(1, 40), seed=st.integers(0, 3))
-def test_every_example_has_its_turn_before_any_comes_again(count, batch, steps, seed):
+def test_every_example_comes_once_before_any_repeats(count, batch, steps, seed):
     plan = Plan([example(4 + index, 2) for index in range(count)], batch, steps, seed)
     times = np.bincount(plan.members.reshape(-1), minlength=count)
     # Batches of like length mix passes where a window of 16 batches reaches into the next pass, so counts are enough.
@@ -64,7 +63,8 @@ def test_every_example_has_its_turn_before_any_comes_again(count, batch, steps, 
 def test_shapes_stay_few_and_most_of_a_batch_is_text():
     lengths = np.random.default_rng(0).gamma(6.0, 7.0, 1200).astype(int) + 6
     plan = Plan([example(int(length), 4) for length in lengths], 8, 160, 0)
-    assert len(plan.shapes()) <= 6
+    batches = [plan.batch(step) for step in range(160)]
+    assert len({(batch.tokens.shape[1], len(batch.used)) for batch in batches}) <= 6
     text = lengths[plan.members].sum()
     assert text > 0.7 * 8 * plan.widths.sum()
 
@@ -76,7 +76,7 @@ def test_the_seed_decides_the_order():
     assert (one != other).any()
 
 
-def test_a_longer_run_needs_no_other_order_of_whole_passes():
+def test_a_longer_run_keeps_the_order_of_earlier_passes():
     examples = [example(10 + index % 7, 3, index) for index in range(64)]
     first = np.sort(Plan(examples, 4, 16, 5).members.reshape(-1))
     np.testing.assert_array_equal(first, np.arange(64))
@@ -87,7 +87,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(open_base(write_base(tmp_path_factory.mktemp("base"), 60, bos=True)))
 
 
-def test_answers_begin_where_the_scorer_says(tokenizer):
+def test_answers_begin_where_evaluate_scores_them(tokenizer):
     question = Question("Where does Water boil?", ("in Köln", "at 100 degrees", "Anna"), 1)
     found, scored = encode(tokenizer, question), tokenize(tokenizer, question)
     whole = np.concatenate([scored.prefix, scored.tails[1]])
@@ -97,7 +97,7 @@ def test_answers_begin_where_the_scorer_says(tokenizer):
     assert found.answer == len(found.ids) - found.first > 0
 
 
-def test_a_prompt_of_its_own_is_taken_as_it_is(tokenizer):
+def test_a_given_prompt_is_used_as_it_is(tokenizer):
     found = encode(tokenizer, Prompted("Say where: Anna", ("the dog",), 0))
     assert tokenizer.decode(found.ids) == "Say where: Anna the dog"
     assert tokenizer.decode(found.ids[found.first :]) == " the dog"
@@ -144,7 +144,7 @@ def test_a_bad_line_is_named(tmp_path, line):
     assert "\n" not in str(caught.value)
 
 
-def test_files_without_examples(tmp_path):
+def test_files_without_examples_are_refused(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_examples(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -172,7 +172,7 @@ def test_files_without_examples(tmp_path):
         ({"modules": ["q_proj"]}, r"modules \['q_proj'\]"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(change, came):
+def test_settings_out_of_range_are_refused(change, came):
     TrainingSettings().check()
     with pytest.raises(UsageError, match=f"training with .*{came}.*: wanted "):
         TrainingSettings(**change).check()

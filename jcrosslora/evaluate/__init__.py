@@ -1,4 +1,4 @@
-"""How well models answer questions with choices: log-likelihood scores, intervals, and the lift that a move keeps."""
+"""Evaluation: questions with choices, scored by likelihood, with intervals; and the effect of a moved adapter."""
 
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, lift_recovered
 from jcrosslora.evaluate.score import read_questions, score

@@ -22,7 +22,7 @@ class Interval:
     high: float
 
     def excludes(self, number: float) -> bool:
-        """Whether a number lies outside."""
+        """Check whether a number lies outside the interval."""
         return not self.low <= number <= self.high
 
 
@@ -30,7 +30,7 @@ def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -
     """float64 (A, draws): means over resampled questions, the same questions in every row.
 
     Args:
-        values: (A, n), one figure of n questions under A models.
+        values: (A, n), a figure of n questions under A models.
         draws: number of resamples.
         seed: the same seed and n give the same questions.
 
@@ -52,7 +52,7 @@ def bootstrap_means(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -
 
 
 def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-    """The mean of each row of (A, n) with its interval."""
+    """Compute the mean of each row of (A, n) with its interval."""
     means = bootstrap_means(values, draws=draws, seed=seed)
     return [_interval(float(row.mean()), found) for row, found in zip(np.asarray(values), means, strict=True)]
 
@@ -60,7 +60,7 @@ def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list
 def lift_recovered(
     base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """The share of a trained adapter's gain that a moved one brings: (base - moved) / (base - trained).
+    """Compute the share of a trained adapter's gain that a moved one brings: (base - moved) / (base - trained).
 
     Each mean is over questions; the interval is over the same resampled questions in all three.
 
@@ -87,7 +87,7 @@ def lift_recovered(
         came = f"{trained_gain.value:.4g} [{trained_gain.low:.4g}, {trained_gain.high:.4g}]"
         msg = f"the trained adapter gains {came} over the base, which includes 0: train it more, or use more questions"
         raise UsageError(msg)
-    # Of draws where the trained gain has the other sign there are fewer than 2.5%; they keep their sign.
+    # Fewer than 2.5% of the draws have a trained gain of the other sign; they keep it.
     return _interval(float(gains[0].mean() / gains[1].mean()), means[0] / means[1])
 
 

@@ -1,4 +1,4 @@
-"""What a moved adapter does to its base on text, beside what the original does to its own; plain data, no arrays."""
+"""The effect of a moved adapter on the target beside that of the original on the source: plain data, no arrays."""
 
 import dataclasses
 import math
@@ -9,28 +9,28 @@ import numpy as np
 
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
 
-# The target's divergence over the source's. Measured with an adapter for ARC-Easy of SmolLM2-135M-Instruct, moved to
-# Gemma-3-270M by theseus, at scales 0.3, 1 and 2: 0.15, 1.7 and 6.8. The answers to 32 training questions become more
-# likely at 0.3, keep their likelihood at 1 and lose it at 2. Random factors of the same norm reach 0.04.
+# Bounds of the target's divergence over the source's. An adapter for ARC-Easy of SmolLM2-135M-Instruct, moved to
+# Gemma-3-270M by theseus at scales 0.3, 1 and 2, has 0.15, 1.7 and 6.8; the answers to 32 training questions become
+# more likely at 0.3, keep their likelihood at 1 and lose it at 2. Random factors of the same norm have 0.04.
 INEFFECTIVE, DESTRUCTIVE = 0.05, 5.0
-# What text written with the adapter loses in log-likelihood, over the source's divergence: 0.03, 1.2 and 5.2 for these
-# scales (1.6 instead of 1.2 where the divergence is taken on the written text too), and 1.8 (2.4) for scale -1, at
-# which the answers lose likelihood as well.
+# Bound of the log-likelihood that text written with the adapter loses, over the source's divergence. It is 0.03, 1.2
+# and 5.2 for these scales (1.6 instead of 1.2 where the divergence is taken on the written text too), and 1.8 (2.4) for
+# scale -1, at which the answers lose likelihood as well.
 LOSS = 1.7
-_ERRORS = 2.0
-# Below this, in nats, a divergence is rounding.
+_ERRORS = 2.0  # standard errors
+# In nats; a smaller divergence is rounding.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter changes in the predictions of one base; nats for each position, means over texts.
+    """The change that an adapter makes in the predictions of one base: nats a position, means over texts.
 
     Attributes:
         kl: KL(base || base with adapter) of the next token, over the whole vocabulary.
         kl_spread: standard deviation over texts of their mean; NaN for a single text.
-        nll: negative log-likelihood of the text under the base.
-        nll_adapted: the same under the base with the adapter.
+        nll: negative log-likelihood (NLL) of the text under the base.
+        nll_adapted: NLL of the text under the base with the adapter.
     """
 
     kl: float
@@ -40,29 +40,29 @@ class Change:
 
     @classmethod
     def of(cls, kl: np.ndarray, nll: np.ndarray, nll_adapted: np.ndarray) -> "Change":
-        """From the means of each text: (texts,) of the divergence, and (texts',) of both likelihoods."""
+        """Average over texts: the divergence of each, (texts,), and its NLL without and with the adapter, (texts',)."""
         return cls(float(np.mean(kl)), _deviation(kl), float(np.mean(nll)), float(np.mean(nll_adapted)))
 
     @property
     def growth(self) -> float:
-        """By how much the adapter makes the text less likely; negative where it makes it more likely."""
+        """Growth of the NLL by the adapter; negative where the text becomes more likely."""
         return self.nll_adapted - self.nll
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of a moved adapter. Positions are those where tokens of both bases end, in the same texts.
+    """The effect of a moved adapter, at positions where tokens of both bases end, in the same texts.
 
     Attributes:
-        source: what the original changes on the source.
-        target: what the moved one changes on the target; not finite where its predictions are not.
-        excess: by how much more than it should the NLL of the text grows on the target, nats for each position, mean
-            over texts: for text that the source wrote with its adapter the target's growth, which should be negative;
-            for other text that less the source's own growth.
+        source: change by the original adapter on the source.
+        target: change by the moved adapter on the target; not finite where its predictions are not.
+        excess: growth of the text's NLL on the target beyond what it should be, nats a position, mean over texts. For
+            text that the source wrote with its adapter it is the target's growth, which should be negative; for other
+            text the target's growth less the source's.
         excess_error: its standard error over texts; NaN for a single text.
-        texts: how many were used, those for likelihoods included.
-        positions: how many were used.
-        written: whether the likelihoods are those of text that the source wrote with the adapter.
+        texts: number of texts, those for likelihoods included.
+        positions: number of positions in them.
+        written: whether the likelihoods are of text that the source wrote with its adapter.
     """
 
     source: Change
@@ -85,14 +85,14 @@ class Effect:
         positions: int,
         written: bool,
     ) -> "Effect":
-        """The record; `growth_src` and `growth_tgt`, (texts',), are those of the NLL of each text."""
+        """Make the record; `growth_src` and `growth_tgt`, (texts',), are the growth of the NLL of each text."""
         excess = growth_tgt if written else growth_tgt - growth_src
         error = _deviation(excess) / math.sqrt(len(excess))
         return cls(source, target, float(np.mean(excess)), error, texts, positions, written)
 
     @property
     def share(self) -> float:
-        """The target's divergence over the source's; NaN where the source's is nothing but rounding."""
+        """The target's divergence over the source's; NaN where the source's is only rounding."""
         return self.target.kl / self.source.kl if self.source.kl > _ROUNDING else math.nan
 
     @property
@@ -101,12 +101,12 @@ class Effect:
 
     @property
     def outcome(self) -> Outcome:
-        """Whether the update does next to nothing, does harm, or neither of these.
+        """Judge the effect.
 
         "destructive": the target's predictions are no longer finite, its divergence is far above the source's, or the
-        text becomes clearly less likely (`excess`): by more than 1.7 times the source's divergence and by more than
-        two standard errors. "ineffective": the target's divergence is a small share of the source's. "unmeasured":
-        the original itself changes nothing on these texts.
+        text becomes clearly less likely: `excess` is above 1.7 times the source's divergence and above two standard
+        errors. "ineffective": the target's divergence is a small share of the source's. "unmeasured": the original
+        adapter changes nothing on these texts. "plausible": none of these.
         """
         if not self._finite:
             return "destructive"
@@ -131,7 +131,7 @@ class Effect:
         }[self.outcome]
 
     def rows(self) -> list[dict[str, str]]:
-        """One row of text for each base, for tables."""
+        """Format a row for each base, for tables."""
         return [
             {
                 "base": name,
@@ -143,7 +143,7 @@ class Effect:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON data with the outcome and its sentence; figures that are not finite become null."""
+        """Return plain JSON data with the outcome and its sentence; figures that are not finite become null."""
         data = dataclasses.asdict(self) | {"share": self.share, "outcome": self.outcome, "sentence": self.sentence}
         return _finite(data)
 

@@ -1,4 +1,4 @@
-"""The effect of a moved adapter on its base, beside that of the original on its own: both run over the same text."""
+"""Measure the effect of a moved adapter beside that of the original: both bases run over the same text."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from jcrosslora.evaluate.predictions import Figures, measure, part_of
 from jcrosslora.evidence.probes import ProbeBatch, probe_batches, write_texts
 from jcrosslora.utils.progress import track
 
-TEXTS, LENGTH = 12, 64  # of each kind, and tokens of a text: some 700 positions
+TEXTS, LENGTH = 12, 64  # texts of each kind, and tokens of a text: about 700 positions
 _BATCH = 6
 
 
@@ -30,7 +30,7 @@ def check_effect(
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
     progress: bool = False,
 ) -> Effect:
-    """Measure what a moved adapter changes on the target, and what the original changes on the source.
+    """Measure the change by a moved adapter on the target, and by the original on the source.
 
     At most 12 texts of each kind are used, evenly spread, and 64 tokens of each. One base is in memory at a time,
     unless `params` are given.
@@ -38,11 +38,11 @@ def check_effect(
     Args:
         source: the base that `adapter` is of.
         target: the base that `moved` is for.
-        adapter: the original, with fused matrices taken apart (see `fit_to_base`).
+        adapter: the original, with fused matrices split (see `fit_to_base`).
         moved: the result of the transfer.
-        texts: probe texts, for the divergences; without any, `written` serves for both.
-        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; without any,
-            `texts` serves for both.
+        texts: probe texts, for the divergences; if there are none, `written` is used for both.
+        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there
+            are none, `texts` is used for both.
         params: weights of source and target, if they are loaded already.
         tokenizers: of source and target, if they are loaded already.
         progress: whether to show a progress bar.
@@ -82,10 +82,10 @@ def check_effect(
 def adapter_texts(
     source: BaseModel, adapter: Adapter, *, seed: int = 0, params: Params | None = None, progress: bool = False
 ) -> list[str]:
-    """Texts that a base writes with an adapter, as many as `check_effect` uses.
+    """Let a base write as many texts with an adapter as `check_effect` uses.
 
     Returns:
-        The texts; none where too few of those that it wrote can be used, as with an adapter for answers of one word.
+        The texts; none where too few of them can be used, as with an adapter for answers of one word.
 
     Raises:
         AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
@@ -98,12 +98,12 @@ def adapter_texts(
 
 
 def _batches(texts: Sequence[str], tokenizers: tuple[Tokenizer, Tokenizer]) -> list[ProbeBatch]:
-    """The texts as both bases read them; nothing where none has two positions that match."""
+    """Batch the texts for both bases; return nothing where no text has two positions that match."""
     if not texts:
         return []
     try:
         found = probe_batches(_spread(texts), *tokenizers, length=LENGTH, batch=_BATCH)
-    except UsageError:  # not even one
+    except UsageError:  # no position matches
         return []
     return found if any(part_of(batch, 0).at.size for batch in found) else []
 
@@ -114,7 +114,7 @@ def _spread(texts: Sequence[str]) -> list[str]:
 
 
 def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:
-    """Predictions that are not finite are an error in a base and in a given adapter; in a moved one, a finding."""
+    """Check that a base and the original adapter are finite; for a moved adapter, not finite is a result."""
     if not all(np.isfinite(one.nll).all() for one in figures):
         raise not_finite(base.ref)
     if adapter is not None and not all(np.isfinite(one.nll_adapted).all() for one in figures):

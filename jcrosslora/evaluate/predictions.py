@@ -1,4 +1,4 @@
-"""What an adapter changes in the predictions of its base: both run over the same texts, position by position."""
+"""Compare the predictions of a base without and with an adapter, position by position over the same texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
 from jcrosslora.decoder.divergence import Divergence, divergence
 from jcrosslora.evidence.probes import ProbeBatch
 
-_AT_ONCE = 256  # states given to the head in one call
+_AT_ONCE = 256  # states that the head gets in one call
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A batch of texts as one base reads them; S positions from each text's first match to the one before its last.
+    """A batch of texts as one base reads them; S positions, from each text's first match to the one before its last.
 
     Attributes:
         tokens: int32 (B, T).
@@ -36,12 +36,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """For each text, means over its matched positions: (texts,) each, nats.
+    """Means over the matched positions of each text: (texts,) each, nats.
 
     Attributes:
         kl: KL(base || base with adapter) of the next token.
-        nll: of the text between its first and its last match, so of the same characters for both bases; divided by
-            the number of matched positions, which is the same for both as well.
+        nll: NLL of the text between its first and its last match, which are the same characters for both bases, divided
+            by the number of matched positions, which is the same for both as well.
         nll_adapted: the same with the adapter.
         positions: matched positions in all texts.
     """
@@ -53,7 +53,7 @@ class Figures:
 
 
 def part_of(batch: ProbeBatch, side: int) -> Part:
-    """What the source (side 0) or the target (side 1) reads; texts with less than two matches have no positions."""
+    """Take the source's (side 0) or the target's (side 1) part; texts with less than two matches have no positions."""
     tokens, mask, at = (
         (batch.tokens_src, batch.mask_src, batch.at_src),
         (batch.tokens_tgt, batch.mask_tgt, batch.at_tgt),
@@ -69,7 +69,7 @@ def part_of(batch: ProbeBatch, side: int) -> Part:
 
 
 def measure(settings: DecoderSettings, params: Params, adapter: StackedAdapter, parts: Sequence[Part]) -> Figures:
-    """Run a base without and with an adapter.
+    """Run a base without and with an adapter, and average the figures over each text.
 
     Args:
         settings: of the base.
@@ -108,7 +108,7 @@ def _picked(hidden: jax.Array, part: Part) -> np.ndarray:
 def _through_head(
     settings: DecoderSettings, params: Params, plain: np.ndarray, adapted: np.ndarray, wanted: np.ndarray
 ) -> Divergence:
-    """Always the same number of states at a time, so that the head is compiled once."""
+    """Give the head the same number of states in each call, so that it is compiled once."""
     count = len(wanted)
     rows = np.arange(-(-count // _AT_ONCE) * _AT_ONCE).clip(max=count - 1).reshape(-1, _AT_ONCE)
     found = [_compare(settings, params, plain[part], adapted[part], wanted[part]) for part in rows]

@@ -1,26 +1,27 @@
-"""Log-probabilities of all choices of all questions, for a base and its adapters side by side."""
+"""Score the choices of questions under a base and its adapters."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError, not_finite
-from jcrosslora.evaluate.pairs import Tokens, batches, tokenize
-from jcrosslora.evaluate.run import Models, run
+from jcrosslora.evaluate.log_probs import Models, token_log_probs
+from jcrosslora.evaluate.question_batches import Tokens, batches, tokenize
 from jcrosslora.evaluate.scores import Scores
-from jcrosslora.evaluate.tasks import Question
+from jcrosslora.evaluate.tasks import Question, read_task
 
 
 def score(
-    base: BaseModel,
-    questions: Sequence[Question],
-    adapters: Sequence[Adapter] = (),
+    base: BaseModel | str | Path,
+    questions: Sequence[Question] | str | Path,
+    adapters: Sequence[Adapter | str | Path] = (),
     *,
     dtype: DTypeLike = jnp.float32,
     batch_tokens: int = 4096,
@@ -30,25 +31,28 @@ def score(
 ) -> Scores:
     """Score every choice of every question under the base and under the base with each adapter.
 
-    All run at once: one pass over the questions, mapped over the adapters; the base is the adapter of zeros. What the
-    choices of a question share is run once. Log-probabilities are float32, their sums float64.
+    All models run in one pass over the questions, mapped over the adapters; the base is an adapter of zeros. The tokens
+    that the choices of a question share are run once. Log-probabilities are float32, their sums float64.
 
     Args:
-        base: the model.
-        questions: at least one.
-        adapters: of this base, applied unmerged.
+        base: the model, opened, or what `open_base` opens.
+        questions: at least one, or the JSONL file of them (see `read_task`).
+        adapters: of this base, loaded, or what `load_adapter` loads; applied unmerged.
         dtype: of the weights, float32 or bfloat16.
-        batch_tokens: token positions in memory at once, those of all adapters counted.
+        batch_tokens: token positions in memory at once, over all adapters.
         progress: whether to show a progress bar.
-        params: the weights, where they are loaded already; then `dtype` is not used.
-        tokenizer: the base's, where it is loaded already.
+        params: the weights, if they are loaded already; then `dtype` is not used.
+        tokenizer: of the base, if it is loaded already.
 
     Raises:
-        UsageError: no question, batch_tokens below 1, text that has no tokens, or more of them than the base was made
+        UsageError: no question, batch_tokens below 1, text without tokens, or more tokens than the base was trained
             for.
         AdapterError: an adapter that does not fit, or whose scores are not finite.
         CheckpointError: the base or its tokenizer cannot be read, or its scores are not finite.
     """
+    base = base if isinstance(base, BaseModel) else open_base(base)
+    questions = read_task(questions) if isinstance(questions, str | Path) else questions
+    adapters = [one if isinstance(one, Adapter) else load_adapter(one, base) for one in adapters]
     if not questions or batch_tokens < 1:
         msg = f"{len(questions)} questions in batches of {batch_tokens} tokens: wanted 1 or more of both"
         raise UsageError(msg)
@@ -56,9 +60,10 @@ def score(
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
-    # Rows of log-probabilities and a last one of ones, which counts the tokens.
+    # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((count + 1, len(questions), max(len(one.choices) for one in questions)))
-    for places, values in run(models, batches(items, max(1, batch_tokens // count)), len(questions), progress):
+    parts = batches(items, max(1, batch_tokens // count))
+    for places, values in token_log_probs(models, parts, len(questions), progress):
         for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
             np.add.at(one, tuple(places.T), found)
     tokens = sums[-1].astype(np.int64)
@@ -69,11 +74,11 @@ def score(
 
 
 def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: Tokenizer | None = None) -> list[Tokens]:
-    """The questions as a base reads them.
+    """Tokenize questions for a base.
 
     Raises:
-        UsageError: text that has no tokens, or more than the positions that the base was trained on: what it predicts
-            beyond them says nothing of it.
+        UsageError: text without tokens, or with more of them than the positions that the base was trained on, beyond
+            which its predictions mean nothing.
         CheckpointError: the tokenizer cannot be read.
     """
     tokenizer = tokenizer or load_tokenizer(base)
@@ -91,5 +96,5 @@ def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: To
 def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
     for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
         if not np.isfinite(one[tokens > 0]).all():
-            # The base, which comes first, was finite by then.
+            # The base comes first and was found finite.
             raise not_finite(names[0], name if index else None, values="log-probabilities", sound=True)

@@ -1,4 +1,4 @@
-"""The scores of a task, and the figures made from them."""
+"""The scores of a task, and accuracy and likelihood computed from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Scores:
 
     @staticmethod
     def of(names: Sequence[str], questions: Sequence[Question], log_probs: np.ndarray, tokens: np.ndarray) -> "Scores":
-        """Scores with characters and answers from the questions themselves."""
+        """Take characters and answers from the questions."""
         characters = np.zeros(tokens.shape, np.int64)
         for row, question in zip(characters, questions, strict=True):
             row[: len(question.choices)] = [len(choice) for choice in question.choices]
@@ -45,7 +45,7 @@ class Scores:
         return self.by_question("accuracy").mean(axis=1)
 
     def accuracy_norm(self) -> np.ndarray:
-        """float64 (A,): the same with log-probabilities per character of the choice."""
+        """float64 (A,): the same by log-probability per character of the choice."""
         return self.by_question("accuracy_norm").mean(axis=1)
 
     def nll_per_char(self) -> np.ndarray:
@@ -53,13 +53,13 @@ class Scores:
         return self.by_question("nll_per_char").mean(axis=1)
 
     def nll_pooled(self) -> np.ndarray:
-        """float64 (A,): -log p of all right choices / all their characters, in nats: long answers count for more."""
+        """float64 (A,): -log p of all right choices / all their characters, in nats: long answers weigh more."""
         return self.by_question("nll_pooled").mean(axis=1)
 
     def by_question(self, figure: str) -> np.ndarray:
-        """float64 (A, n): a figure of `FIGURES` before the mean over questions; accuracies are 0 or 1.
+        """float64 (A, n): a figure of `FIGURES` of each question; accuracies are 0 or 1.
 
-        Of "nll_pooled" it is -log p(right choice) over the mean number of characters of all right choices.
+        "nll_pooled" is -log p(right choice) over the mean number of characters of all right choices.
 
         Raises:
             UsageError: an unknown figure.
@@ -77,10 +77,10 @@ class Scores:
         return (ranked.argmax(axis=2) == self.answers).astype(np.float64)
 
     def bootstrap(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """For each model the figure with its 95% interval over resampled questions."""
+        """Compute the figure of each model with its 95% interval over resampled questions."""
         return intervals(self.by_question(figure), draws=draws, seed=seed)
 
     def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
-        """For each model its figure minus the base's, with the 95% interval over the same resampled questions."""
+        """Compute each model's figure minus the base's, with the 95% interval over the same resampled questions."""
         found = self.by_question(figure)
         return intervals(found - found[:1], draws=draws, seed=seed)

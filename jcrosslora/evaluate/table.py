@@ -1,4 +1,4 @@
-"""Scores as a printed table."""
+"""A table of scores for the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +17,7 @@ _LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 
 
 def print_scores(scores: Scores, console: Console) -> None:
-    """Print each figure of each model with its interval, and its difference to the base in figures and in a word."""
+    """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
     found = {figure: (scores.bootstrap(figure), scores.differences(figure)) for figure in FIGURES}
     table = Table(title=f"{len(scores.answers)} questions, 95% intervals", title_justify="left")
     for name in ("model", "figure", "value", "minus base", ""):
@@ -34,7 +34,7 @@ def print_scores(scores: Scores, console: Console) -> None:
 
 
 def word_of(figure: str, difference: Interval) -> str:
-    """What a difference to the base says: better, worse, or no difference where its interval includes 0."""
+    """Name a difference to the base: better, worse, or no difference where its interval includes 0."""
     if not difference.excludes(0):
         return "no difference"
     return "better" if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else "worse"

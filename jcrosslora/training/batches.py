@@ -49,10 +49,6 @@ class Plan:
         found = answers[self.members].sum(axis=1)
         self._slots = {int(width): _rounded(found[self.widths == width].max()) for width in np.unique(self.widths)}
 
-    def shapes(self) -> list[tuple[int, int]]:
-        """List the width and the answer slots of every different batch."""
-        return sorted(self._slots.items())
-
     def batch(self, step: int) -> Batch:
         """Make the batch of a step, counted from 0."""
         rows = [self._examples[index] for index in self.members[step]]

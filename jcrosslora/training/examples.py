@@ -13,7 +13,7 @@ import numpy as np
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.evaluate.pairs import tokenize
+from jcrosslora.evaluate.question_batches import tokenize
 from jcrosslora.evaluate.tasks import is_text, read_lines
 
 

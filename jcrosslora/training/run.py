@@ -79,7 +79,7 @@ def train_lora(
 
     factors = train(
         base,
-        examples if isinstance(examples, Sequence) and not isinstance(examples, str) else read_examples(examples),
+        read_examples(examples) if isinstance(examples, str | Path) else examples,
         settings,
         first_factors(base, settings),
         gradient_of,

@@ -1,4 +1,4 @@
-r"""A base and its adapter as a model of lm-evaluation-harness, so that any of its tasks can be run.
+r"""A base with an adapter as a model of lm-evaluation-harness, for all of its tasks.
 
 Needs `pip install 'jcrosslora[eval]'`; nothing else in the package imports it. From Python, on a task of your own
 that needs no network (`task.jsonl` has lines {"question", "choices", "answer"}):
@@ -36,7 +36,7 @@ __all__ = ["JCrossLoRALM"]
 
 
 def __getattr__(name: str) -> Any:
-    # Not imported above, so that the command line can say in one line that lm_eval is missing.
+    # Imported late, so that the command line can say in one line that lm_eval is missing.
     if name == "JCrossLoRALM":
         from jcrosslora.evaluate.harness.model import JCrossLoRALM
 

@@ -1,4 +1,4 @@
-"""The command line of lm-evaluation-harness, which then knows the model "jcrosslora"."""
+"""The command line of lm-evaluation-harness with the model "jcrosslora"."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from jcrosslora.errors import JCrossLoRAError
 
 
 def main() -> None:
-    """Run `lm_eval` with the arguments given; exits with 2 after an error of the user's."""
+    """Run `lm_eval` with the arguments given; exit with 2 after an error of the user's."""
     try:
         importlib.import_module("jcrosslora.evaluate.harness.model")  # registers the model
         importlib.import_module("lm_eval.__main__").cli_evaluate()

@@ -1,4 +1,4 @@
-"""Continuations of contexts: their log-probabilities, and whether their tokens are the likeliest ones."""
+"""Score continuations of contexts: log-probability, and whether each token is the likeliest one."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, logits
 from jcrosslora.errors import not_finite
-from jcrosslora.evaluate.pairs import Tokens, batches
-from jcrosslora.evaluate.run import Models, _states
+from jcrosslora.evaluate.log_probs import Models, token_states
+from jcrosslora.evaluate.question_batches import Tokens, batches
 from jcrosslora.utils.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -21,7 +21,7 @@ _LOGITS_AT_ONCE = 128
 
 
 def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress: bool) -> list[tuple[float, bool]]:
-    """Judge the continuation of each pair; contexts that several pairs share are run once.
+    """Score the continuation of each pair; a context that several pairs share is run once.
 
     Args:
         models: one model.
@@ -30,14 +30,13 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress:
         progress: whether to show a progress bar.
 
     Returns:
-        For each pair the sum of the continuation's log-probabilities, in nats, and whether each of its tokens is the
-        likeliest one.
+        The log-probability of each continuation, in nats, and whether each of its tokens is the likeliest one.
     """
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     with track(len(pairs), "score", "continuations", show=progress) as bar:
         for part in batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
-            states = _states(models, part)
+            states = token_states(models, part)
             found, likeliest = _judged(models, states.hidden[0], states.wanted)
             owners = np.array([groups[item][choice] for item, choice in states.places])
             np.add.at(sums, owners, found.astype(np.float64))
@@ -47,24 +46,24 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress:
 
 
 def check_finite(found: Sequence[tuple[float, bool]], base: BaseModel, adapter: Adapter | None) -> None:
-    """Refuse values that are not finite.
+    """Check that all values are finite.
 
     Raises:
-        CheckpointError: there are some, without an adapter.
-        AdapterError: there are some, with one.
+        CheckpointError: one is not, and there is no adapter.
+        AdapterError: one is not, with the adapter.
     """
     if not all(math.isfinite(value) for value, _ in found):
         raise not_finite(base.name, None if adapter is None else adapter.info.name, values="log-probabilities")
 
 
 def _grouped(pairs: Sequence[Pair], batch_tokens: int) -> list[list[int]]:
-    """Indices of pairs with the same context, cut so that no group is larger than a batch."""
+    """Group the indices of pairs with the same context, so that no group is larger than a batch."""
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(pairs):
         by_context.setdefault(tuple(context), []).append(index)
     groups = []
     for context, found in by_context.items():
-        # Each continuation keeps a copy of the context's keys and values.
+        # Each continuation has a copy of the context's keys and values.
         size = max(1, batch_tokens // (len(context) + max(len(pairs[index][1]) for index in found)))
         groups += [found[start : start + size] for start in range(0, len(found), size)]
     return groups

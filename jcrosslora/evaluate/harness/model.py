@@ -1,4 +1,4 @@
-"""The model class that lm-evaluation-harness calls."""
+"""The model class for lm-evaluation-harness."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from jcrosslora.evaluate.harness.continuations import Pair, check_finite, judge
 from jcrosslora.evaluate.harness.options import Options, read_options
 from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
 from jcrosslora.evaluate.harness.writing import generate, group_prompts
-from jcrosslora.evaluate.run import Models
+from jcrosslora.evaluate.log_probs import Models
 from jcrosslora.evidence.probes.start_words import check_seed
 from jcrosslora.utils.progress import track
 
@@ -36,10 +36,11 @@ _LOG = logging.getLogger(__name__)
 class JCrossLoRALM(TemplateLM):
     """A base, alone or with an adapter, run by the package's own decoder.
 
-    Text is cut into tokens as by the harness's `hf` model: spaces at the end of a context go to the continuation, whose
-    tokens are what both together have more than the context alone. A context that is too long loses tokens at its
-    start. One difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. What an
-    adapter changes of the embedding and the output head is not scored either, which is logged.
+    Text is tokenized as by the harness's `hf` model: spaces at the end of a context belong to the continuation, whose
+    tokens are those that the whole has beyond the context's. A context that is too long loses tokens at its start. One
+    difference: the bos that some tokenizers put in front is not scored by `loglikelihood_rolling`. Changes of the
+        embedding
+    and the output head are not applied, which is logged.
     """
 
     def __init__(
@@ -63,15 +64,15 @@ class JCrossLoRALM(TemplateLM):
             adapter: of this base, applied unmerged: a folder, a hub id, or a loaded adapter; None for the base alone.
             dtype: of the weights, float32 or bfloat16.
             batch_tokens: token positions in memory at once.
-            max_length: tokens that the model reads at most; if not given, as many as its configuration says.
-            prefix_token_id: token in front of a text that has no context; if not given bos, or eos where there is none.
-            seed: of the sampling, for tasks that set a temperature.
-            batch_size: the harness gives it; not used, see `batch_tokens`.
-            max_batch_size: the same.
-            device: the harness gives it; not used, JAX picks the device.
+            max_length: the most tokens that the model reads; None takes the number in its configuration.
+            prefix_token_id: token in front of a text without context; None takes bos, or eos where there is no bos.
+            seed: of the sampling, in tasks with a temperature.
+            batch_size: accepted for the harness and not used, see `batch_tokens`.
+            max_batch_size: likewise.
+            device: likewise; JAX picks the device.
 
         Raises:
-            UsageError: a setting that makes no sense.
+            UsageError: a setting out of range.
             CheckpointError: the base or its tokenizer cannot be read.
             AdapterError: the adapter cannot be read, or does not fit the base.
         """
@@ -100,16 +101,16 @@ class JCrossLoRALM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token in front of a text that has no context."""
+        """The token in front of a text without context."""
         return self._prefix
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens written at most, where a task does not say."""
+        """The most tokens of a generation, where a task does not say."""
         return Options().length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; None puts bos in front where the tokenizer does so and the text does not have it."""
+        """Tokenize a text; None puts bos in front where the tokenizer does so and the text does not begin with it."""
         del kwargs
         bos = self._text.bos
         if add_special_tokens is None:
@@ -117,25 +118,25 @@ class JCrossLoRALM(TemplateLM):
         return self._text.encode(string, special=add_special_tokens).ids.tolist()
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each request (context, continuation): log p(continuation), and whether greedy writing gives it.
+        """Score requests (context, continuation): log p(continuation), and whether it is the greedy one.
 
         Raises:
             UsageError: a continuation without tokens, or with more than the model reads.
             CheckpointError: the base gives values that are not finite.
-            AdapterError: the adapter makes it do so.
+            AdapterError: the base with the adapter does.
         """
         for context, continuation in (request.args for request in requests):
             if not continuation:
-                msg = f"the continuation of {context[-60:]!r} is empty: wanted text to score"
+                msg = f"the continuation of {context[-60:]!r} is empty: give text to score"
                 raise UsageError(msg)
         return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """For each request (text,): log p(text) behind the prefix token, in windows where it is too long.
+        """Score requests (text,): log p(text) behind the prefix token, in windows where the text is too long.
 
         Raises:
             CheckpointError: the base gives values that are not finite.
-            AdapterError: the adapter makes it do so.
+            AdapterError: the base with the adapter does.
         """
         texts = [request.args[0] for request in requests]
         windows = [self._windows(text) for text in texts]
@@ -147,7 +148,7 @@ class JCrossLoRALM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each request (context, generation_kwargs): what the model writes, up to a stop string or stop token.
+        """Generate text for requests (context, generation_kwargs), up to a stop string or stop token.
 
         Raises:
             UsageError: a setting that is not supported, or no room for a context.
@@ -166,7 +167,7 @@ class JCrossLoRALM(TemplateLM):
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> NoReturn:
-        """Refused.
+        """Refuse chat templates.
 
         Raises:
             UsageError: always.
@@ -176,13 +177,13 @@ class JCrossLoRALM(TemplateLM):
         raise UsageError(msg)
 
     def get_model_info(self) -> dict[str, str | None]:
-        """What the harness writes beside the results."""
+        """Describe the model for the harness's results."""
         adapter = None if self.adapter is None else self.adapter.info.name
         return {"base": self.base.name, "base_revision": self.base.revision, "adapter": adapter, "dtype": self.dtype}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         found, scored = super()._encode_pair(context, continuation)
-        # A context of spaces alone has no tokens: they all went to the continuation.
+        # All spaces at the end of a context go to the continuation, so a context of spaces alone has no tokens.
         return found or [self._prefix], scored
 
     def _loglikelihood_tokens(

@@ -1,4 +1,4 @@
-"""How a task of lm-evaluation-harness wants text to be written."""
+"""Generation settings of a task of lm-evaluation-harness."""
 
 import math
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {"top_p": (1, None), "top_k": (
 
 @dataclass(frozen=True)
 class Options:
-    """What to write.
+    """Settings of a generation.
 
     Attributes:
-        until: a text ends in front of the first of these.
-        length: tokens at most.
+        until: strings; a text ends in front of the first one.
+        length: the most tokens.
         temperature: of the sampling; 0 takes the likeliest token.
     """
 
@@ -32,7 +32,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     """Read the `generation_kwargs` of a task.
 
     Raises:
-        UsageError: a value that makes no sense, or a setting that is not supported and would change the text.
+        UsageError: a value out of range, or a setting that is not supported and would change the text.
     """
     until = given.get("until") or []
     until = [until] if isinstance(until, str) else until

@@ -1,4 +1,4 @@
-"""Checks of what the model class is given, and the tokens that begin and end a text."""
+"""Checks of the model's settings, and the tokens that begin and end a text."""
 
 from typing import Any, TypeGuard
 
@@ -10,7 +10,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def check_dtype(name: Any) -> str:
-    """The name of a dtype.
+    """Check the name of a dtype.
 
     Raises:
         UsageError: the decoder does not run in it.
@@ -22,10 +22,10 @@ def check_dtype(name: Any) -> str:
 
 
 def positive(name: str, value: Any, *, least: int = 1) -> int:
-    """A whole number.
+    """Check a whole number.
 
     Raises:
-        UsageError: it is none, or below `least`.
+        UsageError: it is not a whole number, or below `least`.
     """
     if type(value) is not int or value < least:
         msg = f"{name} is {value!r}: wanted a whole number from {least} on"
@@ -34,7 +34,7 @@ def positive(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def prefix_token(base: BaseModel, tokenizer: Tokenizer, given: int | None) -> int:
-    """The token in front of a text that has no context: bos, also where the tokenizer does not put it there; or eos.
+    """Choose the token in front of a text without context: bos, even if the tokenizer does not put it there; or eos.
 
     Raises:
         UsageError: there is none, or the one given is not in the vocabulary.
@@ -51,7 +51,7 @@ def prefix_token(base: BaseModel, tokenizer: Tokenizer, given: int | None) -> in
 
 
 def end_token(base: BaseModel, tokenizer: Tokenizer) -> int:
-    """The token that ends a text: eos of the configuration, else the first at which writing stops.
+    """Choose the token that ends a text: eos of the configuration, else the first stop token.
 
     Raises:
         UsageError: there is none.

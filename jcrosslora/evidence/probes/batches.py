@@ -1,4 +1,4 @@
-"""Probe texts as arrays of one shape: both token sequences, and which of their positions match."""
+"""Batches of probe texts: the tokens of both bases in arrays of one shape, and their matched positions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class ProbeBatch:
         mask_tgt: bool (B, T).
         at_src: int32 (P,), flat indices into the source's positions, ascending; zero where not valid.
         at_tgt: int32 (P,), the matching flat indices into the target's.
-        valid: bool (P,), False where the list of matches is filled up.
+        valid: bool (P,), False where the list of matches is padded.
         text: int32 (P,), place of each match's text in the list that was given.
-        end: int32 (P,), character of that text at which the matched tokens end.
+        end: int32 (P,), character of that text where the matched tokens end.
     """
 
     tokens_src: np.ndarray
@@ -65,19 +65,19 @@ def probe_batches(
 ) -> list[ProbeBatch]:
     """Tokenize texts for both bases and match their positions (see `match_positions`).
 
-    The first position of a text and bos are in no match: models keep huge activations there that say nothing about
-    the text. Tokens behind the last match of a text are left out, and so are texts without a match.
+    The first position of a text and bos are never matched: models have huge activations there that say nothing about
+    the text. Tokens behind the last match of a text are dropped, and so are texts without a match.
 
     Args:
         texts: the probe texts.
         tok_src: the source's tokenizer.
         tok_tgt: the target's.
-        length: tokens of a text at most, on each side; the rest is cut off.
-        batch: B. Texts of similar length come together, the longest first; the last batch is filled up with empty
+        length: the most tokens of a text, on each side; the rest is cut off.
+        batch: B. Texts of similar length are batched together, the longest first; the last batch is padded with empty
             rows.
-        positions: P; a batch with more matches keeps P of them, evenly spread. None takes what the fullest batch has,
-            rounded up.
-        width: T, at least `length`, where calls with other texts shall have the same shape.
+        positions: P; a batch with more matches keeps P of them, evenly spread. None takes the number of the fullest
+            batch, rounded up.
+        width: T, at least `length`, to give calls with other texts the same shape.
 
     Returns:
         At least one batch, all of the same shape: unless given, T is the longest row's length, rounded up to a
@@ -105,7 +105,7 @@ def probe_batches(
 
 
 def count_positions(batches: Sequence[ProbeBatch]) -> int:
-    """Matched positions in all batches."""
+    """Count the matched positions in all batches."""
     return sum(int(batch.valid.sum()) for batch in batches)
 
 

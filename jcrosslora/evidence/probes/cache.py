@@ -1,7 +1,7 @@
-"""Written texts on disk, found again by all that they were made from; without a place to write, nothing is kept.
+"""A cache of written texts on disk, by everything that they depend on; where nothing can be written, nothing is kept.
 
 The folder is `probes` in the user's cache, see `jcrosslora.cache.place.cache_root`. It may be removed at any time.
-Processes may share it: a file appears whole, and one that is damaged counts as missing.
+Processes may share it: a file appears whole, and a damaged one counts as missing.
 """
 
 import json
@@ -19,26 +19,26 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.utils.files import write_whole
 
-# The number of the procedure in `writing` and `start_words`: raise it with every change of what it writes.
+# Version of the procedure in `writing` and `start_words`: raise it whenever its texts change.
 PROCEDURE = 1
 TEXTS = "probes"  # the folder, below the cache's root
 
 
 def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
-    """SHA-256 (hex) over all that decides what `write_texts` writes; reads the weight files once for their digest.
+    """Hash everything that the texts of `write_texts` depend on (SHA-256, hex); reads the weight files once.
 
     That is the base's weights, configuration and tokenizer, the adapter's numbers, the settings, the procedure, and
-    JAX's platform and the dtype that it is fast in, since the sampling is the same on one kind of machine only.
+    JAX's platform and the dtype that it is fast in: the same texts are sampled on one kind of machine only.
     """
     settings = [count, length, float(temperature), seed]
-    # `default`: numpy's numbers, as integer settings, and whatever a foreign configuration holds.
+    # `default`: for numpy's numbers, and for whatever a foreign configuration holds.
     parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), settings]
     stated = json.dumps(parts, sort_keys=True, default=str)
     return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
 
 
 def find_texts(key: str) -> list[str] | None:
-    """The texts kept under a key; None if there are none, or their file cannot be read or is damaged."""
+    """Return the texts of a key, or None if there are none, or their file cannot be read or is damaged."""
     path = _path(key)
     if path is None:
         return None
@@ -52,7 +52,7 @@ def find_texts(key: str) -> list[str] | None:
 
 
 def keep_texts(key: str, texts: list[str]) -> None:
-    """Keep texts under a key. Where the folder cannot be written to, or the disk is full, nothing happens."""
+    """Keep texts under a key; do nothing where the folder cannot be written to or the disk is full."""
     path = _path(key)
     if path is None:
         return
@@ -63,7 +63,7 @@ def keep_texts(key: str, texts: list[str]) -> None:
 
 
 def texts_folder() -> Path | None:
-    """Where written texts are kept, a file for each key; None for a user without home."""
+    """Return the folder of written texts, a file for each key; None for a user without home."""
     root = cache_root()
     return None if root is None else root / TEXTS
 

@@ -12,7 +12,7 @@ def match_positions(src: "Encoded", tgt: "Encoded") -> tuple[np.ndarray, np.ndar
     """Pair the tokens of two encodings of one text that end at the same character.
 
     Where several tokens of one side end at the same character (the later ones cover no text), the first is taken.
-    Tokens that cover no text yet (a bos) or end inside a character are in no pair.
+    Tokens that cover no text yet (bos) or end inside a character are not paired.
 
     Args:
         src: encoding by the source's tokenizer.

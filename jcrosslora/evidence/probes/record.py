@@ -18,9 +18,9 @@ class Probes:
     Attributes:
         texts: at least one.
         description: where they come from, for reports, e.g. "written by HuggingFaceTB/SmolLM2-135M at temperature 1".
-        seed: that they were made from; None for texts that were given.
+        seed: of texts that were written or drawn; None for given texts.
         positions: matched positions of the two bases (see `count_positions`); None before they are known.
-        path: file that given texts were read from, None for others.
+        path: file that given texts were read from; None for others.
     """
 
     texts: tuple[str, ...]
@@ -30,13 +30,13 @@ class Probes:
     path: str | None = None
 
     def describe(self) -> str:
-        """One line for reports: source of the texts, count, seed, matched positions and the digest of the texts."""
+        """Describe the texts in a line for reports: count, source, seed, matched positions and digest."""
         seed = "" if self.seed is None else f", seed {self.seed}"
         positions = "" if self.positions is None else f", {self.positions} matched positions"
         return f"{len(self.texts)} texts {self.description}{seed}{positions}, sha256 {self.digest()[:12]}"
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the texts as UTF-8, with a zero byte behind each: their identity."""
+        """Return the SHA-256 (hex) of the texts as UTF-8, with a zero byte behind each."""
         joined = "".join(f"{text}\0" for text in self.texts)
         return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -51,10 +51,10 @@ def written_probes(
     adapter: Adapter | None = None,
     progress: bool = False,
 ) -> Probes:
-    """Texts that a base writes itself, as a record; arguments and errors as in `write_texts`.
+    """Let a base write probe texts; arguments and errors as in `write_texts`.
 
-    The texts are kept on disk and not written again for the same base, adapter and settings (see
-    `jcrosslora.evidence.probes.cache`; the environment variable JCROSSLORA_CACHE moves the folder).
+    Texts of the same base, adapter and settings are taken from the disk (see `jcrosslora.evidence.probes.cache`; the
+    environment variable JCROSSLORA_CACHE moves the folder).
     """
     key = texts_key(base, count, length, temperature, seed, adapter)
     texts = find_texts(key)

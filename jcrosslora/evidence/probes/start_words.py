@@ -1,4 +1,4 @@
-"""The words that self-written texts begin with, drawn from a base's own vocabulary."""
+"""First words of written texts, drawn from the base's own vocabulary."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,18 @@ from jcrosslora.errors import UsageError
 
 
 def start_words(tokens: Mapping[bytes, int], count: int, seed: int) -> np.ndarray:
-    """Token ids of capitalised whole words.
+    """Draw token ids of capitalised whole words.
 
-    A token counts as a whole word if it is letters, a capital and then small ones, and the vocabulary has it behind
-    a space as well: pieces from inside words, such as "Th", mostly lack that form. Where no token is so (a script
-    without capitals), words of letters are taken, and without those any normal token.
+    A token counts as a whole word if it consists of a capital and small letters, and the vocabulary also has it behind
+    a
+    space: pieces of words, such as "Th", mostly lack that form. If there are none (a script without capitals), any
+        words
+    of letters are drawn, and if there are none of these, any normal tokens.
 
     Args:
         tokens: bytes of a token -> its id, not empty.
         count: number of words.
-        seed: of the order; no word comes twice before all have come.
+        seed: of the order; no word comes twice before all have come once.
 
     Returns:
         int32 (count,). A larger count continues the list of a smaller one.
@@ -29,10 +31,10 @@ def start_words(tokens: Mapping[bytes, int], count: int, seed: int) -> np.ndarra
 
 
 def check_seed(seed: int) -> None:
-    """Check that a seed fits both generators, numpy's and JAX's.
+    """Check that a seed fits the random generators of numpy and JAX.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it is not from 0 to 2^32 - 1.
     """
     if not 0 <= seed < 1 << 32:
         msg = f"seed {seed} was asked for, wanted 0 to {(1 << 32) - 1}"

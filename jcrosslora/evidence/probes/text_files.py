@@ -1,4 +1,4 @@
-"""Texts in files: one a line, or JSON lines with a "text" field."""
+"""Text files: one text a line, or JSON lines with a "text" field."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,11 +12,11 @@ _JSON_LINES = (".jsonl", ".ndjson")
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The user's own unlabelled texts.
+    """Read the user's own unlabelled texts.
 
     Args:
-        path: UTF-8. If it ends in .jsonl or .ndjson, each line is a JSON object with a string "text"; else each line
-            is a text. Lines that are empty or only spaces are skipped.
+        path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text"; else
+            each line is a text. Blank lines are skipped.
 
     Raises:
         UsageError: the file is missing, cannot be read, is not text, has a line of the wrong form, or has no text.
@@ -35,10 +35,10 @@ def read_texts(path: str | Path) -> list[str]:
 
 
 def save_texts(path: str | Path, texts: Sequence[str]) -> None:
-    """Write texts so that `read_texts` gives them back; a file that is there is replaced.
+    """Write texts so that `read_texts` returns them; an existing file is replaced.
 
     Args:
-        path: if it ends in .jsonl or .ndjson, JSON lines are written, else one text a line.
+        path: if its name ends in .jsonl or .ndjson, JSON lines are written, else one text a line.
         texts: at least one, none of them empty.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Text that a base writes itself, from one word on."""
+"""Texts that a base writes itself, starting from one word."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,12 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Params
-from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.evidence.probes.random_text import readable_vocabulary
+from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.evidence.probes.start_words import check_seed, start_words
 from jcrosslora.utils.progress import track
 
-TRIES = 4
-_SHORTEST = 8  # written tokens; an instruction-tuned model sometimes stops right behind the first word
+_TRIES = 4
+_SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right behind the first word
 
 
 def write_texts(
@@ -29,21 +28,21 @@ def write_texts(
     params: Params | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Let a base write texts, each from one capitalised word of its own vocabulary on (see `start_words`).
+    """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
-    Texts with less than 8 tokens behind the word (less than `length`, if that is smaller), that repeat one token, or
-    that are there already are dropped and replaced; at most 4 times as many texts as asked for are tried, rounded up
-    to whole batches.
+    Texts that have less than 8 tokens behind the word (less than `length`, if that is smaller), repeat one token, or
+    equal an earlier text are dropped and replaced; at most 4 times as many texts as asked for are tried, rounded up to
+    whole batches.
 
     Args:
         base: the model; it needs a tokenizer.
         count: number of texts.
-        length: tokens behind the first word at most; a text ends earlier where the model stops.
+        length: the most tokens behind the first word; a text ends earlier where the model stops.
         temperature: of the sampling; 0 takes the likeliest token.
         seed: of the words and the sampling; the same base, settings and seed give the same texts on one kind of
             machine.
         adapter: to write with; None for the base alone.
-        batch: texts written at a time at most; on a CPU 32 at a time take two thirds of the time that 16 take.
+        batch: the most texts written at a time; on a CPU batches of 32 take two thirds of the time of batches of 16.
         params: weights of the base if they are loaded already; None loads them in `fast_dtype()`.
         progress: whether to show a progress bar.
 
@@ -59,7 +58,7 @@ def write_texts(
     generator = Generator.of(base, adapter, params=params)
     bos = [] if generator.tokenizer.bos is None else [generator.tokenizer.bos]
     rows, rounds = _plan(count, batch)
-    words = start_words(readable_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
+    words = start_words(_vocabulary(base), rounds * rows, seed).reshape(rounds, rows)
     keys = jax.random.key(seed)
     texts: list[str] = []
     with track(count, "write", "texts", show=progress) as bar:
@@ -77,10 +76,10 @@ def write_texts(
 
 
 def _plan(count: int, batch: int) -> tuple[int, int]:
-    """Texts in each batch, and batches at most. Spare texts save a whole batch for the few that are dropped."""
+    """Choose the texts of a batch and the most batches; spare texts save a whole batch for the few that are dropped."""
     wanted = count + count // 16 + 1
     rows = -(-wanted // -(-wanted // batch))
-    return rows, -(-TRIES * count // rows)
+    return rows, -(-_TRIES * count // rows)
 
 
 def _check(count: int, length: int, temperature: float, batch: int) -> None:
@@ -90,6 +89,15 @@ def _check(count: int, length: int, temperature: float, batch: int) -> None:
     if not 0 <= temperature < float("inf"):
         msg = f"temperature {temperature} was asked for, wanted a finite number from 0 on, such as 1"
         raise UsageError(msg)
+
+
+def _vocabulary(base: BaseModel) -> dict[bytes, int]:
+    """Return the normal tokens of a base as bytes, with their ids."""
+    vocabulary = base.vocabulary()
+    if vocabulary.tokens is None:
+        msg = f"{base.ref}: its vocabulary cannot be read ({vocabulary.reason}): add its tokenizer.json"
+        raise CheckpointError(msg)
+    return dict(vocabulary.tokens)
 
 
 def _usable(generator: Generator, words: np.ndarray, written: Sequence[np.ndarray], length: int) -> list[str]:

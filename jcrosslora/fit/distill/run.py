@@ -141,5 +141,5 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
 def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int) -> str:
     first, last = fitted.divergences[0], fitted.divergences[-1]
     steps = f"fitted in {len(fitted.divergences) - 1} steps to {positions:,} predictions over {tokens:,} shared tokens"
-    held = f"on completions held out the divergence from what was wanted went from {first:.3g} to {last:.3g} nats"
+    held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {last:.3g} nats"
     return f"{steps}, in {completions.description}; {held}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What stands in front of a question or an instruction, and between it and its answer."""
+    """The text in front of a question or an instruction, and between it and its answer."""
 
     before: str
     after: str

@@ -1,4 +1,4 @@
-"""Questions as tokens: what the choices share is run once, then each choice continues from there."""
+"""Batches of questions as tokens: the tokens that all choices share are run once, then each choice continues them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _SMALLEST = 8
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A question and its choices.
+    """The tokens of a question and its choices.
 
     Attributes:
-        prefix: int32 (P,), the tokens in front of `tails`, the same for all choices.
-        tails: for each choice int32 (T,), the rest of its tokens; the first one is only read, never scored.
-        scored: for each choice the index into its tail from which on the tokens belong to the answer, 1 or more.
+        prefix: int32 (P,), the tokens that all choices share.
+        tails: int32 (T,) for each choice, the rest of its tokens; the first one is only read, never scored.
+        scored: for each choice the index of the answer's first token in its tail, 1 or more.
     """
 
     prefix: np.ndarray
@@ -40,7 +40,7 @@ class Batch:
         picked: int64 (S,), index into the flattened (R, T): the position in front of each scored token.
         wanted: int32 (S,), the scored tokens.
         places: int64 (S, 2), question (of the task) and choice of each scored token.
-        questions: Q without the padding.
+        questions: number of questions without padding.
     """
 
     prefix: np.ndarray
@@ -57,11 +57,11 @@ class Batch:
 def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
     """Encode prompt and choice as one text for each choice.
 
-    The answer's tokens are those behind the last token that ends in the prompt, so a token that covers the end of the
-    prompt and the start of the answer is the answer's.
+    The answer's tokens are those behind the last token that ends in the prompt: a token that covers the end of the
+    prompt and the start of the answer belongs to the answer.
 
     Raises:
-        UsageError: a choice of which the tokenizer leaves nothing, or text in front of which there is no token.
+        UsageError: a choice without a token of its own, or without a token in front of it.
     """
     encoded = [tokenizer.encode(f"{question.prompt} {choice}") for choice in question.choices]
     length = len(question.prompt)
@@ -77,11 +77,11 @@ def tokenize(tokenizer: Tokenizer, question: Question) -> Tokens:
 
 
 def batches(items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
-    """All questions in batches of few shapes, the longest first, so that memory fails at once or never.
+    """Batch all questions in few shapes, the longest first, so that memory runs out at once or never.
 
     Args:
         items: the questions.
-        positions: token positions of a batch at most, padding included; a batch has one question or more.
+        positions: the most token positions of a batch, padding included; a batch has at least one question.
     """
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(items):
@@ -130,12 +130,12 @@ def _batch(items: Sequence[Tokens], group: list[int], head: tuple[int, int], bod
 
 
 def _common(rows: Sequence[np.ndarray]) -> int:
-    """How many tokens all rows start with."""
+    """Count the tokens that all rows start with."""
     shortest = min(map(len, rows))
     same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
     return shortest if same.all() else int(np.argmin(same))
 
 
 def _rounded(length: int) -> int:
-    """The next of 8, 16, 32, ...: every further shape has to be compiled, which costs more than the padding."""
+    """Round up to 8, 16, 32, ...: every further shape has to be compiled, which costs more than the padding."""
     return max(_SMALLEST, 1 << (length - 1).bit_length()) if length else _SMALLEST

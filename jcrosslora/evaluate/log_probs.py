@@ -1,4 +1,4 @@
-"""The models at work: batches in, log-probabilities of single tokens out."""
+"""Log-probabilities of the scored tokens of question batches, under a base with several adapters at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
 from jcrosslora.decoder.forward import extend_cache, positions_of
-from jcrosslora.evaluate.pairs import Batch
+from jcrosslora.evaluate.question_batches import Batch
 from jcrosslora.utils.progress import track
 
-_STATES_AT_ONCE = 512  # given to the head, those of all models counted
+_STATES_AT_ONCE = 512  # states that the head gets in one call, over all models
 _LOGITS_AT_ONCE = 128
 
 
@@ -35,34 +35,44 @@ class Models:
 
 
 @dataclass(frozen=True, eq=False)
-class _States:
-    """Hidden states (A, S, H) in front of tokens (S,), and which question and choice (S, 2) the tokens are of."""
+class TokenStates:
+    """Hidden states in front of scored tokens.
+
+    Attributes:
+        hidden: float (A, S, H).
+        wanted: int32 (S,), the tokens.
+        places: int64 (S, 2), question and choice of each token.
+    """
 
     hidden: np.ndarray
     wanted: np.ndarray
     places: np.ndarray
 
-    def part(self, start: int, stop: int) -> "_States":
-        return _States(self.hidden[:, start:stop], self.wanted[start:stop], self.places[start:stop])
+    def part(self, start: int, stop: int) -> "TokenStates":
+        """Take the tokens from `start` to `stop`."""
+        return TokenStates(self.hidden[:, start:stop], self.wanted[start:stop], self.places[start:stop])
 
-    def then(self, other: "_States") -> "_States":
+    def then(self, other: "TokenStates") -> "TokenStates":
+        """Append other tokens."""
         hidden = np.concatenate([self.hidden, other.hidden], axis=1)
-        return _States(hidden, np.concatenate([self.wanted, other.wanted]), np.concatenate([self.places, other.places]))
+        return TokenStates(
+            hidden, np.concatenate([self.wanted, other.wanted]), np.concatenate([self.places, other.places])
+        )
 
 
-def run(
+def token_log_probs(
     models: Models, parts: Iterator[Batch], questions: int, progress: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
+    """Yield places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
 
     Only the states in front of scored tokens go through the head, which costs more than the layers where the
-    vocabulary is large; they are collected over batches so that it always gets the same number.
+    vocabulary is large. They are collected over batches, so that the head is compiled for one shape.
     """
     size = max(8, _STATES_AT_ONCE // models.count)
     rest = None
     with track(questions, "score", "questions", show=progress) as bar:
         for part in parts:
-            found = _states(models, part)
+            found = token_states(models, part)
             rest = found if rest is None else rest.then(found)
             while len(rest.wanted) >= size:
                 yield _finish(models, rest.part(0, size), size)
@@ -72,13 +82,14 @@ def run(
         yield _finish(models, rest, size)
 
 
-def _states(models: Models, part: Batch) -> _States:
+def token_states(models: Models, part: Batch) -> TokenStates:
+    """Run the layers over a batch."""
     arrays = (part.prefix, part.prefix_mask, part.tails, part.tail_mask, part.owner)
     hidden = np.asarray(_tail_states(models.settings, models.params, models.adapters, models.count, *arrays))
-    return _States(hidden.reshape(models.count, -1, hidden.shape[-1])[:, part.picked], part.wanted, part.places)
+    return TokenStates(hidden.reshape(models.count, -1, hidden.shape[-1])[:, part.picked], part.wanted, part.places)
 
 
-def _finish(models: Models, states: _States, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _finish(models: Models, states: TokenStates, size: int) -> tuple[np.ndarray, np.ndarray]:
     used = len(states.wanted)
     hidden = np.pad(states.hidden, ((0, 0), (0, size - used), (0, 0)))
     wanted = np.pad(states.wanted, (0, size - used))
@@ -97,12 +108,12 @@ def _tail_states(
     tail_mask: jax.Array,
     owner: jax.Array,
 ) -> jax.Array:
-    """(A, R, T, H) hidden states of the tails, each behind the prefix of its question."""
+    """(A, R, T, H): hidden states of the tails, each behind the prefix of its question."""
     slots = prefix.shape[1] + tails.shape[1]
     lengths = jnp.sum(prefix_mask, axis=1, dtype=jnp.int32)
     queries, keys = positions_of(tails, tail_mask)
     queries, keys = queries + lengths[owner][:, None], jnp.where(tail_mask, keys + lengths[owner][:, None], keys)
-    # Both parts of a text are turned as the whole of it would be: that of the longest choice.
+    # The rotations of some bases depend on the length of a text: prefix and tails use that of the longest choice.
     whole = lengths + jnp.zeros_like(lengths).at[owner].max(jnp.sum(tail_mask, axis=1, dtype=jnp.int32))
 
     def one(adapter: StackedAdapter) -> jax.Array:
@@ -119,6 +130,6 @@ def _tail_states(
 
 @partial(jax.jit, static_argnames="settings")
 def _log_probs(settings: DecoderSettings, params: Params, states: jax.Array, wanted: jax.Array) -> jax.Array:
-    """float32 (A, S) log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
+    """float32 (A, S): log-probabilities of tokens (S,) from states (A, S, H) in front of them."""
     targets = jnp.broadcast_to(wanted, states.shape[:2])
     return target_log_probs(settings, params, states, targets, chunk=_LOGITS_AT_ONCE)
