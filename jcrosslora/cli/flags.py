@@ -77,7 +77,7 @@ def settings_of(command: Any, kind: type[C]) -> C:
 def _default(one: Field[Any], defaults: Mapping[str, Any] | None) -> Any:
     if defaults is not None and one.name in defaults:
         return defaults[one.name]
-    return one.default
+    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 def _annotated(name: str, hint: Any, text: str, choices: Collection[str], default: Any, completing: bool) -> Any:
