@@ -1,4 +1,4 @@
-"""What users get wrong, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
+"""Mistakes of users, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
 
 import errno
 import json
@@ -316,6 +316,7 @@ def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, 
     monkeypatch.setattr("jcrosslora.demo.run.fetch_models", lambda *_: pytest.fail("fetching began"))
     out = place.parent / "out"
     fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
+    fails(transfer(place, "--method", "distil"), capsys, "'distil' is unknown (did you mean 'distill'?)")
     shutil.rmtree(place / "source")  # which would be the error, had it been read
     fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")
 

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: one file a command, each of which parses, calls the library and prints."""

@@ -1,9 +1,9 @@
-"""`jcrosslora cache`: list, verify and clear what is kept, the texts that bases wrote included."""
+"""`jcrosslora cache`: list, verify and clear cache entries, including the texts that bases wrote."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from jcrosslora.cache import Cache, Entry
 from jcrosslora.cache.place import cache_root
+from jcrosslora.cli.output import print_json, say
 from jcrosslora.errors import CacheError
 
 Kind = Literal["all", "factors", "transport", "vocabulary", "depth", "texts"]
@@ -20,14 +21,20 @@ _TEXTS = "texts"
 
 @dataclass(frozen=True)
 class List:
-    """Show every entry: its kind, what it is, its size, when it was used last; and the total."""
+    """Show every entry with its kind, content, size and last use, and the total."""
+
+    json: bool = False
+    """Print the entries as JSON."""
 
     def run(self, console: Console) -> None:
         """Print the table."""
         cache = _cache()
         entries = _entries(cache, "all")
+        if self.json:
+            print_json({"folder": str(cache.root), "limit": cache.limit, "entries": list(map(_to_json, entries))})
+            return
         table = Table()
-        for name in ("kind", "what", "size", "last used"):
+        for name in ("kind", "content", "size", "last used"):
             table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
         for entry in reversed(entries):
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
@@ -35,32 +42,32 @@ class List:
         if entries:
             console.print(table)
         total, limit = _megabytes(sum(entry.size for entry in entries)), _megabytes(cache.limit)
-        _say(console, f"{cache.root}: {len(entries)} entries, {total}; without texts at most {limit}")
+        say(console, f"{cache.root}: {len(entries)} entries, {total}; without texts at most {limit}")
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare every byte with what was written; exits with 2 if an entry is damaged and stays."""
+    """Compare every byte with its digest; exit with 2 if an entry is damaged and was not removed."""
 
     remove: bool = False
-    """Remove what is damaged; it is made anew when it is needed."""
+    """Remove damaged entries; they are made again when needed."""
 
     def run(self, console: Console) -> None:
-        """Print what is damaged."""
+        """Print the damaged entries."""
         cache = _cache()
         entries = _entries(cache, "all")
         damaged = 0
         for entry in entries:
             if (reason := _verify(cache, entry)) is not None:
                 damaged += 1
-                _say(console, f"{entry.path}: {reason}")
+                say(console, f"{entry.path}: {reason}")
                 if self.remove:
                     _remove(cache, entry)
         if damaged and not self.remove:
             msg = f"{cache.root}: {damaged} of {len(entries)} entries are damaged; remove them with --remove"
             raise CacheError(msg)
         removed = f", {damaged} damaged ones were removed" if damaged else ""
-        _say(console, f"{cache.root}: {len(entries) - damaged} entries are whole{removed}")
+        say(console, f"{cache.root}: {len(entries) - damaged} entries are whole{removed}")
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,16 @@ class Clear:
     """Remove all entries, or those of one kind."""
 
     kind: Kind = "all"
-    """What to remove."""
+    """The kind of entries to remove."""
 
     def run(self, console: Console) -> None:
-        """Remove, and say how much."""
+        """Remove them, and print how much was removed."""
         cache = _cache()
         entries = _entries(cache, self.kind)
         for entry in entries:
             _remove(cache, entry)
         total = _megabytes(sum(entry.size for entry in entries))
-        _say(console, f"{cache.root}: {len(entries)} entries removed, {total}")
+        say(console, f"{cache.root}: {len(entries)} entries removed, {total}")
 
 
 Action = (
@@ -89,20 +96,20 @@ Action = (
 
 @dataclass(frozen=True)
 class CacheCommand:
-    """List, verify or clear the factors, transports and texts that are kept in the user's cache folder."""
+    """List, verify or clear the factors, transports and texts in the user's cache folder ($JCROSSLORA_CACHE)."""
 
     action: Annotated[Action, tyro.conf.arg(name="")]
-    """What to do."""
+    """The action."""
 
     def run(self, console: Console) -> None:
-        """Do it."""
+        """Run the action."""
         self.action.run(console)
 
 
 def _cache() -> Cache:
     root = cache_root()
     if root is None:
-        msg = "there is no cache: the user has no home folder; name a folder in JCROSSLORA_CACHE"
+        msg = "no cache folder: the user has no home folder; name one in the environment variable JCROSSLORA_CACHE"
         raise CacheError(msg)
     return Cache(root)
 
@@ -129,7 +136,7 @@ def _verify(cache: Cache, entry: Entry) -> str | None:
         return cache.verify(entry)
     from jcrosslora.evidence.probes.cache import find_texts
 
-    return "it is not what was written" if find_texts(entry.key) is None else None
+    return "its content differs from what was written" if find_texts(entry.key) is None else None
 
 
 def _remove(cache: Cache, entry: Entry) -> None:
@@ -147,5 +154,5 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _to_json(entry: Entry) -> dict[str, Any]:
+    return {"kind": entry.kind, "content": entry.what, "path": str(entry.path), "bytes": entry.size, "used": entry.used}

@@ -1,6 +1,5 @@
 """The command `train`: train a LoRA adapter on examples."""
 
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,8 +39,7 @@ class Train(TrainingSettings):
             raise UsageError(msg)
         settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
         base, examples = open_base(self.base), read_examples(self.data)[: self.limit]
-        progress = sys.stderr.isatty()
-        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=progress)
+        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=True)
         facts = {"task": self.data.name, "first": len(examples)}
         save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite)
         console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)

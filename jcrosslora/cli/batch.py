@@ -1,0 +1,92 @@
+"""`jcrosslora batch`: many transfers by a plan."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.cli.main import INTERRUPTED, fail
+from jcrosslora.cli.verdicts import FailOn, exit_code
+from jcrosslora.errors import BatchError, UsageError
+
+if TYPE_CHECKING:
+    from jcrosslora.batch import BatchPlan, Summary
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Make many transfers by a plan: every pair of bases is aligned once, and finished jobs are not done again."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"cluster": ("shard", "ray", "ray_cpus", "ray_gpus")}
+
+    plan: tyro.conf.Positional[Path]
+    """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
+    dry_run: bool = False
+    """Only show the jobs, finished ones included, with an estimate of time and memory."""
+    overwrite: bool = False
+    """Replace adapter folders that were made from other input."""
+    json: bool = False
+    """Print the summary as JSON instead of the table."""
+    fail_on: FailOn = "never"
+    """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are written all the same."""
+    shard: str = "1/1"
+    """i/n: do only the i-th of n parts, for n runs side by side."""
+    ray: str | None = None
+    """Let the workers of a Ray cluster do it: HOST:PORT, auto for the cluster of this machine, or local."""
+    ray_cpus: float | None = None
+    """CPUs of a worker; all of the smallest machine if not given."""
+    ray_gpus: float | None = None
+    """GPUs of a worker; all of the smallest machine that has any if not given."""
+
+    def run(self, console: Console) -> int:
+        """Run or show the plan, and print the outcome of each job."""
+        from jcrosslora.batch import print_estimates, read_plan
+
+        plan, shard = read_plan(self.plan), _shard(self.shard)
+        if self.dry_run:
+            if self.json:
+                msg = "--json and --dry-run were given; estimates are printed as a table only: leave one out"
+                raise UsageError(msg)
+            print_estimates(plan, console, shard=shard)
+            return 0
+        try:
+            summary = self._run(plan, shard)
+        except KeyboardInterrupt:
+            return fail("interrupted; finished jobs stay, and the same command goes on from there", INTERRUPTED)
+        if self.json:
+            sys.stdout.write(summary.to_json())
+        else:
+            summary.print_to(console)
+        if failed := summary.count("failed"):
+            msg = f"{failed} of {len(summary.outcomes)} jobs failed; their reasons are above and in the summary"
+            raise BatchError(msg)
+        return exit_code(self.fail_on, _levels(summary))
+
+    def _run(self, plan: "BatchPlan", shard: tuple[int, int]) -> "Summary":
+        from jcrosslora.batch import run_batch, run_on_ray
+
+        shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": True}
+        if self.ray is None:
+            return run_batch(plan, **shared)
+        return run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
+
+
+def _levels(summary: "Summary") -> Iterator[str]:
+    """Read the verdicts' levels from the reports beside the adapters, of this run and of earlier ones."""
+    for outcome in summary.outcomes.values():
+        report = Path(outcome.out) / "transfer_report.json"
+        if outcome.status in ("done", "kept") and report.is_file():
+            yield json.loads(report.read_text(encoding="utf-8"))["verdict"]["level"]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        msg = f"shard {text!r} is not of the form i/n, such as 1/4"
+        raise UsageError(msg)
+    return int(index), int(count)

@@ -1,0 +1,34 @@
+"""`jcrosslora export`: write an adapter again in another form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.cli.flags import settings_of
+from jcrosslora.cli.output import say
+from jcrosslora.export.export import ExportSettings, export_adapter
+
+
+@dataclass(frozen=True)
+class Export(ExportSettings):
+    """Write an adapter again for the base that it has: for another engine, at another rank, or several as their sum."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("keep_dora", "dtype", "base_revision")}
+
+    adapter: tyro.conf.Positional[tuple[str, ...]]
+
+    def run(self, console: Console) -> None:
+        """Export, then say what was lost."""
+        exported = export_adapter(settings_of(self, ExportSettings))
+        for sentence in exported.losses:
+            say(console, f"lost: {sentence}")
+        if exported.cut is not None:
+            say(console, f"cut: {exported.cut.sentence}")
+        if exported.magnitudes is not None:
+            say(console, f"kept: a DoRA, with the magnitudes of its {len(exported.magnitudes)} modules")
+        for sentence in exported.adapter.info.ignored:
+            say(console, f"not written: {sentence}")
+        say(console, f"written: {self.out}")

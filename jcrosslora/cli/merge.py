@@ -1,0 +1,29 @@
+"""`jcrosslora merge`: a base with an adapter in its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.cli.flags import settings_of
+from jcrosslora.cli.output import say
+from jcrosslora.export.merge import MergeSettings, merge
+
+
+@dataclass(frozen=True)
+class Merge(MergeSettings):
+    """Merge an adapter into its base: a checkpoint of its own, for engines that take no adapters."""
+
+    GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("dtype", "base_revision", "adapter_revision")}
+
+    base: tyro.conf.Positional[str]
+    adapter: tyro.conf.Positional[str]
+
+    def run(self, console: Console) -> None:
+        """Merge, then say what the checkpoint lacks."""
+        merged = merge(settings_of(self, MergeSettings), progress=True)
+        for sentence in merged.notes:
+            say(console, sentence)
+        say(console, f"written: {merged.folder} ({merged.modules} modules changed)")

@@ -1,0 +1,123 @@
+"""`jcrosslora transfer`: move one adapter from file to file."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from rich.console import Console
+
+from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.transfer_flags import flag_docs, method_flags, setting_flags
+from jcrosslora.cli.verdicts import FailOn, exit_code
+from jcrosslora.methods import AUTO, METHODS, find_method
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
+from jcrosslora.session.settings_file import check_settings, read_toml
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Move an adapter to another base model."""
+
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "method": ("calibrate", "depth", "probe_text", "probe_count"),
+        "output": ("json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
+        "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
+        "hub": ("adapter_revision", "source_revision", "target_revision"),
+        "cluster": ("coordinator", "processes", "process"),
+    }
+    DOCS: ClassVar[Mapping[str, str]] = {}
+    METHOD_FLAGS: ClassVar[tuple[str, ...]] = ()
+
+    recipe: Path | None = None
+    """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
+    json: bool = False
+    """Print the whole report as JSON instead of the table."""
+    table: Literal["role", "full", "module", "none"] = "role"
+    """role: a row for each role, the main figures. full: every figure. module: every figure, a row for each module."""
+    fail_on: FailOn = "never"
+    """no-effect: exit with code 3 if the verdict expects no effect, or harm; the adapter is written all the same."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for several processes that make one transfer together; auto where the cluster tells."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this process, from 0; process 0 writes."""
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """Give the names that `--method` accepts, for help and completion."""
+        return {"method": (AUTO, *METHODS)}
+
+    @classmethod
+    def defaults(cls, arguments: Sequence[str]) -> dict[str, Any]:
+        """Read the settings of the recipe that the arguments name."""
+        path = _value_of("--recipe", arguments)
+        if path is None:
+            return {}
+        settings = read_toml(Path(path), "recipe", 'method = "cross-lora"')
+        check_settings(settings, f"recipe {path}")
+        return settings
+
+    def run(self, console: Console) -> int:
+        """Transfer, then print the table and the verdict."""
+        from jcrosslora.distributed.join import join
+
+        join(self.coordinator, self.processes, self.process)
+        from jcrosslora.distributed import hosts
+        from jcrosslora.report.documents import published
+        from jcrosslora.report.table import print_report
+        from jcrosslora.report.verdict import verdict
+        from jcrosslora.session.files import transfer_files
+
+        settings = self.settings()
+        report = transfer_files(settings, progress=hosts.is_first()).report
+        if not hosts.is_first():
+            return 0
+        found = verdict(report)
+        if self.json:
+            print_json({"out": settings.out, "verdict": vars(found), **published(report)})
+        else:
+            if self.table != "none":
+                print_report(report, console, table=self.table)
+            say(console, f"written: {settings.out}")
+        return exit_code(self.fail_on, [found.level])
+
+    def settings(self) -> TransferSettings:
+        """Return the settings among the flags; hyper-parameters that were not given are left to the method."""
+        given = {name: getattr(self, name) for name in OWN_FIELDS}
+        chosen = {name: getattr(self, name) for name in self.METHOD_FLAGS}
+        return TransferSettings.of(**given, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def transfer_command(arguments: Sequence[str]) -> type:
+    """Make the dataclass of the flags: settings of a transfer, and hyper-parameters of all methods.
+
+    Args:
+        arguments: a method of the user's own that they or their recipe name is registered first.
+    """
+    named = _value_of("--method", arguments) or _Transfer.defaults(arguments).get("method", AUTO)
+    if ":" in named:
+        find_method(named)
+    flags = method_flags()
+    names = tuple(name for name, _, _ in flags)
+    groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *names)}
+    return dataclasses.make_dataclass(
+        "Transfer",
+        [*setting_flags(), *flags],
+        bases=(_Transfer,),
+        namespace={"GROUPS": groups, "DOCS": flag_docs(), "METHOD_FLAGS": names, "__doc__": _Transfer.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """Return the value of a flag before the arguments are parsed; None where it is not given."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
