@@ -1,4 +1,4 @@
-"""Write a transfer method of your own.
+r"""Write a transfer method of your own.
 
 A method is a frozen dataclass. Its fields are its hyper-parameters: the flags of the command line, the keys of recipes
 and of batch plans, and the keys of the cache follow from them. `maps` is the maths for one pair of modules, unbatched;

@@ -37,6 +37,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evidence.probes.text_files import save_texts
+from jcrosslora.session.files import transfer_files
 from jcrosslora.training import TrainingSettings, read_examples, save_trained, train_lora
 
 # Seed of the further training, apart from those of adapters, so that no adapter starts from the same factors.

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         if not completions:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"
             raise jcl.MethodError(msg)
-        figures = judge_templates(generator, completions, settings.tokens)
+        figures = judge_templates(generator, completions, settings.answer_tokens)
         known, columns = known_templates(*figures), (*figures, behind_best(*figures))
         headers = "template", "change, nats", "base NLL, nats", "less than best", "taken"
         table = Table(*headers, title=ref, title_justify="left")

@@ -46,7 +46,7 @@ from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTempla
 from jcrosslora.session.files import transfer_files
 
 SMALL = DistillSettings(
-    steps=2, rank=4, completions=48, tokens=6, vocabulary=400, teacher_weight=0.0, contrast_weight=1.0
+    steps=2, step_rank=4, completions=48, answer_tokens=6, compared_tokens=400, teacher_weight=0.0, contrast_weight=1.0
 )
 
 
@@ -246,7 +246,7 @@ def test_later_steps_use_the_gradient_that_the_rank_left_over(pair, monkeypatch)
         return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], held_out
 
     monkeypatch.setattr(run_module, "_make_parts", silent)
-    small = dataclasses.replace(SMALL, rank=1)
+    small = dataclasses.replace(SMALL, step_rank=1)
     found = distill(source, target, adapter, prompts=CORPUS, settings=small).divergences
     assert found[2] < found[1] < found[0]
 
@@ -404,7 +404,7 @@ def test_a_fit_continues_from_a_given_start(pair):
 @pytest.mark.slow
 def test_no_update_has_more_rank_than_its_module(pair):
     source, target, adapter = pair
-    wide = dataclasses.replace(SMALL, rank=500)
+    wide = dataclasses.replace(SMALL, step_rank=500)
     found = distill(source, target, adapter, prompts=CORPUS, settings=wide)
     assert found.divergences[-1] < found.divergences[0]
     for name, factors in found.adapter.modules.items():
@@ -425,7 +425,7 @@ def test_an_adapter_of_zeros_gives_an_update_without_effect(pair):
     [
         {"steps": 0},
         {"held_out": 1.0},
-        {"rank": 0},
+        {"step_rank": 0},
         {"teacher_weight": 1.5},
         {"contrast_weight": float("nan")},
         {"completions": 15},
@@ -472,7 +472,7 @@ def test_long_prompts_keep_their_end(pair):
     tokenizer = load_tokenizer(source)
     generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
     long, short = "Anna said " * 60 + "Where?", "Water boils at"
-    found = answer_given(generator, [long, short], DistillSettings(completions=96, tokens=4), 0).items
+    found = answer_given(generator, [long, short], DistillSettings(completions=96, answer_tokens=4), 0).items
     prompts = {item.prompt for item in found}
     assert short in prompts
     (cut,) = prompts - {short}
@@ -534,7 +534,7 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
 
     def compare(generator, completions, tokens):
         found = [item.template for item in completions]
-        assert tokens == DistillSettings().tokens
+        assert tokens == DistillSettings().answer_tokens
         counted.append(len(found))
         assert set(found) == set(TEMPLATES)
         change = np.array([4.0 if template in large else 1.0 for template in found])

@@ -10,6 +10,7 @@ from recording import recorded
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
+from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm

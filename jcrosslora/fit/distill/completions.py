@@ -75,7 +75,7 @@ def write_completions(
     """
     with _bar(2 * (PILOT * len(TEMPLATES) + settings.completions), progress) as bar:
         pilot = write_pilot(generator, settings, seed, bar=bar)
-        known = known_templates(*judge_templates(generator, pilot, settings.tokens))
+        known = known_templates(*judge_templates(generator, pilot, settings.answer_tokens))
         found = [item for item in pilot if item.template in known]
         missing = max(0, settings.completions - len(found)) if known else 0
         bar.total = bar.done + 2 * missing
@@ -132,7 +132,7 @@ def _answer(
     """Add answers to prompts; leave out prompts that get none."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
     texts = [item.prompt for item in prompts]
-    written = generator.continue_texts(texts, settings.tokens, settings.temperature, key, bar=bar)
+    written = generator.continue_texts(texts, settings.answer_tokens, settings.answer_temperature, key, bar=bar)
     return [Completion(item.prompt, text, item.template) for item, text in zip(prompts, written, strict=True) if text]
 
 

@@ -71,7 +71,7 @@ def fit(
                 totals = add_batch(target.settings, totals, target.params, adapter, taught, key, remat=remat)
                 jax.block_until_ready(totals)
                 bar.update()
-            steps, behind = solve(totals, settings.rank, number + 1)
+            steps, behind = solve(totals, settings.step_rank, number + 1)
             left = len(parts) - number
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             totals = behind if length else totals
@@ -137,7 +137,7 @@ def _with_room(params: Params, start: StackedAdapter | None, settings: DistillSe
     for role in dict.fromkeys([*begun, *settings.roles]):
         layers, rows, columns = params.weights[role].shape
         first = begun[role].a.shape[1] if role in begun else 0
-        size = first + (min(settings.rank, rows, columns) * steps if role in settings.roles else 0)
+        size = first + (min(settings.step_rank, rows, columns) * steps if role in settings.roles else 0)
         a, b = jnp.zeros((layers, size, columns)), jnp.zeros((layers, rows, size))
         if role in begun:
             a, b = a.at[:, :first].set(begun[role].a), b.at[:, :, :first].set(begun[role].b)

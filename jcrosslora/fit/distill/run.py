@@ -98,7 +98,7 @@ def distill(
         completions = write_completions(generator, settings, seed, progress=progress)
     parts, held_out = _make_parts(completions.items, tokenizers, settings, seed)
     batches = [batch for part in (*parts, held_out) for batch in part]
-    ids = shared_tokens(source, target, batches, settings.vocabulary)
+    ids = shared_tokens(source, target, batches, settings.compared_tokens)
     src = ReducedBase.of(generator.settings, generator.params, used_tokens(batches, 0), ids[0])
     del generator
     tgt = ReducedBase.of(settings_of(target), load_params(target, fast_dtype()), used_tokens(batches, 1), ids[1])

@@ -22,7 +22,7 @@ class DistillSettings:
     """Prompts with answers in all, 16 or more, those held out included."""
     steps: int | None = None
     """Steps of the fit, each on completions of its own; None makes one for each hundred completions, but at least 3."""
-    rank: int = 32
+    step_rank: int = 32
     """Rank of each step, at most the short side of a module; the ranks of all steps add up."""
     roles: tuple[str, ...] = VALUES
     """The modules that are fitted."""
@@ -34,11 +34,11 @@ class DistillSettings:
     """Weight of predictions inside a prompt; those inside an answer have 1."""
     held_out: float = 0.15
     """Share of the completions that no step is fitted on; they decide how long each step is."""
-    tokens: int = 12
+    answer_tokens: int = 12
     """The most tokens of an answer."""
-    temperature: float = 1.0
+    answer_temperature: float = 1.0
     """Temperature at which answers are sampled."""
-    vocabulary: int = 6000
+    compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
     @property
@@ -54,7 +54,13 @@ class DistillSettings:
         Raises:
             UsageError: a setting is out of range.
         """
-        least = {"step_count": 1, "rank": 1, "completions": FEWEST_COMPLETIONS, "tokens": 1, "vocabulary": 1}
+        least = {
+            "step_count": 1,
+            "step_rank": 1,
+            "completions": FEWEST_COMPLETIONS,
+            "answer_tokens": 1,
+            "compared_tokens": 1,
+        }
         rules = {name: (getattr(self, name) >= fewest, f"{fewest} or more") for name, fewest in least.items()}
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
