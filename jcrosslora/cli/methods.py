@@ -21,6 +21,6 @@ class Methods:
 
         if self.json:
             keys = ("name", "summary", "needs", "reference")
-            print_json([{key: getattr(method, key) for key in keys} for method in METHODS.values()])
+            print_json([{key: getattr(method(), key) for key in keys} for method in METHODS.values()])
         else:
             print_methods(console)
