@@ -67,7 +67,7 @@ def print_methods(console: Console) -> None:
     """The registry as a table."""
     table = Table("method", "what it does", "needs", "reference")
     for method in METHODS.values():
-        table.add_row(method.name, method.summary, method.needs, method.reference)
+        table.add_row(method.name, method.summary, method().needs, method.reference)
     console.print(table, highlight=False, markup=False)
 
 
