@@ -21,6 +21,7 @@ from jcrosslora.evaluate import effect_check
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 from jcrosslora.evidence.probes import match_positions
+from jcrosslora.methods import Random
 from jcrosslora.report.documents import card_text, report_json
 from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
@@ -258,5 +259,5 @@ def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
 
 def test_a_random_control_keeps_its_verdict(pair, report):
     recipe = dataclasses.replace(report.recipe, method="random")
-    full = dataclasses.replace(report, recipe=recipe, effect=made(0.01, 0))
+    full = dataclasses.replace(report, method=Random(), recipe=recipe, effect=made(0.01, 0))
     assert jcl.verdict(full).level == "control"

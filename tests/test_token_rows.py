@@ -65,13 +65,19 @@ def write_tokenizer(folder: Path, places: np.ndarray, extra: range) -> None:
     """Words and special tokens under the ids that they have, and new words."""
     vocab = {f"w{token}": int(place) for token, place in enumerate(places[:WORDS]) if place >= 0}
     vocab |= {f"new{place}": int(place) for place in extra}
+    spaces = {"add_prefix_space": False, "trim_offsets": True}
     special = [(f"<s{token}>", int(places[token])) for token in range(WORDS, WORDS + SPECIAL) if places[token] >= 0]
     (folder / "tokenizer.json").write_text(
         json.dumps(
             {
-                "added_tokens": [{"id": place, "content": name, "special": True} for name, place in special],
-                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-                "decoder": {"type": "ByteLevel"},
+                "version": "1.0",
+                "added_tokens": [
+                    {"id": place, "content": name, "special": True}
+                    | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+                    for name, place in special
+                ],
+                "pre_tokenizer": {"type": "ByteLevel", "use_regex": True} | spaces,
+                "decoder": {"type": "ByteLevel"} | spaces,
                 "model": {"type": "BPE", "vocab": vocab, "merges": []},
             }
         )

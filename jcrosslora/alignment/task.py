@@ -75,6 +75,7 @@ class AlignmentTask:
         """What the evidence providers are asked for."""
         return EvidenceRequest(
             pair=self.pair,
+            method=self.method.name,
             kinds=frozenset(self.method.requires),
             modules=self.modules,
             layers=self.pairing.layers,

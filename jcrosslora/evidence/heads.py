@@ -35,7 +35,7 @@ class EmbeddingMapProvider:
         """
         count, reason = request.pair.shared_tokens
         if not count:
-            msg = f"the method needs tokens that both bases have: {reason}; use another method"
+            msg = f"method {request.method} needs tokens that both bases have: {reason}; use another method"
             raise MethodError(msg)
 
     def cache_key(self, request: EvidenceRequest) -> Any:

@@ -22,6 +22,7 @@ class EvidenceRequest:
 
     Attributes:
         pair: the two bases.
+        method: name of the method that asks, for errors.
         kinds: what is asked for.
         modules: the pairs of modules.
         layers: for each target layer the source layer that feeds it, or None.
@@ -33,6 +34,7 @@ class EvidenceRequest:
     """
 
     pair: BasePair
+    method: str
     kinds: frozenset[EvidenceKind]
     modules: tuple[Pair, ...]
     layers: tuple[int | None, ...]

@@ -100,7 +100,7 @@ class PairSession:
         return make_chosen(choice.method, method), choice
 
     def start(
-        self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "portable"
+        self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
     ) -> Move:
         """Check an adapter against everything that could refuse it later on.
 
@@ -108,7 +108,7 @@ class PairSession:
             adapter: of the source, read with it.
             method: as the user gave it.
             options: of the transfer.
-            profile: the file format that the result is meant for.
+            profile: the file format that the result is meant for; the default holds everything.
 
         Raises:
             AdapterError: the adapter does not fit the source base.
@@ -267,7 +267,7 @@ class PairSession:
         options: TransferOptions,
         *,
         probes: Probes | None = None,
-        profile: Profile = "portable",
+        profile: Profile = "peft",
     ) -> TransferResult:
         """Move one adapter.
 
@@ -276,7 +276,7 @@ class PairSession:
             method: as the user gave it.
             options: of the transfer.
             probes: the user's text, or None.
-            profile: the file format that the result is meant for.
+            profile: the file format that the result is meant for; the default holds everything.
         """
         move = self.start(adapter, method, options, profile)
         task = self.plan(move.method, options, move.shifter.adapter.modules.keys())

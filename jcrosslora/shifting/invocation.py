@@ -13,7 +13,7 @@ def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> A
     """The adapter with its invocation in the tokens of the target, so that it can be moved there.
 
     Args:
-        adapter: of the source; one that always acts is returned as it is.
+        adapter: of the source; one that always acts, or that has its invocation for the target, is returned as it is.
         source: the base whose tokens `adapter.info.invocation` are.
         target: the base that it is to be moved to.
 
@@ -25,7 +25,7 @@ def with_invocation(adapter: Adapter, source: BaseModel, target: BaseModel) -> A
         CheckpointError: a base without a tokenizer that can be read.
     """
     tokens = adapter.info.invocation
-    if tokens is None:
+    if tokens is None or adapter.info.invocation_target is not None:
         return adapter
     found = translated(tokens, load_tokenizer(source), load_tokenizer(target), adapter.info.name)
     return dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation_target=found))
