@@ -431,7 +431,8 @@ def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bas
     moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")
     said = "where the bases were run, it was without the changes of the embedding and the output head"
     assert said in moved.report.warnings
-    (tmp_path / "task.jsonl").write_text('{"question": "w1", "choices": ["w2", "w3"], "answer": 0}\n')
+    question, *choices = (f"<s{WORDS + place}>" for place in range(3))
+    (tmp_path / "task.jsonl").write_text(json.dumps({"question": question, "choices": choices, "answer": 0}))
     base, adapter = str(bases / "tied" / "source"), str(tmp_path / "adapter")
     main(["evaluate", "--base", base, "--task", str(tmp_path / "task.jsonl"), "--adapter", adapter])
     assert "not scored: " in capsys.readouterr().out
