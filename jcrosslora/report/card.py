@@ -28,6 +28,7 @@ def model_card(
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
     added: str | None = None,
+    ranks: str | None = None,
     cut: str | None = None,
 ) -> str:
     """The text of the card, with the front matter that the hub reads.
@@ -50,20 +51,25 @@ def model_card(
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
         added: what goes with the update that the maps do not make, if anything does.
-        cut: to which ranks the updates were cut, and what that left, if they were.
+        ranks: what the ranks became, if that is worth saying.
+        cut: to which ranks the updates were truncated, and what that left, if they were.
     """
     sections = [
         _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
-        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
-        f"without data of its task, by the method {_code(method)}{f', chosen because {_plain(choice)}' if choice else ''}.",
+        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, without "
+        f"the data that it was trained on, by the method {_code(method)}"
+        f"{f', chosen because {_plain(choice)}' if choice else ''}.",
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
-        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\nThe same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
+        f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
+        "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
-        f"## Rank\n\nThe update was cut to {_plain(cut)}." if cut else "",
+        "## Rank\n\n" + " ".join(_sentences(ranks, cut and f"the update was truncated to {cut}"))
+        if ranks or cut
+        else "",
         "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
@@ -124,6 +130,10 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _listed(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {_plain(sentence)}" for sentence in sentences)
+
+
+def _sentences(*texts: str | None) -> list[str]:
+    return [f"{plain[:1].upper()}{plain[1:]}." for plain in map(_plain, filter(None, texts))]
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
@@ -44,6 +44,8 @@ class TransferReport:
         added: what was added to the moved update, one sentence without a full stop; None where nothing was.
         wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
         truncation: what the truncation to `out_rank` left; None where none was asked for.
+        rank_before: the highest rank of the source adapter.
+        ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
     """
 
@@ -67,6 +69,8 @@ class TransferReport:
     added: str | None = None
     wrote_prompts: bool = False
     truncation: Truncation | None = None
+    rank_before: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[TokenRow, ...] = ()
 
     @property
@@ -78,6 +82,21 @@ class TransferReport:
     def left_behind(self) -> float:
         """Return the share of the source update's energy in modules that feed nothing."""
         return sum(item.share for item in self.unmapped_sources)
+
+    @property
+    def rank_sentence(self) -> str:
+        """What the ranks became, in a sentence without a full stop."""
+        by_rank: dict[int, list[str]] = {}
+        for name, rank in self.ranks.items():
+            roles = by_rank.setdefault(rank, [])
+            roles += [role] if (role := name.rpartition(".")[2]) not in roles else []
+        parts = [f"{rank} in {', '.join(roles)}" for rank, roles in sorted(by_rank.items(), reverse=True)]
+        sentence = f"the moved update has rank {'; '.join(parts)}, where the adapter had {self.rank_before}"
+        updated = {role for roles in by_rank.values() for role in roles}
+        left = [role for role, _ in self.by_role() if role not in updated]
+        if self.fitted and left:
+            sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
+        return sentence
 
     def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""

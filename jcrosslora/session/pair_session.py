@@ -233,6 +233,8 @@ class PairSession:
             added=update.added,
             wrote_prompts=update.wrote_prompts,
             truncation=truncation,
+            rank_before=max(factors.rank for factors in shifted.original.modules.values()),
+            ranks={name: factors.rank for name, factors in moved.modules.items()},
             tokens=shifted.tokens,
         )
         return TransferResult(moved, report, update.texts or tuple(probes), frozen)
