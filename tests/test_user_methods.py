@@ -76,7 +76,7 @@ def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
     places = [folder / "adapter", "--source", folder / "source", "--target", folder / "target"]
     own = ["--method", "user_methods:HalfCopy", "--share", "0.25"]
     main(["transfer", *map(str, places), *own, "--out", str(tmp_path / "one")])
-    assert "half-copy" in capsys.readouterr().out
+    assert "user_methods:HalfCopy, share 0.25" in capsys.readouterr().out
     assert_share(jcl.load_adapter(tmp_path / "one").modules, copied, 0.25)
     recipe = json.loads((tmp_path / "one" / "transfer_report.json").read_text())["recipe_toml"]
     assert tomllib.loads(recipe)["share"] == 0.25
