@@ -127,3 +127,13 @@ def test_an_error_takes_its_work_off_the_display(display, clock):
         raise RuntimeError
     with display.track(1, "second"):
         assert display.line(clock.now).startswith("second")
+
+
+def test_a_step_begins_when_work_of_its_name_reports_itself(display, clock):
+    with display.steps({"align": 20, "write completions": 100, "measure the effect": 10}):
+        with display.track(300, "write completions", "texts"):
+            assert display.line(clock.now) == "step 2 of 3: write completions, 0 of 300 texts, about 2 min left"
+        display.begin("measure the effect")
+        display.begin("align")  # is over
+        with display.track(12, "write", "texts"):
+            assert display.line(clock.now) == "step 3 of 3: measure the effect, write, 0 of 12 texts, about 0 s left"
