@@ -31,7 +31,7 @@ def write_texts(
     """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
     Texts with fewer than 8 tokens after the word (fewer than `length`, if that is smaller), texts that repeat a single
-    token, and duplicates are dropped and replaced; at most 4 times `count` texts are tried, rounded to whole batches.
+    token, and duplicates are dropped and replaced. At most 4 times `count` texts are tried, in whole batches.
 
     Args:
         base: the model; it needs a tokenizer.
