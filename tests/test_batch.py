@@ -29,7 +29,7 @@ from jcrosslora.batch import print_estimates, read_plan, run_batch
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli.main import main
-from jcrosslora.errors import UsageError
+from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import CrossLoRA
 from jcrosslora.session.files import transfer_files
 
@@ -118,11 +118,6 @@ def test_what_a_plan_means(house, tmp_path):
         ("adapters/*", "nothing/*", "no adapter matches nothing"),
         ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "adapters, names the base 'smal'; the plan has small, wide"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
-        (
-            'methods = ["cross-lora"]',
-            'methods = ["cross-lore"]',
-            "move 2: method 'cross-lore' is unknown",
-        ),
         ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
         ('from = "small"', "from = 3", "from is 3; it must be text"),
@@ -160,11 +155,14 @@ def test_a_pattern_takes_hidden_folders_only_where_it_names_them(house, tmp_path
 
 
 def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
-    text = PLAN.replace('label = "r8"\n', "").replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
+    text = PLAN.replace('svd_rank = 8\nlabel = "r8"\n', "")
+    text = text.replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
     with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):
         plan_in(house, tmp_path, text)
     with pytest.raises(UsageError, match="cannot be read"):
         read_plan(tmp_path / "none.toml")
+    with pytest.raises(MethodError, match="move 2: method 'cross-lore' is unknown"):
+        plan_in(house, tmp_path, PLAN.replace("cross-lora", "cross-lore"))
 
 
 def test_two_adapters_of_one_name_need_another(house, tmp_path):

@@ -87,7 +87,7 @@ def arrays_of(transport):
 
 
 def assert_same(one, two):
-    assert one.recipe == two.recipe
+    assert vars(one.recipe) == vars(two.recipe)
     assert [group.pairs for group in one.groups] == [group.pairs for group in two.groups]
     for x, y in zip(arrays_of(one), arrays_of(two), strict=True):
         np.testing.assert_array_equal(x, y)

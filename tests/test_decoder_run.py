@@ -1,4 +1,4 @@
-"""Adapters, captures, log-probabilities and sampling of the decoder; needs no torch."""
+"""Test adapters, captures, log-probabilities and sampling of the decoder without torch."""
 
 import json
 from functools import partial
@@ -31,7 +31,7 @@ from jcrosslora.decoder import (
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.generate import extend, prefill, step
-from jcrosslora.decoder.ops import project
+from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -49,7 +49,7 @@ def hidden(settings, params, tokens, adapter=None):
     return forward(settings, params, tokens, adapter=adapter).hidden
 
 
-def test_adapters_side_by_side_give_what_each_gives_alone(model):
+def test_vmap_over_adapters_matches_each_adapter_alone(model):
     base, settings, params = model
     first = random_adapter(base, rank=2, seed=1, scale=0.05)
     second = random_adapter(base, rank=5, seed=2, scale=0.05, roles=("q_proj", "down_proj"))
@@ -59,7 +59,7 @@ def test_adapters_side_by_side_give_what_each_gives_alone(model):
     assert not np.allclose(both[0], both[1], atol=1e-2)
 
 
-def test_stacking_keeps_the_update_of_every_module(model):
+def test_stacking_and_unstacking_keep_every_update(model):
     base, _, _ = model
     whole = random_adapter(base, rank=3, scale=0.5)
     kept = {name: factors for name, factors in whole.modules.items() if "layers.1." in name and "k_proj" not in name}
@@ -72,7 +72,7 @@ def test_stacking_keeps_the_update_of_every_module(model):
         np.testing.assert_allclose(delta(back[name]), delta(factors), rtol=1e-5, atol=1e-6)
 
 
-def test_updates_of_fused_matrices_are_taken_apart(model, tmp_path):
+def test_updates_of_fused_modules_are_split(model, tmp_path):
     # The same weights as phi3 holds them, and the adapter as peft would have trained it there.
     folder = write_llama(tmp_path / "phi3")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "phi3", "pad_token_id": 0}
@@ -102,7 +102,7 @@ def test_updates_of_fused_matrices_are_taken_apart(model, tmp_path):
         ("model.layers.0.self_attn.q_proj", (2, 47), "[48, 48]"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(model, name, shape, named):
+def test_adapter_that_does_not_fit_the_base_is_refused(model, name, shape, named):
     factors = LoRAFactors(np.zeros(shape, np.float32), np.zeros((48, 2), np.float32))
     with pytest.raises(AdapterError) as caught:
         stack_adapter(Adapter(modules={name: factors}), model[0])
@@ -112,7 +112,7 @@ def test_an_adapter_that_does_not_fit_is_refused(model, name, shape, named):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_the_gradient_of_a_loss_is_its_slope(model, remat):
+def test_gradient_of_a_loss_matches_finite_differences(model, remat):
     base, settings, params = model
     adapter = stack_adapter(random_adapter(base, rank=2, scale=0.02), base)
     direction = stack_adapter(random_adapter(base, rank=2, seed=3, scale=1.0), base)
@@ -130,7 +130,7 @@ def test_the_gradient_of_a_loss_is_its_slope(model, remat):
     assert abs(gradient) > 1e-2
 
 
-def test_log_probs_do_not_depend_on_the_chunk(model):
+def test_log_probs_do_not_depend_on_the_chunk_size(model):
     _, settings, params = model
     states = hidden(settings, params, TOKENS)
     wanted = jax.nn.log_softmax(logits(settings, params, states), axis=-1)
@@ -140,7 +140,7 @@ def test_log_probs_do_not_depend_on_the_chunk(model):
         np.testing.assert_allclose(found, wanted, **CLOSE)
 
 
-def test_reduce_sees_each_layer_and_keeps_only_its_result(model):
+def test_reduce_gets_each_layer_and_keeps_only_its_result(model):
     _, settings, params = model
     sites = tuple(dict.fromkeys(INPUT_SITES.values()))
 
@@ -157,7 +157,7 @@ def test_reduce_sees_each_layer_and_keeps_only_its_result(model):
         np.testing.assert_allclose(found[site], rows.swapaxes(1, 2) @ rows, rtol=1e-4, atol=1e-3)
 
 
-def test_captured_outputs_are_the_modules_applied_to_their_inputs(model):
+def test_captured_outputs_match_modules_applied_to_captured_inputs(model):
     base, settings, params = model
     adapter = random_adapter(base, rank=2, scale=0.05)
     output = forward(
@@ -170,7 +170,7 @@ def test_captured_outputs_are_the_modules_applied_to_their_inputs(model):
         np.testing.assert_allclose(output.captured["outputs"][role][1], read @ weight.T, atol=1e-4, rtol=1e-4)
 
 
-def test_unknown_captures_are_refused_and_one_sequence_is_a_batch_of_one(model):
+def test_unknown_capture_is_refused_and_one_sequence_is_a_batch_of_one(model):
     _, settings, params = model
     with pytest.raises(UsageError, match="gradients"):
         forward(settings, params, TOKENS, capture=frozenset({"gradients"}))
@@ -180,7 +180,7 @@ def test_unknown_captures_are_refused_and_one_sequence_is_a_batch_of_one(model):
 
 
 def greedy(settings, params, prompt, length, adapter):
-    """Token by token with the whole sequence every time; what is behind the last token cannot matter."""
+    """Decode token by token, with a pass over the whole sequence each time; later tokens have no influence."""
     text = np.zeros((1, len(prompt) + length), np.int32)
     text[0, : len(prompt)] = prompt
     for place in range(len(prompt), text.shape[1]):
@@ -190,9 +190,9 @@ def greedy(settings, params, prompt, length, adapter):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_sampling_of_padded_prompts_is_greedy_decoding(model, side):
+def test_sampling_at_temperature_0_matches_greedy_decoding_of_unpadded_prompts(model, side):
     base, settings, params = model
-    # A strong adapter: otherwise a tied random model only repeats its last token, wherever it stands.
+    # A strong adapter, because a tied random model only repeats its last token.
     adapter = stack_adapter(random_adapter(base, rank=4, scale=1.0), base)
     prompts = [TOKENS[0, :5], TOKENS[1, :2]]
     padded, mask = np.zeros((2, 5), np.int32), np.zeros((2, 5), bool)
@@ -207,7 +207,7 @@ def test_greedy_sampling_of_padded_prompts_is_greedy_decoding(model, side):
         assert tokens[row].tolist() == greedy(settings, params, prompt, 12, adapter)
 
 
-def test_sampling_stops_behind_a_stop_token_and_repeats_with_its_key(model):
+def test_sampling_stops_after_a_stop_token_and_repeats_with_its_key(model):
     _, settings, params = model
     prompts, mask = TOKENS[:, :3], np.ones((2, 3), bool)
 
@@ -230,7 +230,7 @@ def test_sampling_stops_behind_a_stop_token_and_repeats_with_its_key(model):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_steps_keep_their_dtypes_in_bfloat16(model, packed):
+def test_step_keeps_the_dtypes_of_the_cache_in_bfloat16(model, packed):
     base, settings, _ = model
     params = load_params(base, jnp.bfloat16, packed=packed)
     assert params.stream_dtype == (jnp.float32 if packed else jnp.bfloat16)
@@ -242,8 +242,8 @@ def test_steps_keep_their_dtypes_in_bfloat16(model, packed):
     assert jax.tree.map(lambda leaf: leaf.dtype, grown) == jax.tree.map(lambda leaf: leaf.dtype, cache)
 
 
-def test_the_gradient_of_factors_is_that_of_their_product(model):
-    """Against JAX's own rule for the same product, alone and side by side."""
+def test_gradient_of_factors_matches_jax(model):
+    """Compare with JAX's own rule for the same product, with and without vmap."""
     rng = np.random.default_rng(3)
     x, gradient = (jnp.asarray(rng.normal(size=(2, 5, width)), jnp.float32) for width in (7, 6))
     a, b = jnp.asarray(rng.normal(size=(4, 3, 7)), jnp.float32), jnp.asarray(rng.normal(size=(4, 6, 3)), jnp.float32)
@@ -261,13 +261,13 @@ def test_the_gradient_of_factors_is_that_of_their_product(model):
             np.testing.assert_allclose(near, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
+def test_linear_in_bfloat16_has_the_derivatives_of_the_rounded_factors():
     rng = np.random.default_rng(4)
     x, weight, gradient = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 7), (6, 7), (2, 5, 6)))
     half = jnp.asarray(weight, jnp.bfloat16)
-    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(gradient, project(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
+    by_x, by_weight = jax.grad(lambda x, w: jnp.vdot(gradient, linear(x, w)), argnums=(0, 1))(jnp.asarray(x), half)
     rounded = [np.asarray(jnp.asarray(one, jnp.bfloat16), np.float64) for one in (x, weight, gradient)]
-    np.testing.assert_allclose(project(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
+    np.testing.assert_allclose(linear(jnp.asarray(x), half), rounded[0] @ rounded[1].T, **CLOSE)
     np.testing.assert_allclose(by_x, rounded[2] @ rounded[1], **CLOSE)
     assert by_weight.dtype == jnp.bfloat16
     wanted = np.einsum("bto,bti->oi", rounded[2], rounded[0])
@@ -285,7 +285,7 @@ def test_a_product_with_bfloat16_has_the_derivatives_of_its_rounded_sides():
         ("tpu", None, jnp.bfloat16),
     ],
 )
-def test_the_fast_dtype_is_float32_on_a_cpu_that_cannot_multiply_bfloat16(monkeypatch, backend, flags, wanted):
+def test_fast_dtype_is_float32_on_a_cpu_without_bfloat16_products(monkeypatch, backend, flags, wanted):
     def read(path, **_):
         if flags is None:
             raise FileNotFoundError(path)
@@ -296,20 +296,20 @@ def test_the_fast_dtype_is_float32_on_a_cpu_that_cannot_multiply_bfloat16(monkey
     assert fast_dtype.__wrapped__() == wanted
 
 
-def test_other_dtypes_are_refused(model):
+def test_unsupported_dtype_is_refused(model):
     with pytest.raises(UsageError, match="float16"):
         load_params(model[0], jnp.float16)
 
 
 @pytest.mark.parametrize("vocab", [5, 512, 1300])
-def test_draws_follow_the_softmax(vocab):
+def test_draws_follow_the_softmax_distribution(vocab):
     scores = 3 * np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
     scores[:2] = -np.inf
     wanted = np.asarray(jax.nn.softmax(scores / 1.5), np.float64)
     rows = jnp.broadcast_to(jnp.asarray(scores), (20_000, vocab))
     counts = np.bincount(draw(jax.random.key(0), rows, jnp.float32(1.5)), minlength=vocab)
     assert counts[:2].sum() == 0
-    # Pearson's statistic has mean and half the variance of its degrees of freedom: four deviations.
+    # Pearson's statistic has a mean of its degrees of freedom and a variance of twice that: four deviations.
     likely = wanted * 20_000 >= 5
     statistic = np.sum((counts[likely] - wanted[likely] * 20_000) ** 2 / (wanted[likely] * 20_000))
     freedom = likely.sum()

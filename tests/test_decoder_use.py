@@ -9,7 +9,8 @@ from tiny_bases import random_adapter, write_llama
 from tiny_models import torch
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import init_cache, load_params, settings_of, stack_adapter, step
+from jcrosslora.decoder import init_cache, load_params, settings_of, stack_adapter
+from jcrosslora.decoder.generate import step
 from jcrosslora.errors import UsageError
 
 pair = pair_fixture(EACH_FAMILY)

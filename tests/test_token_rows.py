@@ -20,6 +20,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
+from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.shifting.token_rows import token_places
 
 peft = pytest.importorskip("peft")
@@ -422,12 +423,16 @@ def test_the_sum_of_adapters_has_what_one_of_them_has(tmp_path, bases):
     assert sum("several adapters of the sum change them" in sentence for sentence in exported.info.ignored) == 2
 
 
-def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, capsys):
+def test_where_bases_are_run_it_is_said_that_they_were_run_without(tmp_path, bases, monkeypatch, capsys):
     make_adapter("tied", "tokens", tmp_path / "adapter")
+    change = Change(0.2, 0.1, 4.0, 4.0)
+    effect = Effect(change, change, 0.0, 0.01, texts=12, positions=700, written=True)
+    monkeypatch.setattr("jcrosslora.session.pair_session.measure_effect", lambda *_, **__: (effect, ()))
     moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", effect="always")
     said = "where the bases were run, it was without the changes of the embedding and the output head"
     assert said in moved.report.warnings
-    (tmp_path / "task.jsonl").write_text('{"question": "w1", "choices": ["w2", "w3"], "answer": 0}\n')
+    question, *choices = (f"<s{WORDS + place}>" for place in range(3))
+    (tmp_path / "task.jsonl").write_text(json.dumps({"question": question, "choices": choices, "answer": 0}))
     base, adapter = str(bases / "tied" / "source"), str(tmp_path / "adapter")
     main(["evaluate", "--base", base, "--task", str(tmp_path / "task.jsonl"), "--adapter", adapter])
     assert "not scored: " in capsys.readouterr().out

@@ -7,7 +7,7 @@ import train_demo_adapter
 from probe_bases import write_base
 
 import jcrosslora as jcl
-from jcrosslora.training import TrainSettings
+from jcrosslora.training import TrainingSettings
 
 
 def write_task(path, lines):
@@ -51,7 +51,7 @@ def test_a_task_without_short_questions_is_refused(tmp_path):
 def test_a_trained_adapter_is_written_in_bfloat16_with_the_name_of_its_base(tmp_path):
     base = jcl.open_base(write_base(tmp_path / "base", 30, layers=2))
     task, out = write_task(tmp_path / "task.jsonl", [line(), line("Or?"), line("Last?")]), tmp_path / "out"
-    settings = TrainSettings(steps=2, batch=2, rank=2, modules=("q_proj",), dtype="float32")
+    settings = TrainingSettings(steps=2, batch=2, rank=2, modules=("q_proj",), dtype="float32")
     train_demo_adapter.train(base, task, settings, "owner/base", out, overwrite=False)
     found = jcl.load_adapter(out)
     assert found.info.base_name == "owner/base"

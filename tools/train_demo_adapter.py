@@ -25,10 +25,10 @@ from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, TARGET_ADAPTER, fetch_models, in_json
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.training import TrainSettings, train_lora
+from jcrosslora.training import TrainingSettings, train_lora
 
 DATA = Path(jcl.__file__).parent / "data"
-SETTINGS = TrainSettings(steps=160, rank=4, alpha=8.0, rate=2e-3, modules=("q_proj", "v_proj"))
+SETTINGS = TrainingSettings(steps=160, rank=4, alpha=8.0, rate=2e-3, modules=("q_proj", "v_proj"))
 # Kept back to choose the settings by.
 HELD_BACK = 100
 # Answers of a few words fit into the twelve tokens of an answer that the default method reads.
@@ -65,7 +65,7 @@ def _is_short(question: Question) -> bool:
     return short and len(question.question) <= LONGEST_QUESTION
 
 
-def train(base: BaseModel, task: Path, settings: TrainSettings, hub_id: str, out: Path, overwrite: bool) -> None:
+def train(base: BaseModel, task: Path, settings: TrainingSettings, hub_id: str, out: Path, overwrite: bool) -> None:
     """Train an adapter and write it in bfloat16, with the training settings in the file's header."""
     found = examples(task)
     trained = train_lora(base, found, settings, progress=sys.stderr.isatty())

@@ -165,6 +165,8 @@ class _Run:
         try:
             with enough_memory(lighter(item.method)):
                 result = work()
+                if self.is_done(item):  # by another run meanwhile
+                    return
                 with self._log.writing(item.job, item.fingerprint):
                     save_as(result, settings)
         except JCrossLoRAError as error:

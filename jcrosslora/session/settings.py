@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jcrosslora.adapter.file_factors import FileDtype
-from jcrosslora.adapter.save import Profile
+from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import AUTO, Auto, MethodLike, make_method, spec_of
