@@ -25,7 +25,7 @@ from jcrosslora.methods import PadTruncate
 from jcrosslora.session.files import transfer_files
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.invocation import translated, with_invocation
+from jcrosslora.shifting.invocation import translate, with_invocation
 from jcrosslora.shifting.shift import Shifter
 
 pytestmark = [
@@ -194,14 +194,14 @@ def test_invocation_tokens_without_a_translation_are_refused(tokenized, tmp_path
     # "w" and "a" as two tokens, which the source tokenizer would not produce for a text.
     apart = [token for letter in "Water" for token in src.encode(letter, special=False).ids.tolist()]
     with pytest.raises(AdapterError, match="would not be found in text"):
-        translated(apart, src, tgt, "it")
+        translate(apart, src, tgt, "it")
     with pytest.raises(AdapterError, match=f"has token {src.vocab}"):
-        translated([src.vocab], src, tgt, "it")
+        translate([src.vocab], src, tgt, "it")
     lower = write_base(tmp_path / "lower", 10)
     whole = json.loads((lower / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
     (lower / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(AdapterError, match="becomes 'let us see: water' in the tokens of"):
-        translated(tokens, src, load_tokenizer(jcl.open_base(lower)), "it")
+        translate(tokens, src, load_tokenizer(jcl.open_base(lower)), "it")
 
 
 def test_an_alora_is_never_treated_as_always_active(tokenized):

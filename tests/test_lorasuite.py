@@ -8,7 +8,7 @@ from tiny_bases import ROLES, delta, llama_tensors, random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.errors import MethodError
-from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
+from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, mean_over_groups
 from jcrosslora.evidence.heads import embedding_map
 from jcrosslora.evidence.records import Evidence, HeadMatch, Side, Vocabulary
 from jcrosslora.methods import METHODS
@@ -85,7 +85,7 @@ def test_the_match_has_the_largest_total_and_leaves_the_longer_sides_rest_out():
 def test_a_key_head_gets_the_mean_over_the_query_heads_that_it_serves():
     match = np.zeros((4, 6), bool)
     match[[0, 1, 2], [5, 4, 0]] = True  # target head 3 has none
-    np.testing.assert_array_equal(shared_by_groups(match, 2, 3), [[0, 0, 1], [0.5, 0, 0]])
+    np.testing.assert_array_equal(mean_over_groups(match, 2, 3), [[0, 0, 1], [0.5, 0, 0]])
 
 
 # --- the maps --------------------------------------------------------------------------------------------------------

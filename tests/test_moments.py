@@ -12,7 +12,7 @@ from tiny_bases import open_pair, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
-from jcrosslora.evidence.moments import add_rows, cross_moments, no_moments
+from jcrosslora.evidence.moments import add_rows, cross_moments, zero_moments
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 LAYERS = (2, 0)
@@ -102,7 +102,7 @@ def test_a_layer_without_a_source_does_not_disturb_the_others(bases):
 def test_moments_are_held_once(grams):
     layers, positions, width = 24, 16, 192
     rows = {"attn_in": jnp.ones((layers, positions, width))}, {"q_proj": jnp.ones((layers, positions, width))}
-    totals = no_moments(rows, rows, grams=grams)
+    totals = zero_moments(rows, rows, grams=grams)
     feeders, valid = jnp.arange(layers, dtype=jnp.int32), jnp.ones(positions, bool)
     used = add_rows.lower(totals, rows, rows, feeders, valid).compile().memory_analysis()
     moments = sum(array.nbytes for array in jax.tree.leaves(totals))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.evidence.moments import add_rows, no_moments
+from jcrosslora.evidence.moments import add_rows, zero_moments
 from jcrosslora.linalg import procrustes
 
 BATCHES, POSITIONS, SRC, TGT = 72, 384, 576, 640
@@ -42,7 +42,7 @@ def summed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     totals, layer, valid = None, jnp.zeros(1, jnp.int32), jnp.ones(POSITIONS, bool)
     for start in range(0, len(x), POSITIONS):
         src, tgt = (({}, {"o_proj": jnp.asarray(side[None, start : start + POSITIONS])}) for side in (x, y))
-        totals = add_rows(no_moments(src, tgt) if totals is None else totals, src, tgt, layer, valid)
+        totals = add_rows(zero_moments(src, tgt) if totals is None else totals, src, tgt, layer, valid)
     assert totals is not None
     assert float(totals.count) == len(x)
     return np.asarray(totals.outputs["o_proj"][0], np.float64)

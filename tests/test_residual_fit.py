@@ -267,7 +267,7 @@ def test_settings_that_make_no_sense(bases, wrong, message):
 def test_an_adapter_that_breaks_its_base_is_refused(bases):
     source, target = bases
     adapter = Adapter({name: f.replace(b=np.full_like(f.b, np.inf)) for name, f in small(source).modules.items()})
-    with pytest.raises(AdapterError, match="is not finite behind layer 0"):
+    with pytest.raises(AdapterError, match="is not finite after layer 0"):
         fit_residual(source, target, adapter, None, batches(1), (0, 2))
 
 

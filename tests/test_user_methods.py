@@ -167,12 +167,12 @@ class Nameless(Method):
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (Taken, "a method called 'copy' exists already; choose another name"),
+        (Taken, "another method is called 'copy'; choose another name"),
         (Unset, "method unset: field share has no default"),
         (Undecorated, "method undecorated: it is not a frozen dataclass"),
-        (Loose, "is no method; write a class that inherits from jcrosslora.Method, with a name"),
-        (Nameless, "is no method"),
-        (HalfCopy(), "is no method"),
+        (Loose, "is not a method; write a class that inherits from jcrosslora.Method, with a name"),
+        (Nameless, "is not a method"),
+        (HalfCopy(), "is not a method"),
     ],
 )
 def test_what_cannot_be_registered(method, said):
@@ -187,7 +187,7 @@ def test_what_cannot_be_registered(method, said):
     [
         ("no_such_module:Own", "cannot be imported"),
         ("user_methods:Absent", "cannot be imported"),
-        ("user_methods:HOOKS", "is no method"),
+        ("user_methods:HOOKS", "is not a method"),
         (":Own", "cannot be imported"),
         ("half-coppy", "'half-coppy' is unknown.*did you mean .?half-copy"),
     ],

@@ -1,4 +1,4 @@
-"""Diagnostics of an alignment: how well two bases agree in what the method relies on. No adapter has a part in it."""
+"""Diagnostics of an alignment: how well two bases agree in what a method relies on, independent of any adapter."""
 
 import flax.struct
 import jax
@@ -10,7 +10,7 @@ from jcrosslora.linalg import TruncatedSVD, dot
 
 @flax.struct.dataclass
 class Agreement:
-    """Diagnostics of one pair of modules, all scalars; NaN where a figure is not defined or was not asked for.
+    """Diagnostics of one pair of modules, all scalars; NaN where a figure is undefined or not required.
 
     Attributes:
         rank: R, the truncation rank of this pair.
@@ -20,7 +20,7 @@ class Agreement:
         gap_tgt: the same for the target.
         condition_src: s_1 / s_R of the source.
         condition_tgt: the same for the target.
-        error_src: estimated error (radians) of what the method uses of the source's decomposition.
+        error_src: estimated error (radians) of the singular vectors or subspaces of the source that the method uses.
         error_tgt: the same for the target.
         similarity_out: ||U_s' U_t||_F^2 / R over its expectation for random subspaces of the same size, R / O; 1
             is chance. Defined for equal O, and where neither subspace is the whole space. For unequal O on the
@@ -28,7 +28,7 @@ class Agreement:
         similarity_in: the same for the right singular vectors and I.
         vector_ratio: see `Maps`.
         activation_cosine: see `Maps`.
-        weight_cosine: cosine of W_src, carried over by the map if shapes differ, with W_tgt; or see `Maps`.
+        weight_cosine: cosine of W_src, mapped if shapes differ, with W_tgt, unless `Maps` replaces it.
     """
 
     rank: jax.Array
@@ -48,7 +48,7 @@ class Agreement:
 
 
 def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreement:
-    """Measure the agreement of a pair; with `by_coordinates` the maps carry W_src over if the shapes differ."""
+    """Measure the agreement of a pair; with `by_coordinates` the maps are applied to W_src if the shapes differ."""
     src, tgt = evidence.src.svd, evidence.tgt.svd
     nan = jnp.full((), jnp.nan)
     have = src is not None and tgt is not None
@@ -91,11 +91,11 @@ def _similarity_by_coordinates(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Arra
 
 
 def _similarity_by_tokens(evidence: Evidence) -> jax.Array:
-    """The same figure where the two streams have no coordinates in common, but tokens.
+    """Compute the same similarity through shared tokens, where the two streams have different coordinates.
 
-    With E the centred embeddings (gain folded in), the share of covariance that two sets of directions have in
+    With E the centred embeddings (gain folded in), this is the share of covariance that two sets of directions have in
     common, ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2), over the same for the two whole streams. For
-    equal spaces with E'E a multiple of I this is ||X'Y||_F^2 m / R^2, the figure by coordinates.
+    equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
     """
     vocabulary = evidence.vocabulary
     assert vocabulary is not None

@@ -1,4 +1,4 @@
-"""A group of a transport taken apart into named arrays, to be stored or sent, and put together again."""
+"""Convert a group of a transport to named arrays, for the cache and for other processes, and back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _SIDES = ("out", "in")
 
 
 def arrays_of(group: TransportGroup) -> dict[str, jax.Array]:
-    """All arrays of a group by name, each with the leading axis of its pairs."""
+    """Return all arrays of a group by name, each with the leading axis of its pairs."""
     arrays = {
         f"term{term}_{side}_{field}": getattr(linear, field)
         for term, maps in enumerate(group.terms)
@@ -29,12 +29,12 @@ def arrays_of(group: TransportGroup) -> dict[str, jax.Array]:
 
 
 def facts_of(group: TransportGroup) -> dict[str, Any]:
-    """What else a group holds beside its pairs, in JSON values."""
+    """Return the other fields of a group as JSON values, without its pairs."""
     return {"terms": len(group.terms), "kernels": list(group.kernels)}
 
 
 def group_of(pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> TransportGroup:
-    """The group that was taken apart, on the local devices."""
+    """Rebuild a group on the local devices."""
     placed = {name: place(array) for name, array in arrays.items()}
     terms = tuple(
         tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)

@@ -1,4 +1,4 @@
-"""The depth map `similar`: layers paired by how alike their residual streams are, in order (LoRASuite, 2505.13515)."""
+"""The depth map `similar`: pair layers in order by the similarity of their residual streams (LoRASuite, 2505.13515)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from jcrosslora.utils.progress import each
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
 
-# The estimate divides by n - 3.
+# The unbiased estimate divides by n - 3.
 _FEWEST_POSITIONS = 4
 
 
 def layer_similarity(
     source: BaseModel, target: BaseModel, batches: Sequence[ProbeBatch], *, progress: bool = False
 ) -> np.ndarray:
-    """Linear CKA between the residual streams behind every layer of two bases, at matched positions.
+    """Compute the linear CKA between the residual streams after every layer of two bases, at matched positions.
 
     CKA(X, Y) = HSIC(XX', YY') / sqrt(HSIC(XX', XX') HSIC(YY', YY')). HSIC is estimated batch by batch without bias
     (Song et al. 2012; minibatch CKA, Nguyen et al. 2021): a batch has fewer positions than the streams have
-    dimensions, and there the plain estimate calls everything alike. Every batch weighs as many as its positions.
-    Centring is part of it: HSIC does not change when a constant is added to all rows of X. Large dimensions count as
-    they are: where a few positions are far larger than the rest in one base only, the figure is low.
+    dimensions, and the biased estimate is then near 1 for any two streams. Batches are weighted by their positions.
+    HSIC includes centring: adding a constant to all rows of X does not change it. Dimensions are not scaled: if a few
+    positions are far larger than the rest in one base only, the similarity is low.
 
     Memory: the weights of both bases as float32, and for one batch of P positions the streams of all layers and a
-    P x P matrix for each.
+    P x P matrix for each layer.
 
     Args:
         source: the base that adapters come from.
@@ -44,12 +44,12 @@ def layer_similarity(
         progress: whether to show a progress bar.
 
     Returns:
-        float64 (L_src, L_tgt), 1 for streams that are equal but for a rotation, a scale and a shift; about 0 for
-        unrelated ones.
+        float64 (L_src, L_tgt), 1 for streams that are equal up to rotation, scale and shift; about 0 for unrelated
+        streams.
 
     Raises:
         UsageError: no batch has four matched positions.
-        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+        CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
     run = partial(_batch_sums, (settings_of(source), settings_of(target)), (load_params(source), load_params(target)))
     names = ("tokens_src", "mask_src", "tokens_tgt", "mask_tgt", "at_src", "at_tgt", "valid")
@@ -66,18 +66,18 @@ def layer_similarity(
 
 
 def ordered_layers(similarity: np.ndarray) -> tuple[int, ...]:
-    """The source layer of every target layer: in order, none left out, of the largest total similarity.
+    """Return the source layer of every target layer, in ascending order, with the largest total similarity.
 
-    The layers of the shallower base are all used. A target layer has a deeper source layer than the one before it,
-    as published; where the target is the deeper base (the published map then leaves target layers empty), it may
-    have the same one.
+    All layers of the shallower base are used. Consecutive target layers have different source layers, as published;
+    if the target is the deeper base (the published map then leaves target layers empty), they may share one.
 
     Args:
         similarity: (L_src, L_tgt).
     """
     layers_src, layers_tgt = similarity.shape
     repeats = layers_src < layers_tgt
-    # best[t, s]: the largest total of target layers 0..t where t has source layer s; before[t, s]: that of t - 1.
+    # best[t, s]: the largest total of target layers 0..t where t has source layer s.
+    # before[t, s]: the source layer of t - 1 in that total.
     best = np.full((layers_tgt, layers_src), -np.inf)
     before = np.zeros((layers_tgt, layers_src), int)
     best[0, : 1 if repeats else layers_src] = similarity[: 1 if repeats else layers_src, 0]
@@ -98,7 +98,7 @@ def ordered_layers(similarity: np.ndarray) -> tuple[int, ...]:
 def _batch_sums(
     settings: tuple[DecoderSettings, DecoderSettings], params: tuple[Params, Params], batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """HSIC times n of one batch: (L_src, L_tgt) of both bases, (L_src,) and (L_tgt,) of each with itself."""
+    """Compute HSIC times n of one batch: (L_src, L_tgt) of both bases, (L_src,) and (L_tgt,) of each with itself."""
     grams = []
     for side, own_settings, own_params in zip(("src", "tgt"), settings, params, strict=True):
         at = batch[f"at_{side}"]
@@ -117,18 +117,18 @@ def _batch_sums(
 
 
 def centred_gram(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """The Gram matrix of rows, centred so that sums of products of two of them are n (n - 3) times the unbiased HSIC.
+    """Centre the Gram matrix of rows so that the inner product of two of them is n (n - 3) times the unbiased HSIC.
 
     Args:
         x: (P, H).
-        valid: bool (P,); the other rows count for nothing.
+        valid: bool (P,); invalid rows are ignored.
 
     Returns:
-        (P, P), zero on the diagonal and where a row is not valid; every row and column adds up to zero.
+        (P, P), zero on the diagonal and in invalid rows and columns; every row and column sums to zero.
     """
     valid = valid.astype(x.dtype)
     count = jnp.sum(valid)
-    # The shift changes nothing but the rounding: a stream's mean is many times larger than what varies.
+    # Subtract the mean for accuracy only: the mean of a stream is many times larger than its variation.
     x = (x - jnp.sum(x * valid[:, None], axis=0) / jnp.maximum(count, 1)) * valid[:, None]
     apart = valid[:, None] * valid * (1 - jnp.eye(x.shape[0], dtype=x.dtype))
     gram = dot(x, x.T) * apart

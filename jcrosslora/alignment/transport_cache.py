@@ -11,7 +11,7 @@ from jcrosslora.cache.keys import digest_of
 from jcrosslora.evidence.factor_cache import describe
 from jcrosslora.evidence.pair_cache import PairCache
 from jcrosslora.evidence.providers import providers_of
-from jcrosslora.evidence.request import EvidenceRequest, stated
+from jcrosslora.evidence.request import EvidenceRequest, pairs_as_json
 from jcrosslora.lineage.pairing import Pair
 from jcrosslora.methods import Method
 
@@ -22,10 +22,10 @@ class TransportCache:
     def __init__(self, cache: PairCache, method: Method, request: EvidenceRequest) -> None:
         """Derive the key from the method's fields and from what the evidence providers say."""
         providers = providers_of(request.kinds)
-        stated = [provider.cache_key(request) for provider in providers]
+        facts = [provider.cache_key(request) for provider in providers]
         tokenizers = any(provider.reads_tokenizers for provider in providers)
         self._store = cache.store
-        self._key = cache.key(method.cache_key(), sorted(request.kinds), request.rank, stated, tokenizers=tokenizers)
+        self._key = cache.key(method.cache_key(), sorted(request.kinds), request.rank, facts, tokenizers=tokenizers)
         self._what = f"{method.name}, rank {request.rank}, {cache.names}"
 
     def find(self, chunks: Sequence[tuple[Pair, ...]]) -> Iterator[TransportGroup | None]:
@@ -53,7 +53,7 @@ class TransportCache:
         self._store.save("transport", self._group_key(group.pairs), what, arrays_of(group), facts_of(group))
 
     def _group_key(self, pairs: Sequence[Pair]) -> str:
-        return digest_of(self._key, stated(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
+        return digest_of(self._key, pairs_as_json(pairs), MAP_FIELDS, AGREEMENT_FIELDS)
 
 
 def kept_layers(

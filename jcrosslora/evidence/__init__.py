@@ -1,1 +1,1 @@
-"""What a method may look at: the records, and what collects them from two bases."""
+"""Evidence for methods: its records, and the providers that collect it from two bases."""

@@ -13,13 +13,13 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES
 from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.evidence.records import Activations, Evidence
-from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, stated
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, pairs_as_json
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.moments import CrossMoments
     from jcrosslora.evidence.probes import ProbeBatch, Probes
 
-# Tokens of a probe text, and texts at a time: the source's activations at their matches are held for all layers.
+# Tokens per probe text, and texts per batch. A batch holds the activations of all layers at the matched positions.
 PROBE_LENGTH, PROBE_BATCH = 128, 4
 
 
@@ -32,7 +32,7 @@ def batch_probes(
         source: the base that adapters come from.
         target: the base that they go to.
         probes: the texts; None lets the source base write them.
-        seed: of what it writes.
+        seed: for sampling the texts that the source writes.
         progress: whether to show a progress bar.
 
     Returns:
@@ -54,13 +54,13 @@ def batch_probes(
 
 
 def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Sequence[int], count: int) -> Activations:
-    """Stack the moments of several target modules of equal shape; the last one is repeated up to `count`.
+    """Stack the moments of several target modules of equal shape; the last module is repeated up to `count`.
 
     Args:
-        moments: of all layers.
-        roles: of the modules.
-        layers: of the modules, in the target.
-        count: the leading axis of the result, at least the number of modules.
+        moments: the moments of all layers.
+        roles: the roles of the modules.
+        layers: the target layers of the modules.
+        count: length of the leading axis, at least the number of modules.
     """
     sites = [INPUT_SITES[role] for role in roles]
 
@@ -80,7 +80,7 @@ def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Seque
 
 
 class ActivationProvider:
-    """Adds up the moments of the activations of all modules, with the grams where they are asked for."""
+    """Adds the moments of the activations, and on request the second moments of each side."""
 
     is_costly = True
     reads_tokenizers = True
@@ -89,9 +89,9 @@ class ActivationProvider:
         """Accept every request."""
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give the texts and all modules: the sums are made at one go, so all of them may decide the last digits."""
+        """Return the texts and all modules: one program sums for all modules, so each can change the last digits."""
         texts = None if request.probes is None else request.probes.digest()
-        return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, stated(request.modules)
+        return texts, EvidenceKind.ACTIVATION_GRAMS in request.kinds, pairs_as_json(request.modules)
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
         """Run both bases over the probe texts."""

@@ -1,4 +1,4 @@
-"""A pair of bases, with everything about it that several stages need and that is found once."""
+"""A pair of bases with the facts that several stages share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jcrosslora.lineage import Structure, find_structure
 
 
 class BasePair:
-    """The source and the target of transfers; what is derived from them is computed on first use and kept.
+    """The source and the target of transfers. Facts about the pair are computed on first use and kept.
 
     Attributes:
         source: the base that adapters come from.
         target: the base that they are moved to.
-        store: where factors and transports are kept on disk; None keeps nothing.
+        store: the disk cache for factors and transports; None disables it.
     """
 
     def __init__(self, source: BaseModel, target: BaseModel, store: Cache | None = None) -> None:
@@ -26,17 +26,17 @@ class BasePair:
 
     @cached_property
     def cache(self) -> PairCache | None:
-        """The cache entries of the pair. The first use reads the weight files for their digests."""
+        """Return the cache entries of the pair. The first use reads the weight files to digest them."""
         return None if self.store is None else PairCache(self.store, self.source, self.target)
 
     @cached_property
     def structure(self) -> tuple[Structure | None, str]:
-        """Which parts of the target are parts of the source, or None and the reason."""
+        """Return which parts of the target are parts of the source, or None and the reason."""
         return find_structure(self.source, self.target)
 
     @cached_property
     def shared_tokens(self) -> tuple[int, str]:
-        """The number of tokens that both bases have, or 0 and the reason."""
+        """Return the number of tokens that both bases have, or 0 and the reason."""
         count = None if self.cache is None else self.cache.shared_tokens()
         if count is not None:
             return count, ""
@@ -45,7 +45,7 @@ class BasePair:
 
     @cached_property
     def vocabulary(self) -> tuple[Vocabulary | None, str]:
-        """The moments of the shared vocabulary, or None and the reason."""
+        """Return the moments of the shared vocabulary, or None and the reason."""
         kept = None if self.cache is None else self.cache.vocabulary()
         if kept is not None:
             return kept, ""

@@ -1,4 +1,4 @@
-"""The singular factors of a base's modules, shared by all pairs that the base takes part in."""
+"""A cache of the SVDs of a base's modules, shared by all pairs that use the base."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -12,27 +12,27 @@ from jcrosslora.linalg import TruncatedSVD, decompose, spread
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(TruncatedSVD))
 _KIND = "factors"
-# The fields of one module's decomposition, and what it is from.
+# The arrays of one module's decomposition, and the kernel that computed it.
 _Row = tuple[dict[str, np.ndarray], str]
-# Hex digits of the two halves of a key: what was decomposed and how, and of which modules.
+# Hex digits of each half of a key: the first digests weights, rank and numerics, the second the names of the modules.
 _DIGITS = 32
 
 
 class FactorCache:
-    """Decomposes modules, or reads what was decomposed before, for this pair or for another.
+    """Decomposes modules, or reads decompositions that this pair or another has cached.
 
-    An entry holds the modules of one stack. It is found by its first half, whatever the stack; `decompose` treats
-    every matrix on its own, so a module's factors are the same in any stack on a CPU, and to within rounding where
-    an accelerator works on all matrices at once.
+    An entry holds the modules of one stack. Entries are looked up by the first half of their key, so modules of any
+    stack are found. `decompose` treats every matrix on its own: a module's factors are the same in any stack on a
+    CPU, and equal to within rounding where an accelerator works on all matrices at once.
     """
 
     def __init__(self, cache: Cache, name: str, weights: str):
-        """Look after one base.
+        """Open the entries of one base.
 
         Args:
             cache: the store.
-            name: of the base, for people.
-            weights: from `weights_key`.
+            name: name of the base, shown in listings.
+            weights: digest of its weights, from `weights_key`.
         """
         self._cache, self._name, self._weights = cache, name, weights
 
@@ -45,18 +45,17 @@ class FactorCache:
         stack: jax.Array,
         load: Callable[[Sequence[str]], jax.Array],
     ) -> tuple[TruncatedSVD, tuple[str, ...]]:
-        """The truncated SVDs of modules of equal shape.
+        """Return the truncated SVDs of modules of equal shape.
 
         Args:
-            names: of the L modules.
+            names: the L modules.
             rank: R.
-            vectors: whether single vectors matter.
-            stack: (L', O, I), their weights as from `load_stack`.
-            load: gives the stack of some of them.
+            vectors: whether single singular vectors matter, or only the subspace that they span.
+            stack: (L', O, I), the weights from `load_stack`.
+            load: loads the stack of a subset of the modules.
 
         Returns:
-            The decomposition with a leading axis L' on every field, and for each of the L modules what its own is
-            from, as `decompose` would give them.
+            The decomposition with a leading axis L' on every field, and the kernel that computed each of the L modules.
         """
         scope = digest_of(self._weights, rank, vectors, numerics_key(), _FIELDS)[:_DIGITS]
         found = self._find(scope, names)
@@ -77,7 +76,7 @@ class FactorCache:
     def _find(self, scope: str, names: Sequence[str]) -> dict[str, _Row]:
         own = _key(scope, names)
         found: dict[str, _Row] = {}
-        # That of the same stack first: no other is read then.
+        # Try the entry of the same stack first: it makes reading others unnecessary.
         for key in [own, *(key for key in self._cache.keys(_KIND, scope) if key != own)]:
             facts = self._cache.facts(_KIND, key)
             if facts is not None and set(facts["modules"]) & (set(names) - found.keys()):
@@ -97,7 +96,7 @@ class FactorCache:
 
 
 def describe(names: Sequence[str]) -> str:
-    """Modules in a few words: how many, of which roles."""
+    """Describe modules by their number and their roles."""
     roles = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
     return f"{len(names)} x {' '.join(roles)}"
 

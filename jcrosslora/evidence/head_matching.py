@@ -1,4 +1,4 @@
-"""Which attention heads of two layers do the same, by the cosine of their circuits seen through a map of the stream."""
+"""Match attention heads of two layers by the cosine of their circuits, seen through a map of the residual stream."""
 
 import flax.struct
 import jax
@@ -32,15 +32,18 @@ class AttentionWeights:
 
 @jax.jit
 def circuit_cosines(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Array) -> jax.Array:
-    """Cosines (N_src, N_tgt) of [M'Q'K M, M'V'O'M] of each source head with [Q'K, V'O'] of each target head.
+    """Compute the cosine of [M'Q'K M, M'V'O'M] of each source head with [Q'K, V'O'] of each target head.
 
-    Key and value heads are repeated for the query heads that they serve. Nothing of size H x H is formed for a head:
+    Key and value heads are repeated for the query heads that they serve. No H x H matrix is formed for a head:
     the inner product of Q_1'K_1 and Q_2'K_2 is the sum of (Q_1 Q_2') * (K_1 K_2').
 
     Args:
         src: the source's layer.
         tgt: the target's layer.
-        stream: M (H_src, H_tgt), which takes rows of the source's stream to the target's.
+        stream: M (H_src, H_tgt), maps rows of the source's residual stream to the target's.
+
+    Returns:
+        (N_src, N_tgt).
     """
     carried = AttentionWeights(
         dot(src.q, stream), dot(src.k, stream), dot(src.v, stream), dot(stream.T, src.o), src.heads, src.kv_heads
@@ -51,11 +54,12 @@ def circuit_cosines(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Ar
 
 
 def best_match(cosines: np.ndarray) -> np.ndarray:
-    """One to one pairs of the largest total: bool (N_tgt, N_src), True where a target head gets that source head.
+    """Pair heads one to one so that the sum of their cosines (N_src, N_tgt) is largest.
 
-    min(N_src, N_tgt) pairs; the other heads of the longer side are in none.
+    Returns:
+        bool (N_tgt, N_src), True for the min(N_src, N_tgt) pairs.
     """
-    # Imported here: it takes as long as the rest of the package together.
+    # Imported here: importing scipy.optimize takes as long as importing the rest of the package.
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(cosines, maximize=True)
@@ -64,15 +68,15 @@ def best_match(cosines: np.ndarray) -> np.ndarray:
     return match
 
 
-def shared_by_groups(match: np.ndarray, groups_tgt: int, groups_src: int) -> np.ndarray:
-    """Weights (G_tgt, G_src) of the key heads, from a match of query heads: the mean over those that each serves."""
+def mean_over_groups(match: np.ndarray, groups_tgt: int, groups_src: int) -> np.ndarray:
+    """Average a match of query heads (N_tgt, N_src) over the query heads that each key head serves: (G_tgt, G_src)."""
     heads_tgt, heads_src = match.shape
     blocks = match.reshape(groups_tgt, heads_tgt // groups_tgt, groups_src, heads_src // groups_src)
     return blocks.sum(axis=(1, 3)) / (heads_tgt // groups_tgt)
 
 
 def _products(x: AttentionWeights, y: AttentionWeights) -> jax.Array:
-    """(N_x, N_y): <Q_x'K_x, Q_y'K_y> + <V_x'O_x', V_y'O_y'>."""
+    """Compute <Q_x'K_x, Q_y'K_y> + <V_x'O_x', V_y'O_y'> of each pair of heads, (N_x, N_y)."""
     queries, outputs = _blocks(dot(x.q, y.q.T), x.heads, y.heads), _blocks(dot(x.o.T, y.o), x.heads, y.heads)
     keys, values = (_blocks(dot(a, b.T), x.kv_heads, y.kv_heads) for a, b in ((x.k, y.k), (x.v, y.v)))
     repeats = x.heads // x.kv_heads, y.heads // y.kv_heads
@@ -86,6 +90,6 @@ def _products(x: AttentionWeights, y: AttentionWeights) -> jax.Array:
 
 
 def _blocks(products: jax.Array, heads_x: int, heads_y: int) -> jax.Array:
-    """(N_x D_x, N_y D_y) as (N_x, D_x, N_y, D_y)."""
+    """Reshape (N_x D_x, N_y D_y) to (N_x, D_x, N_y, D_y)."""
     rows, columns = products.shape
     return products.reshape(heads_x, rows // heads_x, heads_y, columns // heads_y)

@@ -11,9 +11,9 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ATTENTION, ROLE_PATHS
 from jcrosslora.errors import MethodError
-from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, shared_by_groups
+from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, mean_over_groups
 from jcrosslora.evidence.records import Evidence, HeadMatch, Vocabulary
-from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, stated
+from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, pairs_as_json
 from jcrosslora.lineage.pairing import Pair
 
 _KEYED = frozenset({"k_proj", "v_proj"})
@@ -22,7 +22,7 @@ _ROUNDING = 10 * float(np.finfo(np.float32).eps)
 
 
 class EmbeddingMapProvider:
-    """Adds the shared vocabulary with the map of the stream, and to attention modules the match of their heads."""
+    """Adds the shared vocabulary with a map of the residual stream, and the matched heads of attention modules."""
 
     is_costly = True
     reads_tokenizers = True
@@ -39,8 +39,8 @@ class EmbeddingMapProvider:
             raise MethodError(msg)
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give all modules: the heads of a layer are matched at one go."""
-        return stated(request.modules)
+        """Return all modules: the heads of a layer are matched together."""
+        return pairs_as_json(request.modules)
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
         """Solve for the map, and match the heads of every pair of layers."""
@@ -64,9 +64,9 @@ class EmbeddingMapProvider:
 
 
 def embedding_map(vocabulary: Vocabulary) -> jax.Array:
-    """Solve E_src W = E_tgt for W (H_src, H_tgt) by least squares of smallest norm, from the moments.
+    """Solve E_src W = E_tgt for the least-squares solution W (H_src, H_tgt) of smallest norm, from the moments.
 
-    Solved in float64 on the host, once for a pair of bases.
+    The solve runs in float64 on the host, once per pair of bases.
     """
     mean_src, mean_tgt = np.asarray(vocabulary.mean_src, np.float64), np.asarray(vocabulary.mean_tgt, np.float64)
     gram = np.asarray(vocabulary.gram_src, np.float64) + np.outer(mean_src, mean_src)
@@ -77,13 +77,13 @@ def embedding_map(vocabulary: Vocabulary) -> jax.Array:
 def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], stream: jax.Array) -> dict[str, HeadMatch]:
     """Match the attention heads of every pair of attention modules; the result is by the target's name.
 
-    All four attention modules of a layer decide, whichever of them are paired; they are read a layer at a time.
+    The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time.
 
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
-        pairs: the pairs wanted; those of the MLP are passed over.
-        stream: (H_src, H_tgt), takes rows of the source's stream to the target's.
+        pairs: the pairs of modules; those of the MLP are skipped.
+        stream: (H_src, H_tgt), maps rows of the source's residual stream to the target's.
 
     Raises:
         CheckpointError: a weight that cannot be read.
@@ -97,7 +97,7 @@ def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], str
                 by_layers[layers] = _match(_attention(source, layers[0]), _attention(target, layers[1]), stream)
             match, cosine = by_layers[layers]
             if pair.role in _KEYED:
-                match = shared_by_groups(match, target.dims.kv_heads, source.dims.kv_heads)
+                match = mean_over_groups(match, target.dims.kv_heads, source.dims.kv_heads)
             found[pair.target] = HeadMatch(jnp.asarray(match, jnp.float32), jnp.asarray(cosine, jnp.float32))
     return found
 

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class EvidenceKind(StrEnum):
-    """What has to be collected from two bases before a method can run; the value is what reports call it."""
+    """What is collected from two bases before a method can run; the value is its name in reports."""
 
     SINGULAR_VECTORS = "truncated SVDs of both bases"
     SHARED_VOCABULARY = "shared vocabulary (optional)"

@@ -1,13 +1,13 @@
 """Cross-moments of matched activations: both bases run over the same text, and only sums of products are kept.
 
-float32 is enough for the sums, whatever the sizes of the dimensions: an entry adds up products of two dimensions only,
-so its rounding error is relative to these two (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), and a
-dimension that is a thousand times larger does not touch the others. Dividing the dimensions by their sizes before the
-products are taken gains nothing. It is what comes behind the sums that loses small dimensions: an SVD or a solve in
-float32 has errors relative to the largest singular value, so there the sums have to be divided first, for which
-`CrossMoments` has the squares of each dimension. What float32 sums do lose is directions beside a much larger one that
-is spread over all dimensions, such as a mean: 0.5 % of those a thousand times smaller, and more with the square of
-that ratio. The figures are those of `tests/test_moments_float64.py`.
+float32 is enough for the sums, whatever the sizes of the dimensions. An entry sums products of two dimensions only, so
+its rounding error is relative to these two (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), and a dimension
+that is a thousand times larger does not affect the others. Dividing the dimensions by their sizes before the products
+gains nothing. Small dimensions are lost after the sums: an SVD or a solve in float32 has errors relative to the largest
+singular value, so the sums must be divided before it. `CrossMoments` holds the squares of each dimension for that.
+float32 sums do lose directions beside a much larger one that is spread over all dimensions, such as a mean: 0.5 % of a
+direction a thousand times smaller, and more with the square of that ratio. `tests/test_moments_float64.py` measures
+these figures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jcrosslora.utils.progress import each
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
 
-# Inputs by site and outputs by role, (L, P, width) each: what one base did at the positions of a batch.
+# Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
 Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 Grams = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -72,20 +72,20 @@ def cross_moments(
     grams: bool = False,
     progress: bool = False,
 ) -> CrossMoments:
-    """Run both bases over the probes and add up the cross-moments of the inputs and outputs of paired modules.
+    """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
 
     Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
-    models), and the activations of both bases at the matched positions of one batch, of all layers. The grams take a
-    little more than twice the memory of the moments beside them (26 million numbers a layer). Of the embeddings only
-    the rows of the tokens that occur are kept, of the heads nothing; each base's are held whole while it is read.
+    models), and the activations of both bases in all layers at the matched positions of one batch. The grams add a
+    little more than twice the memory of the moments (26 million numbers a layer). The embeddings are reduced to the
+    rows of the tokens that occur and the output heads dropped; both are held whole only while a base is read.
 
     Args:
         source: the base that adapters come from.
         target: the base that they go to.
         batches: at least one, all of the same shape.
-        layers: for each target layer the source layer that feeds it, or None (its moments mean nothing).
-        roles: which modules are wanted.
-        grams: whether to add up the moments of each side with itself as well.
+        layers: for each target layer the source layer that feeds it, or None (its moments are meaningless).
+        roles: the roles of the modules to collect.
+        grams: whether to sum the second moments of each side as well.
         progress: whether to show a progress bar.
 
     Raises:
@@ -99,8 +99,8 @@ def cross_moments(
     def add(totals: CrossMoments | None, batch: ProbeBatch) -> CrossMoments:
         src = read_src(batch.tokens_src, batch.mask_src, batch.at_src, batch.valid)
         tgt = read_tgt(batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, batch.valid)
-        totals = no_moments(src, tgt, grams=grams) if totals is None else totals
-        # One batch in flight: the next one's activations must not join this one's in memory.
+        totals = zero_moments(src, tgt, grams=grams) if totals is None else totals
+        # Wait for each batch, so that memory holds the activations of one batch only.
         return jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
 
     totals = None
@@ -110,8 +110,8 @@ def cross_moments(
     return totals
 
 
-def no_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
-    """Moments of no positions, to begin `add_rows` with; src and tgt as there, only their shapes matter."""
+def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
+    """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
     layers = jax.tree.leaves(tgt)[0].shape[0]
 
     def products(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ def no_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
 
 @partial(jax.jit, donate_argnums=0)
 def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, valid: jax.Array) -> CrossMoments:
-    """Add the products of P positions to moments; the memory of `totals` is used for the result.
+    """Add the products of P positions to the moments. The buffers of `totals` are donated to the result.
 
     Args:
         totals: the moments so far.
@@ -142,7 +142,7 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
         valid: bool (P,).
     """
 
-    # Layer by layer into the totals where they stay: sums that a scan returns would need a second place for them.
+    # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
     def one(layer: jax.Array, totals: CrossMoments) -> CrossMoments:
         def products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
             return total.at[layer].add(dot(x[layers[layer]].T, y[layer]))
@@ -167,10 +167,10 @@ def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, vali
 
 
 def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:
-    """A function from the tokens, mask, places and validity of a batch to the activations at the places."""
+    """Return a function from the tokens, mask, positions and validity of a batch to the activations there."""
     settings, kept = settings_of(base), np.unique(np.concatenate([batch.ravel() for batch in tokens]))
     params = load_params(base)
-    # An embedding may be larger than all layers together, and no token but these is ever looked up.
+    # An embedding may be larger than all layers together; only the rows of these tokens are looked up.
     params = dataclasses.replace(params, embedding=jax.block_until_ready(params.embedding[kept]), head=None)
 
     def read(tokens: np.ndarray, mask: np.ndarray, at: np.ndarray, valid: np.ndarray) -> Rows:

@@ -20,11 +20,11 @@ class PairCache:
         store: the cache.
         source: factors of the source.
         target: factors of the target.
-        names: of both bases, for people.
+        names: the names of both bases, shown in listings.
     """
 
     def __init__(self, store: Cache, source: BaseModel, target: BaseModel) -> None:
-        """Read the weight files for their digests, unless these are remembered."""
+        """Digest both bases; weight files are read unless their digests are remembered."""
         self.store, self._bases = store, (source, target)
         self.names = f"{source.name} to {target.name}"
         self._weights = tuple(weights_key(base, store.digests) for base in self._bases)
@@ -34,33 +34,33 @@ class PairCache:
         )
 
     def key(self, *parts: object, tokenizers: bool) -> str:
-        """Digest what an entry of the pair follows from.
+        """Digest everything that an entry of the pair depends on.
 
         Args:
-            parts: JSON values.
-            tokenizers: whether the entry depends on the tokenizers, and not on the weights alone.
+            parts: JSON values that identify the entry.
+            tokenizers: whether the entry depends on the tokenizers as well as on the weights.
         """
-        return digest_of(self._texts if tokenizers else self._weights, self._numerics, *parts)
+        return digest_of(self._with_tokenizers if tokenizers else self._weights, self._numerics, *parts)
 
     def shared_tokens(self) -> int | None:
-        """Return how many tokens the vocabularies share; None if that is not known."""
+        """Return the cached number of tokens that the vocabularies share, or None."""
         facts = self.store.facts("vocabulary", self.key(tokenizers=True))
         return None if facts is None else facts["count"]
 
     def vocabulary(self) -> Vocabulary | None:
-        """Return the moments of the shared vocabulary; None if they are not kept."""
+        """Return the cached moments of the shared vocabulary, or None."""
         loaded = self.store.load("vocabulary", self.key(tokenizers=True))
         if loaded is None:
             return None
         return Vocabulary(count=loaded.facts["count"], **{name: jnp.asarray(loaded.arrays[name]) for name in _MOMENTS})
 
     def keep_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Keep the moments of the shared vocabulary."""
+        """Store the moments of the shared vocabulary."""
         arrays = {name: getattr(vocabulary, name) for name in _MOMENTS}
         what = f"{vocabulary.count} tokens, {self.names}"
         self.store.save("vocabulary", self.key(tokenizers=True), what, arrays, {"count": vocabulary.count})
 
     @cached_property
-    def _texts(self) -> tuple[str, ...]:
-        """Keys of weights and tokenizers."""
+    def _with_tokenizers(self) -> tuple[str, ...]:
+        """Return the keys of weights and tokenizers."""
         return (*self._weights, *(tokenizer_key(base) for base in self._bases))

@@ -22,7 +22,7 @@ class EvidenceProvider(Protocol):
 
     Attributes:
         is_costly: whether maps made from it take longer to compute than to read from a cache.
-        reads_tokenizers: whether the evidence depends on the tokenizers, and not on the weights alone.
+        reads_tokenizers: whether the evidence depends on the tokenizers as well as on the weights.
     """
 
     is_costly: bool
@@ -33,11 +33,11 @@ class EvidenceProvider(Protocol):
         ...
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give what decides the evidence beside the bases, the rank and the modules, as a JSON value."""
+        """Return what the evidence depends on besides the bases, the rank and the modules, as a JSON value."""
         ...
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> AddEvidence:
-        """Collect what is shared by all modules, and return what adds the evidence of a stack of them."""
+        """Collect what all modules share, and return a function that adds the evidence of a stack of modules."""
         ...
 
 
@@ -52,6 +52,6 @@ PROVIDERS: dict[EvidenceKind, EvidenceProvider] = {
 
 
 def providers_of(kinds: Iterable[EvidenceKind]) -> list[EvidenceProvider]:
-    """Return the providers of some kinds, in a fixed order. Kinds that a fit reads by itself have none."""
+    """Return the providers of some kinds, in a fixed order. Kinds that a fit collects itself have no provider."""
     wanted = set(kinds)
     return [provider for kind, provider in PROVIDERS.items() if kind in wanted]

@@ -15,17 +15,17 @@ from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 
 
 class RandomKeyProvider:
-    """Derives each key from the seed and the name of the target module, whatever else is aligned beside it."""
+    """Derives each key from the seed and the name of the target module alone, not from the other modules."""
 
     is_costly = True
     reads_tokenizers = False
 
     def check(self, request: EvidenceRequest) -> None:
-        """Refuse a seed that JAX would cut to its lower 32 bits."""
+        """Refuse a seed that JAX would truncate to its lower 32 bits."""
         check_seed(request.seed)
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give the seed."""
+        """Return the seed."""
         return request.seed
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:

@@ -22,7 +22,7 @@ class Vocabulary:
         gram_src: (H_src, H_src), E_src' E_src / V.
         gram_tgt: (H_tgt, H_tgt), E_tgt' E_tgt / V.
         count: V, static.
-        mean_src: (H_src,), the mean row that was taken off; None where nothing asks for it.
+        mean_src: (H_src,), the mean row that was subtracted; None where no method asks for it.
         mean_tgt: (H_tgt,), the same.
         stream: (H_src, H_tgt), least squares map of the embeddings; None unless asked for.
     """
@@ -102,12 +102,12 @@ class Selection:
 
 @flax.struct.dataclass
 class Evidence:
-    """Everything a method may look at for one pair of modules.
+    """All evidence on one pair of modules that a method may use.
 
     Attributes:
         src: the source module.
         tgt: the target module.
-        vocabulary: moments over the shared tokens, the same for all modules; None where they cannot be had.
+        vocabulary: moments over the shared tokens, the same for all modules; None where they are not available.
         activations: moments of both bases' activations on the same text; None for methods that do not ask for them.
         key: a PRNG key that depends on the seed and on the target module's name; None for methods that draw nothing.
         reads: static; True if the module reads the residual stream (q, k, v, gate, up), False if it writes it
@@ -134,12 +134,12 @@ class Maps:
 
     Attributes:
         terms: pairs (P_out, P_in).
-        vector_ratio: (), how much better the i-th singular vectors of both bases agree, seen through the shared
-            vocabulary, than vectors that do not belong together; 1 is chance, NaN is not measured.
-        activation_cosine: (), cosine between the source's activations, carried over by the map, and the target's,
-            over inputs and outputs; NaN is not measured.
-        weight_cosine: (), in place of the driver's own figure of that name, for methods whose maps hold the target's
-            weights and would make it large whatever the bases are; None is the driver's.
+        vector_ratio: (), squared correlation over the shared vocabulary of singular vectors with equal index in both
+            bases, relative to vectors with other indices; 1 is chance, NaN is not measured.
+        activation_cosine: (), cosine of the source's activations, mapped to the target, with the target's, over inputs
+            and outputs; NaN is not measured.
+        weight_cosine: (), replaces the weight cosine of `Agreement` for methods whose maps contain the target's
+            weights, which would make it large for any two bases; None keeps that of `Agreement`.
     """
 
     terms: Terms
@@ -149,7 +149,7 @@ class Maps:
 
 
 def stream_vectors(side: Side, reads: bool) -> jax.Array:
-    """(H, R): the singular vectors on the residual stream's side of the module, with the norm gain folded in."""
+    """Return the singular vectors (H, R) on the residual stream's side of a module, with the norm gain folded in."""
     assert side.svd is not None
     vectors = side.svd.v if reads else side.svd.u
     return side.gain[:, None] * vectors

@@ -1,4 +1,4 @@
-"""What an alignment asks the evidence providers for, and the stacks of weights that they add their evidence to."""
+"""The request of an alignment to the evidence providers, and the stacks of weights that they add evidence to."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class EvidenceRequest:
 
     Attributes:
         pair: the two bases.
-        method: name of the method that asks, for errors.
-        kinds: what is asked for.
+        method: name of the method, for errors.
+        kinds: the kinds of evidence that it needs.
         modules: the pairs of modules.
         layers: for each target layer the source layer that feeds it, or None.
         rank: R, the truncation rank asked for; a module uses at most its short side.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        seed: of everything that is drawn.
+        seed: for everything that is drawn at random.
         probes: texts that both bases are run on; None before they are known, and where they are not needed.
-        batches: the same texts as both bases read them.
+        batches: the same texts, tokenised for both bases.
     """
 
     pair: BasePair
@@ -45,7 +45,7 @@ class EvidenceRequest:
     batches: Sequence[ProbeBatch] = ()
 
 
-def stated(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
+def pairs_as_json(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
     """Return pairs of modules as JSON values, for cache keys."""
     return [(pair.target, pair.source, pair.role) for pair in pairs]
 
@@ -60,7 +60,7 @@ class ModuleStack:
             repeats the last module.
         target: (L', O_tgt, I_tgt), likewise.
         rank: R for these shapes.
-        kernels: what each matrix was decomposed by, the source's first; filled by the provider of singular vectors.
+        kernels: the kernel that decomposed each matrix, the source's first; filled by the provider of singular vectors.
     """
 
     pairs: tuple[Pair, ...]
@@ -71,5 +71,5 @@ class ModuleStack:
 
     @property
     def count(self) -> int:
-        """L', the length of the leading axis."""
+        """Return L', the length of the leading axis."""
         return self.source.shape[0]

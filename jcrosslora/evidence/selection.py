@@ -1,4 +1,4 @@
-"""Rows and columns of the source that each target module is made of."""
+"""Select the rows and columns of the source that each target module consists of."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -18,19 +18,19 @@ _DEFAULT_DEPTH = "proportional"
 
 
 class SelectionProvider:
-    """Adds the rows and columns of the source that a target module takes."""
+    """Adds the rows and columns of the source that a target module consists of."""
 
     is_costly = False
     reads_tokenizers = False
 
     def check(self, request: EvidenceRequest) -> None:
-        """Accept every request: `selected_layers` refuses others when the layers are paired."""
+        """Accept every request: `selected_layers` refuses bases without shared structure when layers are paired."""
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give nothing beyond the weights."""
+        """Return None: the selection depends on the weights alone."""
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
-        """Take the structure that the pair of bases shares."""
+        """Read the structure that the two bases share."""
         del progress
         structure, target = request.pair.structure[0], request.pair.target
         assert structure is not None
@@ -43,15 +43,15 @@ class SelectionProvider:
 
 
 def selected_layers(found: tuple[Structure | None, str], depth: Depth) -> tuple[int | None, ...]:
-    """Return the source layer of every target layer by the structure that two bases share.
+    """Return the source layer of every target layer from the structure that two bases share.
 
     Args:
-        found: from `find_structure`.
-        depth: the depth map that was asked for: the default, or the one that the structure gives anyway.
+        found: the result of `find_structure`.
+        depth: the requested depth map: the default, or the one that the structure gives.
 
     Raises:
-        MethodError: neither base is made of parts of the other.
-        UsageError: another depth map was asked for.
+        MethodError: neither base consists of parts of the other.
+        UsageError: another depth map was requested.
     """
     structure, reason = found
     if structure is None:
@@ -69,9 +69,9 @@ def select_rows(structure: Structure, target: BaseModel, names: Iterable[str], c
     """Return the rows and columns of some target modules of one shape.
 
     Args:
-        structure: of the pair of bases.
+        structure: the shared structure of the two bases.
         target: the target base.
-        names: its modules, all of layers that have a counterpart.
+        names: target modules, all in layers that have a counterpart.
         count: length of the leading axis; the last module is repeated to fill it.
 
     Returns:

@@ -13,12 +13,12 @@ from jcrosslora.evidence.records import Vocabulary
 from jcrosslora.linalg import dot
 
 _TOKENS_AT_ONCE = 4096
-# Of the rows of both sides, and of their products.
+# Sums of the rows of both sides, and of their products.
 _Sums = tuple[jax.Array, ...]
 
 
 def shared_vocabulary(source: BaseModel, target: BaseModel) -> tuple[Vocabulary | None, str]:
-    """Centred second moments of both embedding tables over the tokens that both bases have.
+    """Compute centred second moments of both embedding tables over the tokens that both bases have.
 
     Only the rows of these tokens are read, a few thousand at a time.
 
@@ -33,8 +33,8 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
     sides = (source, ids_src), (target, ids_tgt)
     parts = [slice(start, start + _TOKENS_AT_ONCE) for start in range(0, len(ids_src), _TOKENS_AT_ONCE)]
     totals = None
-    with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is found in the sums.
-        # Second moments around a nearby centre lose no digits when the true mean is taken off at the end.
+    with np.errstate(over="ignore", invalid="ignore"):  # the sums are checked for non-finite numbers below
+        # Second moments around a nearby centre lose no digits when the true mean is subtracted at the end.
         centres = tuple(base.rows(base.embedding_name, ids[parts[0]]).mean(axis=0) for base, ids in sides)
         for part in parts:
             rows = (base.rows(base.embedding_name, ids[part]) for base, ids in sides)
@@ -49,13 +49,13 @@ def _moments(source: BaseModel, target: BaseModel, ids_src: np.ndarray, ids_tgt:
 
 
 def _padded(rows: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Rows around the centre, and rows of zeros, which add nothing, up to the number that the program is made for."""
+    """Centre rows, and pad them with zero rows, which add nothing, to the number that `_add` is compiled for."""
     return np.pad(rows - centre, ((0, _TOKENS_AT_ONCE - len(rows)), (0, 0)))
 
 
 @jax.jit
 def _add(totals: _Sums | None, x: jax.Array, y: jax.Array) -> _Sums:
-    """Sums of the rows of X (N, D_src) and Y (N, D_tgt), of X'Y, X'X and Y'Y, on top of what there is."""
+    """Add the sums of the rows of X (N, D_src) and Y (N, D_tgt), and X'Y, X'X and Y'Y, to the totals."""
     sums = x.sum(axis=0), y.sum(axis=0), dot(x.T, y), dot(x.T, x), dot(y.T, y)
     return sums if totals is None else jax.tree.map(jnp.add, totals, sums)
 

@@ -15,7 +15,7 @@ from jcrosslora.linalg import TruncatedSVD, decompose
 
 
 class SingularVectorProvider:
-    """Decomposes the weights of both sides, or reads the factors that are cached."""
+    """Adds the truncated SVDs of both weights, computed or read from the cache."""
 
     is_costly = True
     reads_tokenizers = False
@@ -24,11 +24,11 @@ class SingularVectorProvider:
         """Accept every request."""
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give whether single vectors matter."""
+        """Return whether single vectors matter."""
         return request.single_vectors
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
-        """Return what decomposes a stack; nothing is shared between modules."""
+        """Return a function that decomposes a stack; modules share nothing."""
         del progress
         pair = request.pair
         caches = (None, None) if pair.cache is None else (pair.cache.source, pair.cache.target)

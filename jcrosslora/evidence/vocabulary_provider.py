@@ -8,16 +8,16 @@ from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 
 
 class SharedVocabularyProvider:
-    """Adds the moments of the shared vocabulary where there is one; without one the evidence has None."""
+    """Adds the moments of the shared vocabulary, or None where the bases share none."""
 
     is_costly = False
     reads_tokenizers = True
 
     def check(self, request: EvidenceRequest) -> None:
-        """Accept every request: methods that use the vocabulary for signs can do without."""
+        """Accept every request: methods that use the vocabulary for signs work without it."""
 
     def cache_key(self, request: EvidenceRequest) -> Any:
-        """Give nothing beyond the tokenizers."""
+        """Return None: the evidence depends on weights and tokenizers alone."""
 
     def collect(self, request: EvidenceRequest, *, progress: bool = False) -> Any:
         """Collect the moments once for the pair."""

@@ -11,19 +11,19 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError
 from jcrosslora.linalg import spread
 
-# Weights of both bases in a group, in bytes as float32. While one group is aligned the next is read: two of them bound
-# memory, whatever the model's size.
+# Bytes of both bases' weights in a group, as float32. The next group is read while one is aligned, so two groups bound
+# the memory for a model of any size.
 GROUP_BYTES = 96 * 2**20
 T = TypeVar("T")
 
 
 def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items of one key at a time, in groups as even as can be.
+    """Yield items with equal keys in groups of nearly equal length, at most `GROUP_BYTES` each.
 
     Args:
-        items: modules or pairs of them.
-        key: of an item; those of one key can be stacked.
-        size: bytes of an item, the same for all of one key. A group has `GROUP_BYTES` of them at most.
+        items: modules, or pairs of modules.
+        key: returns the key of an item; items with equal keys can be stacked.
+        size: returns the bytes of an item, the same for all items with equal keys.
     """
     alike: dict[Hashable, list[T]] = {}
     for item in items:
@@ -35,7 +35,7 @@ def bounded_groups(items: Sequence[T], key: Callable[[T], Hashable], size: Calla
 
 
 def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
-    """The weights of several modules of equal shape, (L', O, I) float32, spread over all local devices.
+    """Load the weights of several modules of equal shape, (L', O, I) float32, spread over all local devices.
 
     L' is len(names) rounded up to a multiple of the device count; the surplus repeats the last module. Weights go
     to the device in their stored dtype and are widened there, unless that differs from module to module.
@@ -60,12 +60,12 @@ def load_stack(base: BaseModel, names: Sequence[str]) -> jax.Array:
 
 @jax.jit
 def _widen(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(L, O, I) in float32, and (L,) whether all of it is finite."""
+    """Convert (L, O, I) to float32, and tell for each matrix whether it is finite (L,)."""
     stack = stack.astype(jnp.float32)
     return stack, jnp.isfinite(stack).all(axis=(1, 2))
 
 
 def _widen_on_host(stack: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-    """As `_widen`, where the device is the host: nothing is to be compiled for it."""
+    """Do the same as `_widen` without compiling anything, where the device is the host."""
     stack = stack.astype(np.float32, copy=False)
     return spread(stack), np.array([np.isfinite(w).all() for w in stack])

@@ -1,11 +1,12 @@
-"""Part of the way from a further-trained target back to the source, as low-rank updates beside those of a copy.
+"""Low-rank updates that interpolate the weights of a further-trained target towards the source, beside a copied update.
 
-Further training has made W_tgt = W_src + T of the source's weights. What T and an adapter's dW have in common a copy
-does twice, W_src + T + dW, and overshoots: the more alike the two trainings, the worse. A share of T is therefore taken
-off again while the adapter is on, which puts it on weights between the two bases, W_src + (1 - share) T + dW.
+Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
+applies twice whatever T and dW have in common: the more alike the two trainings, the more it overshoots. A share of T
+is therefore subtracted while the adapter is on, so that it works on weights between the two bases,
+W_src + (1 - share) T + dW.
 
 Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
-vectors (arXiv 2212.04089). That a copied adapter goes with them is this package's.
+vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.
 """
 
 from collections.abc import Mapping
@@ -23,18 +24,16 @@ from jcrosslora.evidence.weight_stacks import bounded_groups, load_stack
 from jcrosslora.linalg import decompose
 from jcrosslora.utils.progress import track
 
-# Of the way that is taken.
-SHARE = 0.75
-# Of each module's ||T||_F^2 in the rank that it is written at, where that is not bounded.
+# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was asked for.
 ENERGY = 0.99
 
 
 @dataclass(frozen=True)
 class SourceInterpolation:
-    """The source interpolation, low rank.
+    """A share of the difference between the weights of the two bases, low rank.
 
     Attributes:
-        modules: module -> share (W_src - W_tgt), cut; modules that both bases have alike are left out.
+        modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
         kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 where nothing differs.
     """
 
@@ -43,33 +42,33 @@ class SourceInterpolation:
 
 
 def check_share(share: float) -> None:
-    """Refuse a share of the way that is none.
+    """Check that an interpolation weight lies in [0, 1].
 
     Raises:
-        UsageError: below 0 or above 1, or no number.
+        UsageError: it is below 0, above 1 or NaN.
     """
     if not 0 <= share <= 1:
-        msg = f"interpolation {share:g} is out of range; it must be from 0 (a copy) to 1 (all the way to the source)"
+        msg = f"interpolation {share:g} is out of range; it must be from 0 (a copy) to 1 (the weights of the source)"
         raise UsageError(msg)
 
 
 def interpolate_to_source(
     source: BaseModel, target: BaseModel, share: float, *, rank: int, progress: bool = False
 ) -> SourceInterpolation:
-    """What a share of the source interpolation to the source changes of each module of the target.
+    """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
 
-    Each difference is cut to the lowest rank that holds `ENERGY` of it, and to `rank` at most. What a LoRA has changed
-    is of its rank; what training of all weights has changed may not be held by any small one, and `kept` says so.
+    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
+    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
 
     Args:
         source: the base that adapters come from.
         target: a base with the same modules, by name and shape.
-        share: of the way, 0 to 1.
+        share: the interpolation weight, 0 (target) to 1 (source).
         rank: the highest rank.
         progress: whether to show a progress bar.
 
     Raises:
-        UsageError: a share out of range.
+        UsageError: the share is out of range.
         MethodError: the modules of the two bases are not the same.
         CheckpointError: a weight cannot be read or is not finite.
     """
@@ -77,8 +76,8 @@ def interpolate_to_source(
     shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
     if shapes[0] != shapes[1]:
         odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
-        msg = f"there is no source interpolation from {target.name} to {source.name}, which differ in {odd}: bases with the same "
-        raise MethodError(msg + "modules were wanted; use another method than interpolated-copy")
+        msg = f"{target.name} and {source.name} differ in {odd}, so there is no difference between their weights to add"
+        raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
     modules: dict[str, LoRAFactors] = {}
     whole = left = 0.0
     with track(len(target.modules), "interpolate", "modules", show=progress) as bar:
@@ -86,7 +85,7 @@ def interpolate_to_source(
             list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
         ):
             src, tgt = load_stack(source, names), load_stack(target, names)
-            found, energies = _cut(src - tgt, rank)
+            found, energies = _truncated(src - tgt, rank)
             for name, one, (of, held) in zip(names, found, energies, strict=False):
                 whole, left = whole + of, left + held
                 if one.rank and share:
@@ -97,9 +96,9 @@ def interpolate_to_source(
     )
 
 
-def _cut(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:
-    """Factors of each matrix of (L, O, I), and its squared norm before and after the cut."""
-    # Any vectors do that hold the energy, however little they differ from others: nothing has to be done again.
+def _truncated(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:
+    """Return the factors of each matrix of (L, O, I), and its squared norm before and after truncation."""
+    # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
     svd, _ = decompose(stack, min(rank, *stack.shape[1:]), vectors=False, tolerance=float("inf"))
     wholes = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
     u, s, v = (np.asarray(field) for field in (svd.u, svd.s, svd.v))

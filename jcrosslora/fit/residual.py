@@ -1,22 +1,22 @@
 """`residual-fit`: give the target's residual stream the change that an adapter gives the source's, in closed form.
 
-Let h be a residual stream behind a layer and dh what an adapter changes of it. For each target layer, from the first to
-the last, with M the linear map from the source's stream to the target's,
+Let h be the residual stream after a layer and dh the change that an adapter makes in it. For each target layer, from
+the first to the last, with M the linear map from the source's stream to the target's,
 
     wanted = scale * M dh_src,   dW_down = argmin || wanted - dh_tgt - N(dW_down x) ||
 
-where dh_tgt is what the adapter that the target has so far changes of its stream behind that layer: a given adapter,
-and the updates fitted to the layers in front. x is the input of down_proj with that adapter. N is the norm behind
-down_proj, linearised: N(y) = gain * y / rms, with rms as it is at the position; the identity where the family has none.
-M is a ridge map and dW_down a ridge map of reduced rank, both fitted on the same positions. Every dimension is divided
-by its size (see `jcrosslora.linalg.dimension_sizes`): without that a few massive ones rule the fit.
+where dh_tgt is the change of the target's stream after that layer by the adapter that the target has so far: a given
+adapter, and the updates fitted to the layers before. x is the input of down_proj with that adapter. N is the norm after
+down_proj, linearised: N(y) = gain * y / rms, with the rms of the position; the identity where the family has no such
+norm. M is a ridge map and dW_down a ridge map of reduced rank, both fitted on the same positions. Every dimension is
+divided by its size (see `jcrosslora.linalg.dimension_sizes`): otherwise a few massive dimensions dominate the fit.
 
-Linearised, N lets anything be written into a dimension of little gain by outputs large enough. But they raise the rms,
-and all that the MLP wrote before is lost. So |dW_down x / rms|^2 is added to what is minimised, with the weight of what
-is left out, which is at most the share of the norm's outputs in the stream: a tenth of that.
+The linearised N allows large outputs of down_proj to write anything into a dimension of small gain. But large outputs
+raise the rms, which suppresses everything that the MLP wrote before. A penalty on |dW_down x / rms|^2 prevents that,
+with a weight of a tenth of the mean square that the norm writes into a dimension, relative to the dimension's size.
 
 The streams, with and without adapter, are kept at all positions and advanced a layer at a time, so that each is
-computed once; what a layer's fit needs are sums of products over the positions, linear in the map M.
+computed once. The fit of a layer needs sums of products over the positions, which are linear in the map M.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
 
 ROLE = "down_proj"
-PENALTY = 1e-2  # of the mean diagonal, which is that of a correlation matrix
-# Of the mean square that the norm behind down_proj writes into a dimension, relative to the dimension's size.
+PENALTY = 1e-2  # ridge penalty, relative to the mean diagonal, which is that of a correlation matrix
+# Weight of the output penalty, relative to the mean square that the norm after down_proj writes into a dimension, over
+# the dimension's size.
 RESTRAINT = 0.1
 
 
@@ -61,35 +62,35 @@ def fit_residual(
     params: tuple[Params, Params] | None = None,
     progress: bool = False,
 ) -> StackedAdapter:
-    """Fit updates of the target's down_proj that carry over what an adapter changes of the source's residual stream.
+    """Fit updates of the target's down_proj that change its residual stream as an adapter changes the source's.
 
     Memory: the layers of both bases as float32; for every position of every batch, padding included, two streams of
     each base, and of the target the input and the output of one layer's down_proj (23 kB a position for a pair of 600
-    wide models, 0.9 GB for 38,000 of them); one layer's sums. Time: twice a forward pass of each base, and the products
-    of down_proj's inputs.
+    wide models, 0.9 GB for 38,000 positions); the sums of one layer. Time: two forward passes of each base, and the
+    products of down_proj's inputs.
 
     Args:
-        source: the base that the adapter is of.
+        source: the base that the adapter was trained on.
         target: the base that the updates are for.
-        adapter: of the source, with fused matrices taken apart (see `fit_to_base`).
-        current: what the target has already, or None; its effect is taken off what is wanted.
+        adapter: an adapter of the source, with fused matrices split (see `fit_to_base`).
+        current: an adapter that the target has already, or None; its effect is subtracted from the wanted change.
         batches: at least one; each shape among them is compiled once.
         layers: for each target layer the source layer whose stream it follows, or None for no update of that layer.
-            An order other than ascending costs the source's passes again for every step back.
+            Every step back in this list repeats the source's forward passes.
         rank: R of each update.
-        scale: how much of the source's change is wanted.
+        scale: factor of the source's change.
         params: weights of source and target, if they are loaded already.
         progress: whether to show a progress bar.
 
     Returns:
-        The updates alone, without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero
-        in layers without one.
+        The updates without `current` (`join_stacked` adds the two): down_proj, a (L, R, I) and b (L, H, R), zero in
+        layers without an update.
 
     Raises:
-        UsageError: a rank below 1 or above the short side of down_proj, or no batches.
+        UsageError: the rank is below 1 or above the short side of down_proj, or there are no batches.
         PairingError: `layers` does not fit the bases, or feeds no layer.
         AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
-        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+        CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
     hidden, inner = target.modules[f"model.layers.0.mlp.{ROLE}"].shape
     _check(source, target, batches, layers, rank, min(hidden, inner))
@@ -118,31 +119,31 @@ def fit_residual(
         a[layer], b[layer] = np.asarray(factors.a), np.asarray(factors.b)
         if not (np.isfinite(a[layer]).all() and np.isfinite(b[layer]).all()):
             msg = (
-                f"{adapter.info.name}: the residual stream of {source.ref} with it, or of {target.ref} with what was "
-                f"moved so far, is not finite behind layer {layer}: the factors are too large or not numbers"
+                f"{adapter.info.name}: the residual stream of {source.ref} with it, or of {target.ref} with the update "
+                f"fitted so far, is not finite after layer {layer}: the factors are too large or not numbers"
             )
             raise AdapterError(msg)
         student.apply(downs, factors)
-        # What the next layer's down_proj does must not join this one's in memory.
+        # Free the activations of this layer's down_proj before those of the next are computed.
         del downs
     return StackedAdapter({ROLE: StackedFactors(jnp.asarray(a), jnp.asarray(b))})
 
 
 @flax.struct.dataclass
 class _Sums:
-    """Sums over positions of one layer, float32; s and t are the streams of source and target, x as in the module.
+    """Sums over positions of one layer, float32; s and t are the streams of source and target, x the inputs.
 
-    Where there is a norm behind down_proj, x is divided by the rms that it divides by.
+    Where there is a norm after down_proj, x is divided by its rms.
 
     Attributes:
-        source: (H_src, H_src), of s s'.
-        cross: (H_src, H_tgt), of s t'.
-        squares: (H_tgt,), of the squares of t.
-        inputs: (I, I), of x x'.
-        wanted: (I, H_src), of x ds'.
-        present: (I, H_tgt), of x dt'.
-        written: (H_tgt,), of the squares of down_proj's outputs divided by their rms; zeros where there is no norm.
-        count: (), positions.
+        source: (H_src, H_src), sum of s s'.
+        cross: (H_src, H_tgt), sum of s t'.
+        squares: (H_tgt,), sum of the squares of t.
+        inputs: (I, I), sum of x x'.
+        wanted: (I, H_src), sum of x ds'.
+        present: (I, H_tgt), sum of x dt'.
+        written: (H_tgt,), sum of the squares of down_proj's outputs over their rms; zeros where there is no norm.
+        count: (), number of positions.
     """
 
     source: jax.Array
@@ -155,7 +156,7 @@ class _Sums:
     count: jax.Array
 
 
-# Of source and target, without and with adapter, in this order.
+# Streams of the source without and with adapter, then of the target.
 _States = tuple[jax.Array, ...]
 
 
@@ -165,7 +166,7 @@ def _summed(
     streams: Sequence[Sequence[jax.Array]],
     downs: Sequence[Down],
 ) -> _Sums:
-    """The sums over all batches; streams are the four of `_States`, one array a batch."""
+    """Sum over all batches; streams are the four of `_States`, with one array for each batch."""
     sums = _no_sums(tuple(stream[0] for stream in streams), downs[0])
     for batch, down, *states in zip(batches, downs, *streams, strict=True):
         places = jnp.asarray(batch.at_src), jnp.asarray(batch.at_tgt), jnp.asarray(batch.valid)
@@ -214,13 +215,13 @@ def _add(
 
 @partial(jax.jit, static_argnames="rank")
 def _solve(sums: _Sums, gain: jax.Array, scale: jax.Array, rank: int) -> StackedFactors:
-    """The update of one layer: a (R, I) and b (H, R)."""
+    """Solve for the update of one layer: a (R, I) and b (H, R)."""
     size_src, size_tgt = dimension_sizes(jnp.diagonal(sums.source)), dimension_sizes(sums.squares)
-    # (H_src, H_tgt): from divided rows of the source's stream to divided rows of the target's.
+    # (H_src, H_tgt), between streams whose dimensions are divided by their sizes.
     gram = sums.source / size_src[:, None] / size_src
     carry = ridge(gram, sums.cross / size_src[:, None] / size_tgt, PENALTY)
     missing = scale * dot(sums.wanted / size_src, carry) - sums.present / size_tgt
-    # (z - g u)^2 + k u^2 = (g z / w - w u)^2 and a constant, with w^2 = g^2 + k: again a regression, of w u.
+    # (z - g u)^2 + k u^2 = (g z / w - w u)^2 + constant, with w^2 = g^2 + k: again a regression, for w u.
     reach = gain / size_tgt
     restraint = RESTRAINT * jnp.mean(reach**2 * sums.written) / jnp.maximum(sums.count, 1)
     weight = jnp.sqrt(reach**2 + restraint)
@@ -228,13 +229,13 @@ def _solve(sums: _Sums, gain: jax.Array, scale: jax.Array, rank: int) -> Stacked
     size_in = dimension_sizes(jnp.diagonal(sums.inputs))
     cross = missing * (reach / weight) / size_in[:, None]
     left, right = reduced_rank_ridge(sums.inputs / size_in[:, None] / size_in, cross, rank, PENALTY)
-    # The singular values are split evenly: factors of one size lose least when they are stored in few bits.
+    # Split the singular values evenly: factors of equal size lose least in low-precision formats.
     b, a, _ = recompress(right / weight[:, None], left.T / size_in, rank)
     return StackedFactors(a, b)
 
 
 def _tokens_of(batch: ProbeBatch, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask, (B, T) each, of the source (0) or the target (1)."""
+    """Return the tokens and the mask, (B, T) each, for the source (0) or the target (1)."""
     return (batch.tokens_tgt, batch.mask_tgt) if side else (batch.tokens_src, batch.mask_src)
 
 

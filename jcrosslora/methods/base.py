@@ -1,4 +1,4 @@
-"""What a transfer method is: a frozen dataclass that owns its hyper-parameters, with one function for the maths."""
+"""The base class of transfer methods: a frozen dataclass of hyper-parameters with one function for the maths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jcrosslora.methods.update import FinalizeContext, Update
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
 ]
-# The truncation rank of the Cross-LoRA paper, and that of methods which do not state one.
+# The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
 DEFAULT_SVD_RANK = 320
 _PACKAGE = Path(__file__).parent.parent
 
@@ -36,11 +36,11 @@ class Method:
         reference: where it is published.
         requires: the evidence that has to be collected. A property may derive it from the fields.
         measure: the diagnostic that says whether the two bases agree in what the method relies on.
-        equal_shapes: whether it is defined for modules of equal shape alone.
+        equal_shapes: whether it is defined only for modules of equal shape.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        preserves_residual_basis: whether the residual stream of the target has the coordinates of the source, or those
-            that the evidence selects. Changes of the embedding and the output head then move as well.
-        keeps_norm: whether the norm of the update is restored after the maps, as a control needs it.
+        preserves_residual_basis: whether the maps keep the coordinates of the residual stream, or select among them.
+            Changes of the embedding and the output head then move as well.
+        keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
     """
 
     name: ClassVar[str]
@@ -54,37 +54,37 @@ class Method:
     keeps_norm: ClassVar[bool] = False
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Choose the maps of one pair of modules. Pure, traceable and unbatched; the default maps to zero."""
+        """Choose the maps of one pair of modules. Pure, traceable and unbatched; the default maps are zero."""
         return zero_maps(evidence)
 
     def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
-        """Run what follows the maps. The default keeps what was moved."""
+        """Run the stages after the maps. The default returns the moved adapter."""
         del context
         return Update(moved)
 
     @property
     def truncates(self) -> bool:
-        """Whether a truncation rank has a part in the maps."""
+        """Tell whether the maps depend on a truncation rank."""
         return hasattr(self, "svd_rank")
 
     @property
     def runs_bases(self) -> bool:
-        """Whether both bases have to run on text."""
+        """Tell whether both bases have to run on text."""
         return bool(self.requires & RUNNING)
 
     @property
     def fits_update(self) -> bool:
-        """Whether an update is fitted to what the source does with the adapter."""
+        """Tell whether an update is fitted to the source's behaviour with the adapter."""
         return bool(self.requires & FITTING)
 
     @property
     def has_finalize(self) -> bool:
-        """Whether something follows the maps."""
+        """Tell whether a stage follows the maps."""
         return type(self).finalize is not Method.finalize
 
     @property
     def needs(self) -> str:
-        """State in words what the method looks at."""
+        """Return the evidence that the method uses, in words."""
         parts = ["equal shapes"] if self.equal_shapes else []
         parts += [kind.value for kind in EvidenceKind if kind in self.requires and kind != EvidenceKind.RANDOM_KEY]
         return ", ".join(parts) or "nothing"
@@ -94,7 +94,7 @@ class Method:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def cache_key(self) -> Any:
-        """Return what decides the maps, as a JSON value. Of a user's method the source file has a part in it."""
+        """Return what the maps depend on, as a JSON value; for a user's method this includes its source file."""
         file = Path(inspect.getfile(type(self)))
         code = "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
         return self.name, type(self).__qualname__, code, self.settings()

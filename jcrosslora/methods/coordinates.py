@@ -1,4 +1,4 @@
-"""Maps that take the coordinates of the source for those of the target."""
+"""Maps that identify the coordinates of the source with those of the target."""
 
 import jax.numpy as jnp
 
@@ -7,9 +7,9 @@ from jcrosslora.linalg import LinearMap, select
 
 
 def padded_maps(evidence: Evidence) -> Maps:
-    """Return rectangular identities: rows and columns beyond the smaller side are cut off or left zero.
+    """Return rectangular identities, which cut off surplus rows and columns or fill missing ones with zeros.
 
-    For equal shapes this is the plain copy.
+    For equal shapes they copy the update.
     """
     (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
     return Maps(((_padded(o_src, o_tgt), _padded(i_src, i_tgt)),))

@@ -1,4 +1,4 @@
-"""Copy: the update as it is."""
+"""Copy: the unchanged update."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,10 +10,10 @@ from jcrosslora.methods.coordinates import padded_maps
 
 @dataclass(frozen=True)
 class Copy(Method):
-    """The update as it is."""
+    """The unchanged update."""
 
     name: ClassVar[str] = "copy"
-    summary: ClassVar[str] = "the update as it is"
+    summary: ClassVar[str] = "the unchanged update"
     reference: ClassVar[str] = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
     equal_shapes: ClassVar[bool] = True
     preserves_residual_basis: ClassVar[bool] = True

@@ -14,8 +14,8 @@ U~_s' and dW_s do not fit. The only reading that fits all shapes applies the map
     dW_t = P_U dW_s P_V' = U_t (U_s' dW_s V_s) V_t'
 
 and sends the i-th singular pair of the source to the i-th of the target. Singular pairs are defined up to a joint
-sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; see `sign_anchor`
-for how it is chosen here.
+sign, so this is U_t D U_s' dW_s V_s D V_t' with a diagonal D of signs that the paper does not mention; `sign_anchor`
+chooses them.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class CrossLoRA(Method):
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out = U_t D U_s', P_in = V_t D V_s'."""
+        """Return P_out = U_t D U_s' and P_in = V_t D V_s'."""
         src, tgt = evidence.src.svd, evidence.tgt.svd
         assert src is not None
         assert tgt is not None

@@ -1,4 +1,4 @@
-"""Distillation: an update of the target fitted to what the adapted source predicts (see `fit.distill`)."""
+"""Distillation: an update of the target fitted to the predictions of the adapted source (see `fit.distill`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ class Distill(DistillSettings, Method):
     """v and o of attention, fitted in a few closed-form steps to completions of the adapted source."""
 
     name: ClassVar[str] = "distill"
-    summary: ClassVar[str] = "v and o of attention, in a few closed-form steps, to what the adapted source predicts"
+    summary: ClassVar[str] = "v and o of attention, fitted in closed-form steps to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
     measure: ClassVar[Measure] = "none"

@@ -1,4 +1,4 @@
-"""Distilled copy: the update as it is, then fitted to what the adapted source predicts."""
+"""Distilled copy: the unchanged update, then fitted to the predictions of the adapted source."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,10 +10,10 @@ from jcrosslora.methods.distill import Distill
 
 @dataclass(frozen=True)
 class DistilledCopy(Distill):
-    """The update as it is, then v and o of attention fitted. The teacher is the adapted source alone."""
+    """The unchanged update, then v and o of attention fitted. The teacher is the adapted source alone."""
 
     name: ClassVar[str] = "distilled-copy"
-    summary: ClassVar[str] = "the update as it is, then v and o of attention fitted to what the adapted source predicts"
+    summary: ClassVar[str] = "the unchanged update, then v and o fitted to the adapted source's predictions"
     equal_shapes: ClassVar[bool] = True
     preserves_residual_basis: ClassVar[bool] = True
 

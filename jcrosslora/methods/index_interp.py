@@ -1,4 +1,4 @@
-"""Index interpolation: the second baseline of the same public tree as `pad_truncate`."""
+"""Index interpolation: a baseline of the same public repository as `pad_truncate`."""
 
 from dataclasses import dataclass
 from typing import ClassVar

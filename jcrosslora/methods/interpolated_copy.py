@@ -1,4 +1,4 @@
-"""Interpolated copy: the update as it is, on weights between those of the two bases (see `fit.interpolation`)."""
+"""Interpolated copy: the unchanged update, on weights between those of the two bases (see `fit.interpolation`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,10 +15,10 @@ from jcrosslora.methods.update import FinalizeContext, Update
 
 @dataclass(frozen=True)
 class InterpolatedCopy(Method):
-    """The update as it is, with a share of the difference from the target's weights to the source's beside it."""
+    """The unchanged update, plus a share of the difference from the target's weights to the source's."""
 
     name: ClassVar[str] = "interpolated-copy"
-    summary: ClassVar[str] = "the update as it is, on weights interpolated from the target towards the source"
+    summary: ClassVar[str] = "the unchanged update, on weights interpolated from the target towards the source"
     reference: ClassVar[str] = "this package; interpolation of weights: arXiv 2109.01903"
     equal_shapes: ClassVar[bool] = True
     preserves_residual_basis: ClassVar[bool] = True
@@ -26,8 +26,8 @@ class InterpolatedCopy(Method):
     interpolation: float = 0.75
     """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
     svd_rank: int = 8
-    """Truncation rank of the difference. Its first directions hold what the two trainings have in common; with more
-    of them the target forgets more of its own."""
+    """Truncation rank of the difference. Its first directions hold what the two trainings have in common; a higher
+    rank removes more of the target's own training."""
 
     def __post_init__(self) -> None:
         """Refuse a share outside 0 to 1."""
@@ -48,7 +48,7 @@ class InterpolatedCopy(Method):
 
 
 def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:
-    # Parts of a fused matrix that share their A go on sharing it: added one by one, each would bring all of it along.
+    # Add fused matrices whole, so that parts with a common A keep sharing it; added separately, each would copy A.
     terms = [fuse(part, target.fused) for part in (moved.modules, found.modules)]
     whole = {name: add_factors(name, [part[name] for part in terms if name in part]) for name in terms[0] | terms[1]}
     parts = split_fused(Adapter(whole), target.fused).modules

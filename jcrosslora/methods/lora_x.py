@@ -1,4 +1,4 @@
-"""LoRA-X (arXiv 2501.16559, Eq. 3): keep what lies in the target's leading singular subspaces. Equal shapes only."""
+"""LoRA-X (arXiv 2501.16559, Eq. 3): project into the target's leading singular subspaces. Equal shapes only."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,10 @@ from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 @dataclass(frozen=True)
 class LoRAX(Method):
-    """Keep what lies in the leading singular subspaces of the target. The SVD of the source only serves the diagnostics."""
+    """Projection into the leading singular subspaces of the target. The source's SVD serves the diagnostics only."""
 
     name: ClassVar[str] = "lora-x"
-    summary: ClassVar[str] = "keep what lies in the target's singular subspaces: U_t U_t' dW V_t V_t'"
+    summary: ClassVar[str] = "projection into the target's singular subspaces: U_t U_t' dW V_t V_t'"
     reference: ClassVar[str] = "arXiv 2501.16559, Eq. 3"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
     measure: ClassVar[Measure] = "subspace similarity"
@@ -24,7 +24,7 @@ class LoRAX(Method):
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out = U_t U_t', P_in = V_t V_t'."""
+        """Return P_out = U_t U_t' and P_in = V_t V_t'."""
         svd = evidence.tgt.svd
         assert svd is not None
         return Maps(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))

@@ -2,24 +2,24 @@
 
 In the paper's row convention, with E the embeddings of the tokens that both bases have, not centred,
 
-    W_h = pinv(E_s) E_t                                    the stream, (H_src, H_tgt)
+    W_h = pinv(E_s) E_t                                    the residual stream, (H_src, H_tgt)
     attention, by head   dW_t^j = W_h' dW_s^i (W_s^i)' W_h W_t^j       head j of the target matched with i of the source
     MLP                  W_i = pinv(W_s) W_h W_t,  dW_t = W_h' dW_s W_i
 
-so that, as P_out and P_in, the stream's side is W_h' everywhere, and the other side is X_t W_h' X_s' head by head in
-attention and X_t W_h' pinv(X_s) in the MLP, X being a weight with the stream as its columns. Heads are matched by the
-cosine of their circuits, [W_h' Q'K W_h, W_h' V'O' W_h] against [Q'K, V'O'], with the largest total (Hungarian method).
+As P_out and P_in, the stream's side is W_h' everywhere. The other side is X_t W_h' X_s' head by head in attention and
+X_t W_h' pinv(X_s) in the MLP, where X is a weight with the stream as its columns. Heads are matched by the cosine of
+their circuits, [W_h' Q'K W_h, W_h' V'O' W_h] against [Q'K, V'O'], with the largest total (Hungarian method).
 
-- X_s' stands where the inverse would: the size of an attention update changes by the squared size of the weights.
-- Keys and values that serve several query heads are repeated for each, as published; the update of a target's key or
-  value head is the mean over its query heads, zero for those that nothing was matched with.
-- Norm gains and rotary positions have no part in it.
+- The equations have X_s' in place of the inverse: an attention update is scaled by the squared size of the weights.
+- Keys and values that serve several query heads are repeated for each, as published. The update of a target's key or
+  value head is the mean over its query heads, with zeros for heads without a match.
+- Norm gains and rotary positions are ignored.
 
-Not defined there, and decided here: the target may have fewer heads than the source (the published code stops): the
-heads without a match are dropped, their update with them. Heads may differ in size: X_t W_h' X_s' then maps between
-the sizes. gate is treated as up. The layers are those of `--depth`; the paper's are `--depth similar`. For up and for
-the outputs of down the published code has pinv(W_h) where the equations have W_h'; here it is W_h', as for attention:
-between independently trained bases the inverse has no bound (a condition number of 300 on the one pair measured).
+The paper leaves some cases open. If the target has fewer heads than the source (the published code stops), heads
+without a match are dropped with their updates. If heads differ in size, X_t W_h' X_s' maps between the sizes. gate is
+treated as up. The layers are those of `--depth`; the paper's are `--depth similar`. For up and for the outputs of down
+the published code has pinv(W_h) where the equations have W_h'; here it is W_h', as for attention: between independently
+trained bases the inverse is unbounded (a condition number of 300 on the one pair measured).
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from jcrosslora.methods.base import Measure, Method
 
 @dataclass(frozen=True)
 class LoRASuite(Method):
-    """The stream by the embeddings of shared tokens, attention by matched heads. Its fine-tuning is left out."""
+    """Map the stream by the embeddings of shared tokens, attention by matched heads. Its fine-tuning is left out."""
 
     name: ClassVar[str] = "lorasuite"
     summary: ClassVar[str] = "the stream by the embeddings of shared tokens, attention by matched heads; no fine-tuning"
@@ -45,7 +45,7 @@ class LoRASuite(Method):
     measure: ClassVar[Measure] = "head cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Stream's side W_h'; other side by head, or through the pseudo-inverse of the source's weight."""
+        """Return W_h' on the stream's side; by head, or through the source's pseudo-inverse, on the other."""
         vocabulary, heads = evidence.vocabulary, evidence.heads
         assert vocabulary is not None
         assert vocabulary.stream is not None
@@ -60,7 +60,7 @@ class LoRASuite(Method):
 
 
 def _through_inverse(x_src: jax.Array, x_tgt: jax.Array, stream: jax.Array) -> LinearMap:
-    """X_t W_h' pinv(X_s), of inner width H_src or less."""
+    """Return X_t W_h' pinv(X_s), of inner width H_src or less."""
     u, s, vt = jnp.linalg.svd(x_src, full_matrices=False)
     reached = s > jnp.finfo(s.dtype).eps * max(x_src.shape) * s[0]
     inverse = jnp.where(reached, 1 / jnp.where(reached, s, 1), 0)
@@ -68,14 +68,14 @@ def _through_inverse(x_src: jax.Array, x_tgt: jax.Array, stream: jax.Array) -> L
 
 
 def _by_head(x_src: jax.Array, x_tgt: jax.Array, stream: jax.Array, match: jax.Array) -> LinearMap:
-    """X_t W_h' X_s', block by block weighted by `match` (heads of the target, heads of the source)."""
+    """Return X_t W_h' X_s' with its blocks weighted by `match` (N_tgt, N_src)."""
     products = dot(x_tgt, dot(stream, x_src.T))
     sizes = [width // count for width, count in zip(products.shape, match.shape, strict=True)]
     return _dense(products * jnp.repeat(jnp.repeat(match, sizes[0], axis=0), sizes[1], axis=1))
 
 
 def _dense(matrix: jax.Array) -> LinearMap:
-    """A map without structure: its inner width is its short side."""
+    """Wrap a dense matrix as a map whose inner width is its short side."""
     rows, columns = matrix.shape
     eye = jnp.eye(min(rows, columns), dtype=matrix.dtype)
     return low_rank(eye, matrix.T) if rows < columns else low_rank(matrix, eye)

@@ -1,4 +1,4 @@
-"""Pad and truncate: the baseline that a public development tree with the seed paper's models emits."""
+"""Pad and truncate: the baseline of a public repository with the models of the Cross-LoRA paper."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,11 +1,11 @@
-"""ProLoRA (arXiv 2506.04244): carry range and null space over separately. Equal shapes only.
+"""ProLoRA (arXiv 2506.04244): move range and null space separately. Equal shapes only.
 
-With the projectors P = U U' (range, rank r) and I - P (the rest) of both bases on both sides,
+With the projectors P = U U' (range, rank r) and I - P (null space) of both bases on both sides,
 
     dW_t = P_t^out (P_s^out dW_s P_s^in) P_t^in + (I - P_t^out) ((I - P_s^out) dW_s (I - P_s^in)) (I - P_t^in)
 
-The cross terms (range on one side, rest on the other) are dropped, as in the paper. The two terms double the rank of
-the update: 2 K. The paper pairs modules by subspace similarity; here the pairing is given.
+The cross terms (range on one side, null space on the other) are dropped, as in the paper. The two terms double the rank
+of the update: 2 K. The paper pairs modules by subspace similarity; here the pairing is given.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 @dataclass(frozen=True)
 class ProLoRA(Method):
-    """Range and null space of source and target are carried over separately, which doubles the rank."""
+    """Range and null space of source and target, moved separately, which doubles the rank."""
 
     name: ClassVar[str] = "prolora"
-    summary: ClassVar[str] = "range and null space of source and target carried over separately; rank 2 K"
+    summary: ClassVar[str] = "range and null space of source and target, moved separately; rank 2 K"
     reference: ClassVar[str] = "arXiv 2506.04244"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SINGULAR_VECTORS})
     measure: ClassVar[Measure] = "subspace similarity"
@@ -34,7 +34,7 @@ class ProLoRA(Method):
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Two terms: through both ranges, and through both complements."""
+        """Return two terms: through both ranges, and through both complements."""
         src, tgt = evidence.src.svd, evidence.tgt.svd
         assert src is not None
         assert tgt is not None
@@ -44,5 +44,5 @@ class ProLoRA(Method):
 
 
 def _both_projections(first: jax.Array, second: jax.Array) -> LinearMap:
-    """F F' S S'."""
+    """Return F F' S S'."""
     return low_rank(dot(first, dot(first.T, second)), second)

@@ -1,4 +1,4 @@
-"""The control: random orthonormal bases in place of the singular ones, and the norm of the update kept."""
+"""The control: random orthonormal bases instead of singular vectors, with the norm of the update kept."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 @dataclass(frozen=True)
 class Random(Method):
-    """Uniformly random orthonormal bases in place of the singular ones."""
+    """Uniformly random orthonormal bases instead of singular vectors."""
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "control: random orthonormal bases, norm of the update kept"
@@ -27,7 +27,7 @@ class Random(Method):
     """Truncation rank R of the SVDs. A module whose short side is smaller uses that."""
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out = Q_t Q_s', P_in = R_t R_s' with Q and R uniformly random, of inner width R."""
+        """Return P_out = Q_t Q_s' and P_in = R_t R_s', uniformly random with inner width R."""
         (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
         assert evidence.key is not None
         out_key, in_key = jax.random.split(evidence.key)
@@ -40,6 +40,6 @@ def _random(key: jax.Array, size_src: int, size_tgt: int, rank: int) -> LinearMa
 
 
 def _orthonormal(key: jax.Array, size: int, rank: int) -> jax.Array:
-    """(size, rank) with orthonormal columns, uniform: QR of a normal matrix with the signs of R's diagonal undone."""
+    """Draw (size, rank) with orthonormal columns uniformly: QR of a normal matrix, signs of R's diagonal undone."""
     q, r = jnp.linalg.qr(jax.random.normal(key, (size, rank)))
     return q * jnp.where(jnp.diagonal(r) >= 0, 1.0, -1.0)

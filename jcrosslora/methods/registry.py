@@ -1,4 +1,4 @@
-"""The methods by name, and the way from a name with settings to a method object."""
+"""The registry of methods, and method objects from names with settings."""
 
 import dataclasses
 import importlib
@@ -76,7 +76,7 @@ MethodLike = str | Method | type[Method] | Auto
 
 
 def register_method(method: type[M]) -> type[M]:
-    """Add a method of the user's own to the registry; may be used as a class decorator.
+    """Add a user's own method to the registry; may be used as a class decorator.
 
     Args:
         method: a frozen dataclass that inherits from `Method` and has a name, with a default for every field.
@@ -85,10 +85,10 @@ def register_method(method: type[M]) -> type[M]:
         The same class.
 
     Raises:
-        MethodError: the class is none of that, or another class has its name.
+        MethodError: the class does not meet these conditions, or another class has its name.
     """
     if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
-        msg = f"{method!r} is no method; write a class that inherits from jcrosslora.Method, with a name"
+        msg = f"{method!r} is not a method; write a class that inherits from jcrosslora.Method, with a name"
         raise MethodError(msg)
     unset = [field.name for field in dataclasses.fields(method) if field.default is dataclasses.MISSING]
     if unset or not method.__dataclass_params__.frozen or "__dataclass_params__" not in vars(method):  # type: ignore[attr-defined]
@@ -97,17 +97,17 @@ def register_method(method: type[M]) -> type[M]:
         raise MethodError(msg)
     other = METHODS.get(method.name)
     if method.name == AUTO or (other is not None and _spec(other) != _spec(method)):
-        msg = f"a method called {method.name!r} exists already; choose another name"
+        msg = f"another method is called {method.name!r}; choose another name"
         raise MethodError(msg)
     METHODS[method.name] = method
     return method
 
 
 def find_method(name: str) -> type[Method]:
-    """Return the method called `name`. One of the form "module:Class" is imported and registered.
+    """Return the method called `name`. A name of the form "module:Class" is imported and registered.
 
     Raises:
-        MethodError: `name` is not registered, or the module or class is not there.
+        MethodError: `name` is not registered, or the module or class does not exist.
     """
     if ":" in name:
         return register_method(_imported(name))
@@ -120,7 +120,7 @@ def find_method(name: str) -> type[Method]:
 
 
 def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -> Method | Auto:
-    """Make a method object, or `Auto`, from whatever a user gives.
+    """Make a method object, or `Auto`, from a name, a class or an object.
 
     Args:
         method: a name, a class, or an object, to which `settings` are applied.
@@ -128,7 +128,7 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
 
     Raises:
         MethodError: the method is not registered.
-        UsageError: a setting that the method does not have, or a value out of range.
+        UsageError: the method does not have a setting, or a value is out of range.
     """
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in (settings or {}).items()}
     if isinstance(method, Auto) or method == AUTO:
@@ -149,7 +149,7 @@ def make_method(method: MethodLike, settings: Mapping[str, Any] | None = None) -
 
 
 def make_chosen(name: str, auto: Auto) -> Method:
-    """Make the method that `auto` stands for on a pair of bases, with those of its settings that the method has."""
+    """Make the method that was chosen for `auto`, with those settings of `auto` that it has."""
     method = find_method(name)
     known = {field.name for field in dataclasses.fields(method)}
     return method(**{key: value for key, value in auto.settings if key in known})
@@ -165,14 +165,14 @@ def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:
 
 
 def spec_of(method: Method) -> str:
-    """Return what `--method` and recipes call a method: its name, or "module:Class" for one of the user's own."""
+    """Return how `--method` and recipes refer to a method: by its name, or as "module:Class" for a user's own."""
     return _spec(type(method))
 
 
 def _spec(method: type[Method]) -> str:
     if method.__module__.startswith("jcrosslora."):
         return method.name
-    # Of a script its file can be imported, and `__main__` cannot.
+    # `__main__` cannot be imported by name, but the file of the script can.
     module = Path(inspect.getfile(method)).stem if method.__module__ == "__main__" else method.__module__
     return f"{module}:{method.__qualname__}"
 
@@ -180,7 +180,7 @@ def _spec(method: type[Method]) -> str:
 def _imported(spec: str) -> type[Method]:
     module, _, name = spec.partition(":")
     here = os.getcwd()
-    sys.path.insert(0, here)  # a console script does not look beside the user
+    sys.path.insert(0, here)  # a console script does not search the current folder
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,13 +1,13 @@
-"""Scaled Procrustes: theseus' orthogonal maps between activations whose dimensions have been brought to one size.
+"""Scaled Procrustes: the orthogonal maps of theseus between activations whose dimensions are divided by their sizes.
 
 For each side of a module, with activations X at the same positions of the same text and D = diag(|x_i|) the sizes of
 their dimensions,
 
     P = polar(D_s^-1 X_s' X_t D_t^-1)',   x_t = D_t P D_s^-1 x_s
 
-The moment of the divided activations holds correlations, so the few dimensions with massive activations, which decide
-an SVD of X_s' X_t, count as much as any other. Outputs are carried over as activations are. Inputs are read by
-functionals, which go by the inverse transpose: with x_t = M x_s and P orthogonal, a_t = a_s M^-1, and
+The moment of the divided activations holds correlations, so the few dimensions with massive activations, which dominate
+an SVD of X_s' X_t, count as much as any other. Outputs map as activations do. Inputs are read by functionals, which map
+by the inverse transpose: with x_t = M x_s and P orthogonal, a_t = a_s M^-1, and
 
     P_out = D_t P D_s^-1 of the outputs,   P_in = D_t^-1 P D_s of the inputs.
 """
@@ -26,16 +26,16 @@ from jcrosslora.methods.base import Measure, Method
 
 @dataclass(frozen=True)
 class ScaledProcrustes(Method):
-    """Theseus on activations whose dimensions have been divided by their sizes."""
+    """Theseus on activations whose dimensions are divided by their sizes."""
 
     name: ClassVar[str] = "scaled-procrustes"
-    summary: ClassVar[str] = "theseus on activations whose dimensions have been brought to one size"
+    summary: ClassVar[str] = "theseus on activations whose dimensions are divided by their sizes"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.ACTIVATIONS})
     measure: ClassVar[Measure] = "activation cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
+        """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
         moments = evidence.activations
         assert moments is not None
         turn_out, sizes_out, like_out = _aligned(moments.outputs, moments.output_squares)
@@ -48,7 +48,7 @@ class ScaledProcrustes(Method):
 def _aligned(
     cross: jax.Array, squares: tuple[jax.Array, jax.Array]
 ) -> tuple[LinearMap, tuple[jax.Array, jax.Array], jax.Array]:
-    """P (M_tgt, M_src), the sizes of both sides, and the cosine () of the divided activations, carried over by P."""
+    """Return P (M_tgt, M_src), the sizes of both sides, and the cosine () of the divided activations mapped by P."""
     sizes = dimension_sizes(squares[0]), dimension_sizes(squares[1])
     turn, shared = procrustes(cross / sizes[0][:, None] / sizes[1])
     energy = jnp.sum(squares[0] / sizes[0] ** 2) * jnp.sum(squares[1] / sizes[1] ** 2)

@@ -1,7 +1,7 @@
-"""Rows and columns of the source where the target has them: for bases that are pruned, permuted or repeated.
+"""Select: the rows and columns of the source that a pruned, permuted or layer-repeated target consists of.
 
-Where W_tgt = S_out W_src S_in' with S_out and S_in that choose rows, the update that the adapted source would have
-after the same treatment is dW_tgt = S_out dW_src S_in', exactly.
+If W_tgt = S_out W_src S_in' with S_out and S_in selecting rows, the same selection applied to the adapted source gives
+dW_tgt = S_out dW_src S_in', exactly.
 """
 
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from jcrosslora.methods.base import Measure, Method
 
 @dataclass(frozen=True)
 class Select(Method):
-    """Rows, columns and layers of the source that the target is made of."""
+    """Rows, columns and layers of the source that the target consists of."""
 
     name: ClassVar[str] = "select"
-    summary: ClassVar[str] = "rows, columns and layers of the source that the target was made of, in its order"
+    summary: ClassVar[str] = "rows, columns and layers of the source that the target consists of, in its order"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SELECTION})
     measure: ClassVar[Measure] = "part cosine"
     preserves_residual_basis: ClassVar[bool] = True
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out and P_in choose what the evidence names; rows without a counterpart get nothing."""
+        """Return maps that select the rows of the evidence; rows without a counterpart become zero."""
         chosen = evidence.selection
         assert chosen is not None
         (o_src, i_src), w_tgt = evidence.src.weight.shape, evidence.tgt.weight

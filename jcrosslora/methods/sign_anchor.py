@@ -1,7 +1,7 @@
 """The joint signs of two sets of singular vectors, which no decomposition fixes.
 
 U diag(s) V' stays the same when u_i and v_i change sign together, so a map that sends the i-th source pair to the
-i-th target pair is defined only up to a sign for each i. Something outside the two matrices has to say which.
+i-th target pair is defined only up to a sign for each i. Information from outside the two matrices has to fix it.
 """
 
 import jax
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 from jcrosslora.evidence.records import Evidence, Side, stream_vectors
 from jcrosslora.linalg import dot
 
-# How far from the diagonal a pair of vectors still serves as "not belonging together": near in the spectrum, so that
-# it has the same size in the vocabulary, but not the same vector.
+# Pairs of vectors up to this distance from the diagonal estimate chance: near in the spectrum, they have a similar size
+# in the vocabulary, but they are different vectors.
 NEIGHBOURS = 8
 
 
 def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
-    """Signs d (R,) such that d_i (u_i, v_i) of the target corresponds to (u_i, v_i) of the source.
+    """Find signs d (R,) such that d_i (u_i, v_i) of the target corresponds to (u_i, v_i) of the source.
 
-    With a shared vocabulary: every module touches the residual stream on one side, and there the vectors of both
-    bases can be seen as functions of a token: E_src g_src v_i and E_tgt g_tgt v_i, where E holds the embeddings of
-    the shared tokens and g the norm gain in between. d_i is the sign of their correlation over the tokens; as the
-    sign is joint, it holds for the other side of the module too.
+    With a shared vocabulary: every module has the residual stream on one side, where the vectors of both bases are
+    functions of a token: E_src g_src v_i and E_tgt g_tgt v_i, with E the embeddings of the shared tokens and g the norm
+    gain in between. d_i is the sign of their correlation over the tokens. The sign is joint, so it also holds for the
+    other side of the module.
 
-    Without one: the entry of largest magnitude of the vector on the stream's side is made positive in each base.
-    This depends on the basis and does not make two bases agree; it only makes the result the same on every machine.
+    Without a shared vocabulary: the entry of largest magnitude of the vector on the stream's side is made positive in
+    each base. This depends on the basis and does not make two bases agree; it only makes the result reproducible.
 
     Returns:
         d (R,), of +1 and -1, and the ratio () of the mean squared correlation of the pairs (i, i) to that of the
@@ -47,7 +47,7 @@ def _own_signs(side: Side, reads: bool) -> jax.Array:
 
 
 def _correlations(evidence: Evidence) -> jax.Array:
-    """(R, R): correlation over the shared tokens of source vector i with target vector j."""
+    """Compute the correlation (R, R) over the shared tokens of source vector i with target vector j."""
     vocabulary = evidence.vocabulary
     assert vocabulary is not None
     src = stream_vectors(evidence.src, evidence.reads)
@@ -62,7 +62,7 @@ def _inverse_spread(vectors: jax.Array, gram: jax.Array) -> jax.Array:
 
 
 def _contrast(squared: jax.Array) -> jax.Array:
-    """Mean of the diagonal over the mean of the entries at most NEIGHBOURS places beside it."""
+    """Divide the mean of the diagonal by the mean of the entries at most NEIGHBOURS places beside it."""
     place = jnp.arange(squared.shape[0])
     apart = jnp.abs(place[:, None] - place[None, :])
     beside = (apart > 0) & (apart <= NEIGHBOURS)

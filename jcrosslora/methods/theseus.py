@@ -5,9 +5,9 @@ For each module, with inputs X and outputs Y collected at the same positions of 
     T_in = polar(X_s' X_t),  T_out = polar(Y_s' Y_t),  dW_t = T_out' dW_s T_in
 
 where polar(C) = U V' for C = U S V'. Nothing is centred. The paper's optional partial whitening of exponent p in
-[0, 1/2] takes polar(G_s^-p C G_t^-p) instead, with the full moments G = X'X of each side, and uses the map as it is, on
-activations that are not whitened; p is 0 by default there and here. The authors' code raises the eigenvalues of G to
-1e-6 in float64; here they are raised to the rounding of float32 (see `jcrosslora.linalg.psd_power`).
+[0, 1/2] takes polar(G_s^-p C G_t^-p) instead, with the full moments G = X'X of each side, and applies the map to
+activations that are not whitened; p is 0 by default in the paper and here. The authors' code raises the eigenvalues of
+G to at least 1e-6 in float64; here the floor is the rounding of float32 (see `jcrosslora.linalg.psd_power`).
 """
 
 from dataclasses import dataclass
@@ -47,12 +47,12 @@ class Theseus(Method):
 
     @property
     def requires(self) -> frozenset[EvidenceKind]:  # type: ignore[override]
-        """Activations, and their grams where they are whitened."""
+        """Return activations, and their second moments if they are whitened."""
         grams = {EvidenceKind.ACTIVATION_GRAMS} if self.whitening else set()
         return frozenset({EvidenceKind.ACTIVATIONS} | grams)
 
     def maps(self, evidence: Evidence) -> Maps:
-        """P_out = T_out', P_in = T_in'."""
+        """Return P_out = T_out' and P_in = T_in'."""
         moments = evidence.activations
         assert moments is not None
         p_in, like_in = _aligned(moments.inputs, moments.input_squares, moments.input_grams, self.whitening)
@@ -61,7 +61,7 @@ class Theseus(Method):
 
 
 def _aligned(cross: jax.Array, squares: Pair, grams: Pair | None, whitening: float) -> tuple[LinearMap, jax.Array]:
-    """The map, and tr(P X_s'X_t) / (|X_s| |X_t|) in [0, 1], of the whitened activations if they are whitened."""
+    """Return the map, and tr(P X_s'X_t) / (|X_s| |X_t|) in [0, 1], of the (whitened) activations."""
     energy = jnp.sum(squares[0]) * jnp.sum(squares[1])
     if whitening:
         assert grams is not None

@@ -1,4 +1,4 @@
-"""What follows the maps: the context that `Method.finalize` gets, and the update that it returns."""
+"""Stages after the maps: the context that `Method.finalize` receives, and the update that it returns."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class FinalizeContext:
     """What a method may use after the maps.
 
     Attributes:
-        source: the base that the adapter is of.
+        source: the base that the adapter was trained on.
         target: the base that it is moved to.
-        adapter: the original adapter, with fused matrices taken apart.
+        adapter: the original adapter, with fused matrices split.
         layers: for each target layer the source layer that feeds it, or None.
-        prompts: the user's text; empty where the source is to write its own.
-        batches: probe texts as both bases read them; for methods that require probe texts.
+        prompts: the user's text; empty if the source writes its own.
+        batches: probe texts, tokenised for both bases, for methods that require probe texts.
         rank: the truncation rank of the alignment.
         shared: results that hold for all adapters of the pair; a method may add its own.
-        seed: of everything that is sampled.
+        seed: for everything that is sampled.
         progress: whether to show progress.
     """
 
@@ -48,9 +48,9 @@ class Update:
 
     Attributes:
         adapter: the update.
-        fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was. The update is
-            then no longer what the maps made, and nothing of the source adapter counts as unmapped.
-        added: what was added to the moved update, one sentence without a full stop; None where nothing was.
+        fitted: description of a fit after the maps, one sentence without a full stop; None without a fit. A fitted
+            update uses the whole source adapter, so no source module counts as unmapped.
+        added: description of what was added to the moved update, likewise; None if nothing was.
         texts: the texts that the source wrote for the fit.
         wrote_prompts: whether the source wrote the prompts of these texts as well.
     """

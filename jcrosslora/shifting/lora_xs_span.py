@@ -1,7 +1,7 @@
-"""An adapter in the span of its base's top singular vectors, which is all that profile lora-xs holds of it.
+"""Project an adapter into the span of its base's top singular vectors, the only part that profile lora-xs can hold.
 
-For each module U (O, K), S and V (I, K) are the top K singular triplets of the base's weight; of an update dW the part
-U U' dW V V' is left, of energy ||U' dW V||_F^2.
+For each module, U (O, K), S and V (I, K) are the top K singular triplets of the base's weight. The projection of an
+update dW is U U' dW V V', of energy ||U' dW V||_F^2.
 
 Source: LoRA-XS (arXiv 2405.17604), section 3.
 """
@@ -23,16 +23,16 @@ from jcrosslora.shifting.truncate import reduce_fused
 
 A = TypeVar("A", bound=Adapter)
 Frozen = Mapping[str, LoRAFactors]
-# Module and K to its frozen factors.
+# (module, K) -> frozen factors.
 Known = dict[tuple[str, int], LoRAFactors]
 
-# Of the subspace, in radians: what is written is orthonormal whatever the angle, and only that matters to R.
+# Error of the subspace in radians. R only needs the written vectors to be orthonormal, which holds at any angle.
 _TOLERANCE = 1e-4
 READERS = "profile lora-xs is read by LoRA-XS's own code and by jcrosslora; peft leaves out its R, without an error."
 
 
 class SpanTruncation(Truncation):
-    """What was left of updates in the span of K singular vectors; the rule is K."""
+    """The account of a projection into the span of K singular vectors; the rule is K."""
 
     @property
     def sentence(self) -> str:
@@ -41,20 +41,20 @@ class SpanTruncation(Truncation):
 
 
 def span_rank(profile: str, rule: RankRule | None) -> int | None:
-    """K, where a profile writes updates in the span of K singular vectors; else None.
+    """Return K for a profile that writes updates in the span of K singular vectors, None for the others.
 
     Args:
         profile: the profile.
-        rule: the rank that was asked for.
+        rule: the requested rank.
 
     Raises:
-        UsageError: the profile needs K, and the rule gives none.
+        UsageError: the profile needs K, and the rule is not a positive integer.
     """
     if profile != LORA_XS:
         return None
     if isinstance(rule, bool) or not isinstance(rule, int) or rule < 1:
         came = "without an out rank" if rule is None else f"with out rank {rule!r}"
-        msg = f"profile lora-xs {came}: how many singular vectors of each weight to take, a whole number, was wanted"
+        msg = f"profile lora-xs {came}: a whole number of singular vectors of each weight was wanted"
         raise UsageError(msg + "; give it as --out-rank, such as 64 (out_rank=64)")
     return rule
 
@@ -62,16 +62,16 @@ def span_rank(profile: str, rule: RankRule | None) -> int | None:
 def frozen_factors(
     base: BaseModel, names: Iterable[str], rank: int, known: Known | None = None
 ) -> dict[str, LoRAFactors]:
-    """B = U and A = S V' of LoRA-XS, from the weights of a base.
+    """Compute the frozen factors B = U and A = S V' of LoRA-XS from the weights of a base.
 
     Args:
         base: the model that the adapter is for.
-        names: its modules; parts of a fused matrix stand for the whole of it.
-        rank: K. A module whose short side is less has zero columns and rows beyond it.
-        known: what was made of this base before, which grows.
+        names: its modules; a part of a fused matrix stands for the whole matrix.
+        rank: K. If the short side of a module is smaller, the remaining columns and rows are zero.
+        known: factors of this base from earlier calls; new ones are added.
 
     Returns:
-        For each module that the base stores b (O, K) and a (K, I), float32.
+        For each module that the base stores, b (O, K) and a (K, I), float32.
 
     Raises:
         CheckpointError: the base has no such module, or a weight holds NaN or infinity.
@@ -99,19 +99,19 @@ def _frozen(base: BaseModel, name: str, rank: int) -> LoRAFactors:
 
 
 def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanTruncation]:
-    """The part of every update that lies in the span of the frozen factors, and how much of it that is.
+    """Project every update into the span of the frozen factors.
 
     Args:
-        adapter: of the modules that the base stores, at least one; not changed.
+        adapter: updates of the modules that the base stores, at least one; not changed.
         frozen: from `frozen_factors`.
         rank: K.
 
     Returns:
-        The adapter, float32 and of the ranks that it had, and the account.
+        The adapter, float32 with unchanged ranks, and the account.
     """
     modules = {name: _inside(factors, frozen[name]) for name, factors in adapter.modules.items()}
     whole = {name: update_norm(factors) ** 2 for name, factors in adapter.modules.items()}
-    # Rounding of factors far larger than their product could leave more than there was.
+    # If factors are far larger than their product, rounding could make the projection larger than the update.
     left = {name: min(update_norm(factors) ** 2, whole[name]) for name, factors in modules.items()}
     return dataclasses.replace(adapter, modules=modules), SpanTruncation.of(
         rank, dict.fromkeys(modules, rank), whole, left
@@ -119,7 +119,7 @@ def project(adapter: A, frozen: Frozen, rank: int) -> tuple[A, SpanTruncation]:
 
 
 def _inside(factors: LoRAFactors, frozen: LoRAFactors) -> LoRAFactors:
-    """U U' B and A V V'."""
+    """Return U U' B and A V V'."""
     left, right = inside(factors, frozen)
     v, _ = directions(frozen)
     a, b = right @ v, np.asarray(frozen.b).astype(np.float64) @ left
@@ -131,11 +131,10 @@ def project_update(
 ) -> tuple[Adapter, SpanTruncation, Frozen]:
     """Project a moved update into the span of its target's singular vectors.
 
-    Norms are not restored, whatever the calibration: parts of a fused matrix that were each made larger would leave the
-    span.
+    Norms are not restored under any calibration: scaling the parts of a fused matrix separately would leave the span.
 
     Args:
-        adapter: of the target.
+        adapter: an adapter of the target.
         base: the target.
         rank: K.
         known: see `frozen_factors`.

@@ -15,10 +15,10 @@ class ModuleRow:
     Attributes:
         target: module of the target base.
         source: module of the source base whose update it received.
-        role: q_proj and so on.
+        role: its role, such as q_proj.
         energy: ||dW_src||_F^2.
-        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps kept. Above 1
-            where a map repeats rows (index-interp).
+        kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
+            if a map repeats rows (index-interp).
         norm_before: ||dW_src||_F.
         norm_after: ||dW_tgt||_F as written, after re-ranking and calibration.
     """
@@ -48,7 +48,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class UnmappedSource:
-    """A source module whose update goes nowhere, and the share of the whole update's ||.||_F^2 that it held."""
+    """A source module whose update is not moved, and its share of the whole update's ||.||_F^2."""
 
     source: str
     share: float
@@ -56,15 +56,15 @@ class UnmappedSource:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A change of the embedding or the output head, on the target.
+    """A moved change of the embedding or the output head.
 
     Attributes:
-        modules: what it is of; both, where the source has one matrix for them.
-        kind: what it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
-        rows: how many tokens' rows it changes.
-        moved: how many of these the target has.
+        modules: the changed modules; both, if the source ties them.
+        kind: the form it was read from, a key of `jcrosslora.adapter.ignored.CHANGES`.
+        rows: the number of rows (tokens) that it changes.
+        moved: the number of these rows that the target has.
         share: ||.||_F^2 of the change over that of the whole adapter.
-        kept: share of the change's own ||.||_F^2 in what was moved.
+        kept: the share of the change's own ||.||_F^2 in the moved rows.
     """
 
     modules: tuple[str, ...]
@@ -76,6 +76,6 @@ class TokenRow:
 
     @property
     def sentence(self) -> str:
-        """The figures in words, without a full stop."""
+        """Return the figures in words, without a full stop."""
         what = describe_change(self.kind, self.modules, self.share)
         return f"{what}: {self.moved:,} of {self.rows:,} rows moved, which hold {self.kept:.1%} of it"

@@ -1,7 +1,7 @@
-"""Carry what an adapter changes of the embedding and the output head over to another base, row by row.
+"""Move an adapter's changes of the embedding and the output head to another base, row by row.
 
-A row belongs to a token, and its numbers to dimensions of the residual stream. So this is for methods that keep the
-coordinates of the stream (or choose among them), and for the tokens that both bases have, whatever their ids.
+A row belongs to a token, and its numbers to dimensions of the residual stream. Rows therefore move only by methods that
+preserve the coordinates of the stream (or select among them), and only for tokens that both bases have, under any ids.
 """
 
 import dataclasses
@@ -24,21 +24,20 @@ from jcrosslora.shifting.records import TokenRow
 def carry_tokens(
     adapter: Adapter, pair: BasePair, method: Method
 ) -> tuple[tuple[TokenUpdate, ...], tuple[TokenRow, ...], str]:
-    """Carry the changes of embedding and head over to the target.
+    """Move the changes of embedding and head to the target.
 
-    A row that is replaced becomes the target's plus the difference to the source's: the same row, where both bases have
-    the same.
+    A replaced row becomes the target's row plus its change of the source's row: the same row, if both bases agree.
 
     Args:
-        adapter: of the source, read with it.
-        pair: the base that the adapter is of, and the base that it is to be moved to.
-        method: one that preserves the basis of the residual stream.
+        adapter: an adapter of the source, read with it.
+        pair: the source and the target.
+        method: a method that preserves the basis of the residual stream.
 
     Returns:
-        The changes, one row of the report for each that the adapter has, and "" or why nothing is carried.
+        The changes for the target, one report row for each change of the adapter, and "" or why nothing is moved.
 
     Raises:
-        AdapterError: the changes are of tables of other sizes than the source's.
+        AdapterError: the changed tables differ in size from the source's.
         CheckpointError: a weight cannot be read.
     """
     source, target = pair.source, pair.target
@@ -52,7 +51,7 @@ def carry_tokens(
     for update in adapter.tokens:
         if (update.size, update.width) != (source.dims.vocab, source.dims.hidden):
             msg = (
-                f"adapter {adapter.info.name} changes {update.table} of {update.size} x {update.width}, the base "
+                f"adapter {adapter.info.name} changes {update.table} of {update.size} x {update.width}, but the base "
                 f"{source.name} has {source.dims.vocab} x {source.dims.hidden}; give the base it was trained on"
             )
             raise AdapterError(msg)
@@ -70,13 +69,13 @@ def carry_tokens(
 
 
 def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, str]:
-    """int64 (V_src,): the target's id of every token of the source, -1 for one that it does not have.
+    """Find the target's id of every token of the source.
 
-    Normal tokens are the same if they stand for the same bytes, special ones if they have the same name. Where both
-    vocabularies are the same altogether, ids that no token has are the same as well.
+    Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
+    vocabularies are identical, ids without a token match as well.
 
     Returns:
-        The ids, or None with the reason.
+        int64 (V_src,), -1 for tokens that the target does not have; or None with the reason.
     """
     size, src, tgt = source.dims.vocab, source.vocabulary(), target.vocabulary()
     same = src.tokens == tgt.tokens and src.special == tgt.special and size == target.dims.vocab
@@ -94,7 +93,7 @@ def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | Non
 
 
 def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
-    """A change of the one matrix that is both embedding and head, as two where the target has two."""
+    """Split a change of a tied matrix into one for embedding and one for head if the target has two matrices."""
     if update.table != TIED or target.tied:
         yield update
     else:
@@ -103,7 +102,7 @@ def _split(update: TokenUpdate, target: BaseModel) -> Iterator[TokenUpdate]:
 
 
 Carried = tuple[TokenUpdate, int, int, float]
-"""The change on the target, how many rows it has on the source and how many of them move, and the energy of these."""
+"""The change for the target, its number of rows on the source, how many of them move, and the energy of these."""
 
 
 def _factors(
@@ -143,5 +142,5 @@ def _rows(
 
 
 def _chosen(matrix: np.ndarray, stream: np.ndarray | None) -> np.ndarray:
-    """(m, D_tgt): the columns that the target has of a matrix (m, D_src), zeros in those that the source lacks."""
+    """Select the target's columns (m, D_tgt) of a matrix (m, D_src), with zeros in columns that the source lacks."""
     return matrix if stream is None else np.where(stream >= 0, matrix[:, np.maximum(stream, 0)], 0)

@@ -1,4 +1,4 @@
-"""Batches of probe texts: the tokens of both bases in arrays of one shape, and their matched positions."""
+"""Batches of probe texts: tokens for both bases in arrays of one shape, and their matched positions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _STEP = 8  # T and P are multiples of it, so that texts of nearly the same lengt
 
 @dataclass(frozen=True, eq=False)
 class ProbeBatch:
-    """B texts as both bases read them; T positions a text, P matched positions. A flat index is row * T + position.
+    """B texts tokenised for both bases; T positions a text, P matched positions. A flat index is row * T + position.
 
     Attributes:
         tokens_src: int32 (B, T), zero at padding, which is on the right.
@@ -24,8 +24,8 @@ class ProbeBatch:
         at_src: int32 (P,), flat indices into the source's positions, ascending; zero where not valid.
         at_tgt: int32 (P,), the matching flat indices into the target's.
         valid: bool (P,), False where the list of matches is padded.
-        text: int32 (P,), place of each match's text in the list that was given.
-        end: int32 (P,), character of that text where the matched tokens end.
+        text: int32 (P,), index of each match's text in the given list.
+        end: int32 (P,), character of that text at which the matched tokens end.
     """
 
     tokens_src: np.ndarray

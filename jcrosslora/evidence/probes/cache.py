@@ -1,7 +1,7 @@
-"""A cache of written texts on disk, by everything that they depend on; where nothing can be written, nothing is kept.
+"""A disk cache of generated texts, keyed by everything that they depend on; without a writable folder it is off.
 
 The folder is `probes` in the user's cache, see `jcrosslora.cache.place.cache_root`. It may be removed at any time.
-Processes may share it: a file appears whole, and a damaged one counts as missing.
+Processes may share it: files are written atomically, and a damaged file counts as missing.
 """
 
 import json
@@ -27,18 +27,18 @@ TEXTS = "probes"  # the folder, below the cache's root
 def texts_key(base: BaseModel, count: int, length: int, temperature: float, seed: int, adapter: Adapter | None) -> str:
     """Hash everything that the texts of `write_texts` depend on (SHA-256, hex); reads the weight files once.
 
-    That is the base's weights, configuration and tokenizer, the adapter's numbers, the settings, the procedure, and
-    JAX's platform and the dtype that it is fast in: the same texts are sampled on one kind of machine only.
+    These are the base's weights, configuration and tokenizer, the adapter's factors, the settings, the version of the
+    procedure, JAX's platform and its fast dtype: sampling repeats exactly on one kind of machine only.
     """
     settings = [count, length, float(temperature), seed]
-    # `default`: for numpy's numbers, and for whatever a foreign configuration holds.
+    # `default` handles numpy scalars and any other values in a configuration.
     parts = [PROCEDURE, jax.default_backend(), fast_dtype().name, base.digest(), dict(base.config), settings]
     stated = json.dumps(parts, sort_keys=True, default=str)
     return sha256(stated.encode(), *tokenizer_parts(base), *_adapter_parts(adapter))
 
 
 def find_texts(key: str) -> list[str] | None:
-    """Return the texts of a key, or None if there are none, or their file cannot be read or is damaged."""
+    """Return the texts of a key, or None if the file is missing, unreadable or damaged."""
     path = _path(key)
     if path is None:
         return None
@@ -52,7 +52,7 @@ def find_texts(key: str) -> list[str] | None:
 
 
 def keep_texts(key: str, texts: list[str]) -> None:
-    """Keep texts under a key; do nothing where the folder cannot be written to or the disk is full."""
+    """Store texts under a key; do nothing if the folder is not writable or the disk is full."""
     path = _path(key)
     if path is None:
         return
@@ -63,7 +63,7 @@ def keep_texts(key: str, texts: list[str]) -> None:
 
 
 def texts_folder() -> Path | None:
-    """Return the folder of written texts, a file for each key; None for a user without home."""
+    """Return the folder of cached texts, one file for each key; None for a user without a home folder."""
     root = cache_root()
     return None if root is None else root / TEXTS
 

@@ -1,4 +1,4 @@
-"""Tokens of two tokenizers that end at the same character."""
+"""Match tokens of two tokenizers that end at the same character."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def match_positions(src: "Encoded", tgt: "Encoded") -> tuple[np.ndarray, np.ndarray]:
     """Pair the tokens of two encodings of one text that end at the same character.
 
-    Where several tokens of one side end at the same character (the later ones cover no text), the first is taken.
-    Tokens that cover no text yet (bos) or end inside a character are not paired.
+    If several tokens of one side end at the same character (the later ones cover no text), the first is used.
+    Leading tokens that cover no text (bos) and tokens that end inside a character are not paired.
 
     Args:
         src: encoding by the source's tokenizer.

@@ -1,4 +1,4 @@
-"""Probe texts with what has to be said about them."""
+"""Probe texts with their provenance."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Probes:
 
     Attributes:
         texts: at least one.
-        description: where they come from, for reports, e.g. "written by HuggingFaceTB/SmolLM2-135M at temperature 1".
-        seed: of texts that were written or drawn; None for given texts.
-        positions: matched positions of the two bases (see `count_positions`); None before they are known.
-        path: file that given texts were read from; None for others.
+        description: their origin, for reports, e.g. "written by HuggingFaceTB/SmolLM2-135M at temperature 1".
+        seed: seed of generated or sampled texts; None for given texts.
+        positions: number of matched positions of the two bases (see `count_positions`); None before it is known.
+        path: file that given texts were read from; None for other texts.
     """
 
     texts: tuple[str, ...]
@@ -51,10 +51,10 @@ def written_probes(
     adapter: Adapter | None = None,
     progress: bool = False,
 ) -> Probes:
-    """Let a base write probe texts; arguments and errors as in `write_texts`.
+    """Let a base write probe texts; arguments and errors are those of `write_texts`.
 
-    Texts of the same base, adapter and settings are taken from the disk (see `jcrosslora.evidence.probes.cache`; the
-    environment variable JCROSSLORA_CACHE moves the folder).
+    Texts of the same base, adapter and settings are read from the disk cache (see `jcrosslora.evidence.probes.cache`;
+    the environment variable JCROSSLORA_CACHE moves the folder).
     """
     key = texts_key(base, count, length, temperature, seed, adapter)
     texts = find_texts(key)

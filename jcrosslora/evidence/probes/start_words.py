@@ -1,4 +1,4 @@
-"""First words of written texts, drawn from the base's own vocabulary."""
+"""First words of generated texts, drawn from the base's own vocabulary."""
 
 from collections.abc import Mapping
 
@@ -10,16 +10,14 @@ from jcrosslora.errors import UsageError
 def start_words(tokens: Mapping[bytes, int], count: int, seed: int) -> np.ndarray:
     """Draw token ids of capitalised whole words.
 
-    A token counts as a whole word if it consists of a capital and small letters, and the vocabulary also has it behind
-    a
-    space: pieces of words, such as "Th", mostly lack that form. If there are none (a script without capitals), any
-        words
-    of letters are drawn, and if there are none of these, any normal tokens.
+    A token counts as a whole word if it is a capital followed by small letters, and the vocabulary also has it with a
+    space in front: pieces of words, such as "Th", mostly lack that form. If there are no such tokens (a script without
+    capitals), tokens of letters are drawn, and if there are none of these either, any normal tokens.
 
     Args:
         tokens: bytes of a token -> its id, not empty.
         count: number of words.
-        seed: of the order; no word comes twice before all have come once.
+        seed: for the order; no word is repeated before all have been used.
 
     Returns:
         int32 (count,). A larger count continues the list of a smaller one.
@@ -48,7 +46,7 @@ def _candidates(tokens: Mapping[bytes, int]) -> list[int]:
 
 
 def _is_capitalised(word: str) -> bool:
-    # "A" and "I" are words, but hardly any other single letter is.
+    # "A" and "I" are words, but hardly any other single letters are.
     return len(word) > 1 and word[0].isupper() and word[1:].islower()
 
 

@@ -15,11 +15,11 @@ def read_texts(path: str | Path) -> list[str]:
     """Read the user's own unlabelled texts.
 
     Args:
-        path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text"; else
-            each line is a text. Blank lines are skipped.
+        path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text";
+            otherwise each line is a text. Blank lines are skipped.
 
     Raises:
-        UsageError: the file is missing, cannot be read, is not text, has a line of the wrong form, or has no text.
+        UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form.
     """
     path = Path(path)
     lines = _read(path).removeprefix(_BOM).split("\n")
@@ -42,7 +42,7 @@ def save_texts(path: str | Path, texts: Sequence[str]) -> None:
         texts: at least one, none of them empty.
 
     Raises:
-        UsageError: no text, an empty one, or one that has no UTF-8 form or does not fit on a line of its own.
+        UsageError: there is no text, or a text is empty, not valid UTF-8, or spans several lines of a plain file.
         OutputError: the file cannot be written.
     """
     path = Path(path)
@@ -75,7 +75,7 @@ def _text_of(line: str, place: str) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
-        msg = f'{place}: is no JSON object with a string "text": write {{"text": "..."}} on each line'
+        msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line'
         raise UsageError(msg)
     if not _is_utf8(text):
         msg = f"{place}: the text has half of a surrogate pair: write whole characters"
@@ -106,7 +106,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _write(path: Path, content: str) -> None:
-    # An interrupted run must not leave half of the texts under the name of all.
+    # Write atomically: an interrupted run must not leave a file with half of the texts.
     try:
         write_whole(path, content.encode())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Texts that a base writes itself, starting from one word."""
+"""Generate texts with a base, each starting from one word."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from jcrosslora.evidence.probes.start_words import check_seed, start_words
 from jcrosslora.utils.progress import track
 
 _TRIES = 4
-_SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right behind the first word
+_SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
 
 def write_texts(
@@ -30,28 +30,27 @@ def write_texts(
 ) -> list[str]:
     """Let a base write texts, each starting from a capitalised word of its own vocabulary (see `start_words`).
 
-    Texts that have less than 8 tokens behind the word (less than `length`, if that is smaller), repeat one token, or
-    equal an earlier text are dropped and replaced; at most 4 times as many texts as asked for are tried, rounded up to
-    whole batches.
+    Texts with fewer than 8 tokens after the word (fewer than `length`, if that is smaller), texts that repeat a single
+    token, and duplicates are dropped and replaced. At most 4 times `count` texts are tried, in whole batches.
 
     Args:
         base: the model; it needs a tokenizer.
         count: number of texts.
-        length: the most tokens behind the first word; a text ends earlier where the model stops.
-        temperature: of the sampling; 0 takes the likeliest token.
-        seed: of the words and the sampling; the same base, settings and seed give the same texts on one kind of
+        length: maximum number of tokens after the first word; a text ends earlier where the model stops.
+        temperature: sampling temperature; 0 is greedy.
+        seed: for the words and the sampling; the same base, settings and seed give the same texts on one kind of
             machine.
-        adapter: to write with; None for the base alone.
-        batch: the most texts written at a time; on a CPU batches of 32 take two thirds of the time of batches of 16.
+        adapter: applied to the base; None for the base alone.
+        batch: maximum batch size; on a CPU batches of 32 take two thirds of the time of batches of 16.
         params: weights of the base if they are loaded already; None loads them in `fast_dtype()`.
         progress: whether to show a progress bar.
 
     Raises:
         UsageError: count, batch or length below 1, a temperature that is negative or not finite, or a seed outside
             0 to 2^32 - 1.
-        MethodError: too few of the texts that the base wrote could be used.
+        MethodError: too few of the generated texts were usable.
         AdapterError: the adapter does not fit the base, or the base's predictions with it are not finite.
-        CheckpointError: no readable tokenizer, weights that cannot be read, or predictions that are not finite.
+        CheckpointError: the tokenizer or the weights cannot be read, or the predictions are not finite.
     """
     _check(count, length, temperature, batch)
     check_seed(seed)
@@ -76,7 +75,7 @@ def write_texts(
 
 
 def _plan(count: int, batch: int) -> tuple[int, int]:
-    """Choose the texts of a batch and the most batches; spare texts save a whole batch for the few that are dropped."""
+    """Choose the batch size and the maximum number of batches; spare texts replace the few that are dropped."""
     wanted = count + count // 16 + 1
     rows = -(-wanted // -(-wanted // batch))
     return rows, -(-_TRIES * count // rows)
@@ -101,7 +100,7 @@ def _vocabulary(base: BaseModel) -> dict[bytes, int]:
 
 
 def _usable(generator: Generator, words: np.ndarray, written: Sequence[np.ndarray], length: int) -> list[str]:
-    """Decode what was written behind each word, and leave out what is too short or repeats one token."""
+    """Decode the continuation of each word, and drop texts that are too short or repeat a single token."""
     texts = []
     for word, tokens in zip(words, written, strict=True):
         text = generator.decode([word, *tokens])
