@@ -1,4 +1,4 @@
-"""The run of a batch: unit by unit, each unit a session of one pair of bases, its adapters in chunks of bounded memory."""
+"""The run of a batch: unit by unit, a session each, its adapters in chunks of bounded memory."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def model_card(
     sections = [
         _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
-        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, without "
+        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
         f"the data that it was trained on, by the method {_code(method)}"
         f"{f', chosen because {_plain(choice)}' if choice else ''}.",
         f"**What to expect:** {_plain(verdict)}",

@@ -43,7 +43,7 @@ def published(report: TransferReport) -> dict[str, Any]:
 
 
 def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
-    """Return the transfer as TOML that `jcrosslora transfer --recipe` reads back; only what differs from the defaults."""
+    """Return the transfer as TOML for `jcrosslora transfer --recipe`; only what differs from the defaults."""
     recipe = report.recipe
     settings = {
         "adapter": public_name(report.adapter.name),

@@ -104,7 +104,7 @@ class TransferReport:
             yield role, tuple(row for row in self.rows if row.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data, of the form that docs/report.md describes; figures that are not defined become null."""
+        """Return plain JSON data as docs/report.md describes it; figures that are not defined become null."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
         data = {name: _plain(value) for name, value in fields.items()}
         for side in ("source", "target"):
@@ -126,7 +126,7 @@ def _plain(value: Any) -> Any:
 
 
 def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:
-    """Return the mean of a field over rows, weighted by the energy of their updates; NaN where no row has the figure."""
+    """Return the mean of a field over rows, weighted by energy; NaN where no row has the figure."""
     pairs = [(getattr(row, field), row.energy) for row in rows if not math.isnan(getattr(row, field))]
     total = sum(weight for _, weight in pairs)
     if not pairs:

@@ -1,4 +1,4 @@
-"""The check at the end of a transfer: what the moved adapter changes on the target beside the original on the source."""
+"""The check at the end of a transfer: the effect of the moved adapter beside that of the original."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure_effect(
         options: of the transfer.
         runs_bases: whether the method runs both bases anyway.
         probes: texts that both bases were run on.
-        completions: texts that the source wrote with its adapter. An adapter that was trained on answers hardly shows in
+        completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
             text of another kind, so these come first.
         progress: whether to show progress.
 
