@@ -112,7 +112,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def rows_of(arguments: argparse.Namespace) -> list[Row]:
     """List the rows: methods as they are, then methods with prompts, then methods with other texts."""
-    plain = [parse_row(text) for text in arguments.method or dict.fromkeys([*jcl.METHODS, "auto"])]
+    plain = [parse_row(text) for text in arguments.method or dict.fromkeys([*jcl.methods.METHODS, "auto"])]
     prompted = [parse_row(text, arguments.prompts) for text in arguments.prompted]
     return plain + prompted + [parse_row(text, file=arguments.text) for text in arguments.texted]
 

@@ -22,7 +22,7 @@ from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 from jcrosslora.evidence.probes import match_positions
 from jcrosslora.methods import Random
-from jcrosslora.report.documents import card_text, report_json
+from jcrosslora.report.documents import REPORT, card_text, documents
 from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
 
@@ -232,7 +232,7 @@ def report(pair):
 
 
 def test_a_report_without_an_effect_does_not_mention_it(report):
-    text = report_json(report, "")
+    text = documents(report, out="out", profile="portable", dtype="float32")[REPORT]
     assert json.loads(text)["effect"] is None
     assert "Effect on text" not in card_text(report, "")
     assert "chosen because" not in card_text(report, "")
@@ -244,7 +244,7 @@ def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
     found = jcl.verdict(full)
     assert found.level == (level or jcl.verdict(report).level)
     assert found.text.endswith(full.effect.sentence)
-    data = json.loads(report_json(full, ""))
+    data = json.loads(documents(full, out="out", profile="portable", dtype="float32")[REPORT])
     assert data["effect"]["outcome"] == full.effect.outcome
     assert data["choice"] == "the bases differ"
     card = card_text(full, "")

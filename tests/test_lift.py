@@ -439,7 +439,7 @@ def test_questions_too_long_for_the_target_are_refused_by_number_before_training
 def test_all_methods_and_auto_are_the_default():
     given = ["--prompts", "9", "--prompted", "theseus", "--text", "news.txt", "--texted", "distill"]
     rows = lift.rows_of(lift.parse(["--work", "w", *given]))
-    assert {row.name for row in rows} == {*jcl.METHODS, "auto", "theseus, 9 prompts", "distill, on news"}
+    assert {row.name for row in rows} == {*jcl.methods.METHODS, "auto", "theseus, 9 prompts", "distill, on news"}
 
 
 def test_a_run_from_adapters_trained_elsewhere(folders, task_files, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,7 @@ from jcrosslora.lineage.pairing import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
 from jcrosslora.session.files import transfer_files
 
-METHODS = {name: method() for name, method in jcl.METHODS.items()}
+METHODS = {name: method() for name, method in jcl.methods.METHODS.items()}
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
 
 
@@ -363,7 +363,7 @@ def test_inspect_check_and_methods(files, tmp_path, capsys):
     assert "family of this base was not given" not in printed  # its report says that it is llama
     main(["methods"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in jcl.METHODS)
+    assert all(name in printed for name in jcl.methods.METHODS)
 
 
 def test_importing_the_package_needs_none_of_the_heavy_libraries():

@@ -176,10 +176,10 @@ class Nameless(Method):
     ],
 )
 def test_what_cannot_be_registered(method, said):
-    before = dict(jcl.METHODS)
+    before = dict(jcl.methods.METHODS)
     with pytest.raises(MethodError, match=said):
         jcl.register_method(method)
-    assert before == jcl.METHODS
+    assert before == jcl.methods.METHODS
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,5 @@ def test_names_that_lead_to_no_method(name, said):
 
 
 def test_registering_the_same_class_again_changes_nothing():
-    assert jcl.register_method(HalfCopy) is jcl.register_method(HalfCopy) is jcl.METHODS["half-copy"]
+    assert jcl.register_method(HalfCopy) is jcl.register_method(HalfCopy) is jcl.methods.METHODS["half-copy"]
     assert dataclasses.fields(HalfCopy)[0].default == 0.5

@@ -17,6 +17,6 @@ def stated_licence(folder: Path) -> str | None:
     # A damaged card is no reason to refuse the adapter.
     with suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError), card.open("rb") as file:
         text = file.read(_LONGEST).decode("utf-8", errors="replace")
-        licence = ModelCard(text, ignore_metadata_errors=True).data.license
+        licence = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
         return licence if isinstance(licence, str) and licence else None
     return None

@@ -66,7 +66,12 @@ class Truncation:
         """The figures in words, without a full stop."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        return f"{ranks}, which keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
+        return f"{ranks}, which {self.outcome}"
+
+    @property
+    def outcome(self) -> str:
+        """What is left, as the second half of a sentence."""
+        return f"keeps {self.kept:.2%} of the energy (least in {self.least}: {self.least_kept:.2%})"
 
 
 def check_rule(rule: RankRule) -> None:

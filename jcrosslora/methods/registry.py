@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.methods.base import Method
@@ -28,6 +28,7 @@ from jcrosslora.methods.select import Select
 from jcrosslora.methods.theseus import Theseus
 
 AUTO = "auto"
+M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
@@ -74,7 +75,7 @@ class Auto:
 MethodLike = str | Method | type[Method] | Auto
 
 
-def register_method(method: type[Method]) -> type[Method]:
+def register_method(method: type[M]) -> type[M]:
     """Add a user's own method to the registry; may be used as a class decorator.
 
     Args:

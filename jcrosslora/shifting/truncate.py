@@ -26,9 +26,8 @@ def truncate_update(
     adapter, account = reduce_fused(adapter, fused, lambda whole: truncate_by_rule(whole, rule))
     if norms is None:
         return adapter, account
-    return adapter.replace(
-        modules={name: _rescaled(item, norms.get(name)) for name, item in adapter.modules.items()}
-    ), account
+    modules = {name: _rescaled(item, norms.get(name)) for name, item in adapter.modules.items()}
+    return dataclasses.replace(adapter, modules=modules), account
 
 
 def reduce_fused(

@@ -76,7 +76,7 @@ def fit(
             adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
             totals = behind if length else totals
             history.append(best)
-            bar.set_postfix(kl=f"{best:.4f}")
+            bar.note = f"divergence {best:.3f}"
     return Fitted(adapter, tuple(history))
 
 
