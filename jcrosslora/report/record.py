@@ -1,4 +1,4 @@
-"""The report of a transfer: what was done, what survived, what was left behind. Plain data, no arrays."""
+"""The report of a transfer: settings, diagnostics of every module, and warnings. Plain data, no arrays."""
 
 import dataclasses
 import importlib.metadata
@@ -20,7 +20,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True, eq=False)
 class TransferReport:
-    """Everything that is known of a transfer.
+    """The full account of a transfer.
 
     Attributes:
         method: the method that was used.
@@ -29,22 +29,22 @@ class TransferReport:
         target: the base that it is now for.
         adapter: provenance of the adapter.
         calibration: "none" or "frobenius".
-        scale: what every moved update was multiplied by.
+        scale: factor of every moved update.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
         unmapped_targets: target modules that no source module feeds.
-        unmapped_sources: source modules whose update went nowhere.
+        unmapped_sources: source modules whose update was not moved.
         energy: ||.||_F^2 of the whole source update, moved or not.
         warnings: one sentence each.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
-        choice: why `auto` took this method; None where the user named it.
-        effect: what the moved update changes on the target beside what the original changes on the source; None where
-            it was not measured.
-        fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
-        added: what was added to the moved update, one sentence without a full stop; None where nothing was.
-        wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
-        truncation: what the truncation to `out_rank` left; None where none was asked for.
-        tokens: changes of the embedding and the output head that were moved.
+        choice: why `auto` chose this method; None if the user named it.
+        effect: the effect of the moved update on the target beside that of the original on the source; None if it was
+            not measured.
+        fitted: description of a fit after the maps, one sentence without a full stop; None without a fit.
+        added: description of what was added to the moved update, likewise; None if nothing was.
+        wrote_prompts: whether the source wrote the prompts of the fit, because the user gave none.
+        truncation: the account of the truncation to `out_rank`; None without truncation.
+        tokens: moved changes of the embedding and the output head.
     """
 
     method: Method
@@ -71,12 +71,12 @@ class TransferReport:
 
     @property
     def kept(self) -> float:
-        """Return the share of the energy that the maps kept, of the updates that they were given."""
+        """Return the share of the energy of the moved updates that the maps kept."""
         return weighted(self.rows, "kept")
 
     @property
     def left_behind(self) -> float:
-        """Return the share of the source update's energy in modules that feed nothing."""
+        """Return the share of the source update's energy in unmapped modules."""
         return sum(item.share for item in self.unmapped_sources)
 
     def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
@@ -85,7 +85,7 @@ class TransferReport:
             yield role, tuple(row for row in self.rows if row.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data, of the form that docs/report.md describes; figures that are not defined become null."""
+        """Return plain JSON data in the form that docs/report.md describes; undefined figures become null."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
         data = {name: _plain(value) for name, value in fields.items()}
         for side in ("source", "target"):
@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:
-    """Return the mean of a field over rows, weighted by the energy of their updates; NaN where no row has the figure."""
+    """Return the mean of a field over rows, weighted by the energy of their updates; NaN if no row has the figure."""
     pairs = [(getattr(row, field), row.energy) for row in rows if not math.isnan(getattr(row, field))]
     total = sum(weight for _, weight in pairs)
     if not pairs:
