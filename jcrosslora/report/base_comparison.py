@@ -1,4 +1,4 @@
-"""The relation of two bases on the terminal, for `jcrosslora relate`."""
+"""Print the comparison of two bases, for `jcrosslora compare`."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
 
 def print_comparison(relation: BaseComparison, console: Console) -> None:
-    """Print what was found of each part and of each kind of tensor, and the relation last."""
+    """Print the comparison of each part and of each kind of tensor, and the relation last."""
     if relation.parts:
         _print_parts(relation.parts, console)
         _print_compared(relation.compared, console)

@@ -31,20 +31,20 @@ def model_card(
     ranks: str | None = None,
     cut: str | None = None,
 ) -> str:
-    """The text of the card, with the front matter that the hub reads.
+    """Return the text of the card, with the front matter that the hub reads.
 
     Args:
         base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
-            stands in the text only.
-        library: whose format the files have, as the hub names it.
-        licence: of the source adapter, as its own card states it; None if it states none.
+            appears in the text only.
+        library: the library whose format the files have, as the hub names it.
+        licence: the licence on the source adapter's own card; None if it states none.
         source_adapter: name of the adapter that was moved.
         method: the transfer method.
         recipe: the exact recipe, as TOML.
-        bases: "source" and "target" to (name, revision, digest); None where there is none.
+        bases: "source" and "target" to (name, revision, digest), each of which may be None.
         verdict: the sentence on what to expect.
         table: rows of text with the same columns.
-        dropped: (source module, share of the update) for what went nowhere.
+        dropped: (source module, share of the update) for updates that were not moved.
         notes: warnings, one sentence each.
         tokens: what was moved of the embedding and the output head, one sentence without a full stop each.
         choice: why this method was chosen, if it was not named by the user.
@@ -54,6 +54,7 @@ def model_card(
         ranks: what the ranks became, if that is worth saying.
         cut: to which ranks the updates were truncated, and what that left, if they were.
     """
+    chosen = f", chosen because {_plain(choice)}" if choice else ""
     sections = [
         _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
@@ -81,7 +82,7 @@ def model_card(
 
 
 def _is_on_the_hub(name: str | None) -> bool:
-    """Whether a name is `owner/name`, which the hub takes as a base model, and not a folder of this machine."""
+    """Tell whether a name has the form `owner/name` of a hub id and is not a local folder."""
     return name is not None and is_hub_id(name) and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""What is written beside a moved adapter: the recipe that made it, its report and its model card."""
+"""The files beside a moved adapter: its recipe, its report and its model card."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jcrosslora.report.verdict import verdict
 
 CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# What lay in files of a machine is given by name: add --adapter, --source and --target with the paths of yours.
+# Local files are given by name only: add --adapter, --source and --target with your own paths.
 """
 
 
 def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> dict[str, str]:
-    """Return the files that go beside a moved adapter, by name. They tell no path of the machine.
+    """Return the files that go beside a moved adapter, by name. They contain no local path.
 
     Args:
-        report: of the transfer.
+        report: the report of the transfer.
         out: name of the folder.
         profile: file format of the adapter.
         dtype: number format of the adapter.
@@ -34,7 +34,7 @@ def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
 
 
 def published(report: TransferReport) -> dict[str, Any]:
-    """Return a report as JSON data that may be published."""
+    """Return a report as JSON data without local paths."""
     data = publish(report.to_json(), replacements(report))
     for side, name in (("source", source_name(report)), ("target", public_name(report.target.name))):
         data[side]["name"] = name
@@ -100,7 +100,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    # A TOML basic string takes every escape that JSON writes, apart from surrogate pairs: keep those as they are.
-    # It does not take a DEL, which JSON leaves.
+    # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False.
+    # They do not allow a raw DEL, which JSON writes unescaped.
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
     return text.replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""A transfer in a notebook: what to expect, the figures by role, and the text it was made on."""
+"""The result of a transfer in a notebook: the verdict, the diagnostics by role, and the texts of the fit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
 
 
 def result_html(report: TransferReport, texts: Sequence[str]) -> str:
-    """Return the result of a transfer as inline HTML; every text in it is escaped.
+    """Return the result of a transfer as inline HTML with all text escaped.
 
     Args:
-        report: of the transfer.
-        texts: that the fit was made on; a few are shown.
+        report: the report of the transfer.
+        texts: the texts of the fit; a few are shown.
     """
     found = verdict(report)
     title = (

@@ -1,4 +1,4 @@
-"""What a path holds, for `jcrosslora inspect`, and the other short listings."""
+"""Describe the contents of a path, for `jcrosslora inspect`, and print engines and methods."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from jcrosslora.methods import METHODS
 
 
 def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
-    """Open what `ref` holds: an adapter (of PEFT, MLX or llama.cpp) or a base model.
+    """Open an adapter (of PEFT, MLX or llama.cpp) or a base model.
 
     Args:
         ref: a path or a hub id.
@@ -56,7 +56,7 @@ def print_description(found: Adapter | BaseModel, console: Console) -> None:
 
 
 def reported_family(path: Path) -> str | None:
-    """Family of the base that a moved adapter is for, from its `transfer_report.json`; None for other adapters."""
+    """Return the family of a moved adapter's base, from its `transfer_report.json`; None for other adapters."""
     folder = path.parent if path.is_file() else path
     try:
         report = json.loads((folder / "transfer_report.json").read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def reported_family(path: Path) -> str | None:
 
 
 def print_engines(verdicts: Sequence[EngineVerdict], console: Console) -> None:
-    """One row for each engine: whether it reads the folder, and why not."""
+    """Print a row for each engine: whether it reads the folder, and why not."""
     table = Table("engine", "reads it", "reasons and notes")
     for item in verdicts:
         table.add_row(item.engine, "yes" if item.reads else "no", "\n".join((*item.reasons, *item.notes)))
@@ -74,7 +74,7 @@ def print_engines(verdicts: Sequence[EngineVerdict], console: Console) -> None:
 
 
 def print_methods(console: Console) -> None:
-    """The registry as a table."""
+    """Print the registered methods as a table."""
     table = Table("method", "what it does", "needs", "reference")
     for method in (kind() for kind in METHODS.values()):
         table.add_row(method.name, method.summary, method.needs, method.reference)
@@ -82,7 +82,7 @@ def print_methods(console: Console) -> None:
 
 
 def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | BaseModel:
-    """A hub id may be either kind: try the small one first, and report both errors if it is neither."""
+    """Open a hub id as an adapter, which is smaller, then as a base model; report both errors if both fail."""
     try:
         return load_adapter(ref, None if base is None else open_base(base), revision=revision)
     except JCrossLoRAError as adapter_error:
@@ -96,7 +96,7 @@ def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | Bas
 
 def _without_base(model: BaseModel, ref: str, base: str | None) -> BaseModel:
     if base is not None:
-        msg = f"{ref} is a base model, and --base {base} was given, which goes with an adapter: leave it out"
+        msg = f"{ref} is a base model, but --base {base} was given, which applies to adapters only: leave it out"
         raise UsageError(msg)
     return model
 
@@ -148,7 +148,7 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
     _say(console, f"can be moved: {len(adapter.modules)} modules")
     for update in adapter.tokens:
         what = describe_change(update.kind, update.modules, update.share)
-        _say(console, f"can be moved by {_keeping()} alone: {what}")
+        _say(console, f"can be moved by {_token_methods()} alone: {what}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")
 
@@ -174,13 +174,12 @@ def _print_base(base: BaseModel, console: Console) -> None:
     _say(console, f"vocabulary readable: {tokens}")
     _say(console, f"can receive and give updates: {len(base.modules)} modules")
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
-    _say(
-        console, f"no updates for: {len(others)} other tensors (norms, biases; embedding and head but by {_keeping()})"
-    )
+    _say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
+    _say(console, f"embedding and head can be moved by {_token_methods()} alone")
 
 
-def _keeping() -> str:
-    """The methods that move changes of embedding and head."""
+def _token_methods() -> str:
+    """Return the names of the methods that move changes of embedding and head."""
     return ", ".join(method.name for method in METHODS.values() if method.preserves_residual_basis)
 
 

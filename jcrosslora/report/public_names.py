@@ -1,4 +1,4 @@
-"""Names that tell nothing of the machine that an adapter was made on."""
+"""Names for publication, without local paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jcrosslora.report.record import TransferReport
 
 
 def public_name(ref: str | None) -> str | None:
-    """Return what may be published of a reference: a hub id as it is, of a path the last part."""
+    """Return the public form of a reference: a hub id unchanged, or the last part of a path."""
     if ref is None or (is_hub_id(ref) and not Path(ref).exists()):
         return ref
     return Path(ref).name or Path(ref).resolve().name or None
@@ -22,14 +22,14 @@ def public_name(ref: str | None) -> str | None:
 def source_name(report: TransferReport) -> str | None:
     """Return the name of the source base: the hub id that the adapter's own configuration states, else the file's.
 
-    The `general.name` of a GGUF file is that of its training, and often not that of the repository.
+    The `general.name` of a GGUF file is set at training, and often differs from the name of the repository.
     """
     stated = report.adapter.base_name
     return stated if stated and is_hub_id(stated) and not Path(stated).exists() else public_name(report.source.name)
 
 
 def replacements(report: TransferReport) -> dict[str, str]:
-    """Return the paths that occur in a report, with what stands for them in anything that is published."""
+    """Return the local paths in a report with their public names."""
     found = {}
     infos = report.source, report.target
     for ref in (
@@ -39,7 +39,7 @@ def replacements(report: TransferReport) -> dict[str, str]:
         *(info.name for info in infos),
     ):
         name = public_name(ref)
-        # A bare name tells nothing, and replacing it could hit other text.
+        # A bare name reveals nothing, and replacing it could change unrelated text.
         if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):
             found[ref] = name
             found[str(Path(ref).expanduser().absolute())] = name

@@ -1,4 +1,4 @@
-"""The report of a transfer: what was done, what survived, what was left behind. Plain data, no arrays."""
+"""The report of a transfer: settings, diagnostics of every module, and warnings. Plain data, no arrays."""
 
 import dataclasses
 import importlib.metadata
@@ -20,7 +20,7 @@ SCHEMA = 2
 
 @dataclass(frozen=True, eq=False)
 class TransferReport:
-    """Everything that is known of a transfer.
+    """The full account of a transfer.
 
     Attributes:
         method: the method that was used.
@@ -29,11 +29,11 @@ class TransferReport:
         target: the base that it is now for.
         adapter: provenance of the adapter.
         calibration: "none" or "frobenius".
-        scale: what every moved update was multiplied by.
+        scale: factor of every moved update.
         layers: for each target layer the source layer that feeds it, or None.
         rows: one for each moved module, in the target's order.
         unmapped_targets: target modules that no source module feeds.
-        unmapped_sources: source modules whose update went nowhere.
+        unmapped_sources: source modules whose update was not moved.
         energy: ||.||_F^2 of the whole source update, moved or not.
         warnings: one sentence each.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
@@ -75,12 +75,12 @@ class TransferReport:
 
     @property
     def kept(self) -> float:
-        """Return the share of the energy that the maps kept, of the updates that they were given."""
+        """Return the share of the energy of the moved updates that the maps kept."""
         return weighted(self.rows, "kept")
 
     @property
     def left_behind(self) -> float:
-        """Return the share of the source update's energy in modules that feed nothing."""
+        """Return the share of the source update's energy in unmapped modules."""
         return sum(item.share for item in self.unmapped_sources)
 
     @property

@@ -13,27 +13,27 @@ from jcrosslora.report.verdict import verdict
 from jcrosslora.shifting.records import ModuleRow
 
 TableKind = Literal["role", "full", "module"]
-# Figures of the decompositions, which say how a map was found and not how well it fits: left out where room is short.
+# Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.
 _DETAILS = ("energy src/tgt", "gap src/tgt", "cond src/tgt")
 
 
 def role_rows(report: TransferReport) -> list[dict[str, str]]:
-    """One row of text for each role, and one for the whole: figures weighted by the energy of the updates."""
+    """Format a row for each role and one for the whole, with figures weighted by the energy of the updates."""
     rows = [_cells(role, members) for role, members in report.by_role()]
     return _without_empty([*rows, _cells("all", report.rows)])
 
 
 def module_rows(report: TransferReport) -> list[dict[str, str]]:
-    """One row of text for each module, and one for the whole."""
+    """Format a row for each module and one for the whole."""
     rows = [_cells(f"{row.target} < {row.source}", (row,)) for row in report.rows]
     return _without_empty([*rows, _cells("all", report.rows)])
 
 
 def print_report(report: TransferReport, console: Console, *, table: TableKind = "role") -> None:
-    """Print the table, what was left behind, the warnings, and the verdict last.
+    """Print the table, the unmapped modules, the warnings, and the verdict last.
 
     Args:
-        report: of the transfer.
+        report: the report of the transfer.
         console: to print to.
         table: "role": a row for each role, with the figures that matter most, in 80 columns; "full": with every figure;
             "module": every figure, a row for each module.
@@ -61,7 +61,7 @@ def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Co
 
 
 def changed_settings(report: TransferReport) -> dict[str, object]:
-    """Return the hyper-parameters that a reader wants to see: the truncation rank, and what is not the default."""
+    """Return the hyper-parameters that differ from the defaults, and the truncation rank."""
     default = type(report.method)().settings()
     shown = {name: value for name, value in report.method.settings().items() if value != default[name]}
     rank = {"svd_rank": report.recipe.settings["svd_rank"]} if report.method.truncates else {}
@@ -69,7 +69,7 @@ def changed_settings(report: TransferReport) -> dict[str, object]:
 
 
 def report_depth(report: TransferReport) -> str:
-    """The depth map in a word."""
+    """Return the depth map in one word."""
     return report.recipe.depth if report.recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
 
 
@@ -136,7 +136,7 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Leave out the columns of figures that the method does not give for any row."""
+    """Drop columns without a figure in any row."""
     given = [name for name in rows[0] if any(set(row[name]) - set("-/ ") for row in rows)]
     return [{name: row[name] for name in given} for row in rows]
 

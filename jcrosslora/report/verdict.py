@@ -1,4 +1,4 @@
-"""One plain sentence on what to expect of a moved adapter, from the diagnostics and, if measured, its effect."""
+"""Judge a moved adapter in one sentence, from the diagnostics and, if measured, its effect."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control", "inef
 CHANCE_RATIO, WEAK_RATIO = 1.5, 5.0
 # Cosines of the weights themselves. Unrelated models measure below 0.02; a further-trained base above 0.9.
 CHANCE_COSINE, WEAK_COSINE, SAME_COSINE = 0.1, 0.5, 0.98
-# An update of which less than this share of the energy is left has no visible effect, whatever it points at.
+# An update that keeps less than this share of its energy has no visible effect in any direction.
 LOST = 0.005
 
 _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
@@ -27,9 +27,9 @@ class Verdict:
     """What to expect.
 
     Attributes:
-        level: "aligned" (an effect is to be expected), "weak", "chance" (none is), "lost" (the maps left next to
-            nothing of the update), "unknown" (nothing to measure it by), "control" (none is intended); "ineffective"
-            and "destructive" where the effect on text was measured and is such, whatever the alignment.
+        level: "aligned" (an effect is expected), "weak", "chance" (no effect is expected), "lost" (the maps removed
+            nearly all of the update), "unknown" (no diagnostic is available), "control" (no effect is intended);
+            "ineffective" or "destructive" if the measured effect on text is so, whatever the alignment.
         text: the sentence for the user.
     """
 
@@ -38,11 +38,11 @@ class Verdict:
 
 
 def verdict(report: TransferReport) -> Verdict:
-    """Judge a transfer by the figure that its method relies on, by what is left of the update, and by its effect."""
+    """Judge a transfer by the diagnostic of its method, the energy that is left of the update, and its effect."""
     found, effect = _by_diagnostics(report), report.effect
     if effect is None:
         return found
-    # A control is to be ineffective.
+    # A control is meant to be ineffective.
     level = effect.outcome if effect.outcome in ("ineffective", "destructive") else found.level
     return Verdict(found.level if found.level == "control" else level, f"{found.text}; {effect.sentence}")
 
@@ -50,7 +50,7 @@ def verdict(report: TransferReport) -> Verdict:
 def _by_diagnostics(report: TransferReport) -> Verdict:
     method = report.method
     if report.fitted is not None:
-        # Prompts that the source wrote may be quite unlike those that the adapter was trained on.
+        # Prompts that the source wrote may differ much from those that the adapter was trained on.
         more = _MORE if report.wrote_prompts else ""
         text = f"the update was fitted to what both bases do on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)

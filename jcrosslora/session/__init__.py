@@ -1,1 +1,1 @@
-"""Transfers: what belongs to a pair of bases, and the sequence of stages that moves an adapter between them."""
+"""Transfers: the session of a pair of bases, and the stages that move an adapter between them."""

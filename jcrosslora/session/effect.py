@@ -27,13 +27,13 @@ def measure_effect(
     completions: Sequence[str],
     progress: bool,
 ) -> tuple[Effect | None, tuple[str, ...]]:
-    """Measure the effect where it is wanted.
+    """Measure the effect if the options ask for it.
 
     Args:
         pair: both bases.
-        original: the adapter of the source, with fused matrices taken apart.
+        original: the adapter of the source, with fused matrices split.
         moved: the adapter of the target.
-        options: of the transfer.
+        options: the options of the transfer.
         runs_bases: whether the method runs both bases anyway.
         probes: texts that both bases were run on.
         completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
@@ -41,47 +41,30 @@ def measure_effect(
         progress: whether to show progress.
 
     Returns:
-        The effect, or None where it is not wanted or cannot be measured, and warnings.
+        The effect, or None if it is not requested or cannot be measured, and warnings.
 
     Raises:
-        UsageError: the effect is wanted "always", and there is no text to measure it on.
-        CheckpointError: it is wanted "always", and a base cannot be run.
+        UsageError: the effect is requested "always", and there is no text to measure it on.
+        CheckpointError: it is requested "always", and a base cannot be run.
     """
     if options.effect == "never" or (options.effect == "auto" and not runs_bases):
         return None, ()
-    try:
-        with enough_memory("leave out the check with --effect never"):
-            found = _measured(pair, original, moved, options, runs_bases, probes, completions, progress)
-    # A transfer that is finished is not lost for a figure that was not asked for.
-    except (UsageError, ShortMemoryError) as error:
-        if options.effect == "always":
-            raise
-        found, warnings = None, (f"the effect was not measured: {error}",)
-    else:
-        warnings = ()
-    return found, warnings
-
-
-def _measured(
-    pair: BasePair,
-    original: Adapter,
-    moved: Adapter,
-    options: TransferOptions,
-    runs_bases: bool,
-    probes: Sequence[str],
-    completions: Sequence[str],
-    progress: bool,
-) -> Effect | None:
-    # A method that runs the bases has shown by now that they can be run.
+    # A method that runs the bases has already shown that they can be run.
     if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
     from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 
-    adapters = original, moved
-    if completions:
-        return check_effect(pair.source, pair.target, *adapters, (), written=completions, progress=progress)
-    written = adapter_texts(pair.source, original, seed=options.seed, progress=progress)
-    if not probes and not written:
-        return None
-    return check_effect(pair.source, pair.target, *adapters, probes, written=written, progress=progress)
+    texts, written = ((), completions) if completions else (probes, ())
+    try:
+        with enough_memory("leave out the check with --effect never"):
+            written = written or adapter_texts(pair.source, original, seed=options.seed, progress=progress)
+            if not texts and not written:
+                return None, ()
+            found = check_effect(pair.source, pair.target, original, moved, texts, written=written, progress=progress)
+    # A finished transfer is not given up for a check that was not requested.
+    except (UsageError, ShortMemoryError) as error:
+        if options.effect == "always":
+            raise
+        return None, (f"the effect was not measured: {error}",)
+    return found, ()

@@ -1,4 +1,4 @@
-"""A transfer from files to files: what `jcrosslora transfer` and the jobs of a batch do."""
+"""Transfers from files to files, for `jcrosslora transfer` and the jobs of a batch."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from jcrosslora.utils.memory import enough_memory
 def transfer_files(settings: TransferSettings, *, progress: bool = False) -> TransferResult:
     """Move an adapter from file to file. Groups of modules are aligned, used and dropped one after the other.
 
-    Where `jax.distributed` has been initialised, all processes have to call this alike. Each aligns its part of the
-    modules, and the first alone checks the effect, if that is asked for, and writes.
+    If `jax.distributed` is initialised, all processes must make the same call. Each aligns its part of the modules;
+    only the first checks the effect, if requested, and writes.
 
     Args:
         settings: what to move, where to, and how.
@@ -34,8 +34,7 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
         The result; it is already written to `settings.out`.
 
     Raises:
-        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to. Nothing is
-            written then.
+        JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
     """
     method = make_method(settings.method)
     with hosts.together(), enough_memory(lighter(method)):
@@ -114,5 +113,5 @@ def open_session(settings: TransferSettings, *, progress: bool = False) -> PairS
 
 
 def save_as(result: TransferResult, settings: TransferSettings) -> None:
-    """Write a result where and as the settings say."""
+    """Write a result to the folder and in the format of the settings."""
     result.save(settings.out, profile=settings.profile, dtype=settings.dtype, overwrite=settings.overwrite)

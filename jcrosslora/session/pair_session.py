@@ -1,4 +1,4 @@
-"""The one orchestrator of transfers: it holds what belongs to a pair of bases, and moves adapters between them."""
+"""The orchestrator of transfers: holds the facts of a pair of bases, and moves adapters between them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the e
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """One adapter on its way.
+    """The state of one adapter's transfer.
 
     Attributes:
-        method: of the transfer.
-        choice: why `auto` took it; None where the user named it.
-        options: of the transfer.
-        profile: the file format that the result is meant for.
-        shifter: collects what the maps make of the adapter.
+        method: the method of the transfer.
+        choice: why `auto` chose it; None if the user named it.
+        options: the options of the transfer.
+        profile: the intended file format of the result.
+        shifter: collects the shifted updates.
     """
 
     method: Method
@@ -67,10 +67,10 @@ class PairSession:
     """Transfers from one base to another: a single one, or many adapters that share an alignment.
 
     The stages of a transfer are `start` (checks), `plan` (checks), `collect_text`, `carry` (align and shift) and
-    `finish`. Whatever holds for several adapters of the pair is found once.
+    `finish`. Results that several adapters of the pair share are computed once.
 
     Attributes:
-        pair: the two bases, with what is known of both.
+        pair: the two bases, with the facts that stages share.
         progress: whether to show progress.
     """
 
@@ -84,7 +84,7 @@ class PairSession:
 
     @cached_property
     def source_info(self) -> BaseInfo:
-        """What is known of the source without its weights."""
+        """Return the description of the source without its weights."""
         return describe_base(self.pair.source)
 
     @cached_property
@@ -92,10 +92,10 @@ class PairSession:
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
     def resolve(self, method: Method | Auto, *, waits_for_tokens: bool = False) -> tuple[Method, Choice | None]:
-        """Return the method to use, and why where it was chosen.
+        """Return the method to use, and the reason if `auto` chose it.
 
         Args:
-            method: what was asked for.
+            method: the requested method.
             waits_for_tokens: whether the adapter acts only after its invocation tokens.
         """
         if not isinstance(method, Auto):
@@ -106,19 +106,19 @@ class PairSession:
     def start(
         self, adapter: Adapter, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
     ) -> Move:
-        """Check an adapter against everything that could refuse it later on.
+        """Check an adapter for every error that later stages could raise.
 
         Args:
-            adapter: of the source, read with it.
-            method: as the user gave it.
-            options: of the transfer.
-            profile: the file format that the result is meant for; the default holds everything.
+            adapter: an adapter of the source, read with it.
+            method: the requested method.
+            options: the options of the transfer.
+            profile: the intended file format of the result; the default can hold everything.
 
         Raises:
             AdapterError: the adapter does not fit the source base.
             MethodError: the method would run an adapter that waits for its invocation tokens.
-            OutputError: a profile that cannot hold the adapter, or cannot be written for the target.
-            UsageError: an unknown profile, or options that do not fit the method.
+            OutputError: the profile cannot hold the adapter, or cannot be written for the target.
+            UsageError: the profile is unknown, or the options do not fit the method.
         """
         span_rank(profile, options.out_rank)
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
@@ -133,23 +133,23 @@ class PairSession:
         return Move(chosen, choice, options, profile, shifter)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
-        """Check the alignment for adapters of some source modules; nothing is computed yet."""
+        """Plan the alignment of some source modules and check it; nothing is computed yet."""
         task = plan_alignment(self.pair, method, depth=parse_depth(options.depth), seed=options.seed, sources=sources)
         check_hosts(task)
         return task
 
     def collect_text(self, task: AlignmentTask, options: TransferOptions, given: Probes | None) -> AlignmentTask:
-        """Return the task with the text that it needs: the user's, or what the source writes.
+        """Return the task with the text that it needs: the user's, or text that the source writes.
 
         Args:
-            task: an alignment.
-            options: of the transfer.
+            task: the alignment.
+            options: the options of the transfer.
             given: the user's text, or None.
         """
         if not task.runs_bases:
             return task
         probes = given
-        # Completions are written later, with the adapter.
+        # Completions are generated later, with the adapter.
         if probes is None and (task.reads_probes or EvidenceKind.PROBE_TEXTS in task.method.requires):
             from jcrosslora.evidence.probes import written_probes
 
@@ -171,10 +171,10 @@ class PairSession:
         Args:
             moves: adapters that share the alignment.
             task: the alignment, with its text.
-            groups: the groups where they are at hand; None aligns them.
+            groups: groups that are aligned already; None aligns them.
 
         Returns:
-            The transport without its groups, which are forgotten one by one.
+            The transport without its groups, which are dropped one by one.
         """
         kernels: list[str] = []
         for group in align_groups(task, progress=self.progress) if groups is None else groups:
@@ -227,7 +227,7 @@ class PairSession:
             layers=transport.pairing.layers,
             rows=_rows(shifted, update, moved, changed=update.adapter is not shifted.adapter or truncation is not None),
             unmapped_targets=transport.pairing.unmapped_targets,
-            # A fit sees what the whole adapter does.
+            # A fit uses the whole adapter, so no source module is left out.
             unmapped_sources=() if update.fitted else shifted.unmapped,
             energy=shifted.energy,
             warnings=(*transport.warnings, *shifted.notes, *warnings),
@@ -245,7 +245,7 @@ class PairSession:
         return TransferResult(moved, report, update.texts or tuple(probes), frozen)
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
-        """Carry an adapter through a transport that has been aligned before, and finish it.
+        """Shift an adapter through an existing transport, and finish it.
 
         Args:
             move: an adapter, from `start`.
@@ -279,11 +279,11 @@ class PairSession:
         """Move one adapter.
 
         Args:
-            adapter: of the source, read with it.
-            method: as the user gave it.
-            options: of the transfer.
+            adapter: an adapter of the source, read with it.
+            method: the requested method.
+            options: the options of the transfer.
             probes: the user's text, or None.
-            profile: the file format that the result is meant for; the default holds everything.
+            profile: the intended file format of the result; the default can hold everything.
         """
         move = self.start(adapter, method, options, profile)
         task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
@@ -323,7 +323,7 @@ class PairSession:
     ) -> tuple[Adapter, Truncation | None, Frozen | None]:
         rule, target = move.options.out_rank, self.pair.target
         rank = span_rank(move.profile, rule)
-        if rank is not None:  # an update is projected into the span of singular vectors whole
+        if rank is not None:
             return project_update(moved, target, rank, self._known)
         if rule is None:
             return moved, None, None
@@ -332,14 +332,14 @@ class PairSession:
 
 
 def lighter(method: Method | Auto) -> str:
-    """Say what to use where memory is short and the method may run the bases; "" where it does not."""
+    """Return the advice for out-of-memory errors: a lighter method, or "" if the method does not run the bases."""
     if isinstance(method, Method) and not method.runs_bases:
         return ""
     return "a method that looks at weights alone, such as cross-lora, which holds a group of modules at a time"
 
 
 def with_one_writer(options: TransferOptions) -> TransferOptions:
-    """Return the options for this process: of several that work together the first alone checks the effect."""
+    """Return the options for this process: if several work together, only the first checks the effect."""
     return options if hosts.is_first() else dataclasses.replace(options, effect="never")
 
 
@@ -360,7 +360,7 @@ def _rows(shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) ->
     if not changed:
         return shifted.rows
     norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
-    # What the maps kept is no figure of an update that was fitted.
+    # The share that the maps kept is undefined for a fitted update.
     kept = {"kept": math.nan} if update.fitted else {}
     missing = 0.0 if update.fitted else None
     return tuple(

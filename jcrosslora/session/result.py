@@ -1,4 +1,4 @@
-"""The result of a transfer: the adapter for the target, with the account of how it was made."""
+"""The result of a transfer: the adapter for the target, with its report."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class TransferResult:
 
     Attributes:
         adapter: for the target, float32.
-        report: what was done and what survived.
-        texts: the text that the fit was made on, or that both bases were run on; empty for methods that look at weights
-            alone.
-        frozen: the factors that profile lora-xs writes the adapter by; None for other profiles.
+        report: the account of the transfer.
+        texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
+        frozen: the frozen factors for profile lora-xs; None for other profiles.
     """
 
     adapter: Adapter
@@ -43,7 +42,7 @@ class TransferResult:
 
     @property
     def verdict(self) -> Verdict:
-        """What to expect of the adapter, in a sentence."""
+        """Return what to expect of the adapter, in a sentence."""
         return verdict(self.report)
 
     def save(
@@ -66,7 +65,7 @@ class TransferResult:
             The folder.
 
         Raises:
-            OutputError: the place exists, cannot be written to or is full, or the numbers do not fit the format.
+            OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
         """
         adapter, report = self._held_by(profile)
         target = report.target
@@ -91,7 +90,7 @@ class TransferResult:
 
         Args:
             model: the target; its linear layers are wrapped in place.
-            adapter_name: a name that the model does not have yet.
+            adapter_name: a name that no adapter of the model has yet.
 
         Returns:
             The `peft.PeftModel`.
@@ -117,17 +116,17 @@ class TransferResult:
         """Upload the adapter with its card, recipe and report.
 
         Args:
-            repo_id: "owner/name" on the hub; the repository is made if it is not there.
+            repo_id: "owner/name" on the hub; the repository is created if it does not exist.
             private: whether a new repository is private.
             profile: see `jcrosslora.save_adapter`.
             dtype: number format of the file.
-            token: for the hub; None takes the one that `hf auth login` has left, or that of the environment.
+            token: hub token; None uses the token of `hf auth login` or of the environment.
 
         Returns:
             The address of the upload.
 
         Raises:
-            OutputError: the hub refuses the upload, or cannot be reached.
+            OutputError: the hub refuses the upload or cannot be reached.
         """
         from huggingface_hub import HfApi
 
@@ -138,14 +137,14 @@ class TransferResult:
                 api.create_repo(repo_id, private=private, exist_ok=True)
                 message = f"Adapter moved by jcrosslora, method {self.report.recipe.method}"
                 found = api.upload_folder(repo_id=repo_id, folder_path=written, commit_message=message)
-            except (OSError, ValueError) as error:  # those of huggingface_hub and of its HTTP client are among them
+            except (OSError, ValueError) as error:  # includes the errors of huggingface_hub and its HTTP client
                 reason = " ".join(str(error).split())[:300]
-                msg = f"{repo_id}: the hub did not take the upload ({reason}); save the adapter, and try again"
+                msg = f"{repo_id}: the hub did not accept the upload ({reason}); save the adapter, and try again"
                 raise OutputError(msg) from error
         return str(found)
 
     def __repr__(self) -> str:
-        """One line: method, bases, and what to expect."""
+        """Return one line: method, bases, and verdict."""
         names = f"{public_name(self.report.source.name)} -> {public_name(self.report.target.name)}"
         return f"TransferResult({self.report.recipe.method}, {names}: {self.verdict.level})"
 
@@ -153,7 +152,7 @@ class TransferResult:
         return result_html(self.report, self.texts)
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
-        """Return the adapter and its report as a profile holds them."""
+        """Return the adapter and its report without what a profile cannot hold."""
         why = why_without_tokens(profile)
         if not self.adapter.tokens or not why:
             return self.adapter, self.report

@@ -1,4 +1,4 @@
-"""`jcrosslora.save_adapter`: write an adapter that was made or read in memory."""
+"""`jcrosslora.save_adapter`: write an adapter that is in memory."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ def save_adapter(
     overwrite: bool = False,
     frozen: Frozen | None = None,
 ) -> Path:
-    """Write an adapter as a folder. What `transfer` returns is saved by its own method `save`.
+    """Write an adapter as a folder. Results of `transfer` have their own method `save`.
 
     Args:
-        adapter: what to write. Its changes of embedding and head are written in profile "peft" alone.
+        adapter: what to write. Its changes of embedding and head are written by profile "peft" only.
         out: the folder; it appears whole or not at all.
         base: the base that it is for; profiles gguf and lora-xs need it.
         base_name: `base_model_name_or_path`; None is the name of the base.

@@ -1,4 +1,4 @@
-"""The settings of a transfer: what decides the moved adapter, and where things are."""
+"""The settings of a transfer: options that determine the moved adapter, and locations of files."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ EffectCheck = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """What decides a moved adapter beside the method and the files. Keywords of `jcrosslora.transfer`."""
+    """Options that determine a moved adapter besides method and files. Keywords of `jcrosslora.transfer`."""
 
     depth: str = "proportional"
     """Which source layer feeds which target layer: proportional, by-name, similar, or a list such as 0,1,3,-,5."""
@@ -29,7 +29,7 @@ class TransferOptions:
     0.99; or all (auto) to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: how many
     singular vectors of each weight to take."""
     seed: int = 0
-    """Of everything that is drawn at random: the random control, and the texts that a base writes."""
+    """Seed of everything that is drawn at random: the random control, and the texts that a base writes."""
     probe_count: int = 288
     """How many texts the source base writes; only where the bases have to run on text."""
     effect: EffectCheck = "auto"
@@ -88,7 +88,7 @@ class TransferSettings(TransferOptions):
 
     @classmethod
     def of(cls, **settings: Any) -> "TransferSettings":
-        """Make settings from flat names, hyper-parameters of the method among them, as files and commands have them."""
+        """Make settings from the flat names of files and commands, which include the method's hyper-parameters."""
         own: dict[str, Any] = {name: value for name, value in settings.items() if name in OWN_FIELDS}
         rest = {name: value for name, value in settings.items() if name not in OWN_FIELDS}
         own["method"] = make_method(own.get("method", AUTO), rest)

@@ -11,15 +11,15 @@ from jcrosslora.session.settings import OWN_FIELDS
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """The content of a TOML file.
+    """Read a TOML file.
 
     Args:
         path: the file.
-        what: it is called in errors, "recipe" or "plan".
-        example: a line as it should be, for errors.
+        what: its kind, for errors: "recipe" or "plan".
+        example: a valid line, for errors.
 
     Raises:
-        UsageError: it cannot be read, or is not TOML.
+        UsageError: the file cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -32,14 +32,14 @@ def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any], place: str) -> None:
-    """Check names and types of settings of a transfer, as TOML gives them.
+    """Check the names and types of a transfer's settings from a TOML file.
 
     Args:
-        settings: names of `TransferSettings` or of hyper-parameters of a method, to values.
-        place: where they stand, for errors.
+        settings: values by the names of `TransferSettings` or of hyper-parameters of a method.
+        place: their location, for errors.
 
     Raises:
-        UsageError: an unknown name, or a value of another type than the setting has.
+        UsageError: a name is unknown, or a value has the wrong type.
     """
     types: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
     for name, by_method in setting_fields().items():

@@ -51,7 +51,7 @@ def transfer(
         The adapter for the target with its report.
 
     Raises:
-        JCrossLoRAError: anything that is wrong with the input or the options, see its subclasses.
+        JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
     wanted, chosen = make_method(method), TransferOptions(**options)
     with hosts.together(), enough_memory(lighter(wanted)):
@@ -71,17 +71,17 @@ def shift(
     progress: bool = False,
     **options: Any,
 ) -> TransferResult:
-    """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run what follows the maps.
+    """Move an adapter through a transport (LoRA-Shift, arXiv 2508.05232, section 3), and run the stages after the maps.
 
     Args:
         transport: from `align`.
-        adapter: of the transport's source base: a path, a hub id, or an adapter in memory.
+        adapter: an adapter of the transport's source: a path, a hub id, or an adapter in memory.
         prompts: text for a method that fits an update, see `transfer`.
         progress: whether to show progress.
-        options: fields of `TransferOptions` but for depth, which the transport has.
+        options: fields of `TransferOptions` except depth, which the transport determines.
 
     Returns:
-        The adapter for the target base with its report. The effect is measured where it is asked for.
+        The adapter for the target base with its report. The effect is measured only on request.
 
     Raises:
         AdapterError: the adapter does not fit the source base.
@@ -99,7 +99,7 @@ def shift(
 
 
 def given_probes(prompts: Sequence[str] | str | Path | None) -> Probes | None:
-    """Return the user's text, from a list or from a file; None where none was given."""
+    """Return the user's text, from a list or from a file; None if none was given."""
     if prompts is None:
         return None
     from jcrosslora.evidence.probes import Probes, read_texts
@@ -110,7 +110,7 @@ def given_probes(prompts: Sequence[str] | str | Path | None) -> Probes | None:
 
 
 def share_digests(session: PairSession) -> None:
-    """Digest both bases by what the cache of any process remembers, so that files are not read for it again."""
+    """Digest both bases with the digests that the cache of any process remembers, so that files are not read again."""
     store = session.pair.store
     digests = hosts.shared(None if store is None else store.digests)
     if digests is not None:
