@@ -137,3 +137,12 @@ def test_a_step_begins_when_work_of_its_name_reports_itself(display, clock):
         display.begin("align")  # is over
         with display.track(12, "write", "texts"):
             assert display.line(clock.now) == "step 3 of 3: measure the effect, write, 0 of 12 texts, about 0 s left"
+
+
+@pytest.mark.parametrize(("took", "left"), [(50, "about 50 s"), (1, "about 25 s"), (10_000, "about 7 min")])
+def test_an_earlier_step_scales_the_later_ones_by_a_factor_of_four_at_most(display, clock, took, left):
+    with display.steps({"align": 100, "fit": 100}) as plan:
+        plan.begin("align")
+        clock.now += took
+        plan.begin("fit")
+        assert display.line(clock.now) == f"step 2 of 2: fit, {left} left"

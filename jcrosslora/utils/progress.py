@@ -22,6 +22,9 @@ _REFRESH, _TICK = 0.1, 1.0
 LOG_EVERY = 30.0  # seconds between two log lines
 # Below this share of the work done the time left is better estimated by what a step usually takes.
 _ENOUGH = 0.05
+# Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
+# from a cache, or compiled for long) than of the machine.
+_LEAST_PACE, _MOST_PACE = 0.25, 4.0
 
 
 class _Shown(Protocol):
@@ -118,7 +121,7 @@ class Steps:
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
             return None
-        pace = self._took / self._usual if self._usual else 1.0
+        pace = min(max(self._took / self._usual, _LEAST_PACE), _MOST_PACE) if self._usual else 1.0
         usual = self._seconds[self.name]
         current = None if usual is None else max(0.0, usual * pace - (now - self._since))
         if isinstance(inner, Track) and (current is None or inner.share >= _ENOUGH):
