@@ -59,8 +59,7 @@ def model_card(
         _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
-        f"the data that it was trained on, by the method {_code(method)}"
-        f"{f', chosen because {_plain(choice)}' if choice else ''}.",
+        f"the data that it was trained on, by the method {_code(method)}{chosen}.",
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
