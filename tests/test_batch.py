@@ -111,7 +111,7 @@ def test_what_a_plan_means(house, tmp_path):
         ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
         ("svd_rank = 8", 'svd_rank = "8"', "sets svd_rank to '8'; it must be int"),
         ("svd_rank = 8", "ranks = 8", "unknown setting 'ranks'"),
-        ("svd_rank = 8", "whitening = 0.1", "sets whitening, which no method of it has: cross-lora"),
+        ("svd_rank = 8", "whitening = 0.1", "sets whitening, which none of its methods has: cross-lora"),
         ("svd_rank = 8", 'out = "x"', "sets out, which"),
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
@@ -170,7 +170,7 @@ def test_two_adapters_of_one_name_need_another(house, tmp_path):
         (tmp_path / run).mkdir()
         (tmp_path / run / "final").symlink_to(house / "adapters" / "a0")
     text = PLAN.split("[[moves]]")[0].replace("adapters/*", "*/final") + '[[moves]]\nfrom="small"\nto="wide"\n'
-    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; give one of the two another"):
+    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; rename one of the two"):
         plan_in(house, tmp_path, text)
     (tmp_path / "second-run").symlink_to(tmp_path / "second" / "final")
     plan = plan_in(house, tmp_path, text.replace('"*/final"', '"first/final", "second-run"'))

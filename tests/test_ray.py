@@ -133,4 +133,4 @@ def test_a_dead_workers_unit_is_done_again_and_the_deadly_job_is_listed(cluster,
         **dict.fromkeys(["once", "good", "better"], "done"),
         "always": "failed",
     }
-    assert "the worker did not come to an end with it, 2 times over" in found["always"].text
+    assert "the worker died with it 2 times" in found["always"].text

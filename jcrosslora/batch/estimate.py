@@ -30,7 +30,7 @@ class Estimate:
         method: the one that will be used, also where "auto" was asked for.
         pairs: modules to align.
         seconds: of all decompositions, from one matrix of each shape timed here; None where the method runs the bases,
-            whose time depends on the texts, or goes part of the source interpolation between them, adapter by adapter.
+            whose time depends on the texts, or adds the difference between their weights, adapter by adapter.
         memory: bytes of the largest group's weights, factors and maps, and of a chunk of adapters before and after;
             None for the same methods. Bases that are run are in memory then.
     """
