@@ -19,8 +19,8 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params
-from jcrosslora.fit.distill import DistillSettings
 from jcrosslora.fit.distill.completions import PILOT, write_pilot
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.template_choice import behind_best, judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES
 

@@ -220,7 +220,7 @@ def test_parts_of_a_gguf_adapter_that_do_not_move_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"general.type": "model"}, "is a GGUF of type 'model', where an adapter was wanted"),
+        ({"general.type": "model"}, "is a GGUF of type 'model', an adapter was wanted"),
         ({"adapter.type": "dora"}, "adapter.type is 'dora'"),
         ({"arch": "mamba"}, "architecture 'mamba' is not supported"),
         ({"arch": "qwen2"}, "is of family llama: give the base it was trained on"),

@@ -29,6 +29,10 @@ from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.errors import AdapterError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+QUIET_PEFT = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+]
 TOKENS = torch.tensor([[5, 9, 41, 7, 22, 60, 3]])
 
 
@@ -213,8 +217,8 @@ def test_an_adapter_is_loaded_as_it_is():
     assert load_adapter(adapter) is adapter
 
 
-# An aLoRA is active only after its invocation tokens, so that there are no merged logits.
-LIVE = [(kind, label) for kind, made in MADE.items() for label in made if kind != "aLoRA"]
+# An aLoRA is active only from its invocation tokens on, so that there are no merged logits.
+LIVE = [pytest.param(kind, label, marks=QUIET_PEFT) for kind, made in MADE.items() for label in made if kind != "aLoRA"]
 
 
 @pytest.mark.parametrize(("kind", "label"), LIVE)

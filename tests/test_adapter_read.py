@@ -153,7 +153,7 @@ def test_ignored_settings_are_listed(tmp_path):
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         (
             {"peft_type": "VERA"},
-            "VeRA cuts its matrices to the shapes of the base's modules: the source base is needed",
+            "VeRA slices its matrices to the shapes of the base's modules: the source base is needed",
         ),
         ({"peft_type": "ADALORA"}, "no lora_E"),
         ({"peft_type": "PREFIX_TUNING"}, "changes no weight matrix"),

@@ -165,7 +165,7 @@ def test_an_update_of_zeros_can_be_written(tmp_path):
     ("modules", "named"),
     [
         ({}, "no modules"),
-        ({Q: LoRAFactors(a=np.zeros((0, 6)), b=np.zeros((5, 0)))}, "none of them 0"),
+        ({Q: LoRAFactors(a=np.zeros((0, 6)), b=np.zeros((5, 0)))}, "without a 0"),
         ({Q: LoRAFactors(a=matrix(2, 6), b=matrix(5, 3))}, "[5, 3]"),
         ({Q: LoRAFactors(a=matrix(2, 6), b=matrix(5, 2) * np.float32(np.nan))}, "NaN"),
         ({Q: LoRAFactors(a=matrix(2, 6), b=matrix(5, 2), scale=float("inf"))}, "infinite"),

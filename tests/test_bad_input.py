@@ -172,7 +172,7 @@ SPOILT = {
     "rank that the tensors do not have": (lambda p: edit_json(p / "adapter/adapter_config.json", r=5), ["rank", "5"]),
     "truncated GGUF": (
         lambda p: (shutil.rmtree(p / "target"), (p / "target").mkdir(), (p / "target/x.gguf").write_bytes(b"GGUF\x03")),
-        ["target/x.gguf", "itself"],
+        ["target/x.gguf", "give the path"],
     ),
 }
 

@@ -65,7 +65,7 @@ def opened(*folders):
 
 def mark(cache):
     """Double the left singular vectors of all factors that are kept: what is made of them is doubled, exactly."""
-    for entry in cache.entries(["factors"]):
+    for entry in [entry for entry in cache.entries() if entry.kind == "factors"]:
         loaded = cache.load("factors", entry.key)
         shutil.rmtree(entry.path)
         arrays = {name: 2 * array if name == "u" else array for name, array in loaded.arrays.items()}

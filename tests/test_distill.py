@@ -33,11 +33,13 @@ from jcrosslora.decoder import (
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.fit.distill import DistillSettings, distill, template_choice
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
+from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.batches import BATCH, make_batches, shared_tokens
 from jcrosslora.fit.distill.completions import PILOT, answer_given, first_sentence, write_completions
+from jcrosslora.fit.distill.run import distill
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import Statistics, add_batch, needs_remat, zero_statistics
 from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, solve, step_factors
 from jcrosslora.fit.distill.teacher import TaughtBatch, mix_teacher, weighted_kl

@@ -135,10 +135,10 @@ def test_the_command_keeps_a_dora_without_its_base(house, tmp_path, capsys):
 def test_settings_that_a_kept_dora_excludes_are_refused(house, tmp_path):
     settings = jcl.ExportSettings((house.adapter,), str(tmp_path / "o"), "peft", keep_dora=True)
     refused = [
-        ({"profile": "portable"}, UsageError, "no place for the magnitudes of a DoRA; use peft or mlx"),
-        ({"profile": "gguf", "base": house.base}, UsageError, "no place for the magnitudes"),
+        ({"profile": "portable"}, UsageError, "does not hold the magnitudes of a DoRA; use peft or mlx"),
+        ({"profile": "gguf", "base": house.base}, UsageError, "does not hold the magnitudes"),
         ({"out_rank": 2}, UsageError, "magnitudes do not fit"),
-        ({"adapter": (house.adapter,) * 2}, UsageError, "a sum of DoRAs is no DoRA"),
+        ({"adapter": (house.adapter,) * 2}, UsageError, "a sum of DoRAs is not a DoRA"),
         ({"adapter": ()}, UsageError, "0 adapters"),
     ]
     for change, error, said in refused:

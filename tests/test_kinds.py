@@ -207,7 +207,7 @@ def test_zero_directions_are_removed_from_the_rank(tmp_path):
     [
         ("DoRA", "rescales the rows"),
         ("PiSSA", "starts from factors"),
-        ("VeRA", "cuts"),
+        ("VeRA", "slices"),
         ("Uni-LoRA", "without its indices"),
     ],
 )

@@ -255,7 +255,7 @@ def test_adapters_that_cannot_be_written_are_refused(files, tmp_path):
     one, two = (frozen_factors(base, adapter.modules, rank) for rank in (2, 3))
     first = next(iter(adapter.modules))
     for frozen, said in (
-        (None, "stay frozen"),
+        (None, "frozen factors of the base"),
         ({}, "no frozen factors"),
         (one | {first: two[first]}, r"ranks \[2, 3\]"),
     ):

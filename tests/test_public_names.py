@@ -51,6 +51,9 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_importing_the_package_imports_none_of_its_rooms_or_libraries():
-    code = "import sys, jcrosslora; print(sorted(n for n in sys.modules if n.split('.')[0] in {%s} or '.' in n and n.startswith('jcrosslora')))"
+    code = (
+        "import sys, jcrosslora; print(sorted(n for n in sys.modules if n.split('.')[0] in {%s} "
+        "or '.' in n and n.startswith('jcrosslora')))"
+    )
     heavy = ("jax", "flax", "numpy", "transformers", "huggingface_hub", "tyro", "rich", "torch")
     assert run(code % ", ".join(map(repr, heavy))) == "[]"

@@ -76,7 +76,7 @@ def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
     places = [folder / "adapter", "--source", folder / "source", "--target", folder / "target"]
     own = ["--method", "user_methods:HalfCopy", "--share", "0.25"]
     main(["transfer", *map(str, places), *own, "--out", str(tmp_path / "one")])
-    assert "half-copy" in capsys.readouterr().out
+    assert "user_methods:HalfCopy, share 0.25" in capsys.readouterr().out
     assert_share(jcl.load_adapter(tmp_path / "one").modules, copied, 0.25)
     recipe = json.loads((tmp_path / "one" / "transfer_report.json").read_text())["recipe_toml"]
     assert tomllib.loads(recipe)["share"] == 0.25
@@ -108,7 +108,7 @@ def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, 
     for text in (OWN, OWN, f"{OWN}# changed\n"):
         Path("own_method.py").write_text(text)
         jcl.align(*bases, method, cache=cache)
-        counts.append(len(cache.entries(["transport"])))
+        counts.append(sum(entry.kind == "transport" for entry in cache.entries()))
     assert counts[0] == counts[1] > 0
     assert counts[2] == 2 * counts[0]
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_registered(method, said):
         ("user_methods:Absent", "cannot be imported"),
         ("user_methods:HOOKS", "is not a method"),
         (":Own", "cannot be imported"),
-        ("half-coppy", "'half-coppy' is unknown; did you mean half-copy"),
+        ("half-coppy", "'half-coppy' is unknown.*did you mean .?half-copy"),
     ],
 )
 def test_names_that_lead_to_no_method(name, said):

@@ -31,9 +31,7 @@ def from_pytree(tree: Mapping[Any, Any], name: str = "memory") -> Adapter:
     Raises:
         AdapterError: no update in the tree, other keys beside "a" and "b", or arrays that do not fit together.
     """
-    pure = getattr(tree, "to_pure_dict", None)  # of an nnx.State
-    plain = tree if pure is None else pure()
-    modules = {text_module_name(module): _factors(module, parts) for module, parts in _updates(plain, ())}
+    modules = {text_module_name(module): _factors(module, parts) for module, parts in _updates(tree, ())}
     if not modules:
         msg = f"{name}: no update in the tree; give {{module: {{'a': (K, I), 'b': (O, K), 'scale': float}}}}"
         raise AdapterError(msg)
@@ -59,9 +57,15 @@ def _factors(module: str, parts: Mapping[str, Any]) -> LoRAFactors:
     if not 2 <= a.ndim == b.ndim <= 3 or a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
         msg = f"module {module!r} has a of shape {list(a.shape)} and b of shape {list(b.shape)}; they must be (K, I) "
         raise AdapterError(msg + "and (O, K), both with a leading axis in a stack of adapters")
-    return LoRAFactors(a=a, b=b, scale=float(parts.get("scale", 1.0)))
+    return LoRAFactors(a=a, b=b, scale=float(_value(parts.get("scale", 1.0))))
 
 
-def _array(value: Any) -> Array:
+def _value(leaf: Any) -> Any:
+    """Unwrap a variable of `nnx`."""
+    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
+
+
+def _array(leaf: Any) -> Array:
+    value = _value(leaf)
     # A tracer or a device array stays where it is.
     return value if hasattr(value, "ndim") and not hasattr(value, "detach") else as_numpy(value)

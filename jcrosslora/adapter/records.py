@@ -31,7 +31,7 @@ class AdapterInfo:
         lost: share of the update's squared Frobenius norm that reading it lost.
         licence: as the adapter's own card states it, or None.
         rank_limit: the largest rank that was asked for when it was read, or None.
-        invocation: token ids of its base after which it is active (aLoRA); None if it is always active.
+        invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `shifting.invocation`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
     """

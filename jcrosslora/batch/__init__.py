@@ -1,5 +1,6 @@
 """Many transfers by one plan: every pair aligned once, its adapters shifted together, resumed after any stop."""
 
+from jcrosslora.batch.estimate import estimate_batch as estimate_batch
 from jcrosslora.batch.estimate import print_estimates as print_estimates
 from jcrosslora.batch.plan_file import BatchPlan as BatchPlan
 from jcrosslora.batch.plan_file import Job as Job

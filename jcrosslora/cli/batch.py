@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.main import INTERRUPTED, fail
+from jcrosslora.cli.output import print_json
 from jcrosslora.cli.verdicts import FailOn, exit_code
 from jcrosslora.errors import BatchError, UsageError
 
@@ -31,7 +32,7 @@ class Batch:
     overwrite: bool = False
     """Replace adapter folders that were made from other input."""
     json: bool = False
-    """Print the summary as JSON instead of the table."""
+    """Print the summary, or the estimates, as JSON instead of the table."""
     fail_on: FailOn = "never"
     """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are written all the same."""
     shard: str = "1/1"
@@ -45,14 +46,14 @@ class Batch:
 
     def run(self, console: Console) -> int:
         """Run or show the plan, and print the outcome of each job."""
-        from jcrosslora.batch import print_estimates, read_plan
+        from jcrosslora.batch import estimate_batch, print_estimates, read_plan
 
         plan, shard = read_plan(self.plan), _shard(self.shard)
         if self.dry_run:
             if self.json:
-                msg = "--json and --dry-run were given; estimates are printed as a table only: leave one out"
-                raise UsageError(msg)
-            print_estimates(plan, console, shard=shard)
+                print_json([one.record() for one in estimate_batch(plan, shard=shard)])
+            else:
+                print_estimates(plan, console, shard=shard)
             return 0
         try:
             summary = self._run(plan, shard)

@@ -22,7 +22,7 @@ class _Transfer:
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "method": ("calibrate", "depth", "probe_text", "probe_count"),
-        "output": ("json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
+        "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
         "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
         "hub": ("adapter_revision", "source_revision", "target_revision"),
         "cluster": ("coordinator", "processes", "process"),
@@ -32,8 +32,10 @@ class _Transfer:
 
     recipe: Path | None = None
     """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
+    dry_run: bool = False
+    """Only check the input, and show the method with an estimate of time and memory; nothing is written."""
     json: bool = False
-    """Print the whole report as JSON instead of the table."""
+    """Print the whole report, or the estimate, as JSON instead of the table."""
     table: Literal["role", "full", "module", "none"] = "role"
     """role: a row for each role, the main figures. full: every figure. module: every figure, a row for each module."""
     fail_on: FailOn = "never"
@@ -61,7 +63,9 @@ class _Transfer:
         return settings
 
     def run(self, console: Console) -> int:
-        """Transfer, then print the table and the verdict."""
+        """Transfer, then print the table and the verdict; or print what the transfer would take."""
+        if self.dry_run:
+            return self._estimate(console)
         from jcrosslora.distributed.join import join
 
         join(self.coordinator, self.processes, self.process)
@@ -83,6 +87,17 @@ class _Transfer:
                 print_report(report, console, table=self.table)
             say(console, f"written: {settings.out}")
         return exit_code(self.fail_on, [found.level])
+
+    def _estimate(self, console: Console) -> int:
+        from jcrosslora.session.files import estimate_files
+
+        found = estimate_files(self.settings())
+        if self.json:
+            print_json(found.record())
+            return 0
+        for name, text in found.lines():
+            say(console, f"{name:<8}{text}")
+        return 0
 
     def settings(self) -> TransferSettings:
         """Return the settings among the flags; hyper-parameters that were not given are left to the method."""

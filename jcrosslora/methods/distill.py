@@ -22,7 +22,7 @@ class Distill(DistillSettings, Method):
 
     def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
         """Let the source write completions with its adapter, and fit the update of the target to them."""
-        from jcrosslora.fit.distill import distill
+        from jcrosslora.fit.distill.run import distill
 
         start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
         found = distill(

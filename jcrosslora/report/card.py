@@ -28,6 +28,7 @@ def model_card(
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
     added: str | None = None,
+    ranks: str | None = None,
     cut: str | None = None,
 ) -> str:
     """Return the text of the card, with the front matter that the hub reads.
@@ -45,19 +46,20 @@ def model_card(
         table: rows of text with the same columns.
         dropped: (source module, share of the update) for updates that were not moved.
         notes: warnings, one sentence each.
-        tokens: moved changes of the embedding and the output head, one sentence without a full stop each.
-        choice: why this method was chosen, if the user did not name it.
-        effect: rows of text on the effect of the update on both bases, if it was measured.
-        fitted: description of the fit after the maps, if there was one.
-        added: description of what was added to the moved update, if anything was.
-        cut: the ranks that updates were truncated to, and what they kept, if they were truncated.
+        tokens: what was moved of the embedding and the output head, one sentence without a full stop each.
+        choice: why this method was chosen, if it was not named by the user.
+        effect: rows of text on what the update changes on both bases, if that was measured.
+        fitted: what was fitted behind the maps, if anything was.
+        added: what goes with the update that the maps do not make, if anything does.
+        ranks: what the ranks became, if that is worth saying.
+        cut: to which ranks the updates were truncated, and what that left, if they were.
     """
     chosen = f", chosen because {_plain(choice)}" if choice else ""
     sections = [
         _front_matter(base_name, library, licence),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
-        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base model, "
-        f"without data of its task, by the method {_code(method)}{chosen}.",
+        "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
+        f"the data that it was trained on, by the method {_code(method)}{chosen}.",
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
@@ -65,7 +67,9 @@ def model_card(
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
-        f"## Rank\n\nThe update was cut to {_plain(cut)}." if cut else "",
+        "## Rank\n\n" + " ".join(_sentences(ranks, cut and f"the update was truncated to {cut}"))
+        if ranks or cut
+        else "",
         "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
         "## Left behind\n\n" + _dropped(dropped) if dropped else "",
@@ -126,6 +130,10 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _listed(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {_plain(sentence)}" for sentence in sentences)
+
+
+def _sentences(*texts: str | None) -> list[str]:
+    return [f"{plain[:1].upper()}{plain[1:]}." for plain in map(_plain, filter(None, texts))]
 
 
 def _plain(text: str) -> str:

@@ -43,7 +43,7 @@ def published(report: TransferReport) -> dict[str, Any]:
 
 
 def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
-    """Return the settings that differ from the defaults, as TOML for `jcrosslora transfer --recipe`."""
+    """Return the transfer as TOML for `jcrosslora transfer --recipe`; only what differs from the defaults."""
     recipe = report.recipe
     settings = {
         "adapter": public_name(report.adapter.name),
@@ -92,6 +92,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
         added=report.added,
+        ranks=report.rank_sentence if report.fitted or report.added else None,
         cut=None if report.truncation is None else report.truncation.sentence,
     )
 

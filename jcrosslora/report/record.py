@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
@@ -37,14 +37,16 @@ class TransferReport:
         energy: ||.||_F^2 of the whole source update, moved or not.
         warnings: one sentence each.
         out_rank: the rank that updates were truncated to, or the rule that chose it, or None.
-        choice: why `auto` chose this method; None if the user named it.
-        effect: the effect of the moved update on the target beside that of the original on the source; None if it was
-            not measured.
-        fitted: description of a fit after the maps, one sentence without a full stop; None without a fit.
-        added: description of what was added to the moved update, likewise; None if nothing was.
-        wrote_prompts: whether the source wrote the prompts of the fit, because the user gave none.
-        truncation: the account of the truncation to `out_rank`; None without truncation.
-        tokens: moved changes of the embedding and the output head.
+        choice: why `auto` took this method; None where the user named it.
+        effect: what the moved update changes on the target beside what the original changes on the source; None where
+            it was not measured.
+        fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
+        added: what was added to the moved update, one sentence without a full stop; None where nothing was.
+        wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
+        truncation: what the truncation to `out_rank` left; None where none was asked for.
+        rank_before: the highest rank of the source adapter.
+        ranks: the rank of each module of the moved adapter.
+        tokens: changes of the embedding and the output head that were moved.
     """
 
     method: Method
@@ -67,6 +69,8 @@ class TransferReport:
     added: str | None = None
     wrote_prompts: bool = False
     truncation: Truncation | None = None
+    rank_before: int = 0
+    ranks: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[TokenRow, ...] = ()
 
     @property
@@ -79,13 +83,28 @@ class TransferReport:
         """Return the share of the source update's energy in unmapped modules."""
         return sum(item.share for item in self.unmapped_sources)
 
+    @property
+    def rank_sentence(self) -> str:
+        """What the ranks became, in a sentence without a full stop."""
+        by_rank: dict[int, list[str]] = {}
+        for name, rank in self.ranks.items():
+            roles = by_rank.setdefault(rank, [])
+            roles += [role] if (role := name.rpartition(".")[2]) not in roles else []
+        parts = [f"{rank} in {', '.join(roles)}" for rank, roles in sorted(by_rank.items(), reverse=True)]
+        sentence = f"the moved update has rank {'; '.join(parts)}, where the adapter had {self.rank_before}"
+        updated = {role for roles in by_rank.values() for role in roles}
+        left = [role for role, _ in self.by_role() if role not in updated]
+        if self.fitted and left:
+            sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
+        return sentence
+
     def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""
         for role in dict.fromkeys(row.role for row in self.rows):
             yield role, tuple(row for row in self.rows if row.role == role)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data in the form that docs/report.md describes; undefined figures become null."""
+        """Return plain JSON data as docs/report.md describes it; figures that are not defined become null."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
         data = {name: _plain(value) for name, value in fields.items()}
         for side in ("source", "target"):
@@ -107,7 +126,7 @@ def _plain(value: Any) -> Any:
 
 
 def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:
-    """Return the mean of a field over rows, weighted by the energy of their updates; NaN if no row has the figure."""
+    """Return the mean of a field over rows, weighted by energy; NaN where no row has the figure."""
     pairs = [(getattr(row, field), row.energy) for row in rows if not math.isnan(getattr(row, field))]
     total = sum(weight for _, weight in pairs)
     if not pairs:

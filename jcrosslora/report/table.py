@@ -79,6 +79,8 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"adapter: {report.adapter.read_as}")
     if report.fitted is not None:
         lines.append(f"fit: {report.fitted}")
+    if report.fitted is not None or report.added is not None:
+        lines.append(f"rank: {report.rank_sentence}")
     if report.added is not None:
         lines.append(f"added: {report.added}")
     if report.truncation is not None:

@@ -1,4 +1,4 @@
-"""The last stage of a transfer: compare the effect of the moved adapter with that of the original."""
+"""The check at the end of a transfer: the effect of the moved adapter beside that of the original."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def measure_effect(
         options: the options of the transfer.
         runs_bases: whether the method runs both bases anyway.
         probes: texts that both bases were run on.
-        completions: texts that the source wrote with its adapter. They are preferred: an adapter that was trained on
-            answers hardly changes other kinds of text.
+        completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
+            text of another kind, so these come first.
         progress: whether to show progress.
 
     Returns:

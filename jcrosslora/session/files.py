@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
-from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.cache import open_cache
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distributed import hosts
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import make_method
+from jcrosslora.session.estimate import Estimate, estimate
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import given_probes, share_digests
 from jcrosslora.shifting.lora_xs_span import span_rank
 from jcrosslora.utils.files import ensure_free
@@ -42,11 +44,8 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
         span_rank(settings.profile, settings.out_rank)
         find_adapter(settings.adapter, settings.adapter_revision)  # before the bases are read for their digests
         session = open_session(settings, progress=progress)
-        adapter = load_adapter(
-            settings.adapter, session.pair.source, revision=settings.adapter_revision, rank=settings.adapter_rank
-        )
         result = session.transfer(
-            adapter,
+            _load(settings, session),
             method,
             with_one_writer(settings),
             probes=given_probes(settings.probe_text),
@@ -57,11 +56,58 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
     return result
 
 
-def open_session(settings: TransferSettings, *, progress: bool = False) -> PairSession:
-    """Open both bases of a transfer, and the cache if the settings enable it."""
+def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = None) -> Estimate:
+    """Check a transfer as `transfer_files` does, and estimate what it takes; nothing is computed or written.
+
+    Args:
+        settings: what to move, where to, and how.
+        stopwatch: times parts of the work on this machine.
+
+    Raises:
+        JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to.
+    """
+    ensure_free(Path(settings.out), settings.overwrite)
+    return estimate_pair(settings, stopwatch or Stopwatch(), read_adapter=True)
+
+
+def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adapter: bool = False) -> Estimate:
+    """Estimate transfers between two bases. Of their weights only those are read that `auto` looks at.
+
+    Args:
+        settings: of a transfer.
+        stopwatch: times parts of the work on this machine.
+        read_adapter: whether to read the adapter for its modules; else it may have all that the source has.
+
+    Raises:
+        JCrossLoRAError: a file cannot be opened, or the bases, the adapter and the settings do not fit.
+    """
+    session = PairSession(*_open_bases(settings))
+    method, sources, choice = make_method(settings.method), None, None
+    if read_adapter:
+        move = session.start(_load(settings, session), method, settings, settings.profile)
+        method, choice, sources = move.method, move.choice, move.shifter.adapter.modules.keys()
+    else:
+        method, choice = session.resolve(method)
+    task = session.plan(method, settings, sources)
+    given = given_probes(settings.probe_text)
+    prompts = 0 if given is None else len(given.texts)
+    return estimate(task, settings, prompts, stopwatch, choice and choice.reason)
+
+
+def _open_bases(settings: TransferSettings) -> tuple[BaseModel, BaseModel]:
     source = open_base(settings.source, revision=settings.source_revision)
-    target = open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
-    session = PairSession(source, target, store=open_cache() if settings.cache else None, progress=progress)
+    return source, open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+
+
+def _load(settings: TransferSettings, session: PairSession) -> Adapter:
+    return load_adapter(
+        settings.adapter, session.pair.source, revision=settings.adapter_revision, rank=settings.adapter_rank
+    )
+
+
+def open_session(settings: TransferSettings, *, progress: bool = False) -> PairSession:
+    """Open both bases of a transfer, and the cache if it is to take part."""
+    session = PairSession(*_open_bases(settings), store=open_cache() if settings.cache else None, progress=progress)
     share_digests(session)
     return session
 

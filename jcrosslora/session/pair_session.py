@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,15 @@ from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport
 from jcrosslora.session.effect import measure_effect
+from jcrosslora.session.estimate import EFFECT, step_seconds
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.shifting.invocation import with_invocation
 from jcrosslora.shifting.lora_xs_span import READERS, Frozen, Known, project_update, span_rank
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.shifting.truncate import truncate_update
+from jcrosslora.utils.progress import begin, steps
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
@@ -194,6 +198,7 @@ class PairSession:
         moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
         moved, truncation, frozen = self._truncated(moved, move, shifted)
         probes = () if task.probes is None else task.probes.texts
+        begin(EFFECT)
         effect, warnings = measure_effect(
             self.pair,
             shifted.original,
@@ -233,6 +238,8 @@ class PairSession:
             added=update.added,
             wrote_prompts=update.wrote_prompts,
             truncation=truncation,
+            rank_before=max(factors.rank for factors in shifted.original.modules.values()),
+            ranks={name: factors.rank for name, factors in moved.modules.items()},
             tokens=shifted.tokens,
         )
         return TransferResult(moved, report, update.texts or tuple(probes), frozen)
@@ -280,10 +287,21 @@ class PairSession:
         """
         move = self.start(adapter, method, options, profile)
         task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
-        # Generate text only after all checks: it takes a minute.
-        task = self.collect_text(task, options, probes)
-        transport = self.carry([move], task)
-        return self.finish(move, task, transport, probes)
+        # After everything has been checked: writing texts takes a minute.
+        with self._steps(task, options, probes):
+            task = self.collect_text(task, options, probes)
+            transport = self.carry([move], task)
+            return self.finish(move, task, transport, probes)
+
+    def _steps(
+        self, task: AlignmentTask, options: TransferOptions, given: Probes | None
+    ) -> AbstractContextManager[Any]:
+        """Show the steps of a transfer; their seconds are worth measuring where the bases run, which takes minutes."""
+        if not self.progress:
+            return nullcontext()
+        prompts = 0 if given is None else len(given.texts)
+        stopwatch = Stopwatch() if task.runs_bases or options.effect == "always" else None
+        return steps(step_seconds(task, options, prompts, stopwatch))
 
     def _context(self, shifted: Shifted, task: AlignmentTask, options: TransferOptions) -> FinalizeContext:
         given = task.probes is not None and task.probes.seed is None

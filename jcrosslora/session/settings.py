@@ -9,7 +9,7 @@ from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import AUTO, Auto, MethodLike, make_method, spec_of
-from jcrosslora.shifting.shift import Calibration
+from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
 

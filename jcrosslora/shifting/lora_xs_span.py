@@ -36,7 +36,7 @@ class SpanTruncation(Truncation):
 
     @property
     def sentence(self) -> str:
-        """Return the figures in words, without a full stop."""
+        """The figures in words, without a full stop."""
         return f"the span of the top {self.rule} singular vectors of each weight, which {self.outcome}"
 
 

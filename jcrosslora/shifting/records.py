@@ -1,8 +1,11 @@
 """The account of a shift: plain data, no arrays."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jcrosslora.adapter.ignored import describe_change
+
+Calibration = Literal["none", "frobenius"]
 
 
 @dataclass(frozen=True)

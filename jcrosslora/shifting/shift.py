@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +19,8 @@ from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair
 from jcrosslora.methods import Method
 from jcrosslora.shifting.apply import ShiftedFactors, rows_by_rank, shift_factors, terms_of
-from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource
+from jcrosslora.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.shifting.token_rows import carry_tokens
-
-Calibration = Literal["none", "frobenius"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,6 +22,9 @@ _REFRESH, _TICK = 0.1, 1.0
 LOG_EVERY = 30.0  # seconds between two log lines
 # Below this share of the work done the time left is better estimated by what a step usually takes.
 _ENOUGH = 0.05
+# Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
+# from a cache, or compiled for long) than of the machine.
+_LEAST_PACE, _MOST_PACE = 0.25, 4.0
 
 
 class _Shown(Protocol):
@@ -88,6 +91,10 @@ class Steps:
         self._current, self._since = -1, 0.0
         self._took = self._usual = 0.0
 
+    def plans(self, name: str) -> bool:
+        """Check whether a step of this name is still to come."""
+        return name in self._names[self._current + 1 :]
+
     def begin(self, name: str) -> None:
         """Begin a step, which ends the one before; steps between the two are skipped."""
         if self._display is None:
@@ -114,7 +121,7 @@ class Steps:
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
             return None
-        pace = self._took / self._usual if self._usual else 1.0
+        pace = min(max(self._took / self._usual, _LEAST_PACE), _MOST_PACE) if self._usual else 1.0
         usual = self._seconds[self.name]
         current = None if usual is None else max(0.0, usual * pace - (now - self._since))
         if isinstance(inner, Track) and (current is None or inner.share >= _ENOUGH):
@@ -151,6 +158,8 @@ class Display:
             show: whether to show anything.
             done: units that were done before.
         """
+        if show:
+            self.begin(description)
         shown = Track(self if show else None, total, description, unit, done)
         with self._during(shown, show):
             yield shown
@@ -164,7 +173,9 @@ class Display:
 
     @contextmanager
     def steps(self, seconds: Mapping[str, float | None], *, show: bool = True) -> Iterator[Steps]:
-        """Number the steps of a command while the block runs; each is begun by `Steps.begin`.
+        """Number the steps of a command while the block runs.
+
+        A step begins by `begin`, or by the `track` that has its name as description.
 
         Args:
             seconds: what each step usually takes, by its name, in order; None where it is not known.
@@ -173,6 +184,12 @@ class Display:
         shown = Steps(self if show else None, seconds)
         with self._during(shown, show):
             yield shown
+
+    def begin(self, name: str) -> None:
+        """Begin a step of the command that runs, if it is one of those to come; else do nothing."""
+        innermost = self._shown[-1] if self._shown else None
+        if isinstance(innermost, Steps) and innermost.plans(name):
+            innermost.begin(name)
 
     def refresh(self) -> None:
         """Show the line if the last time is long enough ago."""
@@ -189,7 +206,7 @@ class Display:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
         left = self._shown[0].left(now, self._shown[1] if len(self._shown) > 1 else None)
-        ending = f"{_duration(now - self._begun)} so far" if left is None else f"about {_duration(left)} left"
+        ending = f"{duration(now - self._begun)} so far" if left is None else f"about {duration(left)} left"
         return ", ".join([*parts, ending])
 
     @contextmanager
@@ -236,7 +253,7 @@ class Display:
         sys.stderr.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Write a time in round figures: 40 s, 3 min, 2 h 10 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -245,4 +262,4 @@ def _duration(seconds: float) -> str:
 
 
 _DISPLAY = Display()
-track, each, steps = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps
+track, each, steps, begin = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps, _DISPLAY.begin

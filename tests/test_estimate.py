@@ -1,0 +1,169 @@
+"""What a transfer would take: counted by the sizes of the bases and what is timed, without running anything else."""
+
+import itertools
+import json
+import re
+
+import pytest
+from probe_bases import CORPUS, write_base
+from tiny_bases import random_adapter
+from transfers import transfer_settings
+
+import jcrosslora as jcl
+from jcrosslora.batch import estimate_batch, read_plan
+from jcrosslora.cli.main import main
+from jcrosslora.errors import OutputError
+from jcrosslora.methods import Distill
+from jcrosslora.session.estimate import Estimate
+from jcrosslora.session.files import estimate_files
+from jcrosslora.session.timing import Stopwatch, parameters
+from jcrosslora.utils import progress
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of an adapter, its base and another base, and a place to write to."""
+    folder = tmp_path_factory.mktemp("estimate")
+    source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
+    write_base(folder / "target", 90, layers=3, hidden=32, head_dim=8, seed=1)
+    jcl.save_adapter(random_adapter(source, scale=0.3), folder / "adapter", base_name="x")
+    return [folder / name for name in ("adapter", "source", "target", "out")]
+
+
+def seconds_each():
+    """A stopwatch by which everything takes one second."""
+    return Stopwatch(itertools.count().__next__)
+
+
+def found(places, **settings):
+    return estimate_files(transfer_settings(*places, **settings), seconds_each())
+
+
+def test_each_decomposition_of_both_bases_counts(places):
+    estimate = found(places, method="cross-lora")
+    assert estimate.steps == {"align": 2 * estimate.modules}
+    assert estimate.rank == 32  # the short side of the target's widest module
+    assert (estimate.modules, estimate.seconds()) == (21, 42)
+
+
+def test_maps_of_weights_alone_take_no_time_worth_naming(places):
+    assert found(places, method="pad-truncate").steps == {"align": 0}
+    assert found(places, method="pad-truncate").rank is None
+
+
+def test_an_interpolation_decomposes_the_target_once(places):
+    same = [places[0], places[1], places[1], places[3]]
+    assert found(same, method="interpolated-copy").steps == {"align": 0, "interpolate": 14}
+
+
+def test_distillation_has_the_steps_that_it_shows(places):
+    assert list(found(places, method="distill").steps) == [
+        "align",
+        "write completions",
+        "fit",
+        "measure the effect",
+    ]
+    assert list(found(places, method="distill", effect="never").steps) == ["align", "write completions", "fit"]
+    assert found(places, method="distill").rank == 3 * 32
+
+
+def test_distillation_takes_longer_with_more_completions_and_less_with_given_prompts(places):
+    texts = places[0].parent / "prompts.txt"
+    texts.write_text("\n".join(CORPUS))
+    few, many, given = (
+        found(places, effect="never", **kind).steps
+        for kind in (
+            {"method": "distill"},
+            {"method": "distill", "completions": 600},
+            {"method": "distill", "probe_text": str(texts)},
+        )
+    )
+    assert many["write completions"] > 1.5 * few["write completions"] > 3 * given["write completions"]
+    assert many["fit"] > 1.5 * few["fit"] == 1.5 * given["fit"]
+
+
+def test_about_350_forward_passes_are_counted_for_the_default_fit(places):
+    # One layer takes a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
+    steps = found(places, method="distill", effect="never", compared_tokens=1).steps
+    assert 300 < steps["fit"] / 2.6 < 450
+
+
+def test_memory_is_that_of_both_bases_where_they_run(places):
+    bases = [jcl.open_base(place) for place in places[1:3]]
+    runs = found(places, method="theseus")
+    assert runs.memory >= 4 * sum(map(parameters, bases))
+    assert parameters(bases[0]) == sum(
+        bases[0].tensor(name).size for name in bases[0].tensor_names() if "norm" not in name
+    )
+
+
+def test_what_cannot_be_timed_is_said(places):
+    estimate = found(places, method="theseus", effect="never")
+    assert estimate.steps["align"] is None
+    assert estimate.time().startswith("over ")
+    assert "align ?" in dict(estimate.lines())["time"]
+
+
+def test_a_fit_counts_for_each_adapter_and_an_alignment_once():
+    estimate = Estimate(Distill(), None, 10, 96, {"align": 100.0, "fit": 200.0, "measure the effect": None}, 0)
+    assert (estimate.seconds(), estimate.seconds(3)) == (300, 700)
+    assert estimate.time(3) == "over 12 min"
+
+
+def test_the_same_sizes_are_timed_once(places):
+    ticks = itertools.count()
+    watch = Stopwatch(ticks.__next__)
+    first, second = (estimate_files(transfer_settings(*places, method="distill"), watch) for _ in range(2))
+    assert first == second
+    # Of the source a layer on whole texts and on one token each, in one dtype; of both bases for the check, in float32.
+    assert next(ticks) in (2 * 3 * 3, 2 * 3 * 5)  # where the fastest dtype is float32, and where it is bfloat16
+
+
+def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
+    main(["transfer", str(places[0]), *flags(places), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert re.search(r"^method +distill: .+$", shown, re.MULTILINE)
+    assert re.search(r"^modules +21$", shown, re.MULTILINE)
+    assert re.search(r"^rank +up to 96$", shown, re.MULTILINE)
+    assert re.search(
+        r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
+    )
+    assert re.search(r"^memory +\d+\.\d\d GB$", shown, re.MULTILINE)
+    assert not places[3].exists()
+
+
+def test_a_dry_run_gives_its_figures_as_json(places, capsys):
+    main(["transfer", str(places[0]), *flags(places), "--dry-run", "--json", "--method", "cross-lora"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["seconds"] == sum(record["steps"].values())
+    assert {"method", "why", "modules", "rank", "steps", "seconds", "memory_bytes"} == set(record)
+
+
+def test_a_dry_run_refuses_what_the_transfer_would(places, tmp_path):
+    (tmp_path / "note").write_text("x")
+    with pytest.raises(OutputError):
+        found([*places[:3], tmp_path])
+
+
+def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'out="moved"\n[bases]\na="{places[1]}"\nb="{places[2]}"\n[adapters]\na=["{places[0]}"]\n'
+        '[[moves]]\nfrom="a"\nto="b"\nmethods=["distill","cross-lora","copy"]\n'
+    )
+    fit, maps, refused = (one.record() for one in estimate_batch(read_plan(plan), stopwatch=seconds_each()))
+    assert fit["steps"] == found(places, method="distill").steps
+    assert maps["seconds"] == 42
+    assert "cannot be moved" in refused["error"]
+
+
+def test_a_transfer_shows_its_steps(places, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+    jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    for step in ("1 of 3: align", "2 of 3: fit the residual stream", "3 of 3: measure the effect"):
+        assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
+
+
+def flags(places):
+    return ["--source", str(places[1]), "--target", str(places[2]), "--out", str(places[3])]
