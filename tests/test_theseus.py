@@ -137,7 +137,7 @@ def test_partial_whitening_in_memory(files):
     ("method", "power", "wanted"),
     [("theseus", 0.6, "0 (none) to 0.5"), ("copy", 0.1, "method copy has no setting whitening; it has no settings")],
 )
-def test_whitening_out_of_range_is_refused(method, power, wanted):
+def test_unsupported_whitening_is_refused(method, power, wanted):
     with pytest.raises(UsageError) as refused:
         transfer_settings("adapter", "source", "target", "out", method=method, whitening=power)
     assert wanted in str(refused.value)
