@@ -76,7 +76,7 @@ def test_card_contains_all_given_facts():
 
 def test_empty_sections_are_left_out():
     text = card(dropped=(), notes=(), table=())
-    assert "Left behind" not in text
+    assert "Not moved" not in text
     assert "Warnings" not in text
     assert "Diagnostics" not in text
 

@@ -117,7 +117,7 @@ def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys
     main(["transfer", str(tmp_path / "adapter"), *given, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "method: select, because one of the two bases is made of the other's parts" in printed
-    assert "left behind: 1 source modules feed nothing (layers 1)" in printed
+    assert "not moved: 1 source modules feed no target module (layers 1)" in printed
     again = ["--method", "select", "--depth", "0,2,3", "--out", str(tmp_path / "again")]
     main(["transfer", str(tmp_path / "adapter"), *given, *again])
     first, second = (jcl.load_adapter(tmp_path / name) for name in ("out", "again"))

@@ -254,7 +254,7 @@ def test_command_prints_table_and_verdict_and_writes_the_folder(files, tmp_path,
         "all",
         "SVDs: gram",
         "signs: fixed by the embeddings of 76 shared tokens",
-        "left behind: 7",
+        "not moved: 7",
     ):
         assert text in printed.out
     assert printed.out.splitlines()[-2].startswith("verdict: ")

@@ -165,7 +165,7 @@ class _Run:
         try:
             with enough_memory(lighter(item.method)):
                 result = work()
-                if self.is_done(item):  # by another run meanwhile
+                if self.is_done(item):  # jobs that another run finished meanwhile
                     return
                 with self._log.writing(item.job, item.fingerprint):
                     save_as(result, settings)
@@ -206,7 +206,7 @@ class _UnitRun:
         texts = "" if self._given is None else digest_of(*self._given.texts)
         shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
         checked = [item for item in (self._check(job, shared) for job in self._unit.jobs) if item is not None]
-        self._close_kept(checked)  # whatever becomes of the others
+        self._close_kept(checked)  # before other jobs can fail
         for method in dict.fromkeys(item.method for item in checked):
             items = [item for item in checked if item.method == method]
             if all(map(self._run.is_done, items)):
@@ -214,7 +214,7 @@ class _UnitRun:
             fitting, task = self._planned(items)
             if task is not None:
                 self._move(fitting, task)
-        self._close_kept(checked)  # by another run meanwhile
+        self._close_kept(checked)  # jobs that another run finished meanwhile
 
     def _check(self, job: Job, shared: tuple[str, str, str]) -> _Checked | None:
         """Check the adapter and the output of a job before anything is computed."""
