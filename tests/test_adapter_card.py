@@ -36,11 +36,11 @@ def front_matter(text: str) -> dict:
 
 
 @pytest.mark.parametrize("value", ["a/b", 'quote " and \\', "tab\t \x00 \x1f \x7f", "Köln 日本 \U0001f600", 8, 1e-05])
-def test_a_recipe_is_read_back_as_it_was(value):
+def test_recipe_values_survive_a_round_trip(value):
     assert tomllib.loads(f"x = {_toml(value)}\n") == {"x": value}
 
 
-def test_the_front_matter_names_the_base():
+def test_front_matter_names_the_base():
     matter = front_matter(card())
     assert matter["base_model"] == "google/gemma-3-270m"
     assert (matter["library_name"], matter["pipeline_tag"]) == ("peft", "text-generation")
@@ -48,7 +48,7 @@ def test_the_front_matter_names_the_base():
 
 
 @pytest.mark.parametrize("name", ["/models/gemma", "./gemma", "gemma", "a/b/c", "C:\\gemma", None])
-def test_a_path_stays_out_of_the_front_matter_but_in_the_text(name):
+def test_local_path_is_in_the_text_but_not_in_the_front_matter(name):
     text = card(base_name=name)
     matter = front_matter(text)
     assert "base_model" not in matter
@@ -56,14 +56,14 @@ def test_a_path_stays_out_of_the_front_matter_but_in_the_text(name):
     assert name is None or name in text
 
 
-def test_a_folder_that_looks_like_a_hub_id_is_a_path(tmp_path, monkeypatch):
+def test_folder_that_looks_like_a_hub_id_counts_as_a_path(tmp_path, monkeypatch):
     (tmp_path / "owner" / "base").mkdir(parents=True)
     assert "base_model" in front_matter(card(base_name="owner/base"))
     monkeypatch.chdir(tmp_path)
     assert "base_model" not in front_matter(card(base_name="owner/base"))
 
 
-def test_the_text_holds_all_that_was_given():
+def test_card_contains_all_given_facts():
     text = card()
     for part in ("owner/lora", "owner/small", "v1", "sha256:aa", "sha256:bb", "rank = 320", "`cross-lora`"):
         assert part in text
@@ -74,13 +74,13 @@ def test_the_text_holds_all_that_was_given():
     assert "licences of the source adapter, of the source base model and of the target base model" in text
 
 
-def test_empty_parts_are_left_out():
+def test_empty_sections_are_left_out():
     text = card(dropped=(), notes=(), table=())
-    assert "Left behind" not in text
+    assert "Not moved" not in text
     assert "Warnings" not in text
     assert "Diagnostics" not in text
 
 
-def test_odd_names_stay_inside_their_place():
+def test_special_characters_in_names_are_escaped():
     matter = front_matter(card(base_name="owner/base-1.5_x", source_adapter="a`b\nc: {", recipe="x = 1"))
     assert matter["base_model"] == json.loads('"owner/base-1.5_x"')

@@ -89,7 +89,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if "/" in name and not name.startswith(".batch")}
 
 
-def test_what_a_plan_means(house, tmp_path):
+def test_plan_expands_to_jobs_with_settings(house, tmp_path):
     plan = plan_in(house, tmp_path)
     names = [job.name for job in plan.jobs]
     plain = [f"a{number}--{target}--pad-truncate" for target in ("wide", "twin") for number in range(4)]
@@ -111,7 +111,7 @@ def test_what_a_plan_means(house, tmp_path):
         ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
         ("svd_rank = 8", 'svd_rank = "8"', "sets svd_rank to '8'; it must be int"),
         ("svd_rank = 8", "ranks = 8", "unknown setting 'ranks'"),
-        ("svd_rank = 8", "whitening = 0.1", "sets whitening, which no method of it has: cross-lora"),
+        ("svd_rank = 8", "whitening = 0.1", "sets whitening, which none of its methods has: cross-lora"),
         ("svd_rank = 8", 'out = "x"', "sets out, which"),
         ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
@@ -124,13 +124,13 @@ def test_what_a_plan_means(house, tmp_path):
         ('ref = "wide", ', "", "write a path or hub id"),
     ],
 )
-def test_plans_that_cannot_be_meant(house, tmp_path, old, new, message):
+def test_invalid_plans_are_refused(house, tmp_path, old, new, message):
     assert old in PLAN
     with pytest.raises(UsageError, match=message):
         plan_in(house, tmp_path, PLAN.replace(old, new))
 
 
-def test_a_home_in_front_of_a_path_is_the_users(house, tmp_path, monkeypatch):
+def test_tilde_expands_to_home(house, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(house))
     text = PLAN.replace('"moved"', '"~/moved"').replace('"adapters/*"', '"~/adapters/*"')
     text = text.replace('"twin"\n', '"~/twin"\n')
@@ -144,7 +144,7 @@ def test_a_home_in_front_of_a_path_is_the_users(house, tmp_path, monkeypatch):
             plan_in(house, tmp_path, PLAN.replace(old, '"~no-such-user/*"\n'))
 
 
-def test_a_pattern_takes_hidden_folders_only_where_it_names_them(house, tmp_path):
+def test_pattern_matches_hidden_folders_only_if_it_names_them(house, tmp_path):
     (tmp_path / "own" / ".ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "own" / "a0").symlink_to(house / "adapters" / "a0")
     (tmp_path / "plans").mkdir()
@@ -154,7 +154,7 @@ def test_a_pattern_takes_hidden_folders_only_where_it_names_them(house, tmp_path
         assert Path(job.settings.adapter).name == name
 
 
-def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
+def test_duplicate_job_names_and_missing_plans_are_refused(house, tmp_path):
     text = PLAN.replace('svd_rank = 8\nlabel = "r8"\n', "")
     text = text.replace('methods = ["cross-lora"]', 'methods = ["pad-truncate"]')
     with pytest.raises(UsageError, match="a0--wide--pad-truncate is made by two jobs"):
@@ -165,19 +165,19 @@ def test_two_jobs_of_one_name_and_no_plan(house, tmp_path):
         plan_in(house, tmp_path, PLAN.replace("cross-lora", "cross-lore"))
 
 
-def test_two_adapters_of_one_name_need_another(house, tmp_path):
+def test_two_adapters_of_the_same_name_are_refused(house, tmp_path):
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "final").symlink_to(house / "adapters" / "a0")
     text = PLAN.split("[[moves]]")[0].replace("adapters/*", "*/final") + '[[moves]]\nfrom="small"\nto="wide"\n'
-    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; give one of the two another"):
+    with pytest.raises(UsageError, match=r"two jobs, of .*first/final and .*second/final; rename one of the two"):
         plan_in(house, tmp_path, text)
     (tmp_path / "second-run").symlink_to(tmp_path / "second" / "final")
     plan = plan_in(house, tmp_path, text.replace('"*/final"', '"first/final", "second-run"'))
     assert [job.name for job in plan.jobs] == ["final--wide--auto", "second-run--wide--auto"]
 
 
-def test_shards_have_every_job_once():
+def test_shards_together_have_every_job_once():
     def job(number, target):
         return Job(f"{target}{number}", transfer_settings(adapter="a", source="s", target=target, out="o"))
 
@@ -195,7 +195,7 @@ def test_shards_have_every_job_once():
             share_of(units, *wrong)
 
 
-def test_a_batch_gives_what_single_transfers_give(house, tmp_path):
+def test_batch_equals_single_transfers(house, tmp_path):
     plan = plan_in(house, tmp_path)
     summary = run_batch(plan)
     assert summary.count("done") == len(plan.jobs) == 10
@@ -229,7 +229,7 @@ class Counted(CrossLoRA):
 
 
 @pytest.mark.parametrize("room", [1, 1 << 30])
-def test_a_batch_aligns_each_pair_once(house, tmp_path, monkeypatch, room):
+def test_batch_aligns_each_pair_once(house, tmp_path, monkeypatch, room):
     """Whether every adapter is in a chunk of its own or all are in one."""
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_module, "CHUNK_BYTES", room)
@@ -246,7 +246,7 @@ def test_a_batch_aligns_each_pair_once(house, tmp_path, monkeypatch, room):
 
 
 @pytest.mark.parametrize(("room", "statuses"), [(1, ["done", "failed"]), (1 << 30, ["done", "done"])])
-def test_adapters_are_read_once_while_there_is_room(house, tmp_path, monkeypatch, hooks, room, statuses):
+def test_adapters_are_read_once_while_they_fit_into_memory(house, tmp_path, monkeypatch, hooks, room, statuses):
     """The second adapter is gone when the first has been moved: there is no room to hold both, or it is not missed."""
     monkeypatch.setattr(run_module, "CHUNK_BYTES", room)
     plan_in(house, tmp_path)
@@ -259,7 +259,7 @@ def test_adapters_are_read_once_while_there_is_room(house, tmp_path, monkeypatch
     assert [one.status for one in found] == statuses
 
 
-def test_a_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
+def test_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
     plan_in(house, tmp_path)
     (tmp_path / "adapters").unlink()
     for number in range(3):
@@ -280,14 +280,14 @@ def test_a_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
     assert stated["done"] == 8
 
 
-def test_a_missing_base_fails_its_own_jobs(house, tmp_path):
+def test_missing_base_fails_only_its_own_jobs(house, tmp_path):
     plan = plan_in(house, tmp_path, PLAN.replace('twin = "twin"', 'twin = "gone"'))
     summary = run_batch(plan)
     assert (summary.count("done"), summary.count("failed")) == (6, 4)
     assert all("gone" in one.text for one in summary.outcomes.values() if one.status == "failed")
 
 
-def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
+def test_existing_folders_are_replaced_only_with_overwrite(house, tmp_path):
     text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods=["copy"]\nadapters="a0"\n'
     plan = plan_in(house, tmp_path, text)
     assert run_batch(plan).count("done") == 1
@@ -301,7 +301,7 @@ def test_what_is_there_already_is_not_replaced_unless_asked(house, tmp_path):
     assert run_batch(changed, overwrite=True).count("kept") == 1
 
 
-def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, hooks):
+def test_jobs_finished_by_another_run_meanwhile_are_kept(house, tmp_path, hooks):
     plan = plan_in(house, tmp_path, HOOKED + 'adapters="a0"\n')
 
     def run_another(context):
@@ -313,7 +313,7 @@ def test_what_another_run_does_meanwhile_is_kept(house, tmp_path, hooks):
     assert (outcome.status, outcome.text) == ("kept", "")
 
 
-def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
+def test_finished_jobs_are_kept_if_the_rest_of_their_unit_fails(house, tmp_path):
     """a3 has no module whose weights are damaged, a0 has."""
     write_llama(tmp_path / "wide", seed=1, first_token=20, **WIDER)
     tensors = load_file(tmp_path / "wide" / "model.safetensors")
@@ -325,7 +325,7 @@ def test_what_is_done_is_kept_where_the_rest_of_its_unit_fails(house, tmp_path):
     assert {one.name[:2]: one.status for one in both.values()} == {"a0": "failed", "a3": "kept"}
 
 
-def test_an_adapter_whose_modules_do_not_fit_fails_alone(house, tmp_path):
+def test_adapter_with_unsuitable_modules_fails_alone(house, tmp_path):
     """The target has another MLP: a3 has no modules there, the others have."""
     write_llama(tmp_path / "twin", seed=1, intermediate=96)
     text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a3"]\n'
@@ -335,7 +335,7 @@ def test_an_adapter_whose_modules_do_not_fit_fails_alone(house, tmp_path):
     assert run_batch(plan_in(house, tmp_path, text)).count("kept") == 1
 
 
-def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):
+def test_unwritable_log_entry_fails_only_its_own_job(house, tmp_path):
     text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters=["a0", "a1"]\n'
     assert run_batch(plan_in(house, tmp_path, text)).count("done") == 2
     record = tmp_path / "moved" / ".batch" / "a0--twin--copy.json"
@@ -346,7 +346,7 @@ def test_a_record_that_cannot_be_replaced_fails_its_job_alone(house, tmp_path):
     assert ".batch: cannot be written" in first.text
 
 
-def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
+def test_adapter_with_a_changed_configuration_is_moved_again(house, tmp_path):
     base = jcl.open_base(house / "small")
     adapter = jcl.save_adapter(random_adapter(base, roles={"q_proj"}), tmp_path / "adapters" / "a0", base=base)
     plan = plan_in(house, tmp_path, PLAN.split("[[moves]]")[0] + TWELVE.replace(', "random", "cross-lora"', ""))
@@ -360,7 +360,7 @@ def test_an_adapter_whose_configuration_changes_is_moved_again(house, tmp_path):
     assert run_batch(plan).count("kept") == 1
 
 
-def test_a_base_that_gets_its_tokenizer_later_is_moved_to_again(house, tmp_path):
+def test_base_with_a_later_added_tokenizer_is_moved_to_again(house, tmp_path):
     write_llama(tmp_path / "wide", seed=1, tokenizer=False, **WIDER)
     text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="cross-lora"\nadapters="a0"\n'
     plan = plan_in(house, tmp_path, text)
@@ -373,7 +373,7 @@ def test_a_base_that_gets_its_tokenizer_later_is_moved_to_again(house, tmp_path)
     assert "no tokenizer.json" not in report.read_text()
 
 
-def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
+def test_fitting_methods_run_adapter_by_adapter(tmp_path):
     write_base(tmp_path / "small", 30, bos=True, layers=2)
     write_base(tmp_path / "wide", 90, layers=2, hidden=32, head_dim=8, seed=1)
     base = jcl.open_base(tmp_path / "small")
@@ -396,7 +396,7 @@ def test_a_method_that_fits_runs_adapter_by_adapter(tmp_path):
     assert "texts.txt: cannot be read" in outcome.text
 
 
-def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
+def test_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
     plan_in(house, tmp_path)
     main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
     shown = capsys.readouterr().out
@@ -408,7 +408,7 @@ def test_a_dry_run_estimates_and_writes_nothing(house, tmp_path, capsys):
     assert "of the form i/n" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_modules_that_do_not_fit_from_bases_that_are_not_there(house, tmp_path):
+def test_dry_run_distinguishes_unsuitable_modules_from_missing_bases(house, tmp_path):
     for plan, shown in (
         (PLAN.replace("pad-truncate", "copy"), "an adapter of all modules cannot be moved: "),
         (missing("gone"), "cannot be done: "),
@@ -423,7 +423,7 @@ def missing(base: str) -> str:
     return text + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a0"\n'
 
 
-def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
+def test_brackets_in_names_are_printed_literally(house, tmp_path, capsys):
     plan_in(house, tmp_path, missing("gone[v1]/[/x]"))
     main(["batch", str(tmp_path / "plan.toml"), "--dry-run"])
     assert "gone[v1]/[/x]:" in capsys.readouterr().out
@@ -433,7 +433,7 @@ def test_brackets_in_names_are_printed_as_they_are(house, tmp_path, capsys):
     assert "gone[v1]/[/x]:" in capsys.readouterr().out
 
 
-def test_long_names_are_folded_and_not_cut(house, tmp_path):
+def test_long_names_are_wrapped_and_not_truncated(house, tmp_path):
     plan = plan_in(house, tmp_path, missing("b" * 90))
     for show in (lambda console: print_estimates(plan, console), run_batch(plan).print_to):
         show(Console(width=80, file=(printed := io.StringIO())))
@@ -455,7 +455,7 @@ def raise_at(hooks, places, error):
     hooks.append(stop)
 
 
-def test_an_interrupt_keeps_what_is_done(house, tmp_path, hooks, capsys):
+def test_interrupt_keeps_finished_jobs(house, tmp_path, hooks, capsys):
     plan_in(house, tmp_path, HOOKED)
     raise_at(hooks, {3}, KeyboardInterrupt)
     with pytest.raises(SystemExit) as exit_info:
@@ -499,7 +499,7 @@ def kill_and_resume(house, folder, times):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_points_and_resumed(house, tmp_path):
+def test_batch_killed_at_twenty_points_resumes(house, tmp_path):
     (tmp_path / "x").mkdir()
     started = time.monotonic()
     whole = kill_and_resume(house, tmp_path / "x", [])
@@ -509,7 +509,7 @@ def test_killed_at_twenty_points_and_resumed(house, tmp_path):
     assert kill_and_resume(house, tmp_path / "x", rng.uniform(0, 0.9 * most, 20)) == whole
 
 
-def test_a_resumed_run_writes_the_same_bytes(house, tmp_path, hooks):
+def test_resumed_run_writes_the_same_bytes(house, tmp_path, hooks):
     plan = plan_in(house, tmp_path, RESUMED)
     run_batch(plan)
     whole = results(tmp_path / "moved")

@@ -21,7 +21,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_by_the_command_and_again_by_its_own_recipe(files, tmp_path, capsys):
+def test_similar_depth_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     given = [files / "adapter", "--source", files / "source", "--target", files / "target", "--out", tmp_path / "one"]
     flags = ["--method", "pad-truncate", "--depth", "similar", "--probe-text", files / "texts.txt"]
     main(["transfer", *map(str, given), *map(str, flags)])
@@ -41,7 +41,7 @@ def test_by_the_command_and_again_by_its_own_recipe(files, tmp_path, capsys):
     assert one == two
 
 
-def test_the_same_base_is_paired_layer_by_layer_and_the_transport_says_how(files):
+def test_equal_bases_are_paired_layer_by_layer_and_the_transport_says_so(files):
     base = jcl.open_base(files / "source")
     transport = jcl.align(base, base, method="copy", depth="similar", probes=Probes(tuple(CORPUS), "given"))
     assert transport.pairing.depth_map == "similar"

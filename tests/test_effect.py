@@ -78,7 +78,7 @@ def by_brute_force(pair, texts, side):
     return np.array(rows).T
 
 
-def test_the_figures_are_those_of_every_text_run_alone(pair):
+def test_effect_equals_that_of_every_text_run_alone(pair):
     effect = check_effect(*pair, TEXTS, written=WRITTEN)
     for side, change in enumerate((effect.source, effect.target)):
         kl, _, _, count = by_brute_force(pair, TEXTS, side)
@@ -93,20 +93,20 @@ def test_the_figures_are_those_of_every_text_run_alone(pair):
     assert (effect.texts, effect.written) == (5, True)
 
 
-def test_without_written_texts_the_growth_is_compared_with_the_source(pair):
+def test_without_written_texts_growth_is_relative_to_the_source(pair):
     effect = check_effect(*pair, TEXTS)
     assert effect.excess == pytest.approx(effect.target.growth - effect.source.growth, abs=1e-4)
     assert not effect.written
 
 
-def test_given_weights_and_tokenizers_give_the_same_effect(pair):
+def test_preloaded_weights_and_tokenizers_give_the_same_effect(pair):
     source, target, *_ = pair
     given = {"params": (load_params(source), load_params(target))}
     given |= {"tokenizers": (load_tokenizer(source), load_tokenizer(target))}
     assert check_effect(*pair, TEXTS, **given) == check_effect(*pair, TEXTS)
 
 
-def test_the_adapter_itself_on_its_own_base_is_plausible(pair):
+def test_adapter_on_its_own_base_is_plausible(pair):
     source, _, adapter, _ = pair
     effect = check_effect(source, source, adapter, adapter, TEXTS)
     assert effect.source == effect.target
@@ -114,7 +114,7 @@ def test_the_adapter_itself_on_its_own_base_is_plausible(pair):
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(0, "ineffective"), (0.01, "ineffective"), (50, "destructive")])
-def test_a_weak_update_is_ineffective_and_a_huge_one_destructive(pair, factor, outcome):
+def test_weak_update_is_ineffective_and_huge_one_destructive(pair, factor, outcome):
     source, target, adapter, moved = pair
     effect = check_effect(source, target, adapter, scaled(moved, factor), TEXTS)
     assert effect.outcome == outcome
@@ -122,7 +122,7 @@ def test_a_weak_update_is_ineffective_and_a_huge_one_destructive(pair, factor, o
     assert (effect.target.kl == 0) == (factor == 0)
 
 
-def test_an_update_with_infinite_predictions_is_destructive_and_plain_json(pair):
+def test_update_with_infinite_predictions_is_destructive_and_valid_json(pair):
     source, target, adapter, moved = pair
     effect = check_effect(source, target, adapter, scaled(moved, 1e30), TEXTS)
     assert effect.outcome == "destructive"
@@ -132,24 +132,24 @@ def test_an_update_with_infinite_predictions_is_destructive_and_plain_json(pair)
     assert "nan" not in effect.sentence + str(effect.rows())
 
 
-def test_an_original_that_is_not_finite_is_refused(pair):
+def test_non_finite_original_is_refused(pair):
     source, target, adapter, moved = pair
     with pytest.raises(AdapterError, match="not finite"):
         check_effect(source, target, scaled(adapter, 1e30), moved, TEXTS)
 
 
-def test_an_original_without_effect_leaves_the_effect_unmeasured(pair):
+def test_original_without_effect_gives_outcome_unmeasured(pair):
     source, target, adapter, moved = pair
     assert check_effect(source, target, scaled(adapter, 0), moved, TEXTS).outcome == "unmeasured"
 
 
 @pytest.mark.parametrize("texts", [[], ["a"]])
-def test_too_little_text_is_refused(pair, texts):
+def test_too_short_texts_are_refused_for_an_effect(pair, texts):
     with pytest.raises(UsageError, match="give"):
         check_effect(*pair, texts)
 
 
-def test_texts_that_are_too_short_are_left_out(pair):
+def test_short_texts_among_longer_ones_are_skipped(pair):
     alone = check_effect(*pair, TEXTS)
     assert check_effect(*pair, TEXTS, written=["a"]) == alone
     assert check_effect(*pair, ["a"], written=TEXTS) == check_effect(*pair, (), written=TEXTS)
@@ -165,7 +165,7 @@ def move_in(folder, method, texts) -> jcl.TransferSettings:
     return transfer_settings(*places, method=method, probe_text=str(folder / "texts.txt"), cache=False)
 
 
-def test_a_transfer_without_long_enough_texts_has_no_effect_measured(tmp_path, monkeypatch):
+def test_transfer_with_too_short_texts_warns_and_measures_no_effect(tmp_path, monkeypatch):
     given = move_in(tmp_path, "theseus", ["Water", "Anna", "Peter", "Plants"])
     monkeypatch.setattr(effect_check, "adapter_texts", lambda *_, **__: [])
     report = transfer_files(given).report
@@ -176,12 +176,12 @@ def test_a_transfer_without_long_enough_texts_has_no_effect_measured(tmp_path, m
     assert not (tmp_path / "again").exists()
 
 
-def test_an_effect_setting_that_is_none_is_refused_before_anything_is_read(tmp_path):
+def test_unknown_effect_setting_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(UsageError, match="effect 'sometimes' is unknown; use one of auto, always, never"):
         transfer_settings("adapter", "source", "target", str(tmp_path / "out"), effect="sometimes")
 
 
-def test_many_texts_are_sampled_evenly():
+def test_large_sets_of_texts_are_sampled_evenly():
     texts = [str(number) for number in range(100)]
     chosen = effect_check._spread(texts)
     assert (chosen[0], chosen[-1], len(chosen)) == ("0", "99", effect_check.TEXTS)
@@ -208,7 +208,7 @@ def made(share, excess, error=0.01):
         (0.01, 0.5, 0.01, "destructive"),
     ],
 )
-def test_outcomes_at_their_bounds(share, excess, error, outcome):
+def test_outcome_changes_at_its_bounds(share, excess, error, outcome):
     assert made(share, excess, error).outcome == outcome
 
 
@@ -231,7 +231,7 @@ def report(pair):
     return jcl.shift(jcl.align(source, target, method="pad-truncate"), adapter).report
 
 
-def test_a_report_without_an_effect_does_not_mention_it(report):
+def test_report_without_an_effect_does_not_mention_it(report):
     text = documents(report, out="out", profile="portable", dtype="float32")[REPORT]
     assert json.loads(text)["effect"] is None
     assert "Effect on text" not in card_text(report, "")
@@ -239,7 +239,7 @@ def test_a_report_without_an_effect_does_not_mention_it(report):
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.01, "ineffective"), (9, "destructive"), (1, None)])
-def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
+def test_effect_appears_in_verdict_json_card_and_table(report, share, level):
     full = dataclasses.replace(report, effect=made(share, 0), choice="the bases differ")
     found = jcl.verdict(full)
     assert found.level == (level or jcl.verdict(report).level)
@@ -257,7 +257,7 @@ def test_the_effect_goes_to_verdict_json_card_and_table(report, share, level):
     assert "effect: base target, KL" in printed
 
 
-def test_a_random_control_keeps_its_verdict(pair, report):
+def test_random_control_keeps_its_verdict(pair, report):
     recipe = dataclasses.replace(report.recipe, method="random")
     full = dataclasses.replace(report, method=Random(), recipe=recipe, effect=made(0.01, 0))
     assert jcl.verdict(full).level == "control"

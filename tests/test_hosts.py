@@ -107,7 +107,7 @@ def test_each_process_reads_only_its_own_part_and_the_first_writes(session):
     assert not (folder / "cache1" / "digests").exists()
 
 
-def test_error_in_one_process_is_an_error_in_all(session):
+def test_error_in_one_process_is_raised_in_all(session):
     folder, (first, second), ends = session
     assert second["one fails"].startswith("AdapterError: ")
     assert first["one fails"].startswith("HostError: process 1 of 2 failed")
@@ -117,7 +117,7 @@ def test_error_in_one_process_is_an_error_in_all(session):
     for one in (first, second):
         assert "were not given the same bases, adapter and settings" in one["unlike"]
         assert "MethodError: method theseus runs the bases on text" in one["runs bases"]
-        assert "UsageError: a batch is not done by several processes" in one["batch"]
+        assert "UsageError: a batch cannot run in several connected processes" in one["batch"]
     assert not (folder / "bad").exists()
     # The second was killed in the middle of a transfer.
     (code, text), (killed, _) = ends

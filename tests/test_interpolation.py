@@ -39,7 +39,7 @@ def difference(source, target, name):
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_merged_lora_is_taken_back_by_its_own_rank_where_it_was(bases, share):
+def test_merged_lora_is_recovered_at_its_rank_in_its_modules(bases, share):
     found = interpolate_to_source(*bases, share, rank=320)
     assert {name.rpartition(".")[2] for name in found.modules} == set(EVERYWHERE) - {"k_proj"}
     assert list(found.modules) == [name for name in bases[1].modules if name in found.modules]
@@ -51,7 +51,7 @@ def test_a_merged_lora_is_taken_back_by_its_own_rank_where_it_was(bases, share):
         assert np.linalg.norm(delta(factors) - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
-def test_of_what_has_no_low_rank_the_best_part_is_taken(tmp_path):
+def test_difference_of_full_rank_is_truncated_optimally(tmp_path):
     made = make("llama")
     source, target = made.write(tmp_path / "source"), then(noisy(0.3))(made).write(tmp_path / "target")
     found = interpolate_to_source(source, target, 1.0, rank=4)
@@ -68,7 +68,7 @@ def test_of_what_has_no_low_rank_the_best_part_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_equal_bases_have_no_way_between_them(bases, share):
+def test_equal_bases_give_an_empty_difference(bases, share):
     found = interpolate_to_source(bases[0], bases[0], share, rank=8)
     assert not found.modules
     assert found.kept == 1
@@ -80,7 +80,7 @@ def transfer(bases, adapter, tmp_path, **changes):
     return move_files(str(tmp_path / "adapter"), **where | changes)
 
 
-def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
+def test_interpolation_of_1_gives_the_adapted_source(bases, tmp_path):
     source, target = bases
     adapter = random_adapter(source, rank=2, roles={"q_proj", "k_proj"})
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", interpolation=1.0)
@@ -94,7 +94,7 @@ def test_all_the_way_back_the_target_is_the_adapted_source(bases, tmp_path):
         assert np.linalg.norm(found - adapted) < 0.1 * far, name
 
 
-def test_without_any_of_the_way_it_is_a_copy(bases, tmp_path):
+def test_interpolation_of_0_equals_copy(bases, tmp_path):
     adapter = random_adapter(bases[0])
     copied = transfer(bases, adapter, tmp_path, method="copy")
     moved = transfer(
@@ -105,7 +105,7 @@ def test_without_any_of_the_way_it_is_a_copy(bases, tmp_path):
         np.testing.assert_array_equal(delta(factors), delta(copied.adapter.modules[name]))
 
 
-def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp_path):
+def test_report_describes_the_addition_and_the_recipe_reproduces_it(bases, tmp_path):
     adapter = random_adapter(bases[0], roles={"v_proj"})
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", interpolation=0.25, scale=2.0)
     assert moved.report.added.startswith(
@@ -134,14 +134,14 @@ def test_the_report_says_what_was_added_and_the_recipe_makes_it_again(bases, tmp
     ("interpolation", "why"),
     [(0.0, "an interpolation of 0 was asked for"), (0.75, "the two bases have the same weights in all modules")],
 )
-def test_where_nothing_is_added_the_report_says_so(bases, tmp_path, interpolation, why):
+def test_report_says_why_nothing_was_added(bases, tmp_path, interpolation, why):
     pair = bases if interpolation == 0 else (bases[0], bases[0])
     moved = transfer(pair, random_adapter(bases[0]), tmp_path, method="interpolated-copy", interpolation=interpolation)
     assert moved.report.added.startswith("nothing is added to the copy: ")
     assert why in moved.report.added
 
 
-def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases, tmp_path):
+def test_modules_without_an_adapter_update_are_not_rescaled_by_truncation(bases, tmp_path):
     adapter = random_adapter(bases[0], rank=4, roles={"q_proj"})
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy", calibrate="frobenius", out_rank=2)
     whole = transfer(bases, adapter, tmp_path, method="interpolated-copy", out=str(tmp_path / "whole"))
@@ -152,7 +152,7 @@ def test_modules_that_only_the_way_back_has_keep_no_norm_when_they_are_cut(bases
         assert factors.rank == 2
 
 
-def test_parts_of_a_fused_matrix_go_on_sharing_what_they_share(tmp_path):
+def test_parts_of_a_fused_matrix_keep_their_shared_factor(tmp_path):
     made = make("phi3")
     source = made.write(tmp_path / "source")
     target = then(merged(RANK, 0.4, roles=("qkv_proj", "gate_up_proj")))(made).write(tmp_path / "target")
@@ -177,7 +177,7 @@ def test_parts_of_a_fused_matrix_go_on_sharing_what_they_share(tmp_path):
         np.testing.assert_allclose(row.norm_after, np.linalg.norm(delta(moved.adapter.modules[row.target])), rtol=1e-4)
 
 
-def test_layers_of_several_dtypes_are_read_together(bases, tmp_path):
+def test_layers_of_different_dtypes_are_interpolated_together(bases, tmp_path):
     """numpy has no dtype that holds both float16 and bfloat16."""
     made = make("llama")
     of_layer = ("F16", "BF16", "F32", "F16")
@@ -195,7 +195,7 @@ def test_layers_of_several_dtypes_are_read_together(bases, tmp_path):
         assert np.linalg.norm(delta(factors) - wanted) < 0.11 * np.linalg.norm(wanted)
 
 
-def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
+def test_auto_chooses_interpolated_copy_for_a_merged_lora(bases, tmp_path):
     moved = transfer(bases, random_adapter(bases[0]), tmp_path)
     assert moved.report.recipe.method == "interpolated-copy"
     assert "LoRA-merged" in moved.report.choice
@@ -203,26 +203,26 @@ def test_auto_takes_it_where_a_lora_was_merged(bases, tmp_path):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_that_is_none_is_refused(bases, tmp_path, share):
+def test_interpolation_outside_0_to_1_is_refused(bases, tmp_path, share):
     with pytest.raises(UsageError, match=f"interpolation {share:g} is out of range"):
         transfer(bases, random_adapter(bases[0]), tmp_path, method="interpolated-copy", interpolation=share)
     assert not (tmp_path / "out").exists()
 
 
-def test_bases_of_other_shapes_have_no_way_between_them(bases, tmp_path):
+def test_bases_of_different_shapes_are_refused(bases, tmp_path):
     other = make("llama", hidden_size=96).write(tmp_path / "wider")
     with pytest.raises(MethodError, match="interpolated-copy"):
         transfer((bases[0], other), random_adapter(bases[0]), tmp_path, method="interpolated-copy")
 
 
-def test_a_base_with_more_layers_has_no_way_back(bases, tmp_path):
+def test_bases_of_different_depth_are_refused(bases, tmp_path):
     deeper = make("llama", num_hidden_layers=5).write(tmp_path / "deeper")
     with pytest.raises(MethodError, match=r"differ in model.layers.4.self_attn.q_proj"):
         transfer((bases[0], deeper), random_adapter(bases[0]), tmp_path, method="interpolated-copy")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path, capsys):
+def test_batch_by_interpolated_copy_equals_single_transfers(bases, tmp_path, capsys):
     adapter = random_adapter(bases[0])
     moved = transfer(bases, adapter, tmp_path, method="interpolated-copy")
     plan = tmp_path / "plan.toml"
@@ -242,7 +242,7 @@ def test_a_batch_moves_by_it_what_a_transfer_does(bases, tmp_path, capsys):
     assert run_batch(read_plan(plan)).count("kept") == 1
 
 
-def test_the_difference_is_decomposed_once_for_all_adapters(bases):
+def test_difference_is_decomposed_once_for_all_adapters(bases):
     source, (target, store) = bases[0], recorded(bases[1])
     session, read = PairSession(source, target), []
     for seed, share in enumerate((0.75, 0.75, 0.5)):
@@ -254,7 +254,7 @@ def test_the_difference_is_decomposed_once_for_all_adapters(bases):
     assert read == [True, False, True]
 
 
-def test_a_batch_of_several_shares_gives_what_single_transfers_give(bases, tmp_path):
+def test_batch_of_several_interpolations_equals_single_transfers(bases, tmp_path):
     shares, settings = {"a0": 0.75, "a1": 0.75, "a2": 0.5}, {"method": "interpolated-copy", "out_rank": 2}
     alone = {}
     for seed, (name, share) in enumerate(shares.items()):

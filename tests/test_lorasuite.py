@@ -38,7 +38,7 @@ def vocabulary(e_src, e_tgt):
 
 
 @pytest.mark.parametrize("count", [300, 5])
-def test_the_map_of_the_stream_is_the_pseudo_inverse_of_the_embeddings_not_centred(count):
+def test_embedding_map_uses_the_pseudo_inverse_of_uncentred_embeddings(count):
     """5 tokens leave most of the 9 directions open: the smallest solution is taken."""
     e_src, e_tgt = normal(count, 9, seed=0) + 2, normal(count, 12, seed=1) - 1
     found = embedding_map(vocabulary(e_src, e_tgt))
@@ -67,7 +67,7 @@ def circuits(side, stream):
 
 
 @pytest.mark.parametrize(("tgt_heads", "tgt_groups", "tgt_size"), [(6, 2, 5), (3, 3, 4), (2, 1, 8)])
-def test_cosines_of_circuits_against_numpy(tgt_heads, tgt_groups, tgt_size):
+def test_circuit_cosines_match_numpy(tgt_heads, tgt_groups, tgt_size):
     src, tgt = attention(4, 2, 5, 11, seed=0), attention(tgt_heads, tgt_groups, tgt_size, 13, seed=9)
     stream = normal(11, 13, seed=30)
     x, y = circuits(src, stream), circuits(tgt, np.eye(13))
@@ -75,14 +75,14 @@ def test_cosines_of_circuits_against_numpy(tgt_heads, tgt_groups, tgt_size):
     np.testing.assert_allclose(circuit_cosines(src, tgt, jnp.asarray(stream, jnp.float32)), want, atol=1e-5)
 
 
-def test_the_match_has_the_largest_total_and_leaves_the_longer_sides_rest_out():
+def test_match_has_the_largest_total_and_leaves_surplus_heads_out():
     # Taking the best pair first, (0, 0), would end at 0.9 + 0.1.
     cosines = np.array([[0.9, 0.8], [0.7, 0.1], [0.0, 0.0]])
     np.testing.assert_array_equal(best_match(cosines), [[False, True, False], [True, False, False]])
     assert best_match(cosines.T).sum() == 2
 
 
-def test_a_key_head_gets_the_mean_over_the_query_heads_that_it_serves():
+def test_key_head_gets_the_mean_over_its_query_heads():
     match = np.zeros((4, 6), bool)
     match[[0, 1, 2], [5, 4, 0]] = True  # target head 3 has none
     np.testing.assert_array_equal(mean_over_groups(match, 2, 3), [[0, 0, 1], [0.5, 0, 0]])
@@ -106,7 +106,7 @@ def apply(fit, update):
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_attention_by_head_is_the_published_product(reads):
+def test_attention_map_by_head_is_the_published_product(reads):
     """dW_t^j = W_h' dW_s^i (W_s^i)' W_h W_t^j with heads of 3 and of 4 features; target head 0 has no partner."""
     match = np.zeros((3, 2), np.float32)
     match[1, 1], match[2, 0] = 1, 1
@@ -126,7 +126,7 @@ def test_attention_by_head_is_the_published_product(reads):
 
 @pytest.mark.parametrize("reads", [True, False])
 @pytest.mark.parametrize("shapes", [(20, 15), (7, 15)])
-def test_the_mlp_goes_through_the_inverse_of_the_sources_weight(reads, shapes):
+def test_mlp_map_uses_the_pseudo_inverse_of_the_source_weight(reads, shapes):
     """W_i = pinv(W_s) W_h W_t, also where the MLP is narrower than the stream."""
     item, w_src, w_tgt, stream = evidence(reads, None, shapes)
     update = normal(shapes[0], 10, seed=8)
@@ -216,7 +216,7 @@ def theory(source, name, maps, update, *, exact):
     return p_out @ (update.T if writes else update) @ p_in.T
 
 
-def test_a_planted_symmetry_is_recovered_as_far_as_the_equations_allow(planted):
+def test_planted_symmetry_is_recovered_as_far_as_the_equations_allow(planted):
     """Attention: exactly where heads are orthonormal, else up to W W'. MLP: what the neurons can express."""
     source, _, maps, adapter, moved, exact = planted
     assert set(moved.adapter.modules) == set(maps)
@@ -225,7 +225,7 @@ def test_a_planted_symmetry_is_recovered_as_far_as_the_equations_allow(planted):
         np.testing.assert_allclose(delta(moved.adapter.modules[name]), want, atol=2e-3 * np.abs(want).max())
 
 
-def test_the_verdict_knows_related_heads(planted):
+def test_verdict_recognises_related_heads(planted):
     moved = planted[4]
     verdict = jcl.verdict(moved.report)
     assert verdict.level == "aligned"
@@ -243,7 +243,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("dims", OTHER.values(), ids=OTHER.keys())
-def test_unrelated_bases_of_other_shapes_are_called_unrelated(tmp_path, dims):
+def test_verdict_recognises_unrelated_bases_of_different_shapes(tmp_path, dims):
     bases = [
         jcl.open_base(write_llama(tmp_path / n, seed=i, **d)) for i, (n, d) in enumerate((("s", DIMS), ("t", dims)))
     ]
@@ -258,7 +258,7 @@ def test_unrelated_bases_of_other_shapes_are_called_unrelated(tmp_path, dims):
     assert jcl.verdict(moved.report).level in ("chance", "weak")
 
 
-def test_an_adapter_of_the_mlp_alone_cannot_be_judged(tmp_path):
+def test_verdict_is_unknown_for_an_mlp_only_adapter(tmp_path):
     base = jcl.open_base(write_llama(tmp_path / "base", **DIMS))
     adapter = random_adapter(base, roles={"up_proj", "down_proj"})
     moved = jcl.shift(jcl.align(base, base, method="lorasuite", sources=adapter.modules), adapter)

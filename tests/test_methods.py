@@ -98,7 +98,7 @@ def test_maps_have_the_shapes_and_dtypes_of_the_pair(method, shapes):
 
 
 @contract
-def test_jit_and_vmap_change_nothing(method, shapes):
+def test_maps_are_equal_under_jit_and_vmap(method, shapes):
     items = [evidence(method, shapes, seed=seed) for seed in (0, 10)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *items)
     batched = jax.jit(jax.vmap(method.maps))(stacked)
@@ -109,20 +109,20 @@ def test_jit_and_vmap_change_nothing(method, shapes):
 
 
 @contract
-def test_the_same_evidence_gives_the_same_maps(method, shapes):
+def test_equal_evidence_gives_equal_maps(method, shapes):
     first, second = (method.maps(evidence(method, shapes)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @contract
-def test_the_map_is_linear_in_the_update(method, shapes):
+def test_map_is_linear_in_the_update(method, shapes):
     found = method.maps(evidence(method, shapes))
     x, y = normal(*shapes[0], seed=1), normal(*shapes[0], seed=2)
     np.testing.assert_allclose(apply(found, 2 * x - y), 2 * apply(found, x) - apply(found, y), atol=1e-4)
 
 
 @contract
-def test_agreement_is_defined_or_says_that_it_is_not(method, shapes):
+def test_agreement_figures_are_finite_or_nan(method, shapes):
     item = evidence(method, shapes)
     figures = measure(item, method.maps(item), by_coordinates=method.measure == "weight cosine")
     assert math.isnan(float(figures.energy_src)) == (EvidenceKind.SINGULAR_VECTORS not in method.requires)
@@ -232,7 +232,7 @@ ELSEWHERE, NOTHING = {"scaled-procrustes"}, {"residual-fit", "distill"}
 
 
 @pytest.mark.parametrize(("method", "shapes"), [case for case in CASES if case[0].name not in ELSEWHERE | {"random"}])
-def test_against_the_numpy_reference(method, shapes):
+def test_maps_match_the_numpy_reference(method, shapes):
     item = evidence(method, shapes)
     update = normal(*shapes[0], seed=5)
     if EvidenceKind.ACTIVATIONS in method.requires:
@@ -249,7 +249,7 @@ def test_against_the_numpy_reference(method, shapes):
     np.testing.assert_allclose(apply(method.maps(item), update), want, atol=2e-4)
 
 
-def test_every_method_has_a_reference_or_is_the_random_one():
+def test_every_method_except_random_has_a_numpy_reference():
     shipped = {name for name, method in METHODS.items() if method.__module__.startswith("jcrosslora.")}
     assert shipped | {HalfCopy.name} == set(REFERENCES) | ELSEWHERE | NOTHING | {
         "theseus",
@@ -296,7 +296,7 @@ def scramble(module, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
+def test_shared_vocabulary_fixes_arbitrary_signs(seed):
     w_src, w_tgt, rotation, order = rotated_pair(seed)
     e_src = normal(200, 9, seed=seed + 50) + 3.0
     vocabulary = vocabulary_of(e_src, e_src @ rotation.T)
@@ -308,7 +308,7 @@ def test_the_shared_vocabulary_fixes_the_signs_whatever_lapack_chose(seed):
     assert float(found.vector_ratio) > 20
 
 
-def test_gains_between_stream_and_module_are_part_of_the_anchor():
+def test_sign_anchor_includes_norm_gains():
     """Folding a norm gain into the weight instead of the embedding side must not change which vectors agree."""
     w_src, w_tgt, rotation, _ = rotated_pair(3)
     e_src = normal(300, 9, seed=1)
@@ -330,7 +330,7 @@ def test_independent_bases_are_at_chance_level():
     assert 0.5 < float(found.vector_ratio) < 1.7
 
 
-def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_unknown():
+def test_without_vocabulary_signs_are_reproducible_and_the_ratio_is_nan():
     w_src, w_tgt, _, _ = rotated_pair()
     update = normal(14, 9, seed=3)
     moved = []
@@ -346,7 +346,7 @@ def test_without_a_vocabulary_scrambled_signs_change_nothing_but_the_ratio_is_un
 
 
 @pytest.mark.parametrize("name", ["copy", "pad-truncate", "index-interp", "cross-lora", "lora-x"])
-def test_the_same_base_on_both_sides(name):
+def test_equal_bases_keep_the_update(name):
     """Coordinate methods return the update; subspace methods its projection on the base's singular subspaces."""
     method = METHODS[name]()
     weight, update = normal(14, 9, seed=0), normal(14, 9, seed=1)
@@ -368,13 +368,13 @@ def test_prolora_on_the_same_base_keeps_both_diagonal_blocks():
     np.testing.assert_allclose(apply(found, update), want, atol=1e-4)
 
 
-def test_an_unknown_method_is_refused_by_name():
+def test_unknown_method_is_refused():
     with pytest.raises(MethodError, match="'magic' is unknown; use one of auto, cross-lora"):
         find_method("magic")
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_similarity_through_tokens_is_the_figure_by_coordinates_for_isotropic_embeddings(reads):
+def test_similarity_by_tokens_equals_similarity_by_coordinates_for_isotropic_embeddings(reads):
     """Embed the target's stream in a wider one by an isometry: nothing but the coordinates changes."""
     method = METHODS["cross-lora"]()
     stream = 20
@@ -410,7 +410,7 @@ def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outp
 
 
 @pytest.mark.parametrize("power", [0.1, 0.25, 0.5])
-def test_theseus_whitened_in_part_is_the_polar_factor_of_the_whitened_moment(power):
+def test_partially_whitened_theseus_is_the_polar_factor_of_the_whitened_moment(power):
     (y_s, x_s), (y_t, x_t) = (
         [normal(200, width, seed=10 * place + k) * np.geomspace(1, 9, width, dtype=np.float32) for k, width in shape]
         for place, shape in enumerate((((0, 10), (1, 8)), ((2, 15), (3, 12))))

@@ -51,7 +51,7 @@ def rows(activations, layer, at, valid):
     return flat[at][valid]
 
 
-def test_sums_are_those_of_float64_over_all_batches(bases):
+def test_moments_match_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]
     moments = cross_moments(source, target, batches, LAYERS, INPUT_SITES, grams=True)
@@ -84,7 +84,7 @@ def test_sums_are_those_of_float64_over_all_batches(bases):
                     np.testing.assert_allclose(grams[name][side][layer], own, atol=1e-4 * np.abs(own).max())
 
 
-def test_only_what_is_wanted_is_kept(bases):
+def test_only_requested_moments_are_collected(bases):
     moments = cross_moments(*bases, [batch(0)], LAYERS, {"q_proj", "v_proj"})
     assert set(moments.inputs) == {"attn_in"}
     assert set(moments.outputs) == {"q_proj", "v_proj"}
@@ -92,14 +92,14 @@ def test_only_what_is_wanted_is_kept(bases):
     assert moments.output_grams is None
 
 
-def test_a_layer_without_a_source_does_not_disturb_the_others(bases):
+def test_layer_without_a_source_does_not_affect_the_others(bases):
     whole = cross_moments(*bases, [batch(0)], LAYERS, {"v_proj"})
     part = cross_moments(*bases, [batch(0)], (None, LAYERS[1]), {"v_proj"})
     np.testing.assert_array_equal(whole.inputs["attn_in"][1], part.inputs["attn_in"][1])
 
 
 @pytest.mark.parametrize("grams", [False, True])
-def test_moments_are_held_once(grams):
+def test_moments_are_updated_in_place(grams):
     layers, positions, width = 24, 16, 192
     rows = {"attn_in": jnp.ones((layers, positions, width))}, {"q_proj": jnp.ones((layers, positions, width))}
     totals = zero_moments(rows, rows, grams=grams)
@@ -111,7 +111,7 @@ def test_moments_are_held_once(grams):
     assert used.output_size_in_bytes < 1.01 * moments
 
 
-def test_the_rows_of_other_tokens_do_not_matter(bases, tmp_path):
+def test_embedding_rows_of_absent_tokens_have_no_effect(bases, tmp_path):
     """Only the embeddings of tokens that occur are kept, so others may hold anything."""
     source, target = bases
     item = batch(0)

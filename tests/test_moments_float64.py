@@ -56,7 +56,7 @@ def of_size(error: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(error[SMALL]) / np.linalg.norm(wanted[SMALL]))
 
 
-def test_each_entry_is_right_to_rounding_whatever_the_other_dimensions_hold(rows, exact):
+def test_each_entry_is_exact_to_rounding_beside_any_other_dimensions(rows, exact):
     error = summed(*rows) - exact
     relative = np.abs(error) / np.outer(sizes(rows[0]), sizes(rows[1]))
     assert relative.max() < 5e-7  # measured: 8e-8
@@ -66,7 +66,7 @@ def test_each_entry_is_right_to_rounding_whatever_the_other_dimensions_hold(rows
     assert np.linalg.norm(error[SMALL], 2) < 1e-6 * shared  # measured: 1.5e-7
 
 
-def test_dividing_the_dimensions_before_the_products_gains_nothing(rows, exact):
+def test_dividing_dimensions_before_the_products_gains_nothing(rows, exact):
     divisors = [np.sqrt(np.mean(side[: 2 * POSITIONS] ** 2, axis=0)) for side in rows]
     scaled = summed(rows[0] / divisors[0], rows[1] / divisors[1]) * np.outer(*divisors)
     plain = of_size(summed(*rows) - exact, exact)
@@ -76,7 +76,7 @@ def test_dividing_the_dimensions_before_the_products_gains_nothing(rows, exact):
     assert of_size(halved - exact, exact) > 1000 * plain
 
 
-def test_a_decomposition_needs_the_sums_divided(exact, rows):
+def test_decomposition_needs_divided_sums(exact, rows):
     divided = exact / np.outer(sizes(rows[0]), sizes(rows[1]))
     (kept, error), (kept_divided, error_divided) = (decomposed(moments) for moments in (exact, divided))
     assert kept < 2 * len(MASSIVE)  # measured: 4; the rest is below the rounding of the SVD
@@ -94,7 +94,7 @@ def decomposed(moments: np.ndarray) -> tuple[int, float]:
     return int(kept), float(np.max(np.abs(found / wanted - 1)))
 
 
-def test_a_large_direction_that_no_dimension_holds_covers_up_small_ones(rows):
+def test_large_spread_direction_hides_small_ones(rows):
     turned, turns = [], []
     rng = np.random.default_rng(1)
     for side in rows:

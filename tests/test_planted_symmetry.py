@@ -136,7 +136,7 @@ def move(folder, adapter, seed):
     return jcl.shift(jcl.align(source, target, Scrambled(svd_rank=HIDDEN), seed=seed), adapter)
 
 
-def test_an_adapter_inside_the_row_and_column_spaces_moves_exactly(pair):
+def test_adapter_inside_the_row_and_column_spaces_moves_exactly(pair):
     source, target, maps, folder, seed = pair
     adapter = adapter_inside(source, maps, seed)
     moved = move(folder, adapter, seed)
@@ -149,7 +149,7 @@ def test_an_adapter_inside_the_row_and_column_spaces_moves_exactly(pair):
     assert not moved.report.warnings
 
 
-def test_the_lost_part_of_any_adapter_is_what_the_report_says(pair):
+def test_report_gives_the_lost_share_of_any_adapter(pair):
     source, _, maps, folder, seed = pair
     rng = np.random.default_rng(seed)
     modules = {
@@ -170,7 +170,7 @@ def test_the_lost_part_of_any_adapter_is_what_the_report_says(pair):
     assert min(row.kept for row in moved.report.rows) < 0.7
 
 
-def test_without_anchors_the_report_warns(pair):
+def test_report_warns_without_sign_anchors(pair):
     source, _, maps, folder, seed = pair
     (folder / "target" / "tokenizer.json").unlink()
     moved = move(folder, adapter_inside(source, maps, seed), seed)

@@ -48,7 +48,7 @@ def writes(monkeypatch):
     return calls
 
 
-def test_cached_texts_equal_those_written(folder):
+def test_cached_texts_equal_generated_texts(folder):
     assert find_texts("ab") is None
     keep_texts("ab", TEXTS)
     assert find_texts("ab") == TEXTS
@@ -56,7 +56,7 @@ def test_cached_texts_equal_those_written(folder):
     assert [path.name for path in folder.iterdir()] == ["ab.json"]
 
 
-def test_texts_are_written_once(base, folder, writes):
+def test_texts_are_generated_once(base, folder, writes):
     first = written_probes(base, 2, length=8)
     again = written_probes(open_base(base.path), 2, length=8)
     assert len(writes) == 1
@@ -73,7 +73,7 @@ def test_settings_out_of_range_are_refused_with_a_cache(base, folder):
     assert not folder.exists()
 
 
-def test_each_setting_makes_another_key(base):
+def test_every_setting_changes_the_key(base):
     wanted = texts_key(base, *SETTINGS, None)
     assert texts_key(open_base(base.path), *SETTINGS, None) == wanted
     others = [(3, 8, 1.0, 0), (2, 9, 1.0, 0), (2, 8, 0.5, 0), (2, 8, 1.0, 1), (8, 2, 1.0, 0)]
@@ -99,7 +99,7 @@ def other_special_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [other_weights, other_config, other_tokenizer, other_special_tokens])
-def test_another_base_makes_another_key(base, tmp_path, change):
+def test_every_property_of_the_base_changes_the_key(base, tmp_path, change):
     shutil.copytree(base.path, tmp_path / "other")
     key = partial(texts_key, count=2, length=8, temperature=1.0, seed=0, adapter=None)
     assert key(open_base(tmp_path / "other")) == key(base)
@@ -107,7 +107,7 @@ def test_another_base_makes_another_key(base, tmp_path, change):
     assert key(open_base(tmp_path / "other")) != key(base)
 
 
-def test_the_procedure_and_the_platform_are_in_the_key(base, monkeypatch):
+def test_procedure_and_platform_change_the_key(base, monkeypatch):
     keys = {texts_key(base, *SETTINGS, None)}
     with monkeypatch.context() as patch:
         patch.setattr(cache, "PROCEDURE", cache.PROCEDURE + 1)
@@ -117,7 +117,7 @@ def test_the_procedure_and_the_platform_are_in_the_key(base, monkeypatch):
     assert len(keys) == 3
 
 
-def test_the_dtype_that_texts_are_written_in_is_in_the_key(base, monkeypatch):
+def test_sampling_dtype_changes_the_key(base, monkeypatch):
     keys = set()
     for dtype in ("float32", "bfloat16"):
         monkeypatch.setattr(cache, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
@@ -125,7 +125,7 @@ def test_the_dtype_that_texts_are_written_in_is_in_the_key(base, monkeypatch):
     assert len(keys) == 2
 
 
-def test_the_numbers_of_an_adapter_are_in_the_key(base):
+def test_factors_of_an_adapter_change_the_key(base):
     adapter = random_adapter(base, roles={"q_proj", "v_proj"})
     name, factors = next(iter(adapter.modules.items()))
     rest = {other: value for other, value in adapter.modules.items() if other != name}
@@ -158,7 +158,7 @@ def damaged(content: bytes) -> list[bytes]:
     ]
 
 
-def test_a_damaged_file_is_written_again(base, folder, writes):
+def test_damaged_file_is_generated_again(base, folder, writes):
     written_probes(base, 2, length=8)
     (path,) = folder.iterdir()
     for number, content in enumerate(damaged(path.read_bytes()), 2):
@@ -180,7 +180,7 @@ def block_by_a_folder(folder: Path, base) -> None:
 
 
 @pytest.mark.parametrize("block", [block_by_a_file, block_by_a_folder])
-def test_texts_are_written_without_a_cache_folder(base, folder, writes, block):
+def test_texts_are_generated_without_a_cache_folder(base, folder, writes, block):
     block(folder, base)
     for number in (1, 2):
         assert written_probes(base, 2, length=8).texts == (f"call {number} text 0", f"call {number} text 1")
@@ -188,7 +188,7 @@ def test_texts_are_written_without_a_cache_folder(base, folder, writes, block):
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not hold for this user")
-def test_a_folder_without_permission_is_left_alone(folder):
+def test_read_only_folder_is_left_unchanged(folder):
     folder.mkdir(parents=True)
     folder.chmod(0o500)
     keep_texts("ab", TEXTS)
@@ -196,7 +196,7 @@ def test_a_folder_without_permission_is_left_alone(folder):
     folder.chmod(0o700)
 
 
-def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
+def test_full_disk_leaves_no_file(folder, monkeypatch):
     write = Path.write_bytes
 
     def fails(path: Path, content: bytes) -> None:
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
     assert list(folder.iterdir()) == []
 
 
-def test_the_folder_follows_the_environment(tmp_path, monkeypatch):
+def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("JCROSSLORA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     keep_texts("ab", TEXTS)

@@ -30,7 +30,7 @@ def test_lines_are_read_back(folder, texts):
     assert read_texts(folder / "texts.txt") == texts
 
 
-def test_files_of_other_programs_are_read(tmp_path):
+def test_bom_and_line_endings_of_other_programs_are_read(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes("\ufefffirst line\r\n\r\n  second ü \n   \nlast".encode())
     assert read_texts(path) == ["first line", "  second ü ", "last"]
@@ -55,7 +55,7 @@ def test_files_of_other_programs_are_read(tmp_path):
         ("half.jsonl", b'{"text": "\\ud800"}', "half.jsonl:1"),
     ],
 )
-def test_files_that_hold_no_texts_are_refused(tmp_path, name, content, named):
+def test_files_without_texts_are_refused(tmp_path, name, content, named):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
         read_texts(tmp_path / name)
@@ -71,14 +71,14 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("texts", [[], ["a", ""], ["a", " \n"], ["\ud800"], ["a\nb"], ["a\rb"], ["\ufeffa"]])
-def test_texts_that_could_not_be_read_back_are_refused(tmp_path, texts):
+def test_texts_that_cannot_be_read_back_are_refused(tmp_path, texts):
     with pytest.raises(UsageError) as caught:
         save_texts(tmp_path / "texts.txt", texts)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
+def test_failed_write_keeps_the_old_file_and_no_other(tmp_path):
     (tmp_path / "file").write_text("old")
     for path in (tmp_path / "none" / "texts.txt", tmp_path / "file" / "texts.txt", tmp_path):
         with pytest.raises(OutputError, match="cannot be written"):
@@ -89,7 +89,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_description_names_source_count_and_digest():
+def test_description_names_source_count_and_digest():
     probes = Probes(("one", "two"), "written by B at temperature 1", 7, positions=31)
     said = probes.describe()
     for part in ("2 texts", "written by B at temperature 1", "seed 7", "31 matched", probes.digest()[:12]):

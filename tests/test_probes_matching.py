@@ -87,7 +87,7 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize(("tok_src", "tok_tgt"), TOKENIZERS)
 @pytest.mark.parametrize("length", [20, 128])
-def test_batches_hold_all_matches_but_those_at_the_start(tok_src, tok_tgt, length):
+def test_batches_have_all_matches_except_at_the_first_position(tok_src, tok_tgt, length):
     batches = probe_batches(TEXTS, tok_src, tok_tgt, length=length, batch=4)
     wanted = pairs_by_brute_force(TEXTS, tok_src, tok_tgt, length)
     assert pairs_of(batches) == wanted
@@ -96,7 +96,7 @@ def test_batches_hold_all_matches_but_those_at_the_start(tok_src, tok_tgt, lengt
 
 @pytest.mark.parametrize(("tok_src", "tok_tgt"), TOKENIZERS)
 @pytest.mark.parametrize("positions", [None, 50, 400])
-def test_all_batches_have_one_shape(tok_src, tok_tgt, positions):
+def test_all_batches_have_the_same_shape(tok_src, tok_tgt, positions):
     batches = probe_batches(TEXTS, tok_src, tok_tgt, length=64, batch=4, positions=positions)
     shapes = {tuple((name, getattr(one, name).shape) for name in vars(one)) for one in batches}
     assert len(shapes) == 1
@@ -118,7 +118,7 @@ def test_all_batches_have_one_shape(tok_src, tok_tgt, positions):
         assert not one.at_tgt[~one.valid].any()
 
 
-def test_a_batch_with_too_many_matches_keeps_some_of_all_texts():
+def test_batch_with_too_many_matches_keeps_some_of_every_text():
     tok_src, tok_tgt = TOKENIZERS[0]
     (whole,) = probe_batches(TEXTS, tok_src, tok_tgt, batch=len(TEXTS))
     (thinned,) = probe_batches(TEXTS, tok_src, tok_tgt, batch=len(TEXTS), positions=60)
@@ -129,7 +129,7 @@ def test_a_batch_with_too_many_matches_keeps_some_of_all_texts():
     assert len(set((thinned.at_src // width).tolist())) >= 7
 
 
-def test_tokens_behind_the_last_match_are_left_out_and_long_texts_come_first():
+def test_tokens_after_the_last_match_are_dropped_and_long_texts_come_first():
     tok_src, tok_tgt = PieceTokenizer(2), PieceTokenizer(3)
     batches = probe_batches(TEXTS, tok_src, tok_tgt, batch=3)
     lengths = [int(row.sum()) for one in batches for row in one.mask_src if row.any()]

@@ -43,7 +43,7 @@ def written_by_whole_passes(base, adapter, words):
     return [tokenizer.decode(row).rstrip("\ufffd") for row in text]
 
 
-def test_texts_are_what_the_model_writes(base):
+def test_texts_are_samples_of_the_model(base):
     adapter = random_adapter(base, rank=4, scale=1.0)
     found = write(base, 5, temperature=0.0, adapter=adapter, seed=5, params=load_params(base))
     words = start_words(base.vocabulary().tokens, 5, 5)
@@ -51,7 +51,7 @@ def test_texts_are_what_the_model_writes(base):
     assert found == written_by_whole_passes(base, adapter, words)
 
 
-def test_a_seed_gives_the_same_texts(base):
+def test_equal_seeds_give_equal_texts(base):
     first = write(base, 6, seed=1)
     assert write(base, 6, seed=1) == first
     assert write(base, 6, seed=1, params=load_params(base, fast_dtype())) == first
@@ -59,7 +59,7 @@ def test_a_seed_gives_the_same_texts(base):
     assert len(set(first)) == 6
 
 
-def test_every_text_begins_with_a_capitalised_word(base):
+def test_every_text_starts_with_a_capitalised_word(base):
     tokens = base.vocabulary().tokens
     for text in write(base, 8, seed=3):
         starts = [t.decode() for t in tokens if t.isalpha() and t.istitle() and b" " + t in tokens]
@@ -69,7 +69,7 @@ def test_every_text_begins_with_a_capitalised_word(base):
 
 
 @pytest.mark.parametrize("silent", [True, False], ids=["one token", "one text"])
-def test_texts_that_repeat_are_dropped(tmp_path, silent):
+def test_repetitive_and_duplicate_texts_are_dropped(tmp_path, silent):
     folder = write_base(tmp_path, 150, hidden=48, seed=1)
     tensors = load_file(folder / "model.safetensors")
     if silent:  # layers that add nothing: a tied model then finds its last token the likeliest
@@ -82,7 +82,7 @@ def test_texts_that_repeat_are_dropped(tmp_path, silent):
     assert "\n" not in str(caught.value)
 
 
-def test_predictions_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_predictions_are_refused(tmp_path):
     folder = write_base(tmp_path, 150)
     base = open_base(folder)
     with pytest.raises(AdapterError, match=r"gives predictions that are not finite on .*: its factors, or"):
@@ -94,7 +94,7 @@ def test_predictions_that_are_not_finite_are_refused(tmp_path):
         write(open_base(folder), 3)
 
 
-def test_writing_ends_at_a_stop_token_and_short_texts_are_replaced(tmp_path):
+def test_generation_ends_at_a_stop_token_and_short_texts_are_replaced(tmp_path):
     free = open_base(write_base(tmp_path / "free", 150))
     tokenizer, more = load_tokenizer(free), write(free, 24, seed=4)
     # Of the tokens that a text has early, the one that is later most common. Merged tokens only: single bytes also
@@ -135,7 +135,7 @@ def test_settings_out_of_range_are_refused(base, settings, named):
         write(base, **{"count": 1, **settings})
 
 
-def test_a_base_without_a_tokenizer_is_refused(tmp_path):
+def test_base_without_a_tokenizer_is_refused(tmp_path):
     folder = write_base(tmp_path, 20)
     (folder / "tokenizer.json").unlink()
     base = open_base(folder)
@@ -143,7 +143,7 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path):
         write_texts(base, 1)
 
 
-def test_start_words_repeat_only_after_all_have_come():
+def test_start_words_repeat_only_after_all_were_used():
     words = {b"The": 1, b" The": 2, b"Th": 3, b"the": 4, b" the": 5, b"Anna": 6, b" Anna": 7, b"OK": 8, b" OK": 9}
     found = start_words(words, 5, 0).tolist()
     assert sorted(found[:2]) == sorted(found[2:4]) == [1, 6]

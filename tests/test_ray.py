@@ -28,7 +28,7 @@ moves = [{ from = "small", to = ["wide"], methods = ["pad-truncate", "cross-lora
 """
 
 
-def test_what_a_unit_takes_and_how_many_are_done_at_a_time():
+def test_resources_and_number_of_parallel_units():
     head, small, big = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 32.0, "GPU": 4.0, "memory": 1e9}
     assert _division([head, {"CPU": 16.0}], None, None) == ({"num_cpus": 4, "num_gpus": 0}, 5)
     # Where there are GPUs, units go to them.
@@ -41,14 +41,14 @@ def test_what_a_unit_takes_and_how_many_are_done_at_a_time():
             _division([small, big], cpus, gpus)
 
 
-def test_without_ray_it_is_said_what_to_install(monkeypatch, tmp_path):
+def test_error_without_ray_names_the_package_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     write_house(tmp_path)
     with pytest.raises(UsageError, match="pip install 'jcrosslora\\[ray\\]'"):
         run_on_ray(read_plan(tmp_path / "OUT.toml"), address="local")
 
 
-def test_a_cluster_that_is_not_there_is_an_error_at_once():
+def test_missing_cluster_is_refused_at_once():
     with pytest.raises(OSError, match="refused"):
         _reach("127.0.0.1:9")
 
@@ -86,7 +86,7 @@ def cluster(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_two_workers_write_what_one_process_writes(cluster, tmp_path, capsys):
+def test_two_workers_and_one_process_write_equal_files(cluster, tmp_path, capsys):
     write_house(tmp_path, 3, "alone")
     write_house(tmp_path, name="moved")
     bad = tmp_path / "adapters" / "bad"
@@ -117,7 +117,7 @@ def deadly(unit: Unit, folder: Path, *_) -> list[Outcome]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_a_dead_workers_unit_is_done_again_and_the_deadly_job_is_listed(cluster, tmp_path):
+def test_unit_of_a_dead_worker_is_retried_and_the_fatal_job_listed(cluster, tmp_path):
     import ray
 
     def unit(*names):
@@ -133,4 +133,4 @@ def test_a_dead_workers_unit_is_done_again_and_the_deadly_job_is_listed(cluster,
         **dict.fromkeys(["once", "good", "better"], "done"),
         "always": "failed",
     }
-    assert "the worker did not come to an end with it, 2 times over" in found["always"].text
+    assert "the worker died with it 2 times" in found["always"].text

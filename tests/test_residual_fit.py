@@ -66,7 +66,7 @@ def left_over(base, wanted, adapter, item):
 UNSEEN = batches(1, seed=99)[0]
 
 
-def test_an_update_of_down_proj_alone_is_found_again(bases):
+def test_update_of_down_proj_alone_is_recovered(bases):
     """Layer by layer the same update is the exact answer, and what it does to the later layers comes by itself."""
     source, _ = bases
     adapter = small(source, {"down_proj"})
@@ -79,7 +79,7 @@ def test_an_update_of_down_proj_alone_is_found_again(bases):
     assert left_over(source, wanted, found, UNSEEN).max() < 0.1
 
 
-def test_changes_by_all_modules_are_brought_about_as_far_as_inputs_of_down_proj_tell(bases):
+def test_changes_of_all_modules_are_fitted_as_far_as_down_proj_inputs_allow(bases):
     source, _ = bases
     adapter = small(source)
     wanted = stack_adapter(adapter, source)
@@ -95,14 +95,14 @@ def test_changes_by_all_modules_are_brought_about_as_far_as_inputs_of_down_proj_
     assert np.linalg.norm(goal - mine) / np.linalg.norm(goal) < 1.02 * best
 
 
-def test_changes_inside_the_mlp_are_brought_about_better(bases):
+def test_changes_inside_the_mlp_are_fitted_better(bases):
     source, _ = bases
     adapter = small(source, {"gate_proj", "up_proj", "down_proj"})
     found = fit_residual(source, source, adapter, None, batches(12), range(3), rank=FULL, scale=1.0)
     assert left_over(source, stack_adapter(adapter, source), found, UNSEEN).max() < 0.7  # measured: 0.67
 
 
-def test_more_rank_leaves_less(bases):
+def test_higher_rank_leaves_a_smaller_residual(bases):
     source, _ = bases
     adapter = small(source)
     wanted, item = stack_adapter(adapter, source), batches()[0]
@@ -188,7 +188,7 @@ def gemma(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", ["wider", "gemma", "gemma back"])
-def test_streams_advanced_layer_by_layer_give_what_whole_passes_give(bases, gemma, case):
+def test_streams_advanced_by_layer_equal_whole_forward_passes(bases, gemma, case):
     source, target, layers = {
         "wider": (bases[0], bases[1], (1, 2)),
         "gemma": (bases[0], gemma, (2, 0)),  # the second layer follows an earlier one
@@ -216,7 +216,7 @@ def test_streams_advanced_layer_by_layer_give_what_whole_passes_give(bases, gemm
         assert gain is None or np.abs(update[5]).max() < 1e-5 * np.abs(update).max()
 
 
-def test_a_dimension_that_the_norm_hardly_lets_through_does_not_cost_the_others(gemma):
+def test_dimension_of_small_norm_gain_does_not_harm_the_others(gemma):
     """By the linearised norm it can be written by outputs a thousand times larger; they would drown all others."""
     adapter = small(gemma, {"v_proj", "o_proj", "up_proj", "down_proj"})
     found = fit_residual(gemma, gemma, adapter, None, batches(), range(2), rank=FULL, scale=1.0)
@@ -227,14 +227,14 @@ def test_a_dimension_that_the_norm_hardly_lets_through_does_not_cost_the_others(
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_wanted_gives_zeros(bases):
+def test_zero_change_gives_zero_updates(bases):
     source, target = bases
     adapter = jax.tree.map(np.zeros_like, small(source))
     found = fit_residual(source, target, adapter, None, batches(1), (0, 2))
     assert all(not np.asarray(x).any() for x in jax.tree.leaves(found))
 
 
-def test_weights_that_are_loaded_already_give_the_same(bases):
+def test_preloaded_weights_give_equal_results(bases):
     source, target = bases
     given = load_params(source), load_params(target)
     settings = {"rank": 2, "params": given}
@@ -256,7 +256,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), [((given, kind), text) for given, kind, text in UNUSABLE])
-def test_settings_that_make_no_sense(bases, wrong, message):
+def test_invalid_settings_are_refused(bases, wrong, message):
     source, target = bases
     given, kind = wrong
     settings = {"current": None, "batches": batches(1), "layers": (0, 2)} | given
@@ -264,14 +264,14 @@ def test_settings_that_make_no_sense(bases, wrong, message):
         fit_residual(source, target, small(source), **settings)
 
 
-def test_an_adapter_that_breaks_its_base_is_refused(bases):
+def test_adapter_with_non_finite_streams_is_refused(bases):
     source, target = bases
     adapter = Adapter({name: f.replace(b=np.full_like(f.b, np.inf)) for name, f in small(source).modules.items()})
     with pytest.raises(AdapterError, match="is not finite after layer 0"):
         fit_residual(source, target, adapter, None, batches(1), (0, 2))
 
 
-def test_joined_adapters_act_as_both(bases):
+def test_joined_adapters_act_as_their_sum(bases):
     source, _ = bases
     one, two = (stack_adapter(small(source, roles, seed=3), source) for roles in ({"q_proj", "v_proj"}, {"v_proj"}))
     both = join_stacked(one, two)

@@ -79,7 +79,7 @@ def test_rows_and_columns_of_every_module_are_found(tmp_path, name):
         np.testing.assert_array_equal(target.weight(module.name), whole[rows][:, columns])
 
 
-def test_moved_update_equals_that_of_the_changed_adapted_source(tmp_path):
+def test_moved_update_equals_the_selection_of_the_adapted_source(tmp_path):
     family, change = CASES["all at once"]
     made = make(family)
     source, target = made.write(tmp_path / "source"), change(made).write(tmp_path / "target")
@@ -94,7 +94,7 @@ def test_moved_update_equals_that_of_the_changed_adapted_source(tmp_path):
         np.testing.assert_allclose(delta(factors), want.tensors[key] - base.tensors[key], atol=1e-4)
 
 
-def test_transfer_from_a_pruned_base_to_the_whole(tmp_path):
+def test_transfer_from_a_pruned_base_to_the_full_base(tmp_path):
     """The moved update is zero in parts that the pruned base lacks."""
     made = make()
     whole, small = made.write(tmp_path / "whole"), fewer_neurons(made).write(tmp_path / "small")
@@ -117,7 +117,7 @@ def test_auto_selects_the_method_and_equals_the_explicit_choice(tmp_path, capsys
     main(["transfer", str(tmp_path / "adapter"), *given, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "method: select, because one of the two bases is made of the other's parts" in printed
-    assert "left behind: 1 source modules feed nothing (layers 1)" in printed
+    assert "not moved: 1 source modules feed no target module (layers 1)" in printed
     again = ["--method", "select", "--depth", "0,2,3", "--out", str(tmp_path / "again")]
     main(["transfer", str(tmp_path / "adapter"), *given, *again])
     first, second = (jcl.load_adapter(tmp_path / name) for name in ("out", "again"))
@@ -136,7 +136,7 @@ def test_unrelated_bases_and_other_depth_maps_are_refused(tmp_path):
     assert store.read.count("model.embed_tokens.weight") == once > 0
 
 
-def test_what_is_not_made_of_parts_is_refused(tmp_path):
+def test_bases_that_do_not_consist_of_parts_are_refused(tmp_path):
     source, target = make().write(tmp_path / "source"), make(seed=1).write(tmp_path / "target")
     with pytest.raises(jcl.MethodError, match="made of the other's parts: neither their embeddings nor any"):
         jcl.align(source, target, method="select")
@@ -145,7 +145,7 @@ def test_what_is_not_made_of_parts_is_refused(tmp_path):
         jcl.align(source, source, method="select", depth=[0, 1, 1, 3])
 
 
-def test_mix_of_two_bases_is_not_made_of_parts(tmp_path):
+def test_mix_of_two_bases_does_not_consist_of_parts(tmp_path):
     """The source's layers could be used, but neither base contains all parts of the other."""
     made, other = make(), make(seed=1)
     layers = {name: x for name, x in other.tensors.items() if name.startswith(("model.layers.1.", "model.layers.3."))}

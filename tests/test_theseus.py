@@ -31,7 +31,7 @@ def transfer(files, out, *flags):
     main(["transfer", *map(str, given), "--method", "theseus", *flags])
 
 
-def test_text_of_the_user_by_the_command_and_again_by_its_own_recipe(files, tmp_path, capsys):
+def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     transfer(files, tmp_path / "one", "--probe-text", str(files / "texts.txt"))
     printed = capsys.readouterr().out
     assert f"probes: {len(CORPUS)} texts read from {files / 'texts.txt'}" in printed
@@ -45,7 +45,7 @@ def test_text_of_the_user_by_the_command_and_again_by_its_own_recipe(files, tmp_
     assert one == two
 
 
-def test_text_that_the_source_writes_itself(files, tmp_path):
+def test_source_writes_the_text_if_none_is_given(files, tmp_path):
     transfer(files, tmp_path / "out", "--probe-count", "6")
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
     assert report["recipe"]["probe_count"] == 6
@@ -53,7 +53,7 @@ def test_text_that_the_source_writes_itself(files, tmp_path):
     assert len(jcl.load_adapter(tmp_path / "out").modules) == 14
 
 
-def test_the_same_base_on_both_sides_keeps_what_the_probes_reach(files):
+def test_equal_bases_keep_the_part_that_probes_reach(files):
     """Orthogonal maps of a base to itself are the projections on the directions that its activations reach."""
     base = jcl.open_base(files / "source")
     adapter = random_adapter(base)
@@ -78,7 +78,7 @@ UNUSABLE = [(None, "absent.txt"), ("", "holds no text"), (b"\xff\xfe\x00", "abse
 
 
 @pytest.mark.parametrize(("content", "wanted"), UNUSABLE)
-def test_text_files_that_cannot_be_used(files, tmp_path, capsys, content, wanted):
+def test_invalid_text_files_are_refused(files, tmp_path, capsys, content, wanted):
     path = tmp_path / "absent.txt"
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -91,7 +91,7 @@ def test_text_files_that_cannot_be_used(files, tmp_path, capsys, content, wanted
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_without_a_tokenizer_is_refused(files, tmp_path, capsys):
+def test_base_without_a_tokenizer_is_refused(files, tmp_path, capsys):
     (tmp_path / "bare").mkdir()
     for path in (files / "target").iterdir():
         if path.name != "tokenizer.json":
@@ -103,7 +103,7 @@ def test_a_base_without_a_tokenizer_is_refused(files, tmp_path, capsys):
     assert "tokenizer.json" in capsys.readouterr().err
 
 
-def test_evaluate_by_the_command(files, tmp_path, capsys):
+def test_command_evaluates_a_moved_adapter(files, tmp_path, capsys):
     task = tmp_path / "task.jsonl"
     items = [{"question": f"What is {i}?", "choices": ["water", "light"], "answer": i % 2} for i in range(4)]
     task.write_text("\n".join(map(json.dumps, items)))
@@ -120,7 +120,7 @@ def test_evaluate_by_the_command(files, tmp_path, capsys):
     assert stopped.value.code == 2
 
 
-def test_partial_whitening_by_the_package(files):
+def test_partial_whitening_in_memory(files):
     base, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     probes = Probes(tuple(CORPUS), "given")
     transport = jcl.align(base, target, method=Theseus(whitening=0.25), probes=probes)
@@ -137,13 +137,13 @@ def test_partial_whitening_by_the_package(files):
     ("method", "power", "wanted"),
     [("theseus", 0.6, "0 (none) to 0.5"), ("copy", 0.1, "method copy has no setting whitening; it has no settings")],
 )
-def test_whitening_that_cannot_be_done(method, power, wanted):
+def test_unsupported_whitening_is_refused(method, power, wanted):
     with pytest.raises(UsageError) as refused:
         transfer_settings("adapter", "source", "target", "out", method=method, whitening=power)
     assert wanted in str(refused.value)
 
 
-def test_shift_runs_the_fit_of_a_method_that_fits(files):
+def test_shift_runs_the_fit_of_a_fitting_method(files):
     """The transport of such a method maps to zero; the fit is that of a transfer."""
     base, target, adapter = jcl.open_base(files / "source"), jcl.open_base(files / "target"), files / "adapter"
     transport = jcl.align(base, target, "residual-fit")

@@ -60,7 +60,7 @@ def command(files, out, *flags):
         if not (method.equal_shapes or method.runs_bases or EvidenceKind.SELECTION in method.requires)
     ],
 )
-def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, method):
+def test_every_method_moves_between_unequal_shapes_from_file_to_file(files, tmp_path, method):
     moved = transfer_files(settings(files, tmp_path / "out", method=method))
     target = jcl.open_base(files / "target")
     again = jcl.load_adapter(tmp_path / "out")
@@ -77,7 +77,7 @@ def test_every_method_for_unequal_shapes_from_file_to_file(files, tmp_path, meth
 @pytest.mark.parametrize(
     "method", [name for name, method in METHODS.items() if method.equal_shapes and not method.runs_bases]
 )
-def test_every_method_for_equal_shapes(files, tmp_path, method):
+def test_every_method_moves_between_equal_shapes(files, tmp_path, method):
     moved = transfer_files(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))
     adapter = jcl.load_adapter(files / "adapter")
     ranks = {factors.rank for factors in jcl.load_adapter(tmp_path / "out").modules.values()}
@@ -88,7 +88,7 @@ def test_every_method_for_equal_shapes(files, tmp_path, method):
     assert "nearly identical" in jcl.verdict(moved.report).text
 
 
-def test_align_and_shift_give_what_a_transfer_gives(files, tmp_path):
+def test_align_then_shift_equals_transfer(files, tmp_path):
     moved = transfer_files(settings(files, tmp_path / "out", method="cross-lora", svd_rank=20))
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport = jcl.align(source, target, CrossLoRA(svd_rank=20))
@@ -98,7 +98,7 @@ def test_align_and_shift_give_what_a_transfer_gives(files, tmp_path):
         np.testing.assert_array_equal(factors.b, moved.adapter.modules[name].b)
 
 
-def test_a_transport_that_has_lost_its_bases_is_for_apply_alone(files):
+def test_transport_without_bases_works_with_apply_but_not_shift(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter, transport = jcl.load_adapter(files / "adapter"), jcl.align(source, target, "pad-truncate")
     alone = transport.replace(bases=None)
@@ -107,7 +107,7 @@ def test_a_transport_that_has_lost_its_bases_is_for_apply_alone(files):
     assert jcl.apply(alone, adapter).keys() == jcl.shift(transport, adapter).adapter.modules.keys()
 
 
-def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
+def test_small_groups_and_one_large_group_give_equal_results(files, monkeypatch):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = jcl.load_adapter(files / "adapter")
     large = jcl.shift(jcl.align(source, target, method="random", seed=3), adapter)
@@ -120,7 +120,7 @@ def test_small_groups_give_what_one_large_group_gives(files, monkeypatch):
         np.testing.assert_allclose(delta(factors), delta(large.adapter.modules[name]), atol=1e-4)
 
 
-def test_only_what_the_adapter_has_is_aligned(files):
+def test_only_modules_of_the_adapter_are_aligned(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"q_proj", "v_proj"})
     transport = jcl.align(source, target, "pad-truncate", depth="by-name", sources=adapter.modules)
@@ -128,7 +128,7 @@ def test_only_what_the_adapter_has_is_aligned(files):
     assert roles == {"q_proj", "v_proj"}
 
 
-def test_what_is_left_behind_is_listed_with_its_share_of_the_update(files):
+def test_unmapped_sources_are_listed_with_their_share_of_the_update(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"q_proj"})
     moved = jcl.shift(jcl.align(source, target, "cross-lora", depth=[0, None]), adapter)
@@ -142,7 +142,7 @@ def test_what_is_left_behind_is_listed_with_its_share_of_the_update(files):
     assert len(moved.report.unmapped_targets) == 7
 
 
-def test_out_rank_gives_the_best_approximation(files):
+def test_out_rank_truncates_optimally(files):
     source, twin = jcl.open_base(files / "source"), jcl.open_base(files / "twin")
     adapter = random_adapter(source, rank=5, roles={"up_proj"})
     moved = jcl.shift(jcl.align(source, twin, method="copy"), adapter, out_rank=2)
@@ -152,7 +152,7 @@ def test_out_rank_gives_the_best_approximation(files):
         assert factors.rank == 2
 
 
-def test_modules_of_different_ranks_move_as_they_are(files):
+def test_modules_keep_their_different_ranks(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     one, two = random_adapter(source, rank=2, seed=0), random_adapter(source, rank=6, seed=1)
     mixed = jcl.Adapter({name: (one if "0" in name else two).modules[name] for name in source.modules})
@@ -163,7 +163,7 @@ def test_modules_of_different_ranks_move_as_they_are(files):
     }
 
 
-def test_modules_stored_in_different_formats_move_together(files):
+def test_modules_stored_in_different_dtypes_are_stacked(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"q_proj"})
     first = "model.layers.0.self_attn.q_proj"
@@ -176,7 +176,7 @@ def test_modules_stored_in_different_formats_move_together(files):
         np.testing.assert_allclose(delta(factors), delta(plain.adapter.modules[name]), atol=0.1 if name == first else 0)
 
 
-def test_calibration_restores_the_norm_of_every_module(files):
+def test_frobenius_calibration_restores_the_norm_of_every_module(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport = jcl.align(source, target, CrossLoRA(svd_rank=10))
     moved = jcl.shift(transport, jcl.load_adapter(files / "adapter"), calibrate="frobenius")
@@ -186,7 +186,7 @@ def test_calibration_restores_the_norm_of_every_module(files):
 
 
 @pytest.mark.parametrize(("scale", "calibrate"), [(0.6, None), (-2.0, "frobenius")])
-def test_a_scale_multiplies_every_moved_update_and_its_reported_norm(files, scale, calibrate):
+def test_scale_multiplies_every_moved_update_and_its_reported_norm(files, scale, calibrate):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport, adapter = jcl.align(source, target, CrossLoRA(svd_rank=10)), jcl.load_adapter(files / "adapter")
     plain = jcl.shift(transport, adapter, calibrate=calibrate)
@@ -203,7 +203,7 @@ def test_a_scale_multiplies_every_moved_update_and_its_reported_norm(files, scal
         assert row.norm_after == pytest.approx(abs(scale) * row.norm_before, rel=1e-4)
 
 
-def test_the_scale_of_a_command_is_in_its_recipe(files, tmp_path):
+def test_scale_is_written_to_the_recipe(files, tmp_path):
     given = settings(files, tmp_path / "out", method="pad-truncate", scale=0.5)
     moved = transfer_files(given)
     assert "scale = 0.5" in json.loads((tmp_path / "out" / "transfer_report.json").read_text())["recipe_toml"]
@@ -214,14 +214,14 @@ def test_the_scale_of_a_command_is_in_its_recipe(files, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
-def test_a_scale_that_leaves_no_update_is_refused(files, scale):
+def test_zero_or_non_finite_scale_is_refused(files, scale):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     transport, adapter = jcl.align(source, target, CrossLoRA(svd_rank=10)), jcl.load_adapter(files / "adapter")
     with pytest.raises(UsageError, match=f"scale {scale:g} is out of range"):
         jcl.shift(transport, adapter, scale=scale)
 
 
-def test_an_update_of_zero_stays_zero_under_calibration(files):
+def test_zero_update_stays_zero_under_calibration(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source, roles={"k_proj"})
     zero = jcl.Adapter({n: f.replace(b=np.zeros_like(f.b)) for n, f in adapter.modules.items()})
@@ -229,7 +229,7 @@ def test_an_update_of_zero_stays_zero_under_calibration(files):
     assert all(not np.asarray(factors.b).any() for factors in moved.adapter.modules.values())
 
 
-def test_inputs_are_not_changed(files):
+def test_transfer_does_not_change_its_inputs(files):
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = random_adapter(source)
     before = {name: (factors.a.copy(), factors.b.copy()) for name, factors in adapter.modules.items()}
@@ -245,7 +245,7 @@ def test_inputs_are_not_changed(files):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(files, tmp_path, capsys):
+def test_command_prints_table_and_verdict_and_writes_the_folder(files, tmp_path, capsys):
     command(files, tmp_path / "out", "--svd-rank", "20")
     printed = capsys.readouterr()
     for text in (
@@ -254,7 +254,7 @@ def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(file
         "all",
         "SVDs: gram",
         "signs: fixed by the embeddings of 76 shared tokens",
-        "left behind: 7",
+        "not moved: 7",
     ):
         assert text in printed.out
     assert printed.out.splitlines()[-2].startswith("verdict: ")
@@ -264,7 +264,7 @@ def test_the_command_prints_the_table_and_the_verdict_and_writes_the_folder(file
     assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors", "transfer_report.json"]
 
 
-def test_the_report_holds_every_module_and_no_bare_nan(files, tmp_path):
+def test_report_json_lists_every_module_and_has_no_nan(files, tmp_path):
     command(files, tmp_path / "out")
     text = (tmp_path / "out" / "transfer_report.json").read_text()
     report = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -278,7 +278,7 @@ def test_the_report_holds_every_module_and_no_bare_nan(files, tmp_path):
     assert report["verdict"]["level"]
 
 
-def test_the_recipe_on_the_card_makes_the_same_adapter_again(files, tmp_path):
+def test_recipe_on_the_card_reproduces_the_adapter(files, tmp_path):
     command(
         files,
         tmp_path / "one",
@@ -302,7 +302,7 @@ def test_the_recipe_on_the_card_makes_the_same_adapter_again(files, tmp_path):
     assert one == two
 
 
-def test_the_recipe_pins_the_commit_of_an_adapter_from_the_hub(files, tmp_path, monkeypatch):
+def test_recipe_pins_the_commit_of_a_hub_adapter(files, tmp_path, monkeypatch):
     snapshot = tmp_path / "models--org--tuned" / "snapshots" / "0123abcd"
     shutil.copytree(files / "adapter", snapshot)
     monkeypatch.setattr("jcrosslora.adapter.folder._download", lambda _, name, revision: snapshot / name)
@@ -313,7 +313,7 @@ def test_the_recipe_pins_the_commit_of_an_adapter_from_the_hub(files, tmp_path, 
     assert jcl.load_adapter(files / "adapter").info.revision is None
 
 
-def test_flags_come_before_the_recipe(files, tmp_path):
+def test_flags_override_the_recipe(files, tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('method = "random"\nsvd_rank = 7\n')
     command(files, tmp_path / "out", "--recipe", str(recipe), "--svd-rank", "9")
@@ -322,13 +322,13 @@ def test_flags_come_before_the_recipe(files, tmp_path):
 
 
 @pytest.mark.parametrize("depth", [*DEPTH_MAPS, "0,-"])
-def test_depth_maps_by_flag(files, tmp_path, depth):
+def test_depth_flag_selects_the_depth_map(files, tmp_path, depth):
     command(files, tmp_path / "out", "--depth", depth)
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())
     assert report["layers"] == {"by-name": [0, 1], "proportional": [0, 2], "0,-": [0, None]}[depth]
 
 
-def test_target_name_and_dtype_reach_the_file(files, tmp_path):
+def test_target_name_and_dtype_are_written_to_the_file(files, tmp_path):
     command(files, tmp_path / "out", "--target-name", "org/tgt", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/tgt"
@@ -337,7 +337,7 @@ def test_target_name_and_dtype_reach_the_file(files, tmp_path):
     assert 'base_model: "org/tgt"' in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_overwrite_replaces_an_adapter(files, tmp_path):
+def test_overwrite_replaces_an_existing_adapter(files, tmp_path):
     command(files, tmp_path / "out", "--method", "random")
     first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     command(files, tmp_path / "out", "--overwrite")
@@ -366,14 +366,14 @@ def test_inspect_check_and_methods(files, tmp_path, capsys):
     assert all(name in printed for name in jcl.methods.METHODS)
 
 
-def test_importing_the_package_needs_none_of_the_heavy_libraries():
+def test_import_does_not_load_heavy_libraries():
     heavy = {"torch", "transformers", "peft", "gguf"}
     code = f"import sys, jcrosslora, jcrosslora.cli.main; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
-def test_one_device_gives_the_numbers_of_two(files, tmp_path):
+def test_one_device_and_two_give_equal_results(files, tmp_path):
     """This process has two devices; a fresh one has one."""
     transfer_files(settings(files, tmp_path / "two", svd_rank=20))
     flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--svd-rank", "20"]
@@ -387,7 +387,7 @@ def test_one_device_gives_the_numbers_of_two(files, tmp_path):
         np.testing.assert_allclose(delta(one.modules[name]), delta(two.modules[name]), atol=2e-4)
 
 
-def test_texts_that_no_method_asks_for_are_said_to_be_unread(files, tmp_path, capsys):
+def test_warning_names_given_text_that_the_method_does_not_read(files, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("Water boils.\n")
     command(files, tmp_path / "out", "--method", "pad-truncate", "--probe-text", str(tmp_path / "texts.txt"))
     assert "texts.txt was not read: method pad-truncate asks for none" in capsys.readouterr().out

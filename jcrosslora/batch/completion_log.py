@@ -1,4 +1,4 @@
-"""Which jobs of a batch are done: one small file for each, by what the job was made from."""
+"""The completion log of a batch: one small file for each finished job, with a fingerprint of its inputs."""
 
 import json
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ from jcrosslora.methods import Method
 from jcrosslora.utils.files import write_whole
 
 FOLDER = ".batch"
-# What does not change the numbers: where things are, and what is checked afterwards but for the report.
+# Settings that do not change the result: locations of files, and cache and overwriting.
 _NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache")
 
 
 class CompletionLog:
-    """The record of a batch's finished jobs, in a hidden folder beside their results.
+    """The log of a batch's finished jobs, in a hidden folder beside their results.
 
-    A job counts as done if its folder is there and the record says that it was made from the same numbers: the same
-    settings, probe texts, bases (weights, configuration and tokenizer), adapter, and version of the package. Folders
-    appear whole or not at all, so a batch that was killed at any point goes on where it was.
+    A job counts as done if its folder exists and the log has the fingerprint of the same inputs: settings, probe texts,
+    bases (weights, configuration and tokenizer), adapter, and version of the package. Folders are written atomically,
+    so a batch that was killed at any point can be resumed.
     """
 
     def __init__(self, out: Path) -> None:
         self._folder = out / FOLDER
 
     def is_done(self, job: Job, fingerprint: str) -> bool:
-        """Whether the job's folder is there and was made from what `fingerprint` (see `fingerprint_of`) stands for."""
+        """Tell whether the job's folder exists and its inputs had this fingerprint (see `fingerprint_of`)."""
         if not Path(job.settings.out).is_dir():
             return False
         try:
@@ -41,13 +41,13 @@ class CompletionLog:
 
     @contextmanager
     def writing(self, job: Job, fingerprint: str) -> Iterator[None]:
-        """A block that writes the job's folder.
+        """Log a job around the block that writes its folder.
 
-        The record of a new folder is written first: killed between the two, the folder is missing. That of a folder
-        that is replaced is written last, or the old one would count as the new.
+        The entry of a new folder is written first: if the run is killed in between, the folder is missing and the job
+        not done. The entry of a replaced folder is written last, otherwise the old folder would count as the new.
 
         Raises:
-            OutputError: the record cannot be written.
+            OutputError: the log cannot be written.
         """
         replaces = Path(job.settings.out).exists()
         if replaces:
@@ -80,21 +80,21 @@ class CompletionLog:
 
 
 def base_fingerprint(base: BaseModel) -> str:
-    """What a base is for a job: its weights, its configuration and its tokenizer."""
+    """Digest the weights, the configuration and the tokenizer of a base."""
     return digest_of(weights_key(base), tokenizer_key(base))
 
 
 def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
-    """What a job is made from, as one hex string.
+    """Digest all inputs of a job, as a hex string.
 
     Args:
-        job: its settings count, apart from where its files are.
-        adapter: the digest of its weights counts, and its configuration, which scales them.
-        source: from `base_fingerprint`.
-        target: likewise.
-        texts: digest of those of `probe_text`; "" where the settings name no such file.
+        job: the job; its settings count, except locations of files.
+        adapter: its adapter; the digest of the weights and the configuration, which scales them, count.
+        source: fingerprint of the source, from `base_fingerprint`.
+        target: likewise of the target.
+        texts: digest of the texts of `probe_text`; "" if the settings name no such file.
     """
     settings = {key: value for key, value in job.settings.flat().items() if key not in _NO_PART}
     method = job.settings.method
-    code = method.cache_key() if isinstance(method, Method) else None  # of a user's own method its file counts
+    code = method.cache_key() if isinstance(method, Method) else None  # includes the file of a user's own method
     return digest_of(version("jcrosslora"), settings, code, adapter.digest, adapter.config, source, target, texts)

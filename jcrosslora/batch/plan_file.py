@@ -19,9 +19,9 @@ from jcrosslora.session.settings_file import check_settings, read_toml
 
 _TABLES = ("out", "bases", "adapters", "moves")
 _BASE_KEYS = ("ref", "revision", "name")
-# What a move says of itself; everything else in it is a setting of the transfer.
+# Keys of a move; all other keys are settings of the transfer.
 _MOVE_KEYS = ("from", "to", "methods", "adapters", "label")
-# Settings that the plan's other tables, or the batch itself, decide.
+# Settings that the plan's other tables or the batch itself determine.
 _OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
 _OWN_BASES = ("source_revision", "target_revision", "target_name")
 _WILD = re.compile(r"[*?\[]")
@@ -32,8 +32,8 @@ class Job:
     """One adapter to one base by one method.
 
     Attributes:
-        name: of the folder that it writes, unique in the plan.
-        settings: of the transfer.
+        name: name of the folder that it writes, unique in the plan.
+        settings: the settings of the transfer.
     """
 
     name: str
@@ -64,13 +64,14 @@ def read_plan(path: str | Path) -> BatchPlan:
     """Read a plan from a TOML file.
 
     It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name}), a table `adapters` (name of a base
-    = list of adapters trained on it; * ? [] choose among folders, hidden ones left out), and one `[[moves]]` or more:
-    `from` and `to` name bases, `methods` lists methods, `adapters` chooses among the base's by name, `label` tells
-    moves apart that would write to one folder, and all else are settings of a transfer. Paths are relative to the file.
+    = list of adapters trained on it; the wildcards * ? [] match folders that are not hidden), and at least one
+    `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by name,
+    `label` distinguishes moves that would write to one folder, and all other keys are settings of a transfer. Paths are
+    relative to the file.
 
     Raises:
-        UsageError: it cannot be read or does not fit this form, names a base that it does not define, chooses no
-            adapter, or gives two jobs one name.
+        UsageError: the file cannot be read or does not have this form, names an undefined base, selects no adapter, or
+            gives two jobs the same name.
     """
     path = Path(path)
     values = read_toml(path, "plan", 'out = "moved"')
@@ -100,11 +101,11 @@ def read_plan(path: str | Path) -> BatchPlan:
 
 
 def _clash(job: Job, other: Job) -> str:
-    """What to do about two jobs of one name."""
+    """Advise how to give two jobs different names."""
     names = other.settings.adapter, job.settings.adapter
     if names[0] == names[1]:
         return "; give one of the moves a label"
-    return f", of {names[0]} and {names[1]}; give one of the two another name, such as that of a link to it"
+    return f", of {names[0]} and {names[1]}; rename one of the two, or name a link to it"
 
 
 def _jobs(
@@ -123,13 +124,13 @@ def _jobs(
     known = _known_settings(methods, place)
     own = [key for key in settings if key in _OWN + _OWN_BASES]
     if own:
-        msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out decide; leave it out"
+        msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
         raise UsageError(msg)
     check_settings(settings, place)
     hyper = {key: settings.pop(key) for key in list(settings) if key not in OWN_FIELDS}
     for key in hyper:
         if not any(key in names for names in known.values()):
-            msg = f"{place} sets {key}, which no method of it has: {', '.join(methods)}; leave it out"
+            msg = f"{place} sets {key}, which none of its methods has: {', '.join(methods)}; leave it out"
             raise UsageError(msg)
     if "probe_text" in settings:  # never a hub id
         settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
@@ -150,7 +151,7 @@ def _jobs(
 
 
 def _known_settings(methods: list[str], place: str) -> dict[str, set[str]]:
-    """Return the hyper-parameters of each method of a move; `auto` takes those of any."""
+    """Return the hyper-parameters of each method of a move; `auto` accepts those of all methods."""
     try:
         return {
             method: set(setting_fields())
@@ -218,20 +219,20 @@ def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
         visible = (path for path in root.glob(str(parts)) if not _is_hidden(path.relative_to(root), parts))
         matches = sorted(str(path) for path in visible if path.is_dir() or path.suffix == GGUF_ENDING)
         if not matches:
-            msg = f"{place}: no adapter matches {ref}; mind that paths are relative to the plan"
+            msg = f"{place}: no adapter matches {ref}; note that paths are relative to the plan"
             raise UsageError(msg)
         found += matches
     return list(dict.fromkeys(found))
 
 
 def _is_hidden(path: Path, pattern: Path) -> bool:
-    """Whether a path goes through a hidden folder, and its pattern names none, as in a shell."""
+    """Tell whether a path has a hidden folder although its pattern names none, as in a shell."""
     found, named = ([part for part in one.parts if part[0] == "." and part != ".."] for one in (path, pattern))
     return bool(found) and not named
 
 
 def _placed(ref: str, folder: Path, place: str) -> str:
-    """A path as seen from here; what is not there beside the plan is left as it is: it may be a hub id."""
+    """Resolve a path relative to the plan; return it unchanged if it does not exist, since it may be a hub id."""
     path = folder / _expanded(ref, place)
     return str(path) if os.path.exists(path) else ref
 
@@ -240,7 +241,7 @@ def _expanded(path: str, place: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        msg = f"{place} is {path}, and there is no such home folder; write another path"
+        msg = f"{place} is {path}, but there is no such home folder; write another path"
         raise UsageError(msg) from error
 
 

@@ -1,4 +1,4 @@
-"""A plan done by the machines of a Ray cluster that share a file system: each worker does a unit at a time."""
+"""Run a plan on a Ray cluster with a shared file system: each worker runs one unit at a time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jcrosslora.errors import UsageError
 from jcrosslora.utils.progress import track
 
 LOCAL = "local"
-# How often Ray starts a unit anew whose worker died.
+# How often Ray restarts a unit whose worker died.
 _RETRIES = 1
-# Seconds until a cluster that does not answer counts as missing.
+# Seconds to wait for a connection to the cluster.
 _PATIENCE = 30
-# What a worker has to know of the environment that the plan was started in.
+# Prefixes of the environment variables that workers receive.
 _PASSED_ON = ("JCROSSLORA_", "JAX_", "XLA_", "HF_")
 
 
@@ -36,28 +36,28 @@ def run_on_ray(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Summary:
-    """Do all jobs of a plan that are not done yet, by the workers of a Ray cluster; see `run_batch`.
+    """Run all unfinished jobs of a plan on the workers of a Ray cluster; see `run_batch`.
 
     Every machine of the cluster must have this package, and see the plan's folder, its files and the current folder
-    under the same paths. A unit whose worker dies is done again, and if that one dies too, its jobs are done one by
-    one, so that only the job that is too much for a worker fails.
+    under the same paths. If the worker of a unit dies, the unit is retried. If the retry dies too, its jobs run one by
+    one, so that only the job that kills a worker fails.
 
     Args:
         plan: see `read_plan`.
-        address: HOST:PORT or ray://HOST:PORT of the cluster, "auto" for the one that this machine belongs to, or
-            "local" for one of this machine's processes. Without effect where Ray has been initialised.
-        cpus: that a unit takes; None is all that the smallest machine has.
-        gpus: likewise; None is all that the smallest machine with any has.
+        address: HOST:PORT or ray://HOST:PORT of the cluster, "auto" for the cluster that this machine belongs to, or
+            "local" for a new cluster of this machine's processes. Ignored if Ray is initialised.
+        cpus: CPUs for a unit; None takes all CPUs of the smallest machine.
+        gpus: GPUs for a unit; None takes all GPUs of the smallest machine with GPUs.
         shard: (i, n): only the i-th of n parts.
         overwrite: whether adapter folders that were made from other input may be replaced.
         progress: whether to show a progress bar.
 
     Returns:
-        What became of each job; also written as by `run_batch`.
+        The outcome of each job; also written as by `run_batch`.
 
     Raises:
-        UsageError: Ray is not installed or no cluster is there, no machine has as much as a unit shall take, or there
-            is no such shard.
+        UsageError: Ray is not installed, the cluster cannot be reached, no machine has the resources that a unit takes,
+            or the shard does not exist.
         OutputError: the summary cannot be written.
     """
     mine = share_of(units_of(plan.jobs), *shard)
@@ -76,8 +76,8 @@ def run_on_ray(
 
 
 def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...]) -> Iterator[Outcome]:
-    """What became of each job, as soon as its unit is done."""
-    # The largest first, or the last worker would be busy when all others have nothing left.
+    """Yield the outcome of each job as soon as its unit is done."""
+    # Start the largest first, so that no worker is left alone with a large unit in the end.
     order = sorted(units, key=lambda unit: -len(unit.jobs))
     running = {task.remote(unit, *rest): unit for unit in order}
     try:
@@ -92,7 +92,7 @@ def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...])
                     continue
                 job = next(iter(unit.jobs))
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                text = f"the worker did not come to an end with it, {_RETRIES + 1} times over ({reason[:500]})"
+                text = f"the worker died with it {_RETRIES + 1} times ({reason[:500]})"
                 yield Outcome(job.name, job.settings.out, "failed", text)
     finally:
         for reference in running:
@@ -100,7 +100,7 @@ def _outcomes(ray: Any, task: Any, units: Sequence[Unit], rest: tuple[Any, ...])
 
 
 def _work(unit: Unit, out: Path, overwrite: bool, folder: str) -> list[Outcome]:
-    """In a worker: do a unit."""
+    """Run a unit in a worker."""
     from jcrosslora.cache.compiled import keep_compiled
 
     os.chdir(folder)  # the plan's paths are relative to it
@@ -111,7 +111,7 @@ def _work(unit: Unit, out: Path, overwrite: bool, folder: str) -> list[Outcome]:
 def _division(
     machines: Sequence[dict[str, float]], cpus: float | None, gpus: float | None
 ) -> tuple[dict[str, float], int]:
-    """What a unit takes, and how many can be done at a time."""
+    """Return the resources of a unit, and how many units can run at a time."""
     if any(number is not None and not number >= 0 for number in (cpus, gpus)):
         msg = f"a unit cannot take {cpus} CPUs and {gpus} GPUs; give numbers from 0 on, or none for all"
         raise UsageError(msg)
@@ -130,13 +130,13 @@ def _division(
 
 def _environment() -> dict[str, str]:
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    # As the command sets it for itself: OpenBLAS's threads and JAX's only take the cores from each other.
+    # The command sets the same for itself: threads of OpenBLAS and JAX would compete for the cores.
     return {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", **passed}
 
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster; the connection ends with the block if it was made here."""
+    """Connect Ray to a cluster for the block; an existing connection is used and kept."""
     try:
         import ray
         import ray.exceptions
@@ -162,10 +162,10 @@ def _cluster(address: str) -> Iterator[Any]:
 
 
 def _reach(address: str) -> None:
-    """See that something listens at HOST:PORT, for which Ray itself waits without end.
+    """Check that HOST:PORT accepts connections; Ray itself would wait without a limit.
 
     Raises:
-        OSError: nothing does.
+        OSError: it does not.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():

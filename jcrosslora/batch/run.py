@@ -1,4 +1,4 @@
-"""The run of a batch: unit by unit, a session each, its adapters in chunks of bounded memory."""
+"""Run a batch unit by unit: a unit is a session of one pair of bases, with adapters in chunks of bounded memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import Track, track
 
-# Adapters in memory at a time, in bytes as float32, with as much again for what they become.
+# Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
 CHUNK_BYTES = 256 * 2**20
 SUMMARY = "batch_summary.json"
 
@@ -42,27 +42,27 @@ def run_batch(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Summary:
-    """Do all jobs of a plan that are not done yet.
+    """Run all unfinished jobs of a plan.
 
-    Jobs are independent: one that fails is listed, and the others go on. What has been written stays, whatever
-    happens; the same call goes on from there and writes the same bytes as an undisturbed run.
+    Jobs are independent: one that fails is listed, and the others go on. Finished results are kept after any
+    interruption; the same call resumes from there and writes the same bytes as an uninterrupted run.
 
     Args:
         plan: see `read_plan`.
-        shard: (i, n): only the i-th of n parts, for n runs side by side. Their results go to the same folder.
+        shard: (i, n): only the i-th of n parts, for n parallel runs. Their results go to the same folder.
         overwrite: whether adapter folders that were made from other input may be replaced.
         progress: whether to show progress bars.
 
     Returns:
-        What became of each job; also written to `batch_summary.json` in the plan's folder (of part i of n to
+        The outcome of each job; also written to `batch_summary.json` in the plan's folder (for part i of n to
         `batch_summary.i-of-n.json`), even if the run is interrupted.
 
     Raises:
-        UsageError: no such shard, or a process that works with others by `jax.distributed`.
+        UsageError: the shard does not exist, or the process is part of a `jax.distributed` run.
         OutputError: the summary cannot be written.
     """
     if hosts.count() > 1:
-        msg = "a batch is not done by several processes together; start each alone, with a shard i/n of its own"
+        msg = "a batch cannot run in several connected processes; start each alone, with a shard i/n of its own"
         raise UsageError(msg)
     units = share_of(units_of(plan.jobs), *shard)
     with (
@@ -77,7 +77,7 @@ def run_batch(
 
 @contextmanager
 def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
-    """A block that does some units of a plan; what it enters into the summary is saved, however it ends.
+    """Provide a summary to a block that runs some units of a plan, and save it however the block ends.
 
     Raises:
         OutputError: the summary cannot be written.
@@ -92,12 +92,12 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
 
 
 def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
-    """What became of the jobs of one unit, done here and now.
+    """Run one unit in this process and return the outcomes of its jobs.
 
     Args:
-        unit: of a plan.
+        unit: a unit of a plan.
         out: the plan's folder.
-        overwrite: as for `run_batch`.
+        overwrite: see `run_batch`.
     """
     summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
     with track(len(unit.jobs), "batch", "jobs", show=False) as bar:
@@ -107,13 +107,13 @@ def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
 
 @dataclass(frozen=True, eq=False)
 class _Checked:
-    """A job whose adapter fits its base: what is known of it while its factors are not in memory.
+    """A checked job whose factors need not be in memory.
 
     Attributes:
-        job: from the plan.
-        method: of its transfer.
-        fingerprint: of everything that its result is made from.
-        sources: the modules that its adapter has.
+        job: the job of the plan.
+        method: the method of its transfer.
+        fingerprint: digest of all its inputs.
+        sources: the modules of its adapter.
         size: bytes of its factors as float32.
     """
 
@@ -131,7 +131,7 @@ class _Run:
         self._since = time.monotonic()
 
     def do(self, unit: Unit) -> None:
-        """Do all jobs of a unit; what goes wrong for all of them is the outcome of each."""
+        """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
         self._since = time.monotonic()
         try:
             with enough_memory(lighter(make_method(unit.settings.method))):
@@ -143,29 +143,29 @@ class _Run:
 
     @property
     def overwrite(self) -> bool:
-        """Whether adapter folders that were made from other input may be replaced."""
+        """Tell whether adapter folders that were made from other input may be replaced."""
         return self._overwrite
 
     @property
     def progress(self) -> bool:
-        """Whether to show progress."""
+        """Tell whether to show progress."""
         return self._progress
 
     def is_open(self, job: Job) -> bool:
-        """Whether nothing is known of a job yet."""
+        """Tell whether a job has no outcome yet."""
         return self._summary.outcomes[job.name].status == "open"
 
     def is_done(self, item: _Checked) -> bool:
-        """Whether a job's result is there already."""
+        """Tell whether a job's result exists already."""
         return self._log.is_done(item.job, item.fingerprint)
 
     def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
-        """Do a job and write its result; list it as failed if it does not succeed."""
+        """Run a job and write its result; list it as failed if it fails."""
         settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
         try:
             with enough_memory(lighter(item.method)):
                 result = work()
-                if self.is_done(item):  # by another run meanwhile
+                if self.is_done(item):  # jobs that another run finished meanwhile
                     return
                 with self._log.writing(item.job, item.fingerprint):
                     save_as(result, settings)
@@ -176,7 +176,7 @@ class _Run:
             self.close(item.job, "done", result.verdict.text)
 
     def check_place(self, job: Job, fingerprint: str) -> None:
-        """Refuse a job whose folder holds something that was made from other input."""
+        """Refuse a job whose folder holds a result of other inputs."""
         if not self._log.is_done(job, fingerprint):
             ensure_free(job.settings.out, self._overwrite)
 
@@ -190,23 +190,23 @@ class _Run:
 
 
 class _UnitRun:
-    """One unit: its jobs are checked, then aligned together, then moved in chunks."""
+    """The run of one unit: its jobs are checked, then aligned together, then moved in chunks."""
 
     def __init__(self, run: _Run, unit: Unit) -> None:
         self._run, self._unit, self._settings = run, unit, unit.settings
         self._session = open_session(unit.settings, progress=run.progress)
         self._method = make_method(unit.settings.method)
         self._given = given_probes(unit.settings.probe_text)
-        self._read: dict[str, Adapter] = {}  # adapters that are held until they are moved, by the name of the job
+        self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
         self._room = CHUNK_BYTES
 
     def do(self) -> None:
-        """Do all jobs of the unit that are not done yet."""
+        """Run all unfinished jobs of the unit."""
         pair = self._session.pair
         texts = "" if self._given is None else digest_of(*self._given.texts)
         shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
         checked = [item for item in (self._check(job, shared) for job in self._unit.jobs) if item is not None]
-        self._close_kept(checked)  # whatever becomes of the others
+        self._close_kept(checked)  # before other jobs can fail
         for method in dict.fromkeys(item.method for item in checked):
             items = [item for item in checked if item.method == method]
             if all(map(self._run.is_done, items)):
@@ -214,7 +214,7 @@ class _UnitRun:
             fitting, task = self._planned(items)
             if task is not None:
                 self._move(fitting, task)
-        self._close_kept(checked)  # by another run meanwhile
+        self._close_kept(checked)  # jobs that another run finished meanwhile
 
     def _check(self, job: Job, shared: tuple[str, str, str]) -> _Checked | None:
         """Check the adapter and the output of a job before anything is computed."""
@@ -235,7 +235,7 @@ class _UnitRun:
         return _Checked(job, move.method, fingerprint, tuple(factors.modules), size)
 
     def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
-        """Return the jobs that can be aligned, with a task for all of them; one whose modules cannot fails alone."""
+        """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""
         kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
         method = items[0].method
 
@@ -255,14 +255,14 @@ class _UnitRun:
         return fitting, plan({name for item in fitting for name in item.sources}) if fitting else None
 
     def _move(self, items: Sequence[_Checked], task: AlignmentTask) -> None:
-        # Done jobs keep their place among the others: the same program on the same arrays gives the same bytes.
+        # Finished jobs keep their place in their chunk: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
         needed = {item.job.name for chunk in chunks for item in chunk}
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
         task = self._session.collect_text(task, self._settings, self._given)
         groups = None
         if self._session.pair.store is None and len(chunks) > 1:
-            # Without a cache the groups of several chunks have to stay in memory.
+            # Without a cache the groups stay in memory for all chunks.
             groups = tuple(align_groups(task, progress=self._run.progress))
         for chunk in chunks:
             moves = [self._start(item.job, self._adapter(item)) for item in chunk]
@@ -275,7 +275,7 @@ class _UnitRun:
         return self._session.start(adapter, self._method, job.settings, job.settings.profile)
 
     def _adapter(self, item: _Checked) -> Adapter:
-        """Return the adapter of a job, held since it was checked or read again."""
+        """Return the adapter of a job, from memory or read again."""
         held = self._read.pop(item.job.name, None)
         return self._load(item.job.settings) if held is None else held
 

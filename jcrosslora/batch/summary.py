@@ -1,4 +1,4 @@
-"""What became of the jobs of a batch, for people and for programs."""
+"""The outcomes of a batch's jobs, as a table and as JSON."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,14 +16,14 @@ Status = Literal["done", "kept", "failed", "open"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one job.
+    """The outcome of one job.
 
     Attributes:
-        name: of the job.
+        name: name of the job.
         out: its folder.
-        status: "done" in this run, "kept" from an earlier one, "failed", or "open": not reached.
-        text: the verdict on the moved adapter, or what failed.
-        seconds: from the end of the job before to its own end; of the first of a unit, with what all of it share.
+        status: "done" in this run, "kept" from an earlier run, "failed", or "open" (not reached).
+        text: the verdict on the moved adapter, or the error.
+        seconds: time since the end of the previous job; for the first job of a unit this includes the shared work.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Summary:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def count(self, status: Status) -> int:
-        """How many jobs have a status."""
+        """Count the jobs with a status."""
         return sum(outcome.status == status for outcome in self.outcomes.values())
 
     def to_json(self) -> str:
-        """The counts and every outcome."""
+        """Return the counts and every outcome as JSON."""
         counts = {status: self.count(status) for status in ("done", "kept", "failed", "open")}
         return json.dumps({**counts, "jobs": [asdict(one) for one in self.outcomes.values()]}, indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write `to_json`; a file that is there is replaced whole.
+        """Write `to_json` to a file, atomically.
 
         Raises:
             OutputError: it cannot be written.
@@ -62,8 +62,8 @@ class Summary:
             raise OutputError(msg) from error
 
     def print_to(self, console: Console) -> None:
-        """A table of all jobs."""
+        """Print a table of all jobs."""
         table = Table(Column("job", overflow="fold"), "status", "s", Column(overflow="fold"), title_justify="left")
         for one in self.outcomes.values():
             table.add_row(one.name, one.status, f"{one.seconds:.1f}" if one.seconds else "", one.text)
-        console.print(table, markup=False)  # brackets in names and reasons are no style
+        console.print(table, markup=False)  # print brackets in names and reasons literally

@@ -1,4 +1,4 @@
-"""Jobs that share their alignment, and their division among shards."""
+"""Group jobs that share an alignment into units, and divide the units among shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import UsageError
 from jcrosslora.session.settings import TransferSettings
 
-# What decides the maps between two bases; everything else is of one adapter alone.
+# Settings that determine the alignment; all others concern a single adapter.
 _ALIGNING = (
     *("source", "target", "source_revision", "target_revision", "target_name"),
     *("method", "depth", "seed", "probe_text", "probe_count", "cache"),
@@ -19,7 +19,7 @@ _ALIGNING = (
 
 @dataclass(frozen=True)
 class Unit:
-    """Jobs whose alignment is the same: it is made once for all of them.
+    """Jobs that share one alignment.
 
     Attributes:
         jobs: at least one, in the order of the plan.
@@ -29,12 +29,12 @@ class Unit:
 
     @property
     def settings(self) -> TransferSettings:
-        """Those of the first job; the ones that the alignment depends on are the same in all."""
+        """Return the settings of the first job; those that determine the alignment are the same in all jobs."""
         return self.jobs[0].settings
 
 
 def units_of(jobs: Sequence[Job]) -> list[Unit]:
-    """The units of a plan, in the order in which they first occur."""
+    """Group jobs into units, in the order in which they first occur."""
     found: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
         found.setdefault(tuple(getattr(job.settings, name) for name in _ALIGNING), []).append(job)
@@ -42,19 +42,19 @@ def units_of(jobs: Sequence[Job]) -> list[Unit]:
 
 
 def cut(units: Sequence[Unit], count: int) -> list[Unit]:
-    """The same jobs in the same order, in units no larger than a fair part of all jobs for `count` workers."""
+    """Split units into units no larger than a fair part of all jobs for `count` workers, in the same order."""
     fair = max(1, -(-sum(len(unit.jobs) for unit in units) // count))
     return [Unit(unit.jobs[start : start + fair]) for unit in units for start in range(0, len(unit.jobs), fair)]
 
 
 def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-    """The units of one of `count` shards, the `index`-th of 1 to `count`.
+    """Return the units of shard `index` of 1 to `count`.
 
-    All shards together have every job once. Units go, the largest first, to the shard that has the fewest jobs yet; a
-    unit is taken apart only if it is larger than a shard's fair part, since each part needs the alignment.
+    All shards together have every job once. Units go, the largest first, to the shard with the fewest jobs so far. A
+    unit is split only if it is larger than a shard's fair part, since each part repeats the alignment.
 
     Raises:
-        UsageError: no such shard.
+        UsageError: the shard does not exist.
     """
     if not 1 <= index <= count:
         msg = f"shard {index}/{count} does not exist; write i/n with i from 1 to n"

@@ -1,4 +1,4 @@
-"""The effect of a moved adapter on the target beside that of the original on the source: plain data, no arrays."""
+"""The effect of a moved adapter on the target beside that of the original on the source. Plain data, no arrays."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import numpy as np
 Outcome = Literal["ineffective", "destructive", "plausible", "unmeasured"]
 
 # Bounds of the target's divergence over the source's. An adapter for ARC-Easy of SmolLM2-135M-Instruct, moved to
-# Gemma-3-270M by theseus at scales 0.3, 1 and 2, has 0.15, 1.7 and 6.8; the answers to 32 training questions become
-# more likely at 0.3, keep their likelihood at 1 and lose it at 2. Random factors of the same norm have 0.04.
+# Gemma-3-270M by theseus at scales 0.3, 1 and 2, has ratios of 0.15, 1.7 and 6.8; the answers to 32 training questions
+# become more likely at 0.3, keep their likelihood at 1 and lose it at 2. Random factors of the same norm have 0.04.
 INEFFECTIVE, DESTRUCTIVE = 0.05, 5.0
-# Bound of the log-likelihood that text written with the adapter loses, over the source's divergence. It is 0.03, 1.2
-# and 5.2 for these scales (1.6 instead of 1.2 where the divergence is taken on the written text too), and 1.8 (2.4) for
+# Bound of the loss in log-likelihood of text written with the adapter, over the source's divergence. It is 0.03, 1.2
+# and 5.2 at these scales (1.6 instead of 1.2 if the divergence is taken on the written text too), and 1.8 (2.4) at
 # scale -1, at which the answers lose likelihood as well.
 LOSS = 1.7
 _ERRORS = 2.0  # standard errors

@@ -36,15 +36,15 @@ def check_effect(
     unless `params` are given.
 
     Args:
-        source: the base that `adapter` is of.
-        target: the base that `moved` is for.
+        source: the base of `adapter`.
+        target: the base of `moved`.
         adapter: the original, with fused matrices split (see `fit_to_base`).
         moved: the result of the transfer.
         texts: probe texts, for the divergences; if there are none, `written` is used for both.
-        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there
-            are none, `texts` is used for both.
+        written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there are
+            none, `texts` is used for both.
         params: weights of source and target, if they are loaded already.
-        tokenizers: of source and target, if they are loaded already.
+        tokenizers: tokenizers of source and target, if they are loaded already.
         progress: whether to show a progress bar.
 
     Raises:
@@ -114,7 +114,7 @@ def _spread(texts: Sequence[str]) -> list[str]:
 
 
 def _check_finite(figures: Sequence[Figures], base: BaseModel, adapter: Adapter | None) -> None:
-    """Check that a base and the original adapter are finite; for a moved adapter, not finite is a result."""
+    """Check that the predictions of a base and of its original adapter are finite; a moved adapter's may not be."""
     if not all(np.isfinite(one.nll).all() for one in figures):
         raise not_finite(base.ref)
     if adapter is not None and not all(np.isfinite(one.nll_adapted).all() for one in figures):

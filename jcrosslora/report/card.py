@@ -72,7 +72,7 @@ def model_card(
         else "",
         "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",
-        "## Left behind\n\n" + _dropped(dropped) if dropped else "",
+        "## Not moved\n\n" + _dropped(dropped) if dropped else "",
         "## Warnings\n\n" + _listed(notes) if notes else "",
         "## Licence\n\nThe licences of the source adapter, of the source base model and of the target base model all "
         "apply to this adapter.",

@@ -36,7 +36,7 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
         f'<div style="border-left:4px solid {colour};padding:2px 8px;margin:6px 0">'
         f"<b>{escape(found.level)}</b>: {escape(found.text)}</div>",
         *(f"<div>{escape(sentence)}</div>" for sentence in sentences),
-        html_table(role_rows(report), "What became of the update"),
+        html_table(role_rows(report), "Diagnostics"),
         html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
         _listed("Warnings", report.warnings),
         _listed("Text that it was made on", _samples(texts)),

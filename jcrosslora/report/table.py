@@ -94,7 +94,7 @@ def _notes(report: TransferReport) -> list[str]:
     if report.unmapped_sources:
         roles = _count_by_layer(report)
         lines.append(
-            f"left behind: {len(report.unmapped_sources)} source modules feed nothing ({roles}); "
+            f"not moved: {len(report.unmapped_sources)} source modules feed no target module ({roles}); "
             f"they held {report.left_behind:.1%} of the update's energy"
         )
     lines += [f"moved: {row.sentence}" for row in report.tokens]

@@ -52,7 +52,7 @@ def _by_diagnostics(report: TransferReport) -> Verdict:
     if report.fitted is not None:
         # Prompts that the source wrote may differ much from those that the adapter was trained on.
         more = _MORE if report.wrote_prompts else ""
-        text = f"the update was fitted to what both bases do on text{more}: {_SOME} with `jcrosslora evaluate`"
+        text = f"the update was fitted to the behaviour of both bases on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
     if method.measure == "none":
         return Verdict("control", "this is a random map, a control: expect no effect")

@@ -44,7 +44,7 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
 
     Args:
         transport: from `align`.
-        adapter: factors by module of the source base; fused matrices are taken apart.
+        adapter: factors by module of the source base; fused matrices are split.
 
     Returns:
         Factors by module of the target base, scale 1, of rank K for each term of the maps.

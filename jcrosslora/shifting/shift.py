@@ -29,10 +29,10 @@ class Shifted:
 
     Attributes:
         adapter: of the target, float32.
-        original: the adapter before, with fused matrices taken apart.
+        original: the adapter before, with fused matrices split.
         rows: one for each moved module, in the target's order.
         tokens: changes of the embedding and the output head that were moved.
-        unmapped: source modules whose update goes nowhere.
+        unmapped: source modules whose update is not moved.
         energy: ||.||_F^2 of the whole update before.
         calibration: "none" or "frobenius".
         scale: what every moved update was multiplied by.
@@ -63,7 +63,7 @@ class Shifter:
     """Moves one adapter, group by group, so that the groups of a transport need not all be in memory.
 
     Attributes:
-        adapter: the adapter to move, with fused matrices taken apart.
+        adapter: the adapter to move, with fused matrices split.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ def truncate_update(
     """Cut every update of an adapter, optimally, by a rule (see `truncate_by_rule`).
 
     Args:
-        adapter: of the target, with fused matrices taken apart.
+        adapter: of the target, with fused matrices split.
         fused: the target's fused matrices.
         rule: the rank, or what chooses it.
         norms: ||dW||_F that the modules shall have afterwards; None leaves what the truncation makes of them.
