@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     assert re.search(
         r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
     )
-    assert re.search(r"^memory +\d+\.\d\d GB$", shown, re.MULTILINE)
+    assert re.search(r"^memory +\d+\.\d\d GB, and activations$", shown, re.MULTILINE)
     assert not places[3].exists()
 
 
