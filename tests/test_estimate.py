@@ -82,10 +82,10 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
     assert many["fit"] > 1.5 * few["fit"] == 1.5 * given["fit"]
 
 
-def test_about_350_forward_passes_are_counted_for_the_default_fit(places):
+def test_the_default_fit_takes_as_long_as_some_400_forward_passes(places):
     # One layer takes a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
     steps = found(places, method="distill", effect="never", compared_tokens=1).steps
-    assert 300 < steps["fit"] / 2.6 < 450
+    assert 350 < steps["fit"] / 2.6 < 500
 
 
 def test_memory_is_that_of_both_bases_where_they_run(places):
@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     assert re.search(
         r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
     )
-    assert re.search(r"^memory +\d+\.\d\d GB$", shown, re.MULTILINE)
+    assert re.search(r"^memory +\d+\.\d\d GB, and activations$", shown, re.MULTILINE)
     assert not places[3].exists()
 
 

@@ -18,6 +18,8 @@ from jcrosslora.session.files import estimate_pair
 from jcrosslora.session.settings import flat_method
 from jcrosslora.session.timing import Stopwatch
 
+_CHUNKS = 2 * CHUNK_BYTES  # bytes of a chunk of adapters before and after
+
 
 @dataclass(frozen=True)
 class UnitEstimate:
@@ -31,11 +33,6 @@ class UnitEstimate:
     unit: Unit
     found: Estimate | str
 
-    @property
-    def memory(self) -> int:
-        """Bytes, with a chunk of adapters before and after."""
-        return 0 if isinstance(self.found, str) else self.found.memory + 2 * CHUNK_BYTES
-
     def record(self) -> dict[str, Any]:
         """Return the figures as a JSON value."""
         settings, jobs = self.unit.settings, len(self.unit.jobs)
@@ -43,7 +40,7 @@ class UnitEstimate:
         if isinstance(self.found, str):
             return own | {"method": flat_method(settings.method)["method"], "error": self.found}
         seconds = self.found.seconds(jobs)
-        return own | self.found.record() | {"seconds": seconds, "memory_bytes": self.memory}
+        return own | self.found.record() | {"seconds": seconds, "memory_bytes": self.found.memory + _CHUNKS}
 
     def row(self) -> tuple[str, ...]:
         """Return the figures as cells of the table."""
@@ -51,10 +48,10 @@ class UnitEstimate:
         if isinstance(self.found, str):
             method = flat_method(settings.method)["method"]
             return settings.source, settings.target, method, str(jobs), "", "", self.found
-        found, memory = self.found, f"{self.memory / 1e9:.2f} GB"
+        found = self.found
         return (
             *(settings.source, settings.target, found.method.name, str(jobs), str(found.modules)),
-            *(found.time(jobs), memory),
+            *(found.time(jobs), found.size(_CHUNKS)),
         )
 
 

@@ -27,7 +27,7 @@ class Estimate:
         modules: how many are aligned.
         rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None where neither is.
         steps: seconds of each step, in order; None where they are not known.
-        memory: bytes of both bases where they run, else of the largest group's weights, factors and maps.
+        memory: bytes of both bases' weights where they run, else of the largest group's weights, factors and maps.
     """
 
     method: Method
@@ -63,7 +63,12 @@ class Estimate:
             yield "rank", f"up to {self.rank}"
         parts = [f"{name} {'?' if value is None else duration(value)}" for name, value in self.steps.items()]
         yield "time", f"{self.time()} ({', '.join(parts)})"
-        yield "memory", f"{self.memory / 1e9:.2f} GB"
+        yield "memory", self.size()
+
+    def size(self, more: int = 0) -> str:
+        """Write the memory with `more` bytes; activations depend on the lengths of the texts."""
+        beside = ", and activations" if self.method.runs_bases else ""
+        return f"{(self.memory + more) / 1e9:.2f} GB{beside}"
 
     def time(self, adapters: int = 1) -> str:
         """Write the time in round figures, such as "4 min"; "over" where a step is not known."""

@@ -27,8 +27,8 @@ from jcrosslora.session.timing import Stopwatch, layer_size
 ALIGN = "align"
 SHARED = ("write", "compare layers", "collect activations", ALIGN, "interpolate")  # made once for all adapters
 
-# Seconds that a step which runs the bases takes to compile: 6 to 10 on one core, for models of any size.
-_COMPILING, _WITHOUT_BASES = 8, (ALIGN, "interpolate")
+# Seconds that a step which runs the bases takes to compile, about the same for models of any size.
+_COMPILING, _WITHOUT_BASES = 12, (ALIGN, "interpolate")
 _TEXTS, _TOKENS = 8, 64  # the text that one forward pass reads, unless said otherwise
 _ROWS = 48  # texts that are written together
 _PROBE_TOKENS = 96  # of a text that the source writes
@@ -36,8 +36,9 @@ _PROMPT_TOKENS = 32  # of a prompt that the source writes
 # Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
 # times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
 _CACHED, _PREFILL = 1.7, 2
-# Of a step: the lengths that are tried, and forward passes that one gradient with its products takes.
-_LENGTHS, _GRADIENT = 5, 3
+# Of a step of the fit: the lengths that are tried, and forward passes that take as long as a gradient (3) with its
+# products and the eigendecompositions that follow (2).
+_LENGTHS, _GRADIENT = 5, 5
 # Kinds of evidence whose maps are not timed.
 _UNTIMED = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.EMBEDDING_MAP})
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
