@@ -398,7 +398,7 @@ def test_a_fit_continues_from_a_given_start(pair):
     found = distill(source, target, adapter, begun, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     start = stack_adapter(begun, target)
     again = stack_adapter(found.adapter, target)
-    assert again.roles["v_proj"].a.shape[1] == 2 + SMALL.rank
+    assert again.roles["v_proj"].a.shape[1] == 2 + SMALL.step_rank
     np.testing.assert_allclose(again.roles["v_proj"].a[:, :2], start.roles["v_proj"].a)
     np.testing.assert_allclose(again.roles["up_proj"].b, start.roles["up_proj"].b)
 

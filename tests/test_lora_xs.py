@@ -166,6 +166,7 @@ def test_commands_report_the_kept_energy(files, tmp_path, capsys):
             str(files / "source-adapter"),
             "--recipe",
             str(tmp_path / "again.toml"),
+            *ends,  # the recipe names files, not where they are
             "--out",
             str(tmp_path / "u"),
         ]

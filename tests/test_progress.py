@@ -133,10 +133,11 @@ def test_a_step_begins_when_work_of_its_name_reports_itself(display, clock):
     with display.steps({"align": 20, "write completions": 100, "measure the effect": 10}):
         with display.track(300, "write completions", "texts"):
             assert display.line(clock.now) == "step 2 of 3: write completions, 0 of 300 texts, about 2 min left"
+            clock.now += 100
         display.begin("measure the effect")
         display.begin("align")  # is over
         with display.track(12, "write", "texts"):
-            assert display.line(clock.now) == "step 3 of 3: measure the effect, write, 0 of 12 texts, about 0 s left"
+            assert display.line(clock.now) == "step 3 of 3: measure the effect, write, 0 of 12 texts, about 10 s left"
 
 
 @pytest.mark.parametrize(("took", "left"), [(50, "about 50 s"), (1, "about 25 s"), (10_000, "about 7 min")])

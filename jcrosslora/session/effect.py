@@ -11,9 +11,12 @@ from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.lineage.method_selection import why_not_run
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.progress import begin
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.effect import Effect
+
+EFFECT = "measure the effect"  # the step of a transfer
 
 
 def measure_effect(
@@ -49,6 +52,7 @@ def measure_effect(
     """
     if options.effect == "never" or (options.effect == "auto" and not runs_bases):
         return None, ()
+    begin(EFFECT)
     # A method that runs the bases has already shown that they can be run.
     if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"

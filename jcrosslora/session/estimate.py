@@ -1,50 +1,20 @@
-"""What a transfer takes before it runs: forward passes and decompositions are counted, and one of each is timed."""
+"""What a transfer takes before it runs: its steps with their seconds, and its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from jcrosslora.alignment.task import AlignmentTask
-from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
-from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.fit.distill.batches import BATCH, WIDTHS
-from jcrosslora.fit.distill.completions import PILOT
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.templates import TEMPLATES
-from jcrosslora.lineage.pairing import SIMILAR, Pair
-from jcrosslora.methods import InterpolatedCopy, Method
+from jcrosslora.methods import Method
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import Stopwatch, layer_size, parameters
+from jcrosslora.session.step_seconds import SHARED, sides_of, step_seconds
+from jcrosslora.session.timing import Stopwatch, parameters
 from jcrosslora.utils.progress import duration
-
-# Steps of a transfer are named as the work names itself on the display.
-ALIGN, EFFECT = "align", "measure the effect"
-_SHARED = ("write", "compare layers", "collect activations", ALIGN, "interpolate")  # made once for all adapters
-
-# Seconds that a step which runs the bases takes to compile: 6 to 10 on one core, for models of any size.
-_COMPILING, _COMPILED = 8, (ALIGN, "interpolate")
-_TEXTS, _TOKENS = 8, 64  # the text that one forward pass reads, unless said otherwise
-_ROWS = 48  # texts that are written together
-_PROBE_TOKENS = 96  # of a text that the source writes
-_PROMPT_TOKENS = 32  # of a prompt that the source writes
-# Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
-# times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
-_CACHED, _PREFILL = 1.7, 2
-# Of a step: the lengths that are tried, and forward passes that one gradient with its products takes.
-_LENGTHS, _GRADIENT = 5, 3
-# Kinds of evidence whose maps are not timed.
-_UNTIMED = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.EMBEDDING_MAP})
-# Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
-# 600 there are 12 million numbers for each layer of 3.5 million parameters), and as the grams of each.
-_MOMENTS, _GRAMS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +40,7 @@ class Estimate:
     def seconds(self, adapters: int = 1) -> float:
         """Sum the steps that are known, for adapters that share the alignment."""
         return sum(
-            value * (1 if name in _SHARED else adapters) for name, value in self.steps.items() if value is not None
+            value * (1 if name in SHARED else adapters) for name, value in self.steps.items() if value is not None
         )
 
     def record(self) -> dict[str, Any]:
@@ -128,132 +98,11 @@ def estimate(
     return Estimate(method, reason, len(task.modules), rank, steps, memory)
 
 
-def step_seconds(
-    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch | None
-) -> dict[str, float | None]:
-    """Name the steps of a transfer, in order, with their seconds.
-
-    Args:
-        task: the alignment.
-        options: of the transfer.
-        prompts: how many texts the user gave.
-        stopwatch: see `estimate`; None leaves all seconds unknown.
-
-    Raises:
-        CheckpointError: see `estimate`.
-    """
-    planned = _plan(task, options, prompts, _Costs(task, stopwatch or Stopwatch()))
-    if stopwatch is None:
-        return dict.fromkeys(planned)
-    compiling = {name: 0 if name in _COMPILED else _COMPILING for name in planned}
-    return {name: None if cost is None else cost() + compiling[name] for name, cost in planned.items()}
-
-
-class _Costs:
-    """Seconds of parts of the work."""
-
-    def __init__(self, task: AlignmentTask, stopwatch: Stopwatch) -> None:
-        self._bases, self._stopwatch = (task.pair.source, task.pair.target), stopwatch
-
-    def read(self, passes: tuple[float, float], dtype: DTypeLike = jnp.float32, *, predicted: int = 0) -> float:
-        """Time forward passes of source and target, with an output head of `predicted` tokens."""
-        return sum(
-            count * self._layers(base, (_TEXTS, _TOKENS), dtype, predicted)
-            for base, count in zip(self._bases, passes, strict=True)
-        )
-
-    def write(self, tokens: float) -> float:
-        """Time the source's writing of tokens, each for `_ROWS` texts."""
-        source = self._bases[0]
-        return tokens * _CACHED * self._layers(source, (_ROWS, 1), fast_dtype(), source.dims.vocab)
-
-    def decompose(self, shape: tuple[int, int], rank: int, method: Method) -> float:
-        """Time the truncated SVD of one matrix."""
-        return self._stopwatch.decomposition(shape, min(rank, *shape), vectors=method.single_vectors)
-
-    def _layers(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, predicted: int) -> float:
-        """Time all layers and the output head, whose products take as long as those of a layer of its size."""
-        head = predicted * base.dims.hidden / layer_size(base)
-        return (base.dims.layers + head) * self._stopwatch.layer(base, shape, dtype)
-
-
-def _plan(
-    task: AlignmentTask, options: TransferOptions, prompts: int, costs: _Costs
-) -> dict[str, Callable[[], float] | None]:
-    """Name the steps in order, each with the function that finds its seconds."""
-    method, needs = task.method, task.method.requires
-    texts = prompts or options.probe_count
-    probes = texts * _PROBE_TOKENS / (_TEXTS * _TOKENS)  # forward passes of all probe texts
-    found: dict[str, Callable[[], float] | None] = {}
-    if not prompts and (task.reads_probes or EvidenceKind.PROBE_TEXTS in needs):
-        found["write"] = lambda: costs.write(_PROBE_TOKENS * ceil(texts / _ROWS))
-    if task.depth == SIMILAR:
-        found["compare layers"] = lambda: costs.read((probes, probes))
-    if EvidenceKind.ACTIVATIONS in needs:
-        products = 1 + _MOMENTS + (_GRAMS if EvidenceKind.ACTIVATION_GRAMS in needs else 0)
-        found["collect activations"] = lambda: costs.read((probes, products * probes))
-    found[ALIGN] = None if needs & _UNTIMED else lambda: _decompositions(task, costs)
-    if isinstance(method, DistillSettings):
-        found |= _distillation(method, prompts, costs)
-    elif EvidenceKind.PROBE_TEXTS in needs:
-        # Each layer once without and once with the update; the products are about as much again on the target.
-        found["fit the residual stream"] = lambda: costs.read((2 * probes, 4 * probes))
-    elif isinstance(method, InterpolatedCopy):
-        shapes = [module.shape for module in task.pair.target.modules.values()]
-        found["interpolate"] = lambda: sum(costs.decompose(shape, task.rank, method) for shape in shapes)
-    elif method.has_finalize:
-        found["finish"] = None
-    if options.effect == "always" or (options.effect == "auto" and method.runs_bases):
-        found[EFFECT] = lambda: _effect(task, written=isinstance(method, DistillSettings), costs=costs)
-    return found
-
-
-def _decompositions(task: AlignmentTask, costs: _Costs) -> float:
-    if EvidenceKind.SINGULAR_VECTORS not in task.method.requires:
-        return 0.0
-    return sum(costs.decompose(shape, task.rank, task.method) for pair in task.modules for shape in _sides(task, pair))
-
-
-def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dict[str, Callable[[], float]]:
-    """Count what `jcrosslora.fit.distill` does with the default widths of rows."""
-    count, steps = settings.completions, settings.step_count
-    rounds, tokens, judged = ceil(count / _ROWS), settings.answer_tokens, 0.0
-    if not prompts:
-        pilot = PILOT * len(TEMPLATES)
-        rounds, tokens = rounds + ceil(pilot / _ROWS), tokens + _PROMPT_TOKENS
-        judged = 2 * pilot * len(TEMPLATES) / _TEXTS  # every pilot in every template, with and without the adapter
-    passes = _PREFILL * rounds * _ROWS / _TEXTS + judged
-    # Each part, and what is held out, ends with a batch of each width that is half full.
-    held = settings.held_out * count / BATCH + len(WIDTHS) / 2
-    fitted = (1 - settings.held_out) * count / BATCH + steps * len(WIDTHS) / 2
-    taught = held + fitted
-    read = 2 * taught, taught + _GRADIENT * fitted + _LENGTHS * steps * held
-    dtype = fast_dtype()
-    return {
-        "write completions": lambda: costs.write(rounds * tokens) + costs.read((passes, 0), dtype),
-        "fit": lambda: costs.read(read, dtype, predicted=settings.compared_tokens),
-    }
-
-
-def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:
-    """Count the check of the effect: two kinds of texts, without and with the adapter."""
-    passes = 2 * TEXTS * LENGTH / (_TEXTS * _TOKENS) * (1 if written else 2)
-    read = sum(
-        costs.read(sides, predicted=base.dims.vocab)
-        for base, sides in ((task.pair.source, (passes, 0)), (task.pair.target, (0, passes)))
-    )
-    return read if written else read + costs.write(LENGTH)
-
-
 def _group_memory(task: AlignmentTask) -> int:
     """Give the bytes of the largest group: weights as float32, and both factors as decomposed and as maps."""
     largest = 0
     for pairs in task.chunks():
-        sides = _sides(task, pairs[0])
+        sides = sides_of(task, pairs[0])
         rank = min(task.rank, *sides[0], *sides[1])
         largest = max(largest, len(pairs) * sum(4 * (o * i + 2 * rank * (o + i)) for o, i in sides))
     return largest
-
-
-def _sides(task: AlignmentTask, pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
-    return task.pair.source.modules[pair.source].shape, task.pair.target.modules[pair.target].shape

@@ -28,15 +28,13 @@ from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport
 from jcrosslora.session.effect import measure_effect
-from jcrosslora.session.estimate import EFFECT, step_seconds
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import Stopwatch
 from jcrosslora.shifting.invocation import with_invocation
 from jcrosslora.shifting.lora_xs_span import READERS, Frozen, Known, project_update, span_rank
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.shifting.truncate import truncate_update
-from jcrosslora.utils.progress import begin, steps
+from jcrosslora.utils.progress import steps
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
@@ -198,7 +196,6 @@ class PairSession:
         moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
         moved, truncation, frozen = self._truncated(moved, move, shifted)
         probes = () if task.probes is None else task.probes.texts
-        begin(EFFECT)
         effect, warnings = measure_effect(
             self.pair,
             shifted.original,
@@ -299,6 +296,10 @@ class PairSession:
         """Show the steps of a transfer; their seconds are worth measuring where the bases run, which takes minutes."""
         if not self.progress:
             return nullcontext()
+        # Imported here: methods that look at weights alone need no decoder.
+        from jcrosslora.session.step_seconds import step_seconds
+        from jcrosslora.session.timing import Stopwatch
+
         prompts = 0 if given is None else len(given.texts)
         stopwatch = Stopwatch() if task.runs_bases or options.effect == "always" else None
         return steps(step_seconds(task, options, prompts, stopwatch))
