@@ -40,7 +40,7 @@ def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsy
     assert all(0 < row["activation_cosine"] <= 1 for row in report["rows"])
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(report["recipe_toml"])
-    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    transfer(files, tmp_path / "two", "--recipe", str(recipe), "--probe-text", str(files / "texts.txt"))
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 

@@ -14,7 +14,7 @@ from jcrosslora.report.verdict import verdict
 
 CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add --adapter, --source and --target with your own paths.
+# Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths.
 """
 
 
