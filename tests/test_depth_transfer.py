@@ -36,7 +36,8 @@ def test_similar_depth_by_the_command_and_again_by_its_recipe(files, tmp_path, c
     }
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(report["recipe_toml"])
-    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    paths = [*given[:-1], tmp_path / "two", "--probe-text", files / "texts.txt"]
+    main(["transfer", "--recipe", str(recipe), *map(str, paths)])
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 

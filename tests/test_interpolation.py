@@ -1,4 +1,4 @@
-"""Part of the source interpolation from a further-trained base to the source, beside a copied adapter."""
+"""A copied adapter with a share of the difference between the weights of the two bases."""
 
 import json
 import re

@@ -219,7 +219,7 @@ REFERENCES = {
     "lora-x": reference_lora_x,
     "prolora": reference_prolora,
     "copy": reference_copy,
-    "interpolated-copy": reference_copy,  # before the source interpolation
+    "interpolated-copy": reference_copy,  # without the difference between the weights of the bases
     "distilled-copy": reference_copy,  # before the fit
     "pad-truncate": reference_pad_truncate,
     "index-interp": reference_index_interp,

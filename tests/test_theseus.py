@@ -34,13 +34,13 @@ def transfer(files, out, *flags):
 def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     transfer(files, tmp_path / "one", "--probe-text", str(files / "texts.txt"))
     printed = capsys.readouterr().out
-    assert f"probes: {len(CORPUS)} texts read from {files / 'texts.txt'}" in printed
+    assert f"probes: {len(CORPUS)} texts read from texts.txt" in printed
     assert "verdict: activations are aligned" in printed
     report = json.loads((tmp_path / "one" / "transfer_report.json").read_text())
     assert all(0 < row["activation_cosine"] <= 1 for row in report["rows"])
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(report["recipe_toml"])
-    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    transfer(files, tmp_path / "two", "--recipe", str(recipe), "--probe-text", str(files / "texts.txt"))
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 

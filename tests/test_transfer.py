@@ -297,7 +297,7 @@ def test_recipe_on_the_card_reproduces_the_adapter(files, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(card.split("```toml\n")[1].split("```")[0])
     assert tomllib.loads(recipe.read_text())["seed"] == 7
-    main(["transfer", "--recipe", str(recipe), "--out", str(tmp_path / "two")])
+    command(files, tmp_path / "two", "--recipe", str(recipe))
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 

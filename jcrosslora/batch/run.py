@@ -127,7 +127,7 @@ class _Checked:
 class _Run:
     def __init__(self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, progress: bool) -> None:
         self._log, self._summary, self._bar = log, summary, bar
-        self._overwrite, self._progress = overwrite, progress
+        self._overwrite, self.progress = overwrite, progress
         self._since = time.monotonic()
 
     def do(self, unit: Unit) -> None:
@@ -138,18 +138,8 @@ class _Run:
                 _UnitRun(self, unit).do()
         except JCrossLoRAError as error:
             for job in unit.jobs:
-                if self._summary.outcomes[job.name].status == "open":
+                if self.is_open(job):
                     self.close(job, "failed", str(error))
-
-    @property
-    def overwrite(self) -> bool:
-        """Tell whether adapter folders that were made from other input may be replaced."""
-        return self._overwrite
-
-    @property
-    def progress(self) -> bool:
-        """Tell whether to show progress."""
-        return self._progress
 
     def is_open(self, job: Job) -> bool:
         """Tell whether a job has no outcome yet."""

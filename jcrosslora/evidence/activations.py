@@ -53,29 +53,22 @@ def batch_probes(
     return dataclasses.replace(probes, positions=count_positions(batches)), batches
 
 
-def stack_activations(moments: CrossMoments, roles: Sequence[str], layers: Sequence[int], count: int) -> Activations:
-    """Stack the moments of several target modules of equal shape; the last module is repeated up to `count`.
-
-    Args:
-        moments: the moments of all layers.
-        roles: the roles of the modules.
-        layers: the target layers of the modules.
-        count: length of the leading axis, at least the number of modules.
-    """
+def _stack_activations(moments: CrossMoments, stack: ModuleStack, layers: Sequence[int]) -> Activations:
+    """Stack the moments of the modules of a stack, which are in these target layers."""
+    roles = [pair.role for pair in stack.pairs]
     sites = [INPUT_SITES[role] for role in roles]
 
     def stacked(sums: Mapping[str, Any], names: list[str]) -> Any:
         rows = [jax.tree.map(lambda x, at=at: x[at], sums[name]) for name, at in zip(names, layers, strict=True)]
-        rows += rows[-1:] * (count - len(rows))
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *stack.filled(rows))
 
     return Activations(
         stacked(moments.inputs, sites),
-        stacked(moments.outputs, list(roles)),
+        stacked(moments.outputs, roles),
         stacked(moments.input_squares, sites),
-        stacked(moments.output_squares, list(roles)),
+        stacked(moments.output_squares, roles),
         None if moments.input_grams is None else stacked(moments.input_grams, sites),
-        None if moments.output_grams is None else stacked(moments.output_grams, list(roles)),
+        None if moments.output_grams is None else stacked(moments.output_grams, roles),
     )
 
 
@@ -104,7 +97,6 @@ class ActivationProvider:
 
         def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
             layers = [target.modules[pair.target].layer for pair in stack.pairs]
-            found = stack_activations(moments, [pair.role for pair in stack.pairs], layers, stack.count)
-            return dataclasses.replace(evidence, activations=found)
+            return dataclasses.replace(evidence, activations=_stack_activations(moments, stack, layers))
 
         return add

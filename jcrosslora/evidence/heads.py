@@ -56,8 +56,7 @@ class EmbeddingMapProvider:
             evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
             if stack.pairs[0].target not in heads:
                 return evidence
-            matches = [heads[item.target] for item in stack.pairs]
-            matches += matches[-1:] * (stack.count - len(stack.pairs))
+            matches = stack.filled([heads[item.target] for item in stack.pairs])
             return dataclasses.replace(evidence, heads=jax.tree.map(lambda *leaves: jnp.stack(leaves), *matches))
 
         return add

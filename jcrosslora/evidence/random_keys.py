@@ -37,8 +37,7 @@ class RandomKeyProvider:
         by_target = {pair.target: row for pair, row in zip(request.modules, data, strict=True)}
 
         def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
-            rows = [by_target[pair.target] for pair in stack.pairs]
-            rows += rows[-1:] * (stack.count - len(rows))
+            rows = stack.filled([by_target[pair.target] for pair in stack.pairs])
             return dataclasses.replace(evidence, key=jax.random.wrap_key_data(jnp.asarray(np.stack(rows))))
 
         return add

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 
@@ -14,6 +14,8 @@ from jcrosslora.lineage.pairing import Pair
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch, Probes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +75,7 @@ class ModuleStack:
     def count(self) -> int:
         """Return L', the length of the leading axis."""
         return self.source.shape[0]
+
+    def filled(self, rows: list[T]) -> list[T]:
+        """Extend L rows to L' by repeating the last one."""
+        return rows + rows[-1:] * (self.count - len(rows))

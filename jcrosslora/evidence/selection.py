@@ -1,7 +1,6 @@
 """Select the rows and columns of the source that each target module consists of."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,8 +35,7 @@ class SelectionProvider:
         assert structure is not None
 
         def add(evidence: Evidence, stack: ModuleStack) -> Evidence:
-            names = [pair.target for pair in stack.pairs]
-            return dataclasses.replace(evidence, selection=select_rows(structure, target, names, stack.count))
+            return dataclasses.replace(evidence, selection=_select_rows(structure, target, stack))
 
         return add
 
@@ -65,25 +63,15 @@ def selected_layers(found: tuple[Structure | None, str], depth: Depth) -> tuple[
     return layers
 
 
-def select_rows(structure: Structure, target: BaseModel, names: Iterable[str], count: int) -> Selection:
-    """Return the rows and columns of some target modules of one shape.
-
-    Args:
-        structure: the shared structure of the two bases.
-        target: the target base.
-        names: target modules, all in layers that have a counterpart.
-        count: length of the leading axis; the last module is repeated to fill it.
-
-    Returns:
-        The selection with a leading axis.
-    """
-    modules = [target.modules[name] for name in names]
+def _select_rows(structure: Structure, target: BaseModel, stack: ModuleStack) -> Selection:
+    """Return the rows and columns of the modules of a stack, all in layers that have a counterpart."""
+    modules = [target.modules[pair.target] for pair in stack.pairs]
     outputs = [structure.outputs(module.layer, module.role) for module in modules]
     inputs = [structure.inputs(module.layer, module.role) for module in modules]
 
-    def stack(rows: list[np.ndarray | None]) -> np.ndarray:
+    def stacked(rows: list[np.ndarray | None]) -> np.ndarray:
         found = [row for row in rows if row is not None]
         assert len(found) == len(modules)
-        return np.stack(found + found[-1:] * (count - len(found))).astype(np.int32)
+        return np.stack(stack.filled(found)).astype(np.int32)
 
-    return Selection(jnp.asarray(stack(outputs)), jnp.asarray(stack(inputs)))
+    return Selection(jnp.asarray(stacked(outputs)), jnp.asarray(stacked(inputs)))

@@ -14,7 +14,7 @@ from jcrosslora.report.verdict import verdict
 
 CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add --adapter, --source and --target with your own paths.
+# Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths.
 """
 
 
@@ -27,7 +27,7 @@ def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         profile: file format of the adapter.
         dtype: number format of the adapter.
     """
-    recipe = recipe_of(report, out=out, profile=profile, dtype=dtype)
+    recipe = _recipe_of(report, out=out, profile=profile, dtype=dtype)
     card = publish(card_text(report, recipe, profile), replacements(report))
     data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
     return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: _HEAD + recipe}
@@ -42,7 +42,7 @@ def published(report: TransferReport) -> dict[str, Any]:
     return data
 
 
-def recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
+def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) -> str:
     """Return the transfer as TOML for `jcrosslora transfer --recipe`; only what differs from the defaults."""
     recipe = report.recipe
     settings = {

@@ -50,7 +50,7 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:
     recipe = report.recipe
     settings = "".join(f", {name} {value}" for name, value in changed_settings(report).items())
-    table = Table(title=f"{recipe.method}{settings}, depth {report_depth(report)}", title_justify="left")
+    table = Table(title=f"{recipe.method}{settings}, depth {_depth(report)}", title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "module" else "right", no_wrap=name == "module")
     for row in rows[:-1]:
@@ -68,7 +68,7 @@ def changed_settings(report: TransferReport) -> dict[str, object]:
     return shown | rank
 
 
-def report_depth(report: TransferReport) -> str:
+def _depth(report: TransferReport) -> str:
     """Return the depth map in one word."""
     return report.recipe.depth if report.recipe.depth in (*DEPTH_MAPS, SIMILAR) else "explicit"
 

@@ -62,15 +62,10 @@ def keep_texts(key: str, texts: list[str]) -> None:
         write_whole(path, content.encode())
 
 
-def texts_folder() -> Path | None:
-    """Return the folder of cached texts, one file for each key; None for a user without a home folder."""
-    root = cache_root()
-    return None if root is None else root / TEXTS
-
-
 def _path(key: str) -> Path | None:
-    folder = texts_folder()
-    return None if folder is None else folder / f"{key}.json"
+    """Return the file of a key; None for a user without a home folder."""
+    root = cache_root()
+    return None if root is None else root / TEXTS / f"{key}.json"
 
 
 def _checksum(texts: object) -> str:
