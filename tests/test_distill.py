@@ -672,7 +672,11 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     assert (report["choice"] is None) == (method != "auto")
     assert report["effect"]["outcome"] in ("ineffective", "destructive", "plausible")
     assert "## Fit" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    again = transfer_settings(**_recipe(tmp_path / "out" / "README.md") | {"out": str(tmp_path / "again")})
+    # The recipe names the files, not where they are.
+    places = {"adapter": tmp_path / "adapter", "source": source.path, "target": target.path, "out": tmp_path / "again"}
+    places["probe_text"] = tmp_path / "prompts.txt"
+    recipe = _recipe(tmp_path / "out" / "README.md")
+    again = transfer_settings(**recipe | {name: str(place) for name, place in places.items()})
     repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.adapter.modules[name].a)

@@ -39,7 +39,7 @@ def run_demo(
     """
     ensure_free(out, overwrite)
     make_method(method)
-    progress = sys.stderr.isatty()
+    progress = True  # on a terminal a line that changes, elsewhere a line every 30 s
     steps = Steps(lambda text: _say(console, text), _SECONDS)
     with steps.step("fetch SmolLM2-135M-Instruct and Gemma-3-270M", paced=False):
         places = fetch_models(models, console)
