@@ -7,6 +7,7 @@ thirds of the time. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 programs are compiled 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # One thread for each process: those of two processes that wait in a loop take each other's time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -20,6 +21,19 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Compiled programs are memory maps, of which Linux gives a process 65,530.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forget compiled programs behind a module where there are many: XLA fails when no more can be mapped."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_unconfigure() -> None:

@@ -51,6 +51,6 @@ def test_a_result_is_uploaded_with_its_card_recipe_and_report_and_is_private(res
 
 def test_a_refused_upload_is_one_clear_error(result, hub):
     hub[1].append(OSError("403 Forbidden:\n you may not write there"))
-    refusal = r"me/moved: the hub did not take the upload .*403 Forbidden: you may not"
+    refusal = r"me/moved: the hub did not accept the upload .*403 Forbidden: you may not"
     with pytest.raises(jcl.OutputError, match=refusal):
         result.push_to_hub("me/moved")

@@ -261,7 +261,8 @@ def test_command_prints_table_and_verdict_and_writes_the_folder(files, tmp_path,
     assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'}"
     assert printed.err == ""
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["README.md", "adapter_config.json", "adapter_model.safetensors", "transfer_report.json"]
+    files = ("README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.toml", "transfer_report.json")
+    assert written == list(files)
 
 
 def test_report_json_lists_every_module_and_has_no_nan(files, tmp_path):
@@ -334,7 +335,7 @@ def test_target_name_and_dtype_are_written_to_the_file(files, tmp_path):
     assert config["base_model_name_or_path"] == "org/tgt"
     factors = jcl.load_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"]
     assert factors.a.dtype.name == "bfloat16"
-    assert 'base_model: "org/tgt"' in (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/tgt\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_overwrite_replaces_an_existing_adapter(files, tmp_path):

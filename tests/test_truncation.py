@@ -124,7 +124,7 @@ def test_a_transfer_reports_the_truncation_and_records_it_in_the_recipe(files, t
     assert f"keeps {report['truncation']['kept']:.2%} of the energy" in printed
     assert report["truncation"]["kept"] > report["truncation"]["least_kept"] >= 0.8
     card = (tmp_path / "one" / "README.md").read_text()
-    assert "The update was cut to ranks" in card
+    assert "The update was truncated to ranks" in card
     written = jcl.load_adapter(tmp_path / "one").modules
     assert {name: factors.rank for name, factors in written.items()} == report["truncation"]["ranks"]
     assert len(set(report["truncation"]["ranks"].values())) > 1

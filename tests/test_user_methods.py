@@ -81,7 +81,7 @@ def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
     recipe = json.loads((tmp_path / "one" / "transfer_report.json").read_text())["recipe_toml"]
     assert tomllib.loads(recipe)["share"] == 0.25
     (tmp_path / "recipe.toml").write_text(recipe)
-    main(["transfer", "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "two")])
+    main(["transfer", *map(str, places), "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "two")])
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     main(["transfer", *map(str, places), "--method", "half-copy", "--out", str(tmp_path / "three")])  # now registered

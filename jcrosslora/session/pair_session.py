@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, update_norm
@@ -209,7 +210,8 @@ class PairSession:
         if shifted.original.tokens and (move.method.runs_bases or effect is not None):
             warnings += (_WITHOUT_TOKENS,)
         if given is not None and task.probes is None:
-            unread = f"the text that was given was not read: method {move.method.name} asks for none"
+            text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
+            unread = f"{text} was not read: method {move.method.name} asks for none"
             warnings = (unread, *warnings)
         if frozen is not None:
             warnings = (READERS, *warnings)
