@@ -1,4 +1,4 @@
-"""Transfers of what a program already holds: weights, live models, live adapters; and the way back into live models."""
+"""Transfers of what a program already holds: weights, live models, live adapters; and results in live models."""
 
 import numpy as np
 import pytest

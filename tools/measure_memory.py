@@ -1,4 +1,4 @@
-"""Peak resident memory and time of the whole trip, measured from outside: one fresh process for each pair of bases.
+"""Peak resident memory and time of the whole transfer, measured from outside: one fresh process for each pair of bases.
 
 What an earlier run has kept (factors, transports, texts) is not made again: set JCROSSLORA_CACHE to a new folder to
 measure the making as well. The CPU time is that of all cores; on a busy machine it says more than the seconds.
