@@ -9,7 +9,7 @@ from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
 from jcrosslora.alignment.task import plan_alignment
 from jcrosslora.alignment.transport import Transport
 from jcrosslora.cache import Cache
-from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distributed import hosts
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.lineage.method_selection import choose_method
@@ -35,7 +35,7 @@ def align(
     """Find the maps that carry adapters of `source` over to `target`.
 
     Args:
-        source: the base that adapters come from.
+        source: the base that adapters come from, opened, or what `open_base` opens.
         target: the base that they go to.
         method: a name, or a method object with its hyper-parameters, such as `methods.CrossLoRA(svd_rank=64)`; "auto"
             chooses by the weights of both bases. The maps of a method that fits an update are zero: its fit is run by
@@ -63,7 +63,7 @@ def align(
         HostError: another process failed.
     """
     with hosts.together():
-        pair = BasePair(source, target, cache)
+        pair = BasePair(open_base(source), open_base(target), cache)
         wanted = make_method(method)
         if isinstance(wanted, Auto):
             wanted = make_chosen(choose_method(pair.source, pair.target, pair.structure).method, wanted)
