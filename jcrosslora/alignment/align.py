@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def align(
-    source: BaseModel,
-    target: BaseModel,
+    source: BaseModel | str | Path,
+    target: BaseModel | str | Path,
     method: MethodLike = AUTO,
     *,
     depth: Depth = "proportional",
