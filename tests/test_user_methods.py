@@ -201,3 +201,21 @@ def test_names_that_lead_to_no_method(name, said):
 def test_registering_the_same_class_again_changes_nothing():
     assert jcl.register_method(HalfCopy) is jcl.register_method(HalfCopy) is jcl.methods.METHODS["half-copy"]
     assert dataclasses.fields(HalfCopy)[0].default == 0.5
+
+
+def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
+    cells = (
+        "class Cell(Method):\n    name = 'cell'\n    def maps(self, evidence):\n        return padded_maps(evidence)"
+    )
+    from jcrosslora.methods.coordinates import padded_maps, zero_maps
+
+    made = []
+    for maps in (padded_maps, zero_maps):
+        scope = {"Method": jcl.Method, "__name__": "a_notebook", maps.__name__: maps}
+        exec(cells.replace("padded_maps", maps.__name__), scope)
+        made.append(dataclasses.dataclass(frozen=True)(scope["Cell"]))
+    first, second = made
+    assert first.source_file() is None
+    assert first().cache_key() != second().cache_key()  # another code
+    result = jcl.transfer(folder / "adapter", folder / "source", folder / "target", first(), cache=False)
+    assert result.report.recipe.method == "a_notebook:Cell"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import marshal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -94,7 +95,20 @@ class Method:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def cache_key(self) -> Any:
-        """Return what the maps depend on, as a JSON value; for a user's method this includes its source file."""
-        file = Path(inspect.getfile(type(self)))
-        code = "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
-        return self.name, type(self).__qualname__, code, self.settings()
+        """Return what the maps depend on, as a JSON value; for a user's method this includes its code."""
+        return self.name, type(self).__qualname__, self._code_digest(), self.settings()
+
+    @classmethod
+    def source_file(cls) -> Path | None:
+        """Return the file that defines the method; None where there is none, as in a notebook."""
+        try:
+            return Path(inspect.getfile(cls))
+        except (TypeError, OSError):
+            return None
+
+    @classmethod
+    def _code_digest(cls) -> str:
+        file = cls.source_file()
+        if file is None:
+            return hashlib.sha256(marshal.dumps(cls.maps.__code__)).hexdigest()
+        return "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()

@@ -2,11 +2,9 @@
 
 import dataclasses
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
@@ -173,8 +171,8 @@ def _spec(method: type[Method]) -> str:
     if method.__module__.startswith("jcrosslora."):
         return method.name
     # `__main__` cannot be imported by name, but the file of the script can.
-    module = Path(inspect.getfile(method)).stem if method.__module__ == "__main__" else method.__module__
-    return f"{module}:{method.__qualname__}"
+    file = method.source_file() if method.__module__ == "__main__" else None
+    return f"{method.__module__ if file is None else file.stem}:{method.__qualname__}"
 
 
 def _imported(spec: str) -> type[Method]:
