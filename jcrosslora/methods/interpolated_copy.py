@@ -6,22 +6,18 @@ from typing import ClassVar
 from jcrosslora.adapter import Adapter, fuse, split_fused
 from jcrosslora.adapter.sums import add_factors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source
-from jcrosslora.methods.base import Method
-from jcrosslora.methods.coordinates import padded_maps
+from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.update import FinalizeContext, Update
 
 
 @dataclass(frozen=True)
-class InterpolatedCopy(Method):
+class InterpolatedCopy(Copy):
     """The unchanged update, plus a share of the difference from the target's weights to the source's."""
 
     name: ClassVar[str] = "interpolated-copy"
     summary: ClassVar[str] = "the unchanged update, on weights interpolated from the target towards the source"
     reference: ClassVar[str] = "this package; interpolation of weights: arXiv 2109.01903"
-    equal_shapes: ClassVar[bool] = True
-    preserves_residual_basis: ClassVar[bool] = True
 
     interpolation: float = 0.75
     """How far the weights go from the target towards the source: 0 is a plain copy, 1 the weights of the source."""
@@ -32,10 +28,6 @@ class InterpolatedCopy(Method):
     def __post_init__(self) -> None:
         """Refuse a share outside 0 to 1."""
         check_share(self.interpolation)
-
-    def maps(self, evidence: Evidence) -> Maps:
-        """Return identities."""
-        return padded_maps(evidence)
 
     def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""
