@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_transfer import WIDER
 from tiny_bases import delta, llama_config, llama_tensors, random_adapter, write_llama, write_tokenizer
 from tiny_models import tiny_model
 
@@ -11,8 +12,6 @@ from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
-
-WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
 
 
 @pytest.fixture(scope="module")
