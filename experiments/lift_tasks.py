@@ -13,8 +13,7 @@ from written_task import written_example
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.methods import make_method, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS
-from jcrosslora.session.settings_file import check_settings
+from jcrosslora.session.settings import OWN_FIELDS, check_settings
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, if there are enough

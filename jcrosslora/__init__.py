@@ -38,10 +38,10 @@ if _TYPE_CHECKING:
     from jcrosslora.errors import ShortMemoryError as ShortMemoryError
     from jcrosslora.errors import UsageError as UsageError
     from jcrosslora.evaluate import score as score
-    from jcrosslora.evidence.kinds import EvidenceKind as EvidenceKind
     from jcrosslora.evidence.probes import Probes as Probes
     from jcrosslora.evidence.probes import written_probes as written_probes
     from jcrosslora.evidence.records import Evidence as Evidence
+    from jcrosslora.evidence.records import EvidenceKind as EvidenceKind
     from jcrosslora.evidence.records import Maps as Maps
     from jcrosslora.export.export import ExportSettings as ExportSettings
     from jcrosslora.export.export import export_adapter as export_adapter

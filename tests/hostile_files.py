@@ -26,7 +26,7 @@ from tiny_bases import write_tokenizer
 
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.adapter.engines import check_engines
-from jcrosslora.adapter.write_tokens import token_tensors
+from jcrosslora.adapter.token_files import token_tensors
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.tokenizer import load_tokenizer

@@ -17,10 +17,10 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.cache import Cache
-from jcrosslora.cache.digests import FileDigests
+from jcrosslora.cache.keys import FileDigests
 from jcrosslora.cli.main import main
 from jcrosslora.evidence.probes import Probes
-from jcrosslora.evidence.probes.cache import keep_texts
+from jcrosslora.evidence.probes.record import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
 
 SMALL = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate": 48, "layers": 2, "vocab": 64}

@@ -16,10 +16,9 @@ import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.cli.main import main
 from jcrosslora.demo import demo_questions, fetch, run, shipped
-from jcrosslora.demo.compare import Comparison, compare
+from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import PackagedModel, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, in_json, is_json_answer, json_answer
-from jcrosslora.demo.show import print_answers, print_figures
 from jcrosslora.demo.steps import Steps, duration
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import Question, Scores

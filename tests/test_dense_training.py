@@ -21,8 +21,7 @@ from jcrosslora.evaluate import score
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode
-from jcrosslora.training.factors import first_factors
-from jcrosslora.training.step import loss_and_gradient
+from jcrosslora.training.step import first_factors, loss_and_gradient
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=5e-3, rank=3, alpha=6.0, seed=1)
 

@@ -10,7 +10,7 @@ from tiny_bases import write_llama
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import load_params, logits, settings_of, target_log_probs
-from jcrosslora.decoder.divergence import divergence
+from jcrosslora.decoder.log_probs import divergence
 
 SHAPE = (3, 11)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import FIGURES, Question, Scores, lift_recovered, print_scores, read_task
 from jcrosslora.evaluate.bootstrap import Interval, intervals
-from jcrosslora.evaluate.table import word_of
+from jcrosslora.evaluate.scores import word_of
 
 GOOD = {"question": "Which?", "choices": ["a", "bc"], "answer": 1}
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.pattern_cost import is_matchable
+from jcrosslora.adapter.patterns import is_matchable
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError

@@ -20,7 +20,7 @@ from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.session.files import transfer_files
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.lora_xs_span import frozen_factors
+from jcrosslora.shifting.truncate import frozen_factors
 
 K = 30  # more than the 24 rows of k_proj and v_proj, less than the short side of any other
 PREFIX = "base_model.model."

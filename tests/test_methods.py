@@ -11,8 +11,7 @@ from user_methods import HalfCopy
 from jcrosslora.alignment.agreement import measure
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.heads import embedding_map
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Activations, Evidence, Selection, Side, Vocabulary
+from jcrosslora.evidence.records import Activations, Evidence, EvidenceKind, Selection, Side, Vocabulary
 from jcrosslora.linalg import decompose
 from jcrosslora.methods import METHODS, Theseus, find_method
 

@@ -15,7 +15,7 @@ from tiny_models import save_tiny, tiny_model, torch, transformers
 from tiny_tokenizers import KINDS
 
 import jcrosslora as jcl
-from jcrosslora.cache.digests import FileDigests
+from jcrosslora.cache.keys import FileDigests
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.shared_tokens import shared_ids

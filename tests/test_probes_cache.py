@@ -17,8 +17,8 @@ from tiny_bases import random_adapter, write_llama, write_tokenizer
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes import cache, record, written_probes
-from jcrosslora.evidence.probes.cache import find_texts, keep_texts, texts_key
+from jcrosslora.evidence.probes import record, written_probes
+from jcrosslora.evidence.probes.record import find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]
 SETTINGS = (2, 8, 1.0, 0)
@@ -110,9 +110,9 @@ def test_every_property_of_the_base_changes_the_key(base, tmp_path, change):
 def test_procedure_and_platform_change_the_key(base, monkeypatch):
     keys = {texts_key(base, *SETTINGS, None)}
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "PROCEDURE", cache.PROCEDURE + 1)
+        patch.setattr(record, "PROCEDURE", record.PROCEDURE + 1)
         keys.add(texts_key(base, *SETTINGS, None))
-    monkeypatch.setattr(cache.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(record.jax, "default_backend", lambda: "gpu")
     keys.add(texts_key(base, *SETTINGS, None))
     assert len(keys) == 3
 
@@ -120,7 +120,7 @@ def test_procedure_and_platform_change_the_key(base, monkeypatch):
 def test_sampling_dtype_changes_the_key(base, monkeypatch):
     keys = set()
     for dtype in ("float32", "bfloat16"):
-        monkeypatch.setattr(cache, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
+        monkeypatch.setattr(record, "fast_dtype", lambda dtype=dtype: jnp.dtype(dtype))
         keys.add(texts_key(base, *SETTINGS, None))
     assert len(keys) == 2
 
@@ -228,7 +228,7 @@ def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
 
 HAMMER = """
 import sys
-from jcrosslora.evidence.probes.cache import find_texts, keep_texts
+from jcrosslora.evidence.probes.record import find_texts, keep_texts
 texts = [sys.argv[1] * 50_000, "x"]
 for _ in range(60):
     keep_texts("ab", texts)
@@ -238,7 +238,7 @@ for _ in range(60):
 
 
 def test_two_processes_share_the_folder(folder):
-    environment = os.environ | {"PYTHONPATH": str(Path(cache.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(record.__file__).parents[2])}
     jobs = [subprocess.Popen([sys.executable, "-c", HAMMER, letter], env=environment) for letter in "ab"]
     assert [job.wait(timeout=60) for job in jobs] == [0, 0]
     assert [path.name for path in folder.iterdir()] == ["ab.json"]

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.evidence.probes import probe_batches, write_texts, written_probes
-from jcrosslora.evidence.probes.start_words import start_words
+from jcrosslora.evidence.probes.writing import start_words
 
 LENGTH = 24
 HOT = 20.0  # the logits of a random tied model are so far apart that it would repeat its last token at 1

@@ -15,7 +15,7 @@ from transfers import move_files
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.quantised import FORMATS, dequantised
-from jcrosslora.checkpoint.quantised.scales import scale_rows
+from jcrosslora.checkpoint.quantised.parts import scale_rows
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.decoder import load_params

@@ -7,7 +7,7 @@ import pytest
 
 from jcrosslora.evidence.records import Activations, Evidence, Side
 from jcrosslora.linalg import dimension_sizes
-from jcrosslora.linalg.dimension_sizes import FLOOR
+from jcrosslora.linalg.least_squares import FLOOR
 from jcrosslora.methods import ScaledProcrustes, Theseus
 
 WIDTHS = 14, 9  # out and in features of the source

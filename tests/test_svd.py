@@ -22,9 +22,9 @@ from jcrosslora.linalg import (
 )
 from jcrosslora.linalg.svd import choose
 from jcrosslora.linalg.svd.choose import GUARD, KERNELS
+from jcrosslora.linalg.svd.dense import gram_matrix
 from jcrosslora.linalg.svd.host import gram_on_host
 from jcrosslora.linalg.svd.krylov import krylov_columns
-from jcrosslora.linalg.svd.short_side import gram_matrix
 
 ROUTES = [full_svd, gram_svd]
 # Kernels with options for matrices of side 64: with its defaults, Krylov would fall back to the Gram kernel.

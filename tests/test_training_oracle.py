@@ -12,8 +12,7 @@ from jcrosslora.decoder import StackedAdapter, StackedFactors, load_params, sett
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded
-from jcrosslora.training.factors import first_factors
-from jcrosslora.training.step import first_state, loss_and_gradient, update
+from jcrosslora.training.step import first_factors, first_state, loss_and_gradient, update
 
 peft = pytest.importorskip("peft")
 

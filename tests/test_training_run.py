@@ -21,8 +21,7 @@ from jcrosslora.training import TrainingSettings, train_lora
 from jcrosslora.training import run as training_run
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import encode
-from jcrosslora.training.factors import first_factors, to_adapter
-from jcrosslora.training.step import loss_and_gradient
+from jcrosslora.training.step import first_factors, loss_and_gradient, to_adapter
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 

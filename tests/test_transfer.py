@@ -20,7 +20,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.pairing import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
 from jcrosslora.session.files import transfer_files

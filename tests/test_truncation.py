@@ -15,7 +15,7 @@ from jcrosslora.adapter.truncation import truncate_by_rule
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.export.export import ExportSettings, export_adapter
-from jcrosslora.session.settings_file import check_settings
+from jcrosslora.session.settings import check_settings
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
 from jcrosslora.methods import FinalizeContext, Method, Update
 from jcrosslora.methods.coordinates import padded_maps

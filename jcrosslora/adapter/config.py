@@ -4,10 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jcrosslora.adapter.kinds.keys import KNOWN_KEYS
-from jcrosslora.adapter.kinds.refused import PLAIN_INITS, REFUSED, why_refused
-from jcrosslora.adapter.kinds.variants import OLORA, PISSA, VARIANTS
-from jcrosslora.adapter.pattern_cost import is_matchable
+from jcrosslora.adapter.kinds.config_tables import KNOWN_KEYS, OLORA, PISSA, PLAIN_INITS, REFUSED, VARIANTS, why_refused
+from jcrosslora.adapter.patterns import is_matchable
 from jcrosslora.errors import AdapterError
 
 Config = Mapping[str, Any]

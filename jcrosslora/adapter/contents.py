@@ -1,13 +1,112 @@
-"""The contents of an adapter file to write, whatever the format."""
+"""What an adapter file is to hold, whatever the format: factors of one dtype, with the scale inside B."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.errors import OutputError, UsageError
+
+FileDtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def file_factors(
+    name: str, factors: LoRAFactors, dtype: FileDtype, rank: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two matrices of a module as a file stores them, with scale 1: b @ a is the update.
+
+    The scale is folded into b. In float16 a power of two, which is exact, is moved between a and b until their largest
+    entries are of one size, so that neither overflows while the other has room.
+
+    Args:
+        name: the module, for messages.
+        factors: a (K, I), b (O, K).
+        dtype: of the result.
+        rank: pad with zero rows of a and zero columns of b up to this rank, which changes no product.
+
+    Returns:
+        a (rank, I) and b (O, rank), C-contiguous.
+
+    Raises:
+        OutputError: the shapes do not fit together, or the values are not finite or do not fit the dtype.
+        UsageError: an unknown dtype.
+    """
+    if dtype not in get_args(FileDtype):
+        msg = f"dtype {dtype!r} is unknown; use one of {', '.join(get_args(FileDtype))}"
+        raise UsageError(msg)
+    _check_shapes(name, factors)
+    # float64 holds every product of a stored value and a scale without a second rounding.
+    a = np.asarray(factors.a).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # Values that are not finite are refused below, with the module's name.
+        b = np.asarray(factors.b).astype(np.float64) * factors.scale
+    if dtype == "float16":
+        a, b = _balanced(a, b)
+    a, b = (file_matrix(name, matrix, dtype) for matrix in (a, b))
+    return _padded(a, b, rank or factors.rank)
+
+
+def _check_shapes(name: str, factors: LoRAFactors) -> None:
+    a, b = np.shape(factors.a), np.shape(factors.b)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+        msg = f"module {name!r} has a of shape {list(a)} and b of shape {list(b)}; they must be (K, I) "
+        msg += "and (O, K), without a 0"
+        raise OutputError(msg)
+
+
+def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    top_a, top_b = np.abs(a).max(), np.abs(b).max()
+    if not (np.isfinite(top_a) and np.isfinite(top_b) and top_a > 0 and top_b > 0):
+        return a, b
+    shift = round((math.log2(top_b) - math.log2(top_a)) / 2)
+    return np.ldexp(a, shift), np.ldexp(b, -shift)
+
+
+def file_matrix(name: str, matrix: np.ndarray, dtype: FileDtype) -> np.ndarray:
+    """Cast a matrix to the dtype of a file.
+
+    Args:
+        name: the module, for messages.
+        matrix: floats of any size.
+        dtype: of the result.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype.
+    """
+    if not np.isfinite(matrix).all():
+        msg = f"module {name!r} holds NaN or infinite values: nothing was written; check where they come from"
+        raise OutputError(msg)
+    with np.errstate(over="ignore", under="ignore"):
+        cast = matrix.astype(DTYPES[dtype])
+        lost = np.linalg.norm(cast.astype(np.float64) - matrix)
+    # Rounding loses 0.2 % at most; a larger loss is overflow, or values so small that float16 has few digits for them.
+    if not lost <= 0.01 * np.linalg.norm(matrix):
+        msg = f"module {name!r} has values up to {np.abs(matrix).max():.3g}, which do not fit {dtype}"
+        msg += ": write it in float32 or bfloat16"
+        raise OutputError(msg)
+    return cast
+
+
+def _padded(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    extra = rank - a.shape[0]
+    # safetensors 0.8 writes the bytes of an array in memory order, whatever its strides.
+    return np.ascontiguousarray(np.pad(a, ((0, extra), (0, 0)))), np.ascontiguousarray(np.pad(b, ((0, 0), (0, extra))))
+
+
+def safetensors_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Serialise tensors, with the same bytes for the same content: safetensors' order of metadata varies."""
+    data = safetensors.numpy.save(tensors, metadata)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 @dataclass(frozen=True, eq=False)

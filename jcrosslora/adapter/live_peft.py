@@ -10,8 +10,8 @@ from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.opening import open_state_dict
 from jcrosslora.adapter.reading import read_adapter
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.token_files import token_ranks
 from jcrosslora.adapter.write_peft import peft_state
-from jcrosslora.adapter.write_tokens import token_ranks
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jcrosslora.adapter.card_licence import stated_licence
 from jcrosslora.adapter.config import check_type, config_notes
-from jcrosslora.adapter.folder import AdapterFiles, Form, find_adapter, open_weights, read_config
+from jcrosslora.adapter.folder import AdapterFiles, Form, find_adapter, open_weights, read_config, stated_licence
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind
 from jcrosslora.adapter.kinds.registry import TYPES, kind_of
+from jcrosslora.adapter.mlx import translated_mlx
 from jcrosslora.adapter.names import parse_tensor_name, text_module_name
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
-from jcrosslora.adapter.read_mlx import translated_mlx
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.tensor_groups import TensorGroups, group_tensors
 from jcrosslora.adapter.weights import MemoryWeights, PeftContents, check_names

@@ -7,10 +7,10 @@ from typing import Literal
 
 from jcrosslora.adapter.contents import Contents
 from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
 from jcrosslora.adapter.write_lora_xs import LORA_XS, write_lora_xs
-from jcrosslora.adapter.write_mlx import write_mlx
 from jcrosslora.adapter.write_peft import write_peft, write_portable
 from jcrosslora.errors import OutputError, UsageError
 

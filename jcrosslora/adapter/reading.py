@@ -1,22 +1,26 @@
-"""Read the updates of an opened adapter into memory, as low-rank factors."""
+"""Read the updates of an opened adapter into memory, as low-rank factors, and measure what is not such an update."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jcrosslora.adapter.change_energy import change_energy
+import numpy as np
+
 from jcrosslora.adapter.factors import update_norm
 from jcrosslora.adapter.ignored import ignored_sentence, token_update_sentences
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.alora import invocation_of
 from jcrosslora.adapter.kinds.kind import Kind, Update
-from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.plain import PLAIN, pattern_name, read_embedding_factors
 from jcrosslora.adapter.kinds.truncate import truncate_update
+from jcrosslora.adapter.names import TensorName, by_module
 from jcrosslora.adapter.opening import OpenedAdapter
-from jcrosslora.adapter.read_tokens import read_tokens
+from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.token_files import read_tokens
 from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 # A smaller share of the update's energy is rounding.
 _ROUNDING = 1e-6
@@ -104,3 +108,59 @@ def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = f"at {rank}, which loses {lost:.1%} of the update's energy" if lost else f"exactly, at {rank}"
     return f"{kind.name} ({kind.formula}), read {how}{f'; {remark}' if remark else ''}"
+
+
+def change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
+    """Compute the squared Frobenius norm of a change that does not move.
+
+    Args:
+        file: the adapter.
+        kind: a key of `ignored.CHANGES`.
+        tensors: of this kind.
+
+    Returns:
+        The norm; None if it is not known: a tensor that replaces one of the base can only be compared with it if the
+        base is given.
+    """
+    try:
+        return _ENERGIES[kind](file, tensors) if kind in _ENERGIES else None
+    # The figure is informative: a damaged tensor that does not move is no reason to refuse the adapter.
+    except (JCrossLoRAError, ArithmeticError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _embedding(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
+    return sum(update_norm(read_embedding_factors(file, group)) ** 2 for group in by_module(tensors))
+
+
+def _lora_bias(file: AdapterFile, tensors: Sequence[TensorName]) -> float:
+    total = 0.0
+    for tensor in tensors:
+        name = pattern_name(file.config, tensor.module)
+        scale = module_scale(file.config, name, module_rank(file.config, name))
+        total += _squared(scale * file.read(tensor.key, axes=1).astype(np.float64))
+    return total
+
+
+def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
+    """Whole tensors and biases, against those of the base."""
+    if file.base is None:
+        return None
+    total = 0.0
+    for tensor in tensors:
+        new = file.read(tensor.key, axes=len(file.file.entries[tensor.key].shape))
+        old = file.base.tensor(f"{tensor.module}.{'bias' if tensor.kind == 'bias' else 'weight'}")
+        total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
+    return total
+
+
+def _squared(change: np.ndarray) -> float:
+    return float(np.sum(change**2))
+
+
+_ENERGIES: Mapping[str, Callable[[AdapterFile, Sequence[TensorName]], float | None]] = {
+    "embedding": _embedding,
+    "lora_bias": _lora_bias,
+    "bias": _replaced,
+    "full": _replaced,
+}

@@ -6,9 +6,8 @@ from typing import get_args
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.contents import Contents, FileDtype
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.file_factors import FileDtype
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import ending, natural_key
@@ -60,7 +59,7 @@ def save_adapter(
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
         frozen: the frozen factors of each module for profile lora-xs, from
-            `jcrosslora.shifting.lora_xs_span.frozen_factors`.
+            `jcrosslora.shifting.truncate.frozen_factors`.
         magnitudes: float32 (O,) for each module of a DoRA that is written as one, in profile peft or mlx; `adapter`
             then holds its s B A, of the modules that the base stores.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jcrosslora.adapter.kinds.refused import REFUSED_TENSORS
+from jcrosslora.adapter.kinds.config_tables import REFUSED_TENSORS
 from jcrosslora.adapter.names import TensorName, natural_key, text_module_name
 from jcrosslora.errors import AdapterError
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.file_factors import file_factors
+from jcrosslora.adapter.contents import Contents, file_factors
 from jcrosslora.adapter.folder import GGUF_WEIGHTS
 from jcrosslora.adapter.names import ending
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name

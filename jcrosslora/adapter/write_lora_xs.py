@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents
+from jcrosslora.adapter.contents import Contents, file_matrix
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.file_factors import file_matrix
 from jcrosslora.adapter.names import PREFIX
 from jcrosslora.adapter.write_peft import peft_config, write_peft_files
 from jcrosslora.errors import OutputError
@@ -87,7 +86,7 @@ def _check_frozen(
     """
     if frozen is None:
         msg = "profile lora-xs needs the frozen factors of the base: give them (frozen=..., from "
-        raise OutputError(msg + "jcrosslora.shifting.lora_xs_span.frozen_factors)")
+        raise OutputError(msg + "jcrosslora.shifting.truncate.frozen_factors)")
     for name, factors in modules.items():
         if name not in frozen or frozen[name].shape != factors.shape:
             msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "

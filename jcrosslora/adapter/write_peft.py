@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.file_factors import file_factors
+from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.names import PREFIX, ending
 from jcrosslora.adapter.patterns import exact_pattern
-from jcrosslora.adapter.safetensors_bytes import safetensors_bytes
-from jcrosslora.adapter.write_tokens import token_config, token_ranks, token_tensors
+from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
 
 
 def write_portable(contents: Contents, folder: Path) -> None:

@@ -16,10 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jcrosslora.alignment.agreement import Agreement, measure
-from jcrosslora.alignment.group_arrays import arrays_of, facts_of, group_of
 from jcrosslora.alignment.task import AlignmentTask, reads_stream
 from jcrosslora.alignment.transport import TransportGroup
-from jcrosslora.alignment.transport_cache import TransportCache, kept_layers
+from jcrosslora.alignment.transport_cache import TransportCache, arrays_of, facts_of, group_of, kept_layers
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.distributed import hosts

@@ -12,8 +12,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.heads import head_counts
-from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.evidence.providers import providers_of
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.evidence.request import EvidenceRequest
 from jcrosslora.evidence.selection import selected_layers
 from jcrosslora.evidence.weight_stacks import bounded_groups

@@ -1,17 +1,23 @@
-"""The groups of one transport in the cache, each an entry of its own, so that memory is bounded by a group."""
+"""The groups of one transport as named arrays, and in the cache: one entry each, to limit memory to a group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from jcrosslora.alignment.group_arrays import AGREEMENT_FIELDS, MAP_FIELDS, arrays_of, facts_of, group_of
+import jax
+import numpy as np
+
+from jcrosslora.alignment.agreement import Agreement
 from jcrosslora.alignment.transport import TransportGroup
 from jcrosslora.cache.keys import digest_of
+from jcrosslora.evidence.base_pair import PairCache
 from jcrosslora.evidence.factor_cache import describe
-from jcrosslora.evidence.pair_cache import PairCache
 from jcrosslora.evidence.providers import providers_of
 from jcrosslora.evidence.request import EvidenceRequest, pairs_as_json
+from jcrosslora.linalg import LinearMap, place
 from jcrosslora.lineage.pairing import Pair
 from jcrosslora.methods import Method
 
@@ -74,3 +80,35 @@ def kept_layers(
     if cache is not None:
         cache.store.save("depth", key, f"layers that are alike, {cache.names}", {}, {"layers": list(layers)})
     return layers
+
+
+MAP_FIELDS = tuple(field.name for field in dataclasses.fields(LinearMap))
+AGREEMENT_FIELDS = tuple(field.name for field in dataclasses.fields(Agreement))
+_SIDES = ("out", "in")
+
+
+def arrays_of(group: TransportGroup) -> dict[str, jax.Array]:
+    """Return all arrays of a group by name, each with the leading axis of its pairs."""
+    arrays = {
+        f"term{term}_{side}_{field}": getattr(linear, field)
+        for term, maps in enumerate(group.terms)
+        for side, linear in zip(_SIDES, maps, strict=True)
+        for field in MAP_FIELDS
+    }
+    return arrays | {field: getattr(group.agreement, field) for field in AGREEMENT_FIELDS}
+
+
+def facts_of(group: TransportGroup) -> dict[str, Any]:
+    """Return the other fields of a group as JSON values, without its pairs."""
+    return {"terms": len(group.terms), "kernels": list(group.kernels)}
+
+
+def group_of(pairs: tuple[Pair, ...], arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> TransportGroup:
+    """Rebuild a group on the local devices."""
+    placed = {name: place(array) for name, array in arrays.items()}
+    terms = tuple(
+        tuple(LinearMap(*(placed[f"term{term}_{side}_{field}"] for field in MAP_FIELDS)) for side in _SIDES)
+        for term in range(facts["terms"])
+    )
+    agreement = Agreement(*(placed[field] for field in AGREEMENT_FIELDS))
+    return TransportGroup(terms, agreement, pairs, tuple(facts["kernels"]))  # type: ignore[arg-type]

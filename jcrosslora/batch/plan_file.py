@@ -14,8 +14,7 @@ from typing import Any
 from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import AUTO, find_method, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
-from jcrosslora.session.settings_file import check_settings, read_toml
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, check_settings, read_toml
 
 _TABLES = ("out", "bases", "adapters", "moves")
 _BASE_KEYS = ("ref", "revision", "name")

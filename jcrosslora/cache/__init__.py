@@ -3,6 +3,6 @@
 The cache only saves time: `jcrosslora cache clear` or removing the folder by hand is always safe.
 """
 
-from jcrosslora.cache.entry import Entry as Entry
+from jcrosslora.cache.manifest import Entry as Entry
 from jcrosslora.cache.store import Cache as Cache
 from jcrosslora.cache.store import open_cache as open_cache

@@ -19,9 +19,18 @@ import jax
 import numpy as np
 
 from jcrosslora.cache.arrays import read_arrays, write_arrays
-from jcrosslora.cache.digests import FileDigests
-from jcrosslora.cache.entry import Entry, Loaded, read_entry
-from jcrosslora.cache.manifest import MANIFEST, Damaged, Manifest, check_files, measure_files, read_manifest
+from jcrosslora.cache.keys import FileDigests
+from jcrosslora.cache.manifest import (
+    MANIFEST,
+    Damaged,
+    Entry,
+    Loaded,
+    Manifest,
+    check_files,
+    measure_files,
+    read_entry,
+    read_manifest,
+)
 from jcrosslora.cache.place import cache_limit, cache_root
 from jcrosslora.cache.work import remove_abandoned, work_folder
 

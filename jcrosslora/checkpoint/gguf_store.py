@@ -9,7 +9,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, TensorInfo
-from jcrosslora.checkpoint.gguf_vocabulary import gguf_vocabulary
+from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.vocabulary import Vocabulary

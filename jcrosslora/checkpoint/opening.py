@@ -10,9 +10,8 @@ from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
 from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.gguf import open_gguf
-from jcrosslora.checkpoint.in_memory import config_values, flat_weights, is_live_model, tokenizer_folder
+from jcrosslora.checkpoint.in_memory import MemoryStore, config_values, flat_weights, is_live_model, tokenizer_folder
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
-from jcrosslora.checkpoint.memory_store import MemoryStore
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore, text_model_name

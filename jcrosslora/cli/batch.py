@@ -11,8 +11,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.main import INTERRUPTED, fail
-from jcrosslora.cli.output import print_json
-from jcrosslora.cli.verdicts import FailOn, exit_code
+from jcrosslora.cli.output import FailOn, exit_code, print_json
 from jcrosslora.errors import BatchError, UsageError
 
 if TYPE_CHECKING:

@@ -1,4 +1,6 @@
-"""A command's dataclass becomes flags: help from the strings below the fields, groups, defaults shown as values.
+"""Flags from dataclasses: help from the strings below the fields, groups, defaults shown as values.
+
+The flags of `jcrosslora transfer` are derived: from the settings of a transfer, and from the fields of the methods.
 
 A command may have
 
@@ -8,15 +10,46 @@ A command may have
     defaults(cls, arguments) -> {"rank": 8}         defaults that come from the arguments, such as those of a recipe
 """
 
+import ast
+import dataclasses
 import inspect
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from jcrosslora.utils.attribute_docs import attribute_docs
+from jcrosslora.methods import METHODS, setting_fields
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
+
+
+@cache
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Return the docstring beneath each annotated attribute of a class and its bases, on one line each.
+
+    Args:
+        cls: a class whose source can be read; one whose source cannot gives nothing.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
+        for statement, below in pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = (
+                    below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+                )
+                if isinstance(text, str) and text:
+                    found[statement.target.id] = " ".join(text.split())
+    return found
+
 
 C = TypeVar("C")
 
@@ -105,3 +138,38 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool) or default in (None, ()) or default is MISSING:
         return ""
     return f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+Flag = tuple[str, Any, Any]
+
+
+def setting_flags() -> list[Flag]:
+    """Return the settings of a transfer as dataclass fields; those without a default are required."""
+    kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
+    kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
+    return [(name, kinds[name], dataclasses.field(default=field.default)) for name, field in OWN_FIELDS.items()]
+
+
+def method_flags() -> list[Flag]:
+    """Return the hyper-parameters of all methods as optional dataclass fields; None leaves a method's default."""
+    kinds: dict[str, Any] = {name: next(iter(fields.values())).type for name, fields in setting_fields().items()}
+    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds.items()]
+
+
+def flag_docs() -> dict[str, str]:
+    """Return the help of all these flags; a hyper-parameter's ends with the default of each method."""
+    docs = dict(attribute_docs(TransferSettings))
+    docs["method"] = "How to move it: a method's name, MODULE:CLASS of your own, or auto, which looks at both bases."
+    docs["cache"] = "Neither look for factors and transports in the user's cache folder nor keep them there."
+    for name, by_method in setting_fields().items():
+        text = next(attribute_docs(METHODS[method]).get(name, "") for method in by_method)
+        defaults: dict[str, list[str]] = {}
+        for method, each in by_method.items():
+            defaults.setdefault(_shown_default(each.default), []).append(method)
+        stated = "; ".join(f"{', '.join(names)}: {value}" for value, names in defaults.items())
+        docs[name] = f"{text} ({stated})"
+    return docs
+
+
+def _shown_default(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

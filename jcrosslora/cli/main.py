@@ -127,7 +127,7 @@ def _call(command: Command, name: str, arguments: list[str], own_process: bool) 
         with enough_memory():
             parsed = parse(command.load(arguments), arguments, prog=f"jcrosslora {name}")
             if own_process and command.computes:
-                from jcrosslora.cache.compiled import keep_compiled
+                from jcrosslora.cache.place import keep_compiled
 
                 keep_compiled()
             return parsed.run(console) or OK

@@ -1,8 +1,9 @@
-"""What commands print: lines that nothing reformats, and JSON."""
+"""What commands print: lines that nothing reformats, JSON, and exit codes from verdicts (`--fail-on no-effect`)."""
 
 import json
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -16,3 +17,14 @@ def print_json(data: Any) -> None:
     """Print data as JSON on stdout, with nothing else beside it."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     print()
+
+
+FailOn = Literal["never", "no-effect"]
+NO_EFFECT = 3
+# Levels of `jcrosslora.report.verdict` that expect no effect, or harm. A control is to have none.
+_LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
+
+
+def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
+    """Give 3 if `fail_on` is "no-effect" and one of the verdicts' levels expects no effect; else 0."""
+    return NO_EFFECT if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0

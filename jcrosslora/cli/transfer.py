@@ -8,12 +8,10 @@ from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
-from jcrosslora.cli.output import print_json, say
-from jcrosslora.cli.transfer_flags import flag_docs, method_flags, setting_flags
-from jcrosslora.cli.verdicts import FailOn, exit_code
+from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
+from jcrosslora.cli.output import FailOn, exit_code, print_json, say
 from jcrosslora.methods import AUTO, METHODS, find_method
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
-from jcrosslora.session.settings_file import check_settings, read_toml
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, check_settings, read_toml
 
 
 @dataclass(frozen=True)

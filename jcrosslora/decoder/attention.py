@@ -1,9 +1,17 @@
-"""Causal grouped-query attention with sliding windows and soft caps; scores and softmax are float32."""
+"""Causal grouped-query attention with sliding windows, soft caps, rotary positions, and a cache of keys and values.
 
+Scores and softmax are float32.
+"""
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 
 from jcrosslora.decoder.ops import einsum, soft_cap
+from jcrosslora.decoder.rope_scaling import Rope
+from jcrosslora.decoder.settings import DecoderSettings
 
 NO_WINDOW = 1 << 30
 
@@ -48,3 +56,103 @@ def attention(
     mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
     mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads * size).astype(values.dtype)
+
+
+def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Return cosine and sine, float32 (2, B, T, pairs), for each rotary setting.
+
+    Args:
+        ropes: the different rotary settings of a model.
+        positions: int32 (B, T).
+        lengths: int32 (B,), tokens of the whole text of each sequence, if the positions are only a part of it; None
+            takes the longest of the batch for all.
+    """
+    return tuple(_rotation(rope, positions, lengths) for rope in ropes)
+
+
+def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    if rope.long_frequencies is not None:
+        assert rope.switch is not None
+        # Without lengths, the longest sequence decides for the whole batch, as in transformers.
+        reach = jnp.max(positions) + 1 if lengths is None else lengths[:, None, None]
+        frequencies = jnp.where(reach > rope.switch, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude
+
+
+def apply_rope(x: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Rotate the feature pairs (i, i + pairs) of every head; features from 2 * pairs on stay unchanged.
+
+    Args:
+        x: (B, T, heads, D).
+        rotation: float32 (2, B, T, pairs), cosine and sine.
+    """
+    pairs = rotation.shape[-1]
+    cosine, sine = rotation[:, :, :, None, :]
+    first, second = (part.astype(jnp.float32) for part in (x[..., :pairs], x[..., pairs : 2 * pairs]))
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
+
+
+EMPTY = -1  # position of a slot without a token
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values in S slots for each sequence, filled from the first on, padding included.
+
+    Attributes:
+        keys: (L, B, kv_heads, S, D), with rotary positions applied.
+        values: (L, B, kv_heads, S, D).
+        positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
+        filled: int32 scalar, slots in use; the same for all sequences.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    filled: jax.Array
+
+
+def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+    """Create an empty cache for `batch` sequences of up to `length` tokens, padding included.
+
+    Args:
+        settings: of the model.
+        batch: B.
+        length: S.
+        dtype: of the residual stream, see `Params.stream_dtype`.
+    """
+    shape = (settings.layers, batch, settings.kv_heads, length, settings.head_dim)
+    return KVCache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.full((batch, length), EMPTY, jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+    )
+
+
+def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
+    """Add the positions (B, T) of new tokens, -1 for padding, before their keys and values."""
+    added = lax.dynamic_update_slice(cache.positions, positions, (jnp.zeros((), jnp.int32), cache.filled))
+    return cache.replace(positions=added)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def append_layer(
+    cache: KVCache, layer: jax.Array, keys: jax.Array, values: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Write the keys and values (B, kv_heads, T, D) of a layer after the filled slots.
+
+    Returns:
+        The new cache, and all keys and all values of the layer, (B, kv_heads, S, D).
+    """
+    zero = jnp.zeros((), jnp.int32)
+    place = (layer, zero, zero, cache.filled, zero)
+    all_keys = lax.dynamic_update_slice(cache.keys, keys[None], place)
+    all_values = lax.dynamic_update_slice(cache.values, values[None], place)
+    return (
+        cache.replace(keys=all_keys, values=all_values),  # pyright: ignore[reportAttributeAccessIssue]
+        lax.dynamic_index_in_dim(all_keys, layer, keepdims=False),
+        lax.dynamic_index_in_dim(all_values, layer, keepdims=False),
+    )

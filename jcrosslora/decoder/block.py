@@ -5,10 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.decoder.adapters import StackedFactors, update
-from jcrosslora.decoder.attention import attention, attention_mask
-from jcrosslora.decoder.kv_cache import KVCache, append_layer
+from jcrosslora.decoder.attention import KVCache, append_layer, apply_rope, attention, attention_mask
 from jcrosslora.decoder.ops import ACTIVATIONS, linear, rms_norm
-from jcrosslora.decoder.rope import apply_rope
 from jcrosslora.decoder.settings import DecoderSettings
 
 # The place in a layer where the input of each role is read.

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder.adapters import StackedAdapter
-from jcrosslora.decoder.attention import NO_WINDOW
+from jcrosslora.decoder.attention import EMPTY, NO_WINDOW, KVCache, append_positions, rotations
 from jcrosslora.decoder.block import Context, LayerCapture, LayerWeights, layer_forward
-from jcrosslora.decoder.kv_cache import EMPTY, KVCache, append_positions
 from jcrosslora.decoder.ops import linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
-from jcrosslora.decoder.rope import rotations
 from jcrosslora.decoder.settings import DecoderSettings
 from jcrosslora.errors import UsageError
 

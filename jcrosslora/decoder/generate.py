@@ -16,9 +16,9 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.adapters import StackedAdapter, stack_adapter
+from jcrosslora.decoder.attention import KVCache, init_cache
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, logits, positions_of
-from jcrosslora.decoder.kv_cache import KVCache, init_cache
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 from jcrosslora.errors import not_finite

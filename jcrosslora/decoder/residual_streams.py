@@ -12,10 +12,10 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, load_params, settings_of
 from jcrosslora.decoder.adapters import update
+from jcrosslora.decoder.attention import rotations
 from jcrosslora.decoder.block import Context, LayerWeights, layer_forward
 from jcrosslora.decoder.forward import embed, layer_stack, positions_of
 from jcrosslora.decoder.ops import rms_norm
-from jcrosslora.decoder.rope import rotations
 
 
 @flax.struct.dataclass

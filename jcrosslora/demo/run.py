@@ -7,14 +7,14 @@ from rich.console import Console
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.demo.compare import Comparison, compare
+from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import GEMMA3, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
-from jcrosslora.demo.move import move
-from jcrosslora.demo.show import print_answers, print_figures
 from jcrosslora.demo.steps import Steps
-from jcrosslora.methods import AUTO, make_method
+from jcrosslora.methods import AUTO, Auto, find_method, make_method
 from jcrosslora.report.table import print_report
+from jcrosslora.session.result import TransferResult
+from jcrosslora.session.transfer import transfer
 from jcrosslora.utils.files import ensure_free
 
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
@@ -90,3 +90,21 @@ def _print(result: Comparison, moved: str, console: Console) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+# A third of the usual number: the move takes about 90 seconds on two cores.
+COMPLETIONS = 100
+
+
+def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str, *, progress: bool) -> TransferResult:
+    """Move an adapter by any method; an update is fitted to fewer completions than usual.
+
+    Raises:
+        JCrossLoRAError: the method cannot be used.
+    """
+    chosen = make_method(Auto(completions=COMPLETIONS))
+    if method != AUTO:
+        settings = {"completions": COMPLETIONS} if hasattr(find_method(method), "completions") else {}
+        chosen = make_method(method, settings)
+    # The demo scores the target's answers in place of the effect.
+    return transfer(adapter, *bases, chosen, effect="never", progress=progress)

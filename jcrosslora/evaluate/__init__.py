@@ -2,8 +2,7 @@
 
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, lift_recovered
 from jcrosslora.evaluate.score import read_questions, score
-from jcrosslora.evaluate.scores import FIGURES, Scores
-from jcrosslora.evaluate.table import print_scores
+from jcrosslora.evaluate.scores import FIGURES, Scores, print_scores
 from jcrosslora.evaluate.tasks import Question, read_task
 
 __all__ = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
-from jcrosslora.decoder.divergence import Divergence, divergence
+from jcrosslora.decoder.log_probs import Divergence, divergence
 from jcrosslora.evidence.probes import ProbeBatch
 
 _AT_ONCE = 256  # states that the head gets in one call

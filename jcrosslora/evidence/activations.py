@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import INPUT_SITES
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Activations, Evidence
+from jcrosslora.evidence.records import Activations, Evidence, EvidenceKind
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack, pairs_as_json
 
 if TYPE_CHECKING:

@@ -1,12 +1,15 @@
-"""A pair of bases with the facts that several stages share."""
+"""A pair of bases with the facts that several stages share, and the cache entries of the pair."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
+import jax.numpy as jnp
+
 from jcrosslora.cache import Cache
+from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.evidence.pair_cache import PairCache
+from jcrosslora.evidence.factor_cache import FactorCache
 from jcrosslora.evidence.records import Vocabulary
 from jcrosslora.evidence.shared_vocabulary import shared_vocabulary
 from jcrosslora.lineage import Structure, find_structure
@@ -53,3 +56,59 @@ class BasePair:
         if self.cache is not None and found is not None:
             self.cache.keep_vocabulary(found)
         return found, reason
+
+
+_MOMENTS = ("cross", "gram_src", "gram_tgt", "mean_src", "mean_tgt")
+
+
+class PairCache:
+    """The entries of one pair of bases.
+
+    Attributes:
+        store: the cache.
+        source: factors of the source.
+        target: factors of the target.
+        names: the names of both bases, shown in listings.
+    """
+
+    def __init__(self, store: Cache, source: BaseModel, target: BaseModel) -> None:
+        """Digest both bases; weight files are read unless their digests are remembered."""
+        self.store, self._bases = store, (source, target)
+        self.names = f"{source.name} to {target.name}"
+        self._weights = tuple(weights_key(base, store.digests) for base in self._bases)
+        self._numerics = numerics_key()
+        self.source, self.target = (
+            FactorCache(store, base.name, key) for base, key in zip(self._bases, self._weights, strict=True)
+        )
+
+    def key(self, *parts: object, tokenizers: bool) -> str:
+        """Digest everything that an entry of the pair depends on.
+
+        Args:
+            parts: JSON values that identify the entry.
+            tokenizers: whether the entry depends on the tokenizers as well as on the weights.
+        """
+        return digest_of(self._with_tokenizers if tokenizers else self._weights, self._numerics, *parts)
+
+    def shared_tokens(self) -> int | None:
+        """Return the cached number of tokens that the vocabularies share, or None."""
+        facts = self.store.facts("vocabulary", self.key(tokenizers=True))
+        return None if facts is None else facts["count"]
+
+    def vocabulary(self) -> Vocabulary | None:
+        """Return the cached moments of the shared vocabulary, or None."""
+        loaded = self.store.load("vocabulary", self.key(tokenizers=True))
+        if loaded is None:
+            return None
+        return Vocabulary(count=loaded.facts["count"], **{name: jnp.asarray(loaded.arrays[name]) for name in _MOMENTS})
+
+    def keep_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Store the moments of the shared vocabulary."""
+        arrays = {name: getattr(vocabulary, name) for name in _MOMENTS}
+        what = f"{vocabulary.count} tokens, {self.names}"
+        self.store.save("vocabulary", self.key(tokenizers=True), what, arrays, {"count": vocabulary.count})
+
+    @cached_property
+    def _with_tokenizers(self) -> tuple[str, ...]:
+        """Return the keys of weights and tokenizers."""
+        return (*self._weights, *(tokenizer_key(base) for base in self._bases))

@@ -5,9 +5,8 @@ from typing import Any, Protocol
 
 from jcrosslora.evidence.activations import ActivationProvider
 from jcrosslora.evidence.heads import EmbeddingMapProvider
-from jcrosslora.evidence.kinds import EvidenceKind
 from jcrosslora.evidence.random_keys import RandomKeyProvider
-from jcrosslora.evidence.records import Evidence
+from jcrosslora.evidence.records import Evidence, EvidenceKind
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 from jcrosslora.evidence.selection import SelectionProvider
 from jcrosslora.evidence.singular_vectors import SingularVectorProvider

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.evidence.records import Evidence
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 

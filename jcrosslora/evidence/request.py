@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 
 from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.pairing import Pair
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
-from jcrosslora.adapter.file_factors import FileDtype
+from jcrosslora.adapter.combining import add_adapters
+from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
-from jcrosslora.adapter.sums import add_adapters
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.alignment.transport import describe_base
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.shifting.lora_xs_span import Frozen, frozen_factors, project, span_rank
 from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
 from jcrosslora.utils.files import ensure_free
 
 # Documents of a transferred adapter, which stay true when it is written in another form.

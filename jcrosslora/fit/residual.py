@@ -9,7 +9,7 @@ where dh_tgt is the change of the target's stream after that layer by the adapte
 adapter, and the updates fitted to the layers before. x is the input of down_proj with that adapter. N is the norm after
 down_proj, linearised: N(y) = gain * y / rms, with the rms of the position; the identity where the family has no such
 norm. M is a ridge map and dW_down a ridge map of reduced rank, both fitted on the same positions. Every dimension is
-divided by its size (see `jcrosslora.linalg.dimension_sizes`): otherwise a few massive dimensions dominate the fit.
+divided by its size (see `jcrosslora.linalg.least_squares`): otherwise a few massive dimensions dominate the fit.
 
 The linearised N allows large outputs of down_proj to write anything into a dimension of small gain. But large outputs
 raise the rms, which suppresses everything that the MLP wrote before. A penalty on |dW_down x / rms|^2 prevents that,

@@ -1,20 +1,20 @@
-"""Linear algebra without models: decompositions, factored maps, recompression; one algorithm per file.
+"""Linear algebra without models: decompositions, factored maps, recompression.
 
 Functions take one matrix; callers add `jax.vmap` and `jax.jit`.
 """
 
-from jcrosslora.linalg.dimension_sizes import dimension_sizes as dimension_sizes
 from jcrosslora.linalg.dot import dot as dot
-from jcrosslora.linalg.linear_map import LinearMap as LinearMap
-from jcrosslora.linalg.linear_map import complement as complement
-from jcrosslora.linalg.linear_map import low_rank as low_rank
-from jcrosslora.linalg.linear_map import select as select
-from jcrosslora.linalg.low_rank_product import product_energy as product_energy
-from jcrosslora.linalg.low_rank_product import recompress as recompress
-from jcrosslora.linalg.procrustes import procrustes as procrustes
-from jcrosslora.linalg.psd_power import psd_power as psd_power
-from jcrosslora.linalg.ridge import reduced_rank_ridge as reduced_rank_ridge
-from jcrosslora.linalg.ridge import ridge as ridge
+from jcrosslora.linalg.least_squares import dimension_sizes as dimension_sizes
+from jcrosslora.linalg.least_squares import procrustes as procrustes
+from jcrosslora.linalg.least_squares import psd_power as psd_power
+from jcrosslora.linalg.least_squares import reduced_rank_ridge as reduced_rank_ridge
+from jcrosslora.linalg.least_squares import ridge as ridge
+from jcrosslora.linalg.low_rank import LinearMap as LinearMap
+from jcrosslora.linalg.low_rank import complement as complement
+from jcrosslora.linalg.low_rank import low_rank as low_rank
+from jcrosslora.linalg.low_rank import product_energy as product_energy
+from jcrosslora.linalg.low_rank import recompress as recompress
+from jcrosslora.linalg.low_rank import select as select
 from jcrosslora.linalg.stacked import mesh_of as mesh_of
 from jcrosslora.linalg.stacked import over_all_devices as over_all_devices
 from jcrosslora.linalg.stacked import over_layers as over_layers
@@ -24,9 +24,9 @@ from jcrosslora.linalg.svd.choose import Kernel as Kernel
 from jcrosslora.linalg.svd.choose import choose_kernel as choose_kernel
 from jcrosslora.linalg.svd.choose import decompose as decompose
 from jcrosslora.linalg.svd.choose import describe_kernels as describe_kernels
-from jcrosslora.linalg.svd.full import full_svd as full_svd
-from jcrosslora.linalg.svd.gram import gram_svd as gram_svd
+from jcrosslora.linalg.svd.dense import full_svd as full_svd
+from jcrosslora.linalg.svd.dense import gram_svd as gram_svd
 from jcrosslora.linalg.svd.krylov import krylov_svd as krylov_svd
+from jcrosslora.linalg.svd.krylov import subspace_svd as subspace_svd
 from jcrosslora.linalg.svd.record import TruncatedSVD as TruncatedSVD
 from jcrosslora.linalg.svd.refine import refine as refine
-from jcrosslora.linalg.svd.subspace import subspace_svd as subspace_svd

@@ -5,8 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.lineage.quantisation_grid import HALF_PRECISION
-from jcrosslora.lineage.rounding import Rounding
+from jcrosslora.lineage.rounding import HALF_PRECISION, Rounding
 
 Change = Literal["equal", "rounded", "low rank", "trained or rounded", "trained"]
 Side = Literal["source", "target"]

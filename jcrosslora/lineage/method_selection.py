@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.lineage.parts import count_parts
-from jcrosslora.lineage.structure import Structure
+from jcrosslora.lineage.structure import Structure, count_parts
 from jcrosslora.lineage.structure_search import find_structure
 from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules
 from jcrosslora.lineage.weight_similarity import WeightSimilarity, compare_weights

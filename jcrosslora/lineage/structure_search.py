@@ -12,11 +12,9 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.shared_tokens import shared_ids
-from jcrosslora.lineage.column_matching import MIN_MEAN_COSINE, match_columns
-from jcrosslora.lineage.head_matching import match_heads
-from jcrosslora.lineage.sampling import check_finite, evenly_spaced, module_rows
+from jcrosslora.lineage.matching import MIN_MEAN_COSINE, match_columns, match_heads
 from jcrosslora.lineage.structure import LayerMap, Structure
-from jcrosslora.lineage.weight_similarity import cosine_similarity
+from jcrosslora.lineage.weight_similarity import check_finite, cosine_similarity, evenly_spaced, module_rows
 
 # Sampled rows of the embedding, of o_proj and down_proj, and of the modules that confirm a match.
 _TOKENS, _STREAM_ROWS, _CHECKED_ROWS = 512, 128, 16

@@ -10,8 +10,8 @@ from jcrosslora.checkpoint.families import FINAL_NORM, HEAD
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.lineage.difference import Difference, compare_rows
 from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
-from jcrosslora.lineage.sampling import Sample, check_finite, counterpart_rows, evenly_spaced
 from jcrosslora.lineage.structure import Structure
+from jcrosslora.lineage.weight_similarity import Sample, check_finite, counterpart_rows, evenly_spaced
 
 _ROWS = 64  # of each module
 # 64 rows cannot show the rank of an adapter of rank 64, which is in use, so a few modules are read further.

@@ -7,7 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.lineage.difference import FLOAT32_NOISE, Change, Difference
-from jcrosslora.lineage.parts import Part
+from jcrosslora.lineage.structure import Part
 from jcrosslora.lineage.tensor_comparison import TensorComparison
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.evidence.kinds import FITTING, RUNNING, EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import FITTING, RUNNING, Evidence, EvidenceKind, Maps
 from jcrosslora.methods.coordinates import zero_maps
 from jcrosslora.methods.update import FinalizeContext, Update
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Adapter, fuse, split_fused
-from jcrosslora.adapter.sums import add_factors
+from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source
 from jcrosslora.methods.copy import Copy

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import low_rank
 from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 

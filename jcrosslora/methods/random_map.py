@@ -6,8 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, low_rank
 from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 

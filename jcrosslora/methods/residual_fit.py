@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.methods.base import Measure, Method
 from jcrosslora.methods.update import FinalizeContext, Update
 

@@ -18,8 +18,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dimension_sizes, low_rank, procrustes
 from jcrosslora.methods.base import Measure, Method
 
@@ -35,7 +34,7 @@ class ScaledProcrustes(Method):
     measure: ClassVar[Measure] = "activation cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
-        """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.dimension_sizes`."""
+        """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.least_squares`."""
         moments = evidence.activations
         assert moments is not None
         turn_out, sizes_out, like_out = _aligned(moments.outputs, moments.output_squares)

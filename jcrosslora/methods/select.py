@@ -10,8 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, select
 from jcrosslora.methods.base import Measure, Method
 

@@ -7,7 +7,7 @@ For each module, with inputs X and outputs Y collected at the same positions of 
 where polar(C) = U V' for C = U S V'. Nothing is centred. The paper's optional partial whitening of exponent p in
 [0, 1/2] takes polar(G_s^-p C G_t^-p) instead, with the full moments G = X'X of each side, and applies the map to
 activations that are not whitened; p is 0 by default in the paper and here. The authors' code raises the eigenvalues of
-G to at least 1e-6 in float64; here the floor is the rounding of float32 (see `jcrosslora.linalg.psd_power`).
+G to at least 1e-6 in float64; here the floor is the rounding of float32 (see `jcrosslora.linalg.least_squares`).
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.kinds import EvidenceKind
-from jcrosslora.evidence.records import Evidence, Maps
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
 from jcrosslora.methods.base import Measure, Method
 

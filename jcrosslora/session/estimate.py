@@ -8,7 +8,7 @@ from typing import Any
 
 from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.decoder import fast_dtype
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods import Method
 from jcrosslora.session.settings import TransferOptions

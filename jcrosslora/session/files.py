@@ -15,7 +15,7 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import given_probes, share_digests
-from jcrosslora.shifting.lora_xs_span import span_rank
+from jcrosslora.shifting.truncate import span_rank
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 

@@ -23,7 +23,7 @@ from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.activations import batch_probes
 from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
@@ -32,9 +32,8 @@ from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
-from jcrosslora.shifting.lora_xs_span import READERS, Frozen, Known, project_update, span_rank
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
-from jcrosslora.shifting.truncate import truncate_update
+from jcrosslora.shifting.truncate import READERS, Frozen, Known, project_update, span_rank, truncate_update
 from jcrosslora.utils.progress import steps
 
 if TYPE_CHECKING:

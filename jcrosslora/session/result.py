@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter import Adapter, to_peft, to_pytree
-from jcrosslora.adapter.file_factors import FileDtype
+from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profiles import Profile, why_without_tokens
 from jcrosslora.adapter.save import save_adapter
@@ -21,7 +21,7 @@ from jcrosslora.report.html import result_html
 from jcrosslora.report.public_names import public_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
-from jcrosslora.shifting.lora_xs_span import Frozen
+from jcrosslora.shifting.truncate import Frozen
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.file_factors import FileDtype
+from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.shifting.lora_xs_span import Frozen
+from jcrosslora.shifting.truncate import Frozen
 
 
 def save_adapter(
@@ -34,7 +34,7 @@ def save_adapter(
             `frozen`.
         dtype: number format of the file.
         overwrite: whether an adapter already there may be replaced.
-        frozen: for profile lora-xs, from `jcrosslora.shifting.lora_xs_span.frozen_factors`.
+        frozen: for profile lora-xs, from `jcrosslora.shifting.truncate.frozen_factors`.
 
     Returns:
         The folder.

@@ -12,7 +12,7 @@ from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH, WIDTHS
 from jcrosslora.fit.distill.completions import PILOT
 from jcrosslora.fit.distill.settings import DistillSettings

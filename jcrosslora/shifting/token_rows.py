@@ -10,13 +10,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.token_rows import changed_rows, complete_rows, low_rank_rows
-from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, TIED, TokenUpdate
+from jcrosslora.adapter.token_updates import (
+    EMBEDDING,
+    HEAD,
+    TIED,
+    TokenUpdate,
+    changed_rows,
+    complete_rows,
+    low_rank_rows,
+)
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.errors import AdapterError
 from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.evidence.kinds import EvidenceKind
+from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.methods import Method
 from jcrosslora.shifting.records import TokenRow
 

@@ -20,9 +20,8 @@ from jcrosslora.evaluate import Question
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
 from jcrosslora.training.examples import digest, encode, read_examples
-from jcrosslora.training.factors import first_factors, to_adapter
 from jcrosslora.training.settings import TrainingSettings
-from jcrosslora.training.step import TrainState, first_state, loss_and_gradient, update
+from jcrosslora.training.step import TrainState, first_factors, first_state, loss_and_gradient, to_adapter, update
 from jcrosslora.utils.progress import track
 
 Trained = TypeVar("Trained")

@@ -4,7 +4,7 @@
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine, no_parts_between_factors, note_pickle
-from jcrosslora.adapter.kinds.refused import KNOWN_TYPES
+from jcrosslora.adapter.kinds.config_tables import KNOWN_TYPES
 from jcrosslora.adapter.names import PREFIX
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.folder import Form
-from jcrosslora.adapter.kinds.variants import VARIANTS
+from jcrosslora.adapter.kinds.config_tables import VARIANTS
 from jcrosslora.adapter.patterns import module_alpha, module_rank
 
 Rule = Callable[[AdapterFacts], str | None]

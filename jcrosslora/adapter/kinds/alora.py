@@ -4,7 +4,7 @@ Its weights are those of a plain LoRA. `shifting.invocation` translates the toke
 """
 
 from jcrosslora.adapter.config import check_lora
-from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds import config_tables
 from jcrosslora.adapter.kinds.kind import Config, Kind
 from jcrosslora.adapter.kinds.plain import PLAIN
 from jcrosslora.errors import AdapterError
@@ -32,5 +32,5 @@ ALORA = Kind(
     formula="s B A after its invocation tokens",
     read=PLAIN.read,
     check=_check,
-    applies=lambda config, _: variants.VARIANTS[variants.ALORA](config),
+    applies=lambda config, _: config_tables.VARIANTS[config_tables.ALORA](config),
 )

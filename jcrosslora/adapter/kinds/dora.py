@@ -14,7 +14,7 @@ import numpy as np
 
 from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds import config_tables
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind, Update
 from jcrosslora.adapter.kinds.pissa_olora import OLORA, PISSA
@@ -94,6 +94,6 @@ DORA = Kind(
     formula="diag(m / ||W + s B A||) (W + s B A) - W",
     read=_read,
     check=check_lora,
-    applies=lambda config, parts: variants.VARIANTS[variants.DORA](config) or "dora" in parts,
+    applies=lambda config, parts: config_tables.VARIANTS[config_tables.DORA](config) or "dora" in parts,
     over=(PISSA.name, OLORA.name),
 )

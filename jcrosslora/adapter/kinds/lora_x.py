@@ -1,4 +1,6 @@
-"""LoRA-X: only a change of the singular values of a frozen weight W = U S V' is trained.
+"""Kinds that train a small change between frozen singular vectors: LoRA-X and LoRA-XS.
+
+LoRA-X: only a change of the singular values of a frozen weight W = U S V' is trained.
 
     dW = U diag(d) V'   or   dW = U D V', with D (R, R)
 
@@ -6,6 +8,14 @@ It has no public file format, so the trained numbers are given as arrays. A vect
 weights, because the signs of u_i and v_i cancel. A matrix D also needs the U and V that it was trained with.
 
 Source: LoRA-X (arXiv 2501.16559).
+
+LoRA-XS: dW = s B R A, where B and A are frozen (from an SVD of the base) and only R (r, r) is trained.
+
+The format is that of https://github.com/MohammadrezaBanaei/LoRA-XS, PEFT's with one more tensor for each module,
+`default_lora_latent_mapping.weight`; peft writes it as `q_proj_lora_latent_mapping.weight`. A and B are in the file; a
+file without them is refused, because the signs of the singular vectors that R was trained with are not known.
+
+Source: arXiv 2405.17604; utils/latent_utils.py and utils/merge_adapter_to_base_model.py there.
 """
 
 from collections.abc import Mapping
@@ -13,7 +23,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
+from jcrosslora.adapter.kinds.plain import read_factors
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
@@ -85,3 +99,27 @@ def _leading(name: str, weight: np.ndarray, rank: int) -> Vectors:
         msg = f"module {name!r}: singular values among the first {rank} lie too close together for their vectors to be "
         raise AdapterError(msg + "determined from the weights; give U and V (vectors=...)")
     return np.asarray(svd.u[0]), np.asarray(svd.v[0])
+
+
+def _read(file: AdapterFile, module: str) -> Update:
+    if "A" not in file.modules[module]:
+        msg = f"{file.path}: module {module!r} of a LoRA-XS adapter has R without its A and B: the signs of the base's "
+        msg += "singular vectors that it was trained with are not known; save it with lora_A and lora_B"
+        raise AdapterError(msg)
+    factors, latent = read_factors(file, module), file.part(module, "latent")
+    if latent.shape != (factors.rank, factors.rank):
+        msg = f"{file.path}: module {module!r} has R of shape {list(latent.shape)} for rank {factors.rank}"
+        msg += ": the file is damaged"
+        raise AdapterError(msg)
+    a = latent.astype(np.float64) @ np.asarray(factors.a).astype(np.float64)
+    return Update(LoRAFactors(a=a.astype(np.float32), b=factors.b, scale=factors.scale))
+
+
+LORA_XS = Kind(
+    name="LoRA-XS",
+    peft_type="LORA",
+    formula="s B R A",
+    read=each_module(_read),
+    check=check_lora,
+    applies=lambda _, parts: "latent" in parts,
+)

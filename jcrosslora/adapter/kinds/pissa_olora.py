@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.config import check_lora
-from jcrosslora.adapter.kinds import variants
+from jcrosslora.adapter.kinds import config_tables
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
@@ -65,7 +65,7 @@ PISSA = Kind(
     formula="s B A less the base's best approximation of rank r",
     read=each_module(_reader("PiSSA", _singular_vectors, scaled=False)),
     check=check_lora,
-    applies=lambda config, _: variants.VARIANTS[variants.PISSA](config),
+    applies=lambda config, _: config_tables.VARIANTS[config_tables.PISSA](config),
     remark=_pissa_remark,
 )
 
@@ -75,5 +75,5 @@ OLORA = Kind(
     formula="s B A less s times the first r columns and rows of the base's QR",
     read=each_module(_reader("OLoRA", _first_columns, scaled=True)),
     check=check_lora,
-    applies=lambda config, _: variants.VARIANTS[variants.OLORA](config),
+    applies=lambda config, _: config_tables.VARIANTS[config_tables.OLORA](config),
 )

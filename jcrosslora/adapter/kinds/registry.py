@@ -2,16 +2,14 @@
 
 from collections.abc import Collection
 
-from jcrosslora.adapter.kinds.adalora import ADALORA
 from jcrosslora.adapter.kinds.alora import ALORA
-from jcrosslora.adapter.kinds.beam import BEAM
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.kinds.kind import Config, Kind
-from jcrosslora.adapter.kinds.loha import LOHA
-from jcrosslora.adapter.kinds.lokr import LOKR
-from jcrosslora.adapter.kinds.lora_xs import LORA_XS
+from jcrosslora.adapter.kinds.lora_x import LORA_XS
+from jcrosslora.adapter.kinds.lycoris import LOHA, LOKR
 from jcrosslora.adapter.kinds.pissa_olora import OLORA, PISSA
 from jcrosslora.adapter.kinds.plain import PLAIN
+from jcrosslora.adapter.kinds.rank_weights import ADALORA, BEAM
 from jcrosslora.adapter.kinds.unilora import UNILORA
 from jcrosslora.adapter.kinds.vblora import VBLORA
 from jcrosslora.adapter.kinds.vera import VERA

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jcrosslora.adapter.combining import add_factors, check_always_active
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.ignored import drop_token_updates
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.adapter.sums import add_factors, check_always_active
 from jcrosslora.errors import UsageError
 
 

@@ -4,9 +4,14 @@ The indices into theta are drawn once: each entry is used equally often, up to o
 modules follow in the order of the model, A before B. If a file does not hold the indices they are drawn again.
 
 Source: Uni-LoRA (arXiv 2506.00799); peft 0.21, generate_index in tuners/unilora/model.py.
+
+Its files do not name their modules: they are those of the base that the configuration targets, in peft's order, by
+check_target_module_exists in tuners/tuners_utils.py.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +19,8 @@ from jcrosslora.adapter.config import check_rank, check_targets, shown
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds.adapter_file import INTEGERS, LARGEST, AdapterFile
 from jcrosslora.adapter.kinds.kind import Config, Kind, Update
-from jcrosslora.adapter.kinds.targets import targeted_shapes
+from jcrosslora.adapter.patterns import is_matchable
+from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError
 
 _SEED, _LENGTH = 42, 256  # peft's defaults of proj_seed and theta_d_length
@@ -109,3 +115,72 @@ def _balanced_indices(count: int, length: int, seed: int) -> np.ndarray:
 UNILORA = Kind(
     name="Uni-LoRA", peft_type="UNILORA", formula="B A of the numbers of one vector", read=_read, check=_check
 )
+
+
+_HEAD = "lm_head"
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+def targeted_shapes(config: Mapping[str, Any], base: BaseModel, where: str) -> dict[str, tuple[int, int]]:
+    """Return (O, I) of every module that the configuration targets, by its name in the base.
+
+    Args:
+        config: of the adapter.
+        base: the model it is for. Its modules are ordered layer by layer, q, k, v, o, gate, up, down, the head last.
+        where: path of the configuration, for messages.
+
+    Raises:
+        AdapterError: the base has fused modules, whose order differs, or the configuration targets no module or
+            cannot be parsed.
+    """
+    if base.fused:
+        msg = f"{where}: the order of the modules of {base.family.name} bases is not known: save the adapter with its "
+        msg += "indices (save_indices=True)"
+        raise AdapterError(msg)
+    shapes = {name: module.shape for name, module in base.modules.items()}
+    every = shapes | {_HEAD: (base.dims.vocab, base.dims.hidden)}
+    try:
+        found = {name: shape for name, shape in every.items() if _is_target(config, name)}
+    except (re.error, TypeError, AttributeError, RecursionError) as error:
+        msg = f"{where}: its target_modules or layers cannot be parsed ({error}): correct the file"
+        raise AdapterError(msg) from error
+    if not found:
+        msg = f"{where}: target_modules names no module of the base {base.name}: give the base it was trained on"
+        raise AdapterError(msg)
+    return found
+
+
+def _is_target(config: Mapping[str, Any], name: str) -> bool:
+    if any(_pattern(rf"(^|.*\.){saved}($|\..*)").match(name) for saved in config.get("modules_to_save") or ()):
+        return False
+    targets = config.get("target_modules") or ()
+    if targets == "all-linear":
+        return name != _HEAD
+    if isinstance(targets, str):
+        return _pattern(targets).fullmatch(name) is not None
+    if name in targets:
+        return True
+    return any(name.endswith(f".{target}") for target in targets) and _is_layer(config, name)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Compile a pattern of the configuration.
+
+    Raises:
+        re.error: it is not a regular expression, or could take very long to match.
+    """
+    if not is_matchable(text):
+        msg = f"{text[:60]!r} is not a regular expression, or has too many ways to match"
+        raise re.error(msg)
+    return re.compile(text)
+
+
+def _is_layer(config: Mapping[str, Any], name: str) -> bool:
+    wanted = config.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    rules = [_pattern(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns] or [_LAYER]
+    match = next((found for rule in rules if (found := rule.match(name))), None)
+    return match is not None and int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)

@@ -8,8 +8,7 @@ of 128 x 128), or per group of columns. In all of them the weight is the stored 
 import numpy as np
 
 from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method, no_obstacle
-from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts
-from jcrosslora.checkpoint.quantised.scales import scale_rows
+from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts, scale_rows
 
 DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = (".weight_scale_inv", ".weight_scale")

@@ -8,9 +8,8 @@ qweight is (I * bits / 32, O), scales (groups, O), qzeros (groups, O * bits / 32
 
 import numpy as np
 
-from jcrosslora.checkpoint.quantised.bits import WORD, unpack
 from jcrosslora.checkpoint.quantised.format import Format, Packed, Settings, claims_method
-from jcrosslora.checkpoint.quantised.parts import FLOATS, Parts, checked_groups, group_of_each
+from jcrosslora.checkpoint.quantised.parts import FLOATS, WORD, Parts, checked_groups, group_of_each, unpack
 
 _BITS = (2, 3, 4, 8)
 _LAYOUTS = ("gptq", "gptq_v2", "", None)

@@ -1,5 +1,6 @@
-"""The tensors of one quantised weight, checked when read."""
+"""The tensors of one quantised weight, checked when read: packed numbers, and scales or zero points."""
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -88,3 +89,61 @@ def checked_groups(parts: Parts, ending: str, inputs: int, groups: int) -> np.nd
     if listed.shape != (inputs,) or (inputs and not 0 <= int(listed.min()) <= int(listed.max()) < groups):
         parts.refuse(f"{ending.lstrip('.')} does not name one of {groups} groups for each of {inputs} inputs")
     return listed.astype(np.int64)
+
+
+WORD = 32  # bits
+
+
+def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack along the last axis; a number may span two words, as with 3 bits.
+
+    Args:
+        words: (..., W) integers of 32 bits, with W * 32 >= count * bits.
+        bits: bits of a number, 1 to 8.
+        count: number of numbers.
+
+    Returns:
+        (..., count) uint8.
+    """
+    words = np.ascontiguousarray(words).view(np.uint32)
+    if WORD % bits == 0:
+        shifts = np.arange(0, WORD, bits, dtype=np.uint32)
+        numbers = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+        return numbers.astype(np.uint8).reshape(*words.shape[:-1], -1)[..., :count]
+    first = np.arange(count) * bits
+    place, shift = first // WORD, (first % WORD).astype(np.uint64)
+    wide = np.concatenate([words, np.zeros_like(words[..., :1])], axis=-1).astype(np.uint64)
+    numbers = wide[..., place] >> shift | wide[..., place + 1] << (np.uint64(WORD) - shift)
+    return (numbers & np.uint64(2**bits - 1)).astype(np.uint8)
+
+
+Rows = Callable[[np.ndarray], np.ndarray]
+
+
+def scale_rows(values: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None = None) -> Rows | None:
+    """Return a function that gives the scales of rows.
+
+    Args:
+        values: one number, (O,), (O, 1), or (ceil(O / block rows), ceil(I / block columns)).
+        shape: (O, I) of the matrix.
+        block: rows and columns of a block; the default is the ratio of the shapes.
+
+    Returns:
+        A function (n,) row numbers -> float32 that broadcasts to (n, I); None if the values fit none of these layouts.
+    """
+    if values.size == 1:
+        return lambda _: values.reshape(1, 1).astype(np.float32)
+    if values.shape in ((shape[0],), (shape[0], 1)):
+        return lambda ids: values.reshape(-1, 1)[ids].astype(np.float32)
+    size = (block or _ratio(shape, values.shape)) if values.ndim == 2 else None
+    if size is None or values.shape != tuple(-(-n // step) for n, step in zip(shape, size, strict=True)):
+        return None
+    rows, columns = size[0], np.arange(shape[1]) // size[1]
+    # Converted on demand: float32 scales of small groups, kept for a whole model, take an eighth of a byte per number.
+    return lambda ids: values[ids // rows].astype(np.float32)[:, columns]
+
+
+def _ratio(shape: tuple[int, int], blocks: tuple[int, ...]) -> tuple[int, int] | None:
+    if any(count == 0 or n % count for n, count in zip(shape, blocks, strict=True)):
+        return None
+    return max(shape[0] // blocks[0], 1), max(shape[1] // blocks[1], 1)

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jcrosslora.checkpoint.quantised.awq import AWQ
-from jcrosslora.checkpoint.quantised.bitsandbytes4 import BITSANDBYTES4
-from jcrosslora.checkpoint.quantised.bitsandbytes8 import BITSANDBYTES8
+from jcrosslora.checkpoint.quantised.bitsandbytes import BITSANDBYTES4, BITSANDBYTES8
+from jcrosslora.checkpoint.quantised.compressed_tensors import INT8, PACK_QUANTIZED
 from jcrosslora.checkpoint.quantised.format import Format, Settings
 from jcrosslora.checkpoint.quantised.fp8 import FP8
 from jcrosslora.checkpoint.quantised.gptq import GPTQ
-from jcrosslora.checkpoint.quantised.int8 import INT8
-from jcrosslora.checkpoint.quantised.pack_quantized import PACK_QUANTIZED
 from jcrosslora.errors import CheckpointError
 
 # A checkpoint may mix the formats that claim its settings; the first that recognises the tensors of a weight opens it.

@@ -13,12 +13,10 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.harness.continuations import Pair, check_finite, judge
-from jcrosslora.evaluate.harness.options import Options, read_options
-from jcrosslora.evaluate.harness.settings import check_dtype, end_token, positive, prefix_token
-from jcrosslora.evaluate.harness.writing import generate, group_prompts
+from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token, positive, prefix_token, read_options
+from jcrosslora.evaluate.harness.requests import Pair, check_finite, generate, group_prompts, judge
 from jcrosslora.evaluate.log_probs import Models
-from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.utils.progress import track
 
 try:

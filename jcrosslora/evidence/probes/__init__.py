@@ -1,7 +1,6 @@
 """Probe texts: text that both bases are run on to compare their activations; no user data is needed."""
 
-from jcrosslora.evidence.probes.batches import ProbeBatch, count_positions, probe_batches
-from jcrosslora.evidence.probes.matching import match_positions
+from jcrosslora.evidence.probes.batches import ProbeBatch, count_positions, match_positions, probe_batches
 from jcrosslora.evidence.probes.record import Probes, written_probes
 from jcrosslora.evidence.probes.text_files import read_texts, save_texts
 from jcrosslora.evidence.probes.writing import write_texts

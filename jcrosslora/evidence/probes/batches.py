@@ -1,13 +1,16 @@
-"""Batches of probe texts: tokens for both bases in arrays of one shape, and their matched positions."""
+"""Batches of probe texts: tokens for both bases in arrays of one shape, matched where they end at one character."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, pad_right
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes.matching import match_positions
+
+if TYPE_CHECKING:
+    from jcrosslora.checkpoint.tokenizer import Encoded
 
 _STEP = 8  # T and P are multiples of it, so that texts of nearly the same length need no new compilation
 
@@ -142,3 +145,21 @@ def _batch(pairs: Sequence[_Pair], batch: int, width: int, places: int) -> Probe
 
 def _filled(values: np.ndarray, places: int) -> np.ndarray:
     return np.pad(values, (0, places - len(values))).astype(np.int32)
+
+
+def match_positions(src: "Encoded", tgt: "Encoded") -> tuple[np.ndarray, np.ndarray]:
+    """Pair the tokens of two encodings of one text that end at the same character.
+
+    If several tokens of one side end at the same character (the later ones cover no text), the first is used.
+    Leading tokens that cover no text (bos) and tokens that end inside a character are not paired.
+
+    Args:
+        src: encoding by the source's tokenizer.
+        tgt: encoding by the target's tokenizer.
+
+    Returns:
+        Two int64 arrays (N,), both ascending: indices of tokens in `src` and in `tgt`.
+    """
+    shared, at_src, at_tgt = np.intersect1d(src.ends, tgt.ends, return_indices=True)
+    inside = shared > 0
+    return at_src[inside], at_tgt[inside]

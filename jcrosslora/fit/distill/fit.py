@@ -16,11 +16,10 @@ import jax.numpy as jnp
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors
 from jcrosslora.fit.distill.batches import DistillationBatch
-from jcrosslora.fit.distill.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import add_batch, needs_remat, zero_statistics
 from jcrosslora.fit.distill.step import solve
-from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
+from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, shared_log_probs, weighted_kl
 from jcrosslora.utils.progress import track
 
 _FIRST = 2.0  # length of the first step that is tried

@@ -14,13 +14,12 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
 from jcrosslora.errors import CheckpointError
-from jcrosslora.evidence.probes.start_words import check_seed
+from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, shared_tokens, used_tokens
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, fit
-from jcrosslora.fit.distill.reduced_base import ReducedBase
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.teacher import Teacher
+from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.fit.distill.templates import Completion
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import pad_right
 from jcrosslora.decoder import DecoderSettings, Generator, Params, StackedAdapter, forward
-from jcrosslora.decoder.divergence import divergence
+from jcrosslora.decoder.log_probs import divergence
 from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate, in_template
 
 _ERRORS = 2.0  # standard errors by which a template may lie behind the best

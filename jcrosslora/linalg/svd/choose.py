@@ -13,13 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jcrosslora.linalg.stacked import mesh_of, over_layers
-from jcrosslora.linalg.svd.full import full_svd
-from jcrosslora.linalg.svd.gram import gram_svd
+from jcrosslora.linalg.svd.dense import full_svd, gram_svd
 from jcrosslora.linalg.svd.host import gram_on_host
-from jcrosslora.linalg.svd.krylov import DEPTH, krylov_columns, krylov_svd
+from jcrosslora.linalg.svd.krylov import DEPTH, krylov_columns, krylov_svd, subspace_svd
 from jcrosslora.linalg.svd.record import TruncatedSVD
 from jcrosslora.linalg.svd.refine import refine
-from jcrosslora.linalg.svd.subspace import subspace_svd
 
 Kernel = Literal["auto", "full", "gram", "krylov", "subspace"]
 

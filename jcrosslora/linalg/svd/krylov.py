@@ -1,4 +1,7 @@
-"""Block Krylov: leading triplets of a large matrix from a subspace a few times as wide as the rank."""
+"""SVD kernels for a few leading triplets: block Krylov, in a subspace a few times as wide as the rank.
+
+Randomised subspace iteration, the usual method, is kept for comparison.
+"""
 
 import itertools
 
@@ -8,9 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.linalg.dot import dot
-from jcrosslora.linalg.svd.gram import gram_svd
+from jcrosslora.linalg.svd.dense import from_eigenpairs, gram_matrix, gram_svd, scale_out
 from jcrosslora.linalg.svd.record import TruncatedSVD
-from jcrosslora.linalg.svd.short_side import from_eigenpairs, gram_matrix, scale_out
 
 # The last blocks restart from random columns. A block Krylov space holds a repeated eigenvalue at most as often as a
 # block has columns; new random columns find the missing copies, whose residual then shows.
@@ -92,3 +94,29 @@ def _basis(gram: jax.Array, count: int, block: int) -> tuple[jax.Array, jax.Arra
         basis, projected = lax.fori_loop(start, stop, extend, state)
     last = dot(basis.T, dot(gram, basis[:, -block:]))
     return basis, projected.at[:, -block:].set(last)
+
+
+def subspace_svd(
+    w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0, extra: int | None = None, iterations: int = 8
+) -> TruncatedSVD:
+    """Compute the leading triplets of W (O, I) by subspace iteration (Halko, Martinsson and Tropp 2011).
+
+    Each iteration gains a factor of (s_{R+extra} / s_R)^2, which is close to 1 for the slowly decaying spectra of
+    language models: the subspace converges, individual vectors near the cut do not. `error` shows this.
+
+    Args:
+        w: (O, I), float32.
+        rank: R, at most min(O, I).
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
+        extra: columns beyond R; None is half of R.
+        iterations: products with the Gram matrix.
+    """
+    chex.assert_rank(w, 2)
+    gram = gram_matrix(scale_out(w)[0])
+    columns = min(rank + max(guard, rank // 2 if extra is None else extra), *w.shape)
+    basis = jax.random.normal(jax.random.key(0), (gram.shape[0], columns), w.dtype)
+    for _ in range(iterations):
+        basis, _ = jnp.linalg.qr(dot(gram, basis))
+    values, rotation = jnp.linalg.eigh(dot(basis.T, dot(gram, basis)))
+    return from_eigenpairs(w, values, dot(basis, rotation), rank=rank, vectors=vectors, guard=guard)

@@ -1,13 +1,37 @@
-"""The Gram matrix of the short side of a matrix, and singular triplets from its eigenvectors."""
+"""SVD kernels that look at the whole matrix.
+
+`full_svd` is slow, with an error of float32 rounding only. `gram_svd` takes the eigenvectors of the Gram matrix of the
+short side: fast, but it squares the condition number.
+"""
 
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from jcrosslora.linalg.dot import dot
 from jcrosslora.linalg.svd.record import TruncatedSVD, noise_level, truncate
+
+
+def full_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
+    """Compute the leading triplets of W (O, I) by a full SVD (LAPACK's gesdd on a CPU) and truncation.
+
+    Args:
+        w: (O, I), float32.
+        rank: R, at most min(O, I).
+        vectors: whether `error` is about individual vectors (True) or about the subspace at the cut.
+        guard: number of further triplets to return, if there are as many.
+    """
+    chex.assert_rank(w, 2)
+    columns = min(rank + guard, *w.shape)
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    u, v = u[:, :columns], vt[:columns].T
+    sides = dot(w, v) - u * s[:columns], dot(w.T, u) - v * s[:columns]
+    residual = jnp.linalg.norm(jnp.concatenate(sides), axis=0) / 2**0.5
+    return truncate(u, s, v, residual, jnp.sum(s**2), rank=rank, vectors=vectors)
+
 
 # From this width on, skipping the lower triangle saves more time than its copies take.
 _TRIANGLE_FROM = 1024
@@ -69,3 +93,14 @@ def from_eigenpairs(
     # unknown then. `~(a > b)` keeps a NaN error.
     lost = ~(squares[rank - 1] > noise_level(w.shape) * squares[0]) & jnp.isfinite(squares[0])
     return dataclasses.replace(svd, s=svd.s * size, error=jnp.where(lost, jnp.inf, svd.error))
+
+
+def gram_svd(w: jax.Array, rank: int, *, vectors: bool = True, guard: int = 0) -> TruncatedSVD:
+    """Compute the leading triplets of W (O, I) from W'W or WW', the smaller one; arguments as in `full_svd`.
+
+    Vectors with close neighbours in the spectrum come out rotated, and singular values below 3e-4 of the largest are
+    lost; `error` shows both.
+    """
+    chex.assert_rank(w, 2)
+    eigenvalues, short = jnp.linalg.eigh(gram_matrix(scale_out(w)[0]))
+    return from_eigenpairs(w, eigenvalues, short, rank=rank, vectors=vectors, guard=guard)

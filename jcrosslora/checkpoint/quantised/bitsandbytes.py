@@ -1,8 +1,14 @@
-"""bitsandbytes in 4 bits (nf4, fp4): indices into a table of 16 values, times the absolute maximum of a block.
+"""Weights of bitsandbytes, in 4 and in 8 bits.
+
+bitsandbytes in 4 bits (nf4, fp4): indices into a table of 16 values, times the absolute maximum of a block.
 
 Blocks run over the flattened matrix; a byte holds two indices, the first in its high half. With double quantisation the
 maxima are themselves indices into a table of 256 values, times one maximum for each block of blocks, plus an offset.
 Source: `QuantState` of https://github.com/bitsandbytes-foundation/bitsandbytes.
+
+bitsandbytes in 8 bits (LLM.int8): each row times its absolute maximum over 127.
+
+Source: `int8_vectorwise_dequant` of https://github.com/bitsandbytes-foundation/bitsandbytes.
 """
 
 import json
@@ -21,7 +27,7 @@ _SIZE_LIMIT = 1 << 31
 _LARGEST = 1e38  # float32 ends at 3.4e38; the bound also excludes infinity and NaN
 
 
-def _open(parts: Parts, _: Settings) -> Packed | None:
+def _open_bitsandbytes4(parts: Parts, _: Settings) -> Packed | None:
     kind = next((kind for kind in _KINDS if _STATE + kind in parts), None)
     if kind is None:
         return None
@@ -108,5 +114,31 @@ BITSANDBYTES4 = Format(
         *(f".weight.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
     ),
     marks=tuple(_STATE + kind for kind in _KINDS),
-    open=_open,
+    open=_open_bitsandbytes4,
+)
+
+
+_ROW_MAJOR = 0  # the only weight_format still in use
+
+
+def _open_bitsandbytes8(parts: Parts, _: Settings) -> Packed | None:
+    if ".SCB" not in parts:
+        return None
+    weight, maxima = parts.matrix(".weight", "I8"), parts.array(".SCB", FLOATS)
+    if maxima.size != weight.shape[0]:
+        parts.refuse(f"{weight.shape[0]} rows have {maxima.size} scales (SCB)")
+    if ".weight_format" in parts and (parts.array(".weight_format", ("U8",)) != _ROW_MAJOR).any():
+        parts.refuse("its weight_format is not row-major")
+    scales = maxima.reshape(-1, 1).astype(np.float32) / np.float32(127)
+    return Packed((weight.shape[0], weight.shape[1]), "INT8", lambda ids: weight[ids].astype(np.float32) * scales[ids])
+
+
+BITSANDBYTES8 = Format(
+    name="bitsandbytes in 8 bits",
+    claims=claims_method("bitsandbytes"),
+    obstacle=no_obstacle,
+    holder=".weight",
+    parts=(".SCB", ".weight_format"),
+    marks=(".SCB",),
+    open=_open_bitsandbytes8,
 )

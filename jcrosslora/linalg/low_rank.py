@@ -1,4 +1,4 @@
-"""A linear map P of shape (M_tgt, M_src), kept factored: no array of that size is formed."""
+"""Products of thin factors that are never formed: linear maps, and norms and approximations of B A."""
 
 import chex
 import flax.struct
@@ -56,3 +56,33 @@ def complement(first: jax.Array, second: jax.Array) -> LinearMap:
         index=jnp.arange(rows, dtype=jnp.int32),
         gain=jnp.ones(rows, first.dtype),
     )
+
+
+def product_energy(b: jax.Array, a: jax.Array) -> jax.Array:
+    """Return ||B A||_F^2 = tr(B'B A A') for b (O, K) and a (K, I), from two Gram matrices (K, K)."""
+    chex.assert_equal(b.shape[1], a.shape[0])
+    return jnp.sum(dot(b.T, b) * dot(a, a.T))
+
+
+def recompress(b: jax.Array, a: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Approximate B A by the nearest product of at most `rank` in the Frobenius norm (Eckart-Young).
+
+    QR of both factors, then the SVD of the small core R_b R_a'; the singular values are split evenly between the
+    factors.
+
+    Args:
+        b: (O, K).
+        a: (K, I).
+        rank: new rank, at most min(O, K, I).
+
+    Returns:
+        b (O, rank), a (rank, I), and the share of the energy kept, in [0, 1] (1 for a zero product).
+    """
+    chex.assert_equal(b.shape[1], a.shape[0])
+    q_b, r_b = jnp.linalg.qr(b)
+    q_a, r_a = jnp.linalg.qr(a.T)
+    u, s, vt = jnp.linalg.svd(dot(r_b, r_a.T), full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    total = jnp.sum(s**2)
+    kept = jnp.where(total > 0, jnp.sum(s[:rank] ** 2) / jnp.where(total > 0, total, 1), 1)
+    return dot(q_b, u[:, :rank] * root), dot(root[:, None] * vt[:rank], q_a.T), kept

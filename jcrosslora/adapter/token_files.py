@@ -1,4 +1,4 @@
-"""Read what an adapter file changes of the embedding and the output head, against the base.
+"""Read and write what an adapter file changes of the embedding and the output head.
 
 peft stores these changes in four forms. LoRA of an embedding: `lora_embedding_A` (K, V) and `lora_embedding_B` (D, K),
 which mean dE = s (B A)'. LoRA of the head: as of any linear layer. `modules_to_save`: the whole matrix.
@@ -7,20 +7,35 @@ configuration lists; if the base ties the head to the embedding, they apply to b
 the head.
 
 Sources: peft 0.21, tuners/lora/layer.py, tuners/trainable_tokens/layer.py, utils/other.py.
+
+In writing, factors stay a LoRA. A matrix of which most rows change is written whole, for `modules_to_save`; single
+rows as `trainable_token_indices`. Rows are written in float32 unless the dtype of the file holds them exactly, because
+the change is a small difference from the base's rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter.contents import DTYPES, FileDtype, file_factors, file_matrix
+from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.config_tables import OLORA, PISSA, VARIANTS
 from jcrosslora.adapter.kinds.kind import Kind, Update
 from jcrosslora.adapter.kinds.plain import PLAIN, read_embedding_factors
 from jcrosslora.adapter.kinds.truncate import truncate_update
-from jcrosslora.adapter.kinds.variants import OLORA, PISSA, VARIANTS
-from jcrosslora.adapter.names import TensorName, by_module, text_module_name
-from jcrosslora.adapter.token_rows import changed_rows, complete_rows, low_rank_rows
-from jcrosslora.adapter.token_updates import EMBEDDING, HEAD, MODULES, TIED, TokenUpdate
+from jcrosslora.adapter.names import PREFIX, TensorName, by_module, ending, text_module_name
+from jcrosslora.adapter.token_updates import (
+    EMBEDDING,
+    HEAD,
+    MODULES,
+    TIED,
+    TokenUpdate,
+    changed_rows,
+    complete_rows,
+    low_rank_rows,
+)
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
@@ -149,3 +164,56 @@ def _check_alone(update: TokenUpdate, found: Sequence[TokenUpdate]) -> None:
     if any(set(update.modules) & set(other.modules) for other in found):
         msg = f"{update.table} is changed in another way as well"
         raise AdapterError(msg)
+
+
+def token_tensors(tokens: Sequence[TokenUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
+    """Return the tensors of all changes by name.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype.
+    """
+    return {f"{PREFIX}{name}": array for update in tokens for name, array in _tensors(update, dtype)}
+
+
+def token_ranks(tokens: Sequence[TokenUpdate]) -> dict[str, int]:
+    """Return the rank of each module that has a LoRA."""
+    return {name: update.factors.rank for update in tokens if update.factors is not None for name in update.modules}
+
+
+def token_config(tokens: Sequence[TokenUpdate]) -> dict[str, Any]:
+    """Return the settings for rows and whole matrices; a LoRA needs none."""
+    replaced = [update for update in tokens if update.rows is not None]
+    whole = sorted(ending(name) for update in replaced if update.whole for name in update.modules)
+    single = {ending(update.modules[0]): update.ids.tolist() for update in replaced if not update.whole}
+    config: dict[str, Any] = {"modules_to_save": whole} if whole else {}
+    return config | ({"trainable_token_indices": single} if single else {})
+
+
+def _tensors(update: TokenUpdate, dtype: FileDtype) -> Iterator[tuple[str, np.ndarray]]:
+    if update.factors is not None:
+        b = np.zeros((update.size, update.factors.rank))
+        b[update.ids] = np.asarray(update.factors.b).astype(np.float64)
+        factors = LoRAFactors(a=update.factors.a, b=b, scale=update.factors.scale)
+        for name in update.modules:
+            a, b = file_factors(name, factors, dtype)
+            if name in MODULES[EMBEDDING]:
+                yield f"{name}.lora_embedding_A", np.ascontiguousarray(b.T)
+                yield f"{name}.lora_embedding_B", np.ascontiguousarray(a.T)
+            else:
+                yield f"{name}.lora_A.weight", a
+                yield f"{name}.lora_B.weight", b
+        return
+    rows = _rows(update, dtype)
+    # Single rows of a matrix that is embedding and head are written once: peft applies them to both.
+    for name in update.modules if update.whole else update.modules[:1]:
+        yield f"{name}.{'weight' if update.whole else 'token_adapter.trainable_tokens_delta'}", rows
+
+
+def _rows(update: TokenUpdate, dtype: FileDtype) -> np.ndarray:
+    """Cast the rows to the dtype of the file if it holds them exactly, else to float32."""
+    assert update.rows is not None
+    with np.errstate(over="ignore", under="ignore"):
+        parts = [update.rows[part] for part in update.parts()]
+        exact = all((rows.astype(DTYPES[dtype]).astype(rows.dtype) == rows).all() for rows in parts)
+    kept = dtype if exact else "float32"
+    return np.concatenate([file_matrix(update.table, rows.astype(np.float64), kept) for rows in parts])
