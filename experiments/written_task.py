@@ -16,12 +16,20 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.decoder import Generator, Params
 from jcrosslora.evaluate import Question
-from jcrosslora.training import Prompted
 from jcrosslora.training.examples import encode
 
 _BATCH = 16
 # Lengths are rounded up to multiples of this: every further shape has to be compiled.
 _STEP = 32
+
+
+class Prompted(Question):
+    """A question whose text is the whole prompt, for answers that are written and not chosen."""
+
+    @property
+    def prompt(self) -> str:
+        """The text itself."""
+        return self.question
 
 
 def written_example(question: Question) -> Prompted:

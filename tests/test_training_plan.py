@@ -14,7 +14,8 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.question_batches import tokenize
-from jcrosslora.training import Prompted, TrainingSettings, read_examples
+from jcrosslora.text import Completion, Message
+from jcrosslora.training import TrainingSettings, read_examples
 from jcrosslora.training.batches import Plan
 from jcrosslora.training.examples import Encoded, digest, encode
 from jcrosslora.training.step import rate_at
@@ -98,7 +99,7 @@ def test_answers_begin_where_evaluate_scores_them(tokenizer):
 
 
 def test_a_given_prompt_is_used_as_it_is(tokenizer):
-    found = encode(tokenizer, Prompted("Say where: Anna", ("the dog",), 0))
+    found = encode(tokenizer, Completion("Say where: Anna", " the dog"))
     assert tokenizer.decode(found.ids) == "Say where: Anna the dog"
     assert tokenizer.decode(found.ids[found.first :]) == " the dog"
 
@@ -110,15 +111,55 @@ def test_digests_tell_examples_apart():
     assert digest(pair) == digest([example(9, 3), example(8, 3)])
 
 
-def test_both_kinds_of_files_are_read(tmp_path):
+def test_the_end_of_an_answer_is_part_of_it(tmp_path):
+    ending = load_tokenizer(open_base(write_base(tmp_path / "base", 60, eos=1)))
+    whole, cut = (encode(ending, Completion("Say where: Anna", " the dog", ended)) for ended in (True, False))
+    assert whole.ids.tolist() == [*cut.ids.tolist(), 1]
+    assert (whole.first, whole.answer) == (cut.first, cut.answer + 1)
+    assert encode(ending, Question("Who?", ("Anna", "Peter"), 1)).ids[-1] == 1
+
+
+def test_a_conversation_is_read_in_the_chat_template(tmp_path):
+    ending = load_tokenizer(open_base(write_base(tmp_path / "base", 60, eos=1)))
+    found = encode(ending, Completion((Message("user", "Who is Anna?"),), "a friend"))
+    assert ending.decode(found.ids[: found.first]) == "User:\nWho is Anna?\n\nAssistant:\n"
+    assert ending.decode(found.ids[found.first :]) == "a friend"
+    assert found.ids[-1] == 1
+
+
+def test_all_kinds_of_files_are_read(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text('{"question": "q", "choices": ["a", "prompt"], "answer": 1}\n')
     assert read_examples(path) == read_task(path)
     path.write_text('\n{"prompt": "Say é: ", "answer": "é", "id": 3}\n{"prompt": "p", "answer": "b"}', encoding="utf-8")
-    assert read_examples(path) == [Prompted("Say é: ", ("é",), 0), Prompted("p", ("b",), 0)]
+    assert read_examples(path) == [Completion("Say é: ", " é"), Completion("p", " b")]
     assert read_examples(str(path))[0].prompt == "Say é: "
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read_examples(path)[0].prompt == "Say é: "
+    turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": [*turns, *turns]}))
+    user, assistant = Message("user", "u"), Message("assistant", "a")
+    assert read_examples(path) == [Completion((user,), "a"), Completion((user, assistant, user), "a")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("text", "messages is 'text'"),
+        ([], r"messages is \[\]"),
+        ([{"role": "user", "content": "u"}], "do not end with an answer"),
+        ([{"role": "assistant", "content": "a"}], "do not end with an answer"),
+        ([{"role": "tool", "content": "u"}], "a message is .*'tool'"),
+        ([{"role": "user", "content": " "}], "a message is "),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a message is "),
+        ([3], "a message is 3"),
+    ],
+)
+def test_messages_that_are_no_conversation_are_refused(tmp_path, messages, reason):
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(UsageError, match=reason):
+        read_examples(path)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ class Tokenizer:
         vocab: rows of the base's embedding, above every id.
         ref: names the base in errors.
         backend: a `tokenizers.Tokenizer` without post-processor, truncation and padding.
+        eos: id of the token that ends a text, None if there is none.
+        bos_name: the name of the token that begins a text, which a chat template may use; "" if there is none.
+        chat_template: source of the Jinja template that renders conversations, None if the base has none.
     """
 
     bos: int | None
@@ -49,6 +52,14 @@ class Tokenizer:
     vocab: int
     ref: str
     backend: Any = field(repr=False)
+    eos: int | None = None
+    bos_name: str = ""
+    chat_template: str | None = field(default=None, repr=False)
+
+    @property
+    def eos_name(self) -> str:
+        """The name of the token that ends a text, "" if there is none."""
+        return "" if self.eos is None else self.backend.id_to_token(self.eos) or ""
 
     def encode(self, text: str, *, special: bool = True) -> Encoded:
         """Split a text into tokens. The names of special tokens in the text become these tokens.
@@ -106,7 +117,7 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
     if path is None:
         msg = f"{base.ref}: no tokenizer was given, and text is to be read: give one with open_base(weights, "
         raise CheckpointError(msg + "config=config, tokenizer=...), as a folder with tokenizer.json or as an object")
-    backend, bos, ends = _from_gguf(path) if path.is_file() else _from_folder(path)
+    backend, bos, ends, bos_name, chat_template = _from_gguf(path) if path.is_file() else _from_folder(path)
     backend.no_truncation()
     backend.no_padding()
     # Beside adding bos, a post-processor may trim spaces off the offsets.
@@ -114,8 +125,10 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
     stated = base.config.get("eos_token_id")
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
     found = [*ends, *named, *(stated if isinstance(stated, list) else [stated])]
-    stops = {index for index in found if type(index) is int and 0 <= index < base.dims.vocab}
-    return Tokenizer(bos, tuple(sorted(stops)), base.dims.vocab, base.ref, backend)
+    known = [index for index in found if type(index) is int and 0 <= index < base.dims.vocab]
+    eos = known[0] if known else None
+    stops = tuple(sorted(set(known)))
+    return Tokenizer(bos, stops, base.dims.vocab, base.ref, backend, eos, bos_name, chat_template)
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -130,7 +143,7 @@ def _first_special(backend: Any) -> int | None:
     return with_special[0] if with_special[: len(without)] != without else None
 
 
-def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any]]:
+def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | None]:
     path = folder / "tokenizer.json"
     if not path.exists():
         msg = f"{folder} has no tokenizer.json, wanted to tokenize text: copy the model's own into the folder"
@@ -140,12 +153,19 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any]]:
 
     own = _called(path, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
     backend = own.backend_tokenizer
-    return backend, _called(path, lambda: _first_special(backend)), [own.eos_token_id]
+    bos = _called(path, lambda: _first_special(backend))
+    template = own.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    return backend, bos, [own.eos_token_id], own.bos_token or "", template if isinstance(template, str) else None
 
 
-def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any]]:
+def _from_gguf(path: Path) -> tuple[Any, int | None, list[Any], str, str | None]:
     metadata = read_metadata(path)
-    return _called(path, lambda: build_backend(metadata, path)), bos_of(metadata), eos_of(metadata)
+    backend = _called(path, lambda: build_backend(metadata, path))
+    begin, template = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.chat_template")
+    bos_name = backend.id_to_token(begin) if type(begin) is int and begin >= 0 else None
+    return backend, bos_of(metadata), eos_of(metadata), bos_name or "", template if isinstance(template, str) else None
 
 
 def _called(ref: str | Path, call: Callable[[], T]) -> T:

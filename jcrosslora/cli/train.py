@@ -17,7 +17,7 @@ class Train(TrainingSettings):
     base: tyro.conf.Positional[str]
     """The base model: a folder of safetensors, a GGUF file or a hub id."""
     data: Path
-    """JSONL with {"prompt", "answer"} on each line, or {"question", "choices", "answer"} with an index as answer."""
+    """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     out: Path
     """The folder to write."""
     limit: int | None = None

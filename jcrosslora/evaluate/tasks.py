@@ -4,9 +4,10 @@ import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from jcrosslora.errors import UsageError
+from jcrosslora.text.completion import is_text
 
 _WANTED = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
 
@@ -60,11 +61,6 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
         raise UsageError(msg) from error
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def is_text(value: Any) -> TypeGuard[str]:
-    """Check that a JSON value is text that is not blank; JSON can hold half a surrogate pair, which is no text."""
-    return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
 
 
 def _parse(line: bytes, place: str) -> Question:

@@ -1,7 +1,7 @@
 """LoRA training on examples: the loss of answers, AdamW, checkpoints to continue from."""
 
-from jcrosslora.training.examples import Prompted, read_examples
+from jcrosslora.training.examples import Example, read_examples
 from jcrosslora.training.run import save_trained, train_lora
 from jcrosslora.training.settings import TrainingSettings
 
-__all__ = ["Prompted", "TrainingSettings", "read_examples", "save_trained", "train_lora"]
+__all__ = ["Example", "TrainingSettings", "read_examples", "save_trained", "train_lora"]

@@ -1,30 +1,23 @@
 """Training examples: a prompt and the answer that should follow it."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.evaluate.question_batches import tokenize
-from jcrosslora.evaluate.tasks import is_text, read_lines
+from jcrosslora.evaluate.tasks import read_lines
+from jcrosslora.text import Completion, read
+from jcrosslora.text.completion import is_text, parse_messages, split_answer
 
-
-@dataclass(frozen=True)
-class Prompted(Question):
-    """A question whose text is the whole prompt, for answers that are written and not chosen."""
-
-    @property
-    def prompt(self) -> str:
-        """The text itself."""
-        return self.question
+# Of a question the right choice is the answer.
+Example: TypeAlias = Completion | Question
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +25,7 @@ class Encoded:
     """The tokens of an example.
 
     Attributes:
-        ids: int32 (T,), prompt and answer.
+        ids: int32 (T,), prompt and answer, with the token that ends the answer.
         first: index of the answer's first token, 1 or more.
     """
 
@@ -50,32 +43,42 @@ class Encoded:
         return len(self.ids) - self.first
 
 
-def read_examples(path: str | Path) -> list[Question]:
+def read_examples(path: str | Path) -> list[Example]:
     """Read a JSONL file of examples, all of the kind of its first line.
 
     Args:
-        path: lines of {"question", "choices", "answer"}, as `read_task` takes them, or of {"prompt": text,
-            "answer": text}, where " " and the answer follow the prompt as it is.
+        path: lines of {"messages": [{"role", "content"}, ...]}, the last of them the assistant's; of {"prompt": text,
+            "answer": text}, where " " and the answer follow the prompt as it is; or of {"question", "choices",
+            "answer"}, as `read_task` takes them.
 
     Raises:
         UsageError: the file cannot be read, a line is not of that kind, or there is none.
     """
     path = Path(path)
     lines = read_lines(path)
-    if not lines or "prompt" not in _object(lines[0][1]):
-        return list(read_task(path))
-    return [_prompted(line, f"{path}:{number}") for number, line in lines]
+    first = _object(lines[0][1]) if lines else {}
+    if "messages" in first:
+        return [_conversation(line, f"{path}:{number}") for number, line in lines]
+    if "prompt" in first:
+        return [_prompted(line, f"{path}:{number}") for number, line in lines]
+    return list(read_task(path))
 
 
-def encode(tokenizer: Tokenizer, question: Question) -> Encoded:
-    """Tokenize a prompt and its right answer, split where `evaluate` splits them.
+def as_completion(example: Example) -> Completion:
+    """Make a completion of an example."""
+    if isinstance(example, Completion):
+        return example
+    return Completion(example.prompt, f" {example.choices[example.answer]}")
+
+
+def encode(tokenizer: Tokenizer, example: Example) -> Encoded:
+    """Tokenize a prompt and its right answer.
 
     Raises:
-        UsageError: the answer has no token of its own.
+        UsageError: the answer has no token of its own, or the base's chat template refuses the messages.
     """
-    answer = question.choices[question.answer]
-    found = tokenize(tokenizer, dataclasses.replace(question, choices=(answer,), answer=0))
-    return Encoded(np.concatenate([found.prefix, found.tails[0]]), len(found.prefix) + found.scored[0])
+    found = read(tokenizer, as_completion(example))
+    return Encoded(found.ids, found.answer)
 
 
 def digest(examples: Sequence[Encoded]) -> str:
@@ -87,12 +90,20 @@ def digest(examples: Sequence[Encoded]) -> str:
     return found.hexdigest()
 
 
-def _prompted(line: bytes, place: str) -> Prompted:
+def _conversation(line: bytes, place: str) -> Completion:
+    prompt, answer = split_answer(parse_messages(_object(line).get("messages"), place))
+    if not prompt or answer is None:
+        msg = f"{place}: its messages do not end with an answer of the assistant's behind another message"
+        raise UsageError(msg)
+    return Completion(prompt, answer)
+
+
+def _prompted(line: bytes, place: str) -> Completion:
     prompt, answer = map(_object(line).get, ("prompt", "answer"))
     if not is_text(prompt) or not is_text(answer):
         msg = f'{place}: is {ascii(line[:60])[1:]}, wanted {{"prompt": text, "answer": text}} with texts not blank'
         raise UsageError(msg)
-    return Prompted(prompt, (answer,), 0)
+    return Completion(prompt, f" {answer}")
 
 
 def _object(line: bytes) -> dict[str, Any]:

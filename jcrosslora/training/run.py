@@ -16,10 +16,9 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import Question
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
-from jcrosslora.training.examples import digest, encode, read_examples
+from jcrosslora.training.examples import Example, digest, encode, read_examples
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.training.step import TrainState, first_factors, first_state, loss_and_gradient, to_adapter, update
 from jcrosslora.utils.progress import track
@@ -29,7 +28,7 @@ Trained = TypeVar("Trained")
 
 def train_lora(
     base: BaseModel | str | Path,
-    examples: Sequence[Question] | str | Path,
+    examples: Sequence[Example] | str | Path,
     settings: TrainingSettings = TrainingSettings(),  # noqa: B008
     *,
     checkpoints: Path | None = None,
@@ -47,8 +46,8 @@ def train_lora(
 
     Args:
         base: the model, opened, or what `open_base` opens; its weights do not change.
-        examples: at least one, or the JSONL file of them (see `read_examples`). Of each, the right choice is used,
-            behind its prompt.
+        examples: at least one, or the JSONL file of them (see `read_examples`). Conversations are read in the base's
+            chat template. The token that ends an answer is part of it.
         settings: of the training.
         checkpoints: folder for the states of this run. If it holds states, the run continues from the newest.
         every: steps from one checkpoint to the next; the last step always has one.
@@ -117,7 +116,7 @@ def save_trained(
 
 def train(
     base: BaseModel,
-    examples: Sequence[Question],
+    examples: Sequence[Example],
     settings: TrainingSettings,
     start: Trained,
     gradient_of: Callable[[Trained, Batch], tuple[jax.Array, Trained]],

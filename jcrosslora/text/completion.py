@@ -1,0 +1,94 @@
+"""A prompt and the answer behind it, as plain text or as the messages of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
+
+from jcrosslora.errors import UsageError
+
+Role = Literal["system", "user", "assistant"]
+
+_WANTED = 'wanted {"messages": [{"role": "user", "content": text}, ...]} with roles system, user and assistant'
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+
+# Plain text up to the answer, or the messages in front of it, the last of which is the user's.
+Prompt: TypeAlias = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt with an answer.
+
+    Attributes:
+        prompt: text, which the answer follows as it is, or messages.
+        answer: the text behind it; of a conversation, the content of the assistant's message.
+        ended: whether the answer ends there. One that was cut off does not.
+        origin: how it came about, for reports.
+    """
+
+    prompt: Prompt
+    answer: str = ""
+    ended: bool = True
+    origin: str = ""
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Check that a JSON value is text that is not blank; JSON can hold half a surrogate pair, which is no text."""
+    return isinstance(value, str) and value.strip() != "" and not any("\ud800" <= mark <= "\udfff" for mark in value)
+
+
+def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
+    """Read the value of "messages" in a JSON line.
+
+    Args:
+        value: a list of {"role", "content"}; a content may also be a list of {"type": "text", "text"}.
+        place: names the line in errors.
+
+    Raises:
+        UsageError: it is not such a list, or a content is empty.
+    """
+    if not isinstance(value, list) or not value:
+        msg = f"{place}: messages is {ascii(value)[:60]}, {_WANTED}"
+        raise UsageError(msg)
+    found = []
+    for entry in value:
+        role, content = (entry.get("role"), _content(entry.get("content"))) if isinstance(entry, dict) else (None, None)
+        if role not in get_args(Role) or not is_text(content):
+            msg = f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank"
+            raise UsageError(msg)
+        found.append(Message(role, content))
+    return tuple(found)
+
+
+def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str | None]:
+    """Split messages into those in front of the assistant's last answer and that answer, None where there is none."""
+    if messages and messages[-1].role == "assistant":
+        return tuple(messages[:-1]), messages[-1].content
+    return tuple(messages), None
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Write a prompt as one line of text per message, for reports and for texts that are read without a template."""
+    return prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+
+
+def _content(value: Any) -> Any:
+    """Join a content in the form of several texts; None where a part is none. Anything else is returned as it is."""
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
+    ):
+        texts = [part.get("text") for part in value]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return value

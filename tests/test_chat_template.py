@@ -1,0 +1,153 @@
+"""Chat templates, against `apply_chat_template` of transformers; and where the tokens of a conversation end."""
+
+import json
+
+import numpy as np
+import pytest
+from probe_bases import write_base
+from tiny_bases import write_llama
+from tiny_tokenizers import KINDS, write_tokenizer
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.errors import UsageError
+from jcrosslora.text import Completion, Message, read
+from jcrosslora.text.chat_template import PLAIN_TEMPLATE, render
+from jcrosslora.text.reading import prompt_ids
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# As Gemma's: no system role, contents stripped, the assistant called model.
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "<start_of_turn>{{ role }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# As Mistral's: no newline around contents.
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "turns": TURNS, "inst": INST, "plain": PLAIN_TEMPLATE}
+USER, ANSWER, AGAIN = (
+    Message("user", "which star is it?"),
+    Message("assistant", "the sun é"),
+    Message("user", "a river"),
+)
+TALKS = {"one": (USER,), "several": (USER, ANSWER, AGAIN), "answered": (USER, ANSWER)}
+
+
+def tokenizer_of(folder, kind, template):
+    """A tokenizer with special tokens for the turns, in a folder with a template."""
+    made = KINDS[kind]()
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"])
+    write_llama(folder, tokenizer=False, vocab=made.get_vocab_size())
+    write_tokenizer(folder, made)
+    if template is not None:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return load_tokenizer(open_base(folder)), folder
+
+
+def their_text(folder, messages, ask, template):
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    conversation = [{"role": one.role, "content": one.content} for one in messages]
+    return own.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask, chat_template=template), own
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "sentencepiece-prefix"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("talk", TALKS)
+def test_text_and_tokens_are_those_of_transformers(tmp_path, kind, template, talk):
+    tokenizer, folder = tokenizer_of(tmp_path, kind, TEMPLATES[template])
+    for ask in (False, True):
+        text, own = their_text(folder, TALKS[talk], ask, TEMPLATES[template])
+        found = render(tokenizer, TALKS[talk], ask=ask)
+        assert found.text == text
+        assert [text[first:last] for first, last in found.spans] == [one.content for one in TALKS[talk]]
+    np.testing.assert_array_equal(prompt_ids(tokenizer, TALKS[talk]), own(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
+    write_base(tmp_path, 60)
+    assert load_tokenizer(open_base(tmp_path)).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text(INST)
+    assert load_tokenizer(open_base(tmp_path)).chat_template == INST
+
+
+def test_contents_are_found_where_the_template_says_the_same_words(tmp_path):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", CHATML)
+    found = render(tokenizer, (Message("user", "user"), Message("assistant", "assistant")), ask=True)
+    assert found.spans == ((17, 21), (54, 63))
+
+
+def test_space_that_a_template_strips_does_not_shift_the_characters(tmp_path):
+    one, other = (tokenizer_of(tmp_path / name, "byte-level", TEMPLATES[name])[0] for name in ("chatml", "turns"))
+    talk = Completion((Message("user", "\n the river "),), "the sun")
+    readings = [read(tokenizer, talk) for tokenizer in (one, other)]
+    places = [set(zip(found.content.tolist(), found.end.tolist(), strict=True)) for found in readings]
+    assert {(0, 5), (1, 0), (1, 7)} <= places[0] & places[1]
+
+
+@pytest.mark.parametrize(("template", "end"), [("chatml", "<|im_end|>"), ("turns", "<end_of_turn>"), ("inst", "</s>")])
+def test_an_answer_ends_with_what_the_template_puts_behind_it(tmp_path, template, end):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", TEMPLATES[template])
+    whole, cut = (read(tokenizer, Completion((USER,), "the sun", ended)) for ended in (True, False))
+    assert whole.stop
+    assert not cut.stop
+    assert tokenizer.backend.id_to_token(int(whole.ids[-1])) == end
+    assert whole.ids[:-1].tolist() == cut.ids.tolist()
+    assert tokenizer.decode(cut.ids[cut.answer :]) == "the sun"
+    assert cut.ids[: cut.answer].tolist() == prompt_ids(tokenizer, (USER,)).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", ["the sun", "日本", "é"])
+def test_plain_answers_begin_behind_the_prompt(tmp_path, kind, answer):
+    tokenizer, _ = tokenizer_of(tmp_path, kind, None)
+    prompt = "Question: which?\nAnswer:"
+    found = read(tokenizer, Completion(prompt, " " + answer))
+    assert tokenizer.decode(found.ids[found.answer :]).strip() == answer
+    assert found.ids[-1] == tokenizer.eos
+    assert (found.content[:-1].max(), found.end.max()) == (0, len(prompt) + 1 + len(answer))
+
+
+def test_matched_places_of_two_templates_have_the_same_text_behind_them(tmp_path):
+    one = tokenizer_of(tmp_path / "one", "byte-level", CHATML)[0]
+    other = tokenizer_of(tmp_path / "other", "sentencepiece", TURNS)[0]
+    talk = Completion((USER, ANSWER, AGAIN), "the moon")
+    contents = [*(message.content for message in talk.prompt), talk.answer]
+
+    def rest(tokenizer: Tokenizer, found, place):
+        text = tokenizer.backend.decode(found.ids[place + 1 :].tolist(), skip_special_tokens=False)
+        return text.startswith(contents[found.content[place]][found.end[place] :])
+
+    readings = [(tokenizer, read(tokenizer, talk)) for tokenizer in (one, other)]
+    for tokenizer, found in readings:
+        assert all(rest(tokenizer, found, place) for place in np.flatnonzero(found.content >= 0))
+    keys = [set(zip(found.content.tolist(), found.end.tolist(), strict=True)) - {(-1, 0)} for _, found in readings]
+    assert {content for content, _ in keys[0] & keys[1]} == {0, 1, 2, 3}
+
+
+def test_a_template_that_refuses_the_messages_is_one_clear_error(tmp_path):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", TURNS)
+    with pytest.raises(UsageError, match=r"refuses messages of system, user \(TemplateError: no system role\)"):
+        render(tokenizer, (Message("system", "s"), USER))
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] | upper }}", "{{ 'nothing' }}", "{% if %}"])
+def test_a_template_that_loses_the_messages_is_refused(tmp_path, template):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", template)
+    with pytest.raises(UsageError, match="--template"):
+        render(tokenizer, (USER,))
+
+
+def test_an_answer_without_a_token_is_refused(tmp_path):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", CHATML)
+    with pytest.raises(UsageError, match="no token of its own"):
+        read(tokenizer, Completion((USER,), ""))
