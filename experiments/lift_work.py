@@ -35,10 +35,10 @@ from written_task import written_example
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.folder import find_adapter
-from jcrosslora.evaluate import Question, read_task
+from jcrosslora.evaluate import read_task
 from jcrosslora.evidence.probes.text_files import save_texts
 from jcrosslora.session.files import transfer_files
-from jcrosslora.training import TrainingSettings, read_examples, save_trained, train_lora
+from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 
 # Seed of the further training, apart from those of adapters, so that no adapter starts from the same factors.
 _FURTHER_SEED = 1000
@@ -161,7 +161,7 @@ class Work:
     def _train(
         self,
         ref: str,
-        examples: Sequence[Question],
+        examples: Sequence[Example],
         settings: TrainingSettings,
         out: Path,
         facts: Mapping[str, Any],

@@ -15,6 +15,7 @@ from jcrosslora.decoder.forward import Output as Output
 from jcrosslora.decoder.forward import forward as forward
 from jcrosslora.decoder.forward import logits as logits
 from jcrosslora.decoder.generate import Generator as Generator
+from jcrosslora.decoder.generate import Written as Written
 from jcrosslora.decoder.log_probs import target_log_probs as target_log_probs
 from jcrosslora.decoder.params import Params as Params
 from jcrosslora.decoder.params import fast_dtype as fast_dtype

@@ -22,12 +22,31 @@ from jcrosslora.decoder.forward import extend_cache, logits, positions_of
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 from jcrosslora.errors import not_finite
+from jcrosslora.text import Prompt
+from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
-_BATCH = 48  # texts continued together
-_LONGEST, _MULTIPLE = 96, 16  # tokens of a text that are read, and what the width of a batch is rounded up to
+_BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
+_MULTIPLE = 16  # what the width of a batch is rounded up to where texts are not longer; longer ones have few widths
+_WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
 _UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        text: without the token that ends it, and without a character that was cut off.
+        tokens: how many tokens, the one that ends it included.
+        ended: whether the model ended it; else it was cut off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +127,21 @@ class Generator:
             AdapterError: with the adapter the predictions are not finite.
             CheckpointError: the predictions are not finite, and there is no adapter.
         """
+        rows = self._continue(prompts, max_new_tokens, temperature, key, shape, pad_left, block, until)
+        return [row[~np.isin(row, self.tokenizer.stops)] for row in rows]
+
+    def _continue(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        shape: tuple[int, int] | None,
+        pad_left: bool,
+        block: int | None = None,
+        until: Sequence[str] = (),
+    ) -> list[np.ndarray]:
+        """Continue prompts as `continue_tokens` does; rows that ended hold their stop token."""
         tokens, mask = _padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
         block = block or max_new_tokens
         model = self.settings, self.params, self.adapter
@@ -129,7 +163,7 @@ class Generator:
                     unfinished.remove(row)
         if not np.asarray(state.finite)[: len(prompts)].all():
             raise not_finite(self.name, self.adapter_name)
-        return [row[~np.isin(row, self.tokenizer.stops)] for row in rows]
+        return rows
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
         """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
@@ -152,38 +186,60 @@ class Generator:
         *,
         bar: Track | None = None,
     ) -> list[str]:
-        """Continue texts in batches of 48 of similar length; only the last 96 tokens of a text are read.
-
-        Args:
-            texts: any number.
-            max_new_tokens: see `continue_tokens`.
-            temperature: see `continue_tokens`.
-            key: see `continue_tokens`.
-            bar: a progress bar that advances by one for each text.
+        """Continue texts as `write` does.
 
         Returns:
-            What follows each text, without stop tokens and without a character that was cut off.
+            What follows each text.
 
         Raises:
             AdapterError, CheckpointError: see `continue_tokens`.
         """
-        ids = [self.tokenizer.encode(text).ids[-_LONGEST:] for text in texts]
-        found = [""] * len(ids)
+        return [one.text for one in self.write(texts, max_new_tokens, temperature, key, bar=bar)]
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        *,
+        bar: Track | None = None,
+    ) -> list[Written]:
+        """Answer prompts in batches of similar length, 48 or, of long prompts, fewer.
+
+        Args:
+            prompts: any number, texts or conversations; only the last 2,048 tokens of each are read.
+            max_new_tokens: see `continue_tokens`.
+            temperature: see `continue_tokens`.
+            key: see `continue_tokens`.
+            bar: a progress bar that advances by one for each prompt.
+
+        Raises:
+            AdapterError, CheckpointError: see `continue_tokens`.
+            UsageError: the chat template refuses a conversation.
+        """
+        ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        found = [Written("", 0, False)] * len(ids)
         # Every token of padding costs as much as one of text.
         order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
-        for start in range(0, len(ids), _BATCH):
-            places = order[start : start + _BATCH]
-            shape = _BATCH, -(-len(ids[places[-1]]) // _MULTIPLE) * _MULTIPLE
-            prompts = [ids[place] for place in places]
-            written = self.continue_tokens(prompts, max_new_tokens, temperature, key, shape=shape, pad_left=True)
+        start = 0
+        while start < len(order):
+            places, shape = _next_batch(ids, order[start:])
+            rows = self._continue([ids[place] for place in places], max_new_tokens, temperature, key, shape, True)
             key = jax.random.fold_in(key, start)
-            for place, tokens in zip(places, written, strict=True):
-                # Decoded together: a tokenizer may drop the space in front of what it decodes first.
-                context = ids[place][-_CONTEXT:]
-                found[place] = self.decode([*context, *tokens])[len(self.tokenizer.decode(context)) :]
+            for place, row in zip(places, rows, strict=True):
+                found[place] = self._written(ids[place], row)
+            start += len(places)
             if bar is not None:
                 bar.update(len(places))
         return found
+
+    def _written(self, prompt: np.ndarray, row: np.ndarray) -> Written:
+        ended = bool(len(row)) and int(row[-1]) in self.tokenizer.stops
+        # Decoded together: a tokenizer may drop the space in front of what it decodes first.
+        context = prompt[-_CONTEXT:]
+        text = self.decode([*context, *row[: len(row) - ended]])[len(self.tokenizer.decode(context)) :]
+        return Written(text, len(row), ended)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decode tokens without special tokens, and without a character that is cut off at the end."""
@@ -301,6 +357,21 @@ def step(
     place = positions[:, None]
     hidden, cache = extend_cache(settings, params, cache, tokens[:, None], (place, place), adapter)
     return logits(settings, params, hidden[:, 0]), cache
+
+
+def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
+    """Take the prompts of the next batch, shortest first, and the shape (B, T) to pad it to."""
+    places = list(order[:_BATCH])
+    width = len(ids[places[-1]])
+    if width <= _WIDE:
+        return places, (_BATCH, -(-width // _MULTIPLE) * _MULTIPLE)
+    # Those that need no more than the shortest width of the longest that fits.
+    for width in (_WIDE, *_WIDTHS):
+        rows = max(1, _BATCH * _WIDE // width)
+        fitting = [place for place in places[:rows] if len(ids[place]) <= width]
+        if fitting:
+            return fitting, (rows, width)
+    return places[:1], (1, LONGEST)
 
 
 def _padded(

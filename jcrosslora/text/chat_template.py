@@ -104,7 +104,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Seque
     conversation: list[dict[str, Any]] = [
         {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
     ]
-    names = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
+    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     try:
         texts, _ = render_jinja_template([conversation], chat_template=template, add_generation_prompt=ask, **names)

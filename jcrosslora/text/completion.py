@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeGuard, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 
 from jcrosslora.errors import UsageError
 
@@ -62,11 +62,12 @@ def parse_messages(value: Any, place: str) -> tuple[Message, ...]:
         raise UsageError(msg)
     found = []
     for entry in value:
-        role, content = (entry.get("role"), _content(entry.get("content"))) if isinstance(entry, dict) else (None, None)
-        if role not in get_args(Role) or not is_text(content):
+        role, content = map(entry.get, ("role", "content")) if isinstance(entry, dict) else (None, None)
+        content = _content(content)
+        if not isinstance(role, str) or role not in get_args(Role) or not is_text(content):
             msg = f"{place}: a message is {ascii(entry)[:60]}, {_WANTED} and texts that are not blank"
             raise UsageError(msg)
-        found.append(Message(role, content))
+        found.append(Message(cast("Role", role), content))
     return tuple(found)
 
 

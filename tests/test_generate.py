@@ -1,0 +1,66 @@
+"""Answers to prompts: what is read, where an answer ends, and that a batch gives what each prompt gives alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from probe_bases import write_base
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.decoder import Generator
+from jcrosslora.decoder.generate import LONGEST, _next_batch
+from jcrosslora.text import Message
+from jcrosslora.text.reading import prompt_ids
+
+KEY = jax.random.key(0)
+PROMPTS = ["Water boils at", "Anna", (Message("user", "What jumps?"),), "The quick brown fox jumps over the lazy " * 20]
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    return Generator.of(open_base(write_base(tmp_path_factory.mktemp("base"), 60, eos=1)))
+
+
+def greedy_by_hand(generator, prompt, count):
+    """What is written behind one prompt without padding, up to and including the token that ends it."""
+    ids = prompt_ids(generator.tokenizer, prompt)
+    (row,) = generator._continue([ids], count, 0.0, KEY, None, False)
+    return row
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(generator):
+    for prompt, found in zip(PROMPTS, generator.write(PROMPTS, 6, 0.0, KEY), strict=True):
+        row = greedy_by_hand(generator, prompt, 6)
+        ended = row[-1] == generator.tokenizer.eos
+        assert (found.tokens, found.ended) == (len(row), ended)
+        assert found.text == generator.decode(row[: len(row) - ended])
+
+
+def test_answers_that_end_are_told_from_those_that_are_cut_off(generator):
+    often = dataclasses.replace(generator.tokenizer, stops=tuple(range(1, 300, 3)))
+    found = dataclasses.replace(generator, tokenizer=often).write(["Anna and Peter"] * 40, 3, 2.0, KEY)
+    assert {one.ended for one in found} == {True, False}
+    assert all(one.tokens == 3 for one in found if not one.ended)
+    assert {one.tokens for one in found if one.ended} == {1, 2, 3}
+    assert all(one.text == "" for one in found if one.ended and one.tokens == 1)
+
+
+def test_texts_are_what_write_gives(generator):
+    texts = [prompt for prompt in PROMPTS if isinstance(prompt, str)]
+    assert generator.continue_texts(texts, 5, 1.0, KEY) == [one.text for one in generator.write(texts, 5, 1.0, KEY)]
+
+
+@pytest.mark.parametrize("lengths", [[3, 90, 96], [5] * 60, [97, 100, 128, 500], [40, 2048, 2048, 130], [97] * 50])
+def test_batches_hold_every_prompt_once_in_shapes_of_bounded_size(lengths):
+    ids = [np.zeros(length, np.int32) for length in sorted(lengths)]
+    order, seen, shapes = list(range(len(ids))), [], set()
+    while order:
+        places, (rows, width) = _next_batch(ids, order)
+        assert 0 < len(places) <= rows
+        assert max(len(ids[place]) for place in places) <= width <= LONGEST
+        assert rows * width <= 48 * 96
+        shapes.add((rows, width))
+        seen, order = seen + places, order[len(places) :]
+    assert seen == list(range(len(ids)))
+    assert len(shapes) <= len(set(lengths))
