@@ -39,7 +39,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(generator):
 
 def test_answers_that_end_are_told_from_those_that_are_cut_off(generator):
     often = dataclasses.replace(generator.tokenizer, stops=tuple(range(1, 300, 3)))
-    found = dataclasses.replace(generator, tokenizer=often).write(["Anna and Peter"] * 40, 3, 2.0, KEY)
+    found = dataclasses.replace(generator, tokenizer=often).write(["Anna and Peter"] * 40, 3, 50.0, KEY)
     assert {one.ended for one in found} == {True, False}
     assert all(one.tokens == 3 for one in found if not one.ended)
     assert {one.tokens for one in found if one.ended} == {1, 2, 3}
