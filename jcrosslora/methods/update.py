@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.text import Prompt
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
@@ -22,7 +23,7 @@ class FinalizeContext:
         target: the base that it is moved to.
         adapter: the original adapter, with fused matrices split.
         layers: for each target layer the source layer that feeds it, or None.
-        prompts: the user's text; empty if the source writes its own.
+        prompts: the user's texts or conversations; empty if the source writes its own.
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
         rank: the truncation rank of the alignment.
         shared: results that hold for all adapters of the pair; a method may add its own.
@@ -34,7 +35,7 @@ class FinalizeContext:
     target: BaseModel
     adapter: Adapter
     layers: Sequence[int | None]
-    prompts: Sequence[str] = ()
+    prompts: Sequence[Prompt] = ()
     batches: Sequence[ProbeBatch] = ()
     rank: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)

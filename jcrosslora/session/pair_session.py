@@ -312,7 +312,7 @@ class PairSession:
             target=self.pair.target,
             adapter=shifted.original,
             layers=task.pairing.layers,
-            prompts=task.probes.texts if given and task.probes is not None else (),
+            prompts=(task.probes.prompts or task.probes.texts) if given and task.probes is not None else (),
             batches=task.batches,
             rank=task.rank,
             shared=self._shared,

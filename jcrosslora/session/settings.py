@@ -68,7 +68,8 @@ class TransferSettings(TransferOptions):
     gguf: the file of llama.cpp. lora-xs: a small matrix between the top singular vectors of each weight, --out-rank of
     them, for LoRA-XS. peft alone holds changes of the embedding and the output head."""
     probe_text: str | None = None
-    """Text to run both bases on, one a line or JSONL with a "text" field; without it the source base writes its own.
+    """Text to run both bases on, one a line, or JSONL with "text", "prompt" or the "messages" of a conversation;
+    without it the source base writes its own.
     Where an update is fitted: prompts that the source answers with its adapter. A few hundred of the adapter's own task
     recover more than what the source writes."""
     adapter_revision: str | None = None

@@ -14,7 +14,7 @@ from jcrosslora.decoder import fast_dtype
 from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH, WIDTHS
-from jcrosslora.fit.distill.completions import PILOT
+from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
@@ -138,7 +138,8 @@ def _decompositions(task: AlignmentTask, costs: _Costs) -> float:
 def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dict[str, Callable[[], float]]:
     """Count what `jcrosslora.fit.distill` does with the default widths of rows."""
     count, steps = settings.completions, settings.step_count
-    rounds, tokens, judged = ceil(count / _ROWS), settings.answer_tokens, 0.0
+    # How long answers are is not known before some are written.
+    rounds, tokens, judged = ceil(count / _ROWS), settings.answer_tokens or PILOT_TOKENS // 2, 0.0
     if not prompts:
         pilot = PILOT * len(TEMPLATES)
         rounds, tokens = rounds + ceil(pilot / _ROWS), tokens + _PROMPT_TOKENS

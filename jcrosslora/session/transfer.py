@@ -16,6 +16,8 @@ from jcrosslora.methods import AUTO, MethodLike, make_method
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
+from jcrosslora.text import Message, Prompt
+from jcrosslora.text.completion import parse_messages, split_answer
 from jcrosslora.utils.memory import enough_memory
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def transfer(
     target: BaseModel | str | Path,
     method: MethodLike = AUTO,
     *,
-    prompts: Sequence[str] | str | Path | None = None,
+    prompts: Sequence[Any] | str | Path | None = None,
     cache: bool = True,
     progress: bool = False,
     **options: Any,
@@ -41,7 +43,8 @@ def transfer(
         target: the base it shall work on, likewise.
         method: a name ("auto", "distill", "cross-lora"), or a method object with its hyper-parameters, such as
             `methods.Distill(completions=600)`.
-        prompts: text that both bases are run on, as a list or as a file (one a line, or JSONL with a "text" field).
+        prompts: text that both bases are run on, as a file (see `--probe-text`) or as a list of texts and of
+            conversations, each a list of {"role", "content"}.
             Where an update is fitted, prompts of the adapter's own task recover more than what the source writes.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
         progress: whether to show progress.
@@ -98,15 +101,28 @@ def shift(
         return session.finish_aligned(move, transport, given_probes(prompts))
 
 
-def given_probes(prompts: Sequence[str] | str | Path | None) -> Probes | None:
-    """Return the user's text, from a list or from a file; None if none was given."""
+def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
+    """Return the user's texts and conversations, from a list or from a file; None if none was given.
+
+    Raises:
+        UsageError: the file cannot be read, or an entry of the list is neither text nor a conversation.
+    """
     if prompts is None:
         return None
-    from jcrosslora.evidence.probes import Probes, read_texts
+    from jcrosslora.evidence.probes import Probes, read_prompts
 
     if isinstance(prompts, str | Path):
-        return Probes(tuple(read_texts(prompts)), f"read from {Path(prompts).name}", path=str(prompts))
-    return Probes(tuple(prompts), "given")
+        return Probes.given(read_prompts(prompts), f"read from {Path(prompts).name}", str(prompts))
+
+    def parsed(number: int, prompt: Any) -> Prompt:
+        if isinstance(prompt, str):
+            return prompt
+        messages = prompt.get("messages") if isinstance(prompt, dict) else prompt
+        if isinstance(messages, tuple) and all(isinstance(one, Message) for one in messages):
+            return messages
+        return split_answer(parse_messages(messages, f"prompt {number}"))[0]
+
+    return Probes.given([parsed(number, prompt) for number, prompt in enumerate(prompts)], "given")
 
 
 def share_digests(session: PairSession) -> None:

@@ -41,6 +41,13 @@ class Completion:
     ended: bool = True
     origin: str = ""
 
+    @property
+    def text(self) -> str:
+        """Prompt and answer, for reports; of a conversation the contents, one below the other."""
+        if isinstance(self.prompt, str):
+            return self.prompt + self.answer
+        return f"{prompt_text(self.prompt)}\n{self.answer}"
+
 
 def is_text(value: Any) -> TypeGuard[str]:
     """Check that a JSON value is text that is not blank; JSON can hold half a surrogate pair, which is no text."""

@@ -2,7 +2,7 @@
 
 from jcrosslora.evidence.probes.batches import ProbeBatch, count_positions, match_positions, probe_batches
 from jcrosslora.evidence.probes.record import Probes, written_probes
-from jcrosslora.evidence.probes.text_files import read_texts, save_texts
+from jcrosslora.evidence.probes.text_files import read_prompts, read_texts, save_texts
 from jcrosslora.evidence.probes.writing import write_texts
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "count_positions",
     "match_positions",
     "probe_batches",
+    "read_prompts",
     "read_texts",
     "save_texts",
     "write_texts",

@@ -6,9 +6,11 @@ The folder is `probes` in the user's cache, see `jcrosslora.cache.place.cache_ro
 Processes may share it: files are written atomically, and a damaged file counts as missing.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from jcrosslora.cache.place import cache_root
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.evidence.probes.writing import write_texts
+from jcrosslora.text import Prompt
+from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.files import write_whole
 
 COUNT, LENGTH = 288, 96
@@ -37,6 +41,7 @@ class Probes:
         seed: seed of generated or sampled texts; None for given texts.
         positions: number of matched positions of the two bases (see `count_positions`); None before it is known.
         path: file that given texts were read from; None for other texts.
+        prompts: what given texts were made of, which may be conversations; empty for other texts.
     """
 
     texts: tuple[str, ...]
@@ -44,6 +49,13 @@ class Probes:
     seed: int | None = None
     positions: int | None = None
     path: str | None = None
+    prompts: tuple[Prompt, ...] = ()
+
+    @classmethod
+    def given(cls, prompts: Sequence[Prompt], description: str, path: str | None = None) -> Probes:
+        """Make the record of texts or conversations that a user gave."""
+        texts = tuple(prompt_text(prompt) for prompt in prompts)
+        return cls(texts, description, path=path, prompts=tuple(prompts))
 
     def describe(self) -> str:
         """Describe the texts in a line for reports: count, source, seed, matched positions and digest."""

@@ -1,10 +1,12 @@
-"""Text files: one text a line, or JSON lines with a "text" field."""
+"""Text files: one text a line, or JSON lines with a text, a prompt or the messages of a conversation."""
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.text import Prompt
+from jcrosslora.text.completion import parse_messages, prompt_text, split_answer
 from jcrosslora.utils.files import write_whole
 
 _BOM = "\ufeff"
@@ -12,26 +14,40 @@ _JSON_LINES = (".jsonl", ".ndjson")
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Read the user's own unlabelled texts.
+    """Read the user's own unlabelled texts; of a conversation the contents, one below the other.
 
     Args:
-        path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text";
-            otherwise each line is a text. Blank lines are skipped.
+        path: see `read_prompts`.
+
+    Raises:
+        UsageError: see `read_prompts`.
+    """
+    return [prompt_text(prompt) for prompt in read_prompts(path)]
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Read the user's own prompts, of which answers are not used.
+
+    Args:
+        path: a UTF-8 file. If its name ends in .jsonl or .ndjson, each line is a JSON object with a string "text" or
+            "prompt", or with "messages", [{"role", "content"}, ...], whose last answer is dropped; otherwise each line
+            is a text. Blank lines are skipped.
 
     Raises:
         UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form.
     """
     path = Path(path)
     lines = _read(path).removeprefix(_BOM).split("\n")
+    found: list[Prompt]
     if path.suffix.lower() in _JSON_LINES:
-        found = [_text_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        found = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
         found = [line.removesuffix("\r") for line in lines]
-    texts = [text for text in found if text.strip()]
-    if not texts:
+    prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
+    if not prompts:
         msg = f"{path}: holds no text, at least one line was wanted: write one text a line"
         raise UsageError(msg)
-    return texts
+    return prompts
 
 
 def save_texts(path: str | Path, texts: Sequence[str]) -> None:
@@ -69,14 +85,22 @@ def _read(path: Path) -> str:
     return text
 
 
-def _text_of(line: str, place: str) -> str:
+def _prompt_of(line: str, place: str) -> Prompt:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    entry = entry if isinstance(entry, dict) else {}
+    if "messages" in entry:
+        prompt, _ = split_answer(parse_messages(entry["messages"], place))
+        if not prompt:
+            msg = f"{place}: has an answer alone, and a message of the user in front of it was wanted"
+            raise UsageError(msg)
+        return prompt
+    text = entry.get("text", entry.get("prompt"))
     if not isinstance(text, str):
-        msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line'
-        raise UsageError(msg)
+        msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line, '
+        raise UsageError(msg + '{"prompt": "..."} or {"messages": [...]}')
     if not _is_utf8(text):
         msg = f"{place}: the text has half of a surrogate pair: write whole characters"
         raise UsageError(msg)

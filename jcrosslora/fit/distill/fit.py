@@ -67,7 +67,9 @@ def fit(
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
                 taught = teacher.read(batch)
                 remat = needs_remat(target.settings, taught.tokens.shape)
-                totals = add_batch(target.settings, totals, target.params, adapter, taught, key, remat=remat)
+                totals = add_batch(
+                    target.settings, totals, target.params, adapter, taught, key, remat=remat, ends=target.ends
+                )
                 jax.block_until_ready(totals)
                 bar.update()
             steps, behind = solve(totals, settings.step_rank, number + 1)
@@ -81,15 +83,15 @@ def fit(
 
 def _mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
     """Mean KL(teacher || target with the adapter), nats a position."""
-    sums = [_kl(target.settings, target.params, adapter, batch) for batch in batches]
+    sums = [_kl(target.settings, target.params, adapter, batch, target.ends) for batch in batches]
     return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def _kl(
-    settings: DecoderSettings, params: Params, adapter: StackedAdapter, batch: TaughtBatch
+    settings: DecoderSettings, params: Params, adapter: StackedAdapter, batch: TaughtBatch, ends: int
 ) -> tuple[jax.Array, jax.Array]:
-    student = shared_log_probs(settings, params, adapter, batch.tokens, batch.mask, batch.at)
+    student = shared_log_probs(settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends)
     return weighted_kl(batch.teacher, student, batch.weight)
 
 

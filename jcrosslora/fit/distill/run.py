@@ -20,7 +20,8 @@ from jcrosslora.fit.distill.completions import Completions, answer_given, write_
 from jcrosslora.fit.distill.fit import Fitted, fit
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
-from jcrosslora.fit.distill.templates import Completion
+from jcrosslora.text import Completion, Prompt
+from jcrosslora.text.reading import ending
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ def distill(
     adapter: Adapter,
     start: Adapter | None = None,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[Prompt] = (),
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
     progress: bool = False,
@@ -58,14 +59,13 @@ def distill(
 
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
     that the adapter makes in them (`jcrosslora.fit.distill.teacher.mix_teacher`). They are compared at positions where
-    tokens of both bases end at the same character, on the tokens that both have. The text is written by the source with
-    the
-    adapter: answers to given prompts, or to its own. Each step minimises a quadratic model of the divergence from the
-    teacher in closed form (`jcrosslora.fit.distill.step`); its length is the best on held-out completions.
+    tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
+    written by the source with the adapter: answers to given prompts, or to its own. Each step minimises a quadratic
+    model of the divergence from the teacher in closed form (`jcrosslora.fit.distill.step`); its length is the best on
+    held-out completions.
 
     Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written; then the layers of both,
-        a
-    gradient and two square moments for each fitted module, and at most 4 GB of activations of the target, which are
+    a gradient and two square moments for each fitted module, and at most 4 GB of activations of the target, which are
     recomputed where they would take more. Time: writing the texts, and with the default settings about 350 forward
     passes of 8 short texts.
 
@@ -74,7 +74,7 @@ def distill(
         target: the base to update.
         adapter: of the source, with fused matrices split (see `fit_to_base`).
         start: an update of the target to start from; None starts from nothing.
-        prompts: text that answers are to follow; without any the source writes prompts itself.
+        prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
         settings: of the fit.
         seed: of all that is sampled.
         progress: whether to show progress bars.
@@ -97,10 +97,12 @@ def distill(
         completions = write_completions(generator, settings, seed, progress=progress)
     parts, held_out = _make_parts(completions.items, tokenizers, settings, seed)
     batches = [batch for part in (*parts, held_out) for batch in part]
-    ids = shared_tokens(source, target, batches, settings.compared_tokens)
-    src = ReducedBase.of(generator.settings, generator.params, used_tokens(batches, 0), ids[0])
+    ids = shared_tokens(source, target, batches, settings.compared_tokens, (tokenizers[0].stops, tokenizers[1].stops))
+    ends = _ends(tokenizers, completions.items)
+    src = ReducedBase.of(generator.settings, generator.params, used_tokens(batches, 0), ids[0], ends[0])
     del generator
-    tgt = ReducedBase.of(settings_of(target), load_params(target, fast_dtype()), used_tokens(batches, 1), ids[1])
+    params = load_params(target, fast_dtype())
+    tgt = ReducedBase.of(settings_of(target), params, used_tokens(batches, 1), ids[1], ends[1])
     fitted = fit(Teacher(src, tgt, stacked, settings), parts, held_out, settings, begun, seed=seed, progress=progress)
     _check_finite(fitted, target)
     positions = sum(batch.positions for part in parts for batch in part)
@@ -126,6 +128,21 @@ def _make_parts(
     steps = min(settings.step_count, len(rest))
     parts = [make_batches(rest[step::steps], tokenizers, settings.prompt_weight) for step in range(steps)]
     return parts, make_batches(held_out, tokenizers, settings.prompt_weight)
+
+
+def _ends(
+    tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
+
+    Returns:
+        Their ids; none on both sides if one side has none, as the end then cannot be compared.
+    """
+    chats = {not isinstance(item.prompt, str) for item in completions}
+    found = {ending(tokenizers[1], chat=chat) for chat in chats}
+    if None in found or not tokenizers[0].stops:
+        return (), ()
+    return tokenizers[0].stops, tuple(sorted(end for end in found if end is not None))
 
 
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:

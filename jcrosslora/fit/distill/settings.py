@@ -34,8 +34,8 @@ class DistillSettings:
     """Weight of predictions inside a prompt; those inside an answer have 1."""
     held_out: float = 0.15
     """Share of the completions that no step is fitted on; they decide how long each step is."""
-    answer_tokens: int = 12
-    """The most tokens of an answer."""
+    answer_tokens: int | None = None
+    """The most tokens of an answer; None learns from a few answers how long they are, up to 512."""
     answer_temperature: float = 1.0
     """Temperature at which answers are sampled."""
     compared_tokens: int = 6000
@@ -61,7 +61,10 @@ class DistillSettings:
             "answer_tokens": 1,
             "compared_tokens": 1,
         }
-        rules = {name: (getattr(self, name) >= fewest, f"{fewest} or more") for name, fewest in least.items()}
+        found = {name: getattr(self, name) for name in least}
+        rules = {
+            name: (found[name] is None or found[name] >= fewest, f"{fewest} or more") for name, fewest in least.items()
+        }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"

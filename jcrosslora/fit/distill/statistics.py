@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, StackedAdapter, forward, logits
-from jcrosslora.fit.distill.teacher import TaughtBatch, weighted_kl
+from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, StackedAdapter, forward
+from jcrosslora.fit.distill.teacher import TaughtBatch, shared_scores, weighted_kl
 
 _HIGHEST = lax.Precision.HIGHEST
 # Bytes of activations that the layers may keep for the two backward passes; to recompute them takes two forward passes.
@@ -62,7 +62,7 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="remat", donate_argnums=1)
+@partial(jax.jit, static_argnums=0, static_argnames=("remat", "ends"), donate_argnums=1)
 def add_batch(
     settings: DecoderSettings,
     totals: Statistics,
@@ -72,8 +72,12 @@ def add_batch(
     key: jax.Array,
     *,
     remat: bool = False,
+    ends: int = 0,
 ) -> Statistics:
-    """Add a batch to the sums, whose memory the result takes over; with `remat` layers recompute their activations."""
+    """Add a batch to the sums, whose memory the result takes over; with `remat` layers recompute their activations.
+
+    The last `ends` rows of the head are one symbol, the end of the text.
+    """
     roles = tuple(totals.gradients)
     perturbations = {role: _output_perturbation(params, role, batch.tokens.shape) for role in roles}
 
@@ -86,7 +90,7 @@ def add_batch(
 
         out = forward(settings, perturbed, batch.tokens, mask=batch.mask, adapter=adapter, reduce=reduce, remat=remat)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.at]
-        return logits(settings, params, states), out.reduced
+        return shared_scores(settings, params, states, ends), out.reduced
 
     scores, pull, inputs = jax.vjp(run, perturbations, has_aux=True)
     student = jax.nn.log_softmax(scores, axis=-1)

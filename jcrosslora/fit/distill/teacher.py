@@ -4,6 +4,7 @@ All passes read bases that are reduced to the tokens that occur, and predict amo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import flax.struct
@@ -19,30 +20,50 @@ from jcrosslora.fit.distill.settings import DistillSettings
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReducedBase:
-    """A base that reads K kept tokens and predicts V shared ones.
+    """A base that reads K kept tokens and predicts V symbols: the shared tokens, and the end of the text.
 
     Attributes:
         settings: of the base.
-        params: its weights, with an embedding of K rows and a head of V.
+        params: its weights, with an embedding of K rows, and a head with a row for each shared token and for each token
+            that ends a text.
         kept: int32 (K,), ascending ids of the embedding's rows.
+        ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
     """
 
     settings: DecoderSettings
     params: Params
     kept: np.ndarray
+    ends: int = 0
 
     @classmethod
-    def of(cls, settings: DecoderSettings, params: Params, kept: np.ndarray, shared: np.ndarray) -> "ReducedBase":
-        """Keep the embeddings of the tokens `kept`, and the head's rows of the tokens `shared`."""
-        head = head_of(params)[shared]
-        return cls(settings, dataclasses.replace(params, embedding=params.embedding[kept], head=head), kept)
+    def of(
+        cls,
+        settings: DecoderSettings,
+        params: Params,
+        kept: np.ndarray,
+        shared: np.ndarray,
+        ends: Sequence[int] = (),
+    ) -> "ReducedBase":
+        """Keep the embeddings of the tokens `kept`, and the head's rows of the tokens `shared` and `ends`."""
+        head = head_of(params)[np.concatenate([shared, np.array(ends, shared.dtype)])]
+        params = dataclasses.replace(params, embedding=params.embedding[kept], head=head)
+        return cls(settings, params, kept, len(ends))
 
     def rows(self, tokens: np.ndarray) -> jax.Array:
         """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
         return jnp.asarray(np.searchsorted(self.kept, tokens).astype(np.int32))
 
 
-@partial(jax.jit, static_argnums=0)
+def shared_scores(settings: DecoderSettings, params: Params, states: jax.Array, ends: int) -> jax.Array:
+    """float32 (P, V): logits of the next symbol from hidden states (P, H); the last `ends` tokens are one symbol."""
+    scores = logits(settings, params, states)
+    if ends < 2:
+        return scores
+    end = jax.nn.logsumexp(scores[:, -ends:], axis=-1, keepdims=True)
+    return jnp.concatenate([scores[:, :-ends], end], axis=-1)
+
+
+@partial(jax.jit, static_argnames=("settings", "ends", "remat"))
 def shared_log_probs(
     settings: DecoderSettings,
     params: Params,
@@ -50,11 +71,14 @@ def shared_log_probs(
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,
+    *,
+    ends: int = 0,
+    remat: bool = False,
 ) -> jax.Array:
-    """float32 (P, V): log-probabilities of the next token among those of the head, at flat positions (P,)."""
-    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+    """float32 (P, V): log-probabilities of the next symbol among those of the head, at flat positions (P,)."""
+    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter, remat=remat).hidden
     states = hidden.reshape(-1, hidden.shape[-1])[at]
-    return jax.nn.log_softmax(logits(settings, params, states), axis=-1)
+    return jax.nn.log_softmax(shared_scores(settings, params, states, ends), axis=-1)
 
 
 @flax.struct.dataclass
@@ -89,11 +113,13 @@ class Teacher:
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
-        probe, src, tgt = batch.probe, self._source, self.target
-        read_src = src.rows(probe.tokens_src), jnp.asarray(probe.mask_src), jnp.asarray(probe.at_src)
-        read_tgt = tgt.rows(probe.tokens_tgt), jnp.asarray(probe.mask_tgt), jnp.asarray(probe.at_tgt)
-        base, adapted = (shared_log_probs(src.settings, src.params, one, *read_src) for one in self._adapters)
-        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt)
+        src, tgt = self._source, self.target
+        read_src = src.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
+        read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        base, adapted = (
+            shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends) for one in self._adapters
+        )
+        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends)
         return TaughtBatch(*read_tgt, jnp.asarray(batch.weight), mix_teacher(own, base, adapted, *self._weights))
 
 

@@ -1,50 +1,57 @@
 """Which prompt templates an adapter was probably trained on."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint.tokenizer import pad_right
+from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, Generator, Params, StackedAdapter, forward
 from jcrosslora.decoder.log_probs import divergence
-from jcrosslora.fit.distill.templates import TEMPLATES, Completion, PromptTemplate, in_template
+from jcrosslora.fit.distill.templates import PromptTemplate, in_template, templates_of
+from jcrosslora.text import Completion, read
 
 _ERRORS = 2.0  # standard errors by which a template may lie behind the best
 _MOST = 3  # templates of a fit
-_WIDTHS, _ROWS = (40, 64), 8  # shapes (B, T) of the texts that are compared: the fewer, the less to compile
+_WIDTHS, _ROWS = (40, 64, 128), 8  # shapes (B, T) of the texts that are compared: the fewer, the less to compile
 
 
 def judge_templates(
     generator: Generator, completions: Sequence[Completion], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measure an adapter in each of `TEMPLATES` on the same completions, put into one template after the other.
+    """Measure an adapter in each of `templates_of` its base on the same completions, put into one after the other.
 
     The figures then differ by the template alone: they differ more between completions than between templates.
 
     Args:
         generator: the base, with the adapter.
-        completions: n of them, in templates of `TEMPLATES`.
+        completions: n of them, in these templates; their origins are the templates' names.
         tokens: the most tokens of an answer.
 
     Returns:
-        The two figures of `compare`, float64 (len(TEMPLATES), n) each.
+        The two figures of `compare`, float64 (templates, n) each.
     """
-    moved = [in_template(item, template) for template in TEMPLATES for item in completions]
+    templates = templates_of(generator.tokenizer)
+    named = {template.name: template for template in templates}
+    moved = [in_template(item, named[item.origin], template) for template in templates for item in completions]
     change, base_nll = compare(generator, moved, tokens)
-    return change.reshape(len(TEMPLATES), -1), base_nll.reshape(len(TEMPLATES), -1)
+    return change.reshape(len(templates), -1), base_nll.reshape(len(templates), -1)
 
 
-def known_templates(change: np.ndarray, base_nll: np.ndarray) -> list[PromptTemplate]:
-    """Choose the templates that an adapter was probably trained on: at most 3, in the order of `TEMPLATES`.
+def known_templates(
+    templates: Sequence[PromptTemplate], change: np.ndarray, base_nll: np.ndarray
+) -> list[PromptTemplate]:
+    """Choose the templates that an adapter was probably trained on: at most 3, in their order.
 
     An adapter changes its base's predictions in all templates, and most where its answers are least likely under the
     base. A change beyond that comes from training: the templates are taken in which the change less the base NLL is
     largest, or at most two standard errors below the largest.
 
     Args:
+        templates: that were measured.
         change: (templates, n), divergence over the answer of n completions.
         base_nll: (templates, n), NLL of the answer under the base alone.
     """
@@ -53,7 +60,7 @@ def known_templates(change: np.ndarray, base_nll: np.ndarray) -> list[PromptTemp
     behind = behind_best(change, base_nll)
     means, errors = behind.mean(axis=1), behind.std(axis=1) / np.sqrt(behind.shape[1])
     near = [place for place in np.argsort(means, kind="stable").tolist() if means[place] <= _ERRORS * errors[place]]
-    return [TEMPLATES[place] for place in sorted(near[:_MOST])]
+    return [templates[place] for place in sorted(near[:_MOST])]
 
 
 def behind_best(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
@@ -72,8 +79,7 @@ def compare(generator: Generator, completions: Sequence[Completion], tokens: int
     assert generator.adapter is not None
     model, none = (generator.settings, generator.params), jax.tree.map(jnp.zeros_like, generator.adapter)
     change, base_nll = np.zeros(len(completions)), np.zeros(len(completions))
-    whole = [generator.tokenizer.encode(item.text).ids for item in completions]
-    starts = [len(generator.tokenizer.encode(item.prompt).ids) for item in completions]
+    whole, starts = _read_all(generator.tokenizer, completions)
     # Texts of one length together: every token of padding costs as much as one of text.
     order = sorted(range(len(completions)), key=lambda place: len(whole[place]))
     for first in range(0, len(order), _ROWS):
@@ -89,6 +95,12 @@ def compare(generator: Generator, completions: Sequence[Completion], tokens: int
             each = np.asarray(values, np.float64).reshape(used.shape)[: len(part)]
             figure[part] = (each * own).sum(axis=1) / own.sum(axis=1)
     return change, base_nll
+
+
+def _read_all(tokenizer: Tokenizer, completions: Sequence[Completion]) -> tuple[list[np.ndarray], list[int]]:
+    """Tokenize completions without the tokens that end them: ids, and the index of each answer's first token."""
+    found = [read(tokenizer, replace(item, ended=False)) for item in completions]
+    return [one.ids for one in found], [one.answer for one in found]
 
 
 def _answer_positions(

@@ -1,6 +1,13 @@
-"""Prompt templates, and completions in them."""
+"""Prompt templates: what stands around a question or an instruction."""
 
+from __future__ import annotations
+
+import dataclasses
 from dataclasses import dataclass
+
+from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.text import Completion, Message, Prompt
+from jcrosslora.text.chat_template import render
 
 
 @dataclass(frozen=True)
@@ -12,16 +19,44 @@ class PromptTemplate:
 
     @property
     def name(self) -> str:
-        """The word that it begins with, for reports."""
-        return self.before.strip()
+        """What reports call it: the word that it begins with."""
+        return repr(self.before.strip())
 
-    def wrap(self, text: str) -> str:
+    def wrap(self, text: str) -> Prompt:
         """Make a prompt of a question or an instruction."""
         return self.before + text + self.after
 
-    def unwrap(self, prompt: str) -> str:
-        """Return the question or the instruction of a prompt."""
+    def unwrap(self, prompt: Prompt) -> str:
+        """Return the question or the instruction of a prompt of this template."""
+        assert isinstance(prompt, str)
         return prompt.removeprefix(self.before).removesuffix(self.after)
+
+    def answer(self, text: str) -> str:
+        """Put an answer on a line of its own, or behind a space."""
+        return ("" if self.after.endswith("\n") else " ") + text.lstrip()
+
+
+@dataclass(frozen=True)
+class ConversationTemplate(PromptTemplate):
+    """A base's own chat template, with one message of the user."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return "its chat template"
+
+    def wrap(self, text: str) -> Prompt:
+        """Make a message of a question or an instruction."""
+        return (Message("user", text),)
+
+    def unwrap(self, prompt: Prompt) -> str:
+        """Return the question or the instruction of a message."""
+        assert not isinstance(prompt, str)
+        return prompt[-1].content
+
+    def answer(self, text: str) -> str:
+        """Drop the space in front of an answer, which chat templates do not want."""
+        return text.lstrip()
 
 
 TEMPLATES = (
@@ -36,29 +71,19 @@ TEMPLATES = (
 )
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A prompt with the answer that follows it.
-
-    Attributes:
-        prompt: all text in front of the answer.
-        answer: the text behind it.
-        template: of the prompt; None for a prompt of the user's.
-    """
-
-    prompt: str
-    answer: str = ""
-    template: PromptTemplate | None = None
-
-    @property
-    def text(self) -> str:
-        """Prompt and answer."""
-        return self.prompt + self.answer
+def templates_of(tokenizer: Tokenizer) -> tuple[PromptTemplate, ...]:
+    """List the templates that an adapter of a base may have been trained on: the common ones, and the base's own."""
+    if tokenizer.chat_template is None:
+        return TEMPLATES
+    rendered = render(tokenizer, (Message("user", "Question"),), ask=True)
+    first, last = rendered.spans[0]
+    before = rendered.text[:first]
+    if tokenizer.bos is not None:  # which is put in front of plain text as well
+        before = before.removeprefix(tokenizer.bos_name)
+    return (*TEMPLATES, ConversationTemplate(before, rendered.text[last:]))
 
 
-def in_template(completion: Completion, template: PromptTemplate) -> Completion:
-    """Put a completion into another template; answers begin on a line of their own or behind a space."""
-    assert completion.template is not None
-    space = "" if template.after.endswith("\n") else " "
-    prompt = template.wrap(completion.template.unwrap(completion.prompt))
-    return Completion(prompt, space + completion.answer.lstrip(), template)
+def in_template(completion: Completion, own: PromptTemplate, other: PromptTemplate) -> Completion:
+    """Put a completion of one template into another."""
+    prompt, answer = other.wrap(own.unwrap(completion.prompt)), other.answer(completion.answer)
+    return dataclasses.replace(completion, prompt=prompt, answer=answer, origin=other.name)
