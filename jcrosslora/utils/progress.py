@@ -85,9 +85,16 @@ class Track:
 class Steps:
     """Steps of a command, each with the seconds that it usually takes, or None."""
 
-    def __init__(self, display: "Display | None", seconds: Mapping[str, float | None]) -> None:
-        """Plan the steps, by name, in the order in which they run; none has begun."""
+    def __init__(
+        self,
+        display: "Display | None",
+        seconds: Mapping[str, float | None],
+        unpaced: Collection[str] = (),
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        """Plan the steps, by name, in the order in which they run; none has begun. For the arguments see `steps`."""
         self._display, self._seconds, self._names = display, dict(seconds), list(seconds)
+        self._unpaced, self._announce = frozenset(unpaced), announce
         self._current, self._since = -1, 0.0
         self._took = self._usual = 0.0
 
@@ -100,10 +107,15 @@ class Steps:
         if self._display is None:
             return
         now = self._display.clock()
-        usual = None if self._current < 0 else self._seconds[self._names[self._current]]
-        if usual is not None:
+        usual = self._seconds.get(self.name)
+        if usual is not None and self.name not in self._unpaced:
             self._took, self._usual = self._took + now - self._since, self._usual + usual
         self._current, self._since = self._names.index(name), now
+        if self._announce is not None:
+            left = self.left(now, None)
+            with self._display.hidden():
+                ending = "" if left is None else f" ({_about(left)} left in all)"
+                self._announce(f"{self._number()}: {name}{ending}")
         self._display.refresh()
 
     @property
@@ -112,9 +124,14 @@ class Steps:
         return "" if self._current < 0 else self._names[self._current]
 
     def text(self, inside: str) -> str:
-        """Give the number and the name of the current step."""
+        """Give the number and the name of the current step; the number alone where the name stands in a line above."""
         del inside
-        return f"step {self._current + 1} of {len(self._names)}: {self.name}" if self.name else "begin"
+        if not self.name:
+            return "begin"
+        return self._number() if self._announce else f"{self._number()}: {self.name}"
+
+    def _number(self) -> str:
+        return f"step {self._current + 1} of {len(self._names)}"
 
     def left(self, now: float, inner: _Shown | None) -> float | None:
         """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones."""
@@ -172,16 +189,25 @@ class Display:
                 shown.update()
 
     @contextmanager
-    def steps(self, seconds: Mapping[str, float | None], *, show: bool = True) -> Iterator[Steps]:
+    def steps(
+        self,
+        seconds: Mapping[str, float | None],
+        *,
+        unpaced: Collection[str] = (),
+        announce: Callable[[str], None] | None = None,
+        show: bool = True,
+    ) -> Iterator[Steps]:
         """Number the steps of a command while the block runs.
 
         A step begins by `begin`, or by the `track` that has its name as description.
 
         Args:
             seconds: what each step usually takes, by its name, in order; None where it is not known.
+            unpaced: steps whose time says nothing about how fast this machine is, such as a download.
+            announce: prints a line in front of each step, with the time that all steps have left.
             show: whether to show anything.
         """
-        shown = Steps(self if show else None, seconds)
+        shown = Steps(self if show else None, seconds, unpaced, announce)
         with self._during(shown, show):
             yield shown
 
@@ -190,6 +216,14 @@ class Display:
         innermost = self._shown[-1] if self._shown else None
         if isinstance(innermost, Steps) and innermost.plans(name):
             innermost.begin(name)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the line off the terminal while the block prints, and reports no work; the next refresh shows it."""
+        with self._lock:
+            if self._shown and self._terminal:
+                self._write("")
+            yield
 
     def refresh(self) -> None:
         """Show the line if the last time is long enough ago."""
@@ -206,7 +240,7 @@ class Display:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
         left = self._shown[0].left(now, self._shown[1] if len(self._shown) > 1 else None)
-        ending = f"{duration(now - self._begun)} so far" if left is None else f"about {duration(left)} left"
+        ending = f"{duration(now - self._begun)} so far" if left is None else f"{_about(left)} left"
         return ", ".join([*parts, ending])
 
     @contextmanager
@@ -253,6 +287,11 @@ class Display:
         sys.stderr.flush()
 
 
+def _about(seconds: float) -> str:
+    """Write a time to wait, which is known no better than to 10 s."""
+    return f"about {duration(max(10, 10 * math.ceil(seconds / 10)) if seconds < 90 else seconds)}"
+
+
 def duration(seconds: float) -> str:
     """Write a time in round figures: 40 s, 3 min, 2 h 10 min."""
     if seconds < 90:
@@ -262,4 +301,4 @@ def duration(seconds: float) -> str:
 
 
 _DISPLAY = Display()
-track, each, steps, begin = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps, _DISPLAY.begin
+track, each, steps, begin, hidden = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps, _DISPLAY.begin, _DISPLAY.hidden
