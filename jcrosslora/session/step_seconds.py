@@ -21,11 +21,11 @@ from jcrosslora.lineage.pairing import SIMILAR, Pair
 from jcrosslora.methods import InterpolatedCopy, Method
 from jcrosslora.session.effect import EFFECT
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import Stopwatch, layer_size
+from jcrosslora.session.timing import SVD_SIDE, Stopwatch, layer_size
 
 # Steps of a transfer are named as the work names itself on the display.
 ALIGN = "align"
-SHARED = ("write", "compare layers", "collect activations", ALIGN, "interpolate")  # made once for all adapters
+SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
 
 # Seconds that a step which runs the bases takes to compile, about the same for models of any size.
 _COMPILING, _WITHOUT_BASES = 12, (ALIGN, "interpolate")
@@ -39,8 +39,8 @@ _CACHED, _PREFILL = 1.7, 2
 # Of a step of the fit: the lengths that are tried, and forward passes that take as long as a gradient (3) with its
 # products and the eigendecompositions that follow (2).
 _LENGTHS, _GRADIENT = 5, 5
-# Kinds of evidence whose maps are not timed.
-_UNTIMED = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.EMBEDDING_MAP})
+# Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
+_EIGEN = 0.4
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
 # 600 there are 12 million numbers for each layer of 3.5 million parameters), and as the grams of each.
 _MOMENTS, _GRAMS = 4, 8
@@ -90,6 +90,10 @@ class _Costs:
         """Time the truncated SVD of one matrix."""
         return self._stopwatch.decomposition(shape, min(rank, *shape), vectors=method.single_vectors)
 
+    def svd(self, rows: int, columns: int) -> float:
+        """Scale the time of a full SVD to a matrix of another shape: those of activations would take minutes."""
+        return self._stopwatch.full_svd() * rows * columns * min(rows, columns) / SVD_SIDE**3
+
     def _layers(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, predicted: int) -> float:
         """Time all layers and the output head, whose products take as long as those of a layer of its size."""
         head = predicted * base.dims.hidden / layer_size(base)
@@ -108,10 +112,8 @@ def _plan(
         found["write"] = lambda: costs.write(_PROBE_TOKENS * ceil(texts / _ROWS))
     if task.depth == SIMILAR:
         found["compare layers"] = lambda: costs.read((probes, probes))
-    if EvidenceKind.ACTIVATIONS in needs:
-        products = 1 + _MOMENTS + (_GRAMS if EvidenceKind.ACTIVATION_GRAMS in needs else 0)
-        found["collect activations"] = lambda: costs.read((probes, products * probes))
-    found[ALIGN] = None if needs & _UNTIMED else lambda: _decompositions(task, costs)
+    # An embedding map reads both embeddings, matches heads and inverts weights, none of which is counted.
+    found[ALIGN] = None if EvidenceKind.EMBEDDING_MAP in needs else lambda: _alignment(task, probes, costs)
     if isinstance(method, DistillSettings):
         found |= _distillation(method, prompts, costs)
     elif EvidenceKind.PROBE_TEXTS in needs:
@@ -127,12 +129,20 @@ def _plan(
     return found
 
 
-def _decompositions(task: AlignmentTask, costs: _Costs) -> float:
-    if EvidenceKind.SINGULAR_VECTORS not in task.method.requires:
-        return 0.0
-    return sum(
-        costs.decompose(shape, task.rank, task.method) for pair in task.modules for shape in sides_of(task, pair)
-    )
+def _alignment(task: AlignmentTask, probes: float, costs: _Costs) -> float:
+    """Count the evidence of the kinds that take time, and the maps that are made from it."""
+    method, needs, seconds = task.method, task.method.requires, 0.0
+    shapes = [sides_of(task, pair) for pair in task.modules]
+    if EvidenceKind.SINGULAR_VECTORS in needs:
+        seconds += sum(costs.decompose(shape, task.rank, method) for sides in shapes for shape in sides)
+    if EvidenceKind.ACTIVATIONS in needs:
+        grams = EvidenceKind.ACTIVATION_GRAMS in needs
+        seconds += costs.read((probes, (1 + _MOMENTS + (_GRAMS if grams else 0)) * probes)) + _COMPILING
+        for src, tgt in shapes:
+            # One SVD of the cross-moment of the outputs, and one of the inputs; eigenvectors of the moments of each.
+            seconds += sum(map(costs.svd, src, tgt))
+            seconds += _EIGEN * sum(costs.svd(side, side) for side in (*src, *tgt)) if grams else 0
+    return seconds
 
 
 def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dict[str, Callable[[], float]]:
