@@ -17,7 +17,6 @@ from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.files import estimate_files
 from jcrosslora.session.timing import Stopwatch, parameters
-from jcrosslora.utils import progress
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +177,24 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
     assert "cannot be moved" in refused["error"]
 
 
-def test_a_transfer_shows_its_steps(places, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+def test_a_transfer_shows_its_steps(places, every_line, capsys):
     jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False, progress=True)
     lines = capsys.readouterr().err.splitlines()
     for step in ("1 of 3: align", "2 of 3: fit the residual stream", "3 of 3: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
+
+
+def test_a_shift_shows_the_steps_behind_the_maps(places, every_line, capsys):
+    transport = jcl.align(*places[1:3], "residual-fit")
+    jcl.shift(transport, places[0], prompts=CORPUS, effect="always", progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
+        assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
+
+
+def test_a_shift_of_maps_alone_has_no_steps(places, every_line, capsys):
+    jcl.shift(jcl.align(*places[1:3], "pad-truncate"), places[0], progress=True)
+    assert capsys.readouterr().err == ""
 
 
 def flags(places):

@@ -19,7 +19,7 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
 from jcrosslora.methods import InterpolatedCopy, Method
-from jcrosslora.session.effect import EFFECT
+from jcrosslora.session.effect import EFFECT, FINISH
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.timing import SVD_SIDE, Stopwatch, layer_size
 
@@ -47,7 +47,7 @@ _MOMENTS, _GRAMS = 4, 8
 
 
 def step_seconds(
-    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch | None
+    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch | None, *, aligned: bool = False
 ) -> dict[str, float | None]:
     """Name the steps of a transfer, in order, with their seconds.
 
@@ -56,11 +56,12 @@ def step_seconds(
         options: of the transfer.
         prompts: how many texts the user gave.
         stopwatch: times one layer of each base and one matrix of each shape; None leaves all seconds unknown.
+        aligned: whether the maps are there already.
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
     """
-    planned = _plan(task, options, prompts, _Costs(task, stopwatch or Stopwatch()))
+    planned = _plan(task, options, prompts, _Costs(task, stopwatch or Stopwatch()), aligned)
     if stopwatch is None:
         return dict.fromkeys(planned)
     compiling = {name: 0 if name in _WITHOUT_BASES else _COMPILING for name in planned}
@@ -101,19 +102,20 @@ class _Costs:
 
 
 def _plan(
-    task: AlignmentTask, options: TransferOptions, prompts: int, costs: _Costs
+    task: AlignmentTask, options: TransferOptions, prompts: int, costs: _Costs, aligned: bool
 ) -> dict[str, Callable[[], float] | None]:
     """Name the steps in order, each with the function that finds its seconds."""
     method, needs = task.method, task.method.requires
     texts = prompts or options.probe_count
     probes = texts * _PROBE_TOKENS / (_TEXTS * _TOKENS)  # forward passes of all probe texts
     found: dict[str, Callable[[], float] | None] = {}
-    if not prompts and (task.reads_probes or EvidenceKind.PROBE_TEXTS in needs):
+    if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in needs):
         found["write"] = lambda: costs.write(_PROBE_TOKENS * ceil(texts / _ROWS))
-    if task.depth == SIMILAR:
+    if task.depth == SIMILAR and not aligned:
         found["compare layers"] = lambda: costs.read((probes, probes))
-    # An embedding map reads both embeddings, matches heads and inverts weights, none of which is counted.
-    found[ALIGN] = None if EvidenceKind.EMBEDDING_MAP in needs else lambda: _alignment(task, probes, costs)
+    if not aligned:
+        # An embedding map reads both embeddings, matches heads and inverts weights, none of which is counted.
+        found[ALIGN] = None if EvidenceKind.EMBEDDING_MAP in needs else lambda: _alignment(task, probes, costs)
     if isinstance(method, DistillSettings):
         found |= _distillation(method, prompts, costs)
     elif EvidenceKind.PROBE_TEXTS in needs:
@@ -123,7 +125,7 @@ def _plan(
         shapes = [module.shape for module in task.pair.target.modules.values()]
         found["interpolate"] = lambda: sum(costs.decompose(shape, task.rank, method) for shape in shapes)
     elif method.has_finalize:
-        found["finish"] = None
+        found[FINISH] = None
     if options.effect == "always" or (options.effect == "auto" and method.runs_bases):
         found[EFFECT] = lambda: _effect(task, written=isinstance(method, DistillSettings), costs=costs)
     return found
