@@ -54,4 +54,4 @@ def every_line(monkeypatch):
     """Progress writes a line whenever something is done, not every 30 s."""
     from jcrosslora.utils import progress
 
-    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+    monkeypatch.setattr(progress.DISPLAY, "log_every", 0)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from typing import ClassVar
 
 import jax
 import jax.export
@@ -450,17 +451,24 @@ def test_a_seed_out_of_range_is_refused(pair):
         distill(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
 
 
-def test_answers_to_a_single_prompt_are_refused(pair, monkeypatch):
+class Parrot(Generator):
+    """A generator that always writes the same."""
+
+    says: ClassVar[str] = " a dog"
+
+    def continue_texts(self, texts, *_, **__):
+        return [self.says] * len(texts)
+
+
+def test_answers_to_a_single_prompt_are_refused(pair):
     source, target, adapter = pair
-    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
     with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
         distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 
-def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair, monkeypatch):
+def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     source, _, adapter = pair
-    generator = Generator.of(source, adapter)
-    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
+    generator = Parrot.of(source, adapter)
     prompts = [f"Anna said {number}" for number in range(30)]
     found = answer_given(generator, prompts, DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == prompts[:20]
@@ -482,11 +490,10 @@ def test_long_prompts_keep_their_end(pair):
     assert len(tokenizer.encode(cut, special=False).ids) <= 64
 
 
-def test_long_prompts_keep_their_special_tokens(pair, monkeypatch):
+def test_long_prompts_keep_their_special_tokens(pair):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
-    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [" a dog"] * len(texts))
+    generator = Parrot.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
     prompts = ["Anna said " * 60 + end for end in ("Where?</s>", "When?</s><s>")]
     found = answer_given(generator, prompts, DistillSettings(completions=16), 0).items
     for prompt, item in zip(prompts, found[:2], strict=True):
@@ -545,10 +552,11 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         noise = np.random.default_rng(0).normal(size=each)[np.arange(len(found)) % each]
         return change, np.array([2.0 if template in known else 2.1 for template in found]) + noise
 
-    text = " is the first of all things? And more\nthan that"
-    monkeypatch.setattr(Generator, "continue_texts", lambda self, texts, *_, bar: [text] * len(texts))
+    class Asking(Parrot):
+        says = " is the first of all things? And more\nthan that"
+
     monkeypatch.setattr(template_choice, "compare", compare)
-    generator = Generator.of(pair[0])
+    generator = Asking.of(pair[0])
     found = write_completions(generator, DistillSettings(completions=100), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]

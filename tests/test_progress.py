@@ -1,11 +1,10 @@
 """The line that shows progress: its words, how often it comes, and that nothing stays on a terminal."""
 
-import sys
+import io
 import time
 
 import pytest
 
-from jcrosslora.utils import progress
 from jcrosslora.utils.progress import Display
 
 
@@ -24,7 +23,7 @@ def clock():
 
 @pytest.fixture
 def display(clock):
-    return Display(clock, ticks=False)
+    return Display(clock, tick=None)
 
 
 def test_a_log_line_comes_every_30_seconds_at_most(display, clock, capsys):
@@ -88,12 +87,18 @@ def test_bytes_are_shown_in_megabytes_and_hours_in_hours(display, clock):
         assert display.line(clock.now) == "merge, 400 of 8,000 MB, about 3 h 10 min left"
 
 
-def test_a_terminal_has_one_line_that_is_cleared_in_the_end(display, clock, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_one_line_that_is_cleared_in_the_end(clock, monkeypatch):
+    terminal = Terminal()
+    display = Display(clock, tick=None, stream=terminal)
     monkeypatch.setenv("COLUMNS", "30")
     for _ in display.each(["a", "b"], "activations", "batches"):
         clock.now += 5
-    written = capsys.readouterr().err
+    written = terminal.getvalue()
     assert "\n" not in written
     assert written.split("\r\x1b[K") == [
         "",
@@ -113,10 +118,8 @@ def test_nothing_is_shown_where_it_is_not_asked_for(display, clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_work_that_reports_nothing_is_still_shown(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LOG_EVERY", 0.05)
-    monkeypatch.setattr(progress, "_TICK", 0.01)
-    with Display().track(1, "compile"):
+def test_work_that_reports_nothing_is_still_shown(capsys):
+    with Display(tick=0.01, log_every=0.05).track(1, "compile"):
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
@@ -177,15 +180,13 @@ def test_times_to_wait_are_round(display, seconds, words):
         assert display.line(display.clock()) == f"step 1 of 1: align, {words} left"
 
 
-def test_a_line_for_the_user_is_not_written_behind_the_progress_line(display, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with display.steps({"align": 1}, announce=lambda line: print(line, file=sys.stderr)) as plan:
+def test_a_line_for_the_user_is_not_written_behind_the_progress_line(clock):
+    terminal = Terminal()
+    display = Display(clock, tick=None, stream=terminal)
+    with display.steps({"align": 1}, announce=lambda line: print(line, file=terminal)) as plan:
         plan.begin("align")
     clear = "\r\x1b[K"
-    assert (
-        capsys.readouterr().err
-        == f"{clear}begin, 0 s so far{clear}step 1 of 1: align (about 10 s left in all)\n{clear}"
-    )
+    assert terminal.getvalue() == f"{clear}begin, 0 s so far{clear}step 1 of 1: align (about 10 s left in all)\n{clear}"
 
 
 @pytest.mark.parametrize(("took", "left"), [(50, "about 50 s"), (1, "about 30 s"), (10_000, "about 7 min")])

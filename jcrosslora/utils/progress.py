@@ -13,13 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 
-# Seconds between two refreshes of the line on a terminal while work reports itself, and while it does not.
-_REFRESH, _TICK = 0.1, 1.0
-LOG_EVERY = 30.0  # seconds between two log lines
+_REFRESH = 0.1  # seconds between two refreshes of the line on a terminal while work reports itself
 # Below this share of the work done the time left is better estimated by what a step usually takes.
 _ENOUGH = 0.05
 # Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
@@ -149,15 +147,25 @@ class Steps:
 class Display:
     """The line of everything that runs, outermost first."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, ticks: bool = True) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        tick: float | None = 1.0,
+        log_every: float = 30.0,
+        stream: TextIO | None = None,
+    ) -> None:
         """Show nothing yet.
 
         Args:
             clock: seconds from any point in time on.
-            ticks: whether a thread refreshes the line while work reports nothing.
+            tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
+            log_every: seconds between two log lines.
+            stream: where to write; None is standard error.
         """
-        self.clock = clock
-        self._ticks, self._shown, self._lock = ticks, list[Track | Steps](), threading.Lock()
+        self.clock, self.log_every = clock, log_every
+        self._tick_every, self._stream = tick, stream
+        self._shown, self._lock = list[Track | Steps](), threading.Lock()
         self._begun = self._last = 0.0
         self._terminal = False
         self._ended = threading.Event()
@@ -229,7 +237,7 @@ class Display:
         """Show the line if the last time is long enough ago."""
         with self._lock:
             now = self.clock()
-            if self._shown and now - self._last >= (_REFRESH if self._terminal else LOG_EVERY):
+            if self._shown and now - self._last >= (_REFRESH if self._terminal else self.log_every):
                 self._last = now
                 self._write(self.line(now))
 
@@ -257,12 +265,12 @@ class Display:
     def _push(self, shown: Track | Steps) -> None:
         with self._lock:
             if not self._shown:
-                self._terminal, self._begun = sys.stderr.isatty(), self.clock()
+                self._terminal, self._begun = self._out.isatty(), self.clock()
                 # On a terminal at once; a log begins when there has been something to wait for.
                 self._last = -math.inf if self._terminal else self._begun
                 self._ended = threading.Event()
-                if self._ticks:
-                    threading.Thread(target=self._tick, args=(self._ended,), daemon=True).start()
+                if self._tick_every is not None:
+                    threading.Thread(target=self._tick, args=(self._ended, self._tick_every), daemon=True).start()
             self._shown.append(shown)
         self.refresh()
 
@@ -274,17 +282,21 @@ class Display:
                 if self._terminal:
                     self._write("")
 
-    def _tick(self, ended: threading.Event) -> None:
-        while not ended.wait(_TICK):
+    @property
+    def _out(self) -> TextIO:
+        return sys.stderr if self._stream is None else self._stream
+
+    def _tick(self, ended: threading.Event, seconds: float) -> None:
+        while not ended.wait(seconds):
             self.refresh()
 
     def _write(self, line: str) -> None:
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
+            self._out.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
         else:
-            sys.stderr.write(f"jcrosslora: {line}\n")
-        sys.stderr.flush()
+            self._out.write(f"jcrosslora: {line}\n")
+        self._out.flush()
 
 
 def _about(seconds: float) -> str:
@@ -300,5 +312,5 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-_DISPLAY = Display()
-track, each, steps, begin, hidden = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps, _DISPLAY.begin, _DISPLAY.hidden
+DISPLAY = Display()
+track, each, steps, begin, hidden = DISPLAY.track, DISPLAY.each, DISPLAY.steps, DISPLAY.begin, DISPLAY.hidden
