@@ -19,10 +19,10 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params
-from jcrosslora.fit.distill.completions import PILOT, write_pilot
+from jcrosslora.fit.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.template_choice import behind_best, judge_templates, known_templates
-from jcrosslora.fit.distill.templates import TEMPLATES
+from jcrosslora.fit.distill.templates import templates_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
         if not completions:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"
             raise jcl.MethodError(msg)
-        figures = judge_templates(generator, completions, settings.answer_tokens)
-        known, columns = known_templates(*figures), (*figures, behind_best(*figures))
+        templates = templates_of(tokenizer)
+        figures = judge_templates(generator, completions, JUDGED_TOKENS)
+        known, columns = known_templates(templates, *figures), (*figures, behind_best(*figures))
         headers = "template", "change, nats", "base NLL, nats", "less than best", "taken"
         table = Table(*headers, title=ref, title_justify="left")
-        for place, template in enumerate(TEMPLATES):
+        for place, template in enumerate(templates):
             cells = [f"{x[place].mean():.2f} ± {x[place].std() / np.sqrt(x.shape[1]):.2f}" for x in columns]
             table.add_row(template.name, *cells, "yes" if template in known else "")
         console.print(table)

@@ -47,3 +47,11 @@ def hooks():
 
     yield HOOKS
     HOOKS.clear()
+
+
+@pytest.fixture
+def every_line(monkeypatch):
+    """Progress writes a line whenever something is done, not every 30 s."""
+    from jcrosslora.utils import progress
+
+    monkeypatch.setattr(progress.DISPLAY, "log_every", 0)

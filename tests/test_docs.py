@@ -5,7 +5,9 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 
@@ -60,6 +62,20 @@ def test_the_python_of_the_pages_is_python():
     for page in PAGES:
         for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             ast.parse(code)
+
+
+def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = jcl.open_base(write_llama(tmp_path / "base"))
+    for number in range(1, 4):
+        jcl.save_adapter(random_adapter(base, seed=number, rank=2), tmp_path / f"task{number}", base_name="base")
+    text = (ROOT / "docs" / "formats-and-kinds.md").read_text()
+    ranks = []
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        names = {"jcl": jcl, "np": np}
+        exec(code, names)
+        ranks.append({factors.rank for factors in names["adapter"].modules.values()})
+    assert ranks == [{6}, {3}]
 
 
 def test_the_readme_has_at_most_10_kb():

@@ -13,11 +13,10 @@ import jcrosslora as jcl
 from jcrosslora.batch import estimate_batch, read_plan
 from jcrosslora.cli.main import main
 from jcrosslora.errors import OutputError
-from jcrosslora.methods import Distill
+from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.files import estimate_files
 from jcrosslora.session.timing import Stopwatch, parameters
-from jcrosslora.utils import progress
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +96,32 @@ def test_memory_is_that_of_both_bases_where_they_run(places):
     )
 
 
+@pytest.mark.parametrize("method", ["theseus", "scaled-procrustes"])
+def test_maps_of_activations_count_a_decomposition_for_each_side_beside_the_passes_of_both_bases(places, method):
+    once, twice = (found(places, method=method, effect="never", probe_count=count) for count in (96, 192))
+    assert list(once.steps) == ["write", "align"]
+    # Twice the text takes twice the passes; what remains are 12 s to compile, and the maps.
+    maps = 2 * once.steps["align"] - twice.steps["align"] - 12
+    src, tgt = ([module.shape for module in jcl.open_base(place).modules.values()][:7] for place in places[1:3])
+    counted = 3 * sum(
+        one * two * min(one, two) for sides in zip(src, tgt, strict=True) for one, two in zip(*sides, strict=True)
+    )
+    assert maps == pytest.approx(counted / 512**3, rel=1e-6)
+
+
+def test_whitening_takes_longer(places):
+    plain, whitened = (
+        found(places, method=Theseus(whitening=share), effect="never").steps["align"] for share in (0.0, 0.25)
+    )
+    assert whitened > 1.5 * plain
+
+
 def test_what_cannot_be_timed_is_said(places):
-    estimate = found(places, method="theseus", effect="never")
-    assert estimate.steps["align"] is None
-    assert estimate.time().startswith("over ")
-    assert "align ?" in dict(estimate.lines())["time"]
+    estimate = found(places, method="lorasuite")
+    assert estimate.steps == {"align": None}
+    assert dict(estimate.lines())["time"] == "not estimated (align not estimated)"
+    checked = found(places, method="lorasuite", effect="always")
+    assert checked.time().startswith("over ")
 
 
 def test_a_fit_counts_for_each_adapter_and_an_alignment_once():
@@ -157,12 +177,24 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
     assert "cannot be moved" in refused["error"]
 
 
-def test_a_transfer_shows_its_steps(places, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+def test_a_transfer_shows_its_steps(places, every_line, capsys):
     jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False, progress=True)
     lines = capsys.readouterr().err.splitlines()
     for step in ("1 of 3: align", "2 of 3: fit the residual stream", "3 of 3: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
+
+
+def test_a_shift_shows_the_steps_behind_the_maps(places, every_line, capsys):
+    transport = jcl.align(*places[1:3], "residual-fit")
+    jcl.shift(transport, places[0], prompts=CORPUS, effect="always", progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
+        assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
+
+
+def test_a_shift_of_maps_alone_has_no_steps(places, every_line, capsys):
+    jcl.shift(jcl.align(*places[1:3], "pad-truncate"), places[0], progress=True)
+    assert capsys.readouterr().err == ""
 
 
 def flags(places):

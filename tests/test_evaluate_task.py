@@ -172,17 +172,18 @@ def test_differences_are_named_better_worse_or_none():
     assert word_of("accuracy", Interval(-0.1, -0.2, -0.05)) == "worse"
     assert word_of("nll_per_char", Interval(-0.1, -0.2, -0.05)) == "better"
     assert word_of("nll_per_char", Interval(0.1, 0.05, 0.2)) == "worse"
-    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2)) == "no difference"
-    assert word_of("accuracy", Interval(0.1, 0.0, 0.2)) == "no difference"
+    assert word_of("nll_per_char", Interval(0.1, -0.05, 0.2)) == "neither"
+    assert word_of("accuracy", Interval(0.1, 0.0, 0.2)) == "neither"
 
 
-def test_the_table_shows_every_figure():
+def test_the_table_shows_every_figure_in_80_columns():
     found = scores([[[-4.0, -2.0, -9.0], [-1.0, -1.5, -2.0]]] * 2, names=("org/base[1]", "folder/[red]x"))
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     print_scores(found, console)
     text = console.export_text()
-    for wanted in ("org/base[1]", "folder/[red]x", "2 questions", "nats per character", "no difference"):
+    for wanted in ("org/base[1]", "folder/[red]x", "2 questions", "nats per character", "neither"):
         assert wanted in text
     for figure in FIGURES:
         value = found.bootstrap(figure)[1]
         assert f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -397,11 +397,10 @@ def test_arguments_are_checked_before_any_training(given, message):
         (["--method", "copy", "--limit", "-1"], "--limit -1 is out of range"),
     ],
 )
-def test_arguments_of_a_comparison_are_checked_first(given, message, monkeypatch):
+def test_arguments_of_a_comparison_are_checked_first(given, message):
     paths = ["--adapter", "a", "--source", "s", "--target", "t", "--task", "x.jsonl"]
-    monkeypatch.setattr(sys, "argv", ["compare_methods.py", *paths, *given])
-    with pytest.raises(SystemExit, match=f"compare_methods: .*{message}"):
-        compare_methods.main()
+    with pytest.raises(jcl.JCrossLoRAError, match=message):
+        compare_methods.run(compare_methods.parse([*paths, *given]))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +494,6 @@ def run_twice(given, folder, monkeypatch) -> str:
     """The Markdown of a run, the same as that of a second one, which trains, moves and scores nothing."""
     table = folder / "table.md"
     given = ["--work", str(folder / "work"), "--markdown", str(table), "--rank", "2", *given]
-    monkeypatch.setattr(sys, "argv", ["lift.py", *given])
     lift.run(lift.parse(given))
     first = table.read_text()
     for module, names in ((lift_work, ("train_lora", "train_dense")), (lift_scores, ("score", "exact_matches"))):

@@ -7,7 +7,7 @@ from tiny_bases import delta, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
-from jcrosslora.adapter.kinds.lora_x import lora_x_update
+from jcrosslora.adapter import lora_x_update
 from jcrosslora.errors import AdapterError, CheckpointError
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"

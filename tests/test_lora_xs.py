@@ -62,7 +62,7 @@ def test_the_projected_update_is_read_back_with_its_energy(files, tmp_path, name
     back = jcl.load_adapter(tmp_path / "o")
     assert back.info.kind == "LoRA-XS"
     wanted = fuse(adapter.modules, base.fused)
-    assert back.modules.keys() == wanted.keys() == done.cut.shares.keys()
+    assert back.modules.keys() == wanted.keys() == done.truncation.shares.keys()
     assert name != "phi3" or "model.layers.0.self_attn.qkv_proj" in back.modules
     left, whole = {}, {}
     for module, factors in wanted.items():
@@ -72,10 +72,10 @@ def test_the_projected_update_is_read_back_with_its_energy(files, tmp_path, name
         u, _, v = svd(base, module)
         left[module] = np.linalg.norm(u.T @ delta(factors) @ v) ** 2
         whole[module] = np.linalg.norm(delta(factors)) ** 2
-        assert done.cut.shares[module] == pytest.approx(left[module] / whole[module], rel=1e-4)
-    assert done.cut.kept == pytest.approx(sum(left.values()) / sum(whole.values()), rel=1e-4)
-    assert 0.1 < done.cut.kept < 0.9
-    assert done.cut.least_kept == pytest.approx(min(done.cut.shares.values()))
+        assert done.truncation.shares[module] == pytest.approx(left[module] / whole[module], rel=1e-4)
+    assert done.truncation.kept == pytest.approx(sum(left.values()) / sum(whole.values()), rel=1e-4)
+    assert 0.1 < done.truncation.kept < 0.9
+    assert done.truncation.least_kept == pytest.approx(min(done.truncation.shares.values()))
 
 
 def test_an_update_in_the_span_is_kept_exactly(files, tmp_path):
@@ -90,7 +90,7 @@ def test_an_update_in_the_span_is_kept_exactly(files, tmp_path):
         )
     jcl.save_adapter(Adapter(modules), tmp_path / "a", base=base)
     done = jcl.export_adapter(export(files, tmp_path / "o", adapter=(str(tmp_path / "a"),)))
-    assert done.cut.least_kept == pytest.approx(1, abs=1e-5)
+    assert done.truncation.least_kept == pytest.approx(1, abs=1e-5)
     for name, factors in jcl.load_adapter(tmp_path / "o").modules.items():
         error = np.linalg.norm(delta(factors) - delta(modules[name]))
         assert error < 1e-5 * np.linalg.norm(delta(modules[name]))
@@ -123,7 +123,7 @@ def test_the_file_equals_that_of_the_repository(files, tmp_path):
 def test_an_update_in_the_span_loses_no_energy(files, tmp_path):
     done = jcl.export_adapter(export(files, tmp_path / "o", out_rank=48))
     back, wanted = (jcl.load_adapter(folder).modules for folder in (tmp_path / "o", files / "target-adapter"))
-    for name, share in done.cut.shares.items():
+    for name, share in done.truncation.shares.items():
         whole = name.endswith(("q_proj", "o_proj"))  # square: both sides lie in the span
         assert (share > 1 - 1e-5) == whole
         assert back[name].rank == 48
@@ -144,11 +144,11 @@ def test_commands_report_the_kept_energy(files, tmp_path, capsys):
     adapter, base = str(files / "target-adapter"), str(files / "target")
     main(["export", adapter, "--out", str(tmp_path / "e"), "--base", base, *given])
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"cut: the span of the top {K} singular vectors of each weight, which keeps ")
+    assert said[0].startswith(f"truncation: the span of the top {K} singular vectors of each weight, which keeps ")
     ends = ["--source", str(files / "source"), "--target", base]
     way = [*ends, "--method", "pad-truncate", *given]
     main(["transfer", str(files / "source-adapter"), "--out", str(tmp_path / "t"), *way])
-    assert f"cut: the span of the top {K} singular vectors" in capsys.readouterr().out
+    assert f"truncation: the span of the top {K} singular vectors" in capsys.readouterr().out
     report = json.loads((tmp_path / "t" / "transfer_report.json").read_text())
     assert report["out_rank"] == K
     assert report["truncation"]["shares"].keys() == {row["target"] for row in report["rows"]}

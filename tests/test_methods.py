@@ -41,6 +41,17 @@ def evidence(method, shapes, *, seed=0, rank=RANK, vocabulary=None):
     return Evidence(*sides, vocabulary, seen, key, reads=True, rank=rank, selection=chosen)
 
 
+@pytest.mark.parametrize(
+    "name", ["cross-lora", "lora-x", "lorasuite", "prolora", "random", "scaled-procrustes", "select", "theseus"]
+)
+def test_evidence_that_was_not_asked_for_is_named(name):
+    method = METHODS[name]()
+    sides = [side(normal(14, 9, seed=seed), decomposed=False) for seed in range(2)]
+    kinds = "|".join(kind.name for kind in method.requires)
+    with pytest.raises(MethodError, match=rf"^method {name} reads .*; add EvidenceKind\.({kinds}) to its `requires`$"):
+        method.maps(Evidence(*sides, None, None, None, reads=True, rank=RANK, method=name))
+
+
 def selection(shapes, seed):
     """Rows and columns of the source in a random order, some of the target's left without."""
     rng = np.random.default_rng(seed + 70)

@@ -214,7 +214,7 @@ def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
     keep_texts("ab", TEXTS)
     assert (tmp_path / "xdg" / "jcrosslora" / "probes" / "ab.json").is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     keep_texts("ab", TEXTS)
     assert (tmp_path / "home" / ".cache" / "jcrosslora" / "probes" / "ab.json").is_file()
 

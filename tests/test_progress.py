@@ -1,10 +1,10 @@
 """The line that shows progress: its words, how often it comes, and that nothing stays on a terminal."""
 
+import io
 import time
 
 import pytest
 
-from jcrosslora.utils import progress
 from jcrosslora.utils.progress import Display
 
 
@@ -23,7 +23,7 @@ def clock():
 
 @pytest.fixture
 def display(clock):
-    return Display(clock, ticks=False)
+    return Display(clock, tick=None)
 
 
 def test_a_log_line_comes_every_30_seconds_at_most(display, clock, capsys):
@@ -87,12 +87,18 @@ def test_bytes_are_shown_in_megabytes_and_hours_in_hours(display, clock):
         assert display.line(clock.now) == "merge, 400 of 8,000 MB, about 3 h 10 min left"
 
 
-def test_a_terminal_has_one_line_that_is_cleared_in_the_end(display, clock, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_one_line_that_is_cleared_in_the_end(clock, monkeypatch):
+    terminal = Terminal()
+    display = Display(clock, tick=None, stream=terminal)
     monkeypatch.setenv("COLUMNS", "30")
     for _ in display.each(["a", "b"], "activations", "batches"):
         clock.now += 5
-    written = capsys.readouterr().err
+    written = terminal.getvalue()
     assert "\n" not in written
     assert written.split("\r\x1b[K") == [
         "",
@@ -112,10 +118,8 @@ def test_nothing_is_shown_where_it_is_not_asked_for(display, clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_work_that_reports_nothing_is_still_shown(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "LOG_EVERY", 0.05)
-    monkeypatch.setattr(progress, "_TICK", 0.01)
-    with Display().track(1, "compile"):
+def test_work_that_reports_nothing_is_still_shown(capsys):
+    with Display(tick=0.01, log_every=0.05).track(1, "compile"):
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
@@ -140,7 +144,52 @@ def test_a_step_begins_when_work_of_its_name_reports_itself(display, clock):
             assert display.line(clock.now) == "step 3 of 3: measure the effect, write, 0 of 12 texts, about 10 s left"
 
 
-@pytest.mark.parametrize(("took", "left"), [(50, "about 50 s"), (1, "about 25 s"), (10_000, "about 7 min")])
+def test_a_line_in_front_of_every_step_gives_the_time_left_at_the_pace_of_those_before(display, clock):
+    lines = []
+    with display.steps({"fetch": 30, "move": 60, "score": 120}, unpaced=["fetch"], announce=lines.append) as plan:
+        for name, seconds in (("fetch", 300), ("move", 120), ("score", 0)):
+            plan.begin(name)
+            clock.now += seconds
+    assert lines == [
+        "step 1 of 3: fetch (about 4 min left in all)",
+        "step 2 of 3: move (about 3 min left in all)",  # a download tells nothing of the machine
+        "step 3 of 3: score (about 4 min left in all)",  # the second step took twice its time
+    ]
+
+
+def test_a_step_of_unknown_time_is_announced_without_it(display):
+    lines = []
+    with display.steps({"align": None}, announce=lines.append) as plan:
+        plan.begin("align")
+    assert lines == ["step 1 of 1: align"]
+
+
+def test_steps_inside_an_announced_step_have_the_line_to_themselves(display, clock):
+    with display.steps({"move": 90}, announce=lambda _: None) as outer:
+        outer.begin("move")
+        with display.steps({"align": 20, "fit": 60}), display.track(3, "fit"):
+            assert display.line(clock.now) == "step 1 of 1, step 2 of 2: fit, 0 of 3, about 2 min left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "about 10 s"), (41, "about 50 s"), (79, "about 80 s"), (90, "about 2 min")]
+)
+def test_times_to_wait_are_round(display, seconds, words):
+    with display.steps({"align": seconds}) as plan:
+        plan.begin("align")
+        assert display.line(display.clock()) == f"step 1 of 1: align, {words} left"
+
+
+def test_a_line_for_the_user_is_not_written_behind_the_progress_line(clock):
+    terminal = Terminal()
+    display = Display(clock, tick=None, stream=terminal)
+    with display.steps({"align": 1}, announce=lambda line: print(line, file=terminal)) as plan:
+        plan.begin("align")
+    clear = "\r\x1b[K"
+    assert terminal.getvalue() == f"{clear}begin, 0 s so far{clear}step 1 of 1: align (about 10 s left in all)\n{clear}"
+
+
+@pytest.mark.parametrize(("took", "left"), [(50, "about 50 s"), (1, "about 30 s"), (10_000, "about 7 min")])
 def test_an_earlier_step_scales_the_later_ones_by_a_factor_of_four_at_most(display, clock, took, left):
     with display.steps({"align": 100, "fit": 100}) as plan:
         plan.begin("align")

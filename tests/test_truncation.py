@@ -167,7 +167,7 @@ def test_export_writes_the_sum_of_adapters_at_the_rank_it_needs(files, tmp_path)
     for name, factors in found.items():
         assert factors.rank <= 8 < 12
         np.testing.assert_allclose(delta(factors), 2 * delta(one[name]) + delta(two[name]), atol=2e-3)
-    assert done.cut.kept > 0.99999
+    assert done.truncation.kept > 0.99999
     narrow = Adapter({name: factors.replace(a=factors.a[:, 1:]) for name, factors in one.items()})
     jcl.save_adapter(narrow, tmp_path / "narrow")
     for base, named in ((None, "adapters of one base"), (str(files / "base"), "80 x 47")):
@@ -181,7 +181,7 @@ def test_the_export_command_copies_documents_and_reports_the_loss(files, tmp_pat
     (tmp_path / "a" / "README.md").write_text("# mine\n")
     main(["export", str(tmp_path / "a"), "--out", str(tmp_path / "o"), "--profile", "mlx", "--out-rank", "3"])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("cut: rank 3, which keeps ")
+    assert printed[0].startswith("truncation: rank 3, which keeps ")
     assert printed[-1] == f"written: {tmp_path / 'o'}"
     assert (tmp_path / "o" / "README.md").read_text() == "# mine\n"
     with pytest.raises(SystemExit) as caught:

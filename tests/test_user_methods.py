@@ -17,7 +17,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cache import Cache
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.methods import Method, find_method
+from jcrosslora.methods import LoRAX, Method, find_method
 
 PLAN = """
 out = "moved"
@@ -127,6 +127,16 @@ def test_a_batch_moves_again_what_a_changed_method_moved(folder, tmp_path, monke
     (outcome,) = run_batch(plan).outcomes.values()
     assert (outcome.status, "exists already" in outcome.text) == ("failed", True)
     assert run_batch(plan, overwrite=True).count("done") == 1
+
+
+def test_a_method_that_forgets_to_ask_for_its_evidence_is_told_which(folder):
+    @dataclass(frozen=True)
+    class Forgetful(LoRAX):
+        name: ClassVar[str] = "forgetful"
+        requires: ClassVar[frozenset[jcl.EvidenceKind]] = frozenset()
+
+    with pytest.raises(MethodError, match=r"method forgetful reads .*add EvidenceKind\.SINGULAR_VECTORS"):
+        jcl.align(folder / "source", folder / "source", Forgetful())
 
 
 def test_a_setting_that_a_method_does_not_have_is_refused(folder):

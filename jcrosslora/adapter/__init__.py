@@ -8,6 +8,8 @@ from jcrosslora.adapter.factors import LoRAFactors as LoRAFactors
 from jcrosslora.adapter.factors import update_norm as update_norm
 from jcrosslora.adapter.fused import fuse as fuse
 from jcrosslora.adapter.fused import split_fused as split_fused
+from jcrosslora.adapter.kinds.lora_x import lora_x_update as lora_x_update
+from jcrosslora.adapter.kinds.sd_lora import stack_tasks as stack_tasks
 from jcrosslora.adapter.live_peft import adapter_from_peft as adapter_from_peft
 from jcrosslora.adapter.live_peft import to_peft as to_peft
 from jcrosslora.adapter.load import from_pytree as from_pytree

@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, Maps, stream_vectors
+from jcrosslora.evidence.records import Evidence, Maps, Vocabulary
 from jcrosslora.linalg import TruncatedSVD, dot
 
 
@@ -71,15 +71,13 @@ def measure(evidence: Evidence, maps: Maps, *, by_coordinates: bool) -> Agreemen
 
 
 def _similarity(evidence: Evidence, *, stream: bool) -> jax.Array:
-    src, tgt = evidence.src.svd, evidence.tgt.svd
-    assert src is not None
-    assert tgt is not None
+    src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
     inner = stream == evidence.reads
     x, y = (src.v, tgt.v) if inner else (src.u, tgt.u)
     if x.shape[0] == y.shape[0]:
         return _similarity_by_coordinates(src, tgt, x, y)
     if stream and evidence.vocabulary is not None:
-        return _similarity_by_tokens(evidence)
+        return _similarity_by_tokens(evidence, evidence.vocabulary)
     return jnp.full((), jnp.nan)
 
 
@@ -90,16 +88,14 @@ def _similarity_by_coordinates(src: TruncatedSVD, tgt: TruncatedSVD, x: jax.Arra
     return jnp.where(informative, jnp.sum(dot(x.T, y) ** 2) * size / jnp.maximum(ranks, 1), jnp.nan)
 
 
-def _similarity_by_tokens(evidence: Evidence) -> jax.Array:
+def _similarity_by_tokens(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
     """Compute the same similarity through shared tokens, where the two streams have different coordinates.
 
     With E the centred embeddings (gain folded in), this is the share of covariance that two sets of directions have in
     common, ||(E_s X)'(E_t Y)||_F^2 / (||E_s X||_F^2 ||E_t Y||_F^2), over the same for the two whole streams. For
     equal spaces with E'E a multiple of I it is ||X'Y||_F^2 m / R^2, the similarity by coordinates.
     """
-    vocabulary = evidence.vocabulary
-    assert vocabulary is not None
-    x, y = stream_vectors(evidence.src, evidence.reads), stream_vectors(evidence.tgt, evidence.reads)
+    x, y = evidence.stream_vectors
     part = _common(dot(dot(x.T, vocabulary.cross), y), _spread(x, vocabulary.gram_src), _spread(y, vocabulary.gram_tgt))
     gain_src, gain_tgt = evidence.src.gain, evidence.tgt.gain
     whole = _common(

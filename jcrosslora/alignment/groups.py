@@ -172,6 +172,7 @@ def _align(
         key=None,
         reads=reads_stream(pairs[0]),
         rank=stack.rank,
+        method=task.method.name,
     )
     for add in evidence_adders:
         evidence = add(evidence, stack)

@@ -25,6 +25,7 @@ from jcrosslora.session.files import open_session, save_as
 from jcrosslora.session.pair_session import Move, lighter
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
+from jcrosslora.session.step_seconds import ALIGN
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
@@ -249,17 +250,20 @@ class _UnitRun:
         chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
         needed = {item.job.name for chunk in chunks for item in chunk}
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
-        task = self._session.collect_text(task, self._settings, self._given)
-        groups = None
-        if self._session.pair.store is None and len(chunks) > 1:
-            # Without a cache the groups stay in memory for all chunks.
-            groups = tuple(align_groups(task, progress=self._run.progress))
-        for chunk in chunks:
-            moves = [self._start(item.job, self._adapter(item)) for item in chunk]
-            transport = self._session.carry(moves, task, groups)
-            for item, move in zip(chunk, moves, strict=True):
-                if not self._run.is_done(item):
-                    self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
+        with self._session.steps(task, self._settings, self._given, timed=False) as steps:
+            task = self._session.collect_text(task, self._settings, self._given)
+            groups = None
+            if self._session.pair.store is None and len(chunks) > 1:
+                # Without a cache the groups stay in memory for all chunks.
+                groups = tuple(align_groups(task, progress=self._run.progress))
+            for chunk in chunks:
+                moves = [self._start(item.job, self._adapter(item)) for item in chunk]
+                steps.begin(ALIGN)
+                transport = self._session.carry(moves, task, groups)
+                for item, move in zip(chunk, moves, strict=True):
+                    steps.begin(ALIGN)  # the steps behind it come again for every adapter
+                    if not self._run.is_done(item):
+                        self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
 
     def _start(self, job: Job, adapter: Adapter) -> Move:
         return self._session.start(adapter, self._method, job.settings, job.settings.profile)

@@ -29,9 +29,9 @@ _TICK_NS = 2 * 10**9
 class FileDigests:
     """Digests of files, remembered in a folder with one small record for each path."""
 
-    def __init__(self, folder: Path):
-        """Use a folder, which is created with the first record."""
-        self._folder = folder
+    def __init__(self, folder: Path, clock: Callable[[], int] = time.time_ns):
+        """Use a folder, which is created with the first record; `clock` gives nanoseconds since 1970."""
+        self._folder, self._clock = folder, clock
 
     def sha256s(self, paths: Sequence[Path], compute: Callable[[], list[str]]) -> list[str]:
         """Return the hex digests of files, in their order.
@@ -47,9 +47,12 @@ class FileDigests:
             return found
         computed = compute()
         for path, state, digest in zip(paths, before, computed, strict=True):
-            if state is not None and state == _state(path) and _settled(state):
+            if state is not None and state == _state(path) and self._settled(state):
                 self._keep(path, state, digest)
         return computed
+
+    def _settled(self, state: list[int]) -> bool:
+        return self._clock() - max(state[3:]) > _TICK_NS
 
     def _record(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}.json"
@@ -78,10 +81,6 @@ def _state(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _settled(state: list[int]) -> bool:
-    return time.time_ns() - max(state[3:]) > _TICK_NS
 
 
 def _check(state: list[int], digest: object) -> str:

@@ -25,8 +25,8 @@ class Export(ExportSettings):
         exported = export_adapter(settings_of(self, ExportSettings))
         for sentence in exported.losses:
             say(console, f"lost: {sentence}")
-        if exported.cut is not None:
-            say(console, f"cut: {exported.cut.sentence}")
+        if exported.truncation is not None:
+            say(console, f"truncation: {exported.truncation.sentence}")
         if exported.magnitudes is not None:
             say(console, f"kept: a DoRA, with the magnitudes of its {len(exported.magnitudes)} modules")
         for sentence in exported.adapter.info.ignored:

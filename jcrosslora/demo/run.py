@@ -1,6 +1,7 @@
 """Run the demo: fetch two bases, move an adapter, and compare the target's answers before and after."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -10,16 +11,19 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import GEMMA3, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
-from jcrosslora.demo.steps import Steps
 from jcrosslora.methods import AUTO, Auto, find_method, make_method
 from jcrosslora.report.table import print_report
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import transfer
+from jcrosslora.utils import progress
 from jcrosslora.utils.files import ensure_free
 
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
 _WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
-_SECONDS = (20, 90, 10, 60)  # of each step, on 2 cores
+_FETCH = "fetch SmolLM2-135M-Instruct and Gemma-3-270M"
+_MOVE = "move an adapter from SmolLM2 to Gemma by method"
+_MOVE_OTHERS = "move it by a random map and by the paper's map (cross-lora) for comparison"
+_ANSWER = "let Gemma answer questions that no adapter was trained on"
 
 
 def run_demo(
@@ -39,41 +43,42 @@ def run_demo(
     """
     ensure_free(out, overwrite)
     make_method(method)
-    progress = True  # on a terminal a line that changes, elsewhere a line every 30 s
-    steps = Steps(lambda text: _say(console, text), _SECONDS)
-    with steps.step("fetch SmolLM2-135M-Instruct and Gemma-3-270M", paced=False):
+    moving = f"{_MOVE} {method}"
+    seconds = {_FETCH: 20, moving: 90, _MOVE_OTHERS: 10, _ANSWER: 60}  # on 2 cores
+    with (
+        progress.steps(seconds, unpaced=(_FETCH,), announce=partial(_say, console)) as steps,
+        shipped(SOURCE_ADAPTER) as path,
+    ):
+        steps.begin(_FETCH)
         places = fetch_models(models, console)
         source, target = open_base(places[0]), open_base(places[1], name=GEMMA3.hub_id)
-    with shipped(SOURCE_ADAPTER) as path:
-        with steps.step(f"move an adapter from SmolLM2 to Gemma by method {method}"):
-            result = move(path, (source, target), method, progress=progress)
-            result.save(out, overwrite=overwrite)
-        print_report(result.report, console)
-        _say(console, f"written: {out}")
+        steps.begin(moving)
+        result = move(path, (source, target), method)
+        result.save(out, overwrite=overwrite)
+        with progress.hidden():
+            print_report(result.report, console)
+            _say(console, f"written: {out}")
         try:
-            found = _compare((source, target), path, result.adapter, method, steps, progress)
+            found = _compare((source, target), path, result.adapter, method, steps)
         except KeyboardInterrupt:
-            print(f"jcrosslora: interrupted; the moved adapter is in {out}", file=sys.stderr)
+            with progress.hidden():
+                print(f"jcrosslora: interrupted; the moved adapter is in {out}", file=sys.stderr)
             sys.exit(130)
     _print(found, _moved_name(method), console)
 
 
 def _compare(
-    bases: tuple[BaseModel, BaseModel], path: Path, moved: Adapter, method: str, steps: Steps, progress: bool
+    bases: tuple[BaseModel, BaseModel], path: Path, moved: Adapter, method: str, steps: progress.Steps
 ) -> Comparison:
     """Score the moved adapter beside one trained on the target, the random control and the paper's map."""
     target = bases[1]
     with shipped(TARGET_ADAPTER) as trained:
         adapters = {_moved_name(method): moved, TRAINED: load_adapter(str(trained), target)}
-    with steps.step("move it by a random map and by the paper's map (cross-lora) for comparison"):
-        others = {RANDOM: "random", PAPER: "cross-lora"}
-        adapters |= {
-            name: move(path, bases, other, progress=progress).adapter
-            for name, other in others.items()
-            if other != method
-        }
-    with steps.step("let Gemma answer questions that no adapter was trained on"):
-        return compare(target, adapters, demo_questions(), written=_WRITTEN, progress=progress)
+    steps.begin(_MOVE_OTHERS)
+    others = {RANDOM: "random", PAPER: "cross-lora"}
+    adapters |= {name: move(path, bases, other).adapter for name, other in others.items() if other != method}
+    steps.begin(_ANSWER)
+    return compare(target, adapters, demo_questions(), written=_WRITTEN, progress=True)
 
 
 def _moved_name(method: str) -> str:
@@ -96,7 +101,7 @@ def _say(console: Console, text: str) -> None:
 COMPLETIONS = 100
 
 
-def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str, *, progress: bool) -> TransferResult:
+def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
     """Move an adapter by any method; an update is fitted to fewer completions than usual.
 
     Raises:
@@ -107,4 +112,4 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str, *, prog
         settings = {"completions": COMPLETIONS} if hasattr(find_method(method), "completions") else {}
         chosen = make_method(method, settings)
     # The demo scores the target's answers in place of the effect.
-    return transfer(adapter, *bases, chosen, effect="never", progress=progress)
+    return transfer(adapter, *bases, chosen, effect="never", progress=True)

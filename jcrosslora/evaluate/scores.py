@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.bootstrap import Interval, intervals
@@ -93,7 +93,7 @@ _TITLES = {
     "accuracy": "accuracy",
     "accuracy_norm": "accuracy per character",
     "nll_per_char": "nats per character",
-    "nll_pooled": "nats per character, pooled",
+    "nll_pooled": "the same, pooled",
 }
 _LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 
@@ -101,26 +101,28 @@ _LOWER_IS_BETTER = ("nll_per_char", "nll_pooled")
 def print_scores(scores: Scores, console: Console) -> None:
     """Print each figure of each model with its interval, and its difference to the base as a figure and a word."""
     found = {figure: (scores.bootstrap(figure), scores.differences(figure)) for figure in FIGURES}
-    table = Table(title=f"{len(scores.answers)} questions, 95% intervals", title_justify="left")
-    for name in ("model", "figure", "value", "minus base", ""):
-        table.add_column(name, justify="right" if name in ("value", "minus base") else "left", overflow="fold")
+    console.print(f"{len(scores.answers)} questions, 95% intervals", highlight=False)
     for index, name in enumerate(scores.names):
+        # Names have lines of their own, for the figures to fit 80 columns.
+        console.print(Text(name, style="bold"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("", min_width=max(map(len, _TITLES.values())))
+        table.add_column("value", justify="right", min_width=len("0.000 [0.000, 0.000]"))
+        table.add_column("minus base" if index else "", justify="right")
+        table.add_column("")
         for figure in FIGURES:
             value, difference = found[figure][0][index], found[figure][1][index]
-            word = word_of(figure, difference) if index else ""
-            shown = _text(difference, "+") if index else ""
-            label = escape(name) if figure == FIGURES[0] else ""
-            table.add_row(label, _TITLES[figure], _text(value), shown, word)
-        table.add_section()
-    console.print(table)
+            row = _TITLES[figure], _text(value), *((_text(difference, "+"), word_of(figure, difference)) * bool(index))
+            table.add_row(*map(Text, row))
+        console.print(table)
 
 
 def word_of(figure: str, difference: Interval) -> str:
-    """Name a difference to the base: better, worse, or no difference where its interval includes 0."""
+    """Name a difference to the base: better, worse, or neither where its interval includes 0."""
     if not difference.excludes(0):
-        return "no difference"
+        return "neither"
     return "better" if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else "worse"
 
 
 def _text(found: Interval, sign: str = "") -> str:
-    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]".replace("[", "\\[")
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"

@@ -5,12 +5,16 @@ and in features of a module, H is the width of the residual stream, R the trunca
 """
 
 from enum import StrEnum
+from typing import TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.errors import MethodError
 from jcrosslora.linalg import LinearMap, TruncatedSVD
+
+T = TypeVar("T")
 
 
 class EvidenceKind(StrEnum):
@@ -138,6 +142,9 @@ class Evidence:
         rank: static; R, the inner width of low-rank maps.
         heads: the match of attention heads; None for modules of the MLP and methods that do not ask for it.
         selection: for methods that choose rows; None for the others.
+        method: static; name of the method that reads it, for errors.
+
+    What a method has asked for it reads through the properties, which are never None.
     """
 
     src: Side
@@ -149,6 +156,59 @@ class Evidence:
     rank: int = flax.struct.field(pytree_node=False)
     heads: HeadMatch | None = None
     selection: Selection | None = None
+    method: str = flax.struct.field(pytree_node=False, default="")
+
+    @property
+    def singular_vectors_src(self) -> TruncatedSVD:
+        """Truncated SVD of the source module."""
+        return self._asked_for(self.src.svd, EvidenceKind.SINGULAR_VECTORS)
+
+    @property
+    def singular_vectors_tgt(self) -> TruncatedSVD:
+        """Truncated SVD of the target module."""
+        return self._asked_for(self.tgt.svd, EvidenceKind.SINGULAR_VECTORS)
+
+    @property
+    def activation_moments(self) -> Activations:
+        """Moments of both bases' activations."""
+        return self._asked_for(self.activations, EvidenceKind.ACTIVATIONS)
+
+    @property
+    def activation_grams(self) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        """Second moments of each base's inputs, and of its outputs; see `Activations`."""
+        grams, kind = self.activation_moments, EvidenceKind.ACTIVATION_GRAMS
+        return self._asked_for(grams.input_grams, kind), self._asked_for(grams.output_grams, kind)
+
+    @property
+    def embedding_map(self) -> jax.Array:
+        """Least squares map (H_src, H_tgt) of the embeddings of shared tokens."""
+        stream = None if self.vocabulary is None else self.vocabulary.stream
+        return self._asked_for(stream, EvidenceKind.EMBEDDING_MAP)
+
+    @property
+    def random_key(self) -> jax.Array:
+        """PRNG key of this pair of modules."""
+        return self._asked_for(self.key, EvidenceKind.RANDOM_KEY)
+
+    @property
+    def selected_rows(self) -> Selection:
+        """Rows and columns of the source module that the target module has."""
+        return self._asked_for(self.selection, EvidenceKind.SELECTION)
+
+    @property
+    def stream_vectors(self) -> tuple[jax.Array, jax.Array]:
+        """Singular vectors (H, R) of both modules on the residual stream's side, with the norm gain folded in."""
+        sides = (self.src, self.singular_vectors_src), (self.tgt, self.singular_vectors_tgt)
+        src, tgt = (side.gain[:, None] * (svd.v if self.reads else svd.u) for side, svd in sides)
+        return src, tgt
+
+    def _asked_for(self, value: T | None, kind: EvidenceKind) -> T:
+        if value is None:
+            msg = (
+                f"method {self.method} reads {kind.value}, which it has not asked for; add EvidenceKind.{kind.name} to "
+            )
+            raise MethodError(msg + "its `requires`")
+        return value
 
 
 @flax.struct.dataclass
@@ -169,10 +229,3 @@ class Maps:
     vector_ratio: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
     activation_cosine: jax.Array = flax.struct.field(default_factory=lambda: jnp.full((), jnp.nan))
     weight_cosine: jax.Array | None = None
-
-
-def stream_vectors(side: Side, reads: bool) -> jax.Array:
-    """Return the singular vectors (H, R) on the residual stream's side of a module, with the norm gain folded in."""
-    assert side.svd is not None
-    vectors = side.svd.v if reads else side.svd.u
-    return side.gain[:, None] * vectors

@@ -64,14 +64,14 @@ class Exported:
 
     Attributes:
         adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
-        cut: the truncation of the ranks; None if none was asked for.
+        truncation: of the ranks; None if none was asked for.
         sources: the provenance of each adapter that was read.
         magnitudes: of a DoRA that was kept; else None.
         frozen: the frozen factors of profile lora-xs; else None.
     """
 
     adapter: Adapter
-    cut: Truncation | None
+    truncation: Truncation | None
     sources: tuple[AdapterInfo, ...]
     magnitudes: Mapping[str, np.ndarray] | None = None
     frozen: Frozen | None = None
@@ -173,7 +173,7 @@ def _documents(refs: tuple[str, ...]) -> dict[str, str]:
 
 def _account(exported: Exported, base: BaseModel | None) -> str:
     """Return the provenance of the written adapter as JSON: sources, base and loss."""
-    cut = exported.cut
+    cut = exported.truncation
     made = {
         "adapters": [{"name": info.name, "digest": info.digest} for info in exported.sources],
         "base": None if base is None else base.name,

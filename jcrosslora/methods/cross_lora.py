@@ -24,8 +24,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps, Side, stream_vectors
-from jcrosslora.linalg import dot, low_rank
+from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps, Vocabulary
+from jcrosslora.linalg import TruncatedSVD, dot, low_rank
 from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
 
 
@@ -47,9 +47,7 @@ class CrossLoRA(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out = U_t D U_s' and P_in = V_t D V_s'."""
-        src, tgt = evidence.src.svd, evidence.tgt.svd
-        assert src is not None
-        assert tgt is not None
+        src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         signs, ratio = joint_signs(evidence)
         return Maps(((low_rank(tgt.u * signs, src.u), low_rank(tgt.v * signs, src.v)),), ratio)
 
@@ -75,27 +73,22 @@ def joint_signs(evidence: Evidence) -> tuple[jax.Array, jax.Array]:
         pairs (i, j) nearby (1 is chance; NaN without a vocabulary).
     """
     if evidence.vocabulary is None:
-        return _own_signs(evidence.src, evidence.reads) * _own_signs(evidence.tgt, evidence.reads), jnp.full(
-            (), jnp.nan
-        )
-    correlations = _correlations(evidence)
+        src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
+        return _own_signs(src, evidence.reads) * _own_signs(tgt, evidence.reads), jnp.full((), jnp.nan)
+    correlations = _correlations(evidence, evidence.vocabulary)
     diagonal = jnp.diagonal(correlations)
     return jnp.where(diagonal >= 0, 1.0, -1.0), _contrast(correlations**2)
 
 
-def _own_signs(side: Side, reads: bool) -> jax.Array:
-    assert side.svd is not None
-    vectors = side.svd.v if reads else side.svd.u
+def _own_signs(svd: TruncatedSVD, reads: bool) -> jax.Array:
+    vectors = svd.v if reads else svd.u
     largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=0)[None, :], axis=0)[0]
     return jnp.where(largest >= 0, 1.0, -1.0)
 
 
-def _correlations(evidence: Evidence) -> jax.Array:
+def _correlations(evidence: Evidence, vocabulary: Vocabulary) -> jax.Array:
     """Compute the correlation (R, R) over the shared tokens of source vector i with target vector j."""
-    vocabulary = evidence.vocabulary
-    assert vocabulary is not None
-    src = stream_vectors(evidence.src, evidence.reads)
-    tgt = stream_vectors(evidence.tgt, evidence.reads)
+    src, tgt = evidence.stream_vectors
     cross = dot(dot(src.T, vocabulary.cross), tgt)
     return cross * _inverse_spread(src, vocabulary.gram_src)[:, None] * _inverse_spread(tgt, vocabulary.gram_tgt)
 

@@ -3,25 +3,19 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.evidence.records import Evidence, Maps
-from jcrosslora.methods.coordinates import padded_maps
+from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.distill import Distill
 
 
 @dataclass(frozen=True)
-class DistilledCopy(Distill):
+class DistilledCopy(Copy, Distill):
     """The unchanged update, then v and o of attention fitted. The teacher is the adapted source alone."""
 
     name: ClassVar[str] = "distilled-copy"
     summary: ClassVar[str] = "the unchanged update, then v and o fitted to the adapted source's predictions"
-    equal_shapes: ClassVar[bool] = True
-    preserves_residual_basis: ClassVar[bool] = True
+    reference: ClassVar[str] = "this package"
 
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""
     contrast_weight: float = 0.0
     """Weight of the change that the adapter makes in the source's log-probabilities, on top of that."""
-
-    def maps(self, evidence: Evidence) -> Maps:
-        """Return identities."""
-        return padded_maps(evidence)

@@ -24,6 +24,5 @@ class LoRAX(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out = U_t U_t' and P_in = V_t V_t'."""
-        svd = evidence.tgt.svd
-        assert svd is not None
+        svd = evidence.singular_vectors_tgt
         return Maps(((low_rank(svd.u, svd.u), low_rank(svd.v, svd.v)),))

@@ -45,10 +45,7 @@ class LoRASuite(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return W_h' on the stream's side; by head, or through the source's pseudo-inverse, on the other."""
-        vocabulary, heads = evidence.vocabulary, evidence.heads
-        assert vocabulary is not None
-        assert vocabulary.stream is not None
-        stream = vocabulary.stream.T
+        stream, heads = evidence.embedding_map.T, evidence.heads
         x_src, x_tgt = (side.weight if evidence.reads else side.weight.T for side in (evidence.src, evidence.tgt))
         if heads is None:
             inner, likeness = _through_inverse(x_src, x_tgt, stream), jnp.full((), jnp.nan)

@@ -34,9 +34,7 @@ class ProLoRA(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return two terms: through both ranges, and through both complements."""
-        src, tgt = evidence.src.svd, evidence.tgt.svd
-        assert src is not None
-        assert tgt is not None
+        src, tgt = evidence.singular_vectors_src, evidence.singular_vectors_tgt
         within = (_both_projections(tgt.u, src.u), _both_projections(tgt.v, src.v))
         outside = (complement(tgt.u, src.u), complement(tgt.v, src.v))
         return Maps((within, outside))

@@ -28,8 +28,7 @@ class Random(Method):
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out = Q_t Q_s' and P_in = R_t R_s', uniformly random with inner width R."""
         (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-        assert evidence.key is not None
-        out_key, in_key = jax.random.split(evidence.key)
+        out_key, in_key = jax.random.split(evidence.random_key)
         return Maps(((_random(out_key, o_src, o_tgt, evidence.rank), _random(in_key, i_src, i_tgt, evidence.rank)),))
 
 

@@ -35,8 +35,7 @@ class ScaledProcrustes(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out and P_in as above; the sizes have a floor, see `jcrosslora.linalg.least_squares`."""
-        moments = evidence.activations
-        assert moments is not None
+        moments = evidence.activation_moments
         turn_out, sizes_out, like_out = _aligned(moments.outputs, moments.output_squares)
         turn_in, sizes_in, like_in = _aligned(moments.inputs, moments.input_squares)
         p_out = low_rank(sizes_out[1][:, None] * turn_out.left, turn_out.right / sizes_out[0][:, None])

@@ -28,8 +28,7 @@ class Select(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return maps that select the rows of the evidence; rows without a counterpart become zero."""
-        chosen = evidence.selection
-        assert chosen is not None
+        chosen = evidence.selected_rows
         (o_src, i_src), w_tgt = evidence.src.weight.shape, evidence.tgt.weight
         p_out, p_in = _choice(chosen.outputs, o_src), _choice(chosen.inputs, i_src)
         carried = p_in(p_out(evidence.src.weight).T).T

@@ -52,18 +52,17 @@ class Theseus(Method):
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return P_out = T_out' and P_in = T_in'."""
-        moments = evidence.activations
-        assert moments is not None
-        p_in, like_in = _aligned(moments.inputs, moments.input_squares, moments.input_grams, self.whitening)
-        p_out, like_out = _aligned(moments.outputs, moments.output_squares, moments.output_grams, self.whitening)
+        moments = evidence.activation_moments
+        grams_in, grams_out = evidence.activation_grams if self.whitening else (None, None)
+        p_in, like_in = _aligned(moments.inputs, moments.input_squares, grams_in, self.whitening)
+        p_out, like_out = _aligned(moments.outputs, moments.output_squares, grams_out, self.whitening)
         return Maps(((p_out, p_in),), activation_cosine=jnp.sqrt(like_in * like_out))
 
 
 def _aligned(cross: jax.Array, squares: Pair, grams: Pair | None, whitening: float) -> tuple[LinearMap, jax.Array]:
     """Return the map, and tr(P X_s'X_t) / (|X_s| |X_t|) in [0, 1], of the (whitened) activations."""
     energy = jnp.sum(squares[0]) * jnp.sum(squares[1])
-    if whitening:
-        assert grams is not None
+    if grams is not None:
         (left, values_src), (right, values_tgt) = (psd_power(gram, -whitening) for gram in grams)
         cross = dot(dot(left, cross), right)
         # |X G^-p|^2 = tr(G^(1 - 2 p))

@@ -29,7 +29,7 @@ def model_card(
     fitted: str | None = None,
     added: str | None = None,
     ranks: str | None = None,
-    cut: str | None = None,
+    truncation: str | None = None,
 ) -> str:
     """Return the text of the card, with the front matter that the hub reads.
 
@@ -52,7 +52,7 @@ def model_card(
         fitted: what was fitted behind the maps, if anything was.
         added: what goes with the update that the maps do not make, if anything does.
         ranks: what the ranks became, if that is worth saying.
-        cut: to which ranks the updates were truncated, and what that left, if they were.
+        truncation: to which ranks the updates were truncated, and what that left, if they were.
     """
     chosen = f", chosen because {_plain(choice)}" if choice else ""
     sections = [
@@ -67,8 +67,8 @@ def model_card(
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
-        "## Rank\n\n" + " ".join(_sentences(ranks, cut and f"the update was truncated to {cut}"))
-        if ranks or cut
+        "## Rank\n\n" + " ".join(_sentences(ranks, truncation and f"the update was truncated to {truncation}"))
+        if ranks or truncation
         else "",
         "## Embedding and output head\n\n" + _listed(tokens) if tokens else "",
         "## Effect on text\n\n" + _effect(effect) if effect else "",

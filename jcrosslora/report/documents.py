@@ -93,7 +93,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         fitted=report.fitted,
         added=report.added,
         ranks=report.rank_sentence if report.fitted or report.added else None,
-        cut=None if report.truncation is None else report.truncation.sentence,
+        truncation=None if report.truncation is None else report.truncation.sentence,
     )
 
 

@@ -84,7 +84,7 @@ def _notes(report: TransferReport) -> list[str]:
     if report.added is not None:
         lines.append(f"added: {report.added}")
     if report.truncation is not None:
-        lines.append(f"cut: {report.truncation.sentence}")
+        lines.append(f"truncation: {report.truncation.sentence}")
     if report.recipe.probes != "none":
         lines.append(f"probes: {report.recipe.probes}")
     if report.recipe.signs == "vocabulary":

@@ -16,7 +16,7 @@ from jcrosslora.utils.progress import begin
 if TYPE_CHECKING:
     from jcrosslora.evaluate.effect import Effect
 
-EFFECT = "measure the effect"  # the step of a transfer
+EFFECT, FINISH = "measure the effect", "finish"  # steps of a transfer that do not name themselves on the display
 
 
 def measure_effect(

@@ -61,7 +61,9 @@ class Estimate:
         yield "modules", str(self.modules)
         if self.rank is not None:
             yield "rank", f"up to {self.rank}"
-        parts = [f"{name} {'?' if value is None else duration(value)}" for name, value in self.steps.items()]
+        parts = [
+            f"{name} {'not estimated' if value is None else duration(value)}" for name, value in self.steps.items()
+        ]
         yield "time", f"{self.time()} ({', '.join(parts)})"
         yield "memory", self.size()
 
@@ -72,6 +74,8 @@ class Estimate:
 
     def time(self, adapters: int = 1) -> str:
         """Write the time in round figures, such as "4 min"; "over" where a step is not known."""
+        if set(self.steps.values()) == {None}:
+            return "not estimated"
         over = "over " if None in self.steps.values() else ""
         return over + duration(self.seconds(adapters))
 

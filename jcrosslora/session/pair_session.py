@@ -28,13 +28,13 @@ from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport
-from jcrosslora.session.effect import measure_effect
+from jcrosslora.session.effect import FINISH, measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.shifting.truncate import READERS, Frozen, Known, project_update, span_rank, truncate_update
-from jcrosslora.utils.progress import steps
+from jcrosslora.utils.progress import Steps, begin, steps
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
@@ -192,6 +192,7 @@ class PairSession:
             given: the user's text, or None.
         """
         shifted = move.shifter.finish(transport, self.pair)
+        begin(FINISH)
         update = move.method.finalize(self._context(shifted, task, move.options), shifted.adapter)
         moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
         moved, truncation, frozen = self._truncated(moved, move, shifted)
@@ -259,11 +260,12 @@ class PairSession:
             pairing=transport.pairing,
             rank=transport.recipe.settings.get("svd_rank", 0),
         )
-        if move.method.fits_update:
-            task = self.collect_text(task, move.options, given)
-        for group in transport.groups:
-            move.shifter.add(group)
-        return self.finish(move, task, transport, given)
+        with self.steps(task, move.options, given, aligned=True):
+            if move.method.fits_update:
+                task = self.collect_text(task, move.options, given)
+            for group in transport.groups:
+                move.shifter.add(group)
+            return self.finish(move, task, transport, given)
 
     def transfer(
         self,
@@ -286,24 +288,40 @@ class PairSession:
         move = self.start(adapter, method, options, profile)
         task = self.plan(move.method, options, move.shifter.adapter.modules.keys())
         # After everything has been checked: writing texts takes a minute.
-        with self._steps(task, options, probes):
+        with self.steps(task, options, probes):
             task = self.collect_text(task, options, probes)
             transport = self.carry([move], task)
             return self.finish(move, task, transport, probes)
 
-    def _steps(
-        self, task: AlignmentTask, options: TransferOptions, given: Probes | None
-    ) -> AbstractContextManager[Any]:
-        """Show the steps of a transfer; their seconds are worth measuring where the bases run, which takes minutes."""
+    def steps(
+        self,
+        task: AlignmentTask,
+        options: TransferOptions,
+        given: Probes | None,
+        *,
+        aligned: bool = False,
+        timed: bool = True,
+    ) -> AbstractContextManager[Steps]:
+        """Number the steps of a transfer on the display while the block runs.
+
+        Args:
+            task: the alignment.
+            options: the options of the transfer.
+            given: the user's text, or None.
+            aligned: whether the maps are there already.
+            timed: whether to estimate the seconds of the steps where the bases run, which takes minutes.
+        """
         if not self.progress:
-            return nullcontext()
+            return nullcontext(Steps(None, {}))
         # Imported here: methods that look at weights alone need no decoder.
         from jcrosslora.session.step_seconds import step_seconds
         from jcrosslora.session.timing import Stopwatch
 
         prompts = 0 if given is None else len(given.texts)
-        stopwatch = Stopwatch() if task.runs_bases or options.effect == "always" else None
-        return steps(step_seconds(task, options, prompts, stopwatch))
+        runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
+        stopwatch = Stopwatch() if timed and runs_bases else None
+        found = step_seconds(task, options, prompts, stopwatch, aligned=aligned)
+        return steps(found, show=bool(found))
 
     def _context(self, shifted: Shifted, task: AlignmentTask, options: TransferOptions) -> FinalizeContext:
         given = task.probes is not None and task.probes.seed is None

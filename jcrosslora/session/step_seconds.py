@@ -19,13 +19,13 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
 from jcrosslora.methods import InterpolatedCopy, Method
-from jcrosslora.session.effect import EFFECT
+from jcrosslora.session.effect import EFFECT, FINISH
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import Stopwatch, layer_size
+from jcrosslora.session.timing import SVD_SIDE, Stopwatch, layer_size
 
 # Steps of a transfer are named as the work names itself on the display.
 ALIGN = "align"
-SHARED = ("write", "compare layers", "collect activations", ALIGN, "interpolate")  # made once for all adapters
+SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all adapters
 
 # Seconds that a step which runs the bases takes to compile, about the same for models of any size.
 _COMPILING, _WITHOUT_BASES = 12, (ALIGN, "interpolate")
@@ -39,15 +39,15 @@ _CACHED, _PREFILL = 1.7, 2
 # Of a step of the fit: the lengths that are tried, and forward passes that take as long as a gradient (3) with its
 # products and the eigendecompositions that follow (2).
 _LENGTHS, _GRADIENT = 5, 5
-# Kinds of evidence whose maps are not timed.
-_UNTIMED = frozenset({EvidenceKind.ACTIVATIONS, EvidenceKind.EMBEDDING_MAP})
+# Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
+_EIGEN = 0.4
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
 # 600 there are 12 million numbers for each layer of 3.5 million parameters), and as the grams of each.
 _MOMENTS, _GRAMS = 4, 8
 
 
 def step_seconds(
-    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch | None
+    task: AlignmentTask, options: TransferOptions, prompts: int, stopwatch: Stopwatch | None, *, aligned: bool = False
 ) -> dict[str, float | None]:
     """Name the steps of a transfer, in order, with their seconds.
 
@@ -56,11 +56,12 @@ def step_seconds(
         options: of the transfer.
         prompts: how many texts the user gave.
         stopwatch: times one layer of each base and one matrix of each shape; None leaves all seconds unknown.
+        aligned: whether the maps are there already.
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
     """
-    planned = _plan(task, options, prompts, _Costs(task, stopwatch or Stopwatch()))
+    planned = _plan(task, options, prompts, _Costs(task, stopwatch or Stopwatch()), aligned)
     if stopwatch is None:
         return dict.fromkeys(planned)
     compiling = {name: 0 if name in _WITHOUT_BASES else _COMPILING for name in planned}
@@ -90,6 +91,10 @@ class _Costs:
         """Time the truncated SVD of one matrix."""
         return self._stopwatch.decomposition(shape, min(rank, *shape), vectors=method.single_vectors)
 
+    def svd(self, rows: int, columns: int) -> float:
+        """Scale the time of a full SVD to a matrix of another shape: those of activations would take minutes."""
+        return self._stopwatch.full_svd() * rows * columns * min(rows, columns) / SVD_SIDE**3
+
     def _layers(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, predicted: int) -> float:
         """Time all layers and the output head, whose products take as long as those of a layer of its size."""
         head = predicted * base.dims.hidden / layer_size(base)
@@ -97,21 +102,20 @@ class _Costs:
 
 
 def _plan(
-    task: AlignmentTask, options: TransferOptions, prompts: int, costs: _Costs
+    task: AlignmentTask, options: TransferOptions, prompts: int, costs: _Costs, aligned: bool
 ) -> dict[str, Callable[[], float] | None]:
     """Name the steps in order, each with the function that finds its seconds."""
     method, needs = task.method, task.method.requires
     texts = prompts or options.probe_count
     probes = texts * _PROBE_TOKENS / (_TEXTS * _TOKENS)  # forward passes of all probe texts
     found: dict[str, Callable[[], float] | None] = {}
-    if not prompts and (task.reads_probes or EvidenceKind.PROBE_TEXTS in needs):
+    if not prompts and ((task.reads_probes and not aligned) or EvidenceKind.PROBE_TEXTS in needs):
         found["write"] = lambda: costs.write(_PROBE_TOKENS * ceil(texts / _ROWS))
-    if task.depth == SIMILAR:
+    if task.depth == SIMILAR and not aligned:
         found["compare layers"] = lambda: costs.read((probes, probes))
-    if EvidenceKind.ACTIVATIONS in needs:
-        products = 1 + _MOMENTS + (_GRAMS if EvidenceKind.ACTIVATION_GRAMS in needs else 0)
-        found["collect activations"] = lambda: costs.read((probes, products * probes))
-    found[ALIGN] = None if needs & _UNTIMED else lambda: _decompositions(task, costs)
+    if not aligned:
+        # An embedding map reads both embeddings, matches heads and inverts weights, none of which is counted.
+        found[ALIGN] = None if EvidenceKind.EMBEDDING_MAP in needs else lambda: _alignment(task, probes, costs)
     if isinstance(method, DistillSettings):
         found |= _distillation(method, prompts, costs)
     elif EvidenceKind.PROBE_TEXTS in needs:
@@ -121,18 +125,26 @@ def _plan(
         shapes = [module.shape for module in task.pair.target.modules.values()]
         found["interpolate"] = lambda: sum(costs.decompose(shape, task.rank, method) for shape in shapes)
     elif method.has_finalize:
-        found["finish"] = None
+        found[FINISH] = None
     if options.effect == "always" or (options.effect == "auto" and method.runs_bases):
         found[EFFECT] = lambda: _effect(task, written=isinstance(method, DistillSettings), costs=costs)
     return found
 
 
-def _decompositions(task: AlignmentTask, costs: _Costs) -> float:
-    if EvidenceKind.SINGULAR_VECTORS not in task.method.requires:
-        return 0.0
-    return sum(
-        costs.decompose(shape, task.rank, task.method) for pair in task.modules for shape in sides_of(task, pair)
-    )
+def _alignment(task: AlignmentTask, probes: float, costs: _Costs) -> float:
+    """Count the evidence of the kinds that take time, and the maps that are made from it."""
+    method, needs, seconds = task.method, task.method.requires, 0.0
+    shapes = [sides_of(task, pair) for pair in task.modules]
+    if EvidenceKind.SINGULAR_VECTORS in needs:
+        seconds += sum(costs.decompose(shape, task.rank, method) for sides in shapes for shape in sides)
+    if EvidenceKind.ACTIVATIONS in needs:
+        grams = EvidenceKind.ACTIVATION_GRAMS in needs
+        seconds += costs.read((probes, (1 + _MOMENTS + (_GRAMS if grams else 0)) * probes)) + _COMPILING
+        for src, tgt in shapes:
+            # One SVD of the cross-moment of the outputs, and one of the inputs; eigenvectors of the moments of each.
+            seconds += sum(map(costs.svd, src, tgt))
+            seconds += _EIGEN * sum(costs.svd(side, side) for side in (*src, *tgt)) if grams else 0
+    return seconds
 
 
 def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dict[str, Callable[[], float]]:

@@ -18,6 +18,7 @@ from jcrosslora.decoder import DecoderSettings, Params, forward, settings_of
 from jcrosslora.linalg import decompose
 
 _VOCABULARY = 512  # rows of the embedding of the layer that is timed
+SVD_SIDE = 512  # of the square matrix whose full SVD is timed
 _RUNS = 3  # after compilation; the fastest counts
 
 
@@ -39,6 +40,15 @@ class Stopwatch:
             return lambda: decompose(matrix, rank, vectors=vectors)[0]
 
         return self._fastest((shape, rank, vectors), make, 1)
+
+    def full_svd(self) -> float:
+        """Time the full SVD of a square matrix with `SVD_SIDE` rows."""
+
+        def make() -> Callable[[], Any]:
+            matrix = jax.random.normal(jax.random.key(0), (SVD_SIDE, SVD_SIDE))
+            return lambda: jnp.linalg.svd(matrix)
+
+        return self._fastest("full SVD", make, _RUNS)
 
     def layer(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
         """Time the forward pass of one layer of a base on tokens (B, T), with weights of a dtype.

@@ -13,13 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 T = TypeVar("T")
 
-# Seconds between two refreshes of the line on a terminal while work reports itself, and while it does not.
-_REFRESH, _TICK = 0.1, 1.0
-LOG_EVERY = 30.0  # seconds between two log lines
+_REFRESH = 0.1  # seconds between two refreshes of the line on a terminal while work reports itself
 # Below this share of the work done the time left is better estimated by what a step usually takes.
 _ENOUGH = 0.05
 # Bounds of the pace of earlier steps that later ones are scaled by: beyond them a step says more of itself (it was read
@@ -85,9 +83,16 @@ class Track:
 class Steps:
     """Steps of a command, each with the seconds that it usually takes, or None."""
 
-    def __init__(self, display: "Display | None", seconds: Mapping[str, float | None]) -> None:
-        """Plan the steps, by name, in the order in which they run; none has begun."""
+    def __init__(
+        self,
+        display: "Display | None",
+        seconds: Mapping[str, float | None],
+        unpaced: Collection[str] = (),
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        """Plan the steps, by name, in the order in which they run; none has begun. For the arguments see `steps`."""
         self._display, self._seconds, self._names = display, dict(seconds), list(seconds)
+        self._unpaced, self._announce = frozenset(unpaced), announce
         self._current, self._since = -1, 0.0
         self._took = self._usual = 0.0
 
@@ -100,10 +105,15 @@ class Steps:
         if self._display is None:
             return
         now = self._display.clock()
-        usual = None if self._current < 0 else self._seconds[self._names[self._current]]
-        if usual is not None:
+        usual = self._seconds.get(self.name)
+        if usual is not None and self.name not in self._unpaced:
             self._took, self._usual = self._took + now - self._since, self._usual + usual
         self._current, self._since = self._names.index(name), now
+        if self._announce is not None:
+            left = self.left(now, None)
+            with self._display.hidden():
+                ending = "" if left is None else f" ({_about(left)} left in all)"
+                self._announce(f"{self._number()}: {name}{ending}")
         self._display.refresh()
 
     @property
@@ -112,9 +122,14 @@ class Steps:
         return "" if self._current < 0 else self._names[self._current]
 
     def text(self, inside: str) -> str:
-        """Give the number and the name of the current step."""
+        """Give the number and the name of the current step; the number alone where the name stands in a line above."""
         del inside
-        return f"step {self._current + 1} of {len(self._names)}: {self.name}" if self.name else "begin"
+        if not self.name:
+            return "begin"
+        return self._number() if self._announce else f"{self._number()}: {self.name}"
+
+    def _number(self) -> str:
+        return f"step {self._current + 1} of {len(self._names)}"
 
     def left(self, now: float, inner: _Shown | None) -> float | None:
         """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones."""
@@ -132,15 +147,25 @@ class Steps:
 class Display:
     """The line of everything that runs, outermost first."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, *, ticks: bool = True) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        tick: float | None = 1.0,
+        log_every: float = 30.0,
+        stream: TextIO | None = None,
+    ) -> None:
         """Show nothing yet.
 
         Args:
             clock: seconds from any point in time on.
-            ticks: whether a thread refreshes the line while work reports nothing.
+            tick: seconds between two refreshes of the line, by a thread, while work reports nothing; None for none.
+            log_every: seconds between two log lines.
+            stream: where to write; None is standard error.
         """
-        self.clock = clock
-        self._ticks, self._shown, self._lock = ticks, list[Track | Steps](), threading.Lock()
+        self.clock, self.log_every = clock, log_every
+        self._tick_every, self._stream = tick, stream
+        self._shown, self._lock = list[Track | Steps](), threading.Lock()
         self._begun = self._last = 0.0
         self._terminal = False
         self._ended = threading.Event()
@@ -172,16 +197,25 @@ class Display:
                 shown.update()
 
     @contextmanager
-    def steps(self, seconds: Mapping[str, float | None], *, show: bool = True) -> Iterator[Steps]:
+    def steps(
+        self,
+        seconds: Mapping[str, float | None],
+        *,
+        unpaced: Collection[str] = (),
+        announce: Callable[[str], None] | None = None,
+        show: bool = True,
+    ) -> Iterator[Steps]:
         """Number the steps of a command while the block runs.
 
         A step begins by `begin`, or by the `track` that has its name as description.
 
         Args:
             seconds: what each step usually takes, by its name, in order; None where it is not known.
+            unpaced: steps whose time says nothing about how fast this machine is, such as a download.
+            announce: prints a line in front of each step, with the time that all steps have left.
             show: whether to show anything.
         """
-        shown = Steps(self if show else None, seconds)
+        shown = Steps(self if show else None, seconds, unpaced, announce)
         with self._during(shown, show):
             yield shown
 
@@ -191,11 +225,19 @@ class Display:
         if isinstance(innermost, Steps) and innermost.plans(name):
             innermost.begin(name)
 
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Take the line off the terminal while the block prints, and reports no work; the next refresh shows it."""
+        with self._lock:
+            if self._shown and self._terminal:
+                self._write("")
+            yield
+
     def refresh(self) -> None:
         """Show the line if the last time is long enough ago."""
         with self._lock:
             now = self.clock()
-            if self._shown and now - self._last >= (_REFRESH if self._terminal else LOG_EVERY):
+            if self._shown and now - self._last >= (_REFRESH if self._terminal else self.log_every):
                 self._last = now
                 self._write(self.line(now))
 
@@ -206,7 +248,7 @@ class Display:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
         left = self._shown[0].left(now, self._shown[1] if len(self._shown) > 1 else None)
-        ending = f"{duration(now - self._begun)} so far" if left is None else f"about {duration(left)} left"
+        ending = f"{duration(now - self._begun)} so far" if left is None else f"{_about(left)} left"
         return ", ".join([*parts, ending])
 
     @contextmanager
@@ -223,12 +265,12 @@ class Display:
     def _push(self, shown: Track | Steps) -> None:
         with self._lock:
             if not self._shown:
-                self._terminal, self._begun = sys.stderr.isatty(), self.clock()
+                self._terminal, self._begun = self._out.isatty(), self.clock()
                 # On a terminal at once; a log begins when there has been something to wait for.
                 self._last = -math.inf if self._terminal else self._begun
                 self._ended = threading.Event()
-                if self._ticks:
-                    threading.Thread(target=self._tick, args=(self._ended,), daemon=True).start()
+                if self._tick_every is not None:
+                    threading.Thread(target=self._tick, args=(self._ended, self._tick_every), daemon=True).start()
             self._shown.append(shown)
         self.refresh()
 
@@ -240,17 +282,26 @@ class Display:
                 if self._terminal:
                     self._write("")
 
-    def _tick(self, ended: threading.Event) -> None:
-        while not ended.wait(_TICK):
+    @property
+    def _out(self) -> TextIO:
+        return sys.stderr if self._stream is None else self._stream
+
+    def _tick(self, ended: threading.Event, seconds: float) -> None:
+        while not ended.wait(seconds):
             self.refresh()
 
     def _write(self, line: str) -> None:
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
+            self._out.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before
         else:
-            sys.stderr.write(f"jcrosslora: {line}\n")
-        sys.stderr.flush()
+            self._out.write(f"jcrosslora: {line}\n")
+        self._out.flush()
+
+
+def _about(seconds: float) -> str:
+    """Write a time to wait, which is known no better than to 10 s."""
+    return f"about {duration(max(10, 10 * math.ceil(seconds / 10)) if seconds < 90 else seconds)}"
 
 
 def duration(seconds: float) -> str:
@@ -261,5 +312,5 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-_DISPLAY = Display()
-track, each, steps, begin = _DISPLAY.track, _DISPLAY.each, _DISPLAY.steps, _DISPLAY.begin
+DISPLAY = Display()
+track, each, steps, begin, hidden = DISPLAY.track, DISPLAY.each, DISPLAY.steps, DISPLAY.begin, DISPLAY.hidden
