@@ -98,7 +98,7 @@ def distill(
     parts, held_out = _make_parts(completions.items, tokenizers, settings, seed)
     batches = [batch for part in (*parts, held_out) for batch in part]
     ids = shared_tokens(source, target, batches, settings.compared_tokens, (tokenizers[0].stops, tokenizers[1].stops))
-    ends = _ends(tokenizers, completions.items)
+    ends = end_tokens(tokenizers, completions.items)
     src = ReducedBase.of(generator.settings, generator.params, used_tokens(batches, 0), ids[0], ends[0])
     del generator
     params = load_params(target, fast_dtype())
@@ -130,7 +130,7 @@ def _make_parts(
     return parts, make_batches(held_out, tokenizers, settings.prompt_weight)
 
 
-def _ends(
+def end_tokens(
     tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.

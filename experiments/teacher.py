@@ -1,0 +1,95 @@
+"""Measure the teacher of `distill` itself on right answers: is the teacher or the fit the limit?
+
+    python experiments/teacher.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl [--first 64]
+
+For each mix of the adapted source, the target and the change that the adapter makes (`teacher_weight`,
+`contrast_weight`), the table has the NLL of the right answers' tokens among the shared tokens, in nats a position, and
+the share of positions where the right token is the likeliest one, of all positions and as whole answers. The adapted
+source alone is the row "1, 0", the target alone "0, 0". Data must be training data: choices are made by it.
+"""
+
+import argparse
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
+from jcrosslora.fit.distill.batches import make_batches, shared_tokens, used_tokens
+from jcrosslora.fit.distill.run import end_tokens
+from jcrosslora.fit.distill.teacher import ReducedBase, mix_teacher, shared_log_probs
+from jcrosslora.text import read
+from jcrosslora.training import read_examples
+from jcrosslora.training.examples import as_completion
+
+MIXES = [(w, c) for w in (0.0, 0.25, 0.5, 0.75, 1.0) for c in (0.0, 0.25, 0.5, 1.0)]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    source, target = jcl.open_base(arguments.source), jcl.open_base(arguments.target)
+    adapter = jcl.load_adapter(arguments.adapter, source)
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    examples = read_examples(arguments.data)[arguments.skip :][: arguments.first]
+    items = [as_completion(one) for one in examples]
+    # One completion a call keeps track of whole answers; of few shapes all the same.
+    batches = [make_batches([item], tokenizers, 0.0)[0] for item in items]
+    stops = tokenizers[0].stops, tokenizers[1].stops
+    ids, ends = shared_tokens(source, target, batches, 6000, stops), end_tokens(tokenizers, items)
+    bases = [
+        ReducedBase.of(
+            settings_of(base), load_params(base, fast_dtype()), used_tokens(batches, side), ids[side], ends[side]
+        )
+        for side, base in enumerate((source, target))
+    ]
+    stacked = stack_adapter(adapter, source)
+    column = {int(index): place for place, index in enumerate(ids[1])}
+    sums = {mix: [] for mix in MIXES}
+    for item, batch in zip(items, batches, strict=True):
+        src, tgt = bases
+        read_src = src.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
+        read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        base, adapted = (
+            shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends) for one in (None, stacked)
+        )
+        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends)
+        whole = read(tokenizers[1], item).ids
+        places = batch.at_tgt[batch.weight > 0]
+        wanted = [column.get(int(whole[place + 1]), -1) for place in places]
+        if item.ended and ends[1]:
+            wanted[-1] = own.shape[1] - 1
+        wanted = np.array(wanted)
+        rows = np.flatnonzero(batch.weight > 0)[wanted >= 0]
+        for mix in MIXES:
+            mixed = np.asarray(mix_teacher(own, base, adapted, *map(jnp.float32, mix)))[rows]
+            right = mixed[np.arange(len(rows)), wanted[wanted >= 0]]
+            sums[mix].append((-right.sum(), (mixed.max(axis=1) == right).sum(), len(rows)))
+    table = Table("teacher weight", "contrast", "NLL", "right tokens", "right answers", title=f"{len(items)} examples")
+    for mix in MIXES:
+        nll, hits, count = np.array(sums[mix], np.float64).T
+        table.add_row(
+            *map(str, mix),
+            f"{nll.sum() / count.sum():.4f}",
+            f"{hits.sum() / count.sum():.3f}",
+            f"{(hits == count).mean():.3f}",
+        )
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("source", "target", "adapter", "data"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--first", type=int, default=64, help="examples")
+    parser.add_argument("--skip", type=int, default=0, help="examples in front of them that are left out")
+    try:
+        run(parser.parse_args())
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"teacher: {error}")
+
+
+if __name__ == "__main__":
+    main()
