@@ -2,6 +2,8 @@
 
 from jcrosslora.evaluate.answer import answer
 from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers
+from jcrosslora.evaluate.answers_page import answers_page
+from jcrosslora.evaluate.answers_table import print_answers
 from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, lift_recovered
 from jcrosslora.evaluate.examples import Example, read_examples
 from jcrosslora.evaluate.score import read_questions, score
@@ -17,8 +19,10 @@ __all__ = [
     "Question",
     "Scores",
     "answer",
+    "answers_page",
     "bootstrap_means",
     "lift_recovered",
+    "print_answers",
     "print_scores",
     "read_examples",
     "read_questions",
