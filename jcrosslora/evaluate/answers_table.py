@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from rich.console import Console
@@ -43,6 +44,7 @@ class FigureRow:
     word: str
 
 
+@lru_cache(maxsize=1)  # the intervals take seconds, and the table and the page show the same ones
 def figure_rows(answers: Answers) -> list[tuple[str, list[FigureRow]]]:
     """Format each figure of each model, with the model's name."""
     models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in answers.names]
