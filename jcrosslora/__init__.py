@@ -37,6 +37,7 @@ if _TYPE_CHECKING:
     from jcrosslora.errors import PairingError as PairingError
     from jcrosslora.errors import ShortMemoryError as ShortMemoryError
     from jcrosslora.errors import UsageError as UsageError
+    from jcrosslora.evaluate import answer as answer
     from jcrosslora.evaluate import score as score
     from jcrosslora.evidence.probes import Probes as Probes
     from jcrosslora.evidence.probes import written_probes as written_probes
@@ -89,7 +90,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "ShortMemoryError",
         "UsageError",
     ),
-    "evaluate": ("score",),
+    "evaluate": ("answer", "score"),
     "evidence.probes": ("Probes", "written_probes"),
     "evidence.records": ("Evidence", "EvidenceKind", "Maps"),
     "export.export": ("ExportSettings", "export_adapter"),

@@ -140,6 +140,8 @@ def test_all_kinds_of_files_are_read(tmp_path):
     path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": [*turns, *turns]}))
     user, assistant = Message("user", "u"), Message("assistant", "a")
     assert read_examples(path) == [Completion((user,), "a"), Completion((user, assistant, user), "a")]
+    path.write_text('{"prompt": "p", "answer": "a", "references": ["b", "c"]}')
+    assert read_examples(path) == [Completion("p", " a", references=("b", "c"))]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,30 @@ def test_a_bad_line_is_named(tmp_path, line):
         read_examples(path)
     assert str(caught.value).startswith(f"{path}:2: is ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "references": "b"},
+            "b",
+        ),
+        ({"prompt": "p", "answer": "a", "references": ["b", " "]}, r"\['b', ' '\]"),
+    ],
+)
+def test_references_that_are_no_texts_are_refused(tmp_path, line, reason):
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(line))
+    with pytest.raises(UsageError, match=f"task.jsonl:1: references is .*{reason}.*, wanted a list of texts"):
+        read_examples(path)
+
+
+def test_a_file_of_no_kind_is_told_all_kinds(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"text": "a"}')
+    with pytest.raises(UsageError, match=r'wanted {"messages".*"prompt".*"question"'):
+        read_examples(path)
 
 
 def test_files_without_examples_are_refused(tmp_path):

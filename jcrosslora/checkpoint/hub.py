@@ -19,6 +19,13 @@ def is_hub_id(ref: str) -> bool:
     return _HUB_ID.fullmatch(ref) is not None and not ref.endswith((".gguf", ".safetensors", ".bin"))
 
 
+def public_name(ref: str | None) -> str | None:
+    """Return the public form of a reference: a hub id unchanged, or the last part of a path."""
+    if ref is None or (is_hub_id(ref) and not Path(ref).exists()):
+        return ref
+    return Path(ref).name or Path(ref).resolve().name or None
+
+
 def cached_identity(folder: Path) -> tuple[str, str] | None:
     """Return (hub id, commit) of a folder models--org--name/snapshots/commit of a hub cache, else None."""
     parts = folder.absolute().parts

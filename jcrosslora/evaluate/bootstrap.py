@@ -57,6 +57,11 @@ def intervals(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list
     return [_interval(float(row.mean()), found) for row, found in zip(np.asarray(values), means, strict=True)]
 
 
+def differences(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
+    """Compute the mean of each row of (A, n) minus that of the first, over the same resampled questions."""
+    return intervals(values - values[:1], draws=draws, seed=seed)
+
+
 def lift_recovered(
     base: np.ndarray, moved: np.ndarray, trained: np.ndarray, *, draws: int = 10_000, seed: int = 0
 ) -> Interval:

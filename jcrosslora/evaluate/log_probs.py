@@ -1,6 +1,6 @@
 """Log-probabilities of the scored tokens of question batches, under a base with several adapters at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
 from jcrosslora.decoder.forward import extend_cache, positions_of
-from jcrosslora.evaluate.question_batches import Batch
-from jcrosslora.utils.progress import track
+from jcrosslora.errors import not_finite
+from jcrosslora.evaluate.question_batches import Batch, Tokens, batches
+from jcrosslora.utils.progress import Track, track
 
 _STATES_AT_ONCE = 512  # states that the head gets in one call, over all models
 _LOGITS_AT_ONCE = 128
@@ -60,9 +61,43 @@ class TokenStates:
         )
 
 
-def token_log_probs(
-    models: Models, parts: Iterator[Batch], questions: int, progress: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def log_prob_sums(
+    models: Models, names: Sequence[str], items: Sequence[Tokens], batch_tokens: int, *, unit: str, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the log-probabilities of the scored tokens of each choice of n questions with C choices at most.
+
+    Args:
+        models: a base, as an adapter of zeros, and its adapters; they run in one pass.
+        names: of the base and of each adapter, for errors.
+        items: the questions as tokens.
+        batch_tokens: token positions in memory at once, over all models.
+        unit: what is counted while it runs, in the plural.
+        progress: whether to show a progress bar.
+
+    Returns:
+        float64 (A, n, C), nats, NaN where a question has fewer choices; int64 (n, C), the scored tokens.
+
+    Raises:
+        AdapterError: the sums with an adapter are not finite.
+        CheckpointError: those of the base are not finite.
+    """
+    # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
+    sums = np.zeros((models.count + 1, len(items), max(len(one.tails) for one in items)))
+    parts = batches(items, max(1, batch_tokens // models.count))
+    with track(len(items), "score", unit, show=progress) as bar:
+        for places, values in _token_log_probs(models, parts, bar):
+            for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
+                np.add.at(one, tuple(places.T), found)
+    tokens = sums[-1].astype(np.int64)
+    log_probs = np.where(tokens > 0, sums[:-1], np.nan)
+    for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
+        if not np.isfinite(one[tokens > 0]).all():
+            # The base comes first and was found finite.
+            raise not_finite(names[0], name if index else None, values="log-probabilities", sound=True)
+    return log_probs, tokens
+
+
+def _token_log_probs(models: Models, parts: Iterator[Batch], bar: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield places int64 (S, 2), question and choice, and log-probabilities float32 (A, S) of scored tokens.
 
     Only the states in front of scored tokens go through the head, which costs more than the layers where the
@@ -70,14 +105,13 @@ def token_log_probs(
     """
     size = max(8, _STATES_AT_ONCE // models.count)
     rest = None
-    with track(questions, "score", "questions", show=progress) as bar:
-        for part in parts:
-            found = token_states(models, part)
-            rest = found if rest is None else rest.then(found)
-            while len(rest.wanted) >= size:
-                yield _finish(models, rest.part(0, size), size)
-                rest = rest.part(size, len(rest.wanted))
-            bar.update(part.questions)
+    for part in parts:
+        found = token_states(models, part)
+        rest = found if rest is None else rest.then(found)
+        while len(rest.wanted) >= size:
+            yield _finish(models, rest.part(0, size), size)
+            rest = rest.part(size, len(rest.wanted))
+        bar.update(part.questions)
     if rest is not None and len(rest.wanted):
         yield _finish(models, rest, size)
 

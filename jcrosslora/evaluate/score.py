@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, load_params, settings_of, stack_adapters
-from jcrosslora.errors import UsageError, not_finite
-from jcrosslora.evaluate.log_probs import Models, token_log_probs
-from jcrosslora.evaluate.question_batches import Tokens, batches, tokenize
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.log_probs import Models, log_prob_sums
+from jcrosslora.evaluate.question_batches import Tokens, tokenize
 from jcrosslora.evaluate.scores import Scores
 from jcrosslora.evaluate.tasks import Question, read_task
 
@@ -60,16 +59,8 @@ def score(
     count = len(adapters) + 1
     stacked = stack_adapters([Adapter(modules={}), *adapters], base)
     models = Models(settings_of(base), load_params(base, dtype) if params is None else params, stacked, count)
-    # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
-    sums = np.zeros((count + 1, len(questions), max(len(one.choices) for one in questions)))
-    parts = batches(items, max(1, batch_tokens // count))
-    for places, values in token_log_probs(models, parts, len(questions), progress):
-        for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):
-            np.add.at(one, tuple(places.T), found)
-    tokens = sums[-1].astype(np.int64)
-    log_probs = np.where(tokens > 0, sums[:-1], np.nan)
     names = (base.name, *(adapter.info.name for adapter in adapters))
-    _check_finite(log_probs, tokens, names)
+    log_probs, tokens = log_prob_sums(models, names, items, batch_tokens, unit="questions", progress=progress)
     return Scores.of(names, questions, log_probs, tokens)
 
 
@@ -91,10 +82,3 @@ def read_questions(base: BaseModel, questions: Sequence[Question], tokenizer: To
             msg += f"{base.ref} reads {longest:,} at most: leave it out, or make it shorter"
             raise UsageError(msg)
     return items
-
-
-def _check_finite(log_probs: np.ndarray, tokens: np.ndarray, names: Sequence[str]) -> None:
-    for index, (one, name) in enumerate(zip(log_probs, names, strict=True)):
-        if not np.isfinite(one[tokens > 0]).all():
-            # The base comes first and was found finite.
-            raise not_finite(names[0], name if index else None, values="log-probabilities", sound=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Interval, intervals
+from jcrosslora.evaluate.bootstrap import Interval, differences, intervals
 from jcrosslora.evaluate.tasks import Question
 
 FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
@@ -85,8 +85,7 @@ class Scores:
 
     def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
         """Compute each model's figure minus the base's, with the 95% interval over the same resampled questions."""
-        found = self.by_question(figure)
-        return intervals(found - found[:1], draws=draws, seed=seed)
+        return differences(self.by_question(figure), draws=draws, seed=seed)
 
 
 _TITLES = {

@@ -6,8 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.card import model_card
-from jcrosslora.report.public_names import public_name, publish, replacements, source_name
+from jcrosslora.report.public_names import publish, replacements, source_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict

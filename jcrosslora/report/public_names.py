@@ -8,15 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.hub import is_hub_id, public_name
 from jcrosslora.report.record import TransferReport
-
-
-def public_name(ref: str | None) -> str | None:
-    """Return the public form of a reference: a hub id unchanged, or the last part of a path."""
-    if ref is None or (is_hub_id(ref) and not Path(ref).exists()):
-        return ref
-    return Path(ref).name or Path(ref).resolve().name or None
 
 
 def source_name(report: TransferReport) -> str | None:

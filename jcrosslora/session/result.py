@@ -15,10 +15,10 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profiles import Profile, why_without_tokens
 from jcrosslora.adapter.save import save_adapter
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError
 from jcrosslora.report.documents import documents, published
 from jcrosslora.report.html import result_html
-from jcrosslora.report.public_names import public_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
 from jcrosslora.shifting.truncate import Frozen

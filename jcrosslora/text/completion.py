@@ -34,12 +34,14 @@ class Completion:
         answer: the text behind it; of a conversation, the content of the assistant's message.
         ended: whether the answer ends there. One that was cut off does not.
         origin: how it came about, for reports.
+        references: answers that are as good; what a model writes is compared with them and with `answer`.
     """
 
     prompt: Prompt
     answer: str = ""
     ended: bool = True
     origin: str = ""
+    references: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

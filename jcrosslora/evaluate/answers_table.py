@@ -1,0 +1,145 @@
+"""Answers for the terminal: a table of their figures, and some of them one below the other."""
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.evaluate.answers import Answers
+from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.evaluate.scores import word_of
+from jcrosslora.text.completion import prompt_text
+
+TITLES = {
+    "exact": "exact match",
+    "json": "equal JSON",
+    "chrf": "chrF, 0 to 100",
+    "rouge_l": "ROUGE-L",
+    "ended": "answers ended",
+    "nll_per_char": "nats a character",
+}
+_LABEL = 20  # columns of a model's name beside its answer
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A figure of one model as text.
+
+    Attributes:
+        figure: its title.
+        value: with its interval.
+        minus_base: difference to the base with its interval; "" for the base.
+        word: of that difference, e.g. "better".
+    """
+
+    figure: str
+    value: str
+    minus_base: str
+    word: str
+
+
+@lru_cache(maxsize=1)  # the intervals take seconds, and the table and the page show the same ones
+def figure_rows(answers: Answers) -> list[tuple[str, list[FigureRow]]]:
+    """Format each figure of each model, with the model's name."""
+    models: list[tuple[str, list[FigureRow]]] = [(name, []) for name in answers.names]
+    for figure in answers.figures:
+        found = zip(answers.bootstrap(figure), answers.differences(figure), strict=True)
+        for place, (value, change) in enumerate(found):
+            others = (_text(figure, change, "+"), word_of(figure, change)) if place else ("", "")
+            models[place][1].append(FigureRow(TITLES[figure], _text(figure, value), *others))
+    return models
+
+
+def summary(answers: Answers) -> list[str]:
+    """Say what the figures are of, and whether no answer ended."""
+    count = len(answers.examples)
+    lines = [
+        f"{count:,} {'example' if count == 1 else 'examples'}, answers of at most {answers.max_new_tokens} tokens, "
+        "95% intervals"
+    ]
+    if not answers.ended.any():
+        lines.append("No answer ended, so exact match and equal JSON count none: allow more tokens, or train an end.")
+    return lines
+
+
+def marks(answers: Answers, model: int, example: int) -> list[str]:
+    """Name what matters of an answer: "exact", "equal JSON", "not ended"."""
+    found = [
+        TITLES[figure].removesuffix(" match")
+        for figure in ("exact", "json")
+        if figure in answers.figures and answers.by_example(figure)[model, example]
+    ]
+    return [*found, *([] if answers.written[model][example].ended else ["not ended"])]
+
+
+def spread(answers: Answers, count: int) -> list[int]:
+    """Choose examples to show, evenly spread over all, the first among them."""
+    every = len(answers.examples)
+    return sorted({int(place) for place in np.arange(min(count, every)) * every / max(1, min(count, every))})
+
+
+def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
+    """Print the figures of each model in 80 columns.
+
+    Args:
+        answers: of a base and its adapters.
+        console: to print to.
+        show: number of examples to print with all answers to them, evenly spread.
+    """
+    for line in summary(answers):
+        console.print(line, highlight=False, markup=False)
+    for name, rows in figure_rows(answers):
+        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+        for title in ("figure", "value", "minus base", ""):
+            table.add_column(title, justify="right" if title in ("value", "minus base") else "left", overflow="fold")
+        for row in rows:
+            table.add_row(row.figure, Text(row.value), Text(row.minus_base), row.word)
+        console.print()
+        console.print(Text(visible(name), "bold"))
+        console.print(table)
+    for example in spread(answers, show):
+        console.print(f"\nexample {example + 1:,}", highlight=False, markup=False, style="bold")
+        console.print(_side_by_side(answers, example))
+
+
+def visible(text: str) -> str:
+    """Replace control characters, which could do anything to a terminal, by what Python writes for them."""
+
+    def shown(one: str) -> str:
+        return ascii(one)[1:-1] if one not in "\n\t" and unicodedata.category(one) in ("Cc", "Cs") else one
+
+    return "".join(map(shown, text))
+
+
+def labels(answers: Answers) -> list[str]:
+    """Name the models in short: "base", and the adapters without the folders they lie in, if that tells them apart."""
+    short = ["base", *(public_name(name) or name for name in answers.names[1:])]
+    return short if len(set(short)) == len(short) else ["base", *answers.names[1:]]
+
+
+def _side_by_side(answers: Answers, example: int) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(max_width=_LABEL, overflow="fold", style="bold")
+    table.add_column(overflow="fold")
+    for label, text, marked in _lines(answers, example):
+        table.add_row(Text(visible(label)), Text(visible(text)).append(f"  [{marked}]" if marked else "", "italic"))
+    return table
+
+
+def _lines(answers: Answers, example: int) -> Iterator[tuple[str, str, str]]:
+    yield "prompt", prompt_text(answers.examples[example].prompt), ""
+    for place, text in enumerate(answers.references[example]):
+        yield "" if place else "right answer", text, ""
+    for model, name in enumerate(labels(answers)):
+        yield name, answers.texts[model][example], ", ".join(marks(answers, model, example))
+
+
+def _text(figure: str, found: Interval, sign: str = "") -> str:
+    digits = 1 if figure == "chrf" else 3
+    return f"{found.value:{sign}.{digits}f} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
