@@ -63,6 +63,7 @@ if _TYPE_CHECKING:
     from jcrosslora.session.transfer import transfer as transfer
     from jcrosslora.shifting.apply import apply as apply
     from jcrosslora.training import TrainingSettings as TrainingSettings
+    from jcrosslora.training import fit_magnitudes as fit_magnitudes
     from jcrosslora.training import train_lora as train_lora
 
     __version__: str
@@ -106,7 +107,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("shift", "transfer"),
     "shifting.apply": ("apply",),
-    "training": ("TrainingSettings", "train_lora"),
+    "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -38,7 +38,7 @@ def train_lora(
     params: Params | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Adapter:
-    """Train a LoRA adapter to give the right answers: AdamW on the mean loss of the answers' tokens.
+    """Train a LoRA adapter to give the right answers, on the mean loss of the answers' tokens.
 
     The same base, examples and settings give the same adapter on one kind of machine, also when the run was stopped
     and continued from a checkpoint.
@@ -144,7 +144,8 @@ def train(
         The arrays after the last step.
 
     Raises:
-        UsageError, CheckpointError, OutputError: see `train_lora`.
+        UsageError: as `train_lora`; or the optimiser is lora-rite, and the arrays are not a `StackedAdapter`.
+        CheckpointError, OutputError: see `train_lora`.
     """
     if not examples or every < 1:
         msg = f"{len(examples)} examples with a checkpoint every {every} steps: wanted 1 or more of both"

@@ -8,6 +8,7 @@ from jcrosslora.checkpoint import ROLES
 from jcrosslora.errors import UsageError
 
 Dtype = Literal["bfloat16", "float32"]
+Optimizer = Literal["adamw", "lora-rite"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class TrainingSettings:
     """Kinds of modules that get an update."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of the optimiser."""
     clip: float = 1.0
-    """The norm of the gradient over all factors is clipped to this."""
+    """The norm of the gradient over all factors is clipped to this; in LoRA-RITE, that of its unmagnified gradient."""
     dtype: Dtype = "bfloat16"
     """Dtype of the base's weights; the factors and their gradients are float32."""
     remat: bool = False
@@ -56,6 +59,7 @@ class TrainingSettings:
             "rate": (positive, "a positive number"),
             "alpha": (positive, "a positive number"),
             "clip": (positive, "a positive number"),
+            "optimizer": (lambda value: value in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"),
             "weight_decay": (lambda value: 0 <= value < math.inf, "a number from 0 on"),
             "seed": (lambda value: 0 <= value < 1 << 32, "an integer from 0 to 2^32 - 1"),
             "dtype": (lambda value: value in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}"),

@@ -1,4 +1,4 @@
-"""One update: the loss of a batch's answers, its gradient, and AdamW on the factors that are trained."""
+"""One update: the loss of a batch's answers, its gradient, and the optimiser of the factors that are trained."""
 
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from jcrosslora.decoder import (
     unstack_adapter,
 )
 from jcrosslora.training.batches import Batch
+from jcrosslora.training.lora_rite import lora_rite
 from jcrosslora.training.settings import TrainingSettings
 
 _LOGITS_AT_ONCE = 128
@@ -54,14 +55,21 @@ def rate_at(settings: TrainingSettings) -> optax.Schedule:
 
 
 def optimizer_of(settings: TrainingSettings) -> optax.GradientTransformation:
-    """Make the optimiser: the norm of the gradient is clipped, then AdamW."""
-    adam = optax.adamw(rate_at(settings), weight_decay=settings.weight_decay)
+    """Make the optimiser: AdamW behind a clip of the gradient's norm, or LoRA-RITE, which clips inside."""
+    rate = rate_at(settings)
+    if settings.optimizer == "lora-rite":
+        return lora_rite(rate, clip=settings.clip, weight_decay=settings.weight_decay)
+    adam = optax.adamw(rate, weight_decay=settings.weight_decay)
     return optax.chain(optax.clip_by_global_norm(settings.clip), adam)
 
 
 def first_state(trained: Any, settings: TrainingSettings) -> TrainState:
-    """Make the state before the first update."""
-    return TrainState(trained, optimizer_of(settings).init(jax.tree.leaves(trained)), jnp.zeros((), jnp.int32))
+    """Make the state before the first update.
+
+    Raises:
+        UsageError: the optimiser is of LoRA factors, and the arrays are others.
+    """
+    return TrainState(trained, optimizer_of(settings).init(trained), jnp.zeros((), jnp.int32))
 
 
 def answer_loss(
@@ -119,19 +127,18 @@ def loss_and_gradient(
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(settings: TrainingSettings, state: TrainState, gradient: Any) -> TrainState:
     """Update the state; the given one is used up."""
-    leaves, structure = jax.tree.flatten(state.trained)
     with jax.numpy_dtype_promotion(
         "standard"
     ):  # optax relies on it, and a program around this one may have set "strict"
-        changes, optimizer = optimizer_of(settings).update(jax.tree.leaves(gradient), state.optimizer, leaves)
-    trained = structure.unflatten(jax.tree.leaves(optax.apply_updates(leaves, changes)))
+        changes, optimizer = optimizer_of(settings).update(gradient, state.optimizer, state.trained)
+    trained = optax.apply_updates(state.trained, changes)
     return TrainState(trained, optimizer, state.step + 1)
 
 
 def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter:
     """Initialise A uniformly in +-1/sqrt(I), Kaiming's bound as in PEFT, and B with zeros: training starts at the base.
 
-    The scale is not inside B: AdamW's steps do not scale with the factors.
+    The scale is not inside B: the steps of neither optimiser scale with it.
     """
     layers, rng = base.dims.layers, np.random.default_rng([settings.seed, 1])
     roles = {}
