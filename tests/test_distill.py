@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from typing import ClassVar
 
 import jax
@@ -19,6 +20,7 @@ from tiny_bases import delta, random_adapter
 from transfers import transfer_settings
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint import ROLES
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
@@ -47,11 +49,13 @@ from jcrosslora.fit.distill.completions import (
     first_sentence,
     write_completions,
 )
+from jcrosslora.fit.distill.fit import Fitted, mean_kl
+from jcrosslora.fit.distill.refit import ROUND, refit, schedule
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import Statistics, add_batch, needs_remat, zero_statistics
 from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, solve, step_factors
-from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, mix_teacher, shared_log_probs, weighted_kl
+from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, mix_teacher, shared_log_probs, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
 from jcrosslora.session.files import transfer_files
@@ -827,3 +831,76 @@ def _recipe(card):
     import tomllib
 
     return tomllib.loads(card.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0])
+
+
+@pytest.mark.parametrize("prompts", ["texts", "conversations"])
+def test_a_refit_lowers_the_divergence_behind_the_closed_form_steps(pair, prompts):
+    source, target, adapter = pair
+    given = CORPUS if prompts == "texts" else [(Message("user", text),) for text in CORPUS]
+    again = dataclasses.replace(SMALL, steps=1, refit=480, refit_rate=3e-3, refit_rank=4)
+    found = distill(source, target, adapter, prompts=given, settings=again)
+    assert {name.rpartition(".")[2] for name in found.adapter.modules} == set(ROLES)
+    assert "in gradient steps in all modules on 480 completions written anew, to" in found.sentence
+    end = float(re.search(r"written anew, to (\S+) nats", found.sentence)[1])
+    assert end < 0.97 * found.divergences[-1]
+
+
+@pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
+def test_a_budget_that_is_no_time_is_refused(text):
+    with pytest.raises(UsageError, match=r"budget .* was asked for, wanted a time such as 90s"):
+        DistillSettings(budget=text).check()
+
+
+def test_a_budget_is_a_time():
+    found = [DistillSettings(budget=text).seconds for text in (None, "90s", "20min", "1.5 h")]
+    assert found == [None, 90, 1200, 5400]
+
+
+@pytest.fixture
+def beginning(pair):
+    """A teacher, a fitted update, what is held out, and other completions."""
+    source, target, adapter = pair
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
+    ids = shared_tokens(source, target, batches, 400)
+    bases = [
+        ReducedBase.of(settings_of(base), load_params(base), None, ids[side]) for side, base in enumerate(pair[:2])
+    ]
+    start = jax.tree.map(jnp.zeros_like, stack_adapter(random_adapter(target, roles=("v_proj",), rank=2), target))
+    return Teacher(*bases, stack_adapter(adapter, source), SMALL), Fitted(start, (1.0,)), batches[:1], batches[1:]
+
+
+def test_an_interrupted_refit_keeps_the_best_update(beginning):
+    teacher, fitted, held_out, batches = beginning
+    seen = []
+
+    def fresh(number, own):
+        seen.append(own)
+        if number == 8:
+            raise KeyboardInterrupt
+        return batches
+
+    asked = dataclasses.replace(SMALL, refit=480, refit_rate=1e-2, polish=0.5)
+    found = refit(teacher, fitted, held_out, fresh, asked, 0.0)
+    assert (found.stopped, found.completions) == (True, 8 * ROUND)
+    assert min(found.divergences) < found.divergences[0]
+    assert mean_kl(teacher.target, found.adapter, [teacher.read(held_out[0])]) == pytest.approx(min(found.divergences))
+    # The last half of the rounds is answered by the target with its update.
+    assert [own is None for own in seen] == [True] * 5 + [False] * 4
+
+
+def test_a_refit_ends_when_its_time_is_used_up(beginning):
+    teacher, fitted, held_out, batches = beginning
+    found = refit(
+        teacher, fitted, held_out, lambda *_: batches, dataclasses.replace(SMALL, budget="1s"), time.monotonic() - 2
+    )
+    assert (found.completions, found.adapter) == (0, fitted.adapter)
+
+
+def test_the_rate_rises_and_falls_to_zero():
+    rates = [schedule(share) for share in np.linspace(0, 1, 101)]
+    assert 0 < rates[0] < 0.1
+    assert max(rates) == pytest.approx(1, abs=0.01)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+    assert np.argmax(rates) <= 6
+    assert (np.diff(rates[6:]) <= 0).all()

@@ -7,7 +7,7 @@ shows in how much it changes the predictions of its base where the answer begins
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -44,10 +44,18 @@ _PERCENTILE = 95
 
 @dataclass(frozen=True, eq=False)
 class Completions:
-    """The completions of a fit, and where they come from, for reports."""
+    """The completions of a fit.
+
+    Attributes:
+        items: the completions.
+        description: where they come from, for reports.
+        more: writes others like them: the source with its adapter, how many, a seed, prompts that are not to be used,
+            and who answers.
+    """
 
     items: list[Completion]
     description: str
+    more: Callable[[Generator, int, int, Collection[Prompt], Generator], list[Completion]]
 
 
 def answer_given(
@@ -72,7 +80,17 @@ def answer_given(
     _check_enough(found, generator)
     long = sum(len(prompt_ids(generator.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
-    return Completions(found, f"{len(found)} answers{_ended(found, tokens)} to {used}{len(prompts)} given prompts{cut}")
+
+    def more(
+        _: Generator, count: int, seed: int, excluded: Collection[Prompt], answerer: Generator
+    ) -> list[Completion]:
+        usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
+        places = np.random.default_rng(seed).permutation(np.arange(max(count, len(usable))) % len(usable))[:count]
+        part = [Completion(usable[place]) for place in places]
+        return _answer(answerer, part, tokens, settings.answer_temperature, seed, None)
+
+    description = f"{len(found)} answers{_ended(found, tokens)} to {used}{len(prompts)} given prompts{cut}"
+    return Completions(found, description, more)
 
 
 def write_completions(
@@ -103,7 +121,16 @@ def write_completions(
     found = [found[place] for place in order]
     _check_enough(found, generator)
     where = ", ".join(template.name for template in known)
-    return Completions(found, f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}")
+
+    def more(
+        generator: Generator, count: int, seed: int, excluded: Collection[Prompt], answerer: Generator
+    ) -> list[Completion]:
+        wanted = [known[place % len(known)] for place in range(count)]
+        prompts = [item for item in _write_prompts(generator, wanted, seed, None) if item.prompt not in excluded]
+        return _answer(answerer, prompts, tokens, settings.answer_temperature, seed, None)
+
+    description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
+    return Completions(found, description, more)
 
 
 def write_pilot(

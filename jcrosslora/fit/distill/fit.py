@@ -58,7 +58,7 @@ def fit(
     target = teacher.target
     adapter = _with_room(target.params, start, settings, len(parts))
     kept = [teacher.read(batch) for batch in held_out]
-    best, length = _mean_kl(target, adapter, kept), _FIRST
+    best, length = mean_kl(target, adapter, kept), _FIRST
     history = [best]
     with track(sum(map(len, parts)), "fit", "batches", show=progress) as bar:
         totals = zero_statistics(target.params, settings.roles)
@@ -81,7 +81,7 @@ def fit(
     return Fitted(adapter, tuple(history))
 
 
-def _mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
+def mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
     """Mean KL(teacher || target with the adapter), nats a position."""
     sums = [_kl(target.settings, target.params, adapter, batch, target.ends) for batch in batches]
     return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
@@ -113,7 +113,7 @@ def _line_search(
 
     def at(length: float) -> tuple[StackedAdapter, float]:
         moved = _placed(adapter, steps, left, length)
-        return moved, _mean_kl(target, moved, kept)
+        return moved, mean_kl(target, moved, kept)
 
     moved = at(length)
     for _ in range(_SHRINKS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,21 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
+from jcrosslora.decoder import (
+    Generator,
+    StackedAdapter,
+    fast_dtype,
+    load_params,
+    settings_of,
+    stack_adapter,
+    unstack_adapter,
+)
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, shared_tokens, used_tokens
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, fit
+from jcrosslora.fit.distill.refit import ROUND, Refitted, refit
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
@@ -87,6 +97,7 @@ def distill(
     """
     settings.check()
     check_seed(seed)
+    clock = time.monotonic()
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
@@ -95,30 +106,45 @@ def distill(
         completions = answer_given(generator, prompts, settings, seed, progress=progress)
     else:
         completions = write_completions(generator, settings, seed, progress=progress)
-    parts, held_out = _make_parts(completions.items, tokenizers, settings, seed)
+    parts, held_out, kept_back = _make_parts(completions.items, tokenizers, settings, seed)
     batches = [batch for part in (*parts, held_out) for batch in part]
     ids = shared_tokens(source, target, batches, settings.compared_tokens, (tokenizers[0].stops, tokenizers[1].stops))
     ends = end_tokens(tokenizers, completions.items)
-    src = ReducedBase.of(generator.settings, generator.params, used_tokens(batches, 0), ids[0], ends[0])
+    # What is written anew may hold any token.
+    used = (None, None) if settings.refits else (used_tokens(batches, 0), used_tokens(batches, 1))
+    src = ReducedBase.of(generator.settings, generator.params, used[0], ids[0], ends[0])
+    writer = generator if settings.refits else None
     del generator
     params = load_params(target, fast_dtype())
-    tgt = ReducedBase.of(settings_of(target), params, used_tokens(batches, 1), ids[1], ends[1])
-    fitted = fit(Teacher(src, tgt, stacked, settings), parts, held_out, settings, begun, seed=seed, progress=progress)
+    tgt = ReducedBase.of(settings_of(target), params, used[1], ids[1], ends[1])
+    teacher = Teacher(src, tgt, stacked, settings)
+    fitted = fit(teacher, parts, held_out, settings, begun, seed=seed, progress=progress)
+    refitted = None
+    if writer is not None:
+
+        def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
+            student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
+            answerer = writer if own is None else student
+            items = completions.more(writer, ROUND, seed + 100 + number, kept_back, answerer)
+            return make_batches(items, tokenizers, settings.prompt_weight) if items else []
+
+        refitted = refit(teacher, fitted, held_out, fresh, settings, clock, seed=seed, progress=progress)
+        fitted = Fitted(refitted.adapter, fitted.divergences)
     _check_finite(fitted, target)
     positions = sum(batch.positions for part in parts for batch in part)
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter)),
         fitted.divergences,
         positions,
-        _sentence(fitted, completions, positions, len(ids[0])),
+        _sentence(fitted, completions, positions, len(ids[0])) + _refit_sentence(refitted),
         tuple(item.text for item in completions.items),
     )
 
 
 def _make_parts(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], settings: DistillSettings, seed: int
-) -> tuple[list[list[DistillationBatch]], list[DistillationBatch]]:
-    """Make the batches of each step, and those held out; answers to one prompt are all on one side."""
+) -> tuple[list[list[DistillationBatch]], list[DistillationBatch], set[Prompt]]:
+    """Make the batches of each step, and those held out, with their prompts; answers to one are all on one side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
     count = max(1, round(settings.held_out * len(prompts)))
@@ -127,7 +153,7 @@ def _make_parts(
     rest = sorted((item for item in completions if place[item.prompt] >= count), key=lambda item: place[item.prompt])
     steps = min(settings.step_count, len(rest))
     parts = [make_batches(rest[step::steps], tokenizers, settings.prompt_weight) for step in range(steps)]
-    return parts, make_batches(held_out, tokenizers, settings.prompt_weight)
+    return parts, make_batches(held_out, tokenizers, settings.prompt_weight), {item.prompt for item in held_out}
 
 
 def end_tokens(
@@ -152,6 +178,15 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
         what = "its weights, or the update that the fit started from, are too large or not numbers"
         msg = f"{target.ref}: gives predictions that are not finite: {what}"
         raise CheckpointError(msg)
+
+
+def _refit_sentence(refitted: Refitted | None) -> str:
+    if refitted is None:
+        return ""
+    first, best = refitted.divergences[0], min(refitted.divergences)
+    ending = ", where it was stopped" if refitted.stopped else ""
+    where = f"then in gradient steps in all modules on {refitted.completions:,} completions written anew{ending}"
+    return f"; {where}, to {best:.3g} nats" if best < first else f"; {where}, without gain"
 
 
 def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int) -> str:

@@ -26,13 +26,13 @@ class ReducedBase:
         settings: of the base.
         params: its weights, with an embedding of K rows, and a head with a row for each shared token and for each token
             that ends a text.
-        kept: int32 (K,), ascending ids of the embedding's rows.
+        kept: int32 (K,), ascending ids of the embedding's rows; None keeps all.
         ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
     """
 
     settings: DecoderSettings
     params: Params
-    kept: np.ndarray
+    kept: np.ndarray | None
     ends: int = 0
 
     @classmethod
@@ -40,18 +40,19 @@ class ReducedBase:
         cls,
         settings: DecoderSettings,
         params: Params,
-        kept: np.ndarray,
+        kept: np.ndarray | None,
         shared: np.ndarray,
         ends: Sequence[int] = (),
     ) -> "ReducedBase":
-        """Keep the embeddings of the tokens `kept`, and the head's rows of the tokens `shared` and `ends`."""
+        """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `shared` and `ends`."""
         head = head_of(params)[np.concatenate([shared, np.array(ends, shared.dtype)])]
-        params = dataclasses.replace(params, embedding=params.embedding[kept], head=head)
+        embedding = params.embedding if kept is None else params.embedding[kept]
+        params = dataclasses.replace(params, embedding=embedding, head=head)
         return cls(settings, params, kept, len(ends))
 
     def rows(self, tokens: np.ndarray) -> jax.Array:
         """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
-        return jnp.asarray(np.searchsorted(self.kept, tokens).astype(np.int32))
+        return jnp.asarray(tokens if self.kept is None else np.searchsorted(self.kept, tokens).astype(np.int32))
 
 
 def shared_scores(settings: DecoderSettings, params: Params, states: jax.Array, ends: int) -> jax.Array:
