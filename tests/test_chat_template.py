@@ -80,6 +80,22 @@ def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
     assert load_tokenizer(open_base(tmp_path)).chat_template == INST
 
 
+def test_a_given_template_is_used_in_place_of_the_bases_own(tmp_path):
+    write_base(tmp_path / "base", 60)
+    (tmp_path / "base" / "chat_template.jinja").write_text(INST)
+    (tmp_path / "other.jinja").write_text(CHATML)
+    base = open_base(tmp_path / "base", chat_template=tmp_path / "other.jinja")
+    assert load_tokenizer(base).chat_template == CHATML
+    assert open_base(base).chat_template == CHATML
+    (tmp_path / "empty.jinja").write_text("\n")
+    for name, reason in (
+        ("none.jinja", "no chat template that can be read"),
+        ("empty.jinja", "holds no chat template"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            open_base(tmp_path / "base", chat_template=tmp_path / name)
+
+
 def test_contents_are_found_where_the_template_says_the_same_words(tmp_path):
     tokenizer, _ = tokenizer_of(tmp_path, "byte-level", CHATML)
     found = render(tokenizer, (Message("user", "user"), Message("assistant", "assistant")), ask=True)

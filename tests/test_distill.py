@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
-from transfers import transfer_settings
+from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import ROLES
@@ -60,6 +60,7 @@ from jcrosslora.fit.distill.template_choice import judge_templates, known_templa
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
 from jcrosslora.session.files import transfer_files
 from jcrosslora.text import Completion, Message, read
+from jcrosslora.text.chat_template import PLAIN_TEMPLATE
 
 SMALL = DistillSettings(
     steps=2, step_rank=4, completions=48, answer_tokens=6, compared_tokens=400, teacher_weight=0.0, contrast_weight=1.0
@@ -679,6 +680,31 @@ def test_an_adapter_is_fitted_in_the_chat_template_of_each_base(tmp_path):
     given = [(Message("user", text),) for text in CORPUS]
     found = distill(source, target, random_adapter(source, scale=0.3), prompts=given, settings=SMALL)
     assert found.divergences[-1] < found.divergences[0]
+
+
+def test_an_adapter_is_moved_in_its_own_chat_template(tmp_path):
+    source = chat_base(tmp_path / "source")
+    target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1, eos=1))
+    jcl.save_adapter(random_adapter(source, scale=0.3), tmp_path / "adapter")
+    lines = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]} for text in CORPUS
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    places = tmp_path / "adapter", source.path, target.path
+    given = {"method": "distill", "steps": 1, "step_rank": 4, "completions": 24, "probe_text": str(prompts)}
+    plain = move_files(*places, tmp_path / "one", **given, effect="never")
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
+    # The file beside the adapter comes before the base's own template, and a given one before the target's.
+    turns = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[a] "
+    )
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(turns + "{% endif %}")
+    other = move_files(*places, tmp_path / "two", **given, effect="never")
+    assert other.texts != plain.texts
+    given["target_template"] = str(tmp_path / "adapter" / "chat_template.jinja")
+    move_files(*places, tmp_path / "three", **given, effect="never")
+    assert (tmp_path / "three" / "chat_template.jinja").read_text() == turns + "{% endif %}"
 
 
 def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):

@@ -18,6 +18,7 @@ from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
 CONFIG = "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
@@ -177,6 +178,15 @@ def stated_licence(folder: Path) -> str | None:
     with suppress(OSError), card.open("rb") as file:
         found = _FRONT_MATTER.match(file.read(_LONGEST).decode("utf-8", errors="replace"))
         return None if found is None else _licence(found[1])
+    return None
+
+
+def stated_template(folder: Path) -> str | None:
+    """Return the chat template in a folder's chat_template.jinja; None where there is none that can be read."""
+    path = folder / CHAT_TEMPLATE
+    with suppress(OSError, UnicodeDecodeError):
+        text = path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= _LONGEST else ""
+        return text if text.strip() else None
     return None
 
 

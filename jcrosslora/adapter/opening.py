@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jcrosslora.adapter.config import check_type, config_notes
-from jcrosslora.adapter.folder import AdapterFiles, Form, find_adapter, open_weights, read_config, stated_licence
+from jcrosslora.adapter.folder import (
+    AdapterFiles,
+    Form,
+    find_adapter,
+    open_weights,
+    read_config,
+    stated_licence,
+    stated_template,
+)
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind
 from jcrosslora.adapter.kinds.registry import TYPES, kind_of
@@ -32,6 +40,7 @@ class OpenedAdapter:
         form: the format of its files; None in memory.
         revision: hub commit of the files, if they were asked for by a hub id.
         licence: as the model card beside the files states it, or None.
+        chat_template: as the file beside them states it, or None.
         kind: of adapter.
         file: its configuration and tensors.
         groups: the same tensors by purpose.
@@ -43,6 +52,7 @@ class OpenedAdapter:
     form: Form | None
     revision: str | None
     licence: str | None
+    chat_template: str | None
     kind: Kind
     file: AdapterFile
     groups: TensorGroups
@@ -60,6 +70,7 @@ class OpenedAdapter:
             digest=f"sha256:{self.file.file.file.sha256()}",
             revision=self.revision,
             licence=self.licence,
+            chat_template=self.chat_template,
             kind=self.kind.name,
             **known,
         )
@@ -107,6 +118,7 @@ def open_adapter(
         "form": files.form,
         "revision": commit,
         "licence": stated_licence(files.weights.parent),
+        "chat_template": stated_template(files.weights.parent),
     }
     return _opened(_peft_contents(files, base), where, base, rank, **origin)
 
@@ -129,7 +141,7 @@ def open_state_dict(
     check_type(config, name, TYPES)
     check_names(Path(name), tensors)
     contents = PeftContents(config, MemoryWeights(name, tensors), config, tuple(config_notes(config)))
-    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licence=None)
+    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licence=None, chat_template=None)
 
 
 def _opened(

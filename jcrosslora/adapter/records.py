@@ -31,6 +31,7 @@ class AdapterInfo:
         lost: share of the update's squared Frobenius norm that reading it lost.
         licence: as the adapter's own card states it, or None.
         rank_limit: the largest rank that was asked for when it was read, or None.
+        chat_template: Jinja template that lies beside it, which it was probably trained in, or None.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
         invocation_target: the same text in token ids of the target base, see `shifting.invocation`.
         stacked: of a stack of adapters the info of each one, in order, see `stack_adapters`.
@@ -48,6 +49,7 @@ class AdapterInfo:
     lost: float = 0.0
     licence: str | None = None
     rank_limit: int | None = None
+    chat_template: str | None = None
     invocation: tuple[int, ...] | None = None
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()

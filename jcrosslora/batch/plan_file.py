@@ -17,12 +17,12 @@ from jcrosslora.methods import AUTO, find_method, setting_fields
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, check_settings, read_toml
 
 _TABLES = ("out", "bases", "adapters", "moves")
-_BASE_KEYS = ("ref", "revision", "name")
+_BASE_KEYS = ("ref", "revision", "name", "template")
 # Keys of a move; all other keys are settings of the transfer.
 _MOVE_KEYS = ("from", "to", "methods", "adapters", "label")
 # Settings that the plan's other tables or the batch itself determine.
 _OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
-_OWN_BASES = ("source_revision", "target_revision", "target_name")
+_OWN_BASES = ("source_revision", "target_revision", "target_name", "source_template", "target_template")
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -57,14 +57,15 @@ class _Base:
     ref: str
     revision: str | None = None
     name: str | None = None
+    template: str | None = None
 
 
 def read_plan(path: str | Path) -> BatchPlan:
     """Read a plan from a TOML file.
 
-    It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name}), a table `adapters` (name of a base
-    = list of adapters trained on it; the wildcards * ? [] match folders that are not hidden), and at least one
-    `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by name,
+    It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name, template}), a table `adapters` (name
+    of a base = list of adapters trained on it; the wildcards * ? [] match folders that are not hidden), and at least
+    one `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by name,
     `label` distinguishes moves that would write to one folder, and all other keys are settings of a transfer. Paths are
     relative to the file.
 
@@ -181,6 +182,8 @@ def _settings(
         source_revision=source.revision,
         target_revision=target.revision,
         target_name=target.name,
+        source_template=source.template,
+        target_template=target.template,
         **more,
     )
 
@@ -202,8 +205,12 @@ def _base(value: Any, folder: Path, place: str) -> _Base:
         msg = f'{place} is {value!r}; write a path or hub id, or {{ ref = "...", revision = "...", name = "..." }}'
         raise UsageError(msg)
     _refuse_unknown(value, _BASE_KEYS, place)
-    check_settings({f"target_{key}": value[key] for key in ("revision", "name") if key in value}, place)
-    return dataclasses.replace(_Base(**value), ref=_placed(value["ref"], folder, place))
+    check_settings({f"target_{key}": value[key] for key in _BASE_KEYS[1:] if key in value}, place)
+    template = value.get("template")
+    placed = {"ref": _placed(value["ref"], folder, place)}
+    if template is not None:
+        placed["template"] = str(folder / Path(template).expanduser())
+    return dataclasses.replace(_Base(**value), **placed)
 
 
 def _adapters(refs: Any, folder: Path, place: str) -> list[str]:

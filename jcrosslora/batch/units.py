@@ -12,7 +12,7 @@ from jcrosslora.session.settings import TransferSettings
 
 # Settings that determine the alignment; all others concern a single adapter.
 _ALIGNING = (
-    *("source", "target", "source_revision", "target_revision", "target_name"),
+    *("source", "target", "source_revision", "target_revision", "target_name", "source_template", "target_template"),
     *("method", "depth", "seed", "probe_text", "probe_count", "cache"),
 )
 

@@ -47,6 +47,7 @@ class BaseModel:
         modules: every linear module by its Llama-style name: by layer, then q, k, v, o, gate, up, down.
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         store: the tensors.
+        chat_template: Jinja template given in place of the base's own, else None.
     """
 
     name: str
@@ -60,6 +61,7 @@ class BaseModel:
     modules: Mapping[str, Module]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]]
     store: TensorStore
+    chat_template: str | None = None
 
     def __repr__(self) -> str:
         facts = f"{self.family.name}, {self.dims.layers} layers, width {self.dims.hidden}"

@@ -25,6 +25,7 @@ def open_base(
     name: str | None = None,
     config: Any = None,
     tokenizer: Any = None,
+    chat_template: str | Path | None = None,
 ) -> BaseModel:
     """Open a base model and check its configuration and the shapes of its tensors; weights are read when used.
 
@@ -40,6 +41,7 @@ def open_base(
             brings its own.
         tokenizer: for weights in memory, the tokenizer if text is to be read: a folder, a tokenizer.json, a fast
             tokenizer of transformers, or a `tokenizers.Tokenizer`.
+        chat_template: a file with a Jinja template, by which conversations are read in place of the base's own.
 
     Returns:
         The base model.
@@ -47,8 +49,11 @@ def open_base(
     Raises:
         CheckpointError: not found, not of that revision, of an unknown family, or tensors that do not fit the
             configuration.
-        UsageError: an argument that does not apply to this kind of base.
+        UsageError: an argument that does not apply to this kind of base, or a template that cannot be read.
     """
+    if chat_template is not None:
+        opened = open_base(base, revision=revision, name=name, config=config, tokenizer=tokenizer)
+        return replace(opened, chat_template=_read_template(Path(chat_template)))
     if isinstance(base, str | Path):
         _refuse(base, "weights in memory", config=config, tokenizer=tokenizer)
         return _open_path(base, revision, name)
@@ -57,6 +62,18 @@ def open_base(
         return base if name is None else replace(base, name=name)
     _refuse(name or "weights in memory", "a hub id", revision=revision)
     return _open_memory(base, name, config, tokenizer)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: is no chat template that can be read ({type(error).__name__}): give a file of Jinja source"
+        raise UsageError(msg) from error
+    if not text.strip():
+        msg = f"{path}: holds no chat template: give a file of Jinja source"
+        raise UsageError(msg)
+    return text
 
 
 def _refuse(ref: str | Path, wanted: str, **arguments: Any) -> None:

@@ -128,7 +128,8 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
     known = [index for index in found if type(index) is int and 0 <= index < base.dims.vocab]
     eos = known[0] if known else None
     stops = tuple(sorted(set(known)))
-    return Tokenizer(bos, stops, base.dims.vocab, base.ref, backend, eos, bos_name, chat_template)
+    template = chat_template if base.chat_template is None else base.chat_template
+    return Tokenizer(bos, stops, base.dims.vocab, base.ref, backend, eos, bos_name, template)
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

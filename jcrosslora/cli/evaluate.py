@@ -30,6 +30,8 @@ class Evaluate:
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Adapters of this base, judged beside each other."""
+    template: Path | None = None
+    """File with a chat template, by which conversations are read in place of the base's own."""
     limit: int | None = None
     """Take only the first so many lines."""
     max_new_tokens: int | None = None
@@ -52,7 +54,7 @@ class Evaluate:
         examples = read_examples(self.task)
         questions = [one for one in examples if isinstance(one, Question)]
         self._check(written=not questions)
-        base = open_base(self.base)
+        base = open_base(self.base, chat_template=self.template)
         adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
         notes = [
             f"{adapter.info.name}: {sentence}"

@@ -20,6 +20,8 @@ class Train(TrainingSettings):
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     out: Path
     """The folder to write."""
+    template: Path | None = None
+    """File with a chat template, by which conversations are read in place of the base's own."""
     limit: int | None = None
     """Only the first so many examples."""
     checkpoints: Path | None = None
@@ -30,6 +32,9 @@ class Train(TrainingSettings):
     def run(self, console: Console) -> None:
         """Train and write."""
         from jcrosslora.checkpoint import open_base
+        from jcrosslora.checkpoint.tokenizer import load_tokenizer
+        from jcrosslora.text import Completion
+        from jcrosslora.text.chat_template import template_of
         from jcrosslora.training import read_examples, save_trained, train_lora
         from jcrosslora.utils.files import ensure_free
 
@@ -38,8 +43,10 @@ class Train(TrainingSettings):
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
         settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
-        base, examples = open_base(self.base), read_examples(self.data)[: self.limit]
+        base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
         adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=True)
         facts = {"task": self.data.name, "first": len(examples)}
-        save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite)
+        chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
+        template = template_of(load_tokenizer(base)) if chats else None
+        save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
         console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)

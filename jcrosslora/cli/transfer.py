@@ -19,7 +19,7 @@ class _Transfer:
     """Move an adapter to another base model."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "method": ("calibrate", "depth", "probe_text", "probe_count"),
+        "method": ("calibrate", "depth", "probe_text", "probe_count", "source_template", "target_template"),
         "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
         "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
         "hub": ("adapter_revision", "source_revision", "target_revision"),

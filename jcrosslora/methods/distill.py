@@ -35,4 +35,10 @@ class Distill(DistillSettings, Method):
             seed=context.seed,
             progress=context.progress,
         )
-        return Update(found.adapter, fitted=found.sentence, texts=found.texts, wrote_prompts=not context.prompts)
+        return Update(
+            found.adapter,
+            fitted=found.sentence,
+            texts=found.texts,
+            wrote_prompts=not context.prompts,
+            chat_template=found.chat_template,
+        )

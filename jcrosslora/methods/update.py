@@ -54,6 +54,7 @@ class Update:
         added: description of what was added to the moved update, likewise; None if nothing was.
         texts: the texts that the source wrote for the fit.
         wrote_prompts: whether the source wrote the prompts of these texts as well.
+        chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
     """
 
     adapter: Adapter
@@ -61,3 +62,4 @@ class Update:
     added: str | None = None
     texts: tuple[str, ...] = ()
     wrote_prompts: bool = False
+    chat_template: str | None = None

@@ -95,8 +95,13 @@ def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adap
 
 
 def _open_bases(settings: TransferSettings) -> tuple[BaseModel, BaseModel]:
-    source = open_base(settings.source, revision=settings.source_revision)
-    return source, open_base(settings.target, revision=settings.target_revision, name=settings.target_name)
+    source = open_base(settings.source, revision=settings.source_revision, chat_template=settings.source_template)
+    return source, open_base(
+        settings.target,
+        revision=settings.target_revision,
+        name=settings.target_name,
+        chat_template=settings.target_template,
+    )
 
 
 def _load(settings: TransferSettings, session: PairSession) -> Adapter:

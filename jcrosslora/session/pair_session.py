@@ -241,7 +241,7 @@ class PairSession:
             ranks={name: factors.rank for name, factors in moved.modules.items()},
             tokens=shifted.tokens,
         )
-        return TransferResult(moved, report, update.texts or tuple(probes), frozen)
+        return TransferResult(moved, report, update.texts or tuple(probes), frozen, update.chat_template)
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
         """Shift an adapter through an existing transport, and finish it.

@@ -12,6 +12,7 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
+from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profiles import Profile, why_without_tokens
 from jcrosslora.adapter.save import save_adapter
@@ -33,12 +34,14 @@ class TransferResult:
         report: the account of the transfer.
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
         frozen: the frozen factors for profile lora-xs; None for other profiles.
+        chat_template: Jinja source by which the target read conversations; None if the fit had none.
     """
 
     adapter: Adapter
     report: TransferReport
     texts: tuple[str, ...] = ()
     frozen: Frozen | None = None
+    chat_template: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -81,9 +84,13 @@ class TransferResult:
             all_modules=list(target.shapes),
             family=target.family,
             heads=target.heads,
-            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype),
+            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._template(),
             metadata=_metadata(published(report)),
         )
+
+    def _template(self) -> dict[str, str]:
+        """Return the chat template as a file, so that the adapter is used as it was fitted."""
+        return {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.

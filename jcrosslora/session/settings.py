@@ -78,6 +78,10 @@ class TransferSettings(TransferOptions):
     """Hub revision of the source base."""
     target_revision: str | None = None
     """Hub revision of the target base."""
+    source_template: str | None = None
+    """File with the chat template of the source, if it is neither the base's own nor beside the adapter."""
+    target_template: str | None = None
+    """File with the chat template that the target is to use in place of its own."""
     target_name: str | None = None
     """What to write as the adapter's base model, where the target's own name is not the one wanted."""
     overwrite: bool = False

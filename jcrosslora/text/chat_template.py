@@ -64,13 +64,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, ask: bool = Fal
     return Rendered(text, spans, tuple(skipped))
 
 
-def check_template(tokenizer: Tokenizer) -> None:
-    """Check a chat template by a short conversation.
-
-    Raises:
-        UsageError: the template cannot be read, or refuses it.
-    """
-    render(tokenizer, (Message("user", "Question"), Message("assistant", "Answer")))
+def template_of(tokenizer: Tokenizer) -> str:
+    """Return the source of the template that `render` uses."""
+    return tokenizer.chat_template or PLAIN_TEMPLATE
 
 
 def _around(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> list[str]:
@@ -105,7 +101,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Seque
         {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
     ]
     names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    template = template_of(tokenizer)
     try:
         texts, _ = render_jinja_template([conversation], chat_template=template, add_generation_prompt=ask, **names)
     except Exception as error:  # a template is a program of somebody else's, which may raise anything

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from jcrosslora.adapter import Adapter, save_adapter
+from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
@@ -98,8 +99,11 @@ def save_trained(
     facts: dict[str, Any],
     *,
     overwrite: bool = False,
+    chat_template: str | None = None,
 ) -> None:
     """Write a trained adapter as a PEFT folder, with the settings and facts of its training in the file's metadata.
+
+    A chat template is written beside it, for those who use or move the adapter.
 
     Raises:
         OutputError: the folder exists already, or cannot be written.
@@ -111,6 +115,7 @@ def save_trained(
         fused=base.fused,
         all_modules=list(base.modules),
         metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
+        documents={} if chat_template is None else {CHAT_TEMPLATE: chat_template},
         overwrite=overwrite,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from jcrosslora.fit.distill.refit import ROUND, Refitted, refit
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
+from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
 
 
@@ -45,6 +47,7 @@ class Distilled:
         positions: predictions that the steps were fitted on.
         sentence: a summary for reports, without a full stop.
         texts: the completions, prompts and answers.
+        chat_template: of the target, in which it read conversations; None if there were none.
     """
 
     adapter: Adapter
@@ -52,6 +55,7 @@ class Distilled:
     positions: int
     sentence: str
     texts: tuple[str, ...]
+    chat_template: str | None = None
 
 
 def distill(
@@ -98,7 +102,7 @@ def distill(
     settings.check()
     check_seed(seed)
     clock = time.monotonic()
-    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    tokenizers = _own_template(load_tokenizer(source), adapter), load_tokenizer(target)
     stacked = stack_adapter(adapter, source)
     begun = None if start is None else stack_adapter(start, target)
     generator = Generator.of(source, adapter, params=load_params(source, fast_dtype()), tokenizer=tokenizers[0])
@@ -138,6 +142,7 @@ def distill(
         positions,
         _sentence(fitted, completions, positions, len(ids[0])) + _refit_sentence(refitted),
         tuple(item.text for item in completions.items),
+        template_of(tokenizers[1]) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )
 
 
@@ -154,6 +159,12 @@ def _make_parts(
     steps = min(settings.step_count, len(rest))
     parts = [make_batches(rest[step::steps], tokenizers, settings.prompt_weight) for step in range(steps)]
     return parts, make_batches(held_out, tokenizers, settings.prompt_weight), {item.prompt for item in held_out}
+
+
+def _own_template(tokenizer: Tokenizer, adapter: Adapter) -> Tokenizer:
+    """Read conversations in the template that lies beside the adapter, if there is one."""
+    template = adapter.info.chat_template
+    return tokenizer if template is None else dataclasses.replace(tokenizer, chat_template=template)
 
 
 def end_tokens(
