@@ -65,9 +65,9 @@ def read_plan(path: str | Path) -> BatchPlan:
 
     It has `out`, a table `bases` (name = path or hub id, or {ref, revision, name, template}), a table `adapters` (name
     of a base = list of adapters trained on it; the wildcards * ? [] match folders that are not hidden), and at least
-    one `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by name,
-    `label` distinguishes moves that would write to one folder, and all other keys are settings of a transfer. Paths are
-    relative to the file.
+    one `[[moves]]`: `from` and `to` name bases, `methods` lists methods, `adapters` selects the base's adapters by
+    name, `label` distinguishes moves that would write to one folder, and all other keys are settings of a transfer.
+    Paths are relative to the file.
 
     Raises:
         UsageError: the file cannot be read or does not have this form, names an undefined base, selects no adapter, or
