@@ -19,10 +19,11 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
-from jcrosslora.fit.distill.batches import make_batches, shared_tokens, used_tokens
+from jcrosslora.fit.distill.batches import make_batches, used_tokens
 from jcrosslora.fit.distill.run import end_tokens
-from jcrosslora.fit.distill.teacher import ReducedBase, mix_teacher, shared_log_probs
-from jcrosslora.text import read
+from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.symbols import find_symbols
+from jcrosslora.fit.distill.teacher import ReducedBase, Teacher, mix_teacher
 from jcrosslora.training import read_examples
 from jcrosslora.training.examples import as_completion
 
@@ -37,36 +38,32 @@ def run(arguments: argparse.Namespace) -> None:
     items = [as_completion(one) for one in examples]
     # One completion a call keeps track of whole answers; of few shapes all the same.
     batches = [make_batches([item], tokenizers, 0.0)[0] for item in items]
-    stops = tokenizers[0].stops, tokenizers[1].stops
-    ids, ends = shared_tokens(source, target, batches, 6000, stops), end_tokens(tokenizers, items)
-    bases = [
+    stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, items)
+    symbols = find_symbols(source, target, batches, 6000, stops, ends)
+    src, tgt = (
         ReducedBase.of(
-            settings_of(base), load_params(base, fast_dtype()), used_tokens(batches, side), ids[side], ends[side]
+            settings_of(base),
+            load_params(base, fast_dtype()),
+            used_tokens(batches, side),
+            symbols.heads(side),
+            len(ends[side]),
         )
         for side, base in enumerate((source, target))
-    ]
+    )
     stacked = stack_adapter(adapter, source)
-    column = {int(index): place for place, index in enumerate(ids[1])}
-    sums = {mix: [] for mix in MIXES}
-    for item, batch in zip(items, batches, strict=True):
-        src, tgt = bases
-        read_src = src.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
-        read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
-        base, adapted = (
-            shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends) for one in (None, stacked)
-        )
-        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends)
-        whole = read(tokenizers[1], item).ids
-        places = batch.at_tgt[batch.weight > 0]
-        wanted = [column.get(int(whole[place + 1]), -1) for place in places]
-        if item.ended and ends[1]:
-            wanted[-1] = own.shape[1] - 1
-        wanted = np.array(wanted)
-        rows = np.flatnonzero(batch.weight > 0)[wanted >= 0]
+    sums: dict[tuple[float, float], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
+    column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
+    teacher = Teacher(src, tgt, stacked, DistillSettings(), symbols)
+    for batch in batches:
+        found, base, adapted = teacher.sides(batch)
+        rows = np.flatnonzero(batch.answer)
+        # Behind the last token of an answer its end follows, which is the last column.
+        wanted = np.array([column.get(int(token), base.shape[1] - 1) for token in batch.next_tgt[rows]])
         for mix in MIXES:
-            mixed = np.asarray(mix_teacher(own, base, adapted, *map(jnp.float32, mix)))[rows]
-            right = mixed[np.arange(len(rows)), wanted[wanted >= 0]]
-            sums[mix].append((-right.sum(), (mixed.max(axis=1) == right).sum(), len(rows)))
+            taught = np.asarray(mix_teacher(found.teacher, base, adapted, *map(jnp.float32, mix)))
+            right = taught[rows, wanted]
+            hits = (taught[rows].max(axis=1) == right).sum()
+            sums[mix].append((-float(right.sum()), int(hits), len(rows)))
     table = Table("teacher weight", "contrast", "NLL", "right tokens", "right answers", title=f"{len(items)} examples")
     for mix in MIXES:
         nll, hits, count = np.array(sums[mix], np.float64).T

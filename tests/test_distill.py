@@ -40,7 +40,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageE
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import template_choice
-from jcrosslora.fit.distill.batches import BATCH, make_batches, shared_tokens, used_tokens
+from jcrosslora.fit.distill.batches import BATCH, make_batches, used_tokens
 from jcrosslora.fit.distill.completions import (
     JUDGED_TOKENS,
     PILOT,
@@ -55,6 +55,7 @@ from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import Statistics, add_batch, needs_remat, zero_statistics
 from jcrosslora.fit.distill.step import DAMPING, FLOOR_IN, FLOOR_OUT, solve, step_factors
+from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, mix_teacher, shared_log_probs, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
@@ -397,13 +398,15 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
     for batch, item in zip(found, items, strict=True):
         assert batch.tokens_src.shape[0] == min(BATCH, 768 // batch.tokens_src.shape[1])
         reading = read(tokenizers[0], item)
-        rows, places = np.divmod(batch.at_src[batch.weight > 0], batch.tokens_src.shape[1])
+        matched = (batch.weight > 0) & (batch.at_src > 0)
+        rows, places = np.divmod(batch.at_src[matched], batch.tokens_src.shape[1])
         assert set(rows) == {0}
         inside = places < reading.answer - 1
-        assert set(batch.weight[batch.weight > 0][inside]) == {np.float32(0.25)}
-        assert set(batch.weight[batch.weight > 0][~inside]) == {np.float32(1)}
+        assert set(batch.weight[matched][inside]) == {np.float32(0.25)}
+        assert set(batch.weight[matched][~inside]) == {np.float32(1)}
+        np.testing.assert_array_equal(batch.answer[matched], ~inside)
         assert places.max() == len(reading.ids) - 1
-    src, tgt = shared_tokens(source, target, found, 5)
+    src, tgt = find_symbols(source, target, found, 5).shared
     words_src, words_tgt = source.vocabulary().tokens, target.vocabulary().tokens
     by_id = {index: token for token, index in words_tgt.items()}
     assert [words_src[by_id[int(index)]] for index in tgt] == src.tolist()
@@ -715,18 +718,20 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     whole, cut = (make_batches([dataclasses.replace(item, ended=ended)], tokenizers, 1.0) for ended in (True, False))
     # The token that ends the answer is predicted, and not read.
     np.testing.assert_array_equal(whole[0].tokens_tgt, cut[0].tokens_tgt)
-    ids = shared_tokens(source, target, whole, 400, (tokenizers[0].stops, tokenizers[1].stops))
-    assert 1 not in ids[0]
+    stops = tokenizers[0].stops, tokenizers[1].stops
+    symbols = find_symbols(source, target, whole, 400, stops, ((1,), (1, 5)))
+    ids = symbols.heads(1)[:-2]
+    assert 1 not in symbols.shared[0]
     params, model = load_params(target), settings_of(target)
     rows = used_tokens(whole, 1)
     last = int(whole[0].at_tgt[whole[0].weight > 0].max())
-    reduced = ReducedBase.of(model, params, rows, ids[1], (1, 5))
+    reduced = ReducedBase.of(model, params, rows, symbols.heads(1), 2)
     read = reduced.rows(whole[0].tokens_tgt), jnp.asarray(whole[0].mask_tgt), jnp.asarray([last])
     found = shared_log_probs(model, reduced.params, None, *read, ends=2)
     hidden = forward(model, params, jnp.asarray(whole[0].tokens_tgt), mask=read[1]).hidden.reshape(-1, 32)[last]
     scores = np.asarray(logits(model, params, hidden), np.float64)
     both = np.exp(scores[[1, 5]]).sum()
-    np.testing.assert_allclose(found[0, -1], np.log(both / (np.exp(scores[ids[1]]).sum() + both)), rtol=1e-4)
+    np.testing.assert_allclose(found[0, -1], np.log(both / (np.exp(scores[ids]).sum() + both)), rtol=1e-4)
 
 
 def test_completions_are_compared_each_by_itself(pair):
@@ -888,12 +893,18 @@ def beginning(pair):
     source, target, adapter = pair
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
-    ids = shared_tokens(source, target, batches, 400)
+    symbols = find_symbols(source, target, batches, 400)
     bases = [
-        ReducedBase.of(settings_of(base), load_params(base), None, ids[side]) for side, base in enumerate(pair[:2])
+        ReducedBase.of(settings_of(base), load_params(base), None, symbols.heads(side))
+        for side, base in enumerate(pair[:2])
     ]
     start = jax.tree.map(jnp.zeros_like, stack_adapter(random_adapter(target, roles=("v_proj",), rank=2), target))
-    return Teacher(*bases, stack_adapter(adapter, source), SMALL), Fitted(start, (1.0,)), batches[:1], batches[1:]
+    return (
+        Teacher(*bases, stack_adapter(adapter, source), SMALL, symbols),
+        Fitted(start, (1.0,)),
+        batches[:1],
+        batches[1:],
+    )
 
 
 def test_an_interrupted_refit_keeps_the_best_update(beginning):

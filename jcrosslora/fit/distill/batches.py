@@ -1,14 +1,13 @@
-"""Distillation batches: completions as both bases read them, and the tokens that predictions are compared on."""
+"""Distillation batches: completions as both bases read them, and the positions where their predictions are compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
-from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.errors import UsageError
 from jcrosslora.text import Completion, Reading, read
 
 # Tokens of a row: the fewer shapes, the less to compile.
@@ -28,8 +27,11 @@ class DistillationBatch:
         tokens_tgt: int32 (B, T).
         mask_tgt: bool (B, T).
         at_src: int32 (P,), flat indices of matched positions of the source; zero where there is none.
-        at_tgt: int32 (P,), the matching positions of the target.
-        weight: float32 (P,), of each match in the fit; 0 where there is none.
+        at_tgt: int32 (P,), the matching positions of the target, and those inside an answer that match nothing.
+        next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
+        next_tgt: int32 (P,), that of the target likewise.
+        answer: bool (P,), whether a token of the answer follows.
+        weight: float32 (P,), of each position in the fit; 0 where there is none.
     """
 
     tokens_src: np.ndarray
@@ -38,20 +40,25 @@ class DistillationBatch:
     mask_tgt: np.ndarray
     at_src: np.ndarray
     at_tgt: np.ndarray
+    next_src: np.ndarray
+    next_tgt: np.ndarray
+    answer: np.ndarray
     weight: np.ndarray
 
     @property
     def positions(self) -> int:
-        """Number of matched positions with a weight."""
+        """Number of positions with a weight."""
         return int((self.weight > 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """One completion: tokens of both bases up to the last match, and the matches."""
+    """One completion: tokens of both bases up to the last match, and the compared positions, as in a batch."""
 
     ids: tuple[np.ndarray, np.ndarray]
     at: tuple[np.ndarray, np.ndarray]
+    next: tuple[np.ndarray, np.ndarray]
+    answer: np.ndarray
     weight: np.ndarray
 
     @property
@@ -92,7 +99,8 @@ def make_batches(
 def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     """Pair the tokens that end at the same place of the same content; of several on one side the first.
 
-    The first position is never matched: models have huge activations there that say nothing about the text.
+    The first position is never matched: models have huge activations there that say nothing about the text. Positions
+    of the target inside the answer that match nothing are compared with the text alone.
     """
     keys_src, keys_tgt = (
         np.where(one.content >= 0, one.content.astype(np.int64) * _PLACES + one.end, -1) for one in (src, tgt)
@@ -100,16 +108,34 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     shared, at_src, at_tgt = np.intersect1d(keys_src, keys_tgt, return_indices=True)
     inside = (shared >= 0) & (at_src > 0) & (at_tgt > 0)
     at_src, at_tgt = at_src[inside], at_tgt[inside]
-    # The token in front of the answer predicts its first one.
-    weight = np.where(at_src >= src.answer - 1, 1.0, prompt_weight).astype(np.float32)
-    ids, at, kept = [], [], np.ones(len(at_src), bool)
-    for one, places in ((src, at_src), (tgt, at_tgt)):
-        last = int(places[-1]) + 1 if len(places) else 0
-        first = max(0, last - LONGEST)
-        ids.append(one.ids[first:last])
-        at.append(places - first)
-        kept &= places - first > 0
-    return _Pair((ids[0], ids[1]), (at[0][kept], at[1][kept]), weight[kept])
+    last = int(at_tgt[-1]) if len(at_tgt) else 0
+    alone = np.setdiff1d(np.arange(max(1, tgt.answer - 1), last), at_tgt)
+    at_src, at_tgt = np.concatenate([at_src, np.full(len(alone), -1)]), np.concatenate([at_tgt, alone])
+    answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
+    sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
+    kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
+    (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
+    return _Pair(
+        (ids_src, ids_tgt),
+        (np.maximum(at_src, 0)[kept], at_tgt[kept]),
+        (next_src[kept], next_tgt[kept]),
+        answer[kept],
+        np.where(answer, 1.0, prompt_weight).astype(np.float32)[kept],
+    )
+
+
+def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut a reading behind its last place and, if it is too long, in front.
+
+    Returns:
+        The tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
+        where none or the one that ends the answer follows.
+    """
+    last = int(places.max(initial=-1)) + 1
+    first = max(0, last - LONGEST)
+    behind = np.append(reading.ids[: len(reading.ids) - reading.stop], np.full(1 + reading.stop, -1))
+    following = np.where(places >= 0, behind[places + 1], -1)
+    return reading.ids[first:last], np.where(places >= 0, places - first, -1), following
 
 
 def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
@@ -117,49 +143,17 @@ def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
         pad_right([pair.ids[side] for pair in pairs], (rows, width)) for side in (0, 1)
     )
     room = rows * width - sum(len(pair.weight) for pair in pairs)
+
+    def joined(parts: Sequence[np.ndarray], empty: int, dtype: DTypeLike) -> np.ndarray:
+        return np.pad(np.concatenate(parts), (0, room), constant_values=empty).astype(dtype)
+
     at_src, at_tgt = (
-        np.pad(np.concatenate([row * width + pair.at[side] for row, pair in enumerate(pairs)]), (0, room))
-        for side in (0, 1)
+        joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32) for side in (0, 1)
     )
-    weight = np.pad(np.concatenate([pair.weight for pair in pairs]), (0, room))
-    places = at_src.astype(np.int32), at_tgt.astype(np.int32)
-    return DistillationBatch(tokens_src, mask_src, tokens_tgt, mask_tgt, *places, weight)
-
-
-def shared_tokens(
-    source: BaseModel,
-    target: BaseModel,
-    batches: Sequence[DistillationBatch],
-    commonest: int,
-    stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
-) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the shared tokens that predictions are compared on: those in the batches, and the commonest.
-
-    The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
-
-    Args:
-        source: the source base.
-        target: the target base.
-        batches: all batches of the fit.
-        commonest: how many of the source's lowest ids to take, whether they occur or not.
-        stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
-
-    Returns:
-        Their ids in source and target, int32 (V,) each.
-
-    Raises:
-        MethodError: a vocabulary cannot be read, or the two share too few tokens.
-    """
-    ids, reason = shared_ids(source, target)
-    if ids is None:
-        msg = f"predictions cannot be compared: {reason}; use another method"
-        raise MethodError(msg)
-    order = np.argsort(ids[0])
-    ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
-    kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))
-    kept |= np.arange(len(ids_src)) < commonest
-    kept &= ~np.isin(ids_src, list(stops[0])) & ~np.isin(ids_tgt, list(stops[1]))
-    return ids_src[kept], ids_tgt[kept]
+    next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
+    answer, weight = joined([pair.answer for pair in pairs], 0, bool), joined([p.weight for p in pairs], 0, np.float32)
+    read = tokens_src, mask_src, tokens_tgt, mask_tgt
+    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, weight)
 
 
 def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:

@@ -25,11 +25,12 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
-from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, shared_tokens, used_tokens
+from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, fit
 from jcrosslora.fit.distill.refit import ROUND, Refitted, refit
 from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
@@ -112,16 +113,16 @@ def distill(
         completions = write_completions(generator, settings, seed, progress=progress)
     parts, held_out, kept_back = _make_parts(completions.items, tokenizers, settings, seed)
     batches = [batch for part in (*parts, held_out) for batch in part]
-    ids = shared_tokens(source, target, batches, settings.compared_tokens, (tokenizers[0].stops, tokenizers[1].stops))
-    ends = end_tokens(tokenizers, completions.items)
+    stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
+    symbols = find_symbols(source, target, batches, settings.compared_tokens, stops, ends)
     # What is written anew may hold any token.
     used = (None, None) if settings.refits else (used_tokens(batches, 0), used_tokens(batches, 1))
-    src = ReducedBase.of(generator.settings, generator.params, used[0], ids[0], ends[0])
+    src = ReducedBase.of(generator.settings, generator.params, used[0], symbols.heads(0), len(ends[0]))
     writer = generator if settings.refits else None
     del generator
     params = load_params(target, fast_dtype())
-    tgt = ReducedBase.of(settings_of(target), params, used[1], ids[1], ends[1])
-    teacher = Teacher(src, tgt, stacked, settings)
+    tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
+    teacher = Teacher(src, tgt, stacked, settings, symbols)
     fitted = fit(teacher, parts, held_out, settings, begun, seed=seed, progress=progress)
     refitted = None
     if writer is not None:
@@ -140,7 +141,7 @@ def distill(
         truncate_to_rounding(unstack_adapter(fitted.adapter)),
         fitted.divergences,
         positions,
-        _sentence(fitted, completions, positions, len(ids[0])) + _refit_sentence(refitted),
+        _sentence(fitted, completions, positions, len(symbols.shared[0])) + _refit_sentence(refitted),
         tuple(item.text for item in completions.items),
         template_of(tokenizers[1]) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )

@@ -4,7 +4,6 @@ All passes read bases that are reduced to the tokens that occur, and predict amo
 """
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
 import flax.struct
@@ -16,16 +15,16 @@ from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward,
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.symbols import Symbols, in_target_symbols
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReducedBase:
-    """A base that reads K kept tokens and predicts V symbols: the shared tokens, and the end of the text.
+    """A base that reads K kept tokens and predicts its columns of the symbols of a fit.
 
     Attributes:
         settings: of the base.
-        params: its weights, with an embedding of K rows, and a head with a row for each shared token and for each token
-            that ends a text.
+        params: its weights, with an embedding of K rows, and a head with a row for each predicted token.
         kept: int32 (K,), ascending ids of the embedding's rows; None keeps all.
         ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
     """
@@ -41,14 +40,14 @@ class ReducedBase:
         settings: DecoderSettings,
         params: Params,
         kept: np.ndarray | None,
-        shared: np.ndarray,
-        ends: Sequence[int] = (),
+        predicted: np.ndarray,
+        ends: int = 0,
     ) -> "ReducedBase":
-        """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `shared` and `ends`."""
-        head = head_of(params)[np.concatenate([shared, np.array(ends, shared.dtype)])]
+        """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `predicted`."""
+        head = head_of(params)[predicted]
         embedding = params.embedding if kept is None else params.embedding[kept]
         params = dataclasses.replace(params, embedding=embedding, head=head)
-        return cls(settings, params, kept, len(ends))
+        return cls(settings, params, kept, ends)
 
     def rows(self, tokens: np.ndarray) -> jax.Array:
         """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
@@ -105,23 +104,43 @@ class Teacher:
     """The two bases and the source's adapter, from which the teacher's predictions are made."""
 
     def __init__(
-        self, source: ReducedBase, target: ReducedBase, adapter: StackedAdapter, settings: DistillSettings
+        self,
+        source: ReducedBase,
+        target: ReducedBase,
+        adapter: StackedAdapter,
+        settings: DistillSettings,
+        symbols: Symbols,
     ) -> None:
-        self._source, self.target = source, target
+        self._source, self.target, self._symbols = source, target, symbols
         self._weights = jnp.float32(settings.teacher_weight), jnp.float32(settings.contrast_weight)
         # Zeros instead of no adapter: one compiled program serves both.
         self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
+        taught, base, adapted = self.sides(batch)
+        return taught.replace(teacher=mix_teacher(taught.teacher, base, adapted, *self._weights))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def sides(self, batch: DistillationBatch) -> tuple[TaughtBatch, jax.Array, jax.Array]:
+        """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
+
+        Returns:
+            The batch with the target's own predictions in place of the teacher's; and the source's predictions without
+            and with its adapter.
+        """
         src, tgt = self._source, self.target
         read_src = src.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
         read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        moved, to, weight = map(jnp.asarray, self._symbols.columns(batch))
+        sizes = {"shared": len(self._symbols.shared[1]), "own": len(self._symbols.own[1]), "end": src.ends > 0}
         base, adapted = (
-            shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends) for one in self._adapters
+            in_target_symbols(
+                shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends), moved, to, **sizes
+            )
+            for one in self._adapters
         )
         own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends)
-        return TaughtBatch(*read_tgt, jnp.asarray(batch.weight), mix_teacher(own, base, adapted, *self._weights))
+        return TaughtBatch(*read_tgt, weight, own), base, adapted
 
 
 @jax.jit

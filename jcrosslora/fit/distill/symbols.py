@@ -1,0 +1,143 @@
+"""The symbols that predictions of two bases are compared on, and the source's predictions in those of the target.
+
+Most symbols are tokens that both bases have, and one is the end of the text. Where tokenizers split the text behind a
+position in different ways, the next tokens differ although the text is the same: "int", "ent" on one side, "intent" on
+the other. The probability that the source gives its own next token is then given to the target's next token. Without
+that the target learns to write "int" where it would have to write "intent".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.errors import MethodError
+from jcrosslora.fit.distill.batches import DistillationBatch, used_tokens
+
+_NEVER = -30.0  # log-probability of what a side cannot predict
+
+
+@dataclass(frozen=True, eq=False)
+class Symbols:
+    """The symbols of a fit. Columns of the source: shared, own, end; of the target: shared, own, end.
+
+    Attributes:
+        shared: ids of the shared tokens in source and target, int32 (V,) each.
+        own: ids of tokens that one side alone has and that occur in the text, int32 (S,) and (E,), ascending.
+        ends: ids of the tokens that end a text on each side, together one symbol; none on both sides if one has none.
+    """
+
+    shared: tuple[np.ndarray, np.ndarray]
+    own: tuple[np.ndarray, np.ndarray]
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def heads(self, side: int) -> np.ndarray:
+        """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
+        return np.concatenate([self.shared[side], self.own[side], np.array(self.ends[side], np.int32)])
+
+    def columns(self, batch: DistillationBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find what moves from which of the source's columns to which of the target's, at each position of a batch.
+
+        Returns:
+            int32 (P,) columns of the source's next tokens, -1 where nothing moves; int32 (P,) of the target's, -1
+            likewise; and float32 (P,) the weights, 0 where the target's next token has no column. Where the source has
+            no position and the target has one, the target's token alone is given: the text itself is the teacher.
+        """
+        (shared_src, shared_tgt), (own_src, own_tgt) = self.shared, self.own
+        src = _places(batch.next_src, shared_src, own_src)
+        tgt = _places(batch.next_tgt, shared_tgt, own_tgt)
+        known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
+        same = known & (src == tgt) & (src >= 0) & (src < len(shared_src))
+        moves = known & ~same
+        alone = (batch.next_src < 0) & (batch.next_tgt >= 0)
+        # Prompts are not what the source says: other splits of them teach nothing.
+        lost = (moves & (~batch.answer | (src < 0) | (tgt < 0))) | (alone & (tgt < 0))
+        return (
+            np.where(moves & ~lost, src, -1).astype(np.int32),
+            np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32),
+            np.where(lost, 0, batch.weight).astype(np.float32),
+        )
+
+
+def _places(tokens: np.ndarray, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Find the columns of tokens, -1 where there is none."""
+    ids = np.concatenate([shared, own])
+    order = np.argsort(ids)
+    found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
+    places = order[found]
+    return np.where(ids[places] == tokens, places, -1)
+
+
+def find_symbols(
+    source: BaseModel,
+    target: BaseModel,
+    batches: Sequence[DistillationBatch],
+    commonest: int,
+    stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+) -> Symbols:
+    """Choose the symbols: shared tokens, in the batches and the commonest; and those of one side in the answers.
+
+    The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
+
+    Args:
+        source: the source base.
+        target: the target base.
+        batches: all batches of the fit.
+        commonest: how many of the source's lowest ids to take, whether they occur or not.
+        stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
+        ends: those of them that are the symbol, see `Symbols`.
+
+    Raises:
+        MethodError: a vocabulary cannot be read, or the two share too few tokens.
+    """
+    ids, reason = shared_ids(source, target)
+    if ids is None:
+        msg = f"predictions cannot be compared: {reason}; use another method"
+        raise MethodError(msg)
+    order = np.argsort(ids[0])
+    ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
+    kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))
+    kept |= np.arange(len(ids_src)) < commonest
+    kept &= ~np.isin(ids_src, list(stops[0])) & ~np.isin(ids_tgt, list(stops[1]))
+    shared = ids_src[kept], ids_tgt[kept]
+    own = []
+    for side in (0, 1):
+        tokens = np.concatenate([(batch.next_src, batch.next_tgt)[side][batch.answer] for batch in batches])
+        own.append(
+            np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], list(stops[side])])).astype(np.int32)
+        )
+    return Symbols(shared, (own[0], own[1]), ends)
+
+
+@partial(jax.jit, static_argnames=("shared", "own", "end"))
+def in_target_symbols(
+    source: jax.Array, moved: jax.Array, to: jax.Array, *, shared: int, own: int, end: bool
+) -> jax.Array:
+    """Give the source's predictions in the target's columns: float32 (P, shared + own + end).
+
+    Args:
+        source: float32 (P, C), log-probabilities of the source's columns.
+        moved: int32 (P,), the column whose probability moves, or -1.
+        to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
+        shared: V.
+        own: E, the target's own tokens.
+        end: whether the last column is the end of the text.
+    """
+    never = jnp.full((len(source), own), _NEVER, source.dtype)
+    found = jnp.concatenate([source[:, :shared], never, source[:, source.shape[1] - end :]], axis=1)
+    rows, moves, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
+    mass = jnp.take_along_axis(source, jnp.maximum(moved, 0)[:, None], axis=1)[:, 0]
+    place = jnp.maximum(to, 0)
+    emptied = jnp.arange(found.shape[1])[None] == jnp.where(moves & (moved < shared), moved, -1)[:, None]
+    found = jnp.where(emptied | alone[:, None], _NEVER, found)
+    added = jnp.where(alone, 0.0, jnp.logaddexp(found[rows, place], mass))
+    found = found.at[rows, place].set(jnp.where(moves | alone, added, found[rows, place]))
+    return jax.nn.log_softmax(jnp.maximum(found, _NEVER), axis=-1)
