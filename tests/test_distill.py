@@ -1,6 +1,7 @@
 """The fit to predictions: its parts against brute force, and the whole on tiny bases."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import CORPUS, write_base
+from rich.console import Console
 from tiny_bases import delta, random_adapter
 from transfers import move_files, transfer_settings
 
@@ -59,6 +61,9 @@ from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, mix_teacher, shared_log_probs, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
+from jcrosslora.report.documents import card_text
+from jcrosslora.report.record import spread
+from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
@@ -809,10 +814,22 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     repeated = transfer_files(again)
     for name, factors in moved.modules.items():
         np.testing.assert_array_equal(factors.a, repeated.adapter.modules[name].a)
-    # Where the source wrote its own prompts, the user is told of better ones.
+    # Where the source wrote its own prompts, the user is told of better ones, and sees some; not so of his own.
     assert "--probe-text" not in jcl.verdict(repeated.report).text
-    written = dataclasses.replace(repeated.report, wrote_prompts=True)
+    assert report["examples"] == []
+    written = dataclasses.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
     assert "--probe-text" in jcl.verdict(written).text
+    assert "\n- `Q: a b? A: c`\n" in card_text(written, "")
+    console = Console(file=io.StringIO(), width=200)
+    print_report(written, console)
+    assert "written: Q: a `b`? A: c\n" in console.file.getvalue()
+
+
+def test_examples_are_spread_and_short():
+    assert spread([str(number) for number in range(101)], 3) == ("0", "50", "100")
+    assert spread(["a", "b"], 10) == ("a", "b")
+    assert spread([], 10) == ()
+    assert spread(["x" * 400], 1) == ("x" * 300 + " ...",)
 
 
 def test_a_copy_on_its_own_base_stays_as_it_is(pair):

@@ -9,6 +9,8 @@ from jcrosslora.checkpoint.hub import is_hub_id
 
 BaseRow = tuple[str | None, str | None, str | None]
 
+_EXAMPLES = "Some of the completions, prompts and answers that the source wrote with the original adapter:"
+
 
 def model_card(
     *,
@@ -27,6 +29,7 @@ def model_card(
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
+    examples: Sequence[str] = (),
     added: str | None = None,
     ranks: str | None = None,
     truncation: str | None = None,
@@ -50,6 +53,7 @@ def model_card(
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
+        examples: some of the completions of the fit.
         added: what goes with the update that the maps do not make, if anything does.
         ranks: what the ranks became, if that is worth saying.
         truncation: to which ranks the updates were truncated, and what that left, if they were.
@@ -66,6 +70,10 @@ def model_card(
         "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
+        "Some of the completions, prompts and answers written by the source with the original adapter:\n\n"
+        + _quoted(examples)
+        if examples
+        else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
         "## Rank\n\n" + " ".join(_sentences(ranks, truncation and f"the update was truncated to {truncation}"))
         if ranks or truncation
@@ -126,6 +134,11 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[column] for column in head] for row in rows)]
     return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    """Return texts as a list of code, which nothing in them can end."""
+    return "\n".join(f"- {_code(text)}" for text in texts)
 
 
 def _listed(sentences: Sequence[str]) -> str:

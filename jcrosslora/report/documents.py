@@ -92,6 +92,7 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
+        examples=report.examples,
         added=report.added,
         ranks=report.rank_sentence if report.fitted or report.added else None,
         truncation=None if report.truncation is None else report.truncation.sentence,

@@ -7,13 +7,12 @@ from html import escape
 
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.public_names import publish, replacements
-from jcrosslora.report.record import TransferReport
+from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.report.table import role_rows
 from jcrosslora.report.verdict import verdict
 from jcrosslora.utils.html import html_table
 
 _TEXTS = 5  # shown, evenly spread
-_LONGEST = 300  # characters of a text
 _GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
 _COLOURS = {"aligned": _GOOD, "weak": _OPEN, "unknown": _OPEN, "control": _OPEN}
 
@@ -40,14 +39,9 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
         html_table(role_rows(report), "Diagnostics"),
         html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
         _listed("Warnings", report.warnings),
-        _listed("Text that it was made on", _samples(texts)),
+        _listed("Text that it was made on", spread(texts, _TEXTS)),
     ]
     return publish(f"<div>{''.join(parts)}</div>", replacements(report))
-
-
-def _samples(texts: Sequence[str]) -> list[str]:
-    places = sorted({round(place * (len(texts) - 1) / max(_TEXTS - 1, 1)) for place in range(_TEXTS)}) if texts else []
-    return [text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in (texts[place] for place in places)]
 
 
 def _listed(title: str, items: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2
+_LONGEST = 300  # characters of an example
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class TransferReport:
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
         added: what was added to the moved update, one sentence without a full stop; None where nothing was.
         wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
+        examples: some of the completions of the fit, if the source wrote their prompts itself; a user sees in them
+            whether the adapter was understood. The user's own prompts are not shown.
         truncation: what the truncation to `out_rank` left; None where none was asked for.
         rank_before: the highest rank of the source adapter.
         ranks: the rank of each module of the moved adapter.
@@ -68,6 +71,7 @@ class TransferReport:
     fitted: str | None = None
     added: str | None = None
     wrote_prompts: bool = False
+    examples: tuple[str, ...] = ()
     truncation: Truncation | None = None
     rank_before: int = 0
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -110,7 +114,8 @@ class TransferReport:
         for side in ("source", "target"):
             for layout in ("shapes", "fused", "heads"):
                 data[side].pop(layout)
-        data["adapter"].pop("config")
+        for name in ("config", "chat_template"):
+            data["adapter"].pop(name)
         data["effect"] = None if self.effect is None else self.effect.to_json()
         data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}
         version = importlib.metadata.version("jcrosslora")
@@ -123,6 +128,12 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return dict(value) if isinstance(value, Mapping) else value
+
+
+def spread(texts: Sequence[str], count: int) -> tuple[str, ...]:
+    """Take at most `count` texts, evenly spread, each cut to 300 characters."""
+    places = sorted({round(place * (len(texts) - 1) / max(count - 1, 1)) for place in range(count)}) if texts else []
+    return tuple(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in (texts[at] for at in places))
 
 
 def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:

@@ -79,6 +79,7 @@ def _notes(report: TransferReport) -> list[str]:
         lines.append(f"adapter: {report.adapter.read_as}")
     if report.fitted is not None:
         lines.append(f"fit: {report.fitted}")
+    lines += [f"written: {' '.join(text.split())}" for text in report.examples]
     if report.fitted is not None or report.added is not None:
         lines.append(f"rank: {report.rank_sentence}")
     if report.added is not None:

@@ -27,7 +27,7 @@ from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
-from jcrosslora.report.record import TransferReport
+from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.effect import FINISH, measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
@@ -39,6 +39,7 @@ from jcrosslora.utils.progress import Steps, begin, steps
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
 
+_EXAMPLES = 10  # completions of a fit that the report shows
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
 
@@ -236,6 +237,7 @@ class PairSession:
             fitted=update.fitted,
             added=update.added,
             wrote_prompts=update.wrote_prompts,
+            examples=spread(update.texts, _EXAMPLES) if update.wrote_prompts else (),
             truncation=truncation,
             rank_before=max(factors.rank for factors in shifted.original.modules.values()),
             ranks={name: factors.rank for name, factors in moved.modules.items()},
