@@ -1,0 +1,141 @@
+"""Measure whole jobs in chat form: how much of a trained adapter's gain a moved one brings, in what it writes.
+
+    python experiments/jobs.py --source SOURCE --target TARGET --data DIR --task snips [--task banking77 ...]
+        --work WORK [--seeds 0 1] [--prompts 0 200] [--method distill --method distill:refit=960] [--control random]
+
+DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}. For each task and seed a LoRA adapter
+is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data
+at all and with unlabelled prompts from the end of the train file, on which neither was trained. All answer the test
+examples on the target. A line of JSON for each row goes to WORK/results.jsonl: every figure with its interval, and the
+share of the trained adapter's gain ("lift") with intervals over the same resampled examples.
+
+Adapters are kept in WORK and used again: the same command continues a stopped run. Choose settings with `--split
+train`, which answers train examples in front of the prompts; never on the test file.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lift_tasks import parse_row
+from rich.console import Console
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.evaluate import answer, print_answers
+from jcrosslora.methods import make_method
+from jcrosslora.text import Completion
+from jcrosslora.text.chat_template import template_of
+from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
+
+HELD_BACK = 400  # examples at the end of a train file that nothing is trained on: 200 to choose by, 200 prompts
+
+
+def parse() -> argparse.Namespace:
+    usual = TrainingSettings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("source", "target"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("data", "work"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--task", action="append", required=True, help="name of a task in DIR")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[0, 200], help="numbers of unlabelled prompts")
+    parser.add_argument("--method", action="append", default=[], help="METHOD or METHOD:KEY=VALUE,...")
+    parser.add_argument("--control", action="append", default=[], help="methods that are run without prompts alone")
+    parser.add_argument("--split", choices=("test", "train"), default="test")
+    parser.add_argument("--limit", type=int, default=200, help="examples that are answered")
+    parser.add_argument("--steps", type=int, default=usual.steps)
+    parser.add_argument("--rank", type=int, default=usual.rank)
+    return parser.parse_args()
+
+
+def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Path) -> None:
+    """Train an adapter unless it is there."""
+    if out.exists():
+        return
+    base = jcl.open_base(ref)
+    adapter = train_lora(base, examples, settings, checkpoints=out.with_suffix(".states"), progress=True)
+    facts = {"examples": len(examples)}
+    save_trained(adapter, out, base, settings, facts, chat_template=template_of(load_tokenizer(base)))
+
+
+def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: list[Any], seed: int, out: Path) -> float:
+    """Move an adapter unless that was done; returns the seconds that it took."""
+    note = out.with_suffix(".seconds")
+    if not out.exists():
+        settings = dict(parse_row(method).settings)
+        start = time.monotonic()
+        result = jcl.transfer(
+            adapter,
+            arguments.source,
+            arguments.target,
+            make_method(settings.pop("method"), settings),
+            prompts=prompts or None,
+            seed=seed,
+            effect="never",
+            progress=True,
+        )
+        result.save(out)
+        note.write_text(f"{time.monotonic() - start:.0f}")
+    return float(note.read_text())
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    work, target = arguments.work, jcl.open_base(arguments.target)
+    work.mkdir(parents=True, exist_ok=True)
+    params, tokenizer = load_params(target, fast_dtype()), load_tokenizer(target)
+    for task in arguments.task:
+        known = read_examples(arguments.data / f"{task}_train.jsonl")
+        kept_back = known[-HELD_BACK:]
+        tested = kept_back if arguments.split == "train" else read_examples(arguments.data / f"{task}_test.jsonl")
+        given = [one.prompt for one in known[-HELD_BACK // 2 :] if isinstance(one, Completion)]
+        for seed in arguments.seeds:
+            settings = TrainingSettings(
+                steps=arguments.steps, rank=arguments.rank, alpha=2.0 * arguments.rank, seed=seed
+            )
+            source, oracle = work / f"{task}-{seed}-source", work / f"{task}-{seed}-target"
+            train(arguments.source, known[:-HELD_BACK], settings, source)
+            train(arguments.target, known[:-HELD_BACK], settings, oracle)
+            rows: list[tuple[str, int, Path, float]] = []
+            wanted = [(method, count) for method in arguments.method for count in arguments.prompts]
+            for method, count in [*wanted, *((method, 0) for method in arguments.control)]:
+                out = work / f"{task}-{seed}-{method.replace(':', '-').replace('=', '')}-{count}"
+                rows.append((method, count, out, move(source, arguments, method, given[:count], seed, out)))
+            adapters = [oracle, *(out for _, _, out, _ in rows)]
+            part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
+            found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)
+            print_answers(found, console, show=3)
+            with (work / "results.jsonl").open("a", encoding="utf-8") as file:
+                for place, (method, count, _, seconds) in enumerate(rows, 2):
+                    line = {
+                        **{"task": task, "seed": seed, "split": arguments.split, "examples": len(part)},
+                        **{"source": jcl.open_base(arguments.source).name, "target": target.name},
+                        **{"method": method, "prompts": count, "seconds": seconds, "steps": arguments.steps},
+                    }
+                    for figure in found.figures:
+                        base, trained, moved = (found.bootstrap(figure)[index] for index in (0, 1, place))
+                        lift = found.lift(figure, place, 1)
+                        line[figure] = {
+                            name: dataclasses.asdict(one)
+                            for name, one in (("base", base), ("trained", trained), ("moved", moved), ("lift", lift))
+                        }
+                    file.write(json.dumps(line) + "\n")
+                    shares = ", ".join(f"{figure} {line[figure]['lift']['value']:.2f}" for figure in found.figures)
+                    console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")
+
+
+def main() -> None:
+    try:
+        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"jobs: {error}")
+
+
+if __name__ == "__main__":
+    main()
