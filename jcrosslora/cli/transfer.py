@@ -58,6 +58,9 @@ class _Transfer:
         if path is None:
             return {}
         settings = read_toml(Path(path), "recipe", 'method = "cross-lora"')
+        named = settings.get("method")
+        if isinstance(named, str) and ":" in named:
+            find_method(named)  # a user's own, whose hyper-parameters are known once it is registered
         return read_table(settings, setting_types(), f"recipe {path}")
 
     def run(self, console: Console) -> int:
