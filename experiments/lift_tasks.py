@@ -12,8 +12,9 @@ from written_task import written_example
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Question, read_task
-from jcrosslora.methods import make_method, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS, check_settings
+from jcrosslora.methods import make_method
+from jcrosslora.session.settings import OWN_FIELDS, setting_types
+from jcrosslora.session.toml_file import read_table
 
 Split = Literal["test", "train-rest"]
 REST = 300  # train questions that no adapter is trained on, if there are enough
@@ -146,17 +147,12 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
 def _value(key: str, value: str, place: str) -> Any:
     """Parse a number, true, false or null as JSON; anything else is text."""
     own = ("adapter", "source", "target", "out", "method", "seed", "probe_text", "overwrite")
-    fields = {name: next(iter(by_method.values())) for name, by_method in setting_fields().items()}
-    fields |= {name: field for name, field in OWN_FIELDS.items() if name not in own}
-    if key not in fields or not value:
-        msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(fields))}"
+    types = {name: kind for name, kind in setting_types().items() if name not in own}
+    if key not in types or not value:
+        msg = f"{place}: wanted KEY=VALUE behind the colon, with keys of {', '.join(sorted(types))}"
         raise jcl.UsageError(msg)
     try:
         found = json.loads(value)
     except ValueError:
         found = value
-    if type(found) is int and fields[key].type is float:
-        found = float(found)
-    if found is not None:
-        check_settings({key: found}, place)
-    return found
+    return found if found is None else read_table({key: found}, types, place)[key]

@@ -30,7 +30,7 @@ from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.methods import CrossLoRA
+from jcrosslora.methods import CrossLoRA, Distill
 from jcrosslora.session.files import transfer_files
 
 PLAN = """
@@ -115,28 +115,42 @@ def test_plan_expands_to_jobs_with_settings(house, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('out = "moved"', "", "out is missing"),
-        ("[bases]", "speed = 3\n[bases]", "unknown entry 'wide'|unknown entry 'speed'"),
+        ('out = "moved"', "", "has no out; give it text"),
+        ("[bases]", "speed = 3\n[bases]", "unknown key 'wide'|unknown key 'speed'"),
         ('to = "wide"', 'to = "wider"', "names the base 'wider'"),
         ("svd_rank = 8", 'svd_rank = "8"', "sets svd_rank to '8'; it must be int"),
-        ("svd_rank = 8", "ranks = 8", "unknown setting 'ranks'"),
+        ("svd_rank = 8", "ranks = 8", "unknown key 'ranks'"),
         ("svd_rank = 8", "whitening = 0.1", "sets whitening, which none of its methods has: cross-lora"),
         ("svd_rank = 8", 'out = "x"', "sets out, which"),
-        ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown setting 'methods2'"),
+        ('label = "r8"\n', 'label = ""\nmethods2 = 1\n', "unknown key 'methods2' .did you mean 'methods'"),
         ('"a0", "a2"', '"a9"', "no adapter of small is named a9"),
         ("adapters/*", "nothing/*", "no adapter matches nothing"),
-        ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "adapters, names the base 'smal'; the plan has small, wide"),
+        ("[[moves]]", 'smal = ["adapters/a1"]\n[[moves]]', "unknown key 'smal' .* it may have small, wide"),
         ('methods = ["cross-lora"]', 'methods = ["pad-truncate"]\nlabel = ""', "is made by two jobs|not TOML"),
-        ("[[moves]]", "[[moved]]", "unknown entry 'moved'"),
+        ("[[moves]]", "[[moved]]", "unknown key 'moved' .did you mean 'moves'"),
         ('from = "small"', 'from = "smal"', "names the base 'smal'"),
-        ('from = "small"', "from = 3", "from is 3; it must be text"),
-        ('ref = "wide", ', "", "write a path or hub id"),
+        ('from = "small"', "from = 3", "move 1 sets from to 3; it must be text"),
+        ('ref = "wide", ', "", "base wide has no ref; give it a path or hub id"),
+        ('"org/wide"', "3", "base wide sets name to 3; it must be text"),
+        ('twin = "twin"', "twin = 3", "bases sets twin to 3; it must be a path or hub id, or { ref"),
+        ('to = "wide"', "to = []", r"move 2 sets to to \[\]; it must be a list of names"),
+        ('label = "r8"', "label = 8", "move 2 sets label to 8; it must be text"),
+        ("svd_rank = 8", 'dtype = "int8"', "sets dtype to 'int8'; it must be 'float32', 'bfloat16', 'float16'"),
+        ("svd_rank = 8", 'roles = "q_proj"', "sets roles to 'q_proj'; it must be a list of text"),
+        (PLAN[PLAN.index("[[moves]]") :], "[moves]", "it must be at least one table"),
     ],
 )
 def test_invalid_plans_are_refused(house, tmp_path, old, new, message):
     assert old in PLAN
     with pytest.raises(UsageError, match=message):
         plan_in(house, tmp_path, PLAN.replace(old, new))
+
+
+def test_settings_are_converted_to_their_types(house, tmp_path):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="wide"\nmethods="distill"\nadapters="a0"\n'
+    (job,) = plan_in(house, tmp_path, text + 'scale = 2\nroles = ["v_proj"]\n').jobs
+    assert isinstance(job.settings.scale, float)
+    assert job.settings.method == Distill(roles=("v_proj",))
 
 
 def test_tilde_expands_to_home(house, tmp_path, monkeypatch):

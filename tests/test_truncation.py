@@ -15,7 +15,8 @@ from jcrosslora.adapter.truncation import truncate_by_rule
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.export.export import ExportSettings, export_adapter
-from jcrosslora.session.settings import check_settings
+from jcrosslora.session.settings import setting_types
+from jcrosslora.session.toml_file import read_table
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -93,10 +94,10 @@ def test_invalid_rules_are_refused(rule):
 
 def test_settings_files_accept_every_rule_and_nothing_else():
     for rule in (8, 0.99, "auto"):
-        check_settings({"out_rank": rule}, "here")
+        read_table({"out_rank": rule}, setting_types(), "here")
     for rule in ("many", True, [8]):
         with pytest.raises(UsageError, match="it must be int or float or 'auto'"):
-            check_settings({"out_rank": rule}, "here")
+            read_table({"out_rank": rule}, setting_types(), "here")
 
 
 # --- the commands --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cache import Cache
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.methods import LoRAX, Method, find_method
+from jcrosslora.methods import METHODS, LoRAX, Method, find_method
 
 PLAN = """
 out = "moved"
@@ -86,6 +86,18 @@ def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
     assert one == two
     main(["transfer", *map(str, places), "--method", "half-copy", "--out", str(tmp_path / "three")])  # now registered
     assert_share(jcl.load_adapter(tmp_path / "three").modules, copied, 0.5)
+
+
+def test_recipe_with_an_own_file_of_postponed_annotations(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = OWN.replace('"own"', '"own-postponed"') + "    strength: float = 0.5\n"
+    Path("own_postponed.py").write_text(f"from __future__ import annotations\n{text}")
+    for value, shown in (('"much"', "recipe.toml sets strength to 'much'; it must be float"), ("1", "no such folder")):
+        Path("recipe.toml").write_text(f'method = "own_postponed:Own"\nstrength = {value}\n')
+        with pytest.raises(SystemExit):
+            main(["transfer", "./a", "--source", "s", "--target", "t", "--out", "o", "--recipe", "recipe.toml"])
+        assert shown in capsys.readouterr().err
+        del METHODS["own-postponed"]
 
 
 def test_by_a_batch_whose_other_methods_do_not_have_its_setting(folder, copied, tmp_path):

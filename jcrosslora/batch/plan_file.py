@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from jcrosslora.adapter.folder import GGUF_ENDING
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import AUTO, find_method, setting_fields
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, check_settings, read_toml
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
+from jcrosslora.session.toml_file import read_table, read_toml
 
-_TABLES = ("out", "bases", "adapters", "moves")
-_BASE_KEYS = ("ref", "revision", "name", "template")
-# Keys of a move; all other keys are settings of the transfer.
-_MOVE_KEYS = ("from", "to", "methods", "adapters", "label")
+_Text = Annotated[str, Meta(min_length=1)]
+_Names = Annotated[_Text | Annotated[list[_Text], Meta(min_length=1)], Meta(description="a list of names")]
+_Ref = Annotated[_Text, Meta(description="a path or hub id")]
+_Ends = Annotated[str | dict, Meta(description='a path or hub id, or { ref = "...", revision = "...", name = "..." }')]
+_Moves = Annotated[list[dict], Meta(min_length=1, description="at least one table [[moves]] with from and to")]
+# The keys of each table; all other keys of a move are settings of the transfer.
+_PLAN = {"out": str, "bases": dict, "adapters": dict, "moves": _Moves}
+_BASE = {"ref": _Ref, "revision": str, "name": str, "template": str}
+_MOVE = {"from": str, "to": _Names, "methods": _Names, "adapters": _Names, "label": str}
 # Settings that the plan's other tables or the batch itself determine.
 _OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
 _OWN_BASES = ("source_revision", "target_revision", "target_name", "source_template", "target_template")
+assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -52,12 +62,7 @@ class BatchPlan:
     jobs: tuple[Job, ...]
 
 
-@dataclass(frozen=True)
-class _Base:
-    ref: str
-    revision: str | None = None
-    name: str | None = None
-    template: str | None = None
+_Base = dict[str, str]  # with the keys of _BASE
 
 
 def read_plan(path: str | Path) -> BatchPlan:
@@ -74,29 +79,20 @@ def read_plan(path: str | Path) -> BatchPlan:
             gives two jobs the same name.
     """
     path = Path(path)
-    values = read_toml(path, "plan", 'out = "moved"')
-    place = f"plan {path}"
-    _refuse_unknown(values, _TABLES, place)
-    folder = path.parent
-    out = folder / _expanded(_typed(values, "out", str, place), f"{place}, out")
-    bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in _table(values, "bases", place)}
-    adapters = {
-        base: _adapters(refs, folder, f"{place}, adapters of {base}")
-        for base, refs in _table(values, "adapters", place)
-    }
-    for name in adapters:
-        _check_base(name, bases, f"{place}, adapters,")
-    moves = _typed(values, "moves", list, place)
+    place, folder = f"plan {path}", path.parent
+    plan = read_table(read_toml(path, "plan", 'out = "moved"'), _PLAN, place, required=_PLAN)
+    out = folder / _expanded(plan["out"], f"{place}, out")
+    bases = read_table(plan["bases"], dict.fromkeys(plan["bases"], _Ends), f"{place}, bases")
+    bases = {name: _base(value, folder, f"{place}, base {name}") for name, value in bases.items()}
+    adapters = read_table(plan["adapters"], dict.fromkeys(bases, _Names), f"{place}, adapters")
+    adapters = {name: _adapters(refs, folder, f"{place}, adapters of {name}") for name, refs in adapters.items()}
     jobs: dict[str, Job] = {}
-    for number, move in enumerate(moves, 1):
+    for number, move in enumerate(plan["moves"], 1):
         for job in _jobs(move, bases, adapters, folder, out, f"{place}, move {number}"):
             if job.name in jobs:
                 msg = f"{place}, move {number}: {job.name} is made by two jobs{_clash(job, jobs[job.name])}"
                 raise UsageError(msg)
             jobs[job.name] = job
-    if not jobs:
-        msg = f"{place} has no moves; write at least one [[moves]] with from, to and methods"
-        raise UsageError(msg)
     return BatchPlan(out, tuple(jobs.values()))
 
 
@@ -109,113 +105,77 @@ def _clash(job: Job, other: Job) -> str:
 
 
 def _jobs(
-    move: Any,
+    table: Mapping[str, Any],
     bases: Mapping[str, _Base],
     adapters: Mapping[str, list[str]],
     folder: Path,
     out: Path,
     place: str,
 ) -> Iterator[Job]:
-    if not isinstance(move, dict):
-        msg = f"{place} is {move!r}; write it as a table, [[moves]]"
-        raise UsageError(msg)
-    settings = {key: value for key, value in move.items() if key not in _MOVE_KEYS}
-    methods = _names(move, "methods", [AUTO], place)
-    known = _known_settings(methods, place)
-    own = [key for key in settings if key in _OWN + _OWN_BASES]
+    own = [key for key in table if key in _OWN + _OWN_BASES]
     if own:
         msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
         raise UsageError(msg)
-    check_settings(settings, place)
-    hyper = {key: settings.pop(key) for key in list(settings) if key not in OWN_FIELDS}
-    for key in hyper:
+    given = {key: value for key, value in table.items() if key in _MOVE}
+    move = read_table(given, _MOVE, place, required=("from", "to"))
+    methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
+    known = {method: _known_settings(method, place) for method in methods}  # which imports a user's own method
+    rest = {key: value for key, value in table.items() if key not in _MOVE}
+    settings = read_table(rest, _MOVE | setting_types(), place)
+    for key in settings:
         if not any(key in names for names in known.values()):
             msg = f"{place} sets {key}, which none of its methods has: {', '.join(methods)}; leave it out"
             raise UsageError(msg)
     if "probe_text" in settings:  # never a hub id
         settings["probe_text"] = str(folder / _expanded(settings["probe_text"], f"{place}, probe_text"))
-    source, label = _typed(move, "from", str, place), move.get("label", "")
-    if not isinstance(label, str):
-        msg = f"{place} has the label {label!r}; it must be text"
-        raise UsageError(msg)
-    targets = _names(move, "to", None, place)
+    source, label = move["from"], move.get("label", "")
     for name in (source, *targets):
-        _check_base(name, bases, place)
-    chosen = _chosen(move, adapters.get(source, []), source, place)
-    for target in targets:
-        for method in methods:
-            own_settings = settings | {key: value for key, value in hyper.items() if key in known[method]}
-            for adapter in chosen:
-                name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
-                yield Job(name, _settings(adapter, bases[source], bases[target], method, out / name, own_settings))
+        if name not in bases:
+            msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
+            raise UsageError(msg)
+    chosen = _chosen(_names(move.get("adapters", "*")), adapters.get(source, []), source, place)
+    for target, method, adapter in itertools.product(targets, methods, chosen):
+        name = "--".join(filter(None, (_slug(Path(adapter).name), _slug(target), _slug(method), _slug(label))))
+        more = {key: value for key, value in settings.items() if key in known[method]}
+        more |= _end("source", bases[source]) | _end("target", bases[target])
+        yield Job(name, TransferSettings.of(adapter=adapter, method=method, out=str(out / name), **more))
 
 
-def _known_settings(methods: list[str], place: str) -> dict[str, set[str]]:
-    """Return the hyper-parameters of each method of a move; `auto` accepts those of all methods."""
+def _known_settings(method: str, place: str) -> set[str]:
+    """Return the settings that a move by this method may have; `auto` accepts those of all methods."""
+    if method == AUTO:
+        return {*OWN_FIELDS, *setting_fields()}
     try:
-        return {
-            method: set(setting_fields())
-            if method == AUTO
-            else {field.name for field in dataclasses.fields(find_method(method))}
-            for method in methods
-        }
+        return {*OWN_FIELDS, *(field.name for field in dataclasses.fields(find_method(method)))}
     except MethodError as error:
         msg = f"{place}: {error}"
         raise MethodError(msg) from error
 
 
-def _check_base(name: str, bases: Mapping[str, _Base], place: str) -> None:
-    if name not in bases:
-        msg = f"{place} names the base {name!r}; the plan has {', '.join(bases) or 'none'}"
-        raise UsageError(msg)
+def _end(side: str, base: _Base) -> dict[str, str]:
+    """Return the settings that a base gives to the source or the target; the source has no name to be written."""
+    return {side: base["ref"]} | {f"{side}_{key}": text for key, text in base.items() if f"{side}_{key}" in OWN_FIELDS}
 
 
-def _settings(
-    adapter: str, source: _Base, target: _Base, method: str, out: Path, more: Mapping[str, Any]
-) -> TransferSettings:
-    return TransferSettings.of(
-        adapter=adapter,
-        source=source.ref,
-        target=target.ref,
-        out=str(out),
-        method=method,
-        source_revision=source.revision,
-        target_revision=target.revision,
-        target_name=target.name,
-        source_template=source.template,
-        target_template=target.template,
-        **more,
-    )
-
-
-def _chosen(move: Mapping[str, Any], refs: list[str], source: str, place: str) -> list[str]:
-    wanted = _names(move, "adapters", ["*"], place)
-    found = [ref for ref in refs if any(fnmatch.fnmatchcase(Path(ref).name, pattern) for pattern in wanted)]
+def _chosen(wanted: list[str], refs: list[str], source: str, place: str) -> list[str]:
     for pattern in wanted:
         if not any(fnmatch.fnmatchcase(Path(ref).name, pattern) for ref in refs):
             msg = f"{place}: no adapter of {source} is named {pattern}; the plan has {len(refs)} of that base"
             raise UsageError(msg)
-    return found
+    return [ref for ref in refs if any(fnmatch.fnmatchcase(Path(ref).name, pattern) for pattern in wanted)]
 
 
-def _base(value: Any, folder: Path, place: str) -> _Base:
-    if isinstance(value, str):
-        value = {"ref": value}
-    if not isinstance(value, dict) or not isinstance(value.get("ref"), str):
-        msg = f'{place} is {value!r}; write a path or hub id, or {{ ref = "...", revision = "...", name = "..." }}'
-        raise UsageError(msg)
-    _refuse_unknown(value, _BASE_KEYS, place)
-    check_settings({f"target_{key}": value[key] for key in _BASE_KEYS[1:] if key in value}, place)
-    template = value.get("template")
-    placed = {"ref": _placed(value["ref"], folder, place)}
-    if template is not None:
-        placed["template"] = str(folder / Path(template).expanduser())
-    return dataclasses.replace(_Base(**value), **placed)
+def _base(value: str | dict[str, Any], folder: Path, place: str) -> _Base:
+    base = read_table({"ref": value} if isinstance(value, str) else value, _BASE, place, required=("ref",))
+    base["ref"] = _placed(base["ref"], folder, place)
+    if "template" in base:
+        base["template"] = str(folder / _expanded(base["template"], f"{place}, template"))
+    return base
 
 
-def _adapters(refs: Any, folder: Path, place: str) -> list[str]:
+def _adapters(refs: str | list[str], folder: Path, place: str) -> list[str]:
     found: list[str] = []
-    for ref in _list_of_text(refs, place):
+    for ref in _names(refs):
         if not _WILD.search(ref):
             found.append(_placed(ref, folder, place))
             continue
@@ -251,40 +211,9 @@ def _expanded(path: str, place: str) -> Path:
         raise UsageError(msg) from error
 
 
-def _names(table: Mapping[str, Any], key: str, default: list[str] | None, place: str) -> list[str]:
-    value = table.get(key, default)
-    if value is None:
-        msg = f"{place} has no {key}; it must be a list of names"
-        raise UsageError(msg)
-    return list(dict.fromkeys(_list_of_text(value, f"{place}, {key}")))
-
-
-def _list_of_text(value: Any, place: str) -> list[str]:
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list) or not items or not all(isinstance(item, str) and item for item in items):
-        msg = f"{place} is {value!r}; it must be a list of names"
-        raise UsageError(msg)
-    return items
-
-
-def _table(values: Mapping[str, Any], key: str, place: str) -> list[tuple[str, Any]]:
-    return list(_typed(values, key, dict, place).items())
-
-
-def _typed(values: Mapping[str, Any], key: str, kind: type, place: str) -> Any:
-    wanted = {str: "text", dict: "a table", list: "a list of tables"}[kind]
-    if not isinstance(values.get(key), kind):
-        came = repr(values[key]) if key in values else "missing"
-        msg = f"{place}: {key} is {came}; it must be {wanted}"
-        raise UsageError(msg)
-    return values[key]
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
-    for key in values:
-        if key not in known:
-            msg = f"{place} has an unknown entry {key!r}; it may have {', '.join(known)}"
-            raise UsageError(msg)
+def _names(value: str | list[str]) -> list[str]:
+    """Return one name, or several without repetitions, as a list."""
+    return list(dict.fromkeys([value] if isinstance(value, str) else value))
 
 
 def _slug(text: str) -> str:

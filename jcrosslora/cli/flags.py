@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from jcrosslora.methods import METHODS, setting_fields
+from jcrosslora.methods import METHODS, hyper_types, setting_fields
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
 
 
@@ -152,8 +152,7 @@ def setting_flags() -> list[Flag]:
 
 def method_flags() -> list[Flag]:
     """Return the hyper-parameters of all methods as optional dataclass fields; None leaves a method's default."""
-    kinds: dict[str, Any] = {name: next(iter(fields.values())).type for name, fields in setting_fields().items()}
-    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds.items()]
+    return [(name, kind | None, dataclasses.field(default=None)) for name, kind in hyper_types().items()]
 
 
 def flag_docs() -> dict[str, str]:

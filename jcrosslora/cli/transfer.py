@@ -11,7 +11,8 @@ from rich.console import Console
 from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
 from jcrosslora.cli.output import FailOn, exit_code, print_json, say
 from jcrosslora.methods import AUTO, METHODS, find_method
-from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, check_settings, read_toml
+from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
+from jcrosslora.session.toml_file import read_table, read_toml
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class _Transfer:
         if path is None:
             return {}
         settings = read_toml(Path(path), "recipe", 'method = "cross-lora"')
-        check_settings(settings, f"recipe {path}")
-        return settings
+        named = settings.get("method")
+        if isinstance(named, str) and ":" in named:
+            find_method(named)  # a user's own, whose hyper-parameters are known once it is registered
+        return read_table(settings, setting_types(), f"recipe {path}")
 
     def run(self, console: Console) -> int:
         """Transfer, then print the table and the verdict; or print what the transfer would take."""

@@ -21,6 +21,7 @@ from jcrosslora.methods.registry import METHODS as METHODS
 from jcrosslora.methods.registry import Auto as Auto
 from jcrosslora.methods.registry import MethodLike as MethodLike
 from jcrosslora.methods.registry import find_method as find_method
+from jcrosslora.methods.registry import hyper_types as hyper_types
 from jcrosslora.methods.registry import make_chosen as make_chosen
 from jcrosslora.methods.registry import make_method as make_method
 from jcrosslora.methods.registry import register_method as register_method

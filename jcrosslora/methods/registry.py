@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
 from jcrosslora.methods.base import Method
@@ -160,6 +160,16 @@ def setting_fields() -> dict[str, dict[str, dataclasses.Field[Any]]]:
         for field in dataclasses.fields(method):
             found.setdefault(field.name, {})[method.name] = field
     return found
+
+
+def hyper_types() -> dict[str, Any]:
+    """Return the type of each hyper-parameter of all registered methods, by name."""
+    first = {name: next(iter(by_method.items())) for name, by_method in setting_fields().items()}
+    return {
+        # Text where the method's file postpones annotations.
+        name: get_type_hints(METHODS[method])[name] if isinstance(field.type, str) else field.type
+        for name, (method, field) in first.items()
+    }
 
 
 def spec_of(method: Method) -> str:

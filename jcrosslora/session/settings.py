@@ -1,17 +1,14 @@
 """The settings of a transfer: options that determine the moved adapter, locations of files, and their form in TOML."""
 
 import dataclasses
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.errors import UsageError
-from jcrosslora.methods import AUTO, Auto, MethodLike, make_method, setting_fields, spec_of
+from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method, spec_of
 from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
@@ -119,55 +116,6 @@ def flat_method(method: MethodLike) -> dict[str, Any]:
     return {"method": spec_of(made), **made.settings()}
 
 
-def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Args:
-        path: the file.
-        what: its kind, for errors: "recipe" or "plan".
-        example: a valid line, for errors.
-
-    Raises:
-        UsageError: the file cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file"
-        raise UsageError(msg) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        msg = f"{what} {path} is not TOML ({error}); write lines such as {example}"
-        raise UsageError(msg) from None
-
-
-def check_settings(settings: Mapping[str, Any], place: str) -> None:
-    """Check the names and types of a transfer's settings from a TOML file.
-
-    Args:
-        settings: values by the names of `TransferSettings` or of hyper-parameters of a method.
-        place: their location, for errors.
-
-    Raises:
-        UsageError: a name is unknown, or a value has the wrong type.
-    """
-    types: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
-    for name, by_method in setting_fields().items():
-        types.setdefault(name, next(iter(by_method.values())).type)
-    for key, value in settings.items():
-        if key not in types:
-            msg = f"{place} has an unknown setting {key!r}; the settings are {', '.join(types)}"
-            raise UsageError(msg)
-        _check_type(place, key, value, types[key])
-
-
-def _check_type(place: str, key: str, value: Any, annotation: Any) -> None:
-    allowed = getattr(annotation, "__args__", (annotation,))
-    choices = [item for item in allowed if isinstance(item, str)]
-    nested = [item for option in allowed for item in getattr(option, "__args__", ()) if isinstance(item, str)]
-    types = tuple(item for item in allowed if isinstance(item, type) and item is not type(None))
-    if value in choices + nested or type(value) in types:
-        return
-    named = ", ".join(map(repr, choices + nested))
-    wanted = " or ".join([*(item.__name__ for item in types), *([named] if named else [])])
-    msg = f"{place} sets {key} to {value!r}; it must be {wanted}"
-    raise UsageError(msg)
+def setting_types() -> dict[str, Any]:
+    """Return the types of all settings of a transfer and hyper-parameters of methods, by their names in TOML files."""
+    return hyper_types() | {name: field.type for name, field in OWN_FIELDS.items()} | {"method": str}
