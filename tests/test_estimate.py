@@ -63,6 +63,10 @@ def test_distillation_has_the_steps_that_it_shows(places):
         "measure the effect",
     ]
     assert list(found(places, method="distill", effect="never").steps) == ["align", "write completions", "fit"]
+    refitted = found(places, method=Distill(refit=480), effect="never").steps
+    assert list(refitted) == ["align", "write completions", "fit", "refit"]
+    assert refitted["refit"] > 0
+    assert found(places, method=Distill(budget="5min"), effect="never").steps["refit"] == 300
     assert found(places, method="distill").rank == 3 * 32
 
 

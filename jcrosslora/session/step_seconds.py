@@ -13,8 +13,9 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.fit.distill.batches import BATCH, WIDTHS
+from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
+from jcrosslora.fit.distill.refit import ROUND
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
@@ -33,6 +34,7 @@ _TEXTS, _TOKENS = 8, 64  # the text that one forward pass reads, unless said oth
 _ROWS = 48  # texts that are written together
 _PROBE_TOKENS = 96  # of a text that the source writes
 _PROMPT_TOKENS = 32  # of a prompt that the source writes
+_WIDTHS = 4  # widths of rows that completions of one kind have
 # Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
 # times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
 _CACHED, _PREFILL = 1.7, 2
@@ -158,15 +160,28 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
         judged = 2 * pilot * len(TEMPLATES) / _TEXTS  # every pilot in every template, with and without the adapter
     passes = _PREFILL * rounds * _ROWS / _TEXTS + judged
     # Each part, and what is held out, ends with a batch of each width that is half full.
-    held = settings.held_out * count / BATCH + len(WIDTHS) / 2
-    fitted = (1 - settings.held_out) * count / BATCH + steps * len(WIDTHS) / 2
+    held = settings.held_out * count / BATCH + _WIDTHS / 2
+    fitted = (1 - settings.held_out) * count / BATCH + steps * _WIDTHS / 2
     taught = held + fitted
     read = 2 * taught, taught + _GRADIENT * fitted + _LENGTHS * steps * held
     dtype = fast_dtype()
-    return {
+    found = {
         "write completions": lambda: costs.write(rounds * tokens) + costs.read((passes, 0), dtype),
         "fit": lambda: costs.read(read, dtype, predicted=settings.compared_tokens),
     }
+    if settings.refits:
+        found["refit"] = lambda: _refit(settings, 1 if prompts else 2, tokens, costs)
+    return found
+
+
+def _refit(settings: DistillSettings, texts: int, tokens: int, costs: _Costs) -> float:
+    """Count a refit: `texts` are written for each completion, each is read by the teacher and taken a gradient of."""
+    if settings.seconds is not None:
+        return settings.seconds
+    rounds, batches = ceil(settings.refit / ROUND), settings.refit / BATCH
+    passes = 2 * batches + _PREFILL * texts * batches, (1 + _GRADIENT) * batches
+    dtype = fast_dtype()
+    return costs.write(rounds * tokens) + costs.read(passes, dtype, predicted=settings.compared_tokens)
 
 
 def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:
