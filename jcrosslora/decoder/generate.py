@@ -27,6 +27,7 @@ from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
 _BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
+_FEW = 8  # texts up to which a batch has no more rows than these: each row takes time, also an empty one
 _MULTIPLE = 16  # what the width of a batch is rounded up to where texts are not longer; longer ones have few widths
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
@@ -363,11 +364,12 @@ def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[i
     """Take the prompts of the next batch, shortest first, and the shape (B, T) to pad it to."""
     places = list(order[:_BATCH])
     width = len(ids[places[-1]])
+    most = _FEW if len(places) <= _FEW else _BATCH
     if width <= _WIDE:
-        return places, (_BATCH, -(-width // _MULTIPLE) * _MULTIPLE)
+        return places, (most, -(-width // _MULTIPLE) * _MULTIPLE)
     # Those that need no more than the shortest width of the longest that fits.
     for width in (_WIDE, *_WIDTHS):
-        rows = max(1, _BATCH * _WIDE // width)
+        rows = max(1, min(most, _BATCH * _WIDE // width))
         fitting = [place for place in places[:rows] if len(ids[place]) <= width]
         if fitting:
             return fitting, (rows, width)

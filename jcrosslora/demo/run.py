@@ -97,8 +97,8 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-# A third of the usual number: the move takes about 90 seconds on two cores.
-COMPLETIONS = 100
+# A third of the usual number: the move takes about 90 seconds on two cores. The demo's answers are short.
+COMPLETIONS, ANSWER_TOKENS = 100, 16
 
 
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
@@ -107,9 +107,9 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
     Raises:
         JCrossLoRAError: the method cannot be used.
     """
-    chosen = make_method(Auto(completions=COMPLETIONS))
+    settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS}
+    chosen = make_method(Auto(**settings))
     if method != AUTO:
-        settings = {"completions": COMPLETIONS} if hasattr(find_method(method), "completions") else {}
-        chosen = make_method(method, settings)
+        chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
     # The demo scores the target's answers in place of the effect.
     return transfer(adapter, *bases, chosen, effect="never", progress=True)
