@@ -278,8 +278,8 @@ def test_later_steps_use_the_gradient_that_the_rank_left_over(pair, monkeypatch)
     make_parts = run_module._make_parts
 
     def silent(*given):
-        (first, second), held_out = make_parts(*given)
-        return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], held_out
+        (first, second), *held_out = make_parts(*given)
+        return [first, [dataclasses.replace(one, weight=0 * one.weight) for one in second]], *held_out
 
     monkeypatch.setattr(run_module, "_make_parts", silent)
     small = dataclasses.replace(SMALL, step_rank=1)
@@ -422,7 +422,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
     source, target, adapter = pair
     monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: dtype)
     found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
-    assert found.divergences[-1] < 0.95 * found.divergences[0]
+    assert found.divergences[-1] < 0.97 * found.divergences[0]
     assert list(found.divergences) == sorted(found.divergences, reverse=True)
     roles = {name.rpartition(".")[2] for name in found.adapter.modules}
     assert roles == {"v_proj", "o_proj"}
@@ -700,7 +700,8 @@ def test_an_adapter_is_moved_in_its_own_chat_template(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     places = tmp_path / "adapter", source.path, target.path
-    given = {"method": "distill", "steps": 1, "step_rank": 4, "completions": 24, "probe_text": str(prompts)}
+    given = {"method": "distill", "steps": 1, "step_rank": 4, "completions": 24, "answer_tokens": 4}
+    given["probe_text"] = str(prompts)
     plain = move_files(*places, tmp_path / "one", **given, effect="never")
     assert (tmp_path / "one" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
     # The file beside the adapter comes before the base's own template, and a given one before the target's.
@@ -795,7 +796,7 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     (tmp_path / "prompts.txt").write_text("\n".join(CORPUS), encoding="utf-8")
     given = [str(tmp_path / "adapter"), "--source", str(source.path), "--target", str(target.path)]
     flags = ["--probe-text", str(tmp_path / "prompts.txt"), "--out-rank", "5", "--depth", "0,0"]
-    flags += ["--completions", "40"] if method != "residual-fit" else []
+    flags += ["--completions", "40", "--answer-tokens", "6"] if method != "residual-fit" else []
     main(["transfer", *given, "--out", str(tmp_path / "out"), "--method", method, *flags])
     moved = jcl.load_adapter(tmp_path / "out")
     assert {factors.rank for factors in moved.modules.values()} == {5}
@@ -881,7 +882,7 @@ def _recipe(card):
     return tomllib.loads(card.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0])
 
 
-@pytest.mark.parametrize("prompts", ["texts", "conversations"])
+@pytest.mark.parametrize("prompts", ["texts", pytest.param("conversations", marks=pytest.mark.slow)])
 def test_a_refit_lowers_the_divergence_behind_the_closed_form_steps(pair, prompts):
     source, target, adapter = pair
     given = CORPUS if prompts == "texts" else [(Message("user", text),) for text in CORPUS]

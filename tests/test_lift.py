@@ -30,7 +30,8 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_params
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.fit.distill.templates import Completion
+from jcrosslora.fit.distill.templates import TEMPLATES
+from jcrosslora.text import Completion
 from jcrosslora.training import TrainingSettings
 
 
@@ -203,7 +204,7 @@ def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch,
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
     monkeypatch.setattr(
-        templates, "write_pilot", lambda *_: [Completion("Q: Who?\nA:", " Anna", templates.TEMPLATES[1])] * 2
+        templates, "write_pilot", lambda *_: [Completion("Q: Who?\nA:", " Anna", origin=TEMPLATES[1].name)] * 2
     )
     wanted = argparse.Namespace(base=str(folders[0]), adapter=[str(dora)], each=1, seed=0)
     templates.run(wanted)

@@ -173,6 +173,7 @@ def test_the_step_of_a_product_that_nearly_loses_a_rank_is_bounded(small):
         assert 0 < np.linalg.norm(first[role] - before, axis=(1, 2)).max() < 1.001 * bound
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_over_all_modules_and_scales_cancel():
     """A larger loss gives the same way as long as its gradient is clipped at every step."""
     start, wanted = factors(), targets(6)

@@ -114,6 +114,7 @@ def test_other_modules_keep_their_magnitude(base, adapter):
         assert (abs(times - 1) > 1e-2) == name.endswith("q_proj")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_half_the_size_gets_its_size_back(base):
     """Training factors to the lowest loss leaves nothing to gain by magnitudes, so that half of them is half."""
     settings = TrainingSettings(steps=60, batch=4, rate=2e-2, rank=3, alpha=6.0, dtype="float32", modules=("v_proj",))

@@ -110,7 +110,9 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     at_src, at_tgt = at_src[inside], at_tgt[inside]
     last = int(at_tgt[-1]) if len(at_tgt) else 0
     alone = np.setdiff1d(np.arange(max(1, tgt.answer - 1), last), at_tgt)
-    at_src, at_tgt = np.concatenate([at_src, np.full(len(alone), -1)]), np.concatenate([at_tgt, alone])
+    # Tokens that end inside a character are alike where all are.
+    like = alone if np.array_equal(src.ids, tgt.ids) else np.full(len(alone), -1)
+    at_src, at_tgt = np.concatenate([at_src, like]), np.concatenate([at_tgt, alone])
     answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
     sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
     kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
