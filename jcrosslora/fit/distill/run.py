@@ -77,7 +77,8 @@ def distill(
     tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
     written by the source with the adapter: answers to given prompts, or to its own. Each step minimises a quadratic
     model of the divergence from the teacher in closed form (`jcrosslora.fit.distill.step`); its length is the best on
-    held-out completions.
+    held-out completions. Gradient steps in all modules follow if the settings ask for them
+    (`jcrosslora.fit.distill.refit`).
 
     Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written; then the layers of both,
     a gradient and two square moments for each fitted module, and at most 4 GB of activations of the target, which are
