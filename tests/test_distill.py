@@ -682,6 +682,7 @@ def test_a_completion_is_put_into_another_template_and_back(template: PromptTemp
     assert in_template(moved, template, TEMPLATES[0]) == first
 
 
+@pytest.mark.slow
 def test_an_adapter_is_fitted_in_the_chat_template_of_each_base(tmp_path):
     source = chat_base(tmp_path / "source")
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1, eos=1))
