@@ -363,17 +363,14 @@ def step(
 def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
     """Take the prompts of the next batch, shortest first, and the shape (B, T) to pad it to."""
     places = list(order[:_BATCH])
-    width = len(ids[places[-1]])
     most = _FEW if len(places) <= _FEW else _BATCH
-    if width <= _WIDE:
-        return places, (most, -(-width // _MULTIPLE) * _MULTIPLE)
-    # Those that need no more than the shortest width of the longest that fits.
-    for width in (_WIDE, *_WIDTHS):
-        rows = max(1, min(most, _BATCH * _WIDE // width))
-        fitting = [place for place in places[:rows] if len(ids[place]) <= width]
-        if fitting:
-            return fitting, (rows, width)
-    return places[:1], (1, LONGEST)
+    longest = len(ids[places[-1]])
+    if longest <= _WIDE:
+        return places, (most, -(-longest // _MULTIPLE) * _MULTIPLE)
+    # The narrowest width that the shortest prompt fits in, and those that fit beside it.
+    width = next(width for width in (_WIDE, *_WIDTHS) if len(ids[places[0]]) <= width)
+    rows = min(most, _BATCH * _WIDE // width)
+    return [place for place in places[:rows] if len(ids[place]) <= width], (rows, width)
 
 
 def _padded(
