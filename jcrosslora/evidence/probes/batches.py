@@ -2,21 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, pad_right
 from jcrosslora.errors import UsageError
 
-if TYPE_CHECKING:
-    from jcrosslora.checkpoint.tokenizer import Encoded
-
 _STEP = 8  # T and P are multiples of it, so that texts of nearly the same length need no new compilation
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeBatch:
+class MatchedTokens:
     """B texts tokenised for both bases; T positions a text, P matched positions. A flat index is row * T + position.
 
     Attributes:
@@ -24,11 +20,8 @@ class ProbeBatch:
         mask_src: bool (B, T), False at padding; a row without any text is all False.
         tokens_tgt: int32 (B, T).
         mask_tgt: bool (B, T).
-        at_src: int32 (P,), flat indices into the source's positions, ascending; zero where not valid.
+        at_src: int32 (P,), flat indices into the source's positions; zero where the list of matches is padded.
         at_tgt: int32 (P,), the matching flat indices into the target's.
-        valid: bool (P,), False where the list of matches is padded.
-        text: int32 (P,), index of each match's text in the given list.
-        end: int32 (P,), character of that text at which the matched tokens end.
     """
 
     tokens_src: np.ndarray
@@ -37,6 +30,18 @@ class ProbeBatch:
     mask_tgt: np.ndarray
     at_src: np.ndarray
     at_tgt: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeBatch(MatchedTokens):
+    """Probe texts, matched in ascending order.
+
+    Attributes:
+        valid: bool (P,), False where the list of matches is padded.
+        text: int32 (P,), index of each match's text in the given list.
+        end: int32 (P,), character of that text at which the matched tokens end.
+    """
+
     valid: np.ndarray
     text: np.ndarray
     end: np.ndarray
@@ -147,7 +152,7 @@ def _filled(values: np.ndarray, places: int) -> np.ndarray:
     return np.pad(values, (0, places - len(values))).astype(np.int32)
 
 
-def match_positions(src: "Encoded", tgt: "Encoded") -> tuple[np.ndarray, np.ndarray]:
+def match_positions(src: Encoded, tgt: Encoded) -> tuple[np.ndarray, np.ndarray]:
     """Pair the tokens of two encodings of one text that end at the same character.
 
     If several tokens of one side end at the same character (the later ones cover no text), the first is used.

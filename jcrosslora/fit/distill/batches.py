@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
+from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, pad_right
 from jcrosslora.errors import UsageError
+from jcrosslora.evidence.probes.batches import MatchedTokens, match_positions
 from jcrosslora.text import Completion, Reading, read
 
 # Tokens of a row: the fewer shapes, the less to compile.
@@ -18,28 +19,16 @@ _PLACES = 1 << 32  # above the characters of any content
 
 
 @dataclass(frozen=True, eq=False)
-class DistillationBatch:
-    """B completions as both bases read them; T tokens a row, P matched positions. A flat index is row * T + position.
+class DistillationBatch(MatchedTokens):
+    """Completions. Positions of the target inside an answer that match none of the source are among the P as well.
 
     Attributes:
-        tokens_src: int32 (B, T), zero at padding, which is on the right.
-        mask_src: bool (B, T), False at padding.
-        tokens_tgt: int32 (B, T).
-        mask_tgt: bool (B, T).
-        at_src: int32 (P,), flat indices of matched positions of the source; zero where there is none.
-        at_tgt: int32 (P,), the matching positions of the target, and those inside an answer that match nothing.
         next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
         next_tgt: int32 (P,), that of the target likewise.
         answer: bool (P,), whether a token of the answer follows.
         weight: float32 (P,), of each position in the fit; 0 where there is none.
     """
 
-    tokens_src: np.ndarray
-    mask_src: np.ndarray
-    tokens_tgt: np.ndarray
-    mask_tgt: np.ndarray
-    at_src: np.ndarray
-    at_tgt: np.ndarray
     next_src: np.ndarray
     next_tgt: np.ndarray
     answer: np.ndarray
@@ -87,10 +76,9 @@ def make_batches(
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
         raise UsageError(msg)
-    found = []
-    for width in WIDTHS:
-        below = max((other for other in WIDTHS if other < width), default=0)
-        group = [pair for pair in pairs if below < pair.length <= width]
+    widths, found = [next(width for width in WIDTHS if pair.length <= width) for pair in pairs], []
+    for width in sorted(set(widths)):
+        group = [pair for pair, own in zip(pairs, widths, strict=True) if own == width]
         rows = max(1, min(BATCH, _MOST_TOKENS // width))
         found += [_batch(group[start : start + rows], rows, width) for start in range(0, len(group), rows)]
     return found
@@ -102,11 +90,8 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
     The first position is never matched: models have huge activations there that say nothing about the text. Positions
     of the target inside the answer that match nothing are compared with the text alone.
     """
-    keys_src, keys_tgt = (
-        np.where(one.content >= 0, one.content.astype(np.int64) * _PLACES + one.end, -1) for one in (src, tgt)
-    )
-    shared, at_src, at_tgt = np.intersect1d(keys_src, keys_tgt, return_indices=True)
-    inside = (shared >= 0) & (at_src > 0) & (at_tgt > 0)
+    at_src, at_tgt = match_positions(_placed(src), _placed(tgt))
+    inside = (at_src > 0) & (at_tgt > 0)
     at_src, at_tgt = at_src[inside], at_tgt[inside]
     last = int(at_tgt[-1]) if len(at_tgt) else 0
     alone = np.setdiff1d(np.arange(max(1, tgt.answer - 1), last), at_tgt)
@@ -124,6 +109,12 @@ def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
         answer[kept],
         np.where(answer, 1.0, prompt_weight).astype(np.float32)[kept],
     )
+
+
+def _placed(reading: Reading) -> Encoded:
+    """Count the places of all contents in one row of numbers from 1 on, so that equal ones are one place."""
+    places = reading.content.astype(np.int64) * _PLACES + reading.end + 1
+    return Encoded(reading.ids, np.where(reading.content >= 0, places, -1))
 
 
 def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
