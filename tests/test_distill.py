@@ -895,6 +895,14 @@ def test_a_refit_lowers_the_divergence_behind_the_closed_form_steps(pair, prompt
     assert end < 0.97 * found.divergences[-1]
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
+    tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
+    items = [Completion(text, " and water") for text in CORPUS[:2]]
+    parts, held_out, prompts = run_module._make_parts(items, tokenizers, DistillSettings(held_out=share), 0)
+    assert len(parts) == len(held_out) == len(prompts) == 1
+
+
 @pytest.mark.parametrize("text", ["", "5", "0s", "-3min", "4 minutes", "1h30"])
 def test_a_budget_that_is_no_time_is_refused(text):
     with pytest.raises(UsageError, match=r"budget .* was asked for, wanted a time such as 90s"):
@@ -918,12 +926,9 @@ def beginning(pair):
         for side, base in enumerate(pair[:2])
     ]
     start = jax.tree.map(jnp.zeros_like, stack_adapter(random_adapter(target, roles=("v_proj",), rank=2), target))
-    return (
-        Teacher(*bases, stack_adapter(adapter, source), SMALL, symbols),
-        Fitted(start, (1.0,)),
-        batches[:1],
-        batches[1:],
-    )
+    teacher = Teacher(*bases, stack_adapter(adapter, source), SMALL, symbols)
+    held_out = [teacher.read(batches[0])]
+    return teacher, Fitted(start, (mean_kl(teacher.target, start, held_out),)), held_out, batches[1:]
 
 
 def test_an_interrupted_refit_keeps_the_best_update(beginning):
@@ -940,7 +945,7 @@ def test_an_interrupted_refit_keeps_the_best_update(beginning):
     found = refit(teacher, fitted, held_out, fresh, asked, 0.0)
     assert (found.stopped, found.completions) == (True, 8 * ROUND)
     assert min(found.divergences) < found.divergences[0]
-    assert mean_kl(teacher.target, found.adapter, [teacher.read(held_out[0])]) == pytest.approx(min(found.divergences))
+    assert mean_kl(teacher.target, found.adapter, held_out) == pytest.approx(min(found.divergences))
     # The last half of the rounds is answered by the target with its update.
     assert [own is None for own in seen] == [True] * 5 + [False] * 4
 

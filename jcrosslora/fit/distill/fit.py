@@ -37,7 +37,7 @@ class Fitted:
 def fit(
     teacher: Teacher,
     parts: Sequence[Sequence[DistillationBatch]],
-    held_out: Sequence[DistillationBatch],
+    held_out: Sequence[TaughtBatch],
     settings: DistillSettings,
     start: StackedAdapter | None = None,
     *,
@@ -49,7 +49,7 @@ def fit(
     Args:
         teacher: with the target in it.
         parts: the batches of each step.
-        held_out: the batches that decide how long each step is.
+        held_out: the batches that decide how long each step is, read by the teacher.
         settings: of the fit.
         start: an adapter of the target to start from; None starts from nothing.
         seed: of the tokens that are drawn for the Fisher matrices.
@@ -57,8 +57,7 @@ def fit(
     """
     target = teacher.target
     adapter = _with_room(target.params, start, settings, len(parts))
-    kept = [teacher.read(batch) for batch in held_out]
-    best, length = mean_kl(target, adapter, kept), _FIRST
+    best, length = mean_kl(target, adapter, held_out), _FIRST
     history = [best]
     with track(sum(map(len, parts)), "fit", "batches", show=progress) as bar:
         totals = zero_statistics(target.params, settings.roles)
@@ -74,7 +73,7 @@ def fit(
                 bar.update()
             steps, behind = solve(totals, settings.step_rank, number + 1)
             left = len(parts) - number
-            adapter, best, length = _line_search(target, adapter, steps, left, kept, best, length or _FIRST)
+            adapter, best, length = _line_search(target, adapter, steps, left, held_out, best, length or _FIRST)
             totals = behind if length else totals
             history.append(best)
             bar.note = f"divergence {best:.3f}"

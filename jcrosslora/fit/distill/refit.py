@@ -64,7 +64,7 @@ class RefitState:
 def refit(
     teacher: Teacher,
     fitted: Fitted,
-    held_out: Sequence[DistillationBatch],
+    held_out: Sequence[TaughtBatch],
     fresh: Fresh,
     settings: DistillSettings,
     begun: float,
@@ -76,8 +76,8 @@ def refit(
 
     Args:
         teacher: with the target in it, whose embeddings are all kept.
-        fitted: the update to start from.
-        held_out: completions that decide which update is the best.
+        fitted: the update to start from, with its divergence on `held_out`.
+        held_out: completions that decide which update is the best, read by the teacher.
         fresh: writes the completions of a round.
         settings: of the fit.
         begun: `time.monotonic()` when the fit as a whole began, which the budget counts from.
@@ -85,20 +85,19 @@ def refit(
         progress: whether to show a progress bar.
     """
     target, frozen = teacher.target, fitted.adapter
-    kept = [teacher.read(batch) for batch in held_out]
-    best, history = frozen, [mean_kl(target, frozen, kept)]
+    best, history = frozen, [fitted.divergences[-1]]
     state = first_state(target.params, settings, seed)
-    limit, start, done, number, stopped = settings.seconds, time.monotonic(), 0, 0, False
+    limit, start, rounds, stopped = settings.seconds, time.monotonic(), 0, False
 
     def used() -> float:
         by_time = 0.0 if limit is None else (time.monotonic() - start) / max(1e-9, limit - (start - begun))
-        return max(by_time, done / settings.refit if settings.refit else 0.0)
+        return max(by_time, rounds * ROUND / settings.refit if settings.refit else 0.0)
 
     with track(settings.refit or 100, "refit", "completions" if settings.refit else "%", show=progress) as bar:
         try:
             while (share := used()) < 1:
                 own = join_stacked(frozen, state.factors) if share >= 1 - settings.polish else None
-                for batch in fresh(number, own):
+                for batch in fresh(rounds, own):
                     rate = jnp.float32(settings.refit_rate * schedule(used()))
                     taught = teacher.read(batch)
                     remat = needs_remat(target.settings, taught.tokens.shape)
@@ -106,18 +105,18 @@ def refit(
                         target.settings, target.params, frozen, state, taught, rate, ends=target.ends, remat=remat
                     )
                     jax.block_until_ready(state)
-                done, number = done + ROUND, number + 1
-                if number % _CHECK == 0 or used() >= 1:
+                rounds += 1
+                if rounds % _CHECK == 0 or used() >= 1:
                     joined = join_stacked(frozen, state.factors)
-                    found = mean_kl(target, joined, kept)
+                    found = mean_kl(target, joined, held_out)
                     best = joined if found < min(history) else best
                     history.append(found)
                     bar.note = f"divergence {min(history):.3f}"
-                bar.done = min(bar.total, done if settings.refit else int(100 * used()))
+                bar.done = min(bar.total, rounds * ROUND if settings.refit else int(100 * used()))
                 bar.update(0)
         except KeyboardInterrupt:
             stopped = True
-    return Refitted(best, tuple(history), done, stopped)
+    return Refitted(best, tuple(history), rounds * ROUND, stopped)
 
 
 def schedule(share: float) -> float:

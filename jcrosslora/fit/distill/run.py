@@ -124,7 +124,8 @@ def distill(
     params = load_params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
     teacher = Teacher(src, tgt, stacked, settings, symbols)
-    fitted = fit(teacher, parts, held_out, settings, begun, seed=seed, progress=progress)
+    judged = [teacher.read(batch) for batch in held_out]
+    fitted = fit(teacher, parts, judged, settings, begun, seed=seed, progress=progress)
     refitted = None
     if writer is not None:
 
@@ -134,7 +135,7 @@ def distill(
             items = completions.more(writer, ROUND, seed + 100 + number, kept_back, answerer)
             return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-        refitted = refit(teacher, fitted, held_out, fresh, settings, clock, seed=seed, progress=progress)
+        refitted = refit(teacher, fitted, judged, fresh, settings, clock, seed=seed, progress=progress)
         fitted = Fitted(refitted.adapter, fitted.divergences)
     _check_finite(fitted, target)
     positions = sum(batch.positions for part in parts for batch in part)
@@ -154,7 +155,8 @@ def _make_parts(
     """Make the batches of each step, and those held out, with their prompts; answers to one are all on one side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
-    count = max(1, round(settings.held_out * len(prompts)))
+    # At least one prompt on each side.
+    count = min(max(1, round(settings.held_out * len(prompts))), len(prompts) - 1)
     place = {prompts[index]: rank for rank, index in enumerate(order)}
     held_out = [item for item in completions if place[item.prompt] < count]
     rest = sorted((item for item in completions if place[item.prompt] >= count), key=lambda item: place[item.prompt])

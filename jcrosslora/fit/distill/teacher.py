@@ -119,7 +119,7 @@ class Teacher:
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
         taught, base, adapted = self.sides(batch)
-        return taught.replace(teacher=mix_teacher(taught.teacher, base, adapted, *self._weights))  # pyright: ignore[reportAttributeAccessIssue]
+        return dataclasses.replace(taught, teacher=mix_teacher(taught.teacher, base, adapted, *self._weights))
 
     def sides(self, batch: DistillationBatch) -> tuple[TaughtBatch, jax.Array, jax.Array]:
         """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
