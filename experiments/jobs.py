@@ -60,9 +60,9 @@ def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Pa
     if out.exists():
         return
     base = jcl.open_base(ref)
-    adapter = train_lora(base, examples, settings, checkpoints=out.with_suffix(".states"), progress=True)
-    facts = {"examples": len(examples)}
-    save_trained(adapter, out, base, settings, facts, chat_template=template_of(load_tokenizer(base)))
+    states, tokenizer = out.with_suffix(".states"), load_tokenizer(base)
+    adapter = train_lora(base, examples, settings, checkpoints=states, progress=True, tokenizer=tokenizer)
+    save_trained(adapter, out, base, settings, {"examples": len(examples)}, chat_template=template_of(tokenizer))
 
 
 def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: list[Any], seed: int, out: Path) -> float:
@@ -88,6 +88,7 @@ def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: lis
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     work, target = arguments.work, jcl.open_base(arguments.target)
+    source_name = jcl.open_base(arguments.source).name
     work.mkdir(parents=True, exist_ok=True)
     params, tokenizer = load_params(target, fast_dtype()), load_tokenizer(target)
     for task in arguments.task:
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 for place, (method, count, _, seconds) in enumerate(rows, 2):
                     line = {
                         **{"task": task, "seed": seed, "split": arguments.split, "examples": len(part)},
-                        **{"source": jcl.open_base(arguments.source).name, "target": target.name},
+                        **{"source": source_name, "target": target.name},
                         **{"method": method, "prompts": count, "seconds": seconds, "steps": arguments.steps},
                     }
                     for figure in found.figures:

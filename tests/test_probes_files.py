@@ -1,6 +1,7 @@
 """Texts in files: round trips, and one line for what cannot be read or written."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.evidence.probes import Probes, read_texts, save_texts
+from jcrosslora.session.transfer import given_probes
+from jcrosslora.text import Message
 
 any_text = st.text(st.characters(codec="utf-8")).filter(lambda text: text.strip())
 one_line = st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0\ufeff")).filter(lambda text: text.strip())
@@ -98,3 +101,26 @@ def test_description_names_source_count_and_digest():
     assert Probes(("onetwo",), "given").digest() != probes.digest()
     assert "seed" not in Probes(("one",), "given").describe()
     assert Probes(("one", "two"), "given").digest() == probes.digest()
+
+
+ANSWER_ALONE = [{"role": "assistant", "content": "a"}]
+
+
+def test_a_conversation_without_a_message_of_the_user_is_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": ANSWER_ALONE}))
+    cases = (str(path), f"{path}:1"), ([ANSWER_ALONE], "prompt 0"), (["text", {"messages": []}], "prompt 1")
+    for prompts, place in cases:
+        with pytest.raises(UsageError, match=f"^{re.escape(place)}: "):
+            given_probes(prompts)
+
+
+def test_conversations_and_texts_are_prompts_without_their_answers(tmp_path):
+    user = {"role": "user", "content": "u"}
+    lines = [{"messages": [user, *ANSWER_ALONE]}, {"text": "t"}, {"prompt": "p"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    wanted = ((Message("user", "u"),), "t", "p")
+    assert given_probes(str(path)).prompts == wanted
+    assert given_probes([[user, *ANSWER_ALONE], "t", "p"]).prompts == wanted
+    assert read_texts(path) == ["u", "t", "p"]

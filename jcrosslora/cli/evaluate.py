@@ -97,9 +97,11 @@ class Evaluate:
     def _print_answers(self, answers: "Answers", notes: Sequence[str], console: Console) -> None:
         from jcrosslora.evaluate import answers_page, print_answers
         from jcrosslora.evaluate.answers_table import spread
+        from jcrosslora.utils.files import write_output
 
         if self.html is not None:
-            _write_page(_page_path(self.html), answers_page(answers))
+            page = answers_page(answers).encode()
+            write_output(_page_path(self.html), page, "free space, or choose another file")
         if self.json:
             found = {"examples": len(answers.examples), "max_new_tokens": answers.max_new_tokens}
             found |= {"models": _models(answers, answers.figures), "not_scored": notes}
@@ -153,13 +155,3 @@ def _page_path(path: Path) -> Path:
         msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
         raise OutputError(msg)
     return path
-
-
-def _write_page(path: Path, page: str) -> None:
-    from jcrosslora.utils.files import write_whole
-
-    try:
-        write_whole(path, page.encode())
-    except OSError as error:
-        msg = f"{path}: cannot be written ({error.strerror or error}): free space, or choose another file"
-        raise OutputError(msg) from error

@@ -44,9 +44,10 @@ class Train(TrainingSettings):
             raise UsageError(msg)
         settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
         base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
-        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=True)
+        tokenizer = load_tokenizer(base)
+        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=True, tokenizer=tokenizer)
         facts = {"task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
-        template = template_of(load_tokenizer(base)) if chats else None
+        template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
         console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)

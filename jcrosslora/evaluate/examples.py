@@ -1,13 +1,12 @@
 """Files of examples: a prompt and its right answer on each line, which adapters are trained on and judged by."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.tasks import Question, read_lines, read_task
 from jcrosslora.text import Completion
-from jcrosslora.text.completion import is_text, parse_messages, split_answer
+from jcrosslora.text.completion import is_text, parse_messages, parse_object, split_answer
 
 # Of a question the right choice is the answer.
 Example: TypeAlias = Completion | Question
@@ -73,9 +72,7 @@ def _references(entry: dict[str, Any], place: str) -> tuple[str, ...]:
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line; {} where it is not one."""
     try:
-        entry = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
+        return parse_object(line.decode("utf-8"))
+    except UnicodeDecodeError:
         return {}
-    return entry if isinstance(entry, dict) else {}

@@ -17,7 +17,7 @@ from jcrosslora.session.pair_session import PairSession, lighter, with_one_write
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.text import Message, Prompt
-from jcrosslora.text.completion import parse_messages, split_answer
+from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils.memory import enough_memory
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
         messages = prompt.get("messages") if isinstance(prompt, dict) else prompt
         if isinstance(messages, tuple) and all(isinstance(one, Message) for one in messages):
             return messages
-        return split_answer(parse_messages(messages, f"prompt {number}"))[0]
+        return parse_prompt(messages, f"prompt {number}")
 
     return Probes.given([parsed(number, prompt) for number, prompt in enumerate(prompts)], "given")
 

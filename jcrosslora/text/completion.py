@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
@@ -85,6 +86,28 @@ def split_answer(messages: Sequence[Message]) -> tuple[tuple[Message, ...], str 
     if messages and messages[-1].role == "assistant":
         return tuple(messages[:-1]), messages[-1].content
     return tuple(messages), None
+
+
+def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
+    """Read the value of "messages" as a prompt: without the assistant's last answer; otherwise as `parse_messages`.
+
+    Raises:
+        UsageError: see `parse_messages`, or there is nothing in front of the answer.
+    """
+    prompt, _ = split_answer(parse_messages(value, place))
+    if not prompt:
+        msg = f"{place}: has an answer alone, and a message of the user in front of it was wanted"
+        raise UsageError(msg)
+    return prompt
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """Return the JSON object of a line; {} where it is not one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -113,6 +113,19 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
             work.unlink(missing_ok=True)
 
 
+def write_output(path: Path, content: bytes, advice: str) -> None:
+    """Write a file of the user's as `write_whole` does.
+
+    Raises:
+        OutputError: it cannot be written; ends with `advice`, what to do.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        msg = f"{path}: cannot be written ({error.strerror or error}): {advice}"
+        raise OutputError(msg) from error
+
+
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         kind = "a symbolic link" if out.is_symlink() else "a file"

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.errors import UsageError
 from jcrosslora.text import Prompt
-from jcrosslora.text.completion import parse_messages, prompt_text, split_answer
-from jcrosslora.utils.files import write_whole
+from jcrosslora.text.completion import parse_object, parse_prompt, prompt_text
+from jcrosslora.utils.files import write_output
 
 _BOM = "\ufeff"
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -65,7 +65,8 @@ def save_texts(path: str | Path, texts: Sequence[str]) -> None:
     json_lines = path.suffix.lower() in _JSON_LINES
     _check(texts, path, json_lines)
     lines = (json.dumps({"text": text}, ensure_ascii=False) if json_lines else text for text in texts)
-    _write(path, "".join(f"{line}\n" for line in lines))
+    # Whole or not at all: an interrupted run must not leave a file with half of the texts.
+    write_output(path, "".join(f"{line}\n" for line in lines).encode(), "choose another output")
 
 
 def _read(path: Path) -> str:
@@ -86,17 +87,9 @@ def _read(path: Path) -> str:
 
 
 def _prompt_of(line: str, place: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        entry = None
-    entry = entry if isinstance(entry, dict) else {}
+    entry = parse_object(line)
     if "messages" in entry:
-        prompt, _ = split_answer(parse_messages(entry["messages"], place))
-        if not prompt:
-            msg = f"{place}: has an answer alone, and a message of the user in front of it was wanted"
-            raise UsageError(msg)
-        return prompt
+        return parse_prompt(entry["messages"], place)
     text = entry.get("text", entry.get("prompt"))
     if not isinstance(text, str):
         msg = f'{place}: is not a JSON object with a string "text": write {{"text": "..."}} on each line, '
@@ -127,12 +120,3 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _write(path: Path, content: str) -> None:
-    # Write atomically: an interrupted run must not leave a file with half of the texts.
-    try:
-        write_whole(path, content.encode())
-    except OSError as error:
-        msg = f"{path}: cannot be written ({error.strerror}): choose another output"
-        raise OutputError(msg) from error
