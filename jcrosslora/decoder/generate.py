@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -145,16 +146,13 @@ class Generator:
         """Continue prompts as `continue_tokens` does; rows that ended hold their stop token."""
         tokens, mask = _padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
         block = block or max_new_tokens
-        model = self.settings, self.params, self.adapter
-        state = prefill(*model, jnp.asarray(tokens), jnp.asarray(mask), room=block * -(-max_new_tokens // block))
+        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), block * -(-max_new_tokens // block))
         rows = [np.zeros(0, np.int32) for _ in prompts]
         unfinished = list(range(len(prompts)))
         for start in range(0, max_new_tokens, block):
             if not unfinished:
                 break
-            state, *new = extend(
-                *model, state, jnp.float32(temperature), key, count=block, stop_tokens=self.tokenizer.stops
-            )
+            state, *new = self._extend(state, temperature, key, block)
             written, valid = map(np.asarray, new)
             for row in tuple(unfinished):
                 found = np.concatenate([rows[row], written[row][valid[row]]])
@@ -165,6 +163,15 @@ class Generator:
         if not np.asarray(state.finite)[: len(prompts)].all():
             raise not_finite(self.name, self.adapter_name)
         return rows
+
+    def _begin(self, prompts: jax.Array, mask: jax.Array, room: int) -> State:
+        return prefill(self.settings, self.params, self.adapter, prompts, mask, room=room)
+
+    def _extend(
+        self, state: State, temperature: float, key: jax.Array, count: int
+    ) -> tuple[State, jax.Array, jax.Array]:
+        model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
+        return extend(*model, state, jnp.float32(temperature), key, count=count, stop_tokens=stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
         """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
@@ -255,7 +262,7 @@ class State:
         count: int32 (), tokens written so far.
         scores: float32 (B, V), logits of the next token.
         positions: int32 (B,), of the next token.
-        cache: of all tokens before.
+        cache: of all tokens before; a `KVCache`, or what another `run` of `write_tokens` takes for it.
         running: bool (B,), False behind a stop token.
         finite: bool (B,), False where a token was drawn from logits that are not numbers or infinite.
     """
@@ -263,7 +270,7 @@ class State:
     count: jax.Array
     scores: jax.Array
     positions: jax.Array
-    cache: KVCache
+    cache: Any
     running: jax.Array
     finite: jax.Array
 
@@ -315,6 +322,32 @@ def extend(
     Returns:
         The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
     """
+
+    def run(cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
+        return step(settings, params, cache, tokens, positions, adapter)
+
+    return write_tokens(run, state, temperature, key, count, stop_tokens)
+
+
+def write_tokens(
+    run: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]],
+    state: State,
+    temperature: jax.Array,
+    key: jax.Array,
+    count: int,
+    stop_tokens: tuple[int, ...],
+) -> tuple[State, jax.Array, jax.Array]:
+    """Draw up to `count` tokens in a loop, as `extend` does.
+
+    Args:
+        run: of the cache in the state, tokens and their positions, int32 (B,) each: logits of the next, and the cache
+            with these in it.
+        state: to go on from.
+        temperature: of the sampling.
+        key: from `jax.random.key`.
+        count: the most tokens, static.
+        stop_tokens: that end a text, static.
+    """
     shape = len(state.scores), count
 
     def advance(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
@@ -322,7 +355,7 @@ def extend(
         drawn = draw(jax.random.fold_in(key, state.count), state.scores, temperature)
         drawn = jnp.where(state.running, drawn, 0)
         finite = state.finite & (jnp.isfinite(jnp.max(state.scores, axis=-1)) | ~state.running)
-        scores, cache = step(settings, params, state.cache, drawn, state.positions, adapter)
+        scores, cache = run(state.cache, drawn, state.positions)
         running = state.running & ~jnp.isin(drawn, jnp.asarray(stop_tokens, jnp.int32))
         tokens, valid = tokens.at[:, place].set(drawn), valid.at[:, place].set(state.running)
         return place + 1, State(state.count + 1, scores, state.positions + 1, cache, running, finite), tokens, valid
