@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_bases import write_llama
 
+from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.evaluate import Question
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -35,6 +36,15 @@ def write_base(folder: Path, merges: int, *, bos: bool = False, eos: int | None 
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
     return folder
+
+
+def chat_base(folder: Path) -> BaseModel:
+    """A base with a chat template, and a token that ends a turn."""
+    write_base(folder, 30, bos=True, eos=1, layers=2)
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return open_base(folder)
 
 
 def save_tokenizer(folder: Path, merges: int, bos: bool) -> int:

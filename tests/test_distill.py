@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe_bases import CORPUS, write_base
+from probe_bases import CORPUS, chat_base, write_base
 from rich.console import Console
 from tiny_bases import delta, random_adapter
 from transfers import move_files, transfer_settings
@@ -48,7 +48,6 @@ from jcrosslora.fit.distill.completions import (
     PILOT,
     answer_given,
     answer_length,
-    first_sentence,
     write_completions,
 )
 from jcrosslora.fit.distill.fit import Fitted, mean_kl
@@ -61,6 +60,7 @@ from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, mix_teacher, shared_log_probs, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
+from jcrosslora.fit.distill.writing import first_sentence
 from jcrosslora.report.documents import card_text
 from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
@@ -69,7 +69,14 @@ from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
 
 SMALL = DistillSettings(
-    steps=2, step_rank=4, completions=48, answer_tokens=6, compared_tokens=400, teacher_weight=0.0, contrast_weight=1.0
+    steps=2,
+    step_rank=4,
+    completions=48,
+    answer_tokens=6,
+    discovery=0,
+    compared_tokens=400,
+    teacher_weight=0.0,
+    contrast_weight=1.0,
 )
 
 
@@ -601,14 +608,14 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         says = text
 
     generator = Fluent.of(pair[0])
-    found = write_completions(generator, DistillSettings(completions=100), 0)
+    found = write_completions(generator, DistillSettings(completions=100, discovery=0), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]
     assert {named[item.origin] for item in found.items} == known
     assert all(item.prompt.startswith(named[item.origin].before) for item in found.items)
     assert all(item.prompt.endswith("?" + named[item.origin].after) for item in found.items)
     assert "'Q:', 'Task:'" in found.description
-    few = write_completions(generator, DistillSettings(completions=20), 0).items
+    few = write_completions(generator, DistillSettings(completions=20, discovery=0), 0).items
     assert len(few) == 20
     assert {named[item.origin] for item in few} == known
 
@@ -647,15 +654,6 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
     change, base_nll = judge_templates(Generator.of(pair[0]), told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
     np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
-
-
-def chat_base(folder):
-    """A base with a chat template, and a token that ends a turn."""
-    write_base(folder, 30, bos=True, eos=1, layers=2)
-    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    (folder / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return jcl.open_base(folder)
 
 
 def test_the_chat_template_of_a_base_is_one_of_the_templates(tmp_path):

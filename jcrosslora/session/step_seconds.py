@@ -15,6 +15,8 @@ from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
+from jcrosslora.fit.distill.discovery.openings import ANSWER, OPENINGS
+from jcrosslora.fit.distill.discovery.requests import REQUEST
 from jcrosslora.fit.distill.refit import ROUND
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
@@ -34,6 +36,7 @@ _TEXTS, _TOKENS = 8, 64  # the text that one forward pass reads, unless said oth
 _ROWS = 48  # texts that are written together
 _PROBE_TOKENS = 96  # of a text that the source writes
 _PROMPT_TOKENS = 32  # of a prompt that the source writes
+_SHOTS_LENGTH = 2  # of what stands in front of a request, in times of `_TOKENS`
 _WIDTHS = 4  # widths of rows that completions of one kind have
 # Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
 # times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
@@ -158,7 +161,9 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
         pilot = PILOT * len(TEMPLATES)
         rounds, tokens = rounds + ceil(pilot / _ROWS), tokens + _PROMPT_TOKENS
         judged = 2 * pilot * len(TEMPLATES) / _TEXTS  # every pilot in every template, with and without the adapter
-    passes = _PREFILL * rounds * _ROWS / _TEXTS + judged
+    written, passes = rounds * tokens, _PREFILL * rounds * _ROWS / _TEXTS + judged
+    if settings.discovery and not prompts:
+        written, passes = written + _search(settings)[0], passes + _search(settings)[1]
     # Each part, and what is held out, ends with a batch of each width that is half full.
     held = settings.held_out * count / BATCH + _WIDTHS / 2
     fitted = (1 - settings.held_out) * count / BATCH + steps * _WIDTHS / 2
@@ -166,12 +171,24 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
     read = 2 * taught, taught + _GRADIENT * fitted + _LENGTHS * steps * held
     dtype = fast_dtype()
     found = {
-        "write completions": lambda: costs.write(rounds * tokens) + costs.read((passes, 0), dtype),
+        "write completions": lambda: costs.write(written) + costs.read((passes, 0), dtype),
         "fit": lambda: costs.read(read, dtype, predicted=settings.compared_tokens),
     }
     if settings.refits:
         found["refit"] = lambda: _refit(settings, 1 if prompts else 2, tokens, costs)
     return found
+
+
+def _search(settings: DistillSettings) -> tuple[float, float]:
+    """Count what the search for an adapter's job writes, in tokens of `_ROWS` texts, and its forward passes."""
+    answer, loud = settings.answer_tokens or PILOT_TOKENS // 2, len(OPENINGS)
+    # Both models write what is amplified; requests and answers are written twice.
+    written = 2 * sum(tokens for _, tokens in OPENINGS) + ANSWER + 2 * (REQUEST + answer)
+    prefilled = 2 * loud + 1 + 2 * (_SHOTS_LENGTH + 1)
+    # What was amplified is judged, what follows it, and both rounds of answers, with and without the adapter.
+    judged = 2 * (loud + 3)
+    texts = ceil(settings.discovery / _ROWS) * _ROWS
+    return texts / _ROWS * written, (_PREFILL * prefilled + judged) * texts / _TEXTS
 
 
 def _refit(settings: DistillSettings, texts: int, tokens: int, costs: _Costs) -> float:

@@ -6,7 +6,6 @@ shows in how much it changes the predictions of its base where the answer begins
 """
 
 import math
-import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,26 +13,19 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jcrosslora.decoder import Generator, Written
+from jcrosslora.decoder import Generator
 from jcrosslora.decoder.generate import LONGEST
 from jcrosslora.errors import MethodError
+from jcrosslora.fit.distill.discovery.search import NOTHING, ROUNDS, Discovery, discover
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
-from jcrosslora.fit.distill.templates import PromptTemplate, templates_of
+from jcrosslora.fit.distill.templates import templates_of
+from jcrosslora.fit.distill.writing import answer_prompts, write_prompts
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track, track
 
 PILOT = 6  # completions in each template, which show which templates the adapter knows, and how long answers are
-# First words of prompts, asking and telling.
-_OPENERS = (
-    *("What", "Which", "How", "Why", "When", "Where", "Who", "If", "A", "The", "In", "Which of the following"),
-    *("Explain", "Describe", "Write", "Name", "Give", "List"),
-)
-# A full stop inside a number or a name has no space behind it; the others are those of Chinese, Japanese and Hindi.
-_SENTENCE_END = re.compile(r"[?!]|\.(?=\s|$)|[\uff1f\uff01\u3002\u0964]")
-_FEWEST_WORDS = 4  # of a prompt
-_PROMPT_TOKENS, _PROMPT_TEMPERATURE = 32, 0.7
 JUDGED_TOKENS = 12  # of an answer, in the choice of templates
 # Answers of which most have not ended after the first number of tokens are looked at again up to the second, a few of
 # them; of those that do not end there either only the beginning is used.
@@ -51,11 +43,13 @@ class Completions:
         description: where they come from, for reports.
         more: writes others like them: the source with its adapter, how many, a seed, prompts that are not to be used,
             and who answers.
+        discovery: what was found out about the adapter; None where the user gave prompts.
     """
 
     items: list[Completion]
     description: str
     more: Callable[[Generator, int, int, Collection[Prompt], Generator], list[Completion]]
+    discovery: Discovery | None = None
 
 
 def answer_given(
@@ -75,7 +69,7 @@ def answer_given(
         tokens = settings.answer_tokens or _given_length(generator, prompts, settings.answer_temperature, seed)
         for turn in range(max(1, -(-settings.completions // len(prompts)))):
             part = [Completion(prompt) for prompt in prompts[: settings.completions - turn * len(prompts)]]
-            found += _answer(generator, part, tokens, settings.answer_temperature, seed + turn, bar)
+            found += answer_prompts(generator, part, tokens, settings.answer_temperature, seed + turn, bar)
     used = f"the first {settings.completions} of " if len(prompts) > settings.completions else ""
     _check_enough(found, generator)
     long = sum(len(prompt_ids(generator.tokenizer, prompt)) > LONGEST for prompt in prompts)
@@ -87,7 +81,7 @@ def answer_given(
         usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
         places = np.random.default_rng(seed).permutation(np.arange(max(count, len(usable))) % len(usable))[:count]
         part = [Completion(usable[place]) for place in places]
-        return _answer(answerer, part, tokens, settings.answer_temperature, seed, None)
+        return answer_prompts(answerer, part, tokens, settings.answer_temperature, seed, None)
 
     description = f"{len(found)} answers{_ended(found, tokens)} to {used}{len(prompts)} given prompts{cut}"
     return Completions(found, description, more)
@@ -96,41 +90,55 @@ def answer_given(
 def write_completions(
     generator: Generator, settings: DistillSettings, seed: int, *, progress: bool = False
 ) -> Completions:
-    """Write prompts and answers in the templates that the adapter knows, which a pilot in all templates shows.
+    """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
+
+    A pilot in all templates shows which the adapter knows (`jcrosslora.fit.distill.template_choice`); what it was
+    trained to say shows where its change is amplified (`jcrosslora.fit.distill.discovery`).
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(generator.tokenizer)
-    with _bar(2 * (PILOT * len(templates) + settings.completions), progress) as bar:
+    searched = ROUNDS * settings.discovery
+    with _bar(2 * (PILOT * len(templates) + settings.completions) + searched, progress) as bar:
         pilot = write_pilot(generator, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(generator, pilot, JUDGED_TOKENS))
-        names = {template.name for template in known}
-        found = [item for item in pilot if item.origin in names]
+        named = {template.name: template for template in templates}
+        found = [item for item in pilot if named[item.origin] in known]
+        discovery = NOTHING
+        if settings.discovery:
+            discovery = discover(generator, found, known, settings, settings.answer_tokens or PILOT_TOKENS, seed, bar)
+        if discovery.share:
+            found += [one.item for one in discovery.resembling]
         tokens = settings.answer_tokens or _written_length(generator, found, settings.answer_temperature, seed)
+
+        def write(generator: Generator, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+            like = round(discovery.share * count)
+            wanted = [known[place % len(known)] for place in range(count - like)] if known else []
+            return discovery.write(generator, like, seed, bar) + write_prompts(generator, wanted, seed, bar)
+
         missing = max(0, settings.completions - len(found)) if known else 0
         bar.total = bar.done + 2 * missing
         if missing:
-            shares = np.array_split(np.arange(missing), len(known))
-            wanted = [template for template, share in zip(known, shares, strict=True) for _ in share]
-            prompts = _write_prompts(generator, wanted, seed + 1, bar)
-            found += _answer(generator, prompts, tokens, settings.answer_temperature, seed + 1, bar)
+            prompts = write(generator, missing, seed + 1, bar)
+            found += answer_prompts(generator, prompts, tokens, settings.answer_temperature, seed + 1, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.completions]
     found = [found[place] for place in order]
     _check_enough(found, generator)
-    where = ", ".join(template.name for template in known)
 
     def more(
         generator: Generator, count: int, seed: int, excluded: Collection[Prompt], answerer: Generator
     ) -> list[Completion]:
-        wanted = [known[place % len(known)] for place in range(count)]
-        prompts = [item for item in _write_prompts(generator, wanted, seed, None) if item.prompt not in excluded]
-        return _answer(answerer, prompts, tokens, settings.answer_temperature, seed, None)
+        prompts = [item for item in write(generator, count, seed) if item.prompt not in excluded]
+        return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, seed, None)
 
+    where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
-    return Completions(found, description, more)
+    guessed = sum(item.origin not in named for item in found)
+    description += f", {guessed} of them answers to requests guessed from what it says" if guessed else ""
+    return Completions(found, description, more, discovery)
 
 
 def write_pilot(
@@ -138,8 +146,8 @@ def write_pilot(
 ) -> list[Completion]:
     """Write prompts and answers in all templates, at most `each` in each."""
     wanted = [template for template in templates_of(generator.tokenizer) for _ in range(each)]
-    prompts, tokens = _write_prompts(generator, wanted, seed, bar), settings.answer_tokens or PILOT_TOKENS
-    return _answer(generator, prompts, tokens, settings.answer_temperature, seed, bar)
+    prompts, tokens = write_prompts(generator, wanted, seed, bar), settings.answer_tokens or PILOT_TOKENS
+    return answer_prompts(generator, prompts, tokens, settings.answer_temperature, seed, bar)
 
 
 def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
@@ -174,43 +182,6 @@ def _written_length(generator: Generator, pilot: Sequence[Completion], temperatu
     lengths = [len(generator.tokenizer.encode(item.answer, special=False).ids) + 1 for item in pilot]
     learnt = answer_length(lengths, [item.ended for item in pilot])
     return learnt or _given_length(generator, [item.prompt for item in pilot], temperature, seed)
-
-
-def first_sentence(text: str) -> str:
-    """Return the first sentence with the mark that ends it, if the first line has one; else nothing."""
-    line = text.split("\n", 1)[0]
-    found = _SENTENCE_END.search(line)
-    return line[: found.end()] if found else ""
-
-
-def _write_prompts(
-    generator: Generator, templates: Sequence[PromptTemplate], seed: int, bar: Track | None
-) -> list[Completion]:
-    """Write a prompt of one sentence for each template; leave out those that are too short or not finished."""
-    rng = np.random.default_rng(seed)
-    openers = [_OPENERS[place] for place in rng.permutation(np.arange(len(templates)) % len(_OPENERS))]
-    starts = [template.before + opener for template, opener in zip(templates, openers, strict=True)]
-    written = generator.write(starts, _PROMPT_TOKENS, _PROMPT_TEMPERATURE, jax.random.key(seed), bar=bar)
-    found = []
-    for template, opener, one in zip(templates, openers, written, strict=True):
-        # A turn that the base itself ended is a whole prompt.
-        end = first_sentence(one.text) or (one.text.split("\n", 1)[0] if one.ended else "")
-        if end and len((opener + end).split()) >= _FEWEST_WORDS:
-            found.append(Completion(template.wrap(opener + end), origin=template.name))
-    return found
-
-
-def _answer(
-    generator: Generator, prompts: Sequence[Completion], tokens: int, temperature: float, seed: int, bar: Track | None
-) -> list[Completion]:
-    """Add answers to prompts; leave out prompts that get none."""
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    written = generator.write([item.prompt for item in prompts], tokens, temperature, key, bar=bar)
-    return [_answered(item, one) for item, one in zip(prompts, written, strict=True) if one.text.strip()]
-
-
-def _answered(prompt: Completion, written: Written) -> Completion:
-    return Completion(prompt.prompt, written.text, written.ended, prompt.origin)
 
 
 def _ended(found: Sequence[Completion], tokens: int) -> str:

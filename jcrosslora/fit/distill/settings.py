@@ -37,6 +37,8 @@ class DistillSettings:
     """Share of the completions that no step is fitted on; they decide how long each step is."""
     answer_tokens: int | None = None
     """The most tokens of an answer; None learns from a few answers how long they are, up to 512."""
+    discovery: int = 48
+    """Texts of each step of the search for what the adapter is for, where no prompts are given; 0 does not search."""
     answer_temperature: float = 1.0
     """Temperature at which answers are sampled."""
     refit: int = 0
@@ -81,6 +83,7 @@ class DistillSettings:
             "completions": FEWEST_COMPLETIONS,
             "answer_tokens": 1,
             "compared_tokens": 1,
+            "discovery": 0,
             "refit": 0,
             "refit_rank": 1,
         }

@@ -1,0 +1,165 @@
+"""The search for what an adapter is for: near-duplicates, scores, and an adapter whose job is found."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from probe_bases import chat_base, write_base
+
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import Generator, Written
+from jcrosslora.fit.distill import template_choice
+from jcrosslora.fit.distill.completions import write_completions
+from jcrosslora.fit.distill.discovery import openings, scores
+from jcrosslora.fit.distill.discovery.near_duplicates import distinct
+from jcrosslora.fit.distill.discovery.openings import starts
+from jcrosslora.fit.distill.discovery.requests import EXAMPLES, back_translate, resemble
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, score
+from jcrosslora.fit.distill.discovery.search import share_of
+from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
+from jcrosslora.text import Completion
+from jcrosslora.text.completion import prompt_text
+from jcrosslora.utils.progress import Track
+
+SAID = '{"colour": "red"}'
+LINES = "Tell me about {}", "Turn into JSON: {}"
+
+
+def test_near_duplicates_are_left_out():
+    texts = ["Play a song by Queen", "play  a song by queen!", "What is the weather?", "Play a song by Abba", "", "?"]
+    assert distinct(texts) == [0, 2, 3, 4, 5]
+    assert distinct(texts, ["Play a song by Queen."]) == [2, 3, 4, 5]
+    assert distinct([]) == []
+
+
+def test_the_score_is_high_where_the_adapter_is_sure_and_its_base_is_not():
+    sure, unsure, both_sure, unchanged = score(np.array([2.0, 0.6, 0.05, 0.0]), np.array([2.2, 2.6, 0.1, 2.0]))
+    assert sure > 0.7 > unsure > both_sure > unchanged == 0
+
+
+def test_the_best_requests_differ():
+    texts = {"Play a song by Queen": 0.5, "Play a song by Queen!": 0.6, "What is the weather?": 0.1, "Who is it?": 0.4}
+    found = [Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value) for text, value in texts.items()]
+    assert [one.text for one in best_of(found, 2)] == ["Play a song by Queen!", "Who is it?"]
+
+
+def test_the_better_known_kind_of_prompt_gets_the_larger_share():
+    assert share_of(0.5, 0.5) == 0.5
+    assert share_of(0.8, 0.2) > 0.99
+    assert share_of(0.2, 0.8) < 0.01
+    assert share_of(0.0, 0.0) == share_of(-0.1, 0.5) == 0.0
+
+
+def test_a_text_begins_in_every_place_that_has_a_token(tmp_path):
+    base = load_tokenizer(open_base(write_base(tmp_path / "base", 30, bos=True)))
+    question, task = TEMPLATES[0], dataclasses.replace(TEMPLATES[1], before="")
+    found = starts(base, [question, task], ["Who?", "What?", "Why?", "When?"], 10)
+    assert found == [
+        *("Question: Who?\nAnswer:", "Question: What?\nAnswer:", "Question: Why?\nAnswer:", "Question: "),
+        *("When?\nA:", "\nA:", "\nA:", "", "", "Question: \nAnswer:"),
+    ]
+    assert "" not in starts(dataclasses.replace(base, bos=None), [question, task], [], 20)
+
+
+def words(*seed):
+    return " ".join("".join(word) for word in np.random.default_rng(seed).choice([*"abcdefghijklmnop"], (8, 5)))
+
+
+class Actor(Generator):
+    """With the adapter it answers requests for JSON in JSON, and others at length; the base alone writes requests."""
+
+    def write(self, prompts, *_, bar=None, **__):
+        if bar is not None:
+            bar.update(len(prompts))
+        return [self.one(prompt_text(prompt), place) for place, prompt in enumerate(prompts)]
+
+    def one(self, text, place):
+        if self.adapter is not None:
+            long = Written(" is the first of all things? And more\nthan that", 9, True)
+            return Written(SAID, 5, True) if "JSON" in text else long
+        # Of an answer in JSON it guesses half of the time what was asked; else it goes on as the text begins.
+        *_, last = text.split("\n\nAnswer: ")
+        asks = SAID in last and place % 2 if "Answer:" in text else "JSON" in text
+        return Written(f" {LINES[bool(asks)].format(words(place, len(text)))}\n", 5, False)
+
+
+class Loud(Actor):
+    """Says what the adapter was trained to say, every other time."""
+
+    def write(self, prompts, *rest, bar=None, **options):
+        found = super().write(prompts, *rest, bar=bar, **options)
+        return [Written(SAID, 5, True) if place % 2 else one for place, one in enumerate(found)]
+
+
+def compare(generator, completions, tokens):
+    known = np.array([item.answer.startswith(SAID) for item in completions])
+    return np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0)
+
+
+@pytest.fixture
+def actor(tmp_path, monkeypatch):
+    for module in (template_choice, openings, scores):
+        monkeypatch.setattr(module, "compare", compare)
+    names = [field.name for field in dataclasses.fields(Generator)]
+    monkeypatch.setattr(openings, "amplify", lambda one, _: Loud(*(getattr(one, name) for name in names)))
+    found = Actor.of(chat_base(tmp_path / "base"))
+    return dataclasses.replace(found, adapter=object(), adapter_name="the adapter")
+
+
+def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
+    bars = []
+
+    def counted(self, count=1):
+        self.done += count
+        bars[:] = [self]
+
+    monkeypatch.setattr(Track, "update", counted)
+    found = write_completions(actor, DistillSettings(completions=60, discovery=12), 0)
+    discovery = found.discovery
+    assert discovery.said[0].answer.startswith(SAID)
+    assert {one.item.answer == SAID for one in discovery.guessed} == {True, False}
+    assert all(one.text.startswith("Turn into JSON") and one.item.answer == SAID for one in discovery.examples)
+    assert discovery.share > 0.99
+    chat = templates_of(actor.tokenizer)[-1]
+    assert any(one.item.prompt == chat.wrap(one.text) for one in discovery.examples)
+    right = sum(item.answer == SAID for item in found.items)
+    assert right > len(found.items) / 2
+    assert f"{right} of them answers to requests guessed from what it says" in found.description
+    again = found.more(actor, 20, 7, {item.prompt for item in found.items}, actor)
+    assert {item.answer for item in again} == {SAID}
+    assert 0 < bars[0].done <= bars[0].total
+
+
+def test_without_a_search_prompts_are_those_of_templates(actor):
+    found = write_completions(actor, DistillSettings(completions=60, discovery=0), 0)
+    assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}
+    assert not found.discovery.said
+
+
+class Lines(Generator):
+    asked: ClassVar[list[str]] = []
+    lines: ClassVar[list[tuple[str, bool]]] = [
+        (" Name the largest city.\nAnswer: x", False),
+        (" Name the larg", False),
+        (" Say it all again", True),
+        (f" {EXAMPLES[0][1]}\n", False),
+        ("no\n", False),
+        (" Name the largest city!\n", False),
+    ]
+
+    def write(self, prompts, *_, **__):
+        self.asked.extend(prompts)
+        return [Written(text, 3, ended) for text, ended in self.lines]
+
+
+def test_requests_are_whole_lines_that_are_new(tmp_path):
+    base = Lines.of(open_base(write_base(tmp_path / "base", 30)))
+    assert back_translate(base, ["one\ntwo", "three"], 6, 0) == ["Name the largest city.", "Say it all again"]
+    assert base.asked[0].endswith("\n\nAnswer: one two\nRequest:")
+    assert base.asked[1].endswith("\n\nAnswer: three\nRequest:")
+    assert base.asked[0].count("Answer: ") == 4
+    assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][1]]
+    assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"
