@@ -12,10 +12,10 @@ from jcrosslora.methods.update import FinalizeContext, Update
 
 @dataclass(frozen=True)
 class Distill(DistillSettings, Method):
-    """v and o of attention, fitted in a few closed-form steps to completions of the adapted source."""
+    """Factors of all modules, fitted by gradient steps to completions of the adapted source."""
 
     name: ClassVar[str] = "distill"
-    summary: ClassVar[str] = "v and o of attention, fitted in closed-form steps to the adapted source's predictions"
+    summary: ClassVar[str] = "all modules, fitted by gradient steps to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
     measure: ClassVar[Measure] = "none"
