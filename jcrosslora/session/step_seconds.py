@@ -181,7 +181,8 @@ def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, token
         return settings.seconds
     further, anew = len(settings.rounds) - 1, sum(settings.rounds[1:]) / _TEXTS
     fitted, held = rows[0] / _TEXTS, rows[1] / _TEXTS
-    looks = 1 + (fitted + anew) * _TEXTS / BATCH / LOOK
+    steps = settings.passes * (fitted + anew)
+    looks = 1 + steps * _TEXTS / BATCH / LOOK
     passes = (
         2 * (fitted + held + anew) + _PREFILL * texts * anew,
         (1 + _GRADIENT) * (fitted + anew) + (1 + looks) * held,

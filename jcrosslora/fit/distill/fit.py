@@ -1,9 +1,9 @@
-"""The fit: gradient steps in all modules on completions, each of which is used once.
+"""The fit: gradient steps in all modules on completions, each of which is used twice.
 
-Divergence on old completions falls without that on new ones following, so time goes into writing more of them rather
-than into reading some twice. The last of a long fit are written by the target with its own update, where the teacher
-corrects it (on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). Held-out completions, looked at every few
-batches, decide which update is the best.
+To write a completion and to make the teacher's predictions takes twice the time of a step, so a second one is cheaper
+than another completion; more passes fit these completions and not others. The last completions of a long fit are
+written by the target with its own update, where the teacher corrects it (on-policy distillation: Agarwal et al. 2024,
+arXiv 2306.13649). Held-out completions, looked at every few batches, decide which update is the best.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _WARM_UP = 0.05  # share of the fit over which the rate rises
 _CLIP, _DECAYS = 1.0, (0.9, 0.99)
 # Bytes of activations that the layers may keep for the backward pass; to recompute them takes another forward pass.
 _MOST_KEPT = 4 * 2**30
+_MOST_REMEMBERED = 2 * 2**30  # bytes of a round's predictions that are kept for its further passes
 # Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
 Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
@@ -148,7 +149,7 @@ class _Run:
         self._teacher, self._held_out, self._settings = teacher, held_out, settings
         self._start, self._begun, self._seed = start, begun, seed
         self.state = first_state(teacher.target.params, settings, seed)
-        self.rounds, self.own, self._used, self._part = 0, 0, 0, 0.0
+        self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
         self.looks = [Look(self._seconds(), 0, mean_kl(teacher.target, self.adapter, held_out))]
 
     @property
@@ -166,31 +167,30 @@ class _Run:
         return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
 
     def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
-        """Take a step on each batch of a round, in an order without a pattern: batches come by width."""
+        """Take the steps of a round, in an order without a pattern: batches come by width."""
         target, settings = self._teacher.target, self._settings
-        order = np.random.default_rng([self._seed, 3, self.rounds]).permutation(len(batches))
         size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 0.0
+        rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
+        order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
         for place, index in enumerate(order.tolist()):
             if self.share() >= 1:
                 break
-            batch = batches[index]
+            batch, first = batches[index], place < len(batches)
             rate = jnp.float32(settings.rate * schedule(self.share()))
-            remat = needs_remat(target.settings, batch.tokens_tgt.shape)
-            self.state = jax.block_until_ready(
-                gradient_step(
-                    target.settings,
-                    settings.optimizer,
-                    target.params,
-                    self._start,
-                    self.state,
-                    self._teacher.read(batch),
-                    rate,
-                    ends=target.ends,
-                    remat=remat,
-                )
+            state = gradient_step(
+                target.settings,
+                settings.optimizer,
+                target.params,
+                self._start,
+                self.state,
+                read(index),
+                rate,
+                ends=target.ends,
+                remat=needs_remat(target.settings, batch.tokens_tgt.shape),
             )
-            self._used += batch.rows
-            self.own += batch.rows * own
+            self.state = jax.block_until_ready(state)
+            self._used += batch.rows * first
+            self.own += batch.rows * own * first
             self._part = size * (place + 1) / len(order)
             if int(self.state.step) % LOOK == 0:
                 self.look(bar)
@@ -202,8 +202,9 @@ class _Run:
 
     def look(self, bar: Track) -> None:
         """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
-        if self.looks[-1].completions == self._used:
+        if self._seen == int(self.state.step):
             return
+        self._seen = int(self.state.step)
         found = mean_kl(self._teacher.target, self.adapter, self._held_out)
         if found < min(look.divergence for look in self.looks):
             self.state = replace(self.state, best=self.state.factors)
@@ -216,15 +217,33 @@ class _Run:
         if notes:
             self.rounds, self.own, self._used = notes["rounds"], notes["own"], notes["used"]
             self.looks = [Look(*look) for look in notes["looks"]]
-            self._begun = time.monotonic() - notes["seconds"]
+            self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
 
     def save(self, checkpoints: Checkpoints) -> None:
         looks = [[look.seconds, look.completions, look.divergence] for look in self.looks]
-        progress = {"rounds": self.rounds, "own": self.own, "used": self._used, "seconds": self._seconds()}
-        checkpoints.save(self.state, {**progress, "looks": looks})
+        progress = {"rounds": self.rounds, "own": self.own, "used": self._used, "seen": self._seen}
+        checkpoints.save(self.state, {**progress, "seconds": self._seconds(), "looks": looks})
 
     def _seconds(self) -> float:
         return time.monotonic() - self._begun
+
+
+class _Remembered:
+    """The teacher's predictions on the batches of a round; as many are kept as memory allows."""
+
+    def __init__(self, teacher: Teacher, batches: Sequence[DistillationBatch]) -> None:
+        self._teacher, self._batches = teacher, batches
+        self._kept: dict[int, TaughtBatch] = {}
+        self._bytes = 0
+
+    def __call__(self, index: int) -> TaughtBatch:
+        if index in self._kept:
+            return self._kept[index]
+        found = self._teacher.read(self._batches[index])
+        self._bytes += found.teacher.nbytes
+        if self._bytes <= _MOST_REMEMBERED:
+            self._kept[index] = found
+        return found
 
 
 def mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:

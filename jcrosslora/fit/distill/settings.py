@@ -22,6 +22,8 @@ class DistillSettings:
     """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
     budget: str | None = None
     """Time for the whole fit, such as 20min: completions are written anew until it is used up."""
+    passes: int = 2
+    """How often each completion is used."""
     roles: tuple[str, ...] = ROLES
     """The modules that are fitted."""
     fit_rank: int = 16
@@ -69,6 +71,7 @@ class DistillSettings:
         """
         least = {
             "fit_rank": 1,
+            "passes": 1,
             "completions": FEWEST_COMPLETIONS,
             "answer_tokens": 1,
             "compared_tokens": 1,
