@@ -782,14 +782,30 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimiz
     jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 
-def test_states_of_another_fit_are_refused(pair, tmp_path):
+def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(pair, tmp_path, monkeypatch):
     source, target, adapter = pair
-    kept = dataclasses.replace(SMALL, checkpoints=str(tmp_path / "states"))
-    found = distill(source, target, adapter, prompts=CORPUS, settings=kept)
-    again = distill(source, target, adapter, prompts=CORPUS, settings=kept)
-    assert [look.divergence for look in again.looks] == [look.divergence for look in found.looks]
-    with pytest.raises(UsageError, match=r"checkpoints of another run \(seed was 0 there and is 1 here\)"):
-        distill(source, target, adapter, prompts=CORPUS, settings=kept, seed=1)
+    asked = dataclasses.replace(SMALL, completions=FIRST + ROUND, passes=1, answer_tokens=2)
+    calls = []
+
+    def stop(*_):
+        raise RuntimeError
+
+    def whole(seed=0):
+        return distill(source, target, adapter, prompts=CORPUS, settings=asked, seed=seed, states=tmp_path / "fits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "answer_given", lambda *a, **k: dataclasses.replace(answer_given(*a, **k), more=stop))
+        with pytest.raises(RuntimeError):
+            whole()
+    (kept,) = (tmp_path / "fits").iterdir()
+    step = fit_module.gradient_step
+    monkeypatch.setattr(fit_module, "gradient_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    whole(seed=1)
+    other = len(calls)
+    assert kept.exists()
+    whole()
+    assert 0 < len(calls) - other < other / 2
+    assert not kept.exists()
 
 
 def test_a_fit_ends_when_its_time_is_used_up(beginning):

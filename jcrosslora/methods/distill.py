@@ -33,11 +33,13 @@ class Distill(DistillSettings, Method):
             prompts=context.prompts,
             settings=self,
             seed=context.seed,
+            states=context.states,
             progress=context.progress,
         )
         return Update(
             found.adapter,
             fitted=found.sentence,
+            curve=[(look.completions, look.divergence) for look in found.looks],
             texts=found.texts,
             wrote_prompts=not context.prompts,
             chat_template=found.chat_template,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,13 +31,13 @@ from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
+from jcrosslora.fit.distill.saved import kept_states
 from jcrosslora.fit.distill.settings import ROUND, DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
-from jcrosslora.training.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +70,7 @@ def distill(
     prompts: Sequence[Prompt] = (),
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
+    states: Path | None = None,
     progress: bool = False,
 ) -> Distilled:
     """Fit an update of the target to what an adapter changes in the source's predictions.
@@ -93,6 +93,7 @@ def distill(
         prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
         settings: of the fit.
         seed: of all that is sampled.
+        states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
         progress: whether to show progress bars.
 
     Raises:
@@ -116,8 +117,7 @@ def distill(
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
     symbols = find_symbols(source, target, [*batches, *held_out], settings.compared_tokens, stops, ends)
     # What is written anew may hold any token.
-    grows = len(settings.rounds) > 1 or settings.budget is not None
-    used = (None, None) if grows else tuple(used_tokens([*batches, *held_out], side) for side in (0, 1))
+    used = (None, None) if settings.grows else tuple(used_tokens([*batches, *held_out], side) for side in (0, 1))
     src = ReducedBase.of(generator.settings, generator.params, used[0], symbols.heads(0), len(ends[0]))
     params = load_params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
@@ -130,7 +130,11 @@ def distill(
 
     teacher = Teacher(src, tgt, stacked, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
-    with _states(settings, {"source": source, "target": target}, adapter, start, prompts, seed) as states:
+    kept = nullcontext()
+    if states is not None and settings.grows:
+        parts = [base.digest() for base in (source, target)], [_digest(one) for one in (adapter, start) if one]
+        kept = kept_states(states, {"fit": digest_of(*parts, prompts, dataclasses.asdict(settings), seed)})
+    with kept as checkpoints:
         fitted = fit(
             teacher,
             batches,
@@ -139,7 +143,7 @@ def distill(
             settings,
             begun,
             begun=clock,
-            checkpoints=states,
+            checkpoints=checkpoints,
             seed=seed,
             progress=progress,
         )
@@ -168,28 +172,6 @@ def _hold_out(
     rest = [item for item in completions if item.prompt not in kept_back]
     batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (rest, held_out))
     return batches, judged, kept_back
-
-
-@contextmanager
-def _states(
-    settings: DistillSettings,
-    bases: dict[str, BaseModel],
-    adapter: Adapter,
-    start: Adapter | None,
-    prompts: Sequence[Prompt],
-    seed: int,
-) -> Iterator[Checkpoints | None]:
-    """Open the folder of the fit's states, if the settings name one."""
-    if settings.checkpoints is None:
-        yield None
-        return
-    adapters = {"adapter": adapter} if start is None else {"adapter": adapter, "start": start}
-    run: dict[str, Any] = {name: base.digest() for name, base in bases.items()}
-    run |= {name: _digest(one) for name, one in adapters.items()}
-    own = {key: value for key, value in dataclasses.asdict(settings).items() if key != "checkpoints"}
-    run |= {"prompts": digest_of(prompts), "seed": seed, "settings": digest_of(own)}
-    with closing(Checkpoints(Path(settings.checkpoints), run)) as found:
-        yield found
 
 
 def _digest(adapter: Adapter) -> str:

@@ -49,14 +49,16 @@ class DistillSettings:
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
-    checkpoints: str | None = None
-    """Folder for the completions and states of this fit, from which the same command continues after a stop."""
-
     @property
     def rounds(self) -> tuple[int, ...]:
         """Completions of each round, those written before the fit first; a budget goes on beyond them."""
         more = max(0, self.completions - FIRST)
         return min(self.completions, FIRST), *((ROUND,) * -(-more // ROUND))
+
+    @property
+    def grows(self) -> bool:
+        """Whether completions are written as the fit goes."""
+        return self.budget is not None or len(self.rounds) > 1
 
     @property
     def seconds(self) -> float | None:
