@@ -65,6 +65,7 @@ from jcrosslora.training.checkpoints import Checkpoints
 
 SMALL = DistillSettings(
     fit_rank=4,
+    passes=1,
     rate=1e-2,
     completions=48,
     answer_tokens=6,
@@ -701,7 +702,7 @@ def _recipe(card):
 def test_prompts_are_on_both_sides_of_what_is_held_out(pair, share):
     tokenizers = load_tokenizer(pair[0]), load_tokenizer(pair[1])
     items = [Completion(text, " and water") for text in CORPUS[:2]]
-    batches, held_out, prompts = run_module._hold_out(items, tokenizers, DistillSettings(held_out=share), 0)
+    batches, held_out, prompts = run_module.hold_out(items, tokenizers, DistillSettings(held_out=share), 0)
     assert len(batches) == len(held_out) == len(prompts) == 1
 
 

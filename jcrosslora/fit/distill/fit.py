@@ -1,7 +1,7 @@
-"""The fit: gradient steps in all modules on completions, each of which is used twice.
+"""The fit: gradient steps in all modules on completions, each of which is used a few times.
 
-To write a completion and to make the teacher's predictions takes twice the time of a step, so a second one is cheaper
-than another completion; more passes fit these completions and not others. The last completions of a long fit are
+To write a completion and to make the teacher's predictions takes more time than a step, so another pass is cheaper than
+other completions. The last completions of a long fit are
 written by the target with its own update, where the teacher corrects it (on-policy distillation: Agarwal et al. 2024,
 arXiv 2306.13649). Held-out completions, looked at every few batches, decide which update is the best.
 """

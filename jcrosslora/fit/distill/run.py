@@ -113,7 +113,7 @@ def distill(
         completions = answer_given(generator, prompts, settings, seed, progress=progress)
     else:
         completions = write_completions(generator, settings, seed, progress=progress)
-    batches, held_out, kept_back = _hold_out(completions.items, tokenizers, settings, seed)
+    batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
     symbols = find_symbols(source, target, [*batches, *held_out], settings.compared_tokens, stops, ends)
     # What is written anew may hold any token.
@@ -159,7 +159,7 @@ def distill(
     )
 
 
-def _hold_out(
+def hold_out(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], settings: DistillSettings, seed: int
 ) -> tuple[list[DistillationBatch], list[DistillationBatch], set[Prompt]]:
     """Make the batches to fit to, and those held out, with their prompts; answers to one are all on one side."""

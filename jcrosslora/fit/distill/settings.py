@@ -22,7 +22,7 @@ class DistillSettings:
     """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
     budget: str | None = None
     """Time for the whole fit, such as 20min: completions are written anew until it is used up."""
-    passes: int = 2
+    passes: int = 4
     """How often each completion is used."""
     roles: tuple[str, ...] = ROLES
     """The modules that are fitted."""
