@@ -139,7 +139,8 @@ class AlignmentTask:
 
     def warnings(self) -> tuple[str, ...]:
         """Return what the user has to know before looking at any number."""
-        found = []
+        sides = {"source": self.pair.source, "target": self.pair.target}
+        found = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
         if EvidenceKind.SHARED_VOCABULARY in self.method.requires and not self.pair.shared_tokens[0]:
             found.append(
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "

@@ -48,6 +48,7 @@ class BaseModel:
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         store: the tensors.
         chat_template: Jinja template given in place of the base's own, else None.
+        notes: where the files contradict the configuration or hold more than the model, one sentence each.
     """
 
     name: str
@@ -62,6 +63,7 @@ class BaseModel:
     fused: Mapping[str, tuple[tuple[str, int, int], ...]]
     store: TensorStore
     chat_template: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         facts = f"{self.family.name}, {self.dims.layers} layers, width {self.dims.hidden}"

@@ -81,20 +81,23 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
+    sides = {"source": source, "target": target}
+    notes = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
     structure, reason = find_structure(source, target)
     modules = [] if structure is None else compare_modules(source, target, structure)
     choice = choose_from(source, target, structure, lambda _: modules)
     if structure is None:
-        return BaseComparison(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
+        sentence = f"the two bases are unrelated: {reason}"
+        return BaseComparison(("unrelated",), sentence, (), (), (), tuple(notes), choice)
     parts = count_parts(structure, source, target)
     compared = [*modules, *compare_other_tensors(source, target, structure)]
     words = [*structure_words(parts), *change_words(compared)]
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not words:
         words, sentence = _compare_fully(source, target)
-    notes = tuple(_notes(source, target, structure.by_embedding))
+    notes += _notes(source, target, structure.by_embedding)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
-    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), notes, choice)
+    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
 def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:
