@@ -19,6 +19,7 @@ from jcrosslora.evidence.selection import selected_layers
 from jcrosslora.evidence.weight_stacks import bounded_groups
 from jcrosslora.linalg import describe_kernels
 from jcrosslora.lineage.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
+from jcrosslora.lineage.token_names import compare_token_names
 from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
 
 if TYPE_CHECKING:
@@ -145,6 +146,12 @@ class AlignmentTask:
             found.append(
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
                 "rule that depends on the basis, so the moved update is one of many equally valid ones"
+            )
+        names = compare_token_names(*sides.values()) if self.method.preserves_residual_basis else None
+        if names is not None and names.contradict:
+            found.append(
+                f"{names.sentence}; rows of embedding and head are carried over by id, and one of the two tokenizers "
+                "does not belong to its base: check both"
             )
         if any("ConditionalGeneration" in str(name) for name in self.pair.target.config.get("architectures") or ()):
             found.append(

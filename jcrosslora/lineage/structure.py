@@ -98,6 +98,11 @@ class Structure:
             for place, layer in enumerate(self.layers)
         )
 
+    @property
+    def lacking(self) -> int:
+        """Number of target layers whose attention or MLP, or both, have no counterpart at all."""
+        return sum(layer is None or (layer.queries < 0).all() or (layer.neurons < 0).all() for layer in self.layers)
+
     def _index(self, layer: int, axis: str) -> np.ndarray | None:
         found = self.layers[layer]
         if found is None:
