@@ -153,10 +153,10 @@ class AlignmentTask:
                 f"{names.sentence}; rows of embedding and head are carried over by id, and one of the two tokenizers "
                 "does not belong to its base: check both"
             )
-        if any("ConditionalGeneration" in str(name) for name in self.pair.target.config.get("architectures") or ()):
+        if self.pair.target.wrapper is not None:
             found.append(
-                "the target is a multimodal checkpoint: the adapter's names are those of its text model alone; load "
-                "it on that, not on the whole"
+                f"the adapter's names are those of the target's class, {self.pair.target.wrapper.architecture}; on its "
+                "text model alone it would do nothing: write it for that with `jcrosslora export --base`"
             )
         return tuple(found)
 

@@ -151,8 +151,23 @@ def _build(
     family, values, notes = config.family, config.values, ()
     if has_own_head(family, values, store):
         values, notes = {**values, "tie_word_embeddings": False}, (NOTE,)
+    elif config.wrapper is not None and "tie_word_embeddings" not in values:
+        values = {**values, "tie_word_embeddings": HEAD not in store.names()}
     dims = read_dims(values, path or ref)
     check_tensors(family, dims, values, store, ref)
-    modules = build_modules(family, dims, store)
     fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
-    return BaseModel(name, ref, path, tokenizer_path, revision, family, values, dims, modules, fused, store, notes=notes)
+    return BaseModel(
+        name=name,
+        ref=ref,
+        path=path,
+        tokenizer_path=tokenizer_path,
+        revision=revision,
+        family=family,
+        config=values,
+        dims=dims,
+        modules=build_modules(family, dims, store),
+        fused=fused,
+        store=store,
+        wrapper=config.wrapper,
+        notes=notes,
+    )

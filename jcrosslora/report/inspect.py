@@ -157,7 +157,8 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
 def _print_base(base: BaseModel, console: Console) -> None:
     dims = base.dims
     _say(console, f"base model: {base.name} ({base.ref})")
-    _say(console, f"family: {base.family.name}")
+    inside = "" if base.wrapper is None else f", the text model of {base.wrapper.architecture}"
+    _say(console, f"family: {base.family.name}{inside}")
     _say(
         console,
         f"shape: {dims.layers} layers, {dims.hidden} wide, MLP {dims.intermediate}, {dims.heads} query and "
