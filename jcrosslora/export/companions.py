@@ -79,7 +79,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _says_tied(config: Mapping[str, Any], base: BaseModel) -> bool:
-    return base.family.is_tied((config.get("text_config") or {}) | config)
+    return any(base.family.is_tied(part) for part in (config, config.get("text_config") or {}))
 
 
 def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,10 @@ class Structure:
     @property
     def lacking(self) -> int:
         """Number of target layers whose attention or MLP, or both, have no counterpart at all."""
-        return sum(layer is None or (layer.queries < 0).all() or (layer.neurons < 0).all() for layer in self.layers)
+        whole = [
+            layer is not None and (layer.queries >= 0).any() and (layer.neurons >= 0).any() for layer in self.layers
+        ]
+        return len(whole) - sum(map(bool, whole))
 
     def _index(self, layer: int, axis: str) -> np.ndarray | None:
         found = self.layers[layer]
