@@ -114,9 +114,9 @@ class TransferReport:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
         data = {name: _plain(value) for name, value in fields.items()}
         for side in ("source", "target"):
-            for layout in ("shapes", "fused", "heads"):
+            for layout in ("shapes", "fused", "heads", "prefix"):
                 data[side].pop(layout)
-        for name in ("config", "chat_template"):
+        for name in ("config", "chat_template", "prefix"):
             data["adapter"].pop(name)
         data["effect"] = None if self.effect is None else self.effect.to_json()
         data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}

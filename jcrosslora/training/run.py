@@ -112,6 +112,7 @@ def save_trained(
         adapter,
         out,
         base_revision=base.revision,
+        prefix=base.prefix,
         fused=base.fused,
         all_modules=list(base.modules),
         metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
