@@ -161,10 +161,16 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
     rest = _WIDTHS / 2 * BATCH
     held, fitted = settings.held_out * count + rest, (1 - settings.held_out) * count + rest
     dtype = fast_dtype()
-    return {
-        "write completions": lambda: costs.write(rounds * tokens) + costs.read((passes, 0), dtype),
-        "fit": lambda: _fit(settings, (fitted, held), 1 if prompts else 2, tokens, costs),
-    }
+
+    def write() -> float:
+        return costs.write(rounds * tokens) + costs.read((passes, 0), dtype)
+
+    def fit() -> float:
+        if settings.seconds is not None:
+            return max(0.0, settings.seconds - write())
+        return _fit(settings, (fitted, held), 1 if prompts else 2, tokens, costs)
+
+    return {"write completions": write, "fit": fit}
 
 
 def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, tokens: int, costs: _Costs) -> float:
@@ -177,17 +183,14 @@ def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, token
         tokens: of each text.
         costs: of writing and reading.
     """
-    if settings.seconds is not None:
-        return settings.seconds
     further, anew = len(settings.rounds) - 1, sum(settings.rounds[1:]) / _TEXTS
     fitted, held = rows[0] / _TEXTS, rows[1] / _TEXTS
     steps = settings.passes * (fitted + anew)
     looks = 1 + steps * _TEXTS / BATCH / LOOK
-    passes = (
-        2 * (fitted + held + anew) + _PREFILL * texts * anew,
-        (1 + _GRADIENT) * (fitted + anew) + (1 + looks) * held,
-    )
-    return costs.write(further * tokens) + costs.read(passes, fast_dtype(), predicted=settings.compared_tokens)
+    source = 2 * (fitted + held + anew) + _PREFILL * texts * anew
+    target = fitted + anew + _GRADIENT * steps + (1 + looks) * held
+    read = costs.read((source, target), fast_dtype(), predicted=settings.compared_tokens)
+    return costs.write(further * tokens) + read
 
 
 def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:
