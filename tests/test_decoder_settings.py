@@ -91,7 +91,7 @@ def test_gemma3_uses_the_local_rope_base_in_sliding_layers():
 @pytest.mark.parametrize(
     ("family", "config", "named"),
     [
-        ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ("gemma2", {"hidden_activation": "tanh"}, "hidden_activation 'tanh'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": ["x"]}}, "rope type"),
