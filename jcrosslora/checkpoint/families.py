@@ -21,6 +21,7 @@ from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.phi import PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
 from jcrosslora.checkpoint.family.record import Family as Family
+from jcrosslora.checkpoint.family.smollm3 import SMOLLM3
 
 _TABLE = (
     LLAMA,
@@ -30,6 +31,7 @@ _TABLE = (
     GEMMA2,
     GEMMA3,
     PHI3,
+    SMOLLM3,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
