@@ -48,6 +48,7 @@ VARIANTS = {
         "smollm3",
         {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0], "tie_word_embeddings": False},
     ),
+    "ministral3": ("ministral3", {"head_dim": 12, "sliding_window": 6, "rope_parameters": MINISTRAL}),
 }
 
 

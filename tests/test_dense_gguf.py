@@ -41,6 +41,21 @@ class Form:
 
 FORMS = {
     "smollm3": Form("smollm3", "smollm3", {"num_hidden_layers": 4}, permuted=True),
+    "ministral3": Form(
+        "ministral3",
+        "mistral3",
+        {"head_dim": 12, "rope_parameters": MINISTRAL},
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 8,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.5,
+        },
+        permuted=True,
+    ),
 }
 
 
@@ -121,3 +136,12 @@ def test_a_gguf_adapter_is_read_as_it_was_written(written, tmp_path):
     for name, factors in adapter.modules.items():
         read = again.modules[holders.get(name, name)]
         np.testing.assert_allclose(read.scale * read.b @ read.a, factors.b @ factors.a, atol=1e-5)
+
+
+def test_ministral_without_its_scale_is_refused(tmp_path):
+    form = FORMS["ministral3"]
+    model = random_model(form.family, form.settings)
+    metadata = {key: value for key, value in metadata_of(model, form).items() if "temperature" not in key}
+    path = write_gguf(tmp_path / "model.gguf", form.arch, metadata, stored_tensors(model, form))
+    with pytest.raises(CheckpointError, match="temperature_scale is missing"):
+        jcl.open_base(path)

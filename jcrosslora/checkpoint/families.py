@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.llama import LLAMA
-from jcrosslora.checkpoint.family.mistral import MISTRAL
+from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
 from jcrosslora.checkpoint.family.names import ATTENTION as ATTENTION
 from jcrosslora.checkpoint.family.names import EMBEDDING as EMBEDDING
 from jcrosslora.checkpoint.family.names import HEAD as HEAD
@@ -32,6 +32,7 @@ _TABLE = (
     GEMMA3,
     PHI3,
     SMOLLM3,
+    MINISTRAL3,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
