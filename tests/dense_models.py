@@ -49,6 +49,8 @@ VARIANTS = {
         {"use_sliding_window": True, "sliding_window": 6, "no_rope_layers": [1, 0], "tie_word_embeddings": False},
     ),
     "ministral3": ("ministral3", {"head_dim": 12, "sliding_window": 6, "rope_parameters": MINISTRAL}),
+    "olmo2": ("olmo2", {"rope_parameters": LLAMA3, "attention_bias": True}),
+    "olmo3": ("olmo3", FOUR | {"rope_parameters": KINDS}),
 }
 
 

@@ -56,6 +56,8 @@ FORMS = {
         },
         permuted=True,
     ),
+    "olmo2": Form("olmo2", "olmo2", {}),
+    "olmo3": Form("olmo3", "olmo2", FOUR, {"attention.sliding_window": 6, "attention.sliding_window_pattern": SLIDING}),
 }
 
 

@@ -18,6 +18,7 @@ from jcrosslora.checkpoint.family.names import HEAD as HEAD
 from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
+from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
 from jcrosslora.checkpoint.family.phi import PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
 from jcrosslora.checkpoint.family.record import Family as Family
@@ -33,6 +34,8 @@ _TABLE = (
     PHI3,
     SMOLLM3,
     MINISTRAL3,
+    OLMO2,
+    OLMO3,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -56,6 +59,8 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "deepseek_v2": ("llama", "latent attention (MLA) and mixtures of experts"),
     "deepseek_v3": ("llama", "latent attention (MLA) and mixtures of experts"),
     "phimoe": ("phi3", "mixtures of experts"),
+    "olmoe": ("olmo2", "mixtures of experts"),
+    "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
