@@ -51,6 +51,18 @@ VARIANTS = {
     "ministral3": ("ministral3", {"head_dim": 12, "sliding_window": 6, "rope_parameters": MINISTRAL}),
     "olmo2": ("olmo2", {"rope_parameters": LLAMA3, "attention_bias": True}),
     "olmo3": ("olmo3", FOUR | {"rope_parameters": KINDS}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 

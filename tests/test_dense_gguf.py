@@ -58,6 +58,20 @@ FORMS = {
     ),
     "olmo2": Form("olmo2", "olmo2", {}),
     "olmo3": Form("olmo3", "olmo2", FOUR, {"attention.sliding_window": 6, "attention.sliding_window_pattern": SLIDING}),
+    "granite": Form(
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.3, "logit_scale": 5.0},
+        permuted=True,
+    ),
 }
 
 

@@ -7,6 +7,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
+from jcrosslora.checkpoint.family.granite import GRANITE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
 from jcrosslora.checkpoint.family.keys import words
@@ -36,6 +37,7 @@ _TABLE = (
     MINISTRAL3,
     OLMO2,
     OLMO3,
+    GRANITE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -61,6 +63,8 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "phimoe": ("phi3", "mixtures of experts"),
     "olmoe": ("olmo2", "mixtures of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
+    "granitemoe": ("granite", "mixtures of experts"),
+    "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
