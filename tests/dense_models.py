@@ -63,6 +63,8 @@ VARIANTS = {
             "tie_word_embeddings": True,
         },
     ),
+    "glm": ("glm", {"head_dim": 12}),
+    "glm4": ("glm4", {"head_dim": 12, "partial_rotary_factor": 0.7, "attention_bias": False}),
 }
 
 

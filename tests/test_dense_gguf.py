@@ -72,6 +72,7 @@ FORMS = {
         {"embedding_scale": 3.0, "attention.scale": 0.2, "residual_scale": 0.3, "logit_scale": 5.0},
         permuted=True,
     ),
+    "glm4": Form("glm4", "glm4", {"head_dim": 12}, {"rope.dimension_count": 6}),
 }
 
 

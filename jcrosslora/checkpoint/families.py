@@ -7,6 +7,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
+from jcrosslora.checkpoint.family.glm import GLM, GLM4
 from jcrosslora.checkpoint.family.granite import GRANITE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
@@ -38,6 +39,8 @@ _TABLE = (
     OLMO2,
     OLMO3,
     GRANITE,
+    GLM,
+    GLM4,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -65,6 +68,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "granitemoe": ("granite", "mixtures of experts"),
     "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),
+    "glm4_moe": ("glm4", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
