@@ -65,6 +65,8 @@ VARIANTS = {
     ),
     "glm": ("glm", {"head_dim": 12}),
     "glm4": ("glm4", {"head_dim": 12, "partial_rotary_factor": 0.7, "attention_bias": False}),
+    "cohere": ("cohere", {"logit_scale": 0.3}),
+    "cohere2": ("cohere2", FOUR | {"attention_bias": True, "logit_scale": 0.3}),
 }
 
 

@@ -73,6 +73,13 @@ FORMS = {
         permuted=True,
     ),
     "glm4": Form("glm4", "glm4", {"head_dim": 12}, {"rope.dimension_count": 6}),
+    "cohere": Form("cohere", "command-r", {"logit_scale": 0.3}, {"logit_scale": 0.3, "rope.scaling.type": "none"}),
+    "cohere2": Form(
+        "cohere2",
+        "cohere2",
+        FOUR | {"logit_scale": 0.3},
+        {"logit_scale": 0.3, "attention.sliding_window": 6, "rope.scaling.type": "none"},
+    ),
 }
 
 

@@ -6,6 +6,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 
 from collections.abc import Mapping
 
+from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
 from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4
 from jcrosslora.checkpoint.family.granite import GRANITE
@@ -41,6 +42,8 @@ _TABLE = (
     GRANITE,
     GLM,
     GLM4,
+    COHERE,
+    COHERE2,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -69,6 +72,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "granitemoe": ("granite", "mixtures of experts"),
     "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),
     "glm4_moe": ("glm4", "mixtures of experts"),
+    "cohere2_moe": ("cohere2", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
