@@ -67,6 +67,8 @@ VARIANTS = {
     "glm4": ("glm4", {"head_dim": 12, "partial_rotary_factor": 0.7, "attention_bias": False}),
     "cohere": ("cohere", {"logit_scale": 0.3}),
     "cohere2": ("cohere2", FOUR | {"attention_bias": True, "logit_scale": 0.3}),
+    "exaone4": ("exaone4", FOUR | {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
 }
 
 

@@ -80,6 +80,10 @@ FORMS = {
         FOUR | {"logit_scale": 0.3},
         {"logit_scale": 0.3, "attention.sliding_window": 6, "rope.scaling.type": "none"},
     ),
+    "exaone4": Form(
+        "exaone4", "exaone4", FOUR, {"attention.sliding_window": 6, "attention.sliding_window_pattern": SLIDING}
+    ),
+    "exaone4-full": Form("exaone4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
 }
 
 

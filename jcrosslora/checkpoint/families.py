@@ -7,6 +7,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4
 from jcrosslora.checkpoint.family.granite import GRANITE
@@ -44,6 +45,7 @@ _TABLE = (
     GLM4,
     COHERE,
     COHERE2,
+    EXAONE4,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -73,6 +75,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),
     "glm4_moe": ("glm4", "mixtures of experts"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
+    "exaone_moe": ("exaone4", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
