@@ -69,6 +69,7 @@ VARIANTS = {
     "cohere2": ("cohere2", FOUR | {"attention_bias": True, "logit_scale": 0.3}),
     "exaone4": ("exaone4", FOUR | {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "seed_oss": ("seed_oss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
 }
 
 

@@ -84,6 +84,7 @@ FORMS = {
         "exaone4", "exaone4", FOUR, {"attention.sliding_window": 6, "attention.sliding_window_pattern": SLIDING}
     ),
     "exaone4-full": Form("exaone4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "seed_oss": Form("seed_oss", "seed_oss", {"head_dim": 12}),
 }
 
 

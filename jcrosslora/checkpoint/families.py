@@ -26,6 +26,7 @@ from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
 from jcrosslora.checkpoint.family.phi import PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
 from jcrosslora.checkpoint.family.record import Family as Family
+from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
 from jcrosslora.checkpoint.family.smollm3 import SMOLLM3
 
 _TABLE = (
@@ -46,6 +47,7 @@ _TABLE = (
     COHERE,
     COHERE2,
     EXAONE4,
+    SEED_OSS,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
