@@ -70,6 +70,13 @@ VARIANTS = {
     "exaone4": ("exaone4", FOUR | {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "seed_oss": ("seed_oss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
+    "hunyuan": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 12,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
 }
 
 

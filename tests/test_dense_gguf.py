@@ -85,6 +85,15 @@ FORMS = {
     ),
     "exaone4-full": Form("exaone4", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "seed_oss": Form("seed_oss", "seed_oss", {"head_dim": 12}),
+    "hunyuan": Form(
+        "hunyuan_v1_dense",
+        "hunyuan-dense",
+        {
+            "head_dim": 12,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+        {"rope.freq_base": 100.0 * 50.0**1.2, "rope.scaling.type": "none"},
+    ),
 }
 
 

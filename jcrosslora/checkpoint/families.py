@@ -11,6 +11,7 @@ from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4
 from jcrosslora.checkpoint.family.granite import GRANITE
+from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
 from jcrosslora.checkpoint.family.keys import words
@@ -48,6 +49,7 @@ _TABLE = (
     COHERE2,
     EXAONE4,
     SEED_OSS,
+    HUNYUAN_V1_DENSE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -78,6 +80,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "glm4_moe": ("glm4", "mixtures of experts"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "exaone_moe": ("exaone4", "mixtures of experts"),
+    "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
 }
 
