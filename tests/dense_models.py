@@ -77,6 +77,7 @@ VARIANTS = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
         },
     ),
+    "gemma": ("gemma", {"head_dim": 12}),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4
-from jcrosslora.checkpoint.family.gemma import GEMMA2, GEMMA3
+from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4
 from jcrosslora.checkpoint.family.granite import GRANITE
 from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
@@ -50,6 +50,7 @@ _TABLE = (
     EXAONE4,
     SEED_OSS,
     HUNYUAN_V1_DENSE,
+    GEMMA,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
