@@ -95,6 +95,7 @@ FORMS = {
         {"rope.freq_base": 100.0 * 50.0**1.2, "rope.scaling.type": "none"},
     ),
     "gemma": Form("gemma", "gemma", {"head_dim": 12}, offset=1.0),
+    "starcoder2": Form("starcoder2", "starcoder2", {}),
 }
 
 

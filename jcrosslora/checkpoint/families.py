@@ -29,6 +29,7 @@ from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
 from jcrosslora.checkpoint.family.record import Family as Family
 from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
 from jcrosslora.checkpoint.family.smollm3 import SMOLLM3
+from jcrosslora.checkpoint.family.starcoder2 import STARCODER2
 
 _TABLE = (
     LLAMA,
@@ -51,6 +52,7 @@ _TABLE = (
     SEED_OSS,
     HUNYUAN_V1_DENSE,
     GEMMA,
+    STARCODER2,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
