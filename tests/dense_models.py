@@ -80,6 +80,8 @@ VARIANTS = {
     "gemma": ("gemma", {"head_dim": 12}),
     "starcoder2": ("starcoder2", {"sliding_window": 6}),
     "starcoder2-plain": ("starcoder2", {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "phi-norms": ("phi", {"partial_rotary_factor": 0.25, "qk_layernorm": True, "tie_word_embeddings": True}),
 }
 
 

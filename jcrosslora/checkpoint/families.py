@@ -24,7 +24,7 @@ from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
-from jcrosslora.checkpoint.family.phi import PHI3
+from jcrosslora.checkpoint.family.phi import PHI, PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
 from jcrosslora.checkpoint.family.record import Family as Family
 from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
@@ -53,6 +53,7 @@ _TABLE = (
     HUNYUAN_V1_DENSE,
     GEMMA,
     STARCODER2,
+    PHI,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
