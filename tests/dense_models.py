@@ -82,6 +82,7 @@ VARIANTS = {
     "starcoder2-plain": ("starcoder2", {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "phi-norms": ("phi", {"partial_rotary_factor": 0.25, "qk_layernorm": True, "tie_word_embeddings": True}),
+    "nemotron": ("nemotron", {"head_dim": 12, "attention_bias": True}),
 }
 
 

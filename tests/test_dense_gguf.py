@@ -97,6 +97,7 @@ FORMS = {
     "gemma": Form("gemma", "gemma", {"head_dim": 12}, offset=1.0),
     "starcoder2": Form("starcoder2", "starcoder2", {}),
     "phi": Form("phi", "phi2", {"partial_rotary_factor": 0.5}, {"rope.dimension_count": 4}),
+    "nemotron": Form("nemotron", "nemotron", {}, {"rope.dimension_count": 4}, offset=1.0),
 }
 
 

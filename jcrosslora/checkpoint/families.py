@@ -23,6 +23,7 @@ from jcrosslora.checkpoint.family.names import HEAD as HEAD
 from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
+from jcrosslora.checkpoint.family.nemotron import NEMOTRON
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
 from jcrosslora.checkpoint.family.phi import PHI, PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
@@ -54,6 +55,7 @@ _TABLE = (
     GEMMA,
     STARCODER2,
     PHI,
+    NEMOTRON,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -86,6 +88,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "exaone_moe": ("exaone4", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
+    "nemotron_h": ("nemotron", "state-space layers (Mamba) and mixtures of experts"),
 }
 
 # Multimodal checkpoints whose language model is of a supported family: model_type -> (model_type of the text model,
