@@ -97,6 +97,7 @@ FORMS = {
     "gemma": Form("gemma", "gemma", {"head_dim": 12}, offset=1.0),
     "starcoder2": Form("starcoder2", "starcoder2", {}),
     "phi": Form("phi", "phi2", {"partial_rotary_factor": 0.5}, {"rope.dimension_count": 4}),
+    "apertus": Form("apertus", "apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "nemotron": Form("nemotron", "nemotron", {}, {"rope.dimension_count": 4}, offset=1.0),
 }
 
@@ -178,6 +179,15 @@ def test_a_gguf_adapter_is_read_as_it_was_written(written, tmp_path):
     for name, factors in adapter.modules.items():
         read = again.modules[holders.get(name, name)]
         np.testing.assert_allclose(read.scale * read.b @ read.a, factors.b @ factors.a, atol=1e-5)
+
+
+def test_lists_of_another_length_are_refused(tmp_path):
+    form = FORMS["apertus"]
+    model = random_model(form.family, form.settings)
+    metadata = metadata_of(model, form) | {"xielu.alpha_p": [0.5]}
+    path = write_gguf(tmp_path / "model.gguf", form.arch, metadata, stored_tensors(model, form))
+    with pytest.raises(CheckpointError, match=r"xielu.alpha_p is \[0.5\], wanted a number for each of 2 layers"):
+        jcl.open_base(path)
 
 
 def test_ministral_without_its_scale_is_refused(tmp_path):
