@@ -83,6 +83,7 @@ VARIANTS = {
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "phi-norms": ("phi", {"partial_rotary_factor": 0.25, "qk_layernorm": True, "tie_word_embeddings": True}),
     "nemotron": ("nemotron", {"head_dim": 12, "attention_bias": True}),
+    "arcee": ("arcee", {"head_dim": 12, "mlp_bias": True, "attention_bias": True}),
     "apertus": ("apertus", {"rope_parameters": LLAMA3}),
 }
 

@@ -98,6 +98,7 @@ FORMS = {
     "starcoder2": Form("starcoder2", "starcoder2", {}),
     "phi": Form("phi", "phi2", {"partial_rotary_factor": 0.5}, {"rope.dimension_count": 4}),
     "apertus": Form("apertus", "apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "arcee": Form("arcee", "arcee", {"head_dim": 12, "mlp_bias": True}, permuted=True),
     "nemotron": Form("nemotron", "nemotron", {}, {"rope.dimension_count": 4}, offset=1.0),
 }
 

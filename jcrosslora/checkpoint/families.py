@@ -7,6 +7,7 @@ is refused (see `config.py`), because it may change what the weights mean.
 from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.apertus import APERTUS
+from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
@@ -58,6 +59,7 @@ _TABLE = (
     PHI,
     NEMOTRON,
     APERTUS,
+    ARCEE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
