@@ -84,6 +84,7 @@ VARIANTS = {
     "phi-norms": ("phi", {"partial_rotary_factor": 0.25, "qk_layernorm": True, "tie_word_embeddings": True}),
     "nemotron": ("nemotron", {"head_dim": 12, "attention_bias": True}),
     "arcee": ("arcee", {"head_dim": 12, "mlp_bias": True, "attention_bias": True}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 12, "use_bias": True, "tie_word_embeddings": False}),
     "apertus": ("apertus", {"rope_parameters": LLAMA3}),
 }
 

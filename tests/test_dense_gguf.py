@@ -99,6 +99,7 @@ FORMS = {
     "phi": Form("phi", "phi2", {"partial_rotary_factor": 0.5}, {"rope.dimension_count": 4}),
     "apertus": Form("apertus", "apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "arcee": Form("arcee", "arcee", {"head_dim": 12, "mlp_bias": True}, permuted=True),
+    "ernie4_5": Form("ernie4_5", "ernie4_5", {"head_dim": 12}),
     "nemotron": Form("nemotron", "nemotron", {}, {"rope.dimension_count": 4}, offset=1.0),
 }
 

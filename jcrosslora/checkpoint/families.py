@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.ernie import ERNIE4_5
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4
@@ -60,6 +61,7 @@ _TABLE = (
     NEMOTRON,
     APERTUS,
     ARCEE,
+    ERNIE4_5,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
