@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jcrosslora.checkpoint.config import Dims
+from jcrosslora.checkpoint.config import Dims, read_number
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
@@ -165,22 +165,37 @@ class BaseModel:
             raise CheckpointError(msg)
         return self.store.rows(stored, ids.astype(np.int64))
 
-    def residual_gain(self, module_name: str) -> np.ndarray:
-        """Return the gain, float32 (hidden,), of the norm between the residual stream and a module.
+    def bias(self, module_name: str) -> np.ndarray | None:
+        """Read the bias (O,) of a logical module, None if it has none; see `tensor`.
 
-        For q, k, v, gate and up this is the norm in front of the module; for o and down the norm behind it, ones if
-        the family has none. Gemma's gain, 1 + weight, is already summed.
+        Raises:
+            CheckpointError: no such module, or a dtype that cannot be read.
+        """
+        module = self._module(module_name)
+        if module.role not in self.family.biased_roles(self.config):
+            return None
+        array = self.store.tensor(f"{module.tensor.removesuffix('.weight')}.bias")
+        return array if module.rows is None else array[slice(*module.rows)]
+
+    def residual_gain(self, module_name: str) -> np.ndarray:
+        """Return the gain, float32 (hidden,), between the residual stream and a module.
+
+        For q, k, v, gate and up this is that of the norm in front of the module, Gemma's 1 + weight already summed; for
+        o and down that of the norm behind it, times Granite's factor on what is added. Ones where there is no norm.
 
         Raises:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
-        norm = self.family.norm_in.get(module.role) or self.family.norm_out.get(module.role)
+        norm = self.family.stream_norm(module.role)
+        factor = np.float32(1)
+        if self.family.residual_scale is not None and module.role in ("o_proj", "down_proj"):
+            factor = np.float32(read_number(self.config, self.family.residual_scale, self.ref))
         if norm is None:
-            return np.ones(self.dims.hidden, np.float32)
+            return np.full(self.dims.hidden, factor)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)
         with np.errstate(invalid="ignore"):  # Callers check for NaN.
-            return weight + np.float32(self.family.gain_offset)
+            return (weight + np.float32(self.family.gain_offset)) * factor
 
     def vocabulary(self) -> Vocabulary:
         """Return the normal tokens as bytes, or the reason why they cannot be read."""

@@ -1,5 +1,6 @@
 """A model's configuration: find its family, and refuse settings that are not understood."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from jcrosslora.checkpoint.families import (
     COMMON_KEYS,
     FAMILIES,
     HARMLESS_KEYS,
+    UNSUPPORTED,
     Family,
 )
+from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
@@ -103,14 +106,19 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     if isinstance(model_type, str) and model_type in WRAPPERS:
         return replace(check_config(text_config(config, where), where), wrapper=WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join([*FAMILIES, *WRAPPERS])
-        msg = f"{where}: model_type {model_type!r} is not supported; supported: {known}"
-        raise CheckpointError(msg)
+        raise CheckpointError(_unknown_type(model_type, where))
     family = FAMILIES[model_type]
     _check_architecture(family, config, where)
     _check_keys(family, config, where)
     check_quantization(config, str(where))
     return ModelConfig(family, {**family.defaults, **config})
+
+
+def _unknown_type(model_type: object, where: Path | str) -> str:
+    known = ", ".join([*FAMILIES, *WRAPPERS])
+    like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
+    why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
+    return f"{where}: model_type {model_type!r} is not supported{why}; supported: {known}"
 
 
 def _check_architecture(family: Family, config: Mapping[str, Any], where: Path | str) -> None:
@@ -191,3 +199,22 @@ def _size(config: Mapping[str, Any], key: str, where: Path | str) -> int:
         msg = f"{where}: config key {key!r} is {_short(value)}, wanted a positive integer"
         raise CheckpointError(msg)
     return value
+
+
+def read_number(config: Mapping[str, Any], number: Number, where: Path | str) -> float:
+    """Read a number of a configuration.
+
+    Args:
+        config: a checked configuration.
+        number: its key, default and power.
+        where: the configuration's file or the name of the base, for errors.
+
+    Raises:
+        CheckpointError: the value is not a positive number.
+    """
+    value = config.get(number.key, number.default)
+    # An integer of 400 digits compares below infinity, but is too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        msg = f"{where}: {number.key} is {str(value)[:60]!r}, wanted a positive number"
+        raise CheckpointError(msg)
+    return float(value) ** number.power
