@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,7 @@ def read_adapter(opened: OpenedAdapter) -> Adapter:
     read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
     info = opened.info(
         ignored=(*opened.notes, *ignored),
-        read_as=_read_as(kind, file.config, read),
+        read_as=_read_as(kind, read),
         lost=_lost(read),
         rank_limit=file.rank,
         invocation=invocation_of(file.config) if kind.peft_type == "LORA" else None,
@@ -100,14 +99,14 @@ def _lost(updates: Sequence[Update]) -> float:
     return lost / total if lost > _ROUNDING * total else 0.0
 
 
-def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -> str | None:
-    lost, remark = _lost(updates), kind.remark(config)
+def _read_as(kind: Kind, updates: Sequence[Update]) -> str | None:
+    lost = _lost(updates)
     if kind is PLAIN and lost == 0:
         return None
     ranks = sorted({update.factors.rank for update in updates})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = f"at {rank}, which loses {lost:.1%} of the update's energy" if lost else f"exactly, at {rank}"
-    return f"{kind.name} ({kind.formula}), read {how}{f'; {remark}' if remark else ''}"
+    return f"{kind.name} ({kind.formula}), read {how}{f'; {kind.remark}' if kind.remark else ''}"
 
 
 def change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
