@@ -70,7 +70,8 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
     modules = {names[name]: factors for name, factors in merged.items()}
-    tensors, config = peft_state(Contents(modules, invocation=adapter.info.invocation, tokens=adapter.tokens))
+    contents = Contents(modules, invocation=adapter.info.invocation, tokens=adapter.tokens, replaced=adapter.replaced)
+    tensors, config = peft_state(contents)
     del config["peft_type"]
     config["target_modules"] = [*modules, *token_ranks(adapter.tokens)]  # by full name: these and no others
     try:

@@ -10,6 +10,7 @@ import jax
 
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.utils.html import html_table
 
@@ -65,6 +66,7 @@ class _Static:
 
     info: AdapterInfo
     tokens: tuple[TokenUpdate, ...]
+    replaced: tuple[ReplacedTensors, ...]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._compared == other._compared
@@ -74,7 +76,7 @@ class _Static:
 
     @property
     def _compared(self) -> tuple:
-        return self.info.acting(), self.tokens
+        return self.info.acting(), self.tokens, self.replaced
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -82,8 +84,8 @@ class _Static:
 class Adapter:
     """A LoRA adapter as a pytree whose leaves are the factors.
 
-    Its structure is what decides the computation: names and shapes of the modules, scales, invocation tokens, and
-    changes of embedding and head, all compared by value. The rest of `info` is not part of it, so
+    Its structure is what decides the computation: names and shapes of the modules, scales, invocation tokens, changes
+    of embedding and head, and replaced tensors, all compared by value. The rest of `info` is not part of it, so
     adapters from different files are combined by `jax.tree.map`, which keeps the info of the first, and compile a
     jitted function once. Inside a transformed function, where one program serves many adapters, `info` holds invocation
     tokens alone.
@@ -93,21 +95,23 @@ class Adapter:
             (`model.layers.0.self_attn.q_proj`), to its factors.
         info: provenance.
         tokens: changes of the embedding and of the output head, static; read only if the base was given.
+        replaced: biases, norms and whole layers that replace those of its own base, static; read only if asked for.
     """
 
     modules: dict[str, LoRAFactors]
     info: AdapterInfo = field(default_factory=AdapterInfo)
     tokens: tuple[TokenUpdate, ...] = ()
+    replaced: tuple[ReplacedTensors, ...] = ()
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], "_Static"]:
         """Split into the factors, with their key, and the rest."""
-        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), _Static(self.info, self.tokens)
+        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), _Static(self.info, self.tokens, self.replaced)
 
     @classmethod
     def tree_unflatten(cls, static: "_Static", children: tuple[dict[str, LoRAFactors]]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(children))
-        return cls(children[0], static.info.acting() if traced else static.info, static.tokens)
+        return cls(children[0], static.info.acting() if traced else static.info, static.tokens, static.replaced)
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""
