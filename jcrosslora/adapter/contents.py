@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
 from jcrosslora.errors import OutputError, UsageError
@@ -128,6 +129,7 @@ class Contents:
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
         tokens: changes of the embedding and the output head, for the one format that stores them.
+        replaced: tensors that replace those of the base, likewise.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -143,6 +145,7 @@ class Contents:
     frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
     tokens: tuple[TokenUpdate, ...] = ()
+    replaced: tuple[ReplacedTensors, ...] = ()
 
     def class_name(self, module: str) -> str:
         """Return the name that the base's class gives to a module."""

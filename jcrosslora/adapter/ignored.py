@@ -44,6 +44,15 @@ def token_update_sentences(tokens: Sequence[TokenUpdate], why: str) -> tuple[str
     return tuple(ignored_sentence(update.kind, update.modules, update.share, why) for update in tokens)
 
 
+def drop_replaced(adapter: Adapter, why: str) -> Adapter:
+    """Return the adapter without the tensors that replace those of its base, listed in `info.ignored`."""
+    if not adapter.replaced:
+        return adapter
+    ignored = tuple(ignored_sentence(group.kind, group.modules, group.share, why) for group in adapter.replaced)
+    info = dataclasses.replace(adapter.info, ignored=adapter.info.ignored + ignored)
+    return dataclasses.replace(adapter, replaced=(), info=info)
+
+
 def drop_token_updates(adapter: Adapter, why: str) -> Adapter:
     """Return the adapter without its changes of embedding and head, listed in `info.ignored` with the reason."""
     if not adapter.tokens:

@@ -70,7 +70,9 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
     prefix = prefix_of(names[next(iter(merged))])
-    contents = Contents(merged, prefix=prefix, invocation=adapter.info.invocation, tokens=adapter.tokens)
+    contents = Contents(
+        merged, prefix=prefix, invocation=adapter.info.invocation, tokens=adapter.tokens, replaced=adapter.replaced
+    )
     tensors, config = peft_state(contents)
     del config["peft_type"]
     # By full name: these and no others.

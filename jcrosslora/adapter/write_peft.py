@@ -13,21 +13,22 @@ from jcrosslora.adapter.contents import Contents, file_factors, safetensors_byte
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.names import PREFIX, ending, natural_key
 from jcrosslora.adapter.patterns import exact_pattern
+from jcrosslora.adapter.replaced_files import replaced_config, replaced_tensors
 from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
 from jcrosslora.checkpoint.wrapped import TEXT
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
-    tensors, config = peft_state(dataclasses.replace(contents, tokens=()), contents.rank)
+    tensors, config = peft_state(dataclasses.replace(contents, tokens=(), replaced=()), contents.rank)
     write_peft_files(folder, tensors, config, contents.metadata)
 
 
 def write_peft(contents: Contents, folder: Path) -> None:
     """Write each module's own rank, by `rank_pattern` and `alpha_pattern`.
 
-    Changes of the embedding and the head are part of it. The magnitudes of a DoRA stay in float32: what they change is
-    their small difference from the norms of the rows.
+    Changes of the embedding and the head, and tensors that replace those of the base, are part of it. The magnitudes of
+    a DoRA stay in float32: what they change is their small difference from the norms of the rows.
     """
     write_peft_files(folder, *peft_state(contents), contents.metadata)
 
@@ -49,9 +50,12 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
         if contents.magnitudes is not None:
             tensors[f"{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
     tensors |= token_tensors(contents.tokens, contents.dtype)
+    tensors |= replaced_tensors(contents.replaced, contents.modules, contents.dtype)
     ranks = {name: rank or factors.rank for name, factors in contents.modules.items()}
     config = peft_config(contents, ranks | token_ranks(contents.tokens))
-    return peft_names(contents, tensors), config | token_config(contents.tokens)
+    of_tokens, of_others = token_config(contents.tokens), replaced_config(contents.replaced, contents.modules)
+    saved = [*of_tokens.get("modules_to_save", ()), *map(contents.class_name, of_others.get("modules_to_save", ()))]
+    return peft_names(contents, tensors), config | of_tokens | of_others | {"modules_to_save": saved or None}
 
 
 def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,12 +15,13 @@ class Check:
 
     path: tyro.conf.Positional[Path]
     """The adapter: a folder of PEFT or MLX, or a GGUF file of llama.cpp."""
+    base: str | None = None
+    """The base that it is for: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it: one
+    that is not there, or is called otherwise, would load and do nothing. What an engine reads can depend on the base's
+    family, and on whether its output head is its embedding."""
     family: str | None = None
     """Family of its base model (llama, gemma2, ...), where an engine's answer depends on it. A moved adapter's report
     names it."""
-    base: str | None = None
-    """The base that it is for: a folder, a GGUF file or a hub id. Every module of the adapter is looked up in it: one
-    that is not there, or is called otherwise, would load and do nothing."""
     json: bool = False
     """Print the answers as JSON."""
 

@@ -58,10 +58,14 @@ def _largest_rank(facts: AdapterFacts) -> int:
     return max(ranks, default=0)
 
 
+# peft stores a copy of an embedding or head that is trained with LoRA; vLLM skips it.
+_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+_TENSORS = only_tensors("A", "B", "embedding", skipped=lambda tensor: tensor.key.endswith(_COPIES))
+
 VLLM = Engine(
     "vLLM",
     (
-        *(only_plain_lora(), required_keys, no_bias, saved_modules, only_tensors("A", "B", "embedding"), largest_rank),
+        *(only_plain_lora(), required_keys, no_bias, saved_modules, _TENSORS, largest_rank),
         same_names(f"language_model.{TEXT}"),  # its own names
     ),
     (note_pickle, note_rank_flag, note_patterns, note_embedding),
