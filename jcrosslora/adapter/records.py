@@ -7,6 +7,7 @@ from math import hypot
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
