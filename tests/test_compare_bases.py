@@ -448,6 +448,7 @@ def test_command_prints_evidence_first_and_relation_last(tmp_path, capsys):
         main(["compare", str(tmp_path / "s"), str(tmp_path / "nothing")])
 
 
+@pytest.mark.slow
 def test_real_bases_are_unrelated_and_each_equals_itself():
     smol, gemma = map(open_base, real_models())
     assert compare_bases(smol, gemma).words == UNRELATED

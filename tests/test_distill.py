@@ -506,6 +506,7 @@ def test_an_adapter_is_fitted_in_the_chat_template_of_each_base(tmp_path):
     assert found.looks[-1].divergence < found.looks[0].divergence
 
 
+@pytest.mark.slow
 def test_an_adapter_is_moved_in_its_own_chat_template(tmp_path):
     source = chat_base(tmp_path / "source")
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1, eos=1))
