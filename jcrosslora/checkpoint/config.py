@@ -1,7 +1,7 @@
 """A model's configuration: find its family, and refuse settings that are not understood."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,11 @@ from jcrosslora.checkpoint.families import (
     COMMON_KEYS,
     FAMILIES,
     HARMLESS_KEYS,
-    MULTIMODAL,
-    MULTIMODAL_KEYS,
     Family,
 )
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
+from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
 from jcrosslora.errors import CheckpointError
 
 _SIZE_LIMIT = 1 << 31
@@ -51,13 +50,17 @@ class ModelConfig:
     Attributes:
         family: the family.
         values: the configuration of the (text) model, Hugging Face keys.
-        prefixes: prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`; empty for a
-            text-only checkpoint.
+        wrapper: the multimodal class around the text model; None for a model of text alone.
     """
 
     family: Family
     values: Mapping[str, Any]
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    wrapper: Wrapper | None = None
+
+    @property
+    def prefixes(self) -> Mapping[str, str]:
+        """Prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`."""
+        return {} if self.wrapper is None else TENSOR_PREFIXES
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -97,10 +100,10 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
         CheckpointError: unknown model type, architecture, key, or a value that changes what the weights mean.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in MULTIMODAL:
-        return _multimodal(config, where)
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+        return replace(check_config(text_config(config, where), where), wrapper=WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join([*FAMILIES, *MULTIMODAL])
+        known = ", ".join([*FAMILIES, *WRAPPERS])
         msg = f"{where}: model_type {model_type!r} is not supported; supported: {known}"
         raise CheckpointError(msg)
     family = FAMILIES[model_type]
@@ -108,22 +111,6 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     _check_keys(family, config, where)
     check_quantization(config, str(where))
     return ModelConfig(family, {**family.defaults, **config})
-
-
-def _multimodal(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
-    text_type, prefixes = MULTIMODAL[config["model_type"]]
-    text = config.get("text_config")
-    if not isinstance(text, dict) or text.get("model_type", text_type) != text_type:
-        msg = f"{where}: text_config of model_type {config['model_type']!r} is not a {text_type} configuration"
-        raise CheckpointError(msg)
-    for key, value in config.items():
-        if key not in COMMON_KEYS | HARMLESS_KEYS | MULTIMODAL_KEYS and not _is_empty(value):
-            raise CheckpointError(_unknown_key(key, value, config["model_type"], where))
-    shared = {
-        key: config[key] for key in ("architectures", "quantization_config", "tie_word_embeddings") if key in config
-    }
-    checked = check_config({**text, **shared, "model_type": text_type}, where)
-    return ModelConfig(checked.family, checked.values, prefixes)
 
 
 def _check_architecture(family: Family, config: Mapping[str, Any], where: Path | str) -> None:

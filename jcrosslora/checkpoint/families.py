@@ -204,16 +204,3 @@ _TABLE = (
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
-
-# Multimodal checkpoints whose language model is of a supported family: model_type -> (model_type of the text model,
-# prefixes of its tensors, see `text_model_name`), as transformers 4 (language_model.model.) and 5 write them.
-MULTIMODAL: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "gemma3": (
-        "gemma3_text",
-        {"model.language_model.": "model.", "language_model.": "", "lm_head.": "lm_head."},
-    ),
-}
-MULTIMODAL_KEYS = _words(
-    "text_config vision_config boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id "
-    "image_token_id mm_tokens_per_image"
-)

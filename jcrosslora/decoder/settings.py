@@ -23,7 +23,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 _GEMMA = ("gemma2", "gemma3_text")
-# Defaults of the configuration classes of transformers.
+# Defaults of the configuration classes of transformers, whose gemma3 ignores a soft cap of the attention scores.
 _EPS = {"phi3": 1e-5}
 _ATTN_SOFT_CAP, _FINAL_SOFT_CAP = {"gemma2": 50.0}, {"gemma2": 30.0}
 _QUERY_PRE_ATTN_SCALAR = 256
@@ -85,7 +85,9 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         eps=_number(config, "rms_norm_eps", _EPS.get(family.name, 1e-6), ref),
         activation=_activation(config, gemma, ref),
         attn_scale=scalar**-0.5,
-        attn_soft_cap=_cap(config, "attn_logit_softcapping", _ATTN_SOFT_CAP.get(family.name), ref) if gemma else None,
+        attn_soft_cap=_cap(config, "attn_logit_softcapping", _ATTN_SOFT_CAP[family.name], ref)
+        if family.name in _ATTN_SOFT_CAP
+        else None,
         final_soft_cap=_cap(config, "final_logit_softcapping", _FINAL_SOFT_CAP.get(family.name), ref)
         if gemma
         else None,
