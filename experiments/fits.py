@@ -1,10 +1,11 @@
-"""Compare settings of the fit of `distill` on the same completions.
+"""Compare settings of the fit of `distill`, or of `distilled-copy`, on the same completions.
 
     python experiments/fits.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl --work WORK
         --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
-source writes its own. Every `--fit` then starts from nothing. Of the 100 examples in front of the prompts the table has
+source writes its own. Every `--fit` then starts from nothing, or with `--method distilled-copy` from the adapter, whose
+figure without a fit is printed first. Of the 100 examples in front of the prompts the table has
 the NLL of the right answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be
 compared where the teacher differs; with `--write N` also how many of the next N answers in writing are right. Data must
 be training data: choices are made by it.
@@ -17,12 +18,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+from lift_tasks import parse_row
 from rich.console import Console
 from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
+from jcrosslora.decoder import (
+    Generator,
+    StackedAdapter,
+    fast_dtype,
+    load_params,
+    settings_of,
+    stack_adapter,
+    unstack_adapter,
+)
 from jcrosslora.evaluate import answer
 from jcrosslora.fit.distill.batches import used_tokens
 from jcrosslora.fit.distill.completions import answer_given, write_completions
@@ -48,7 +59,8 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--completions", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of distill")
+    parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
+    parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of the method")
     parser.add_argument("--write", type=int, default=0, help="answers in writing that are judged")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -85,9 +97,24 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
     items = load_completions(path)
     plan = Plan([encode(tokenizers[1], one) for one in judged[:JUDGED]], 1, JUDGED, 0)
+    start = stack_adapter(adapter, target) if arguments.method == "distilled-copy" else None
+
+    def likelihood(update: StackedAdapter) -> str:
+        total = count = 0.0
+        for step in range(JUDGED):
+            batch = plan.batch(step)
+            used = float(batch.used.sum())
+            total += used * float(scored(settings_of(target), params[1], update, batch))
+            count += used
+        return f"{total / count:.4f}"
+
+    scored = jax.jit(answer_loss, static_argnums=0)
+    if start is not None:
+        console.print(f"without a fit: NLL {likelihood(start)}")
     table = Table("fit", "steps", "seconds", "divergence", "NLL", *(["right"] if arguments.write else []))
     for text in arguments.fit:
-        method = make_method("distill", dict(part.split("=", 1) for part in text.split(",") if part))
+        settings = dict(parse_row(f"{arguments.method}:{text}").settings)
+        method = make_method(settings.pop("method"), settings)
         assert isinstance(method, Distill)
         batches, held_out, _ = hold_out(items, tokenizers, method, arguments.seed)
         ends = end_tokens(tokenizers, items)
@@ -103,18 +130,14 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         teacher = Teacher(src, tgt, stack_adapter(adapter, source), method, symbols)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        found = fit(teacher, batches, kept_back, lambda *_: [], method, begun=begun, seed=arguments.seed, progress=True)
+        found = fit(
+            teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed, progress=True
+        )
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
-        total = count = 0.0
-        for step in range(JUDGED):
-            batch = plan.batch(step)
-            used = float(batch.used.sum())
-            total += used * float(answer_loss(settings_of(target), params[1], found.adapter, batch))
-            count += used
         row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
-        row += [f"{min(look.divergence for look in found.looks):.4f}", f"{total / count:.4f}"]
+        row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
             update = unstack_adapter(found.adapter)
             wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1], progress=True)

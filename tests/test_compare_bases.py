@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from real_models import real_models
 from relatives import (
+    is_linear,
     layer_of,
     make,
     merged,
@@ -33,7 +34,7 @@ from jcrosslora.lineage.base_comparison import compare_bases
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
-PRUNED, PERMUTED, UPSCALED = ("pruned",), ("permuted",), ("upscaled",)
+PRUNED, SPARSE, PERMUTED, UPSCALED = ("pruned",), ("sparse",), ("permuted",), ("upscaled",)
 UNSURE = ("further trained or quantised",)
 OTHER_EMBEDDING, OTHER_HEAD, OTHER_TOKENIZER = ("embedding replaced",), ("head replaced",), ("other tokenizer",)
 
@@ -117,6 +118,11 @@ def renamed(made, family):
     return dataclasses.replace(made, config=made.config | config)
 
 
+def pruned(made):
+    """Set the smaller half of the numbers of every linear matrix to zero."""
+    return made.change(lambda name, x: np.where(np.abs(x) < np.median(np.abs(x)), 0, x) if is_linear(name) else x)
+
+
 # name: (family, change of the base, dtypes or quantisations of both, expected words)
 CASES = {
     "a copy": ("llama", same, ("F32", "F32"), SAME),
@@ -156,6 +162,10 @@ CASES = {
     "merged everywhere": ("qwen2", merged(4, 0.01, roles=("q_proj", "o_proj", "up_proj")), ("F32", "F32"), MERGED),
     "merged, to bfloat16": ("llama", merged(4, 0.02), ("F32", "BF16"), (*MERGED, *ROUNDED)),
     "merged, fused": ("phi3", merged(3, 0.01, roles=("qkv_proj",)), ("F32", "F32"), MERGED),
+    "half of the numbers zero": ("llama", pruned, ("F32", "F32"), SPARSE),
+    "half of the numbers zero, fused": ("phi3", pruned, ("BF16", "BF16"), SPARSE),
+    "half of the numbers zero, to bfloat16": ("llama", pruned, ("F32", "BF16"), (*SPARSE, *ROUNDED)),
+    "trained, half of the numbers zero": ("llama", then(noisy(0.05), pruned), ("F32", "F32"), (*SPARSE, *TRAINED)),
     "tripled": ("llama", scaled(3.0), ("F32", "F32"), SCALED),
     "halved": ("mistral", scaled(0.5), ("BF16", "BF16"), SCALED),
     "negated": ("llama", scaled(-1.0), ("F32", "F32"), SCALED),

@@ -45,10 +45,10 @@ class BaseComparison:
     Attributes:
         words: the relation, most important word first. Of the parts: "pruned" (the target lacks parts of the source),
             "extended" (it has others beside them), "upscaled" (it repeats some), "permuted" (it has them in another
-            order). Of the weights: "same", "rounded" (to a narrower float format), "quantised" (to 8 bits or fewer),
-            "LoRA-merged", "further trained", "further trained or quantised" (the two cannot be told apart), "scaled",
-            "embedding replaced", "head replaced". Of the tokenizers: "other tokenizer" (ids of one embedding stand for
-            other tokens). Or "unrelated" alone.
+            order). Of the weights: "sparse" (numbers of the target's matrices were set to zero), "same", "rounded" (to
+            a narrower float format), "quantised" (to 8 bits or fewer), "LoRA-merged", "further trained", "further
+            trained or quantised" (the two cannot be told apart), "scaled", "embedding replaced", "head replaced". Of
+            the tokenizers: "other tokenizer" (ids of one embedding stand for other tokens). Or "unrelated" alone.
         sentence: the relation as a sentence, with figures.
         parts: how many parts of each kind the two share; empty for unrelated bases.
         layers: the source layer of every target layer, None for none.

@@ -31,7 +31,7 @@ def change_words(compared: Sequence[TensorComparison]) -> list[str]:
     every = [*linear, *others]
     low_rank = _any(linear, "low rank") and not _any(linear, "trained")
     trained = _any(linear, "trained") or (not low_rank and _any(others, "trained", "low rank"))
-    words = []
+    words = ["sparse"] if 2 * sum(item.zeroed > 0 for item in linear) > len(linear) else []
     if low_rank:
         words.append("LoRA-merged")
     elif trained:
@@ -85,6 +85,9 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         items = [item for item in items if item not in replaced]
         if items:
             phrases.append(f"{_tensors(items, compared)} {write(items)}")
+    zeroed = [item for item in compared if item.difference.zeroed]
+    if zeroed:
+        phrases.insert(0, f"{_tensors(zeroed, compared)} {_zeroed(zeroed, compared)}")
     scaled = [item for item in compared if item.difference.scale != 1]
     if scaled:
         factors = sorted({f"{item.difference.scale:.4g}" for item in scaled}, key=float)
@@ -117,6 +120,13 @@ def _tensors(items: Sequence[TensorComparison], compared: Sequence[TensorCompari
     others = sorted({item.role for item in items} - set(ROLES))
     only = f" ({', '.join(others)})" if others and all(item.role in others for item in items) else ""
     return f"{count} {len(compared)} tensors{only}"
+
+
+def _zeroed(items: list[TensorComparison], compared: Sequence[TensorComparison]) -> str:
+    shares = [item.difference.zeroed for item in items]
+    others = all(item.difference.change == "equal" for item in compared)
+    rest = ", and the others unchanged" if others else ""
+    return f"have {_shares(min(shares), max(shares))} of their numbers set to zero{rest}"
 
 
 def _low_rank(items: list[TensorComparison]) -> str:
@@ -163,8 +173,12 @@ def _rounded(items: list[TensorComparison]) -> str:
 
 def _distances(items: list[TensorComparison]) -> str:
     sizes = [item.difference.distance for item in items]
-    low, high = f"{min(sizes):.2%}", f"{max(sizes):.2%}"
-    return low if low == high else f"{low} to {high}"
+    return _shares(min(sizes), max(sizes), 2)
+
+
+def _shares(low: float, high: float, digits: int = 0) -> str:
+    ends = f"{low:.{digits}%}", f"{high:.{digits}%}"
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 def _span(numbers: list[int]) -> str:
