@@ -17,9 +17,9 @@ def matrix(*shape: int, seed: int = 0, dtype=np.float32) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-def tensors(names=(Q, V), rank: int = 2, width: int = 6, rows: int = 5, dtype=np.float32) -> dict[str, np.ndarray]:
+def tensors(names=(Q, V), rank=2, width=6, rows=5, dtype=np.float32, seed=0) -> dict[str, np.ndarray]:
     result = {}
-    for place, name in enumerate(names):
+    for place, name in enumerate(names, seed):
         result[f"base_model.model.{name}.lora_A.weight"] = matrix(rank, width, seed=place, dtype=dtype)
         result[f"base_model.model.{name}.lora_B.weight"] = matrix(rows, rank, seed=100 + place, dtype=dtype)
     return result

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_folders import CONFIG, Q, V, adapter_of, delta, tensors
+from adapter_folders import CONFIG, Q, V, adapter_of, delta, tensors, write_folder
 from flax import nnx
 from kind_cases import MADE, TARGETS, lora, peft
 from tiny_models import save_tiny, tiny_model, torch
@@ -92,29 +92,55 @@ def test_static_parts_compare_by_value():
         assert rows() != rows(**changes)
 
 
-def test_adapters_of_one_kind_are_combined_by_tree_map():
-    first, second = (dataclasses.replace(adapter_of({Q: 2, V: 2}, seed=seed), tokens=(rows(),)) for seed in (0, 7))
-    total = jax.tree.map(lambda one, two: one + two, first, second)
+def from_files(tmp_path):
+    """Read two adapters of one shape and invocation from different files."""
+    for name, seed in (("one", 0), ("two", 7)):
+        write_folder(tmp_path / name, CONFIG | {"alora_invocation_tokens": [5, 7]}, tensors(seed=seed))
+    return [dataclasses.replace(load_adapter(tmp_path / name), tokens=(rows(),)) for name in ("one", "two")]
+
+
+def test_adapters_of_one_shape_are_combined_by_tree_map(tmp_path):
+    first, second = from_files(tmp_path)
+    assert first.info != second.info
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    total = jax.tree.map(jnp.add, first, second)
     np.testing.assert_array_equal(total.modules[Q].a, first.modules[Q].a + second.modules[Q].a)
-    other = dataclasses.replace(second, info=AdapterInfo(name="another file"))
-    with pytest.raises(ValueError, match=r"[Mm]ismatch|differ"):
-        jax.tree.map(lambda one, two: one + two, first, other)
-    plain = jax.tree.map(lambda one, two: one + two, to_pytree(first), to_pytree(other))
+    assert total.info == first.info
+    plain = jax.tree.map(jnp.add, to_pytree(first), to_pytree(second))
     np.testing.assert_array_equal(plain[V]["b"], total.modules[V].b)
 
 
-def test_a_jitted_function_is_compiled_once_for_equal_adapters():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"info": AdapterInfo(invocation=(1,))},
+        {"info": AdapterInfo(invocation_target=(1,))},
+        {"tokens": ()},
+        {"modules": {}},
+        {"modules": adapter_of({Q: 2, V: 2}, scale=7.0).modules},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_adapters_that_compute_otherwise_have_another_structure(changes):
+    first = dataclasses.replace(adapter_of({Q: 2, V: 2}), tokens=(rows(),))
+    assert jax.tree.structure(dataclasses.replace(first, **changes)) != jax.tree.structure(first)
+
+
+def test_a_jitted_function_is_compiled_once_for_adapters_of_one_shape(tmp_path):
+    """Its result has no provenance: that of the adapter it was compiled with would be wrong for the others."""
     traces = []
 
     @jax.jit
     def doubled(adapter):
-        traces.append(repr(adapter))
+        traces.append(adapter.info)
         return jax.tree.map(lambda leaf: 2 * leaf, adapter)
 
-    for seed in (0, 7):
-        adapter = dataclasses.replace(adapter_of({Q: 2}, seed=seed), tokens=(rows(),))
-        np.testing.assert_array_equal(doubled(adapter).modules[Q].b, 2 * adapter.modules[Q].b)
-    assert len(traces) == 1
+    for adapter in from_files(tmp_path):
+        found = doubled(adapter)
+        np.testing.assert_array_equal(found.modules[Q].b, 2 * adapter.modules[Q].b)
+        assert found.tokens == adapter.tokens
+        assert found.info == AdapterInfo(invocation=(5, 7))
+    assert traces == [AdapterInfo(invocation=(5, 7))]
 
 
 def test_a_stack_is_mapped_over_and_taken_apart():

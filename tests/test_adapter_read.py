@@ -136,7 +136,7 @@ def test_ignored_settings_are_listed(tmp_path):
     [
         ({"use_dora": True}, "no lora_magnitude_vector"),
         ({"init_lora_weights": "pissa"}, "PiSSA starts from factors of the base's weights: the source base is needed"),
-        ({"init_lora_weights": "pissa_niter_4"}, "PiSSA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "OLoRA"),
         ({"init_lora_weights": "corda"}, "CorDA"),
         ({"init_lora_weights": "loftq"}, "LoftQ"),

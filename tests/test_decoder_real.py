@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
 def test_logits_match_transformers(name):
     base = open_base(real_model(name))
     tokens = np.random.default_rng(0).integers(0, base.dims.vocab, (1, 20)).astype(np.int32)

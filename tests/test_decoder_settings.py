@@ -88,10 +88,23 @@ def test_gemma3_uses_the_local_rope_base_in_sliding_layers():
     assert fast.frequencies[1] == pytest.approx(100.0 ** (-1 / 8))
 
 
+def test_layers_without_positions_turn_by_no_angle():
+    """Those of full attention in Cohere 2; in EXAONE 4 only beside windows; by the list in SmolLM3."""
+
+    def still(family: str, **config) -> list[int]:
+        found = settings(family, **config)
+        return [layer for layer, place in enumerate(found.layer_ropes) if not any(found.ropes[place].frequencies)]
+
+    assert still("cohere2") == still("exaone4") == still("smollm3") == [3]
+    assert still("exaone4", sliding_window=None, layer_types=[FULL] * 6) == []
+    assert still("smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0, 0]) == [0, 5]
+    assert settings("smollm3", sliding_window=8, use_sliding_window=True).windows == (None,) * 3 + (8,) + (None,) * 2
+
+
 @pytest.mark.parametrize(
     ("family", "config", "named"),
     [
-        ("llama", {"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ("gemma2", {"hidden_activation": "tanh"}, "hidden_activation 'tanh'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": ["x"]}}, "rope type"),
@@ -116,6 +129,17 @@ def test_gemma3_uses_the_local_rope_base_in_sliding_layers():
         ("mistral", {"sliding_window": 8, "layer_types": [FULL, SLIDING] * 3}, "layer_types"),
         ("qwen2", {"layer_types": [SLIDING] * 6}, "sliding_window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": "4"}, "max_window_layers"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2, 1, 1, 1]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval"),
+        ("ministral3", {"rope_parameters": {"rope_theta": 1e4}}, "llama_4_scaling_beta"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}}, "llama_4"),
+        ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha"),
+        ("cohere2", {"sliding_window": None}, "sliding_window"),
+        ("exaone4", {"sliding_window": None}, "sliding_window"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act 'silu'"),
+        ("granite", {"attention_multiplier": 0}, "attention_multiplier"),
+        ("nemotron", {"norm_eps": None}, "norm_eps"),
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
         ("gemma2", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar"),
         ("gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping"),

@@ -1,18 +1,27 @@
 """Engine rules: each rule refuses the adapters that break it, and no others."""
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, adapter_of, matrix, tensors, write_folder
+from engine_readers import llama_cpp_log_probs
+from gguf_files import gguf, small_llama
+from kind_cases import peft
+from tiny_models import save_tiny, tiny_model
 
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.engines import vllm
 from jcrosslora.adapter.truncation import AUTO_RANKS
+from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ALL = ("PEFT", "vLLM", "SGLang", "llama.cpp", "MLX", "Ollama")
 
 
@@ -52,9 +61,12 @@ CASES = [
     ({"bias": "lora_only"}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
     ({"modules_to_save": ["lm_head"]}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
     ({"modules_to_save": ["score"]}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
-    ({"target_modules": None}, {"PEFT", "SGLang", "llama.cpp", "Ollama"}),
+    ({"target_modules": None}, {"PEFT", "llama.cpp", "Ollama"}),
+    ({"target_modules": r".*\.(q|v)_proj"}, {"PEFT", "vLLM", "llama.cpp", "Ollama"}),
+    ({"target_modules": "all-linear"}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
     ({"use_dora": True}, {"PEFT"}),
-    ({"init_lora_weights": "pissa_niter_2"}, {"PEFT"}),
+    ({"init_lora_weights": "pissa"}, {"PEFT"}),
+    ({"init_lora_weights": "pissa_niter_2"}, set()),
     ({"layer_replication": [[0, 1]]}, {"PEFT"}),
     ({"alora_invocation_tokens": [5]}, {"PEFT", "llama.cpp"}),
     ({"peft_type": "VERA"}, {"PEFT"}),
@@ -81,14 +93,97 @@ def test_ranks_by_pattern_are_read_by_engines_that_use_tensor_shapes(tmp_path):
     ("key", "shape", "expected"),
     [
         ("lm_head.weight", (9, 6), {"PEFT", "SGLang"}),
-        ("model.embed_tokens.lora_embedding_A", (2, 9), {"PEFT", "vLLM", "SGLang", "llama.cpp"}),
-        ("model.norm.weight", (6,), {"PEFT", "SGLang", "llama.cpp"}),
-        ("lm_head.base_layer.weight", (9, 6), {"PEFT", "SGLang", "llama.cpp"}),
+        ("model.embed_tokens.lora_embedding_A", (2, 9), {"PEFT", "vLLM", "SGLang"}),
+        ("model.norm.weight", (6,), {"PEFT", "SGLang"}),
+        ("lm_head.base_layer.weight", (9, 6), {"PEFT", "vLLM", "SGLang", "llama.cpp"}),
+        ("model.embed_tokens.base_layer.weight", (9, 6), {"PEFT", "vLLM", "SGLang", "llama.cpp"}),
+        (f"{Q}.base_layer.weight", (5, 6), {"PEFT", "SGLang", "llama.cpp"}),
     ],
 )
 def test_other_tensors_are_judged_by_each_engine(tmp_path, key, shape, expected):
     folder = write_folder(tmp_path / "a", weights=tensors() | {f"base_model.model.{key}": matrix(*shape)})
     assert readers(folder, "llama") == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "tied", "reads"),
+    [
+        ("model.embed_tokens.lora_embedding_A", None, False),
+        ("model.embed_tokens.lora_embedding_A", True, False),
+        ("model.embed_tokens.lora_embedding_A", False, True),
+        ("lm_head.lora_A.weight", None, True),
+        ("lm_head.lora_A.weight", True, False),
+        ("lm_head.lora_A.weight", False, True),
+    ],
+)
+def test_llama_cpp_reads_embedding_and_head_if_they_are_two(tmp_path, tensor, tied, reads):
+    pair = {tensor: matrix(2, 9), tensor.replace("_A", "_B"): matrix(9, 2)}
+    weights = tensors() | {f"base_model.model.{key}": value for key, value in pair.items()}
+    folder = write_folder(tmp_path / "a", weights=weights)
+    verdict = {each.engine: each for each in check_engines(folder, "llama", base_tied=tied)}["llama.cpp"]
+    assert verdict.reads == reads
+    assert any("ties" in note for note in verdict.notes) == (reads and tied is None)
+
+
+def test_check_asks_the_base_for_its_family_and_tie(tmp_path, capsys):
+    """The adapter is what peft writes of an embedding that is trained with LoRA, with a copy of the embedding."""
+    for tied in (True, False):
+        save_tiny("llama", tmp_path / f"{tied}", tie_word_embeddings=tied, num_hidden_layers=1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    model = tiny_model("llama", tie_word_embeddings=False, num_hidden_layers=1)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    found = {}
+    for tied in (True, False):
+        main(["check", str(tmp_path / "a"), "--base", str(tmp_path / f"{tied}"), "--json"])
+        found[tied] = {one["engine"] for one in json.loads(capsys.readouterr().out) if one["reads"]}
+    assert found == {True: {"PEFT", "vLLM", "SGLang"}, False: {"PEFT", "vLLM", "SGLang", "llama.cpp"}}
+
+
+RUN_LLAMA_CPP = """
+import sys
+from engine_readers import llama_cpp_log_probs
+llama_cpp_log_probs(sys.argv[1], sys.argv[2], [1, 2, 3], 10)
+"""
+PLAIN = {"blk.0.attn_v.weight.lora_a": matrix(2, 64), "blk.0.attn_v.weight.lora_b": matrix(32, 2)}
+EMBEDDING = {"token_embd.weight.lora_a": matrix(10, 2), "token_embd.weight.lora_b": matrix(64, 2)}
+HEAD = {"output.weight.lora_a": matrix(2, 64), "output.weight.lora_b": matrix(10, 2)}
+
+
+def write_gguf_adapter(path, arrays):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_verdicts_on_embedding_head_and_norms_are_those_of_llama_cpp(tmp_path, tied):
+    pytest.importorskip("xllamacpp")
+    head = {} if tied else {"output.weight": (matrix(10, 64, seed=1), None)}
+    words = ("llama", [f"w{index}" for index in range(10)], [1] * 10)
+    base, _ = small_llama(tmp_path / "base.gguf", extra=head, tokens=words)
+    plain = llama_cpp_log_probs(base, write_gguf_adapter(tmp_path / "plain.gguf", PLAIN), [1, 2, 3], 10)
+    for extra in (EMBEDDING, HEAD, {"output_norm.weight": matrix(64)}):
+        path = write_gguf_adapter(tmp_path / "adapter.gguf", PLAIN | extra)
+        if tied and extra is EMBEDDING:  # ends the process
+            command = [sys.executable, "-c", RUN_LLAMA_CPP, str(base), str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=300)
+            assert "GGML_ASSERT" in done.stderr
+            applied = False
+        else:
+            try:
+                applied = not np.allclose(llama_cpp_log_probs(base, path, [1, 2, 3], 10), plain, atol=1e-3)
+            except RuntimeError:
+                applied = False
+        found = {each.engine: each for each in check_engines(path, "llama", base_tied=tied)}
+        assert found["llama.cpp"].reads == applied
 
 
 def test_ollama_knows_seven_names_and_ranks_below_the_width(tmp_path):

@@ -7,7 +7,7 @@ from checkpoint_files import CONFIG
 
 from jcrosslora.checkpoint import FAMILIES, ROLES, open_base
 from jcrosslora.checkpoint.config import check_config, read_dims
-from jcrosslora.checkpoint.families import COMMON_KEYS, HARMLESS_KEYS
+from jcrosslora.checkpoint.families import COMMON_KEYS, HARMLESS_KEYS, UNSUPPORTED
 from jcrosslora.errors import CheckpointError
 
 PATH = Path("config.json")
@@ -158,6 +158,100 @@ PUBLISHED = {
     ),
 }
 
+NO_EPS = {"rms_norm_eps": None}
+DYNAMIC = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "type": "dynamic"}
+PUBLISHED |= {
+    "SmolLM3-3B": (
+        {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "hidden_act": "silu", "pretraining_tp": 2}
+        | sizes(2048, 11008, 36, 16, 4, 128256, attention_bias=False, mlp_bias=False, rope_theta=5000000.0)
+        | {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36}
+        | {"max_window_layers": 28, "sliding_window": None, "use_sliding_window": False, "rope_scaling": None},
+        128,
+    ),
+    "OLMo-2-1124-7B": (
+        {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "hidden_act": "silu", "attention_bias": False}
+        | sizes(4096, 11008, 32, 32, 32, 100352, rope_theta=500000, rope_scaling=None),
+        128,
+    ),
+    "granite-3.3-2b": (
+        {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_act": "silu", "mlp_bias": False}
+        | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+        | sizes(2048, 8192, 40, 32, 8, 49159, residual_multiplier=0.22, attention_bias=False, rope_theta=1e7),
+        64,
+    ),
+    "GLM-4-9B-0414": (
+        {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_act": "silu", "attention_bias": False}
+        | sizes(4096, 13696, 40, 32, 2, 151552, head_dim=128, partial_rotary_factor=0.5, rope_theta=10000.0),
+        128,
+    ),
+    "Command R7B": (
+        {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "hidden_act": "silu", "layer_switch": 4}
+        | {"layer_norm_eps": 1e-05, "logit_scale": 0.25, "order_of_interleaved_layers": "local_attn_first"}
+        | {"position_embedding_type": "rope_gptj", "rotary_pct": 1.0, "use_embedding_sharing": True}
+        | {"use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": True}
+        | {"use_qk_norm": False, "cache_implementation": "hybrid", "attention_bias": False}
+        | sizes(4096, 14336, 32, 32, 8, 256000, head_dim=128, sliding_window=4096, rope_theta=50000)
+        | NO_EPS,
+        128,
+    ),
+    "EXAONE-4.0-32B": (
+        {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "hidden_act": "silu"}
+        | {"sliding_window_pattern": "LLLG", "layer_types": ["sliding_attention"] * 63 + ["full_attention"]}
+        | sizes(5120, 27392, 64, 40, 8, 102400, sliding_window=4096, head_dim=128, rope_scaling=LLAMA3_SCALING),
+        128,
+    ),
+    "Seed-OSS-36B": (
+        {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "hidden_act": "silu", "mlp_bias": False}
+        | {"attention_bias": True, "attention_out_bias": False, "residual_dropout": 0.1, "pretraining_tp": 1}
+        | {"attention_dropout": 0.1, "rope_scaling": {"rope_type": "default"}, "rope_theta": 10000000.0}
+        | sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128),
+        128,
+    ),
+    "Hunyuan-7B": (
+        {"architectures": ["HunYuanDenseV1ForCausalLM"], "model_type": "hunyuan_v1_dense", "hidden_act": "silu"}
+        | {"add_classification_head": False, "attention_bias": False, "attention_head_dim": 128, "class_num": 0}
+        | {"cla_share_factor": 2, "dense_list": [4096, 0], "eod_token_id": 3, "mlp_bias": False, "norm_type": "rms"}
+        | {"org_vocab_size": 128167, "pad_id": 127961, "pool_type": "last", "pretraining_tp": 1, "use_cla": False}
+        | {"use_qk_norm": True, "use_rotary_pos_emb": True, "rope_scaling": DYNAMIC, "rope_theta": 10000.0}
+        | sizes(4096, 14336, 32, 32, 8, 128167, head_dim=128),
+        128,
+    ),
+    "Gemma-7b": (
+        {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_act": "gelu", "attention_bias": False}
+        | {"hidden_activation": None, "rope_theta": 10000.0, "rope_scaling": None}
+        | sizes(3072, 24576, 28, 16, 16, 256000, head_dim=256),
+        256,
+    ),
+    "starcoder2-3b": (
+        {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh"}
+        | {"embedding_dropout": 0.1, "residual_dropout": 0.1, "mlp_type": "default", "norm_epsilon": 1e-05}
+        | {"norm_type": "layer_norm", "sliding_window": 4096, "use_bias": True, "rope_theta": 999999.4420358813}
+        | sizes(3072, 12288, 30, 24, 2, 49152)
+        | NO_EPS,
+        128,
+    ),
+    "phi-2": (
+        {"architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_act": "gelu_new", "qk_layernorm": False}
+        | {"layer_norm_eps": 1e-05, "partial_rotary_factor": 0.4, "embd_pdrop": 0.0, "resid_pdrop": 0.1}
+        | sizes(2560, 10240, 32, 32, 32, 51200, rope_theta=10000.0, rope_scaling=None)
+        | NO_EPS,
+        80,
+    ),
+    "Minitron-4B": (
+        {"architectures": ["NemotronForCausalLM"], "model_type": "nemotron", "hidden_act": "relu2", "mlp_bias": False}
+        | {"norm_eps": 1e-05, "partial_rotary_factor": 0.5, "attention_bias": False, "head_dim": 128}
+        | sizes(3072, 9216, 32, 24, 8, 256000, rope_theta=10000.0)
+        | NO_EPS,
+        128,
+    ),
+    "Apertus-8B": (
+        {"architectures": ["ApertusForCausalLM"], "model_type": "apertus", "hidden_act": "xielu", "mlp_bias": False}
+        | {"attention_bias": False, "post_norm": False, "qk_norm": True, "rope_theta": 12000000}
+        | sizes(4096, 21504, 32, 32, 8, 131072, rope_scaling=LLAMA3_SCALING),
+        128,
+    ),
+}
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_accepted(name: str):
@@ -217,14 +311,29 @@ def test_an_unknown_key_with_a_value_is_refused(value):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_family_table_is_consistent(family):
-    assert set(family.norm_in) | set(family.norm_out) <= set(ROLES)
-    assert not set(family.norm_in) & set(family.norm_out)
-    assert set(family.norm_in.values()) | set(family.norm_out.values()) == set(family.norms)
+    assert set(family.norms) <= {"attn", "attn_post", "mlp", "mlp_post", "q", "k"}
+    assert ("q" in family.norms) == ("k" in family.norms)
+    assert list(family.roles) == [role for role in ROLES if role in family.roles]
+    assert {role for roles in family.fused.values() for role in roles} <= set(family.roles)
+    assert {role for roles in family.bias_keys.values() for role in roles} <= set(family.roles)
     assert not set(family.fixed) & (COMMON_KEYS | HARMLESS_KEYS | family.keys)
     assert not family.keys & (COMMON_KEYS | HARMLESS_KEYS)
     assert set(family.bias_keys) <= family.keys
+    numbers = ("eps", "attn_scale", "residual_scale", "logit_scale", "attn_soft_cap", "final_soft_cap")
+    stated = [number for name in numbers if (number := getattr(family, name)) is not None]
+    assert {number.key for number in stated} <= family.keys | COMMON_KEYS
+    assert family.name not in UNSUPPORTED
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_a_family_that_is_refused_is_named_with_what_is_missing(model_type: str):
+    like, lacks = UNSUPPORTED[model_type]
+    assert like in FAMILIES
+    with pytest.raises(CheckpointError, match=f"'{model_type}' is not supported: it is like {like}, but") as error:
+        check_config(CONFIG | {"model_type": model_type}, PATH)
+    assert lacks in str(error.value)
 
 
 def test_public_names_of_the_package():
     assert callable(open_base)
-    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "phi"} <= set(FAMILIES)

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from recording import recorded
+from relatives import make
 from safetensors.numpy import save_file
 from tiny_bases import llama_tensors, write_llama
 
@@ -14,12 +16,13 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.lineage.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
+    MENDED,
     TRAINED_METHOD,
     WEIGHT_METHOD,
     Choice,
-    by_maps,
     choose_method,
     why_not_run,
+    without_fit,
 )
 from jcrosslora.lineage.weight_similarity import compare_weights
 from jcrosslora.methods import METHODS
@@ -52,11 +55,20 @@ def changed(folder, change) -> BaseModel:
     return open_base(folder)
 
 
-def four_bits(x: np.ndarray) -> np.ndarray:
-    """Round blocks of 16 numbers to 15 levels, as 4-bit formats do."""
-    blocks = x.reshape(-1, 16)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / 7
-    return (np.round(blocks / scale) * scale).reshape(x.shape)
+def levels(most: int):
+    """Return a function that rounds blocks of 16 numbers to 2 * most + 1 levels: 7 for 4 bits, 15 for 5."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        blocks = x.reshape(-1, 16)
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / most
+        return (np.round(blocks / scale) * scale).reshape(x.shape)
+
+    return rounded
+
+
+def pruned(x: np.ndarray) -> np.ndarray:
+    """Set the smaller half of the numbers to zero."""
+    return np.where(np.abs(x) < np.median(np.abs(x)), np.float32(0), x)
 
 
 def noise(size: float):
@@ -70,14 +82,52 @@ def noise(size: float):
 
 
 def test_selected_methods_are_registered():
-    assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD} <= METHODS.keys()
+    assert {ACTIVATION_METHOD, WEIGHT_METHOD, COPY_METHOD, TRAINED_METHOD, *MENDED.values()} <= METHODS.keys()
 
 
-@pytest.mark.parametrize("change", [lambda x: x, four_bits, lambda x: x.astype(np.float16)])
+@pytest.mark.parametrize(
+    "change", [lambda x: x, lambda x: x.astype(np.float16), lambda x: x.astype(bfloat16), levels(15)]
+)
 def test_near_copy_selects_copy(source, tmp_path, change):
     found = choose_method(source, changed(tmp_path, change))
     assert found.method == "copy"
     assert "nearly identical (cosine " in found.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(levels(7), "the target is rounded coarsely"), (levels(3), "rounded coarsely"), (pruned, "were set to zero")],
+)
+def test_compressed_target_selects_a_copy_that_is_fitted(source, tmp_path, change, reason):
+    found = choose_method(source, changed(tmp_path, change))
+    assert found.method == "distilled-copy"
+    assert reason in found.reason
+    assert "--method copy leaves out the fit" in found.reason
+
+
+@pytest.mark.parametrize(("kind", "compressed"), [("Q8_0", False), ("Q5_1", False), ("Q4_0", True), ("Q4_1", True)])
+def test_stored_quantisation_is_compressed_from_four_bits_down(tmp_path, kind, compressed):
+    made = make()
+    found = choose_method(made.write(tmp_path / "source", "BF16"), made.write_gguf(tmp_path / "target.gguf", kind))
+    # Neither has a tokenizer, which matters only to a fit.
+    assert found.method == "copy"
+    assert ("what the compression costs remains" in found.reason) == compressed
+    assert ("stays as it is" in found.reason) != compressed
+
+
+def test_compressed_source_selects_copy(source, tmp_path):
+    """An adapter that was trained on four bits is not fitted to what these four bits cost."""
+    assert choose_method(changed(tmp_path, levels(7)), source).method == "copy"
+
+
+@pytest.mark.parametrize("change", [levels(7), pruned])
+def test_compressed_target_that_cannot_be_run_selects_copy(source, tmp_path, change):
+    target = changed(tmp_path, change)
+    (tmp_path / "tokenizer.json").unlink()
+    found = choose_method(source, target)
+    assert found.method == "copy"
+    assert "has no tokenizer.json" in found.reason
+    assert found.reason.endswith("what the compression costs remains")
 
 
 @pytest.mark.parametrize("size", [0.05, 0.3, 0.5])
@@ -129,11 +179,13 @@ def test_different_shapes_select_distillation(source, tmp_path, dims):
         (noise(1.2), "distill", "cross-lora"),
         (noise(0.3), "interpolated-copy", "interpolated-copy"),
         (lambda x: x, "copy", "copy"),
+        (levels(7), "distilled-copy", "copy"),
+        (pruned, "distilled-copy", "copy"),
     ],
 )
 def test_alora_falls_back_to_a_weight_only_method(source, tmp_path, change, usual, instead):
     choice = choose_method(source, changed(tmp_path, change))
-    other = by_maps(choice)
+    other = without_fit(choice, "it acts only after its invocation tokens")
     assert (choice.method, other.method) == (usual, instead)
     assert not METHODS[other.method]().fits_update
     assert other.reason.startswith(choice.found)

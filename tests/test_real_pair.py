@@ -37,6 +37,7 @@ def moved(tmp_path_factory):
     return result, out, target
 
 
+@pytest.mark.slow
 def test_peft_loads_it_on_the_real_target_and_merges_to_our_weights(moved):
     result, out, target = moved
     base = jcl.open_base(target)

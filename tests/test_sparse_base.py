@@ -3,11 +3,13 @@
 import argparse
 
 import numpy as np
+import pytest
 import sparse_base
 
 import jcrosslora as jcl
 
 
+@pytest.mark.slow
 def test_a_sparse_base_and_its_adapter_move_like_any_other(tmp_path):
     sizes = {"intermediate": 96, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 50}
     for name, hidden in (("small", 32), ("wide", 4096)):

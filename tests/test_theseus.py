@@ -31,6 +31,7 @@ def transfer(files, out, *flags):
     main(["transfer", *map(str, given), "--method", "theseus", *flags])
 
 
+@pytest.mark.slow
 def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     transfer(files, tmp_path / "one", "--probe-text", str(files / "texts.txt"))
     printed = capsys.readouterr().out

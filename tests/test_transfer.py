@@ -374,6 +374,7 @@ def test_import_does_not_load_heavy_libraries():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_one_device_and_two_give_equal_results(files, tmp_path):
     """This process has two devices; a fresh one has one."""
     transfer_files(settings(files, tmp_path / "two", svd_rank=20))

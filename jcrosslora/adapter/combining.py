@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.ignored import drop_replaced, drop_token_updates
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.errors import AdapterError
 
@@ -74,8 +74,9 @@ def _stack(arrays: Sequence) -> jnp.ndarray:
 
 def _check_alike(first: Adapter, other: Adapter) -> None:
     names = f"{first.info.name} and {other.info.name}"
-    if other.tokens:
-        msg = f"{other.info.name} changes {other.tokens[0].table}; only updates of linear modules can be stacked"
+    if other.tokens or other.replaced:
+        changed = other.tokens[0].table if other.tokens else min(other.replaced[0].tensors)
+        msg = f"{other.info.name} changes {changed}; only updates of linear modules can be stacked"
         raise AdapterError(msg)
     if alone := first.modules.keys() ^ other.modules.keys():
         msg = f"module {min(alone)!r} has an update in one of {names} only; stack adapters of the same modules"
@@ -94,7 +95,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Add adapters: the update of each module is the sum of their updates.
 
     The rank of a module is the sum of its ranks; a module of one adapter only keeps its factors. Changes of embedding
-    and head are kept if only one adapter has any; else they are listed in `info.ignored`.
+    and head are kept if only one adapter has any; else they are listed in `info.ignored`, as are replaced tensors.
 
     Args:
         adapters: at least one. A single adapter is returned as it is.
@@ -109,6 +110,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len(adapters) == 1:
         return adapters[0]
     check_always_active(adapters)
+    adapters = [drop_replaced(adapter, "a sum has no tensors that replace those of the base") for adapter in adapters]
     with_tokens = [adapter for adapter in adapters if adapter.tokens]
     if len(with_tokens) > 1:
         adapters = [drop_token_updates(adapter, "several adapters of the sum change them") for adapter in adapters]
@@ -119,6 +121,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     info = AdapterInfo(
         name=" + ".join(adapter.info.name for adapter in adapters),
         base_name=adapters[0].info.base_name,
+        prefix=adapters[0].info.prefix,
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)

@@ -11,7 +11,9 @@ import numpy as np
 import safetensors.numpy
 
 from jcrosslora.adapter.factors import LoRAFactors
+from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
 from jcrosslora.errors import OutputError, UsageError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]
@@ -118,6 +120,7 @@ class Contents:
         dtype: number format of the file.
         base_name: the base model that it is for, an id or a path.
         base_revision: its revision.
+        prefix: of the names that the base's class gives to modules, see `class_module_name`.
         exclude: modules of the base that have the ending of one in `modules`, but no update.
         family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
@@ -126,12 +129,14 @@ class Contents:
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
         tokens: changes of the embedding and the output head, for the one format that stores them.
+        replaced: tensors that replace those of the base, likewise.
     """
 
     modules: Mapping[str, LoRAFactors]
     dtype: FileDtype = "float32"
     base_name: str | None = None
     base_revision: str | None = None
+    prefix: str = TEXT
     exclude: tuple[str, ...] = ()
     family: str | None = None
     heads: tuple[int, int] | None = None
@@ -140,6 +145,11 @@ class Contents:
     frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
     tokens: tuple[TokenUpdate, ...] = ()
+    replaced: tuple[ReplacedTensors, ...] = ()
+
+    def class_name(self, module: str) -> str:
+        """Return the name that the base's class gives to a module."""
+        return class_module_name(module, self.prefix)
 
     @property
     def rank(self) -> int:

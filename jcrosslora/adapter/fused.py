@@ -3,6 +3,7 @@
 A layout describes them: fused module -> ((logical module, first row, last row + 1), ...).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,7 +33,7 @@ def split_fused(adapter: Adapter, fused: Layout) -> Adapter:
             msg += ": keep one of them"
             raise AdapterError(msg)
         modules |= parts
-    return Adapter(modules=modules, info=adapter.info, tokens=adapter.tokens)
+    return dataclasses.replace(adapter, modules=modules)
 
 
 def fuse(modules: Mapping[str, LoRAFactors], fused: Layout) -> dict[str, LoRAFactors]:

@@ -14,6 +14,7 @@ CHANGES = {
     "bias": "trained biases",
     "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
     "full": "whole tensors (modules_to_save)",
+    "other part": "updates of other parts than the text model",
 }
 _SHOWN = 3  # module names in a sentence
 
@@ -41,6 +42,15 @@ def describe_change(kind: str, names: Sequence[str], share: float | None) -> str
 def token_update_sentences(tokens: Sequence[TokenUpdate], why: str) -> tuple[str, ...]:
     """Say of each change of embedding or head, in one sentence, that it does not move."""
     return tuple(ignored_sentence(update.kind, update.modules, update.share, why) for update in tokens)
+
+
+def drop_replaced(adapter: Adapter, why: str) -> Adapter:
+    """Return the adapter without the tensors that replace those of its base, listed in `info.ignored`."""
+    if not adapter.replaced:
+        return adapter
+    ignored = tuple(ignored_sentence(group.kind, group.modules, group.share, why) for group in adapter.replaced)
+    info = dataclasses.replace(adapter.info, ignored=adapter.info.ignored + ignored)
+    return dataclasses.replace(adapter, replaced=(), info=info)
 
 
 def drop_token_updates(adapter: Adapter, why: str) -> Adapter:

@@ -8,12 +8,12 @@ from typing import Any
 
 from jcrosslora.adapter.factors import Array, LoRAFactors
 from jcrosslora.adapter.live_peft import adapter_from_peft
-from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.opening import open_adapter, open_state_dict
 from jcrosslora.adapter.reading import read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.weights import as_numpy
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, UsageError
 
 
@@ -24,6 +24,7 @@ def load_adapter(
     revision: str | None = None,
     rank: int | None = None,
     config: Mapping[str, Any] | None = None,
+    replaced: bool = False,
 ) -> Adapter:
     """Load an adapter: LoRA, or another kind that peft or its own repository writes (`kinds.registry` lists them).
 
@@ -42,6 +43,8 @@ def load_adapter(
         rank: the largest rank to read an update at, truncated optimally; None is exact, and for DoRA, whose update is
             of full rank, twice the rank of its B A. `info.read_as` says what that loses.
         config: the `adapter_config.json` of a state dict.
+        replaced: whether biases, norms and whole layers that replace those of `base` are read from files too; they are
+            for this base alone, and are listed in `info.ignored` otherwise.
 
     Returns:
         The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the
@@ -70,7 +73,7 @@ def load_adapter(
             msg = "a state dict of PEFT was given without its configuration, which holds the scale; give config=..."
             raise AdapterError(msg)
         return from_pytree(ref)
-    return read_adapter(open_adapter(ref, base, revision=revision, rank=rank))
+    return read_adapter(open_adapter(ref, base, revision=revision, rank=rank), replaced=replaced)
 
 
 Leaves = dict[str, dict[str, Any]]

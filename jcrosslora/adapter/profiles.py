@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.ignored import drop_replaced, drop_token_updates
 from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
@@ -26,34 +26,34 @@ class ProfileFormat:
         reader: of the files, for messages.
         magnitudes: whether it holds the magnitudes of a DoRA.
         invocation: whether it holds invocation tokens (aLoRA); otherwise an adapter would always be active.
-        tokens: whether it holds changes of the embedding and the output head.
+        more: whether it holds changes of the embedding and the output head, and tensors that replace those of the base.
     """
 
     write: Callable[[Contents, Path], None]
     reader: str
     magnitudes: bool = False
     invocation: bool = True
-    tokens: bool = False
+    more: bool = False
 
 
 FORMATS: Mapping[str, ProfileFormat] = {
     "portable": ProfileFormat(write_portable, "PEFT"),
-    "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, tokens=True),
+    "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, more=True),
     "mlx": ProfileFormat(write_mlx, "MLX", magnitudes=True, invocation=False),
     "gguf": ProfileFormat(write_gguf, "llama.cpp"),
     LORA_XS: ProfileFormat(write_lora_xs, "LoRA-XS", invocation=False),
 }
 
 
-def why_without_tokens(profile: str) -> str:
-    """Say why a profile does not hold changes of the embedding and the output head; "" if it does."""
-    return "" if FORMATS[profile].tokens else f"profile {profile} does not hold it, profile peft does"
+def why_linear_alone(profile: str) -> str:
+    """Say why a profile holds updates of linear layers alone; "" if it holds more."""
+    return "" if FORMATS[profile].more else f"profile {profile} does not hold it, profile peft does"
 
 
 def for_profile(adapter: Adapter, profile: str) -> Adapter:
     """Return the part of an adapter that a profile holds; the rest is listed in `info.ignored`."""
-    why = why_without_tokens(profile)
-    return drop_token_updates(adapter, why) if why else adapter
+    why = why_linear_alone(profile)
+    return drop_replaced(drop_token_updates(adapter, why), why) if why else adapter
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:

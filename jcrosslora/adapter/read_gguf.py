@@ -21,7 +21,7 @@ from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.gguf import open_header
 from jcrosslora.checkpoint.gguf_header import GGUFHeader
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, hub_id_of
-from jcrosslora.checkpoint.gguf_names import architecture, hf_name
+from jcrosslora.checkpoint.gguf_names import architecture, hf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float, unpermuted_rows
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import Entry
@@ -33,7 +33,6 @@ _NORM = "_norm.weight"  # llama.cpp ignores norms
 _GGUF_EMBEDDING = "token_embd.weight"
 # Kind of a tensor -> PEFT's name of that part of a module.
 _PEFT = {"A": "lora_A.weight", "B": "lora_B.weight", "embedding": "", "norm": "weight"}
-_REORDERED = "llama"  # the architecture whose rows of q and k are stored in another order
 # Reordered roles: index into (query heads, key heads), and the metadata key of the number of heads.
 _HEADS = {"q_proj": (0, "attention.head_count"), "k_proj": (1, "attention.head_count_kv")}
 
@@ -99,8 +98,8 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContent
 
     Args:
         adapter: its header.
-        base: the model that it was trained on. For architecture "llama" its heads decide the order of rows if the
-            file does not state them, as only files of this package do.
+        base: the model that it was trained on. For architectures such as "llama" its heads decide the order of rows if
+            the file does not state them, as only files of this package do.
 
     Raises:
         AdapterError: not a LoRA, an unknown architecture or another one than the base's, or a tensor that does not
@@ -149,7 +148,7 @@ def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] |
     if name.endswith("lora_embedding_A"):
         return array.T
     module, _, part = name.removesuffix(".weight").rpartition(".")
-    if part == "lora_B" and adapter.arch == _REORDERED and ending(module) in _HEADS:
+    if part == "lora_B" and permutes_heads(adapter.arch) and ending(module) in _HEADS:
         rows = array.shape[0]
         return array[unpermuted_rows(rows, _heads_of(module.removeprefix(PREFIX), rows, path, heads))]
     if stored.endswith(_NORM):
@@ -159,7 +158,7 @@ def _read(name: str, stored: str, adapter: GGUFAdapter, heads: tuple[Any, Any] |
 
 def _heads(adapter: GGUFAdapter, base: BaseModel | None) -> tuple[Any, Any] | None:
     """Query heads and key heads if rows are reordered, by the base or the file; None if neither states them."""
-    if adapter.arch != _REORDERED:
+    if not permutes_heads(adapter.arch):
         return None
     stated = tuple(adapter.header.metadata.get(f"{adapter.arch}.{key}") for _, key in _HEADS.values())
     of_base = None if base is None else (base.dims.heads, base.dims.kv_heads)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,15 +17,18 @@ from jcrosslora.adapter.names import TensorName, by_module
 from jcrosslora.adapter.opening import OpenedAdapter
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.replaced import ReplacedTensors
+from jcrosslora.adapter.replaced_files import read_replaced
 from jcrosslora.adapter.token_files import read_tokens
 from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 # A smaller share of the update's energy is rounding.
 _ROUNDING = 1e-6
 
 
-def read_adapter(opened: OpenedAdapter) -> Adapter:
+def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     """Read all updates; see `load_adapter`.
 
     Raises:
@@ -36,20 +38,22 @@ def read_adapter(opened: OpenedAdapter) -> Adapter:
     updates = opened.by_text_name((name, truncate_update(update, file.rank)) for name, update in kind.read(file))
     head = _head(opened, updates)
     linear = {name: update for name, update in updates.items() if name != HEAD}
-    tokens, ignored = _other_changes(opened, linear, head)
+    tokens, own, ignored = _other_changes(opened, linear, head, replaced=replaced)
     opened.check_not_empty(linear, [*ignored, *token_update_sentences(tokens, "")])
     read = list(linear.values())
     read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
     info = opened.info(
         ignored=(*opened.notes, *ignored),
-        read_as=_read_as(kind, file.config, read),
+        read_as=_read_as(kind, read),
         lost=_lost(read),
         rank_limit=file.rank,
         invocation=invocation_of(file.config) if kind.peft_type == "LORA" else None,
     )
     if file.base is not None:
         file.base.release()
-    return Adapter(modules={name: update.factors for name, update in linear.items()}, info=info, tokens=tokens)
+    return Adapter(
+        modules={name: update.factors for name, update in linear.items()}, info=info, tokens=tokens, replaced=own
+    )
 
 
 def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None:
@@ -65,19 +69,25 @@ def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None
 
 
 def _other_changes(
-    opened: OpenedAdapter, linear: Mapping[str, Update], head: Update | None
-) -> tuple[tuple[TokenUpdate, ...], list[str]]:
-    """Read changes of embedding and head; say in a sentence for each kind of change what does not move."""
+    opened: OpenedAdapter, linear: Mapping[str, Update], head: Update | None, *, replaced: bool
+) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
+    """Read changes of embedding and head, and replaced tensors if asked for; say in sentences what else there is."""
     groups = opened.groups
     tokens, read, reasons = read_tokens(opened.kind, opened.file, groups.extras, head)
-    left = {kind: [tensor for tensor in tensors if tensor.key not in read] for kind, tensors in groups.extras.items()}
+    left = _without(groups.extras, read)
+    own, read_own, reasons_own = read_replaced(opened.kind, opened.file, left, linear) if replaced else ((), set(), {})
+    kept = {
+        kind: change_energy(opened.file, kind, [one for one in tensors if one.key in read_own])
+        for kind, tensors in left.items()
+    }
+    left, reasons = _without(left, read_own), reasons | reasons_own
     names = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
     energies = {kind: change_energy(opened.file, kind, left[kind]) for kind in names}
     if (groups.heads or head is not None) and HEAD not in read:
         names["head"] = list(groups.heads) or [HEAD]
         energies["head"] = None if head is None else _energy(head)
     total = math.fsum(map(_energy, linear.values())) + math.fsum(update.energy + update.lost for update in tokens)
-    total += math.fsum(energy or 0.0 for energy in energies.values())
+    total += math.fsum(energy or 0.0 for energy in (*energies.values(), *kept.values()))
 
     def share(energy: float | None) -> float | None:
         return None if energy is None or total == 0 else energy / total
@@ -85,9 +95,12 @@ def _other_changes(
     ignored = [
         ignored_sentence(kind, found, share(energies[kind]), reasons.get(kind, "")) for kind, found in names.items()
     ]
-    return tuple(
-        dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens
-    ), ignored
+    moved = tuple(dataclasses.replace(update, share=share(update.energy + update.lost) or 0.0) for update in tokens)
+    return moved, tuple(dataclasses.replace(group, share=share(kept[group.kind])) for group in own), ignored
+
+
+def _without(groups: Mapping[str, Sequence[TensorName]], read: set[str]) -> dict[str, list[TensorName]]:
+    return {kind: [tensor for tensor in tensors if tensor.key not in read] for kind, tensors in groups.items()}
 
 
 def _energy(update: Update) -> float:
@@ -100,14 +113,14 @@ def _lost(updates: Sequence[Update]) -> float:
     return lost / total if lost > _ROUNDING * total else 0.0
 
 
-def _read_as(kind: Kind, config: Mapping[str, Any], updates: Sequence[Update]) -> str | None:
-    lost, remark = _lost(updates), kind.remark(config)
+def _read_as(kind: Kind, updates: Sequence[Update]) -> str | None:
+    lost = _lost(updates)
     if kind is PLAIN and lost == 0:
         return None
     ranks = sorted({update.factors.rank for update in updates})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     how = f"at {rank}, which loses {lost:.1%} of the update's energy" if lost else f"exactly, at {rank}"
-    return f"{kind.name} ({kind.formula}), read {how}{f'; {remark}' if remark else ''}"
+    return f"{kind.name} ({kind.formula}), read {how}{f'; {kind.remark}' if kind.remark else ''}"
 
 
 def change_energy(file: AdapterFile, kind: str, tensors: Sequence[TensorName]) -> float | None:
@@ -149,7 +162,7 @@ def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
     total = 0.0
     for tensor in tensors:
         new = file.read(tensor.key, axes=len(file.file.entries[tensor.key].shape))
-        old = file.base.tensor(f"{tensor.module}.{'bias' if tensor.kind == 'bias' else 'weight'}")
+        old = file.base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
         total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
     return total
 

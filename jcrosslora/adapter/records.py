@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from math import hypot
 from typing import Any
 
-import flax.struct
+import jax
+from jax.core import Tracer
 
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.utils.html import html_table
 
 
@@ -25,6 +28,7 @@ class AdapterInfo:
         form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
+        prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
         ignored: what the files hold beside LoRA factors and why it does not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
@@ -43,6 +47,7 @@ class AdapterInfo:
     form: str | None = None
     digest: str | None = None
     revision: str | None = None
+    prefix: str = TEXT
     ignored: tuple[str, ...] = ()
     kind: str = "LoRA"
     read_as: str | None = None
@@ -54,24 +59,63 @@ class AdapterInfo:
     invocation_target: tuple[int, ...] | None = None
     stacked: "tuple[AdapterInfo, ...]" = ()
 
+    def acting(self) -> "AdapterInfo":
+        """Return the part that decides when the adapter acts, its invocation tokens."""
+        return AdapterInfo(invocation=self.invocation, invocation_target=self.invocation_target)
 
-@flax.struct.dataclass
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """The parts of an adapter that are not arrays. Compared by those that decide what is computed."""
+
+    info: AdapterInfo
+    tokens: tuple[TokenUpdate, ...]
+    replaced: tuple[ReplacedTensors, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple:
+        return self.info.acting(), self.tokens, self.replaced
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter as a pytree whose leaves are the factors.
 
-    `jax.tree.map` combines adapters of the same modules, scales and info; `to_pytree` gives a plain tree without static
-    parts, for adapters of different origin.
+    Its structure is what decides the computation: names and shapes of the modules, scales, invocation tokens, changes
+    of embedding and head, and replaced tensors, all compared by value. The rest of `info` is not part of it, so
+    adapters from different files are combined by `jax.tree.map`, which keeps the info of the first, and compile a
+    jitted function once. Inside a transformed function, where one program serves many adapters, `info` holds invocation
+    tokens alone.
 
     Attributes:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
-        info: provenance, static.
+        info: provenance.
         tokens: changes of the embedding and of the output head, static; read only if the base was given.
+        replaced: biases, norms and whole layers that replace those of its own base, static; read only if asked for.
     """
 
     modules: dict[str, LoRAFactors]
-    info: AdapterInfo = flax.struct.field(pytree_node=False, default_factory=AdapterInfo)
-    tokens: tuple[TokenUpdate, ...] = flax.struct.field(pytree_node=False, default=())
+    info: AdapterInfo = field(default_factory=AdapterInfo)
+    tokens: tuple[TokenUpdate, ...] = ()
+    replaced: tuple[ReplacedTensors, ...] = ()
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], "_Static"]:
+        """Split into the factors, with their key, and the rest."""
+        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), _Static(self.info, self.tokens, self.replaced)
+
+    @classmethod
+    def tree_unflatten(cls, static: "_Static", children: tuple[dict[str, LoRAFactors]]) -> "Adapter":
+        """Join what `tree_flatten_with_keys` split."""
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
+        return cls(children[0], static.info.acting() if traced else static.info, static.tokens, static.replaced)
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""

@@ -1,8 +1,8 @@
 """Write the format of llama.cpp: one GGUF file of type adapter.
 
 A module's factors are named after the base's tensor, `blk.0.attn_q.weight.lora_a` (K, I) and `.lora_b` (O, K), and the
-update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For architecture "llama" the base has rows
-of q and k reordered, and the rows of lora_b with them. Source: llama.cpp's src/llama-adapter.cpp.
+update is lora_b lora_a times adapter.lora.alpha over the rank of the tensor. For Llama and families like it the base
+has rows of q and k reordered, and the rows of lora_b with them. Source: llama.cpp's src/llama-adapter.cpp.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from jcrosslora.adapter.contents import Contents, file_factors
 from jcrosslora.adapter.folder import GGUF_WEIGHTS
 from jcrosslora.adapter.names import ending
-from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
+from jcrosslora.checkpoint.gguf_names import architecture, gguf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import OutputError
@@ -44,7 +44,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
         tokens = [int(token) for token in contents.invocation]
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, tokens, *types)
-    if arch == "llama":  # llama.cpp does not need them, but a reader without the base does.
+    if permutes_heads(arch):  # llama.cpp does not need them, but a reader without the base does.
         writer.add_head_count(heads[0])
         writer.add_head_count_kv(heads[1])
     writer.add_file_type(gguf.LlamaFileType[file_type])
@@ -59,7 +59,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         scaled = dataclasses.replace(factors, scale=factors.scale * factors.rank / alpha)
         a, b = file_factors(name, scaled, contents.dtype)
         _add(writer, gguf, kind, f"{stored}.lora_a", a)
-        _add(writer, gguf, kind, f"{stored}.lora_b", b if arch != "llama" else _permuted(name, b, heads))
+        _add(writer, gguf, kind, f"{stored}.lora_b", _permuted(name, b, heads) if permutes_heads(arch) else b)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

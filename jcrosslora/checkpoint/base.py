@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jcrosslora.checkpoint.config import Dims
+from jcrosslora.checkpoint.config import Dims, read_number
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
+from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.html import html_table
 
@@ -48,6 +49,8 @@ class BaseModel:
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         store: the tensors.
         chat_template: Jinja template given in place of the base's own, else None.
+        wrapper: the multimodal class whose text model this is; None for a model of text alone.
+        notes: where the files contradict the configuration or hold more than the model, one sentence each.
     """
 
     name: str
@@ -62,6 +65,8 @@ class BaseModel:
     fused: Mapping[str, tuple[tuple[str, int, int], ...]]
     store: TensorStore
     chat_template: str | None = None
+    wrapper: Wrapper | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         facts = f"{self.family.name}, {self.dims.layers} layers, width {self.dims.hidden}"
@@ -93,6 +98,11 @@ class BaseModel:
     def _storage(self) -> str:
         """Dtypes of the modules, the most frequent first."""
         return ", ".join(dtype for dtype, _ in Counter(module.dtype for module in self.modules.values()).most_common())
+
+    @property
+    def prefix(self) -> str:
+        """What the modules of the model's class have in place of "model."; see `class_module_name`."""
+        return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property
     def embedding_name(self) -> str:
@@ -155,22 +165,37 @@ class BaseModel:
             raise CheckpointError(msg)
         return self.store.rows(stored, ids.astype(np.int64))
 
-    def residual_gain(self, module_name: str) -> np.ndarray:
-        """Return the gain, float32 (hidden,), of the norm between the residual stream and a module.
+    def bias(self, module_name: str) -> np.ndarray | None:
+        """Read the bias (O,) of a logical module, None if it has none; see `tensor`.
 
-        For q, k, v, gate and up this is the norm in front of the module; for o and down the norm behind it, ones if
-        the family has none. Gemma's gain, 1 + weight, is already summed.
+        Raises:
+            CheckpointError: no such module, or a dtype that cannot be read.
+        """
+        module = self._module(module_name)
+        if module.role not in self.family.biased_roles(self.config):
+            return None
+        array = self.store.tensor(f"{module.tensor.removesuffix('.weight')}.bias")
+        return array if module.rows is None else array[slice(*module.rows)]
+
+    def residual_gain(self, module_name: str) -> np.ndarray:
+        """Return the gain, float32 (hidden,), between the residual stream and a module.
+
+        For q, k, v, gate and up this is that of the norm in front of the module, Gemma's 1 + weight already summed; for
+        o and down that of the norm behind it, times Granite's factor on what is added. Ones where there is no norm.
 
         Raises:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
-        norm = self.family.norm_in.get(module.role) or self.family.norm_out.get(module.role)
+        norm = self.family.stream_norm(module.role)
+        factor = np.float32(1)
+        if self.family.residual_scale is not None and module.role in ("o_proj", "down_proj"):
+            factor = np.float32(read_number(self.config, self.family.residual_scale, self.ref))
         if norm is None:
-            return np.ones(self.dims.hidden, np.float32)
+            return np.full(self.dims.hidden, factor)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)
         with np.errstate(invalid="ignore"):  # Callers check for NaN.
-            return weight + np.float32(self.family.gain_offset)
+            return (weight + np.float32(self.family.gain_offset)) * factor
 
     def vocabulary(self) -> Vocabulary:
         """Return the normal tokens as bytes, or the reason why they cannot be read."""

@@ -1,6 +1,7 @@
 """Open a GGUF model: its tensors by Hugging Face name, and its configuration."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint.config import ModelConfig, check_config
+from jcrosslora.checkpoint.families import Family
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, read_header
 from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
-from jcrosslora.checkpoint.gguf_names import hf_name
+from jcrosslora.checkpoint.gguf_names import hf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.errors import CheckpointError
@@ -35,11 +37,13 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     meta = Metadata(header.metadata, path)
     names = _hf_names(header, meta.arch, path)
     factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
-    config = check_config(translate(meta, _facts(header, path), factors), path)
+    config = check_config(translate(meta, _facts(header, names, path), factors), path)
     heads = config.values["num_attention_heads"], config.values["num_key_value_heads"]
-    _check_heads(heads, header, meta.arch, path)
-    reordered = heads if meta.arch == "llama" else None
-    store = GGUFStore(file, header, gguf, names, reordered, config.family.gain_offset)
+    reordered = heads if permutes_heads(meta.arch) else None
+    if reordered is not None:
+        _check_heads(reordered, header, path)
+    stated = _stated(config.family, header.metadata, config.values["num_hidden_layers"], path)
+    store = GGUFStore(file, header, gguf, names, reordered, config.family.gain_offset, stated)
     return config, store, model_name(header.metadata)
 
 
@@ -90,7 +94,7 @@ def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -
     return to_float(stored_rows(file, info, gguf), info.kind, gguf, file.path).astype(np.float32).reshape(-1)
 
 
-def _facts(header: GGUFHeader, path: Path) -> dict[str, Any]:
+def _facts(header: GGUFHeader, names: Mapping[str, str], path: Path) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         msg = f"{path}: has no matrix token_embd.weight: the file is not a complete model"
@@ -98,15 +102,29 @@ def _facts(header: GGUFHeader, path: Path) -> dict[str, Any]:
     return {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+        "biased": {name.removeprefix("model.layers.0.") for name in names if name.endswith(".bias")},
     }
 
 
-def _check_heads(heads: tuple[Any, Any], header: GGUFHeader, arch: str, path: Path) -> None:
+def _stated(family: Family, metadata: Mapping[str, Any], layers: Any, path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of one number that the metadata list for all layers."""
+    tensors: dict[str, np.ndarray] = {}
+    for tensor, key in family.gguf.arrays.items() if family.gguf is not None else ():
+        numbers = metadata.get(key, [])
+        if not isinstance(numbers, list) or len(numbers) not in (0, layers) or not all(map(_is_number, numbers)):
+            msg = f"{path}: {key} is {str(numbers)[:60]}, wanted a number for each of {layers} layers"
+            raise CheckpointError(msg)
+        arrays = np.asarray(numbers, np.float32)[:, None]
+        tensors |= {f"model.layers.{layer}.{tensor}": array for layer, array in enumerate(arrays)}
+    return tensors
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _check_heads(heads: tuple[Any, Any], header: GGUFHeader, path: Path) -> None:
     """Check that rows of q and k split into heads of pairs, so that they can be reordered."""
-    if arch != "llama":
-        return
     for count, key in zip(heads, ("attn_q", "attn_k"), strict=True):
         rows = [info.shape[0] for name, info in header.tensors.items() if f".{key}." in name and info.shape]
         if type(count) is not int or count <= 0 or any(n % (2 * count) for n in rows):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.vocabulary import (
     Vocabulary,
     build_vocabulary,
@@ -16,15 +17,12 @@ from jcrosslora.checkpoint.vocabulary import (
 )
 from jcrosslora.errors import CheckpointError
 
-# general.architecture -> model_type. Mistral is exported as "llama", which has the same modules.
-ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "phi3": "phi3",
-}
+# general.architecture -> model_type. Of families with one architecture, which have the same modules, it is the first:
+# "llama" for Mistral too, and "olmo2" for OLMo 3.
+ARCHITECTURES: dict[str, str] = {}
+for _family in FAMILIES.values():
+    if _family.gguf is not None:
+        ARCHITECTURES.setdefault(_family.gguf.architecture, _family.name)
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _LARGEST = 1e38  # float32 ends at 3.4e38

@@ -1,48 +1,50 @@
-"""Names of tensors in GGUF files and in the Hugging Face convention."""
+"""Names of tensors in GGUF files and in the Hugging Face convention, by the families' own names."""
 
-from collections.abc import Mapping
+from functools import cache
 
-from jcrosslora.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROLE_PATHS
+from jcrosslora.checkpoint.families import EMBEDDING, FAMILIES, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 
-_GLOBAL = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
-_BLOCK = {
-    "attn_q": ROLE_PATHS["q_proj"],
-    "attn_k": ROLE_PATHS["k_proj"],
-    "attn_v": ROLE_PATHS["v_proj"],
-    "attn_output": ROLE_PATHS["o_proj"],
-    "ffn_gate": ROLE_PATHS["gate_proj"],
-    "ffn_up": ROLE_PATHS["up_proj"],
-    "ffn_down": ROLE_PATHS["down_proj"],
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
+# Roles that a matrix holds -> its name in GGUF.
+_MATRICES = {
+    ("q_proj",): "attn_q",
+    ("k_proj",): "attn_k",
+    ("v_proj",): "attn_v",
+    ("q_proj", "k_proj", "v_proj"): "attn_qkv",
+    ("o_proj",): "attn_output",
+    ("gate_proj",): "ffn_gate",
+    ("up_proj",): "ffn_up",
+    ("gate_proj", "up_proj"): "ffn_up",
+    ("down_proj",): "ffn_down",
 }
-_SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+# Place of a norm in `Family.norms` -> its usual name in GGUF.
+_NORMS = {
+    "attn": "attn_norm",
+    "attn_post": "post_attention_norm",
+    "mlp": "ffn_norm",
+    "mlp_post": "post_ffw_norm",
+    "q": "attn_q_norm",
+    "k": "attn_k_norm",
 }
-# Differences from `_BLOCK` by architecture.
-_BLOCK_CHANGES: Mapping[str, Mapping[str, str]] = {
-    "gemma2": _SANDWICH,
-    "gemma3": _SANDWICH,
-    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-}
-_BY_FAMILY = {family: arch for arch, family in ARCHITECTURES.items()} | {"mistral": "llama"}
 
 
 def architecture(family: str) -> str | None:
-    """Return `general.architecture` of the GGUF files of a family, None if the family is not known."""
-    return _BY_FAMILY.get(family)
+    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known."""
+    form = FAMILIES[family].gguf if family in FAMILIES else None
+    return None if form is None else form.architecture
+
+
+def permutes_heads(arch: str) -> bool:
+    """Whether rows of q and k are in the order of llama.cpp's rotation in files of an architecture."""
+    form = FAMILIES[ARCHITECTURES[arch]].gguf if arch in ARCHITECTURES else None
+    return form is not None and form.permuted
 
 
 def hf_name(stored: str, arch: str) -> str | None:
     """Return the Hugging Face name of a tensor of a GGUF file, None if it is not known."""
     stem, _, kind = stored.rpartition(".")
-    if stem in _GLOBAL and kind == "weight":
-        return _GLOBAL[stem]
+    if (whole := _outside(arch).get(stored)) is not None:
+        return whole
     parts, block = stem.split("."), _block(arch)
     if len(parts) == 3 and parts[0] == "blk" and parts[2] in block and kind in ("weight", "bias"):
         return f"model.layers.{parts[1]}.{block[parts[2]]}.{kind}"
@@ -59,5 +61,21 @@ def gguf_name(name: str, arch: str) -> str | None:
     return f"blk.{parts[2]}.{stems[path]}.{kind}"
 
 
+@cache
+def _outside(arch: str) -> dict[str, str]:
+    """Return the names of tensors outside the layers."""
+    norm = FAMILIES[ARCHITECTURES[arch]].final_norm
+    names = {"token_embd.weight": EMBEDDING, "output.weight": HEAD, "output.bias": HEAD_BIAS}
+    return names | {f"output_norm.{kind}": f"{norm}.{kind}" for kind in ("weight", "bias")}
+
+
+@cache
 def _block(arch: str) -> dict[str, str]:
-    return {**_BLOCK, **_BLOCK_CHANGES.get(arch, {})}
+    """Return the names of matrices and norms of a layer."""
+    family = FAMILIES[ARCHITECTURES[arch]]
+    assert family.gguf is not None
+    held = {role for roles in family.fused.values() for role in roles}
+    own = {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held}
+    matrices = {_MATRICES[roles]: path for path, roles in {**family.fused, **own}.items()}
+    names = _NORMS | dict(family.gguf.names)
+    return matrices | {names[place]: norm for place, norm in family.norms.items()}

@@ -23,8 +23,8 @@ _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 class GGUFStore:
     """The tensors of a GGUF file by their Hugging Face names.
 
-    Two changes of llama.cpp's converter are undone: for architecture "llama" it reorders the rows of q and k for its
-    rotary layout, and for Gemma it stores norms as 1 + weight.
+    Two changes of llama.cpp's converter are undone: for Llama and families like it it reorders the rows of q and k for
+    its rotary layout, and for Gemma and Nemotron it stores norms as 1 + weight.
 
     Args:
         file: the mapped file.
@@ -33,6 +33,7 @@ class GGUFStore:
         names: Hugging Face name -> GGUF name.
         heads: (query heads, key heads) if rows of q and k are reordered, else None.
         norm_offset: number added to every norm.
+        stated: float32 tensors that the file states in its metadata, by Hugging Face name.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class GGUFStore:
         names: Mapping[str, str],
         heads: tuple[int, int] | None,
         norm_offset: float,
+        stated: Mapping[str, np.ndarray],
     ):
         self._file, self._header, self._gguf = file, header, gguf
         self._names, self._heads, self._norm_offset = names, heads, norm_offset
+        self._stated = stated
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self._names:
@@ -59,20 +62,22 @@ class GGUFStore:
         return (self._file.path,)
 
     def names(self) -> list[str]:
-        """Hugging Face names, in file order."""
-        return list(self._names)
+        """Hugging Face names, in file order, those of the metadata last."""
+        return [*self._names, *self._stated]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._info(name).shape
+        return self._stated[name].shape if name in self._stated else self._info(name).shape
 
     def dtype(self, name: str) -> str:
         """The ggml type, e.g. "Q4_K"."""
+        if name in self._stated:
+            return "F32"
         return self._gguf.GGMLQuantizationType(self._info(name).kind).name
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor: a view of a float type, a float32 or reordered copy of others."""
-        return self._read(name, self._row_order(name))
+        return self._stated[name] if name in self._stated else self._read(name, self._row_order(name))
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jcrosslora.checkpoint.config import Dims
-from jcrosslora.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROLE_PATHS, ROLES, Family
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS, Family
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
@@ -49,8 +49,13 @@ def role_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
     }
 
 
+def holder_of(family: Family, role: str) -> str:
+    """Return the path, in a layer, of the module as the model stores it that holds a role."""
+    return next((path for path, roles in family.fused.items() if role in roles), ROLE_PATHS[role])
+
+
 def fused_rows(family: Family, dims: Dims, layer: int) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """List the fused modules of a layer: name -> (logical name, first row, last row exclusive) in row order."""
+    """List the modules of a layer with names of their own: name -> (logical name, first row, last row exclusive)."""
     shapes, result = role_shapes(dims), {}
     for path, roles in family.fused.items():
         parts, start = [], 0
@@ -62,7 +67,7 @@ def fused_rows(family: Family, dims: Dims, layer: int) -> dict[str, tuple[tuple[
 
 
 def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, Module]:
-    """List the logical modules, by layer, then in the order of `families.ROLES`."""
+    """List the logical modules, by layer, then in the order of `family.roles`."""
     modules = {}
     shapes = role_shapes(dims)
     for layer in range(dims.layers):
@@ -71,7 +76,7 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
             for fused, parts in fused_rows(family, dims, layer).items()
             for part, start, stop in parts
         }
-        for role in ROLES:
+        for role in family.roles:
             name = f"model.layers.{layer}.{ROLE_PATHS[role]}"
             holder, rows = places.get(name, (name, None))
             tensor = f"{holder}.weight"
@@ -81,29 +86,49 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
 
 def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor that the model must have."""
-    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden), FINAL_NORM: (dims.hidden,)}
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden)}
+    expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
     if not family.is_tied(config):
         expected[HEAD] = (dims.vocab, dims.hidden)
+    if family.head_bias:
+        expected[HEAD_BIAS] = (dims.vocab,)
     in_layer = dict(_layer_shapes(family, dims, config))
     for layer in range(dims.layers):
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer.items()}
     return expected
 
 
+def norm_sizes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, int]:
+    """Return the number of features that each norm of a layer normalises, by the names of `Family.norms`."""
+    counts = {"q": dims.heads, "k": dims.kv_heads}
+    return {
+        name: dims.head_dim * (counts[name] if family.qk_norms == "whole" else 1) if name in counts else dims.hidden
+        for name in family.layer_norms(config)
+    }
+
+
+def _norm_tensors(family: Family, norm: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{norm}.weight", (size,)
+    if family.norm_biases:
+        yield f"{norm}.bias", (size,)
+
+
 def _layer_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes = role_shapes(dims)
-    for norm in family.norms:
-        yield f"{norm}.weight", (dims.hidden,)
-    for norm in family.head_norms:
-        yield f"{norm}.weight", (dims.head_dim,)
-    held_in_fused = {role for roles in family.fused.values() for role in roles}
-    for path, roles in family.fused.items():
-        yield f"{path}.weight", (sum(shapes[role][0] for role in roles), dims.hidden)
-    for role in ROLES:
-        if role not in held_in_fused:
-            yield f"{ROLE_PATHS[role]}.weight", shapes[role]
-    for role in family.biased_roles(config):
-        yield f"{ROLE_PATHS[role]}.bias", (shapes[role][0],)
+    shapes, norms = role_shapes(dims), family.layer_norms(config)
+    for name, size in norm_sizes(family, dims, config).items():
+        yield from _norm_tensors(family, norms[name], size)
+    holders = dict(family.fused)
+    held = {role for roles in holders.values() for role in roles}
+    holders |= {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held}
+    biased = set(family.biased_roles(config))
+    for path, roles in holders.items():
+        rows = sum(shapes[role][0] for role in roles)
+        yield f"{path}.weight", (rows, shapes[roles[0]][1])
+        if biased.issuperset(roles):
+            yield f"{path}.bias", (rows,)
+    for name, usual in family.activation_tensors.items():
+        if usual is None:
+            yield name, (1,)
 
 
 def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], store: TensorStore, ref: str) -> None:

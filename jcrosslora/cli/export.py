@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, say
 from jcrosslora.export.export import ExportSettings, export_adapter
 
 
@@ -19,8 +19,10 @@ class Export(ExportSettings):
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {"expert": ("keep_dora", "dtype", "base_revision")}
 
     adapter: tyro.conf.Positional[tuple[str, ...]]
+    fail_on: FailOnLoss = "never"
+    """loss: exit with code 3 if something of the adapters is lost or not written; the rest is written all the same."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         """Export, then say what was lost."""
         exported = export_adapter(settings_of(self, ExportSettings))
         for sentence in exported.losses:
@@ -32,3 +34,4 @@ class Export(ExportSettings):
         for sentence in exported.adapter.info.ignored:
             say(console, f"not written: {sentence}")
         say(console, f"written: {self.out}")
+        return ASKED_FOR if self.fail_on == "loss" and (exported.losses or exported.adapter.info.ignored) else 0

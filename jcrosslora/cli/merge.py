@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.flags import settings_of
-from jcrosslora.cli.output import say
+from jcrosslora.cli.output import ASKED_FOR, FailOnLoss, say
 from jcrosslora.export.merge import MergeSettings, merge
 
 
@@ -20,10 +20,13 @@ class Merge(MergeSettings):
 
     base: tyro.conf.Positional[str]
     adapter: tyro.conf.Positional[str]
+    fail_on: FailOnLoss = "never"
+    """loss: exit with code 3 if something of the adapter is not merged; the rest is written all the same."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         """Merge, then say what the checkpoint lacks."""
         merged = merge(settings_of(self, MergeSettings), progress=True)
         for sentence in merged.notes:
             say(console, sentence)
         say(console, f"written: {merged.folder} ({merged.modules} modules changed)")
+        return ASKED_FOR if self.fail_on == "loss" and merged.lost else 0

@@ -1,4 +1,4 @@
-"""What commands print: lines that nothing reformats, JSON, and exit codes from verdicts (`--fail-on no-effect`)."""
+"""What commands print: lines that nothing reformats, JSON, and the exit codes that `--fail-on` asks for."""
 
 import json
 import sys
@@ -20,11 +20,12 @@ def print_json(data: Any) -> None:
 
 
 FailOn = Literal["never", "no-effect"]
-NO_EFFECT = 3
+FailOnLoss = Literal["never", "loss"]
+ASKED_FOR = 3  # the exit code of a failure that `--fail-on` asks for
 # Levels of `jcrosslora.report.verdict` that expect no effect, or harm. A control is to have none.
 _LEVELS = frozenset({"chance", "lost", "ineffective", "destructive", "unknown"})
 
 
 def exit_code(fail_on: FailOn, levels: Iterable[str]) -> int:
     """Give 3 if `fail_on` is "no-effect" and one of the verdicts' levels expects no effect; else 0."""
-    return NO_EFFECT if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0
+    return ASKED_FOR if fail_on == "no-effect" and not _LEVELS.isdisjoint(levels) else 0

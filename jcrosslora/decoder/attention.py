@@ -81,17 +81,41 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude
 
 
-def apply_rope(x: jax.Array, rotation: jax.Array) -> jax.Array:
-    """Rotate the feature pairs (i, i + pairs) of every head; features from 2 * pairs on stay unchanged.
+def growths(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...] | None:
+    """Return the factor on the queries, float32 (B, T), for each rotary setting; None if no queries grow.
+
+    Args:
+        ropes: the different rotary settings of a model.
+        positions: int32 (B, T).
+    """
+    if all(rope.growth is None for rope in ropes):
+        return None
+    return tuple(_growth(*(rope.growth or (0.0, 1)), positions) for rope in ropes)
+
+
+def _growth(beta: float, length: int, positions: jax.Array) -> jax.Array:
+    return 1 + beta * jnp.log1p((positions // length).astype(jnp.float32))
+
+
+def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotate pairs of features of every head; features from 2 * pairs on stay unchanged.
 
     Args:
         x: (B, T, heads, D).
         rotation: float32 (2, B, T, pairs), cosine and sine.
+        interleaved: whether the features of a pair are 2i and 2i + 1, instead of i and i + pairs.
     """
     pairs = rotation.shape[-1]
     cosine, sine = rotation[:, :, :, None, :]
-    first, second = (part.astype(jnp.float32) for part in (x[..., :pairs], x[..., pairs : 2 * pairs]))
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    places = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    if not interleaved:
+        places = slice(0, pairs), slice(pairs, 2 * pairs)
+    first, second = (x[..., place].astype(jnp.float32) for place in places)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    if interleaved:
+        rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * pairs)
+    else:
+        rotated = jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 

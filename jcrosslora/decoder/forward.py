@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder.adapters import StackedAdapter
-from jcrosslora.decoder.attention import EMPTY, NO_WINDOW, KVCache, append_positions, rotations
+from jcrosslora.decoder.attention import EMPTY, NO_WINDOW, KVCache, append_positions, growths, rotations
 from jcrosslora.decoder.block import Context, LayerCapture, LayerWeights, layer_forward
-from jcrosslora.decoder.ops import linear, rms_norm, soft_cap
+from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 from jcrosslora.errors import UsageError
@@ -75,7 +75,7 @@ def forward(
     def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
-    context = Context(positions, keys, rotations(settings.ropes, positions))
+    context = context_of(settings, positions, keys)
     hidden, _, (captured, reduced) = _run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
     if "residual" in capture:
         captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
@@ -83,8 +83,15 @@ def forward(
 
 
 def logits(settings: DecoderSettings, params: Params, hidden: jax.Array) -> jax.Array:
-    """Return float32 (..., V) of hidden states (..., H) after the final norm, with the soft cap applied."""
-    return soft_cap(linear(hidden, head_of(params)), settings.final_soft_cap)
+    """Return float32 (..., V) of hidden states (..., H) after the final norm, with scale and soft cap applied."""
+    return finish_logits(settings, linear(hidden, head_of(params)), params.head_bias)
+
+
+def finish_logits(settings: DecoderSettings, products: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Make logits of the products of hidden states and rows of the head, given the bias of these rows."""
+    products = products if bias is None else products + bias
+    products = products if settings.logit_scale == 1.0 else products * settings.logit_scale
+    return soft_cap(products, settings.final_soft_cap)
 
 
 def head_of(params: Params) -> jax.Array:
@@ -98,6 +105,13 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
     chex.assert_equal_shape([tokens, valid])
     counted = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
     return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
+
+
+def context_of(
+    settings: DecoderSettings, queries: jax.Array, keys: jax.Array, lengths: jax.Array | None = None
+) -> Context:
+    """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`."""
+    return Context(queries, keys, rotations(settings.ropes, queries, lengths), growths(settings.ropes, queries))
 
 
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
@@ -130,7 +144,13 @@ def _run_layers(
 
     step = jax.checkpoint(body, prevent_cse=False) if remat else body
     (x, cache), kept = lax.scan(step, (x, cache), layer_stack(settings, params, adapter))
-    return rms_norm(x, params.final_norm, settings.eps), cache, kept
+    return _final_norm(settings, params, x), cache, kept
+
+
+def _final_norm(settings: DecoderSettings, params: Params, x: jax.Array) -> jax.Array:
+    if settings.layer_norm:
+        return layer_norm(x, params.final_norm, params.final_norm_bias, settings.eps)
+    return rms_norm(x, params.final_norm, settings.eps)
 
 
 def extend_cache(
@@ -149,7 +169,7 @@ def extend_cache(
     """
     queries, keys = positions
     cache = append_positions(cache, keys)
-    context = Context(queries, cache.positions, rotations(settings.ropes, queries, lengths))
+    context = context_of(settings, queries, cache.positions, lengths)
     hidden, grown, _ = _run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
@@ -164,6 +184,8 @@ def layer_stack(settings: DecoderSettings, params: Params, adapter: StackedAdapt
         weights=params.weights,
         biases=params.biases,
         norms=params.norms,
+        norm_biases=params.norm_biases,
+        activation=params.activation,
         factors={} if adapter is None else adapter.roles,
         window=jnp.asarray(windows, jnp.int32),
         rope=jnp.asarray(settings.layer_ropes, jnp.int32),

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jcrosslora.decoder.forward import head_of, logits
-from jcrosslora.decoder.ops import soft_cap
+from jcrosslora.decoder.forward import finish_logits, head_of, logits
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 
@@ -37,8 +36,9 @@ def target_log_probs(
         # Computed apart, because the gradient of a gather from all logits is a scatter into V columns, which takes
         # twice the time.
         chosen = jnp.sum(states.astype(jnp.float32) * head[wanted].astype(jnp.float32), axis=-1)
+        chosen = finish_logits(settings, chosen, None if params.head_bias is None else params.head_bias[wanted])
         scores = logits(settings, params, states)
-        return soft_cap(chosen, settings.final_soft_cap) - jax.nn.logsumexp(scores, axis=-1)
+        return chosen - jax.nn.logsumexp(scores, axis=-1)
 
     return map_positions(log_probs, (hidden, targets), targets.shape, chunk)
 

@@ -67,13 +67,31 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return (normed * gain).astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Bring the last axis to mean 0 and variance 1, multiply with a gain and add a bias, in float32; dtype of x."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * gain
+    return (normed if bias is None else normed + bias).astype(x.dtype)
+
+
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     """Return cap * tanh(x / cap), or x if there is no cap."""
     return x if cap is None else jnp.tanh(x / cap) * cap
 
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+def _xielu(x: jax.Array, positive: jax.Array, negative: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
+    """Apply xIELU (arXiv 2411.13010); its trained parameters, float32 (1,), are those before the softplus."""
+    wide, (positive, negative) = x.astype(jnp.float32), map(jax.nn.softplus, (positive, negative))
+    below = (jnp.expm1(jnp.minimum(wide, eps)) - wide) * (negative + beta)
+    return (jnp.where(wide > 0, positive * wide * wide, below) + beta * wide).astype(x.dtype)
+
+
+# Functions of an array and, if the activation has trained parameters, of these.
+ACTIVATIONS: Mapping[str, Callable[..., jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "xielu": _xielu,
 }

@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jcrosslora.checkpoint import ROLES, BaseModel
-from jcrosslora.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROLE_PATHS
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.decoder.settings import settings_of
 from jcrosslora.errors import UsageError
 
@@ -30,9 +30,13 @@ class Params:
         final_norm: float32 (H,), gain of the final norm.
         weights: role -> (L, O, I); packed weights are the bits of bfloat16 as uint16.
         biases: role -> (L, O), for roles with a bias.
-        norms: float32 gains, with Gemma's 1 + weight summed: "attn" and "mlp" -> (L, H), before attention and MLP;
-            "attn_post" and "mlp_post" -> (L, H), after them, in families with post norms; "q" and "k" -> (L, D), of
-            query and key heads, in families with QK norms.
+        norms: float32 gains, with Gemma's 1 + weight summed, named as in `Family.norms`: "attn" and "mlp" -> (L, H),
+            before attention and MLP; "attn_post" and "mlp_post" -> (L, H), after them; "q" and "k" -> (L, D), of query
+            and key heads, or (L, heads * D) of all heads together.
+        norm_biases: the same of norms that have a bias.
+        final_norm_bias: float32 (H,), or None.
+        head_bias: float32 (V,), or None.
+        activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
     """
 
     embedding: jax.Array
@@ -41,6 +45,10 @@ class Params:
     weights: dict[str, jax.Array]
     biases: dict[str, jax.Array]
     norms: dict[str, jax.Array]
+    norm_biases: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    final_norm_bias: jax.Array | None = None
+    head_bias: jax.Array | None = None
+    activation: tuple[jax.Array, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -77,17 +85,23 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
     if packed is None:
         packed = kind == _BF16
     settings = settings_of(base)
-    weights = {role: _stack_weights(base, role, kind, packed=packed) for role in ROLES}
-    biases = {role: _stack_vectors(base, f"{ROLE_PATHS[role]}.bias", kind) for role in settings.biased_roles}
-    offset = np.float32(base.family.gain_offset)
-    norms = {name: _stack_vectors(base, f"{norm}.weight", _F32) + offset for name, norm in _norm_names(base).items()}
+    family, norms = base.family, base.family.layer_norms(base.config)
+    weights = {role: _stack_weights(base, role, kind, packed=packed) for role in family.roles}
+    biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles}
+    offset = np.float32(family.gain_offset)
     params = Params(
         embedding=_matrix(base, EMBEDDING, kind),
         head=None if settings.tied else _matrix(base, HEAD, kind),
-        final_norm=jnp.asarray(base.tensor(FINAL_NORM).astype(np.float32) + offset),
+        final_norm=jnp.asarray(base.tensor(f"{family.final_norm}.weight").astype(np.float32) + offset),
         weights=weights,
         biases=biases,
-        norms=norms,
+        norms={name: _stack_vectors(base, f"{norm}.weight", _F32) + offset for name, norm in norms.items()},
+        norm_biases={name: _stack_vectors(base, f"{norm}.bias", _F32) for name, norm in norms.items()}
+        if family.norm_biases
+        else {},
+        final_norm_bias=_vector(base, f"{family.final_norm}.bias") if family.norm_biases else None,
+        head_bias=_vector(base, HEAD_BIAS) if family.head_bias else None,
+        activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
     )
     base.release()
     return params
@@ -110,23 +124,26 @@ def fast_dtype() -> np.dtype:
     return _BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else _F32
 
 
-def _norm_names(base: BaseModel) -> dict[str, str]:
-    family = base.family
-    names = {
-        "attn": family.norm_in["q_proj"],
-        "mlp": family.norm_in["gate_proj"],
-        "attn_post": family.norm_out.get("o_proj"),
-        "mlp_post": family.norm_out.get("down_proj"),
-    }
-    names |= {norm.removeprefix("self_attn.")[0]: norm for norm in family.head_norms}
-    return {name: norm for name, norm in names.items() if norm is not None}
-
-
 def _stack_weights(base: BaseModel, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
     names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers)]
     kept = _BITS if packed else dtype
     pieces = (base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
     return _fill(base, (len(names), *base.modules[names[0]].shape), kept, pieces)
+
+
+def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
+    names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers))
+    return jnp.asarray(np.stack([bias.astype(dtype) for name in names if (bias := base.bias(name)) is not None]))
+
+
+def _stack_numbers(base: BaseModel, path: str, usual: float | None) -> jax.Array:
+    names, stored = [f"model.layers.{layer}.{path}" for layer in range(base.dims.layers)], set(base.tensor_names())
+    numbers = [usual if name not in stored else base.tensor(name).astype(_F32).reshape(()) for name in names]
+    return jnp.asarray(np.array(numbers, _F32)[:, None])
+
+
+def _vector(base: BaseModel, name: str) -> jax.Array:
+    return jnp.asarray(base.tensor(name).astype(_F32))
 
 
 def _stack_vectors(base: BaseModel, path: str, dtype: np.dtype) -> jax.Array:

@@ -12,9 +12,8 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, load_params, settings_of
 from jcrosslora.decoder.adapters import update
-from jcrosslora.decoder.attention import rotations
-from jcrosslora.decoder.block import Context, LayerWeights, layer_forward
-from jcrosslora.decoder.forward import embed, layer_stack, positions_of
+from jcrosslora.decoder.block import LayerWeights, layer_forward
+from jcrosslora.decoder.forward import context_of, embed, layer_stack, positions_of
 from jcrosslora.decoder.ops import rms_norm
 
 
@@ -89,18 +88,18 @@ class Stream:
             self.states[place] = jax.block_until_ready(_add_update(self._settings, gain, factors, state, down))
 
     def gain(self, layer: int) -> jax.Array:
-        """Return the gain (H,) of the norm after down_proj; ones without such a norm."""
+        """Return the gain (H,) between down_proj and the stream: that of the norm, if any, times `residual_scale`."""
+        scale = jnp.float32(self._settings.residual_scale)
         if self._settings.post_norms:
-            return self._layers.norms["mlp_post"][layer]
-        return jnp.ones(self._settings.hidden, jnp.float32)
+            return self._layers.norms["mlp_post"][layer] * scale
+        return jnp.full(self._settings.hidden, scale)
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, x: jax.Array) -> tuple[jax.Array, Down]:
     """Return the stream after a layer. One program serves all streams: two could round differently."""
     positions, keys = positions_of(mask, mask)
-    context = Context(positions, keys, rotations(settings.ropes, positions))
-    x, _, captured = layer_forward(settings, layer, context, x, None)
+    x, _, captured = layer_forward(settings, layer, context_of(settings, positions, keys), x, None)
     return x, Down(captured.inputs["down_in"], captured.outputs["down_proj"])
 
 
@@ -113,6 +112,8 @@ def _add_update(
     if settings.post_norms:
         wrote = down.wrote.astype(jnp.float32)
         added = rms_norm(wrote + added, gain, settings.eps) - rms_norm(wrote, gain, settings.eps)
+    elif settings.residual_scale != 1.0:
+        added = added * gain
     return (state.astype(jnp.float32) + added).astype(state.dtype)
 
 

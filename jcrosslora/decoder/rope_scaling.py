@@ -22,17 +22,24 @@ class Rope:
         long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
         switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
+        growth: (beta, length): queries at position p are multiplied by 1 + beta log(1 + floor(p / length)); or None.
     """
 
     frequencies: tuple[float, ...]
     long_frequencies: tuple[float, ...] | None = None
     switch: int | None = None
     amplitude: float = 1.0
+    growth: tuple[float, int] | None = None
 
 
 def default(size: int, *, rope_theta: float, **_: Any) -> Rope:
     """Rotate pair i by theta ** (-2 i / size) per position."""
     return Rope(_floats(_plain(size, rope_theta)))
+
+
+def ntk(size: int, *, rope_theta: float, alpha: float, **_: Any) -> Rope:
+    """Raise the base by alpha ** (size / (size - 2)), which keeps fast frequencies and slows the others."""
+    return Rope(_floats(_plain(size, rope_theta * alpha ** (size / (size - 2)))))
 
 
 def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Rope:

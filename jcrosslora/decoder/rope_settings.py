@@ -5,20 +5,20 @@ Reads both spellings: `rope_theta`, `rope_scaling` and `rope_local_base_freq` of
 `yarn` is arXiv 2309.00071, `longrope` is arXiv 2402.13753.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jcrosslora.checkpoint import Dims
-from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, yarn
+from jcrosslora.checkpoint import Dims, Family
+from jcrosslora.decoder.layer_kinds import FULL, SLIDING
+from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, ntk, yarn
 from jcrosslora.errors import CheckpointError
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-_THETA = 10_000.0  # default base of the frequencies
-_GEMMA3_THETA = {FULL: 1_000_000.0, SLIDING: 10_000.0}
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
+_GROWTH = "llama_4_scaling_beta"
 _YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL}
 # rope type -> function, and the allowed keys beside the common ones.
 _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
@@ -28,27 +28,36 @@ _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
     "yarn": (yarn, _YARN),
     "longrope": (longrope, {"factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL}),
 }
+# Types that some families have beside these (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
+# no other of its numbers.
+_MORE_RULES = {"dynamic": (ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})}
 
 
-def read_ropes(config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> dict[str, Rope]:
+def read_ropes(config: Mapping[str, Any], family: Family, dims: Dims, ref: str) -> dict[str, Rope]:
     """Read the rotary settings of each kind of layer, "full_attention" and "sliding_attention".
 
     Args:
         config: checked configuration with Hugging Face keys.
-        family: name of the family.
+        family: its family.
         dims: sizes of the model.
         ref: name of the model in errors.
 
     Raises:
         CheckpointError: a rope type, key or number is not supported.
     """
-    per_kind = _gemma3_kinds(config, ref) if family == "gemma3_text" else _kinds(config, ref)
-    return {kind: _rope(settings, config, family, dims, ref) for kind, settings in per_kind.items()}
+    read = _kinds if family.positions.local_theta is None else _separate_kinds
+    return {kind: _rope(settings, config, family, dims, ref) for kind, settings in read(config, family, ref).items()}
 
 
-def _kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, Any]]:
-    stated = _dict(config.get("rope_scaling") or config.get("rope_parameters") or {}, ref)
-    theta = config.get("rope_theta") or _THETA
+def unrotated(rope: Rope) -> Rope:
+    """Return the setting of a layer without positions, with as many pairs as another: its angles are zero."""
+    return Rope((0.0,) * len(rope.frequencies))
+
+
+def _kinds(config: Mapping[str, Any], family: Family, ref: str) -> dict[str, dict[str, Any]]:
+    given = config.get("rope_scaling") or config.get("rope_parameters") or family.positions.settings
+    stated = _dict(given, ref)
+    theta = config.get("rope_theta") or family.positions.theta
     nested = [kind for kind in (FULL, SLIDING) if kind in stated]
     if nested and len(nested) < len(stated):
         msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted only one of them"
@@ -58,15 +67,16 @@ def _kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, Any]]:
     return {kind: {"rope_theta": theta, **stated} for kind in (FULL, SLIDING)}
 
 
-def _gemma3_kinds(config: Mapping[str, Any], ref: str) -> dict[str, dict[str, Any]]:
-    stated = _dict(config.get("rope_parameters") or {}, ref)
+def _separate_kinds(config: Mapping[str, Any], family: Family, ref: str) -> dict[str, dict[str, Any]]:
+    rules, stated = family.positions, _dict(config.get("rope_parameters") or {}, ref)
     if set(stated) - {FULL, SLIDING}:
         msg = f"{ref}: rope_parameters has {sorted(stated)}, wanted {FULL} and {SLIDING}"
         raise CheckpointError(msg)
     kinds = {kind: dict(_dict(stated.get(kind) or {}, ref)) for kind in (FULL, SLIDING)}
     kinds[FULL].update(_dict(config.get("rope_scaling") or {}, ref))
-    kinds[FULL].setdefault("rope_theta", config.get("rope_theta") or _GEMMA3_THETA[FULL])
-    kinds[SLIDING].setdefault("rope_theta", config.get("rope_local_base_freq") or _GEMMA3_THETA[SLIDING])
+    kinds[FULL].setdefault("rope_theta", config.get("rope_theta") or rules.theta)
+    local = None if rules.local_theta_key is None else config.get(rules.local_theta_key)
+    kinds[SLIDING].setdefault("rope_theta", local or rules.local_theta)
     return kinds
 
 
@@ -77,37 +87,52 @@ def _dict(value: Any, ref: str) -> Mapping[str, Any]:
     return value
 
 
-def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> Rope:
+def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family, dims: Dims, ref: str) -> Rope:
     settings = {key: value for key, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
-    if family == "phi3" and kind in ("su", "yarn"):  # the names of longrope in the first releases of Phi-3
-        kind = "longrope"
-    if not isinstance(kind, str) or kind not in _RULES:
-        msg = f"{ref}: rope type {kind!r} is not supported; supported: {', '.join(_RULES)}"
+    rules = {**_RULES, **{name: _MORE_RULES[name] for name in family.positions.types}}
+    if isinstance(kind, str):
+        kind = family.positions.aliases.get(kind, kind)
+    if not isinstance(kind, str) or kind not in rules:
+        msg = f"{ref}: rope type {kind!r} is not supported; supported: {', '.join(rules)}"
         raise CheckpointError(msg)
-    rule, keys = _RULES[kind]
-    unknown = sorted(set(settings) - keys - _COMMON)
+    rule, keys = rules[kind]
+    known = keys | _COMMON | ({_GROWTH, _ORIGINAL, _LONGEST} if family.positions.grows else set())
+    unknown = sorted(set(settings) - known)
     if unknown:
         msg = f"{ref}: rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
-    if _ORIGINAL in keys:
-        settings |= _lengths(settings, config, family)
-    return _resolve(rule, settings, _rotated(settings, config, family, dims, ref), f"{ref}: rope type {kind!r}")
+    settings |= _lengths(settings, config, family)
+    rope = _resolve(rule, settings, _rotated(settings, config, family, dims, ref), f"{ref}: rope type {kind!r}")
+    return dataclasses.replace(rope, growth=_growth(settings, ref)) if family.positions.grows else rope
 
 
-def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: str) -> dict[str, Any]:
+def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     # Phi-3 states the original length outside the rope settings, and uses that one.
-    longest = config.get("max_position_embeddings")
-    original = settings.get("original_max_position_embeddings", longest)
-    if family == "phi3":
-        original = config.get("original_max_position_embeddings", 4096)
-    return {"max_position_embeddings": longest, "original_max_position_embeddings": original}
+    longest, outer = config.get(_LONGEST), family.positions.outer_original
+    original = settings.get(_ORIGINAL, longest) if outer is None else config.get(_ORIGINAL, outer)
+    return {_LONGEST: longest, _ORIGINAL: original}
 
 
-def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: str, dims: Dims, ref: str) -> int:
-    share = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if family != "phi3" and share != 1.0:
-        msg = f"{ref}: partial_rotary_factor {share!r} is not supported for {family}"
+def _growth(settings: Mapping[str, Any], ref: str) -> tuple[float, int]:
+    beta, length = settings.get(_GROWTH), settings.get(_ORIGINAL)
+    if (
+        isinstance(beta, int | float)
+        and not isinstance(beta, bool)
+        and isinstance(length, int)
+        and 0 <= beta < 1e3
+        and 0 < length < 1 << 31
+    ):
+        return float(beta), length
+    msg = f"{ref}: rope settings {_GROWTH} {beta!r} and {_ORIGINAL} {length!r} are missing or no positive numbers"
+    raise CheckpointError(msg)
+
+
+def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family, dims: Dims, ref: str) -> int:
+    usual = family.positions.share
+    share = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or usual or 1.0
+    if usual is None and share != 1.0:
+        msg = f"{ref}: partial_rotary_factor {share!r} is not supported for {family.name}"
         raise CheckpointError(msg)
     size = int(dims.head_dim * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
     if size < 2 or size % 2:

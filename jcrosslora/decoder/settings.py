@@ -1,17 +1,15 @@
-"""Read the settings of a forward pass from a configuration; they are hashable, and static under jit.
+"""Read the settings of a forward pass from a configuration; they are hashable, and static under jit."""
 
-Which layers use sliding windows follows the rule of each family.
-"""
-
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jcrosslora.checkpoint import BaseModel, Dims
+from jcrosslora.checkpoint import BaseModel, Dims, Family
+from jcrosslora.checkpoint.config import read_number
+from jcrosslora.checkpoint.family.rules import Number
+from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
-from jcrosslora.decoder.rope_settings import FULL, SLIDING, read_ropes
+from jcrosslora.decoder.rope_settings import read_ropes, unrotated
 from jcrosslora.errors import CheckpointError
 
 # Name in configurations -> name in `ops.ACTIVATIONS`.
@@ -21,12 +19,8 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
-_GEMMA = ("gemma2", "gemma3_text")
-# Defaults of the configuration classes of transformers.
-_EPS = {"phi3": 1e-5}
-_ATTN_SOFT_CAP, _FINAL_SOFT_CAP = {"gemma2": 50.0}, {"gemma2": 30.0}
-_QUERY_PRE_ATTN_SCALAR = 256
 
 
 @dataclass(frozen=True)
@@ -35,14 +29,19 @@ class DecoderSettings(Dims):
 
     Attributes:
         eps: added to the mean square in every norm.
-        activation: "silu", "gelu" (exact) or "gelu_tanh".
+        layer_norm: whether norms subtract the mean first.
+        activation: a name of `ops.ACTIVATIONS`.
         attn_scale: factor on the attention scores.
         attn_soft_cap: soft cap of the attention scores, or None.
         final_soft_cap: soft cap of the logits, or None.
         embedding_scale: factor on the embedding.
+        residual_scale: factor on what attention and MLP add to the residual stream.
+        logit_scale: factor on the logits.
         tied: whether the head is the embedding.
-        qk_norms: whether queries and keys are normalised per head.
+        qk_norms: how queries and keys are normalised, see `Family.qk_norms`; None if they are not.
         post_norms: whether the outputs of attention and MLP are normalised before they are added.
+        parallel: whether attention and MLP read the same normed input.
+        interleaved: whether neighbouring features are rotated together.
         biased_roles: roles with a bias.
         windows: (L,) number of visible positions of a layer, its own included; None for all.
         ropes: the different rotary settings.
@@ -50,14 +49,19 @@ class DecoderSettings(Dims):
     """
 
     eps: float
+    layer_norm: bool
     activation: str
     attn_scale: float
     attn_soft_cap: float | None
     final_soft_cap: float | None
     embedding_scale: float
+    residual_scale: float
+    logit_scale: float
     tied: bool
-    qk_norms: bool
+    qk_norms: str | None
     post_norms: bool
+    parallel: bool
+    interleaved: bool
     biased_roles: tuple[str, ...]
     windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
@@ -71,118 +75,59 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         CheckpointError: its configuration has a setting that the decoder does not support; the message names it.
     """
     config, family, dims, ref = base.config, base.family, base.dims, base.ref
-    kinds = read_layer_kinds(config, family.name, dims.layers, ref)
-    per_kind = read_ropes(config, family.name, dims, ref)
-    missing = sorted(set(kinds) - set(per_kind))
-    if missing:
-        msg = f"{ref}: rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
-        raise CheckpointError(msg)
-    ropes = tuple(dict.fromkeys(per_kind[kind] for kind in kinds))
-    gemma = family.name in _GEMMA
-    scalar = _number(config, "query_pre_attn_scalar", _QUERY_PRE_ATTN_SCALAR, ref) if gemma else dims.head_dim
+
+    def factor(number: Number | None, usual: float = 1.0) -> float:
+        return usual if number is None else read_number(config, number, ref)
+
+    kinds = read_layer_kinds(config, family, dims.layers, ref)
+    norms, layer_ropes = family.layer_norms(config), _layer_ropes(base, kinds)
+    ropes = tuple(dict.fromkeys(layer_ropes))
     return DecoderSettings(
         **asdict(dims),
-        eps=_number(config, "rms_norm_eps", _EPS.get(family.name, 1e-6), ref),
-        activation=_activation(config, gemma, ref),
-        attn_scale=scalar**-0.5,
-        attn_soft_cap=_cap(config, "attn_logit_softcapping", _ATTN_SOFT_CAP.get(family.name), ref) if gemma else None,
-        final_soft_cap=_cap(config, "final_logit_softcapping", _FINAL_SOFT_CAP.get(family.name), ref)
-        if gemma
-        else None,
-        embedding_scale=math.sqrt(dims.hidden) if gemma else 1.0,
+        eps=read_number(config, family.eps, ref),
+        layer_norm=family.norm == "layer",
+        activation=_activation(config, family, ref),
+        attn_scale=factor(family.attn_scale, dims.head_dim**-0.5),
+        attn_soft_cap=_cap(config, family.attn_soft_cap, ref),
+        final_soft_cap=_cap(config, family.final_soft_cap, ref),
+        embedding_scale=factor(family.embedding_scale),
+        residual_scale=factor(family.residual_scale),
+        logit_scale=factor(family.logit_scale),
         tied=family.is_tied(config),
-        qk_norms=bool(family.head_norms),
-        post_norms=bool(family.norm_out),
+        qk_norms=family.qk_norms if "q" in norms else None,
+        post_norms="mlp_post" in norms,
+        parallel=family.parallel,
+        interleaved=family.positions.interleaved,
         biased_roles=family.biased_roles(config),
-        windows=layer_windows(kinds, config, family.name, ref),
+        windows=layer_windows(kinds, config, family, ref),
         ropes=ropes,
-        layer_ropes=tuple(ropes.index(per_kind[kind]) for kind in kinds),
+        layer_ropes=tuple(map(ropes.index, layer_ropes)),
     )
 
 
-def _activation(config: Mapping[str, Any], gemma: bool, ref: str) -> str:
-    key, default = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
-    name = config.get(key) or default
-    if name not in _ACTIVATIONS:
-        msg = f"{ref}: {key} {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+def _layer_ropes(base: BaseModel, kinds: tuple[str, ...]) -> list[Rope]:
+    per_kind = read_ropes(base.config, base.family, base.dims, base.ref)
+    missing = sorted(set(kinds) - set(per_kind))
+    if missing:
+        msg = f"{base.ref}: rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
         raise CheckpointError(msg)
-    return _ACTIVATIONS[name]
+    rotated = rotated_layers(kinds, base.config, base.family, base.ref)
+    return [per_kind[kind] if turns else unrotated(per_kind[kind]) for kind, turns in zip(kinds, rotated, strict=True)]
 
 
-def _cap(config: Mapping[str, Any], key: str, default: float | None, ref: str) -> float | None:
-    return None if config.get(key, default) is None else _number(config, key, default, ref)
-
-
-def _number(config: Mapping[str, Any], key: str, default: float | None, ref: str) -> float:
-    value = config.get(key, default)
-    # An integer of 400 digits compares below infinity, but is too large for a float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        msg = f"{ref}: {key} is {str(value)[:60]!r}, wanted a positive number"
+def _activation(config: Mapping[str, Any], family: Family, ref: str) -> str:
+    key = family.activation_key
+    name = config.get(key) or family.activation
+    name = family.activation_aliases.get(name, name)
+    # Others than its own would not read the tensors that the family has for it.
+    own = {family.activation: family.activation} if family.activation_tensors else _ACTIVATIONS
+    if name not in own:
+        msg = f"{ref}: {key} {name!r} is not supported; supported: {', '.join(own)}"
         raise CheckpointError(msg)
-    return float(value)
+    return own[name]
 
 
-_WINDOW = 4096  # default of the configuration classes
-_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # the last layer of each period has full attention
-
-
-def read_layer_kinds(config: Mapping[str, Any], family: str, layers: int, ref: str) -> tuple[str, ...]:
-    """Return (L,) "full_attention" or "sliding_attention".
-
-    Raises:
-        CheckpointError: `layer_types` has another kind or length, or contradicts the rest of the configuration.
-    """
-    implied = _implied_kinds(config, family, layers, ref)
-    stated = config.get("layer_types")
-    if stated is None:
-        return implied
-    if not isinstance(stated, list | tuple) or len(stated) != layers:
-        msg = f"{ref}: layer_types is {stated!r}, wanted a list of {layers} kinds"
-        raise CheckpointError(msg)
-    unknown = [kind for kind in stated if kind not in (FULL, SLIDING)]
-    if unknown:
-        msg = f"{ref}: layer type {unknown[0]!r} is not supported; supported: {FULL}, {SLIDING}"
-        raise CheckpointError(msg)
-    # transformers ignores the list for these families and uses sliding_window alone.
-    if family in ("mistral", "phi3", "llama") and tuple(stated) != implied:
-        msg = f"{ref}: layer_types of a {family} model contradict its sliding_window"
-        raise CheckpointError(msg)
-    return tuple(stated)
-
-
-def layer_windows(kinds: tuple[str, ...], config: Mapping[str, Any], family: str, ref: str) -> tuple[int | None, ...]:
-    """Return (L,) the number of positions that each layer sees, its own included; None for full attention.
-
-    Raises:
-        CheckpointError: the window is not a positive integer, or a sliding layer has none.
-    """
-    window = _read_window(config, family, ref)
-    if window is None and SLIDING in kinds:
-        msg = f"{ref}: layer {kinds.index(SLIDING)} has sliding attention, but no sliding_window is set or in use"
-        raise CheckpointError(msg)
-    return tuple(window if kind == SLIDING else None for kind in kinds)
-
-
-def _read_window(config: Mapping[str, Any], family: str, ref: str) -> int | None:
-    if family == "llama" or (family in ("qwen2", "qwen3") and not config.get("use_sliding_window")):
+def _cap(config: Mapping[str, Any], number: Number | None, ref: str) -> float | None:
+    if number is None or config.get(number.key, number.default) is None:
         return None
-    window = config.get("sliding_window", None if family == "phi3" else _WINDOW)
-    if window is not None and (type(window) is not int or window <= 0):
-        msg = f"{ref}: sliding_window is {window!r}, wanted a positive integer or null"
-        raise CheckpointError(msg)
-    return window
-
-
-def _implied_kinds(config: Mapping[str, Any], family: str, layers: int, ref: str) -> tuple[str, ...]:
-    window = _read_window(config, family, ref)
-    if family in _PERIOD:
-        period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or _PERIOD[family]
-        if type(period) is not int or period < 1:
-            msg = f"{ref}: sliding_window_pattern is {period!r}, wanted a positive integer"
-            raise CheckpointError(msg)
-        return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))
-    first = config.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
-    if type(first) is not int:
-        msg = f"{ref}: max_window_layers is {first!r}, wanted an integer"
-        raise CheckpointError(msg)
-    return tuple(SLIDING if window is not None and layer >= first else FULL for layer in range(layers))
+    return read_number(config, number, ref)

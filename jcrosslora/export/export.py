@@ -40,7 +40,8 @@ class ExportSettings:
     profile: Profile = "portable"
     """portable: PEFT with one rank, which every engine reads the same way. peft: a rank for each module. mlx: the
     folder of MLX. gguf: the file of llama.cpp. lora-xs: a small matrix between the top --out-rank singular vectors of
-    each weight. Only peft holds changes of the embedding and the output head, which are read with the base."""
+    each weight. Only peft holds changes of the embedding and the output head, trained biases, norms and whole
+    layers, which are read with the base."""
     base: str | None = None
     """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
     adapter is checked against it."""
@@ -105,6 +106,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         settings.out,
         base_name=None if base is None else base.name,
         base_revision=None if base is None else base.revision,
+        prefix=None if base is None else base.prefix,
         profile=settings.profile,
         dtype=settings.dtype,
         overwrite=settings.overwrite,
@@ -122,7 +124,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
 
 def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     """Add the adapters and truncate the sum to the ranks of the settings."""
-    adapters = [load_adapter(ref, base) for ref in settings.adapter]
+    adapters = [load_adapter(ref, base, replaced=True) for ref in settings.adapter]
     if base is not None:
         info = describe_base(base, digest=False)
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
@@ -180,5 +182,7 @@ def _account(exported: Exported, base: BaseModel | None) -> str:
         "out_rank": None if cut is None else cut.rule,
         "kept": None if cut is None else cut.kept,
         "kept_by_module": None if cut is None else cut.shares,
+        "lost": exported.losses,
+        "not_written": exported.adapter.info.ignored,
     }
     return json.dumps(made)

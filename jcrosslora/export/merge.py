@@ -63,11 +63,13 @@ class Merged:
         folder: that was written.
         modules: number of modules that were changed.
         notes: parts of the base or the adapter that are missing in it, one sentence each.
+        lost: whether parts of the adapter are.
     """
 
     folder: Path
     modules: int
     notes: tuple[str, ...]
+    lost: bool
 
 
 def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
@@ -89,7 +91,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     base = open_base(settings.base, revision=settings.base_revision)
     # Weights can hold an update of any rank, so a DoRA is merged at full rank.
     whole = max(min(module.shape) for module in base.modules.values())
-    adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole)
+    adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole, replaced=True)
     if adapter.info.invocation is not None:
         msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
         raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")
@@ -114,11 +116,13 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
             notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
         notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
         (folder / _REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
-    return Merged(out, _changed(adapter), notes)
+    return Merged(out, _changed(adapter), notes, bool(adapter.info.ignored))
 
 
 def _changed(adapter: Adapter) -> int:
-    return len(adapter.modules) + sum(len(update.modules) for update in adapter.tokens)
+    """Count the modules that are changed."""
+    others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
+    return len(adapter.modules.keys() | others)
 
 
 def _plain_folder(base: BaseModel) -> ShardedStore | None:
@@ -144,8 +148,7 @@ def _stored_plan(
                 msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
                 raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
-            # A tied base may store a head that it does not use.
-            read = partial(base.tensor, HEAD) if name == HEAD and untied else partial(file.array, stored)
+            read = partial(file.array, stored)
             pieces.append(
                 Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
             )

@@ -1,4 +1,4 @@
-"""Compute the rows of a merged tensor in blocks: W' = W + scale B A, or single rows that replace those of W."""
+"""Compute the rows of a merged tensor in blocks: W' = W + scale B A, or rows that replace those of W."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,8 +12,8 @@ from jcrosslora.errors import OutputError
 
 _BLOCK = 1 << 24  # elements computed at a time, 64 MB as float32
 
-# Factors that are added to a range of rows, or a change of single rows.
-Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate]
+# Factors that are added to a range of rows, a change of single rows, or a tensor that takes the place of all.
+Updates = list[tuple[int, int, LoRAFactors] | TokenUpdate | np.ndarray]
 
 
 def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
@@ -23,7 +23,7 @@ def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
         adapter: with fused modules split, see `fit_to_base`.
         base: that the adapter is for.
     """
-    found: dict[str, Updates] = {}
+    found: dict[str, Updates] = {name: [array] for group in adapter.replaced for name, array in group.tensors.items()}
     for name, factors in adapter.modules.items():
         module = base.modules[name]
         start, stop = module.rows or (0, module.shape[0])
@@ -87,6 +87,9 @@ def _updated(block: np.ndarray, first: int, updates: Updates) -> np.ndarray:
     wide = np.float64 if block.dtype == np.float64 else np.float32
     result = block.astype(wide)
     for update in updates:
+        if isinstance(update, np.ndarray):
+            result[...] = update[first : first + len(block)]
+            continue
         if isinstance(update, TokenUpdate):
             part = slice(*np.searchsorted(update.ids, (first, first + len(block))))
             places = update.ids[part] - first

@@ -27,6 +27,9 @@ FLOAT32_NOISE = 2.0**-20
 _MAX_UNSCALED, _MIN_SCALE_CHANGE = 0.1, 1e-3
 # A low-rank update has at most half of the directions, which hold 70% of the energy; rounding noise holds the rest.
 _MAX_RANK_SHARE, _MIN_RANK_ENERGY = 0.5, 0.7
+# Least share of zeros beyond rounding from which a matrix counts as pruned. Quantisers leave a tenth of zeros and more,
+# but hardly any of numbers that their steps cannot have rounded to zero.
+_MIN_ZEROED = 0.1
 # Factor on the limit sigma (sqrt(n) + sqrt(m)) of the singular values of noise, because rounding errors of neighbours
 # in a block are not quite independent.
 _NOISE_EDGE = 2.0
@@ -48,6 +51,8 @@ class Difference:
         rounded: the side that is a rounding of the other; None if neither is, or it cannot be told.
         quantised: whether one side was quantised to 8 bits or fewer, alone or beside the change.
         hidden: relative size of changes that rounding may hide.
+        zeroed: share of numbers that were set to zero in the target (unstructured pruning), if rounding does not
+            explain it; all other figures are then of the rest.
     """
 
     change: Change
@@ -61,6 +66,7 @@ class Difference:
     rounded: Side | None
     quantised: bool
     hidden: float
+    zeroed: float = 0.0
 
     @property
     def only_scaled(self) -> bool:
@@ -85,6 +91,11 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
         return Difference("equal", 1.0, 0.0, 1.0, 1.0, 1.0, None, grids, None, quantised=False, hidden=0.0)
     if not (norms[0] and norms[1]):
         return Difference("trained", 0.0, 1.0, 1.0, equal, equal, None, grids, None, quantised=False, hidden=0.0)
+    kept = tgt != 0
+    if np.mean(~kept & ((src < from_tgt.low) | (src > from_tgt.high))) >= _MIN_ZEROED:
+        # As a matrix of one row, which has no low rank.
+        rest = compare_rows(src[kept][None], tgt[kept][None], _at(from_src, kept), _at(from_tgt, kept))
+        return replace(rest, zeroed=float(np.mean(~kept & (src != 0))))
     cosine = float(np.sum(src * tgt)) / (norms[0] * norms[1])
     scale = _scale(src, tgt, norms)
     src, from_src = scale * src, _times(from_src, scale)
@@ -158,6 +169,10 @@ def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, f
     return best
 
 
+def _at(rounding: Rounding, kept: np.ndarray) -> Rounding:
+    return replace(rounding, low=rounding.low[kept][None], high=rounding.high[kept][None])
+
+
 def _times(rounding: Rounding, scale: float) -> Rounding:
     ends = rounding.low * scale, rounding.high * scale
     return replace(rounding, low=np.minimum(*ends), high=np.maximum(*ends))
@@ -182,8 +197,11 @@ def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> floa
 
 
 def _low_rank(delta: np.ndarray, noise: float) -> int | None:
-    """Count the singular values above those of noise; None if they are many, or hold too little of the energy."""
-    short = min(delta.shape)
+    """Count the singular values above those of noise; None if they are many, or hold too little of the energy.
+
+    Many is more than half of the rows or columns that change: those of a few changed numbers are no low rank.
+    """
+    short = min(np.count_nonzero(delta.any(axis=axis)) for axis in (0, 1))
     gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
     energies = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
     edge = _NOISE_EDGE * noise * sum(np.sqrt(delta.shape))

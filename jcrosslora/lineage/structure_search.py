@@ -139,7 +139,8 @@ def _match_layer(
 
     found = {}
     neurons = columns("down_proj")
-    if neurons is not None and min(similarity("up_proj", neurons), similarity("gate_proj", neurons)) >= MIN_MEAN_COSINE:
+    readers = [role for role in ("up_proj", "gate_proj") if role in source.family.roles and role in target.family.roles]
+    if neurons is not None and min(similarity(role, neurons) for role in readers) >= MIN_MEAN_COSINE:
         found["neurons"] = neurons
     attended = columns("o_proj") if source.dims.head_dim == target.dims.head_dim else None
     if attended is not None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import FINAL_NORM, HEAD
+from jcrosslora.checkpoint.families import HEAD
+from jcrosslora.checkpoint.family.record import QK_NORMS
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.lineage.difference import Difference, compare_rows
 from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
@@ -52,7 +53,7 @@ def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) 
 
 
 def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
-    """Compare embedding and head at the structure's tokens, and all norms and biases.
+    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -124,12 +125,12 @@ def _read_ranks(
     return [corrected(item) for item in found]
 
 
-def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference | None:
-    """Compare rows of the embedding or the head; None if the embeddings did not show which tokens correspond."""
-    if not structure.by_embedding:
-        return None
+def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference:
+    """Compare rows of the embedding or the head."""
     columns = np.flatnonzero(structure.stream >= 0)
-    ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in structure.tokens)
+    every = np.arange(min(source.dims.vocab, target.dims.vocab))
+    tokens = structure.tokens if structure.by_embedding else (every, every)
+    ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in tokens)
     src, tgt = (check_finite(base, name, base.rows(name, own)) for base, own in zip((source, target), ids, strict=True))
     stored = (base.embedding_name if name != HEAD or base.tied else name for base in (source, target))
     dtype_src, dtype_tgt = (base.store.dtype(own) for base, own in zip((source, target), stored, strict=True))
@@ -148,13 +149,16 @@ def _compare_vectors(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Differen
 def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the norm weights that both families have, in the dimensions that correspond."""
     matched = structure.stream >= 0
-    in_layer = [norm for norm in target.family.norms if norm in source.family.norms]
-    names = [(FINAL_NORM, FINAL_NORM)]
+    norms_src, norms_tgt = (base.family.layer_norms(base.config) for base in (source, target))
+    # Norms of queries and keys are no dimensions of the stream.
+    places = [place for place in norms_tgt if place in norms_src and place not in QK_NORMS]
+    in_layer = [(norms_src[place], norms_tgt[place]) for place in places]
+    names = [(f"{source.family.final_norm}.weight", f"{target.family.final_norm}.weight")]
     for number, layer in enumerate(structure.layers):
         if layer is not None:
             names += [
-                (f"model.layers.{layer.layer}.{norm}.weight", f"model.layers.{number}.{norm}.weight")
-                for norm in in_layer
+                (f"model.layers.{layer.layer}.{norm_src}.weight", f"model.layers.{number}.{norm_tgt}.weight")
+                for norm_src, norm_tgt in in_layer
             ]
     # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
@@ -165,14 +169,14 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
 
 
 def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    stored_src, stored_tgt = set(source.tensor_names()), set(target.tensor_names())
     for module in target.modules.values():
         name, rows = structure.counterpart(module), structure.outputs(module.layer, module.role)
-        if name is None or rows is None:
+        if name is None or name not in source.modules or rows is None:
             continue
-        name_src, name_tgt = f"{name}.bias", f"{module.name}.bias"
-        if name_src in stored_src and name_tgt in stored_tgt:
-            src, tgt = _both((source, name_src), (target, name_tgt))
+        src, tgt = source.bias(name), target.bias(module.name)
+        if src is not None and tgt is not None:
+            src = check_finite(source, f"{name}.bias", src.astype(np.float32))
+            tgt = check_finite(target, f"{module.name}.bias", tgt.astype(np.float32))
             yield src[rows[rows >= 0]], tgt[rows >= 0]
 
 

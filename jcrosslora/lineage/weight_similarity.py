@@ -152,7 +152,7 @@ def counterpart_rows(
     module = target.modules[name]
     other = structure.counterpart(module)
     outputs, inputs = structure.outputs(module.layer, module.role), structure.inputs(module.layer, module.role)
-    if other is None or outputs is None or inputs is None:
+    if other is None or other not in source.modules or outputs is None or inputs is None:
         return None
     rows, columns = np.flatnonzero(outputs >= 0), np.flatnonzero(inputs >= 0)
     if not (len(rows) and len(columns)):

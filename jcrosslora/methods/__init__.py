@@ -9,6 +9,7 @@ from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
 from jcrosslora.methods.distill import Distill as Distill
 from jcrosslora.methods.distilled_copy import DistilledCopy as DistilledCopy
+from jcrosslora.methods.distilled_select import DistilledSelect as DistilledSelect
 from jcrosslora.methods.index_interp import IndexInterp as IndexInterp
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy as InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX as LoRAX

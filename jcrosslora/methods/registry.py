@@ -13,6 +13,7 @@ from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.cross_lora import CrossLoRA
 from jcrosslora.methods.distill import Distill
 from jcrosslora.methods.distilled_copy import DistilledCopy
+from jcrosslora.methods.distilled_select import DistilledSelect
 from jcrosslora.methods.index_interp import IndexInterp
 from jcrosslora.methods.interpolated_copy import InterpolatedCopy
 from jcrosslora.methods.lora_x import LoRAX
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         InterpolatedCopy,
         DistilledCopy,
         Select,
+        DistilledSelect,
         PadTruncate,
         IndexInterp,
         Theseus,

@@ -93,9 +93,9 @@ def _notes(report: TransferReport) -> list[str]:
     if report.recipe.svd != "not needed":
         lines.append(f"SVDs: {report.recipe.svd}")
     if report.unmapped_sources:
-        roles = _count_by_layer(report)
+        places = _places_of_unmapped(report)
         lines.append(
-            f"not moved: {len(report.unmapped_sources)} source modules feed no target module ({roles}); "
+            f"not moved: {len(report.unmapped_sources)} source modules feed no target module ({places}); "
             f"they held {report.left_behind:.1%} of the update's energy"
         )
     lines += [f"moved: {row.sentence}" for row in report.tokens]
@@ -108,9 +108,12 @@ def _notes(report: TransferReport) -> list[str]:
     return lines + [f"warning: {sentence}" for sentence in report.warnings]
 
 
-def _count_by_layer(report: TransferReport) -> str:
-    layers = sorted({int(item.source.split(".")[2]) for item in report.unmapped_sources})
-    return "layers " + ", ".join(map(str, layers))
+def _places_of_unmapped(report: TransferReport) -> str:
+    names = [item.source for item in report.unmapped_sources]
+    layers = "layers " + ", ".join(map(str, sorted({int(name.split(".")[2]) for name in names})))
+    # Kinds of modules that the target does not have, such as the gates of its MLPs.
+    absent = {name.rpartition(".")[2] for name in names} - {row.role for row in report.rows}
+    return f"{', '.join(sorted(absent))} of {layers}" if absent else layers
 
 
 def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from jcrosslora.errors import MethodError
 from jcrosslora.evidence.activations import batch_probes
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.lineage.method_selection import Choice, by_maps, choose_method
+from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport, spread
@@ -90,16 +90,21 @@ class PairSession:
     def _choice(self) -> Choice:
         return choose_method(self.pair.source, self.pair.target, self.pair.structure)
 
-    def resolve(self, method: Method | Auto, *, waits_for_tokens: bool = False) -> tuple[Method, Choice | None]:
+    def resolve(
+        self, method: Method | Auto, adapter: Adapter | None = None, options: TransferOptions | None = None
+    ) -> tuple[Method, Choice | None]:
         """Return the method to use, and the reason if `auto` chose it.
 
         Args:
             method: the requested method.
-            waits_for_tokens: whether the adapter acts only after its invocation tokens.
+            adapter: the adapter to move; None for one that can be run.
+            options: the options of the transfer; None for the default ones.
         """
         if not isinstance(method, Auto):
             return method, None
-        choice = by_maps(self._choice) if waits_for_tokens else self._choice
+        choice = self._choice
+        if adapter is not None and (reason := _why_no_fit(adapter, options, mends=choice.method in MENDED.values())):
+            choice = without_fit(choice, reason)
         return make_chosen(choice.method, method), choice
 
     def start(
@@ -121,7 +126,7 @@ class PairSession:
         """
         span_rank(profile, options.out_rank)
         adapter = with_invocation(adapter, self.pair.source, self.pair.target)
-        chosen, choice = self.resolve(method, waits_for_tokens=adapter.info.invocation is not None)
+        chosen, choice = self.resolve(method, adapter, options)
         target = self.pair.target
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
@@ -235,6 +240,7 @@ class PairSession:
             choice=move.choice and move.choice.reason,
             effect=effect,
             fitted=update.fitted,
+            curve=tuple(update.curve),
             added=update.added,
             wrote_prompts=update.wrote_prompts,
             examples=spread(update.texts, _EXAMPLES) if update.wrote_prompts else (),
@@ -337,6 +343,7 @@ class PairSession:
             rank=task.rank,
             shared=self._shared,
             seed=options.seed,
+            states=None if self.pair.store is None else self.pair.store.root / "fits",
             progress=self.progress,
         )
 
@@ -363,6 +370,23 @@ def lighter(method: Method | Auto) -> str:
 def with_one_writer(options: TransferOptions) -> TransferOptions:
     """Return the options for this process: if several work together, only the first checks the effect."""
     return options if hosts.is_first() else dataclasses.replace(options, effect="never")
+
+
+def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: bool) -> str | None:
+    """Return why no update can be fitted to an adapter, or None.
+
+    Args:
+        adapter: the adapter.
+        options: of the transfer.
+        mends: whether a moved update is only mended by the fit, so that what the fit cannot do is done without it.
+    """
+    if adapter.info.invocation is not None:
+        return "no base can be run with an adapter that acts only after its invocation tokens"
+    if mends and adapter.tokens:
+        return "no base can be run with the adapter's changes of the embedding and the output head"
+    if mends and options is not None and (options.scale != 1 or options.calibrate == "frobenius"):
+        return "a scale or a calibration was asked for, which have no part in a fit"
+    return None
 
 
 def _check_invocation(adapter: Adapter, method: Method, options: TransferOptions) -> None:

@@ -14,7 +14,7 @@ from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.ignored import ignored_sentence
-from jcrosslora.adapter.profiles import Profile, why_without_tokens
+from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError
@@ -84,6 +84,7 @@ class TransferResult:
             all_modules=list(target.shapes),
             family=target.family,
             heads=target.heads,
+            prefix=target.prefix,
             documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._template(),
             metadata=_metadata(published(report)),
         )
@@ -160,7 +161,7 @@ class TransferResult:
 
     def _held_by(self, profile: Profile) -> tuple[Adapter, TransferReport]:
         """Return the adapter and its report without what a profile cannot hold."""
-        why = why_without_tokens(profile)
+        why = why_linear_alone(profile)
         if not self.adapter.tokens or not why:
             return self.adapter, self.report
         left = [ignored_sentence(row.kind, row.modules, row.share, why) for row in self.report.tokens]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.layout import norm_sizes
 from jcrosslora.decoder import DecoderSettings, Params, forward, settings_of
 from jcrosslora.linalg import decompose
 
@@ -103,9 +104,7 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
 
     first = [module for module in base.modules.values() if module.layer == 0]
     weights = {module.role: matrix(1, *module.shape) for module in first}
-    norms = {"attn": settings.hidden, "mlp": settings.hidden}
-    norms |= {"attn_post": settings.hidden, "mlp_post": settings.hidden} if settings.post_norms else {}
-    norms |= {"q": settings.head_dim, "k": settings.head_dim} if settings.qk_norms else {}
+    norms = norm_sizes(base.family, base.dims, base.config)
     return Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
@@ -113,4 +112,5 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
         weights={role: jax.lax.bitcast_convert_type(w, jnp.uint16) if packed else w for role, w in weights.items()},
         biases={role: jnp.zeros((1, weights[role].shape[1]), dtype) for role in settings.biased_roles},
         norms={name: jnp.ones((1, size)) for name, size in norms.items()},
+        activation=tuple(jnp.ones((1, 1)) for _ in base.family.activation_tensors),
     )

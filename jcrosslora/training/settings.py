@@ -26,7 +26,7 @@ class TrainingSettings:
     alpha: float = 16.0
     """The update is alpha / rank * B A."""
     modules: tuple[str, ...] = ROLES
-    """Kinds of modules that get an update."""
+    """Kinds of modules that get an update; those that the base does not have are left out."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
     optimizer: Optimizer = "adamw"

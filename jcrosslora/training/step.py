@@ -21,6 +21,7 @@ from jcrosslora.decoder import (
     target_log_probs,
     unstack_adapter,
 )
+from jcrosslora.errors import UsageError
 from jcrosslora.training.batches import Batch
 from jcrosslora.training.lora_rite import lora_rite
 from jcrosslora.training.settings import TrainingSettings
@@ -139,10 +140,17 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
     """Initialise A uniformly in +-1/sqrt(I), Kaiming's bound as in PEFT, and B with zeros: training starts at the base.
 
     The scale is not inside B: the steps of neither optimiser scale with it.
+
+    Raises:
+        UsageError: the base has none of the modules.
     """
     layers, rng = base.dims.layers, np.random.default_rng([settings.seed, 1])
+    wanted = [role for role in settings.modules if role in base.family.roles]
+    if not wanted:
+        msg = f"modules {', '.join(settings.modules)}: {base.name} has none of them, only "
+        raise UsageError(msg + ", ".join(base.family.roles))
     roles = {}
-    for role in settings.modules:
+    for role in wanted:
         rows, columns = base.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape
         bound = columns**-0.5
         a = rng.uniform(-bound, bound, (layers, settings.rank, columns)).astype(np.float32)
@@ -161,4 +169,4 @@ def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
 def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
     """Make an adapter of the factors, the scale inside B."""
     host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
-    return Adapter(unstack_adapter(host).modules, AdapterInfo(name=f"trained on {base.name}", base_name=base.name))
+    return Adapter(unstack_adapter(host).modules, AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix))

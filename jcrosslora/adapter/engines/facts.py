@@ -10,6 +10,7 @@ from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapte
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, parse_gguf_name
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,6 +27,8 @@ class AdapterFacts:
         pickle: whether the weights are `adapter_model.bin`.
         form: the format of the files.
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
+        tied: whether the base's output head is its embedding, None if it is not known.
+        base: the base that it is for, if it was given.
         faults: errors in the numbers of the configuration or in the shapes, for any engine.
     """
 
@@ -35,6 +38,8 @@ class AdapterFacts:
     pickle: bool = False
     form: Form = "PEFT"
     family: str | None = None
+    tied: bool | None = None
+    base: BaseModel | None = None
     faults: tuple[str, ...] = ()
 
     @property
@@ -51,34 +56,43 @@ class AdapterFacts:
         return {module: module_scale(self.config, module, shape[0]) for module, shape in self.factors("A").items()}
 
 
-def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
+def read_facts(
+    path: Path, family: str | None = None, tied: bool | None = None, base: BaseModel | None = None
+) -> AdapterFacts:
     """Read the facts of an adapter: a folder, or a file of llama.cpp.
+
+    Args:
+        path: of the adapter.
+        family: see `AdapterFacts`.
+        tied: see `AdapterFacts`.
+        base: see `AdapterFacts`; it gives its family, and whether it is tied.
 
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
     """
+    family, tied = (family, tied) if base is None else (base.family.name, base.tied)
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
-            return AdapterFacts(config, pickle=True, family=family, faults=_number_faults(config))
+            return AdapterFacts(config, pickle=True, family=family, tied=tied, faults=_number_faults(config))
     files = find_adapter(path)
     if files.config is None:
-        return _gguf_facts(files.weights, family)
+        return _gguf_facts(files.weights, family, tied)
     config = read_config(files.config)
     shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
     if files.form == "MLX":
-        return AdapterFacts(config, shapes, form="MLX", family=family)
+        return AdapterFacts(config, shapes, form="MLX", family=family, tied=tied)
     tensors = tuple(parse_tensor_name(key) for key in shapes)
     faults = _number_faults(config) or _tensor_faults(config, shapes, tensors)
-    return AdapterFacts(config, shapes, tensors, family=family, faults=faults)
+    return AdapterFacts(config, shapes, tensors, family=family, tied=tied, base=base, faults=faults)
 
 
-def _gguf_facts(path: Path, family: str | None) -> AdapterFacts:
+def _gguf_facts(path: Path, family: str | None, tied: bool | None) -> AdapterFacts:
     header = open_gguf_adapter(path).header
     shapes = {name: info.shape for name, info in header.tensors.items()}
     tensors = tuple(parse_gguf_name(name) for name in shapes)
     faults = _pair_faults(shapes, tensors)
-    return AdapterFacts(header.metadata, shapes, tensors, form="GGUF", family=family, faults=faults)
+    return AdapterFacts(header.metadata, shapes, tensors, form="GGUF", family=family, tied=tied, faults=faults)
 
 
 def _is_lora(config: Mapping[str, Any]) -> bool:

@@ -5,9 +5,10 @@
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine, alpha_over_rank, note_pickle, only_plain_lora, only_tensors
 from jcrosslora.adapter.kinds.config_tables import ALORA
-from jcrosslora.adapter.names import text_module_name
+from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.read_gguf import TYPE
 from jcrosslora.checkpoint.gguf_names import architecture
+from jcrosslora.checkpoint.wrapped import text_module_name
 
 
 def note_convert(facts: AdapterFacts) -> str | None:
@@ -15,9 +16,34 @@ def note_convert(facts: AdapterFacts) -> str | None:
     return "write it with `jcrosslora export --profile gguf`, or convert it with convert_lora_to_gguf.py"
 
 
+def no_norms(facts: AdapterFacts) -> str | None:
+    norms = [tensor.key for tensor in facts.tensors if _is_norm(tensor)]
+    return f"it loads the file without its trained norms ({norms[0]!r})" if norms else None
+
+
+def no_tied_embedding(facts: AdapterFacts) -> str | None:
+    if facts.tied is False or not any(tensor.kind == "embedding" for tensor in facts.tensors):
+        return None
+    ends = "it aborts on the LoRA of an embedding that is the output head too"
+    return ends if facts.tied else f"{ends}: check with --base whether this one is"
+
+
+def no_tied_head(facts: AdapterFacts) -> str | None:
+    has = facts.tied is True and _has_head(facts)
+    return "the LoRA of an output head that the base ties to its embedding is refused" if has else None
+
+
 def note_head(facts: AdapterFacts) -> str | None:
-    has = any(text_module_name(module) == "lm_head" for module in facts.factors("A"))
-    return "the LoRA of lm_head is refused if the base ties it to the embedding" if has else None
+    has = facts.tied is None and _has_head(facts)
+    return "the LoRA of the output head is refused if the base ties that to its embedding" if has else None
+
+
+def _is_norm(tensor: TensorName) -> bool:
+    return tensor.kind not in "AB" and "norm" in tensor.module
+
+
+def _has_head(facts: AdapterFacts) -> bool:
+    return any(text_module_name(module) in ("lm_head", "output.weight") for module in facts.factors("A"))
 
 
 def type_is_lora(facts: AdapterFacts) -> str | None:
@@ -31,10 +57,16 @@ def same_architecture(facts: AdapterFacts) -> str | None:
     return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted!r}" if other else None
 
 
-GGUF_RULES = (type_is_lora, only_tensors("A", "B", "embedding", norms=True), same_architecture)
+_TENSORS = (no_norms, no_tied_embedding, no_tied_head)
+GGUF_RULES = (type_is_lora, only_tensors("A", "B", "embedding", skipped=_is_norm), same_architecture, *_TENSORS)
 OF_PEFT = Engine(
     "llama.cpp",
-    (only_plain_lora(ALORA), only_tensors("A", "B", "embedding", "copy", norms=True), alpha_over_rank),
+    (
+        only_plain_lora(ALORA),
+        only_tensors("A", "B", "embedding", "copy", skipped=_is_norm),
+        alpha_over_rank,
+        *_TENSORS,
+    ),
     (note_pickle, note_convert, note_head),
 )
-OF_GGUF = Engine("llama.cpp", GGUF_RULES, form="GGUF")
+OF_GGUF = Engine("llama.cpp", GGUF_RULES, (note_head,), form="GGUF")

@@ -3,8 +3,9 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_names
 from jcrosslora.adapter.engines.rules import Engine, no_parts_between_factors, note_pickle
-from jcrosslora.adapter.kinds.config_tables import KNOWN_TYPES
+from jcrosslora.adapter.kinds.config_tables import KNOWN_TYPES, RANDOM_PISSA, VARIANTS
 from jcrosslora.adapter.names import PREFIX
 
 
@@ -17,10 +18,19 @@ def prefix(facts: AdapterFacts) -> str | None:
     return f"tensor names must start with {PREFIX!r}, {bare[0]!r} does not" if bare else None
 
 
+def no_random_init(facts: AdapterFacts) -> str | None:
+    random = VARIANTS[RANDOM_PISSA](facts.config)
+    return "it draws the random SVD of pissa_niter_N anew, and so changes the base in another way" if random else None
+
+
 def note_changed_base(facts: AdapterFacts) -> str | None:
     init = str(facts.config.get("init_lora_weights")).lower()
     changes = init.startswith(("pissa", "olora", "corda", "loftq"))
     return f"init_lora_weights {init} changes the base weights when the adapter is loaded" if changes else None
 
 
-PEFT = Engine("PEFT", (known_type, prefix, no_parts_between_factors), (note_pickle, note_changed_base))
+PEFT = Engine(
+    "PEFT",
+    (known_type, prefix, no_parts_between_factors, no_random_init, same_names()),
+    (note_pickle, note_changed_base),
+)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.kinds.config_tables import VARIANTS
+from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.patterns import module_alpha, module_rank
 
 Rule = Callable[[AdapterFacts], str | None]
@@ -33,9 +34,11 @@ def only_plain_lora(*supported: str) -> Rule:
     return rule
 
 
-def only_tensors(*kinds: str, norms: bool = False) -> Rule:
+def only_tensors(*kinds: str, skipped: Callable[[TensorName], bool] = lambda _: False) -> Rule:
+    """For an engine that refuses all other tensors, except those that it skips."""
+
     def rule(facts: AdapterFacts) -> str | None:
-        other = [t for t in facts.tensors if t.kind not in kinds and not (norms and "norm" in t.module)]
+        other = [tensor for tensor in facts.tensors if tensor.kind not in kinds and not skipped(tensor)]
         return f"tensor {other[0].key!r} is not one of a LoRA ({len(other)} such tensors)" if other else None
 
     return rule

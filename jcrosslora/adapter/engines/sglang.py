@@ -12,6 +12,14 @@ from jcrosslora.adapter.engines.rules import (
     overriding_modules,
 )
 
+_ALL = ("all-linear", "all")
+
+
+def listed_targets(facts: AdapterFacts) -> str | None:
+    targets = facts.config.get("target_modules")
+    listed = isinstance(targets, list) or targets in _ALL
+    return None if listed else f"target_modules is {str(targets)[:60]!r}, it takes a list of names: list their endings"
+
 
 def no_patterns(facts: AdapterFacts) -> str | None:
     return "it refuses ranks or alphas that differ between modules" if overriding_modules(facts) else None
@@ -22,11 +30,18 @@ def no_rslora(facts: AdapterFacts) -> str | None:
     return "it ignores use_rslora: the update would be sqrt(r) too weak, without an error" if wrong else None
 
 
+def note_all_targets(facts: AdapterFacts) -> str | None:
+    stated = facts.config.get("target_modules")
+    return f"older releases need --lora-target-modules beside target_modules {stated!r}" if stated in _ALL else None
+
+
 def note_tensors(facts: AdapterFacts) -> str | None:
     other = only_tensors("A", "B", "embedding")(facts)
     return f"{other}; whether it is read is not known" if other else None
 
 
 SGLANG = Engine(
-    "SGLang", (only_plain_lora(), no_parts_between_factors, no_patterns, no_rslora), (note_pickle, note_tensors)
+    "SGLang",
+    (only_plain_lora(), listed_targets, no_parts_between_factors, no_patterns, no_rslora),
+    (note_pickle, note_all_targets, note_tensors),
 )

@@ -56,8 +56,13 @@ def _init_starts(prefix: str) -> Callable[[Config], bool]:
     return lambda config: str(config.get("init_lora_weights")).lower().startswith(prefix)
 
 
+def _init_is(name: str) -> Callable[[Config], bool]:
+    return lambda config: str(config.get("init_lora_weights")).lower() == name
+
+
 DORA = "DoRA (use_dora)"
 PISSA = "PiSSA (init_lora_weights)"
+RANDOM_PISSA = "PiSSA of a random SVD (init_lora_weights pissa_niter_N)"
 OLORA = "OLoRA (init_lora_weights)"
 CORDA = "CorDA (init_lora_weights)"
 LOFTQ = "LoftQ (init_lora_weights)"
@@ -75,7 +80,8 @@ BEAM = "BeamLoRA (use_beamlora)"
 # Name, as its users know it -> whether it applies to a configuration.
 VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     DORA: _truthy("use_dora"),
-    PISSA: _init_starts("pissa"),
+    PISSA: _init_is("pissa"),
+    RANDOM_PISSA: _init_starts("pissa_niter_"),
     OLORA: _init_starts("olora"),
     CORDA: _init_starts("corda"),
     LOFTQ: _init_starts("loftq"),
@@ -93,19 +99,25 @@ VARIANTS: Mapping[str, Callable[[Config], bool]] = {
 
 
 _CONVERT = "convert it with peft first (peft.save_as_lora(path, model, rank)) and load the result"
+_MERGE = (
+    "peft has no conversion to LoRA for it, so it cannot be moved: use it on its own base, or merged into that "
+    "(merge_and_unload() of peft), or train a plain LoRA adapter instead"
+)
 _RETRAIN = "no conversion exists; train a plain LoRA adapter instead"
 
 _MUTATES = "its training changed the base weights, and the change is not in the adapter"
 _SAVE_CONVERTED = (
-    "save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) and load the result"
+    "load what peft's save_pretrained(..., path_initial_model_for_weight_conversion=...) saves, which needs the "
+    "adapter as it was before training; without that one, train anew"
 )
 
 # Variant of LORA -> why it is not dW = scale B A, and what the user can do.
 REFUSED: Mapping[str, tuple[str, str]] = {
+    RANDOM_PISSA: (f"{_MUTATES}: peft draws another random SVD on each load", _SAVE_CONVERTED),
     CORDA: (_MUTATES, _SAVE_CONVERTED),
     LOFTQ: (_MUTATES, _RETRAIN),
     QALORA: ("its A reads pooled groups of inputs", _RETRAIN),
-    BDLORA: ("its factors are block-diagonal", _CONVERT),
+    BDLORA: ("its factors are block-diagonal", _MERGE),
     KASA: ("it truncates the base weights", _RETRAIN),
     ARROW: ("it routes between several adapters", _RETRAIN),
     MONTECLORA: ("its factors are random variables", _RETRAIN),
@@ -124,35 +136,32 @@ PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal
 _TOKENS = "it adds trained vectors to the model's input and changes no weight matrix"
 _ROTATES = "it rotates weight matrices, a change of full rank"
 _ROUTES = "it routes between several adapters"
+_FORM = "its update is not stored as two factors"
 
-# peft type -> why its update cannot be read, and what the user can do.
+# peft type -> why its update cannot be read, and what the user can do; what peft 0.21 converts was tried.
 _REFUSED_TYPES: Mapping[str, tuple[str, str]] = {
-    "PROMPT_TUNING": (_TOKENS, _RETRAIN),
-    "MULTITASK_PROMPT_TUNING": (_TOKENS, _RETRAIN),
-    "P_TUNING": (_TOKENS, _RETRAIN),
-    "PREFIX_TUNING": (_TOKENS, _RETRAIN),
-    "ADAPTION_PROMPT": (_TOKENS, _RETRAIN),
-    "CARTRIDGE": (_TOKENS, _RETRAIN),
-    "CPT": (_TOKENS, _RETRAIN),
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"), (_TOKENS, _RETRAIN)),
+    **dict.fromkeys(("ADAPTION_PROMPT", "CARTRIDGE", "CPT"), (_TOKENS, _RETRAIN)),
     "LN_TUNING": ("it changes norms alone", _RETRAIN),
+    "BEFT": ("it changes biases alone", _RETRAIN),
     "TRAINABLE_TOKENS": ("it changes rows of the embedding alone", _RETRAIN),
-    "XLORA": (_ROUTES, _RETRAIN),
-    "POLY": (_ROUTES, _RETRAIN),
-    "IA3": ("it rescales activations, a change of full rank", _CONVERT),
-    "HIRA": ("it multiplies the weights entry by entry, a change of full rank", _CONVERT),
-    "OFT": (_ROTATES, _CONVERT),
-    "BOFT": (_ROTATES, _CONVERT),
-    "HRA": (_ROTATES, _CONVERT),
-    "ROAD": (_ROTATES, _CONVERT),
+    **dict.fromkeys(("LILY", "POLY", "XLORA"), (_ROUTES, _RETRAIN)),
+    "SHADOW": ("its change of the weights depends on the input", _RETRAIN),
+    "IA3": ("it rescales activations, a change of full rank", _MERGE),
+    "HIRA": ("it multiplies the weights entry by entry, a change of full rank", _MERGE),
+    **dict.fromkeys(("BOFT", "HRA", "OFT", "ROAD"), (_ROTATES, _MERGE)),
+    **dict.fromkeys(("ADAMSS", "DEFT", "FROD", "GLORA", "OSF", "PEANUT", "PVERA", "SHIRA"), (_FORM, _MERGE)),
+    "SUPERTUNING": (_FORM, _MERGE),
     "PSOFT": (_ROTATES, _CONVERT),
     "FOURIERFT": ("its frequencies are drawn by torch", _CONVERT),
+    **dict.fromkeys(("C3A", "DELORA", "GRALORA", "MISS", "RANDLORA", "TINYLORA", "WAVEFT"), (_FORM, _CONVERT)),
 }
 
 
 def why_refused(peft_type: str) -> str:
     """Say why an adapter of a `peft_type`, in capitals, is not read, and what to do about it."""
-    why, cure = _REFUSED_TYPES.get(peft_type, ("", f"where peft supports it, {_CONVERT}"))
-    return f"{why}; {cure}" if why else cure
+    why, cure = _REFUSED_TYPES.get(peft_type, ("it is not known", f"if peft knows it, {_CONVERT}"))
+    return f"{why}; {cure}"
 
 
 # Every peft_type of peft 0.21.

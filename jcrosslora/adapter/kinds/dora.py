@@ -52,7 +52,7 @@ def _magnitude(file: AdapterFile, module: str, factors: LoRAFactors) -> np.ndarr
     rows, _ = factors.shape
     if magnitude.shape != (rows,):
         msg = f"{file.path}: module {module!r} has {magnitude.shape[0]} magnitudes for {rows} rows"
-        msg += ": magnitudes of the other axis (LyCORIS's dora_scale) are not supported; convert it with peft first"
+        msg += ": magnitudes of the other axis (LyCORIS's dora_scale) are not supported; save it as a DoRA of peft"
         raise AdapterError(msg)
     return magnitude
 

@@ -46,7 +46,7 @@ class Kind:
     check: Callable[[Config, str], None]
     applies: Callable[[Config, Collection[str]], bool] = lambda *_: True
     over: tuple[str, ...] = ()
-    remark: Callable[[Config], str] = lambda _: ""
+    remark: str = ""
 
 
 def each_module(

@@ -19,7 +19,7 @@ import numpy as np
 from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.kinds import config_tables
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
-from jcrosslora.adapter.kinds.kind import Config, Kind, Update, each_module
+from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.kinds.plain import read_factors
 from jcrosslora.adapter.kinds.truncate import truncate_product
 from jcrosslora.linalg import decompose
@@ -53,12 +53,6 @@ def _reader(kind: str, basis: Basis, *, scaled: bool) -> Callable[[AdapterFile, 
     return read
 
 
-def _pissa_remark(config: Config) -> str:
-    if str(config.get("init_lora_weights")).lower() == "pissa":
-        return ""
-    return "its random SVD is not recorded, the exact SVD was used in its place"
-
-
 PISSA = Kind(
     name="PiSSA",
     peft_type="LORA",
@@ -66,7 +60,6 @@ PISSA = Kind(
     read=each_module(_reader("PiSSA", _singular_vectors, scaled=False)),
     check=check_lora,
     applies=lambda config, _: config_tables.VARIANTS[config_tables.PISSA](config),
-    remark=_pissa_remark,
 )
 
 OLORA = Kind(

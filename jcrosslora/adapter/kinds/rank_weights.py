@@ -84,5 +84,5 @@ BEAM = Kind(
     read=each_module(_read_beam),
     check=check_lora,
     applies=lambda config, parts: config_tables.VARIANTS[config_tables.BEAM](config) or "lora_gate" in parts,
-    remark=lambda _: f"its temperature is not in the file, its repository's default of {_TEMPERATURE} was taken",
+    remark=f"its temperature is not in the file, its repository's default of {_TEMPERATURE} was taken",
 )

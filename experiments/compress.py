@@ -1,0 +1,109 @@
+"""Compress a base in several ways, to move adapters of the whole base onto the results.
+
+    python experiments/compress.py BASE.gguf OUT [--how bf16 q4_0 rtn4-64 rtn3-32 pruned50 ...]
+
+For each way a GGUF file OUT/NAME.gguf with the metadata and the tokenizer of BASE. bf16 is the whole base, whatever
+BASE itself was rounded to. q4_0 and the other types that the gguf package can write are stored as such, with the
+embedding in Q8_0. rtnBITS-BLOCK rounds to the nearest of 2^BITS even levels between the ends of each block, and
+prunedP sets the smallest P% of the numbers of every matrix to zero; both leave the embedding as it is, and are stored
+as float16. Norms are never changed. Prints the relative error of the matrices of all layers together.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType
+
+WAYS = ("bf16", "q4_0", "rtn4-64", "rtn3-32", "pruned50")
+Compress = Callable[[np.ndarray], tuple[np.ndarray, Kind]]
+
+
+def compressor(how: str) -> Compress:
+    """Return what makes the stored form of a matrix, bytes or float16, with its type.
+
+    Raises:
+        ValueError: the way is unknown.
+    """
+    if found := re.fullmatch(r"rtn([2-8])-(\d+)", how):
+        bits, block = map(int, found.groups())
+        return lambda x: (round_to_nearest(x, bits, block).astype(np.float16), Kind.F16)
+    if found := re.fullmatch(r"pruned(\d\d)", how):
+        share = int(found[1]) / 100
+        return lambda x: (prune(x, share).astype(np.float16), Kind.F16)
+    kind = Kind.__members__.get(how.upper())
+    if kind is None:
+        msg = f"{how!r} is unknown; wanted a type of ggml such as q4_0, rtnBITS-BLOCK such as rtn3-32, or pruned50"
+        raise ValueError(msg)
+    return lambda x: (gguf.quants.quantize(x, kind), kind)
+
+
+def round_to_nearest(x: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """Round each block of a row (O, I) to even levels from its smallest to its largest number."""
+    parts = x.reshape(-1, block)
+    low, high = parts.min(axis=1, keepdims=True), parts.max(axis=1, keepdims=True)
+    step = np.maximum((high - low) / (2**bits - 1), np.finfo(np.float32).tiny)
+    return (low + step * np.round((parts - low) / step)).reshape(x.shape)
+
+
+def prune(x: np.ndarray, share: float) -> np.ndarray:
+    """Set the smallest numbers of a matrix to zero."""
+    return np.where(np.abs(x) < np.quantile(np.abs(x), share), np.float32(0), x)
+
+
+def copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    """Write all metadata of a file but the fields of the container."""
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, inner)
+
+
+def write(source: Path, out: Path, how: str) -> float:
+    """Write a compressed copy of a GGUF file; return the relative error of its layers' matrices."""
+    reader, compress = gguf.GGUFReader(source), compressor(how)
+    writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
+    copy_metadata(reader, writer)
+    error = size = 0.0
+    for tensor in reader.tensors:
+        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1]).astype(np.float32)
+        if x.ndim != 2:
+            stored, kind = x, Kind.F32
+        elif tensor.name.startswith("blk."):
+            stored, kind = compress(x)
+            read = gguf.quants.dequantize(stored, kind).reshape(x.shape)
+            error, size = error + float(np.sum((read - x) ** 2)), size + float(np.sum(x**2))
+        else:
+            kind = {"b": Kind.BF16, "q": Kind.Q8_0}.get(how[0], Kind.F16)
+            stored = gguf.quants.quantize(x, kind)
+        writer.add_tensor(tensor.name, stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return (error / size) ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--how", nargs="+", default=list(WAYS))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for how in arguments.how:
+        try:
+            error = write(arguments.base, arguments.out / f"{how}.gguf", how)
+        except ValueError as wrong:
+            parser.error(str(wrong))
+        print(f"{how}: relative error {error:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Names of the modules and tensors of a model, the same in every family."""
+
+from collections.abc import Mapping
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Logical name of each role in a layer, the same in every family.
+ROLE_PATHS: Mapping[str, str] = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
+
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+UNGATED_MLP = ("up_proj", "down_proj")

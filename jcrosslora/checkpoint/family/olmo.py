@@ -1,0 +1,32 @@
+"""OLMo 2 and 3: norms behind attention and MLP alone, and of all heads of queries and keys together."""
+
+from functools import partial
+
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.names import ATTENTION
+from jcrosslora.checkpoint.family.record import POST_NORMS, QK_NORMS, Family
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
+
+_olmo = partial(
+    Family,
+    norms=POST_NORMS | QK_NORMS,
+    qk_norms="whole",
+    bias_keys={"attention_bias": ATTENTION},
+    eps=Number("rms_norm_eps", 1e-5),
+)
+
+OLMO2 = _olmo(
+    name="olmo2",
+    architectures=("Olmo2ForCausalLM",),
+    gguf=Gguf("olmo2"),
+    keys=words("attention_bias"),
+)
+OLMO3 = _olmo(
+    name="olmo3",
+    architectures=("Olmo3ForCausalLM",),
+    gguf=Gguf("olmo2"),
+    windows=Windows(period=4),
+    # Its class reads `rope_theta` for the layers of full attention alone.
+    positions=Positions(theta=500_000.0, local_theta=500_000.0),
+    keys=words("attention_bias sliding_window layer_types"),
+)

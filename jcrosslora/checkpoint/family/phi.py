@@ -1,0 +1,43 @@
+"""Phi 1 to 2, whose blocks are parallel, and Phi 3 to 4, whose class is Phi 3's."""
+
+from jcrosslora.checkpoint.family.names import ATTENTION, QKV, UNGATED_MLP
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
+
+PHI = Family(
+    name="phi",
+    architectures=("PhiForCausalLM",),
+    gguf=Gguf("phi2"),
+    roles=(*ATTENTION, *UNGATED_MLP),
+    fused={"self_attn.dense": ("o_proj",), "mlp.fc1": ("up_proj",), "mlp.fc2": ("down_proj",)},
+    norms={"attn": "input_layernorm", "q": "self_attn.q_layernorm", "k": "self_attn.k_layernorm"},
+    final_norm="model.final_layernorm",
+    norm="layer",
+    norm_biases=True,
+    qk_norm_key="qk_layernorm",
+    parallel=True,
+    biases=(*ATTENTION, *UNGATED_MLP),
+    head_bias=True,
+    activation="gelu_new",
+    eps=Number("layer_norm_eps", 1e-5),
+    positions=Positions(share=0.5),
+    keys=frozenset({"layer_norm_eps", "qk_layernorm", "partial_rotary_factor"}),
+)
+PHI3 = Family(
+    name="phi3",
+    architectures=("Phi3ForCausalLM",),
+    gguf=Gguf("phi3"),
+    fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("gate_proj", "up_proj")},
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=None, listed=False),
+    # The first releases call longrope "su" or "yarn".
+    positions=Positions(share=1.0, outer_original=4096, aliases={"su": "longrope", "yarn": "longrope"}),
+    keys=frozenset({"sliding_window", "original_max_position_embeddings", "partial_rotary_factor"}),
+    fixed={
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "lm_head_bias": (False,),
+        "full_attn_mod": (1,),
+        "interpolate_factor": (1,),
+    },
+)

@@ -1,0 +1,116 @@
+"""The record of one architecture: names of its tensors, its numbers, and its configuration keys."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jcrosslora.checkpoint.family.names import ATTENTION, QKV, ROLES
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
+
+PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
+QK_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
+_EPS, _POSITIONS = Number("rms_norm_eps", 1e-6), Positions()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of dense decoders. The defaults are those of Llama.
+
+    Attributes:
+        name: the `model_type` of its configuration.
+        architectures: accepted values in `architectures`.
+        roles: the linear modules of a layer, in the order of `ROLES`; an MLP without a gate lacks "gate_proj".
+        fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
+            name is not that of `ROLE_PATHS` holds one role.
+        norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
+            "q" and "k" of queries and keys.
+        final_norm: the norm in front of the output head.
+        norm: "rms", or "layer", which subtracts the mean first.
+        norm_biases: whether norms have a bias.
+        gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
+        qk_norms: whether queries and keys are normalised for each head, for all heads together, or for each head behind
+            the rotation.
+        qk_norm_key: configuration key without which there are no norms "q" and "k"; None if there always are.
+        parallel: whether attention and MLP read the same normed input, and both are added to it.
+        biases: roles that always have a bias.
+        bias_keys: configuration key -> roles that have a bias if it is true.
+        head_bias: whether the output head has a bias.
+        tied: whether the head is the embedding if the configuration does not say.
+        activation: default of the activation.
+        activation_key: its configuration key.
+        activation_aliases: name in configurations -> the activation that it stands for, where the two differ.
+        activation_tensors: tensors of a layer that the activation reads, of one number each -> that number where a
+            checkpoint leaves it out, None if it must not.
+        eps: added to the mean square in every norm.
+        attn_scale: factor on the attention scores; None is head size ** -0.5.
+        embedding_scale: factor on the embedding; None is 1, as for the next two.
+        residual_scale: factor on what attention and MLP add to the residual stream.
+        logit_scale: factor on the logits.
+        attn_soft_cap: soft cap of the attention scores, if any.
+        final_soft_cap: soft cap of the logits, if any.
+        windows: which layers have sliding windows; None if none has.
+        positions: its rotary positions.
+        gguf: its form in GGUF files; None if these cannot be read.
+        keys: configuration keys that are understood beside `COMMON_KEYS` and `HARMLESS_KEYS`.
+        fixed: configuration key -> values that do not change the meaning of the weights; others are refused.
+        defaults: values of keys that a configuration may omit.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    roles: tuple[str, ...] = ROLES
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+    final_norm: str = "model.norm"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_biases: bool = False
+    gain_offset: float = 0.0
+    qk_norms: Literal["head", "whole", "rotated"] = "head"
+    qk_norm_key: str | None = None
+    parallel: bool = False
+    biases: tuple[str, ...] = ()
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head_bias: bool = False
+    tied: bool = False
+    activation: str = "silu"
+    activation_key: str = "hidden_act"
+    activation_aliases: Mapping[str, str] = field(default_factory=dict)
+    activation_tensors: Mapping[str, float | None] = field(default_factory=dict)
+    eps: Number = _EPS
+    attn_scale: Number | None = None
+    embedding_scale: Number | None = None
+    residual_scale: Number | None = None
+    logit_scale: Number | None = None
+    attn_soft_cap: Number | None = None
+    final_soft_cap: Number | None = None
+    windows: Windows | None = None
+    positions: Positions = _POSITIONS
+    gguf: Gguf | None = None
+    keys: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the roles that have a bias in a model of this configuration."""
+        switched = (role for key, roles in self.bias_keys.items() if config.get(key) for role in roles)
+        return tuple(dict.fromkeys((*self.biases, *switched)))
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head is the embedding in a model of this configuration."""
+        return bool(config.get("tie_word_embeddings", self.tied))
+
+    def layer_norms(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Return `norms` of a model of this configuration."""
+        if self.qk_norm_key is None or config.get(self.qk_norm_key):
+            return dict(self.norms)
+        return {name: norm for name, norm in self.norms.items() if name not in QK_NORMS}
+
+    def stream_norm(self, role: str) -> str | None:
+        """Return the norm between the residual stream and a module, None if there is none.
+
+        For q, k, v, gate and up it is the norm in front of the module, for o and down the one behind it.
+        """
+        if role in ATTENTION:
+            return self.norms.get("attn" if role in QKV else "attn_post")
+        return self.norms.get("mlp_post" if role == "down_proj" else "attn" if self.parallel else "mlp")

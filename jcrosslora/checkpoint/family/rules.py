@@ -1,0 +1,95 @@
+"""Rules by which a family reads numbers, windows and rotary positions from a configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Number:
+    """A positive number that follows from a configuration.
+
+    Attributes:
+        key: its configuration key.
+        default: value where the configuration does not state it; None if it must, or if there is none then.
+        power: of that value, which is the number.
+    """
+
+    key: str
+    default: float | None = None
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which layers see only the last positions; the configuration key of their number is `sliding_window`.
+
+    Attributes:
+        size: default of `sliding_window`.
+        switch: configuration key without which `sliding_window` is ignored.
+        period: the last layer of each period of this many has full attention; None if all layers have windows.
+        period_keys: configuration keys of the period.
+        first: configuration key of the number of layers in front without windows, and its default.
+        unrotated: whether the layers without positions are those with windows.
+        listed: whether `layer_types` counts; if not, it must not contradict the rest.
+    """
+
+    size: int | None = 4096
+    switch: str | None = None
+    period: int | None = None
+    period_keys: tuple[str, ...] = ()
+    first: tuple[str, int] | None = None
+    unrotated: bool = False
+    listed: bool = True
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How the rotary positions differ from those of Llama.
+
+    Attributes:
+        theta: default base of the frequencies.
+        local_theta: default base in layers with windows, if these have settings of their own, which `rope_theta` and
+            `rope_scaling` do not change; else None.
+        local_theta_key: configuration key of that base.
+        settings: rope settings where the configuration states none.
+        share: default share of a head's features that are rotated; None if it is always the whole.
+        interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
+        unrotated: layers without positions: those with a 0 in `no_rope_layers`, by default each fourth; "full", those
+            of full attention; "full beside windows", the same if there is a `sliding_window`; None for no layer.
+        types: rope types beside those of all families.
+        aliases: other names of rope types.
+        outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
+        grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
+    """
+
+    theta: float = 10_000.0
+    local_theta: float | None = None
+    local_theta_key: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    share: float | None = None
+    interleaved: bool = False
+    unrotated: Literal["no_rope_layers", "full", "full beside windows"] | None = None
+    types: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    outer_original: int | None = None
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's converter stores models of a family.
+
+    Attributes:
+        architecture: `general.architecture`.
+        permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
+        names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
+        numbers: configuration key -> metadata key of a number.
+        arrays: tensor of a layer of one number -> key, without the architecture, of the list of those of all layers.
+    """
+
+    architecture: str
+    permuted: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    arrays: Mapping[str, str] = field(default_factory=dict)

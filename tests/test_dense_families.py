@@ -1,0 +1,120 @@
+"""Compare every dense family beyond the first seven with transformers and peft, on tiny models."""
+
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_models import VARIANTS, dense_model
+from safetensors.numpy import load_file
+from tiny_models import torch, transformers
+
+import jcrosslora as jcl
+from jcrosslora.adapter import load_adapter, save_adapter
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder.forward import extend_cache
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and those of one step with a cache
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def case(request, tmp_path_factory):
+    """A model in torch, alone and with an adapter that peft made, and what is read from the same files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    dense_model(request.param).save_pretrained(folder / "base")
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
+    model = load(attn_implementation="eager").eval()
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
+    adapted.save_pretrained(folder / "adapter")
+    base = open_base(folder / "base")
+    adapter = load_adapter(folder / "adapter", base)
+    return SimpleNamespace(
+        folder=folder,
+        model=model,
+        adapted=adapted,
+        base=base,
+        adapter=adapter,
+        stacked=stack_adapter(adapter, base),
+        settings=settings_of(base),
+        params=load_params(base),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def run(settings, params, tokens, adapter):
+    output = forward(settings, params, tokens, adapter=adapter, capture=frozenset({"residual"}))
+    return logits(settings, params, output.hidden), output.captured["residual"]
+
+
+@partial(jax.jit, static_argnums=0)
+def run_piece(settings, params, cache, tokens, positions, adapter):
+    hidden, cache = extend_cache(settings, params, cache, tokens, (positions, positions), adapter)
+    return logits(settings, params, hidden), cache
+
+
+def torch_run(model):
+    with torch.no_grad():
+        out = model(input_ids=torch.from_numpy(TOKENS).long(), use_cache=False, output_hidden_states=True)
+    return out.logits.numpy(), torch.stack(out.hidden_states).numpy()
+
+
+def test_logits_and_residual_stream_match_torch_with_and_without_an_adapter_of_peft(case):
+    nothing = jax.tree.map(jnp.zeros_like, case.stacked)
+    (plain, stream), (wanted, hidden) = run(case.settings, case.params, TOKENS, nothing), torch_run(case.model)
+    np.testing.assert_allclose(plain, wanted, **CLOSE)
+    np.testing.assert_allclose(stream[:-1], hidden[:-1], **CLOSE)  # transformers ends with the final norm
+    found, _ = run(case.settings, case.params, TOKENS, case.stacked)
+    wanted, _ = torch_run(case.adapted)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+    assert np.abs(np.asarray(found) - np.asarray(plain)).max() > 0.05
+
+
+def test_decoding_with_a_cache_equals_the_whole_pass(case):
+    whole, _ = run(case.settings, case.params, TOKENS, case.stacked)
+    cache = init_cache(case.settings, len(TOKENS), LENGTH)
+    for start in range(0, LENGTH, PIECE):
+        positions = jnp.broadcast_to(jnp.arange(start, start + PIECE, dtype=jnp.int32), (len(TOKENS), PIECE))
+        piece = TOKENS[:, start : start + PIECE]
+        found, cache = run_piece(case.settings, case.params, cache, piece, positions, case.stacked)
+        np.testing.assert_allclose(found, whole[:, start : start + PIECE], **CLOSE)
+
+
+def test_the_residual_stream_has_the_dtype_of_bfloat16_weights(case):
+    def half(array):
+        return jax.ShapeDtypeStruct(array.shape, jnp.bfloat16)
+
+    names = ("embedding", "head", "weights", "biases")
+    halves = {name: jax.tree.map(half, getattr(case.params, name)) for name in names}
+    params = dataclasses.replace(case.params, **halves)
+    scores, stream = jax.eval_shape(partial(run, case.settings), params, TOKENS, case.stacked)
+    assert (scores.dtype, stream.dtype) == (jnp.float32, jnp.bfloat16)
+
+
+def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
+    held = [whole for whole, parts in case.base.fused.items() if len(parts) > 1]
+    split = jcl.Adapter({name: f for name, f in case.adapter.modules.items() if name not in held})
+    save_adapter(split, tmp_path / "out", fused=case.base.fused, all_modules=list(case.base.modules))
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    wanted = load_file(case.folder / "adapter" / "adapter_model.safetensors")
+    assert set(found) == {key for key in wanted if not any(whole in key for whole in held)}
+    for key in (key for key in found if key.endswith("lora_A.weight")):
+        other = key.replace("lora_A", "lora_B")
+        np.testing.assert_allclose(found[other] @ found[key], 1.5 * wanted[other] @ wanted[key], atol=1e-5)
+
+
+def test_every_tensor_of_the_model_is_known(case):
+    stored = set(case.base.tensor_names())
+    optional = {name for name in stored if name.endswith(("act_fn.beta", "act_fn.eps"))}
+    assert set(expected_shapes(case.base.family, case.base.dims, case.base.config)) == stored - optional
