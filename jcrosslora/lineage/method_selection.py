@@ -86,8 +86,8 @@ def choose_from(
     if structure is not None and not structure.in_place(source):
         by_parts = compare_weights(source, target, structure)
         parts = [part for part in count_parts(structure, source, target) if part.name != "tokens"]
-        nested = by_parts is not None and by_parts.near and all(part.nested for part in parts)
-        if nested and not _as_near(similarity, by_parts):
+        near = by_parts is not None and by_parts.near and all(part.nested for part in parts)
+        if by_parts is not None and near and not _as_near(similarity, by_parts):
             made = f"one of the two bases is made of the other's parts ({_figures(by_parts)})"
             carried = ", so the update is carried over part by part"
             if any(part.used < part.source for part in parts):

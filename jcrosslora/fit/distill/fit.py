@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
@@ -270,7 +271,7 @@ def schedule(share: float) -> float:
 def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> FitState:
     """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
     rng, roles = np.random.default_rng([seed, 2]), {}
-    for role in (role for role in settings.roles if role in params.weights):
+    for role in (role for role in settings.roles or ROLES if role in params.weights):
         layers, rows, columns = params.weights[role].shape
         rank, bound = min(settings.fit_rank, rows, columns), columns**-0.5
         a = jnp.asarray(rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32))

@@ -29,11 +29,12 @@ from jcrosslora.decoder import (
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
+from jcrosslora.fit.distill.closed_form import fit_in_closed_form
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
 from jcrosslora.fit.distill.saved import kept_states
 from jcrosslora.fit.distill.settings import ROUND, DistillSettings
-from jcrosslora.fit.distill.symbols import find_symbols
+from jcrosslora.fit.distill.symbols import Symbols, find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
@@ -79,7 +80,8 @@ def distill(
     that the adapter makes in them (`jcrosslora.fit.distill.teacher.mix_teacher`). They are compared at positions where
     tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
     written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
-    by gradient steps (`jcrosslora.fit.distill.fit`).
+    by gradient steps (`jcrosslora.fit.distill.fit`) or, to its own prompts, those of v and o in closed form
+    (`jcrosslora.fit.distill.closed_form`).
 
     Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
     the target, which are recomputed where they would take more. Time: writing the texts, and for each batch of 4 texts
@@ -130,10 +132,14 @@ def distill(
 
     teacher = Teacher(src, tgt, stacked, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
+    if settings.in_closed_form(given=bool(prompts)):
+        parts = [part for step in range(settings.step_count) if (part := batches[step :: settings.step_count])]
+        fitted = fit_in_closed_form(teacher, parts, judged, settings, begun, begun=clock, seed=seed, progress=progress)
+        return _distilled(fitted, batches, completions, tokenizers[1], symbols, target)
     kept = nullcontext()
     if states is not None and settings.grows:
-        parts = [base.digest() for base in (source, target)], [_digest(one) for one in (adapter, start) if one]
-        kept = kept_states(states, {"fit": digest_of(*parts, prompts, dataclasses.asdict(settings), seed)})
+        digests = [base.digest() for base in (source, target)], [_digest(one) for one in (adapter, start) if one]
+        kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
         fitted = fit(
             teacher,
@@ -147,6 +153,22 @@ def distill(
             seed=seed,
             progress=progress,
         )
+    return _distilled(fitted, batches, completions, tokenizers[1], symbols, target)
+
+
+def _distilled(
+    fitted: Fitted,
+    batches: Sequence[DistillationBatch],
+    completions: Completions,
+    tokenizer: Tokenizer,
+    symbols: Symbols,
+    target: BaseModel,
+) -> Distilled:
+    """Check a fit, and describe it.
+
+    Raises:
+        CheckpointError: the target's predictions were not finite.
+    """
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
     return Distilled(
@@ -155,7 +177,7 @@ def distill(
         positions,
         _sentence(fitted, completions, positions, len(symbols.shared[0])),
         tuple(item.text for item in completions.items),
-        template_of(tokenizers[1]) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
+        template_of(tokenizer) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )
 
 
@@ -212,7 +234,7 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
 
 def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int) -> str:
     first, best = fitted.looks[0].divergence, min(look.divergence for look in fitted.looks)
-    steps = f"fitted in gradient steps to {positions:,} predictions over {tokens:,} shared tokens"
+    steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
     anew = max(look.completions for look in fitted.looks) - len(completions.items)
     further = f", then to {anew:,} more completions" if anew > 0 else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
