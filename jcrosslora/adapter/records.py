@@ -7,6 +7,7 @@ from math import hypot
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
@@ -110,7 +111,7 @@ class Adapter:
     @classmethod
     def tree_unflatten(cls, static: "_Static", children: tuple[dict[str, LoRAFactors]]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(children))
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
         return cls(children[0], static.info.acting() if traced else static.info, static.tokens, static.replaced)
 
     def __repr__(self) -> str:
