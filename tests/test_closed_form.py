@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe_bases import write_base
+from probe_bases import CORPUS, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import UsageError
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -165,11 +166,11 @@ def test_the_drawn_gradients_have_the_fisher_matrix_as_their_mean(tmp_path):
     assert error < 0.15
 
 
-def test_the_fit_to_prompts_that_the_source_wrote_is_in_closed_form(tmp_path):
+def test_closed_form_steps_bring_predictions_towards_the_teacher(tmp_path):
     source = jcl.open_base(write_base(tmp_path / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
-    asked = DistillSettings(step_rank=4, completions=48, answer_tokens=6, compared_tokens=400, discovery=0)
-    found = distill(source, target, random_adapter(source, scale=0.3), settings=asked)
+    asked = DistillSettings(fit="closed-form", step_rank=4, completions=48, answer_tokens=6, compared_tokens=400)
+    found = distill(source, target, random_adapter(source, scale=0.3), prompts=CORPUS, settings=asked)
     divergences = [look.divergence for look in found.looks]
     assert len(divergences) == 1 + 3
     assert divergences == sorted(divergences, reverse=True)
