@@ -23,7 +23,7 @@ MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
 _TRAINED = frozenset({"further trained", "LoRA-merged"})
 # Relative distance of the weights from which a quantised target is fitted. Rounding to the nearest level moves weights
 # of about normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and
-# by 0.01 with 8. A copy is as good as the source from 5 bits on (docs/compressed-bases.md).
+# by 0.01 with 8. What a copy loses there: docs/compressed-bases.md.
 _COMPRESSED = 0.06
 _UNMENDED = "the update is carried over as it is, and what the compression costs remains"
 _STRAY = 1.25  # ratio of distances up to which parts in another place are taken for strays of the match
