@@ -12,10 +12,10 @@ from jcrosslora.methods.update import FinalizeContext, Update
 
 @dataclass(frozen=True)
 class Distill(DistillSettings, Method):
-    """Factors of all modules, fitted by gradient steps to completions of the adapted source."""
+    """An update fitted to completions of the adapted source."""
 
     name: ClassVar[str] = "distill"
-    summary: ClassVar[str] = "all modules, fitted by gradient steps to the adapted source's predictions"
+    summary: ClassVar[str] = "an update fitted to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
     measure: ClassVar[Measure] = "none"

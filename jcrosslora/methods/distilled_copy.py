@@ -12,7 +12,7 @@ class DistilledCopy(Copy, Distill):
     """The unchanged update, then factors of all modules fitted beside it. The teacher is the adapted source alone."""
 
     name: ClassVar[str] = "distilled-copy"
-    summary: ClassVar[str] = "the unchanged update, then all modules fitted to the adapted source's predictions"
+    summary: ClassVar[str] = "the unchanged update, then one fitted beside it to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
 
     teacher_weight: float = 1.0
