@@ -1,7 +1,8 @@
 """Measure whole jobs in chat form: how much of a trained adapter's gain a moved one brings, in what it writes.
 
     python experiments/jobs.py --source SOURCE --target TARGET --data DIR --task snips [--task banking77 ...]
-        --work WORK [--seeds 0 1] [--prompts 0 200] [--method distill --method distill:refit=960] [--control random]
+        --work WORK [--seeds 0 1] [--prompts 0 200]
+        [--method distill --method distill:completions=1260] [--control random]
 
 DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}. For each task and seed a LoRA adapter
 is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data

@@ -45,7 +45,11 @@ VARIANTS = {
     "qwen3": ("qwen3", {}),
     "qwen3-biases": ("qwen3", {"attention_bias": True}),
     "gemma2": ("gemma2", {"num_hidden_layers": 4, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
-    "gemma3": ("gemma3_text", {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE}),
+    "gemma3": (
+        "gemma3_text",
+        # transformers ignores this soft cap.
+        {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE, "attn_logit_softcapping": 0.1},
+    ),
     "phi3": ("phi3", {}),
     "phi3-partial": ("phi3", {"partial_rotary_factor": 0.5}),
     "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),

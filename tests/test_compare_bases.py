@@ -22,6 +22,8 @@ from relatives import (
     with_stream,
     with_tokens,
 )
+from safetensors.numpy import save_file
+from tiny_bases import llama_tensors, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
@@ -33,6 +35,7 @@ SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("f
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
 PRUNED, PERMUTED, UPSCALED = ("pruned",), ("permuted",), ("upscaled",)
 UNSURE = ("further trained or quantised",)
+OTHER_EMBEDDING, OTHER_HEAD, OTHER_TOKENIZER = ("embedding replaced",), ("head replaced",), ("other tokenizer",)
 
 
 def same(made):
@@ -70,8 +73,22 @@ def with_embedding_of(other, made):
     return made.change(lambda name, x: other.tensors[name] if ".layers." not in name and x.ndim == 2 else x)
 
 
-def with_layers_of(made, other, layers):
-    return made.change(lambda name, x: other.tensors[name] if layer_of(name) in layers else x)
+def with_layers_of(made, other, layers, part=""):
+    return made.change(lambda name, x: other.tensors[name] if layer_of(name) in layers and part in name else x)
+
+
+def with_other_head(made):
+    return made.change(lambda name, x: x[::-1].copy() if name == "lm_head.weight" else x)
+
+
+def with_one_number(made):
+    def change(name, x):
+        x = x.copy()
+        if name == "model.layers.1.mlp.up_proj.weight":
+            x[0, 5] += 1e-3
+        return x
+
+    return made.change(change)
 
 
 def with_extra_layers(made, other):
@@ -133,6 +150,7 @@ CASES = {
     "trained, to Q8_0": ("llama", noisy(0.03), ("F32", "Q8_0"), (*TRAINED, *QUANTISED)),
     "trained, to Q4_0": ("llama", noisy(0.03), ("F32", "Q4_0"), UNSURE),
     "both Q4_0, trained between": ("llama", noisy(0.03), ("Q4_0", "Q4_0"), UNSURE),
+    "one number": ("llama", with_one_number, ("F32", "F32"), TRAINED),
     "merged": ("llama", merged(4, 0.01), ("F32", "F32"), MERGED),
     "merged in bfloat16": ("gemma3_text", merged(2, 0.02), ("BF16", "BF16"), MERGED),
     "merged everywhere": ("qwen2", merged(4, 0.01, roles=("q_proj", "o_proj", "up_proj")), ("F32", "F32"), MERGED),
@@ -191,9 +209,10 @@ OTHERS = {
     "the embedding alone": ("llama", with_embedding_of(make(), make(seed=1)), UNRELATED),
     "the norms alone": ("llama", make().change(lambda n, x: x if x.ndim == 1 else x[::-1].copy()), UNRELATED),
     "the family's name alone": ("llama", renamed(make(), "mistral"), SAME),
-    "another embedding": ("llama", with_embedding_of(make(seed=1), make()), TRAINED),
+    "another embedding": ("llama", with_embedding_of(make(seed=1), make()), OTHER_EMBEDDING),
     "more layers": ("llama", with_extra_layers(make(), make(seed=1)), ("extended",)),
     "half of the layers": ("llama", with_layers_of(make(), make(seed=1), (1, 3)), ("pruned", "extended")),
+    "half of the attention": ("llama", with_layers_of(make(), make(seed=1), (1,), "attn"), ("pruned", "extended")),
     "more tokens": ("llama", with_tokens(np.arange(100))(make()), PRUNED),
     "zeros": ("llama", make(seed=1).change(lambda _, x: 0 * x), UNRELATED),
     "heads averaged": ("llama", with_averaged_keys(make()), ("pruned", "extended")),
@@ -227,7 +246,7 @@ def test_relation_of_independent_and_extended_bases_in_both_directions(tmp_path,
     back = compare_bases(target, source)
     turned = {"pruned": "extended", "extended": "pruned"}
     assert set(back.words) == {turned.get(word, word) for word in words}, back.sentence
-    assert (found.choice.method == "copy") == (words in (SAME, TRAINED) or name == "more tokens")
+    assert (found.choice.method == "copy") == (words in (SAME, OTHER_EMBEDDING) or name == "more tokens")
 
 
 def test_independent_bases_are_unrelated(tmp_path):
@@ -294,8 +313,43 @@ def test_equal_layers_with_other_embeddings_are_not_the_same(tmp_path, tokens):
     source, target = make().write(tmp_path / "s"), changed.write(tmp_path / "t")
     for pair in ((source, target), (target, source)):
         found = compare_bases(*pair)
-        assert found.words == TRAINED
-        assert "embed_tokens" in found.sentence
+        assert found.words == OTHER_EMBEDDING
+        assert "the two have nothing in common in the embedding" in found.sentence
+
+
+def test_another_head_on_equal_or_trained_layers_is_named(tmp_path):
+    made = make(tie_word_embeddings=False)
+    source = made.write(tmp_path / "s")
+    for change, words in ((same, OTHER_HEAD), (noisy(0.02), (*TRAINED, *OTHER_HEAD))):
+        found = compare_bases(source, with_other_head(change(made)).write(tmp_path / words[0]))
+        assert found.words == words
+        assert "the two have nothing in common in the head" in found.sentence
+
+
+@pytest.mark.parametrize("swapped", [96, 2, 0])
+def test_equal_weights_under_another_tokenizer_are_not_the_same(tmp_path, swapped):
+    source, target = (write_llama(tmp_path / side) for side in "st")
+    path = target / "tokenizer.json"
+    content = json.loads(path.read_text())
+    order = np.append(np.roll(np.arange(swapped), 1), np.arange(swapped, 96))
+    content["model"]["vocab"] = {f"w{token}": int(place) for token, place in enumerate(order)}
+    path.write_text(json.dumps(content))
+    found = compare_bases(open_base(source), open_base(target))
+    assert found.words == (OTHER_TOKENIZER if swapped else SAME)
+    assert found.choice.method == "copy"
+    assert (f"{swapped} of 96 ids stand for other tokens" in found.sentence) == (swapped > 0)
+
+
+def test_tokens_that_moved_with_their_rows_are_no_other_tokenizer(tmp_path):
+    source, target = (write_llama(tmp_path / side) for side in "st")
+    order = shuffled(96, 3)
+    tensors = llama_tensors()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][np.argsort(order)]
+    save_file(tensors, target / "model.safetensors")
+    content = json.loads((target / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {f"w{token}": int(place) for token, place in enumerate(order)}
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    assert compare_bases(open_base(source), open_base(target)).words == PERMUTED
 
 
 def test_scale_factors_are_listed_in_increasing_order(tmp_path):

@@ -63,12 +63,13 @@ def test_distillation_has_the_steps_that_it_shows(places):
         "measure the effect",
     ]
     assert list(found(places, method="distill", effect="never").steps) == ["align", "write completions", "fit"]
-    refitted = found(places, method=Distill(refit=480), effect="never").steps
-    assert list(refitted) == ["align", "write completions", "fit", "refit"]
-    assert refitted["refit"] > 0
-    assert found(places, method=Distill(budget="5min"), effect="never").steps["refit"] == pytest.approx(300, abs=20)
-    assert found(places, method="distill").rank == 3 * 32
-    assert found(places, method=Distill(refit=480)).rank == 3 * 32 + 16
+    short = found(places, method="distill", effect="never").steps
+    longer = found(places, method=Distill(completions=1200), effect="never").steps
+    assert longer["write completions"] == pytest.approx(short["write completions"], rel=0.5)
+    assert longer["fit"] > 2 * short["fit"]
+    timed = found(places, method=Distill(budget="3h"), effect="never").steps
+    assert timed["write completions"] + timed["fit"] == pytest.approx(3 * 3600, rel=0.01)
+    assert found(places, method=Distill(fit_rank=5)).rank == 5
 
 
 def test_distillation_takes_longer_with_more_completions_and_less_with_given_prompts(places):
@@ -77,19 +78,19 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
     few, many, given = (
         found(places, effect="never", **kind).steps
         for kind in (
-            {"method": "distill"},
-            {"method": "distill", "completions": 600},
-            {"method": "distill", "probe_text": str(texts)},
+            {"method": "distill", "completions": 150},
+            {"method": "distill", "completions": 300},
+            {"method": "distill", "completions": 150, "probe_text": str(texts)},
         )
     )
-    assert many["write completions"] > 1.5 * few["write completions"] > 3 * given["write completions"]
+    assert many["write completions"] > 1.3 * few["write completions"] > 2 * given["write completions"]
     assert many["fit"] > 1.5 * few["fit"] == 1.5 * given["fit"]
 
 
-def test_the_default_fit_takes_as_long_as_some_400_forward_passes(places):
+def test_the_default_fit_takes_as_long_as_some_650_forward_passes(places):
     # One layer takes a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
     steps = found(places, method="distill", effect="never", compared_tokens=1).steps
-    assert 350 < steps["fit"] / 2.6 < 500
+    assert 550 < steps["fit"] / 2.6 < 750
 
 
 def test_memory_is_that_of_both_bases_where_they_run(places):
@@ -149,7 +150,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^method +distill: .+$", shown, re.MULTILINE)
     assert re.search(r"^modules +21$", shown, re.MULTILINE)
-    assert re.search(r"^rank +up to 96$", shown, re.MULTILINE)
+    assert re.search(r"^rank +up to 16$", shown, re.MULTILINE)
     assert re.search(
         r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
     )

@@ -6,6 +6,7 @@ same logits.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -496,8 +497,7 @@ def test_a_tied_base_of_another_form_gets_a_head_of_its_own(tmp_path, kind):
     if kind == "GGUF":
         path, _ = small_llama(tmp_path / "base.gguf")
     else:
-        # transformers passes over such a head where the configuration ties it.
-        path = write_llama(tmp_path / "base", tensors | {"lm_head.weight": np.zeros_like(tensors[name])})
+        path = write_llama(tmp_path / "base", tensors | {"lm_head.weight": tensors[name]})
     base = jcl.open_base(path)
     assert base.tied
     size, width = base.dims.vocab, base.dims.hidden
@@ -513,3 +513,16 @@ def test_a_tied_base_of_another_form_gets_a_head_of_its_own(tmp_path, kind):
     table = base.rows(name, np.arange(size))
     np.testing.assert_allclose(merged.tensor(name), table + 2 * (b @ a).T, atol=1e-5)
     np.testing.assert_array_equal(merged.tensor("lm_head.weight"), table)
+
+
+@pytest.mark.parametrize("form", ["LoRA", "tokens"])
+def test_rows_follow_the_weights_where_a_tokenizer_contradicts_them(tmp_path, bases, form):
+    """Equal weights under a permuted tokenizer: the moved adapter has the source's effect on the same ids."""
+    shutil.copytree(bases / "tied" / "source", bases / "tied" / form)
+    write_tokenizer(bases / "tied" / form, np.random.default_rng(1).permutation(WORDS + SPECIAL), range(0))
+    adapted = make_adapter("tied", form, tmp_path / "adapter")
+    moved = transfer(bases, "tied", tmp_path / "adapter", tmp_path / "out", form)
+    found = peft.PeftModel.from_pretrained(source_model("tied"), str(tmp_path / "out")).eval()
+    every = np.arange(WORDS + SPECIAL)
+    np.testing.assert_allclose(logits(found, every), logits(adapted, every), atol=1e-4)
+    assert any("ids stand for other tokens" in warning for warning in moved.report.warnings)

@@ -119,6 +119,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     info = AdapterInfo(
         name=" + ".join(adapter.info.name for adapter in adapters),
         base_name=adapters[0].info.base_name,
+        prefix=adapters[0].info.prefix,
         ignored=tuple(sentence for adapter in adapters for sentence in adapter.info.ignored),
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.checkpoint.wrapped import TEXT, class_module_name
 from jcrosslora.errors import OutputError, UsageError
 
 FileDtype = Literal["float32", "bfloat16", "float16"]
@@ -118,6 +119,7 @@ class Contents:
         dtype: number format of the file.
         base_name: the base model that it is for, an id or a path.
         base_revision: its revision.
+        prefix: of the names that the base's class gives to modules, see `class_module_name`.
         exclude: modules of the base that have the ending of one in `modules`, but no update.
         family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
@@ -132,6 +134,7 @@ class Contents:
     dtype: FileDtype = "float32"
     base_name: str | None = None
     base_revision: str | None = None
+    prefix: str = TEXT
     exclude: tuple[str, ...] = ()
     family: str | None = None
     heads: tuple[int, int] | None = None
@@ -140,6 +143,10 @@ class Contents:
     frozen: Mapping[str, LoRAFactors] | None = None
     magnitudes: Mapping[str, np.ndarray] | None = None
     tokens: tuple[TokenUpdate, ...] = ()
+
+    def class_name(self, module: str) -> str:
+        """Return the name that the base's class gives to a module."""
+        return class_module_name(module, self.prefix)
 
     @property
     def rank(self) -> int:

@@ -14,6 +14,7 @@ CHANGES = {
     "bias": "trained biases",
     "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
     "full": "whole tensors (modules_to_save)",
+    "other part": "updates of other parts than the text model",
 }
 _SHOWN = 3  # module names in a sentence
 

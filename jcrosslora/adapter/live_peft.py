@@ -6,13 +6,13 @@ from typing import Any
 
 from jcrosslora.adapter.contents import Contents
 from jcrosslora.adapter.fused import Layout, fuse
-from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.opening import open_state_dict
 from jcrosslora.adapter.reading import read_adapter
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.token_files import token_ranks
 from jcrosslora.adapter.write_peft import peft_state
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import prefix_of, text_module_name
 from jcrosslora.errors import AdapterError
 
 
@@ -69,10 +69,12 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     if missing := [name for name in merged if name not in names]:
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
-    modules = {names[name]: factors for name, factors in merged.items()}
-    tensors, config = peft_state(Contents(modules, invocation=adapter.info.invocation, tokens=adapter.tokens))
+    prefix = prefix_of(names[next(iter(merged))])
+    contents = Contents(merged, prefix=prefix, invocation=adapter.info.invocation, tokens=adapter.tokens)
+    tensors, config = peft_state(contents)
     del config["peft_type"]
-    config["target_modules"] = [*modules, *token_ranks(adapter.tokens)]  # by full name: these and no others
+    # By full name: these and no others.
+    config["target_modules"] = [contents.class_name(name) for name in (*merged, *token_ranks(adapter.tokens))]
     try:
         if live is None:
             live = get_peft_model(model, LoraConfig(**config), adapter_name)

@@ -8,12 +8,12 @@ from typing import Any
 
 from jcrosslora.adapter.factors import Array, LoRAFactors
 from jcrosslora.adapter.live_peft import adapter_from_peft
-from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.opening import open_adapter, open_state_dict
 from jcrosslora.adapter.reading import read_adapter
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.adapter.weights import as_numpy
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, UsageError
 
 

@@ -23,6 +23,7 @@ from jcrosslora.adapter.names import PREFIX
 from jcrosslora.adapter.weights import PeftContents, TranslatedWeights
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
+from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.errors import AdapterError, OutputError
 
 _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
@@ -31,7 +32,8 @@ _IN_LAYER = re.compile(r"^model\.layers\.\d+\.(.+)$")
 def write_mlx(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and scale 1.
 
-    In a layer without an update MLX adds LoRA modules of its own, whose B is zero.
+    In a layer without an update MLX adds LoRA modules of its own, whose B is zero. The multimodal classes of mlx_lm
+    hold their text model as `language_model`.
 
     Raises:
         OutputError: a module that is not part of a layer, values that do not fit the dtype.
@@ -39,9 +41,10 @@ def write_mlx(contents: Contents, folder: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, contents.rank)
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = (np.ascontiguousarray(each.T) for each in (a, b))
+        own = name if contents.prefix == TEXT else f"language_model.{name}"
+        tensors[f"{own}.lora_a"], tensors[f"{own}.lora_b"] = (np.ascontiguousarray(each.T) for each in (a, b))
         if contents.magnitudes is not None:  # in float32, as in PEFT's format
-            tensors[f"{name}.m"] = np.ascontiguousarray(contents.magnitudes[name])
+            tensors[f"{own}.m"] = np.ascontiguousarray(contents.magnitudes[name])
     config = {
         "fine_tune_type": "lora" if contents.magnitudes is None else "dora",
         "model": contents.base_name,

@@ -1,9 +1,8 @@
 """Parse the names of tensors in a PEFT adapter file.
 
 Names are `base_model.model.<module>.<part>`, e.g. `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
-Models with several modalities put their text layers under `model.language_model.layers` (transformers 5) or
-`language_model.model.layers` (before); both become `model.layers`, so that an adapter of either spelling fits a
-text-only base.
+Modules of a multimodal class are called as those of its text model, see `checkpoint.wrapped`, so that an adapter of any
+spelling fits any base.
 """
 
 import re
@@ -31,8 +30,6 @@ _OTHER = re.compile(
 )
 # Parts that all modules of such a kind share.
 _SHARED = re.compile(r"^base_model\.(vera_[AB]|vblora_vector_bank|unilora_theta_d)$")
-_TEXT_PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?(?!lm_head)")
-_OUTER_HEAD = re.compile(r"^(?:model\.)?language_model\.lm_head")
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,6 @@ def by_module(tensors: Sequence[TensorName]) -> list[list[TensorName]]:
     for tensor in tensors:
         groups.setdefault(tensor.module, []).append(tensor)
     return list(groups.values())
-
-
-def text_module_name(module: str) -> str:
-    """Spell a module name as text-only models do: `model.layers...`, `lm_head`."""
-    if _OUTER_HEAD.match(module):
-        return _OUTER_HEAD.sub("lm_head", module)
-    return _TEXT_PREFIX.sub("model.", module)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:

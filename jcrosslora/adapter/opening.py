@@ -19,13 +19,14 @@ from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind
 from jcrosslora.adapter.kinds.registry import TYPES, kind_of
 from jcrosslora.adapter.mlx import translated_mlx
-from jcrosslora.adapter.names import parse_tensor_name, text_module_name
+from jcrosslora.adapter.names import parse_tensor_name
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, translated_gguf
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.tensor_groups import TensorGroups, group_tensors
 from jcrosslora.adapter.weights import MemoryWeights, PeftContents, check_names
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.hub import cached_identity
+from jcrosslora.checkpoint.wrapped import TEXT, prefix_of, text_module_name
 from jcrosslora.errors import AdapterError
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class OpenedAdapter:
             licence=self.licence,
             chat_template=self.chat_template,
             kind=self.kind.name,
+            prefix=next((found for module in self.file.modules if (found := prefix_of(module)) != TEXT), TEXT),
             **known,
         )
 

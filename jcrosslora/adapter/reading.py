@@ -20,6 +20,7 @@ from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.token_files import read_tokens
 from jcrosslora.adapter.token_updates import HEAD, TokenUpdate
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 # A smaller share of the update's energy is rounding.
@@ -149,7 +150,7 @@ def _replaced(file: AdapterFile, tensors: Sequence[TensorName]) -> float | None:
     total = 0.0
     for tensor in tensors:
         new = file.read(tensor.key, axes=len(file.file.entries[tensor.key].shape))
-        old = file.base.tensor(f"{tensor.module}.{'bias' if tensor.kind == 'bias' else 'weight'}")
+        old = file.base.tensor(f"{text_module_name(tensor.module)}.{'bias' if tensor.kind == 'bias' else 'weight'}")
         total += _squared(new.astype(np.float64) - np.asarray(old).astype(np.float64))
     return total
 

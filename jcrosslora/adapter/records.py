@@ -11,6 +11,7 @@ import flax.struct
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.utils.html import html_table
 
 
@@ -25,6 +26,7 @@ class AdapterInfo:
         form: the format of its files, "PEFT", "MLX" or "GGUF"; None for an adapter made in memory.
         digest: "sha256:..." of the weights file, or of the tensors of a live model; None for an adapter made in memory.
         revision: hub commit of an adapter that was loaded by hub id, else None.
+        prefix: of the names that its file gives to modules, see `checkpoint.wrapped`.
         ignored: what the files hold beside LoRA factors and why it does not move, one sentence each.
         kind: the kind of adapter that it was read from, such as "DoRA".
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
@@ -43,6 +45,7 @@ class AdapterInfo:
     form: str | None = None
     digest: str | None = None
     revision: str | None = None
+    prefix: str = TEXT
     ignored: tuple[str, ...] = ()
     kind: str = "LoRA"
     read_as: str | None = None

@@ -25,6 +25,7 @@ def save_adapter(
     *,
     base_name: str | None = None,
     base_revision: str | None = None,
+    prefix: str | None = None,
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
     overwrite: bool = False,
@@ -44,6 +45,8 @@ def save_adapter(
         out: the folder to make.
         base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
         base_revision: its revision.
+        prefix: of the names that the base's class gives to modules, `BaseModel.prefix`; None keeps that of the
+            adapter's own file.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
@@ -87,6 +90,7 @@ def save_adapter(
         dtype=dtype,
         base_name=base_name or adapter.info.base_name,
         base_revision=base_revision,
+        prefix=prefix or adapter.info.prefix,
         exclude=tuple(_without_update(modules, all_modules, fused)),
         family=family,
         heads=heads,

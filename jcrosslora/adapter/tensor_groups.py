@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jcrosslora.adapter.kinds.config_tables import REFUSED_TENSORS
-from jcrosslora.adapter.names import TensorName, natural_key, text_module_name
+from jcrosslora.adapter.names import TensorName, natural_key
+from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
 from jcrosslora.errors import AdapterError
 
 Parts = Mapping[str, Mapping[str, str]]
 
 _EXTRAS = frozenset({"embedding", "lora_bias", "tokens", "bias", "full"})
+OTHER_PART = "other part"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class TensorGroups:
         modules: module, as the file spells it and in natural order, to its parts: part to the tensor's name.
         heads: the same of the output head.
         shared: parts that all modules share, to the tensor's name.
-        extras: tensors that are not part of a linear layer's update, by kind ("embedding", "bias", ...).
+        extras: tensors that are not part of the update of a linear layer of the text model, by kind ("embedding",
+            "bias", ...); `OTHER_PART` for all tensors of a vision tower and the like.
     """
 
     modules: Parts
@@ -49,7 +52,9 @@ def group_tensors(tensors: Sequence[TensorName], path: Path) -> TensorGroups:
     heads: dict[str, dict[str, str]] = defaultdict(dict)
     extras: dict[str, list[TensorName]] = defaultdict(list)
     for tensor in tensors:
-        if tensor.kind in _EXTRAS:
+        if is_other_part(tensor.module):
+            extras[OTHER_PART].append(tensor)
+        elif tensor.kind in _EXTRAS:
             extras[tensor.kind].append(tensor)
         elif tensor.module and tensor.kind != "copy":
             group = heads if text_module_name(tensor.module) == "lm_head" else modules

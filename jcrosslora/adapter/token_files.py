@@ -25,7 +25,7 @@ from jcrosslora.adapter.kinds.config_tables import OLORA, PISSA, VARIANTS
 from jcrosslora.adapter.kinds.kind import Kind, Update
 from jcrosslora.adapter.kinds.plain import PLAIN, read_embedding_factors
 from jcrosslora.adapter.kinds.truncate import truncate_update
-from jcrosslora.adapter.names import PREFIX, TensorName, by_module, ending, text_module_name
+from jcrosslora.adapter.names import TensorName, by_module, ending
 from jcrosslora.adapter.token_updates import (
     EMBEDDING,
     HEAD,
@@ -37,6 +37,7 @@ from jcrosslora.adapter.token_updates import (
     low_rank_rows,
 )
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
 _TABLES = {modules[0]: table for table, modules in MODULES.items() if table != TIED}
@@ -167,12 +168,12 @@ def _check_alone(update: TokenUpdate, found: Sequence[TokenUpdate]) -> None:
 
 
 def token_tensors(tokens: Sequence[TokenUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
-    """Return the tensors of all changes by name.
+    """Return the tensors of all changes by module and part.
 
     Raises:
         OutputError: values that are not finite or do not fit the dtype.
     """
-    return {f"{PREFIX}{name}": array for update in tokens for name, array in _tensors(update, dtype)}
+    return {name: array for update in tokens for name, array in _tensors(update, dtype)}
 
 
 def token_ranks(tokens: Sequence[TokenUpdate]) -> dict[str, int]:

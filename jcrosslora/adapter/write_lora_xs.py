@@ -15,8 +15,7 @@ import numpy as np
 
 from jcrosslora.adapter.contents import Contents, file_matrix
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.names import PREFIX
-from jcrosslora.adapter.write_peft import peft_config, write_peft_files
+from jcrosslora.adapter.write_peft import peft_config, peft_names, write_peft_files
 from jcrosslora.errors import OutputError
 
 LORA_XS = "lora-xs"
@@ -40,14 +39,10 @@ def write_lora_xs(contents: Contents, folder: Path) -> None:
         }
         for key, matrix in parts.items():
             cast = file_matrix(name, matrix.astype(np.float64), contents.dtype)
-            tensors[f"{PREFIX}{key}.weight"] = np.ascontiguousarray(cast)
-    config = peft_config(
-        {name: frozen[name].rank for name in contents.modules},
-        base_name=contents.base_name,
-        base_revision=contents.base_revision,
-    )
+            tensors[f"{key}.weight"] = np.ascontiguousarray(cast)
+    config = peft_config(contents, {name: frozen[name].rank for name in contents.modules})
     config = {key: value for key, value in config.items() if key not in _TOO_NEW}
-    write_peft_files(folder, tensors, config, contents.metadata)
+    write_peft_files(folder, peft_names(contents, tensors), config, contents.metadata)
 
 
 def latent(factors: LoRAFactors, frozen: LoRAFactors) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
-from jcrosslora.adapter.names import PREFIX, ending
+from jcrosslora.adapter.names import PREFIX, ending, natural_key
 from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
+from jcrosslora.checkpoint.wrapped import TEXT
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
@@ -44,20 +45,18 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, rank)
-        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
         if contents.magnitudes is not None:
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
+            tensors[f"{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
     tensors |= token_tensors(contents.tokens, contents.dtype)
     ranks = {name: rank or factors.rank for name, factors in contents.modules.items()}
-    config = peft_config(
-        ranks | token_ranks(contents.tokens),
-        base_name=contents.base_name,
-        base_revision=contents.base_revision,
-        exclude=contents.exclude,
-        invocation=contents.invocation,
-        dora=contents.magnitudes is not None,
-    )
-    return tensors, config | token_config(contents.tokens)
+    config = peft_config(contents, ranks | token_ranks(contents.tokens))
+    return peft_names(contents, tensors), config | token_config(contents.tokens)
+
+
+def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name tensors as peft does: with its own prefix, then as the base's class names the module."""
+    return {f"{PREFIX}{contents.class_name(name)}": array for name, array in tensors.items()}
 
 
 def write_peft_files(
@@ -76,53 +75,45 @@ def write_peft_files(
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def peft_config(
-    ranks: Mapping[str, int],
-    *,
-    base_name: str | None = None,
-    base_revision: str | None = None,
-    exclude: Sequence[str] = (),
-    invocation: Sequence[int] | None = None,
-    dora: bool = False,
-) -> dict[str, Any]:
+def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Make the `adapter_config.json` for modules of these ranks, all with scale 1.
 
     Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
     keys or refuse them.
 
+    In a multimodal class other parts have modules of the same endings, so modules are listed by their whole names.
+
     Args:
+        contents: the adapter.
         ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
-        base_name: the base, an id or a path.
-        base_revision: its revision.
-        exclude: modules that have the ending of one in `ranks`, but no update.
-        invocation: token ids from which on the adapter is active (aLoRA); None if it is always active.
-        dora: whether magnitudes belong to the factors.
     """
+    whole = contents.prefix != TEXT
+    ranks = {contents.class_name(name): rank for name, rank in ranks.items()}
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
     patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": base_revision,
+        "base_model_name_or_path": contents.base_name,
+        "revision": contents.base_revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,  # an integer, which is all that some readers decode
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "use_rslora": False,
-        "use_dora": dora,
+        "use_dora": contents.magnitudes is not None,
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted({ending(name) for name in ranks}),
-        "exclude_modules": list(exclude) or None,
+        "target_modules": sorted(ranks, key=natural_key) if whole else sorted({ending(name) for name in ranks}),
+        "exclude_modules": None if whole else list(contents.exclude) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "layer_replication": None,
     }
-    return config if invocation is None else {**config, "alora_invocation_tokens": list(invocation)}
+    return config | ({} if contents.invocation is None else {"alora_invocation_tokens": list(contents.invocation)})

@@ -19,6 +19,7 @@ from jcrosslora.evidence.selection import selected_layers
 from jcrosslora.evidence.weight_stacks import bounded_groups
 from jcrosslora.linalg import describe_kernels
 from jcrosslora.lineage.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
+from jcrosslora.lineage.token_names import compare_token_names
 from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
 
 if TYPE_CHECKING:
@@ -139,16 +140,23 @@ class AlignmentTask:
 
     def warnings(self) -> tuple[str, ...]:
         """Return what the user has to know before looking at any number."""
-        found = []
+        sides = {"source": self.pair.source, "target": self.pair.target}
+        found = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
         if EvidenceKind.SHARED_VOCABULARY in self.method.requires and not self.pair.shared_tokens[0]:
             found.append(
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
                 "rule that depends on the basis, so the moved update is one of many equally valid ones"
             )
-        if any("ConditionalGeneration" in str(name) for name in self.pair.target.config.get("architectures") or ()):
+        names = compare_token_names(*sides.values()) if self.method.preserves_residual_basis else None
+        if names is not None and names.contradict:
             found.append(
-                "the target is a multimodal checkpoint: the adapter's names are those of its text model alone; load "
-                "it on that, not on the whole"
+                f"{names.sentence}; rows of embedding and head are carried over by id, and one of the two tokenizers "
+                "does not belong to its base: check both"
+            )
+        if self.pair.target.wrapper is not None:
+            found.append(
+                f"the adapter's names are those of the target's class, {self.pair.target.wrapper.architecture}; on its "
+                "text model alone it would do nothing: write it for that with `jcrosslora export --base`"
             )
         return tuple(found)
 

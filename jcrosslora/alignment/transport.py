@@ -9,6 +9,7 @@ import flax.struct
 
 from jcrosslora.alignment.agreement import Agreement
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.wrapped import TEXT
 from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair, Pairing
 from jcrosslora.methods import Method
@@ -27,6 +28,7 @@ class BaseInfo:
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
         heads: (query heads, key heads).
+        prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class BaseInfo:
     shapes: Mapping[str, tuple[int, int]]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     heads: tuple[int, int] | None = None
+    prefix: str = TEXT
 
 
 def describe_base(base: BaseModel, *, digest: bool = True) -> BaseInfo:
@@ -50,6 +53,7 @@ def describe_base(base: BaseModel, *, digest: bool = True) -> BaseInfo:
         shapes={name: module.shape for name, module in base.modules.items()},
         fused=base.fused,
         heads=(base.dims.heads, base.dims.kv_heads),
+        prefix=base.prefix,
     )
 
 

@@ -16,6 +16,7 @@ from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
+from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.html import html_table
 
@@ -48,6 +49,8 @@ class BaseModel:
         fused: module as the model stores it -> ((logical name, first row, last row exclusive), ...).
         store: the tensors.
         chat_template: Jinja template given in place of the base's own, else None.
+        wrapper: the multimodal class whose text model this is; None for a model of text alone.
+        notes: where the files contradict the configuration or hold more than the model, one sentence each.
     """
 
     name: str
@@ -62,6 +65,8 @@ class BaseModel:
     fused: Mapping[str, tuple[tuple[str, int, int], ...]]
     store: TensorStore
     chat_template: str | None = None
+    wrapper: Wrapper | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         facts = f"{self.family.name}, {self.dims.layers} layers, width {self.dims.hidden}"
@@ -93,6 +98,11 @@ class BaseModel:
     def _storage(self) -> str:
         """Dtypes of the modules, the most frequent first."""
         return ", ".join(dtype for dtype, _ in Counter(module.dtype for module in self.modules.values()).most_common())
+
+    @property
+    def prefix(self) -> str:
+        """What the modules of the model's class have in place of "model."; see `class_module_name`."""
+        return TEXT if self.wrapper is None else self.wrapper.prefix
 
     @property
     def embedding_name(self) -> str:

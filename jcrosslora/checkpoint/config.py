@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ from jcrosslora.checkpoint.families import (
     COMMON_KEYS,
     FAMILIES,
     HARMLESS_KEYS,
-    MULTIMODAL,
-    MULTIMODAL_KEYS,
     UNSUPPORTED,
     Family,
 )
 from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
+from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
 from jcrosslora.errors import CheckpointError
 
 _SIZE_LIMIT = 1 << 31
@@ -54,13 +53,17 @@ class ModelConfig:
     Attributes:
         family: the family.
         values: the configuration of the (text) model, Hugging Face keys.
-        prefixes: prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`; empty for a
-            text-only checkpoint.
+        wrapper: the multimodal class around the text model; None for a model of text alone.
     """
 
     family: Family
     values: Mapping[str, Any]
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    wrapper: Wrapper | None = None
+
+    @property
+    def prefixes(self) -> Mapping[str, str]:
+        """Prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`."""
+        return {} if self.wrapper is None else TENSOR_PREFIXES
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -100,8 +103,8 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
         CheckpointError: unknown model type, architecture, key, or a value that changes what the weights mean.
     """
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in MULTIMODAL:
-        return _multimodal(config, where)
+    if isinstance(model_type, str) and model_type in WRAPPERS:
+        return replace(check_config(text_config(config, where), where), wrapper=WRAPPERS[model_type])
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(_unknown_type(model_type, where))
     family = FAMILIES[model_type]
@@ -112,26 +115,10 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
 
 
 def _unknown_type(model_type: object, where: Path | str) -> str:
-    known = ", ".join([*FAMILIES, *MULTIMODAL])
+    known = ", ".join([*FAMILIES, *WRAPPERS])
     like, lacks = UNSUPPORTED.get(model_type, ("", "")) if isinstance(model_type, str) else ("", "")
     why = f": it is like {like}, but has what the decoder lacks: {lacks}" if like else ""
     return f"{where}: model_type {model_type!r} is not supported{why}; supported: {known}"
-
-
-def _multimodal(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
-    text_type, prefixes = MULTIMODAL[config["model_type"]]
-    text = config.get("text_config")
-    if not isinstance(text, dict) or text.get("model_type", text_type) != text_type:
-        msg = f"{where}: text_config of model_type {config['model_type']!r} is not a {text_type} configuration"
-        raise CheckpointError(msg)
-    for key, value in config.items():
-        if key not in COMMON_KEYS | HARMLESS_KEYS | MULTIMODAL_KEYS and not _is_empty(value):
-            raise CheckpointError(_unknown_key(key, value, config["model_type"], where))
-    shared = {
-        key: config[key] for key in ("architectures", "quantization_config", "tie_word_embeddings") if key in config
-    }
-    checked = check_config({**text, **shared, "model_type": text_type}, where)
-    return ModelConfig(checked.family, checked.values, prefixes)
 
 
 def _check_architecture(family: Family, config: Mapping[str, Any], where: Path | str) -> None:

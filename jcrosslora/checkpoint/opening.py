@@ -15,6 +15,7 @@ from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_row
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore, text_model_name
+from jcrosslora.checkpoint.tied_head import NOTE, has_own_head
 from jcrosslora.errors import CheckpointError, UsageError
 
 
@@ -131,9 +132,10 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
     checked = check_config(config_values(config, ref), ref)
     named = ((text_model_name(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
     arrays = {name: array for name, array in named if name is not None}
-    if checked.family.is_tied(checked.values):
-        arrays.pop(HEAD, None)  # the embedding a second time
     store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
+    if checked.family.is_tied(checked.values) and not has_own_head(checked.family, checked.values, store):
+        arrays.pop(HEAD, None)  # the embedding a second time
+        store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
     return _build(ref, ref, None, tokenizer_folder(tokenizer, store, ref), None, checked, store)
 
 
@@ -146,9 +148,26 @@ def _build(
     config: ModelConfig,
     store: TensorStore,
 ) -> BaseModel:
-    family, values = config.family, config.values
+    family, values, notes = config.family, config.values, ()
+    if has_own_head(family, values, store):
+        values, notes = {**values, "tie_word_embeddings": False}, (NOTE,)
+    elif config.wrapper is not None and "tie_word_embeddings" not in values:
+        values = {**values, "tie_word_embeddings": HEAD not in store.names()}
     dims = read_dims(values, path or ref)
     check_tensors(family, dims, values, store, ref)
-    modules = build_modules(family, dims, store)
     fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
-    return BaseModel(name, ref, path, tokenizer_path, revision, family, values, dims, modules, fused, store)
+    return BaseModel(
+        name=name,
+        ref=ref,
+        path=path,
+        tokenizer_path=tokenizer_path,
+        revision=revision,
+        family=family,
+        config=values,
+        dims=dims,
+        modules=build_modules(family, dims, store),
+        fused=fused,
+        store=store,
+        wrapper=config.wrapper,
+        notes=notes,
+    )

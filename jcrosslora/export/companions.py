@@ -42,7 +42,7 @@ def write_companions(
     config = read_json_object(base.path / CONFIG) if as_stored and base.path is not None else _read_config(base)
     if dtype != "keep" or not as_stored:
         config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
-    if untied:
+    if untied or (_says_tied(config, base) and not base.tied):
         config = _without_tie(config)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     companions = base.path or base.tokenizer_path
@@ -76,6 +76,10 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     keys = [key for key in _DTYPE_KEYS if key in config] or ["dtype"]
     return changed | dict.fromkeys(keys, dtype)
+
+
+def _says_tied(config: Mapping[str, Any], base: BaseModel) -> bool:
+    return any(base.family.is_tied(part) for part in (config, config.get("text_config") or {}))
 
 
 def _without_tie(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         settings.out,
         base_name=None if base is None else base.name,
         base_revision=None if base is None else base.revision,
+        prefix=None if base is None else base.prefix,
         profile=settings.profile,
         dtype=settings.dtype,
         overwrite=settings.overwrite,

@@ -144,8 +144,7 @@ def _stored_plan(
                 msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
                 raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
-            # A tied base may store a head that it does not use.
-            read = partial(base.tensor, HEAD) if name == HEAD and untied else partial(file.array, stored)
+            read = partial(file.array, stored)
             pieces.append(
                 Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
             )

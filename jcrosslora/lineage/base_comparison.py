@@ -16,6 +16,7 @@ from jcrosslora.lineage.method_selection import Choice, choose_from
 from jcrosslora.lineage.structure import Part, count_parts
 from jcrosslora.lineage.structure_search import find_structure
 from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
+from jcrosslora.lineage.token_names import compare_token_names
 from jcrosslora.lineage.wording import change_phrases, change_words, structure_phrases, structure_words
 
 # Configuration keys whose values the parts show, or that say how the file is stored.
@@ -45,8 +46,9 @@ class BaseComparison:
         words: the relation, most important word first. Of the parts: "pruned" (the target lacks parts of the source),
             "extended" (it has others beside them), "upscaled" (it repeats some), "permuted" (it has them in another
             order). Of the weights: "same", "rounded" (to a narrower float format), "quantised" (to 8 bits or fewer),
-            "LoRA-merged", "further trained", "further trained or quantised" (the two cannot be told apart), "scaled".
-            Or "unrelated" alone.
+            "LoRA-merged", "further trained", "further trained or quantised" (the two cannot be told apart), "scaled",
+            "embedding replaced", "head replaced". Of the tokenizers: "other tokenizer" (ids of one embedding stand for
+            other tokens). Or "unrelated" alone.
         sentence: the relation as a sentence, with figures.
         parts: how many parts of each kind the two share; empty for unrelated bases.
         layers: the source layer of every target layer, None for none.
@@ -81,20 +83,27 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
     """
+    sides = {"source": source, "target": target}
+    notes = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
     structure, reason = find_structure(source, target)
     modules = [] if structure is None else compare_modules(source, target, structure)
     choice = choose_from(source, target, structure, lambda _: modules)
     if structure is None:
-        return BaseComparison(("unrelated",), f"the two bases are unrelated: {reason}", (), (), (), (), choice)
+        sentence = f"the two bases are unrelated: {reason}"
+        return BaseComparison(("unrelated",), sentence, (), (), (), tuple(notes), choice)
     parts = count_parts(structure, source, target)
     compared = [*modules, *compare_other_tensors(source, target, structure)]
     words = [*structure_words(parts), *change_words(compared)]
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not words:
         words, sentence = _compare_fully(source, target)
-    notes = tuple(_notes(source, target, structure.by_embedding))
+    names = compare_token_names(source, target)
+    if names is not None and (names.moved or names.contradict):
+        words = [*(word for word in words if word != "same"), "other tokenizer"]
+        sentence += f"; {names.sentence}"
+    notes += _notes(source, target, structure.by_embedding)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
-    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), notes, choice)
+    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
 def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:

@@ -182,8 +182,11 @@ def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> floa
 
 
 def _low_rank(delta: np.ndarray, noise: float) -> int | None:
-    """Count the singular values above those of noise; None if they are many, or hold too little of the energy."""
-    short = min(delta.shape)
+    """Count the singular values above those of noise; None if they are many, or hold too little of the energy.
+
+    Many is more than half of the rows or columns that change: those of a few changed numbers are no low rank.
+    """
+    short = min(np.count_nonzero(delta.any(axis=axis)) for axis in (0, 1))
     gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
     energies = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
     edge = _NOISE_EDGE * noise * sum(np.sqrt(delta.shape))

@@ -39,7 +39,8 @@ class Choice:
 def choose_method(source: BaseModel, target: BaseModel, found: tuple[Structure | None, str] | None = None) -> Choice:
     """Choose the method for a pair of bases from their weights and files; neither is run.
 
-    Near copies get `copy`, or `interpolated-copy` if one was clearly trained further. Bases of which one is made of the
+    Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
+    clearly trained further. Bases of which one is made of the
     other's parts (pruned, permuted, with repeated layers) get `select`. Others get `distill` if the decoder supports
     both and both tokenizers can be read, and `cross-lora` if not.
 
@@ -79,12 +80,14 @@ def choose_from(
             made = f"one of the two bases is made of the other's parts ({_figures(similarity)})"
             return _choice(PARTS_METHOD, made, ", so the update is carried over part by part")
     similarity = compare_weights(source, target)
-    if similarity is not None and similarity.near:
+    lacking = 0 if structure is None else structure.lacking
+    if similarity is not None and similarity.near and not lacking:
         words = [] if structure is None else change_words(compare(structure))
         return _choose_for_copies(source, target, f"the two bases are nearly identical ({_figures(similarity)})", words)
     differ = "the modules of the two bases have different shapes"
     if similarity is not None:
         differ = f"the weights of the two bases differ ({_figures(similarity)})"
+        differ += f"; attention or MLP of {lacking} layers have no counterpart" if lacking else ""
     obstacle = why_not_run(source, target)
     if obstacle is None:
         rest = ", and both can be run on text, so an update is fitted to what they predict"

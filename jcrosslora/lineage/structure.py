@@ -98,6 +98,14 @@ class Structure:
             for place, layer in enumerate(self.layers)
         )
 
+    @property
+    def lacking(self) -> int:
+        """Number of target layers whose attention or MLP, or both, have no counterpart at all."""
+        whole = [
+            layer is not None and (layer.queries >= 0).any() and (layer.neurons >= 0).any() for layer in self.layers
+        ]
+        return len(whole) - sum(map(bool, whole))
+
     def _index(self, layer: int, axis: str) -> np.ndarray | None:
         found = self.layers[layer]
         if found is None:

@@ -53,7 +53,7 @@ def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) 
 
 
 def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
-    """Compare embedding and head at the structure's tokens, and all norms and biases.
+    """Compare embedding and head at the structure's tokens, by id if it has none, and all norms and biases.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -125,12 +125,12 @@ def _read_ranks(
     return [corrected(item) for item in found]
 
 
-def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference | None:
-    """Compare rows of the embedding or the head; None if the embeddings did not show which tokens correspond."""
-    if not structure.by_embedding:
-        return None
+def _compare_table(source: BaseModel, target: BaseModel, structure: Structure, name: str) -> Difference:
+    """Compare rows of the embedding or the head."""
     columns = np.flatnonzero(structure.stream >= 0)
-    ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in structure.tokens)
+    every = np.arange(min(source.dims.vocab, target.dims.vocab))
+    tokens = structure.tokens if structure.by_embedding else (every, every)
+    ids = (ids[evenly_spaced(len(ids), _ROWS)] for ids in tokens)
     src, tgt = (check_finite(base, name, base.rows(name, own)) for base, own in zip((source, target), ids, strict=True))
     stored = (base.embedding_name if name != HEAD or base.tied else name for base in (source, target))
     dtype_src, dtype_tgt = (base.store.dtype(own) for base, own in zip((source, target), stored, strict=True))

@@ -7,6 +7,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import ROLES
 from jcrosslora.lineage.difference import FLOAT32_NOISE, Change, Difference
+from jcrosslora.lineage.matching import MIN_MEAN_COSINE
 from jcrosslora.lineage.structure import Part
 from jcrosslora.lineage.tensor_comparison import TensorComparison
 
@@ -26,7 +27,7 @@ def structure_words(parts: Iterable[Part]) -> list[str]:
 def change_words(compared: Sequence[TensorComparison]) -> list[str]:
     """Return the words on the weights that apply, see `BaseComparison`; none if all compared numbers are equal."""
     linear = [item.difference for item in compared if item.role in ROLES]
-    others = [item.difference for item in compared if item.role not in ROLES]
+    others = [item.difference for item in compared if item.role not in ROLES and not _replaced(item)]
     every = [*linear, *others]
     low_rank = _any(linear, "low rank") and not _any(linear, "trained")
     trained = _any(linear, "trained") or (not low_rank and _any(others, "trained", "low rank"))
@@ -45,7 +46,7 @@ def change_words(compared: Sequence[TensorComparison]) -> list[str]:
         words.append("quantised")
     elif rounded:
         words.append("rounded")
-    return words
+    return words + [f"{item.role} replaced" for item in compared if _replaced(item)]
 
 
 def structure_phrases(parts: Iterable[Part]) -> list[str]:
@@ -78,8 +79,10 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         "rounded": _rounded,
     }
     phrases = []
+    replaced = [item for item in compared if _replaced(item)]
     for change, write in writers.items():
         items = [item for item in compared if item.difference.change == change and not item.difference.only_scaled]
+        items = [item for item in items if item not in replaced]
         if items:
             phrases.append(f"{_tensors(items, compared)} {write(items)}")
     scaled = [item for item in compared if item.difference.scale != 1]
@@ -87,7 +90,18 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         factors = sorted({f"{item.difference.scale:.4g}" for item in scaled}, key=float)
         span = factors[0] if len(factors) == 1 else f"{len(factors)} factors from {factors[0]} to {factors[-1]}"
         phrases.append(f"{_tensors(scaled, compared)} are multiplied by {span}")
+    for item in replaced:
+        phrases.append(f"the two have nothing in common in the {item.role} (cosine {item.difference.cosine:.4f})")
     return phrases or [f"all {len(compared)} tensors are equal in every sampled row"]
+
+
+def _replaced(item: TensorComparison) -> bool:
+    """Whether an embedding or a head is another one, and not that of the source after training."""
+    return (
+        item.role in ("embedding", "head")
+        and item.difference.change in ("trained", "low rank")
+        and abs(item.difference.cosine) < MIN_MEAN_COSINE
+    )
 
 
 def _permuted(part: Part) -> bool:

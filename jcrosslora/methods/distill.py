@@ -12,10 +12,10 @@ from jcrosslora.methods.update import FinalizeContext, Update
 
 @dataclass(frozen=True)
 class Distill(DistillSettings, Method):
-    """v and o of attention, fitted in a few closed-form steps to completions of the adapted source."""
+    """Factors of all modules, fitted by gradient steps to completions of the adapted source."""
 
     name: ClassVar[str] = "distill"
-    summary: ClassVar[str] = "v and o of attention, fitted in closed-form steps to the adapted source's predictions"
+    summary: ClassVar[str] = "all modules, fitted by gradient steps to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
     measure: ClassVar[Measure] = "none"
@@ -33,11 +33,13 @@ class Distill(DistillSettings, Method):
             prompts=context.prompts,
             settings=self,
             seed=context.seed,
+            states=context.states,
             progress=context.progress,
         )
         return Update(
             found.adapter,
             fitted=found.sentence,
+            curve=[(look.completions, look.divergence) for look in found.looks],
             texts=found.texts,
             wrote_prompts=not context.prompts,
             chat_template=found.chat_template,

@@ -9,10 +9,10 @@ from jcrosslora.methods.distill import Distill
 
 @dataclass(frozen=True)
 class DistilledCopy(Copy, Distill):
-    """The unchanged update, then v and o of attention fitted. The teacher is the adapted source alone."""
+    """The unchanged update, then factors of all modules fitted beside it. The teacher is the adapted source alone."""
 
     name: ClassVar[str] = "distilled-copy"
-    summary: ClassVar[str] = "the unchanged update, then v and o fitted to the adapted source's predictions"
+    summary: ClassVar[str] = "the unchanged update, then all modules fitted to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
 
     teacher_weight: float = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter
@@ -28,6 +29,7 @@ class FinalizeContext:
         rank: the truncation rank of the alignment.
         shared: results that hold for all adapters of the pair; a method may add its own.
         seed: for everything that is sampled.
+        states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
         progress: whether to show progress.
     """
 
@@ -40,6 +42,7 @@ class FinalizeContext:
     rank: int = 0
     shared: dict[Any, Any] = field(default_factory=dict)
     seed: int = 0
+    states: Path | None = None
     progress: bool = False
 
 
@@ -52,6 +55,7 @@ class Update:
         fitted: description of a fit after the maps, one sentence without a full stop; None without a fit. A fitted
             update uses the whole source adapter, so no source module counts as unmapped.
         added: description of what was added to the moved update, likewise; None if nothing was.
+        curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
         texts: the texts that the source wrote for the fit.
         wrote_prompts: whether the source wrote the prompts of these texts as well.
         chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
@@ -60,6 +64,7 @@ class Update:
     adapter: Adapter
     fitted: str | None = None
     added: str | None = None
+    curve: Sequence[tuple[int, float]] = ()
     texts: tuple[str, ...] = ()
     wrote_prompts: bool = False
     chat_template: str | None = None

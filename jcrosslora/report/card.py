@@ -29,6 +29,7 @@ def model_card(
     choice: str | None = None,
     effect: Sequence[Mapping[str, str]] = (),
     fitted: str | None = None,
+    curve: Sequence[tuple[int, float]] = (),
     examples: Sequence[str] = (),
     added: str | None = None,
     ranks: str | None = None,
@@ -53,6 +54,7 @@ def model_card(
         choice: why this method was chosen, if it was not named by the user.
         effect: rows of text on what the update changes on both bases, if that was measured.
         fitted: what was fitted behind the maps, if anything was.
+        curve: completions used and the divergence on held-out ones, as the fit went.
         examples: some of the completions of the fit.
         added: what goes with the update that the maps do not make, if anything does.
         ranks: what the ranks became, if that is worth saying.
@@ -70,6 +72,9 @@ def model_card(
         "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
+        _markdown([{"completions used": f"{used:,}", "divergence": f"{found:.3f}"} for used, found in curve])
+        if curve
+        else "",
         "Some of the completions, prompts and answers written by the source with the original adapter:\n\n"
         + _quoted(examples)
         if examples

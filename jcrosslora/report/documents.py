@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.card import model_card
@@ -13,6 +16,7 @@ from jcrosslora.report.record import TransferReport
 from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict
 
+_LOOKS = 10  # points of a fit's curve that the card shows
 CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
 # Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths.
@@ -92,11 +96,18 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         choice=report.choice,
         effect=() if report.effect is None else report.effect.rows(),
         fitted=report.fitted,
+        curve=_spread(report.curve, _LOOKS),
         examples=report.examples,
         added=report.added,
         ranks=report.rank_sentence if report.fitted or report.added else None,
         truncation=None if report.truncation is None else report.truncation.sentence,
     )
+
+
+def _spread(curve: Sequence[tuple[int, float]], count: int) -> list[tuple[int, float]]:
+    """Take at most `count` points of a curve, evenly spread, its ends among them."""
+    places = np.unique(np.linspace(0, len(curve) - 1, count).round().astype(int)) if curve else []
+    return [curve[place] for place in places]
 
 
 def _toml(value: Any) -> str:

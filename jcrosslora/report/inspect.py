@@ -130,6 +130,7 @@ def _base_json(base: BaseModel) -> dict[str, Any]:
             name: {"shape": list(module.shape), "dtype": module.dtype} for name, module in base.modules.items()
         },
         "vocabulary_readable": base.vocabulary().tokens is not None,
+        "notes": list(base.notes),
     }
 
 
@@ -156,7 +157,8 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
 def _print_base(base: BaseModel, console: Console) -> None:
     dims = base.dims
     _say(console, f"base model: {base.name} ({base.ref})")
-    _say(console, f"family: {base.family.name}")
+    inside = "" if base.wrapper is None else f", the text model of {base.wrapper.architecture}"
+    _say(console, f"family: {base.family.name}{inside}")
     _say(
         console,
         f"shape: {dims.layers} layers, {dims.hidden} wide, MLP {dims.intermediate}, {dims.heads} query and "
@@ -176,6 +178,8 @@ def _print_base(base: BaseModel, console: Console) -> None:
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
     _say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
     _say(console, f"embedding and head can be moved by {_token_methods()} alone")
+    for note in base.notes:
+        _say(console, f"note: {note}")
 
 
 def _token_methods() -> str:

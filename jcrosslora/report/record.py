@@ -42,6 +42,7 @@ class TransferReport:
         effect: what the moved update changes on the target beside what the original changes on the source; None where
             it was not measured.
         fitted: what was fitted behind the maps, one sentence without a full stop; None where nothing was.
+        curve: of a fit, completions used and the divergence from the teacher on held-out ones in nats, as it went.
         added: what was added to the moved update, one sentence without a full stop; None where nothing was.
         wrote_prompts: whether the fit was made on prompts that the source wrote, for want of any from the user.
         examples: some of the completions of the fit, if the source wrote their prompts itself; a user sees in them
@@ -69,6 +70,7 @@ class TransferReport:
     choice: str | None = None
     effect: Effect | None = None
     fitted: str | None = None
+    curve: tuple[tuple[int, float], ...] = ()
     added: str | None = None
     wrote_prompts: bool = False
     examples: tuple[str, ...] = ()
@@ -112,9 +114,9 @@ class TransferReport:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "method"}
         data = {name: _plain(value) for name, value in fields.items()}
         for side in ("source", "target"):
-            for layout in ("shapes", "fused", "heads"):
+            for layout in ("shapes", "fused", "heads", "prefix"):
                 data[side].pop(layout)
-        for name in ("config", "chat_template"):
+        for name in ("config", "chat_template", "prefix"):
             data["adapter"].pop(name)
         data["effect"] = None if self.effect is None else self.effect.to_json()
         data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}

@@ -235,6 +235,7 @@ class PairSession:
             choice=move.choice and move.choice.reason,
             effect=effect,
             fitted=update.fitted,
+            curve=tuple(update.curve),
             added=update.added,
             wrote_prompts=update.wrote_prompts,
             examples=spread(update.texts, _EXAMPLES) if update.wrote_prompts else (),
@@ -337,6 +338,7 @@ class PairSession:
             rank=task.rank,
             shared=self._shared,
             seed=options.seed,
+            states=None if self.pair.store is None else self.pair.store.root / "fits",
             progress=self.progress,
         )
 

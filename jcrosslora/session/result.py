@@ -84,6 +84,7 @@ class TransferResult:
             all_modules=list(target.shapes),
             family=target.family,
             heads=target.heads,
+            prefix=target.prefix,
             documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._template(),
             metadata=_metadata(published(report)),
         )

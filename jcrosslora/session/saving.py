@@ -46,6 +46,7 @@ def save_adapter(
         adapter,
         out,
         base_name=base_name or (base.name if base is not None else adapter.info.base_name),
+        prefix=None if base is None else base.prefix,
         profile=profile,
         dtype=dtype,
         overwrite=overwrite,

@@ -15,7 +15,7 @@ from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
-from jcrosslora.fit.distill.refit import ROUND
+from jcrosslora.fit.distill.fit import LOOK
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
@@ -38,9 +38,7 @@ _WIDTHS = 4  # widths of rows that completions of one kind have
 # Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
 # times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
 _CACHED, _PREFILL = 1.7, 2
-# Of a step of the fit: the lengths that are tried, and forward passes that take as long as a gradient (3) with its
-# products and the eigendecompositions that follow (2).
-_LENGTHS, _GRADIENT = 5, 5
+_GRADIENT = 3  # forward passes that take as long as one with its gradient
 # Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
 _EIGEN = 0.4
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
@@ -151,7 +149,7 @@ def _alignment(task: AlignmentTask, probes: float, costs: _Costs) -> float:
 
 def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dict[str, Callable[[], float]]:
     """Count what `jcrosslora.fit.distill` does with the default widths of rows."""
-    count, steps = settings.completions, settings.step_count
+    count = settings.rounds[0]
     # How long answers are is not known before some are written.
     rounds, tokens, judged = ceil(count / _ROWS), settings.answer_tokens or PILOT_TOKENS // 2, 0.0
     if not prompts:
@@ -159,29 +157,40 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
         rounds, tokens = rounds + ceil(pilot / _ROWS), tokens + _PROMPT_TOKENS
         judged = 2 * pilot * len(TEMPLATES) / _TEXTS  # every pilot in every template, with and without the adapter
     passes = _PREFILL * rounds * _ROWS / _TEXTS + judged
-    # Each part, and what is held out, ends with a batch of each width that is half full.
-    held = settings.held_out * count / BATCH + _WIDTHS / 2
-    fitted = (1 - settings.held_out) * count / BATCH + steps * _WIDTHS / 2
-    taught = held + fitted
-    read = 2 * taught, taught + _GRADIENT * fitted + _LENGTHS * steps * held
+    # What is fitted to and what is held out each end with a batch of each width that is half full.
+    rest = _WIDTHS / 2 * BATCH
+    held, fitted = settings.held_out * count + rest, (1 - settings.held_out) * count + rest
     dtype = fast_dtype()
-    found = {
-        "write completions": lambda: costs.write(rounds * tokens) + costs.read((passes, 0), dtype),
-        "fit": lambda: costs.read(read, dtype, predicted=settings.compared_tokens),
-    }
-    if settings.refits:
-        found["refit"] = lambda: _refit(settings, 1 if prompts else 2, tokens, costs)
-    return found
+
+    def write() -> float:
+        return costs.write(rounds * tokens) + costs.read((passes, 0), dtype)
+
+    def fit() -> float:
+        if settings.seconds is not None:
+            return max(0.0, settings.seconds - write())
+        return _fit(settings, (fitted, held), 1 if prompts else 2, tokens, costs)
+
+    return {"write completions": write, "fit": fit}
 
 
-def _refit(settings: DistillSettings, texts: int, tokens: int, costs: _Costs) -> float:
-    """Count a refit: `texts` are written for each completion, each is read by the teacher and taken a gradient of."""
-    if settings.seconds is not None:
-        return settings.seconds
-    rounds, batches = ceil(settings.refit / ROUND), settings.refit / BATCH
-    passes = 2 * batches + _PREFILL * texts * batches, (1 + _GRADIENT) * batches
-    dtype = fast_dtype()
-    return costs.write(rounds * tokens) + costs.read(passes, dtype, predicted=settings.compared_tokens)
+def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, tokens: int, costs: _Costs) -> float:
+    """Count a fit.
+
+    Args:
+        settings: of the fit.
+        rows: texts written before it, to fit to and held out, with those that batches have room for.
+        texts: that are written for each completion of further rounds.
+        tokens: of each text.
+        costs: of writing and reading.
+    """
+    further, anew = len(settings.rounds) - 1, sum(settings.rounds[1:]) / _TEXTS
+    fitted, held = rows[0] / _TEXTS, rows[1] / _TEXTS
+    steps = settings.passes * (fitted + anew)
+    looks = 1 + steps * _TEXTS / BATCH / LOOK
+    source = 2 * (fitted + held + anew) + _PREFILL * texts * anew
+    target = fitted + anew + _GRADIENT * steps + (1 + looks) * held
+    read = costs.read((source, target), fast_dtype(), predicted=settings.compared_tokens)
+    return costs.write(further * tokens) + read
 
 
 def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:

@@ -129,6 +129,7 @@ class Shifter:
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
             base_name=transport.target.name,
+            prefix=transport.target.prefix,
             kind=self.adapter.info.kind if self.adapter.info.invocation else "LoRA",
             invocation=self.adapter.info.invocation_target,
         )

@@ -24,6 +24,7 @@ from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.errors import AdapterError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
+from jcrosslora.lineage.token_names import compare_token_names
 from jcrosslora.methods import Method
 from jcrosslora.shifting.records import TokenRow
 
@@ -79,7 +80,8 @@ def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | Non
     """Find the target's id of every token of the source.
 
     Normal tokens match if they stand for the same bytes, special tokens if they have the same name. If both
-    vocabularies are identical, ids without a token match as well.
+    vocabularies are identical, ids without a token match as well. Where the tokenizers contradict the embeddings, equal
+    ids match, whose rows are the same.
 
     Returns:
         int64 (V_src,), -1 for tokens that the target does not have; or None with the reason.
@@ -88,6 +90,10 @@ def token_places(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | Non
     same = src.tokens == tgt.tokens and src.special == tgt.special and size == target.dims.vocab
     if same and (src.tokens is not None or source.digest() == target.digest()):
         return np.arange(size), ""
+    names = compare_token_names(source, target)
+    if names is not None and names.contradict:
+        ids = np.arange(size)
+        return np.where(ids < target.dims.vocab, ids, -1), ""
     shared, reason = shared_ids(source, target)
     if shared is None:
         return None, reason

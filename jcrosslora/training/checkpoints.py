@@ -4,17 +4,28 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.training.settings import TrainingSettings
-from jcrosslora.training.step import TrainState
 
 _KEPT = 2
-_ITEMS = ("state", "run")
+_ITEMS = ("state", "run", "notes")
+
+
+class Stepped(Protocol):
+    """A pytree that counts its steps."""
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar."""
+        ...
+
+
+State = TypeVar("State", bound=Stepped)
 
 
 class Checkpoints:
@@ -46,8 +57,8 @@ class Checkpoints:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def restore(self, like: TrainState) -> TrainState:
-        """Return the newest state, or `like` where there is none.
+    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
+        """Return the newest state and the notes saved with it, or `like` and nothing where there is none.
 
         Raises:
             UsageError: the state is of another run.
@@ -55,24 +66,28 @@ class Checkpoints:
         """
         step = self._manager.latest_step()
         if step is None:
-            return like
+            return like, {}
         args = self._ocp.args
         self._check_run(self._read(step, run=args.JsonRestore())["run"])
         shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
-        restored = self._read(step, state=args.StandardRestore(shapes))["state"]
+        found = self._read(step, state=args.StandardRestore(shapes), notes=args.JsonRestore())
         # Copied, so that they are not committed to a device: committed arrays would be compiled for anew.
-        return jax.tree.map(jnp.array, jax.device_get(restored))
+        return jax.tree.map(jnp.array, jax.device_get(found["state"])), found["notes"]
 
-    def save(self, state: TrainState) -> None:
-        """Write a state, and remove all older ones but the last.
+    def save(self, state: Stepped, notes: Mapping[str, Any] | None = None) -> None:
+        """Write a state with notes, which JSON can hold, and remove all older ones but the last.
 
         Raises:
             OutputError: it cannot be written.
         """
         args = self._ocp.args
-        items = args.Composite(state=args.StandardSave(state), run=args.JsonSave(self._run))
+        saved = {
+            "state": args.StandardSave(state),
+            "run": args.JsonSave(self._run),
+            "notes": args.JsonSave(dict(notes or {})),
+        }
         try:
-            self._manager.save(int(state.step), args=items)
+            self._manager.save(int(state.step), args=args.Composite(**saved))
         except OSError as error:
             raise self._unwritable(error) from error
 

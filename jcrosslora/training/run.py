@@ -112,6 +112,7 @@ def save_trained(
         adapter,
         out,
         base_revision=base.revision,
+        prefix=base.prefix,
         fused=base.fused,
         all_modules=list(base.modules),
         metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
@@ -163,7 +164,7 @@ def train(
     if checkpoints is not None:
         kept = Checkpoints(checkpoints, identity(settings, base.digest(), digest(encoded)))
     with nullcontext() if kept is None else closing(kept):
-        state = state if kept is None else kept.restore(state)
+        state = state if kept is None else kept.restore(state)[0]
         for state in _states(base, gradient_of, plan, settings, state, progress):  # noqa: B020
             step = int(state.step)
             if kept is not None and (step % every == 0 or step == settings.steps):

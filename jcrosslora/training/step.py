@@ -169,4 +169,4 @@ def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
 def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
     """Make an adapter of the factors, the scale inside B."""
     host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
-    return Adapter(unstack_adapter(host).modules, AdapterInfo(name=f"trained on {base.name}", base_name=base.name))
+    return Adapter(unstack_adapter(host).modules, AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix))

@@ -8,6 +8,7 @@ from jcrosslora.adapter.engines import llamacpp, mlx, ollama, peft, sglang, vllm
 from jcrosslora.adapter.engines.facts import AdapterFacts, read_facts
 from jcrosslora.adapter.engines.rules import Engine, Rule
 from jcrosslora.adapter.folder import Form
+from jcrosslora.checkpoint import BaseModel
 
 ENGINES: tuple[Engine, ...] = (
     *(peft.PEFT, vllm.VLLM, sglang.SGLANG, llamacpp.OF_PEFT, llamacpp.OF_GGUF, mlx.MLX),
@@ -33,18 +34,21 @@ class EngineVerdict:
     notes: tuple[str, ...] = ()
 
 
-def check_engines(path: str | Path, base_family: str | None = None) -> tuple[EngineVerdict, ...]:
+def check_engines(
+    path: str | Path, base_family: str | None = None, *, base: BaseModel | None = None
+) -> tuple[EngineVerdict, ...]:
     """Say for each engine whether it reads an adapter. Only the names and shapes of tensors are read.
 
     Args:
         path: a PEFT adapter folder of any kind, one in the format of MLX, or an adapter of llama.cpp: a .gguf file or
             a folder with `adapter.gguf`.
         base_family: "llama", "qwen2", "gemma2", ...; without it the rules on architectures become notes.
+        base: the base that the adapter is for, which gives its family; the names of modules are compared with its own.
 
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
     """
-    facts = read_facts(Path(path), base_family)
+    facts = read_facts(Path(path), base_family, base)
     return tuple(_verdict(name, facts) for name in dict.fromkeys(engine.name for engine in ENGINES))
 
 

@@ -10,6 +10,7 @@ from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapte
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, parse_gguf_name
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import AdapterError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,6 +27,7 @@ class AdapterFacts:
         pickle: whether the weights are `adapter_model.bin`.
         form: the format of the files.
         family: the base's family ("llama", "qwen2", ...), None if it is not known.
+        base: the base that it is for, if it was given.
         faults: errors in the numbers of the configuration or in the shapes, for any engine.
     """
 
@@ -35,6 +37,7 @@ class AdapterFacts:
     pickle: bool = False
     form: Form = "PEFT"
     family: str | None = None
+    base: BaseModel | None = None
     faults: tuple[str, ...] = ()
 
     @property
@@ -51,12 +54,13 @@ class AdapterFacts:
         return {module: module_scale(self.config, module, shape[0]) for module, shape in self.factors("A").items()}
 
 
-def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
-    """Read the facts of an adapter: a folder, or a file of llama.cpp.
+def read_facts(path: Path, family: str | None = None, base: BaseModel | None = None) -> AdapterFacts:
+    """Read the facts of an adapter: a folder, or a file of llama.cpp. A base also gives its family.
 
     Raises:
         AdapterError: not an adapter, or a file of it cannot be read.
     """
+    family = family if base is None else base.family.name
     if (path / PICKLE).is_file() and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
         if form_of(config) == "PEFT":
@@ -70,7 +74,7 @@ def read_facts(path: Path, family: str | None = None) -> AdapterFacts:
         return AdapterFacts(config, shapes, form="MLX", family=family)
     tensors = tuple(parse_tensor_name(key) for key in shapes)
     faults = _number_faults(config) or _tensor_faults(config, shapes, tensors)
-    return AdapterFacts(config, shapes, tensors, family=family, faults=faults)
+    return AdapterFacts(config, shapes, tensors, family=family, base=base, faults=faults)
 
 
 def _gguf_facts(path: Path, family: str | None) -> AdapterFacts:

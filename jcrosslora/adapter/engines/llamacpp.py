@@ -5,9 +5,9 @@
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import Engine, alpha_over_rank, note_pickle, only_plain_lora, only_tensors
 from jcrosslora.adapter.kinds.config_tables import ALORA
-from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.read_gguf import TYPE
 from jcrosslora.checkpoint.gguf_names import architecture
+from jcrosslora.checkpoint.wrapped import text_module_name
 
 
 def note_convert(facts: AdapterFacts) -> str | None:

@@ -3,6 +3,7 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_names
 from jcrosslora.adapter.engines.rules import Engine, no_parts_between_factors, note_pickle
 from jcrosslora.adapter.kinds.config_tables import KNOWN_TYPES
 from jcrosslora.adapter.names import PREFIX
@@ -23,4 +24,4 @@ def note_changed_base(facts: AdapterFacts) -> str | None:
     return f"init_lora_weights {init} changes the base weights when the adapter is loaded" if changes else None
 
 
-PEFT = Engine("PEFT", (known_type, prefix, no_parts_between_factors), (note_pickle, note_changed_base))
+PEFT = Engine("PEFT", (known_type, prefix, no_parts_between_factors, same_names()), (note_pickle, note_changed_base))

@@ -1,4 +1,4 @@
-"""vLLM, main branch in September 2026: vllm/lora/peft_helper.py and the choices of --max-lora-rank.
+"""vLLM, main branch in September 2026: vllm/lora/peft_helper.py, lora_model.py and the choices of --max-lora-rank.
 
 Releases with a `bias_enabled` in peft_helper.py read no rank_pattern and no alpha_pattern.
 """
@@ -6,7 +6,9 @@ Releases with a `bias_enabled` in peft_helper.py read no rank_pattern and no alp
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_names
 from jcrosslora.adapter.engines.rules import Engine, note_pickle, only_plain_lora, only_tensors, overriding_modules
+from jcrosslora.checkpoint.wrapped import TEXT
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_RANK = 16  # of --max-lora-rank
@@ -58,6 +60,9 @@ def _largest_rank(facts: AdapterFacts) -> int:
 
 VLLM = Engine(
     "vLLM",
-    (only_plain_lora(), required_keys, no_bias, saved_modules, only_tensors("A", "B", "embedding"), largest_rank),
+    (
+        *(only_plain_lora(), required_keys, no_bias, saved_modules, only_tensors("A", "B", "embedding"), largest_rank),
+        same_names(f"language_model.{TEXT}"),  # its own names
+    ),
     (note_pickle, note_rank_flag, note_patterns, note_embedding),
 )

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jcrosslora.adapter.names import text_module_name
 from jcrosslora.adapter.weights import Weights
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -9,8 +9,9 @@ from jcrosslora.adapter.config import check_lora
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
-from jcrosslora.adapter.names import TensorName, text_module_name
+from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale
+from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
 

@@ -76,8 +76,7 @@ GEMMA3 = _scaled(
     name="gemma3_text",
     architectures=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     gguf=Gguf("gemma3"),
-    norms=_NORMS | QK_NORMS,
-    attn_soft_cap=Number("attn_logit_softcapping"),
+    norms=_NORMS | QK_NORMS,  # and no soft cap of the attention scores, which transformers ignores
     final_soft_cap=Number("final_logit_softcapping"),
     windows=Windows(period=6, period_keys=_PERIOD_KEYS),
     positions=Positions(theta=1_000_000.0, local_theta=10_000.0, local_theta_key="rope_local_base_freq"),

@@ -13,7 +13,7 @@ from jcrosslora.text import Completion, Reading, read
 
 # Tokens of a row: the fewer shapes, the less to compile.
 WIDTHS = (24, 40, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
-BATCH, _MOST_TOKENS = 8, 768  # rows of a batch, and its tokens, which make batches of long rows smaller
+BATCH, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
 LONGEST = WIDTHS[-1]
 _PLACES = 1 << 32  # above the characters of any content
 
@@ -33,6 +33,11 @@ class DistillationBatch(MatchedTokens):
     next_tgt: np.ndarray
     answer: np.ndarray
     weight: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Number of completions."""
+        return int(self.mask_tgt.any(axis=1).sum())
 
     @property
     def positions(self) -> int:
@@ -58,7 +63,7 @@ class _Pair:
 def make_batches(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float
 ) -> list[DistillationBatch]:
-    """Batch completions in rows of the smallest of `WIDTHS` that holds them, 8 or fewer together.
+    """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
 
     Of a completion of more than 2,560 tokens the last ones are used.
 

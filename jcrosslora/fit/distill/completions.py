@@ -61,7 +61,7 @@ class Completions:
 def answer_given(
     generator: Generator, prompts: Sequence[Prompt], settings: DistillSettings, seed: int, *, progress: bool = False
 ) -> Completions:
-    """Answer the user's prompts, each as often as it takes to make `settings.completions`.
+    """Answer the user's prompts, each as often as it takes to make those that are written at first.
 
     Only the last 2,048 tokens of a prompt are used. Where there are more prompts than answers are wanted, the first
     ones are used.
@@ -71,12 +71,12 @@ def answer_given(
         AdapterError: with the adapter the base's predictions are not finite.
     """
     found: list[Completion] = []
-    with _bar(settings.completions, progress) as bar:
+    with _bar(settings.rounds[0], progress) as bar:
         tokens = settings.answer_tokens or _given_length(generator, prompts, settings.answer_temperature, seed)
-        for turn in range(max(1, -(-settings.completions // len(prompts)))):
-            part = [Completion(prompt) for prompt in prompts[: settings.completions - turn * len(prompts)]]
+        for turn in range(max(1, -(-settings.rounds[0] // len(prompts)))):
+            part = [Completion(prompt) for prompt in prompts[: settings.rounds[0] - turn * len(prompts)]]
             found += _answer(generator, part, tokens, settings.answer_temperature, seed + turn, bar)
-    used = f"the first {settings.completions} of " if len(prompts) > settings.completions else ""
+    used = f"the first {settings.rounds[0]} of " if len(prompts) > settings.rounds[0] else ""
     _check_enough(found, generator)
     long = sum(len(prompt_ids(generator.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
@@ -103,13 +103,13 @@ def write_completions(
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(generator.tokenizer)
-    with _bar(2 * (PILOT * len(templates) + settings.completions), progress) as bar:
+    with _bar(2 * (PILOT * len(templates) + settings.rounds[0]), progress) as bar:
         pilot = write_pilot(generator, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(generator, pilot, JUDGED_TOKENS))
         names = {template.name for template in known}
         found = [item for item in pilot if item.origin in names]
         tokens = settings.answer_tokens or _written_length(generator, found, settings.answer_temperature, seed)
-        missing = max(0, settings.completions - len(found)) if known else 0
+        missing = max(0, settings.rounds[0] - len(found)) if known else 0
         bar.total = bar.done + 2 * missing
         if missing:
             shares = np.array_split(np.arange(missing), len(known))
@@ -117,7 +117,7 @@ def write_completions(
             prompts = _write_prompts(generator, wanted, seed + 1, bar)
             found += _answer(generator, prompts, tokens, settings.answer_temperature, seed + 1, bar)
     # Shuffled, so that a part of them comes from all templates.
-    order = np.random.default_rng(seed).permutation(len(found))[: settings.completions]
+    order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
     found = [found[place] for place in order]
     _check_enough(found, generator)
     where = ", ".join(template.name for template in known)

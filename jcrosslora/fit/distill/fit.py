@@ -1,83 +1,249 @@
-"""The fit: steps in closed form, each from fresh completions, each as long as held-out completions allow.
+"""The fit: gradient steps in all modules on completions, each of which is used a few times.
 
-A step uses all completions so far. Those of earlier steps were read with the update of that time. The factors of their
-Fisher matrices, which change little, are kept as they are; of their gradient the part is kept that the limit on the
-rank left over in each step (error feedback: Karimireddy et al. 2019, arXiv 1901.09847).
+To write a completion and to make the teacher's predictions takes more time than a step, so another pass is cheaper than
+other completions. The last completions of a long fit are
+written by the target with its own update, where the teacher corrects it (on-policy distillation: Agarwal et al. 2024,
+arXiv 2306.13649). Held-out completions, looked at every few batches, decide which update is the best.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.fit.distill.batches import DistillationBatch
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.statistics import add_batch, needs_remat, zero_statistics
-from jcrosslora.fit.distill.step import solve
+from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, shared_log_probs, weighted_kl
-from jcrosslora.utils.progress import track
+from jcrosslora.training.checkpoints import Checkpoints
+from jcrosslora.training.lora_rite import lora_rite
+from jcrosslora.utils.progress import Track, track
 
-_FIRST = 2.0  # length of the first step that is tried
-_SHRINKS, _GROWTHS = 6, 8  # how often a step's length is halved or doubled
+LOOK = 24  # batches between two looks at the held-out completions
+_WARM_UP = 0.05  # share of the fit over which the rate rises
+_CLIP, _DECAYS = 1.0, (0.9, 0.99)
+# Bytes of activations that the layers may keep for the backward pass; to recompute them takes another forward pass.
+_MOST_KEPT = 4 * 2**30
+_MOST_REMEMBERED = 2 * 2**30  # bytes of a round's predictions that are kept for its further passes
+# Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
+Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@flax.struct.dataclass
+class FitState:
+    """What changes from step to step.
+
+    Attributes:
+        step: int32 scalar, batches used.
+        factors: in training.
+        optimizer: its state.
+        best: the factors with the lowest divergence so far.
+    """
+
+    step: jax.Array
+    factors: StackedAdapter
+    optimizer: Any
+    best: StackedAdapter
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the held-out completions.
+
+    Attributes:
+        seconds: since the beginning, writing and reading completions included.
+        completions: used until then.
+        divergence: KL(teacher || target with the update), nats a position.
+    """
+
+    seconds: float
+    completions: int
+    divergence: float
+
+
+@dataclass(frozen=True, eq=False)
 class Fitted:
-    """An adapter of the target, and the held-out KL before the first step and after each."""
+    """The result of a fit.
+
+    Attributes:
+        adapter: the best update by the held-out completions, what it started from included.
+        looks: before the first step, and at each look.
+        own: completions that the target wrote.
+        stopped: whether it was interrupted.
+    """
 
     adapter: StackedAdapter
-    divergences: tuple[float, ...]
+    looks: tuple[Look, ...]
+    own: int
+    stopped: bool
 
 
 def fit(
     teacher: Teacher,
-    parts: Sequence[Sequence[DistillationBatch]],
+    first: Sequence[DistillationBatch],
     held_out: Sequence[TaughtBatch],
+    fresh: Fresh,
     settings: DistillSettings,
     start: StackedAdapter | None = None,
     *,
+    begun: float,
+    checkpoints: Checkpoints | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Fitted:
-    """Fit an adapter of the target to the teacher.
+    """Fit an update of the target to the teacher, until the completions or the time are used up.
+
+    Ctrl-C ends the fit with the best update so far.
 
     Args:
         teacher: with the target in it.
-        parts: the batches of each step.
-        held_out: the batches that decide how long each step is, read by the teacher.
+        first: the batches that are written already; they are used first.
+        held_out: completions that decide which update is the best, read by the teacher.
+        fresh: writes the completions of further rounds.
         settings: of the fit.
-        start: an adapter of the target to start from; None starts from nothing.
-        seed: of the tokens that are drawn for the Fisher matrices.
+        start: an update of the target that stays as it is, and beside which factors are trained.
+        begun: `time.monotonic()` at the beginning, which the budget counts from.
+        checkpoints: where the state is saved behind each round; a fit continues from the newest one.
+        seed: of the first factors, and of the order of batches.
         progress: whether to show a progress bar.
     """
-    target = teacher.target
-    adapter = _with_room(target.params, start, settings, len(parts))
-    best, length = mean_kl(target, adapter, held_out), _FIRST
-    history = [best]
-    with track(sum(map(len, parts)), "fit", "batches", show=progress) as bar:
-        totals = zero_statistics(target.params, settings.roles)
-        for number, part in enumerate(parts):
-            for place, batch in enumerate(part):
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), place)
-                taught = teacher.read(batch)
-                remat = needs_remat(target.settings, taught.tokens.shape)
-                totals = add_batch(
-                    target.settings, totals, target.params, adapter, taught, key, remat=remat, ends=target.ends
-                )
-                jax.block_until_ready(totals)
-                bar.update()
-            steps, behind = solve(totals, settings.step_rank, number + 1)
-            left = len(parts) - number
-            adapter, best, length = _line_search(target, adapter, steps, left, held_out, best, length or _FIRST)
-            totals = behind if length else totals
-            history.append(best)
-            bar.note = f"divergence {best:.3f}"
-    return Fitted(adapter, tuple(history))
+    run, stopped = _Run(teacher, held_out, settings, start, begun, seed), False
+    if checkpoints is not None:
+        run.restore(checkpoints)
+    total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
+    with track(total, "fit", unit, show=progress) as bar:
+        try:
+            while run.share() < 1:
+                own = run.adapter if run.rounds and run.share() >= 1 - settings.polish else None
+                run.use(fresh(run.rounds, own) if run.rounds else first, bar, own=own is not None)
+                if checkpoints is not None:
+                    run.save(checkpoints)
+        except KeyboardInterrupt:
+            stopped = True
+            run.look(bar)
+    return Fitted(run.joined(run.state.best), tuple(run.looks), run.own, stopped)
+
+
+class _Run:
+    """A fit on its way: its state, and how far it has come."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        held_out: Sequence[TaughtBatch],
+        settings: DistillSettings,
+        start: StackedAdapter | None,
+        begun: float,
+        seed: int,
+    ) -> None:
+        self._teacher, self._held_out, self._settings = teacher, held_out, settings
+        self._start, self._begun, self._seed = start, begun, seed
+        self.state = first_state(teacher.target.params, settings, seed)
+        self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
+        self.looks = [Look(self._seconds(), 0, mean_kl(teacher.target, self.adapter, held_out))]
+
+    @property
+    def adapter(self) -> StackedAdapter:
+        return self.joined(self.state.factors)
+
+    def joined(self, factors: StackedAdapter) -> StackedAdapter:
+        return factors if self._start is None else join_stacked(self._start, factors)
+
+    def share(self) -> float:
+        """How much of the budget, or of the rounds, is used."""
+        if self._settings.seconds is not None:
+            return self._seconds() / self._settings.seconds
+        sizes = self._settings.rounds
+        return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
+
+    def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
+        """Take the steps of a round, in an order without a pattern: batches come by width."""
+        target, settings = self._teacher.target, self._settings
+        size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 0.0
+        rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
+        order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
+        for place, index in enumerate(order.tolist()):
+            if self.share() >= 1:
+                break
+            batch, first = batches[index], place < len(batches)
+            rate = jnp.float32(settings.rate * schedule(self.share()))
+            state = gradient_step(
+                target.settings,
+                settings.optimizer,
+                target.params,
+                self._start,
+                self.state,
+                read(index),
+                rate,
+                ends=target.ends,
+                remat=needs_remat(target.settings, batch.tokens_tgt.shape),
+            )
+            self.state = jax.block_until_ready(state)
+            self._used += batch.rows * first
+            self.own += batch.rows * own * first
+            self._part = size * (place + 1) / len(order)
+            if int(self.state.step) % LOOK == 0:
+                self.look(bar)
+            bar.done = min(bar.total, int(bar.total * self.share()))
+            bar.update(0)
+        self.rounds, self._part = self.rounds + 1, 0.0
+        if self.share() >= 1:
+            self.look(bar)
+
+    def look(self, bar: Track) -> None:
+        """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
+        if self._seen == int(self.state.step):
+            return
+        self._seen = int(self.state.step)
+        found = mean_kl(self._teacher.target, self.adapter, self._held_out)
+        if found < min(look.divergence for look in self.looks):
+            self.state = replace(self.state, best=self.state.factors)
+        self.looks.append(Look(self._seconds(), self._used, found))
+        bar.note = f"divergence {min(look.divergence for look in self.looks):.3f}"
+
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Take up the newest saved state, if there is one."""
+        self.state, notes = checkpoints.restore(self.state)
+        if notes:
+            self.rounds, self.own, self._used = notes["rounds"], notes["own"], notes["used"]
+            self.looks = [Look(*look) for look in notes["looks"]]
+            self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        looks = [[look.seconds, look.completions, look.divergence] for look in self.looks]
+        progress = {"rounds": self.rounds, "own": self.own, "used": self._used, "seen": self._seen}
+        checkpoints.save(self.state, {**progress, "seconds": self._seconds(), "looks": looks})
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+
+class _Remembered:
+    """The teacher's predictions on the batches of a round; as many are kept as memory allows."""
+
+    def __init__(self, teacher: Teacher, batches: Sequence[DistillationBatch]) -> None:
+        self._teacher, self._batches = teacher, batches
+        self._kept: dict[int, TaughtBatch] = {}
+        self._bytes = 0
+
+    def __call__(self, index: int) -> TaughtBatch:
+        if index in self._kept:
+            return self._kept[index]
+        found = self._teacher.read(self._batches[index])
+        self._bytes += found.teacher.nbytes
+        if self._bytes <= _MOST_REMEMBERED:
+            self._kept[index] = found
+        return found
 
 
 def mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
@@ -94,64 +260,75 @@ def _kl(
     return weighted_kl(batch.teacher, student, batch.weight)
 
 
-def _line_search(
-    target: ReducedBase,
-    adapter: StackedAdapter,
-    steps: dict[str, StackedFactors],
-    left: int,
-    kept: Sequence[TaughtBatch],
-    best: float,
-    length: float,
-) -> tuple[StackedAdapter, float, float]:
-    """Halve or double the steps' length until the held-out KL is lowest.
-
-    Returns:
-        The adapter with the steps, its KL and the length; the adapter as it was, `best` and 0 where no length is
-        better.
-    """
-
-    def at(length: float) -> tuple[StackedAdapter, float]:
-        moved = _placed(adapter, steps, left, length)
-        return moved, mean_kl(target, moved, kept)
-
-    moved = at(length)
-    for _ in range(_SHRINKS):
-        if moved[1] < best:
-            break
-        length /= 2
-        moved = at(length)
-    if not moved[1] < best:
-        return adapter, best, 0.0
-    for _ in range(_GROWTHS):
-        longer = at(length * 2)
-        if not longer[1] < moved[1]:
-            break
-        moved, length = longer, length * 2
-    return *moved, length
+def schedule(share: float) -> float:
+    """Give the rate at a share of the fit: a linear rise, then half a cosine down to 0."""
+    if share < _WARM_UP:
+        return (share + 1e-3) / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def _with_room(params: Params, start: StackedAdapter | None, settings: DistillSettings, steps: int) -> StackedAdapter:
-    """Extend the starting adapter by zeros where the steps will be, so that nothing is compiled again."""
-    begun = start.roles if start else {}
-    roles = {}
-    for role in dict.fromkeys([*begun, *settings.roles]):
+def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> FitState:
+    """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
+    rng, roles = np.random.default_rng([seed, 2]), {}
+    for role in (role for role in settings.roles if role in params.weights):
         layers, rows, columns = params.weights[role].shape
-        first = begun[role].a.shape[1] if role in begun else 0
-        size = first + (min(settings.step_rank, rows, columns) * steps if role in settings.roles else 0)
-        a, b = jnp.zeros((layers, size, columns)), jnp.zeros((layers, rows, size))
-        if role in begun:
-            a, b = a.at[:, :first].set(begun[role].a), b.at[:, :, :first].set(begun[role].b)
-        roles[role] = StackedFactors(a, b)
-    return StackedAdapter(roles)
+        rank, bound = min(settings.fit_rank, rows, columns), columns**-0.5
+        a = jnp.asarray(rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32))
+        roles[role] = StackedFactors(a, jnp.zeros((layers, rows, rank), jnp.float32))
+    factors: Any = StackedAdapter(roles)
+    zeros = jax.tree.map(jnp.zeros_like, factors)
+    return FitState(jnp.zeros((), jnp.int32), factors, _optimizer(settings.optimizer).init(factors), zeros)
 
 
-def _placed(adapter: StackedAdapter, steps: dict[str, StackedFactors], left: int, length: float) -> StackedAdapter:
-    """Write steps of a length into the first of the `left` free places at the end of each role's ranks."""
-    roles = dict(adapter.roles)
-    for role, step in steps.items():
-        own = roles[role]
-        size = step.a.shape[1]
-        first = own.a.shape[1] - left * size
-        place = slice(first, first + size)
-        roles[role] = StackedFactors(own.a.at[:, place].set(step.a), own.b.at[:, :, place].set(step.b * length))
-    return StackedAdapter(roles)
+def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
+    """Check whether the activations kept for the backward pass of (B, T) tokens take more than 4 GB.
+
+    A position takes about four times the MLP's width and eight times those of the stream and of attention, in float32,
+    by XLA's memory analysis of bases of 0.1B to 8B parameters.
+    """
+    width = 4 * settings.intermediate + 8 * (settings.hidden + settings.heads * settings.head_dim)
+    return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
+
+
+# The state is not donated: the best update and the one that writes share its arrays.
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("ends", "remat"))
+def gradient_step(
+    settings: DecoderSettings,
+    optimizer: Optimizer,
+    params: Params,
+    start: StackedAdapter | None,
+    state: FitState,
+    batch: TaughtBatch,
+    rate: jax.Array,
+    *,
+    ends: int,
+    remat: bool,
+) -> FitState:
+    """Take a step on the weighted mean of KL(teacher || target) over a batch."""
+
+    def loss(factors: StackedAdapter) -> jax.Array:
+        adapter = factors if start is None else join_stacked(start, factors)
+        student = shared_log_probs(
+            settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends, remat=remat
+        )
+        total, weight = weighted_kl(batch.teacher, student, batch.weight)
+        return total / weight
+
+    # optax's types know arrays and not trees of them.
+    factors: Any = state.factors
+    gradient: Any = jax.grad(loss)(factors)
+    moments = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, "rate": rate})
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        changes, moments = _optimizer(optimizer).update(gradient, moments, factors)
+        factors = optax.apply_updates(factors, changes)
+    return FitState(state.step + 1, factors, moments, state.best)
+
+
+def _optimizer(name: Optimizer) -> optax.GradientTransformationExtraArgs:
+    """Make an optimiser whose state holds its rate, which follows the share of the fit and not the number of steps."""
+
+    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adam(rate, *_DECAYS))
+
+    made = {"adam": adam, "lora-rite": partial(lora_rite, clip=_CLIP)}[name]
+    return optax.inject_hyperparams(made)(rate=0.0)

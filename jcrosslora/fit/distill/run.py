@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
+from jcrosslora.cache.keys import digest_of, sha256
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import (
@@ -27,9 +30,9 @@ from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
-from jcrosslora.fit.distill.fit import Fitted, fit
-from jcrosslora.fit.distill.refit import ROUND, Refitted, refit
-from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.fit import Fitted, Look, fit
+from jcrosslora.fit.distill.saved import kept_states
+from jcrosslora.fit.distill.settings import ROUND, DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
 from jcrosslora.text import Completion, Prompt
@@ -42,17 +45,16 @@ class Distilled:
     """A fitted update of the target.
 
     Attributes:
-        adapter: the update that the fit started from and the steps, scale 1.
-        divergences: KL(teacher || target with the update) on held-out completions, nats a position: before the first
-            step and after each.
-        positions: predictions that the steps were fitted on.
+        adapter: the update that the fit started from and the fitted one, scale 1.
+        looks: at held-out completions, before the first step and as the fit went.
+        positions: predictions in the completions that were written before the fit.
         sentence: a summary for reports, without a full stop.
         texts: the completions, prompts and answers.
         chat_template: of the target, in which it read conversations; None if there were none.
     """
 
     adapter: Adapter
-    divergences: tuple[float, ...]
+    looks: tuple[Look, ...]
     positions: int
     sentence: str
     texts: tuple[str, ...]
@@ -68,6 +70,7 @@ def distill(
     prompts: Sequence[Prompt] = (),
     settings: DistillSettings = DistillSettings(),  # noqa: B008
     seed: int = 0,
+    states: Path | None = None,
     progress: bool = False,
 ) -> Distilled:
     """Fit an update of the target to what an adapter changes in the source's predictions.
@@ -75,15 +78,12 @@ def distill(
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
     that the adapter makes in them (`jcrosslora.fit.distill.teacher.mix_teacher`). They are compared at positions where
     tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
-    written by the source with the adapter: answers to given prompts, or to its own. Each step minimises a quadratic
-    model of the divergence from the teacher in closed form (`jcrosslora.fit.distill.step`); its length is the best on
-    held-out completions. Gradient steps in all modules follow if the settings ask for them
-    (`jcrosslora.fit.distill.refit`).
+    written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
+    by gradient steps (`jcrosslora.fit.distill.fit`).
 
-    Memory: one base's weights, in `jcrosslora.decoder.fast_dtype()`, while texts are written; then the layers of both,
-    a gradient and two square moments for each fitted module, and at most 4 GB of activations of the target, which are
-    recomputed where they would take more. Time: writing the texts, and with the default settings about 350 forward
-    passes of 8 short texts.
+    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
+    the target, which are recomputed where they would take more. Time: writing the texts, and for each batch of 4 texts
+    two forward passes of the source and two of the target with one gradient.
 
     Args:
         source: the base that `adapter` is of.
@@ -93,6 +93,7 @@ def distill(
         prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
         settings: of the fit.
         seed: of all that is sampled.
+        states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
         progress: whether to show progress bars.
 
     Raises:
@@ -112,57 +113,71 @@ def distill(
         completions = answer_given(generator, prompts, settings, seed, progress=progress)
     else:
         completions = write_completions(generator, settings, seed, progress=progress)
-    parts, held_out, kept_back = _make_parts(completions.items, tokenizers, settings, seed)
-    batches = [batch for part in (*parts, held_out) for batch in part]
+    batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
-    symbols = find_symbols(source, target, batches, settings.compared_tokens, stops, ends)
+    symbols = find_symbols(source, target, [*batches, *held_out], settings.compared_tokens, stops, ends)
     # What is written anew may hold any token.
-    used = (None, None) if settings.refits else (used_tokens(batches, 0), used_tokens(batches, 1))
+    used = (None, None) if settings.grows else tuple(used_tokens([*batches, *held_out], side) for side in (0, 1))
     src = ReducedBase.of(generator.settings, generator.params, used[0], symbols.heads(0), len(ends[0]))
-    writer = generator if settings.refits else None
-    del generator
     params = load_params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
+
+    def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
+        student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
+        answerer = generator if own is None else student
+        items = completions.more(generator, ROUND, seed + 100 + number, kept_back, answerer)
+        return make_batches(items, tokenizers, settings.prompt_weight) if items else []
+
     teacher = Teacher(src, tgt, stacked, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
-    fitted = fit(teacher, parts, judged, settings, begun, seed=seed, progress=progress)
-    refitted = None
-    if writer is not None:
-
-        def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
-            student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
-            answerer = writer if own is None else student
-            items = completions.more(writer, ROUND, seed + 100 + number, kept_back, answerer)
-            return make_batches(items, tokenizers, settings.prompt_weight) if items else []
-
-        refitted = refit(teacher, fitted, judged, fresh, settings, clock, seed=seed, progress=progress)
-        fitted = Fitted(refitted.adapter, fitted.divergences)
+    kept = nullcontext()
+    if states is not None and settings.grows:
+        parts = [base.digest() for base in (source, target)], [_digest(one) for one in (adapter, start) if one]
+        kept = kept_states(states, {"fit": digest_of(*parts, prompts, dataclasses.asdict(settings), seed)})
+    with kept as checkpoints:
+        fitted = fit(
+            teacher,
+            batches,
+            judged,
+            fresh,
+            settings,
+            begun,
+            begun=clock,
+            checkpoints=checkpoints,
+            seed=seed,
+            progress=progress,
+        )
     _check_finite(fitted, target)
-    positions = sum(batch.positions for part in parts for batch in part)
+    positions = sum(batch.positions for batch in batches)
     return Distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter)),
-        fitted.divergences,
+        fitted.looks,
         positions,
-        _sentence(fitted, completions, positions, len(symbols.shared[0])) + _refit_sentence(refitted),
+        _sentence(fitted, completions, positions, len(symbols.shared[0])),
         tuple(item.text for item in completions.items),
         template_of(tokenizers[1]) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )
 
 
-def _make_parts(
+def hold_out(
     completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], settings: DistillSettings, seed: int
-) -> tuple[list[list[DistillationBatch]], list[DistillationBatch], set[Prompt]]:
-    """Make the batches of each step, and those held out, with their prompts; answers to one are all on one side."""
+) -> tuple[list[DistillationBatch], list[DistillationBatch], set[Prompt]]:
+    """Make the batches to fit to, and those held out, with their prompts; answers to one are all on one side."""
     prompts = list(dict.fromkeys(item.prompt for item in completions))
     order = np.random.default_rng(seed).permutation(len(prompts))
     # At least one prompt on each side.
     count = min(max(1, round(settings.held_out * len(prompts))), len(prompts) - 1)
-    place = {prompts[index]: rank for rank, index in enumerate(order)}
-    held_out = [item for item in completions if place[item.prompt] < count]
-    rest = sorted((item for item in completions if place[item.prompt] >= count), key=lambda item: place[item.prompt])
-    steps = min(settings.step_count, len(rest))
-    parts = [make_batches(rest[step::steps], tokenizers, settings.prompt_weight) for step in range(steps)]
-    return parts, make_batches(held_out, tokenizers, settings.prompt_weight), {item.prompt for item in held_out}
+    kept_back = {prompts[index] for index in order[:count]}
+    held_out = [item for item in completions if item.prompt in kept_back]
+    rest = [item for item in completions if item.prompt not in kept_back]
+    batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (rest, held_out))
+    return batches, judged, kept_back
+
+
+def _digest(adapter: Adapter) -> str:
+    """SHA-256 of the values of an adapter."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapter)
+    return sha256(*(part for path, leaf in leaves for part in (str(path).encode(), np.asarray(leaf).tobytes())))
 
 
 def _own_template(tokenizer: Tokenizer, adapter: Adapter) -> Tokenizer:
@@ -189,23 +204,18 @@ def end_tokens(
 def _check_finite(fitted: Fitted, target: BaseModel) -> None:
     """Blame the target: the source's predictions with the adapter were finite while it wrote."""
     finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
-    if not finite or not np.isfinite(fitted.divergences).all():
+    if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
         what = "its weights, or the update that the fit started from, are too large or not numbers"
         msg = f"{target.ref}: gives predictions that are not finite: {what}"
         raise CheckpointError(msg)
 
 
-def _refit_sentence(refitted: Refitted | None) -> str:
-    if refitted is None:
-        return ""
-    first, best = refitted.divergences[0], min(refitted.divergences)
-    ending = ", where it was stopped" if refitted.stopped else ""
-    where = f"then in gradient steps in all modules on {refitted.completions:,} completions written anew{ending}"
-    return f"; {where}, to {best:.3g} nats" if best < first else f"; {where}, without gain"
-
-
 def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int) -> str:
-    first, last = fitted.divergences[0], fitted.divergences[-1]
-    steps = f"fitted in {len(fitted.divergences) - 1} steps to {positions:,} predictions over {tokens:,} shared tokens"
-    held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {last:.3g} nats"
-    return f"{steps}, in {completions.description}; {held}"
+    first, best = fitted.looks[0].divergence, min(look.divergence for look in fitted.looks)
+    steps = f"fitted in gradient steps to {positions:,} predictions over {tokens:,} shared tokens"
+    anew = max(look.completions for look in fitted.looks) - len(completions.items)
+    further = f", then to {anew:,} more completions" if anew > 0 else ""
+    own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
+    ending = "; it was stopped before its end" if fitted.stopped else ""
+    held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {best:.3g} nats"
+    return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"

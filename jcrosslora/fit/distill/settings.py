@@ -3,16 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from jcrosslora.checkpoint import ROLES
 from jcrosslora.errors import UsageError
 
-# What attention passes on, not where it looks: all modules of a step have one length, and q and k, whose own best
-# length is next to nothing, keep that of the others short.
-VALUES = ("v_proj", "o_proj")
 FEWEST_COMPLETIONS = 16
 
-# More steps on the same completions fit these and not others, and more completions in as many steps bring nothing.
-_COMPLETIONS_A_STEP, _FEWEST_STEPS = 100, 3
+FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
+Optimizer = Literal["adam", "lora-rite"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,21 @@ class DistillSettings:
     """How `distill` fits an update."""
 
     completions: int = 300
-    """Prompts with answers in all, 16 or more, those held out included."""
-    steps: int | None = None
-    """Steps of the fit, each on completions of its own; None makes one for each hundred completions, but at least 3."""
-    step_rank: int = 32
-    """Rank of each step, at most the short side of a module; the ranks of all steps add up."""
-    roles: tuple[str, ...] = VALUES
+    """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
+    budget: str | None = None
+    """Time for the whole fit, such as 20min: completions are written anew until it is used up."""
+    passes: int = 4
+    """How often each completion is used."""
+    roles: tuple[str, ...] = ROLES
     """The modules that are fitted."""
+    fit_rank: int = 16
+    """Rank of the update in each module, at most the module's short side."""
+    rate: float = 1.5e-3
+    """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine."""
+    optimizer: Optimizer = "adam"
+    """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
+    polish: float = 0.25
+    """Share of a longer fit, its end, in which the target answers, with its own update."""
     teacher_weight: float = 0.5
     """Share of the adapted source's own predictions in the teacher, 0 to 1; the rest is the target's."""
     contrast_weight: float = 0.25
@@ -34,40 +41,29 @@ class DistillSettings:
     prompt_weight: float = 1.0
     """Weight of predictions inside a prompt; those inside an answer have 1."""
     held_out: float = 0.15
-    """Share of the completions that no step is fitted on; they decide how long each step is."""
+    """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
     answer_tokens: int | None = None
     """The most tokens of an answer; None learns from a few answers how long they are, up to 512."""
     answer_temperature: float = 1.0
     """Temperature at which answers are sampled."""
-    refit: int = 0
-    """Completions that are written anew for gradient steps in all modules, behind the closed-form steps."""
-    budget: str | None = None
-    """Time for the whole fit, such as 20min: what the closed-form steps leave is spent on gradient steps."""
-    refit_rank: int = 16
-    """Rank of what gradient steps add to each module."""
-    refit_rate: float = 1e-3
-    """Highest learning rate of gradient steps."""
-    polish: float = 0.25
-    """Share of the gradient steps, the last ones, on answers that the target writes itself."""
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
     @property
-    def step_count(self) -> int:
-        """The number of steps that `steps` asks for."""
-        if self.steps is not None:
-            return self.steps
-        return max(_FEWEST_STEPS, self.completions // _COMPLETIONS_A_STEP)
+    def rounds(self) -> tuple[int, ...]:
+        """Completions of each round, those written before the fit first; a budget goes on beyond them."""
+        more = max(0, self.completions - FIRST)
+        return min(self.completions, FIRST), *((ROUND,) * -(-more // ROUND))
+
+    @property
+    def grows(self) -> bool:
+        """Whether completions are written as the fit goes."""
+        return self.budget is not None or len(self.rounds) > 1
 
     @property
     def seconds(self) -> float | None:
         """The budget in seconds, None without one."""
         return None if self.budget is None else parse_duration(self.budget)
-
-    @property
-    def refits(self) -> bool:
-        """Whether gradient steps follow the closed-form ones."""
-        return self.refit > 0 or self.budget is not None
 
     def check(self) -> None:
         """Check the ranges.
@@ -76,13 +72,11 @@ class DistillSettings:
             UsageError: a setting is out of range.
         """
         least = {
-            "step_count": 1,
-            "step_rank": 1,
+            "fit_rank": 1,
+            "passes": 1,
             "completions": FEWEST_COMPLETIONS,
             "answer_tokens": 1,
             "compared_tokens": 1,
-            "refit": 0,
-            "refit_rank": 1,
         }
         found = {name: getattr(self, name) for name in least}
         rules = {
@@ -91,13 +85,16 @@ class DistillSettings:
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
         rules["polish"] = 0 <= self.polish <= 1, "a share from 0 to 1"
-        rules["refit_rate"] = 0 < self.refit_rate < math.inf, "a positive number"
+        rules["rate"] = 0 < self.rate < math.inf, "a positive number"
+        rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"
+        unlike = [role for role in self.roles if role not in ROLES]
+        rules["roles"] = bool(self.roles) and not unlike, f"some of {', '.join(ROLES)}"
         timed = self.budget is None or parse_duration(self.budget) is not None
         rules["budget"] = timed, "a time such as 90s, 20min or 1.5h"
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"
         for name, (holds, wanted) in rules.items():
             if not holds:
-                msg = f"distill with {name.removesuffix('_count')} {getattr(self, name)} was asked for, wanted {wanted}"
+                msg = f"distill with {name} {getattr(self, name)} was asked for, wanted {wanted}"
                 raise UsageError(msg)
 
 

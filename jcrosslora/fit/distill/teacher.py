@@ -113,17 +113,27 @@ class Teacher:
         symbols: Symbols,
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        self._weights = jnp.float32(settings.teacher_weight), jnp.float32(settings.contrast_weight)
+        self._weights = settings.teacher_weight, settings.contrast_weight
         # Zeros instead of no adapter: one compiled program serves both.
         self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
-        taught, base, adapted = self.sides(batch)
-        return dataclasses.replace(taught, teacher=mix_teacher(taught.teacher, base, adapted, *self._weights))
+        teacher_weight, contrast_weight = self._weights
+        # What has no weight is not worth a pass.
+        taught, base, adapted = self.sides(batch, own=teacher_weight < 1, base=contrast_weight != 0)
+        mixed = mix_teacher(taught.teacher, base, adapted, jnp.float32(teacher_weight), jnp.float32(contrast_weight))
+        return dataclasses.replace(taught, teacher=mixed)
 
-    def sides(self, batch: DistillationBatch) -> tuple[TaughtBatch, jax.Array, jax.Array]:
+    def sides(
+        self, batch: DistillationBatch, *, own: bool = True, base: bool = True
+    ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
         """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
+
+        Args:
+            batch: to read.
+            own: whether the target reads it; if not, its predictions are those of the adapted source.
+            base: whether the source reads it without its adapter; likewise.
 
         Returns:
             The batch with the target's own predictions in place of the teacher's; and the source's predictions without
@@ -134,14 +144,15 @@ class Teacher:
         read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
         moved, to, weight = map(jnp.asarray, self._symbols.columns(batch))
         sizes = {"shared": len(self._symbols.shared[1]), "own": len(self._symbols.own[1]), "end": src.ends > 0}
-        base, adapted = (
-            in_target_symbols(
-                shared_log_probs(src.settings, src.params, one, *read_src, ends=src.ends), moved, to, **sizes
-            )
-            for one in self._adapters
-        )
-        own = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends)
-        return TaughtBatch(*read_tgt, weight, own), base, adapted
+
+        def of_source(adapter: StackedAdapter) -> jax.Array:
+            found = shared_log_probs(src.settings, src.params, adapter, *read_src, ends=src.ends)
+            return in_target_symbols(found, moved, to, **sizes)
+
+        adapted = of_source(self._adapters[1])
+        plain = of_source(self._adapters[0]) if base else adapted
+        found = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends) if own else adapted
+        return TaughtBatch(*read_tgt, weight, found), plain, adapted
 
 
 @jax.jit

@@ -1,0 +1,135 @@
+"""Compare settings of the fit of `distill` on the same completions.
+
+    python experiments/fits.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl --work WORK
+        --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
+
+The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
+source writes its own. Every `--fit` then starts from nothing. Of the 100 examples in front of the prompts the table has
+the NLL of the right answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be
+compared where the teacher differs; with `--write N` also how many of the next N answers in writing are right. Data must
+be training data: choices are made by it.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter, unstack_adapter
+from jcrosslora.evaluate import answer
+from jcrosslora.fit.distill.batches import used_tokens
+from jcrosslora.fit.distill.completions import answer_given, write_completions
+from jcrosslora.fit.distill.fit import fit
+from jcrosslora.fit.distill.run import end_tokens, hold_out
+from jcrosslora.fit.distill.symbols import find_symbols
+from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
+from jcrosslora.methods import Distill, make_method
+from jcrosslora.text import Completion, Message
+from jcrosslora.training import read_examples
+from jcrosslora.training.batches import Plan
+from jcrosslora.training.examples import as_completion, encode
+from jcrosslora.training.step import answer_loss
+
+JUDGED = 100  # examples whose right answers are scored
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("source", "target", "adapter"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("data", "work"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--completions", type=int, default=300)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of distill")
+    parser.add_argument("--write", type=int, default=0, help="answers in writing that are judged")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def load_completions(path: Path) -> list[Completion]:
+    """Read completions that an earlier run wrote."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if isinstance(entry["prompt"], list):
+            entry["prompt"] = tuple(Message(**message) for message in entry["prompt"])
+        found.append(Completion(**entry))
+    return found
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    source, target = jcl.open_base(arguments.source), jcl.open_base(arguments.target)
+    adapter = jcl.load_adapter(arguments.adapter, source)
+    tokenizers = load_tokenizer(source), load_tokenizer(target)
+    params = load_params(source, fast_dtype()), load_params(target, fast_dtype())
+    known = [as_completion(one) for one in read_examples(arguments.data)]
+    known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
+    judged = known[-JUDGED - arguments.write :]
+    path = arguments.work / f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}.jsonl"
+    if not path.exists():
+        generator = Generator.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
+        wanted = Distill(completions=arguments.completions)
+        if given:
+            made = answer_given(generator, [one.prompt for one in given], wanted, arguments.seed, progress=True)
+        else:
+            made = write_completions(generator, wanted, arguments.seed, progress=True)
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
+    items = load_completions(path)
+    plan = Plan([encode(tokenizers[1], one) for one in judged[:JUDGED]], 1, JUDGED, 0)
+    table = Table("fit", "steps", "seconds", "divergence", "NLL", *(["right"] if arguments.write else []))
+    for text in arguments.fit:
+        method = make_method("distill", dict(part.split("=", 1) for part in text.split(",") if part))
+        assert isinstance(method, Distill)
+        batches, held_out, _ = hold_out(items, tokenizers, method, arguments.seed)
+        ends = end_tokens(tokenizers, items)
+        stops = tokenizers[0].stops, tokenizers[1].stops
+        read = [*batches, *held_out]
+        symbols = find_symbols(source, target, read, method.compared_tokens, stops, ends)
+        src, tgt = (
+            ReducedBase.of(
+                settings_of(base), params[side], used_tokens(read, side), symbols.heads(side), len(ends[side])
+            )
+            for side, base in enumerate((source, target))
+        )
+        teacher = Teacher(src, tgt, stack_adapter(adapter, source), method, symbols)
+        kept_back = [teacher.read(batch) for batch in held_out]
+        begun = time.monotonic()
+        found = fit(teacher, batches, kept_back, lambda *_: [], method, begun=begun, seed=arguments.seed, progress=True)
+        seconds = time.monotonic() - begun
+        for look in found.looks:
+            console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
+        total = count = 0.0
+        for step in range(JUDGED):
+            batch = plan.batch(step)
+            used = float(batch.used.sum())
+            total += used * float(answer_loss(settings_of(target), params[1], found.adapter, batch))
+            count += used
+        row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
+        row += [f"{min(look.divergence for look in found.looks):.4f}", f"{total / count:.4f}"]
+        if arguments.write:
+            update = unstack_adapter(found.adapter)
+            wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1], progress=True)
+            figure = next(name for name in ("json", "exact") if name in wrote.figures)
+            row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> None:
+    try:
+        run(parse(), Console(width=None if sys.stdout.isatty() else 120))
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"fits: {error}")
+
+
+if __name__ == "__main__":
+    main()

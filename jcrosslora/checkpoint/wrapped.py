@@ -1,0 +1,189 @@
+"""Multimodal models: the text model that each class wraps, and how its tensors and modules are called.
+
+Sources: transformers 5.24 (module names of the classes, defaults of their configurations, and `conversion_mapping.py`
+for the names in files), vLLM (`hf_to_vllm_mapper` of each class, which takes the names of transformers 5).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.checkpoint.families import COMMON_KEYS, FAMILIES, HARMLESS_KEYS
+from jcrosslora.errors import CheckpointError
+
+TEXT = "model."  # in front of a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
+_LANGUAGE, _TEXT_MODEL = "model.language_model.", "model.text_model."
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A class of transformers with a text model inside.
+
+    Attributes:
+        architecture: its name.
+        prefix: of the text model's modules in transformers 5, in place of "model."; the head is `lm_head`.
+        text_type: `model_type` of a text_config that states none.
+        texts: `model_type` of the text_config -> family; by default every family under its own name.
+        flat: whether older configurations have the settings of the text model at the top.
+    """
+
+    architecture: str
+    prefix: str
+    text_type: str
+    texts: Mapping[str, str] = field(default_factory=lambda: {name: name for name in FAMILIES})
+    flat: bool = False
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "gemma3": Wrapper("Gemma3ForConditionalGeneration", _LANGUAGE, "gemma3_text", {"gemma3_text": "gemma3_text"}),
+    "idefics3": Wrapper("Idefics3ForConditionalGeneration", _TEXT_MODEL, "llama"),
+    "internvl": Wrapper("InternVLForConditionalGeneration", _LANGUAGE, "qwen2"),
+    "llava": Wrapper("LlavaForConditionalGeneration", _LANGUAGE, "llama"),
+    "llava_next": Wrapper("LlavaNextForConditionalGeneration", _LANGUAGE, "llama"),
+    "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration", _LANGUAGE, "qwen2"),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", _LANGUAGE, "mistral"),
+    "qwen2_vl": Wrapper(
+        "Qwen2VLForConditionalGeneration", _LANGUAGE, "qwen2_vl_text", {"qwen2_vl_text": "qwen2"}, flat=True
+    ),
+    "qwen2_5_vl": Wrapper(
+        "Qwen2_5_VLForConditionalGeneration", _LANGUAGE, "qwen2_5_vl_text", {"qwen2_5_vl_text": "qwen2"}, flat=True
+    ),
+    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _LANGUAGE, "qwen3_vl_text", {"qwen3_vl_text": "qwen3"}),
+    "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
+}
+
+# Prefixes under which files of transformers 4 and 5, vLLM and MLX put a text model -> those of a model of text alone.
+TEXT_PREFIXES: Mapping[str, str] = {
+    outer + inner: name
+    for outer in (_LANGUAGE, "language_model.", _TEXT_MODEL, "text_model.")
+    for inner, name in ((TEXT, TEXT), ("lm_head", "lm_head"), ("", TEXT))
+}
+# The same of tensors in a checkpoint, see `text_model_name`; those of other parts have none of them.
+TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
+    name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+}
+# Parts beside the text model, behind "model." or at the top.
+OTHER_PARTS = frozenset(
+    {
+        *("audio_tower", "connector", "embed_vision", "image_newline", "multi_modal_projector"),
+        *("vision_embed_tokens", "vision_model", "vision_tower", "visual"),
+    }
+)
+
+# Keys of the outer configuration, none of which matters to the text model.
+_KEYS = frozenset(
+    {
+        *("text_config", "vision_config", "_pad_token_id", "ignore_index", "use_reentrant_checkpointing"),
+        *(f"{kind}_token_{end}" for kind in ("boi", "eoi", "image", "video") for end in ("id", "index")),
+        *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
+        *("image_grid_pinpoints", "image_seq_length", "mm_tokens_per_image", "vision_aspect_ratio"),
+        *("multimodal_projector_bias", "projector_hidden_act", "downsample_ratio", "scale_factor"),
+        *("spatial_merge_size", "vision_feature_layer", "vision_feature_select_strategy"),
+        "use_image_newline_parameter",
+    }
+)
+# Left by the training of Idefics in a text_config.
+_TRAINING_KEYS = frozenset({"neftune_noise_alpha", "perceiver_config", "pixel_shuffle_factor", "num_image_tokens"})
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "num_key_value_heads",
+)
+# Defaults of the configuration classes, which a text_config may leave out.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": dict(zip(_SIZES[:-1], (32_000, 4096, 11_008, 32, 32), strict=True)),
+    "mistral": dict(zip(_SIZES, (32_000, 4096, 14_336, 32, 32, 8), strict=True)),
+    "qwen2": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
+    "qwen3": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
+    "gemma2": dict(zip(_SIZES, (256_000, 2304, 9216, 26, 8, 4), strict=True)),
+    "qwen2_vl_text": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "qwen2_5_vl_text": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "qwen3_vl_text": {"rope_theta": 5e5, "head_dim": 128},
+}
+
+
+def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+    """Return the configuration of the text model inside a multimodal one, as a model of text alone has it.
+
+    Args:
+        config: of a model_type in `WRAPPERS`.
+        where: its file or the name of the base, for errors.
+
+    Returns:
+        The text model's settings, with the name of its family as `model_type`.
+
+    Raises:
+        CheckpointError: an architecture, a key or a text_config that is not known; named.
+    """
+    model_type, wrapper = config["model_type"], WRAPPERS[config["model_type"]]
+    if (named := config.get("architectures")) and named != [wrapper.architecture]:
+        msg = f"{where}: architectures {named!r} is not supported for {model_type}; supported: {wrapper.architecture}"
+        raise CheckpointError(msg)
+    text = config.get("text_config")
+    if text is None and wrapper.flat:
+        text = {key: value for key, value in config.items() if key not in _KEYS | {"model_type", "architectures"}}
+    else:
+        for key, value in config.items():
+            empty = value is None or value is False or value in ({}, [])
+            if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS and not empty:
+                msg = f"{where}: config key {key!r}={repr(value)[:60]} is not known for {model_type}; it may change "
+                raise CheckpointError(msg + "what the weights mean: remove it from config.json if it does not")
+    if not isinstance(text, Mapping):
+        msg = f"{where}: text_config of model_type {model_type!r} is {str(text)[:60]!r}, wanted a JSON object"
+        raise CheckpointError(msg)
+    text_type = text.get("model_type") or wrapper.text_type
+    if not isinstance(text_type, str) or text_type not in wrapper.texts:
+        msg = f"{where}: the text_config of this {model_type} is of model_type {str(text_type)[:60]!r}, which is not "
+        raise CheckpointError(msg + f"supported; supported: {', '.join(wrapper.texts)}")
+    found = {key: value for key, value in text.items() if key not in _TRAINING_KEYS | {"architectures"}}
+    found = {**_DEFAULTS.get(text_type, {}), **found, **_tie(config, text)}
+    if "quantization_config" in config:
+        found["quantization_config"] = config["quantization_config"]
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(found.get(key), Mapping):
+            found[key] = _rope_of_text(found[key])
+    return found | {"model_type": wrapper.texts[text_type]}
+
+
+def _tie(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, bool]:
+    """Return whether the head is the embedding, if it is stated; older files state it for the text model alone."""
+    stated = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
+    return {"tie_word_embeddings": any(stated)} if stated else {}
+
+
+def _rope_of_text(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the three axes of Qwen's positions, which are equal in a text."""
+    plain = {key: value for key, value in settings.items() if key not in ("mrope_section", "mrope_interleaved")}
+    return {key: "default" if value == "mrope" and "type" in key else value for key, value in plain.items()}
+
+
+def text_module_name(module: str) -> str:
+    """Spell a module name as models of text alone do: `model.layers...`, `lm_head`."""
+    for outer, inner in TEXT_PREFIXES.items():
+        if module.startswith(outer):
+            return inner + module.removeprefix(outer)
+    return module
+
+
+def class_module_name(module: str, prefix: str) -> str:
+    """Spell the name of a text model's module as a class with this prefix does; the inverse of `text_module_name`.
+
+    Args:
+        module: e.g. "model.layers.0.mlp.up_proj" or "lm_head", also with the name of a tensor behind it.
+        prefix: "model.", `Wrapper.prefix`, or another key of `TEXT_PREFIXES`.
+    """
+    if module.startswith(TEXT):
+        return prefix + module.removeprefix(TEXT)
+    # Where the text model is whole inside (transformers 4), it has its own head.
+    whole = prefix.endswith(f"_model.{TEXT}")
+    return prefix.removesuffix(TEXT) + module if whole and module.startswith("lm_head") else module
+
+
+def prefix_of(module: str) -> str:
+    """Return the prefix with which `class_module_name` gives a module its name; "model." where none is known."""
+    return next((outer for outer, inner in TEXT_PREFIXES.items() if inner == TEXT and module.startswith(outer)), TEXT)
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a module or tensor belongs to a part beside the text model, such as the vision tower."""
+    return name.removeprefix(TEXT).split(".", 1)[0] in OTHER_PARTS

@@ -1,0 +1,71 @@
+"""Tiny random multimodal models of transformers, whose text models are the oracles of tests."""
+
+from pathlib import Path
+
+import pytest
+from tiny_models import COMMON
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TEXT = COMMON | {"num_hidden_layers": 2, "head_dim": 16}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+_SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION = _SMALL | {"image_size": 28, "patch_size": 14}
+_CLIP = _VISION | {"model_type": "clip_vision_model", "projection_dim": 16}
+_SIGLIP = _VISION | {"model_type": "siglip_vision_model"}
+_INTERN = _VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [14, 14]}
+_QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 14}
+_QWEN_OUT = _QWEN | {"out_hidden_size": 48}
+
+# model_type -> settings of the text model, of the vision tower, and of the whole.
+CLASSES = {
+    "gemma3": (
+        {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 24},
+        _SIGLIP,
+        {"mm_tokens_per_image": 4},
+    ),
+    "idefics3": ({"model_type": "llama"}, _VISION | {"model_type": "idefics3_vision"}, {}),
+    "internvl": ({"model_type": "qwen2"}, _INTERN, {}),
+    "llava": ({"model_type": "llama"}, _CLIP, {}),
+    "llava_next": ({"model_type": "mistral"}, _CLIP, {}),
+    "llava_onevision": ({"model_type": "qwen3", "tie_word_embeddings": True}, _SIGLIP, {}),
+    "mistral3": ({"model_type": "mistral"}, _VISION | {"model_type": "pixtral"}, {}),
+    "qwen2_vl": (
+        {"model_type": "qwen2_vl_text", "head_dim": 12, "rope_parameters": MROPE | {"mrope_section": [2, 2, 2]}},
+        {"depth": 1, "hidden_size": 48, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", "head_dim": 12, "rope_parameters": MROPE | {"mrope_section": [2, 2, 2]}},
+        _QWEN_OUT | {"fullatt_block_indexes": [0]},
+        {},
+    ),
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl_text", "rope_parameters": MROPE | {"mrope_interleaved": True}},
+        _QWEN_OUT | {"deepstack_visual_indexes": [0]},
+        {},
+    ),
+    "smolvlm": ({"model_type": "llama"}, _VISION | {"model_type": "smolvlm_vision"}, {}),
+}
+
+
+def tiny_wrapped(kind: str, seed: int = 0):
+    """Make a random model of a multimodal class, float32, in eval mode."""
+    text, vision, whole = CLASSES[kind]
+    config = transformers.AutoConfig.for_model(kind, text_config=TEXT | text, vision_config=vision, **whole)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0.0, 0.2 if parameter.ndim > 1 else 0.1)
+    return model.eval()
+
+
+def save_wrapped(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write such a model as transformers does; return the folder."""
+    tiny_wrapped(kind, seed).save_pretrained(folder)
+    return Path(folder)
