@@ -64,21 +64,30 @@ _TABLE = (
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
-# model_type of text models that cannot be read -> the family that each resembles, and what the decoder lacks for it.
+_LINEAR = ("qwen3", "layers of linear attention (gated delta rule) and gated attention")
+_GEMMA3N = (
+    "gemma3_text",
+    "alternating updates (AltUp), learned low-rank residuals (LAuReL) and an embedding for each layer",
+)
+_GEMMA4 = (
+    "gemma3_text",
+    "layers of different head sizes, keys and values shared between layers, and an embedding for each layer",
+)
+_LLAMA4 = ("llama", "mixtures of experts and attention in chunks")
+# model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
+# the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
-    "qwen3_5_text": ("qwen3", "layers of linear attention (gated delta rule) and gated attention"),
+    "qwen3_5": _LINEAR,
+    "qwen3_5_text": _LINEAR,
     "qwen3_next": ("qwen3", "layers of linear attention (gated delta rule) and mixtures of experts"),
     "qwen2_moe": ("qwen2", "mixtures of experts"),
     "qwen3_moe": ("qwen3", "mixtures of experts"),
-    "gemma3n_text": (
-        "gemma3_text",
-        "alternating updates (AltUp), learned low-rank residuals (LAuReL) and an embedding for each layer",
-    ),
-    "gemma4_text": (
-        "gemma3_text",
-        "layers of different head sizes, keys and values shared between layers, and an embedding for each layer",
-    ),
-    "llama4_text": ("llama", "mixtures of experts and attention in chunks"),
+    "gemma3n": _GEMMA3N,
+    "gemma3n_text": _GEMMA3N,
+    "gemma4": _GEMMA4,
+    "gemma4_text": _GEMMA4,
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
     "mixtral": ("mistral", "mixtures of experts"),
     "mistral4": ("mistral", "latent attention (MLA) and mixtures of experts"),
     "deepseek_v2": ("llama", "latent attention (MLA) and mixtures of experts"),
