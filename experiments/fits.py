@@ -4,10 +4,11 @@
         --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
-source writes its own. Every `--fit` then starts from nothing, or with `--method distilled-copy` from the adapter, whose
-figure without a fit is printed first. Of the 100 examples in front of the prompts the table has
-the NLL of the right answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be
-compared where the teacher differs; with `--write N` also how many of the next N answers in writing are right. Data must
+source writes its own. Every `--fit` then starts from nothing, or with `--method distilled-copy` from the adapter; the
+figure without a fit is printed first, and that of `--trained`, an adapter of the target to compare with. Of the 100
+examples in front of the prompts the table has the NLL of the right answers with the fitted update, in nats a token,
+beside the held-out divergence, which cannot be compared where the teacher differs; with `--write N` also how many of
+the next N answers in writing are right. A list is written as `roles=["v_proj","o_proj"]`. Data must
 be training data: choices are made by it.
 """
 
@@ -36,6 +37,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.evaluate import answer
 from jcrosslora.fit.distill.batches import used_tokens
+from jcrosslora.fit.distill.closed_form import fit_in_closed_form
 from jcrosslora.fit.distill.completions import answer_given, write_completions
 from jcrosslora.fit.distill.fit import fit
 from jcrosslora.fit.distill.run import end_tokens, hold_out
@@ -61,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
     parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of the method")
+    parser.add_argument("--trained", type=Path, help="an adapter of the target that is scored as well")
     parser.add_argument("--write", type=int, default=0, help="answers in writing that are judged")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -109,8 +112,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         return f"{total / count:.4f}"
 
     scored = jax.jit(answer_loss, static_argnums=0)
-    if start is not None:
-        console.print(f"without a fit: NLL {likelihood(start)}")
+    console.print(f"without a fit: NLL {likelihood(start or StackedAdapter({}))}")
+    if arguments.trained:
+        trained = stack_adapter(jcl.load_adapter(arguments.trained, target), target)
+        console.print(f"{arguments.trained}: NLL {likelihood(trained)}")
     table = Table("fit", "steps", "seconds", "divergence", "NLL", *(["right"] if arguments.write else []))
     for text in arguments.fit:
         settings = dict(parse_row(f"{arguments.method}:{text}").settings)
@@ -130,13 +135,17 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         teacher = Teacher(src, tgt, stack_adapter(adapter, source), method, symbols)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        found = fit(
-            teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed, progress=True
-        )
+        usual = {"begun": begun, "seed": arguments.seed, "progress": True}
+        closed = method.in_closed_form(given=bool(given))
+        if closed:
+            parts = [batches[step :: method.step_count] for step in range(method.step_count)]
+            found = fit_in_closed_form(teacher, parts, kept_back, method, start, **usual)
+        else:
+            found = fit(teacher, batches, kept_back, lambda *_: [], method, start, **usual)
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
-        row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
+        row = [text, str(method.step_count if closed else len(batches) * method.passes), f"{seconds:.0f}"]
         row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
             update = unstack_adapter(found.adapter)

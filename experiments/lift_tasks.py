@@ -120,6 +120,9 @@ def load_task(train: Path, test: Path, first: int, written: bool) -> Task:
     return Task(name, *questions, first=min(first, max(1, count * 3 // 4, count - REST)), written=written)
 
 
+_OUTSIDE_LISTS = re.compile(r",(?![^\[]*\])")  # commas between settings, not those of a list
+
+
 def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
     """A row from METHOD or METHOD:KEY=VALUE,KEY=VALUE with keys as recipes have them.
 
@@ -136,7 +139,7 @@ def parse_row(text: str, prompts: int = 0, file: Path | None = None) -> Row:
     method, _, rest = text.partition(":")
     make_method(method)
     settings: dict[str, Any] = {"method": method}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, _OUTSIDE_LISTS.split(rest)):
         key, _, value = part.partition("=")
         settings[key] = _value(key, value, f"--method {text}")
     make_method(method, {key: value for key, value in settings.items() if key not in OWN_FIELDS})
