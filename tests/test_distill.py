@@ -289,6 +289,7 @@ def test_an_adapter_of_zeros_gives_an_update_without_effect(pair):
         {"held_out": 1.0},
         {"fit_rank": 0},
         {"teacher_weight": 1.5},
+        {"token_share": 0.0},
         {"contrast_weight": float("nan")},
         {"completions": 15},
     ],
@@ -711,8 +712,8 @@ def test_a_budget_is_a_time():
 
 
 @pytest.fixture(scope="module")
-def beginning(pair):
-    """A teacher, what is held out, and other completions."""
+def teaching(pair):
+    """Makes the teacher of settings; and batches."""
     source, target, adapter = pair
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
@@ -721,8 +722,23 @@ def beginning(pair):
         ReducedBase.of(settings_of(base), load_params(base), None, symbols.heads(side))
         for side, base in enumerate(pair[:2])
     ]
-    teacher = Teacher(*bases, stack_adapter(adapter, source), SMALL, symbols)
+    return lambda settings: Teacher(*bases, stack_adapter(adapter, source), settings, symbols), batches
+
+
+@pytest.fixture(scope="module")
+def beginning(teaching):
+    """A teacher, what is held out, and other completions."""
+    teacher, batches = teaching[0](SMALL), teaching[1]
     return teacher, batches[1:], [teacher.read(batches[0])]
+
+
+def test_a_share_of_the_answers_tokens_is_chosen(teaching):
+    batch = teaching[1][0]
+    whole, chosen = (teaching[0](dataclasses.replace(SMALL, token_share=share)).read(batch) for share in (1.0, 0.5))
+    judged = batch.answer & (np.asarray(whole.weight) > 0) & (batch.next_tgt >= 0)
+    np.testing.assert_array_equal(whole.weight[~judged], chosen.weight[~judged])
+    assert np.sum(np.asarray(chosen.weight)[judged] > 0) == pytest.approx(0.5 * judged.sum(), abs=1)
+    np.testing.assert_array_equal(whole.teacher, chosen.teacher)
 
 
 LONG = dataclasses.replace(SMALL, completions=FIRST + 3 * ROUND, rate=1e-2)

@@ -51,6 +51,8 @@ class DistillSettings:
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
     """Weight of predictions inside a prompt; those inside an answer have 1."""
+    token_share: float = 1.0
+    """Share of an answer's tokens that are fitted, those whose probability the adapter raises most; 1 fits all."""
     held_out: float = 0.15
     """Share of the first 300 completions that nothing is fitted to; they decide which update is the best."""
     answer_tokens: int | None = None
@@ -109,6 +111,7 @@ class DistillSettings:
         }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
+        rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["polish"] = 0 <= self.polish <= 1, "a share from 0 to 1"
         rules["rate"] = 0 < self.rate < math.inf, "a positive number"
         rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"

@@ -65,6 +65,10 @@ class Symbols:
             np.where(lost, 0, batch.weight).astype(np.float32),
         )
 
+    def following(self, batch: DistillationBatch) -> np.ndarray:
+        """Return int32 (P,) the columns of the target's next tokens, -1 where there is none or it has no column."""
+        return _places(batch.next_tgt, self.shared[1], self.own[1]).astype(np.int32)
+
 
 def _places(tokens: np.ndarray, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
     """Find the columns of tokens, -1 where there is none."""

@@ -16,6 +16,7 @@ from jcrosslora.decoder.forward import head_of
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import Symbols, in_target_symbols
+from jcrosslora.fit.distill.token_choice import chosen_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +115,7 @@ class Teacher:
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
         self._weights = settings.teacher_weight, settings.contrast_weight
+        self._token_share = settings.token_share
         # Zeros instead of no adapter: one compiled program serves both.
         self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
 
@@ -121,7 +123,13 @@ class Teacher:
         """Make the teacher's predictions on a batch."""
         teacher_weight, contrast_weight = self._weights
         # What has no weight is not worth a pass.
-        taught, base, adapted = self.sides(batch, own=teacher_weight < 1, base=contrast_weight != 0)
+        chosen = self._token_share < 1
+        taught, base, adapted = self.sides(batch, own=teacher_weight < 1, base=contrast_weight != 0 or chosen)
+        if chosen:
+            answer, following = jnp.asarray(batch.answer), jnp.asarray(self._symbols.following(batch))
+            share = jnp.float32(self._token_share)
+            weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
+            taught = dataclasses.replace(taught, weight=weight)
         mixed = mix_teacher(taught.teacher, base, adapted, jnp.float32(teacher_weight), jnp.float32(contrast_weight))
         return dataclasses.replace(taught, teacher=mixed)
 
