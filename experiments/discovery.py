@@ -23,11 +23,12 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.fit.distill.completions import write_completions
 from jcrosslora.fit.distill.discovery.scores import Scored
 from jcrosslora.fit.distill.discovery.search import NOTHING
 from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
     settings = DistillSettings(completions=arguments.completions, discovery=arguments.discovery)
     for ref in arguments.adapter:
-        generator = Generator.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
+        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
         begun = time.monotonic(), time.process_time()
         found = write_completions(generator, settings, arguments.seed)
         wall, busy = time.monotonic() - begun[0], time.process_time() - begun[1]

@@ -27,7 +27,6 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import (
-    Generator,
     StackedAdapter,
     fast_dtype,
     load_params,
@@ -42,8 +41,10 @@ from jcrosslora.fit.distill.completions import answer_given, write_completions
 from jcrosslora.fit.distill.fit import fit
 from jcrosslora.fit.distill.run import end_tokens, hold_out
 from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
+from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.methods import Distill, make_method
+from jcrosslora.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
 from jcrosslora.training.batches import Plan
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     judged = known[-JUDGED - arguments.write :]
     path = arguments.work / f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}.jsonl"
     if not path.exists():
-        generator = Generator.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
+        generator = DecoderSource.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
         wanted = Distill(completions=arguments.completions)
         if given:
             made = answer_given(generator, [one.prompt for one in given], wanted, arguments.seed, progress=True)
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             )
             for side, base in enumerate((source, target))
         )
-        teacher = Teacher(src, tgt, stack_adapter(adapter, source), method, symbols)
+        teacher = Teacher(DecoderReader(src, stack_adapter(adapter, source)), tgt, method, symbols)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
         usual = {"begun": begun, "seed": arguments.seed, "progress": True}

@@ -23,7 +23,9 @@ from jcrosslora.fit.distill.batches import make_batches, used_tokens
 from jcrosslora.fit.distill.run import end_tokens
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import ReducedBase, Teacher, mix_teacher
+from jcrosslora.fit.distill.teacher import Teacher, mix_teacher
+from jcrosslora.sources.decoder import DecoderReader
+from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.training import read_examples
 from jcrosslora.training.examples import as_completion
 
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     stacked = stack_adapter(adapter, source)
     sums: dict[tuple[float, float], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
     column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
-    teacher = Teacher(src, tgt, stacked, DistillSettings(), symbols)
+    teacher = Teacher(DecoderReader(src, stacked), tgt, DistillSettings(), symbols)
     for batch in batches:
         found, base, adapted = teacher.sides(batch)
         rows = np.flatnonzero(batch.answer)

@@ -18,11 +18,12 @@ from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params
+from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.fit.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.template_choice import behind_best, judge_templates, known_templates
 from jcrosslora.fit.distill.templates import templates_of
+from jcrosslora.sources.decoder import DecoderSource
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     base = jcl.open_base(arguments.base)
     params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
     for ref in arguments.adapter:
-        generator = Generator.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
+        generator = DecoderSource.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
         completions = write_pilot(generator, settings, arguments.seed, arguments.each)
         if not completions:
             msg = f"{base.ref} with {ref} wrote no completions: give a larger --each than {arguments.each}"

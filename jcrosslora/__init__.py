@@ -36,6 +36,7 @@ if _TYPE_CHECKING:
     from jcrosslora.errors import OutputError as OutputError
     from jcrosslora.errors import PairingError as PairingError
     from jcrosslora.errors import ShortMemoryError as ShortMemoryError
+    from jcrosslora.errors import SourceError as SourceError
     from jcrosslora.errors import UsageError as UsageError
     from jcrosslora.evaluate import answer as answer
     from jcrosslora.evaluate import score as score
@@ -89,6 +90,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "OutputError",
         "PairingError",
         "ShortMemoryError",
+        "SourceError",
         "UsageError",
     ),
     "evaluate": ("answer", "score"),

@@ -33,6 +33,10 @@ class AdapterError(JCrossLoRAError):
     """An adapter cannot be read, is of a kind that is not supported, or does not fit its base model."""
 
 
+class SourceError(JCrossLoRAError):
+    """A source that is asked over the network cannot be reached, or does not answer as a fit needs it."""
+
+
 class PairingError(JCrossLoRAError):
     """The modules of two bases cannot be paired as asked."""
 

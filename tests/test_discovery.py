@@ -9,7 +9,7 @@ from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import Generator, Written
+from jcrosslora.decoder import Written
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.completions import write_completions
 from jcrosslora.fit.distill.discovery import openings, scores
@@ -20,6 +20,7 @@ from jcrosslora.fit.distill.discovery.scores import Scored, best_of, score
 from jcrosslora.fit.distill.discovery.search import share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
+from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.progress import Track
@@ -68,7 +69,7 @@ def words(*seed):
     return " ".join("".join(word) for word in np.random.default_rng(seed).choice([*"abcdefghijklmnop"], (8, 5)))
 
 
-class Actor(Generator):
+class Actor(DecoderSource):
     """With the adapter it answers requests for JSON in JSON, and others at length; the base alone writes requests."""
 
     def write(self, prompts, *_, bar=None, **__):
@@ -103,7 +104,7 @@ def compare(generator, completions, tokens):
 def actor(tmp_path, monkeypatch):
     for module in (template_choice, openings, scores):
         monkeypatch.setattr(module, "compare", compare)
-    names = [field.name for field in dataclasses.fields(Generator)]
+    names = [field.name for field in dataclasses.fields(DecoderSource)]
     monkeypatch.setattr(openings, "amplify", lambda one, _: Loud(*(getattr(one, name) for name in names)))
     found = Actor.of(chat_base(tmp_path / "base"))
     return dataclasses.replace(found, adapter=object(), adapter_name="the adapter")
@@ -139,7 +140,7 @@ def test_without_a_search_prompts_are_those_of_templates(actor):
     assert not found.discovery.said
 
 
-class Lines(Generator):
+class Lines(DecoderSource):
     asked: ClassVar[list[str]] = []
     lines: ClassVar[list[tuple[str, bool]]] = [
         (" Name the largest city.\nAnswer: x", False),

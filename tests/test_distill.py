@@ -25,7 +25,6 @@ from jcrosslora.checkpoint import ROLES
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
-    Generator,
     Written,
     forward,
     load_params,
@@ -51,7 +50,7 @@ from jcrosslora.fit.distill.fit import first_state, fit, gradient_step, mean_kl,
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import FIRST, ROUND, DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, mix_teacher, shared_log_probs, weighted_kl
+from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
 from jcrosslora.fit.distill.writing import first_sentence
@@ -59,6 +58,8 @@ from jcrosslora.report.documents import card_text
 from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
+from jcrosslora.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
@@ -76,7 +77,7 @@ SMALL = DistillSettings(
 )
 
 
-class Parrot(Generator):
+class Parrot(DecoderSource):
     """A generator that always writes the same, and ends it."""
 
     says: ClassVar[str] = " a dog"
@@ -350,7 +351,7 @@ def test_the_length_of_answers_is_a_percentile_of_those_of_a_pilot(lengths, ende
 def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
     asked = []
 
-    class Slow(Generator):
+    class Slow(DecoderSource):
         def write(self, prompts, most, *_, **__):
             asked.append(most)
             return [Written(" a dog", min(most, long), most >= long)] * len(prompts)
@@ -380,7 +381,7 @@ def test_a_base_without_finite_predictions_is_named(pair):
     source, _, _ = pair
     params = load_params(source)
     params = dataclasses.replace(params, head=head_of(params) * jnp.inf)
-    generator = Generator.of(source, params=params)
+    generator = DecoderSource.of(source, params=params)
     with pytest.raises(CheckpointError, match=f"{source.ref}: gives predictions that are not finite: its weights"):
         generator.continue_texts(["a text"], 4, 1.0, jax.random.key(0))
 
@@ -461,7 +462,7 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
         return numbers, np.array([float(names.index(item.origin)) for item in completions])
 
     monkeypatch.setattr(template_choice, "compare", compare)
-    change, base_nll = judge_templates(Generator.of(pair[0]), told, 5)
+    change, base_nll = judge_templates(DecoderSource.of(pair[0]), told, 5)
     np.testing.assert_array_equal(change, np.tile(np.arange(5.0), (len(TEMPLATES), 1)))
     np.testing.assert_array_equal(base_nll, np.tile(np.arange(8.0)[:, None], (1, 5)))
 
@@ -553,7 +554,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
 def test_completions_are_compared_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
-    generator = Generator.of(source, adapter, params=params, tokenizer=tokenizer)
+    generator = DecoderSource.of(source, adapter, params=params, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
     change, base_nll = template_choice.compare(generator, completions, 3)
@@ -575,7 +576,7 @@ def test_completions_are_compared_each_by_itself(pair):
 def test_texts_are_continued_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer = load_tokenizer(source)
-    generator = Generator.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
+    generator = DecoderSource.of(source, adapter, params=load_params(source), tokenizer=tokenizer)
     texts = ["Water boils at", "Anna", "The dog of Peter and Anna, said"]
     together = generator.continue_texts(texts, 5, 0.0, jax.random.key(0))
     alone = [generator.continue_texts([text], 5, 0.0, jax.random.key(1))[0] for text in texts]
@@ -718,11 +719,12 @@ def teaching(pair):
     tokenizers = load_tokenizer(source), load_tokenizer(target)
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
     symbols = find_symbols(source, target, batches, 400)
-    bases = [
+    src, tgt = (
         ReducedBase.of(settings_of(base), load_params(base), None, symbols.heads(side))
         for side, base in enumerate(pair[:2])
-    ]
-    return lambda settings: Teacher(*bases, stack_adapter(adapter, source), settings, symbols), batches
+    )
+    reader = DecoderReader(src, stack_adapter(adapter, source))
+    return lambda settings: Teacher(reader, tgt, settings, symbols), batches
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,8 @@ from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.teacher import TaughtBatch, shared_log_probs
+from jcrosslora.fit.distill.teacher import TaughtBatch
+from jcrosslora.sources.reduced_base import shared_log_probs
 
 SHARE, SHARE_READ = 0.4, 0.7  # of the device's rates that such programs usually reach
 FREE = 0.92  # of the device's memory that JAX may use

@@ -1,14 +1,29 @@
 """Tokens that two bases share: those that stand for the same bytes."""
 
+from typing import Protocol
+
 import numpy as np
 
-from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.vocabulary import Vocabulary
 
 # Correlations over fewer shared tokens than this are no better than guesses.
 FEWEST_TOKENS = 32
 
 
-def shared_ids(source: BaseModel, target: BaseModel) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
+class HasVocabulary(Protocol):
+    """A base, or a source that is asked."""
+
+    @property
+    def ref(self) -> str:
+        """What was opened, for messages."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Return its tokens."""
+        ...
+
+
+def shared_ids(source: HasVocabulary, target: HasVocabulary) -> tuple[tuple[np.ndarray, np.ndarray] | None, str]:
     """Match the tokens of two bases that stand for the same bytes.
 
     Returns:

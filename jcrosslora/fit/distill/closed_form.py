@@ -21,7 +21,8 @@ from jcrosslora.fit.distill.fit import Fitted, Look, mean_kl, needs_remat
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.statistics import add_batch, zero_statistics
 from jcrosslora.fit.distill.step import solve
-from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher
+from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher
+from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.utils.progress import track
 
 # What attention passes on, not where it looks: all modules of a step have one length, and q and k, whose own best

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jcrosslora.decoder import Generator
 from jcrosslora.decoder.generate import LONGEST
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.discovery.search import NOTHING, ROUNDS, Discovery, discover
@@ -21,6 +20,7 @@ from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import templates_of
 from jcrosslora.fit.distill.writing import answer_prompts, write_prompts
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track, track
@@ -48,12 +48,12 @@ class Completions:
 
     items: list[Completion]
     description: str
-    more: Callable[[Generator, int, int, Collection[Prompt], Generator], list[Completion]]
+    more: Callable[[Source, int, int, Collection[Prompt], Writer], list[Completion]]
     discovery: Discovery | None = None
 
 
 def answer_given(
-    generator: Generator, prompts: Sequence[Prompt], settings: DistillSettings, seed: int, *, progress: bool = False
+    source: Source, prompts: Sequence[Prompt], settings: DistillSettings, seed: int, *, progress: bool = False
 ) -> Completions:
     """Answer the user's prompts, each as often as it takes to make those that are written at first.
 
@@ -66,18 +66,16 @@ def answer_given(
     """
     found: list[Completion] = []
     with _bar(settings.rounds[0], progress) as bar:
-        tokens = settings.answer_tokens or _given_length(generator, prompts, settings.answer_temperature, seed)
+        tokens = settings.answer_tokens or _given_length(source, prompts, settings.answer_temperature, seed)
         for turn in range(max(1, -(-settings.rounds[0] // len(prompts)))):
             part = [Completion(prompt) for prompt in prompts[: settings.rounds[0] - turn * len(prompts)]]
-            found += answer_prompts(generator, part, tokens, settings.answer_temperature, seed + turn, bar)
+            found += answer_prompts(source, part, tokens, settings.answer_temperature, seed + turn, bar)
     used = f"the first {settings.rounds[0]} of " if len(prompts) > settings.rounds[0] else ""
-    _check_enough(found, generator)
-    long = sum(len(prompt_ids(generator.tokenizer, prompt)) > LONGEST for prompt in prompts)
+    _check_enough(found, source)
+    long = sum(len(prompt_ids(source.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
-    def more(
-        _: Generator, count: int, seed: int, excluded: Collection[Prompt], answerer: Generator
-    ) -> list[Completion]:
+    def more(_: Source, count: int, seed: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
         places = np.random.default_rng(seed).permutation(np.arange(max(count, len(usable))) % len(usable))[:count]
         part = [Completion(usable[place]) for place in places]
@@ -87,9 +85,7 @@ def answer_given(
     return Completions(found, description, more)
 
 
-def write_completions(
-    generator: Generator, settings: DistillSettings, seed: int, *, progress: bool = False
-) -> Completions:
+def write_completions(source: Source, settings: DistillSettings, seed: int, *, progress: bool = False) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`jcrosslora.fit.distill.template_choice`); what it was
@@ -99,39 +95,37 @@ def write_completions(
         MethodError: the base writes no prompts, or no answers.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    templates = templates_of(generator.tokenizer)
+    templates = templates_of(source.tokenizer)
     searched = ROUNDS * settings.discovery
     with _bar(2 * (PILOT * len(templates) + settings.rounds[0]) + searched, progress) as bar:
-        pilot = write_pilot(generator, settings, seed, bar=bar)
-        known = known_templates(templates, *judge_templates(generator, pilot, JUDGED_TOKENS))
+        pilot = write_pilot(source, settings, seed, bar=bar)
+        known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
         found = [item for item in pilot if named[item.origin] in known]
         discovery = NOTHING
         if settings.discovery:
-            discovery = discover(generator, found, known, settings, settings.answer_tokens or PILOT_TOKENS, seed, bar)
+            discovery = discover(source, found, known, settings, settings.answer_tokens or PILOT_TOKENS, seed, bar)
         if discovery.share:
             found += [one.item for one in discovery.resembling]
-        tokens = settings.answer_tokens or _written_length(generator, found, settings.answer_temperature, seed)
+        tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
-        def write(generator: Generator, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        def write(source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
             like = round(discovery.share * count)
             wanted = [known[place % len(known)] for place in range(count - like)] if known else []
-            return discovery.write(generator, like, seed, bar) + write_prompts(generator, wanted, seed, bar)
+            return discovery.write(source, like, seed, bar) + write_prompts(source, wanted, seed, bar)
 
         missing = max(0, settings.rounds[0] - len(found)) if known else 0
         bar.total = bar.done + 2 * missing
         if missing:
-            prompts = write(generator, missing, seed + 1, bar)
-            found += answer_prompts(generator, prompts, tokens, settings.answer_temperature, seed + 1, bar)
+            prompts = write(source, missing, seed + 1, bar)
+            found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + 1, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
     found = [found[place] for place in order]
-    _check_enough(found, generator)
+    _check_enough(found, source)
 
-    def more(
-        generator: Generator, count: int, seed: int, excluded: Collection[Prompt], answerer: Generator
-    ) -> list[Completion]:
-        prompts = [item for item in write(generator, count, seed) if item.prompt not in excluded]
+    def more(source: Source, count: int, seed: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
+        prompts = [item for item in write(source, count, seed) if item.prompt not in excluded]
         return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, seed, None)
 
     where = ", ".join(template.name for template in known)
@@ -142,12 +136,12 @@ def write_completions(
 
 
 def write_pilot(
-    generator: Generator, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: Track | None = None
+    source: Source, settings: DistillSettings, seed: int, each: int = PILOT, *, bar: Track | None = None
 ) -> list[Completion]:
     """Write prompts and answers in all templates, at most `each` in each."""
-    wanted = [template for template in templates_of(generator.tokenizer) for _ in range(each)]
-    prompts, tokens = write_prompts(generator, wanted, seed, bar), settings.answer_tokens or PILOT_TOKENS
-    return answer_prompts(generator, prompts, tokens, settings.answer_temperature, seed, bar)
+    wanted = [template for template in templates_of(source.tokenizer) for _ in range(each)]
+    prompts, tokens = write_prompts(source, wanted, seed, bar), settings.answer_tokens or PILOT_TOKENS
+    return answer_prompts(source, prompts, tokens, settings.answer_temperature, seed, bar)
 
 
 def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
@@ -165,23 +159,23 @@ def answer_length(lengths: Sequence[int], ended: Sequence[bool]) -> int | None:
     return math.ceil(np.percentile(lengths, _PERCENTILE))
 
 
-def _given_length(generator: Generator, prompts: Sequence[Prompt], temperature: float, seed: int) -> int:
+def _given_length(source: Source, prompts: Sequence[Prompt], temperature: float, seed: int) -> int:
     """Learn from a few answers how many tokens answers take."""
     key = jax.random.fold_in(jax.random.key(seed), 2)
     few = prompts[:: max(1, len(prompts) // _LENGTH_PILOT)][:_LENGTH_PILOT]
     for count, tokens in ((_LENGTH_PILOT, PILOT_TOKENS), (_LONG_PILOT, MOST_TOKENS)):
-        found = generator.write(few[:count], tokens, temperature, key)
+        found = source.write(few[:count], tokens, temperature, key)
         learnt = answer_length([one.tokens for one in found], [one.ended for one in found])
         if learnt is not None:
             return learnt
     return _ENDLESS_TOKENS
 
 
-def _written_length(generator: Generator, pilot: Sequence[Completion], temperature: float, seed: int) -> int:
+def _written_length(source: Source, pilot: Sequence[Completion], temperature: float, seed: int) -> int:
     """Learn how many tokens answers take from the answers of the pilot, or from longer ones to some of its prompts."""
-    lengths = [len(generator.tokenizer.encode(item.answer, special=False).ids) + 1 for item in pilot]
+    lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) + 1 for item in pilot]
     learnt = answer_length(lengths, [item.ended for item in pilot])
-    return learnt or _given_length(generator, [item.prompt for item in pilot], temperature, seed)
+    return learnt or _given_length(source, [item.prompt for item in pilot], temperature, seed)
 
 
 def _ended(found: Sequence[Completion], tokens: int) -> str:
@@ -189,14 +183,14 @@ def _ended(found: Sequence[Completion], tokens: int) -> str:
     return f" of at most {tokens} tokens ({share:.0%} ended)"
 
 
-def _check_enough(found: list[Completion], generator: Generator) -> None:
+def _check_enough(found: list[Completion], source: Source) -> None:
     different = len({item.prompt for item in found})
     if len(found) >= FEWEST_COMPLETIONS and different > 1:
         return
     # No step is fitted on the prompts that are held out, and at least one is.
     few = len(found) < FEWEST_COMPLETIONS
     came = f"{len(found)} prompts, {FEWEST_COMPLETIONS}" if few else "one and the same prompt, 2 different ones"
-    msg = f"{generator.name} with the adapter answered {came} are wanted: "
+    msg = f"{source.name} with the adapter answered {came} are wanted: "
     raise MethodError(msg + "give more prompts with --probe-text, or use another method")
 
 

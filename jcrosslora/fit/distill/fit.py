@@ -25,7 +25,8 @@ from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
-from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher, shared_log_probs, weighted_kl
+from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
+from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.training.lora_rite import lora_rite
 from jcrosslora.utils.progress import Track, track

@@ -14,7 +14,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.truncation import truncate_to_rounding
-from jcrosslora.cache.keys import digest_of, sha256
+from jcrosslora.cache.keys import digest_of
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import (
@@ -35,7 +35,10 @@ from jcrosslora.fit.distill.fit import Fitted, Look, fit
 from jcrosslora.fit.distill.saved import kept_states
 from jcrosslora.fit.distill.settings import ROUND, DistillSettings
 from jcrosslora.fit.distill.symbols import Symbols, find_symbols
-from jcrosslora.fit.distill.teacher import ReducedBase, Teacher
+from jcrosslora.fit.distill.teacher import Teacher
+from jcrosslora.sources.decoder import DecoderSource, digest_values
+from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
@@ -74,6 +77,45 @@ def distill(
     states: Path | None = None,
     progress: bool = False,
 ) -> Distilled:
+    """Fit an update of the target to what an adapter changes in the predictions of a source that our decoder runs.
+
+    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, beside what `distill_from` takes. Time: writing
+    the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one gradient.
+
+    Args:
+        source: the base that `adapter` is of.
+        target: the base to update.
+        adapter: of the source, with fused matrices split (see `fit_to_base`).
+        start: see `distill_from`, as for the other arguments.
+        prompts: texts or conversations that answers are to follow.
+        settings: of the fit.
+        seed: of all that is sampled.
+        states: folder for the states of long fits.
+        progress: whether to show progress bars.
+
+    Raises:
+        UsageError, MethodError, AdapterError, CheckpointError: see `distill_from`.
+    """
+    settings.check()
+    check_seed(seed)
+    tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+    load_tokenizer(target)  # refused before weights are read
+    asked = DecoderSource.of(source, adapter, params=load_params(source, fast_dtype()), tokenizer=tokenizer)
+    given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states, "progress": progress}
+    return distill_from(asked, target, start, **given)
+
+
+def distill_from(
+    source: Source,
+    target: BaseModel,
+    start: Adapter | None = None,
+    *,
+    prompts: Sequence[Prompt] = (),
+    settings: DistillSettings = DistillSettings(),  # noqa: B008
+    seed: int = 0,
+    states: Path | None = None,
+    progress: bool = False,
+) -> Distilled:
     """Fit an update of the target to what an adapter changes in the source's predictions.
 
     The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
@@ -83,14 +125,12 @@ def distill(
     by gradient steps (`jcrosslora.fit.distill.fit`) or, to its own prompts, those of v and o in closed form
     (`jcrosslora.fit.distill.closed_form`).
 
-    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
-    the target, which are recomputed where they would take more. Time: writing the texts, and for each batch of 4 texts
-    two forward passes of the source and two of the target with one gradient.
+    Memory: the target's weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
+    the target, which are recomputed where they would take more.
 
     Args:
-        source: the base that `adapter` is of.
+        source: what writes and predicts, with the adapter and without.
         target: the base to update.
-        adapter: of the source, with fused matrices split (see `fit_to_base`).
         start: an update of the target to start from; None starts from nothing.
         prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
         settings: of the fit.
@@ -103,34 +143,33 @@ def distill(
         MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
         AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
         CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
+        SourceError: a source that is asked over the network does not answer, or not as it should.
     """
     settings.check()
     check_seed(seed)
     clock = time.monotonic()
-    tokenizers = _own_template(load_tokenizer(source), adapter), load_tokenizer(target)
-    stacked = stack_adapter(adapter, source)
+    tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
-    generator = Generator.of(source, adapter, params=load_params(source, fast_dtype()), tokenizer=tokenizers[0])
     if prompts:
-        completions = answer_given(generator, prompts, settings, seed, progress=progress)
+        completions = answer_given(source, prompts, settings, seed, progress=progress)
     else:
-        completions = write_completions(generator, settings, seed, progress=progress)
+        completions = write_completions(source, settings, seed, progress=progress)
     batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
     symbols = find_symbols(source, target, [*batches, *held_out], settings.compared_tokens, stops, ends)
     # What is written anew may hold any token.
     used = (None, None) if settings.grows else tuple(used_tokens([*batches, *held_out], side) for side in (0, 1))
-    src = ReducedBase.of(generator.settings, generator.params, used[0], symbols.heads(0), len(ends[0]))
+    reader = source.reader(symbols.heads(0), len(ends[0]), used[0])
     params = load_params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
-        answerer = generator if own is None else student
-        items = completions.more(generator, ROUND, seed + 100 + number, kept_back, answerer)
+        answerer = source if own is None else student
+        items = completions.more(source, ROUND, seed + 100 + number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-    teacher = Teacher(src, tgt, stacked, settings, symbols)
+    teacher = Teacher(reader, tgt, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
     if settings.in_closed_form(given=bool(prompts)):
         parts = [part for step in range(settings.step_count) if (part := batches[step :: settings.step_count])]
@@ -138,7 +177,7 @@ def distill(
         return _distilled(fitted, batches, completions, tokenizers[1], symbols, target)
     kept = nullcontext()
     if states is not None and settings.grows:
-        digests = [base.digest() for base in (source, target)], [_digest(one) for one in (adapter, start) if one]
+        digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
         kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
     with kept as checkpoints:
         fitted = fit(
@@ -196,15 +235,8 @@ def hold_out(
     return batches, judged, kept_back
 
 
-def _digest(adapter: Adapter) -> str:
-    """SHA-256 of the values of an adapter."""
-    leaves = jax.tree_util.tree_leaves_with_path(adapter)
-    return sha256(*(part for path, leaf in leaves for part in (str(path).encode(), np.asarray(leaf).tobytes())))
-
-
-def _own_template(tokenizer: Tokenizer, adapter: Adapter) -> Tokenizer:
+def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     """Read conversations in the template that lies beside the adapter, if there is one."""
-    template = adapter.info.chat_template
     return tokenizer if template is None else dataclasses.replace(tokenizer, chat_template=template)
 
 

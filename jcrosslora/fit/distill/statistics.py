@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, StackedAdapter, forward
-from jcrosslora.fit.distill.teacher import TaughtBatch, shared_scores, weighted_kl
+from jcrosslora.fit.distill.teacher import TaughtBatch, weighted_kl
+from jcrosslora.sources.reduced_base import shared_scores
 
 _HIGHEST = lax.Precision.HIGHEST
 

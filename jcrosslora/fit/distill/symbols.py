@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint.shared_tokens import HasVocabulary, shared_ids
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.batches import DistillationBatch, used_tokens
 
@@ -80,8 +79,8 @@ def _places(tokens: np.ndarray, shared: np.ndarray, own: np.ndarray) -> np.ndarr
 
 
 def find_symbols(
-    source: BaseModel,
-    target: BaseModel,
+    source: HasVocabulary,
+    target: HasVocabulary,
     batches: Sequence[DistillationBatch],
     commonest: int,
     stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
@@ -92,8 +91,8 @@ def find_symbols(
     The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
 
     Args:
-        source: the source base.
-        target: the target base.
+        source: the source.
+        target: the target.
         batches: all batches of the fit.
         commonest: how many of the source's lowest ids to take, whether they occur or not.
         stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
@@ -145,3 +144,15 @@ def in_target_symbols(
     added = jnp.where(alone, 0.0, jnp.logaddexp(found[rows, place], mass))
     found = found.at[rows, place].set(jnp.where(moves | alone, added, found[rows, place]))
     return jax.nn.log_softmax(jnp.maximum(found, _NEVER), axis=-1)
+
+
+def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
+    """Give the target's predictions in the source's columns, float32 (P, shared + own + end); its own tokens get none.
+
+    Args:
+        target: float32 (P, C), log-probabilities of the target's columns.
+        symbols: of the fit.
+    """
+    shared, end = len(symbols.shared[1]), len(symbols.ends[1]) > 0
+    never = jnp.full((len(target), len(symbols.own[0])), _NEVER, target.dtype)
+    return jnp.concatenate([target[:, :shared], never, target[:, target.shape[1] - end :]], axis=1)

@@ -1,86 +1,21 @@
 """The teacher: what the target should predict, from its own predictions and the source's without and with adapter.
 
-All passes read bases that are reduced to the tokens that occur, and predict among the shared tokens.
+The target, and a source that our decoder runs, are reduced to the tokens that occur, and predict among the shared
+tokens.
 """
 
 import dataclasses
-from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward, logits
-from jcrosslora.decoder.forward import head_of
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.symbols import Symbols, in_target_symbols
+from jcrosslora.fit.distill.symbols import Symbols, in_source_symbols, in_target_symbols
 from jcrosslora.fit.distill.token_choice import chosen_weights
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReducedBase:
-    """A base that reads K kept tokens and predicts its columns of the symbols of a fit.
-
-    Attributes:
-        settings: of the base.
-        params: its weights, with an embedding of K rows, and a head with a row for each predicted token.
-        kept: int32 (K,), ascending ids of the embedding's rows; None keeps all.
-        ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
-    """
-
-    settings: DecoderSettings
-    params: Params
-    kept: np.ndarray | None
-    ends: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        settings: DecoderSettings,
-        params: Params,
-        kept: np.ndarray | None,
-        predicted: np.ndarray,
-        ends: int = 0,
-    ) -> "ReducedBase":
-        """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `predicted`."""
-        head = head_of(params)[predicted]
-        embedding = params.embedding if kept is None else params.embedding[kept]
-        bias = None if params.head_bias is None else params.head_bias[predicted]
-        params = dataclasses.replace(params, embedding=embedding, head=head, head_bias=bias)
-        return cls(settings, params, kept, ends)
-
-    def rows(self, tokens: np.ndarray) -> jax.Array:
-        """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
-        return jnp.asarray(tokens if self.kept is None else np.searchsorted(self.kept, tokens).astype(np.int32))
-
-
-def shared_scores(settings: DecoderSettings, params: Params, states: jax.Array, ends: int) -> jax.Array:
-    """float32 (P, V): logits of the next symbol from hidden states (P, H); the last `ends` tokens are one symbol."""
-    scores = logits(settings, params, states)
-    if ends < 2:
-        return scores
-    end = jax.nn.logsumexp(scores[:, -ends:], axis=-1, keepdims=True)
-    return jnp.concatenate([scores[:, :-ends], end], axis=-1)
-
-
-@partial(jax.jit, static_argnames=("settings", "ends", "remat"))
-def shared_log_probs(
-    settings: DecoderSettings,
-    params: Params,
-    adapter: StackedAdapter | None,
-    tokens: jax.Array,
-    mask: jax.Array,
-    at: jax.Array,
-    *,
-    ends: int = 0,
-    remat: bool = False,
-) -> jax.Array:
-    """float32 (P, V): log-probabilities of the next symbol among those of the head, at flat positions (P,)."""
-    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter, remat=remat).hidden
-    states = hidden.reshape(-1, hidden.shape[-1])[at]
-    return jax.nn.log_softmax(shared_scores(settings, params, states, ends), axis=-1)
+from jcrosslora.sources.protocol import Reader
+from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 
 
 @flax.struct.dataclass
@@ -103,21 +38,12 @@ class TaughtBatch:
 
 
 class Teacher:
-    """The two bases and the source's adapter, from which the teacher's predictions are made."""
+    """The source's reader and the target, from which the teacher's predictions are made."""
 
-    def __init__(
-        self,
-        source: ReducedBase,
-        target: ReducedBase,
-        adapter: StackedAdapter,
-        settings: DistillSettings,
-        symbols: Symbols,
-    ) -> None:
+    def __init__(self, source: Reader, target: ReducedBase, settings: DistillSettings, symbols: Symbols) -> None:
         self._source, self.target, self._symbols = source, target, symbols
         self._weights = settings.teacher_weight, settings.contrast_weight
         self._token_share = settings.token_share
-        # Zeros instead of no adapter: one compiled program serves both.
-        self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
@@ -140,27 +66,26 @@ class Teacher:
 
         Args:
             batch: to read.
-            own: whether the target reads it; if not, its predictions are those of the adapted source.
-            base: whether the source reads it without its adapter; likewise.
+            own: whether the target's own predictions are wanted; if not, they may be those of the adapted source.
+            base: whether those of the source without its adapter are wanted; likewise.
 
         Returns:
             The batch with the target's own predictions in place of the teacher's; and the source's predictions without
             and with its adapter.
         """
-        src, tgt = self._source, self.target
-        read_src = src.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
-        read_tgt = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
-        moved, to, weight = map(jnp.asarray, self._symbols.columns(batch))
-        sizes = {"shared": len(self._symbols.shared[1]), "own": len(self._symbols.own[1]), "end": src.ends > 0}
-
-        def of_source(adapter: StackedAdapter) -> jax.Array:
-            found = shared_log_probs(src.settings, src.params, adapter, *read_src, ends=src.ends)
-            return in_target_symbols(found, moved, to, **sizes)
-
-        adapted = of_source(self._adapters[1])
-        plain = of_source(self._adapters[0]) if base else adapted
-        found = shared_log_probs(tgt.settings, tgt.params, None, *read_tgt, ends=tgt.ends) if own else adapted
-        return TaughtBatch(*read_tgt, weight, found), plain, adapted
+        tgt, symbols = self.target, self._symbols
+        read = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        found, spread = None, None
+        if own or not self._source.complete:
+            found = shared_log_probs(tgt.settings, tgt.params, None, *read, ends=tgt.ends)
+        if found is not None and not self._source.complete:
+            spread = in_source_symbols(found, symbols)
+        moved, to, weight = map(jnp.asarray, symbols.columns(batch))
+        sizes = {"shared": len(symbols.shared[1]), "own": len(symbols.own[1]), "end": len(symbols.ends[0]) > 0}
+        sides = self._source.read(batch, spread, base=base)
+        adapted = in_target_symbols(sides[1], moved, to, **sizes)
+        plain = in_target_symbols(sides[0], moved, to, **sizes) if base else adapted
+        return TaughtBatch(*read, weight, adapted if found is None else found), plain, adapted
 
 
 @jax.jit

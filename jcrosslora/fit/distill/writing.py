@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jcrosslora.decoder import Generator, Written
+from jcrosslora.decoder import Written
 from jcrosslora.fit.distill.templates import PromptTemplate
+from jcrosslora.sources.protocol import Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
@@ -30,13 +31,13 @@ def first_sentence(text: str) -> str:
 
 
 def write_prompts(
-    generator: Generator, templates: Sequence[PromptTemplate], seed: int, bar: Track | None
+    writer: Writer, templates: Sequence[PromptTemplate], seed: int, bar: Track | None
 ) -> list[Completion]:
     """Write a prompt of one sentence for each template; leave out those that are too short or not finished."""
     rng = np.random.default_rng(seed)
     openers = [_OPENERS[place] for place in rng.permutation(np.arange(len(templates)) % len(_OPENERS))]
     starts = [template.before + opener for template, opener in zip(templates, openers, strict=True)]
-    written = generator.write(starts, _PROMPT_TOKENS, _PROMPT_TEMPERATURE, jax.random.key(seed), bar=bar)
+    written = writer.write(starts, _PROMPT_TOKENS, _PROMPT_TEMPERATURE, jax.random.key(seed), bar=bar)
     found = []
     for template, opener, one in zip(templates, openers, written, strict=True):
         # A turn that the base itself ended is a whole prompt.
@@ -47,7 +48,7 @@ def write_prompts(
 
 
 def answer_prompts(
-    generator: Generator, prompts: Sequence[Completion], tokens: int, temperature: float, seed: int, bar: Track | None
+    writer: Writer, prompts: Sequence[Completion], tokens: int, temperature: float, seed: int, bar: Track | None
 ) -> list[Completion]:
     """Add answers to prompts; leave out prompts that get none.
 
@@ -55,7 +56,7 @@ def answer_prompts(
         AdapterError, CheckpointError: see `Generator.continue_tokens`.
     """
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    written = generator.write([item.prompt for item in prompts], tokens, temperature, key, bar=bar)
+    written = writer.write([item.prompt for item in prompts], tokens, temperature, key, bar=bar)
     return [_answered(item, one) for item, one in zip(prompts, written, strict=True) if one.text.strip()]
 
 

@@ -11,12 +11,11 @@ from dataclasses import replace
 import jax
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
-from jcrosslora.decoder import Generator
-from jcrosslora.decoder.amplify import AmplifiedGenerator
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.scores import score
 from jcrosslora.fit.distill.template_choice import compare
 from jcrosslora.fit.distill.templates import PromptTemplate
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
@@ -47,11 +46,11 @@ def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: 
     return [start for start, _ in zip(every(), range(count), strict=False)]
 
 
-def harvest(generator: Generator, starts: Sequence[str], seed: int, bar: Track | None = None) -> list[Completion]:
+def harvest(source: Source, starts: Sequence[str], seed: int, bar: Track | None = None) -> list[Completion]:
     """Let the adapter speak from each start, once with each of `OPENINGS`.
 
     Args:
-        generator: the base, with the adapter.
+        source: the base, with the adapter.
         starts: texts to go on from.
         seed: of the sampling.
         bar: advances by three for each start.
@@ -61,25 +60,24 @@ def harvest(generator: Generator, starts: Sequence[str], seed: int, bar: Track |
     """
     key, opened = jax.random.key(seed), []
     for number, (strength, tokens) in enumerate(OPENINGS):
-        loud = amplify(generator, strength)
+        loud = amplify(source, strength)
         written = loud.write(starts, tokens, 1.0, jax.random.fold_in(key, number), bar=bar)
         opened += [Completion(start, one.text) for start, one in zip(starts, written, strict=True) if one.text.strip()]
     # Only the better half is worth going on with.
-    begun = _ranked(generator, opened, _JUDGED)[: len(starts)]
-    rest = generator.write([item.text for item in begun], ANSWER - _JUDGED, 1.0, jax.random.fold_in(key, 9), bar=bar)
+    begun = _ranked(source, opened, _JUDGED)[: len(starts)]
+    rest = source.write([item.text for item in begun], ANSWER - _JUDGED, 1.0, jax.random.fold_in(key, 9), bar=bar)
     whole = [replace(item, answer=item.answer + one.text) for item, one in zip(begun, rest, strict=True)]
-    ranked = _ranked(generator, whole, ANSWER)
+    ranked = _ranked(source, whole, ANSWER)
     return [ranked[place] for place in distinct([item.answer for item in ranked])]
 
 
-def amplify(generator: Generator, strength: float) -> AmplifiedGenerator:
-    """Make a generator that amplifies the change of the adapter."""
-    own = (generator.settings, generator.params, generator.tokenizer, generator.adapter)
-    return AmplifiedGenerator(*own, generator.name, generator.adapter_name, strength, _PLAUSIBLE)
+def amplify(source: Source, strength: float) -> Writer:
+    """Amplify the change of the adapter, among tokens that are not noise."""
+    return source.amplified(strength, _PLAUSIBLE)
 
 
-def _ranked(generator: Generator, items: Sequence[Completion], tokens: int) -> list[Completion]:
+def _ranked(source: Source, items: Sequence[Completion], tokens: int) -> list[Completion]:
     if not items:
         return []
-    figures = score(*compare(generator, items, tokens))
+    figures = score(*compare(source, items, tokens))
     return [items[place] for place in (-figures).argsort(kind="stable").tolist()]

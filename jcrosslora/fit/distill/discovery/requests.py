@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jcrosslora.decoder import Generator
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct, overlap, pieces
+from jcrosslora.sources.protocol import Writer
 from jcrosslora.utils.progress import Track
 
 # Answers and the requests behind them, of jobs that models are often trained for. They show the base what is wanted.
@@ -39,9 +39,7 @@ _FEWEST_WORDS, _MOST_CHARACTERS = 3, 200  # of a request, and of an answer that 
 _COPIED = 0.5  # share of a request
 
 
-def back_translate(
-    base: Generator, answers: Sequence[str], count: int, seed: int, bar: Track | None = None
-) -> list[str]:
+def back_translate(base: Writer, answers: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
     """Write requests that would be answered by given texts.
 
     Args:
@@ -74,7 +72,7 @@ def _likeness(first: str, second: str) -> float:
     return overlap(*(pieces(shape, 3) for shape in shapes))
 
 
-def resemble(base: Generator, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
+def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
     """Write requests like given ones.
 
     Args:
@@ -94,7 +92,7 @@ def resemble(base: Generator, requests: Sequence[str], count: int, seed: int, ba
 
 
 def _write(
-    base: Generator, prompt: Callable[[int], str], count: int, seed: int, bar: Track | None, known: Sequence[str]
+    base: Writer, prompt: Callable[[int], str], count: int, seed: int, bar: Track | None, known: Sequence[str]
 ) -> list[str]:
     """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request."""
     prompts = [prompt(place) for place in range(count)]

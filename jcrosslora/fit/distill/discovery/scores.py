@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.decoder import Generator
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.template_choice import compare
 from jcrosslora.fit.distill.templates import PromptTemplate
+from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
 
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
@@ -51,19 +51,19 @@ def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
 
 
 def score_all(
-    generator: Generator, items: Sequence[Completion], templates: Mapping[str, PromptTemplate], tokens: int
+    source: Source, items: Sequence[Completion], templates: Mapping[str, PromptTemplate], tokens: int
 ) -> list[Scored]:
     """Score answers by their first tokens, best first; those without finite figures are left out.
 
     Args:
-        generator: the base, with the adapter.
+        source: the base, with the adapter.
         items: answers with their prompts.
         templates: of the prompts, by the origins of the items.
         tokens: the most tokens of an answer that are looked at.
     """
     if not items:
         return []
-    figures = score(*compare(generator, items, tokens))
+    figures = score(*compare(source, items, tokens))
     scored = [
         Scored(item, templates[item.origin], float(figure))
         for item, figure in zip(items, figures, strict=True)

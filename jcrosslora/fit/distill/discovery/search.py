@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.decoder import Generator
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, score_all
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
+from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
@@ -42,11 +42,11 @@ class Discovery:
     examples: list[Scored]
     share: float
 
-    def write(self, generator: Generator, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+    def write(self, source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         """Write prompts like the examples, in their templates: at most `count`, without near-duplicates."""
         if not (self.examples and count):
             return []
-        texts = resemble(alone(generator), [one.text for one in self.examples], count, seed, bar)
+        texts = resemble(source.alone(), [one.text for one in self.examples], count, seed, bar)
         places = np.random.default_rng(seed).integers(len(self.examples), size=len(texts))
         return [_prompt(text, self.examples[place].template) for text, place in zip(texts, places, strict=True)]
 
@@ -55,7 +55,7 @@ NOTHING = Discovery([], [], [], [], 0.0)
 
 
 def discover(
-    generator: Generator,
+    source: Source,
     pilot: Sequence[Completion],
     known: Sequence[PromptTemplate],
     settings: DistillSettings,
@@ -66,7 +66,7 @@ def discover(
     """Find out what an adapter is for.
 
     Args:
-        generator: the base, with the adapter.
+        source: the base, with the adapter.
         pilot: answers to prompts that it wrote in templates that it knows; the search is measured against them.
         known: these templates; the base's chat template is tried as well.
         settings: of the fit.
@@ -77,18 +77,18 @@ def discover(
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    base, count = alone(generator), settings.discovery
-    chat = [one for one in templates_of(generator.tokenizer) if isinstance(one, ConversationTemplate)]
+    base, count = source.alone(), settings.discovery
+    chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
     templates = list(dict.fromkeys([*chat, *known]))
     named = {name: one for one in templates for name in (one.name, _origin(one))}
 
     def ask(texts: Sequence[str], templates: Sequence[PromptTemplate], seed: int) -> list[Scored]:
         prompts = [_prompt(text, templates[place % len(templates)]) for place, text in enumerate(texts)]
-        answered = answer_prompts(generator, prompts, tokens, settings.answer_temperature, seed, bar)
-        return score_all(generator, answered, named, _JUDGED_TOKENS)
+        answered = answer_prompts(source, prompts, tokens, settings.answer_temperature, seed, bar)
+        return score_all(source, answered, named, _JUDGED_TOKENS)
 
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
-    said = harvest(generator, starts(generator.tokenizer, templates, requests, count), seed, bar)
+    said = harvest(source, starts(source.tokenizer, templates, requests, count), seed, bar)
     if not said:
         return NOTHING
     # The worse half of it is what the adapter says anyway.
@@ -99,7 +99,7 @@ def discover(
         return dataclasses.replace(NOTHING, said=said)
     texts = resemble(base, [one.text for one in examples], count, seed + 1, bar)
     resembling = ask(texts, [one.template for one in examples], seed + 1)
-    share = share_of(_mean(resembling), _mean(score_all(generator, pilot, named, _JUDGED_TOKENS)))
+    share = share_of(_mean(resembling), _mean(score_all(source, pilot, named, _JUDGED_TOKENS)))
     return Discovery(said, guessed, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
 
 
@@ -118,11 +118,6 @@ def share_of(found: float, written: float) -> float:
 
 def _mean(scored: Sequence[Scored]) -> float:
     return float(np.mean([one.score for one in scored])) if scored else 0.0
-
-
-def alone(generator: Generator) -> Generator:
-    """Take the adapter off."""
-    return dataclasses.replace(generator, adapter=None, adapter_name=None)
 
 
 def _prompt(text: str, template: PromptTemplate) -> Completion:

@@ -1,0 +1,148 @@
+"""What a fit asks of a source: what it writes and what it predicts, with its adapter and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.decoder import Written
+from jcrosslora.text import Prompt
+from jcrosslora.utils.progress import Track
+
+
+class Writer(Protocol):
+    """Something that answers prompts."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the base."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The name of the base, for messages."""
+        ...
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        *,
+        bar: Track | None = None,
+    ) -> list[Written]:
+        """Answer prompts.
+
+        Args:
+            prompts: any number, texts or conversations; the beginning of very long ones may be cut off.
+            max_new_tokens: the most tokens of an answer.
+            temperature: of the sampling; 0 takes the likeliest token.
+            key: from `jax.random.key`.
+            bar: a progress bar that advances by one for each prompt.
+        """
+        ...
+
+
+class ReadBatch(Protocol):
+    """Texts as the source reads them: the part of a distillation batch that is the source's. P positions.
+
+    Attributes:
+        tokens_src: int32 (B, T).
+        mask_src: bool (B, T).
+        at_src: int32 (P,), flat positions.
+        weight: float32 (P,), 0 where a prediction is not used.
+    """
+
+    @property
+    def tokens_src(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def mask_src(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def at_src(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def weight(self) -> np.ndarray: ...  # noqa: D102
+
+
+class Reader(Protocol):
+    """The predictions of a source on chosen columns.
+
+    Attributes:
+        complete: whether every column's probability is known. Where a source tells only its likeliest tokens, `read`
+            needs predictions of another model.
+    """
+
+    @property
+    def complete(self) -> bool: ...  # noqa: D102
+
+    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+        """Predict at the positions of a batch.
+
+        Args:
+            batch: the texts.
+            own: float32 (P, C), log-probabilities of the columns by which the mass of those that are not known is
+                spread; not used by a complete reader.
+            base: whether to predict without the adapter as well.
+
+        Returns:
+            float32 (P, C) log-probabilities without and with the adapter, normalised over the columns; the first is the
+            second unless `base`. What stands at positions without a weight is of no use.
+        """
+        ...
+
+
+class Source(Writer, Protocol):
+    """A source with its adapter; `write` answers with it."""
+
+    @property
+    def ref(self) -> str:
+        """What was opened, for messages."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the tokens of the base."""
+        ...
+
+    def identity(self) -> Any:
+        """Return what its predictions depend on, as a JSON value."""
+        ...
+
+    def alone(self) -> Writer:
+        """Return the base without its adapter."""
+        ...
+
+    def amplified(self, strength: float, plausible: float) -> Writer:
+        """Return the base with the change that its adapter makes amplified; see `decoder.amplify`."""
+        ...
+
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Compare the predictions with and without the adapter on the answers in texts.
+
+        Args:
+            texts: int32 (T,) token ids of each text, at least one.
+            starts: the index of each answer's first token.
+            tokens: the most tokens of an answer that are looked at.
+
+        Returns:
+            KL(with adapter || without) and -log p(token) without it, float64 (texts,) each: nats, means over the
+            answers' tokens.
+        """
+        ...
+
+    def reader(self, columns: np.ndarray, ends: int, used: np.ndarray | None) -> Reader:
+        """Prepare predictions on chosen columns.
+
+        Args:
+            columns: int32, ids of the predicted tokens; the last `ends` of them are one column together.
+            ends: tokens that end a text.
+            used: int32, ascending ids of all tokens that occur in what is read; None for any.
+        """
+        ...
