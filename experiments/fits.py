@@ -36,7 +36,6 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.evaluate import answer
 from jcrosslora.fit.distill.batches import used_tokens
-from jcrosslora.fit.distill.closed_form import fit_in_closed_form
 from jcrosslora.fit.distill.completions import answer_given, write_completions
 from jcrosslora.fit.distill.fit import fit
 from jcrosslora.fit.distill.run import end_tokens, hold_out
@@ -136,17 +135,13 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         teacher = Teacher(DecoderReader(src, stack_adapter(adapter, source)), tgt, method, symbols)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
-        usual = {"begun": begun, "seed": arguments.seed, "progress": True}
-        closed = method.in_closed_form(given=bool(given))
-        if closed:
-            parts = [batches[step :: method.step_count] for step in range(method.step_count)]
-            found = fit_in_closed_form(teacher, parts, kept_back, method, start, **usual)
-        else:
-            found = fit(teacher, batches, kept_back, lambda *_: [], method, start, **usual)
+        found = fit(
+            teacher, batches, kept_back, lambda *_: [], method, start, begun=begun, seed=arguments.seed, progress=True
+        )
         seconds = time.monotonic() - begun
         for look in found.looks:
             console.print(f"{text}: {look.completions} completions, {look.seconds:.0f} s, {look.divergence:.4f} nats")
-        row = [text, str(method.step_count if closed else len(batches) * method.passes), f"{seconds:.0f}"]
+        row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
         row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
             update = unstack_adapter(found.adapter, target)

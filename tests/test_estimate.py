@@ -69,8 +69,7 @@ def test_distillation_has_the_steps_that_it_shows(places):
     assert longer["fit"] > 2 * short["fit"]
     timed = found(places, method=Distill(budget="3h"), effect="never").steps
     assert timed["write completions"] + timed["fit"] == pytest.approx(3 * 3600, rel=0.01)
-    assert found(places, method=Distill(fit_rank=5, fit="gradient")).rank == 5
-    assert found(places, method=Distill(step_rank=5)).rank == 3 * 5
+    assert found(places, method=Distill(fit_rank=5)).rank == 5
 
 
 def test_distillation_takes_longer_with_more_completions_and_less_with_given_prompts(places):
@@ -86,13 +85,13 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
     )
     assert many["write completions"] > 1.3 * few["write completions"] > 2 * given["write completions"]
     assert many["fit"] > 1.5 * few["fit"]
-    assert given["fit"] > few["fit"]
+    assert given["fit"] == pytest.approx(few["fit"], rel=0.2)
 
 
-def test_the_default_fit_takes_as_long_as_some_400_forward_passes(places):
+def test_the_default_fit_takes_as_long_as_some_650_forward_passes(places):
     # One layer takes a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
     steps = found(places, method="distill", effect="never", compared_tokens=1).steps
-    assert 300 < steps["fit"] / 2.6 < 500
+    assert 550 < steps["fit"] / 2.6 < 750
 
 
 def test_memory_is_that_of_both_bases_where_they_run(places):
@@ -152,7 +151,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^method +distill: .+$", shown, re.MULTILINE)
     assert re.search(r"^modules +21$", shown, re.MULTILINE)
-    assert re.search(r"^rank +up to 96$", shown, re.MULTILINE)
+    assert re.search(r"^rank +up to 16$", shown, re.MULTILINE)
     assert re.search(
         r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
     )

@@ -98,8 +98,7 @@ def estimate(
     method = task.method
     rank = task.rank if method.truncates else None
     if isinstance(method, DistillSettings):
-        closed = method.in_closed_form(given=prompts > 0)
-        rank = method.step_rank * method.step_count if closed else method.fit_rank
+        rank = method.fit_rank
     memory = _group_memory(task)
     if task.runs_bases or options.effect == "always":
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize

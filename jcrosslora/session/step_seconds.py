@@ -42,9 +42,6 @@ _WIDTHS = 4  # widths of rows that completions of one kind have
 # times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
 _CACHED, _PREFILL = 1.7, 2
 _GRADIENT = 3  # forward passes that take as long as one with its gradient
-# Of a closed-form step: the lengths that are tried, and forward passes that take as long as a gradient with its
-# products and the eigendecompositions that follow.
-_LENGTHS, _STATISTICS = 5, 5
 # Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
 _EIGEN = 0.4
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
@@ -176,8 +173,6 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
     def fit() -> float:
         if settings.seconds is not None:
             return max(0.0, settings.seconds - write())
-        if settings.in_closed_form(given=prompts > 0):
-            return _steps(settings, (fitted, held), costs)
         return _fit(settings, (fitted, held), 1 if prompts else 2, tokens, costs)
 
     return {"write completions": write, "fit": fit}
@@ -213,13 +208,6 @@ def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, token
     target = fitted + anew + _GRADIENT * steps + (1 + looks) * held
     read = costs.read((source, target), fast_dtype(), predicted=settings.compared_tokens)
     return costs.write(further * tokens) + read
-
-
-def _steps(settings: DistillSettings, rows: tuple[float, float], costs: _Costs) -> float:
-    """Count a fit in closed form, of so many texts to fit to and held out."""
-    fitted, held = rows[0] / _TEXTS, rows[1] / _TEXTS
-    source, target = 2 * (fitted + held), (1 + _STATISTICS) * fitted + (1 + _LENGTHS * settings.step_count) * held
-    return costs.read((source, target), fast_dtype(), predicted=settings.compared_tokens)
 
 
 def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:

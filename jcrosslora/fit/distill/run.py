@@ -29,7 +29,6 @@ from jcrosslora.decoder import (
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
-from jcrosslora.fit.distill.closed_form import fit_in_closed_form
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
 from jcrosslora.fit.distill.saved import kept_states
@@ -122,8 +121,7 @@ def distill_from(
     that the adapter makes in them (`jcrosslora.fit.distill.teacher.mix_teacher`). They are compared at positions where
     tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
     written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
-    by gradient steps (`jcrosslora.fit.distill.fit`) or, to its own prompts, those of v and o in closed form
-    (`jcrosslora.fit.distill.closed_form`).
+    by gradient steps (`jcrosslora.fit.distill.fit`).
 
     Memory: the target's weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
     the target, which are recomputed where they would take more.
@@ -171,10 +169,6 @@ def distill_from(
 
     teacher = Teacher(reader, tgt, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
-    if settings.in_closed_form(given=bool(prompts)):
-        parts = [part for step in range(settings.step_count) if (part := batches[step :: settings.step_count])]
-        fitted = fit_in_closed_form(teacher, parts, judged, settings, begun, begun=clock, seed=seed, progress=progress)
-        return _distilled(fitted, batches, completions, tokenizers[1], symbols, target)
     kept = nullcontext()
     if states is not None and settings.grows:
         digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]

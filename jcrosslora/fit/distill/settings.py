@@ -11,9 +11,6 @@ from jcrosslora.errors import UsageError
 FEWEST_COMPLETIONS = 16
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
-# More closed-form steps on the same completions fit these and not others.
-_COMPLETIONS_A_STEP, _FEWEST_STEPS = 100, 3
-Fit = Literal["auto", "closed-form", "gradient"]
 Optimizer = Literal["adam", "lora-rite"]
 
 
@@ -25,20 +22,12 @@ class DistillSettings:
     """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
     budget: str | None = None
     """Time for the whole fit, such as 20min: completions are written anew until it is used up."""
-    fit: Fit = "auto"
-    """Gradient steps in all modules, or closed-form steps for v and o of attention, which fit prompts that the source
-    wrote itself less closely and real ones better; auto: gradient where prompts are given, or more than 300 completions
-    or a budget are asked for."""
     roles: tuple[str, ...] | None = None
-    """The modules that are fitted; None leaves it to the kind of fit."""
-    steps: int | None = None
-    """Closed-form steps, each on completions of its own; None makes one for each hundred completions, at least 3."""
-    step_rank: int = 32
-    """Rank of each closed-form step, at most the short side of a module; the ranks of all steps add up."""
+    """The modules that are fitted; None fits all."""
     passes: int = 4
-    """How often gradient steps use each completion."""
+    """How often each completion is used."""
     fit_rank: int = 16
-    """Rank of the update of gradient steps in each module, at most the module's short side."""
+    """Rank of the update in each module, at most the module's short side."""
     rate: float = 1.5e-3
     """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine."""
     optimizer: Optimizer = "adam"
@@ -64,15 +53,6 @@ class DistillSettings:
     compared_tokens: int = 6000
     """How many of the commonest shared tokens predictions are compared on, beside those of the completions."""
 
-    def in_closed_form(self, *, given: bool) -> bool:
-        """Whether the fit is one of closed-form steps, to prompts that were given or that the source wrote."""
-        return self.fit == "closed-form" or (self.fit == "auto" and not given and not self.grows)
-
-    @property
-    def step_count(self) -> int:
-        """The number of closed-form steps."""
-        return max(_FEWEST_STEPS, self.completions // _COMPLETIONS_A_STEP) if self.steps is None else self.steps
-
     @property
     def rounds(self) -> tuple[int, ...]:
         """Completions of each round, those written before the fit first; a budget goes on beyond them."""
@@ -97,8 +77,6 @@ class DistillSettings:
         """
         least = {
             "fit_rank": 1,
-            "step_count": 1,
-            "step_rank": 1,
             "passes": 1,
             "completions": FEWEST_COMPLETIONS,
             "answer_tokens": 1,
@@ -117,9 +95,6 @@ class DistillSettings:
         rules["optimizer"] = self.optimizer in get_args(Optimizer), f"one of {', '.join(get_args(Optimizer))}"
         known = self.roles is None or (len(self.roles) > 0 and set(self.roles) <= set(ROLES))
         rules["roles"] = known, f"some of {', '.join(ROLES)}"
-        short = self.fit != "closed-form" or not self.grows
-        fits = f"one of {', '.join(get_args(Fit))}; closed-form only for 300 completions or fewer and without a budget"
-        rules["fit"] = self.fit in get_args(Fit) and short, fits
         timed = self.budget is None or parse_duration(self.budget) is not None
         rules["budget"] = timed, "a time such as 90s, 20min or 1.5h"
         rules["contrast_weight"] = math.isfinite(self.contrast_weight), "a finite number, such as 0.25"
