@@ -58,7 +58,7 @@ def test_the_delta_rule_is_that_of_qwen(head):
 
 
 def test_without_beta_it_is_the_state_space_model_of_mamba(head):
-    queries, keys, values, decay, state, _ = head
+    queries, keys, values, _, state, _ = head
     x, step = values, np.abs(numbers(6, T))
     wanted, last = mamba.mamba2_chunk_scan(
         *rows(x, step),

@@ -28,6 +28,6 @@ def causal_convolution(
     # In front of the first token, behind any padding.
     rows = lax.dynamic_update_slice_in_dim(rows, state, first, 0)
     # As products of shifted arrays: few taps, and a gradient without the convolution's own rules.
-    out = sum(rows[tap : tap + length] * weight[:, tap] for tap in range(taps))
+    out = sum((rows[tap : tap + length] * weight[:, tap] for tap in range(taps)), start=jnp.zeros((), x.dtype))
     out = out if bias is None else out + bias
     return out, lax.dynamic_slice_in_dim(rows, first + count, taps - 1, 0)

@@ -81,3 +81,37 @@ def _corrected(
     # Solved rather than inverted by powers, whose entries grow until float32 has no digits left.
     system = beta * einsum("tn,sn->ts", keys, keys) * weights
     return solve_triangular(system, beta * (values - answered), lower=True, unit_diagonal=True)
+
+
+def grouped_recurrence(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    decay: jax.Array,
+    state: jax.Array,
+    beta: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the recurrence of H heads, of which H / G consecutive ones share their queries and keys.
+
+    Args:
+        queries: float32 (T, G, N).
+        keys: float32 (T, G, N).
+        values: float32 (T, H, P).
+        decay: float32 (T, H).
+        state: float32 (H, N, P).
+        beta: float32 (T, H), or None.
+
+    Returns:
+        (T, H, P), and the state after the last token.
+    """
+    groups = queries.shape[1]
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        return x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+
+    betas = None if beta is None else split(beta, 1)
+    # Products of queries and keys, which are outside the inner vmap, are made once a group.
+    of_group = jax.vmap(decaying_recurrence, (None, None, 1, 1, 0, 1), (1, 0))
+    of_all = jax.vmap(of_group, (1, 1, 1, 1, 0, 1), (1, 0))
+    out, state_after = of_all(queries, keys, split(values, 1), split(decay, 1), split(state, 0), betas)
+    return out.reshape(values.shape), state_after.reshape(state.shape)
