@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         row = [text, str(len(batches) * method.passes), f"{seconds:.0f}"]
         row += [f"{min(look.divergence for look in found.looks):.4f}", likelihood(found.adapter)]
         if arguments.write:
-            update = unstack_adapter(found.adapter)
+            update = unstack_adapter(found.adapter, target)
             wrote = answer(target, judged[JUDGED:], [update], params=params[1], tokenizer=tokenizers[1], progress=True)
             figure = next(name for name in ("json", "exact") if name in wrote.figures)
             row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")

@@ -66,7 +66,7 @@ def test_stacking_and_unstacking_keep_every_update(model):
     kept["model.layers.2.self_attn.q_proj"] = LoRAFactors(np.ones((1, 48), np.float32), np.ones((48, 1), np.float32))
     stacked = stack_adapter(Adapter(modules=kept), base)
     assert set(stacked.roles) == set(ROLES) - {"k_proj"}
-    back = unstack_adapter(stacked).modules
+    back = unstack_adapter(stacked, base).modules
     assert set(back) == set(kept)
     for name, factors in kept.items():
         np.testing.assert_allclose(delta(back[name]), delta(factors), rtol=1e-5, atol=1e-6)

@@ -13,7 +13,8 @@ import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
-from jcrosslora.checkpoint.layout import Module, expected_shapes
+from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
+from jcrosslora.checkpoint.layout import Module, expected_shapes, role_shapes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.vocabulary import Vocabulary, read_tokenizer
 from jcrosslora.checkpoint.wrapped import TEXT, Wrapper
@@ -113,6 +114,19 @@ class BaseModel:
     def tied(self) -> bool:
         """Whether the output head is the input embedding."""
         return self.family.is_tied(self.config)
+
+    @cached_property
+    def parts(self) -> tuple[LayerParts, ...]:
+        """The parts of each layer."""
+        return self.family.layer_parts(self.config, self.dims.layers)
+
+    def layers_with(self, name: str) -> tuple[int, ...]:
+        """Return the layers that have a role, norm or tensor of this name."""
+        return layers_with(self.parts, name)
+
+    def role_shape(self, role: str) -> tuple[int, int]:
+        """Return the shape (O, I) of the modules of a role of the family."""
+        return role_shapes(self.family, self.dims, self.config)[role]
 
     def tensor_names(self) -> list[str]:
         """Hugging Face names of the stored tensors."""

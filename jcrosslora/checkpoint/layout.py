@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS, Family
+from jcrosslora.checkpoint.family.parts import LayerParts, holds
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
@@ -35,10 +37,10 @@ class Module:
     dtype: str
 
 
-def role_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
-    """Return the shape (O, I) of each role."""
+def role_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the shape (O, I) of each role of a family."""
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    return {
+    usual = {
         "q_proj": (queries, dims.hidden),
         "k_proj": (keys, dims.hidden),
         "v_proj": (keys, dims.hidden),
@@ -47,6 +49,8 @@ def role_shapes(dims: Dims) -> dict[str, tuple[int, int]]:
         "up_proj": (dims.intermediate, dims.hidden),
         "down_proj": (dims.hidden, dims.intermediate),
     }
+    own = {role: shape(dims, config) for role, shape in family.shapes.items()}
+    return {role: own[role] if role in own else usual[role] for role in family.roles}
 
 
 def holder_of(family: Family, role: str) -> str:
@@ -54,29 +58,40 @@ def holder_of(family: Family, role: str) -> str:
     return next((path for path, roles in family.fused.items() if role in roles), ROLE_PATHS[role])
 
 
-def fused_rows(family: Family, dims: Dims, layer: int) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """List the modules of a layer with names of their own: name -> (logical name, first row, last row exclusive)."""
-    shapes, result = role_shapes(dims), {}
-    for path, roles in family.fused.items():
-        parts, start = [], 0
-        for role in roles:
-            parts.append((f"model.layers.{layer}.{ROLE_PATHS[role]}", start, start + shapes[role][0]))
-            start += shapes[role][0]
-        result[f"model.layers.{layer}.{path}"] = tuple(parts)
+def fused_modules(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """List the modules with names of their own: name -> (logical name, first row, last row exclusive)."""
+    shapes, result = role_shapes(family, dims, config), {}
+    for layer, parts in enumerate(family.layer_parts(config, dims.layers)):
+        result |= _fused_rows(family, shapes, layer, parts)
     return result
 
 
-def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, Module]:
+def _fused_rows(
+    family: Family, shapes: Mapping[str, tuple[int, int]], layer: int, parts: LayerParts
+) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    result = {}
+    for path, roles in family.fused.items():
+        if not holds(parts, roles[0]):
+            continue
+        rows, start = [], 0
+        for role in roles:
+            rows.append((f"model.layers.{layer}.{ROLE_PATHS[role]}", start, start + shapes[role][0]))
+            start += shapes[role][0]
+        result[f"model.layers.{layer}.{path}"] = tuple(rows)
+    return result
+
+
+def build_modules(family: Family, dims: Dims, config: Mapping[str, Any], store: TensorStore) -> dict[str, Module]:
     """List the logical modules, by layer, then in the order of `family.roles`."""
     modules = {}
-    shapes = role_shapes(dims)
-    for layer in range(dims.layers):
+    shapes = role_shapes(family, dims, config)
+    for layer, parts in enumerate(family.layer_parts(config, dims.layers)):
         places = {
             part: (fused, (start, stop))
-            for fused, parts in fused_rows(family, dims, layer).items()
-            for part, start, stop in parts
+            for fused, rows in _fused_rows(family, shapes, layer, parts).items()
+            for part, start, stop in rows
         }
-        for role in family.roles:
+        for role in (role for role in family.roles if holds(parts, role)):
             name = f"model.layers.{layer}.{ROLE_PATHS[role]}"
             holder, rows = places.get(name, (name, None))
             tensor = f"{holder}.weight"
@@ -84,7 +99,7 @@ def build_modules(family: Family, dims: Dims, store: TensorStore) -> dict[str, M
     return modules
 
 
-def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor that the model must have."""
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden)}
     expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
@@ -92,13 +107,14 @@ def expected_shapes(family: Family, dims: Dims, config: Mapping[str, object]) ->
         expected[HEAD] = (dims.vocab, dims.hidden)
     if family.head_bias:
         expected[HEAD_BIAS] = (dims.vocab,)
-    in_layer = dict(_layer_shapes(family, dims, config))
-    for layer in range(dims.layers):
-        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer.items()}
+    parts = family.layer_parts(config, dims.layers)
+    in_layer = {own: dict(_layer_shapes(family, dims, config, own)) for own in set(parts)}
+    for layer, own in enumerate(parts):
+        expected |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer[own].items()}
     return expected
 
 
-def norm_sizes(family: Family, dims: Dims, config: Mapping[str, object]) -> dict[str, int]:
+def norm_sizes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of features that each norm of a layer normalises, by the names of `Family.norms`."""
     counts = {"q": dims.heads, "k": dims.kv_heads}
     return {
@@ -113,13 +129,19 @@ def _norm_tensors(family: Family, norm: str, size: int) -> Iterator[tuple[str, t
         yield f"{norm}.bias", (size,)
 
 
-def _layer_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    shapes, norms = role_shapes(dims), family.layer_norms(config)
+def _layer_shapes(
+    family: Family, dims: Dims, config: Mapping[str, Any], parts: LayerParts
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    shapes, norms = role_shapes(family, dims, config), family.layer_norms(config)
     for name, size in norm_sizes(family, dims, config).items():
-        yield from _norm_tensors(family, norms[name], size)
-    holders = dict(family.fused)
+        if holds(parts, name):
+            yield from _norm_tensors(family, norms[name], size)
+    for name, tensor in family.tensors.items():
+        if holds(parts, name):
+            yield tensor.path, tensor.shape(dims, config)
+    holders = {path: roles for path, roles in family.fused.items() if holds(parts, roles[0])}
     held = {role for roles in holders.values() for role in roles}
-    holders |= {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held}
+    holders |= {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held and holds(parts, role)}
     biased = set(family.biased_roles(config))
     for path, roles in holders.items():
         rows = sum(shapes[role][0] for role in roles)
@@ -131,7 +153,7 @@ def _layer_shapes(family: Family, dims: Dims, config: Mapping[str, object]) -> I
             yield name, (1,)
 
 
-def check_tensors(family: Family, dims: Dims, config: Mapping[str, object], store: TensorStore, ref: str) -> None:
+def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: TensorStore, ref: str) -> None:
     """Check that a checkpoint has the tensors that its configuration calls for.
 
     Raises:

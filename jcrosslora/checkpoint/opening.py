@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config,
 from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.gguf import open_gguf
 from jcrosslora.checkpoint.in_memory import MemoryStore, config_values, flat_weights, is_live_model, tokenizer_folder
-from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_rows
+from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore, text_model_name
@@ -155,7 +155,6 @@ def _build(
         values = {**values, "tie_word_embeddings": HEAD not in store.names()}
     dims = read_dims(values, path or ref)
     check_tensors(family, dims, values, store, ref)
-    fused = {name: parts for layer in range(dims.layers) for name, parts in fused_rows(family, dims, layer).items()}
     return BaseModel(
         name=name,
         ref=ref,
@@ -165,8 +164,8 @@ def _build(
         family=family,
         config=values,
         dims=dims,
-        modules=build_modules(family, dims, store),
-        fused=fused,
+        modules=build_modules(family, dims, values, store),
+        fused=fused_modules(family, dims, values),
         store=store,
         wrapper=config.wrapper,
         notes=notes,

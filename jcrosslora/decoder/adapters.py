@@ -16,7 +16,7 @@ from jcrosslora.errors import AdapterError
 
 @flax.struct.dataclass
 class StackedFactors:
-    """The updates dW = b @ a of one role in all layers; zeros in layers without an update.
+    """The updates dW = b @ a of one role in the L layers that have it; zeros in those without an update.
 
     Attributes:
         a: float32 (L, K, I), or (N, L, K, I) of N adapters.
@@ -66,12 +66,12 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
     return StackedAdapter(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
 
-def unstack_adapter(stacked: StackedAdapter) -> Adapter:
-    """Return an adapter of scale 1, without modules of which a factor is zero."""
+def unstack_adapter(stacked: StackedAdapter, base: BaseModel) -> Adapter:
+    """Return an adapter of a base of scale 1, without modules of which a factor is zero."""
     modules = {}
     for role in (role for role in ROLES if role in stacked.roles):
         factors = stacked.roles[role]
-        for layer, (a, b) in enumerate(zip(np.asarray(factors.a), np.asarray(factors.b), strict=True)):
+        for layer, a, b in zip(base.layers_with(role), np.asarray(factors.a), np.asarray(factors.b), strict=True):
             if a.any() or b.any():
                 modules[f"model.layers.{layer}.{ROLE_PATHS[role]}"] = LoRAFactors(a=a, b=b)
     return Adapter(modules=modules)
@@ -148,12 +148,11 @@ def _check_fit(name: str, factors: LoRAFactors, adapter: Adapter, base: BaseMode
 
 
 def _stack_role(adapter: Adapter, base: BaseModel, role: str, rank: int) -> StackedFactors:
-    layers = base.dims.layers
-    rows, columns = base.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape
-    a, b = np.zeros((layers, rank, columns), np.float32), np.zeros((layers, rows, rank), np.float32)
-    for layer in range(layers):
+    layers, (rows, columns) = base.layers_with(role), base.role_shape(role)
+    a, b = np.zeros((len(layers), rank, columns), np.float32), np.zeros((len(layers), rows, rank), np.float32)
+    for place, layer in enumerate(layers):
         factors = adapter.modules.get(f"model.layers.{layer}.{ROLE_PATHS[role]}")
         if factors is not None:
-            a[layer, : factors.rank] = np.asarray(factors.a, np.float32)
-            b[layer, :, : factors.rank] = np.asarray(factors.b, np.float32) * np.float32(factors.scale)
+            a[place, : factors.rank] = np.asarray(factors.a, np.float32)
+            b[place, :, : factors.rank] = np.asarray(factors.b, np.float32) * np.float32(factors.scale)
     return StackedFactors(jnp.asarray(a), jnp.asarray(b))

@@ -3,6 +3,8 @@
 Scores and softmax are float32.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,7 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
+KEYED = ("attention",)  # mixers with keys and values
 EMPTY = -1  # position of a slot without a token
 
 
@@ -127,16 +130,19 @@ class KVCache:
     """Keys and values in S slots for each sequence, filled from the first on, padding included.
 
     Attributes:
-        keys: (L, B, kv_heads, S, D), with rotary positions applied.
+        keys: (L, B, kv_heads, S, D) of the L layers with attention, with rotary positions applied.
         values: (L, B, kv_heads, S, D).
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
+        states: name of a mixer that is not attention -> a tree of arrays (L, B, ...), what it keeps of the tokens
+            before in the L layers that have it; a layer's own is at `LayerWeights.place`.
     """
 
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
     filled: jax.Array
+    states: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
@@ -148,7 +154,7 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
         length: S.
         dtype: of the residual stream, see `Params.stream_dtype`.
     """
-    shape = (settings.layers, batch, settings.kv_heads, length, settings.head_dim)
+    shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, settings.kv_heads, length, settings.head_dim)
     return KVCache(
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),

@@ -7,11 +7,12 @@ import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jcrosslora.decoder.adapters import StackedAdapter
-from jcrosslora.decoder.attention import EMPTY, NO_WINDOW, KVCache, append_positions, growths, rotations
-from jcrosslora.decoder.block import Context, LayerCapture, LayerWeights, layer_forward
+from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, rotations
+from jcrosslora.decoder.block import layer_forward
+from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights
+from jcrosslora.decoder.layer_stack import scan_layers
 from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
@@ -27,9 +28,10 @@ class Output:
 
     Attributes:
         hidden: (B, T, H), hidden states after the final norm, the input of `logits`; undefined at padding.
-        captured: the requested captures: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O);
-            "residual" -> (L + 1, B, T, H), the embedding first.
-        reduced: the results of `reduce`, with a first axis of L on every leaf; None without it.
+        captured: the requested captures: "inputs" -> site -> (L, B, T, I); "outputs" -> role -> (L, B, T, O), both of
+            the L layers that have them; "residual" -> (layers + 1, B, T, H), the embedding first.
+        reduced: the results of `reduce`, with a first axis of layers on every leaf; of the entries of a dictionary, of
+            just the layers that returned them. None without it.
     """
 
     hidden: jax.Array
@@ -108,10 +110,18 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
 
 
 def context_of(
-    settings: DecoderSettings, queries: jax.Array, keys: jax.Array, lengths: jax.Array | None = None
+    settings: DecoderSettings,
+    queries: jax.Array,
+    keys: jax.Array,
+    lengths: jax.Array | None = None,
+    valid: jax.Array | None = None,
 ) -> Context:
-    """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`."""
-    return Context(queries, keys, rotations(settings.ropes, queries, lengths), growths(settings.ropes, queries))
+    """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`.
+
+    `valid`, bool (B, T), is False at padding; None where the keys are of the same tokens as the queries.
+    """
+    valid = keys >= 0 if valid is None else valid
+    return Context(queries, keys, valid, rotations(settings.ropes, queries, lengths), growths(settings.ropes, queries))
 
 
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
@@ -138,12 +148,12 @@ def _run_layers(
         Hidden states after the final norm, the cache with the new tokens, and the results of `keep` for all layers.
     """
 
-    def body(carry: tuple[jax.Array, KVCache | None], layer: LayerWeights) -> tuple[Any, Any]:
+    def run(carry: tuple[jax.Array, KVCache | None], layer: LayerWeights) -> tuple[Any, Any]:
         x, cache, captured = layer_forward(settings, layer, context, *carry)
         return (x, cache), keep(captured)
 
-    step = jax.checkpoint(body, prevent_cse=False) if remat else body
-    (x, cache), kept = lax.scan(step, (x, cache), layer_stack(settings, params, adapter))
+    step = jax.checkpoint(run, prevent_cse=False) if remat else run
+    (x, cache), kept = scan_layers(settings, params, adapter, step, (x, cache))
     return _final_norm(settings, params, x), cache, kept
 
 
@@ -169,24 +179,8 @@ def extend_cache(
     """
     queries, keys = positions
     cache = append_positions(cache, keys)
-    context = context_of(settings, queries, cache.positions, lengths)
+    context = context_of(settings, queries, cache.positions, lengths, keys >= 0)
     hidden, grown, _ = _run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
     return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def layer_stack(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None) -> LayerWeights:
-    """Stack the arrays that `layer_forward` takes, with a first axis of L."""
-    windows = [NO_WINDOW if window is None else window for window in settings.windows]
-    return LayerWeights(
-        layer=jnp.arange(settings.layers, dtype=jnp.int32),
-        weights=params.weights,
-        biases=params.biases,
-        norms=params.norms,
-        norm_biases=params.norm_biases,
-        activation=params.activation,
-        factors={} if adapter is None else adapter.roles,
-        window=jnp.asarray(windows, jnp.int32),
-        rope=jnp.asarray(settings.layer_ropes, jnp.int32),
-    )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,20 +18,62 @@ def einsum(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+@flax.struct.dataclass
+class Row:
+    """One array of a stack that is never copied as a whole, as a slice of the stack would be.
+
+    Attributes:
+        stack: (N, ...).
+        index: int32 scalar.
+    """
+
+    stack: jax.Array
+    index: jax.Array
+
+    @property
+    def array(self) -> jax.Array:
+        """The array."""
+        return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+
+
+def linear(x: jax.Array, weight: "jax.Array | Row") -> jax.Array:
     """Multiply x (..., I) with the transpose of a weight (O, I), accumulated in float32.
 
     Args:
         x: float32 or bfloat16.
         weight: of the same dtype; or, for a float32 x, bfloat16 or its bits as uint16. In that case x and the gradient
-            that comes back are rounded to bfloat16 for this product.
+            that comes back are rounded to bfloat16 for this product. A `Row` is read again in the backward pass.
 
     Returns:
         float32 (..., O).
     """
+    if isinstance(weight, Row):
+        return _linear_row(x, weight.stack, weight.index)
     if x.dtype == weight.dtype:
         return einsum("...i,oi->...o", x, weight)
     return _linear_rounded(x, weight)
+
+
+# Without a rule of its own, a scan keeps the weights of all layers once more for the backward pass.
+@jax.custom_vjp
+def _linear_row(x: jax.Array, stack: jax.Array, index: jax.Array) -> jax.Array:
+    return linear(x, Row(stack, index).array)
+
+
+def _row_forward(x: jax.Array, stack: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _linear_row(x, stack, index), (x, stack, index)
+
+
+def _row_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
+    x, stack, index = kept
+    weight = Row(stack, index).array
+    if stack.dtype == jnp.uint16:  # integers have no derivative
+        return jax.vjp(lambda x: linear(x, weight), x)[1](gradient)[0], None, None
+    by_x, by_weight = jax.vjp(linear, x, weight)[1](gradient)
+    return by_x, jnp.zeros_like(stack).at[index].set(by_weight), None
+
+
+_linear_row.defvjp(_row_forward, _row_backward)
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
+from jcrosslora.checkpoint.family.rules import LayerTensor
 from jcrosslora.decoder.settings import settings_of
 from jcrosslora.errors import UsageError
 
@@ -22,7 +23,7 @@ _F32, _BF16, _BITS = (jnp.dtype(kind) for kind in (jnp.float32, jnp.bfloat16, jn
 
 @flax.struct.dataclass
 class Params:
-    """The weights of a model; L layers, V tokens, H hidden, D head size.
+    """The weights of a model; V tokens, H hidden, D head size, L the layers that have an array of the name, in order.
 
     Attributes:
         embedding: (V, H).
@@ -37,6 +38,7 @@ class Params:
         final_norm_bias: float32 (H,), or None.
         head_bias: float32 (V,), or None.
         activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
+        tensors: name in `Family.tensors` -> (L, ...).
     """
 
     embedding: jax.Array
@@ -49,6 +51,7 @@ class Params:
     final_norm_bias: jax.Array | None = None
     head_bias: jax.Array | None = None
     activation: tuple[jax.Array, ...] = ()
+    tensors: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -84,10 +87,10 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         raise UsageError(msg)
     if packed is None:
         packed = kind == _BF16
-    settings = settings_of(base)
-    family, norms = base.family, base.family.layer_norms(base.config)
-    weights = {role: _stack_weights(base, role, kind, packed=packed) for role in family.roles}
-    biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles}
+    settings, family = settings_of(base), base.family
+    norms = {name: norm for name, norm in family.layer_norms(base.config).items() if base.layers_with(name)}
+    weights = {role: _stack_weights(base, role, kind, packed=packed) for role in family.roles if base.layers_with(role)}
+    biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
     offset = np.float32(family.gain_offset)
     params = Params(
         embedding=_matrix(base, EMBEDDING, kind),
@@ -95,13 +98,18 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         final_norm=jnp.asarray(base.tensor(f"{family.final_norm}.weight").astype(np.float32) + offset),
         weights=weights,
         biases=biases,
-        norms={name: _stack_vectors(base, f"{norm}.weight", _F32) + offset for name, norm in norms.items()},
-        norm_biases={name: _stack_vectors(base, f"{norm}.bias", _F32) for name, norm in norms.items()}
+        norms={name: _stack_vectors(base, name, f"{norm}.weight") + offset for name, norm in norms.items()},
+        norm_biases={name: _stack_vectors(base, name, f"{norm}.bias") for name, norm in norms.items()}
         if family.norm_biases
         else {},
         final_norm_bias=_vector(base, f"{family.final_norm}.bias") if family.norm_biases else None,
         head_bias=_vector(base, HEAD_BIAS) if family.head_bias else None,
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
+        tensors={
+            name: _stack_tensors(base, name, tensor, kind)
+            for name, tensor in family.tensors.items()
+            if base.layers_with(name)
+        },
     )
     base.release()
     return params
@@ -125,14 +133,14 @@ def fast_dtype() -> np.dtype:
 
 
 def _stack_weights(base: BaseModel, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
-    names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers)]
+    names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
     kept = _BITS if packed else dtype
     pieces = (base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
-    return _fill(base, (len(names), *base.modules[names[0]].shape), kept, pieces)
+    return _fill(base, (len(names), *base.role_shape(role)), kept, pieces)
 
 
 def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
-    names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in range(base.dims.layers))
+    names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role))
     return jnp.asarray(np.stack([bias.astype(dtype) for name in names if (bias := base.bias(name)) is not None]))
 
 
@@ -146,9 +154,15 @@ def _vector(base: BaseModel, name: str) -> jax.Array:
     return jnp.asarray(base.tensor(name).astype(_F32))
 
 
-def _stack_vectors(base: BaseModel, path: str, dtype: np.dtype) -> jax.Array:
-    rows = [base.tensor(f"model.layers.{layer}.{path}").astype(dtype) for layer in range(base.dims.layers)]
+def _stack_vectors(base: BaseModel, norm: str, path: str) -> jax.Array:
+    rows = [base.tensor(f"model.layers.{layer}.{path}").astype(_F32) for layer in base.layers_with(norm)]
     return jnp.asarray(np.stack(rows))
+
+
+def _stack_tensors(base: BaseModel, name: str, tensor: LayerTensor, dtype: np.dtype) -> jax.Array:
+    kept, layers = _F32 if tensor.exact else dtype, base.layers_with(name)
+    pieces = (base.tensor(f"model.layers.{layer}.{tensor.path}")[None].astype(kept) for layer in layers)
+    return _fill(base, (len(layers), *tensor.shape(base.dims, base.config)), kept, pieces)
 
 
 def _matrix(base: BaseModel, name: str, dtype: np.dtype) -> jax.Array:

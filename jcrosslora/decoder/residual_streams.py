@@ -12,17 +12,19 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, load_params, settings_of
 from jcrosslora.decoder.adapters import update
-from jcrosslora.decoder.block import LayerWeights, layer_forward
-from jcrosslora.decoder.forward import context_of, embed, layer_stack, positions_of
+from jcrosslora.decoder.block import layer_forward
+from jcrosslora.decoder.forward import context_of, embed, positions_of
+from jcrosslora.decoder.layer import LayerWeights
+from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.decoder.ops import rms_norm
 
 
 @flax.struct.dataclass
 class Down:
-    """The input (B, T, I) and the output (B, T, H) of down_proj in one layer."""
+    """The input (B, T, I) and the output (B, T, H) of down_proj in one layer; None in a layer without it."""
 
-    read: jax.Array
-    wrote: jax.Array
+    read: jax.Array | None
+    wrote: jax.Array | None
 
 
 class Texts:
@@ -55,7 +57,7 @@ class Stream:
 
     def __init__(self, texts: Texts, adapter: StackedAdapter | None) -> None:
         self._texts, self._settings = texts, texts.settings
-        self._layers = layer_stack(texts.settings, texts.params, _nonzero(adapter))
+        self._adapter = _nonzero(adapter)
         self._start()
 
     def _start(self) -> None:
@@ -75,7 +77,7 @@ class Stream:
         return list(self._run_batches())
 
     def _run_batches(self) -> Iterator[Down]:
-        weights = jax.tree.map(lambda x: x[self.done], self._layers)
+        weights = layer_at(self._settings, self._texts.params, self._adapter, self.done)
         for place, (mask, state) in enumerate(zip(self._texts.masks, self.states, strict=True)):
             self.states[place], down = jax.block_until_ready(_run_layer(self._settings, weights, mask, state))
             yield down
@@ -91,7 +93,7 @@ class Stream:
         """Return the gain (H,) between down_proj and the stream: that of the norm, if any, times `residual_scale`."""
         scale = jnp.float32(self._settings.residual_scale)
         if self._settings.post_norms:
-            return self._layers.norms["mlp_post"][layer] * scale
+            return self._texts.params.norms["mlp_post"][layer] * scale
         return jnp.full(self._settings.hidden, scale)
 
 
@@ -100,7 +102,7 @@ def _run_layer(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, 
     """Return the stream after a layer. One program serves all streams: two could round differently."""
     positions, keys = positions_of(mask, mask)
     x, _, captured = layer_forward(settings, layer, context_of(settings, positions, keys), x, None)
-    return x, Down(captured.inputs["down_in"], captured.outputs["down_proj"])
+    return x, Down(captured.inputs.get("down_in"), captured.outputs.get("down_proj"))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -108,6 +110,8 @@ def _add_update(
     settings: DecoderSettings, gain: jax.Array, factors: StackedFactors, state: jax.Array, down: Down
 ) -> jax.Array:
     """Return the stream (B, T, H) with an update of the layer's down_proj added."""
+    assert down.read is not None
+    assert down.wrote is not None
     added = update(down.read, factors)
     if settings.post_norms:
         wrote = down.wrote.astype(jnp.float32)

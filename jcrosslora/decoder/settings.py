@@ -6,6 +6,7 @@ from typing import Any
 
 from jcrosslora.checkpoint import BaseModel, Dims, Family
 from jcrosslora.checkpoint.config import read_number
+from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
 from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
@@ -46,6 +47,7 @@ class DecoderSettings(Dims):
         windows: (L,) number of visible positions of a layer, its own included; None for all.
         ropes: the different rotary settings.
         layer_ropes: (L,) index into `ropes`.
+        parts: (L,) mixer and MLP of a layer.
     """
 
     eps: float
@@ -66,6 +68,11 @@ class DecoderSettings(Dims):
     windows: tuple[int | None, ...]
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
+    parts: tuple[LayerParts, ...]
+
+    def layers_with(self, name: str) -> tuple[int, ...]:
+        """Return the layers that have a role, norm, tensor or part of this name."""
+        return layers_with(self.parts, name)
 
 
 def settings_of(base: BaseModel) -> DecoderSettings:
@@ -102,6 +109,7 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         windows=layer_windows(kinds, config, family, ref),
         ropes=ropes,
         layer_ropes=tuple(map(ropes.index, layer_ropes)),
+        parts=base.parts,
     )
 
 

@@ -197,6 +197,20 @@ def _rows(
 
     def reduce(seen: LayerCapture) -> Rows:
         sites = sorted({INPUT_SITES[role] for role in roles})
-        return {site: take(seen.inputs[site]) for site in sites}, {role: take(seen.outputs[role]) for role in roles}
+        read = {site: take(seen.inputs[site]) for site in sites if site in seen.inputs}
+        return read, {role: take(seen.outputs[role]) for role in roles if role in seen.outputs}
 
-    return forward(settings, params, tokens, mask=mask, reduce=reduce).reduced
+    read, wrote = forward(settings, params, tokens, mask=mask, reduce=reduce).reduced
+    by_site = {INPUT_SITES[role]: role for role in roles}
+    return (
+        {site: _in_all_layers(settings, by_site[site], x) for site, x in read.items()},
+        {role: _in_all_layers(settings, role, x) for role, x in wrote.items()},
+    )
+
+
+def _in_all_layers(settings: DecoderSettings, role: str, rows: jax.Array) -> jax.Array:
+    """Return (L, P, width) of rows of the layers that have a role; zeros in the others."""
+    held = settings.layers_with(role)
+    if len(held) == settings.layers:
+        return rows
+    return jnp.zeros((settings.layers, *rows.shape[1:])).at[jnp.asarray(held)].set(rows)

@@ -92,7 +92,7 @@ def fit_residual(
         AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
         CheckpointError: weights cannot be read, or the decoder does not know the model.
     """
-    hidden, inner = target.modules[f"model.layers.0.mlp.{ROLE}"].shape
+    hidden, inner = target.role_shape(ROLE)
     _check(source, target, batches, layers, rank, min(hidden, inner))
     stacked = stack_adapter(adapter, source)
     texts_src, texts_tgt = (
@@ -101,8 +101,9 @@ def fit_residual(
     )
     teacher, taught = Stream(texts_src, None), Stream(texts_src, stacked)
     plain, student = Stream(texts_tgt, None), Stream(texts_tgt, current)
-    a = np.zeros((len(layers), rank, inner), np.float32)
-    b = np.zeros((len(layers), hidden, rank), np.float32)
+    held = target.layers_with(ROLE)
+    layers = [feeder if layer in held else None for layer, feeder in enumerate(layers)]
+    a, b = np.zeros((len(held), rank, inner), np.float32), np.zeros((len(held), hidden, rank), np.float32)
     last = max(layer for layer, feeder in enumerate(layers) if feeder is not None)
     for layer in each(range(last + 1), "fit the residual stream", "layers", show=progress):
         plain.run_to(layer)
@@ -116,8 +117,9 @@ def fit_residual(
         streams = [teacher.states, taught.states, plain.states, student.states]
         sums = _summed(texts_tgt.settings, batches, streams, downs)
         factors = jax.block_until_ready(_solve(sums, student.gain(layer), jnp.float32(scale), rank))
-        a[layer], b[layer] = np.asarray(factors.a), np.asarray(factors.b)
-        if not (np.isfinite(a[layer]).all() and np.isfinite(b[layer]).all()):
+        place = held.index(layer)
+        a[place], b[place] = np.asarray(factors.a), np.asarray(factors.b)
+        if not (np.isfinite(a[place]).all() and np.isfinite(b[place]).all()):
             msg = (
                 f"{adapter.info.name}: the residual stream of {source.ref} with it, or of {target.ref} with the update "
                 f"fitted so far, is not finite after layer {layer}: the factors are too large or not numbers"
@@ -258,6 +260,9 @@ def _check(
         msg = f"the layer map names {len(layers)} layers but the target has {depth_tgt}; name a source layer for each"
         raise PairingError(msg)
     fed = [feeder for feeder in layers if feeder is not None]
-    if not fed or not 0 <= min(fed) <= max(fed) < depth_src:
+    if not set(target.layers_with(ROLE)) & {layer for layer, feeder in enumerate(layers) if feeder is not None}:
+        msg = f"the layer map names source layers {fed}, wanted one for a layer of {target.ref} that has {ROLE}"
+        raise PairingError(msg)
+    if not 0 <= min(fed) <= max(fed) < depth_src:
         msg = f"the layer map names source layers {fed}, wanted at least one, of 0 to {depth_src - 1}"
         raise PairingError(msg)

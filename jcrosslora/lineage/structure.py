@@ -86,7 +86,7 @@ class Structure:
             return False
         axes = {
             axis: size
-            for role, shape in role_shapes(source.dims).items()
+            for role, shape in role_shapes(source.family, source.dims, source.config).items()
             for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
         }
         return np.array_equal(self.stream, np.arange(len(self.stream))) and all(

@@ -11,6 +11,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.lineage.matching import MIN_MEAN_COSINE, match_columns, match_heads
 from jcrosslora.lineage.structure import LayerMap, Structure
@@ -39,6 +40,9 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
+    for base in (source, target):
+        if set(base.parts) != {LayerParts()}:
+            return None, f"{base.name} has layers of other parts than attention and a dense MLP, which are not compared"
     stream, by_embedding, tokens = _match_stream(source, target)
     if stream is None:
         widths = f"{source.dims.hidden} and {target.dims.hidden} wide"

@@ -39,4 +39,4 @@ class ResidualFit(Method):
             progress=context.progress,
         )
         what = f"{self.residual_scale:g} times the change of the source's residual stream"
-        return Update(unstack_adapter(fitted), fitted=f"fitted to {what}, on down_proj alone")
+        return Update(unstack_adapter(fitted, context.target), fitted=f"fitted to {what}, on down_proj alone")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.family.parts import holds
 from jcrosslora.checkpoint.layout import norm_sizes
 from jcrosslora.decoder import DecoderSettings, Params, forward, settings_of
 from jcrosslora.linalg import decompose
@@ -52,14 +53,19 @@ class Stopwatch:
         return self._fastest("full SVD", make, _RUNS)
 
     def layer(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
-        """Time the forward pass of one layer of a base on tokens (B, T), with weights of a dtype.
+        """Time the forward pass of one layer of a base, of the parts of its last, on tokens (B, T).
 
         Raises:
             CheckpointError: the decoder does not support the base.
         """
         settings = settings_of(base)
         one = dataclasses.replace(
-            settings, layers=1, vocab=_VOCABULARY, windows=settings.windows[:1], layer_ropes=settings.layer_ropes[:1]
+            settings,
+            layers=1,
+            vocab=_VOCABULARY,
+            windows=settings.windows[:1],
+            layer_ropes=settings.layer_ropes[:1],
+            parts=settings.parts[-1:],
         )
 
         def make() -> Callable[[], Any]:
@@ -102,15 +108,19 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
     def matrix(*shape: int) -> jax.Array:
         return 0.02 * jax.random.normal(jax.random.key(0), shape, dtype)
 
-    first = [module for module in base.modules.values() if module.layer == 0]
-    weights = {module.role: matrix(1, *module.shape) for module in first}
-    norms = norm_sizes(base.family, base.dims, base.config)
+    (parts,), family = settings.parts, base.family
+    weights = {role: matrix(1, *base.role_shape(role)) for role in family.roles if holds(parts, role)}
+    norms = norm_sizes(family, base.dims, base.config)
+    tensors = {name: tensor for name, tensor in family.tensors.items() if holds(parts, name)}
     return Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
         final_norm=jnp.ones(settings.hidden),
         weights={role: jax.lax.bitcast_convert_type(w, jnp.uint16) if packed else w for role, w in weights.items()},
-        biases={role: jnp.zeros((1, weights[role].shape[1]), dtype) for role in settings.biased_roles},
-        norms={name: jnp.ones((1, size)) for name, size in norms.items()},
-        activation=tuple(jnp.ones((1, 1)) for _ in base.family.activation_tensors),
+        biases={
+            role: jnp.zeros((1, weights[role].shape[1]), dtype) for role in settings.biased_roles if role in weights
+        },
+        norms={name: jnp.ones((1, size)) for name, size in norms.items() if holds(parts, name)},
+        activation=tuple(jnp.ones((1, 1)) for _ in family.activation_tensors),
+        tensors={name: jnp.ones((1, *tensor.shape(base.dims, base.config))) for name, tensor in tensors.items()},
     )

@@ -141,14 +141,14 @@ def fit_magnitudes(
         progress=progress,
         tokenizer=tokenizer,
     )
-    return _rescaled(adapter, {role: np.asarray(values) for role, values in shares.items()})
+    return _rescaled(adapter, base, {role: np.asarray(values) for role, values in shares.items()})
 
 
-def _rescaled(adapter: Adapter, shares: dict[str, np.ndarray]) -> Adapter:
-    """Multiply B of each module by its share, (L,) for each role."""
+def _rescaled(adapter: Adapter, base: BaseModel, shares: dict[str, np.ndarray]) -> Adapter:
+    """Multiply B of each module by its share, (L,) for each role of L layers."""
     modules = dict(adapter.modules)
     for role, values in shares.items():
-        for layer, share in enumerate(values):
+        for layer, share in zip(base.layers_with(role), values, strict=True):
             name = f"model.layers.{layer}.{ROLE_PATHS[role]}"
             if name in modules:
                 modules[name] = dataclasses.replace(modules[name], b=np.asarray(modules[name].b, np.float32) * share)

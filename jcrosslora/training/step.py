@@ -11,7 +11,6 @@ import optax
 
 from jcrosslora.adapter import Adapter, AdapterInfo
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import (
     DecoderSettings,
     Params,
@@ -144,14 +143,14 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
     Raises:
         UsageError: the base has none of the modules.
     """
-    layers, rng = base.dims.layers, np.random.default_rng([settings.seed, 1])
-    wanted = [role for role in settings.modules if role in base.family.roles]
+    rng = np.random.default_rng([settings.seed, 1])
+    wanted = [role for role in settings.modules if role in base.family.roles and base.layers_with(role)]
     if not wanted:
         msg = f"modules {', '.join(settings.modules)}: {base.name} has none of them, only "
         raise UsageError(msg + ", ".join(base.family.roles))
     roles = {}
     for role in wanted:
-        rows, columns = base.modules[f"model.layers.0.{ROLE_PATHS[role]}"].shape
+        layers, (rows, columns) = len(base.layers_with(role)), base.role_shape(role)
         bound = columns**-0.5
         a = rng.uniform(-bound, bound, (layers, settings.rank, columns)).astype(np.float32)
         roles[role] = StackedFactors(jnp.asarray(a), jnp.zeros((layers, rows, settings.rank), jnp.float32))
@@ -169,4 +168,6 @@ def scaled(factors: StackedAdapter, scale: float | jax.Array) -> StackedAdapter:
 def to_adapter(factors: StackedAdapter, settings: TrainingSettings, base: BaseModel) -> Adapter:
     """Make an adapter of the factors, the scale inside B."""
     host = jax.device_get(scaled(factors, settings.alpha / settings.rank))
-    return Adapter(unstack_adapter(host).modules, AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix))
+    return Adapter(
+        unstack_adapter(host, base).modules, AdapterInfo(f"trained on {base.name}", base.name, prefix=base.prefix)
+    )

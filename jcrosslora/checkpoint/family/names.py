@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DENSE_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROLES = DENSE_ROLES
 
 # Logical name of each role in a layer, the same in every family.
 ROLE_PATHS: Mapping[str, str] = {

@@ -1,11 +1,12 @@
 """The record of one architecture: names of its tensors, its numbers, and its configuration keys."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jcrosslora.checkpoint.family.names import ATTENTION, QKV, ROLES
-from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
+from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, QKV
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, RoleShape, Windows
 
 PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
@@ -15,12 +16,16 @@ _EPS, _POSITIONS = Number("rms_norm_eps", 1e-6), Positions()
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of dense decoders. The defaults are those of Llama.
+    """One architecture of decoders. The defaults are those of Llama.
 
     Attributes:
         name: the `model_type` of its configuration.
         architectures: accepted values in `architectures`.
-        roles: the linear modules of a layer, in the order of `ROLES`; an MLP without a gate lacks "gate_proj".
+        roles: the linear modules of any layer, in the order of `ROLES`; an MLP without a gate lacks "gate_proj".
+        parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
+            MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
+        shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
+        tensors: name -> tensor of a layer that is neither a linear module nor a norm.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
         norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
@@ -59,7 +64,10 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[str, ...] = DENSE_ROLES
+    parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
+    shapes: Mapping[str, RoleShape] = field(default_factory=dict)
+    tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     final_norm: str = "model.norm"
@@ -90,6 +98,14 @@ class Family:
     keys: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer_parts(self, config: Mapping[str, Any], layers: int) -> tuple[LayerParts, ...]:
+        """Return the parts of each layer of a model of this configuration.
+
+        Raises:
+            CheckpointError: a key that says which layers have which parts cannot be read.
+        """
+        return (LayerParts(),) * layers if self.parts is None else tuple(self.parts(config, layers))
 
     def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the roles that have a bias in a model of this configuration."""

@@ -1,8 +1,42 @@
 """Rules by which a family reads numbers, windows and rotary positions from a configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+
+class Sizes(Protocol):
+    """The sizes that shapes follow from, see `jcrosslora.checkpoint.Dims`."""
+
+    @property
+    def hidden(self) -> int: ...  # noqa: D102
+    @property
+    def intermediate(self) -> int: ...  # noqa: D102
+    @property
+    def heads(self) -> int: ...  # noqa: D102
+    @property
+    def kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+
+
+# From the sizes of a model and its configuration to the shape (O, I) of a role.
+RoleShape = Callable[[Sizes, Mapping[str, Any]], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class LayerTensor:
+    """A tensor of a layer that is neither a linear module nor a norm, such as a router.
+
+    Attributes:
+        path: its name inside a layer, e.g. "mlp.gate.weight".
+        shape: from the sizes of a model and its configuration to its shape.
+        exact: whether it is float32 in every forward pass, instead of the dtype of the weights.
+    """
+
+    path: str
+    shape: Callable[[Sizes, Mapping[str, Any]], tuple[int, ...]]
+    exact: bool = True
 
 
 @dataclass(frozen=True)

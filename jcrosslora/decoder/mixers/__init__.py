@@ -1,1 +1,1 @@
-"""What mixes the tokens of a text beside attention: short convolutions and gated linear recurrences."""
+"""What mixes the tokens of a text: attention, short convolutions and gated linear recurrences."""

@@ -172,7 +172,7 @@ def _distilled(
     _check_finite(fitted, target)
     positions = sum(batch.positions for batch in batches)
     return Distilled(
-        truncate_to_rounding(unstack_adapter(fitted.adapter)),
+        truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
         fitted.looks,
         positions,
         _sentence(fitted, completions, positions, len(symbols.shared[0])),

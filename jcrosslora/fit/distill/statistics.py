@@ -23,7 +23,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 @flax.struct.dataclass
 class Statistics:
-    """Sums over positions, float32, of L layers.
+    """Sums over positions, float32, of the L layers that have a site or role.
 
     Attributes:
         inputs: site -> (L, I, I), A.
@@ -73,7 +73,7 @@ def add_batch(
         sites = tuple(totals.inputs)
 
         def reduce(seen: LayerCapture) -> dict[str, jax.Array]:
-            return {site: seen.inputs[site] for site in sites}
+            return {site: seen.inputs[site] for site in sites if site in seen.inputs}
 
         out = forward(settings, perturbed, batch.tokens, mask=batch.mask, adapter=adapter, reduce=reduce, remat=remat)
         states = out.hidden.reshape(-1, out.hidden.shape[-1])[batch.at]

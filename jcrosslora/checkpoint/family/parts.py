@@ -1,0 +1,34 @@
+"""What a layer consists of: what mixes its positions, and its MLP. Both may differ from layer to layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jcrosslora.checkpoint.family.names import ATTENTION, MLP
+
+
+class LayerParts(NamedTuple):
+    """The names, in `PARTS`, of a layer's mixer and of its MLP."""
+
+    mixer: str = "attention"
+    mlp: str = "dense"
+
+
+# Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in `Family.tensors`)
+# that only layers with this part, or another that lists them, may have.
+PARTS: Mapping[str, frozenset[str]] = {
+    "attention": frozenset({*ATTENTION, "q", "k"}),
+    "dense": frozenset(MLP),
+}
+_OWNED = frozenset().union(*PARTS.values())
+
+
+def holds(parts: LayerParts, name: str) -> bool:
+    """Whether a layer of these parts may have a role, norm or tensor of this name."""
+    return name not in _OWNED or any(name in PARTS[part] for part in parts)
+
+
+def layers_with(parts: Sequence[LayerParts], name: str) -> tuple[int, ...]:
+    """Return the layers that may have a role, norm or tensor of this name, or that have a part of this name."""
+    if name in PARTS:
+        return tuple(layer for layer, own in enumerate(parts) if name in own)
+    return tuple(layer for layer, own in enumerate(parts) if holds(own, name))

@@ -1,0 +1,117 @@
+"""The arrays of one layer, what is kept of its run, and how its linear modules and norms are applied."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.decoder.adapters import StackedFactors, update
+from jcrosslora.decoder.ops import Row, layer_norm, linear, rms_norm
+from jcrosslora.decoder.settings import DecoderSettings
+
+# The place in a layer where the input of each role is read. All roles of a place are in the same layers.
+INPUT_SITES = {
+    "q_proj": "attn_in",
+    "k_proj": "attn_in",
+    "v_proj": "attn_in",
+    "o_proj": "attn_out_in",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "down_proj": "down_in",
+}
+
+
+@flax.struct.dataclass
+class LayerCapture:
+    """The inputs and outputs of one layer; under jit, those that nothing uses are neither computed nor kept.
+
+    Attributes:
+        layer: int32 scalar, index of the layer.
+        inputs: site -> (B, T, I): "attn_in" of q, k and v, "attn_out_in" of o, "mlp_in" of gate and up, "down_in" of
+            down (see `INPUT_SITES`).
+        outputs: role -> (B, T, O), the module's output with bias and adapter, before any norm or rotary position.
+        residual: (B, T, H), the residual stream after the layer.
+    """
+
+    layer: jax.Array
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
+    residual: jax.Array
+
+
+@flax.struct.dataclass
+class LayerWeights:
+    """The arrays of one layer: its slices of `Params` and of a `StackedAdapter`, and its attention kind.
+
+    Attributes:
+        layer: int32 scalar, index of the layer.
+        place: int32 scalar, index among the layers with the same mixer, which is that of its entries in a cache.
+        weights: role -> (O, I).
+        biases: role -> (O,).
+        norms: name -> gain.
+        norm_biases: name -> bias.
+        activation: trained parameters of the activation.
+        factors: role -> factors of an adapter; empty without one.
+        window: int32 scalar, number of visible positions.
+        rope: int32 scalar, index of the rotary setting.
+        tensors: name -> tensor, see `Family.tensors`.
+        parts: static, the mixer and the MLP.
+    """
+
+    layer: jax.Array
+    place: jax.Array
+    weights: dict[str, jax.Array | Row]
+    biases: dict[str, jax.Array]
+    norms: dict[str, jax.Array]
+    norm_biases: dict[str, jax.Array]
+    activation: tuple[jax.Array, ...]
+    factors: dict[str, StackedFactors]
+    window: jax.Array
+    rope: jax.Array
+    tensors: dict[str, jax.Array | Row]
+    parts: LayerParts = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Context:
+    """The arrays that all layers share.
+
+    Attributes:
+        query_positions: int32 (B, T).
+        key_positions: int32 (B, S), negative where there is no token; S is T without a cache.
+        valid: bool (B, T), False at padding.
+        rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
+        growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
+    """
+
+    query_positions: jax.Array
+    key_positions: jax.Array
+    valid: jax.Array
+    rotations: tuple[jax.Array, ...]
+    growths: tuple[jax.Array, ...] | None = None
+
+
+def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCapture) -> jax.Array:
+    """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned."""
+    out = linear(x, layer.weights[role])
+    if role in layer.biases:
+        out = out + layer.biases[role].astype(jnp.float32)
+    if role in layer.factors:
+        out = out + update(x, layer.factors[role])
+    capture.inputs[INPUT_SITES[role]] = x
+    capture.outputs[role] = out.astype(x.dtype)
+    return capture.outputs[role]
+
+
+def apply_norm(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax.Array) -> jax.Array:
+    """Apply a norm by its place in `Family.norms`; return x where the layer has none there."""
+    if norm not in layer.norms:
+        return x
+    if settings.layer_norm:
+        return layer_norm(x, layer.norms[norm], layer.norm_biases.get(norm), settings.eps)
+    return rms_norm(x, layer.norms[norm], settings.eps)
+
+
+def of_layer(layer: LayerWeights, settings: tuple[jax.Array, ...]) -> jax.Array:
+    """Return the array of a layer's own rotary setting."""
+    return settings[0] if len(settings) == 1 else jnp.stack(settings)[layer.rope]

@@ -1,0 +1,51 @@
+"""Softmax attention of a layer: from the normed stream to the output of o_proj."""
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.decoder.attention import KVCache, append_layer, apply_rope, attention, attention_mask
+from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, apply_norm, of_layer, run_module
+from jcrosslora.decoder.settings import DecoderSettings
+
+
+def self_attention(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    context: Context,
+    normed: jax.Array,
+    cache: KVCache | None,
+    capture: LayerCapture,
+) -> tuple[jax.Array, KVCache | None]:
+    """Run the attention of a layer on the normed stream (B, T, H).
+
+    Returns:
+        (B, T, H), the output of o_proj, and the cache with the layer's keys and values.
+    """
+    queries, keys, values = (run_module(role, layer, normed, capture) for role in ("q_proj", "k_proj", "v_proj"))
+    rotation = of_layer(layer, context.rotations)
+    queries = _placed(settings, layer, "q", queries, rotation)
+    keys = _placed(settings, layer, "k", keys, rotation).swapaxes(1, 2)
+    values = _split_heads(values, settings).swapaxes(1, 2)
+    if context.growths is not None:
+        growth = of_layer(layer, context.growths)[:, :, None, None]
+        queries = (queries.astype(jnp.float32) * growth).astype(queries.dtype)
+    if cache is not None:
+        cache, keys, values = append_layer(cache, layer.place, keys, values)
+    mask = attention_mask(context.query_positions, context.key_positions, layer.window)
+    mixed = attention(queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap)
+    return run_module("o_proj", layer, mixed, capture), cache
+
+
+def _placed(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Split queries or keys into heads, normalise them and apply their positions."""
+    if settings.qk_norms == "whole":
+        x = apply_norm(settings, layer, norm, x)
+    x = _split_heads(x, settings)
+    if settings.qk_norms == "head":
+        x = apply_norm(settings, layer, norm, x)
+    x = apply_rope(x, rotation, interleaved=settings.interleaved)
+    return apply_norm(settings, layer, norm, x) if settings.qk_norms == "rotated" else x
+
+
+def _split_heads(x: jax.Array, settings: DecoderSettings) -> jax.Array:
+    return x.reshape(*x.shape[:2], -1, settings.head_dim)

@@ -1,0 +1,50 @@
+"""Layers of different parts: how they are divided for scans, and how what they return is put together again."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jcrosslora.checkpoint.family.parts import LayerParts, holds, layers_with
+from jcrosslora.decoder.segments import join_layers, segments_of
+
+
+def parts(text):
+    return tuple(LayerParts(mlp="dense") if letter == "a" else LayerParts(mlp=letter) for letter in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("aaaa", [("a", 4)]),
+        ("a", [("a", 1)]),
+        ("abbbbb", [("a", 1), ("b", 5)]),
+        ("aaabaaab", [("aaab", 2)]),
+        ("aabaabaababab", [("aab", 3), ("ab", 2)]),
+        ("abc", [("a", 1), ("b", 1), ("c", 1)]),
+    ],
+)
+def test_layers_are_divided_into_repeated_patterns(text, found):
+    segments = segments_of(parts(text))
+    assert [(one.pattern, one.repeats) for one in segments] == [(parts(pattern), n) for pattern, n in found]
+    layers = [layer for one in segments for place in range(len(one.pattern)) for layer in one.layers(place)]
+    assert sorted(layers) == list(range(len(text)))
+
+
+def test_an_array_of_joined_layers_has_the_layers_that_returned_it_in_order():
+    odd, even = [1, 3], [0, 2]
+    rows = {"all": lambda layers: jnp.asarray(layers), "odd": lambda layers: jnp.asarray(layers) * 10}
+    joined = join_layers(
+        [(odd, ({name: rows[name](odd) for name in rows}, None)), (even, ({"all": rows["all"](even)}, None))]
+    )
+    np.testing.assert_array_equal(joined[0]["all"], range(4))
+    np.testing.assert_array_equal(joined[0]["odd"], [10, 30])
+    assert joined[1] is None
+
+
+def test_a_layer_has_the_arrays_of_its_parts_and_those_that_no_part_owns():
+    own = (LayerParts("attention", "dense"), LayerParts("attention", "attention"))
+    assert holds(own[0], "q_proj")
+    assert holds(own[1], "attn")
+    assert not holds(own[1], "down_proj")
+    assert layers_with(own, "down_proj") == (0,)
+    assert layers_with(own, "dense") == (0,)
