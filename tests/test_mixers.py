@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tiny_models import torch, transformers
 
-from jcrosslora.checkpoint.family.mixers import MIXER_PATHS, Mixer
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.names import ROLE_PATHS
 from jcrosslora.decoder.mixers.mixer import mix
 from jcrosslora.decoder.mixers.state import MixerLayer, init_state
 from jcrosslora.decoder.ops import linear
@@ -83,7 +84,7 @@ def case(request):
     tensors = {name: held[path.split(".", 1)[1]] for name, (path, _) in mixer.tensors().items()}
     assert {name: shape for name, (_, shape) in mixer.tensors().items()} == {n: x.shape for n, x in tensors.items()}
     tensors["conv"] = tensors["conv"][:, 0]
-    paths = {role: path.split(".", 1)[1] for role, path in MIXER_PATHS.items() if role in mixer.role_shapes()}
+    paths = {role: path.split(".", 1)[1] for role, path in ROLE_PATHS.items() if role in mixer.role_shapes()}
     assert {role: held[f"{path}.weight"].shape for role, path in paths.items()} == mixer.role_shapes()
 
     def project(role, x):

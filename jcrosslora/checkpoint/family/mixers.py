@@ -8,18 +8,6 @@ MixerKind = Literal["convolution", "delta", "mamba"]
 
 # The module of a layer that holds each kind of mixer.
 _HOLDERS: Mapping[MixerKind, str] = {"convolution": "conv", "delta": "linear_attn", "mamba": "mamba"}
-# Logical name in a layer of each role of a mixer.
-MIXER_PATHS: Mapping[str, str] = {
-    "conv_in_proj": "conv.in_proj",
-    "conv_out_proj": "conv.out_proj",
-    "in_proj_qkv": "linear_attn.in_proj_qkv",
-    "in_proj_z": "linear_attn.in_proj_z",
-    "in_proj_b": "linear_attn.in_proj_b",
-    "in_proj_a": "linear_attn.in_proj_a",
-    "delta_out_proj": "linear_attn.out_proj",
-    "mamba_in_proj": "mamba.in_proj",
-    "mamba_out_proj": "mamba.out_proj",
-}
 
 
 @dataclass(frozen=True)
@@ -38,6 +26,9 @@ class Mixer:
         norm: place of the output's norm, which "mamba" has for each of `groups` and "delta" for each head; None if
             there is only a gate.
         step_limits: bounds of the time step of "mamba".
+        open_output: whether the last module of "mamba" can have an update. PEFT refuses that of some classes, for which
+            it is a tensor among others.
+        output_bias: whether that module has a bias, where it cannot.
         factors: on gate, values, keys, queries and time steps of "mamba"; empty if there are none.
     """
 
@@ -52,6 +43,8 @@ class Mixer:
     norm: Literal["before the gate", "behind the gate"] | None = None
     step_limits: tuple[float, float] = (0.0, float("inf"))
     factors: tuple[float, ...] = ()
+    open_output: bool = True
+    output_bias: bool = False
 
     @property
     def inner(self) -> int:
@@ -78,10 +71,11 @@ class Mixer:
                 }
             case "mamba":
                 rows = self.inner + self.convolved + self.heads
-                return {"mamba_in_proj": (rows, self.hidden), "mamba_out_proj": (self.hidden, self.inner)}
+                found = {"mamba_in_proj": (rows, self.hidden)}
+                return found | ({"mamba_out_proj": (self.hidden, self.inner)} if self.open_output else {})
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the tensors beside the linear modules: name -> (path in a layer, shape)."""
+        """Return the tensors beside the modules of `role_shapes`: name -> (path in a layer, shape)."""
         holder = _HOLDERS[self.kind]
         conv = f"{holder}.{'conv' if self.kind == 'convolution' else 'conv1d'}"
         found: dict[str, tuple[str, tuple[int, ...]]] = {"conv": (f"{conv}.weight", (self.convolved, 1, self.taps))}
@@ -91,6 +85,10 @@ class Mixer:
             found |= {name: (f"{holder}.{name}", (self.heads,)) for name in ("A_log", "dt_bias")}
         if self.kind == "mamba":
             found["D"] = (f"{holder}.D", (self.heads,))
+        if not self.open_output:
+            found["mamba_out_proj"] = (f"{holder}.out_proj.weight", (self.hidden, self.inner))
+            if self.output_bias:
+                found["mamba_out_bias"] = (f"{holder}.out_proj.bias", (self.hidden,))
         if self.norm is not None:
             size = self.value_size if self.kind == "delta" else self.inner
             found["norm"] = (f"{holder}.norm.weight", (size,))
