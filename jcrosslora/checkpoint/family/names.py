@@ -12,7 +12,7 @@ GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
 CONVOLUTION = ("conv_in_proj", "conv_out_proj")
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "delta_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
-ROLES = (*ATTENTION, "qg_proj", *CONVOLUTION, *DELTA, *MAMBA, *MLP)
+ROLES = ("q_proj", "qg_proj", *ATTENTION[1:], *CONVOLUTION, *DELTA, *MAMBA, *MLP)
 # Roles that write to the residual stream; the others read it, or what these get.
 MIXER_WRITERS = ("o_proj", "conv_out_proj", "delta_out_proj", "mamba_out_proj")
 WRITERS = (*MIXER_WRITERS, "down_proj")
