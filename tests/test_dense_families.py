@@ -1,4 +1,4 @@
-"""Compare every dense family beyond the first seven with transformers and peft, on tiny models."""
+"""Compare every family beyond the first seven with transformers and peft, on tiny models."""
 
 import dataclasses
 from functools import partial
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_models import VARIANTS, dense_model
+from dense_models import VARIANTS, random_model
+from hybrid_models import FALCON_MODULES, HYBRIDS
 from safetensors.numpy import load_file
 from tiny_models import torch, transformers
 
@@ -22,20 +23,23 @@ from jcrosslora.decoder.forward import extend_cache
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+FAMILIES = VARIANTS | HYBRIDS
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and those of one step with a cache
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def case(request, tmp_path_factory):
     """A model in torch, alone and with an adapter that peft made, and what is read from the same files."""
     folder = tmp_path_factory.mktemp(request.param)
-    dense_model(request.param).save_pretrained(folder / "base")
+    random_model(*FAMILIES[request.param]).save_pretrained(folder / "base")
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     model = load(attn_implementation="eager").eval()
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights=False)
+    # peft refuses Falcon's out_proj.
+    targets = FALCON_MODULES if request.param.startswith("falcon") else "all-linear"
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
     adapted.save_pretrained(folder / "adapter")
     base = open_base(folder / "base")

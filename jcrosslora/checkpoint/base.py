@@ -13,6 +13,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
+from jcrosslora.checkpoint.family.names import WRITERS
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
 from jcrosslora.checkpoint.layout import Module, expected_shapes, role_shapes
 from jcrosslora.checkpoint.store import TensorStore
@@ -194,17 +195,21 @@ class BaseModel:
     def residual_gain(self, module_name: str) -> np.ndarray:
         """Return the gain, float32 (hidden,), between the residual stream and a module.
 
-        For q, k, v, gate and up this is that of the norm in front of the module, Gemma's 1 + weight already summed; for
-        o and down that of the norm behind it, times Granite's factor on what is added. Ones where there is no norm.
+        For modules that read the stream this is that of the norm in front, Gemma's 1 + weight already summed; for those
+        that write to it that of the norm behind, times Granite's factor on what is added. Both are multiplied by the
+        family's factor on what the module reads or returns. Ones where there is no norm.
 
         Raises:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
         norm = self.family.stream_norm(module.role)
-        factor = np.float32(1)
-        if self.family.residual_scale is not None and module.role in ("o_proj", "down_proj"):
-            factor = np.float32(read_number(self.config, self.family.residual_scale, self.ref))
+        if module.role in WRITERS:
+            numbers = self.family.residual_scale, self.family.output_factors.get(module.role)
+        else:
+            numbers = (self.family.input_factors.get(module.role),)
+        stated = (read_number(self.config, number, self.ref) for number in numbers if number is not None)
+        factor = np.float32(prod(stated))
         if norm is None:
             return np.full(self.dims.hidden, factor)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)

@@ -111,7 +111,18 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     _check_architecture(family, config, where)
     _check_keys(family, config, where)
     check_quantization(config, str(where))
-    return ModelConfig(family, {**family.defaults, **config})
+    return ModelConfig(family, _resolved(family, {**family.defaults, **config}, where))
+
+
+def _resolved(family: Family, config: Mapping[str, Any], where: Path | str) -> Mapping[str, Any]:
+    """State what keys imply by the rules of the family, and check the sizes of its mixer."""
+    try:
+        values = config if family.resolve is None else family.resolve(config)
+        family.mixer_of(values)
+    except ValueError as error:
+        msg = f"{where}: {error}"
+        raise CheckpointError(msg) from None
+    return values
 
 
 def _unknown_type(model_type: object, where: Path | str) -> str:

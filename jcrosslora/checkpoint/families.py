@@ -17,7 +17,9 @@ from jcrosslora.checkpoint.family.granite import GRANITE
 from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
+from jcrosslora.checkpoint.family.lfm2 import LFM2
 from jcrosslora.checkpoint.family.llama import LLAMA
+from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
 from jcrosslora.checkpoint.family.names import ATTENTION as ATTENTION
 from jcrosslora.checkpoint.family.names import EMBEDDING as EMBEDDING
@@ -29,6 +31,7 @@ from jcrosslora.checkpoint.family.nemotron import NEMOTRON
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
 from jcrosslora.checkpoint.family.phi import PHI, PHI3
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
+from jcrosslora.checkpoint.family.qwen3_5 import QWEN3_5
 from jcrosslora.checkpoint.family.record import Family as Family
 from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
 from jcrosslora.checkpoint.family.smollm3 import SMOLLM3
@@ -61,10 +64,13 @@ _TABLE = (
     APERTUS,
     ARCEE,
     ERNIE4_5,
+    LFM2,
+    QWEN3_5,
+    GRANITE_HYBRID,
+    FALCON_H1,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
-_LINEAR = ("qwen3", "layers of linear attention (gated delta rule) and gated attention")
 _GEMMA3N = (
     "gemma3_text",
     "alternating updates (AltUp), learned low-rank residuals (LAuReL) and an embedding for each layer",
@@ -77,9 +83,10 @@ _LLAMA4 = ("llama", "mixtures of experts and attention in chunks")
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
-    "qwen3_5": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_next": ("qwen3", "layers of linear attention (gated delta rule) and mixtures of experts"),
+    "qwen3_5_moe": ("qwen3_5_text", "mixtures of experts"),
+    "qwen3_5_moe_text": ("qwen3_5_text", "mixtures of experts"),
+    "qwen3_next": ("qwen3_5_text", "mixtures of experts"),
+    "lfm2_moe": ("lfm2", "mixtures of experts"),
     "qwen2_moe": ("qwen2", "mixtures of experts"),
     "qwen3_moe": ("qwen3", "mixtures of experts"),
     "gemma3n": _GEMMA3N,
@@ -96,11 +103,10 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "olmoe": ("olmo2", "mixtures of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "granitemoe": ("granite", "mixtures of experts"),
-    "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),
     "glm4_moe": ("glm4", "mixtures of experts"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "exaone_moe": ("exaone4", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
     "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
-    "nemotron_h": ("nemotron", "state-space layers (Mamba) and mixtures of experts"),
+    "nemotron_h": ("nemotron", "layers of attention, state-space (Mamba) or MLP alone"),
 }

@@ -42,6 +42,7 @@ def role_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[s
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     usual = {
         "q_proj": (queries, dims.hidden),
+        "qg_proj": (2 * queries, dims.hidden),
         "k_proj": (keys, dims.hidden),
         "v_proj": (keys, dims.hidden),
         "o_proj": (dims.hidden, queries),
@@ -49,8 +50,10 @@ def role_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[s
         "up_proj": (dims.intermediate, dims.hidden),
         "down_proj": (dims.hidden, dims.intermediate),
     }
-    own = {role: shape(dims, config) for role, shape in family.shapes.items()}
-    return {role: own[role] if role in own else usual[role] for role in family.roles}
+    mixer = family.mixer_of(config)
+    known = usual if mixer is None else usual | mixer.role_shapes()
+    known |= {role: shape(dims, config) for role, shape in family.shapes.items()}
+    return {role: known[role] for role in family.roles}
 
 
 def holder_of(family: Family, role: str) -> str:
@@ -136,7 +139,7 @@ def _layer_shapes(
     for name, size in norm_sizes(family, dims, config).items():
         if holds(parts, name):
             yield from _norm_tensors(family, norms[name], size)
-    for name, tensor in family.tensors.items():
+    for name, tensor in family.layer_tensors(config).items():
         if holds(parts, name):
             yield tensor.path, tensor.shape(dims, config)
     holders = {path: roles for path, roles in family.fused.items() if holds(parts, roles[0])}

@@ -49,6 +49,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "qwen2_5_vl": Wrapper(
         "Qwen2_5_VLForConditionalGeneration", _LANGUAGE, "qwen2_5_vl_text", {"qwen2_5_vl_text": "qwen2"}, flat=True
     ),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", _LANGUAGE, "qwen3_5_text", {"qwen3_5_text": "qwen3_5_text"}),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _LANGUAGE, "qwen3_vl_text", {"qwen3_vl_text": "qwen3"}),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
 }

@@ -3,14 +3,13 @@
 Scores and softmax are float32.
 """
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jcrosslora.decoder.mixers.state import MixerState, init_state
 from jcrosslora.decoder.ops import einsum, soft_cap
 from jcrosslora.decoder.rope_scaling import Rope
 from jcrosslora.decoder.settings import DecoderSettings
@@ -121,7 +120,7 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
-KEYED = ("attention",)  # mixers with keys and values
+KEYED = ("attention", "attention and mamba")  # mixers with keys and values
 EMPTY = -1  # position of a slot without a token
 
 
@@ -134,15 +133,15 @@ class KVCache:
         values: (L, B, kv_heads, S, D).
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
-        states: name of a mixer that is not attention -> a tree of arrays (L, B, ...), what it keeps of the tokens
-            before in the L layers that have it; a layer's own is at `LayerWeights.place`.
+        states: kind of a mixer beside attention -> what it keeps of the tokens before, arrays (L, B, ...) of the L
+            layers that have it; a layer's own is at `LayerWeights.place`.
     """
 
     keys: jax.Array
     values: jax.Array
     positions: jax.Array
     filled: jax.Array
-    states: dict[str, Any] = flax.struct.field(default_factory=dict)
+    states: dict[str, MixerState] = flax.struct.field(default_factory=dict)
 
 
 def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
@@ -154,12 +153,15 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
         length: S.
         dtype: of the residual stream, see `Params.stream_dtype`.
     """
+    mixer = settings.mixer
+    with_state = 0 if mixer is None else sum(mixer.kind in parts.mixer for parts in settings.parts)
     shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, settings.kv_heads, length, settings.head_dim)
     return KVCache(
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),
         positions=jnp.full((batch, length), EMPTY, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
+        states={} if mixer is None or not with_state else {mixer.kind: init_state(mixer, with_state, batch)},
     )
 
 

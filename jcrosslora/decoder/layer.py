@@ -7,14 +7,24 @@ import jax.numpy as jnp
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.decoder.adapters import StackedFactors, update
 from jcrosslora.decoder.ops import Row, layer_norm, linear, rms_norm
-from jcrosslora.decoder.settings import DecoderSettings
+from jcrosslora.decoder.settings import DecoderSettings, RoleFactors
 
 # The place in a layer where the input of each role is read. All roles of a place are in the same layers.
 INPUT_SITES = {
     "q_proj": "attn_in",
     "k_proj": "attn_in",
     "v_proj": "attn_in",
+    "qg_proj": "attn_in",
     "o_proj": "attn_out_in",
+    "conv_in_proj": "conv_in",
+    "conv_out_proj": "conv_out_in",
+    "in_proj_qkv": "delta_in",
+    "in_proj_z": "delta_in",
+    "in_proj_b": "delta_in",
+    "in_proj_a": "delta_in",
+    "delta_out_proj": "delta_out_in",
+    "mamba_in_proj": "mamba_in",
+    "mamba_out_proj": "mamba_out_in",
     "gate_proj": "mlp_in",
     "up_proj": "mlp_in",
     "down_proj": "down_in",
@@ -28,7 +38,7 @@ class LayerCapture:
     Attributes:
         layer: int32 scalar, index of the layer.
         inputs: site -> (B, T, I): "attn_in" of q, k and v, "attn_out_in" of o, "mlp_in" of gate and up, "down_in" of
-            down (see `INPUT_SITES`).
+            down (see `INPUT_SITES` for these and the others).
         outputs: role -> (B, T, O), the module's output with bias and adapter, before any norm or rotary position.
         residual: (B, T, H), the residual stream after the layer.
     """
@@ -56,6 +66,7 @@ class LayerWeights:
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Family.tensors`.
         parts: static, the mixer and the MLP.
+        factors_of_roles: static, on what modules read and return.
     """
 
     layer: jax.Array
@@ -70,6 +81,7 @@ class LayerWeights:
     rope: jax.Array
     tensors: dict[str, jax.Array | Row]
     parts: LayerParts = flax.struct.field(pytree_node=False)
+    factors_of_roles: RoleFactors = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -92,7 +104,11 @@ class Context:
 
 
 def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCapture) -> jax.Array:
-    """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned."""
+    """Run a linear module on x (..., I), with bias and adapter, and note what it read and returned.
+
+    The factor on what it returns is applied behind that, the one on what it reads in front.
+    """
+    x = _times(dict(layer.factors_of_roles.inputs).get(role), x)
     out = linear(x, layer.weights[role])
     if role in layer.biases:
         out = out + layer.biases[role].astype(jnp.float32)
@@ -100,7 +116,11 @@ def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCaptu
         out = out + update(x, layer.factors[role])
     capture.inputs[INPUT_SITES[role]] = x
     capture.outputs[role] = out.astype(x.dtype)
-    return capture.outputs[role]
+    return _times(dict(layer.factors_of_roles.outputs).get(role), capture.outputs[role])
+
+
+def _times(factor: float | None, x: jax.Array) -> jax.Array:
+    return x if factor is None else x * jnp.asarray(factor, x.dtype)
 
 
 def apply_norm(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax.Array) -> jax.Array:

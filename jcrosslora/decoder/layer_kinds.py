@@ -17,6 +17,8 @@ def read_layer_kinds(config: Mapping[str, Any], family: Family, layers: int, ref
     Raises:
         CheckpointError: `layer_types` has another kind or length, or contradicts the rest of the configuration.
     """
+    if family.mixer is not None:
+        return (FULL,) * layers  # the parts of a layer say whether it has attention
     stated, windows = config.get("layer_types"), family.windows
     listed = windows is not None and windows.listed
     if stated is None:
@@ -79,6 +81,8 @@ def rotated_layers(kinds: tuple[str, ...], config: Mapping[str, Any], family: Fa
             return tuple(kind == SLIDING for kind in kinds)
         case "full beside windows":
             return tuple(kind == SLIDING or read_window(config, family, ref) is None for kind in kinds)
+        case "not rope":
+            return (config.get("position_embedding_type") == "rope",) * len(kinds)
         case None:
             return (True,) * len(kinds)
 

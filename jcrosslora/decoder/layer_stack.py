@@ -123,6 +123,7 @@ def _take(settings: DecoderSettings, params: Params, adapter: StackedAdapter | N
         rope=_numbers([settings.layer_ropes[layer] for layer in layers]),
         tensors=whole["tensors"],
         parts=parts,
+        factors_of_roles=settings.role_factors,
     )
     return _Taken(slices, stacks, indices)
 

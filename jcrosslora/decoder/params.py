@@ -107,7 +107,7 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
         tensors={
             name: _stack_tensors(base, name, tensor, kind)
-            for name, tensor in family.tensors.items()
+            for name, tensor in family.layer_tensors(base.config).items()
             if base.layers_with(name)
         },
     )

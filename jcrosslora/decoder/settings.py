@@ -6,6 +6,7 @@ from typing import Any
 
 from jcrosslora.checkpoint import BaseModel, Dims, Family
 from jcrosslora.checkpoint.config import read_number
+from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
 from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
@@ -22,6 +23,19 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
 }
+
+
+@dataclass(frozen=True)
+class RoleFactors:
+    """Factors on what modules read and return, of roles whose factor is not 1.
+
+    Attributes:
+        inputs: role and factor.
+        outputs: role and factor.
+    """
+
+    inputs: tuple[tuple[str, float], ...] = ()
+    outputs: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class DecoderSettings(Dims):
         ropes: the different rotary settings.
         layer_ropes: (L,) index into `ropes`.
         parts: (L,) mixer and MLP of a layer.
+        mixer: what mixes tokens in layers without attention, or beside it; None if all have attention alone.
+        role_factors: on what modules read and return.
     """
 
     eps: float
@@ -69,6 +85,8 @@ class DecoderSettings(Dims):
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     parts: tuple[LayerParts, ...]
+    mixer: Mixer | None
+    role_factors: RoleFactors
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm, tensor or part of this name."""
@@ -110,6 +128,13 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         ropes=ropes,
         layer_ropes=tuple(map(ropes.index, layer_ropes)),
         parts=base.parts,
+        mixer=family.mixer_of(config),
+        role_factors=RoleFactors(
+            *(
+                tuple((role, found) for role, number in named.items() if (found := factor(number)) != 1.0)
+                for named in (family.input_factors, family.output_factors)
+            )
+        ),
     )
 
 

@@ -154,7 +154,10 @@ def _tail_states(
         cache = init_cache(settings, prefix.shape[0], slots, params.stream_dtype)
         _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter, whole)
         cache = cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            keys=cache.keys[:, owner], values=cache.values[:, owner], positions=cache.positions[owner]
+            keys=cache.keys[:, owner],
+            values=cache.values[:, owner],
+            positions=cache.positions[owner],
+            states=jax.tree.map(lambda x: x[:, owner], cache.states),
         )
         hidden, _ = extend_cache(settings, params, cache, tails, (queries, keys), adapter, whole[owner])
         return hidden

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jcrosslora.checkpoint.family.names import ATTENTION, MLP
+from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, DELTA, GATED_ATTENTION, MAMBA, MLP
 
 
 class LayerParts(NamedTuple):
@@ -13,10 +13,17 @@ class LayerParts(NamedTuple):
     mlp: str = "dense"
 
 
-# Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in `Family.tensors`)
-# that only layers with this part, or another that lists them, may have.
+_ATTENTION = frozenset({*ATTENTION, *GATED_ATTENTION, "q", "k"})
+_RECURRENCE = {"conv", "conv_bias", "A_log", "dt_bias", "norm"}
+_MAMBA = frozenset({*MAMBA, *_RECURRENCE, "D", "mamba_out_bias"})
+# Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
+# `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
 PARTS: Mapping[str, frozenset[str]] = {
-    "attention": frozenset({*ATTENTION, "q", "k"}),
+    "attention": _ATTENTION,
+    "convolution": frozenset({*CONVOLUTION, "conv", "conv_bias"}),
+    "delta": frozenset({*DELTA, *_RECURRENCE}),
+    "mamba": _MAMBA,
+    "attention and mamba": _ATTENTION | _MAMBA,
     "dense": frozenset(MLP),
 }
 _OWNED = frozenset().union(*PARTS.values())

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, QKV
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.names import DENSE_ROLES, MIXER_WRITERS, MLP, ROLES
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, RoleShape, Windows
 
@@ -25,7 +26,10 @@ class Family:
         parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
-        tensors: name -> tensor of a layer that is neither a linear module nor a norm.
+        tensors: name -> tensor of a layer that is neither a linear module nor a norm, beside those of `mixer`.
+        resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
+            its own result as it is.
+        mixer: from a configuration to what mixes tokens beside attention; None if only attention does.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
         norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
@@ -52,6 +56,8 @@ class Family:
         embedding_scale: factor on the embedding; None is 1, as for the next two.
         residual_scale: factor on what attention and MLP add to the residual stream.
         logit_scale: factor on the logits.
+        input_factors: role -> factor on what a module reads, of roles whose factor is not 1.
+        output_factors: role -> factor on what a module returns, likewise.
         attn_soft_cap: soft cap of the attention scores, if any.
         final_soft_cap: soft cap of the logits, if any.
         windows: which layers have sliding windows; None if none has.
@@ -68,6 +74,8 @@ class Family:
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
     tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
+    resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    mixer: Callable[[Mapping[str, Any]], Mixer] | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     final_norm: str = "model.norm"
@@ -90,6 +98,8 @@ class Family:
     embedding_scale: Number | None = None
     residual_scale: Number | None = None
     logit_scale: Number | None = None
+    input_factors: Mapping[str, Number] = field(default_factory=dict)
+    output_factors: Mapping[str, Number] = field(default_factory=dict)
     attn_soft_cap: Number | None = None
     final_soft_cap: Number | None = None
     windows: Windows | None = None
@@ -106,6 +116,23 @@ class Family:
             CheckpointError: a key that says which layers have which parts cannot be read.
         """
         return (LayerParts(),) * layers if self.parts is None else tuple(self.parts(config, layers))
+
+    def mixer_of(self, config: Mapping[str, Any]) -> Mixer | None:
+        """Return what mixes tokens beside attention in a model of this configuration.
+
+        Raises:
+            ValueError: a size is not a positive integer, or does not fit the others.
+        """
+        return None if self.mixer is None else self.mixer(config)
+
+    def layer_tensors(self, config: Mapping[str, Any]) -> dict[str, LayerTensor]:
+        """Return the tensors of layers that are neither linear modules nor norms, by their names in `PARTS`."""
+        mixer = self.mixer_of(config)
+        own = {} if mixer is None else mixer.tensors()
+        return dict(self.tensors) | {
+            name: LayerTensor(path, lambda *_, shape=shape: shape, exact=name not in ROLES)
+            for name, (path, shape) in own.items()
+        }
 
     def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the roles that have a bias in a model of this configuration."""
@@ -125,8 +152,8 @@ class Family:
     def stream_norm(self, role: str) -> str | None:
         """Return the norm between the residual stream and a module, None if there is none.
 
-        For q, k, v, gate and up it is the norm in front of the module, for o and down the one behind it.
+        For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
         """
-        if role in ATTENTION:
-            return self.norms.get("attn" if role in QKV else "attn_post")
-        return self.norms.get("mlp_post" if role == "down_proj" else "attn" if self.parallel else "mlp")
+        if role in MLP:
+            return self.norms.get("mlp_post" if role == "down_proj" else "attn" if self.parallel else "mlp")
+        return self.norms.get("attn_post" if role in MIXER_WRITERS else "attn")

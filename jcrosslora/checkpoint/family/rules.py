@@ -90,7 +90,8 @@ class Positions:
         share: default share of a head's features that are rotated; None if it is always the whole.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
         unrotated: layers without positions: those with a 0 in `no_rope_layers`, by default each fourth; "full", those
-            of full attention; "full beside windows", the same if there is a `sliding_window`; None for no layer.
+            of full attention; "full beside windows", the same if there is a `sliding_window`; "not rope", all unless
+            `position_embedding_type` is "rope"; None for no layer.
         types: rope types beside those of all families.
         aliases: other names of rope types.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
@@ -103,7 +104,7 @@ class Positions:
     settings: Mapping[str, Any] = field(default_factory=dict)
     share: float | None = None
     interleaved: bool = False
-    unrotated: Literal["no_rope_layers", "full", "full beside windows"] | None = None
+    unrotated: Literal["no_rope_layers", "full", "full beside windows", "not rope"] | None = None
     types: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     outer_original: int | None = None

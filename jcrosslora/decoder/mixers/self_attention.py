@@ -21,7 +21,8 @@ def self_attention(
     Returns:
         (B, T, H), the output of o_proj, and the cache with the layer's keys and values.
     """
-    queries, keys, values = (run_module(role, layer, normed, capture) for role in ("q_proj", "k_proj", "v_proj"))
+    queries, gate = _queries(settings, layer, normed, capture)
+    keys, values = (run_module(role, layer, normed, capture) for role in ("k_proj", "v_proj"))
     rotation = of_layer(layer, context.rotations)
     queries = _placed(settings, layer, "q", queries, rotation)
     keys = _placed(settings, layer, "k", keys, rotation).swapaxes(1, 2)
@@ -33,7 +34,19 @@ def self_attention(
         cache, keys, values = append_layer(cache, layer.place, keys, values)
     mask = attention_mask(context.query_positions, context.key_positions, layer.window)
     mixed = attention(queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap)
+    mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return run_module("o_proj", layer, mixed, capture), cache
+
+
+def _queries(
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return queries and, in gated attention, the gate on what they get, (B, T, heads * D) each."""
+    if "qg_proj" not in layer.weights:
+        return run_module("q_proj", layer, normed, capture), None
+    both = run_module("qg_proj", layer, normed, capture)
+    queries, gate = jnp.split(both.reshape(*both.shape[:2], -1, 2 * settings.head_dim), 2, axis=-1)
+    return queries.reshape(*both.shape[:2], -1), gate.reshape(*both.shape[:2], -1)
 
 
 def _placed(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax.Array, rotation: jax.Array) -> jax.Array:

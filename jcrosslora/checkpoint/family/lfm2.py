@@ -1,0 +1,84 @@
+"""LFM2: short convolutions in most layers, attention in the others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, MLP
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import Number, Positions
+from jcrosslora.checkpoint.family.sizes import layer_kinds, size
+
+_CONV, _FULL = "conv", "full_attention"
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the width of the MLP and the kinds of the layers, which other keys imply."""
+    width = size(config, "block_ff_dim") if config.get("block_ff_dim") is not None else config.get("intermediate_size")
+    if config.get("block_auto_adjust_ff_dim", True):
+        multiple = size(config, "block_multiple_of", 256)
+        width = int(2 * size({"intermediate_size": width}, "intermediate_size") / 3)
+        if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
+                msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
+                raise ValueError(msg)
+            width = multiple * -(-int(factor * width) // multiple)
+    layers = size(config, "num_hidden_layers")
+    kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
+    if kinds is None:
+        full = config.get("full_attn_idxs")
+        full = range(layers) if full is None else full
+        if not all(type(layer) is int for layer in full):
+            msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
+            raise ValueError(msg)
+        kinds = [_FULL if layer in full else _CONV for layer in range(layers)]
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
+    found = {key: value for key, value in config.items() if key not in ("block_ff_dim", "tie_embedding")}
+    stated = {"intermediate_size": width, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
+    return found | stated | {"tie_word_embeddings": tied}
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    del layers  # as many as kinds, see `_resolve`
+    return [LayerParts(mixer="convolution" if kind == _CONV else "attention") for kind in config["layer_types"]]
+
+
+def _mixer(config: Mapping[str, Any]) -> Mixer:
+    hidden, taps = size(config, "hidden_size"), size(config, "conv_L_cache", 3)
+    return Mixer("convolution", hidden, taps, conv_bias=bool(config.get("conv_bias", False)))
+
+
+LFM2 = Family(
+    name="lfm2",
+    architectures=("Lfm2ForCausalLM",),
+    roles=(*ATTENTION, *CONVOLUTION, *MLP),
+    resolve=_resolve,
+    parts=_parts,
+    mixer=_mixer,
+    fused={
+        "self_attn.out_proj": ("o_proj",),
+        "feed_forward.w1": ("gate_proj",),
+        "feed_forward.w3": ("up_proj",),
+        "feed_forward.w2": ("down_proj",),
+    },
+    norms={
+        "attn": "operator_norm",
+        "mlp": "ffn_norm",
+        "q": "self_attn.q_layernorm",
+        "k": "self_attn.k_layernorm",
+    },
+    final_norm="model.embedding_norm",
+    bias_keys={"conv_bias": CONVOLUTION},
+    tied=True,
+    eps=Number("norm_eps", 1e-5),
+    positions=Positions(theta=1_000_000.0),
+    # The widths and the way of initialising that its class does not read are beside those that it does.
+    keys=words(
+        "conv_bias conv_L_cache block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim block_ff_dim "
+        "full_attn_idxs layer_types norm_eps tie_embedding block_dim block_norm_eps block_mlp_init_scale "
+        "block_out_init_scale block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta"
+    ),
+    fixed={"block_use_swiglu": (True,), "use_pos_enc": (True,)},
+)

@@ -1,0 +1,157 @@
+"""Families with layers of Mamba 2: Granite 4 without experts, and Falcon-H1, which has attention beside them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from jcrosslora.checkpoint.family.granite import GRANITE
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.names import ATTENTION, MAMBA, MLP, QKV
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import Number, Positions
+from jcrosslora.checkpoint.family.sizes import layer_kinds, numbers, size
+
+_LINEAR, _FULL = "linear_attention", "full_attention"
+_KEYS = (
+    "attention_bias mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand "
+    "mamba_n_groups mamba_n_heads mamba_proj_bias time_step_limit embedding_multiplier layer_types "
+)
+
+
+def _mixer(
+    config: Mapping[str, Any],
+    inner: int,
+    norm: Literal["before the gate", "behind the gate"] | None,
+) -> Mixer:
+    heads, groups = size(config, "mamba_n_heads", 128), size(config, "mamba_n_groups", 1)
+    stated = config.get("mamba_d_head", "auto")
+    each = inner // heads if stated in ("auto", None) else size(config, "mamba_d_head")
+    if heads * each != inner or heads % groups:
+        msg = f"mamba_n_heads {heads} times mamba_d_head {each} is not {inner}, the width of the state-space layers, "
+        msg += f"or mamba_n_groups {groups} does not divide it"
+        raise ValueError(msg)
+    low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
+    return Mixer(
+        "mamba",
+        size(config, "hidden_size"),
+        size(config, "mamba_d_conv", 4),
+        heads=heads,
+        groups=groups,
+        key_size=size(config, "mamba_d_state", 256),
+        value_size=each,
+        conv_bias=bool(config.get("mamba_conv_bias", True)),
+        norm=norm,
+        step_limits=(low, high),
+    )
+
+
+def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the kinds of the layers, and the width of the MLP, which is that of what experts would share."""
+    if config.get("num_local_experts", 8) != 0:
+        msg = f"num_local_experts is {config.get('num_local_experts', 8)!r}: mixtures of experts beside state-space "
+        raise ValueError(msg + "layers are not supported; supported is 0")
+    if config.get("position_embedding_type") not in (None, "rope", "nope"):
+        msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
+        raise ValueError(msg)
+    kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
+    layers = size(config, "num_hidden_layers")
+    width = size(config, "shared_intermediate_size", 1024)
+    return {**config, "layer_types": kinds or [_LINEAR] * layers, "intermediate_size": width}
+
+
+def _granite_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    del layers  # as many as kinds, see `_resolve_granite`
+    return [LayerParts(mixer="mamba" if kind == _LINEAR else "attention") for kind in config["layer_types"]]
+
+
+def _granite_mixer(config: Mapping[str, Any]) -> Mixer:
+    return _mixer(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
+
+
+GRANITE_HYBRID = Family(
+    name="granitemoehybrid",
+    architectures=("GraniteMoeHybridForCausalLM",),
+    roles=(*ATTENTION, *MAMBA, *MLP),
+    resolve=_resolve_granite,
+    parts=_granite_parts,
+    mixer=_granite_mixer,
+    fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
+    bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
+    embedding_scale=GRANITE.embedding_scale,
+    attn_scale=GRANITE.attn_scale,
+    residual_scale=GRANITE.residual_scale,
+    logit_scale=GRANITE.logit_scale,
+    positions=Positions(unrotated="not rope"),
+    keys=words(
+        _KEYS + "attention_multiplier residual_multiplier logits_scaling shared_intermediate_size num_local_experts "
+        "num_experts_per_tok output_router_logits router_aux_loss_coef position_embedding_type init_method"
+    ),
+    fixed={"normalization_function": ("rmsnorm",)},
+)
+
+
+def _resolve_falcon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the two factors of the MLP by keys of their own."""
+    gate, down = numbers(config, "mlp_multipliers", 2) or (1.0, 1.0)
+    return {**config, "gate_multiplier": gate, "down_multiplier": down}
+
+
+def _falcon_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    del config
+    return [LayerParts(mixer="attention and mamba")] * layers
+
+
+def _falcon_mixer(config: Mapping[str, Any]) -> Mixer:
+    inner = config.get("mamba_d_ssm", 1024)
+    inner = (
+        size(config, "mamba_expand", 2) * size(config, "hidden_size")
+        if inner is None
+        else size({"mamba_d_ssm": inner}, "mamba_d_ssm")
+    )
+    place = "before the gate" if config.get("mamba_norm_before_gate", True) else "behind the gate"
+    return replace(
+        _mixer(config, inner, place if config.get("mamba_rms_norm", False) else None),
+        factors=numbers(config, "ssm_multipliers", 5) or (),
+        open_output=False,
+        output_bias=bool(config.get("projectors_bias", False)),
+    )
+
+
+FALCON_H1 = Family(
+    name="falcon_h1",
+    architectures=("FalconH1ForCausalLM",),
+    roles=(*ATTENTION, "mamba_in_proj", *MLP),
+    resolve=_resolve_falcon,
+    parts=_falcon_parts,
+    mixer=_falcon_mixer,
+    fused={f"feed_forward.{role}": (role,) for role in MLP},
+    norms={"attn": "input_layernorm", "mlp": "pre_ff_layernorm"},
+    final_norm="model.final_layernorm",
+    bias_keys={
+        "attention_bias": ATTENTION,
+        "mlp_bias": MLP,
+        "mamba_proj_bias": ("mamba_in_proj",),
+    },
+    embedding_scale=Number("embedding_multiplier", 1.0),
+    logit_scale=Number("lm_head_multiplier", 1.0),
+    input_factors={
+        **dict.fromkeys(QKV, Number("attention_in_multiplier", 1.0)),
+        "mamba_in_proj": Number("ssm_in_multiplier", 1.0),
+    },
+    output_factors={
+        "k_proj": Number("key_multiplier", 1.0),
+        "o_proj": Number("attention_out_multiplier", 1.0),
+        "mamba_out_proj": Number("ssm_out_multiplier", 1.0),
+        "gate_proj": Number("gate_multiplier", 1.0),
+        "down_proj": Number("down_multiplier", 1.0),
+    },
+    eps=Number("rms_norm_eps", 1e-5),
+    keys=words(
+        _KEYS + "attention_in_multiplier attention_out_multiplier key_multiplier lm_head_multiplier mamba_d_ssm "
+        "mamba_norm_before_gate mamba_rms_norm mlp_bias mlp_multipliers gate_multiplier down_multiplier "
+        "mlp_expansion_factor num_logits_to_keep projectors_bias ssm_in_multiplier ssm_multipliers ssm_out_multiplier"
+    ),
+    fixed={"mamba_use_mlp": (True,)},
+)

@@ -1,0 +1,63 @@
+"""Read sizes of a configuration inside the rules of a family."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_LIMIT = 1 << 31
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a size.
+
+    Raises:
+        ValueError: it is not a positive integer.
+    """
+    value = config.get(key, default)
+    if type(value) is not int or not 0 < value < _LIMIT:
+        msg = f"config key {key!r} is {str(value)[:60]!r}, wanted a positive integer"
+        raise ValueError(msg)
+    return value
+
+
+def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
+    """Return a list of `count` positive or zero numbers, None where the configuration states none.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    stated = config.get(key)
+    if stated is None:
+        return None
+    values = [_number(value) for value in stated] if isinstance(stated, list | tuple) else []
+    found = tuple(value for value in values if value is not None and value >= 0)
+    if len(found) != count or len(values) != count:
+        msg = f"config key {key!r} is {str(stated)[:60]!r}, wanted a list of {count} numbers that are not negative"
+        raise ValueError(msg)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    # The form in which transformers 5 writes numbers that JSON does not have.
+    if isinstance(value, Mapping) and value.get("__float__") == "Infinity":
+        return float("inf")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str] | None:
+    """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none.
+
+    Raises:
+        ValueError: it is not a list with a known name for each layer.
+    """
+    stated = config.get("layer_types")
+    if stated is None:
+        return None
+    layers = size(config, "num_hidden_layers")
+    if not isinstance(stated, list | tuple) or len(stated) != layers:
+        msg = f"layer_types is {str(stated)[:60]}, wanted a list of {layers} kinds"
+        raise ValueError(msg)
+    unknown = [kind for kind in stated if kind not in names]
+    if unknown:
+        msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
+        raise ValueError(msg)
+    return [names[kind] for kind in stated]

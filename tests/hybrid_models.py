@@ -1,0 +1,94 @@
+"""Tiny random models of the families with mixers beside attention, with settings that are awkward for each."""
+
+MAMBA = {"mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_d_conv": 3}
+GRANITE = MAMBA | {
+    "hidden_size": 40,
+    "mamba_n_heads": 8,
+    "num_hidden_layers": 5,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 44,
+    "layer_types": ["mamba", "mamba", "attention", "mamba", "attention"],
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 5.0,
+}
+FALCON = MAMBA | {"mamba_d_ssm": 24, "head_dim": 12, "time_step_limit": [0.1, 0.9]}
+FALCON_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA = {
+    "num_hidden_layers": 5,
+    "head_dim": 16,
+    "full_attention_interval": 3,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
+
+# Name -> (model_type, settings beyond those of `dense_models.COMMON`).
+HYBRIDS = {
+    "lfm2": (
+        "lfm2",
+        {
+            "num_hidden_layers": 5,
+            "full_attn_idxs": [1, 4],
+            "conv_L_cache": 4,
+            "block_multiple_of": 8,
+            "block_ffn_dim_multiplier": 1.3,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2-bias": (
+        "lfm2",
+        {
+            "layer_types": ["full_attention", "conv"],
+            "conv_bias": True,
+            "block_auto_adjust_ff_dim": False,
+            "block_ff_dim": 24,
+        },
+    ),
+    "qwen3_5": ("qwen3_5_text", DELTA | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "qwen3_5-bias": (
+        "qwen3_5_text",
+        DELTA
+        | {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "linear_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "granite": ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope", "attention_bias": True}),
+    "granite-nope": ("granitemoehybrid", GRANITE | {"mamba_conv_bias": False, "mamba_proj_bias": True}),
+    "falcon_h1": (
+        "falcon_h1",
+        FALCON
+        | {
+            "attention_in_multiplier": 0.7,
+            "attention_out_multiplier": 0.6,
+            "embedding_multiplier": 2.5,
+            "key_multiplier": 0.4,
+            "lm_head_multiplier": 0.3,
+            "mlp_multipliers": [0.8, 1.4],
+            "ssm_in_multiplier": 1.3,
+            "ssm_multipliers": [0.5, 1.5, 2.0, 0.7, 1.2],
+            "ssm_out_multiplier": 0.9,
+        },
+    ),
+    "falcon_h1-norm": (
+        "falcon_h1",
+        FALCON
+        | {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "projectors_bias": True,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
