@@ -1,4 +1,4 @@
-"""Compare every dense family beyond the first seven with transformers and peft, on tiny models."""
+"""Compare every family beyond the first seven, dense and with experts, with transformers and peft, on tiny models."""
 
 import dataclasses
 from functools import partial
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import VARIANTS, dense_model
+from expert_models import EXPERT_VARIANTS
 from safetensors.numpy import load_file
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
 from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import extend_cache
 
@@ -27,7 +28,7 @@ LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and th
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=[*VARIANTS, *EXPERT_VARIANTS])
 def case(request, tmp_path_factory):
     """A model in torch, alone and with an adapter that peft made, and what is read from the same files."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -35,7 +36,9 @@ def case(request, tmp_path_factory):
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     model = load(attn_implementation="eager").eval()
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights=False)
+    # Beside experts, peft takes the names of an MLP's modules for those of the experts.
+    targets = [*ATTENTION, *LATENT] if request.param in EXPERT_VARIANTS else "all-linear"
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
     adapted.save_pretrained(folder / "adapter")
     base = open_base(folder / "base")
@@ -117,4 +120,4 @@ def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
 def test_every_tensor_of_the_model_is_known(case):
     stored = set(case.base.tensor_names())
     optional = {name for name in stored if name.endswith(("act_fn.beta", "act_fn.eps"))}
-    assert set(expected_shapes(case.base.family, case.base.dims, case.base.config)) == stored - optional
+    assert set(case.base.tensor_shapes()) == stored - optional

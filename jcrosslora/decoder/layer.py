@@ -18,6 +18,10 @@ INPUT_SITES = {
     "gate_proj": "mlp_in",
     "up_proj": "mlp_in",
     "down_proj": "down_in",
+    "shared_gate_proj": "shared_in",
+    "shared_up_proj": "shared_in",
+    "shared_expert_gate": "shared_in",
+    "shared_down_proj": "shared_down_in",
 }
 
 

@@ -8,6 +8,7 @@ from jcrosslora.checkpoint import BaseModel, Dims, Family
 from jcrosslora.checkpoint.config import read_number
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
 from jcrosslora.checkpoint.family.rules import Number
+from jcrosslora.decoder.experts.settings import ExpertSettings, expert_settings
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
 from jcrosslora.decoder.rope_settings import read_ropes, unrotated
@@ -48,6 +49,7 @@ class DecoderSettings(Dims):
         ropes: the different rotary settings.
         layer_ropes: (L,) index into `ropes`.
         parts: (L,) mixer and MLP of a layer.
+        experts: of the layers that have experts; None without any.
     """
 
     eps: float
@@ -69,6 +71,7 @@ class DecoderSettings(Dims):
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     parts: tuple[LayerParts, ...]
+    experts: ExpertSettings | None = None
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm, tensor or part of this name."""
@@ -110,6 +113,7 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         ropes=ropes,
         layer_ropes=tuple(map(ropes.index, layer_ropes)),
         parts=base.parts,
+        experts=expert_settings(family.experts, config, ref),
     )
 
 

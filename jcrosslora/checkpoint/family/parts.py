@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jcrosslora.checkpoint.family.names import ATTENTION, MLP
+from jcrosslora.checkpoint.family.names import ATTENTION, LATENT, MLP, SHARED
 
 
 class LayerParts(NamedTuple):
@@ -13,11 +13,16 @@ class LayerParts(NamedTuple):
     mlp: str = "dense"
 
 
+# Of the experts of a layer, see `Experts.layouts`.
+EXPERT_TENSORS = ("router", "router_bias", "correction", "gate_up", "down", "gate_up_bias", "down_bias")
 # Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in `Family.tensors`)
 # that only layers with this part, or another that lists them, may have.
 PARTS: Mapping[str, frozenset[str]] = {
-    "attention": frozenset({*ATTENTION, "q", "k"}),
+    "attention": frozenset({*ATTENTION, "q", "k", "sinks"}),
+    "latent_attention": frozenset({*LATENT, "o_proj", "q_a", "kv_a"}),
+    "direct_latent_attention": frozenset({*LATENT[2:], "q_proj", "o_proj", "kv_a"}),
     "dense": frozenset(MLP),
+    "experts": frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS}),
 }
 _OWNED = frozenset().union(*PARTS.values())
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, QKV
+from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, LATENT, LATENT_INNER
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, RoleShape, Windows
 
@@ -25,6 +26,7 @@ class Family:
         parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
+        experts: of the layers with experts in place of one MLP, if there are any.
         tensors: name -> tensor of a layer that is neither a linear module nor a norm.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
@@ -67,6 +69,7 @@ class Family:
     roles: tuple[str, ...] = DENSE_ROLES
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
+    experts: Experts | None = None
     tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
@@ -125,8 +128,11 @@ class Family:
     def stream_norm(self, role: str) -> str | None:
         """Return the norm between the residual stream and a module, None if there is none.
 
-        For q, k, v, gate and up it is the norm in front of the module, for o and down the one behind it.
+        For modules that read the stream it is the norm in front of them, for others the one behind them.
         """
-        if role in ATTENTION:
-            return self.norms.get("attn" if role in QKV else "attn_post")
-        return self.norms.get("mlp_post" if role == "down_proj" else "attn" if self.parallel else "mlp")
+        if role in LATENT_INNER:
+            return None
+        if role in (*ATTENTION, *LATENT):
+            return self.norms.get("attn_post" if role == "o_proj" else "attn")
+        writes = role in ("down_proj", "shared_down_proj")
+        return self.norms.get("mlp_post" if writes else "attn" if self.parallel else "mlp")
