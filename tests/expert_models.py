@@ -16,6 +16,14 @@ GROUPED = {
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SHORT = YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
 
+LATENT = GROUPED | {
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 7,
+    "num_key_value_heads": 4,
+}
+
 EXPERT_VARIANTS = {
     "mixtral": ("mixtral", COUNTS | {"head_dim": 12, "sliding_window": 6}),
     "qwen3_moe": ("qwen3_moe", SPARSE | {"head_dim": 12, "norm_topk_prob": True}),
@@ -53,6 +61,12 @@ EXPERT_VARIANTS = {
         "gpt_oss",
         COUNTS | {"head_dim": 12, "num_hidden_layers": 3, "sliding_window": 6, "rope_parameters": SHORT},
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT
+        | {"q_lora_rank": 12, "attention_bias": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v3-direct": ("deepseek_v3", LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "qwen2_moe": (
         "qwen2_moe",
         SPARSE | {"shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "decoder_sparse_step": 2},

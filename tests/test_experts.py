@@ -67,7 +67,7 @@ def test_grouped_products_can_be_mapped_over_adapters_and_their_own_choice_of_ex
         np.testing.assert_allclose(found[place], by_hand(x, w[0], own, choices[place]), **CLOSE)
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe-mixed", "glm4_moe", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe-mixed", "glm4_moe", "qwen2_moe", "deepseek_v3"])
 def model(request, tmp_path_factory):
     """A model in torch with dense layers in it, and its base."""
     folder = tmp_path_factory.mktemp(request.param)

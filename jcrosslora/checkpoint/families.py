@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
@@ -69,6 +70,7 @@ _TABLE = (
     GRANITEMOE,
     GLM4_MOE,
     GPT_OSS,
+    DEEPSEEK_V3,
     QWEN2_MOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
@@ -96,8 +98,7 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "mistral4": ("mistral", "latent attention (MLA) and mixtures of experts"),
-    "deepseek_v2": ("llama", "latent attention (MLA) and mixtures of experts"),
-    "deepseek_v3": ("llama", "latent attention (MLA) and mixtures of experts"),
+    "deepseek_v2": ("deepseek_v3", "its choice of experts"),
     "phimoe": ("phi3", "mixtures of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "granitemoehybrid": ("granite", "state-space layers (Mamba) and mixtures of experts"),

@@ -138,7 +138,7 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
-KEYED = ("attention",)  # mixers with keys and values
+KEYED = ("attention", "latent_attention", "direct_latent_attention")  # mixers with keys and values
 EMPTY = -1  # position of a slot without a token
 
 
@@ -148,7 +148,7 @@ class KVCache:
 
     Attributes:
         keys: (L, B, kv_heads, S, D) of the L layers with attention, with rotary positions applied.
-        values: (L, B, kv_heads, S, D).
+        values: (L, B, kv_heads, S, D), of latent attention with a D of their own.
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
         states: name of a mixer that is not attention -> a tree of arrays (L, B, ...), what it keeps of the tokens
@@ -171,10 +171,13 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
         length: S.
         dtype: of the residual stream, see `Params.stream_dtype`.
     """
-    shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, settings.kv_heads, length, settings.head_dim)
+    latent, kv_heads, key, value = settings.latent, settings.kv_heads, settings.head_dim, settings.head_dim
+    if latent is not None:
+        kv_heads, key, value = settings.heads, latent.plain + latent.rotated, latent.value
+    shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, kv_heads, length)
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=jnp.zeros((*shape, key), dtype),
+        values=jnp.zeros((*shape, value), dtype),
         positions=jnp.full((batch, length), EMPTY, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
     )

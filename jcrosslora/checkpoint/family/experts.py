@@ -1,4 +1,4 @@
-"""How a family has experts in place of one MLP: their sizes, their router, the names of their tensors, and the layers."""
+"""How a family has experts in place of one MLP: sizes, router, names of tensors, and the layers that have them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,9 +26,10 @@ class Experts:
         count: configuration keys of E, of which the first that is stated counts.
         used: configuration key of the number of experts that a token goes through.
         width: configuration key of I.
-        layouts: the ways in which the tensors of a layer may be named, the published one first. Name -> name in a layer:
-            "router" (E, H), "router_bias" (E,), "correction" (E,) which is added to the scores by which experts are
-            chosen, "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of all,
+        layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
+            "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
+            "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of
+            all,
             "gate_up_bias" (E, 2 I), "down_bias" (E, H).
         scores: of the experts: a softmax over all, over the chosen ones, or sigmoids.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
@@ -58,10 +59,10 @@ class Experts:
             CheckpointError: one is missing or out of range.
         """
         count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
-        count, used, width = (_whole(config, key) for key in (count_key, self.used, self.width))
+        count, used, width = (whole_number(config, key) for key in (count_key, self.used, self.width))
         groups = 1, 1
         if self.groups is not None:
-            groups = _whole(config, self.groups[0], 1), _whole(config, self.groups[1], 1)
+            groups = whole_number(config, self.groups[0], 1), whole_number(config, self.groups[1], 1)
         if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
             msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
             raise CheckpointError(msg)
@@ -78,7 +79,12 @@ class ExpertSizes(NamedTuple):
     used_groups: int = 1
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Read a size from a configuration, or its default where that says nothing or null.
+
+    Raises:
+        CheckpointError: it is not a positive integer.
+    """
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 1 << 20:
@@ -91,7 +97,7 @@ def shared_shapes(count: str) -> dict[str, RoleShape]:
     """Return the shapes of shared experts that are one MLP, as wide as the experts times a configuration's count."""
 
     def width(config: Mapping[str, Any]) -> int:
-        return _whole(config, count) * _whole(config, "moe_intermediate_size")
+        return whole_number(config, count) * whole_number(config, "moe_intermediate_size")
 
     return {
         "shared_gate_proj": lambda sizes, config: (width(config), sizes.hidden),
@@ -111,7 +117,7 @@ def in_all_layers(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 def by_step(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     """Give each `decoder_sparse_step`-th layer experts, but none of `mlp_only_layers`."""
-    step, dense = _whole(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    step, dense = whole_number(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple):
         msg = f"config key 'mlp_only_layers' is {str(dense)[:60]}, wanted a list of layers"
         raise CheckpointError(msg)

@@ -1,4 +1,4 @@
-"""Granite, dense and with experts: Llama with a factor on the embedding, on what each block adds, on attention scores and on logits."""
+"""Granite, dense and with experts: Llama with a factor on embedding, on what blocks add, on scores and on logits."""
 
 from functools import partial
 

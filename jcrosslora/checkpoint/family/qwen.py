@@ -53,7 +53,7 @@ QWEN2_MOE = Family(
         "shared_gate_proj": lambda sizes, config: (config["shared_expert_intermediate_size"], sizes.hidden),
         "shared_up_proj": lambda sizes, config: (config["shared_expert_intermediate_size"], sizes.hidden),
         "shared_down_proj": lambda sizes, config: (sizes.hidden, config["shared_expert_intermediate_size"]),
-        "shared_expert_gate": lambda sizes, config: (1, sizes.hidden),
+        "shared_expert_gate": lambda sizes, _: (1, sizes.hidden),
     },
     bias_keys={"qkv_bias": QKV},
     parts=by_step,

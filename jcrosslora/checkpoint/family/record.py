@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jcrosslora.checkpoint.family.experts import Experts
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, LATENT, LATENT_INNER
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, RoleShape, Windows
+from jcrosslora.checkpoint.family.rules import Gguf, LatentSizes, LayerTensor, Number, Positions, RoleShape, Windows
 
 PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
@@ -26,6 +26,7 @@ class Family:
         parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
+        latent: from a configuration, the sizes of latent attention; None where no layer has it.
         experts: of the layers with experts in place of one MLP, if there are any.
         tensors: name -> tensor of a layer that is neither a linear module nor a norm.
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
@@ -69,6 +70,7 @@ class Family:
     roles: tuple[str, ...] = DENSE_ROLES
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
+    latent: Callable[[Mapping[str, Any]], LatentSizes] | None = None
     experts: Experts | None = None
     tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

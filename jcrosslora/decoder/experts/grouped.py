@@ -15,7 +15,7 @@ from jax import lax
 from jcrosslora.decoder.ops import Row
 
 # Rows of a block: few, so that little is computed for nothing, and enough for a product to be fast.
-_FEWEST, _MOST = 8, 64
+_FEWEST, _MOST = 8, 128
 
 # Of rows (N, H) of one expert, its constants and its factors: float32 (N, H).
 ExpertFunction = Callable[[jax.Array, Any, Any], jax.Array]
@@ -47,8 +47,8 @@ class Blocks:
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Return N, the rows of a block: a quarter of what one of E experts has on average, a power of two."""
-    share = max(pairs // (4 * experts), 1)
+    """Return N, the rows of a block: a power of two near half of what one of E experts has on average."""
+    share = max(pairs // (2 * experts), 1)
     return min(max(1 << (share - 1).bit_length(), _FEWEST), _MOST)
 
 

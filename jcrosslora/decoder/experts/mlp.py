@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jcrosslora.decoder.experts.grouped import run_experts
 from jcrosslora.decoder.experts.routing import route
@@ -32,7 +31,7 @@ def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array
 
     held = {name: tensors[name] for name in _HELD if name in tensors}
     outputs = run_experts(expert, own.count, flat, chosen, held, {})
-    mixed = jnp.einsum("tkh,tk->th", outputs, weights, precision=lax.Precision.HIGHEST)
+    mixed = jnp.sum(outputs * weights[:, :, None], axis=1)
     mixed = mixed.astype(normed.dtype).reshape(normed.shape)
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
 
