@@ -1,5 +1,6 @@
 """Tiny random models of the dense families beyond those of `tiny_models`, with settings that are awkward for each."""
 
+from expert_models import EXPERT_VARIANTS
 from tiny_models import torch, transformers
 
 COMMON = {
@@ -91,7 +92,7 @@ VARIANTS = {
 
 def dense_model(name: str, seed: int = 0):
     """Make a random model of a variant, see `random_model`."""
-    return random_model(*VARIANTS[name], seed=seed)
+    return random_model(*(VARIANTS | EXPERT_VARIANTS)[name], seed=seed)
 
 
 def random_model(family: str, settings: dict, *, seed: int = 0):
@@ -107,4 +108,7 @@ def random_model(family: str, settings: dict, *, seed: int = 0):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(0.0, 0.3)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Compare every family beyond the first seven with transformers and peft, on tiny models."""
+"""Compare every family beyond the first seven, hybrids and experts too, with transformers and peft, on tiny models."""
 
 import dataclasses
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import VARIANTS, random_model
+from expert_models import EXPERT_VARIANTS
 from hybrid_models import FALCON_MODULES, HYBRIDS
 from safetensors.numpy import load_file
 from tiny_models import torch, transformers
@@ -16,14 +17,14 @@ from tiny_models import torch, transformers
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
 from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import extend_cache
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-FAMILIES = VARIANTS | HYBRIDS
+FAMILIES = VARIANTS | HYBRIDS | EXPERT_VARIANTS
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and those of one step with a cache
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
@@ -37,8 +38,12 @@ def case(request, tmp_path_factory):
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     model = load(attn_implementation="eager").eval()
     torch.manual_seed(1)
-    # peft refuses Falcon's out_proj.
-    targets = FALCON_MODULES if request.param.startswith("falcon") else "all-linear"
+    # Beside experts, peft takes the names of an MLP's modules for those of the experts; it refuses Falcon's out_proj.
+    targets: str | list[str] = "all-linear"
+    if request.param in EXPERT_VARIANTS:
+        targets = [*ATTENTION, *LATENT]
+    elif request.param.startswith("falcon"):
+        targets = FALCON_MODULES
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
     adapted.save_pretrained(folder / "adapter")
@@ -121,4 +126,4 @@ def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
 def test_every_tensor_of_the_model_is_known(case):
     stored = set(case.base.tensor_names())
     optional = {name for name in stored if name.endswith(("act_fn.beta", "act_fn.eps"))}
-    assert set(expected_shapes(case.base.family, case.base.dims, case.base.config)) == stored - optional
+    assert set(case.base.tensor_shapes()) == stored - optional

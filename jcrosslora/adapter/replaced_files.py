@@ -19,7 +19,6 @@ from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError, JCrossLoRAError
 
@@ -42,7 +41,7 @@ def read_replaced(
         not read the reason.
     """
     base = file.base
-    shapes = {} if base is None else expected_shapes(base.family, base.dims, base.config)
+    shapes = {} if base is None else base.tensor_shapes()
     found: dict[str, dict[str, np.ndarray]] = {}
     read: set[str] = set()
     reasons: dict[str, str] = {}

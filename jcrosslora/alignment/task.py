@@ -25,8 +25,12 @@ from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch, Probes
 
-# Modules that read the residual stream; o_proj and down_proj write it.
-_READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+# Modules that read the residual stream; others write it, or lie between latents and heads.
+_READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_a_proj", "kv_a_proj_with_mqa"}) | {
+    "shared_gate_proj",
+    "shared_up_proj",
+    "shared_expert_gate",
+}
 
 
 @dataclass(frozen=True, eq=False)

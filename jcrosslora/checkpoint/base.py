@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
+from jcrosslora.checkpoint.experts import layout_of, read_expert_tensor
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.family.names import WRITERS
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
@@ -91,7 +92,7 @@ class BaseModel:
 
     @property
     def _size(self) -> str:
-        count = sum(map(prod, expected_shapes(self.family, self.dims, self.config).values()))
+        count = sum(map(prod, self.tensor_shapes().values()))
         if count >= 1e9:
             return f"{count / 1e9:.2f}B"
         return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
@@ -128,6 +129,29 @@ class BaseModel:
     def role_shape(self, role: str) -> tuple[int, int]:
         """Return the shape (O, I) of the modules of a role of the family."""
         return role_shapes(self.family, self.dims, self.config)[role]
+
+    @cached_property
+    def expert_layout(self) -> Mapping[str, str] | None:
+        """How the tensors of experts are stored, see `Experts.layouts`; None without experts."""
+        return layout_of(self.family, self.store.names)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor that the model must have."""
+        return expected_shapes(self.family, self.dims, self.config, self.expert_layout)
+
+    def expert_tensor(self, layer: int, name: str) -> np.ndarray:
+        """Read a tensor of the experts of a layer, see `read_expert_tensor`.
+
+        Raises:
+            CheckpointError: a dtype that cannot be read.
+        """
+        experts, layout = self.family.experts, self.expert_layout
+        assert experts is not None
+        assert layout is not None
+        count = experts.sizes(self.config).count
+        return read_expert_tensor(
+            experts, layout, lambda path: self.tensor(f"model.layers.{layer}.{path}"), count, name
+        )
 
     def tensor_names(self) -> list[str]:
         """Hugging Face names of the stored tensors."""

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
-from jcrosslora.checkpoint.family.glm import GLM, GLM4
-from jcrosslora.checkpoint.family.granite import GRANITE
+from jcrosslora.checkpoint.family.glm import GLM, GLM4, GLM4_MOE
+from jcrosslora.checkpoint.family.gpt_oss import GPT_OSS
+from jcrosslora.checkpoint.family.granite import GRANITE, GRANITEMOE
 from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
@@ -21,6 +23,7 @@ from jcrosslora.checkpoint.family.lfm2 import LFM2
 from jcrosslora.checkpoint.family.llama import LLAMA
 from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
+from jcrosslora.checkpoint.family.mixtral import MIXTRAL
 from jcrosslora.checkpoint.family.names import ATTENTION as ATTENTION
 from jcrosslora.checkpoint.family.names import EMBEDDING as EMBEDDING
 from jcrosslora.checkpoint.family.names import HEAD as HEAD
@@ -28,9 +31,9 @@ from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.nemotron import NEMOTRON
-from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3
+from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3, OLMOE
 from jcrosslora.checkpoint.family.phi import PHI, PHI3
-from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN3
+from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jcrosslora.checkpoint.family.qwen3_5 import QWEN3_5
 from jcrosslora.checkpoint.family.record import Family as Family
 from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
@@ -68,6 +71,14 @@ _TABLE = (
     QWEN3_5,
     GRANITE_HYBRID,
     FALCON_H1,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
+    GRANITEMOE,
+    GLM4_MOE,
+    GPT_OSS,
+    DEEPSEEK_V3,
+    QWEN2_MOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -87,26 +98,18 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "qwen3_5_moe_text": ("qwen3_5_text", "mixtures of experts"),
     "qwen3_next": ("qwen3_5_text", "mixtures of experts"),
     "lfm2_moe": ("lfm2", "mixtures of experts"),
-    "qwen2_moe": ("qwen2", "mixtures of experts"),
-    "qwen3_moe": ("qwen3", "mixtures of experts"),
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "gemma4": _GEMMA4,
     "gemma4_text": _GEMMA4,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
-    "mixtral": ("mistral", "mixtures of experts"),
     "mistral4": ("mistral", "latent attention (MLA) and mixtures of experts"),
-    "deepseek_v2": ("llama", "latent attention (MLA) and mixtures of experts"),
-    "deepseek_v3": ("llama", "latent attention (MLA) and mixtures of experts"),
+    "deepseek_v2": ("deepseek_v3", "its choice of experts"),
     "phimoe": ("phi3", "mixtures of experts"),
-    "olmoe": ("olmo2", "mixtures of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
-    "granitemoe": ("granite", "mixtures of experts"),
-    "glm4_moe": ("glm4", "mixtures of experts"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "exaone_moe": ("exaone4", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
-    "gpt_oss": ("llama", "mixtures of experts and attention sinks"),
     "nemotron_h": ("nemotron", "layers of attention, state-space (Mamba) or MLP alone"),
 }

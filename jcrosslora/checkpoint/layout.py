@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jcrosslora.checkpoint.config import Dims
+from jcrosslora.checkpoint.experts import expert_shapes, layout_of
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS, Family
 from jcrosslora.checkpoint.family.parts import LayerParts, holds
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
+# Layers behind the last that predict further tokens, and that the class does not read.
+_MORE_LAYERS = "num_nextn_predict_layers"
 _SHOWN = 3  # problems named in one error
 _NOT_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "C64"})
 
@@ -102,8 +105,10 @@ def build_modules(family: Family, dims: Dims, config: Mapping[str, Any], store: 
     return modules
 
 
-def expected_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that the model must have."""
+def expected_shapes(
+    family: Family, dims: Dims, config: Mapping[str, Any], experts: Mapping[str, str] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that the model must have, its experts in a layout of `Experts.layouts`."""
     expected: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab, dims.hidden)}
     expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
     if not family.is_tied(config):
@@ -111,7 +116,7 @@ def expected_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> di
     if family.head_bias:
         expected[HEAD_BIAS] = (dims.vocab,)
     parts = family.layer_parts(config, dims.layers)
-    in_layer = {own: dict(_layer_shapes(family, dims, config, own)) for own in set(parts)}
+    in_layer = {own: dict(_layer_shapes(family, dims, config, own, experts)) for own in set(parts)}
     for layer, own in enumerate(parts):
         expected |= {f"model.layers.{layer}.{name}": shape for name, shape in in_layer[own].items()}
     return expected
@@ -120,8 +125,13 @@ def expected_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> di
 def norm_sizes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[str, int]:
     """Return the number of features that each norm of a layer normalises, by the names of `Family.norms`."""
     counts = {"q": dims.heads, "k": dims.kv_heads}
+    own = {"q_a": "q_lora_rank", "kv_a": "kv_lora_rank"}
     return {
-        name: dims.head_dim * (counts[name] if family.qk_norms == "whole" else 1) if name in counts else dims.hidden
+        name: dims.head_dim * (counts[name] if family.qk_norms == "whole" else 1)
+        if name in counts
+        else config.get(own[name]) or 0
+        if name in own
+        else dims.hidden
         for name in family.layer_norms(config)
     }
 
@@ -133,12 +143,14 @@ def _norm_tensors(family: Family, norm: str, size: int) -> Iterator[tuple[str, t
 
 
 def _layer_shapes(
-    family: Family, dims: Dims, config: Mapping[str, Any], parts: LayerParts
+    family: Family, dims: Dims, config: Mapping[str, Any], parts: LayerParts, experts: Mapping[str, str] | None
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     shapes, norms = role_shapes(family, dims, config), family.layer_norms(config)
     for name, size in norm_sizes(family, dims, config).items():
         if holds(parts, name):
             yield from _norm_tensors(family, norms[name], size)
+    if family.experts is not None and parts.mlp == "experts":
+        yield from expert_shapes(family.experts, dims, config, experts or family.experts.layouts[0])
     for name, tensor in family.layer_tensors(config).items():
         if holds(parts, name):
             yield tensor.path, tensor.shape(dims, config)
@@ -165,6 +177,8 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
     names = store.names()
     # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
     stored = {part for name in names if (part := _layer_of(name)) is not None}
+    extra = config.get(_MORE_LAYERS) if type(config.get(_MORE_LAYERS)) is int else 0
+    stored = {layer for layer in stored if not dims.layers <= layer < dims.layers + extra}
     if stored and (dims.layers > len(stored) or max(stored) >= dims.layers):
         msg = (
             f"{ref}: config says {dims.layers} layers, the weights hold {len(stored)} (up to layer {max(stored)}): "
@@ -173,7 +187,12 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
         raise CheckpointError(msg)
     known = set(names)
     problems = [] if stored else ["no tensor is named model.layers.*"]
-    for name, shape in expected_shapes(family, dims, config).items() if stored else ():
+    try:
+        expected = expected_shapes(family, dims, config, layout_of(family, store.names)) if stored else {}
+    except CheckpointError as error:
+        msg = f"{ref}: {error}"
+        raise CheckpointError(msg) from error
+    for name, shape in expected.items():
         if name not in known:
             problems.append(f"{name} is missing")
         elif store.shape(name) != shape:

@@ -30,20 +30,27 @@ def attention_mask(query_positions: jax.Array, key_positions: jax.Array, window:
 
 
 def attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scale: float, cap: float | None
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    cap: float | None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Apply softmax attention.
 
     Args:
         queries: (B, T, heads, D).
         keys: (B, kv_heads, S, D).
-        values: (B, kv_heads, S, D).
+        values: (B, kv_heads, S, E).
         mask: bool (B, T, S), from `attention_mask`.
         scale: factor on the scores.
         cap: soft cap of the scores, or None.
+        sinks: float32 (heads,), the score of attending to nothing; None without that choice.
 
     Returns:
-        (B, T, heads * D) in the dtype of the values. A query that attends to nothing gets the mean of all values.
+        (B, T, heads * E) in the dtype of the values. A query that attends to nothing gets the mean of all values.
     """
     batch, length, heads, size = queries.shape
     groups = heads // keys.shape[1]
@@ -53,10 +60,20 @@ def attention(
     scores = einsum("bktd,bksd->bkts", rows, keys) * scale
     scores = soft_cap(scores, cap).reshape(batch, -1, groups, length, keys.shape[2])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = _softmax(scores, sinks).astype(values.dtype)
     mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
-    mixed = mixed.reshape(batch, -1, groups, length, size).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, length, heads * size).astype(values.dtype)
+    mixed = mixed.reshape(batch, -1, groups, length, values.shape[-1]).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(batch, length, heads * values.shape[-1]).astype(values.dtype)
+
+
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Return the weights of scores (B, kv_heads, groups, T, S); those of a head with a sink sum to less than 1."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.reshape(scores.shape[1], scores.shape[2], 1, 1)
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    exponentials = jnp.exp(scores - largest)
+    return exponentials / (jnp.sum(exponentials, axis=-1, keepdims=True) + jnp.exp(sinks - largest))
 
 
 def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, ...]:
@@ -120,7 +137,8 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * pairs :]], axis=-1)
 
 
-KEYED = ("attention", "attention and mamba")  # mixers with keys and values
+# Mixers with keys and values.
+KEYED = ("attention", "latent_attention", "direct_latent_attention", "attention and mamba")
 EMPTY = -1  # position of a slot without a token
 
 
@@ -130,7 +148,7 @@ class KVCache:
 
     Attributes:
         keys: (L, B, kv_heads, S, D) of the L layers with attention, with rotary positions applied.
-        values: (L, B, kv_heads, S, D).
+        values: (L, B, kv_heads, S, D), of latent attention with a D of their own.
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
         states: kind of a mixer beside attention -> what it keeps of the tokens before, arrays (L, B, ...) of the L
@@ -155,10 +173,13 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
     """
     mixer = settings.mixer
     with_state = 0 if mixer is None else sum(mixer.kind in parts.mixer for parts in settings.parts)
-    shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, settings.kv_heads, length, settings.head_dim)
+    latent, kv_heads, key, value = settings.latent, settings.kv_heads, settings.head_dim, settings.head_dim
+    if latent is not None:
+        kv_heads, key, value = settings.heads, latent.plain + latent.rotated, latent.value
+    shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, kv_heads, length)
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=jnp.zeros((*shape, key), dtype),
+        values=jnp.zeros((*shape, value), dtype),
         positions=jnp.full((batch, length), EMPTY, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
         states={} if mixer is None or not with_state else {mixer.kind: init_state(mixer, with_state, batch)},

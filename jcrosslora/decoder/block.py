@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.decoder.attention import KVCache
+from jcrosslora.decoder.experts.mlp import expert_mlp
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, apply_norm, run_module
+from jcrosslora.decoder.mixers.latent_attention import latent_attention
 from jcrosslora.decoder.mixers.mixer import beside_attention, run_mixer
 from jcrosslora.decoder.mixers.self_attention import self_attention
 from jcrosslora.decoder.ops import ACTIVATIONS
@@ -60,7 +62,9 @@ def _added(settings: DecoderSettings, layer: LayerWeights, norm: str, out: jax.A
 # By the names of the parts of a layer, see `jcrosslora.checkpoint.family.parts`.
 MIXERS: Mapping[str, Mixer] = {
     "attention": self_attention,
+    "latent_attention": latent_attention,
+    "direct_latent_attention": latent_attention,
     **dict.fromkeys(("convolution", "delta", "mamba"), run_mixer),
     "attention and mamba": beside_attention,
 }
-MLPS: Mapping[str, MLP] = {"dense": _dense}
+MLPS: Mapping[str, MLP] = {"dense": _dense, "experts": expert_mlp}

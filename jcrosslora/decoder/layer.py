@@ -25,9 +25,17 @@ INPUT_SITES = {
     "delta_out_proj": "delta_out_in",
     "mamba_in_proj": "mamba_in",
     "mamba_out_proj": "mamba_out_in",
+    "q_a_proj": "attn_in",
+    "q_b_proj": "q_latent",
+    "kv_a_proj_with_mqa": "attn_in",
+    "kv_b_proj": "kv_latent",
     "gate_proj": "mlp_in",
     "up_proj": "mlp_in",
     "down_proj": "down_in",
+    "shared_gate_proj": "shared_in",
+    "shared_up_proj": "shared_in",
+    "shared_expert_gate": "shared_in",
+    "shared_down_proj": "shared_down_in",
 }
 
 

@@ -1,5 +1,6 @@
 """Load the weights of a model as arrays, stacked over the layers for each role, so that the layers can be scanned."""
 
+import itertools
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.checkpoint.family.rules import LayerTensor
 from jcrosslora.decoder.settings import settings_of
@@ -109,7 +111,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
             name: _stack_tensors(base, name, tensor, kind)
             for name, tensor in family.layer_tensors(base.config).items()
             if base.layers_with(name)
-        },
+        }
+        | _stack_experts(base, kind, packed=packed),
     )
     base.release()
     return params
@@ -163,6 +166,22 @@ def _stack_tensors(base: BaseModel, name: str, tensor: LayerTensor, dtype: np.dt
     kept, layers = _F32 if tensor.exact else dtype, base.layers_with(name)
     pieces = (base.tensor(f"model.layers.{layer}.{tensor.path}")[None].astype(kept) for layer in layers)
     return _fill(base, (len(layers), *tensor.shape(base.dims, base.config)), kept, pieces)
+
+
+def _stack_experts(base: BaseModel, dtype: np.dtype, *, packed: bool) -> dict[str, jax.Array]:
+    """Stack the tensors of experts: matrices (L, E, O, I) as other weights, the rest as float32."""
+    experts, layers = base.family.experts, base.layers_with("experts")
+    if experts is None or not layers:
+        return {}
+    found = {}
+    for name in expert_tensors(experts):
+        kept = dtype if name in ("gate_up", "down") else _F32
+        stored = _BITS if packed and kept == dtype else kept
+        pieces = (base.expert_tensor(layer, name)[None].astype(kept, copy=False) for layer in layers)
+        first = next(pieces)
+        pieces = (piece.view(stored) for piece in itertools.chain((first,), pieces))
+        found[name] = _fill(base, (len(layers), *first.shape[1:]), stored, pieces)
+    return found
 
 
 def _matrix(base: BaseModel, name: str, dtype: np.dtype) -> jax.Array:

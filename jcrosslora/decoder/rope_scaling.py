@@ -23,6 +23,7 @@ class Rope:
         switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
         growth: (beta, length): queries at position p are multiplied by 1 + beta log(1 + floor(p / length)); or None.
+        latent_scale: factor on the scores of latent attention.
     """
 
     frequencies: tuple[float, ...]
@@ -30,6 +31,7 @@ class Rope:
     switch: int | None = None
     amplitude: float = 1.0
     growth: tuple[float, int] | None = None
+    latent_scale: float = 1.0
 
 
 def default(size: int, *, rope_theta: float, **_: Any) -> Rope:
@@ -121,7 +123,8 @@ def yarn(
     if attention_factor is None:
         both = mscale and mscale_all_dim
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim) if both else _mscale(factor, 1.0)
-    return Rope(_floats(frequencies), amplitude=float(attention_factor))
+    latent = _mscale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0
+    return Rope(_floats(frequencies), amplitude=float(attention_factor), latent_scale=latent)
 
 
 def _plain(size: int, theta: float) -> np.ndarray:

@@ -134,9 +134,13 @@ def _rotated(settings: Mapping[str, Any], config: Mapping[str, Any], family: Fam
     if usual is None and share != 1.0:
         msg = f"{ref}: partial_rotary_factor {share!r} is not supported for {family.name}"
         raise CheckpointError(msg)
-    size = int(dims.head_dim * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
+    whole = dims.head_dim if family.positions.size_key is None else config.get(family.positions.size_key)
+    if type(whole) is not int:
+        msg = f"{ref}: {family.positions.size_key} is {whole!r}, wanted a positive integer"
+        raise CheckpointError(msg)
+    size = int(whole * share) if isinstance(share, int | float) and 0 < share <= 1 else 0
     if size < 2 or size % 2:
-        msg = f"{ref}: partial_rotary_factor {share!r} of head_dim {dims.head_dim} gives no positive even size"
+        msg = f"{ref}: partial_rotary_factor {share!r} of {whole} features gives no positive even size"
         raise CheckpointError(msg)
     return size
 

@@ -8,7 +8,8 @@ from jcrosslora.checkpoint import BaseModel, Dims, Family
 from jcrosslora.checkpoint.config import read_number
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
-from jcrosslora.checkpoint.family.rules import Number
+from jcrosslora.checkpoint.family.rules import LatentSizes, Number
+from jcrosslora.decoder.experts.settings import ExpertSettings, expert_settings
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
 from jcrosslora.decoder.rope_settings import read_ropes, unrotated
@@ -64,6 +65,8 @@ class DecoderSettings(Dims):
         parts: (L,) mixer and MLP of a layer.
         mixer: what mixes tokens in layers without attention, or beside it; None if all have attention alone.
         role_factors: on what modules read and return.
+        experts: of the layers that have experts; None without any.
+        latent: sizes of latent attention; None without it.
     """
 
     eps: float
@@ -87,6 +90,8 @@ class DecoderSettings(Dims):
     parts: tuple[LayerParts, ...]
     mixer: Mixer | None
     role_factors: RoleFactors
+    experts: ExpertSettings | None = None
+    latent: LatentSizes | None = None
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm, tensor or part of this name."""
@@ -107,12 +112,13 @@ def settings_of(base: BaseModel) -> DecoderSettings:
     kinds = read_layer_kinds(config, family, dims.layers, ref)
     norms, layer_ropes = family.layer_norms(config), _layer_ropes(base, kinds)
     ropes = tuple(dict.fromkeys(layer_ropes))
+    latent = None if family.latent is None else family.latent(config)
     return DecoderSettings(
         **asdict(dims),
         eps=read_number(config, family.eps, ref),
         layer_norm=family.norm == "layer",
         activation=_activation(config, family, ref),
-        attn_scale=factor(family.attn_scale, dims.head_dim**-0.5),
+        attn_scale=factor(family.attn_scale, dims.head_dim**-0.5) if latent is None else _latent_scale(latent, ropes),
         attn_soft_cap=_cap(config, family.attn_soft_cap, ref),
         final_soft_cap=_cap(config, family.final_soft_cap, ref),
         embedding_scale=factor(family.embedding_scale),
@@ -135,6 +141,8 @@ def settings_of(base: BaseModel) -> DecoderSettings:
                 for named in (family.input_factors, family.output_factors)
             )
         ),
+        experts=expert_settings(family.experts, config, ref),
+        latent=latent,
     )
 
 
@@ -146,6 +154,10 @@ def _layer_ropes(base: BaseModel, kinds: tuple[str, ...]) -> list[Rope]:
         raise CheckpointError(msg)
     rotated = rotated_layers(kinds, base.config, base.family, base.ref)
     return [per_kind[kind] if turns else unrotated(per_kind[kind]) for kind, turns in zip(kinds, rotated, strict=True)]
+
+
+def _latent_scale(latent: LatentSizes, ropes: tuple[Rope, ...]) -> float:
+    return (latent.plain + latent.rotated) ** -0.5 * ropes[0].latent_scale
 
 
 def _activation(config: Mapping[str, Any], family: Family, ref: str) -> str:

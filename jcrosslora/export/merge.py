@@ -170,7 +170,7 @@ def _read_plan(
     """Plan the dequantised tensors of the family, in files of limited size."""
     groups: list[list[Piece]] = [[]]
     config = {**base.config, "tie_word_embeddings": base.tied and not untied}
-    for name, shape in expected_shapes(base.family, base.dims, config).items():
+    for name, shape in expected_shapes(base.family, base.dims, config, base.expert_layout).items():
         own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
         dtype = wanted or (own if own in _FLOATS else "BF16")
         if name in (EMBEDDING, HEAD):  # by far the largest: dequantised block by block

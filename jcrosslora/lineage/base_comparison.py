@@ -11,7 +11,6 @@ import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
-from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.lineage.method_selection import Choice, choose_from
 from jcrosslora.lineage.structure import Part, count_parts
 from jcrosslora.lineage.structure_search import find_structure
@@ -145,7 +144,7 @@ def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
     Tensors that the model does not use, such as the rotary frequencies in older files, are ignored.
     """
     in_modules = {module.tensor for base in (source, target) for module in base.modules.values()}
-    names_src, names_tgt = (set(expected_shapes(base.family, base.dims, base.config)) for base in (source, target))
+    names_src, names_tgt = (set(base.tensor_shapes()) for base in (source, target))
     shared = (names_src | {HEAD}) & (names_tgt | {HEAD})  # A tied head can be read although it is not stored.
     others = sorted((names_src | names_tgt) - in_modules)
     found = [name for name in others if name not in shared or not _equal(source, target, name)]

@@ -1,10 +1,14 @@
-"""GLM-4, and GLM-4-0414 (`glm4`): half of each head is rotated, by neighbouring features; gate and up are fused."""
+"""GLM-4, and GLM-4-0414 (`glm4`): half of each head is rotated, by neighbouring features; gate and up are fused.
+
+GLM-4.5 to 4.7 (`glm4_moe`) have experts behind the first layers, and rotate features half a head apart.
+"""
 
 from functools import partial
 
+from jcrosslora.checkpoint.family.experts import CORRECTION, FUSED, PUBLISHED, Experts, behind_first, shared_shapes
 from jcrosslora.checkpoint.family.keys import words
-from jcrosslora.checkpoint.family.names import QKV
-from jcrosslora.checkpoint.family.record import PRE_NORMS, Family
+from jcrosslora.checkpoint.family.names import DENSE_ROLES, QKV, SHARED
+from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
 
 _glm = partial(
@@ -23,4 +27,30 @@ GLM4 = _glm(
     architectures=("Glm4ForCausalLM",),
     gguf=Gguf("glm4"),
     norms=PRE_NORMS | {"attn_post": "post_self_attn_layernorm", "mlp_post": "post_mlp_layernorm"},
+)
+GLM4_MOE = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    roles=(*DENSE_ROLES, *SHARED),
+    shapes=shared_shapes("n_shared_experts"),
+    norms=PRE_NORMS | QK_NORMS,
+    qk_norm_key="use_qk_norm",
+    bias_keys={"attention_bias": QKV},
+    parts=behind_first("first_k_dense_replace"),
+    experts=Experts(
+        ("n_routed_experts", "num_experts", "num_local_experts"),
+        layouts=(PUBLISHED | CORRECTION, FUSED | CORRECTION),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        scale=Number("routed_scaling_factor", 1.0),
+        groups=("n_group", "topk_group"),
+    ),
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(share=0.5),
+    keys=words(
+        "attention_bias partial_rotary_factor use_qk_norm first_k_dense_replace n_routed_experts num_experts "
+        "num_local_experts n_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob n_group "
+        "topk_group routed_scaling_factor num_nextn_predict_layers output_router_logits router_aux_loss_coef"
+    ),
+    defaults={"first_k_dense_replace": 1, "n_shared_experts": 1, "norm_topk_prob": True},
 )

@@ -1,11 +1,35 @@
-"""Granite: Llama with a factor on the embedding, on what each block adds, on attention scores and on logits."""
+"""Granite, dense and with experts: Llama with a factor on embedding, on what blocks add, on scores and on logits."""
 
+from functools import partial
+
+from jcrosslora.checkpoint.family.experts import Experts, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, MLP
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number
 
-GRANITE = Family(
+_BLOCK = "block_sparse_moe"
+_PUBLISHED = {
+    "router": f"{_BLOCK}.router.layer.weight",
+    "gate_up": f"{_BLOCK}.input_linear.weight",
+    "down": f"{_BLOCK}.output_linear.weight",
+}
+_IN_MEMORY = {
+    "router": f"{_BLOCK}.router.weight",
+    "gate_up": f"{_BLOCK}.experts.gate_up_proj",
+    "down": f"{_BLOCK}.experts.down_proj",
+}
+_KEYS = words("attention_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling")
+
+_granite = partial(
+    Family,
+    embedding_scale=Number("embedding_multiplier", 1.0),
+    attn_scale=Number("attention_multiplier", 1.0),
+    residual_scale=Number("residual_multiplier", 1.0),
+    logit_scale=Number("logits_scaling", 1.0, power=-1.0),
+)
+
+GRANITE = _granite(
     name="granite",
     architectures=("GraniteForCausalLM",),
     gguf=Gguf(
@@ -19,9 +43,16 @@ GRANITE = Family(
         },
     ),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
-    embedding_scale=Number("embedding_multiplier", 1.0),
-    attn_scale=Number("attention_multiplier", 1.0),
-    residual_scale=Number("residual_multiplier", 1.0),
-    logit_scale=Number("logits_scaling", 1.0, power=-1.0),
-    keys=words("attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling"),
+    keys=_KEYS | {"mlp_bias"},
+)
+GRANITEMOE = _granite(
+    name="granitemoe",
+    architectures=("GraniteMoeForCausalLM",),
+    roles=ATTENTION,
+    bias_keys={"attention_bias": ATTENTION},
+    parts=in_all_layers,
+    experts=Experts(
+        ("num_local_experts",), width="intermediate_size", layouts=(_PUBLISHED, _IN_MEMORY), scores="chosen"
+    ),
+    keys=_KEYS | words("num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef"),
 )

@@ -9,13 +9,21 @@ UNGATED_MLP = ("up_proj", "down_proj")
 DENSE_ROLES = (*ATTENTION, *MLP)
 # "qg_proj" holds the rows of queries and of their gates in turn, head by head.
 GATED_ATTENTION = ("qg_proj", *ATTENTION[1:])
+# Of latent attention: from the stream to the latents, and from these to queries, keys and values.
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+LATENT_INNER = ("q_b_proj", "kv_b_proj")
 CONVOLUTION = ("conv_in_proj", "conv_out_proj")
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "delta_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
-ROLES = ("q_proj", "qg_proj", *ATTENTION[1:], *CONVOLUTION, *DELTA, *MAMBA, *MLP)
+SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")  # experts that all tokens go through
+ROLES = (
+    *("q_proj", "qg_proj", *ATTENTION[1:], *LATENT, *CONVOLUTION, *DELTA, *MAMBA),
+    *(*MLP, *SHARED, "shared_expert_gate"),
+)
 # Roles that write to the residual stream; the others read it, or what these get.
 MIXER_WRITERS = ("o_proj", "conv_out_proj", "delta_out_proj", "mamba_out_proj")
-WRITERS = (*MIXER_WRITERS, "down_proj")
+MLP_WRITERS = ("down_proj", "shared_down_proj")
+WRITERS = (*MIXER_WRITERS, *MLP_WRITERS)
 
 # Logical name of each role in a layer, the same in every family.
 ROLE_PATHS: Mapping[str, str] = {
@@ -36,6 +44,9 @@ ROLE_PATHS: Mapping[str, str] = {
     "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
+    **{role: f"self_attn.{role}" for role in LATENT},
+    **{role: f"mlp.shared_experts.{role.removeprefix('shared_')}" for role in SHARED},
+    "shared_expert_gate": "mlp.shared_expert_gate",
 }
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

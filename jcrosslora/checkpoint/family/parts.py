@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, DELTA, GATED_ATTENTION, MAMBA, MLP
+from jcrosslora.checkpoint.family.names import (
+    ATTENTION,
+    CONVOLUTION,
+    DELTA,
+    GATED_ATTENTION,
+    LATENT,
+    MAMBA,
+    MLP,
+    SHARED,
+)
 
 
 class LayerParts(NamedTuple):
@@ -13,18 +22,23 @@ class LayerParts(NamedTuple):
     mlp: str = "dense"
 
 
-_ATTENTION = frozenset({*ATTENTION, *GATED_ATTENTION, "q", "k"})
+_ATTENTION = frozenset({*ATTENTION, *GATED_ATTENTION, "q", "k", "sinks"})
 _RECURRENCE = {"conv", "conv_bias", "A_log", "dt_bias", "norm"}
 _MAMBA = frozenset({*MAMBA, *_RECURRENCE, "D", "mamba_out_bias"})
+# Of the experts of a layer, see `Experts.layouts`.
+EXPERT_TENSORS = ("router", "router_bias", "correction", "gate_up", "down", "gate_up_bias", "down_bias")
 # Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
 # `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
 PARTS: Mapping[str, frozenset[str]] = {
     "attention": _ATTENTION,
+    "latent_attention": frozenset({*LATENT, "o_proj", "q_a", "kv_a"}),
+    "direct_latent_attention": frozenset({*LATENT[2:], "q_proj", "o_proj", "kv_a"}),
     "convolution": frozenset({*CONVOLUTION, "conv", "conv_bias"}),
     "delta": frozenset({*DELTA, *_RECURRENCE}),
     "mamba": _MAMBA,
     "attention and mamba": _ATTENTION | _MAMBA,
     "dense": frozenset(MLP),
+    "experts": frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS}),
 }
 _OWNED = frozenset().union(*PARTS.values())
 

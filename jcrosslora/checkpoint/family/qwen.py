@@ -1,6 +1,8 @@
-"""Qwen2 and Qwen3."""
+"""Qwen2 and Qwen3, dense and with experts."""
 
-from jcrosslora.checkpoint.family.names import ATTENTION, QKV
+from jcrosslora.checkpoint.family.experts import Experts, by_step
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.names import ATTENTION, MLP, QKV, SHARED
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, Windows
 
@@ -24,4 +26,40 @@ QWEN3 = Family(
     windows=_WINDOWS,
     keys=_KEYS | {"attention_bias"},
     defaults={"head_dim": 128},
+)
+
+_EXPERT_KEYS = words(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step "
+    "mlp_only_layers output_router_logits router_aux_loss_coef"
+)
+_EXPERTS = Experts(("num_experts", "num_local_experts"), normalised="norm_topk_prob")
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    norms=PRE_NORMS | QK_NORMS,
+    bias_keys={"attention_bias": ATTENTION},
+    parts=by_step,
+    experts=_EXPERTS,
+    windows=Windows(switch="use_sliding_window", listed=False),
+    keys=_KEYS | {"attention_bias"} | _EXPERT_KEYS,
+)
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    architectures=("Qwen2MoeForCausalLM",),
+    roles=(*ATTENTION, *MLP, *SHARED, "shared_expert_gate"),
+    fused={f"mlp.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED},
+    shapes={
+        "shared_gate_proj": lambda sizes, config: (config["shared_expert_intermediate_size"], sizes.hidden),
+        "shared_up_proj": lambda sizes, config: (config["shared_expert_intermediate_size"], sizes.hidden),
+        "shared_down_proj": lambda sizes, config: (sizes.hidden, config["shared_expert_intermediate_size"]),
+        "shared_expert_gate": lambda sizes, _: (1, sizes.hidden),
+    },
+    bias_keys={"qkv_bias": QKV},
+    parts=by_step,
+    experts=_EXPERTS,
+    keys=_KEYS | _EXPERT_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
+    # Its windows are those of other layers than in Qwen2.
+    fixed={"use_sliding_window": (False,)},
+    defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632},
 )

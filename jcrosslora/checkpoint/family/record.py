@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jcrosslora.checkpoint.family.experts import Experts
 from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.names import DENSE_ROLES, MIXER_WRITERS, MLP, ROLES
+from jcrosslora.checkpoint.family.names import DENSE_ROLES, LATENT_INNER, MIXER_WRITERS, MLP, MLP_WRITERS, ROLES, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, RoleShape, Windows
+from jcrosslora.checkpoint.family.rules import Gguf, LatentSizes, LayerTensor, Number, Positions, RoleShape, Windows
 
 PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
@@ -26,6 +27,8 @@ class Family:
         parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
+        latent: from a configuration, the sizes of latent attention; None where no layer has it.
+        experts: of the layers with experts in place of one MLP, if there are any.
         tensors: name -> tensor of a layer that is neither a linear module nor a norm, beside those of `mixer`.
         resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
             its own result as it is.
@@ -73,6 +76,8 @@ class Family:
     roles: tuple[str, ...] = DENSE_ROLES
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
+    latent: Callable[[Mapping[str, Any]], LatentSizes] | None = None
+    experts: Experts | None = None
     tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
     resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     mixer: Callable[[Mapping[str, Any]], Mixer] | None = None
@@ -154,6 +159,8 @@ class Family:
 
         For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
         """
-        if role in MLP:
-            return self.norms.get("mlp_post" if role == "down_proj" else "attn" if self.parallel else "mlp")
+        if role in LATENT_INNER:
+            return None
+        if role in (*MLP, *SHARED, "shared_expert_gate"):
+            return self.norms.get("mlp_post" if role in MLP_WRITERS else "attn" if self.parallel else "mlp")
         return self.norms.get("attn_post" if role in MIXER_WRITERS else "attn")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class Sizes(Protocol):
@@ -18,6 +18,22 @@ class Sizes(Protocol):
     def kv_heads(self) -> int: ...  # noqa: D102
     @property
     def head_dim(self) -> int: ...  # noqa: D102
+
+
+class LatentSizes(NamedTuple):
+    """The sizes of latent attention.
+
+    Attributes:
+        rank: features of the latent of keys and values.
+        plain: features of a head of queries and keys without positions.
+        rotated: features of a head of queries and keys with positions.
+        value: features of a head of values.
+    """
+
+    rank: int
+    plain: int
+    rotated: int
+    value: int
 
 
 # From the sizes of a model and its configuration to the shape (O, I) of a role.
@@ -87,6 +103,7 @@ class Positions:
             `rope_scaling` do not change; else None.
         local_theta_key: configuration key of that base.
         settings: rope settings where the configuration states none.
+        size_key: configuration key of the features of a head that have positions; None for those of the whole head.
         share: default share of a head's features that are rotated; None if it is always the whole.
         interleaved: whether features 2i and 2i + 1 are rotated together, instead of i and i + pairs.
         unrotated: layers without positions: those with a 0 in `no_rope_layers`, by default each fourth; "full", those
@@ -102,6 +119,7 @@ class Positions:
     local_theta: float | None = None
     local_theta_key: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    size_key: str | None = None
     share: float | None = None
     interleaved: bool = False
     unrotated: Literal["no_rope_layers", "full", "full beside windows", "not rope"] | None = None

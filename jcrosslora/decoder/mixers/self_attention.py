@@ -33,7 +33,9 @@ def self_attention(
     if cache is not None:
         cache, keys, values = append_layer(cache, layer.place, keys, values)
     mask = attention_mask(context.query_positions, context.key_positions, layer.window)
-    mixed = attention(queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap)
+    mixed = attention(
+        queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap, layer.tensors.get("sinks")
+    )
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return run_module("o_proj", layer, mixed, capture), cache
 

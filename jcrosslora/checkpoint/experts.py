@@ -1,0 +1,78 @@
+"""Read the experts of a layer, however they are stored, in one form."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.checkpoint.config import Dims
+from jcrosslora.checkpoint.families import Family
+from jcrosslora.checkpoint.family.experts import Experts
+
+
+def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, str] | None:
+    """Return which of the layouts of a family's experts a model is stored in; None for a family without experts."""
+    if family.experts is None:
+        return None
+    stored = {name.split(".", 3)[-1] for name in names() if name.startswith("model.layers.")}
+    layouts = family.experts.layouts
+    return next((layout for layout in layouts if layout["down"].format(0) in stored), layouts[0])
+
+
+def expert_shapes(
+    experts: Experts, dims: Dims, config: Mapping[str, Any], layout: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name in a layer and the shape of each tensor of its experts as they are stored."""
+    sizes, hidden = experts.sizes(config), dims.hidden
+    count, width = sizes.count, sizes.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "router": (count, hidden),
+        "router_bias": (count,),
+        "correction": (count,),
+        "gate": (count, width, hidden),
+        "up": (count, width, hidden),
+        "gate_up": (count, 2 * width, hidden),
+        "down": (count, hidden, width),
+        "gate_up_bias": (count, 2 * width),
+        "down_bias": (count, hidden),
+    }
+    for name, path in layout.items():
+        shape = shapes[name]
+        if "{}" in path:
+            yield from ((path.format(expert), shape[1:]) for expert in range(count))
+        elif experts.transposed and len(shape) == 3:
+            yield path, (shape[0], shape[2], shape[1])
+        else:
+            yield path, shape
+
+
+def expert_tensors(experts: Experts) -> tuple[str, ...]:
+    """Name the tensors of a layer that `read_expert_tensor` reads, each with a first axis of experts."""
+    names = [name for name in experts.layouts[0] if name not in ("gate", "up", "gate_up")]
+    return (*names, "gate_up")
+
+
+def read_expert_tensor(
+    experts: Experts, layout: Mapping[str, str], read: Callable[[str], np.ndarray], count: int, name: str
+) -> np.ndarray:
+    """Read a tensor of the experts of a layer: "gate_up" (E, 2 I, H) with the rows of gate first, "down" (E, H, I), ...
+
+    Args:
+        experts: of the family.
+        layout: of the model.
+        read: reads a tensor by its name in the layer.
+        count: E.
+        name: of `expert_tensors`.
+    """
+    if name not in layout:
+        parts = [read_expert_tensor(experts, layout, read, count, part) for part in ("gate", "up")]
+        return np.concatenate(parts, axis=1)
+    path = layout[name]
+    if "{}" in path:
+        return np.stack([read(path.format(expert)) for expert in range(count)])
+    array = read(path)
+    if experts.transposed and array.ndim == 3:
+        array = array.swapaxes(1, 2)
+    if experts.interleaved and name in ("gate_up", "gate_up_bias"):
+        array = np.concatenate([array[:, ::2], array[:, 1::2]], axis=1)
+    return array.reshape(count, *array.shape[1:]) if name != "correction" else array.reshape(count)

@@ -1,0 +1,99 @@
+"""DeepSeek V3 and R1: latent attention, and experts behind the first layers.
+
+Queries, and keys and values, are made of small latents of the stream. A part of each head, the same for keys of all
+heads, has positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.experts import (
+    CORRECTION,
+    FUSED,
+    PUBLISHED,
+    Experts,
+    behind_first,
+    shared_shapes,
+    whole_number,
+)
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.names import LATENT, MLP, SHARED
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.record import PRE_NORMS, Family
+from jcrosslora.checkpoint.family.rules import LatentSizes, Number, Positions, Sizes
+
+
+def _latent_sizes(config: Mapping[str, Any]) -> LatentSizes:
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return LatentSizes(*(whole_number(config, key) for key in keys))
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    mixer = "direct_latent_attention" if config.get("q_lora_rank") is None else "latent_attention"
+    return behind_first("first_k_dense_replace", mixer)(config, layers)
+
+
+def _queries(sizes: Sizes, config: Mapping[str, Any]) -> int:
+    own = _latent_sizes(config)
+    return sizes.heads * (own.plain + own.rotated)
+
+
+def _q_rank(config: Mapping[str, Any]) -> int:
+    return whole_number(config, "q_lora_rank", 1)
+
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    architectures=("DeepseekV3ForCausalLM",),
+    roles=("q_proj", "o_proj", *MLP, *LATENT, *SHARED),
+    shapes={
+        "q_proj": lambda sizes, config: (_queries(sizes, config), sizes.hidden),
+        "q_a_proj": lambda sizes, config: (_q_rank(config), sizes.hidden),
+        "q_b_proj": lambda sizes, config: (_queries(sizes, config), _q_rank(config)),
+        "kv_a_proj_with_mqa": lambda sizes, config: (
+            _latent_sizes(config).rank + _latent_sizes(config).rotated,
+            sizes.hidden,
+        ),
+        "kv_b_proj": lambda sizes, config: (
+            sizes.heads * (_latent_sizes(config).plain + _latent_sizes(config).value),
+            _latent_sizes(config).rank,
+        ),
+        "o_proj": lambda sizes, config: (sizes.hidden, sizes.heads * _latent_sizes(config).value),
+        **shared_shapes("n_shared_experts"),
+    },
+    norms=PRE_NORMS | {"q_a": "self_attn.q_a_layernorm", "kv_a": "self_attn.kv_a_layernorm"},
+    bias_keys={"attention_bias": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")},
+    parts=_parts,
+    latent=_latent_sizes,
+    experts=Experts(
+        ("n_routed_experts", "num_experts", "num_local_experts"),
+        layouts=(PUBLISHED | CORRECTION, FUSED | CORRECTION),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        scale=Number("routed_scaling_factor", 2.5),
+        groups=("n_group", "topk_group"),
+    ),
+    positions=Positions(interleaved=True, size_key="qk_rope_head_dim"),
+    # Beside what is read, keys of published configurations that the class does not read.
+    keys=words(
+        "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
+        "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
+        "moe_intermediate_size norm_topk_prob n_group topk_group routed_scaling_factor num_nextn_predict_layers "
+        "output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux ep_size pretraining_tp"
+    ),
+    fixed={
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+    },
+    # Of the class, where published configurations leave them out.
+    defaults={
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "n_group": 8,
+        "topk_group": 4,
+        "q_lora_rank": 1536,
+    },
+)

@@ -1,0 +1,138 @@
+"""How a family has experts in place of one MLP: sizes, router, names of tensors, and the layers that have them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.rules import Number, RoleShape
+from jcrosslora.errors import CheckpointError
+
+_ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
+_FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
+
+# Names of the tensors of a layer's experts, in the two ways in which most models are stored: one matrix an expert (in
+# published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
+PUBLISHED: Mapping[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
+FUSED: Mapping[str, str] = {"router": "mlp.gate.weight", **_FUSED}
+CORRECTION: Mapping[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a family. E experts, I features inside one, H hidden.
+
+    Attributes:
+        count: configuration keys of E, of which the first that is stated counts.
+        used: configuration key of the number of experts that a token goes through.
+        width: configuration key of I.
+        layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
+            "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
+            "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of
+            all,
+            "gate_up_bias" (E, 2 I), "down_bias" (E, H).
+        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids.
+        normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
+        scale: factor on the weights.
+        groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
+        transposed: whether matrices of all experts are stored as (E, I, O).
+        interleaved: whether rows of gate and up take turns in "gate_up".
+        clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
+    """
+
+    count: tuple[str, ...]
+    used: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
+    scores: Literal["softmax", "chosen", "sigmoid"] = "softmax"
+    normalised: bool | str = True
+    scale: Number | None = None
+    groups: tuple[str, str] | None = None
+    transposed: bool = False
+    interleaved: bool = False
+    clamp: tuple[Number, Number] | None = None
+
+    def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":
+        """Read the sizes of a model.
+
+        Raises:
+            CheckpointError: one is missing or out of range.
+        """
+        count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
+        count, used, width = (whole_number(config, key) for key in (count_key, self.used, self.width))
+        groups = 1, 1
+        if self.groups is not None:
+            groups = whole_number(config, self.groups[0], 1), whole_number(config, self.groups[1], 1)
+        if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
+            msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
+            raise CheckpointError(msg)
+        return ExpertSizes(count, used, width, *groups)
+
+
+class ExpertSizes(NamedTuple):
+    """The sizes of a model's experts: E, how many a token uses, I, and the groups and used groups of them."""
+
+    count: int
+    used: int
+    width: int
+    groups: int = 1
+    used_groups: int = 1
+
+
+def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Read a size from a configuration, or its default where that says nothing or null.
+
+    Raises:
+        CheckpointError: it is not a positive integer.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 20:
+        msg = f"config key {key!r} is {str(value)[:60]}, wanted a positive integer"
+        raise CheckpointError(msg)
+    return value
+
+
+def shared_shapes(count: str) -> dict[str, RoleShape]:
+    """Return the shapes of shared experts that are one MLP, as wide as the experts times a configuration's count."""
+
+    def width(config: Mapping[str, Any]) -> int:
+        return whole_number(config, count) * whole_number(config, "moe_intermediate_size")
+
+    return {
+        "shared_gate_proj": lambda sizes, config: (width(config), sizes.hidden),
+        "shared_up_proj": lambda sizes, config: (width(config), sizes.hidden),
+        "shared_down_proj": lambda sizes, config: (sizes.hidden, width(config)),
+    }
+
+
+PartsRule = Callable[[Mapping[str, Any], int], list[LayerParts]]
+
+
+def in_all_layers(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    """Give all layers experts."""
+    del config
+    return [LayerParts(mlp="experts")] * layers
+
+
+def by_step(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    """Give each `decoder_sparse_step`-th layer experts, but none of `mlp_only_layers`."""
+    step, dense = whole_number(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple):
+        msg = f"config key 'mlp_only_layers' is {str(dense)[:60]}, wanted a list of layers"
+        raise CheckpointError(msg)
+    sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
+    return [LayerParts(mlp="experts" if flag else "dense") for flag in sparse]
+
+
+def behind_first(key: str, mixer: str = "attention") -> PartsRule:
+    """Give all layers experts but as many in front as a configuration key says."""
+
+    def parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+        first = config.get(key)
+        if type(first) is not int or first < 0:
+            msg = f"config key {key!r} is {str(first)[:60]}, wanted the number of layers without experts"
+            raise CheckpointError(msg)
+        return [LayerParts(mixer, "dense" if layer < first else "experts") for layer in range(layers)]
+
+    return parts

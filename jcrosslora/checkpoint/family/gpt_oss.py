@@ -1,0 +1,55 @@
+"""gpt-oss: experts with biases and a clamped activation, and heads that may attend to nothing (attention sinks)."""
+
+from jcrosslora.checkpoint.family.experts import Experts, in_all_layers
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.names import ATTENTION
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import LayerTensor, Number, Positions, Windows
+
+_STORED = {
+    "router": "mlp.router.weight",
+    "router_bias": "mlp.router.bias",
+    "gate_up": "mlp.experts.gate_up_proj",
+    "gate_up_bias": "mlp.experts.gate_up_proj_bias",
+    "down": "mlp.experts.down_proj",
+    "down_bias": "mlp.experts.down_proj_bias",
+}
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    architectures=("GptOssForCausalLM",),
+    roles=ATTENTION,
+    tensors={"sinks": LayerTensor("self_attn.sinks", lambda sizes, _: (sizes.heads,))},
+    bias_keys={"attention_bias": ATTENTION},
+    parts=in_all_layers,
+    experts=Experts(
+        ("num_local_experts", "num_experts"),
+        used="num_experts_per_tok",
+        width="intermediate_size",
+        layouts=(_STORED,),
+        scores="chosen",
+        transposed=True,
+        interleaved=True,
+        clamp=(Number("swiglu_alpha", 1.702), Number("swiglu_limit", 7.0)),
+    ),
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=128, period=2),
+    positions=Positions(
+        theta=150_000.0,
+        settings={
+            "rope_type": "yarn",
+            "rope_theta": 150_000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    # Beside what is read, keys of published configurations that the class does not read.
+    keys=words(
+        "attention_bias sliding_window layer_types num_local_experts num_experts num_experts_per_tok experts_per_token "
+        "swiglu_alpha swiglu_limit output_router_logits router_aux_loss_coef initial_context_length"
+    ),
+    defaults={"head_dim": 64, "attention_bias": True},
+)

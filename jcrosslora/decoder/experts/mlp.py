@@ -1,0 +1,55 @@
+"""The MLP of a layer with experts: those that the router chooses for each token, and those that all tokens share."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.decoder.experts.grouped import run_experts
+from jcrosslora.decoder.experts.routing import route
+from jcrosslora.decoder.layer import LayerCapture, LayerWeights, run_module
+from jcrosslora.decoder.ops import ACTIVATIONS, linear
+from jcrosslora.decoder.settings import DecoderSettings
+
+_HELD = ("gate_up", "down", "gate_up_bias", "down_bias")
+
+
+def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture) -> jax.Array:
+    """Run the experts of a layer on the normed stream (B, T, H), and add those that all tokens share."""
+    assert settings.experts is not None
+    own, tensors = settings.experts, layer.tensors
+    flat = normed.reshape(math.prod(normed.shape[:-1]), normed.shape[-1])
+    chosen, weights = route(own, flat, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
+
+    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: Any) -> jax.Array:
+        del factors
+        inner = linear(rows, held["gate_up"])
+        inner = inner + held["gate_up_bias"] if "gate_up_bias" in held else inner
+        out = linear(_activated(settings, inner).astype(rows.dtype), held["down"])
+        return out + held["down_bias"] if "down_bias" in held else out
+
+    held = {name: tensors[name] for name in _HELD if name in tensors}
+    outputs = run_experts(expert, own.count, flat, chosen, held, {})
+    mixed = jnp.sum(outputs * weights[:, :, None], axis=1)
+    mixed = mixed.astype(normed.dtype).reshape(normed.shape)
+    return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
+
+
+def _activated(settings: DecoderSettings, inner: jax.Array) -> jax.Array:
+    """Apply the activation to gate and up, (N, 2 I) side by side."""
+    assert settings.experts is not None
+    gate, up = jnp.split(inner, 2, axis=-1)
+    if settings.experts.clamp is None:
+        return ACTIVATIONS[settings.activation](gate) * up
+    alpha, limit = settings.experts.clamp
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def _shared(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture) -> jax.Array:
+    gate, up = (run_module(role, layer, normed, capture) for role in ("shared_gate_proj", "shared_up_proj"))
+    out = run_module("shared_down_proj", layer, ACTIVATIONS[settings.activation](gate) * up, capture)
+    if "shared_expert_gate" not in layer.weights:
+        return out
+    return out * jax.nn.sigmoid(run_module("shared_expert_gate", layer, normed, capture))

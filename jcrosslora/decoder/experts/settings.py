@@ -1,0 +1,54 @@
+"""The settings of a model's experts; they are hashable, and static under jit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jcrosslora.checkpoint.config import read_number
+from jcrosslora.checkpoint.family.experts import Experts
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """How a model chooses and runs its experts.
+
+    Attributes:
+        count: E, number of experts.
+        used: number of experts that a token goes through.
+        scores: see `Experts.scores`.
+        normalised: whether the weights of a token's experts sum to 1.
+        scale: factor on the weights.
+        groups: number of groups of experts.
+        used_groups: number of groups that a token may use.
+        clamp: alpha and limit of the activation, see `Experts.clamp`; None for the model's activation.
+    """
+
+    count: int
+    used: int
+    scores: str
+    normalised: bool
+    scale: float
+    groups: int
+    used_groups: int
+    clamp: tuple[float, float] | None
+
+
+def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str) -> ExpertSettings | None:
+    """Read the settings of a model's experts; None without any.
+
+    Raises:
+        CheckpointError: a number is missing or out of range.
+    """
+    if experts is None:
+        return None
+    sizes, stated = experts.sizes(config), experts.normalised
+    return ExpertSettings(
+        count=sizes.count,
+        used=sizes.used,
+        scores=experts.scores,
+        normalised=bool(config.get(stated)) if isinstance(stated, str) else stated,
+        scale=1.0 if experts.scale is None else read_number(config, experts.scale, ref),
+        groups=sizes.groups,
+        used_groups=sizes.used_groups,
+        clamp=None if experts.clamp is None else tuple(read_number(config, number, ref) for number in experts.clamp),
+    )

@@ -1,0 +1,74 @@
+"""Settings of tiny models with experts, in the form of `dense_models.VARIANTS`, awkward for each class."""
+
+COUNTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
+SPARSE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SHORT = YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
+
+LATENT = GROUPED | {
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 7,
+    "num_key_value_heads": 4,
+}
+
+EXPERT_VARIANTS = {
+    "mixtral": ("mixtral", COUNTS | {"head_dim": 12, "sliding_window": 6}),
+    "qwen3_moe": ("qwen3_moe", SPARSE | {"head_dim": 12, "norm_topk_prob": True}),
+    "qwen3_moe-mixed": (
+        "qwen3_moe",
+        SPARSE
+        | {
+            "head_dim": 12,
+            "num_hidden_layers": 5,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "attention_bias": True,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "olmoe-normed": ("olmoe", {"num_experts": 5, "num_experts_per_tok": 4, "norm_topk_prob": True}),
+    "granitemoe": (
+        "granitemoe",
+        COUNTS
+        | {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 5.0,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4_moe": ("glm4_moe", GROUPED | {"head_dim": 12, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe-plain": (
+        "glm4_moe",
+        GROUPED | {"head_dim": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "first_k_dense_replace": 0},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        COUNTS | {"head_dim": 12, "num_hidden_layers": 3, "sliding_window": 6, "rope_parameters": SHORT},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT
+        | {"q_lora_rank": 12, "attention_bias": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v3-direct": ("deepseek_v3", LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        SPARSE | {"shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "decoder_sparse_step": 2},
+    ),
+}

@@ -1,0 +1,104 @@
+"""Time a model with experts beside a dense one with as many active parameters, on random weights.
+
+Both are made in memory, with the sizes of a small model: attention alike, and a dense MLP as wide as the experts of one
+token together. Run it with one thread for figures that can be compared:
+
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 1 python tools/bench_experts.py
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.decoder import forward, load_params, settings_of
+from jcrosslora.training import TrainingSettings
+from jcrosslora.training.batches import Batch
+from jcrosslora.training.step import first_factors, loss_and_gradient
+
+HIDDEN, LAYERS, VOCAB = 512, 6, 512
+
+
+def base_of(config: dict[str, Any]) -> BaseModel:
+    """Make a base of a configuration with random weights."""
+    rng, hidden = np.random.default_rng(0), HIDDEN
+    config = {
+        "hidden_size": hidden,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+    } | config
+    from jcrosslora.checkpoint.config import check_config, read_dims
+    from jcrosslora.checkpoint.layout import expected_shapes
+
+    checked = check_config(config, "bench")
+    shapes = expected_shapes(checked.family, read_dims(checked.values, "bench"), checked.values)
+    return open_base(
+        {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()},
+        config=config,
+    )
+
+
+def passes(base: BaseModel, rows: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    settings, params = settings_of(base), load_params(base)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (rows, tokens)), jnp.int32)
+    answers = jnp.arange(ids.size, dtype=jnp.int32), ids.reshape(-1), jnp.ones(ids.size)
+    batch, usual = Batch(ids, jnp.ones(ids.shape, bool), *answers), TrainingSettings(modules=("q_proj", "o_proj"))
+    factors = first_factors(base, usual)
+    run = jax.jit(lambda ids: forward(settings, params, ids).hidden)
+    return {
+        f"forward, {rows} x {tokens} tokens": lambda: run(ids),
+        f"train, {rows} x {tokens} tokens": lambda: loss_and_gradient(settings, params, factors, batch, 1.0),
+        f"forward, {rows} tokens": lambda: run(ids[:, :1]),
+    }
+
+
+def main() -> None:
+    """Print seconds of both models, and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--used", type=int, default=4)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    sparse = base_of(
+        {
+            "model_type": "qwen3_moe",
+            "intermediate_size": arguments.width,
+            "moe_intermediate_size": arguments.width,
+            "num_experts": arguments.experts,
+            "num_experts_per_tok": arguments.used,
+            "norm_topk_prob": True,
+        }
+    )
+    dense = base_of({"model_type": "qwen3", "intermediate_size": arguments.width * arguments.used})
+    timed = [passes(base, arguments.rows, arguments.tokens) for base in (dense, sparse)]
+    print(f"{arguments.experts} experts of width {arguments.width}, {arguments.used} a token; {jax.default_backend()}")
+    for name in timed[0]:
+        taken: list[list[float]] = [[], []]
+        for turn in range(arguments.repeats + 1):
+            for place, each in enumerate(timed):
+                start = time.perf_counter()
+                jax.block_until_ready(each[name]())
+                if turn:  # the first one compiles
+                    taken[place].append(time.perf_counter() - start)
+        dense_seconds, sparse_seconds = map(median, taken)
+        ratio = sparse_seconds / dense_seconds
+        print(f"{name:30} dense {dense_seconds:7.3f} s, experts {sparse_seconds:7.3f} s, ratio {ratio:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
