@@ -28,7 +28,7 @@ class DistillSettings:
     """How often each completion is used."""
     fit_rank: int = 16
     """Rank of the update in each module, at most the module's short side."""
-    rate: float = 1.5e-3
+    rate: float = 5e-4
     """Highest learning rate; it rises over the first 1/20 of the fit, then falls to 0 as a cosine."""
     optimizer: Optimizer = "adam"
     """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
