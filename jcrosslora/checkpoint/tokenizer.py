@@ -140,14 +140,14 @@ def read_tokenizer(
     backend.no_padding()
     # Beside adding bos, a post-processor may trim spaces off the offsets.
     backend.post_processor = None
-    vocab = backend.get_vocab_size() if vocab is None else vocab
+    rows: int = backend.get_vocab_size() if vocab is None else vocab
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
     found = [*ends, *named, *(eos if isinstance(eos, list) else [eos])]
-    known = [index for index in found if type(index) is int and 0 <= index < vocab]
+    known = [index for index in found if type(index) is int and 0 <= index < rows]
     first = known[0] if known else None
     stops = tuple(sorted(set(known)))
     template = own_template if chat_template is None else chat_template
-    return Tokenizer(bos, stops, vocab, ref, backend, first, bos_name, template)
+    return Tokenizer(bos, stops, rows, ref, backend, first, bos_name, template)
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -98,14 +98,20 @@ def estimate(
     method = task.method
     rank = task.rank if method.truncates else None
     if isinstance(method, DistillSettings):
-        closed = method.in_closed_form(given=prompts > 0)
-        rank = method.step_rank * method.step_count if closed else method.fit_rank
+        rank = fitted_rank(method, prompts)
     memory = _group_memory(task)
     if task.runs_bases or options.effect == "always":
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * (parameters(task.pair.source) + parameters(task.pair.target)))
     steps = step_seconds(task, options, prompts, stopwatch)
     return Estimate(method, reason, len(task.modules), rank, steps, memory)
+
+
+def fitted_rank(settings: DistillSettings, prompts: int) -> int:
+    """Return the highest rank that a fit gives to a module, with so many prompts of the user's."""
+    if settings.in_closed_form(given=prompts > 0):
+        return settings.step_rank * settings.step_count
+    return settings.fit_rank
 
 
 def _group_memory(task: AlignmentTask) -> int:

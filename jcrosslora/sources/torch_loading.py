@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.sources.torch_model import TorchModel
 
+_FACTOR = ".lora_"
 _NOT_LOADED = "missing adapter keys"  # PEFT's warning of a file that holds other modules than the model has
 
 
@@ -67,14 +68,25 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
                 f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): check that it is of this base"
             )
             raise AdapterError(msg) from error
-    lost = next((str(one.message) for one in heard if _NOT_LOADED in str(one.message).lower()), None)
-    if lost is not None:
-        msg = f"{adapter.name}: holds other modules than {source.ref} has ({lost[:200]}): give the base that it is of"
+    lost = [str(one.message) for one in heard if _NOT_LOADED in str(one.message).lower()]
+    lost += _without_place(adapter, model)
+    if lost:
+        msg = (
+            f"{adapter.name}: holds other modules than {source.ref} has ({lost[0][:200]}): give the base that it is of"
+        )
         raise AdapterError(msg)
     # The model's own settings, such as a top_k, would change what is sampled.
     for one in (model, base):
         vars(one)["generation_config"] = GenerationConfig()
     return model.eval().to(device), device
+
+
+def _without_place(adapter: AdapterFiles, model: Any) -> list[str]:
+    """List the factors in an adapter's file that the model has no module for, which PEFT leaves out without a word."""
+    from peft import get_peft_model_state_dict
+
+    placed = get_peft_model_state_dict(model).keys()
+    return [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
 
 
 def _place(source: TorchModel) -> dict[str, Any]:
