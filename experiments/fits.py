@@ -40,9 +40,9 @@ from jcrosslora.fit.distill.fit import fit
 from jcrosslora.fit.distill.run import end_tokens, hold_out
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
+from jcrosslora.methods import Distill, make_method
 from jcrosslora.sources.decoder import DecoderReader, DecoderSource
 from jcrosslora.sources.reduced_base import ReducedBase
-from jcrosslora.methods import Distill, make_method
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
 from jcrosslora.training.batches import Plan
