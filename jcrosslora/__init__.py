@@ -63,6 +63,8 @@ if _TYPE_CHECKING:
     from jcrosslora.session.transfer import shift as shift
     from jcrosslora.session.transfer import transfer as transfer
     from jcrosslora.shifting.apply import apply as apply
+    from jcrosslora.sources.served.model import ServedModel as ServedModel
+    from jcrosslora.sources.torch_model import TorchModel as TorchModel
     from jcrosslora.training import TrainingSettings as TrainingSettings
     from jcrosslora.training import fit_magnitudes as fit_magnitudes
     from jcrosslora.training import train_lora as train_lora
@@ -109,6 +111,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("shift", "transfer"),
     "shifting.apply": ("apply",),
+    "sources.served.model": ("ServedModel",),
+    "sources.torch_model": ("TorchModel",),
     "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")

@@ -33,6 +33,8 @@ _MOVE = {"from": str, "to": _Names, "methods": _Names, "adapters": _Names, "labe
 _OWN = ("adapter", "source", "target", "out", "method", "overwrite", "adapter_revision")
 _OWN_BASES = ("source_revision", "target_revision", "target_name", "source_template", "target_template")
 assert set(_OWN + _OWN_BASES) <= OWN_FIELDS.keys()
+# A batch reads the weights of its sources.
+_ASKED = tuple(name for name in OWN_FIELDS if name.startswith("source_") and name not in _OWN_BASES)
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -116,6 +118,9 @@ def _jobs(
     if own:
         msg = f"{place} sets {own[0]}, which the plan's bases, adapters, methods and out determine; leave it out"
         raise UsageError(msg)
+    if asked := [key for key in table if key in _ASKED]:
+        msg = f"{place} sets {asked[0]}, and a batch reads its sources itself: make this transfer by "
+        raise UsageError(msg + "`jcrosslora transfer`")
     given = {key: value for key, value in table.items() if key in _MOVE}
     move = read_table(given, _MOVE, place, required=("from", "to"))
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])

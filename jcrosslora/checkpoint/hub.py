@@ -83,12 +83,12 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     return folder
 
 
-def fetch_companions(hub_id: str, revision: str) -> Path:
+def fetch_companions(hub_id: str, revision: str | None) -> Path:
     """Fetch the other files of a model into the cache: tokenizer, chat template, licence.
 
     Args:
         hub_id: "org/name".
-        revision: the commit that `fetch` found.
+        revision: the commit that `fetch` found; or a branch or tag, None for the default branch.
 
     Returns:
         The same folder.

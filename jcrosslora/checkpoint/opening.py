@@ -54,7 +54,7 @@ def open_base(
     """
     if chat_template is not None:
         opened = open_base(base, revision=revision, name=name, config=config, tokenizer=tokenizer)
-        return replace(opened, chat_template=_read_template(Path(chat_template)))
+        return replace(opened, chat_template=read_template(Path(chat_template)))
     if isinstance(base, str | Path):
         _refuse(base, "weights in memory", config=config, tokenizer=tokenizer)
         return _open_path(base, revision, name)
@@ -65,7 +65,12 @@ def open_base(
     return _open_memory(base, name, config, tokenizer)
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Read a file with a chat template.
+
+    Raises:
+        UsageError: it cannot be read, or holds nothing.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -117,19 +117,37 @@ def load_tokenizer(base: BaseModel) -> Tokenizer:
     if path is None:
         msg = f"{base.ref}: no tokenizer was given, and text is to be read: give one with open_base(weights, "
         raise CheckpointError(msg + "config=config, tokenizer=...), as a folder with tokenizer.json or as an object")
-    backend, bos, ends, bos_name, chat_template = _from_gguf(path) if path.is_file() else _from_folder(path)
+    return read_tokenizer(path, base.ref, base.dims.vocab, base.config.get("eos_token_id"), base.chat_template)
+
+
+def read_tokenizer(
+    path: Path, ref: str, vocab: int | None = None, eos: Any = None, chat_template: str | None = None
+) -> Tokenizer:
+    """Read a tokenizer.
+
+    Args:
+        path: a folder with tokenizer.json, or a GGUF file.
+        ref: names the base in errors.
+        vocab: rows of the base's embedding; None takes as many as the tokenizer has tokens.
+        eos: the id that ends a text, or a list of such, as config.json states it.
+        chat_template: Jinja source in place of the tokenizer's own.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    backend, bos, ends, bos_name, own_template = _from_gguf(path) if path.is_file() else _from_folder(path)
     backend.no_truncation()
     backend.no_padding()
     # Beside adding bos, a post-processor may trim spaces off the offsets.
     backend.post_processor = None
-    stated = base.config.get("eos_token_id")
+    rows: int = backend.get_vocab_size() if vocab is None else vocab
     named = [backend.token_to_id(token) for token in _TURN_ENDS]
-    found = [*ends, *named, *(stated if isinstance(stated, list) else [stated])]
-    known = [index for index in found if type(index) is int and 0 <= index < base.dims.vocab]
-    eos = known[0] if known else None
+    found = [*ends, *named, *(eos if isinstance(eos, list) else [eos])]
+    known = [index for index in found if type(index) is int and 0 <= index < rows]
+    first = known[0] if known else None
     stops = tuple(sorted(set(known)))
-    template = chat_template if base.chat_template is None else base.chat_template
-    return Tokenizer(bos, stops, base.dims.vocab, base.ref, backend, eos, bos_name, template)
+    template = own_template if chat_template is None else chat_template
+    return Tokenizer(bos, stops, rows, ref, backend, first, bos_name, template)
 
 
 def _ends(offsets: Sequence[tuple[int, int]]) -> np.ndarray:

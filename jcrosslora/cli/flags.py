@@ -143,11 +143,18 @@ def _shown(default: Any) -> str:
 Flag = tuple[str, Any, Any]
 
 
-def setting_flags() -> list[Flag]:
-    """Return the settings of a transfer as dataclass fields; those without a default are required."""
+def setting_flags(*, served: bool = False) -> list[Flag]:
+    """Return the settings of a transfer as dataclass fields; those without a default are required.
+
+    Args:
+        served: whether a server is asked, which has the source and the adapter.
+    """
     kinds: dict[str, Any] = {name: field.type for name, field in OWN_FIELDS.items()}
     kinds |= {"adapter": tyro.conf.Positional[str], "method": str}
-    return [(name, kinds[name], dataclasses.field(default=field.default)) for name, field in OWN_FIELDS.items()]
+    defaults = {name: field.default for name, field in OWN_FIELDS.items()}
+    if served:
+        defaults |= {"adapter": "", "source": ""}
+    return [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()]
 
 
 def method_flags() -> list[Flag]:

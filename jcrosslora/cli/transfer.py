@@ -23,6 +23,15 @@ class _Transfer:
         "method": ("calibrate", "depth", "probe_text", "probe_count", "source_template", "target_template"),
         "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
         "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
+        "source": (
+            "source_backend",
+            "source_url",
+            "source_model",
+            "source_base_model",
+            "source_tokenizer",
+            "source_top_logprobs",
+            "source_requests",
+        ),
         "hub": ("adapter_revision", "source_revision", "target_revision"),
         "cluster": ("coordinator", "processes", "process"),
     }
@@ -113,7 +122,9 @@ def transfer_command(arguments: Sequence[str]) -> type:
     Args:
         arguments: a method of the user's own that they or their recipe name is registered first.
     """
-    named = _value_of("--method", arguments) or _Transfer.defaults(arguments).get("method", AUTO)
+    recipe = _Transfer.defaults(arguments)
+    named = _value_of("--method", arguments) or recipe.get("method", AUTO)
+    served = (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None
     if ":" in named:
         find_method(named)
     flags = method_flags()
@@ -121,7 +132,7 @@ def transfer_command(arguments: Sequence[str]) -> type:
     groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *names)}
     return dataclasses.make_dataclass(
         "Transfer",
-        [*setting_flags(), *flags],
+        [*setting_flags(served=served), *flags],
         bases=(_Transfer,),
         namespace={"GROUPS": groups, "DOCS": flag_docs(), "METHOD_FLAGS": names, "__doc__": _Transfer.__doc__},
         frozen=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -79,7 +79,7 @@ class Generator:
         *,
         params: Params | None = None,
         tokenizer: Tokenizer | None = None,
-    ) -> Generator:
+    ) -> Self:
         """Load what generation needs.
 
         Args:

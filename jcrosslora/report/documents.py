@@ -17,9 +17,11 @@ from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict
 
 _LOOKS = 10  # points of a fit's curve that the card shows
+SERVED = "source_model"  # the setting that says that a server was asked
 CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
-# Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths.
+# Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
+# --source-url where a server is asked.
 """
 
 
@@ -53,6 +55,7 @@ def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) ->
     settings = {
         "adapter": public_name(report.adapter.name),
         "source": public_name(report.source.ref),
+        **report.asked,
         "target": public_name(report.target.ref),
         "out": out,
         "method": recipe.method,
@@ -72,6 +75,8 @@ def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) ->
         "target_revision": report.target.revision,
         "target_name": public_name(report.target.name),
     }
+    if SERVED in settings:  # which has its own adapter
+        settings |= {"adapter": None, "source": None}
     return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items() if value is not None)
 
 

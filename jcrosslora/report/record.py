@@ -48,9 +48,10 @@ class TransferReport:
         examples: some of the completions of the fit, if the source wrote their prompts itself; a user sees in them
             whether the adapter was understood. The user's own prompts are not shown.
         truncation: what the truncation to `out_rank` left; None where none was asked for.
-        rank_before: the highest rank of the source adapter.
+        rank_before: the highest rank of the source adapter; None where it is not known.
         ranks: the rank of each module of the moved adapter.
         tokens: changes of the embedding and the output head that were moved.
+        asked: settings by which the source was asked, where its weights were not read.
     """
 
     method: Method
@@ -75,9 +76,10 @@ class TransferReport:
     wrote_prompts: bool = False
     examples: tuple[str, ...] = ()
     truncation: Truncation | None = None
-    rank_before: int = 0
+    rank_before: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     tokens: tuple[TokenRow, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kept(self) -> float:
@@ -97,7 +99,8 @@ class TransferReport:
             roles = by_rank.setdefault(rank, [])
             roles += [role] if (role := name.rpartition(".")[2]) not in roles else []
         parts = [f"{rank} in {', '.join(roles)}" for rank, roles in sorted(by_rank.items(), reverse=True)]
-        sentence = f"the moved update has rank {'; '.join(parts)}, where the adapter had {self.rank_before}"
+        sentence = f"the moved update has rank {'; '.join(parts)}"
+        sentence += "" if self.rank_before is None else f", where the adapter had {self.rank_before}"
         updated = {role for roles in by_rank.values() for role in roles}
         left = [role for role, _ in self.by_role() if role not in updated]
         if self.fitted and left:

@@ -25,7 +25,7 @@ def role_rows(report: TransferReport) -> list[dict[str, str]]:
 
 def module_rows(report: TransferReport) -> list[dict[str, str]]:
     """Format a row for each module and one for the whole."""
-    rows = [_cells(f"{row.target} < {row.source}", (row,)) for row in report.rows]
+    rows = [_cells(f"{row.target} < {row.source}" if row.source else row.target, (row,)) for row in report.rows]
     return _without_empty([*rows, _cells("all", report.rows)])
 
 
@@ -122,7 +122,9 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
     def mean(field: str) -> float:
         return weighted(rows, field)
 
-    before = math.sqrt(sum(row.norm_before**2 for row in rows))
+    # Of a source whose weights were not read no norm is known.
+    norms = [row.norm_before for row in rows if not math.isnan(row.norm_before)]
+    before = f"{math.sqrt(sum(norm**2 for norm in norms)):.3g}" if norms or not rows else "-"
     after = math.sqrt(sum(row.norm_after**2 for row in rows))
     return {
         "module": label,
@@ -135,7 +137,7 @@ def _cells(label: str, rows: Sequence[ModuleRow]) -> dict[str, str]:
         "vectors": _number(mean("vector_ratio"), 2),
         "activations": _number(mean("activation_cosine"), 3),
         "cosine": _number(mean("weight_cosine"), 3),
-        "norm": f"{before:.3g} > {after:.3g}",
+        "norm": f"{before} > {after:.3g}",
     }
 
 

@@ -9,6 +9,8 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distributed import hosts
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import make_method
+from jcrosslora.session.asked import check_asked, estimate_asked, transfer_asked
+from jcrosslora.session.asked_opening import AskedModel, open_asked
 from jcrosslora.session.estimate import Estimate, estimate
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.result import TransferResult
@@ -16,6 +18,8 @@ from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import given_probes, share_digests
 from jcrosslora.shifting.truncate import span_rank
+from jcrosslora.sources.served.model import ServedModel
+from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 
@@ -37,6 +41,8 @@ def transfer_files(settings: TransferSettings, *, progress: bool = False) -> Tra
         JCrossLoRAError: the input, the settings or the output folder is invalid; nothing is written.
     """
     method = make_method(settings.method)
+    if (model := asked_model(settings)) is not None:
+        return _ask_files(settings, model, progress=progress)
     with hosts.together(), enough_memory(lighter(method)):
         if hosts.is_first():
             ensure_free(Path(settings.out), settings.overwrite)
@@ -67,7 +73,56 @@ def estimate_files(settings: TransferSettings, stopwatch: Stopwatch | None = Non
         JCrossLoRAError: anything that is wrong with the input, the settings or the place to write to.
     """
     ensure_free(Path(settings.out), settings.overwrite)
+    if (model := asked_model(settings)) is not None:
+        return _estimate_asked(settings, model)
     return estimate_pair(settings, stopwatch or Stopwatch(), read_adapter=True)
+
+
+def asked_model(settings: TransferSettings) -> AskedModel | None:
+    """Return the source if it is asked and not read."""
+    if settings.source_url is not None and settings.source_model and settings.source_tokenizer:
+        return ServedModel(
+            settings.source_url,
+            settings.source_model,
+            settings.source_tokenizer,
+            settings.source_base_model,
+            settings.source_template,
+            settings.source_top_logprobs,
+            settings.source_requests,
+        )
+    if settings.source_backend == "torch":
+        more = settings.source_revision, settings.source_tokenizer, settings.source_template
+        return TorchModel(settings.source, *more)
+    return None
+
+
+def _ask_files(settings: TransferSettings, model: AskedModel, *, progress: bool) -> TransferResult:
+    with enough_memory("a shorter --answer-tokens"):
+        ensure_free(Path(settings.out), settings.overwrite)
+        target = _open_target(settings)
+        check_asked(target, make_method(settings.method), settings, settings.profile)
+        probes = given_probes(settings.probe_text)
+        store = open_cache() if settings.cache else None
+        if store is not None:
+            target.digest(store.digests)
+        asked = open_asked(model, settings.adapter or None, revision=settings.adapter_revision, store=store)
+        states = None if store is None else store.root / "fits"
+        more = {"probes": probes, "profile": settings.profile, "states": states, "progress": progress}
+        result = transfer_asked(asked, target, make_method(settings.method), settings, **more)
+        save_as(result, settings)
+    return result
+
+
+def _estimate_asked(settings: TransferSettings, model: AskedModel) -> Estimate:
+    """Check a transfer from a source that is asked: a server is reached, and torch loads nothing yet."""
+    target = _open_target(settings)
+    method, reason = check_asked(target, make_method(settings.method), settings, settings.profile)
+    given_probes(settings.probe_text)  # refused here if it cannot be read
+    if isinstance(model, ServedModel):
+        open_asked(model)
+    else:
+        find_adapter(settings.adapter, settings.adapter_revision)
+    return estimate_asked(target, method, reason)
 
 
 def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adapter: bool = False) -> Estimate:
@@ -96,7 +151,11 @@ def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adap
 
 def _open_bases(settings: TransferSettings) -> tuple[BaseModel, BaseModel]:
     source = open_base(settings.source, revision=settings.source_revision, chat_template=settings.source_template)
-    return source, open_base(
+    return source, _open_target(settings)
+
+
+def _open_target(settings: TransferSettings) -> BaseModel:
+    return open_base(
         settings.target,
         revision=settings.target_revision,
         name=settings.target_name,

@@ -12,6 +12,7 @@ from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method,
 from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
+Backend = Literal["jax", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,22 @@ class TransferSettings(TransferOptions):
     """Hub revision of the adapter."""
     source_revision: str | None = None
     """Hub revision of the source base."""
+    source_backend: Backend = "jax"
+    """Who runs the source: this package (jax), or transformers and PEFT (torch), which know more classes; needs
+    jcrosslora[torch]. Then an update is fitted, and the weights of the source have no other use."""
+    source_url: str | None = None
+    """Ask a server that runs the source, such as http://host:8000/v1, in place of ADAPTER and --source: any that speaks
+    the OpenAI API and tells log-probabilities. Its key: JCROSSLORA_SOURCE_KEY or OPENAI_API_KEY in the environment."""
+    source_model: str | None = None
+    """The server's name of the source with its adapter."""
+    source_base_model: str | None = None
+    """The server's name of the source alone, where the server does not say it itself."""
+    source_tokenizer: str | None = None
+    """The tokenizer of a source that is asked: a folder, a GGUF file or a hub id; for torch that of the source."""
+    source_top_logprobs: int = 20
+    """How many of the likeliest tokens a server is asked for at each position."""
+    source_requests: int = 8
+    """The most requests to a server at a time."""
     target_revision: str | None = None
     """Hub revision of the target base."""
     source_template: str | None = None
@@ -87,14 +104,41 @@ class TransferSettings(TransferOptions):
     """Keep factors and transports in the user's cache folder, and look for them there. The result is the same."""
 
     def __post_init__(self) -> None:
-        """Make the method an object, so that equal settings are equal."""
+        """Make the method an object, so that equal settings are equal; refuse settings that do not go together."""
         super().__post_init__()
         object.__setattr__(self, "method", make_method(self.method))
+        if self.source_backend not in get_args(Backend):
+            msg = f"source_backend {self.source_backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
+            raise UsageError(msg)
+        self._check_served()
+
+    def _check_served(self) -> None:
+        """Check the settings of a source behind a server."""
+        if self.source_url is None:
+            given = [name for name in ("source_model", "source_base_model") if getattr(self, name) is not None]
+            if given or (self.source_tokenizer is not None and self.source_backend == "jax"):
+                name = given[0] if given else "source_tokenizer"
+                msg = f"{name} is of a source behind a server: give its address with --source-url, or leave it out"
+                raise UsageError(msg)
+            return
+        for name in ("source_model", "source_tokenizer"):
+            if getattr(self, name) is None:
+                msg = f"a source behind a server needs {name}: give it with --{name.replace('_', '-')}"
+                raise UsageError(msg)
+        for name, value in (("adapter", self.adapter), ("source", self.source)):
+            if value:
+                msg = f"{name} {value[:200]} was given with --source-url, and the server has both source and adapter: "
+                raise UsageError(msg + "leave it out")
+        if self.source_backend != "jax" or self.source_revision or self.adapter_revision or self.adapter_rank:
+            msg = "source_backend, adapter_rank and the revisions of source and adapter are of files, and a server is "
+            raise UsageError(msg + "asked by --source-url: leave them out")
 
     @classmethod
     def of(cls, **settings: Any) -> "TransferSettings":
         """Make settings from the flat names of files and commands, which include the method's hyper-parameters."""
         own: dict[str, Any] = {name: value for name, value in settings.items() if name in OWN_FIELDS}
+        if own.get("source_url") is not None:  # whose server has both
+            own = {"adapter": "", "source": ""} | own
         rest = {name: value for name, value in settings.items() if name not in OWN_FIELDS}
         own["method"] = make_method(own.get("method", AUTO), rest)
         return cls(**own)

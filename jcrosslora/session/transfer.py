@@ -12,10 +12,12 @@ from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.methods import AUTO, MethodLike, make_method
+from jcrosslora.methods import AUTO, Auto, Method, MethodLike, make_method
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
+from jcrosslora.sources.served.model import ServedModel
+from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils.memory import enough_memory
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 def transfer(
     adapter: Adapter | str | Path | Any,
-    source: BaseModel | str | Path,
+    source: BaseModel | ServedModel | TorchModel | str | Path,
     target: BaseModel | str | Path,
     method: MethodLike = AUTO,
     *,
@@ -38,8 +40,9 @@ def transfer(
     """Move an adapter from the base it was trained on to another base. Nothing is written.
 
     Args:
-        adapter: a path, a hub id, or an adapter in memory, see `load_adapter`.
-        source: the base it was trained on: a path, a hub id, or a base in memory, see `open_base`.
+        adapter: a path, a hub id, or an adapter in memory, see `load_adapter`; None for a served source.
+        source: the base it was trained on: a path, a hub id, or a base in memory, see `open_base`; or a source that is
+            asked: a `ServedModel`, or a `TorchModel` for classes that only transformers knows.
         target: the base it shall work on, likewise.
         method: a name ("auto", "distill", "cross-lora"), or a method object with its hyper-parameters, such as
             `methods.Distill(completions=600)`.
@@ -57,6 +60,8 @@ def transfer(
         JCrossLoRAError: the input or the options are invalid, see its subclasses.
     """
     wanted, chosen = make_method(method), TransferOptions(**options)
+    if isinstance(source, ServedModel | TorchModel):
+        return _ask(adapter, source, target, wanted, chosen, prompts, cache=cache, progress=progress)
     with hosts.together(), enough_memory(lighter(wanted)):
         session = PairSession(
             open_base(source), open_base(target), store=open_cache() if cache else None, progress=progress
@@ -64,6 +69,29 @@ def transfer(
         share_digests(session)
         loaded = load_adapter(adapter, session.pair.source)
         return session.transfer(loaded, wanted, with_one_writer(chosen), probes=given_probes(prompts))
+
+
+def _ask(
+    adapter: Any,
+    source: ServedModel | TorchModel,
+    target: BaseModel | str | Path,
+    method: Method | Auto,
+    options: TransferOptions,
+    prompts: Sequence[Any] | str | Path | None,
+    *,
+    cache: bool,
+    progress: bool,
+) -> TransferResult:
+    """Move an adapter from a source that is asked."""
+    from jcrosslora.session.asked import check_asked, transfer_asked
+    from jcrosslora.session.asked_opening import open_asked
+
+    with enough_memory("a shorter answer_tokens"):
+        opened, store, probes = open_base(target), open_cache() if cache else None, given_probes(prompts)
+        check_asked(opened, method, options, "peft")
+        asked = open_asked(source, adapter, store=store)
+        states = None if store is None else store.root / "fits"
+        return transfer_asked(asked, opened, method, options, probes=probes, states=states, progress=progress)
 
 
 def shift(

@@ -1,0 +1,191 @@
+"""A server with an open model: what it writes behind tokens, and what it predicts at their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.errors import SourceError
+from jcrosslora.sources.served.answers import Answers
+from jcrosslora.sources.served.client import Client, RefusedError
+from jcrosslora.sources.served.dialects import Dialect, Fields
+from jcrosslora.sources.served.token_names import Entry, TokenNames
+from jcrosslora.sources.served.top_tokens import TopTokens
+from jcrosslora.utils.progress import Track
+
+T = TypeVar("T")
+R = TypeVar("R")
+_PATH = "completions"
+_WRITTEN = 4  # tokens that are written to check the tokenizer
+_FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
+
+
+class Connection:
+    """Requests of a fit to a server.
+
+    Attributes:
+        dialect: of the server.
+        stops: ids of the tokens that end a text.
+    """
+
+    def __init__(
+        self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
+    ) -> None:
+        """Use a server; `top` is the number of likeliest tokens that it is asked for."""
+        self.dialect, self.stops = dialect, tuple(stops)
+        self._client, self._names, self._top, self._answers = client, names, top, answers
+        self._echoes: bool | None = False if dialect.kind == "llamacpp" else None
+
+    def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
+        """Call a function on every item, several at a time."""
+        return self._client.map(function, items, bar)
+
+    def write(self, side: Fields, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> tuple[str, bool]:
+        """Return the text behind tokens, and whether the model ended it."""
+        body = {
+            **side,
+            **self.dialect.sampling(self.stops),
+            "prompt": ids.tolist(),
+            "max_tokens": tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+
+        def check(answer: Any) -> list[Any]:
+            (choice,) = answer["choices"]
+            reason = choice["finish_reason"]
+            if not isinstance(choice["text"], str) or reason not in ("stop", "length"):
+                msg = f"an answer without a text, or that ended by {str(reason)[:40]!r}"
+                raise ValueError(msg)
+            return [choice["text"], reason == "stop"]
+
+        text, ended = self._asked("write", body, check)
+        return text, ended
+
+    def predict(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[TopTokens]:
+        """Return what a model predicts behind the tokens at some places of a text.
+
+        Args:
+            side: which model.
+            ids: int32 (T,), the text.
+            places: indices into it, at least one, ascending.
+            keep: whether to look for the answer among those of earlier runs, and to keep it.
+        """
+        if self._echoes is not False:
+            try:
+                found = self._by_echo(side, ids[: places[-1] + 1], keep)
+            except RefusedError:
+                if self._echoes:
+                    raise
+                found = None
+            self._echoes = found is not None
+            if found is not None:
+                # The tokens of the text are known, whatever they are called; behind it stands one that was drawn.
+                told = [*ids[1 : places[-1] + 1].tolist(), None]
+                return [self._top_of(found[place + 1], told[place]) for place in places]
+        return self._by_prefix(side, ids, places, keep)
+
+    def check_tokenizer(self, side: Fields, ids: np.ndarray, decode: Callable[[Sequence[int]], str]) -> None:
+        """Let a model write a few tokens, and check that they are to this tokenizer the text that they are to its own.
+
+        Args:
+            side: which model.
+            ids: int32 (T,), the tokens to go on from.
+            decode: joins tokens into text.
+
+        Raises:
+            SourceError: they are not.
+        """
+        body = self._reading(side, ids.tolist()) | {"max_tokens": _WRITTEN, "temperature": 0.0}
+
+        def check(answer: Any) -> tuple[str, list[int | None]]:
+            (choice,) = answer["choices"]
+            return choice["text"], [one.token for one in self._entries(choice)]
+
+        text, tokens = self._client.post(_PATH, body, check)
+        known = [token for token in tokens if token is not None]
+        found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
+        if len(known) == len(tokens) and found.split() != text.split():
+            msg = (
+                f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: check "
+            )
+            raise SourceError(msg + "that --source-tokenizer is that of the model")
+
+    def _by_echo(self, side: Fields, ids: np.ndarray, keep: bool) -> list[Entry] | None:
+        """Read a text whole: an entry for each token and one behind it. None where the server does not echo."""
+        body = self._reading(side, ids.tolist()) | {"echo": True}
+
+        def check(answer: Any) -> Any:
+            (choice,) = answer["choices"]
+            entries = self._entries(choice)
+            if len(entries) == 1 < len(ids):
+                return "no echo"
+            if len(entries) != len(ids) + 1:
+                msg = f"{len(entries)} log-probabilities for a text of {len(ids)} tokens and one behind it"
+                raise ValueError(msg)
+            self._check_names(entries, ids)
+            return [one.pack() for one in entries]
+
+        found = self._asked("read", body, check, keep)
+        if found == "no echo":
+            return None
+        return [Entry.unpack(one) for one in found]
+
+    def _by_prefix(self, side: Fields, ids: np.ndarray, places: Sequence[int], keep: bool) -> list[TopTokens]:
+        """Ask for the token behind each prefix."""
+        found: list[TopTokens] = []
+        size = self.dialect.prefixes
+        for start in range(0, len(places), size):
+            prompts = [ids[: place + 1].tolist() for place in places[start : start + size]]
+            body = self._reading(side, prompts if size > 1 else prompts[0])
+
+            def check(answer: Any, count: int = len(prompts)) -> Any:
+                choices = sorted(answer["choices"], key=lambda one: one["index"])
+                if len(choices) != count:
+                    msg = f"{len(choices)} answers to {count} prompts"
+                    raise ValueError(msg)
+                return [self._entries(choice)[0].pack() for choice in choices]
+
+            for packed in self._asked("read", body, check, keep):
+                found.append(self._top_of(Entry.unpack(packed), None))
+        return found
+
+    def _reading(self, side: Fields, prompt: Any) -> dict[str, Any]:
+        # At temperature 1 all servers agree on what a log-probability is.
+        fields = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "logprobs": self._top}
+        return {**side, **self.dialect.reading, **fields}
+
+    def _entries(self, choice: Any) -> list[Entry]:
+        log_probs = choice.get("logprobs")
+        if not log_probs:
+            msg = f"{self._client.url}: answers without log-probabilities, which a fit learns from: use a server that "
+            raise SourceError(msg + "has them (vLLM, SGLang, llama.cpp), or give --source with the weights")
+        return self._names.entries(log_probs)
+
+    def _top_of(self, entry: Entry, token: int | None) -> TopTokens:
+        token = entry.token if token is None else token
+        if not entry.top:
+            msg = f"{self._client.url}: gives no log-probabilities of tokens of this tokenizer: check that "
+            raise SourceError(msg + "--source-tokenizer is that of the model, and the number of --source-top-logprobs")
+        told = None if token is None or entry.log_prob is None else (token, entry.log_prob)
+        return TopTokens.of(entry.top, entry.unnamed, told)
+
+    def _check_names(self, entries: Sequence[Entry], ids: np.ndarray) -> None:
+        """Check that the tokens of a text are told back as they were sent."""
+        told = [(one.token, int(token)) for one, token in zip(entries, ids, strict=False)]
+        known = [pair for pair in told if pair[0] is not None]
+        if any(token != sent for token, sent in known) or len(known) < _FEWEST_KNOWN * len(told):
+            msg = f"{self._client.url}: names other tokens than it was sent: check that --source-tokenizer is that of "
+            raise SourceError(msg + "the model; names of sentencepiece tokens are ambiguous but by vLLM and llama.cpp")
+
+    def _asked(self, kind: str, body: dict[str, Any], check: Callable[[Any], Any], keep: bool = True) -> Any:
+        key = digest_of(kind, body)
+        found = self._answers.find(key) if keep else None
+        if found is None:
+            found = self._client.post(_PATH, body, check)
+            if keep:
+                self._answers.keep(key, found)
+        return found

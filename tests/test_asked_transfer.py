@@ -1,0 +1,177 @@
+"""Transfers from sources that are asked: from files to files, in memory, reports, and what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from probe_bases import CORPUS, chat_base, write_base
+from source_server import BASE, MODEL, serving
+from test_sources import softened
+from tiny_bases import random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.cli.main import main
+from jcrosslora.errors import MethodError, SourceError, UsageError
+from jcrosslora.fit.distill import writing
+from jcrosslora.fit.distill.discovery.requests import REQUEST
+from jcrosslora.fit.distill.run import distill
+from jcrosslora.methods import Distill
+
+FIT = {"completions": 22, "passes": 1, "fit_rank": 2, "answer_tokens": 4, "compared_tokens": 300}
+FLAGS = ["--method", "distill", *(part for key, n in FIT.items() for part in ("--" + key.replace("_", "-"), str(n)))]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("asked")
+    source = softened(chat_base(folder / "source"))
+    adapter = random_adapter(source, scale=0.3)
+    jcl.save_adapter(adapter, folder / "adapter", base=source, profile="peft")
+    write_base(folder / "target", 90, layers=1, hidden=32, head_dim=8, seed=1)
+    # Of one width, for which one program is compiled.
+    (folder / "prompts.txt").write_text("\n".join(f"{text} {n}" for n in range(3) for text in CORPUS[3:]))
+    return folder, source, adapter
+
+
+@pytest.fixture(scope="module")
+def server(places):
+    with serving(*places[1:]) as one:
+        yield one
+
+
+def run(*arguments):
+    try:
+        main(["transfer", *map(str, arguments)])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JCROSSLORA_SOURCE_KEY", "sk-this-is-a-secret")
+    folder, source, _ = places
+    asked = "--source-url", server.url, "--source-model", MODEL, "--source-tokenizer", source.path
+    given = "--target", folder / "target", "--out", tmp_path / "moved", "--probe-text", folder / "prompts.txt"
+    assert run(*asked, *given, *FLAGS, "--dry-run") == 0
+    assert "not estimated" in capsys.readouterr().out
+    assert run(*asked, *given, *FLAGS) == 0
+    assert "fit: fitted to" in capsys.readouterr().out
+    report = json.loads((tmp_path / "moved" / "transfer_report.json").read_text())
+    assert report["source"]["name"] == BASE
+    assert report["adapter"]["name"] == MODEL
+    assert report["rank_before"] is report["effect"] is None
+    assert report["asked"] == {"source_model": MODEL, "source_base_model": None, "source_tokenizer": "source"}
+    assert "asked as my-lora over the OpenAI API, for the 20 likeliest tokens" in report["fitted"]
+    recipe = (tmp_path / "moved" / "recipe.toml").read_text()
+    assert 'source_model = "my-lora"' in recipe
+    assert "\nadapter =" not in recipe
+    assert "\nsource =" not in recipe
+    card = (tmp_path / "moved" / "README.md").read_text()
+    assert "# `my-lora` moved to `target`" in card
+    for path in (tmp_path / "moved").iterdir():
+        content = path.read_bytes()
+        assert not any(text.encode() in content for text in (server.url, "127.0.0.1", "sk-this", str(folder)))
+    # The recipe asks the same again, from what is kept of the answers.
+    sent = len(server.requests)
+    recipe = tmp_path / "moved" / "recipe.toml"
+    own = "--source-url", server.url, "--source-tokenizer", source.path
+    again = "--target", folder / "target", "--out", tmp_path / "again", "--probe-text", folder / "prompts.txt"
+    assert run("--recipe", recipe, *own, *again, "--table", "none") == 0
+    assert len(server.requests) - sent < 5
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "moved" / weights).read_bytes()
+
+
+def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: jnp.float32)
+    folder, source, adapter = places
+    target = jcl.open_base(folder / "target")
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    fit = Distill(**FIT, answer_temperature=0.0)
+    found = jcl.transfer(folder / "adapter", jcl.TorchModel(source.path, device="cpu"), target, fit, prompts=prompts)
+    wanted = distill(source, target, adapter, prompts=prompts, settings=fit)
+    curve = [look.divergence for look in wanted.looks]
+    assert [value for _, value in found.report.curve] == pytest.approx(curve, rel=0.02)
+    assert curve[-1] < curve[0]
+    assert found.report.rank_before == 4
+    assert found.report.adapter.digest
+    assert 'source_backend = "torch"' in (found.save(tmp_path / "moved") / "recipe.toml").read_text()
+
+
+def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, server, monkeypatch):
+    """Every question of a fit is put to the server: both kinds of writing, scores and predictions."""
+    folder, source, _ = places
+    monkeypatch.setattr(writing, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes
+    fit = Distill(**FIT, discovery=4)
+    served = jcl.ServedModel(server.url, MODEL, source.path)
+    found = jcl.transfer(None, served, folder / "target", fit, cache=False).report
+    assert "completions of at most 4 tokens" in found.fitted
+    assert found.examples
+    asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}
+    assert {(BASE, True, 1), (MODEL, True, 1), (MODEL, False, 4), (BASE, False, REQUEST)} <= asked
+
+
+def test_what_needs_weights_is_refused(places, server):
+    folder, source, _ = places
+    served = jcl.ServedModel(server.url, MODEL, source.path)
+    for method in ("cross-lora", "distilled-copy", "residual-fit"):
+        with pytest.raises(MethodError, match=f"method {method} needs the weights of the source.*--method distill"):
+            jcl.transfer(None, served, folder / "target", method)
+    for option in ({"scale": 2.0}, {"calibrate": "frobenius"}, {"effect": "always"}):
+        with pytest.raises(UsageError, match="needs the adapter's weights"):
+            jcl.transfer(None, served, folder / "target", **option)
+    with pytest.raises(UsageError, match="beside a served model, which has its own"):
+        jcl.transfer(folder / "adapter", served, folder / "target")
+    with pytest.raises(UsageError, match="a source on torch needs an adapter in files"):
+        jcl.transfer(None, jcl.TorchModel(source.path), folder / "target")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (["--source-model", "a"], "source_model is of a source behind a server"),
+        (["--source-tokenizer", "a"], "source_tokenizer is of a source behind a server"),
+        (["--source-url", "http://h/v1"], "needs source_model: give it with --source-model"),
+        (["--source-url", "http://h/v1", "--source-model", "a"], "needs source_tokenizer"),
+        (["--source-url", "h", "--source-model", "a", "--source-tokenizer", "b"], "adapter adapter was given with"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(places, tmp_path, capsys, flags, wrong):
+    folder, *_ = places
+    ends = "adapter", "--source", folder / "source", "--target", folder / "target", "--out", tmp_path / "out"
+    assert run(*ends, *flags) == 2
+    assert wrong in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_where_the_server_fails(places, server, tmp_path, capsys):
+    folder, source, _ = places
+    asked = "--source-url", server.url, "--source-model", "other", "--source-tokenizer", source.path
+    assert run(*asked, "--target", folder / "target", "--out", tmp_path / "out") == 2
+    assert "has no model 'other'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert issubclass(SourceError, jcl.JCrossLoRAError)
+
+
+def test_a_batch_refuses_sources_that_are_asked(places, tmp_path):
+    folder, *_ = places
+    plan = tmp_path / "plan.toml"
+    bases = f'out = "out"\n[bases]\na = "{folder / "source"}"\nb = "{folder / "target"}"\n'
+    adapters = f'[adapters]\na = ["{folder / "adapter"}"]\n'
+    plan.write_text(bases + adapters + '[[moves]]\nfrom = "a"\nto = "b"\nsource_backend = "torch"\n')
+    with pytest.raises(UsageError, match="move 1 sets source_backend, and a batch reads its sources itself"):
+        jcl.read_plan(plan)
+
+
+def test_an_adapter_of_other_modules_is_refused_by_torch(places, tmp_path):
+    pytest.importorskip("peft")
+    folder, source, _ = places
+    other = jcl.open_base(write_base(tmp_path / "other", 30, layers=4, bos=True))
+    jcl.save_adapter(random_adapter(other), tmp_path / "adapter", base=other, profile="peft")
+    with pytest.raises(jcl.AdapterError, match=r"holds other modules than|PEFT cannot load it onto"):
+        jcl.transfer(tmp_path / "adapter", jcl.TorchModel(source.path, device="cpu"), folder / "target")
+    still = random_adapter(source, scale=0.0)
+    jcl.save_adapter(still, tmp_path / "still", base=source, profile="peft")
+    with pytest.raises(jcl.AdapterError, match="changes nothing in the predictions"):
+        jcl.transfer(tmp_path / "still", jcl.TorchModel(source.path, device="cpu"), folder / "target")
