@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.checkpoint.family.names import MIXER_WRITERS
 from jcrosslora.decoder import Params, StackedAdapter, StackedFactors
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.fit import Fitted, Look, mean_kl, needs_remat
@@ -24,9 +25,10 @@ from jcrosslora.fit.distill.step import solve
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher
 from jcrosslora.utils.progress import track
 
-# What attention passes on, not where it looks: all modules of a step have one length, and q and k, whose own best
-# length is next to nothing, keep that of the others short.
-VALUES = ("v_proj", "o_proj")
+# What attention and other mixers pass on, not where they look: all modules of a step have one length, and q and k, whose
+# own best length is next to nothing, keep that of the others short. The sums of a module are as wide as its output, so
+# that the wide projections in front of other mixers would need gigabytes.
+VALUES = ("v_proj", *MIXER_WRITERS)
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8  # how often a step's length is halved or doubled
 
@@ -54,7 +56,8 @@ def fit_in_closed_form(
         seed: of the tokens that are drawn for the Fisher matrices.
         progress: whether to show a progress bar.
     """
-    target, roles = teacher.target, settings.roles or VALUES
+    target = teacher.target
+    roles = settings.roles or tuple(role for role in VALUES if role in target.params.weights)
     adapter = _with_room(target.params, start, settings, roles, len(parts))
     best, length, used = mean_kl(target, adapter, held_out), _FIRST, 0
     looks = [Look(time.monotonic() - begun, 0, best)]
