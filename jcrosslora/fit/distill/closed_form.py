@@ -25,9 +25,9 @@ from jcrosslora.fit.distill.step import solve
 from jcrosslora.fit.distill.teacher import ReducedBase, TaughtBatch, Teacher
 from jcrosslora.utils.progress import track
 
-# What attention and other mixers pass on, not where they look: all modules of a step have one length, and q and k, whose
-# own best length is next to nothing, keep that of the others short. The sums of a module are as wide as its output, so
-# that the wide projections in front of other mixers would need gigabytes.
+# What attention and other mixers pass on, not where they look: all modules of a step have one length, and q and k,
+# whose own best length is next to nothing, keep that of the others short. The sums of a module are as wide as its
+# output, so that the wide projections in front of other mixers would need gigabytes.
 VALUES = ("v_proj", *MIXER_WRITERS)
 _FIRST = 2.0  # length of the first step that is tried
 _SHRINKS, _GROWTHS = 6, 8  # how often a step's length is halved or doubled
