@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, tiny_model, torch
 
-from jcrosslora.checkpoint import ROLES, open_base
+from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.family.names import DENSE_ROLES
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -57,7 +58,7 @@ def test_modules_are_the_linear_layers_in_order(model, base):
     expected = [
         f"model.layers.{layer}.{'self_attn' if role in attention else 'mlp'}.{role}"
         for layer in range(3)
-        for role in ROLES
+        for role in DENSE_ROLES
     ]
     assert list(base.modules) == expected
     dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[model.dtype]

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
-from jcrosslora.checkpoint import ROLES, open_base
+from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     INPUT_SITES,
     StackedFactors,
@@ -65,7 +66,7 @@ def test_stacking_and_unstacking_keep_every_update(model):
     kept = {name: factors for name, factors in whole.modules.items() if "layers.1." in name and "k_proj" not in name}
     kept["model.layers.2.self_attn.q_proj"] = LoRAFactors(np.ones((1, 48), np.float32), np.ones((48, 1), np.float32))
     stacked = stack_adapter(Adapter(modules=kept), base)
-    assert set(stacked.roles) == set(ROLES) - {"k_proj"}
+    assert set(stacked.roles) == set(DENSE_ROLES) - {"k_proj"}
     back = unstack_adapter(stacked, base).modules
     assert set(back) == set(kept)
     for name, factors in kept.items():
@@ -89,7 +90,7 @@ def test_updates_of_fused_modules_are_split(model, tmp_path):
     assert "model.layers.0.self_attn.qkv_proj" in fused.modules
     wanted = stack_adapter(adapter, model[0])
     alone, beside = stack_adapter(fused, base), stack_adapters([Adapter(modules={}), fused], base)
-    for role in ROLES:
+    for role in DENSE_ROLES:
         exact = wanted.roles[role].b @ wanted.roles[role].a
         np.testing.assert_allclose(alone.roles[role].b @ alone.roles[role].a, exact, atol=1e-5)
         np.testing.assert_allclose(beside.roles[role].b[1] @ beside.roles[role].a[1], exact, atol=1e-5)
@@ -142,7 +143,7 @@ def test_log_probs_do_not_depend_on_the_chunk_size(model):
 
 def test_reduce_gets_each_layer_and_keeps_only_its_result(model):
     _, settings, params = model
-    sites = tuple(dict.fromkeys(INPUT_SITES.values()))
+    sites = tuple(dict.fromkeys(INPUT_SITES[role] for role in DENSE_ROLES))
 
     def moments(seen):
         rows = {site: seen.inputs[site].reshape(-1, seen.inputs[site].shape[-1]) for site in sites}
@@ -163,7 +164,7 @@ def test_captured_outputs_match_modules_applied_to_captured_inputs(model):
     output = forward(
         settings, params, TOKENS, adapter=stack_adapter(adapter, base), capture=frozenset({"inputs", "outputs"})
     )
-    for role in ROLES:
+    for role in DENSE_ROLES:
         name = f"model.layers.1.{ROLE_PATHS[role]}"
         weight = np.asarray(base.weight(name), np.float64) + delta(adapter.modules[name])
         read = np.asarray(output.captured["inputs"][INPUT_SITES[role]][1], np.float64)

@@ -21,7 +21,7 @@ from tiny_bases import delta, random_adapter
 from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
@@ -245,7 +245,7 @@ def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype
     assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
     assert [look.completions for look in found.looks] == sorted(look.completions for look in found.looks)
     roles = {name.rpartition(".")[2] for name in found.adapter.modules}
-    assert roles == set(ROLES)
+    assert roles == set(DENSE_ROLES)
     again = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     for name, factors in found.adapter.modules.items():
         np.testing.assert_array_equal(factors.a, again.adapter.modules[name].a)

@@ -251,7 +251,7 @@ def config_of(kind, **text):
 def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
     text_type = CLASSES[kind][0]["model_type"]
     config = {"model_type": kind, "text_config": {"model_type": text_type}}
-    if text_type in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "gemma3_text"):
+    if text_type in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "gemma3_text"):
         config["text_config"] |= {key: TEXT[key] for key in TEXT if key.endswith(("_size", "_layers", "_heads"))}
     wanted = transformers.AutoConfig.for_model(**config).text_config
     checked = check_config(config, kind)

@@ -41,6 +41,19 @@ CLASSES = {
         _QWEN_OUT | {"fullatt_block_indexes": [0]},
         {},
     ),
+    "qwen3_5": (
+        {
+            "model_type": "qwen3_5_text",
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        _QWEN_OUT,
+        {},
+    ),
     "qwen3_vl": (
         {"model_type": "qwen3_vl_text", "rope_parameters": MROPE | {"mrope_interleaved": True}},
         _QWEN_OUT | {"deepstack_visual_indexes": [0]},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jcrosslora.alignment.transport import AlignRecipe, Transport, TransportGroup, describe_base
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.family.names import LATENT_INNER, WRITERS
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.heads import head_counts
@@ -24,13 +25,6 @@ from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch, Probes
-
-# Modules that read the residual stream; others write it, or lie between latents and heads.
-_READERS = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_a_proj", "kv_a_proj_with_mqa"}) | {
-    "shared_gate_proj",
-    "shared_up_proj",
-    "shared_expert_gate",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +209,8 @@ def plan_alignment(
 
 
 def reads_stream(pair: Pair) -> bool:
-    """Whether a module reads the residual stream (q, k, v, gate, up), and does not write it (o, down)."""
-    return pair.role in _READERS
+    """Whether a module reads the residual stream (q, k, v, gate, up): others write to it (o, down), or read a latent."""
+    return pair.role not in (*WRITERS, *LATENT_INNER)
 
 
 def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ...]:

@@ -4,7 +4,7 @@ The shares of layers, dimensions, heads, neurons and tokens that correspond are 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class LayerMap:
         values: (G_tgt D,), rows of v_proj.
         attended: (N_tgt D,), columns of o_proj.
         neurons: (I_tgt,), rows of gate_proj and up_proj, columns of down_proj.
+        in_place: role -> shape (O, I) of modules whose rows and columns correspond to those at the same place.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class LayerMap:
     values: np.ndarray
     attended: np.ndarray
     neurons: np.ndarray
+    in_place: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,11 @@ class Structure:
 
     def outputs(self, layer: int, role: str) -> np.ndarray | None:
         """Return (O_tgt,), the source row of every row of a target module; None if the layer has no counterpart."""
-        return self._index(layer, _OUTPUTS[role])
+        return self._index(layer, role, 0)
 
     def inputs(self, layer: int, role: str) -> np.ndarray | None:
         """Return (I_tgt,), the source column of every column; None if the layer has no counterpart."""
-        return self._index(layer, _INPUTS[role])
+        return self._index(layer, role, 1)
 
     def counterpart(self, module: Module) -> str | None:
         """Return the name of the source module of a target module; None if its layer has no counterpart."""
@@ -87,6 +89,7 @@ class Structure:
         axes = {
             axis: size
             for role, shape in role_shapes(source.family, source.dims, source.config).items()
+            if role in _OUTPUTS
             for axis, size in zip((_OUTPUTS[role], _INPUTS[role]), shape, strict=True)
         }
         return np.array_equal(self.stream, np.arange(len(self.stream))) and all(
@@ -106,10 +109,13 @@ class Structure:
         ]
         return len(whole) - sum(map(bool, whole))
 
-    def _index(self, layer: int, axis: str) -> np.ndarray | None:
+    def _index(self, layer: int, role: str, side: int) -> np.ndarray | None:
         found = self.layers[layer]
         if found is None:
             return None
+        if role in found.in_place:
+            return np.arange(found.in_place[role][side])
+        axis = (_OUTPUTS, _INPUTS)[side][role]
         return self.stream if axis == "stream" else getattr(found, axis)
 
 

@@ -6,13 +6,14 @@ all, and show which layers correspond.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
-from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.lineage.in_place import has_other_parts, layers_in_place, same_parts
 from jcrosslora.lineage.matching import MIN_MEAN_COSINE, match_columns, match_heads
 from jcrosslora.lineage.structure import LayerMap, Structure
 from jcrosslora.lineage.weight_similarity import check_finite, cosine_similarity, evenly_spaced, module_rows
@@ -40,13 +41,16 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     Raises:
         CheckpointError: a sampled weight cannot be read, or holds NaN or infinity.
     """
-    for base in (source, target):
-        if set(base.parts) != {LayerParts()}:
-            return None, f"{base.name} has layers of other parts than attention and a dense MLP, which are not compared"
+    others = [base.name for base in (source, target) if has_other_parts(base)]
+    if others and not same_parts(source, target):
+        other = "layers of other parts than attention and a dense MLP"
+        return None, f"{others[0]} has {other}, which are compared only with those of a base of the same shapes"
     stream, by_embedding, tokens = _match_stream(source, target)
     if stream is None:
         widths = f"{source.dims.hidden} and {target.dims.hidden} wide"
         return None, f"the bases are {widths}, and the columns of their embeddings have nothing in common"
+    if others:
+        return _in_place(source, target, Structure(stream, by_embedding, tokens, ()))
     correlations, layers = _match_layers(source, target, stream)
     for base in (source, target):
         base.release()
@@ -59,6 +63,16 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     if not correlations.any() and not structure.in_place(source):
         return None, "the sampled weights are zeros"
     return structure, ""
+
+
+def _in_place(source: BaseModel, target: BaseModel, stream: Structure) -> tuple[Structure | None, str]:
+    """Add the layers of bases with the same parts to what is known of the stream."""
+    if not np.array_equal(stream.stream, np.arange(target.dims.hidden)):
+        return None, "their residual streams are in different orders, in which layers of such parts are not compared"
+    layers = layers_in_place(source, target)
+    if all(layer is None for layer in layers):
+        return None, "no layer of one resembles the layer of the same number of the other"
+    return replace(stream, layers=layers), ""
 
 
 def _match_stream(source: BaseModel, target: BaseModel) -> tuple[np.ndarray | None, bool, Tokens]:

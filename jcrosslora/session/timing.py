@@ -111,7 +111,7 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
     (parts,), family = settings.parts, base.family
     weights = {role: matrix(1, *base.role_shape(role)) for role in family.roles if holds(parts, role)}
     norms = norm_sizes(family, base.dims, base.config)
-    tensors = {name: tensor for name, tensor in family.tensors.items() if holds(parts, name)}
+    tensors = {name: tensor for name, tensor in family.layer_tensors(base.config).items() if holds(parts, name)}
     return Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,

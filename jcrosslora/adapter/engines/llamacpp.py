@@ -3,7 +3,14 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
-from jcrosslora.adapter.engines.rules import Engine, alpha_over_rank, note_pickle, only_plain_lora, only_tensors
+from jcrosslora.adapter.engines.rules import (
+    Engine,
+    alpha_over_rank,
+    note_mixers,
+    note_pickle,
+    only_plain_lora,
+    only_tensors,
+)
 from jcrosslora.adapter.kinds.config_tables import ALORA
 from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.read_gguf import TYPE
@@ -67,6 +74,6 @@ OF_PEFT = Engine(
         alpha_over_rank,
         *_TENSORS,
     ),
-    (note_pickle, note_convert, note_head),
+    (note_pickle, note_convert, note_head, note_mixers),
 )
 OF_GGUF = Engine("llama.cpp", GGUF_RULES, (note_head,), form="GGUF")

@@ -3,7 +3,7 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
-from jcrosslora.adapter.engines.rules import Engine
+from jcrosslora.adapter.engines.rules import Engine, note_mixers
 
 
 def parameters(facts: AdapterFacts) -> str | None:
@@ -36,4 +36,4 @@ def _whole_model(facts: AdapterFacts) -> bool:
     return facts.config.get("fine_tune_type") == "full"
 
 
-MLX = Engine("MLX", (parameters, names, one_rank), form="MLX")
+MLX = Engine("MLX", (parameters, names, one_rank), (note_mixers,), form="MLX")

@@ -76,3 +76,13 @@ def overriding_modules(facts: AdapterFacts) -> list[str]:
 def note_pickle(facts: AdapterFacts) -> str | None:
     note = "the weights are a pickle (adapter_model.bin); their names and shapes were not checked"
     return note if facts.pickle else None
+
+
+_MIXERS = (".linear_attn.", ".conv.", ".mamba.")
+
+
+def note_mixers(facts: AdapterFacts) -> str | None:
+    """For an engine whose support of modules other than those of attention and MLP was not tested."""
+    found = [module for module in facts.factors("A") if any(part in module for part in _MIXERS)]
+    note = f"whether it applies an update of {found[0] if found else ''} was not tested: compare its answers"
+    return note if found else None

@@ -6,6 +6,7 @@ from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.rules import (
     Engine,
     no_parts_between_factors,
+    note_mixers,
     note_pickle,
     only_plain_lora,
     only_tensors,
@@ -43,5 +44,5 @@ def note_tensors(facts: AdapterFacts) -> str | None:
 SGLANG = Engine(
     "SGLang",
     (only_plain_lora(), listed_targets, no_parts_between_factors, no_patterns, no_rslora),
-    (note_pickle, note_all_targets, note_tensors),
+    (note_pickle, note_all_targets, note_tensors, note_mixers),
 )

@@ -7,7 +7,14 @@ Releases with a `bias_enabled` in peft_helper.py read no rank_pattern and no alp
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.module_names import same_names
-from jcrosslora.adapter.engines.rules import Engine, note_pickle, only_plain_lora, only_tensors, overriding_modules
+from jcrosslora.adapter.engines.rules import (
+    Engine,
+    note_mixers,
+    note_pickle,
+    only_plain_lora,
+    only_tensors,
+    overriding_modules,
+)
 from jcrosslora.checkpoint.wrapped import TEXT
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -68,5 +75,5 @@ VLLM = Engine(
         *(only_plain_lora(), required_keys, no_bias, saved_modules, _TENSORS, largest_rank),
         same_names(f"language_model.{TEXT}"),  # its own names
     ),
-    (note_pickle, note_rank_flag, note_patterns, note_embedding),
+    (note_pickle, note_rank_flag, note_patterns, note_embedding, note_mixers),
 )

@@ -288,7 +288,8 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     A position takes about four times the MLP's width and eight times those of the stream and of attention, in float32,
     by XLA's memory analysis of bases of 0.1B to 8B parameters.
     """
-    width = 4 * settings.intermediate + 8 * (settings.hidden + settings.heads * settings.head_dim)
+    mixed = max(settings.heads * settings.head_dim, 0 if settings.mixer is None else settings.mixer.convolved)
+    width = 4 * settings.intermediate + 8 * (settings.hidden + mixed)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 
 

@@ -1,0 +1,195 @@
+"""Families with mixers beside attention, in the places beside the decoder that go through modules and caches."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_models import random_model
+from hybrid_models import HYBRIDS
+from probe_bases import CORPUS, QUESTIONS, save_tokenizer, write_base
+from test_evaluate_oracle import plain_scores
+from tiny_bases import random_adapter
+from tiny_models import torch, transformers
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint.config import check_config
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.errors import CheckpointError
+from jcrosslora.evaluate import score
+from jcrosslora.fit.distill.run import distill
+from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.training import TrainingSettings
+from jcrosslora.training.step import first_factors
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1")
+LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
+ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    """A model in torch and what is read from it, with an adapter."""
+    model = random_model(*HYBRIDS[request.param])
+    base = jcl.open_base(model)
+    adapter = random_adapter(base, rank=2, scale=0.05)
+    return model, base, settings_of(base), load_params(base), stack_adapter(adapter, base)
+
+
+def padded(left):
+    """Tokens and mask, with other tokens than 0 in the padding."""
+    tokens, mask = np.full((len(ROWS), WIDTH), 7, np.int32), np.zeros((len(ROWS), WIDTH), bool)
+    for row, text in enumerate(ROWS):
+        place = slice(WIDTH - len(text), None) if left else slice(len(text))
+        tokens[row, place], mask[row, place] = text, True
+    return tokens, mask
+
+
+@partial(jax.jit, static_argnums=0)
+def run(settings, params, adapter, tokens, mask=None):
+    return logits(settings, params, forward(settings, params, tokens, mask=mask, adapter=adapter).hidden)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_changes_nothing(case, left):
+    model, _, settings, params, _ = case
+    tokens, mask = padded(left)
+    found = np.asarray(run(settings, params, None, tokens, mask))
+    for row, text in enumerate(ROWS):
+        with torch.no_grad():
+            wanted = model(input_ids=torch.from_numpy(text).long()[None]).logits[0].numpy()
+        np.testing.assert_allclose(found[row][mask[row]], wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_what_is_written_is_what_the_whole_pass_says(case, left):
+    _, _, settings, params, adapter = case
+    tokens, mask = padded(left)
+    state = prefill(settings, params, adapter, tokens, mask, room=WRITTEN)
+    _, written, _ = extend(settings, params, adapter, state, jnp.float32(0), jax.random.key(0), count=WRITTEN)
+    whole = np.zeros((len(ROWS), WIDTH + WRITTEN), np.int32)
+    for row, (text, new) in enumerate(zip(ROWS, np.asarray(written), strict=True)):
+        whole[row, : len(text) + WRITTEN] = np.concatenate([text, new])
+    scores = np.asarray(run(settings, params, adapter, whole))
+    for row, text in enumerate(ROWS):
+        likeliest = scores[row, len(text) - 1 : len(text) + WRITTEN - 1].argmax(-1)
+        np.testing.assert_array_equal(likeliest, np.asarray(written)[row])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return jcl.open_base(write_base(tmp_path_factory.mktemp("llama"), 30, bos=True, layers=2))
+
+
+@pytest.fixture(scope="module")
+def hybrids(tmp_path_factory):
+    """A function that returns the base of a family, with a tokenizer."""
+    made = {}
+
+    def base(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            family, settings = HYBRIDS[name]
+            vocab = save_tokenizer(folder, 60, bos=False)
+            random_model(family, settings | {"vocab_size": vocab}).save_pretrained(folder)
+            made[name] = jcl.open_base(folder)
+        return made[name]
+
+    return base
+
+
+def test_choices_behind_one_prefix_are_scored_as_whole_texts(hybrids):
+    """The cache of a question serves all its choices, with the states of mixers."""
+    base = hybrids("lfm2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(base.path)
+    found = score(base, QUESTIONS)
+    for place, question in enumerate(QUESTIONS):
+        wanted = [log_prob for log_prob, _ in plain_scores(model, tokenizer, question)]
+        np.testing.assert_allclose(found.log_probs[0, place, : len(wanted)], wanted, atol=1e-4)
+
+
+SMALL = DistillSettings(
+    fit_rank=2, passes=1, rate=3e-2, completions=16, answer_tokens=3, discovery=0, contrast_weight=1.0
+)
+
+
+def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
+    target = hybrids("qwen3_5")
+    found = distill(llama, target, random_adapter(llama, scale=0.3), prompts=CORPUS, settings=SMALL)
+    assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
+    assert set(found.adapter.modules) == set(target.modules)
+
+
+def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
+    source = hybrids("falcon_h1")
+    found = distill(source, llama, random_adapter(source, scale=0.3), prompts=CORPUS, settings=SMALL)
+    assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
+
+
+def test_steps_in_closed_form_change_what_mixers_pass_on(llama, hybrids):
+    target, settings = hybrids("granite"), dataclasses.replace(SMALL, fit="closed-form")
+    found = distill(llama, target, random_adapter(llama, scale=0.3), settings=settings)
+    roles = {target.modules[name].role for name in found.adapter.modules}
+    assert roles == {"v_proj", "o_proj", "mamba_out_proj"}
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5"])
+def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
+    base = hybrids(name)
+    adapter = random_adapter(base, rank=2, scale=0.1)
+    result = jcl.transfer(adapter, base, llama, "cross-lora", cache=False, effect="never")
+    mixers = [item for item, module in base.modules.items() if module.role not in llama.family.roles]
+    assert mixers
+    assert {item.source for item in result.report.unmapped_sources} >= set(mixers)
+    back = jcl.transfer(result.adapter, llama, base, "cross-lora", cache=False, effect="never")
+    assert set(back.report.unmapped_targets) >= set(mixers)
+    own = jcl.transfer(adapter, base, base, "cross-lora", cache=False, effect="never")
+    assert set(own.adapter.modules) == set(base.modules)
+
+
+def test_training_starts_with_all_modules_of_a_hybrid(hybrids):
+    base = hybrids("qwen3_5")
+    assert set(first_factors(base, TrainingSettings(rank=2)).roles) == set(base.family.roles)
+
+
+def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
+    family, settings = HYBRIDS["falcon_h1"]
+    base = jcl.open_base(random_model(family, settings))
+    params = load_params(base)
+    gain = base.residual_gain("model.layers.1.mamba.in_proj")
+    np.testing.assert_allclose(gain, 1.3 * np.asarray(params.norms["attn"][1]), rtol=1e-6)
+    np.testing.assert_allclose(base.residual_gain("model.layers.1.mlp.down_proj"), np.full(32, 1.4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv", "sliding_attention"]}, "layer type 'sliding_attention' is not supported"),
+        ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is '0', wanted a positive integer"),
+        ("lfm2", {"use_pos_enc": False}, "'use_pos_enc'=False is not supported"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "3 is not a multiple of"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "'attn_output_gate'=False is not supported"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts is 4: mixtures of experts"),
+        ("granitemoehybrid", {}, "num_local_experts is 8: mixtures of experts"),
+        ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_heads": 5}, "mamba_n_heads 5 times mamba_d_head"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "'ssm_multipliers' is '\\[1.0\\]', wanted a list of 5 numbers"),
+    ],
+)
+def test_settings_of_mixers_that_cannot_be_read_are_named(family, change, message):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    with pytest.raises(CheckpointError, match=f"^here: .*{message}"):
+        check_config({"model_type": family, "vocab_size": 64} | sizes | change, "here")
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_resolved_configuration_resolves_to_itself(name):
+    family, settings = HYBRIDS[name]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    once = FAMILIES[family].resolve(sizes | settings)
+    assert FAMILIES[family].resolve(once) == once
