@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import open_pair, write_llama
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
 from jcrosslora.evidence.moments import add_rows, cross_moments, zero_moments
 
@@ -54,13 +55,13 @@ def rows(activations, layer, at, valid):
 def test_moments_match_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]
-    moments = cross_moments(source, target, batches, LAYERS, INPUT_SITES, grams=True)
+    moments = cross_moments(source, target, batches, LAYERS, DENSE_ROLES, grams=True)
     assert float(moments.count) == 20
     seen = [
         (captured(source, item.tokens_src, item.mask_src), captured(target, item.tokens_tgt, item.mask_tgt))
         for item in batches
     ]
-    for role, site in INPUT_SITES.items():
+    for role, site in ((role, INPUT_SITES[role]) for role in DENSE_ROLES):
         for place, (name, sums, squares, grams) in enumerate(
             [
                 (site, moments.inputs, moments.input_squares, moments.input_grams),
