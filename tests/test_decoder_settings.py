@@ -28,7 +28,10 @@ def settings(family: str, **config) -> DecoderSettings:
     """Return the settings of a base that consists of a configuration alone."""
     checked = check_config({**SIZES, "model_type": family, **config}, Path("here"))
     dims = read_dims(checked.values, Path("here"))
-    return settings_of(SimpleNamespace(config=checked.values, family=checked.family, dims=dims, ref="here"))
+    parts = checked.family.layer_parts(checked.values, dims.layers)
+    return settings_of(
+        SimpleNamespace(config=checked.values, family=checked.family, dims=dims, parts=parts, ref="here")
+    )
 
 
 def test_settings_are_hashable_and_comparable():

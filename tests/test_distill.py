@@ -160,7 +160,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
     small, few = settings_of(pair[1]), load_params(pair[1], jnp.bfloat16)
     widths = dict(hidden=hidden, intermediate=inner, heads=heads, kv_heads=kv_heads, head_dim=128, vocab=vocab)
     ropes = tuple(dataclasses.replace(rope, frequencies=(1.0,) * 64) for rope in small.ropes)
-    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes)
+    each = dict(windows=(None,) * layers, layer_ropes=(0,) * layers, ropes=ropes, parts=small.parts[:1] * layers)
     model = dataclasses.replace(small, layers=layers, **widths, **each)
     outputs = {"k_proj": 1024, "v_proj": 1024, "gate_proj": inner, "up_proj": inner}
 

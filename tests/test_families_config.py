@@ -311,7 +311,7 @@ def test_an_unknown_key_with_a_value_is_refused(value):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_family_table_is_consistent(family):
-    assert set(family.norms) <= {"attn", "attn_post", "mlp", "mlp_post", "q", "k"}
+    assert set(family.norms) <= {"attn", "attn_post", "mlp", "mlp_post", "q", "k", "q_a", "kv_a"}
     assert ("q" in family.norms) == ("k" in family.norms)
     assert list(family.roles) == [role for role in ROLES if role in family.roles]
     assert {role for roles in family.fused.values() for role in roles} <= set(family.roles)

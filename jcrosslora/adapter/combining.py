@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.ignored import drop_replaced, drop_token_updates
+from jcrosslora.adapter.ignored import drop_experts, drop_replaced, drop_token_updates
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.errors import AdapterError
 
@@ -74,8 +74,9 @@ def _stack(arrays: Sequence) -> jnp.ndarray:
 
 def _check_alike(first: Adapter, other: Adapter) -> None:
     names = f"{first.info.name} and {other.info.name}"
-    if other.tokens or other.replaced:
-        changed = other.tokens[0].table if other.tokens else min(other.replaced[0].tensors)
+    if other.tokens or other.replaced or other.experts:
+        changed = [update.table for update in other.tokens] + [name for own in other.replaced for name in own.tensors]
+        changed = [*changed, *(update.name for update in other.experts)][0]
         msg = f"{other.info.name} changes {changed}; only updates of linear modules can be stacked"
         raise AdapterError(msg)
     if alone := first.modules.keys() ^ other.modules.keys():
@@ -111,6 +112,7 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         return adapters[0]
     check_always_active(adapters)
     adapters = [drop_replaced(adapter, "a sum has no tensors that replace those of the base") for adapter in adapters]
+    adapters = [drop_experts(adapter, "a sum has updates of linear modules alone") for adapter in adapters]
     with_tokens = [adapter for adapter in adapters if adapter.tokens]
     if len(with_tokens) > 1:
         adapters = [drop_token_updates(adapter, "several adapters of the sum change them") for adapter in adapters]

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
@@ -130,6 +131,7 @@ class Contents:
         magnitudes: float32 (O,) of each module if the adapter is a DoRA and `modules` its s B A; else None.
         tokens: changes of the embedding and the output head, for the one format that stores them.
         replaced: tensors that replace those of the base, likewise.
+        experts: updates of experts, likewise.
     """
 
     modules: Mapping[str, LoRAFactors]
@@ -146,6 +148,7 @@ class Contents:
     magnitudes: Mapping[str, np.ndarray] | None = None
     tokens: tuple[TokenUpdate, ...] = ()
     replaced: tuple[ReplacedTensors, ...] = ()
+    experts: tuple[ExpertUpdate, ...] = ()
 
     def class_name(self, module: str) -> str:
         """Return the name that the base's class gives to a module."""

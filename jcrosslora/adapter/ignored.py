@@ -13,6 +13,8 @@ CHANGES = {
     "tokens": "trained tokens (trainable_token_indices)",
     "bias": "trained biases",
     "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
+    "experts": "LoRA of experts",
+    "router": "an update of the router of experts",
     "full": "whole tensors (modules_to_save)",
     "other part": "updates of other parts than the text model",
 }
@@ -42,6 +44,17 @@ def describe_change(kind: str, names: Sequence[str], share: float | None) -> str
 def token_update_sentences(tokens: Sequence[TokenUpdate], why: str) -> tuple[str, ...]:
     """Say of each change of embedding or head, in one sentence, that it does not move."""
     return tuple(ignored_sentence(update.kind, update.modules, update.share, why) for update in tokens)
+
+
+def drop_experts(adapter: Adapter, why: str) -> Adapter:
+    """Return the adapter without its updates of experts, listed in `info.ignored` with the reason."""
+    if not adapter.experts:
+        return adapter
+    known = [update.share for update in adapter.experts if update.share is not None]
+    share = sum(known) if len(known) == len(adapter.experts) else None
+    sentence = ignored_sentence("experts", [update.name for update in adapter.experts], share, why)
+    info = dataclasses.replace(adapter.info, ignored=(*adapter.info.ignored, sentence))
+    return dataclasses.replace(adapter, experts=(), info=info)
 
 
 def drop_replaced(adapter: Adapter, why: str) -> Adapter:

@@ -71,7 +71,12 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
     prefix = prefix_of(names[next(iter(merged))])
     contents = Contents(
-        merged, prefix=prefix, invocation=adapter.info.invocation, tokens=adapter.tokens, replaced=adapter.replaced
+        merged,
+        prefix=prefix,
+        invocation=adapter.info.invocation,
+        tokens=adapter.tokens,
+        replaced=adapter.replaced,
+        experts=adapter.experts,
     )
     tensors, config = peft_state(contents)
     del config["peft_type"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.ignored import drop_replaced, drop_token_updates
+from jcrosslora.adapter.ignored import drop_experts, drop_replaced, drop_token_updates
 from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
@@ -53,7 +53,7 @@ def why_linear_alone(profile: str) -> str:
 def for_profile(adapter: Adapter, profile: str) -> Adapter:
     """Return the part of an adapter that a profile holds; the rest is listed in `info.ignored`."""
     why = why_linear_alone(profile)
-    return drop_replaced(drop_token_updates(adapter, why), why) if why else adapter
+    return drop_experts(drop_replaced(drop_token_updates(adapter, why), why), why) if why else adapter
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter.experts import read_experts
 from jcrosslora.adapter.factors import update_norm
 from jcrosslora.adapter.ignored import ignored_sentence, token_update_sentences
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
@@ -38,7 +40,9 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     updates = opened.by_text_name((name, truncate_update(update, file.rank)) for name, update in kind.read(file))
     head = _head(opened, updates)
     linear = {name: update for name, update in updates.items() if name != HEAD}
-    tokens, own, ignored = _other_changes(opened, linear, head, replaced=replaced)
+    experts, why_no_experts = read_experts(file, opened.groups.extras.get("experts", ()))
+    tokens, own, ignored = _other_changes(opened, linear, head, experts, why_no_experts, replaced=replaced)
+    experts = _shared(experts, linear, tokens)
     opened.check_not_empty(linear, [*ignored, *token_update_sentences(tokens, "")])
     read = list(linear.values())
     read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
@@ -52,8 +56,20 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     if file.base is not None:
         file.base.release()
     return Adapter(
-        modules={name: update.factors for name, update in linear.items()}, info=info, tokens=tokens, replaced=own
+        modules={name: update.factors for name, update in linear.items()},
+        info=info,
+        tokens=tokens,
+        replaced=own,
+        experts=experts,
     )
+
+
+def _shared(
+    experts: Sequence[ExpertUpdate], linear: Mapping[str, Update], tokens: Sequence[TokenUpdate]
+) -> tuple[ExpertUpdate, ...]:
+    """Fill in which share of the adapter each update of experts is."""
+    total = math.fsum([*map(_energy, linear.values()), *(update.energy for update in (*tokens, *experts))])
+    return tuple(dataclasses.replace(update, share=update.energy / total if total else None) for update in experts)
 
 
 def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None:
@@ -69,7 +85,13 @@ def _head(opened: OpenedAdapter, updates: Mapping[str, Update]) -> Update | None
 
 
 def _other_changes(
-    opened: OpenedAdapter, linear: Mapping[str, Update], head: Update | None, *, replaced: bool
+    opened: OpenedAdapter,
+    linear: Mapping[str, Update],
+    head: Update | None,
+    experts: Sequence[ExpertUpdate],
+    why_no_experts: str,
+    *,
+    replaced: bool,
 ) -> tuple[tuple[TokenUpdate, ...], tuple[ReplacedTensors, ...], list[str]]:
     """Read changes of embedding and head, and replaced tensors if asked for; say in sentences what else there is."""
     groups = opened.groups
@@ -80,13 +102,16 @@ def _other_changes(
         kind: change_energy(opened.file, kind, [one for one in tensors if one.key in read_own])
         for kind, tensors in left.items()
     }
-    left, reasons = _without(left, read_own), reasons | reasons_own
+    left, reasons = _without(left, read_own), reasons | reasons_own | {"experts": why_no_experts}
+    if experts:
+        left.pop("experts")
     names = {kind: [tensor.module for tensor in tensors] for kind, tensors in left.items() if tensors}
     energies = {kind: change_energy(opened.file, kind, left[kind]) for kind in names}
     if (groups.heads or head is not None) and HEAD not in read:
         names["head"] = list(groups.heads) or [HEAD]
         energies["head"] = None if head is None else _energy(head)
     total = math.fsum(map(_energy, linear.values())) + math.fsum(update.energy + update.lost for update in tokens)
+    total += math.fsum(update.energy for update in experts)
     total += math.fsum(energy or 0.0 for energy in (*energies.values(), *kept.values()))
 
     def share(energy: float | None) -> float | None:

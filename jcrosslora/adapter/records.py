@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.replaced import ReplacedTensors
@@ -71,6 +72,7 @@ class _Static:
     info: AdapterInfo
     tokens: tuple[TokenUpdate, ...]
     replaced: tuple[ReplacedTensors, ...]
+    experts: tuple[ExpertUpdate, ...]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Static) and self._compared == other._compared
@@ -80,7 +82,7 @@ class _Static:
 
     @property
     def _compared(self) -> tuple:
-        return self.info.acting(), self.tokens, self.replaced
+        return self.info.acting(), self.tokens, self.replaced, self.experts
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -100,22 +102,26 @@ class Adapter:
         info: provenance.
         tokens: changes of the embedding and of the output head, static; read only if the base was given.
         replaced: biases, norms and whole layers that replace those of its own base, static; read only if asked for.
+        experts: updates of experts of its own base, static; read only if the base was given.
     """
 
     modules: dict[str, LoRAFactors]
     info: AdapterInfo = field(default_factory=AdapterInfo)
     tokens: tuple[TokenUpdate, ...] = ()
     replaced: tuple[ReplacedTensors, ...] = ()
+    experts: tuple[ExpertUpdate, ...] = ()
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], "_Static"]:
         """Split into the factors, with their key, and the rest."""
-        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), _Static(self.info, self.tokens, self.replaced)
+        static = _Static(self.info, self.tokens, self.replaced, self.experts)
+        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), static
 
     @classmethod
     def tree_unflatten(cls, static: "_Static", children: tuple[dict[str, LoRAFactors]]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
-        return cls(children[0], static.info.acting() if traced else static.info, static.tokens, static.replaced)
+        info = static.info.acting() if traced else static.info
+        return cls(children[0], info, static.tokens, static.replaced, static.experts)
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""

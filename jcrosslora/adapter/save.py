@@ -41,8 +41,8 @@ def save_adapter(
     """Write an adapter as a folder, completely or not at all. The scale is folded into B in every profile.
 
     Args:
-        adapter: at least one module; not changed. Its changes of embedding and head, and its replaced tensors, are
-            written in profile "peft".
+        adapter: at least one module; not changed. Its changes of embedding and head, its replaced tensors, and its
+            updates of experts are written in profile "peft".
         out: the folder to make.
         base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
         base_revision: its revision.
@@ -101,6 +101,7 @@ def save_adapter(
         magnitudes=magnitudes,
         tokens=adapter.tokens,
         replaced=adapter.replaced,
+        experts=adapter.experts,
     )
     with atomic_folder(out, overwrite) as folder:
         FORMATS[profile].write(contents, folder)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jcrosslora.adapter.expert_names import is_of_experts, is_router
 from jcrosslora.adapter.kinds.config_tables import REFUSED_TENSORS
 from jcrosslora.adapter.names import TensorName, natural_key
 from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
@@ -54,6 +55,8 @@ def group_tensors(tensors: Sequence[TensorName], path: Path) -> TensorGroups:
     for tensor in tensors:
         if is_other_part(tensor.module):
             extras[OTHER_PART].append(tensor)
+        elif is_of_experts(tensor.module) or is_router(tensor.module):
+            extras["experts" if is_of_experts(tensor.module) else "router"].append(tensor)
         elif tensor.kind in _EXTRAS:
             extras[tensor.kind].append(tensor)
         elif tensor.module and tensor.kind != "copy":
@@ -75,7 +78,7 @@ def _refuse_tensors(tensors: Sequence[TensorName], path: Path) -> None:
         if tensor.kind in REFUSED_TENSORS:
             msg = f"{path}: tensor {tensor.key!r} is of a kind that is not supported, {REFUSED_TENSORS[tensor.kind]}"
             raise AdapterError(msg)
-        if tensor.kind in ("A", "B") and tensor.module.endswith(".base_layer"):
-            msg = f"{path}: tensor {tensor.key!r} is a LoRA of expert parameters (target_parameters), not supported"
-            msg += "; train an adapter of linear layers instead"
+        if tensor.kind in ("A", "B") and tensor.module.endswith(".base_layer") and not is_of_experts(tensor.module):
+            msg = f"{path}: tensor {tensor.key!r} is a LoRA of parameters (target_parameters) that are not experts', "
+            msg += "which is not supported; train an adapter of linear layers instead"
             raise AdapterError(msg)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.adapter.contents import Contents, file_factors, safetensors_bytes
+from jcrosslora.adapter.experts import expert_config, expert_tensors
 from jcrosslora.adapter.folder import CONFIG, WEIGHTS
 from jcrosslora.adapter.names import PREFIX, ending, natural_key
 from jcrosslora.adapter.patterns import exact_pattern
@@ -20,7 +21,7 @@ from jcrosslora.checkpoint.wrapped import TEXT
 
 def write_portable(contents: Contents, folder: Path) -> None:
     """Write one rank, lower ones padded with zeros, and lora_alpha == r, which every engine reads the same way."""
-    tensors, config = peft_state(dataclasses.replace(contents, tokens=(), replaced=()), contents.rank)
+    tensors, config = peft_state(dataclasses.replace(contents, tokens=(), replaced=(), experts=()), contents.rank)
     write_peft_files(folder, tensors, config, contents.metadata)
 
 
@@ -51,11 +52,13 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
             tensors[f"{name}.lora_magnitude_vector"] = np.ascontiguousarray(contents.magnitudes[name])
     tensors |= token_tensors(contents.tokens, contents.dtype)
     tensors |= replaced_tensors(contents.replaced, contents.modules, contents.dtype)
+    tensors |= expert_tensors(contents.experts, contents.dtype)
     ranks = {name: rank or factors.rank for name, factors in contents.modules.items()}
     config = peft_config(contents, ranks | token_ranks(contents.tokens))
     of_tokens, of_others = token_config(contents.tokens), replaced_config(contents.replaced, contents.modules)
     saved = [*of_tokens.get("modules_to_save", ()), *map(contents.class_name, of_others.get("modules_to_save", ()))]
-    return peft_names(contents, tensors), config | of_tokens | of_others | {"modules_to_save": saved or None}
+    config |= of_tokens | of_others | {"modules_to_save": saved or None}
+    return peft_names(contents, tensors), config | expert_config(contents, config)
 
 
 def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -139,6 +139,14 @@ class BaseModel:
         """Return name -> shape of every tensor that the model must have."""
         return expected_shapes(self.family, self.dims, self.config, self.expert_layout)
 
+    def expert_shape(self, matrix: str) -> tuple[int, int, int]:
+        """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
+        assert self.family.experts is not None
+        sizes = self.family.experts.sizes(self.config)
+        if matrix == "down":
+            return sizes.count, self.dims.hidden, sizes.width
+        return sizes.count, 2 * sizes.width, self.dims.hidden
+
     def expert_tensor(self, layer: int, name: str) -> np.ndarray:
         """Read a tensor of the experts of a layer, see `read_expert_tensor`.
 

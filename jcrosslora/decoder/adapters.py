@@ -32,7 +32,7 @@ class StackedAdapter:
     """An adapter as the decoder applies it, unmerged.
 
     Attributes:
-        roles: role -> factors, for roles with an update.
+        roles: role -> factors, for roles with an update; "gate_up" and "down" of experts, with an axis of E behind L.
     """
 
     roles: dict[str, StackedFactors]
@@ -48,7 +48,8 @@ def stack_adapter(adapter: Adapter, base: BaseModel) -> StackedAdapter:
     """
     adapter = split_fused(adapter, base.fused)
     ranks = _ranks([adapter], base)
-    return StackedAdapter({role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()})
+    own = {role: _stack_role(adapter, base, role, rank) for role, rank in ranks.items()}
+    return StackedAdapter(own | _stack_experts([adapter], base)[0])
 
 
 def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapter:
@@ -62,7 +63,11 @@ def stack_adapters(adapters: Sequence[Adapter], base: BaseModel) -> StackedAdapt
         raise AdapterError(msg)
     adapters = [split_fused(adapter, base.fused) for adapter in adapters]
     ranks = _ranks(adapters, base)
-    each = [{role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} for one in adapters]
+    of_experts = _stack_experts(adapters, base)
+    each = [
+        {role: _stack_role(one, base, role, rank) for role, rank in ranks.items()} | own
+        for one, own in zip(adapters, of_experts, strict=True)
+    ]
     return StackedAdapter(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
 
 
@@ -116,6 +121,35 @@ def _low_rank_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tupl
 
 
 _low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _stack_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[dict[str, StackedFactors]]:
+    """Stack the updates of experts of each adapter, a (L, E, K, I) and b (L, E, O, K), with the ranks of all."""
+    updates = [update for adapter in adapters for update in adapter.experts]
+    ranks: dict[str, int] = {}
+    for update in updates:
+        ranks[update.matrix] = max(ranks.get(update.matrix, 0), update.a.shape[1])
+    layers, experts = base.layers_with("experts"), base.family.experts
+    if not ranks:
+        return [{} for _ in adapters]
+    if experts is None or any(update.layer not in layers for update in updates):
+        msg = f"{adapters[0].info.name}: updates experts that {base.ref} does not have; give the base it was trained on"
+        raise AdapterError(msg)
+    found = []
+    for adapter in adapters:
+        stacks = {}
+        for matrix, rank in ranks.items():
+            count, rows, columns = base.expert_shape(matrix)
+            a = np.zeros((len(layers), count, rank, columns), np.float32)
+            b = np.zeros((len(layers), count, rows, rank), np.float32)
+            for update in (one for one in adapter.experts if one.matrix == matrix):
+                place, own = layers.index(update.layer), update.b
+                if experts.interleaved and matrix == "gate_up":
+                    own = np.concatenate([own[:, ::2], own[:, 1::2]], axis=1)
+                a[place, :, : own.shape[2]], b[place, :, :, : own.shape[2]] = update.a, own
+            stacks[matrix] = StackedFactors(jnp.asarray(a), jnp.asarray(b))
+        found.append(stacks)
+    return found
 
 
 def _check_always_active(adapter: Adapter) -> None:

@@ -92,6 +92,9 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     # Weights can hold an update of any rank, so a DoRA is merged at full rank.
     whole = max(min(module.shape) for module in base.modules.values())
     adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole, replaced=True)
+    if adapter.experts:
+        msg = f"{settings.adapter}: updates experts, which are not merged; merge it with peft (merge_and_unload)"
+        raise AdapterError(msg)
     if adapter.info.invocation is not None:
         msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
         raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
-from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.ignored import drop_experts, drop_token_updates
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
 from jcrosslora.errors import AdapterError, PairingError, UsageError
@@ -95,6 +95,8 @@ class Shifter:
             adapter = drop_token_updates(
                 adapter, f"method {method.name} does not keep the coordinates of the residual stream"
             )
+        if not method.fits_update:
+            adapter = drop_experts(adapter, f"method {method.name} moves updates of linear modules alone")
         if scale != 1:
             adapter = drop_token_updates(adapter, f"scale {scale:g} is of linear layers alone")
         self.adapter = fit_to_base(adapter, source)

@@ -77,6 +77,14 @@ BIASES = "LoRA with biases (lora_bias)"
 REPLICATION = "layer replication (layer_replication)"
 BEAM = "BeamLoRA (use_beamlora)"
 
+_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate.weight", "router.weight")
+
+
+def _of_other_parameters(config: Config) -> bool:
+    named = config.get("target_parameters") or []
+    return not isinstance(named, list) or not all(str(name).endswith(_EXPERT_PARAMETERS) for name in named)
+
+
 # Name, as its users know it -> whether it applies to a configuration.
 VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     DORA: _truthy("use_dora"),
@@ -91,7 +99,7 @@ VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     KASA: _truthy("kasa_config"),
     ARROW: _truthy("arrow_config"),
     MONTECLORA: _truthy("monteclora_config"),
-    PARAMETERS: _truthy("target_parameters"),
+    PARAMETERS: _of_other_parameters,
     BIASES: _truthy("lora_bias"),
     REPLICATION: _truthy("layer_replication"),
     BEAM: _truthy("use_beamlora"),
@@ -121,7 +129,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     KASA: ("it truncates the base weights", _RETRAIN),
     ARROW: ("it routes between several adapters", _RETRAIN),
     MONTECLORA: ("its factors are random variables", _RETRAIN),
-    PARAMETERS: ("it updates three-dimensional expert weights", _RETRAIN),
+    PARAMETERS: ("it updates other parameters than those of experts", _RETRAIN),
     REPLICATION: ("its layer numbers are not those of the base", _RETRAIN),
 }
 

@@ -58,7 +58,7 @@ QWEN2_MOE = Family(
     bias_keys={"qkv_bias": QKV},
     parts=by_step,
     experts=_EXPERTS,
-    keys=_KEYS | _EXPERT_KEYS | {"qkv_bias", "shared_expert_intermediate_size"},
+    keys=words("sliding_window layer_types qkv_bias shared_expert_intermediate_size") | _EXPERT_KEYS,
     # Its windows are those of other layers than in Qwen2.
     fixed={"use_sliding_window": (False,)},
     defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632},

@@ -1,11 +1,11 @@
 """The MLP of a layer with experts: those that the router chooses for each token, and those that all tokens share."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.decoder.adapters import StackedFactors, update
 from jcrosslora.decoder.experts.grouped import run_experts
 from jcrosslora.decoder.experts.routing import route
 from jcrosslora.decoder.layer import LayerCapture, LayerWeights, run_module
@@ -22,18 +22,24 @@ def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array
     flat = normed.reshape(math.prod(normed.shape[:-1]), normed.shape[-1])
     chosen, weights = route(own, flat, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
 
-    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: Any) -> jax.Array:
-        del factors
-        inner = linear(rows, held["gate_up"])
-        inner = inner + held["gate_up_bias"] if "gate_up_bias" in held else inner
-        out = linear(_activated(settings, inner).astype(rows.dtype), held["down"])
-        return out + held["down_bias"] if "down_bias" in held else out
+    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, StackedFactors]) -> jax.Array:
+        inner = _activated(settings, _matrix("gate_up", rows, held, factors)).astype(rows.dtype)
+        return _matrix("down", inner, held, factors)
 
     held = {name: tensors[name] for name in _HELD if name in tensors}
-    outputs = run_experts(expert, own.count, flat, chosen, held, {})
+    factors = {name: layer.factors[name] for name in ("gate_up", "down") if name in layer.factors}
+    outputs = run_experts(expert, own.count, flat, chosen, held, factors)
     mixed = jnp.sum(outputs * weights[:, :, None], axis=1)
     mixed = mixed.astype(normed.dtype).reshape(normed.shape)
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
+
+
+def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, StackedFactors]) -> jax.Array:
+    """Multiply rows (N, I) with a matrix of one expert, with its bias and adapter: float32 (N, O)."""
+    out = linear(rows, held[name])
+    if f"{name}_bias" in held:
+        out = out + held[f"{name}_bias"]
+    return out + update(rows, factors[name]) if name in factors else out
 
 
 def _activated(settings: DecoderSettings, inner: jax.Array) -> jax.Array:

@@ -1,0 +1,161 @@
+"""LoRA of the parameters of experts, in the layouts of peft: one parameter of all experts, or one module an expert.
+
+The matrices of all experts are the rows of one tensor in peft's files (`target_parameters`); how its two factors hold
+the experts follows `ParamWrapper` of peft 0.21.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jcrosslora.adapter.contents import Contents, FileDtype, file_matrix
+from jcrosslora.adapter.expert_names import SINGLE
+from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter.kinds.adapter_file import AdapterFile
+from jcrosslora.adapter.kinds.plain import pattern_name
+from jcrosslora.adapter.names import TensorName
+from jcrosslora.adapter.patterns import exact_pattern, module_rank, module_scale
+from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.wrapped import text_module_name
+from jcrosslora.errors import AdapterError
+
+_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+
+
+def read_experts(file: AdapterFile, tensors: Sequence[TensorName]) -> tuple[tuple[ExpertUpdate, ...], str]:
+    """Read the updates of experts.
+
+    Args:
+        file: the adapter, with its base, without which nothing is read.
+        tensors: the factors of modules of which `is_of_experts` holds.
+
+    Returns:
+        The updates by layer, and "" or the reason why there are none.
+
+    Raises:
+        AdapterError: the base has no experts, or the factors do not fit them.
+    """
+    base = file.base
+    if not tensors or base is None:
+        return (), "" if not tensors else "the base that it was trained on was not given"
+    if base.family.experts is None:
+        msg = f"{file.path}: updates experts, which the base {base.name} does not have; give the base it was trained on"
+        raise AdapterError(msg)
+    keys = {(text_module_name(tensor.module), tensor.kind): tensor.key for tensor in tensors}
+    found: dict[tuple[int, str], ExpertUpdate] = {}
+    singles: dict[tuple[int, str], dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]] = {}
+    for module in dict.fromkeys(name for name, _ in keys):
+        a, b = (_part(file, keys, module, side) for side in "AB")
+        if single := SINGLE.match(module):
+            part = _PARTS[single[3]]
+            scale = module_scale(file.config, pattern_name(file.config, module), a.shape[0])
+            place = int(single[1]), "down" if part == "down" else "gate_up"
+            singles.setdefault(place, {})[int(single[2]), part] = a, b * np.float32(scale)
+        else:
+            update = _of_whole(file, base, module, a, b)
+            found[update.layer, update.matrix] = update
+    for (layer, matrix), parts in singles.items():
+        found[layer, matrix] = _of_singles(file, base, layer, matrix, parts)
+    return tuple(found[place] for place in sorted(found)), ""
+
+
+def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[str, np.ndarray]:
+    """Return the factors as peft stores them, by name without its prefix.
+
+    Raises:
+        OutputError: values that are not finite or do not fit the dtype.
+    """
+    both = {(update.layer, update.matrix) for update in updates}
+    tensors = {}
+    for update in updates:
+        # The first parameter of a module is wrapped first.
+        inner = update.matrix == "gate_up" and (update.layer, "down") in both
+        module = update.name.rpartition(".")[0] + (".base_layer" if inner else "")
+        count, rank, columns = update.a.shape
+        b = update.b.transpose(1, 2, 0).reshape(update.b.shape[1], rank * count)
+        for side, matrix in (("A", update.a.reshape(count * rank, columns)), ("B", b)):
+            tensors[f"{module}.lora_{side}.weight"] = np.ascontiguousarray(file_matrix(update.name, matrix, dtype))
+    return tensors
+
+
+def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an `adapter_config.json` says of updates of experts: their names, ranks, and scale 1."""
+    if not contents.experts:
+        return {}
+    names = {contents.class_name(update.name): update.a.shape[1] for update in contents.experts}
+    # peft warns of patterns of parameters, and uses them all the same.
+    patterns = {exact_pattern(name): rank for name, rank in names.items() if rank != config["r"]}
+    own = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
+    return {"target_parameters": list(names), **own}
+
+
+def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, side: str) -> np.ndarray:
+    if (module, side) not in keys:
+        msg = f"{file.path}: module {module!r} has no lora_{side}: the file is incomplete; save or download it again"
+        raise AdapterError(msg)
+    return file.read(keys[module, side]).astype(np.float32)
+
+
+def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    return {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
+
+
+def _name(base: BaseModel, layer: int, matrix: str) -> str:
+    assert base.family.experts is not None
+    return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
+
+
+def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
+    """Take the factors (E K, I) and (O, K E) of a parameter apart."""
+    assert base.family.experts is not None
+    count, layer, shapes = base.family.experts.sizes(base.config).count, int(module.split(".")[2]), _shapes(base)
+    came = b.shape[0], a.shape[1]
+    # Early versions of peft took the axes of (E, O, I) for (E, I, O).
+    matrix = next((name for name, shape in shapes.items() if came == shape), None)
+    turned = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
+    name = matrix or turned
+    if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("experts"):
+        msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
+        msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
+        raise AdapterError(msg)
+    whole, rank = _name(base, layer, name), a.shape[0] // count
+    known = pattern_name(file.config, whole)
+    if rank != module_rank(file.config, known):
+        msg = f"{file.path}: {whole!r} has rank {rank}, adapter_config.json says {module_rank(file.config, known)}"
+        raise AdapterError(msg + ": use the configuration that belongs to the file")
+    b = b * np.float32(module_scale(file.config, known, rank))
+    each_a, each_b = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
+    if matrix is None:
+        each_a, each_b = each_b.swapaxes(1, 2), each_a.swapaxes(1, 2)
+    return ExpertUpdate(whole, layer, name, np.ascontiguousarray(each_a), np.ascontiguousarray(each_b))
+
+
+def _of_singles(
+    file: AdapterFile,
+    base: BaseModel,
+    layer: int,
+    matrix: str,
+    parts: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]],
+) -> ExpertUpdate:
+    """Join the factors of single experts; those of gate and up side by side, each with its own rows."""
+    experts = base.family.experts
+    assert experts is not None
+    count, (rows, columns) = experts.sizes(base.config).count, _shapes(base)[matrix]
+    names = ("down",) if matrix == "down" else ("gate", "up")
+    height = rows // len(names)
+    rank = max(a.shape[0] for a, _ in parts.values())
+    each_a = np.zeros((count, rank * len(names), columns), np.float32)
+    each_b = np.zeros((count, rows, rank * len(names)), np.float32)
+    for (expert, part), (a, b) in parts.items():
+        place = names.index(part)
+        if expert >= count or b.shape[0] != height or a.shape[1] != columns or a.shape[0] != b.shape[1]:
+            msg = f"{file.path}: expert {expert} of layer {layer} has A of shape {list(a.shape)} and B of shape "
+            msg += f"{list(b.shape)}, which do not fit the base {base.name}; give the base it was trained on"
+            raise AdapterError(msg)
+        each_a[expert, rank * place : rank * place + len(a)] = a
+        each_b[expert, height * place : height * (place + 1), rank * place : rank * place + len(a)] = b
+    if layer not in base.layers_with("experts"):
+        msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
+        raise AdapterError(msg)
+    return ExpertUpdate(_name(base, layer, matrix), layer, matrix, each_a, each_b)

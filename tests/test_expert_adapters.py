@@ -1,0 +1,121 @@
+"""LoRA of the parameters of experts, against peft: read in both layouts, run, written, and named where it is left."""
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from dense_models import dense_model
+from safetensors.numpy import load_file, save_file
+from tiny_models import torch, transformers
+
+import jcrosslora as jcl
+from jcrosslora.checkpoint.family.names import ATTENTION
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.errors import AdapterError
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # peft looks for the patterns of parameters among its modules; the ranks are used all the same.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def run_torch(model):
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(TOKENS).long(), use_cache=False).logits.numpy()
+
+
+def run_ours(base, adapter):
+    settings, params, stacked = settings_of(base), load_params(base), stack_adapter(adapter, base)
+    run = jax.jit(lambda stacked: logits(settings, params, forward(settings, params, TOKENS, adapter=stacked).hidden))
+    return np.asarray(run(stacked))
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granitemoe", "qwen3_moe-mixed"])
+def case(request, tmp_path_factory):
+    """A model with an adapter that peft made of attention and of both parameters of the experts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    dense_model(request.param).save_pretrained(folder / "base")
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=list(ATTENTION), target_parameters=PARAMETERS, init_lora_weights=False
+    )
+    config.rank_pattern = {r".*\.down_proj": 3}
+    adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "experts" in name and "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(folder / "adapter")
+    base = jcl.open_base(folder / "base")
+    adapter = jcl.load_adapter(folder / "adapter", base)
+    return SimpleNamespace(folder=folder, load=load, base=base, adapter=adapter, wanted=run_torch(adapted))
+
+
+def test_an_adapter_of_experts_does_what_it_does_in_peft(case):
+    assert not case.adapter.info.ignored
+    np.testing.assert_allclose(run_ours(case.base, case.adapter), case.wanted, **CLOSE)
+    linear = jcl.Adapter(case.adapter.modules)
+    assert np.abs(run_ours(case.base, linear) - case.wanted).max() > 0.05
+
+
+def test_an_adapter_of_experts_is_written_as_peft_reads_it(case, tmp_path):
+    out = jcl.save_adapter(case.adapter, tmp_path / "out", base=case.base, profile="peft")
+    again = jcl.load_adapter(out, case.base)
+    np.testing.assert_allclose(run_ours(case.base, again), case.wanted, **CLOSE)
+    loaded = peft.PeftModel.from_pretrained(case.load(attn_implementation="eager"), str(out)).eval()
+    np.testing.assert_allclose(run_torch(loaded), case.wanted, **CLOSE)
+
+
+def test_what_cannot_hold_experts_says_so(case, tmp_path):
+    from jcrosslora.adapter.profiles import for_profile
+
+    assert "LoRA of experts" in for_profile(case.adapter, "portable").info.ignored[-1]
+    without = jcl.load_adapter(case.folder / "adapter")
+    assert not without.experts
+    assert "the base that it was trained on was not given" in without.info.ignored[-1]
+    moved = jcl.transfer(case.adapter, case.base, case.base, "cross-lora", cache=False)
+    assert any("LoRA of experts" in note for note in moved.report.notes)
+    settings = jcl.MergeSettings(str(case.folder / "base"), str(case.folder / "adapter"), str(tmp_path / "merged"))
+    with pytest.raises(AdapterError, match="updates experts, which are not merged"):
+        jcl.merge(settings)
+
+
+def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(case, tmp_path):
+    if "mixtral" not in str(case.folder):
+        pytest.skip("the names of one class are enough")
+    rng, file, config = (
+        np.random.default_rng(0),
+        {},
+        json.loads((case.folder / "adapter/adapter_config.json").read_text()),
+    )
+    prefix = "base_model.model.model.layers.1.block_sparse_moe.experts.3"
+    for part, shape in (("w1", (40, 32)), ("w3", (40, 32)), ("w2", (32, 40))):
+        file[f"{prefix}.{part}.lora_A.weight"] = rng.normal(size=(2, shape[1])).astype(np.float32)
+        file[f"{prefix}.{part}.lora_B.weight"] = rng.normal(size=(shape[0], 2)).astype(np.float32)
+    linear = {key: array for key, array in load_file(case.folder / "adapter/adapter_model.safetensors").items()}
+    linear = {key: array for key, array in linear.items() if "experts" not in key}
+    (tmp_path / "a").mkdir()
+    save_file(file | linear, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    plain = config | {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(plain))
+    found = jcl.load_adapter(tmp_path / "a", case.base).experts
+    assert [update.name for update in found] == [
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.1.mlp.experts.gate_up_proj",
+    ]
+    down, gate_up = (update.b[3] @ update.a[3] for update in found)
+    each = [
+        file[f"{prefix}.{part}.lora_B.weight"] @ file[f"{prefix}.{part}.lora_A.weight"] for part in ("w1", "w3", "w2")
+    ]
+    np.testing.assert_allclose(gate_up, 1.5 * np.concatenate(each[:2]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(down, 1.5 * each[2], rtol=1e-5, atol=1e-5)
+    assert not found[0].b[2].any()
