@@ -47,7 +47,7 @@ def train_dense(
     """
     settings.check()
     model, params = settings_of(base), load_params(base)
-    start = {role: jnp.array(params.weights[role]) for role in settings.modules}
+    start = {role: jnp.array(params.weights[role]) for role in settings.modules or params.weights}
 
     def gradient_of(weights: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return _loss_and_gradient(model, params, weights, batch)

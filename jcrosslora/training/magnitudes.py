@@ -121,9 +121,10 @@ def fit_magnitudes(
     base = base if isinstance(base, BaseModel) else open_base(base)
     adapter = split_fused(adapter, base.fused)
     stacked, model = stack_adapter(adapter, base), settings_of(base)
-    units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in settings.modules}
+    modules = tuple(stacked.roles) if settings.modules is None else settings.modules
+    units = {role: norms for role, norms in first_magnitudes(stacked).items() if role in modules}
     if not any(np.any(norms) for norms in units.values()):
-        msg = f"{adapter.info.name} has no update of {', '.join(settings.modules)}: wanted one whose magnitude to train"
+        msg = f"{adapter.info.name} has no update of {', '.join(modules)}: wanted one whose magnitude to train"
         raise UsageError(msg)
     weights = load_params(base, settings.dtype) if params is None else params
 

@@ -25,8 +25,8 @@ class TrainingSettings:
     """Rank of the adapter in every module."""
     alpha: float = 16.0
     """The update is alpha / rank * B A."""
-    modules: tuple[str, ...] = ROLES
-    """Kinds of modules that get an update; those that the base does not have are left out."""
+    modules: tuple[str, ...] | None = None
+    """Roles that get an update; those that the base does not have are left out. None: all that it has."""
     seed: int = 0
     """Seed of the first factors and of the order of the examples."""
     optimizer: Optimizer = "adamw"
@@ -71,6 +71,8 @@ class TrainingSettings:
                 raise UsageError(msg)
 
 
-def _are_roles(modules: tuple[str, ...]) -> bool:
+def _are_roles(modules: tuple[str, ...] | None) -> bool:
+    if modules is None:
+        return True
     # Compiled functions are cached by the settings, and a list cannot be hashed.
     return isinstance(modules, tuple) and 0 < len(modules) == len(set(modules)) and set(modules) <= set(ROLES)

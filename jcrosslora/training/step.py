@@ -144,9 +144,10 @@ def first_factors(base: BaseModel, settings: TrainingSettings) -> StackedAdapter
         UsageError: the base has none of the modules.
     """
     rng = np.random.default_rng([settings.seed, 1])
-    wanted = [role for role in settings.modules if role in base.family.roles and base.layers_with(role)]
+    asked = base.family.roles if settings.modules is None else settings.modules
+    wanted = [role for role in asked if role in base.family.roles and base.layers_with(role)]
     if not wanted:
-        msg = f"modules {', '.join(settings.modules)}: {base.name} has none of them, only "
+        msg = f"modules {', '.join(asked)}: {base.name} has none of them, only "
         raise UsageError(msg + ", ".join(base.family.roles))
     roles = {}
     for role in wanted:
