@@ -21,6 +21,7 @@ from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_
 from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import score
+from jcrosslora.evidence import heads
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.training import TrainingSettings
@@ -171,6 +172,8 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
     ("family", "change", "message"),
     [
         ("lfm2", {"layer_types": ["conv", "sliding_attention"]}, "layer type 'sliding_attention' is not supported"),
+        ("lfm2", {"full_attn_idxs": 1}, "'full_attn_idxs' is 1, wanted a list of layers"),
+        ("granitemoehybrid", {"num_local_experts": 0, "num_hidden_layers": 1 << 30}, "wanted at most 16384"),
         ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is '0', wanted a positive integer"),
         ("lfm2", {"use_pos_enc": False}, "'use_pos_enc'=False is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "3 is not a multiple of"),
@@ -193,3 +196,10 @@ def test_a_resolved_configuration_resolves_to_itself(name):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     once = FAMILIES[family].resolve(sizes | settings)
     assert FAMILIES[family].resolve(once) == once
+
+
+def test_the_heads_of_gated_attention_are_matched_by_their_queries():
+    base = jcl.open_base(random_model(*HYBRIDS["qwen3_5-bias"]))
+    found = heads._attention(base, 0)
+    whole = base.weight("model.layers.0.self_attn.q_proj").reshape(4, 32, 32)
+    np.testing.assert_array_equal(found.q, whole[:, :16].reshape(64, 32))

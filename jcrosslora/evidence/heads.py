@@ -120,4 +120,6 @@ def _attention(base: BaseModel, layer: int) -> AttentionWeights:
     names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for role in ATTENTION]
     q, k, v, o = (jnp.asarray(base.weight(name)).astype(jnp.float32) for name in names)
     base.release()
+    if base.modules[names[0]].role == "qg_proj":  # rows of queries and of gates in turn
+        q = q.reshape(base.dims.heads, 2, base.dims.head_dim, -1)[:, 0].reshape(-1, q.shape[1])
     return AttentionWeights(q, k, v, o, base.dims.heads, base.dims.kv_heads)

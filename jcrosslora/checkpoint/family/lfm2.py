@@ -9,7 +9,7 @@ from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
-from jcrosslora.checkpoint.family.sizes import layer_kinds, size
+from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
 
 _CONV, _FULL = "conv", "full_attention"
 
@@ -25,12 +25,12 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
                 msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
                 raise ValueError(msg)
             width = multiple * -(-int(factor * width) // multiple)
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
     if kinds is None:
         full = config.get("full_attn_idxs")
-        full = range(layers) if full is None else full
-        if not all(type(layer) is int for layer in full):
+        full = list(range(layers)) if full is None else full
+        if not isinstance(full, list | tuple) or not all(type(layer) is int for layer in full):
             msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
             raise ValueError(msg)
         kinds = [_FULL if layer in full else _CONV for layer in range(layers)]

@@ -11,7 +11,7 @@ from jcrosslora.checkpoint.family.names import ATTENTION, MAMBA, MLP, QKV
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
-from jcrosslora.checkpoint.family.sizes import layer_kinds, numbers, size
+from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, numbers, size
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _KEYS = (
@@ -56,7 +56,7 @@ def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
         msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
         raise ValueError(msg)
     kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     width = size(config, "shared_intermediate_size", 1024)
     return {**config, "layer_types": kinds or [_LINEAR] * layers, "intermediate_size": width}
 

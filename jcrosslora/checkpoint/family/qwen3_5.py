@@ -9,14 +9,14 @@ from jcrosslora.checkpoint.family.names import DELTA, GATED_ATTENTION, MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Positions
-from jcrosslora.checkpoint.family.sizes import layer_kinds, size
+from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """State the kinds of the layers, and leave out the axes of positions, which are equal in a text."""
-    period, layers = size(config, "full_attention_interval", 4), size(config, "num_hidden_layers")
+    period, layers = size(config, "full_attention_interval", 4), layer_count(config)
     kinds = layer_kinds(config, {_LINEAR: _LINEAR, _FULL: _FULL})
     found = {**config, "layer_types": kinds or [_LINEAR if (i + 1) % period else _FULL for i in range(layers)]}
     for key in ("rope_scaling", "rope_parameters"):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LIMIT = 1 << 31
+_MOST_LAYERS = 1 << 14  # lists of layers are made before the weights are looked at
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -17,6 +18,19 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int
         msg = f"config key {key!r} is {str(value)[:60]!r}, wanted a positive integer"
         raise ValueError(msg)
     return value
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers.
+
+    Raises:
+        ValueError: it is not a positive integer, or more than any model has.
+    """
+    layers = size(config, "num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {_MOST_LAYERS}"
+        raise ValueError(msg)
+    return layers
 
 
 def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
@@ -52,11 +66,11 @@ def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str
     stated = config.get("layer_types")
     if stated is None:
         return None
-    layers = size(config, "num_hidden_layers")
+    layers = layer_count(config)
     if not isinstance(stated, list | tuple) or len(stated) != layers:
         msg = f"layer_types is {str(stated)[:60]}, wanted a list of {layers} kinds"
         raise ValueError(msg)
-    unknown = [kind for kind in stated if kind not in names]
+    unknown = [kind for kind in stated if not isinstance(kind, str) or kind not in names]
     if unknown:
         msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
         raise ValueError(msg)
