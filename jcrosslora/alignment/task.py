@@ -209,7 +209,7 @@ def plan_alignment(
 
 
 def reads_stream(pair: Pair) -> bool:
-    """Whether a module reads the residual stream (q, k, v, gate, up): others write to it (o, down), or read a latent."""
+    """Whether a module reads the residual stream (q, k, v, gate, up); others write it (o, down), or read a latent."""
     return pair.role not in (*WRITERS, *LATENT_INNER)
 
 
