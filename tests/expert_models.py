@@ -67,6 +67,17 @@ EXPERT_VARIANTS = {
         | {"q_lora_rank": 12, "attention_bias": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
     ),
     "deepseek_v3-direct": ("deepseek_v3", LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "exaone_moe": (
+        "exaone_moe",
+        SPARSE
+        | {"head_dim": 12, "num_hidden_layers": 4, "sliding_window": 6, "num_shared_experts": 2}
+        | {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"], "routed_scaling_factor": 1.7},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 12, "num_hidden_layers": 4}
+        | {"moe_layer_start_index": 1, "moe_layer_interval": 2, "use_bias": True, "tie_word_embeddings": False},
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         SPARSE | {"shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "decoder_sparse_step": 2},

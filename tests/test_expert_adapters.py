@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora.adapter.profiles import for_profile
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError
@@ -39,11 +40,9 @@ def run_ours(base, adapter):
     return np.asarray(run(stacked))
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granitemoe", "qwen3_moe-mixed"])
-def case(request, tmp_path_factory):
+def make(name, folder):
     """A model with an adapter that peft made of attention and of both parameters of the experts."""
-    folder = tmp_path_factory.mktemp(request.param)
-    dense_model(request.param).save_pretrained(folder / "base")
+    dense_model(name).save_pretrained(folder / "base")
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     config = peft.LoraConfig(
@@ -58,6 +57,18 @@ def case(request, tmp_path_factory):
     base = jcl.open_base(folder / "base")
     adapter = jcl.load_adapter(folder / "adapter", base)
     return SimpleNamespace(folder=folder, load=load, base=base, adapter=adapter, wanted=run_torch(adapted))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return make("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granitemoe"])
+def case(request, tmp_path_factory):
+    if request.param == "mixtral":
+        return request.getfixturevalue("mixtral")
+    return make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_an_adapter_of_experts_does_what_it_does_in_peft(case):
@@ -75,39 +86,37 @@ def test_an_adapter_of_experts_is_written_as_peft_reads_it(case, tmp_path):
     np.testing.assert_allclose(run_torch(loaded), case.wanted, **CLOSE)
 
 
-def test_what_cannot_hold_experts_says_so(case, tmp_path):
-    from jcrosslora.adapter.profiles import for_profile
-
-    assert "LoRA of experts" in for_profile(case.adapter, "portable").info.ignored[-1]
-    without = jcl.load_adapter(case.folder / "adapter")
+def test_what_cannot_hold_experts_says_so(mixtral, tmp_path):
+    assert "LoRA of experts" in for_profile(mixtral.adapter, "portable").info.ignored[-1]
+    without = jcl.load_adapter(mixtral.folder / "adapter")
     assert not without.experts
     assert "the base that it was trained on was not given" in without.info.ignored[-1]
-    moved = jcl.transfer(case.adapter, case.base, case.base, "cross-lora", cache=False)
-    assert any("LoRA of experts" in note for note in moved.report.notes)
-    settings = jcl.MergeSettings(str(case.folder / "base"), str(case.folder / "adapter"), str(tmp_path / "merged"))
+    moved = jcl.transfer(mixtral.adapter, mixtral.base, mixtral.base, "cross-lora", cache=False)
+    assert any("LoRA of experts" in warning for warning in moved.report.warnings)
+    settings = jcl.MergeSettings(
+        str(mixtral.folder / "base"), str(mixtral.folder / "adapter"), str(tmp_path / "merged")
+    )
     with pytest.raises(AdapterError, match="updates experts, which are not merged"):
         jcl.merge(settings)
 
 
-def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(case, tmp_path):
-    if "mixtral" not in str(case.folder):
-        pytest.skip("the names of one class are enough")
+def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(mixtral, tmp_path):
     rng, file, config = (
         np.random.default_rng(0),
         {},
-        json.loads((case.folder / "adapter/adapter_config.json").read_text()),
+        json.loads((mixtral.folder / "adapter/adapter_config.json").read_text()),
     )
     prefix = "base_model.model.model.layers.1.block_sparse_moe.experts.3"
     for part, shape in (("w1", (40, 32)), ("w3", (40, 32)), ("w2", (32, 40))):
         file[f"{prefix}.{part}.lora_A.weight"] = rng.normal(size=(2, shape[1])).astype(np.float32)
         file[f"{prefix}.{part}.lora_B.weight"] = rng.normal(size=(shape[0], 2)).astype(np.float32)
-    linear = {key: array for key, array in load_file(case.folder / "adapter/adapter_model.safetensors").items()}
+    linear = {key: array for key, array in load_file(mixtral.folder / "adapter/adapter_model.safetensors").items()}
     linear = {key: array for key, array in linear.items() if "experts" not in key}
     (tmp_path / "a").mkdir()
     save_file(file | linear, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
     plain = config | {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(plain))
-    found = jcl.load_adapter(tmp_path / "a", case.base).experts
+    found = jcl.load_adapter(tmp_path / "a", mixtral.base).experts
     assert [update.name for update in found] == [
         "model.layers.1.mlp.experts.down_proj",
         "model.layers.1.mlp.experts.gate_up_proj",

@@ -28,7 +28,7 @@ def expert_shapes(
     shapes: dict[str, tuple[int, ...]] = {
         "router": (count, hidden),
         "router_bias": (count,),
-        "correction": (count,),
+        "correction": (1,) * (experts.correction_axes - 1) + (count,),
         "gate": (count, width, hidden),
         "up": (count, width, hidden),
         "gate_up": (count, 2 * width, hidden),

@@ -10,8 +10,8 @@ from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
 from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
-from jcrosslora.checkpoint.family.ernie import ERNIE4_5
-from jcrosslora.checkpoint.family.exaone4 import EXAONE4
+from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
+from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
 from jcrosslora.checkpoint.family.glm import GLM, GLM4, GLM4_MOE
 from jcrosslora.checkpoint.family.gpt_oss import GPT_OSS
@@ -79,6 +79,8 @@ _TABLE = (
     GPT_OSS,
     DEEPSEEK_V3,
     QWEN2_MOE,
+    EXAONE_MOE,
+    ERNIE4_5_MOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -104,12 +106,11 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma4_text": _GEMMA4,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
-    "mistral4": ("mistral", "latent attention (MLA) and mixtures of experts"),
+    "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),
     "deepseek_v2": ("deepseek_v3", "its choice of experts"),
-    "phimoe": ("phi3", "mixtures of experts"),
+    "phimoe": ("mixtral", "its choice of experts, one after another with scores of their own"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
-    "exaone_moe": ("exaone4", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
     "nemotron_h": ("nemotron", "layers of attention, state-space (Mamba) or MLP alone"),
 }

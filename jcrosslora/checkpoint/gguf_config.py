@@ -58,14 +58,27 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     assert family.gguf is not None
     stated = {key: meta.number(stored) for key, stored in family.gguf.numbers.items()}
     config |= {key: value for key, value in stated.items() if value is not None}
+    config |= dict(family.gguf.implied) | _expert_sizes(meta, family)
     return config | _windows(meta, family) | _other_keys(meta, family)
 
 
 def _family(meta: Metadata) -> Family:
-    """Return the family; of two with one architecture, that with windows if the file states a window."""
+    """Return the family; of several with one architecture, that with windows or experts if the file states them."""
     same = [one for one in FAMILIES.values() if one.gguf is not None and one.gguf.architecture == meta.arch]
+    expert = bool(meta.count("expert_count"))
+    same = [one for one in same if (one.experts is not None) == expert] or same
     windowed = bool(meta.count("attention.sliding_window"))
     return next((one for one in same if (one.windows is not None) == windowed), same[0])
+
+
+def _expert_sizes(meta: Metadata, family: Family) -> dict[str, Any]:
+    experts = family.experts
+    if experts is None:
+        return {}
+    sizes = {experts.count[0]: "expert_count", experts.used: "expert_used_count"}
+    if experts.width != "intermediate_size":
+        sizes[experts.width] = "expert_feed_forward_length"
+    return {key: meta.count(stored) for key, stored in sizes.items()}
 
 
 def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,13 @@ _MATRICES = {
     ("gate_proj", "up_proj"): "ffn_up",
     ("down_proj",): "ffn_down",
 }
+# Of experts -> their name in a layer, see `family.experts.MERGED`.
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 # Place of a norm in `Family.norms` -> its usual name in GGUF.
 _NORMS = {
     "attn": "attn_norm",
@@ -78,4 +85,6 @@ def _block(arch: str) -> dict[str, str]:
     own = {ROLE_PATHS[role]: (role,) for role in family.roles if role not in held}
     matrices = {_MATRICES[roles]: path for path, roles in {**family.fused, **own}.items()}
     names = _NORMS | dict(family.gguf.names)
+    same = (one for one in FAMILIES.values() if one.gguf is not None and one.gguf.architecture == arch)
+    matrices |= _EXPERTS if any(one.experts is not None for one in same) else {}
     return matrices | {names[place]: norm for place, norm in family.norms.items()}

@@ -1,5 +1,7 @@
 """The arrays of one layer, what is kept of its run, and how its linear modules and norms are applied."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -72,7 +74,7 @@ class LayerWeights:
         factors: role -> factors of an adapter; empty without one.
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
-        tensors: name -> tensor, see `Family.tensors`.
+        tensors: name -> tensor, see `Family.tensors` and `EXPERT_TENSORS`; those of experts are a `Row`.
         parts: static, the mixer and the MLP.
         factors_of_roles: static, on what modules read and return.
     """
@@ -87,7 +89,7 @@ class LayerWeights:
     factors: dict[str, StackedFactors]
     window: jax.Array
     rope: jax.Array
-    tensors: dict[str, jax.Array | Row]
+    tensors: dict[str, Any]
     parts: LayerParts = flax.struct.field(pytree_node=False)
     factors_of_roles: RoleFactors = flax.struct.field(pytree_node=False)
 

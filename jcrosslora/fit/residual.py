@@ -177,6 +177,7 @@ def _summed(
 
 
 def _no_sums(states: _States, down: Down) -> _Sums:
+    assert down.read is not None
     src, tgt, inner = states[0].shape[-1], states[2].shape[-1], down.read.shape[-1]
     shapes = (src, src), (src, tgt), (tgt,), (inner, inner), (inner, src), (inner, tgt), (tgt,), ()
     return _Sums(*map(jnp.zeros, shapes))
@@ -198,8 +199,10 @@ def _add(
 
     s, s_adapted = (take(state, at_src) for state in states[:2])
     t, t_adapted = (take(state, at_tgt) for state in states[2:])
+    assert down.read is not None
     x, written = take(down.read, at_tgt), jnp.zeros(())
     if settings.post_norms:
+        assert down.wrote is not None
         wrote = take(down.wrote, at_tgt)
         divisor = lax.rsqrt(jnp.mean(wrote**2, axis=-1, keepdims=True) + settings.eps)
         x, written = x * divisor, jnp.sum((wrote * divisor) ** 2, axis=0)

@@ -1,9 +1,33 @@
-"""ERNIE 4.5 (dense): Llama that rotates neighbouring features."""
+"""ERNIE 4.5, dense and with experts: Llama that rotates neighbouring features."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, shared_shapes, whole_number
 from jcrosslora.checkpoint.family.keys import words
-from jcrosslora.checkpoint.family.names import ATTENTION, MLP
+from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
+from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
+from jcrosslora.errors import CheckpointError
+
+_CORRECTION = "moe_statics.e_score_correction_bias"
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    interval, start, end = whole_number(config, "moe_layer_interval", 1), *_ends(config)
+    last = layers - 1 if end == -1 else end
+    sparse = [start <= layer <= last and (layer + 1) % interval == 0 for layer in range(layers)]
+    return [LayerParts(mlp="experts" if flag else "dense") for flag in sparse]
+
+
+def _ends(config: Mapping[str, Any]) -> tuple[int, int]:
+    ends = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
+    if not all(type(end) is int and end >= -1 for end in ends):
+        msg = f"config keys moe_layer_start_index and moe_layer_end_index are {str(ends)[:60]}, wanted layers"
+        raise CheckpointError(msg)
+    return ends
+
 
 ERNIE4_5 = Family(
     name="ernie4_5",
@@ -16,4 +40,28 @@ ERNIE4_5 = Family(
     keys=words("use_bias"),
     fixed={"compression_ratio": (1.0,)},
     defaults={"head_dim": 128},
+)
+ERNIE4_5_MOE = Family(
+    name="ernie4_5_moe",
+    architectures=("Ernie4_5_MoeForCausalLM",),
+    roles=(*DENSE_ROLES, *SHARED),
+    shapes=shared_shapes("moe_num_shared_experts"),
+    bias_keys={"use_bias": (*ATTENTION, *MLP, *SHARED)},
+    parts=_parts,
+    experts=Experts(
+        ("moe_num_experts", "num_experts", "num_local_experts"),
+        used="moe_k",
+        layouts=(PUBLISHED | {"correction": f"mlp.{_CORRECTION}"}, FUSED | {"correction": f"mlp.gate.{_CORRECTION}"}),
+        correction_axes=2,
+    ),
+    tied=True,
+    eps=Number("rms_norm_eps", 1e-5),
+    positions=Positions(theta=500_000.0, interleaved=True),
+    keys=words(
+        "use_bias moe_num_experts num_experts num_local_experts moe_k moe_intermediate_size moe_num_shared_experts "
+        "moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min output_router_logits "
+        "router_aux_loss_coef num_nextn_predict_layers moe_capacity"
+    ),
+    fixed={"moe_gate": ("topk",), "moe_use_aux_free": (True,)},
+    defaults={"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
 )

@@ -1,8 +1,32 @@
-"""EXAONE 4: norms behind attention and MLP alone; with windows, layers of full attention have no positions."""
+"""EXAONE 4: norms behind attention and MLP alone; with windows, layers of full attention have no positions.
 
+`exaone_moe` has its norms in front, and experts behind the first layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, behind_first, shared_shapes
 from jcrosslora.checkpoint.family.keys import words
-from jcrosslora.checkpoint.family.record import POST_NORMS, QK_NORMS, Family
+from jcrosslora.checkpoint.family.names import DENSE_ROLES, SHARED
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.record import POST_NORMS, PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
+from jcrosslora.errors import CheckpointError
+
+_CORRECTION = "e_score_correction_bias"
+_MLPS = {"dense": "dense", "sparse": "experts"}
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    stated = config.get("mlp_layer_types")
+    if stated is None:
+        return behind_first("first_k_dense_replace")(config, layers)
+    if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= set(_MLPS):
+        msg = f"config key 'mlp_layer_types' is {str(stated)[:60]}, wanted dense or sparse for each of {layers} layers"
+        raise CheckpointError(msg)
+    return [LayerParts(mlp=_MLPS[kind]) for kind in stated]
+
 
 EXAONE4 = Family(
     name="exaone4",
@@ -13,4 +37,32 @@ EXAONE4 = Family(
     windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
     positions=Positions(unrotated="full beside windows"),
     keys=words("sliding_window sliding_window_pattern layer_types"),
+)
+EXAONE_MOE = Family(
+    name="exaone_moe",
+    architectures=("ExaoneMoeForCausalLM",),
+    roles=(*DENSE_ROLES, *SHARED),
+    shapes=shared_shapes("num_shared_experts"),
+    norms=PRE_NORMS | QK_NORMS,
+    parts=_parts,
+    experts=Experts(
+        ("num_experts", "num_local_experts"),
+        layouts=(
+            PUBLISHED | {"correction": f"mlp.{_CORRECTION}"},
+            FUSED | {"correction": f"mlp.gate.{_CORRECTION}"},
+        ),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        scale=Number("routed_scaling_factor", 2.5),
+        groups=("n_group", "topk_group"),
+    ),
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(period=4, period_keys=("sliding_window_pattern",)),
+    positions=Positions(unrotated="full beside windows"),
+    keys=words(
+        "sliding_window sliding_window_pattern layer_types mlp_layer_types first_k_dense_replace num_experts "
+        "num_local_experts num_shared_experts num_experts_per_tok moe_intermediate_size norm_topk_prob n_group "
+        "topk_group routed_scaling_factor output_router_logits router_aux_loss_coef num_nextn_predict_layers"
+    ),
+    defaults={"first_k_dense_replace": 1, "num_shared_experts": 1, "norm_topk_prob": True},
 )

@@ -15,6 +15,10 @@ _FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"
 # published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
 PUBLISHED: Mapping[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
 FUSED: Mapping[str, str] = {"router": "mlp.gate.weight", **_FUSED}
+# One matrix of all experts for each of gate, up and down, as in GGUF.
+MERGED: Mapping[str, str] = {"router": "mlp.gate.weight"} | {
+    name: path.replace(".{}", "") for name, path in _ONE_EACH.items()
+}
 CORRECTION: Mapping[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
 
 
@@ -37,6 +41,7 @@ class Experts:
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         transposed: whether matrices of all experts are stored as (E, I, O).
         interleaved: whether rows of gate and up take turns in "gate_up".
+        correction_axes: of "correction" as it is stored, (1, E) if two.
         clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
     """
 
@@ -50,6 +55,7 @@ class Experts:
     groups: tuple[str, str] | None = None
     transposed: bool = False
     interleaved: bool = False
+    correction_axes: int = 1
     clamp: tuple[Number, Number] | None = None
 
     def sizes(self, config: Mapping[str, Any]) -> "ExpertSizes":

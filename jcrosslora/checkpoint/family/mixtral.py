@@ -1,10 +1,10 @@
 """Mixtral: Mistral with experts in all layers."""
 
-from jcrosslora.checkpoint.family.experts import FUSED, Experts, in_all_layers
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, Experts, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import Number, Positions, Windows
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
 
 _BLOCK = "block_sparse_moe"
 _PUBLISHED = {
@@ -17,9 +17,12 @@ _PUBLISHED = {
 MIXTRAL = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
+    gguf=Gguf("llama", permuted=True),
     roles=ATTENTION,
     parts=in_all_layers,
-    experts=Experts(("num_local_experts", "num_experts"), width="intermediate_size", layouts=(_PUBLISHED, FUSED)),
+    experts=Experts(
+        ("num_local_experts", "num_experts"), width="intermediate_size", layouts=(_PUBLISHED, MERGED, FUSED)
+    ),
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(size=None, listed=False),
     positions=Positions(theta=1_000_000.0),

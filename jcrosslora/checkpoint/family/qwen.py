@@ -1,6 +1,6 @@
 """Qwen2 and Qwen3, dense and with experts."""
 
-from jcrosslora.checkpoint.family.experts import Experts, by_step
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, by_step
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, MLP, QKV, SHARED
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
@@ -32,11 +32,14 @@ _EXPERT_KEYS = words(
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step "
     "mlp_only_layers output_router_logits router_aux_loss_coef"
 )
-_EXPERTS = Experts(("num_experts", "num_local_experts"), normalised="norm_topk_prob")
+_EXPERTS = Experts(
+    ("num_experts", "num_local_experts"), layouts=(PUBLISHED, MERGED, FUSED), normalised="norm_topk_prob"
+)
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
+    gguf=Gguf("qwen3moe", implied={"norm_topk_prob": True}),
     norms=PRE_NORMS | QK_NORMS,
     bias_keys={"attention_bias": ATTENTION},
     parts=by_step,

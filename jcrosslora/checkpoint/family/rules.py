@@ -138,6 +138,7 @@ class Gguf:
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
         numbers: configuration key -> metadata key of a number.
+        implied: configuration keys and values that files do not state.
         arrays: tensor of a layer of one number -> key, without the architecture, of the list of those of all layers.
     """
 
@@ -145,4 +146,5 @@ class Gguf:
     permuted: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, str] = field(default_factory=dict)

@@ -41,7 +41,7 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
     """
     if experts is None:
         return None
-    sizes, stated = experts.sizes(config), experts.normalised
+    sizes, stated, clamp = experts.sizes(config), experts.normalised, experts.clamp
     return ExpertSettings(
         count=sizes.count,
         used=sizes.used,
@@ -50,5 +50,5 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         scale=1.0 if experts.scale is None else read_number(config, experts.scale, ref),
         groups=sizes.groups,
         used_groups=sizes.used_groups,
-        clamp=None if experts.clamp is None else tuple(read_number(config, number, ref) for number in experts.clamp),
+        clamp=clamp and (read_number(config, clamp[0], ref), read_number(config, clamp[1], ref)),
     )
