@@ -1,13 +1,14 @@
 """Compare sources of one adapter: our decoder, torch, and a server that tells the likeliest tokens alone.
 
-The demo's adapter of SmolLM2 is moved to Gemma from each, by a short fit to the same greedy answers; so the fits differ
-by the predictions alone. Start a server of the source with its adapter first, such as llama.cpp's:
+All write greedy answers, without the adapter and with it. The demo's adapter of SmolLM2 is then moved to Gemma from our
+decoder and from the server, by a short fit to these answers; so the fits differ by the predictions alone. (Those of
+torch are whole, as our decoder's are.) Start a server of the source with its adapter first, such as llama.cpp's:
 
     jcrosslora export jcrosslora/data/smollm2_json_answers --base SmolLM2.gguf --out gguf --profile gguf
     llama-server -m SmolLM2.gguf --lora gguf/adapter.gguf --alias smollm2 --port 8080
     python experiments/sources.py --source SmolLM2.gguf --target gemma3.gguf --url http://127.0.0.1:8080/v1
 
-On one core it takes about 20 minutes, most of it the server's.
+On a free core it takes about 5 minutes.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from itertools import combinations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
+from jcrosslora.decoder import load_params
 from jcrosslora.demo.compare import compare
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
 from jcrosslora.fit.distill.run import Distilled, distill_from
@@ -32,12 +35,13 @@ from jcrosslora.sources.protocol import Source
 from jcrosslora.sources.served.source import ServedSource
 from jcrosslora.sources.torch import TorchSource
 
-TOKENS = 24  # of a greedy answer
+TOKENS = 12  # of a greedy answer
 
 
 def sources(arguments: argparse.Namespace, folder: str) -> Iterator[tuple[str, Source]]:
     base = jcl.open_base(arguments.source)
-    yield "decoder", DecoderSource.of(base, jcl.load_adapter(folder, base))
+    params = load_params(base, jnp.float32)
+    yield "decoder", DecoderSource.of(base, jcl.load_adapter(folder, base), params=params)
     if arguments.torch:
         yield "torch", TorchSource.open(jcl.TorchModel(arguments.source, device="cpu"), folder)
     for top in arguments.top:
@@ -50,14 +54,20 @@ def run(arguments: argparse.Namespace) -> None:
     questions = demo_questions()
     prompts = [question.prompt for question in questions[: arguments.prompts]]
     target = jcl.open_base(arguments.target)
-    fit = Distill(completions=arguments.prompts, answer_temperature=0.0)
+    fit = Distill(completions=arguments.prompts, answer_temperature=0.0, answer_tokens=TOKENS, prompt_weight=0.0)
     said: dict[str, list[str]] = {}
     moved: dict[str, Adapter] = {}
     rows: list[tuple[Any, ...]] = []
     with shipped(SOURCE_ADAPTER) as folder, shipped(TARGET_ADAPTER) as trained:
         oracle = jcl.load_adapter(str(trained), target)
         for name, source in sources(arguments, str(folder)):
-            said[name] = [one.text for one in source.write(prompts, TOKENS, 0.0, jax.random.key(0))]
+            key = jax.random.key(0)
+            said[name] = [
+                one.text for side in (source.alone(), source) for one in side.write(prompts, TOKENS, 0.0, key)
+            ]
+            print(f"{name} wrote", flush=True)
+            if name == "torch":
+                continue
             begun = time.monotonic()
             found: Distilled = distill_from(source, target, prompts=prompts, settings=fit, seed=arguments.seed)
             looks = found.looks[0].divergence, min(look.divergence for look in found.looks)
@@ -65,8 +75,13 @@ def run(arguments: argparse.Namespace) -> None:
             moved[name] = found.adapter
             console.print(f"{name}: {found.sentence}", soft_wrap=True)
     for one, other in combinations(said, 2):
-        same = sum(a == b for a, b in zip(said[one], said[other], strict=True))
-        console.print(f"greedy answers of {TOKENS} tokens: {same} of {len(prompts)} the same from {one} and {other}")
+        same = [a == b for a, b in zip(said[one], said[other], strict=True)]
+        plain, adapted = sum(same[: len(prompts)]), sum(same[len(prompts) :])
+        console.print(
+            f"greedy answers of {TOKENS} tokens from {one} and {other}: of {len(prompts)} the same are {plain} without "
+            f"the adapter, {adapted} with it",
+            soft_wrap=True,
+        )
     judged = questions[arguments.prompts :][: arguments.questions]
     scores = compare(target, {**moved, "trained": oracle}, judged, written=1)
     table = Table("source", "divergence", "after", "seconds", "log p / char", "lift", title=f"{len(judged)} questions")
@@ -85,8 +100,8 @@ def main() -> None:
     parser.add_argument("--url", required=True, help="of a server that has the source with its adapter")
     parser.add_argument("--model", default="smollm2", help="the server's name of the source with its adapter")
     parser.add_argument("--top", type=int, nargs="+", default=[20], help="likeliest tokens to ask the server for")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--questions", type=int, default=100, help="that the moved adapters are scored on")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=48, help="that the moved adapters are scored on")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     try:

@@ -2,7 +2,7 @@
 
 vLLM and SGLang serve an adapter as a model of its own, whose `parent` is the base, and tell the predictions at all
 positions of a given text (`echo` with `logprobs`). llama.cpp serves one model, whose adapter a request switches on or
-off (`lora`); it ignores `echo`, so it is asked for the token behind every prefix, which its cache makes cheap.
+off (`lora`); it ignores `echo`, so it is asked for the token behind every prefix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _SAMPLING: dict[Kind, dict[str, Any]] = {
     "vllm": _NEUTRAL,
     "sglang": _NEUTRAL,
-    "llamacpp": {"samplers": ["temperature"], "cache_prompt": True},
+    # Its cache of prompts takes no heed of adapters: of requests side by side the base got states of the adapter.
+    "llamacpp": {"samplers": ["temperature"], "cache_prompt": False},
     "other": {"top_p": 1.0},
 }
 _READING: dict[Kind, dict[str, Any]] = {
