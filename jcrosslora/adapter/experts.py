@@ -109,7 +109,7 @@ def _name(base: BaseModel, layer: int, matrix: str) -> str:
 def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
     """Take the factors (E K, I) and (O, K E) of a parameter apart."""
     assert base.family.experts is not None
-    count, layer, shapes = base.family.experts.sizes(base.config).count, int(module.split(".")[2]), _shapes(base)
+    count, layer, shapes = base.family.experts.sizes(base.config).number, int(module.split(".")[2]), _shapes(base)
     came = b.shape[0], a.shape[1]
     # Early versions of peft took the axes of (E, O, I) for (E, I, O).
     matrix = next((name for name, shape in shapes.items() if came == shape), None)
@@ -141,7 +141,7 @@ def _of_singles(
     """Join the factors of single experts; those of gate and up side by side, each with its own rows."""
     experts = base.family.experts
     assert experts is not None
-    count, (rows, columns) = experts.sizes(base.config).count, _shapes(base)[matrix]
+    count, (rows, columns) = experts.sizes(base.config).number, _shapes(base)[matrix]
     names = ("down",) if matrix == "down" else ("gate", "up")
     height = rows // len(names)
     rank = max(a.shape[0] for a, _ in parts.values())

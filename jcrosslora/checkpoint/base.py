@@ -144,8 +144,8 @@ class BaseModel:
         assert self.family.experts is not None
         sizes = self.family.experts.sizes(self.config)
         if matrix == "down":
-            return sizes.count, self.dims.hidden, sizes.width
-        return sizes.count, 2 * sizes.width, self.dims.hidden
+            return sizes.number, self.dims.hidden, sizes.width
+        return sizes.number, 2 * sizes.width, self.dims.hidden
 
     def expert_tensor(self, layer: int, name: str) -> np.ndarray:
         """Read a tensor of the experts of a layer, see `read_expert_tensor`.
@@ -156,7 +156,7 @@ class BaseModel:
         experts, layout = self.family.experts, self.expert_layout
         assert experts is not None
         assert layout is not None
-        count = experts.sizes(self.config).count
+        count = experts.sizes(self.config).number
         return read_expert_tensor(
             experts, layout, lambda path: self.tensor(f"model.layers.{layer}.{path}"), count, name
         )

@@ -24,7 +24,7 @@ def expert_shapes(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name in a layer and the shape of each tensor of its experts as they are stored."""
     sizes, hidden = experts.sizes(config), dims.hidden
-    count, width = sizes.count, sizes.width
+    count, width = sizes.number, sizes.width
     shapes: dict[str, tuple[int, ...]] = {
         "router": (count, hidden),
         "router_bias": (count,),

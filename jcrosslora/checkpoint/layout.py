@@ -177,7 +177,8 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
     names = store.names()
     # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
     stored = {part for name in names if (part := _layer_of(name)) is not None}
-    extra = config.get(_MORE_LAYERS) if type(config.get(_MORE_LAYERS)) is int else 0
+    extra = config.get(_MORE_LAYERS)
+    extra = extra if isinstance(extra, int) else 0
     stored = {layer for layer in stored if not dims.layers <= layer < dims.layers + extra}
     if stored and (dims.layers > len(stored) or max(stored) >= dims.layers):
         msg = (

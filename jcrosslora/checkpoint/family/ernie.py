@@ -22,11 +22,11 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 
 def _ends(config: Mapping[str, Any]) -> tuple[int, int]:
-    ends = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
-    if not all(type(end) is int and end >= -1 for end in ends):
-        msg = f"config keys moe_layer_start_index and moe_layer_end_index are {str(ends)[:60]}, wanted layers"
+    start, end = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
+    if not isinstance(start, int) or not isinstance(end, int) or min(start, end) < -1:
+        msg = f"config keys moe_layer_start_index and moe_layer_end_index are {start!r} and {end!r}, wanted layers"
         raise CheckpointError(msg)
-    return ends
+    return start, end
 
 
 ERNIE4_5 = Family(

@@ -13,13 +13,13 @@ _FUSED = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"
 
 # Names of the tensors of a layer's experts, in the two ways in which most models are stored: one matrix an expert (in
 # published files, "{}" is the number of the expert), or those of all experts in one (in memory, by transformers 5).
-PUBLISHED: Mapping[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
-FUSED: Mapping[str, str] = {"router": "mlp.gate.weight", **_FUSED}
+PUBLISHED: dict[str, str] = {"router": "mlp.gate.weight", **_ONE_EACH}
+FUSED: dict[str, str] = {"router": "mlp.gate.weight", **_FUSED}
 # One matrix of all experts for each of gate, up and down, as in GGUF.
-MERGED: Mapping[str, str] = {"router": "mlp.gate.weight"} | {
+MERGED: dict[str, str] = {"router": "mlp.gate.weight"} | {
     name: path.replace(".{}", "") for name, path in _ONE_EACH.items()
 }
-CORRECTION: Mapping[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
+CORRECTION: dict[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Experts:
 class ExpertSizes(NamedTuple):
     """The sizes of a model's experts: E, how many a token uses, I, and the groups and used groups of them."""
 
-    count: int
+    number: int
     used: int
     width: int
     groups: int = 1

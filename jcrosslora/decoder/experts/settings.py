@@ -43,7 +43,7 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         return None
     sizes, stated, clamp = experts.sizes(config), experts.normalised, experts.clamp
     return ExpertSettings(
-        count=sizes.count,
+        count=sizes.number,
         used=sizes.used,
         scores=experts.scores,
         normalised=bool(config.get(stated)) if isinstance(stated, str) else stated,
