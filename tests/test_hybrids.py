@@ -116,21 +116,21 @@ def test_choices_behind_one_prefix_are_scored_as_whole_texts(hybrids):
 
 
 SMALL = DistillSettings(
-    fit_rank=2, passes=1, rate=3e-2, completions=16, answer_tokens=3, discovery=0, contrast_weight=1.0
+    fit_rank=2, passes=4, rate=3e-2, completions=16, answer_tokens=3, discovery=0, contrast_weight=1.0
 )
 
 
 def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
     target = hybrids("qwen3_5-bias")
     found = distill(llama, target, random_adapter(llama, scale=0.3), prompts=CORPUS, settings=SMALL)
-    assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
+    assert found.looks[-1].divergence < 0.98 * found.looks[0].divergence
     assert set(found.adapter.modules) == set(target.modules)
 
 
 def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     source = hybrids("falcon_h1")
     found = distill(source, llama, random_adapter(source, scale=0.3), prompts=CORPUS, settings=SMALL)
-    assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
+    assert found.looks[-1].divergence < 0.98 * found.looks[0].divergence
 
 
 def test_steps_in_closed_form_change_what_mixers_pass_on(llama, hybrids):
