@@ -12,10 +12,12 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, SourceError, UsageError
-from jcrosslora.fit.distill import writing
+from jcrosslora.fit.distill import completions, template_choice, writing
 from jcrosslora.fit.distill.discovery.requests import REQUEST
 from jcrosslora.fit.distill.run import distill
+from jcrosslora.fit.distill.templates import templates_of
 from jcrosslora.methods import Distill
+from jcrosslora.sources.served.source import ServedSource
 
 FIT = {"completions": 22, "passes": 1, "fit_rank": 2, "answer_tokens": 4, "compared_tokens": 300}
 FLAGS = ["--method", "distill", *(part for key, n in FIT.items() for part in ("--" + key.replace("_", "-"), str(n)))]
@@ -101,13 +103,13 @@ def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeyp
 
 def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, server, monkeypatch):
     """Every question of a fit is put to the server: both kinds of writing, scores and predictions."""
-    folder, source, _ = places
     monkeypatch.setattr(writing, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes
-    fit = Distill(**FIT, discovery=4)
-    served = jcl.ServedModel(server.url, MODEL, source.path)
-    found = jcl.transfer(None, served, folder / "target", fit, cache=False).report
-    assert "completions of at most 4 tokens" in found.fitted
-    assert found.examples
+    for module in (completions, template_choice):  # fewer, for the sake of time
+        monkeypatch.setattr(module, "templates_of", lambda tokenizer: templates_of(tokenizer)[-2:])
+    source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
+    found = completions.write_completions(source, Distill(**FIT, discovery=4), 0)
+    assert "completions of at most 4 tokens" in found.description
+    assert len(found.items) >= 16
     asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}
     assert {(BASE, True, 1), (MODEL, True, 1), (MODEL, False, 4), (BASE, False, REQUEST)} <= asked
 

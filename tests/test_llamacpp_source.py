@@ -28,7 +28,7 @@ import sys
 import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
-params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 8192, 4, 0, 0
+params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port, params.verbosity = 8192, 4, 0, 0, -1
 params.warmup = params.fit_params = False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.model_alias = {"smollm2"}
