@@ -32,6 +32,7 @@ JUDGED_TOKENS = 12  # of an answer, in the choice of templates
 PILOT_TOKENS, MOST_TOKENS, _ENDLESS_TOKENS = 64, 512, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
+_TURNS = 2  # near-duplicates and prompts that were not finished are left out, so that one turn falls short
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +115,12 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
             wanted = [known[place % len(known)] for place in range(count - like)] if known else []
             return discovery.write(source, like, seed, bar) + write_prompts(source, wanted, seed, bar)
 
-        missing = max(0, settings.rounds[0] - len(found)) if known else 0
-        bar.total = bar.done + 2 * missing
-        if missing:
-            prompts = write(source, missing, seed + 1, bar)
-            found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + 1, bar)
+        for turn in range(1, _TURNS + 1):
+            missing = max(0, settings.rounds[0] - len(found)) if known else 0
+            bar.total = bar.done + 2 * missing
+            if missing:
+                prompts = write(source, missing, seed + turn, bar)
+                found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + turn, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
     found = [found[place] for place in order]
