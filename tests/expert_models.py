@@ -76,7 +76,7 @@ EXPERT_VARIANTS = {
     "ernie4_5_moe": (
         "ernie4_5_moe",
         {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 12, "num_hidden_layers": 4}
-        | {"moe_layer_start_index": 1, "moe_layer_interval": 2, "use_bias": True, "tie_word_embeddings": False},
+        | {"moe_layer_start_index": 1, "moe_layer_interval": 2, "tie_word_embeddings": False},
     ),
     "qwen2_moe": (
         "qwen2_moe",

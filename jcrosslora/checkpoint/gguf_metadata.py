@@ -23,6 +23,7 @@ ARCHITECTURES: dict[str, str] = {}
 for _family in FAMILIES.values():
     if _family.gguf is not None:
         ARCHITECTURES.setdefault(_family.gguf.architecture, _family.name)
+_WITH_EXPERTS = {one.gguf.architecture for one in FAMILIES.values() if one.gguf is not None and one.experts is not None}
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _LARGEST = 1e38  # float32 ends at 3.4e38
@@ -53,8 +54,10 @@ class Metadata:
         if values.get("split.count", 1) not in (0, 1):
             msg = f"{path}: is one of {values['split.count']} parts: join them with llama-gguf-split --merge"
             raise CheckpointError(msg)
-        if self.get("expert_count"):
-            msg = f"{path}: mixture-of-experts models are not supported (expert_count {self.get('expert_count')})"
+        if self.get("expert_count") and arch not in _WITH_EXPERTS:
+            msg = (
+                f"{path}: experts are not supported for architecture {arch!r} (expert_count {self.get('expert_count')})"
+            )
             raise CheckpointError(msg)
 
     def get(self, key: str, default: Any = None) -> Any:

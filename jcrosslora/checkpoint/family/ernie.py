@@ -46,7 +46,6 @@ ERNIE4_5_MOE = Family(
     architectures=("Ernie4_5_MoeForCausalLM",),
     roles=(*DENSE_ROLES, *SHARED),
     shapes=shared_shapes("moe_num_shared_experts"),
-    bias_keys={"use_bias": (*ATTENTION, *MLP, *SHARED)},
     parts=_parts,
     experts=Experts(
         ("moe_num_experts", "num_experts", "num_local_experts"),
@@ -58,10 +57,11 @@ ERNIE4_5_MOE = Family(
     eps=Number("rms_norm_eps", 1e-5),
     positions=Positions(theta=500_000.0, interleaved=True),
     keys=words(
-        "use_bias moe_num_experts num_experts num_local_experts moe_k moe_intermediate_size moe_num_shared_experts "
+        "moe_num_experts num_experts num_local_experts moe_k moe_intermediate_size moe_num_shared_experts "
         "moe_layer_start_index moe_layer_end_index moe_layer_interval moe_norm_min output_router_logits "
         "router_aux_loss_coef num_nextn_predict_layers moe_capacity"
     ),
-    fixed={"moe_gate": ("topk",), "moe_use_aux_free": (True,)},
+    # With biases its output head has one too.
+    fixed={"use_bias": (False,), "moe_gate": ("topk",), "moe_use_aux_free": (True,)},
     defaults={"moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
 )
