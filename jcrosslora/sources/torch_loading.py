@@ -85,7 +85,8 @@ def _without_place(adapter: AdapterFiles, model: Any) -> list[str]:
     """List the factors in an adapter's file that the model has no module for, which PEFT leaves out without a word."""
     from peft import get_peft_model_state_dict
 
-    placed = get_peft_model_state_dict(model).keys()
+    # Whether embeddings were changed would be looked up on the hub.
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     return [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
 
 
