@@ -169,7 +169,7 @@ def _match_layer(
             heads |= {name: nothing[name] for name in ("keys", "values")}
         if queries >= MIN_MEAN_COSINE:
             found |= heads
-    return LayerMap(layers[0], **(nothing | found)) if found else None
+    return LayerMap(layers[0], in_place={}, **(nothing | found)) if found else None
 
 
 def _row_products(base: BaseModel, dims: np.ndarray) -> np.ndarray:
