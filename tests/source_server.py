@@ -132,12 +132,15 @@ class Handler(BaseHTTPRequestHandler):
         while len(row) < len(prompt) + body["max_tokens"]:
             found = self.server.predict(tuple(row[-WIDTH:]), adapted)[-1].astype(np.float64)
             warm = np.exp((found - found.max()) / max(body["temperature"], 1e-6))
-            row.append(int(rng.choice(len(warm), p=warm / warm.sum())))
+            biased = body.get("logit_bias")
+            row.append(biased[0][0] if biased else int(rng.choice(len(warm), p=warm / warm.sum())))
             if row[-1] in tokenizer.stops and not body.get("ignore_eos"):
                 stopped = True
                 break
         text = tokenizer.backend.decode(row[: len(row) - stopped], skip_special_tokens=True)
         choice = {"text": text[len(tokenizer.decode(prompt)) :], "finish_reason": "stop" if stopped else "length"}
+        # As llama.cpp does where the first part of a character was drawn.
+        bare = bare or (self.server.kind == "llamacpp" and "\ufffd" in tokenizer.decode(row[len(prompt) :]))
         if "logprobs" in body and not bare:
             echo = body.get("echo") and self.server.kind != "llamacpp"
             first = 0 if echo else len(prompt)

@@ -19,6 +19,7 @@ from jcrosslora.utils.progress import Track
 T = TypeVar("T")
 R = TypeVar("R")
 _PATH = "completions"
+_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 _WRITTEN = 4  # tokens that are written to check the tokenizer
 _FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
 
@@ -99,16 +100,19 @@ class Connection:
         Raises:
             SourceError: they are not.
         """
-        body = self._reading(side, ids.tolist()) | {"max_tokens": _WRITTEN, "temperature": 0.0}
+        fields = {"prompt": ids.tolist(), "max_tokens": _WRITTEN, "temperature": 0.0, "logprobs": 1}
+        body = {**side, **self.dialect.reading(None), **fields}
 
         def check(answer: Any) -> tuple[str, list[int | None]]:
             (choice,) = answer["choices"]
-            return choice["text"], [one.token for one in self._entries(choice)]
+            entries = self._names.entries(choice["logprobs"]) if choice.get("logprobs") else []
+            return choice["text"], [one.token for one in entries]
 
         text, tokens = self._client.post(_PATH, body, check)
         known = [token for token in tokens if token is not None]
         found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
-        if len(known) == len(tokens) and found.split() != text.split():
+        whole = known and len(known) == len(tokens) and _UNFINISHED not in text + found
+        if whole and found.split() != text.split():
             msg = (
                 f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: check "
             )
@@ -156,7 +160,7 @@ class Connection:
     def _reading(self, side: Fields, prompt: Any) -> dict[str, Any]:
         # At temperature 1 all servers agree on what a log-probability is.
         fields = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "logprobs": self._top}
-        return {**side, **self.dialect.reading, **fields}
+        return {**side, **self.dialect.reading(self._names.whole), **fields}
 
     def _entries(self, choice: Any) -> list[Entry]:
         log_probs = choice.get("logprobs")

@@ -59,10 +59,15 @@ class Dialect:
         ends = {"stop_token_ids": list(stops)} if self.kind in ("vllm", "sglang") else {}
         return {**_SAMPLING[self.kind], **ends}
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """Return the fields of requests that read."""
-        return {**_SAMPLING[self.kind], **_READING[self.kind]}
+    def reading(self, whole: int | None) -> dict[str, Any]:
+        """Return the fields of requests that read.
+
+        Args:
+            whole: id of a token that is a whole character; None if the tokenizer has none. llama.cpp tells nothing
+                where it draws the first part of a character, so it is made to draw this one; what it tells stays.
+        """
+        drawn = {"logit_bias": [[whole, 100.0]]} if self.kind == "llamacpp" and whole is not None else {}
+        return {**_SAMPLING[self.kind], **_READING[self.kind], **drawn}
 
 
 def find_dialect(client: Client, served: ServedModel) -> Dialect:

@@ -47,6 +47,12 @@ class TokenNames:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._ids = {**vocabulary.special, **(vocabulary.tokens or {})}
 
+    @property
+    def whole(self) -> int | None:
+        """The id of a token that is a whole character of one byte; None if there is none."""
+        found = (self._ids.get(bytes([byte])) for byte in (*b"ae. ", *range(0x21, 0x7F)))
+        return next((index for index in found if index is not None), None)
+
     def entries(self, log_probs: Mapping[str, Any]) -> list[Entry]:
         """Read the `logprobs` of a choice.
 
