@@ -149,7 +149,7 @@ def test_ignored_settings_are_listed(tmp_path):
         ({"kasa_config": {"beta": 1}}, "KaSA"),
         ({"arrow_config": {"top_k": 1}}, "Arrow"),
         ({"monteclora_config": {"a": 1}}, "MonteCLoRA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["mlp.gate_up"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         (
             {"peft_type": "VERA"},

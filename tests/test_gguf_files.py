@@ -96,7 +96,7 @@ BAD_MODELS = {
     "unknown architecture": ({"arch": "mamba"}, "architecture 'mamba' is not supported; supported: llama, qwen2"),
     "a projector": ({"metadata": {"general.type": "mmproj"}}, "GGUF of type 'mmproj'"),
     "one of several parts": ({"metadata": {"split.count": 3}}, "one of 3 parts"),
-    "experts": ({"metadata": {"expert_count": 8}}, "mixture-of-experts"),
+    "experts": ({"metadata": {"expert_count": 8}}, "num_experts_per_tok' is None"),
     "unknown tensor": ({"extra": {"blk.0.attn_gate.weight": (ONES, None)}}, "'blk.0.attn_gate.weight' is not known"),
     "missing tensor": ({"drop": ("blk.1.ffn_up.weight",)}, "layers.1.mlp.up_proj.weight is missing"),
     "missing embedding": ({"drop": ("token_embd.weight",)}, "token_embd.weight"),
