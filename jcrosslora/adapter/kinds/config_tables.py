@@ -73,6 +73,7 @@ KASA = "KaSA (kasa_config)"
 ARROW = "Arrow (arrow_config)"
 MONTECLORA = "MonteCLoRA (monteclora_config)"
 PARAMETERS = "LoRA of parameters (target_parameters)"
+OTHER_PARAMETERS = "LoRA of parameters that are not experts' (target_parameters)"
 BIASES = "LoRA with biases (lora_bias)"
 REPLICATION = "layer replication (layer_replication)"
 BEAM = "BeamLoRA (use_beamlora)"
@@ -99,7 +100,8 @@ VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     KASA: _truthy("kasa_config"),
     ARROW: _truthy("arrow_config"),
     MONTECLORA: _truthy("monteclora_config"),
-    PARAMETERS: _of_other_parameters,
+    PARAMETERS: _truthy("target_parameters"),
+    OTHER_PARAMETERS: _of_other_parameters,
     BIASES: _truthy("lora_bias"),
     REPLICATION: _truthy("layer_replication"),
     BEAM: _truthy("use_beamlora"),
@@ -129,7 +131,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     KASA: ("it truncates the base weights", _RETRAIN),
     ARROW: ("it routes between several adapters", _RETRAIN),
     MONTECLORA: ("its factors are random variables", _RETRAIN),
-    PARAMETERS: ("it updates other parameters than those of experts", _RETRAIN),
+    OTHER_PARAMETERS: ("it updates other parameters than those of experts", _RETRAIN),
     REPLICATION: ("its layer numbers are not those of the base", _RETRAIN),
 }
 
