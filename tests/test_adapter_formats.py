@@ -227,7 +227,7 @@ def test_parts_of_a_gguf_adapter_that_do_not_move_are_listed(tmp_path):
         ({"adapter.lora.alpha": float("nan")}, "adapter.lora.alpha is nan"),
         ({"tensors": PAIRS | {"blk.0.attn_q.bias": matrix(48)}}, "'blk.0.attn_q.bias' is not one of a LoRA"),
         ({"tensors": {"blk.x.attn_v.weight.lora_a": A_Q}}, "is not one of a LoRA"),
-        ({"tensors": {"blk.0.ffn_gate_exps.weight.lora_a": A_Q}}, "is not one of a LoRA"),
+        ({"tensors": {"blk.0.unknown.weight.lora_a": A_Q}}, "is not one of a LoRA"),
         ({"tensors": {"blk.0.attn_v.weight.lora_a": A_Q}}, "lora_A without its lora_B"),
         ({"tensors": V_ALONE | {"blk.1.attn_v.weight.lora_b": matrix(24, 3)}}, "of one rank were wanted"),
         ({"tensors": PAIRS | {"blk.0.attn_q.weight.lora_b": matrix(12, 2)}}, "do not split into 4 heads"),

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import transformers
 
 from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.decoder import settings_of
 
 PHI_FACTORS = {
@@ -90,7 +91,11 @@ def test_rotary_frequencies_and_windows_match_transformers(name):
     stated = {**SIZES, **PUBLISHED[name]}
     checked = check_config(stated, Path("here"))
     base = SimpleNamespace(
-        config=checked.values, family=checked.family, dims=read_dims(checked.values, Path("here")), ref="here"
+        config=checked.values,
+        family=checked.family,
+        dims=(dims := read_dims(checked.values, Path("here"))),
+        parts=(LayerParts(),) * dims.layers,
+        ref="here",
     )
     found = settings_of(base)
     config = transformers.AutoConfig.for_model(**{key: _copied(value) for key, value in stated.items()})

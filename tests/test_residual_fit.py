@@ -250,7 +250,7 @@ UNUSABLE = [
     ({"rank": 57}, UsageError, "rank 57 is out of range"),
     ({"layers": (0,)}, PairingError, "names 1 layers but the target has 2"),
     ({"layers": (0, 3)}, PairingError, "of 0 to 2"),
-    ({"layers": (None, None)}, PairingError, "at least one"),
+    ({"layers": (None, None)}, PairingError, r"names source layers \[\], wanted one for a layer of"),
     ({"batches": []}, UsageError, "no probe batches"),
 ]
 

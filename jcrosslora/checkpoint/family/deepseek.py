@@ -45,7 +45,7 @@ def _q_rank(config: Mapping[str, Any]) -> int:
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
-    roles=("q_proj", "o_proj", *MLP, *LATENT, *SHARED),
+    roles=("q_proj", "o_proj", *LATENT, *MLP, *SHARED),
     shapes={
         "q_proj": lambda sizes, config: (_queries(sizes, config), sizes.hidden),
         "q_a_proj": lambda sizes, config: (_q_rank(config), sizes.hidden),
