@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
     return dense, jcl.open_base(folder)
 
 
-@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("direction", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_bases_with_and_without_experts_learn_from_each_other(bases, direction):
     source, target = bases[::direction]
     adapter = random_adapter(source, roles=("q_proj", "v_proj", "o_proj"), scale=1.0)

@@ -120,6 +120,7 @@ SMALL = DistillSettings(
 )
 
 
+@pytest.mark.slow
 def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
     target = hybrids("qwen3_5-bias")
     found = distill(llama, target, random_adapter(llama, scale=0.3), prompts=CORPUS, settings=SMALL)
