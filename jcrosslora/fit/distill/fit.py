@@ -1,9 +1,9 @@
 """The fit: gradient steps in all modules on completions, each of which is used a few times.
 
 To write a completion and to make the teacher's predictions takes more time than a step, so another pass is cheaper than
-other completions. The last completions of a long fit are
-written by the target with its own update, where the teacher corrects it (on-policy distillation: Agarwal et al. 2024,
-arXiv 2306.13649). Held-out completions, looked at every few batches, decide which update is the best.
+other completions. The last completions of a long fit are written by the target with its own update, where the teacher
+corrects it (on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). Held-out completions, looked at every few
+batches, decide which update is the best.
 """
 
 from __future__ import annotations
