@@ -6,8 +6,9 @@ The cache holds the keys and values of all heads, not the latents.
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.attention import KVCache, append_layer, apply_rope, attention, attention_mask
+from jcrosslora.decoder.attention import KVCache, apply_rope
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, of_layer, run_module
+from jcrosslora.decoder.mixers.self_attention import attend
 from jcrosslora.decoder.ops import rms_norm
 from jcrosslora.decoder.settings import DecoderSettings
 
@@ -44,10 +45,7 @@ def latent_attention(
     queries = queries.reshape(*queries.shape[:2], settings.heads, -1)
     plain, turned = jnp.split(queries, [sizes.plain], axis=-1)
     queries = jnp.concatenate([plain, rotated(turned)], axis=-1)
-    if cache is not None:
-        cache, keys, values = append_layer(cache, layer.place, keys, values)
-    mask = attention_mask(context.query_positions, context.key_positions, layer.window)
-    mixed = attention(queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap)
+    mixed, cache = attend(settings, layer, context, queries, keys, values, cache)
     return run_module("o_proj", layer, mixed, capture), cache
 
 

@@ -30,14 +30,30 @@ def self_attention(
     if context.growths is not None:
         growth = of_layer(layer, context.growths)[:, :, None, None]
         queries = (queries.astype(jnp.float32) * growth).astype(queries.dtype)
+    mixed, cache = attend(settings, layer, context, queries, keys, values, cache)
+    mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+    return run_module("o_proj", layer, mixed, capture), cache
+
+
+def attend(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    context: Context,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cache: KVCache | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Let queries (B, T, heads, D) attend to keys and values (B, kv_heads, T, D), and to those in the cache.
+
+    Returns:
+        (B, T, heads * D) of the values, and the cache with these keys and values.
+    """
     if cache is not None:
         cache, keys, values = append_layer(cache, layer.place, keys, values)
     mask = attention_mask(context.query_positions, context.key_positions, layer.window)
-    mixed = attention(
-        queries, keys, values, mask, settings.attn_scale, settings.attn_soft_cap, layer.tensors.get("sinks")
-    )
-    mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
-    return run_module("o_proj", layer, mixed, capture), cache
+    scale, cap, sinks = settings.attn_scale, settings.attn_soft_cap, layer.tensors.get("sinks")
+    return attention(queries, keys, values, mask, scale, cap, sinks), cache
 
 
 def _queries(
