@@ -33,7 +33,7 @@ _MULTIPLE = 16  # what the width of a batch is rounded up to where texts are not
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
+UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class Written:
     text: str
     tokens: int
     ended: bool
+
+
+def as_written(tokenizer: Tokenizer, prompt: np.ndarray, row: np.ndarray) -> Written:
+    """Decode the tokens that a model wrote, int32 (N,), behind those of a prompt."""
+    ended = bool(len(row)) and int(row[-1]) in tokenizer.stops
+    # Decoded together: a tokenizer may drop the space in front of what it decodes first.
+    context = prompt[-_CONTEXT:]
+    text = tokenizer.decode([*context, *row[: len(row) - ended]])[len(tokenizer.decode(context)) :]
+    return Written(text.rstrip(UNFINISHED), len(row), ended)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,22 +245,15 @@ class Generator:
             rows = self._continue([ids[place] for place in places], max_new_tokens, temperature, key, shape, True)
             key = jax.random.fold_in(key, start)
             for place, row in zip(places, rows, strict=True):
-                found[place] = self._written(ids[place], row)
+                found[place] = as_written(self.tokenizer, ids[place], row)
             start += len(places)
             if bar is not None:
                 bar.update(len(places))
         return found
 
-    def _written(self, prompt: np.ndarray, row: np.ndarray) -> Written:
-        ended = bool(len(row)) and int(row[-1]) in self.tokenizer.stops
-        # Decoded together: a tokenizer may drop the space in front of what it decodes first.
-        context = prompt[-_CONTEXT:]
-        text = self.decode([*context, *row[: len(row) - ended]])[len(self.tokenizer.decode(context)) :]
-        return Written(text, len(row), ended)
-
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decode tokens without special tokens, and without a character that is cut off at the end."""
-        return self.tokenizer.decode(tokens).rstrip(_UNFINISHED)
+        return self.tokenizer.decode(tokens).rstrip(UNFINISHED)
 
 
 @flax.struct.dataclass

@@ -25,7 +25,7 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.timing import parameters
 from jcrosslora.shifting.records import ModuleRow
-from jcrosslora.shifting.truncate import READERS, project_update, span_rank, truncate_update
+from jcrosslora.shifting.truncate import READERS, span_rank, truncate_for_profile
 from jcrosslora.sources.protocol import Source
 from jcrosslora.utils.progress import steps
 
@@ -95,13 +95,7 @@ def transfer_asked(
     moved = Adapter(
         {name: found.adapter.modules[name] for name in target.modules if name in found.adapter.modules}, info
     )
-    truncation, frozen, warnings = None, None, ()
-    span = span_rank(profile, options.out_rank)
-    if span is not None:
-        moved, truncation, frozen = project_update(moved, target, span, {})
-        warnings = (READERS,)
-    elif options.out_rank is not None:
-        moved, truncation = truncate_update(moved, target.fused, options.out_rank)
+    moved, truncation, frozen = truncate_for_profile(moved, target, profile, options.out_rank)
     report = TransferReport(
         method=chosen,
         recipe=_recipe(chosen, options, probes),
@@ -115,7 +109,7 @@ def transfer_asked(
         unmapped_targets=(),
         unmapped_sources=(),
         energy=math.nan,
-        warnings=warnings,
+        warnings=() if frozen is None else (READERS,),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=choice,
         fitted=f"{found.sentence}; the source was {asked.how}",

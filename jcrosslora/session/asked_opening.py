@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,10 @@ def _default(name: str) -> Any:
 
 def _on_torch(model: TorchModel, adapter: str | Path, revision: str | None) -> AskedSource:
     from jcrosslora.sources.torch import TorchSource
-    from jcrosslora.sources.torch_loading import find_peft_adapter
 
-    files = find_peft_adapter(adapter, revision)
     source = TorchSource.open(model, adapter, revision=revision)
     settings = {"source_backend": "torch", "source_tokenizer": public_name(_text(model.tokenizer))}
-    info, rank = _read_info(files, revision)
+    info, rank = _read_info(source.files, source.digest, revision)
     return AskedSource(source, info, rank, "run by transformers and PEFT", settings)
 
 
@@ -82,7 +79,7 @@ def _text(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _read_info(files: AdapterFiles, revision: str | None) -> tuple[AdapterInfo, int | None]:
+def _read_info(files: AdapterFiles, digest: str, revision: str | None) -> tuple[AdapterInfo, int | None]:
     """Read what an adapter's configuration and card say of it."""
     config = {} if files.config is None else read_config(files.config)
     base, rank = config.get("base_model_name_or_path"), config.get("r")
@@ -90,7 +87,7 @@ def _read_info(files: AdapterFiles, revision: str | None) -> tuple[AdapterInfo, 
         name=files.name,
         base_name=base if isinstance(base, str) else None,
         form=files.form,
-        digest=f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}",
+        digest=digest,
         revision=revision,
         kind=str(config.get("peft_type", "LoRA")),
         licence=stated_licence(files.weights.parent),

@@ -33,7 +33,7 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
-from jcrosslora.shifting.truncate import READERS, Frozen, Known, project_update, span_rank, truncate_update
+from jcrosslora.shifting.truncate import READERS, Frozen, Known, span_rank, truncate_for_profile
 from jcrosslora.utils.progress import Steps, begin, steps
 
 if TYPE_CHECKING:
@@ -350,14 +350,9 @@ class PairSession:
     def _truncated(
         self, moved: Adapter, move: Move, shifted: Shifted
     ) -> tuple[Adapter, Truncation | None, Frozen | None]:
-        rule, target = move.options.out_rank, self.pair.target
-        rank = span_rank(move.profile, rule)
-        if rank is not None:
-            return project_update(moved, target, rank, self._known)
-        if rule is None:
-            return moved, None, None
         norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
-        return *truncate_update(moved, target.fused, rule, norms), None
+        rule = move.options.out_rank
+        return truncate_for_profile(moved, self.pair.target, move.profile, rule, norms, self._known)
 
 
 def lighter(method: Method | Auto) -> str:

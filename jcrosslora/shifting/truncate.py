@@ -100,6 +100,38 @@ def span_rank(profile: str, rule: RankRule | None) -> int | None:
     return rule
 
 
+def truncate_for_profile(
+    adapter: Adapter,
+    base: BaseModel,
+    profile: str,
+    rule: RankRule | None,
+    norms: Mapping[str, float] | None = None,
+    known: Known | None = None,
+) -> tuple[Adapter, Truncation | None, Frozen | None]:
+    """Cut a moved update as its file format and the requested rank want it.
+
+    Args:
+        adapter: of the target, with fused matrices split.
+        base: the target.
+        profile: the file format, see `span_rank`.
+        rule: the requested rank; None leaves the ranks of other formats.
+        norms: see `truncate_update`.
+        known: see `frozen_factors`.
+
+    Returns:
+        The update, the account of what was cut, and the frozen factors of LoRA-XS; None where there are none.
+
+    Raises:
+        UsageError, CheckpointError: see `span_rank` and `project_update`.
+    """
+    rank = span_rank(profile, rule)
+    if rank is not None:
+        return project_update(adapter, base, rank, known)
+    if rule is None:
+        return adapter, None, None
+    return *truncate_update(adapter, base.fused, rule, norms), None
+
+
 def frozen_factors(
     base: BaseModel, names: Iterable[str], rank: int, known: Known | None = None
 ) -> dict[str, LoRAFactors]:

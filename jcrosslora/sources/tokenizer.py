@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def open_tokenizer(
     if path.is_file():
         return tokenizer, gguf_vocabulary(read_metadata(path), tokenizer.vocab)
     return tokenizer, read_vocabulary(path, tokenizer.vocab)
+
+
+def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """Read conversations in another template, such as that beside an adapter, if there is one."""
+    return tokenizer if template is None else replace(tokenizer, chat_template=template)
 
 
 def _found(ref: str | Path, revision: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter.folder import stated_template
-from jcrosslora.cache.keys import sha256
+from jcrosslora.adapter.folder import AdapterFiles, stated_template
 from jcrosslora.checkpoint.opening import read_template
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
-from jcrosslora.decoder.generate import LONGEST
+from jcrosslora.decoder.generate import LONGEST, as_written
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.sources.protocol import ReadBatch
-from jcrosslora.sources.tokenizer import open_tokenizer
+from jcrosslora.sources.tokenizer import open_tokenizer, with_own_template
 from jcrosslora.sources.torch_loading import find_peft_adapter, load_model
 from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.text import Prompt
@@ -28,7 +28,6 @@ from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
 _ROWS, _READ_ROWS = 16, 8  # texts that are continued together, and read
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 _SAMPLE = "Question: Which of the two is larger, the sun or the moon?\nAnswer:"  # shows whether an adapter acts
 
 
@@ -89,7 +88,7 @@ class TorchWriter:
             for places in self._groups(ids):
                 rows = self._continue([ids[place] for place in places], max_new_tokens, temperature)
                 for place, row in zip(places, rows, strict=True):
-                    found[place] = self._written(ids[place], row)
+                    found[place] = as_written(self.tokenizer, ids[place], row)
                 if bar is not None:
                     bar.update(len(places))
         return found
@@ -131,13 +130,6 @@ class TorchWriter:
             raise not_finite(self._model.base_name, self._model.adapter_name if self._adapter else None)
         return scores
 
-    def _written(self, prompt: np.ndarray, row: np.ndarray) -> Written:
-        ended = bool(len(row)) and int(row[-1]) in self.tokenizer.stops
-        # Decoded together: a tokenizer may drop the space in front of what it decodes first.
-        known = len(self.tokenizer.decode(prompt))
-        text = self.tokenizer.decode([*prompt, *row[: len(row) - ended]])[known:]
-        return Written(text.rstrip(_UNFINISHED), len(row), ended)
-
 
 class AmplifiedTorchWriter(TorchWriter):
     """The base with the change that its adapter makes amplified, see `decoder.amplify`."""
@@ -171,12 +163,17 @@ class TorchSource(TorchWriter):
     Attributes:
         ref: the path or hub id of the base.
         adapter_name: the path or hub id of the adapter.
+        files: the adapter's.
+        digest: of its weights, "sha256:" and hex.
     """
 
-    def __init__(self, model: _Model, tokenizer: Tokenizer, vocabulary: Vocabulary, identity: Any) -> None:
+    def __init__(
+        self, model: _Model, tokenizer: Tokenizer, vocabulary: Vocabulary, revision: str | None, files: AdapterFiles
+    ) -> None:
         super().__init__(model, tokenizer, model.base_name, adapter=True)
-        self.ref, self.adapter_name = model.base_name, model.adapter_name
-        self._vocabulary, self._identity = vocabulary, identity
+        self.ref, self.adapter_name, self.files = model.base_name, model.adapter_name, files
+        self.digest = f"sha256:{hashlib.sha256(files.weights.read_bytes()).hexdigest()}"
+        self._vocabulary, self._revision = vocabulary, revision
 
     @classmethod
     def open(cls, source: TorchModel, adapter: str | Path, *, revision: str | None = None) -> TorchSource:
@@ -197,10 +194,9 @@ class TorchSource(TorchWriter):
         template = stated_template(files.weights.parent)
         if source.chat_template is not None:
             template = read_template(Path(source.chat_template))
-        if template is not None:
-            tokenizer = Tokenizer(**{**vars(tokenizer), "chat_template": template})
-        identity = ["torch", str(source.ref), source.revision, sha256(files.weights.read_bytes())]
-        found = cls(_Model(model, device, str(source.ref), str(adapter)), tokenizer, vocabulary, identity)
+        tokenizer = with_own_template(tokenizer, template)
+        loaded = _Model(model, device, str(source.ref), str(adapter))
+        found = cls(loaded, tokenizer, vocabulary, source.revision, files)
         found._check_acts()
         return found
 
@@ -210,7 +206,7 @@ class TorchSource(TorchWriter):
 
     def identity(self) -> Any:
         """Return the names of the base and a digest of the adapter."""
-        return self._identity
+        return ["torch", self.ref, self._revision, self.digest]
 
     def alone(self) -> TorchWriter:
         """Return the base without its adapter."""

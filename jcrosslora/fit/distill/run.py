@@ -38,6 +38,7 @@ from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.sources.decoder import DecoderSource, digest_values
 from jcrosslora.sources.protocol import Source
 from jcrosslora.sources.reduced_base import ReducedBase
+from jcrosslora.sources.tokenizer import with_own_template
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.reading import ending
@@ -227,11 +228,6 @@ def hold_out(
     rest = [item for item in completions if item.prompt not in kept_back]
     batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (rest, held_out))
     return batches, judged, kept_back
-
-
-def with_own_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """Read conversations in the template that lies beside the adapter, if there is one."""
-    return tokenizer if template is None else dataclasses.replace(tokenizer, chat_template=template)
 
 
 def end_tokens(

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jcrosslora.cache.keys import digest_of
+from jcrosslora.decoder.generate import UNFINISHED
 from jcrosslora.errors import SourceError
 from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client, RefusedError
@@ -19,7 +20,6 @@ from jcrosslora.utils.progress import Track
 T = TypeVar("T")
 R = TypeVar("R")
 _PATH = "completions"
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 _WRITTEN = 4  # tokens that are written to check the tokenizer
 _FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
 
@@ -111,7 +111,7 @@ class Connection:
         text, tokens = self._client.post(_PATH, body, check)
         known = [token for token in tokens if token is not None]
         found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
-        whole = known and len(known) == len(tokens) and _UNFINISHED not in text + found
+        whole = known and len(known) == len(tokens) and UNFINISHED not in text + found
         if whole and found.split() != text.split():
             msg = (
                 f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: check "

@@ -14,7 +14,7 @@ from jcrosslora.cache.keys import sha256
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
-from jcrosslora.decoder.generate import LONGEST
+from jcrosslora.decoder.generate import LONGEST, UNFINISHED, as_written
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.sources.protocol import ReadBatch
 from jcrosslora.sources.served.answers import Answers
@@ -31,7 +31,6 @@ from jcrosslora.utils.progress import Track
 
 _SAMPLE = "Question: Which of the two is larger, the sun or the moon?\nAnswer:"  # shows whether an adapter acts
 _SAMPLED = 5  # places of it, and likeliest tokens at each
-_UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 
 
 class ServedWriter:
@@ -61,7 +60,7 @@ class ServedWriter:
 
     def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
         text, ended = self._connection.write(self._side, ids, tokens, temperature, seed)
-        text = text.rstrip(_UNFINISHED)
+        text = text.rstrip(UNFINISHED)
         return Written(text, len(self.tokenizer.encode(text, special=False).ids) + ended, ended)
 
 
@@ -84,11 +83,7 @@ class AmplifiedWriter(ServedWriter):
             row = np.append(row, self._drawn(adapted, base, temperature, rng)).astype(np.int32)
             if row[-1] in self.tokenizer.stops:
                 break
-        ended = bool(row[-1] in self.tokenizer.stops and len(row) > len(ids))
-        # Decoded together: a tokenizer may drop the space in front of what it decodes first.
-        known = len(self.tokenizer.decode(ids))
-        text = self.tokenizer.decode(row[: len(row) - ended])[known:].rstrip(_UNFINISHED)
-        return Written(text, len(row) - len(ids), ended)
+        return as_written(self.tokenizer, ids, row[len(ids) :])
 
     def _drawn(self, adapted: TopTokens, base: TopTokens, temperature: float, rng: np.random.Generator) -> int:
         likely = adapted.log_probs >= adapted.log_probs.max() + np.log(self._plausible)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.decoder.generate import UNFINISHED
 
 _BY_ID = "token_id:"  # how vLLM names tokens where it is asked for ids
 _NOTHING = -9000.0  # vLLM writes -9999 for minus infinity
@@ -77,7 +78,7 @@ class TokenNames:
         if isinstance(raw, list) and raw:
             return self._ids.get(bytes(raw))
         # Bytes that are no whole character become the same mark in every such token.
-        return None if not isinstance(name, str) or "\ufffd" in name else self._ids.get(name.encode())
+        return None if not isinstance(name, str) or UNFINISHED in name else self._ids.get(name.encode())
 
     def _entry(self, one: Mapping[str, Any]) -> Entry:
         top = self._top(
