@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             figure = next(name for name in ("json", "exact") if name in wrote.figures)
             row.append(f"{wrote.bootstrap(figure)[1].value:.3f} ({figure})")
         table.add_row(*row)
+        console.print(f"{text}: " + ", ".join(row[1:]))
     console.print(table)
 
 

@@ -8,7 +8,8 @@ DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}
 is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data
 at all and with unlabelled prompts from the end of the train file, on which neither was trained. All answer the test
 examples on the target. A line of JSON for each row goes to WORK/results.jsonl: every figure with its interval, and the
-share of the trained adapter's gain ("lift") with intervals over the same resampled examples.
+share of the trained adapter's gain ("lift") with intervals over the same resampled examples. With `--ceiling` the
+source answers them with its own adapter as well: more than that a moved one can hardly bring.
 
 Adapters are kept in WORK and used again: the same command continues a stopped run. Choose settings with `--split
 train`, which answers train examples in front of the prompts; never on the test file.
@@ -49,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[0, 200], help="numbers of unlabelled prompts")
     parser.add_argument("--method", action="append", default=[], help="METHOD or METHOD:KEY=VALUE,...")
     parser.add_argument("--control", action="append", default=[], help="methods that are run without prompts alone")
+    parser.add_argument("--ceiling", action="store_true", help="the source answers as well")
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--limit", type=int, default=200, help="examples that are answered")
     parser.add_argument("--steps", type=int, default=usual.steps)
@@ -113,6 +115,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
             found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)
             print_answers(found, console, show=3)
+            own = answer(jcl.open_base(arguments.source), part, [source], progress=True) if arguments.ceiling else None
             with (work / "results.jsonl").open("a", encoding="utf-8") as file:
                 for place, (method, count, _, seconds) in enumerate(rows, 2):
                     line = {
@@ -127,6 +130,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                             name: dataclasses.asdict(one)
                             for name, one in (("base", base), ("trained", trained), ("moved", moved), ("lift", lift))
                         }
+                        if own is not None:
+                            line[figure]["source"] = dataclasses.asdict(own.bootstrap(figure)[1])
                     file.write(json.dumps(line) + "\n")
                     shares = ", ".join(f"{figure} {line[figure]['lift']['value']:.2f}" for figure in found.figures)
                     console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")

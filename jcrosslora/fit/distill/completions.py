@@ -17,6 +17,7 @@ from jcrosslora.decoder.generate import LONGEST
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.discovery.search import NOTHING, ROUNDS, Discovery, discover
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
+from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import templates_of
 from jcrosslora.fit.distill.writing import answer_prompts, write_prompts
@@ -56,8 +57,9 @@ class Completions:
 def answer_given(
     source: Source, prompts: Sequence[Prompt], settings: DistillSettings, seed: int, *, progress: bool = False
 ) -> Completions:
-    """Answer the user's prompts, each as often as it takes to make those that are written at first.
+    """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 
+    Where the base cannot write others like them (`jcrosslora.fit.distill.similar_prompts`) they are answered again.
     Only the last 2,048 tokens of a prompt are used. Where there are more prompts than answers are wanted, the first
     ones are used.
 
@@ -65,24 +67,34 @@ def answer_given(
         MethodError: the base answers too few of them, or there is only one.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    found: list[Completion] = []
-    with _bar(settings.rounds[0], progress) as bar:
-        tokens = settings.answer_tokens or _given_length(source, prompts, settings.answer_temperature, seed)
-        for turn in range(max(1, -(-settings.rounds[0] // len(prompts)))):
-            part = [Completion(prompt) for prompt in prompts[: settings.rounds[0] - turn * len(prompts)]]
-            found += answer_prompts(source, part, tokens, settings.answer_temperature, seed + turn, bar)
-    used = f"the first {settings.rounds[0]} of " if len(prompts) > settings.rounds[0] else ""
+    base, form = source.alone(), find_form(prompts, source.tokenizer)
+    wanted, temperature = settings.rounds[0], settings.answer_temperature
+    further = 0 if form is None else max(0, wanted - len(prompts))
+
+    def similar(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        return [] if form is None else form.write(base, count, seed, bar)
+
+    with _bar(wanted + further, progress) as bar:
+        tokens = settings.answer_tokens or _given_length(source, prompts, temperature, seed)
+        asked = [Completion(prompt) for prompt in prompts[:wanted]]
+        asked += similar(wanted - len(asked), seed, bar)
+        asked += [Completion(prompts[place % len(prompts)]) for place in range(wanted - len(asked))]
+        found = answer_prompts(source, asked, tokens, temperature, seed, bar)
     _check_enough(found, source)
+    used = f"the first {wanted} of " if len(prompts) > wanted else ""
     long = sum(len(prompt_ids(source.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
     def more(_: Source, count: int, seed: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
-        places = np.random.default_rng(seed).permutation(np.arange(max(count, len(usable))) % len(usable))[:count]
-        part = [Completion(usable[place]) for place in places]
-        return answer_prompts(answerer, part, tokens, settings.answer_temperature, seed, None)
+        again = count if form is None else count // 2
+        places = np.random.default_rng(seed).permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
+        asked = [Completion(usable[place]) for place in places] + similar(count - again, seed)
+        return answer_prompts(answerer, asked, tokens, temperature, seed, None)
 
     description = f"{len(found)} answers{_ended(found, tokens)} to {used}{len(prompts)} given prompts{cut}"
+    own = sum(item.origin == SIMILAR for item in found)
+    description += f", {own} of them to others like these that it wrote itself" if own else ""
     return Completions(found, description, more)
 
 

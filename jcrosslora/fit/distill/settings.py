@@ -34,7 +34,7 @@ class DistillSettings:
     """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     polish: float = 0.25
     """Share of a longer fit, its end, in which the target answers, with its own update."""
-    teacher_weight: float = 0.5
+    teacher_weight: float = 0.75
     """Share of the adapted source's own predictions in the teacher, 0 to 1; the rest is the target's."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""

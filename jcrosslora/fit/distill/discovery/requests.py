@@ -72,31 +72,48 @@ def _likeness(first: str, second: str) -> float:
     return overlap(*(pieces(shape, 3) for shape in shapes))
 
 
-def resemble(base: Writer, requests: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
+def resemble(
+    base: Writer,
+    requests: Sequence[str],
+    count: int,
+    seed: int,
+    bar: Track | None = None,
+    *,
+    shown: int = _SHOTS,
+    tokens: int = REQUEST,
+) -> list[str]:
     """Write requests like given ones.
 
     Args:
         base: without the adapter.
-        requests: at least one; a few of them stand in front of each.
+        requests: at least one, each a single line.
         count: the most requests.
         seed: of the sampling.
         bar: advances by one for each.
+        shown: how many of the given ones stand in front of each.
+        tokens: the most tokens of a request.
     """
     rng = np.random.default_rng(seed)
 
     def prompt(_: int) -> str:
-        shown = [requests[index] for index in rng.permutation(len(requests))[:_SHOTS]]
-        return "\n\n".join(f"Request: {request}" for request in [*shown, ""]).rstrip()
+        chosen = [requests[index] for index in rng.permutation(len(requests))[:shown]]
+        return "\n\n".join(f"Request: {request}" for request in [*chosen, ""]).rstrip()
 
-    return _write(base, prompt, count, seed, bar, requests)
+    return _write(base, prompt, count, seed, bar, requests, tokens)
 
 
 def _write(
-    base: Writer, prompt: Callable[[int], str], count: int, seed: int, bar: Track | None, known: Sequence[str]
+    base: Writer,
+    prompt: Callable[[int], str],
+    count: int,
+    seed: int,
+    bar: Track | None,
+    known: Sequence[str],
+    tokens: int = REQUEST,
 ) -> list[str]:
     """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request."""
     prompts = [prompt(place) for place in range(count)]
-    written = base.write(prompts, REQUEST, _TEMPERATURE, jax.random.key(seed), bar=bar)
+    written = base.write(prompts, tokens, _TEMPERATURE, jax.random.key(seed), bar=bar)
     # A line that was cut off lacks its end.
     whole = [one.text.strip().split("\n", 1)[0] for one in written if one.ended or "\n" in one.text.lstrip()]
     found = [line for line in whole if len(line.split()) >= _FEWEST_WORDS]
