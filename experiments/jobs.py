@@ -16,20 +16,19 @@ train`, which answers train examples in front of the prompts; never on the test 
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from lift_tasks import parse_row
+from result_lines import Figure, ResultLine, append, commit, versions
 from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
-from jcrosslora.evaluate import answer, print_answers
+from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
 from jcrosslora.text import Completion
 from jcrosslora.text.chat_template import template_of
@@ -116,25 +115,31 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)
             print_answers(found, console, show=3)
             own = answer(jcl.open_base(arguments.source), part, [source], progress=True) if arguments.ceiling else None
-            with (work / "results.jsonl").open("a", encoding="utf-8") as file:
-                for place, (method, count, _, seconds) in enumerate(rows, 2):
-                    line = {
-                        **{"task": task, "seed": seed, "split": arguments.split, "examples": len(part)},
-                        **{"source": source_name, "target": target.name},
-                        **{"method": method, "prompts": count, "seconds": seconds, "steps": arguments.steps},
-                    }
-                    for figure in found.figures:
-                        base, trained, moved = (found.bootstrap(figure)[index] for index in (0, 1, place))
-                        lift = found.lift(figure, place, 1)
-                        line[figure] = {
-                            name: dataclasses.asdict(one)
-                            for name, one in (("base", base), ("trained", trained), ("moved", moved), ("lift", lift))
-                        }
-                        if own is not None:
-                            line[figure]["source"] = dataclasses.asdict(own.bootstrap(figure)[1])
-                    file.write(json.dumps(line) + "\n")
-                    shares = ", ".join(f"{figure} {line[figure]['lift']['value']:.2f}" for figure in found.figures)
-                    console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")
+            for place, (method, count, _, seconds) in enumerate(rows, 2):
+                figures = {name: _figure(found, name, place, own) for name in found.figures}
+                line = ResultLine(
+                    source=source_name,
+                    target=target.name,
+                    task=task,
+                    split=arguments.split,
+                    examples=len(part),
+                    seed=seed,
+                    training_steps=arguments.steps,
+                    method=method,
+                    prompts=count,
+                    figures=figures,
+                    versions=dict(versions()),
+                    commit=commit(),
+                )
+                append(work / "results.jsonl", [line])
+                shares = ", ".join(f"{name} {one.lift.value:.2f}" for name, one in figures.items())
+                console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")
+
+
+def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figure:
+    """Take a figure of the moved adapter at a place among the answers, the base and the trained one in front of it."""
+    base, trained, moved = (found.bootstrap(name)[index] for index in (0, 1, place))
+    return Figure(base, trained, moved, found.lift(name, place, 1), None if own is None else own.bootstrap(name)[1])
 
 
 def main() -> None:
