@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault is not None:
             status, message = fault if isinstance(fault, tuple) else (fault, f"fault of {step}")
-            code = {"X-Error-Code": "RepoNotFound"} if (step, status) == ("info", 404) else {}
+            code = {"X-Error-Code": "RepoNotFound"} if step == "info" and status in (401, 404) else {}
             self.answer(status, {"error": message}, **code)
         elif step != "object" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid username or password."})

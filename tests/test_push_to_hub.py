@@ -156,7 +156,8 @@ def test_an_upload_that_broke_off_goes_on_with_the_same_command(hub, folder, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith(f"jcrosslora: {ID}: ")
-    assert ("the hub answers 500" if fault else "the upload broke off") in error
+    said = r"the hub answers 500 (Error while uploading 'adapter_model.safetensors' to the Hub.: fault of object)"
+    assert (said if fault else "the upload broke off") in error
     assert "repeat the upload: what was sent is not sent again" in error
     assert "X-Amz" not in error
     assert hub.repos[ID].files == {}
@@ -300,10 +301,12 @@ def test_what_is_no_whole_adapter_is_refused_before_the_hub_is_asked(hub, folder
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["moved", "me/a/b", "me/a--b", "-me/a", "me/moved.git"])
-def test_what_is_no_name_of_a_repository_is_refused_before_the_hub_is_asked(hub, folder, name):
+@pytest.mark.parametrize("name", ["moved", "me/", "me/a/b", "me/a--b", "-me/a", "me/moved.git"])
+def test_what_is_no_name_of_a_repository_is_refused_before_the_hub_is_asked(hub, folder, result, name):
     with pytest.raises(jcl.UsageError, match="is not the name of a repository"):
         jcl.push_to_hub(folder, name)
+    with pytest.raises(jcl.UsageError, match="is not the name of a repository"):
+        result.push_to_hub(name)
     with pytest.raises(jcl.UsageError, match="is not a hub id"):
         jcl.push_to_hub(folder, ID, base_model="./gemma")
     assert hub.requests == []
@@ -358,6 +361,24 @@ def test_a_result_in_memory_is_uploaded_and_uploaded_again_without_sending(hub, 
         result.push_to_hub(ID, profile="mlx")
 
 
+@pytest.mark.parametrize(
+    ("profile", "names", "library"),
+    [
+        ("mlx", {"adapter_config.json", "adapters.safetensors"}, "mlx"),
+        ("gguf", {"adapter.gguf"}, "gguf"),
+    ],
+)
+def test_adapters_of_other_engines_are_uploaded_in_their_own_format(hub, result, profile, names, library):
+    if profile == "gguf":
+        pytest.importorskip("gguf")
+    result.push_to_hub(ID, profile=profile, base_model="org/two")
+    files = hub.repos[ID].files
+    assert files.keys() == names | {"README.md", "recipe.toml", "transfer_report.json"}
+    assert (uploaded_card(hub)[0]["library_name"], uploaded_card(hub)[0]["base_model"]) == (library, "org/two")
+    if profile == "mlx":
+        assert json.loads(files["adapter_config.json"])["model"] == "org/two"
+
+
 def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_path, capsys):
     def transfer(out, repo_id):
         adapter, source, target = (str(bases / name) for name in ("adapter", "one", "two"))
@@ -380,11 +401,11 @@ def test_a_transfer_uploads_what_it_wrote_or_says_how_to_go_on(hub, bases, tmp_p
     assert hub.repos["me/c"].files.keys() == FILES
 
 
-def test_the_licence_of_an_adapter_of_the_hub_comes_from_its_card(bases, monkeypatch):
+def test_the_licence_of_an_adapter_of_the_hub_comes_from_its_card(bases, monkeypatch, tmp_path):
     import huggingface_hub
 
     def download(repo, name, revision=None):
-        return str(bases / "adapter" / name)
+        return shutil.copy(bases / "adapter" / name, tmp_path)  # what was not asked for is not there
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert jcl.load_adapter("owner/adapter").info.licence == "apache-2.0"

@@ -40,26 +40,29 @@ def refusals(repo_id: str) -> Iterator[None]:
 
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that an error or one of its causes carries; None where no answer came."""
-    cause: BaseException | None = error
-    while cause is not None:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        cause = cause.__cause__
-    return None
+    return next((status for cause in _causes(error) if (status := _status(cause)) is not None), None)
 
 
 def _account(error: Exception, repo_id: str) -> str:
     status = status_of(error)
     if status is None:
-        return f"the upload broke off ({cause_of(_origin(error), 300)}): {_BROKEN}"
-    said = one_line(getattr(error, "server_message", None) or error, 300)
+        return f"the upload broke off ({cause_of([*_causes(error)][-1], 300)}): {_BROKEN}"
+    answer = next((said for cause in _causes(error) if (said := getattr(cause, "server_message", None))), None)
+    outer = "" if _status(error) is not None else one_line(error, 300)  # what the client makes of the answer
+    inner = one_line(answer or ("" if outer else error), 300)
+    said = outer if inner in outer else f"{outer}: {inner}".removeprefix(": ")
     advice = _FAULT if status >= 500 else _ADVICE.get(status, "check the name, the token and the files")
     return f"the hub answers {status} ({said}): {advice.format(owner=repo_id.partition('/')[0])}"
 
 
-def _origin(error: BaseException) -> BaseException:
-    """Return the error at the bottom, which says more than those that wrap it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those below it, which say more than those that wrap them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None

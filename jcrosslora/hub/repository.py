@@ -65,16 +65,8 @@ class Repository:
             OutputError: there is no token.
         """
         from huggingface_hub import get_token
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-        try:
-            validate_repo_id(repo_id)
-            valid = is_hub_id(repo_id)
-        except HFValidationError:
-            valid = False
-        if not valid:
-            msg = f"{repo_id!r} is not the name of a repository: give one such as owner/name"
-            raise UsageError(msg)
+        check_repo_id(repo_id)
         with refusals(repo_id):
             found = token or get_token()
         if not found:
@@ -153,6 +145,24 @@ class Repository:
 
         with _quiet(), refusals(self.repo_id):
             yield HfApi(token=self.token, library_name="jcrosslora")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UsageError: it has not the form owner/name, or characters that the hub does not allow.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        valid = is_hub_id(repo_id)
+    except HFValidationError:
+        valid = False
+    if not valid:
+        msg = f"{repo_id!r} is not the name of a repository: give one such as owner/name"
+        raise UsageError(msg)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.hub.push import Pushed, push_folder
+from jcrosslora.hub.repository import check_repo_id
 from jcrosslora.report.documents import documents, published
 from jcrosslora.report.html import result_html
 from jcrosslora.report.record import TransferReport
@@ -138,8 +139,11 @@ class TransferResult:
             The address, the commit, and notes such as that no base model is named.
 
         Raises:
-            OutputError: the hub refuses the upload or cannot be reached.
+            UsageError: `repo_id` or `base_model` has not the form of a hub id.
+            OutputError: not logged in, the repository is public or holds something else, the hub refuses the upload, or
+                it cannot be reached.
         """
+        check_repo_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
             written = self.save(Path(folder) / repo_id.rpartition("/")[2], profile=profile, dtype=dtype)
             return push_folder(
