@@ -57,6 +57,7 @@ if _TYPE_CHECKING:
     from jcrosslora.report.record import TransferReport as TransferReport
     from jcrosslora.report.verdict import verdict as verdict
     from jcrosslora.session.files import transfer_files as transfer_files
+    from jcrosslora.session.pushing import push_to_hub as push_to_hub
     from jcrosslora.session.result import TransferResult as TransferResult
     from jcrosslora.session.saving import save_adapter as save_adapter
     from jcrosslora.session.settings import TransferSettings as TransferSettings
@@ -106,6 +107,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "report.record": ("TransferReport",),
     "report.verdict": ("verdict",),
     "session.files": ("transfer_files",),
+    "session.pushing": ("push_to_hub",),
     "session.result": ("TransferResult",),
     "session.saving": ("save_adapter",),
     "session.settings": ("TransferSettings",),

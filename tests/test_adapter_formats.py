@@ -312,4 +312,4 @@ def test_an_mlx_adapter_comes_from_the_hub(monkeypatch, tmp_path):
         huggingface_hub, "hf_hub_download", lambda repo, name, revision: asked.append(name) or str(folder / name)
     )
     assert list(load_adapter("owner/adapter").modules) == [Q]
-    assert asked == ["adapter_config.json", "adapters.safetensors"]
+    assert asked == ["adapter_config.json", "README.md", "adapters.safetensors"]

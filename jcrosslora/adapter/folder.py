@@ -3,20 +3,22 @@
 The licence of an adapter is the one that its model card states.
 """
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jcrosslora.adapter.front_matter import split_card
 from jcrosslora.adapter.read_gguf import is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import check_revision, is_hub_id
+from jcrosslora.checkpoint.hub_errors import cause_of, failures
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 
+CARD = "README.md"
 CONFIG = "adapter_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 WEIGHTS = "adapter_model.safetensors"
@@ -136,6 +138,8 @@ def _local_files(folder: Path) -> AdapterFiles:
 def _hub_files(repo: str, revision: str | None) -> AdapterFiles:
     config = _download(repo, CONFIG, revision)
     form = form_of(read_config(config))
+    with suppress(AdapterError):  # the card states the licence, and many adapters have none
+        _download(repo, CARD, revision)
     return AdapterFiles(repo, form, _download(repo, _WEIGHTS[form], revision), config)
 
 
@@ -154,30 +158,27 @@ def _missing_weights(folder: Path, form: Form) -> str:
 
 def _download(repo: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        msg = f"{repo}: no such folder, and {name} cannot be downloaded from the hub ({type(error).__name__}: {reason})"
+    except failures() as error:
+        msg = f"{repo}: no such folder, and {name} cannot be downloaded from the hub ({cause_of(error, 160)})"
         msg += ": check the name, the revision and the connection"
         raise AdapterError(msg) from error
 
 
 _LONGEST = 1 << 16  # bytes of a card that are read
-_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
 def stated_licence(folder: Path) -> str | None:
     """Return the licence in the front matter of a folder's README.md; None where there is none that can be read."""
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.is_file():
         return None
     # A damaged card is no reason to refuse the adapter.
-    with suppress(OSError), card.open("rb") as file:
-        found = _FRONT_MATTER.match(file.read(_LONGEST).decode("utf-8", errors="replace"))
-        return None if found is None else _licence(found[1])
+    with suppress(OSError, AdapterError), card.open("rb") as file:
+        licence = split_card(file.read(_LONGEST).decode("utf-8", errors="replace"))[0].get("license")
+        return licence if isinstance(licence, str) and licence else None
     return None
 
 
@@ -187,14 +188,4 @@ def stated_template(folder: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         text = path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= _LONGEST else ""
         return text if text.strip() else None
-    return None
-
-
-def _licence(front_matter: str) -> str | None:
-    import yaml  # it comes with huggingface_hub
-
-    with suppress(yaml.YAMLError, ValueError, RecursionError):
-        data = yaml.safe_load(front_matter)
-        licence = data.get("license") if isinstance(data, dict) else None
-        return licence if isinstance(licence, str) and licence else None
     return None

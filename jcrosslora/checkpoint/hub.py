@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import cast
 
 from jcrosslora.checkpoint.config import read_config
+from jcrosslora.checkpoint.hub_errors import cause_of, failures
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, read_weight_map, shards_of
 from jcrosslora.errors import CheckpointError
 
@@ -19,9 +19,14 @@ def is_hub_id(ref: str) -> bool:
     return _HUB_ID.fullmatch(ref) is not None and not ref.endswith((".gguf", ".safetensors", ".bin"))
 
 
+def is_on_hub(ref: str | None) -> bool:
+    """Whether `ref` has the form of a hub id and no local file or folder has that name."""
+    return ref is not None and is_hub_id(ref) and not Path(ref).exists()
+
+
 def public_name(ref: str | None) -> str | None:
     """Return the public form of a reference: a hub id unchanged, or the last part of a path."""
-    if ref is None or (is_hub_id(ref) and not Path(ref).exists()):
+    if ref is None or is_on_hub(ref):
         return ref
     return Path(ref).name or Path(ref).resolve().name or None
 
@@ -102,18 +107,13 @@ def fetch_companions(hub_id: str, revision: str | None) -> Path:
 def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     # Imported here because the import is slow and only hub ids need it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # The parents of HfHubHTTPError are OSError and the HTTPError of the HTTP library, which differs between versions of
-    # huggingface_hub; together they cover refused, offline and broken connections.
-    failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, ValueError))
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except failures as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except failures() as error:
         at = f" at revision {revision!r}" if revision else ""
         msg = (
-            f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause}): "
+            f"{hub_id}{at}: no such local folder, and the hub did not provide it ({cause_of(error)}): "
             "check the name, the network, HF_HUB_OFFLINE and your access to the model"
         )
         raise CheckpointError(msg) from error

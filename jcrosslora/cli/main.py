@@ -53,6 +53,7 @@ COMMANDS = {
     "check": Command("jcrosslora.cli.check:Check", "Say which engines will read an adapter.", computes=False),
     "export": Command("jcrosslora.cli.export:Export", "Write an adapter again: for another engine, rank, or as a sum."),
     "merge": Command("jcrosslora.cli.merge:Merge", "Merge an adapter into its base model."),
+    "push": Command("jcrosslora.cli.push:Push", "Upload an adapter's folder to the hub.", computes=False),
     "train": Command("jcrosslora.cli.train:Train", "Train a LoRA adapter of a base model on examples."),
     "methods": Command("jcrosslora.cli.methods:Methods", "List the transfer methods.", computes=False),
     "cache": Command(

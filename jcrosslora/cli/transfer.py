@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +10,10 @@ from rich.console import Console
 
 from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
 from jcrosslora.cli.output import FailOn, exit_code, print_json, say
+from jcrosslora.cli.push import print_pushed
+from jcrosslora.errors import OutputError
+from jcrosslora.hub.push import Pushed, push_folder
+from jcrosslora.hub.repository import Repository
 from jcrosslora.methods import AUTO, METHODS, find_method
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
@@ -21,7 +25,7 @@ class _Transfer:
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "method": ("calibrate", "depth", "probe_text", "probe_count", "source_template", "target_template"),
-        "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name"),
+        "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name", "push_to"),
         "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
         "source": (
             "source_backend",
@@ -48,6 +52,8 @@ class _Transfer:
     """role: a row for each role, the main figures. full: every figure. module: every figure, a row for each module."""
     fail_on: FailOn = "never"
     """no-effect: exit with code 3 if the verdict expects no effect, or harm; the adapter is written all the same."""
+    push_to: str | None = None
+    """OWNER/NAME: upload the folder to a private repository of the hub as well, as `jcrosslora push` does."""
     coordinator: str | None = None
     """HOST:PORT of process 0, for several processes that make one transfer together; auto where the cluster tells."""
     processes: int | None = None
@@ -74,6 +80,8 @@ class _Transfer:
 
     def run(self, console: Console) -> int:
         """Transfer, then print the table and the verdict; or print what the transfer would take."""
+        if self.push_to is not None and not self.process:
+            Repository.of(self.push_to, private=True, token=None).look()  # refused before hours of work
         if self.dry_run:
             return self._estimate(console)
         from jcrosslora.distributed.join import join
@@ -91,12 +99,24 @@ class _Transfer:
             return 0
         found = verdict(report)
         if self.json:
-            print_json({"out": settings.out, "verdict": vars(found), **published(report)})
+            pushed = {} if self.push_to is None else {"pushed": asdict(self._push(self.push_to))}
+            print_json({"out": settings.out, **pushed, "verdict": vars(found), **published(report)})
         else:
             if self.table != "none":
                 print_report(report, console, table=self.table)
             say(console, f"written: {settings.out}")
+            if self.push_to is not None:
+                print_pushed(self._push(self.push_to), console)
         return exit_code(self.fail_on, [found.level])
+
+    def _push(self, repo_id: str) -> Pushed:
+        """Upload what was written; an error tells the command that goes on."""
+        out = self.settings().out
+        try:
+            return push_folder(out, repo_id)
+        except OutputError as error:
+            msg = f"{error}; the adapter is written to {out}: go on with `jcrosslora push {out} {repo_id}`"
+            raise OutputError(msg) from error
 
     def _estimate(self, console: Console) -> int:
         from jcrosslora.session.files import estimate_files

@@ -1,15 +1,15 @@
 """The model card (README.md) of a moved adapter: its origin, how it was made, what to expect."""
 
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.hub import is_on_hub
 
 BaseRow = tuple[str | None, str | None, str | None]
 
-_EXAMPLES = "Some of the completions, prompts and answers that the source wrote with the original adapter:"
+_EXAMPLES = "Some of the completions, prompts and answers written by the source with the original adapter:"
 
 
 def model_card(
@@ -75,10 +75,7 @@ def model_card(
         _markdown([{"completions used": f"{used:,}", "divergence": f"{found:.3f}"} for used, found in curve])
         if curve
         else "",
-        "Some of the completions, prompts and answers written by the source with the original adapter:\n\n"
-        + _quoted(examples)
-        if examples
-        else "",
+        f"{_EXAMPLES}\n\n{_quoted(examples)}" if examples else "",
         f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
         "## Rank\n\n" + " ".join(_sentences(ranks, truncation and f"the update was truncated to {truncation}"))
         if ranks or truncation
@@ -93,13 +90,13 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _is_on_the_hub(name: str | None) -> bool:
-    """Tell whether a name has the form `owner/name` of a hub id and is not a local folder."""
-    return name is not None and is_hub_id(name) and not Path(name).exists()
+def without_examples(card: str) -> str:
+    """Return a card without the completions that `model_card` shows in it."""
+    return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
 def _front_matter(base_name: str | None, library: str, licence: str | None) -> str:
-    on_the_hub = _is_on_the_hub(base_name)
+    on_the_hub = is_on_hub(base_name)
     data = ModelCardData(
         base_model=base_name if on_the_hub else None,
         base_model_relation="adapter" if on_the_hub else None,

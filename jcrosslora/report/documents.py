@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jcrosslora.adapter.folder import CARD
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.card import model_card
 from jcrosslora.report.public_names import publish, replacements, source_name
@@ -18,7 +19,7 @@ from jcrosslora.report.verdict import verdict
 
 _LOOKS = 10  # points of a fit's curve that the card shows
 SERVED = "source_model"  # the setting that says that a server was asked
-CARD, REPORT, RECIPE = "README.md", "transfer_report.json", "recipe.toml"
+REPORT, RECIPE = "transfer_report.json", "recipe.toml"
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
 # Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
 # --source-url where a server is asked.

@@ -17,7 +17,8 @@ from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.errors import OutputError
+from jcrosslora.hub.push import Pushed, push_folder
+from jcrosslora.hub.repository import check_repo_id
 from jcrosslora.report.documents import documents, published
 from jcrosslora.report.html import result_html
 from jcrosslora.report.record import TransferReport
@@ -119,37 +120,40 @@ class TransferResult:
         private: bool = True,
         profile: Profile = "portable",
         dtype: FileDtype = "float32",
+        base_model: str | None = None,
+        with_completions: bool = False,
         token: str | None = None,
-    ) -> str:
-        """Upload the adapter with its card, recipe and report.
+    ) -> Pushed:
+        """Upload the adapter with its card, recipe and report. Repeated, it sends only what is not there yet.
 
         Args:
             repo_id: "owner/name" on the hub; the repository is created if it does not exist.
-            private: whether a new repository is private.
+            private: whether the repository is private; False allows a public one.
             profile: see `jcrosslora.save_adapter`.
             dtype: number format of the file.
+            base_model: hub id of the target, where it was not opened by one.
+            with_completions: whether report and card keep the completions that the source wrote.
             token: hub token; None uses the token of `hf auth login` or of the environment.
 
         Returns:
-            The address of the upload.
+            The address, the commit, and notes such as that no base model is named.
 
         Raises:
-            OutputError: the hub refuses the upload or cannot be reached.
+            UsageError: `repo_id` or `base_model` has not the form of a hub id.
+            OutputError: not logged in, the repository is public or holds something else, the hub refuses the upload, or
+                it cannot be reached.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
+        check_repo_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
             written = self.save(Path(folder) / repo_id.rpartition("/")[2], profile=profile, dtype=dtype)
-            try:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                message = f"Adapter moved by jcrosslora, method {self.report.recipe.method}"
-                found = api.upload_folder(repo_id=repo_id, folder_path=written, commit_message=message)
-            except (OSError, ValueError) as error:  # includes the errors of huggingface_hub and its HTTP client
-                reason = " ".join(str(error).split())[:300]
-                msg = f"{repo_id}: the hub did not accept the upload ({reason}); save the adapter, and try again"
-                raise OutputError(msg) from error
-        return str(found)
+            return push_folder(
+                written,
+                repo_id,
+                private=private,
+                base_model=base_model,
+                with_completions=with_completions,
+                token=token,
+            )
 
     def __repr__(self) -> str:
         """Return one line: method, bases, and verdict."""
