@@ -132,14 +132,18 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                     commit=commit(),
                 )
                 append(work / "results.jsonl", [line])
-                shares = ", ".join(f"{name} {one.lift.value:.2f}" for name, one in figures.items())
+                shares = ", ".join(f"{name} {one.lift.value:.2f}" for name, one in figures.items() if one.lift)
                 console.print(f"{task}, seed {seed}, {method}, {count} prompts, {seconds:.0f} s: lift {shares}")
 
 
 def _figure(found: Answers, name: str, place: int, own: Answers | None) -> Figure:
     """Take a figure of the moved adapter at a place among the answers, the base and the trained one in front of it."""
     base, trained, moved = (found.bootstrap(name)[index] for index in (0, 1, place))
-    return Figure(base, trained, moved, found.lift(name, place, 1), None if own is None else own.bootstrap(name)[1])
+    try:
+        lift = found.lift(name, place, 1)
+    except jcl.UsageError:  # training brings nothing, such as exact words where there are several good answers
+        lift = None
+    return Figure(base, trained, moved, lift, None if own is None else own.bootstrap(name)[1])
 
 
 def main() -> None:

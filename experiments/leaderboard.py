@@ -35,16 +35,21 @@ def page(lines: Sequence[ResultLine]) -> str:
     if any(line.split != "test" for line in lines):
         msg = f"the page is of test examples alone; take lines of other splits out of {FOLDER}"
         raise jcl.UsageError(msg)
-    ranked = sorted(lines, key=lambda line: (line.task, -line.figures["nll_per_char"].lift.value, line.seed))
+    ranked = sorted(lines, key=lambda line: (line.task, -_lift(line), line.seed))
     rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_row, ranked)]
     return _HEAD + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def _lift(line: ResultLine) -> float:
+    lift = line.figures["nll_per_char"].lift
+    return 0.0 if lift is None else lift.value
+
+
 def _row(line: ResultLine) -> tuple[str, ...]:
-    # Exact words say nothing of a task with several good answers, of which a trained adapter hits next to none.
-    name = next(name for name in _JOBS if name in line.figures and line.figures[name].trained.value > 0.1)
+    # Exact words say nothing of a task with several good answers, where a trained adapter brings none of them.
+    name = next(name for name in _JOBS if name in line.figures and line.figures[name].lift is not None)
     job, lift = line.figures[name], line.figures["nll_per_char"].lift
-    share = f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"
+    share = "" if lift is None else f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"
     where = (line.task, line.source, line.target, f"`{line.method}`", str(line.prompts), str(line.seed))
     return (*where, share, name, *_figures(job))
 

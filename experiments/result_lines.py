@@ -23,14 +23,14 @@ class Figure(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         base: of the target alone.
         trained: of the target with an adapter that was trained on it.
         moved: of the target with the moved adapter.
-        lift: (moved - base) / (trained - base).
+        lift: (moved - base) / (trained - base); None where the trained adapter gains nothing beyond the interval.
         source: of the source with its own adapter, if it was measured.
     """
 
     base: Interval
     trained: Interval
     moved: Interval
-    lift: Interval
+    lift: Interval | None
     source: Interval | None = None
 
 
