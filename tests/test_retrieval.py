@@ -13,6 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of
 from jcrosslora.errors import UsageError
+from jcrosslora.shelf.accuracy import accuracy
 from jcrosslora.shelf.encoders import hidden_states
 from jcrosslora.shelf.encoders.hidden_states import HiddenStates
 from jcrosslora.shelf.encoders.opening import check_encoder, open_encoder
@@ -152,7 +153,7 @@ def test_prompts_find_their_adapter_and_others_find_none(shelf, by):
 
 
 def test_a_shelf_is_searched_from_what_was_kept_and_a_change_makes_it_anew(shelf, monkeypatch):
-    from jcrosslora.shelf import shelf as module
+    from jcrosslora.shelf import searching as module
 
     calls = []
     real = module.fit_means
@@ -169,12 +170,31 @@ def test_a_shelf_is_searched_from_what_was_kept_and_a_change_makes_it_anew(shelf
 def test_weights_are_equal_over_the_best_accepted():
     scores = np.array([[0.9, 0.8, 0.1], [0.2, 0.3, -np.inf]], np.float32)
     found = jcl.Retrieved(("a", "b", "c"), scores, np.array([0.5, 0.5, -np.inf], np.float32))
+    # The best of those that are accepted, though another one, with a higher threshold, has a better score.
+    behind = jcl.Retrieved(("a", "b"), scores[:1, :2], np.array([0.95, 0.5], np.float32))
+    np.testing.assert_array_equal(behind.weights(), [[0, 1]])
     np.testing.assert_array_equal(found.weights(1), [[1, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(found.weights(2), [[0.5, 0.5, 0], [0, 0, 0]])
     np.testing.assert_allclose(found.weights(3), [[1 / 3, 1 / 3, 1 / 3], [0, 0, 0]], rtol=1e-6)
     assert found.best(2) == [[("a", pytest.approx(0.9)), ("b", pytest.approx(0.8))], []]
     with pytest.raises(UsageError, match="0 adapters"):
         found.weights(0)
+
+
+def test_accuracy_counts_tasks_of_several_adapters_and_adapters_for_unrelated_prompts():
+    scores = np.array([[9, 8, 7, 6], [6, 9, 8, 7], [9, 7, 8, 6], [1, 1, 1, 9], [1, 9, 1, 1]], np.float32)
+    found = jcl.Retrieved(("a", "b", "c", "d"), scores, np.array([5, 20, 5, 5], np.float32))
+    judged = accuracy(found, [("a",), ("c", "d"), ("d",), (), ()])
+    # Second prompt: b is best, and not accepted; c is then the best that is. Fifth: none is accepted.
+    assert (judged.top1.value, judged.top3.value) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert judged.answered.value == pytest.approx(2 / 3)
+    assert judged.false is not None
+    assert judged.false.value == 0.5
+    assert accuracy(found, [("a",)] * 5).false is None
+    with pytest.raises(UsageError, match="no adapter 'e'"):
+        accuracy(found, [("e",)] * 5)
+    with pytest.raises(UsageError, match="wanted one for each, and"):
+        accuracy(found, [("a",)])
 
 
 def test_encoders_are_checked_by_name_and_the_extra_is_named(base, monkeypatch):

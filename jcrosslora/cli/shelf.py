@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.text import Text
 from jcrosslora.cli.output import print_json, say
 from jcrosslora.errors import AdapterError
 from jcrosslora.shelf.records import ShelfEntry
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.bootstrap import Interval
 
 
 @dataclass(frozen=True)
@@ -181,11 +184,76 @@ class Search:
             say(console, f"{names or 'none'}: {text if len(text) <= 80 else text[:77] + '...'}")
 
 
+@dataclass(frozen=True)
+class Train:
+    """Train the encoder of adapters by their weights, for `shelf search --by weights`."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    steps: int = 300
+    """Updates of the encoder, each with 8 adapters and a sample of each."""
+    rate: float = 1e-3
+    """The highest learning rate."""
+    seed: int = 0
+    """Of all that is drawn."""
+    base: str | None = None
+    """The base, if it has moved."""
+
+    def run(self, console: Console) -> None:
+        """Train, and print the loss at the beginning and the end."""
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+
+        settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
+        losses = Shelf(self.folder, self.base).train_probes(settings, progress=True)
+        say(console, f"{self.folder}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge ways to search by prompts whose adapters are known."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    samples: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """NAME=FILE, or NAME,NAME=FILE where several adapters are of the task; may be given several times. FILE holds
+    prompts of the task that are not among the adapter's samples."""
+    unrelated: Path | None = None
+    """Prompts of no adapter's task, for the share of them that gets an adapter all the same."""
+    by: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A way to search, as for `shelf search`; may be given several times. Without it text and tfidf."""
+    limit: int = 200
+    """At most so many prompts of each file, evenly spread."""
+    base: str | None = None
+    """The base, if it has moved."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print a row for each way to search."""
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.shelf.accuracy import accuracy
+        from jcrosslora.shelf.sampling import labelled_prompts
+
+        prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
+        shelf = Shelf(self.folder, self.base)
+        found = {by: accuracy(shelf.search(prompts, by, progress=True), wanted) for by in self.by or ("text", "tfidf")}
+        if self.json:
+            print_json({"prompts": len(prompts), "by": {by: dataclasses.asdict(one) for by, one in found.items()}})
+            return
+        table = Table("by", "top-1", "top-3", "answered by a right one", "adapter for unrelated")
+        for by, one in found.items():
+            table.add_row(by, *map(_interval, (one.top1, one.top3, one.answered, one.false)))
+        console.print(table)
+
+
 Action = (
     Annotated[Add, tyro.conf.subcommand("add")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
 
 
@@ -215,6 +283,10 @@ def _json(shelf: Any, entry: ShelfEntry) -> dict[str, Any]:
 
 def _sample(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else {"messages": [dataclasses.asdict(one) for one in prompt]}
+
+
+def _interval(value: "Interval | None") -> str:
+    return "-" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def _scored(name: str, score: float) -> dict[str, Any]:

@@ -43,6 +43,39 @@ def own_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
     return given_samples(folder / COMPLETIONS)[0], "completions"
 
 
+def labelled_prompts(
+    labelled: Sequence[str], unrelated: str | Path | None, limit: int
+) -> tuple[list[Prompt], list[tuple[str, ...]]]:
+    """Read prompts whose adapters are known.
+
+    Args:
+        labelled: "NAME=FILE" or "NAME,NAME=FILE" each.
+        unrelated: a file of prompts of no adapter's task, or None.
+        limit: the most prompts of a file.
+
+    Returns:
+        The prompts, and the names that belong to each, none to unrelated ones.
+
+    Raises:
+        UsageError: a label without a name or a file, or a file that cannot be read.
+    """
+    prompts: list[Prompt] = []
+    wanted: list[tuple[str, ...]] = []
+    parts = [(label.partition("="), label) for label in labelled]
+    for (names, _, file), label in parts:
+        if not names or not file:
+            msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
+            raise UsageError(msg)
+        found = spread(read_prompts(file), limit)
+        prompts += found
+        wanted += [tuple(names.split(","))] * len(found)
+    if unrelated is not None:
+        found = spread(read_prompts(unrelated), limit)
+        prompts += found
+        wanted += [()] * len(found)
+    return prompts, wanted
+
+
 def spread_prompts(prompts: Sequence[Prompt], count: int = SAMPLES) -> tuple[Prompt, ...]:
     """Take at most `count` different prompts, evenly spread; of longer ones than 2,000 characters none if others do."""
     different = list(dict.fromkeys(prompts))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,22 +18,20 @@ from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import JCrossLoRAError, ShortMemoryError, UsageError, suggestion
-from jcrosslora.shelf.derived import find_arrays, index_key, keep_arrays
 from jcrosslora.shelf.encoders.encoder import Encoder
-from jcrosslora.shelf.encoders.opening import HIDDEN, NOTHING, check_encoder, open_encoder
+from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
 from jcrosslora.shelf.index import HEAD, Index
+from jcrosslora.shelf.places import opened_place, stored_place
 from jcrosslora.shelf.reading import Found, find_adapters, read_entry
 from jcrosslora.shelf.records import Added, Refused, ShelfBase, ShelfEntry
-from jcrosslora.shelf.retrieval.certainty import CertaintyRetriever
-from jcrosslora.shelf.retrieval.mean_vectors import MeanVectors, TextRetriever, fit_means
 from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
-from jcrosslora.shelf.retrieval.tfidf import WordRetriever
+from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
 from jcrosslora.shelf.sampling import given_samples, own_samples
-from jcrosslora.text import Prompt
+from jcrosslora.shelf.searching import Searching
+from jcrosslora.text import Message, Prompt
 from jcrosslora.utils.progress import track
 
 _WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
-_TEXT_FILE = "text.safetensors"
 
 
 class Shelf:
@@ -70,7 +67,7 @@ class Shelf:
             place = str(self._base.path or self._base.ref) if self._base.revision is None else self._base.ref
             made = ShelfBase(
                 self._base.name,
-                self._stored(place),
+                stored_place(self.folder, place),
                 _digest(self._base),
                 self._base.family.name,
                 self._base.revision,
@@ -113,7 +110,7 @@ class Shelf:
             CheckpointError: it is not where it was, cannot be read, or is another one.
         """
         if self._base is None:
-            self._base = open_base(self._opened(self.info.place), revision=self.info.revision)
+            self._base = open_base(opened_place(self.folder, self.info.place), revision=self.info.revision)
             self._check_base(self._base)
         return self._base
 
@@ -135,11 +132,11 @@ class Shelf:
         Raises:
             UsageError: there is none of this name.
         """
-        return self._opened(self.entry(name).place)
+        return opened_place(self.folder, self.entry(name).place)
 
     def missing(self, entry: ShelfEntry) -> bool:
         """Whether the files of an adapter are not where they were when it was added."""
-        place = self._opened(entry.place)
+        place = opened_place(self.folder, entry.place)
         return not is_adapter(Path(place)) and not is_hub_id(place)
 
     def load(self, name: str) -> Adapter:
@@ -218,7 +215,7 @@ class Shelf:
                         self._write(fresh)
                         written = time.monotonic()
         if added:
-            self._means()
+            self._searching().means()
         return Added(tuple(added), tuple(kept), tuple(refused))
 
     def search(self, prompts: Prompt | Sequence[Prompt], by: str | None = None, *, progress: bool = False) -> Retrieved:
@@ -235,7 +232,7 @@ class Shelf:
             UsageError: an unknown way, one that the shelf has no data for, or no prompt.
             CheckpointError: the base cannot be read.
         """
-        several = [prompts] if _is_one(prompts) else list(prompts)
+        several = _several(prompts)
         if not several:
             msg = f"{self.folder}: no prompt was given; give one or more"
             raise UsageError(msg)
@@ -244,36 +241,29 @@ class Shelf:
 
     def retriever(self, by: str | None = None, *, progress: bool = False) -> Retriever:
         """Open a way to search, for many searches; see `search`."""
-        by = by or ("tfidf" if self.encoder_name == NOTHING else "text")
-        makers: dict[str, Callable[[], Retriever]] = {
-            "text": self._text_retriever,
-            "tfidf": lambda: WordRetriever(self.entries),
-            "certainty": lambda: CertaintyRetriever(self.base, self.entries, self.load, progress=progress),
-        }
-        if by not in makers:
-            msg = f"--by {by!r} is unknown{suggestion(by, makers)}; use one of {', '.join(makers)}"
-            raise UsageError(msg)
-        if not len(self):
-            msg = f"{self.folder}: holds no adapter; add some with `jcrosslora shelf add`"
-            raise UsageError(msg)
-        return makers[by]()
+        return self._searching().retriever(by, progress=progress)
 
-    def _text_retriever(self) -> TextRetriever:
-        if self.encoder_name == NOTHING:
-            msg = f"{self.folder}: was made without an encoder, and has no vectors: use --by tfidf or --by certainty"
-            raise UsageError(msg)
-        return TextRetriever(self._open_encoder(), self._means())
+    def train_probes(self, settings: ProbeSettings = ProbeSettings(), *, progress: bool = False) -> list[float]:  # noqa: B008
+        """Train the encoder of adapters by their weights, for searches by "weights"; an old one is replaced.
 
-    def _means(self) -> MeanVectors:
-        """Return the vectors of the adapters, from beside the index or computed again."""
-        path, key = self.folder / _TEXT_FILE, index_key(self._index.head)
-        found = find_arrays(path, key)
-        names = [field.name for field in dataclasses.fields(MeanVectors)]
-        if found is not None and found.keys() == set(names):
-            return MeanVectors(**found)
-        fitted = fit_means(self._index.blocks)
-        keep_arrays(path, key, {name: getattr(fitted, name) for name in names})
-        return fitted
+        Every step loads the weights of some adapters, and at most 1 GB of them stays in memory.
+
+        Args:
+            settings: of the training.
+            progress: whether to show progress.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            UsageError: fewer than two adapters with samples, no encoder, or a setting out of range.
+            AdapterError: an adapter cannot be read.
+            OutputError: the shelf cannot be written to.
+        """
+        return self._searching().train(settings, progress=progress)
+
+    def _searching(self) -> Searching:
+        return Searching(self._index, lambda: self.base, self.load, self._open_encoder)
 
     def _read(
         self,
@@ -283,7 +273,7 @@ class Shelf:
         lift: float | None,
         known: dict[str, ShelfEntry],
     ) -> ShelfEntry:
-        place = self._stored(found.ref)
+        place = stored_place(self.folder, found.ref)
         old = known.get(found.name)
         if old is not None and old.place != place:
             msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
@@ -321,21 +311,14 @@ class Shelf:
                 msg + f"{self.info.name} ({self.info.digest[:19]}...): give that one, or make another shelf"
             )
 
-    def _stored(self, place: str) -> str:
-        """Return a local path as it is seen from the shelf, which may move together with its adapters."""
-        path = Path(place).expanduser()
-        if not path.exists():
-            return place  # a hub id
-        return os.path.relpath(path.resolve(), self.folder.resolve())
 
-    def _opened(self, place: str) -> str:
-        path = self.folder.resolve() / place
-        return os.path.normpath(path) if path.exists() or not is_hub_id(place) else place
-
-
-def _is_one(prompts: Any) -> bool:
-    """Whether a value is one prompt: a text, or the messages of one conversation."""
-    return isinstance(prompts, str) or (isinstance(prompts, tuple) and all(hasattr(one, "role") for one in prompts))
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return a list of prompts; a text, or the messages of one conversation, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, tuple) and prompts and all(isinstance(one, Message) for one in prompts):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _digest(base: BaseModel) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import scipy.linalg
 
 from jcrosslora.shelf.encoders.encoder import Encoder
-from jcrosslora.shelf.index import split_samples
 from jcrosslora.shelf.records import ShelfEntry
 from jcrosslora.shelf.retrieval.thresholds import thresholds_of
 from jcrosslora.text import Prompt
@@ -24,6 +23,7 @@ Blocks = Callable[[], Iterable[tuple[Sequence[ShelfEntry], np.ndarray]]]
 Used = Callable[[np.ndarray], np.ndarray]  # of the places of an adapter's samples: which are used
 NAME = "text"
 _FOLDS = 4
+_MOST = 1 << 15  # samples whose covariance is taken, evenly spread over the adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class MeanVectors:
 
     def scores(self, vectors: np.ndarray) -> np.ndarray:
         """Return the cosines, float32 (P, N), of vectors (P, D) with the means."""
-        found = _unit(self.whitened(vectors)) @ self.means.T
+        found = unit_rows(self.whitened(vectors)) @ self.means.T
         return np.where(self.means.any(axis=1), found, -np.inf).astype(np.float32)
 
 
@@ -75,43 +75,76 @@ def fit_means(blocks: Blocks) -> MeanVectors:
     Args:
         blocks: gives the entries and vectors of each segment; called several times.
     """
-    similarities: list[list[np.ndarray]] = []
+    total = sum(len(vectors) for _, vectors in blocks())
+    stride = -(-total // _MOST)  # every so manieth adapter takes part in the covariance
+    owners: list[np.ndarray] = []
+    similarities: list[np.ndarray] = []
     for fold in range(_FOLDS):
-        fitted = _fit(blocks, lambda place, fold=fold: place % _FOLDS != fold)
-        for place, own in enumerate(_samples(blocks, lambda place, fold=fold: place % _FOLDS == fold)):
-            if not fold:
-                similarities.append([])
-            if len(own) and fitted.means[place].any():
-                similarities[place].append(_unit(fitted.whitened(own)) @ fitted.means[place])
-    thresholds = thresholds_of([np.concatenate([np.zeros(0), *parts]) for parts in similarities])
-    return replace(_fit(blocks, lambda place: place >= 0), thresholds=thresholds)
+        fitted = _fit(blocks, lambda place, fold=fold: place % _FOLDS != fold, stride)
+        for part in _parts(blocks, lambda place, fold=fold: place % _FOLDS == fold):
+            if not len(part.vectors):
+                continue
+            means = fitted.means[part.owner]
+            known = means.any(axis=1)  # not so of an adapter whose only sample is held out
+            owners.append(part.owner[known])
+            similarities.append(np.einsum("sd,sd->s", unit_rows(fitted.whitened(part.vectors)), means)[known])
+    found = _fit(blocks, lambda place: place >= 0, stride)
+    owner, similarity = np.concatenate([np.zeros(0, int), *owners]), np.concatenate([np.zeros(0), *similarities])
+    ends = np.cumsum(np.bincount(owner, minlength=len(found.means)))
+    by_adapter = np.split(similarity[np.argsort(owner, kind="stable")], ends[:-1])
+    return replace(found, thresholds=thresholds_of(by_adapter))
 
 
-def _fit(blocks: Blocks, used: Used) -> MeanVectors:
-    """Fit to some of each adapter's samples; without thresholds."""
-    sums, scatter, freedom = [], np.zeros((0, 0)), 0
-    for own in _samples(blocks, used):
-        if len(own):
-            scatter = scatter if len(scatter) else np.zeros((own.shape[1],) * 2)
-            mean = own.mean(axis=0, dtype=np.float64).astype(np.float32)
-            centred = own - mean
-            scatter += centred.T @ centred
-            freedom += len(own) - 1
-        sums.append(mean if len(own) else None)
-    known = [mean for mean in sums if mean is not None]
-    width = len(scatter)
-    # A single mean less itself has no direction.
-    center = np.mean(known, axis=0) if len(known) > 1 else np.zeros(width, np.float32)
-    whiten = np.ascontiguousarray(_inverse_root(scatter, freedom), np.float32)
-    means = np.array([center if mean is None else mean for mean in sums], np.float32).reshape(len(sums), width)
-    return MeanVectors(center, whiten, _unit((means - center) @ whiten.T), np.full(len(sums), np.inf, np.float32))
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some samples of a block of adapters.
+
+    Attributes:
+        adapters: the places of the block's adapters on the shelf.
+        owner: int (S,), of each sample the place of its adapter, ascending.
+        vectors: float32 (S, D).
+    """
+
+    adapters: range
+    owner: np.ndarray
+    vectors: np.ndarray
 
 
-def _samples(blocks: Blocks, used: Used) -> Iterator[np.ndarray]:
-    """Yield of each adapter the vectors (m, D) of some of its samples."""
+def _parts(blocks: Blocks, used: Used) -> Iterator[_Part]:
+    first = 0
     for entries, vectors in blocks():
-        for own in split_samples(vectors, entries):
-            yield own[used(np.arange(len(own)))]
+        counts = np.array([len(entry.samples) for entry in entries], int)
+        kept = used(np.concatenate([np.arange(count) for count in counts]))
+        owner = np.repeat(np.arange(first, first + len(entries)), counts)
+        yield _Part(range(first, first + len(entries)), owner[kept], vectors[kept])
+        first += len(entries)
+
+
+def _fit(blocks: Blocks, used: Used, stride: int) -> MeanVectors:
+    """Fit to some of each adapter's samples; without thresholds."""
+    means: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    scatter, freedom = np.zeros((0, 0)), 0
+    for part in _parts(blocks, used):
+        first, count = part.adapters.start, len(part.adapters)
+        sums = np.zeros((count, part.vectors.shape[1]), np.float32)
+        if len(starts := np.flatnonzero(np.diff(part.owner, prepend=-1))):
+            sums[part.owner[starts] - first] = np.add.reduceat(part.vectors, starts, axis=0)
+        counts.append(np.bincount(part.owner - first, minlength=count))
+        means.append(sums / np.maximum(counts[-1], 1).astype(np.float32)[:, None])
+        chosen = part.owner % stride == 0
+        if chosen.any():
+            centred = part.vectors[chosen] - means[-1][part.owner[chosen] - first]
+            scatter = scatter + centred.T @ centred if len(scatter) else centred.T @ centred
+            freedom += len(centred) - len(np.unique(part.owner[chosen]))
+    width, known = len(scatter), np.concatenate(counts) > 0
+    # Without samples a block does not know the width.
+    whole = np.concatenate([each if each.shape[1] else np.zeros((len(each), width), np.float32) for each in means])
+    # A single mean less itself has no direction.
+    center = whole[known].mean(axis=0) if known.sum() > 1 else np.zeros(width, np.float32)
+    whiten = np.ascontiguousarray(_inverse_root(scatter.astype(np.float64), freedom), np.float32)
+    directions = np.where(known[:, None], unit_rows((whole - center) @ whiten.T), np.float32(0))
+    return MeanVectors(center, whiten, directions, np.full(len(whole), np.inf, np.float32))
 
 
 def _inverse_root(scatter: np.ndarray, freedom: int) -> np.ndarray:
@@ -126,6 +159,7 @@ def _inverse_root(scatter: np.ndarray, freedom: int) -> np.ndarray:
     return scipy.linalg.solve_triangular(lower, np.eye(width), lower=True)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Scale rows to length 1; rows of zeros stay."""
     size = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, size, out=np.zeros_like(rows), where=size > 0)

@@ -37,32 +37,42 @@ class Retrieved:
         Raises:
             UsageError: the count is below 1.
         """
-        if count < 1:
-            msg = f"{count} adapters were asked for; wanted 1 or more"
-            raise UsageError(msg)
-        return np.argsort(-self.scores, axis=1, kind="stable")[:, :count]
+        return _best(self.scores, count)
 
     def best(self, count: int = 1) -> list[list[tuple[str, float]]]:
         """Return for each prompt the names and scores of at most `count` accepted adapters, the best first.
 
         A prompt of no adapter's task has none: the base alone should answer it.
+
+        Raises:
+            UsageError: the count is below 1.
         """
-        accepted, ranked = self.accepted, self.ranked(count)
+        accepted = self.accepted
         return [
             [(self.names[place], float(self.scores[row, place])) for place in places if accepted[row, place]]
-            for row, places in enumerate(ranked)
+            for row, places in enumerate(_best(np.where(accepted, self.scores, -np.inf), count))
         ]
 
     def weights(self, count: int = 1) -> np.ndarray:
-        """Return float32 (P, N): equal weights, of sum 1, on the best accepted adapters of each prompt.
+        """Return float32 (P, N): equal weights, of sum 1, on the best `count` accepted adapters of each prompt.
 
         A row of zeros stands for the base alone.
+
+        Raises:
+            UsageError: the count is below 1.
         """
-        found = np.zeros(self.scores.shape, np.float32)
-        rows = np.arange(len(found))[:, None]
-        found[rows, self.ranked(count)] = 1
-        found *= self.accepted
+        found, accepted = np.zeros(self.scores.shape, np.float32), self.accepted
+        places = _best(np.where(accepted, self.scores, -np.inf), count)
+        np.put_along_axis(found, places, np.float32(1), axis=1)
+        found *= accepted
         return found / np.maximum(found.sum(axis=1, keepdims=True), 1)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    if count < 1:
+        msg = f"{count} adapters were asked for; wanted 1 or more"
+        raise UsageError(msg)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
 class Retriever(Protocol):
