@@ -188,6 +188,8 @@ def test_another_base_than_the_shelfs_is_refused(shelf, tmp_path):
     other = jcl.open_base(write_base(tmp_path / "other", 30, bos=True, layers=2, seed=7))
     with pytest.raises(UsageError, match="is another base"):
         jcl.Shelf(shelf.folder, other)
+    with pytest.raises(UsageError, match="made with the encoder hidden, not none"):
+        jcl.Shelf(shelf.folder, encoder="none")
 
 
 def test_an_adapter_that_has_changed_or_gone_is_noticed(base, tmp_path):

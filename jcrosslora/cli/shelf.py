@@ -36,9 +36,9 @@ class Add:
     """Name of a single adapter in place of that of its folder."""
     lift: float | None = None
     """Of a single adapter, the share of a trained adapter's gain that it recovers, where you have measured it."""
-    encoder: str = "hidden"
-    """Of a new shelf: what makes vectors of samples. hidden: states of the base itself. sentences:MODEL: a model of
-    sentence-transformers. none: no vectors, for searches by words or certainty."""
+    encoder: str | None = None
+    """Of a new shelf: what makes vectors of samples. hidden, the default: states of the base itself. sentences:MODEL: a
+    model of sentence-transformers. none: no vectors, for searches by words or certainty."""
 
     def run(self, console: Console) -> None:
         """Add them, and say what came of each."""

@@ -40,30 +40,33 @@ class Shelf:
     The adapters stay where they are; the folder holds what is known of them, and no weights.
     """
 
-    def __init__(self, folder: str | Path, base: Any = None, *, encoder: str = HIDDEN) -> None:
+    def __init__(self, folder: str | Path, base: Any = None, *, encoder: str | None = None) -> None:
         """Open a shelf, or make one.
 
         Args:
             folder: of the shelf. If it is missing or empty, a shelf is made there, for which `base` is needed.
             base: the base of its adapters: a path, a hub id or an open base; None takes the place that the shelf has
                 written down.
-            encoder: of a new shelf, what makes vectors of samples: "hidden", states of the base itself;
+            encoder: of a new shelf, what makes vectors of samples: "hidden", states of the base itself, the default;
                 "sentences:MODEL", a model of sentence-transformers; or "none".
 
         Raises:
-            UsageError: no base for a new shelf, or the shelf is damaged.
-            CheckpointError: the base cannot be read, or is not that of the shelf.
+            UsageError: no base for a new shelf, a base or an encoder that is not that of the shelf, or a damaged shelf.
+            CheckpointError: the base cannot be read.
             OutputError: the shelf cannot be written.
         """
         self.folder = Path(folder).expanduser()
         self._base: BaseModel | None = None if base is None else open_base(base)
         self._encoder: Encoder | None = None
+        name = check_encoder(encoder or HIDDEN)
         if (self.folder / HEAD).is_file() or self._base is None:
             self._index = Index.open(self.folder)
+            if encoder is not None and name != self.encoder_name:
+                msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
+                raise UsageError(msg)
             if self._base is not None:
                 self._check_base(self._base)
         else:
-            name = check_encoder(encoder)
             place = str(self._base.path or self._base.ref) if self._base.revision is None else self._base.ref
             made = ShelfBase(
                 self._base.name,
@@ -107,7 +110,8 @@ class Shelf:
         """Return the base, opened when it is first used.
 
         Raises:
-            CheckpointError: it is not where it was, cannot be read, or is another one.
+            CheckpointError: it is not where it was, or cannot be read.
+            UsageError: it is another one than that of the shelf.
         """
         if self._base is None:
             self._base = open_base(opened_place(self.folder, self.info.place), revision=self.info.revision)
@@ -306,10 +310,9 @@ class Shelf:
     def _check_base(self, base: BaseModel) -> None:
         digest = _digest(base)
         if digest != self.info.digest:
-            msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, "
-            raise UsageError(
-                msg + f"{self.info.name} ({self.info.digest[:19]}...): give that one, or make another shelf"
-            )
+            wanted = f"{self.info.name} ({self.info.digest[:19]}...)"
+            msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, {wanted}: "
+            raise UsageError(msg + "give that one, or make another shelf")
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
