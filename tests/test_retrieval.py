@@ -1,5 +1,8 @@
 """Retrieval: vectors, words and thresholds against brute force, and the whole on a tiny base."""
 
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,12 +12,14 @@ import pytest
 from probe_bases import chat_base
 from shelf_adapters import NEW, TASKS, write_adapter
 
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+import retrieve
+
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.accuracy import accuracy
-from jcrosslora.shelf.encoders import hidden_states
 from jcrosslora.shelf.encoders.hidden_states import HiddenStates
 from jcrosslora.shelf.encoders.opening import check_encoder, open_encoder
 from jcrosslora.shelf.retrieval.mean_vectors import fit_means
@@ -125,15 +130,14 @@ def test_hidden_states_are_the_mean_behind_the_middle_layer_whatever_stands_besi
     texts = ["Water boils at 100 degrees.", "The fox"]
     found = encoder.encode(texts)
     settings, params = settings_of(base), load_params(base, encoder.params.embedding.dtype)
-    for text, own in zip(texts, found, strict=True):
-        ids = encoder.tokenizer.encode(text).ids[:128]
-        behind = forward(settings, params, np.asarray(ids), capture=frozenset({"residual"})).captured["residual"]
-        states = np.asarray(behind[base.dims.layers // 2, 0, 1:], np.float64)
-        mean = (states / np.sqrt((states**2).mean(axis=1, keepdims=True))).mean(axis=0)
-        np.testing.assert_allclose(own, mean / np.sqrt((mean**2).mean()), atol=2e-2)
-        np.testing.assert_allclose(encoder.encode([text])[0], own, atol=1e-2)
-    np.testing.assert_allclose(encoder.encode([(Message("user", texts[1]),)]), found[1:2], atol=1e-2)
-    assert len(hidden_states._WIDTHS) < 4
+    behind = forward(settings, params, encoder.tokenizer.encode(texts[0]).ids, capture=frozenset({"residual"}))
+    states = np.asarray(behind.captured["residual"][base.dims.layers // 2, 0, 1:], np.float64)
+    mean = (states / np.sqrt((states**2).mean(axis=1, keepdims=True))).mean(axis=0)
+    np.testing.assert_allclose(found[0], mean / np.sqrt((mean**2).mean()), atol=2e-2)
+    # Alone, in another shape, and as a message.
+    for place, text in enumerate(texts):
+        np.testing.assert_allclose(encoder.encode([text])[0], found[place], atol=1e-2)
+    np.testing.assert_allclose(encoder.encode([(Message("user", texts[1]),)]), found[1:], atol=1e-2)
 
 
 @pytest.mark.parametrize("by", ["text", "tfidf"])
@@ -251,3 +255,22 @@ def test_certainty_is_the_change_at_the_end_of_a_prompt_beside_the_usual_one(she
     change = (jnp.exp(adapted) * (adapted - plain)).sum(-1)[-16:].mean()
     found = retriever._changes(source, shelf.entries[0], [prompt])
     np.testing.assert_allclose(found, [change], rtol=0.05)
+
+
+def test_the_experiment_judges_every_way_on_the_same_prompts(base, tmp_path, capsys, monkeypatch):
+    tasks = []
+    for seed, task in enumerate(TASKS):
+        write_adapter(tmp_path / task, base, seed=seed)
+        for part, texts in (("train", TASKS[task]), ("test", NEW[task])):
+            lines = [json.dumps({"prompt": text, "answer": "x"}) for text in texts]
+            (tmp_path / f"{task}_{part}").write_text("\n".join(lines), encoding="utf-8")
+        tasks += ["--task", f"{task}:{tmp_path / task}_train:{tmp_path / task}_test:{tmp_path / task}"]
+    (tmp_path / "other").write_text(json.dumps({"prompt": "Peter and Anna", "answer": "x"}))
+    places = [str(tmp_path / "shelf"), "--base", str(base.path), "--unrelated", str(tmp_path / "other")]
+    monkeypatch.setattr("sys.argv", ["retrieve.py", *places, *tasks, "--by", "tfidf", "text"])
+    retrieve.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 adapters, 24 prompts of their tasks, 1 unrelated ones"
+    assert lines[3].startswith("| tfidf | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |")
+    assert lines[4].startswith("| text | ")
+    assert "| 0.000 [0.000, 0.000] |" in lines[3]

@@ -27,6 +27,14 @@ def base(tmp_path_factory):
     return chat_base(tmp_path_factory.mktemp("bases") / "base")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_roles():
+    """Encode two of the seven roles, for less to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_encoder, "dense_roles", lambda base: ["q_proj", "down_proj"])
+        yield
+
+
 def variant(base, task: int, seed: int) -> Adapter:
     """An adapter of a task: its own directions, with noise."""
     roles = {"q_proj", "down_proj"}
