@@ -48,8 +48,10 @@ def accuracy(found: Retrieved, wanted: Sequence[Collection[str]]) -> Accuracy:
         msg = f"{len(wanted)} labels, {sum(map(bool, wanted))} with an adapter, for {len(found.scores)} prompts: "
         raise UsageError(msg + "wanted one for each, and an adapter for some")
     right = np.array([[name in names for name in found.names] for names in wanted], bool)
-    used, known = found.weights() > 0, right.any(axis=1)
+    used: np.ndarray = found.weights() > 0
+    known = np.any(right, axis=1)
     hit = np.take_along_axis(right, found.ranked(_TOP), axis=1)
     figures = np.stack([hit[:, 0], hit.any(axis=1), (right & used).any(axis=1)]).astype(np.float64)[:, known]
-    false = used.any(axis=1)[~known].astype(np.float64)
-    return Accuracy(*intervals(figures), intervals(false[None])[0] if len(false) else None)
+    false = np.any(used, axis=1)[~known].astype(np.float64)
+    top1, top3, answered = intervals(figures)
+    return Accuracy(top1, top3, answered, intervals(false[None])[0] if len(false) else None)

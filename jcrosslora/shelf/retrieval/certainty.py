@@ -26,8 +26,8 @@ from jcrosslora.utils.progress import track
 
 NAME = "certainty"
 _PREDICTIONS = 16  # at the end of a prompt, the answer's first token among them
-_BACKGROUND = 32  # samples of the whole shelf
-_OWN = 16  # samples of an adapter, for its threshold
+_BACKGROUND = 16  # samples of the whole shelf
+_OWN = 8  # samples of an adapter, for its threshold
 _LEAST = 1e-6  # nats; an adapter that changes less changes nothing
 
 
