@@ -1,7 +1,8 @@
-"""Retrieval by certainty: how much an adapter changes what the base predicts at the end of a prompt.
+"""Retrieval by certainty, a control: how much an adapter changes what the base predicts at the end of a prompt.
 
-An adapter changes its base most where its own task begins. Adapters differ in size, so that each one's change is
-divided by its mean change on samples of the whole shelf. Nothing is kept of it: every adapter is loaded and run.
+It needs no encoder, but an adapter of a format changes its base wherever an answer may begin, whatever the prompt is
+about (docs/shelf.md has figures). Adapters differ in size, so that each one's change is divided by its mean change on
+samples of the whole shelf. Nothing is kept of it: every adapter is loaded and run.
 """
 
 from __future__ import annotations
