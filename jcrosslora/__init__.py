@@ -63,6 +63,8 @@ if _TYPE_CHECKING:
     from jcrosslora.session.settings import TransferSettings as TransferSettings
     from jcrosslora.session.transfer import shift as shift
     from jcrosslora.session.transfer import transfer as transfer
+    from jcrosslora.shelf import Retrieved as Retrieved
+    from jcrosslora.shelf import Shelf as Shelf
     from jcrosslora.shifting.apply import apply as apply
     from jcrosslora.sources.served.model import ServedModel as ServedModel
     from jcrosslora.sources.torch_model import TorchModel as TorchModel
@@ -112,6 +114,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.saving": ("save_adapter",),
     "session.settings": ("TransferSettings",),
     "session.transfer": ("shift", "transfer"),
+    "shelf": ("Retrieved", "Shelf"),
     "shifting.apply": ("apply",),
     "sources.served.model": ("ServedModel",),
     "sources.torch_model": ("TorchModel",),

@@ -11,7 +11,7 @@ ROOT = Path(jcrosslora.__file__).parent
 ROOMS = (
     *("errors", "utils", "linalg", "checkpoint", "text", "cache", "distributed", "adapter", "decoder", "sources"),
     *("lineage", "evidence", "evaluate", "training", "fit", "methods", "alignment", "shifting"),
-    *("report", "hub", "session", "export"),
+    *("report", "hub", "shelf", "session", "export"),
     *("batch", "demo", "cli"),
 )
 DATA = {"data"}

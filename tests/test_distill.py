@@ -629,6 +629,8 @@ def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     # Where the source wrote its own prompts, the user is told of better ones, and sees some; not so of his own.
     assert "--probe-text" not in jcl.verdict(repeated.report).text
     assert report["examples"] == []
+    # The user's own prompts are not written beside the adapter.
+    assert not (tmp_path / "out" / "completions.jsonl").exists()
     written = dataclasses.replace(repeated.report, wrote_prompts=True, examples=("Q: a `b`?\nA: c",))
     assert "--probe-text" in jcl.verdict(written).text
     assert "\n- `Q: a b? A: c`\n" in card_text(written, "")

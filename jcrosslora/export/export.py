@@ -22,10 +22,11 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import UsageError
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
+from jcrosslora.text.completion_lines import COMPLETIONS
 from jcrosslora.utils.files import ensure_free
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
-_DOCUMENTS = ("README.md", "transfer_report.json")
+_DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Distill(DistillSettings, Method):
             found.adapter,
             fitted=found.sentence,
             curve=[(look.completions, look.divergence) for look in found.looks],
-            texts=found.texts,
+            completions=found.completions,
             wrote_prompts=not context.prompts,
             chat_template=found.chat_template,
         )

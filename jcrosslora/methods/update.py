@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.text import Prompt
+from jcrosslora.text import Completion, Prompt
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch
@@ -56,8 +56,8 @@ class Update:
             update uses the whole source adapter, so no source module counts as unmapped.
         added: description of what was added to the moved update, likewise; None if nothing was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
-        texts: the texts that the source wrote for the fit.
-        wrote_prompts: whether the source wrote the prompts of these texts as well.
+        completions: that the source wrote for the fit.
+        wrote_prompts: whether the source wrote their prompts as well.
         chat_template: Jinja source by which the target read conversations in the fit; None if it read none.
     """
 
@@ -65,6 +65,6 @@ class Update:
     fitted: str | None = None
     added: str | None = None
     curve: Sequence[tuple[int, float]] = ()
-    texts: tuple[str, ...] = ()
+    completions: tuple[Completion, ...] = ()
     wrote_prompts: bool = False
     chat_template: str | None = None

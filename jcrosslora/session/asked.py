@@ -91,6 +91,7 @@ def transfer_asked(
         found = distill_from(
             asked.source, target, prompts=given, settings=chosen, seed=options.seed, states=states, progress=progress
         )
+    texts = tuple(item.text for item in found.completions)
     info = AdapterInfo(name=f"{asked.adapter.name}, moved", base_name=target.name, prefix=target.prefix)
     moved = Adapter(
         {name: found.adapter.modules[name] for name in target.modules if name in found.adapter.modules}, info
@@ -115,13 +116,14 @@ def transfer_asked(
         fitted=f"{found.sentence}; the source was {asked.how}",
         curve=tuple((look.completions, look.divergence) for look in found.looks),
         wrote_prompts=not given,
-        examples=() if given else spread(found.texts, _EXAMPLES),
+        examples=() if given else spread(texts, _EXAMPLES),
         truncation=truncation,
         rank_before=asked.rank,
         ranks={name: factors.rank for name, factors in moved.modules.items()},
         asked=asked.settings,
     )
-    return TransferResult(moved, report, found.texts, frozen, found.chat_template)
+    kept = () if given else found.completions
+    return TransferResult(moved, report, texts, frozen, found.chat_template, kept)
 
 
 def check_asked(

@@ -203,6 +203,7 @@ class PairSession:
         moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
         moved, truncation, frozen = self._truncated(moved, move, shifted)
         probes = () if task.probes is None else task.probes.texts
+        written = tuple(item.text for item in update.completions)
         effect, warnings = measure_effect(
             self.pair,
             shifted.original,
@@ -210,7 +211,7 @@ class PairSession:
             move.options,
             runs_bases=move.method.runs_bases,
             probes=probes,
-            completions=update.texts,
+            completions=written,
             progress=self.progress,
         )
         if shifted.original.tokens and (move.method.runs_bases or effect is not None):
@@ -243,13 +244,14 @@ class PairSession:
             curve=tuple(update.curve),
             added=update.added,
             wrote_prompts=update.wrote_prompts,
-            examples=spread(update.texts, _EXAMPLES) if update.wrote_prompts else (),
+            examples=spread(written, _EXAMPLES) if update.wrote_prompts else (),
             truncation=truncation,
             rank_before=max(factors.rank for factors in shifted.original.modules.values()),
             ranks={name: factors.rank for name, factors in moved.modules.items()},
             tokens=shifted.tokens,
         )
-        return TransferResult(moved, report, update.texts or tuple(probes), frozen, update.chat_template)
+        kept = update.completions if update.wrote_prompts else ()
+        return TransferResult(moved, report, written or tuple(probes), frozen, update.chat_template, kept)
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
         """Shift an adapter through an existing transport, and finish it.

@@ -24,6 +24,8 @@ from jcrosslora.report.html import result_html
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
 from jcrosslora.shifting.truncate import Frozen
+from jcrosslora.text import Completion
+from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,7 @@ class TransferResult:
         texts: the texts of the fit, or the texts that both bases were run on; empty for methods that use weights alone.
         frozen: the frozen factors for profile lora-xs; None for other profiles.
         chat_template: Jinja source by which the target read conversations; None if the fit had none.
+        completions: of the fit, if the source wrote their prompts itself. The user's own prompts are not among them.
     """
 
     adapter: Adapter
@@ -43,6 +46,7 @@ class TransferResult:
     texts: tuple[str, ...] = ()
     frozen: Frozen | None = None
     chat_template: str | None = None
+    completions: tuple[Completion, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -57,7 +61,7 @@ class TransferResult:
         dtype: FileDtype = "float32",
         overwrite: bool = False,
     ) -> Path:
-        """Write the adapter as a folder with its model card, its recipe and `transfer_report.json`.
+        """Write the adapter as a folder with its model card, its recipe, its report and the completions of the fit.
 
         Args:
             out: the folder; it appears whole or not at all.
@@ -86,13 +90,14 @@ class TransferResult:
             family=target.family,
             heads=target.heads,
             prefix=target.prefix,
-            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._template(),
+            documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._companions(),
             metadata=_metadata(published(report)),
         )
 
-    def _template(self) -> dict[str, str]:
-        """Return the chat template as a file, so that the adapter is used as it was fitted."""
-        return {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
+    def _companions(self) -> dict[str, str]:
+        """Return the chat template, so that the adapter is used as it was fitted, and the completions, as files."""
+        template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
+        return template | ({COMPLETIONS: completion_lines(self.completions)} if self.completions else {})
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.

@@ -53,7 +53,7 @@ class Distilled:
         looks: at held-out completions, before the first step and as the fit went.
         positions: predictions in the completions that were written before the fit.
         sentence: a summary for reports, without a full stop.
-        texts: the completions, prompts and answers.
+        completions: that were written before the fit.
         chat_template: of the target, in which it read conversations; None if there were none.
     """
 
@@ -61,7 +61,7 @@ class Distilled:
     looks: tuple[Look, ...]
     positions: int
     sentence: str
-    texts: tuple[str, ...]
+    completions: tuple[Completion, ...]
     chat_template: str | None = None
 
 
@@ -210,7 +210,7 @@ def _distilled(
         fitted.looks,
         positions,
         _sentence(fitted, completions, positions, len(symbols.shared[0])),
-        tuple(item.text for item in completions.items),
+        tuple(completions.items),
         template_of(tokenizer) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )
 

@@ -1,0 +1,293 @@
+"""`jcrosslora shelf`: keep adapters of one base, and find those for a prompt."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jcrosslora.cli.output import print_json, say
+from jcrosslora.errors import AdapterError
+from jcrosslora.shelf.records import ShelfEntry
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.bootstrap import Interval
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add adapters, or all below a folder such as the output of a batch; a shelf that is not there is made."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    adapters: tyro.conf.Positional[tuple[str, ...]]
+    """Adapters, hub ids, or folders with adapters below."""
+    base: str | None = None
+    """The base of all adapters: a folder of safetensors, a GGUF file or a hub id. A new shelf needs it; later it is
+    needed if the base has moved."""
+    samples: Path | None = None
+    """Prompts of the adapters' task, as --probe-text of a transfer takes them. Without it, the prompts that the source
+    wrote when an adapter was moved."""
+    name: str | None = None
+    """Name of a single adapter in place of that of its folder."""
+    lift: float | None = None
+    """Of a single adapter, the share of a trained adapter's gain that it recovers, where you have measured it."""
+    encoder: str | None = None
+    """Of a new shelf: what makes vectors of samples. hidden, the default: states of the base itself. sentences:MODEL: a
+    model of sentence-transformers. none: no vectors, for searches by words or certainty."""
+
+    def run(self, console: Console) -> None:
+        """Add them, and say what came of each."""
+        from jcrosslora.adapter.folder import is_adapter
+        from jcrosslora.shelf import Shelf
+
+        shelf = Shelf(self.folder, self.base, encoder=self.encoder)
+        found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+        for name in found.added:
+            say(console, f"added: {name} ({_facts(shelf.entry(name))})")
+        for name in found.kept:
+            say(console, f"kept: {name}, which was on the shelf as it is")
+        for one in found.refused:
+            say(console, f"not added: {one.place}: {one.reason}")
+        say(console, f"{self.folder}: {len(shelf)} adapters of {shelf.info.name}")
+        # Of what lies below a folder the damaged are left out; what was named is an error.
+        named = {str(Path(ref).expanduser()) for ref in self.adapters if is_adapter(Path(ref).expanduser())}
+        if bad := [one for one in found.refused if one.place in named or one.place in self.adapters]:
+            msg = f"{bad[0].place}: not added: {bad[0].reason}"
+            raise AdapterError(msg)
+
+
+@dataclass(frozen=True)
+class List:
+    """Show every adapter with its rank, samples, origin and what is known of its effect."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    json: bool = False
+    """Print the entries as JSON, without samples."""
+
+    def run(self, console: Console) -> None:
+        """Print the table."""
+        from jcrosslora.shelf import Shelf
+
+        shelf = Shelf(self.folder)
+        if self.json:
+            base = dataclasses.asdict(shelf.info)
+            print_json(
+                {"base": base, "encoder": shelf.encoder_name, "adapters": [_json(shelf, e) for e in shelf.entries]}
+            )
+            return
+        table = Table()
+        for name in ("adapter", "rank", "samples", "base", "moved from", "expected", "lift", "files"):
+            table.add_column(name, overflow="fold")
+        for entry in shelf.entries:
+            origin = entry.origin and f"{entry.origin.adapter} ({entry.origin.base})"
+            table.add_row(
+                Text(entry.name),
+                str(entry.rank),
+                f"{len(entry.samples)} ({entry.samples_from})",
+                "verified" if entry.verified else "not verified",
+                Text(origin or "-"),
+                entry.verdict or "-",
+                "-" if entry.lift is None else f"{entry.lift:.2f}",
+                "missing" if shelf.missing(entry) else f"{entry.size / 1e6:.1f} MB",
+            )
+        if len(shelf):
+            console.print(table)
+        say(console, f"{self.folder}: {len(shelf)} adapters of {shelf.info.name}, encoder {shelf.encoder_name}")
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show what is known of one adapter, with its samples."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    name: tyro.conf.Positional[str]
+    """The adapter."""
+    json: bool = False
+    """Print it as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print it, one fact a line."""
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.text.completion import prompt_text
+
+        shelf = Shelf(self.folder)
+        entry = shelf.entry(self.name)
+        if self.json:
+            print_json(_json(shelf, entry) | {"samples": list(map(_sample, entry.samples))})
+            return
+        base = "verified by the adapter's record" if entry.verified else "not verified, its shapes fit"
+        say(console, f"{entry.name}: {entry.kind} of rank {entry.rank}, {entry.modules} modules")
+        say(console, f"files: {shelf.place(entry.name)}{' (missing)' if shelf.missing(entry) else ''}, {entry.digest}")
+        say(console, f"base: {shelf.info.name}, {base}")
+        if entry.origin is not None:
+            say(console, f"moved from: {entry.origin.adapter}, of {entry.origin.base}, by {entry.origin.method}")
+        if entry.verdict is not None:
+            outcome = "" if entry.effect is None else f"; measured effect: {entry.effect.get('outcome')}"
+            say(console, f"expected: {entry.verdict}{outcome}")
+        if entry.lift is not None:
+            say(console, f"lift: {entry.lift:.2f} of a trained adapter's gain")
+        if entry.licence is not None:
+            say(console, f"licence: {entry.licence}")
+        say(console, f"samples: {len(entry.samples)}, from {entry.samples_from}")
+        for sample in entry.samples:
+            say(console, f"  {' '.join(prompt_text(sample).split())[:200]}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Find the adapters whose task a prompt is of; "none" where it is of no adapter's, and the base alone suits."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """One or more prompts."""
+    prompts: Path | None = None
+    """File of further prompts: one a line, or JSONL with "text", "prompt" or "messages"."""
+    by: str | None = None
+    """How: text (vectors of samples, the default), tfidf (their words), certainty (how much an adapter changes what the
+    base predicts; runs every adapter) or weights (vectors of weights, see `shelf train`)."""
+    top: int = 1
+    """At most so many adapters for a prompt."""
+    base: str | None = None
+    """The base, if it has moved."""
+    json: bool = False
+    """Print names and scores as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print a line for each prompt."""
+        from jcrosslora.evidence.probes.text_files import read_prompts
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.text import Prompt
+        from jcrosslora.text.completion import prompt_text
+
+        given: list[Prompt] = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
+        shelf = Shelf(self.folder, self.base)
+        found = shelf.search(given, self.by, progress=True).best(self.top)
+        if self.json:
+            print_json(
+                [
+                    {"prompt": _sample(one), "adapters": [_scored(*each) for each in best]}
+                    for one, best in zip(given, found, strict=True)
+                ]
+            )
+            return
+        for prompt, best in zip(given, found, strict=True):
+            text = " ".join(prompt_text(prompt).split())
+            names = ", ".join(f"{name} ({score:.2f})" for name, score in best)
+            say(console, f"{names or 'none'}: {text if len(text) <= 80 else text[:77] + '...'}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the encoder of adapters by their weights, for `shelf search --by weights`."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    steps: int = 300
+    """Updates of the encoder, each with 8 adapters and a sample of each."""
+    rate: float = 1e-3
+    """The highest learning rate."""
+    seed: int = 0
+    """Of all that is drawn."""
+    base: str | None = None
+    """The base, if it has moved."""
+
+    def run(self, console: Console) -> None:
+        """Train, and print the loss at the beginning and the end."""
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+
+        settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
+        losses = Shelf(self.folder, self.base).train_probes(settings, progress=True)
+        say(console, f"{self.folder}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge ways to search by prompts whose adapters are known."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder of the shelf."""
+    samples: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """NAME=FILE, or NAME,NAME=FILE where several adapters are of the task; may be given several times. FILE holds
+    prompts of the task that are not among the adapter's samples."""
+    unrelated: Path | None = None
+    """Prompts of no adapter's task, for the share of them that gets an adapter all the same."""
+    by: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A way to search, as for `shelf search`; may be given several times. Without it text and tfidf."""
+    limit: int = 200
+    """At most so many prompts of each file, evenly spread."""
+    base: str | None = None
+    """The base, if it has moved."""
+    json: bool = False
+    """Print the figures as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print a row for each way to search."""
+        from jcrosslora.shelf import Shelf
+        from jcrosslora.shelf.accuracy import accuracy
+        from jcrosslora.shelf.sampling import labelled_prompts
+
+        prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
+        shelf = Shelf(self.folder, self.base)
+        found = {by: accuracy(shelf.search(prompts, by, progress=True), wanted) for by in self.by or ("text", "tfidf")}
+        if self.json:
+            print_json({"prompts": len(prompts), "by": {by: dataclasses.asdict(one) for by, one in found.items()}})
+            return
+        table = Table("by", "top-1", "top-3", "answered by a right one", "adapter for unrelated")
+        for by, one in found.items():
+            table.add_row(by, *map(_interval, (one.top1, one.top3, one.answered, one.false)))
+        console.print(table)
+
+
+Action = (
+    Annotated[Add, tyro.conf.subcommand("add")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+)
+
+
+@dataclass(frozen=True)
+class ShelfCommand:
+    """Keep adapters of one base on a shelf, a folder with an index, and find those for a prompt."""
+
+    action: Annotated[Action, tyro.conf.arg(name="")]
+    """The action."""
+
+    def run(self, console: Console) -> None:
+        """Run the action."""
+        self.action.run(console)
+
+
+def _facts(entry: ShelfEntry) -> str:
+    samples = (
+        f"{len(entry.samples)} samples from {entry.samples_from}" if entry.samples else "no samples: give --samples"
+    )
+    return samples if entry.verified else f"{samples}; its base is not verified, its shapes fit"
+
+
+def _json(shelf: Any, entry: ShelfEntry) -> dict[str, Any]:
+    fields = dataclasses.asdict(entry) | {"samples": len(entry.samples), "missing": shelf.missing(entry)}
+    return fields | {"place": shelf.place(entry.name)}
+
+
+def _sample(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, str) else {"messages": [dataclasses.asdict(one) for one in prompt]}
+
+
+def _interval(value: "Interval | None") -> str:
+    return "-" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _scored(name: str, score: float) -> dict[str, Any]:
+    return {"adapter": name, "score": score}

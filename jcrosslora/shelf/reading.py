@@ -1,0 +1,156 @@
+"""Find adapters below a folder, and read what the index says of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licence
+from jcrosslora.alignment.transport import BaseInfo
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.errors import AdapterError
+from jcrosslora.report.documents import REPORT
+from jcrosslora.shelf.records import Origin, ShelfEntry
+from jcrosslora.shifting.shift import fit_to_base
+
+_HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
+_LARGEST_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter that was found: its name on the shelf, and what `load_adapter` takes."""
+
+    name: str
+    ref: str
+
+
+def find_adapters(ref: str | Path) -> list[Found]:
+    """Find an adapter, or all below a folder, in the order of their names; hidden folders are passed over.
+
+    Raises:
+        AdapterError: there is nothing of this name, or no adapter below the folder.
+    """
+    path = Path(ref).expanduser()
+    if is_adapter(path):
+        return [Found(path.resolve().stem if path.is_file() else path.resolve().name, str(path))]
+    if not path.exists():
+        if isinstance(ref, str) and is_hub_id(ref):
+            return [Found(ref, ref)]
+        find_adapter(ref)  # says what is wrong
+    found = [Found(place.relative_to(path).as_posix().removesuffix(".gguf"), str(place)) for place in _below(path)]
+    if not found:
+        msg = f"{ref}: there is no adapter here or below: give adapters, or the folder that a batch wrote to"
+        raise AdapterError(msg)
+    return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for place, names, files in os.walk(folder, followlinks=True):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        if place != str(folder) and is_adapter(Path(place)):
+            names.clear()
+            yield Path(place)
+        else:
+            yield from (path for name in sorted(files) if is_adapter(path := Path(place) / name))
+
+
+def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tuple[ShelfEntry, Path]:
+    """Read and check an adapter.
+
+    Args:
+        found: the adapter.
+        base: of the shelf.
+        info: the same base with its digest.
+        place: where the adapter is, for the index.
+
+    Returns:
+        Its entry, without samples, and the folder of its files.
+
+    Raises:
+        AdapterError: it is damaged, of another base by its own record, or does not fit the base.
+    """
+    files = find_adapter(found.ref)
+    record = read_record(files)
+    stated = _digest(record.get("target"))
+    if stated is not None and stated != info.digest:
+        name = record["target"].get("name")
+        msg = f"is of another base by its own record: {name} ({stated[:19]}...), and the shelf is of {info.name} "
+        raise AdapterError(msg + f"({info.digest[:19]}...)")
+    adapter = load_adapter(found.ref, base)  # which refuses numbers that are not finite
+    fit_to_base(adapter, info)
+    entry = ShelfEntry(
+        name=found.name,
+        place=place,
+        digest=str(adapter.info.digest),
+        verified=stated is not None,
+        kind=adapter.info.kind,
+        rank=max((factors.rank for factors in adapter.modules.values()), default=0),
+        modules=len(adapter.modules),
+        size=files.weights.stat().st_size,
+        origin=_origin(record),
+        verdict=_text(_object(record.get("verdict")).get("level")),
+        effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
+        licence=stated_licence(files.weights.parent),
+    )
+    return entry, files.weights.parent
+
+
+def read_record(files: AdapterFiles) -> dict[str, Any]:
+    """Read the record of a transfer: the report beside an adapter, and what the header of its weights says of it.
+
+    The header comes first: a report may lie beside weights that it does not belong to.
+    """
+    found: dict[str, Any] = {}
+    try:
+        found = _object(json.loads((files.weights.parent / REPORT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        found = {}
+    for key, value in _metadata(files.weights).items():
+        name = key.removeprefix("jcrosslora.")
+        if name != key and name != "version":
+            try:
+                found[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                continue
+    return found
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(_HEADER_LENGTH), "little")
+            header = json.loads(stream.read(length)) if length <= _LARGEST_HEADER else {}
+    except (OSError, ValueError, RecursionError):
+        return {}  # what is wrong with it is said where its tensors are read
+    found = _object(_object(header).get("__metadata__"))
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _origin(record: Mapping[str, Any]) -> Origin | None:
+    if not isinstance(record.get("recipe"), dict):
+        return None
+    adapter, base = _object(record.get("adapter")), _object(record.get("source"))
+    method = _text(record["recipe"].get("method"))
+    return Origin(_text(adapter.get("name")), _text(base.get("name")), _digest(base), method)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _digest(value: Any) -> str | None:
+    found = _object(value).get("digest")
+    return found if isinstance(found, str) and found else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

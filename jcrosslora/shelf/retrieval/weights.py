@@ -1,0 +1,161 @@
+"""Retrieval by weights: the vector of a prompt beside vectors that a trained encoder makes of the adapters' weights.
+
+It finds adapters without samples too, once it has been trained on others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import UsageError
+from jcrosslora.shelf.encoders.encoder import Encoder
+from jcrosslora.shelf.records import ShelfEntry
+from jcrosslora.shelf.retrieval.mean_vectors import MeanVectors, unit_rows
+from jcrosslora.shelf.retrieval.thresholds import thresholds_of
+from jcrosslora.shelf.retrieval.weight_encoder import (
+    Tree,
+    Weights,
+    encode_texts,
+    encode_weights,
+    first_parameters,
+)
+from jcrosslora.shelf.retrieval.weight_training import ProbeSettings, train_encoder
+from jcrosslora.text import Prompt
+
+NAME = "weights"
+_PARAMETER = "parameter."
+_HELD_OUT = 4  # every fourth sample is not trained on, and sets the threshold
+_encode = jax.jit(encode_weights)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightVectors:
+    """A trained encoder with the vectors of adapters.
+
+    Attributes:
+        parameters: of the encoder.
+        center: (D,), and
+        whiten: (D, D), by which the vectors of prompts were whitened in the training.
+        threshold: float32 (1,), of all adapters.
+        digests: uint8 (M, 32), of the weights files of the adapters that have a vector.
+        vectors: float32 (M, E).
+    """
+
+    parameters: Tree
+    center: np.ndarray
+    whiten: np.ndarray
+    threshold: np.ndarray
+    digests: np.ndarray
+    vectors: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all of it as named arrays."""
+        named = {name: getattr(self, name) for name in ("center", "whiten", "threshold", "digests", "vectors")}
+        return named | {_PARAMETER + name: np.asarray(value) for name, value in self.parameters.items()}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors:
+        """Undo `arrays`."""
+        inside = {
+            name.removeprefix(_PARAMETER): jnp.asarray(value)
+            for name, value in arrays.items()
+            if name.startswith(_PARAMETER)
+        }
+        own = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
+        return cls(parameters=inside, **own)
+
+    def lacking(self, entries: Sequence[ShelfEntry]) -> list[int]:
+        """Return the places of adapters that have no vector."""
+        known = {digest.tobytes() for digest in self.digests}
+        return [place for place, entry in enumerate(entries) if _bytes(entry) not in known]
+
+    def with_vectors(self, entries: Sequence[ShelfEntry], load: Callable[[int], Weights]) -> WeightVectors:
+        """Add the vectors of adapters that have none."""
+        places = self.lacking(entries)
+        if not places:
+            return self
+        fresh = np.stack([np.asarray(_encode(self.parameters, load(place))) for place in places])
+        digests = np.stack([np.frombuffer(_bytes(entries[place]), np.uint8) for place in places])
+        return replace(
+            self,
+            digests=np.concatenate([self.digests, digests]),
+            vectors=np.concatenate([self.vectors, fresh.astype(np.float32)]),
+        )
+
+    def texts(self, vectors: np.ndarray) -> np.ndarray:
+        """Map an encoder's vectors (P, D) of prompts to (P, E)."""
+        whitened = unit_rows((vectors - self.center) @ self.whiten.T)
+        return np.asarray(encode_texts(self.parameters, jnp.asarray(whitened, jnp.float32)))
+
+
+class WeightRetriever:
+    """Searches by vectors of weights."""
+
+    name: ClassVar[str] = NAME
+
+    def __init__(self, encoder: Encoder, fitted: WeightVectors, entries: Sequence[ShelfEntry]) -> None:
+        rows = {digest.tobytes(): row for row, digest in enumerate(fitted.digests)}
+        self._encoder, self._fitted = encoder, fitted
+        self._vectors = fitted.vectors[[rows[_bytes(entry)] for entry in entries]]
+        self.thresholds = np.repeat(fitted.threshold, len(entries))
+
+    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Return the cosines, float32 (P, N)."""
+        return self._fitted.texts(self._encoder.encode(prompts)) @ self._vectors.T
+
+
+def train_weights(
+    base: BaseModel,
+    entries: Sequence[ShelfEntry],
+    samples: Sequence[np.ndarray],
+    means: MeanVectors,
+    load: Callable[[int], Weights],
+    settings: ProbeSettings,
+    *,
+    progress: bool = False,
+) -> tuple[WeightVectors, list[float]]:
+    """Train an encoder on the adapters of a shelf that have samples.
+
+    Args:
+        base: of the shelf.
+        entries: all N.
+        samples: of each adapter the vectors (m, D) of its samples.
+        means: gives the whitening.
+        load: loads the weights of an adapter by its place.
+        settings: of the training.
+        progress: whether to show progress.
+
+    Returns:
+        The encoder with the vectors of all adapters, and the loss of each step.
+
+    Raises:
+        UsageError: fewer than two adapters have samples, or a setting is out of range.
+    """
+    used = [place for place, own in enumerate(samples) if len(own)]
+    if len(used) < 2:
+        msg = f"{len(used)} adapters with samples, 2 are wanted to tell them apart: give --samples with `shelf add`"
+        raise UsageError(msg)
+    whitened = [unit_rows(means.whitened(samples[place])).astype(np.float32) for place in used]
+    parts = [np.arange(len(own)) % _HELD_OUT == _HELD_OUT - 1 for own in whitened]
+    shown = [own[~held] for own, held in zip(whitened, parts, strict=True)]
+    parameters = first_parameters(base, len(means.center), settings.seed)
+    parameters, losses = train_encoder(parameters, shown, lambda place: load(used[place]), settings, progress=progress)
+    none = np.zeros((0, 32), np.uint8), np.zeros((0, parameters["out"].shape[1]), np.float32)
+    found = WeightVectors(parameters, means.center, means.whiten, np.zeros(1, np.float32), *none)
+    found = found.with_vectors(entries, load)
+    # Of very few samples none is held back; those of the training are better than no threshold.
+    judged = [own[held] if held.any() else own for own, held in zip(whitened, parts, strict=True)]
+    texts = [np.asarray(encode_texts(parameters, jnp.asarray(own))) for own in judged]
+    own = [each @ found.vectors[place] for each, place in zip(texts, used, strict=True)]
+    return replace(found, threshold=thresholds_of([np.concatenate(own)])), losses
+
+
+def _bytes(entry: ShelfEntry) -> bytes:
+    return bytes.fromhex(entry.digest.partition(":")[2])

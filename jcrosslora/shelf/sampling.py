@@ -1,0 +1,91 @@
+"""Sample prompts of an adapter's task: from the completions of its transfer, or from the user's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from jcrosslora.errors import UsageError
+from jcrosslora.evidence.probes.text_files import read_prompts
+from jcrosslora.text import Prompt
+from jcrosslora.text.completion import prompt_text
+from jcrosslora.text.completion_lines import COMPLETIONS
+
+SAMPLES = 32  # of an adapter, kept on the shelf
+_LONGEST = 2000  # characters of a sample
+T = TypeVar("T")
+
+
+def given_samples(path: str | Path) -> tuple[tuple[Prompt, ...], str]:
+    """Read samples from a file of the user's, see `read_prompts`.
+
+    Returns:
+        At most 32 different prompts, evenly spread over the file, and the file's name.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no prompt.
+    """
+    return spread_prompts(read_prompts(path)), Path(path).name
+
+
+def own_samples(folder: Path) -> tuple[tuple[Prompt, ...], str]:
+    """Read samples from the completions beside an adapter.
+
+    Returns:
+        The prompts, as from `given_samples`, and "completions"; none and "nothing" where there are no completions.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    if not (folder / COMPLETIONS).is_file():
+        return (), "nothing"
+    return given_samples(folder / COMPLETIONS)[0], "completions"
+
+
+def labelled_prompts(
+    labelled: Sequence[str], unrelated: str | Path | None, limit: int
+) -> tuple[list[Prompt], list[tuple[str, ...]]]:
+    """Read prompts whose adapters are known.
+
+    Args:
+        labelled: "NAME=FILE" or "NAME,NAME=FILE" each.
+        unrelated: a file of prompts of no adapter's task, or None.
+        limit: the most prompts of a file.
+
+    Returns:
+        The prompts, and the names that belong to each, none to unrelated ones.
+
+    Raises:
+        UsageError: a label without a name or a file, or a file that cannot be read.
+    """
+    prompts: list[Prompt] = []
+    wanted: list[tuple[str, ...]] = []
+    parts = [(label.partition("="), label) for label in labelled]
+    for (names, _, file), label in parts:
+        if not names or not file:
+            msg = f"{label!r} is no label: write NAME=FILE, or NAME,NAME=FILE for several adapters of one task"
+            raise UsageError(msg)
+        found = spread(read_prompts(file), limit)
+        prompts += found
+        wanted += [tuple(names.split(","))] * len(found)
+    if unrelated is not None:
+        found = spread(read_prompts(unrelated), limit)
+        prompts += found
+        wanted += [()] * len(found)
+    return prompts, wanted
+
+
+def spread_prompts(prompts: Sequence[Prompt], count: int = SAMPLES) -> tuple[Prompt, ...]:
+    """Take at most `count` different prompts, evenly spread; of longer ones than 2,000 characters none if others do."""
+    different = list(dict.fromkeys(prompts))
+    short = [one for one in different if len(prompt_text(one)) <= _LONGEST]
+    return tuple(spread(short or different, count))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Take at most `count` items, evenly spread over all."""
+    if count < 1:
+        msg = f"{count} samples were asked for; wanted 1 or more"
+        raise UsageError(msg)
+    return [items[place * len(items) // count] for place in range(count)] if len(items) > count else list(items)

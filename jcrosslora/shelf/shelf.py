@@ -1,0 +1,329 @@
+"""`Shelf`: a folder of adapters of one base, to which adapters are added, and in which they are searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.folder import is_adapter
+from jcrosslora.alignment.transport import BaseInfo, describe_base
+from jcrosslora.cache import open_cache
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.errors import JCrossLoRAError, ShortMemoryError, UsageError, suggestion
+from jcrosslora.shelf.encoders.encoder import Encoder
+from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
+from jcrosslora.shelf.index import HEAD, Index
+from jcrosslora.shelf.places import opened_place, stored_place
+from jcrosslora.shelf.reading import Found, find_adapters, read_entry
+from jcrosslora.shelf.records import Added, Refused, ShelfBase, ShelfEntry
+from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
+from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+from jcrosslora.shelf.sampling import given_samples, own_samples
+from jcrosslora.shelf.searching import Searching
+from jcrosslora.text import Message, Prompt
+from jcrosslora.utils.progress import track
+
+_WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
+
+
+class Shelf:
+    """A folder of adapters of one base.
+
+    The adapters stay where they are; the folder holds what is known of them, and no weights.
+    """
+
+    def __init__(self, folder: str | Path, base: Any = None, *, encoder: str | None = None) -> None:
+        """Open a shelf, or make one.
+
+        Args:
+            folder: of the shelf. If it is missing or empty, a shelf is made there, for which `base` is needed.
+            base: the base of its adapters: a path, a hub id or an open base; None takes the place that the shelf has
+                written down.
+            encoder: of a new shelf, what makes vectors of samples: "hidden", states of the base itself, the default;
+                "sentences:MODEL", a model of sentence-transformers; or "none".
+
+        Raises:
+            UsageError: no base for a new shelf, a base or an encoder that is not that of the shelf, or a damaged shelf.
+            CheckpointError: the base cannot be read.
+            OutputError: the shelf cannot be written.
+        """
+        self.folder = Path(folder).expanduser()
+        self._base: BaseModel | None = None if base is None else open_base(base)
+        self._encoder: Encoder | None = None
+        name = check_encoder(encoder or HIDDEN)
+        if (self.folder / HEAD).is_file() or self._base is None:
+            self._index = Index.open(self.folder)
+            if encoder is not None and name != self.encoder_name:
+                msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
+                raise UsageError(msg)
+            if self._base is not None:
+                self._check_base(self._base)
+        else:
+            place = str(self._base.path or self._base.ref) if self._base.revision is None else self._base.ref
+            made = ShelfBase(
+                self._base.name,
+                stored_place(self.folder, place),
+                _digest(self._base),
+                self._base.family.name,
+                self._base.revision,
+            )
+            self._index = Index.create(self.folder, made, name)
+
+    def __repr__(self) -> str:
+        """Folder, base and number of adapters, on one line."""
+        return f"Shelf({str(self.folder)!r}, {self.info.name}, {len(self.names)} adapters)"
+
+    def __len__(self) -> int:
+        """Count the adapters."""
+        return len(self._index.entries)
+
+    @property
+    def info(self) -> ShelfBase:
+        """Return what the index says of the base."""
+        return self._index.head.base
+
+    @property
+    def encoder_name(self) -> str:
+        """Return the name of the encoder of the samples."""
+        return self._index.head.encoder
+
+    @property
+    def entries(self) -> tuple[ShelfEntry, ...]:
+        """Return what the index says of each adapter."""
+        return self._index.entries
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the adapters, in the order of all arrays over them."""
+        return tuple(entry.name for entry in self._index.entries)
+
+    @property
+    def base(self) -> BaseModel:
+        """Return the base, opened when it is first used.
+
+        Raises:
+            CheckpointError: it is not where it was, or cannot be read.
+            UsageError: it is another one than that of the shelf.
+        """
+        if self._base is None:
+            self._base = open_base(opened_place(self.folder, self.info.place), revision=self.info.revision)
+            self._check_base(self._base)
+        return self._base
+
+    def entry(self, name: str) -> ShelfEntry:
+        """Return what the index says of an adapter.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
+        for entry in self._index.entries:
+            if entry.name == name:
+                return entry
+        msg = f"{self.folder}: has no adapter {name!r}{suggestion(name, self.names)}: `jcrosslora shelf list` names all"
+        raise UsageError(msg)
+
+    def place(self, name: str) -> str:
+        """Return the path or hub id of an adapter.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
+        return opened_place(self.folder, self.entry(name).place)
+
+    def missing(self, entry: ShelfEntry) -> bool:
+        """Whether the files of an adapter are not where they were when it was added."""
+        place = opened_place(self.folder, entry.place)
+        return not is_adapter(Path(place)) and not is_hub_id(place)
+
+    def load(self, name: str) -> Adapter:
+        """Load an adapter.
+
+        Raises:
+            UsageError: there is none of this name, or its files have changed since it was added.
+            AdapterError: its files are missing or damaged.
+        """
+        found, entry = load_adapter(self.place(name), self.base), self.entry(name)
+        if found.info.digest != entry.digest:
+            msg = f"{self.place(name)}: has changed since it was put on the shelf: add it again"
+            raise UsageError(msg)
+        return found
+
+    def add(
+        self,
+        adapters: str | Path | Sequence[str | Path],
+        *,
+        name: str | None = None,
+        samples: str | Path | None = None,
+        lift: float | None = None,
+        progress: bool = False,
+    ) -> Added:
+        """Add adapters, or all below a folder. What is damaged or of another base is left out and listed.
+
+        What was added stays if the work is stopped, except for that of the last seconds; the same call goes on there.
+
+        Args:
+            adapters: paths or hub ids of adapters, or folders with adapters below.
+            name: of a single adapter; else the name of its folder, below a folder with the path to it.
+            samples: a file of prompts of the task, see `jcrosslora shelf add --help`; None takes those that the
+                source wrote when the adapter was moved.
+            lift: of a single adapter, the share of a trained adapter's gain that it recovers, where it is known.
+            progress: whether to show progress.
+
+        Raises:
+            AdapterError: something that was named is not there, or has no adapter below it.
+            UsageError: `name` or `lift` for several adapters, or samples that cannot be read.
+            CheckpointError: the base cannot be read.
+            OutputError: the shelf cannot be written to.
+        """
+        refs = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+        found = [one for ref in refs for one in find_adapters(ref)]
+        if len(found) != 1 and (name is not None or lift is not None):
+            msg = f"a name or a lift was given for {len(found)} adapters: give it with one adapter at a time"
+            raise UsageError(msg)
+        found = [Found(name, one.ref) for one in found] if name is not None else found
+        given = None if samples is None else given_samples(samples)
+        info, known = self._describe(), {entry.name: entry for entry in self._index.entries}
+        added: list[str] = []
+        kept: list[str] = []
+        refused: list[Refused] = []
+        fresh: list[tuple[ShelfEntry, np.ndarray]] = []
+        with ExitStack() as stack:
+            # What was read before a stop is written on the way out.
+            stack.callback(lambda: self._write(fresh))
+            written = time.monotonic()
+            with track(len(found), "add adapters", "adapters", show=progress) as bar:
+                for one in found:
+                    try:
+                        entry = self._read(one, info, given, lift, known)
+                    except ShortMemoryError:
+                        raise
+                    except JCrossLoRAError as error:
+                        refused.append(Refused(one.ref, str(error).removeprefix(f"{one.ref}: ")))
+                    else:
+                        if known.get(one.name) == entry:
+                            kept.append(one.name)
+                        else:
+                            fresh.append((entry, self._encode(entry.samples)))
+                            added.append(one.name)
+                            known[one.name] = entry
+                    bar.update()
+                    if time.monotonic() - written > _WRITE_AFTER:
+                        self._write(fresh)
+                        written = time.monotonic()
+        if added:
+            self._searching().means()
+        return Added(tuple(added), tuple(kept), tuple(refused))
+
+    def search(self, prompts: Prompt | Sequence[Prompt], by: str | None = None, *, progress: bool = False) -> Retrieved:
+        """Find the adapters whose task prompts are of.
+
+        Args:
+            prompts: a text or a conversation, or several.
+            by: "text", by vectors of the samples; "tfidf", by their words; "certainty", by how much an adapter changes
+                the base's predictions on the prompt; "weights", by vectors of the adapters' weights, see
+                `train_probes`. None is "text", on a shelf without an encoder "tfidf".
+            progress: whether to show progress.
+
+        Raises:
+            UsageError: an unknown way, one that the shelf has no data for, or no prompt.
+            CheckpointError: the base cannot be read.
+        """
+        several = _several(prompts)
+        if not several:
+            msg = f"{self.folder}: no prompt was given; give one or more"
+            raise UsageError(msg)
+        found = self.retriever(by, progress=progress)
+        return Retrieved(self.names, found.scores(several), found.thresholds)
+
+    def retriever(self, by: str | None = None, *, progress: bool = False) -> Retriever:
+        """Open a way to search, for many searches; see `search`."""
+        return self._searching().retriever(by, progress=progress)
+
+    def train_probes(self, settings: ProbeSettings = ProbeSettings(), *, progress: bool = False) -> list[float]:  # noqa: B008
+        """Train the encoder of adapters by their weights, for searches by "weights"; an old one is replaced.
+
+        Every step loads the weights of some adapters, and at most 1 GB of them stays in memory.
+
+        Args:
+            settings: of the training.
+            progress: whether to show progress.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            UsageError: fewer than two adapters with samples, no encoder, or a setting out of range.
+            AdapterError: an adapter cannot be read.
+            OutputError: the shelf cannot be written to.
+        """
+        return self._searching().train(settings, progress=progress)
+
+    def _searching(self) -> Searching:
+        return Searching(self._index, lambda: self.base, self.load, self._open_encoder)
+
+    def _read(
+        self,
+        found: Found,
+        info: BaseInfo,
+        given: tuple[tuple[Prompt, ...], str] | None,
+        lift: float | None,
+        known: dict[str, ShelfEntry],
+    ) -> ShelfEntry:
+        place = stored_place(self.folder, found.ref)
+        old = known.get(found.name)
+        if old is not None and old.place != place:
+            msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
+            raise UsageError(msg)
+        entry, folder = read_entry(found, self.base, info, place)
+        samples, source = given if given is not None else own_samples(folder)
+        if old is not None and given is None and source == "nothing":
+            samples, source = old.samples, old.samples_from  # that were given once
+        lift = lift if lift is not None or old is None else old.lift
+        return dataclasses.replace(entry, samples=samples, samples_from=source, lift=lift)
+
+    def _encode(self, samples: Sequence[Prompt]) -> np.ndarray:
+        if not samples:
+            return np.zeros((0, 0), np.float32)
+        return self._open_encoder().encode(samples)
+
+    def _open_encoder(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = open_encoder(self.encoder_name, self.base)
+        return self._encoder
+
+    def _write(self, fresh: list[tuple[ShelfEntry, np.ndarray]]) -> None:
+        if fresh:
+            self._index = self._index.change(fresh)
+            fresh.clear()
+
+    def _describe(self) -> BaseInfo:
+        return dataclasses.replace(describe_base(self.base, digest=False), digest=self.info.digest)
+
+    def _check_base(self, base: BaseModel) -> None:
+        digest = _digest(base)
+        if digest != self.info.digest:
+            wanted = f"{self.info.name} ({self.info.digest[:19]}...)"
+            msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, {wanted}: "
+            raise UsageError(msg + "give that one, or make another shelf")
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return a list of prompts; a text, or the messages of one conversation, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, tuple) and prompts and all(isinstance(one, Message) for one in prompts):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _digest(base: BaseModel) -> str:
+    store = open_cache()
+    return base.digest(None if store is None else store.digests)
