@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.moved import Moved
+
+# The words, and the key: (variable of a colour, what it stands for).
+Caption: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 
 _ROUNDING = 1e-4  # shares below it are not told from none
 _MEANINGS = {
@@ -15,22 +20,26 @@ _MEANINGS = {
     "random": "random adapter: as large as the moved one, but random; a move has to do better than this",
     "other": "another adapter",
 }
+_WORDS = {
+    "curve": "How much the target with the moved adapter predicts otherwise than the source with the original one, on "
+    "texts that were kept aside. It starts with the target alone; 0 would be no difference. A curve that falls and "
+    "then stays level has learned what it can from these texts.",
+    "heat": "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: "
+    "the stronger the colour, the larger; a cell without colour has none. Names with q, k, v and o are parts of the "
+    "attention, gate, up and down of the feed-forward part.",
+}
 
 
-def caption(name: str, contents: Contents) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Describe a picture by its name.
-
-    Returns:
-        The words, and the key: (variable of a colour, what it stands for).
-    """
+def caption(name: str, contents: Contents) -> Caption:
+    """Describe a picture by its name."""
     if name == "bars" and contents.evaluation is not None:
         return _bars(contents.evaluation)
-    if contents.moved is not None:
-        return {"curve": _curve, "layers": _layers, "heat": _heat}[name](contents.moved)
-    return "", ()
+    if name == "layers" and contents.moved is not None:
+        return _layers(contents.moved)
+    return _WORDS[name], ()
 
 
-def _bars(evaluation: Evaluation) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _bars(evaluation: Evaluation) -> Caption:
     what = "examples" if evaluation.written else "questions"
     words = f"Means over {evaluation.count:,} {what}. The thin line and the brackets are the 95% interval: where the "
     words += "mean would probably lie if other questions of this kind were asked; more questions make it shorter. Bars "
@@ -39,27 +48,15 @@ def _bars(evaluation: Evaluation) -> tuple[str, tuple[tuple[str, str], ...]]:
     return words, tuple(("other" if part == "random" else part, _MEANINGS[part]) for part in parts)
 
 
-def _curve(moved: Moved) -> tuple[str, tuple[tuple[str, str], ...]]:
-    del moved
-    words = "How much the target with the moved adapter predicts otherwise than the source with the original one, on "
-    words += (
-        "texts that were kept aside. It starts with the target alone; 0 would be no difference. A curve that falls "
-    )
-    words += "and then stays level has learned what it can from these texts."
-    return words, ()
-
-
-def _layers(moved: Moved) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _layers(moved: Moved) -> Caption:
     words = "A line joins a layer of the source to the layer of the target that takes its place. Bars are the share of "
     words += "the update that each layer holds, in the original adapter (below) and in the moved one (above). "
     left = sum(one.share for one in moved.unmapped_sources)
     if moved.fitted:
         without = 1 - sum(moved.source_shares().values()) if moved.source_shares() else 0.0
         held = f", which held {without:.1%} of the original update," if without > _ROUNDING else ""
-        words += (
-            f"The update was fitted to what the source says with its adapter, so what the layers without a line{held} "
-        )
-        words += "do is part of it as well."
+        words += "The update was fitted to what the source says with its adapter, so what the layers without a line"
+        words += f"{held} do is part of it as well."
     elif left:
         words += f"Layers and modules without a place in the target held {left:.1%} of the original update, which was "
         words += "left behind."
@@ -72,13 +69,3 @@ def _layers(moved: Moved) -> tuple[str, tuple[tuple[str, str], ...]]:
     elif set(range(max(fed, default=0) + 1)) - fed:
         key.append(("left", "layer of the source without a line"))
     return words, tuple(key)
-
-
-def _heat(moved: Moved) -> tuple[str, tuple[tuple[str, str], ...]]:
-    del moved
-    words = (
-        "Each cell is the change that the moved adapter makes to the weights of one kind of module in one layer: the "
-    )
-    words += "stronger the colour, the larger; a cell without colour has none. Names with q, k, v and o are parts of the attention, "
-    words += "gate, up and down of the feed-forward part."
-    return words, ()
