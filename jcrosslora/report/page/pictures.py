@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from jcrosslora.report.page import bars, curve, heat_map, layer_map
 from jcrosslora.report.page.contents import Contents
-from jcrosslora.report.page.theme import drawing, inline_svg, new_figure
+from jcrosslora.report.page.theme import drawing, inline_svg, new_figure, settle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Picture:
     heights: tuple[float, ...]
     draw: Callable[[list[Axes]], None]
 
+    def figure(self) -> Figure:
+        """Draw the picture alone; call it within `theme.drawing`."""
+        figure = new_figure(sum(self.heights))
+        grid = {"height_ratios": self.heights}
+        self.draw(list(figure.subplots(len(self.heights), squeeze=False, gridspec_kw=grid)[:, 0]))
+        settle(figure)
+        return figure
+
     def svg(self) -> str:
         """Return the picture as an element of the page.
 
@@ -37,11 +46,7 @@ class Picture:
             UsageError: matplotlib is not installed.
         """
         with drawing():
-            figure = new_figure(sum(self.heights))
-            grid = {"height_ratios": self.heights}
-            panels = figure.subplots(len(self.heights), squeeze=False, gridspec_kw=grid)
-            self.draw(list(panels[:, 0]))
-            return inline_svg(figure, self.name, self.title)
+            return inline_svg(self.figure(), self.name, self.title)
 
 
 def pictures(contents: Contents) -> Iterator[Picture]:

@@ -8,7 +8,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.headline import headline
-from jcrosslora.report.page.pictures import pictures
+from jcrosslora.report.page.pictures import Picture, pictures
 from jcrosslora.report.page.theme import Format, drawing, file_of, new_figure
 
 _LETTERS = 70  # in a line
@@ -29,15 +29,21 @@ def report_sheet(contents: Contents, form: Format) -> bytes:
     verdict = headline(contents)
     lines = [visible(contents.name), f"{verdict.word}: {verdict.sentence}", *map(visible, verdict.reasons)]
     text = [part for line in lines for part in textwrap.wrap(line, _LETTERS)]
-    heights = [_LINE * len(text), *(_TITLE + sum(picture.heights) for picture in found)]
+    tall = _LINE * (len(text) + 1) + sum(_TITLE + sum(picture.heights) for picture in found)
     with drawing():
-        figure = new_figure(sum(heights))
-        figure.set_facecolor("white")
-        parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-        parts[0].text(0.02, 0.98, "\n".join(text), va="top", fontsize=10, linespacing=1.3)
-        for part, picture in zip(parts[1:], found, strict=True):
-            part.suptitle(picture.title, x=0.02, ha="left", fontweight="bold")
-            grid = {"height_ratios": picture.heights}
-            panels = part.subplots(len(picture.heights), squeeze=False, gridspec_kw=grid)
-            picture.draw(list(panels[:, 0]))
-        return file_of(figure, form)
+        sheet = new_figure(tall)
+        sheet.set_facecolor("white")
+        sheet.text(0.02, 1 - _LINE / 2 / tall, "\n".join(text), va="top", fontsize=10, linespacing=1.3)
+        top = tall - _LINE * (len(text) + 1)
+        for picture in found:
+            sheet.text(0.02, (top - _TITLE / 2) / tall, picture.title, va="center", fontsize=12, fontweight="bold")
+            top -= _TITLE + sum(picture.heights)
+            picture.draw([sheet.add_axes(place) for place in _places(picture, top, tall)])
+        return file_of(sheet, form)
+
+
+def _places(picture: Picture, bottom: float, tall: float) -> list[tuple[float, float, float, float]]:
+    """Place the panels of a picture that stands so many inches above the bottom of the sheet, as it has them alone."""
+    share, start = sum(picture.heights) / tall, bottom / tall
+    bounds = [axes.get_position().bounds for axes in picture.figure().axes]
+    return [(left, start + low * share, width, height * share) for left, low, width, height in bounds]

@@ -77,7 +77,7 @@ def new_figure(height: float) -> Figure:
     """Make an empty figure of the width of a picture; call it within `drawing`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    return Figure(figsize=(WIDTH, height))
 
 
 def inline_svg(figure: Figure, name: str, label: str) -> str:
@@ -101,14 +101,14 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
 
 def file_of(figure: Figure, form: Format) -> bytes:
     """Return a figure as the content of a file, without a date."""
-    _settle(figure)
     stream = io.BytesIO()
     figure.savefig(stream, format=form, metadata=_UNDATED[form], dpi=150)
     return stream.getvalue()
 
 
-def _settle(figure: Figure) -> None:
-    """Round the places of all axes: the solver of the layout does not give the same last digits each time."""
+def settle(figure: Figure) -> None:
+    """Lay out a figure for good, and round the places of its axes: the solver's last digits differ each time."""
+    figure.set_layout_engine("constrained")
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
