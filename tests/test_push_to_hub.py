@@ -134,12 +134,15 @@ def test_completions_go_along_only_if_the_user_says_so(hub, folder):
         assert SECRET.encode() in hub.repos[ID].files[name]
 
 
-def test_the_file_of_completions_goes_along_with_them(hub, folder):
-    (folder / "completions.jsonl").write_text('{"prompt": "Q", "completion": "A"}\n')
-    assert "not uploaded, as it is no part of the adapter: completions.jsonl" in jcl.push_to_hub(folder, ID).notes
-    assert "completions.jsonl" not in hub.repos[ID].files
+def test_the_files_that_hold_completions_go_along_with_them(hub, folder):
+    own = {"completions.jsonl": '{"prompt": "Q", "completion": "A"}\n', "report.html": "<p>Q: A</p>"}
+    for name, text in own.items():
+        (folder / name).write_text(text)
+    said = "not uploaded, as it is no part of the adapter: completions.jsonl, report.html"
+    assert said in jcl.push_to_hub(folder, ID).notes
+    assert not own.keys() & hub.repos[ID].files.keys()
     jcl.push_to_hub(folder, ID, with_completions=True)
-    assert "completions.jsonl" in hub.repos[ID].files
+    assert own.keys() <= hub.repos[ID].files.keys()
 
 
 def test_what_is_there_is_not_sent_again_and_other_files_stay(hub, folder):

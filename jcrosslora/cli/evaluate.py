@@ -1,16 +1,15 @@
 """`jcrosslora evaluate`: a base alone and with adapters, on questions with choices or on answers in writing."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import print_json, say
-from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.cli.output import PAGE, print_json, say, writable_file
+from jcrosslora.errors import UsageError
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate import Answers, Example, Scores
@@ -82,31 +81,28 @@ class Evaluate:
             msg += '--html and --max-new-tokens, or give lines of {"messages"} or {"prompt", "answer"}'
             raise UsageError(msg)
         if self.html is not None:
-            _page_path(self.html)
+            writable_file(self.html, PAGE)
 
     def _print_scores(self, scores: "Scores", notes: Sequence[str], console: Console) -> None:
-        from jcrosslora.evaluate import FIGURES, print_scores
+        from jcrosslora.evaluate import print_scores
+        from jcrosslora.evaluate.output import scores_json
 
         if self.json:
-            found = {"questions": len(scores.answers), "models": _models(scores, FIGURES)}
-            print_json({**found, "not_scored": notes})
+            print_json(scores_json(scores, notes))
             return
         _say_notes(notes, console)
         print_scores(scores, console)
 
     def _print_answers(self, answers: "Answers", notes: Sequence[str], console: Console) -> None:
         from jcrosslora.evaluate import answers_page, print_answers
-        from jcrosslora.evaluate.answers_table import spread
+        from jcrosslora.evaluate.output import answers_json
         from jcrosslora.utils.files import write_output
 
         if self.html is not None:
             page = answers_page(answers).encode()
-            write_output(_page_path(self.html), page, "free space, or choose another file")
+            write_output(writable_file(self.html, PAGE), page, "free space, or choose another file")
         if self.json:
-            found = {"examples": len(answers.examples), "max_new_tokens": answers.max_new_tokens}
-            found |= {"models": _models(answers, answers.figures), "not_scored": notes}
-            shown = [_example(answers, place) for place in spread(answers, self.show)]
-            print_json(found | ({"answers": shown} if self.show else {}))
+            print_json(answers_json(answers, notes, show=self.show))
             return
         _say_notes(notes, console)
         print_answers(answers, console, show=self.show)
@@ -114,44 +110,6 @@ class Evaluate:
             say(console, f"written: {self.html}")
 
 
-def _models(scores: "Scores | Answers", figures: Sequence[str]) -> list[dict[str, Any]]:
-    """Give every figure of every model with its interval, and its difference to the base."""
-    models: list[dict[str, Any]] = [{"name": name} for name in scores.names]
-    for figure in figures:
-        found = zip(models, scores.bootstrap(figure), scores.differences(figure), strict=True)
-        for place, (model, value, difference) in enumerate(found):
-            model[figure] = asdict(value) | ({"minus_base": asdict(difference)} if place else {})
-    return models
-
-
-def _example(answers: "Answers", place: int) -> dict[str, Any]:
-    """Give an example with the answer of each model."""
-    from jcrosslora.text.completion import prompt_text
-
-    written = [
-        {"name": name, "text": texts[place], "ended": bool(ended[place]), "exact": bool(exact[place])}
-        for name, texts, ended, exact in zip(
-            answers.names, answers.texts, answers.ended, answers.by_example("exact"), strict=True
-        )
-    ]
-    prompt = prompt_text(answers.examples[place].prompt)
-    return {"example": place + 1, "prompt": prompt, "right": list(answers.references[place]), "written": written}
-
-
 def _say_notes(notes: Sequence[str], console: Console) -> None:
     for note in notes:
         say(console, f"not scored: {note}")
-
-
-def _page_path(path: Path) -> Path:
-    """Check that a page can be written, before any work is done for it."""
-    from jcrosslora.utils.files import output_path
-
-    path = output_path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        msg = f"{path}: is no name of a page, and may be that of another file: give one that ends in .html"
-        raise OutputError(msg)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
-        raise OutputError(msg)
-    return path

@@ -1,11 +1,17 @@
 """What commands print: lines that nothing reformats, JSON, and the exit codes that `--fail-on` asks for."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+
+from jcrosslora.errors import OutputError
+
+PAGE = (".html", ".htm")  # endings of a page
 
 
 def say(console: Console, text: str) -> None:
@@ -17,6 +23,32 @@ def print_json(data: Any) -> None:
     """Print data as JSON on stdout, with nothing else beside it."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)
     print()
+
+
+def writable_file(path: Path, endings: tuple[str, ...]) -> Path:
+    """Check that a file of the user's can be written, before any work is done for it.
+
+    Args:
+        path: of the file, which may exist and is replaced then.
+        endings: the endings that its name may have, in lower case; one of another kind may be another file.
+
+    Returns:
+        The path with ~ expanded.
+
+    Raises:
+        OutputError: its name has another ending, or its folder does not exist or cannot be written to.
+    """
+    from jcrosslora.utils.files import output_path
+
+    path = output_path(path)
+    if path.suffix.lower() not in endings:
+        what = "a page" if endings == PAGE else "such a file"
+        msg = f"{path}: is no name of {what}, and may be that of another file: give one that ends in {endings[0]}"
+        raise OutputError(msg)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        msg = f"{path}: cannot be written: wanted a file in a folder that exists and can be written to"
+        raise OutputError(msg)
+    return path
 
 
 FailOn = Literal["never", "no-effect"]

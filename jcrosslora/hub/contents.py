@@ -12,7 +12,7 @@ from jcrosslora.checkpoint.hub import is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.hub.card import card_base, card_for_hub
 from jcrosslora.report.card import without_examples
-from jcrosslora.report.documents import RECIPE, REPORT
+from jcrosslora.report.documents import PAGE, RECIPE, REPORT
 from jcrosslora.text.completion_lines import COMPLETIONS
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
@@ -46,7 +46,8 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     Args:
         folder: of an adapter of PEFT or MLX, or with `adapter.gguf`.
         base_model: hub id of the base; None takes the one that the card or the configuration names.
-        with_completions: whether report and card keep the completions that the source wrote, and their file goes along.
+        with_completions: whether report and card keep the completions that the source wrote, and the files
+            that hold them go along, the page of `jcrosslora report` among them.
 
     Raises:
         AdapterError: the folder is not a whole adapter, or its card or report is damaged.
@@ -72,8 +73,8 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     if (folder / REPORT).is_file():
         sent[REPORT] = _report_for_hub(folder / REPORT, with_completions=with_completions)
     sent |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)}
-    if with_completions and (folder / COMPLETIONS).is_file():
-        sent[COMPLETIONS] = folder / COMPLETIONS
+    if with_completions:  # the page shows some of them
+        sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
     return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left))
 

@@ -20,6 +20,7 @@ from jcrosslora.report.verdict import verdict
 _LOOKS = 10  # points of a fit's curve that the card shows
 SERVED = "source_model"  # the setting that says that a server was asked
 REPORT, RECIPE = "transfer_report.json", "recipe.toml"
+PAGE = "report.html"  # which is made from a folder afterwards
 _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer --recipe recipe.toml
 # Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
 # --source-url where a server is asked.

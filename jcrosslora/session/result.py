@@ -17,10 +17,12 @@ from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.hub.push import Pushed, push_folder
 from jcrosslora.hub.repository import check_repo_id
-from jcrosslora.report.documents import documents, published
+from jcrosslora.report.documents import REPORT, documents, published
 from jcrosslora.report.html import result_html
+from jcrosslora.report.page import Roles, contents_of, report_page
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
 from jcrosslora.shifting.truncate import Frozen
@@ -98,6 +100,24 @@ class TransferResult:
         """Return the chat template, so that the adapter is used as it was fitted, and the completions, as files."""
         template = {} if self.chat_template is None else {CHAT_TEMPLATE: self.chat_template}
         return template | ({COMPLETIONS: completion_lines(self.completions)} if self.completions else {})
+
+    def html(
+        self, answers: Answers | Scores | None = None, *, trained: str | None = None, random: str | None = None
+    ) -> str:
+        """Return a page on the adapter, as `jcrosslora report` writes it: one HTML file that needs nothing but itself.
+
+        Args:
+            answers: what `jcrosslora.answer` or `jcrosslora.score` returns for the target with this adapter, and others
+                beside it if you like; None leaves out whether it works.
+            trained: name of the adapter among them that was trained on the target.
+            random: name of the one that was moved by method `random`.
+
+        Raises:
+            UsageError: matplotlib is not installed (the extra `plot`), or there is no such adapter.
+        """
+        files = documents(self.report, out="moved", profile="portable", dtype="float32")
+        own = public_name(self.adapter.info.name) or ""
+        return report_page(contents_of(files[REPORT], answers, Roles(trained=trained, random=random), own))
 
     def to_peft(self, model: Any, adapter_name: str = "moved") -> Any:
         """Load the adapter into a live model of transformers or PEFT, and make it the active one.

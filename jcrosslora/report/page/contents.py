@@ -1,0 +1,136 @@
+"""What a page is made from: the files of a folder, and which adapter is which."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate import Answers, Scores
+from jcrosslora.evaluate.output import answers_json, scores_json
+from jcrosslora.report.documents import REPORT
+from jcrosslora.report.page.evaluation import Evaluation, Roles, parse_evaluation
+from jcrosslora.report.page.moved import Moved, parse_moved
+from jcrosslora.text.completion_lines import COMPLETIONS
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a page shows; what is None or empty is left out of it.
+
+    Attributes:
+        name: of the folder or of the adapter.
+        moved: the report of the transfer.
+        evaluation: figures and answers.
+        texts: some of the texts that the update was fitted to, as far as the source wrote them itself.
+    """
+
+    name: str
+    moved: Moved | None
+    evaluation: Evaluation | None
+    texts: tuple[str, ...] = ()
+
+
+def find_contents(folder: Path, answers: Path | None = None, roles: Roles | None = None) -> Contents:
+    """Read what a folder holds of a transfer and of an evaluation.
+
+    Args:
+        folder: one that `jcrosslora transfer` wrote, or one with the output of `jcrosslora evaluate --json`, or both.
+        answers: the output of `jcrosslora evaluate --json`; None takes the one in the folder, if there is one.
+        roles: which of the adapters evaluated is which.
+
+    Raises:
+        UsageError: there is nothing to show, a file cannot be read or is damaged, or a role names no adapter.
+    """
+    roles = roles or Roles()
+    if not folder.is_dir():
+        msg = f"{folder}: is no folder: give one that `jcrosslora transfer` wrote"
+        raise UsageError(msg)
+    report = folder / REPORT
+    moved = parse_moved(_read(report), str(report)) if report.exists() else None
+    path = answers or _only_evaluation(folder)
+    evaluation = None if path is None else parse_evaluation(_read(path), str(path))
+    if moved is None and evaluation is None:
+        msg = f"{folder}: holds neither {REPORT} nor the output of `jcrosslora evaluate --json` in a .json file: "
+        msg += "give a folder that `jcrosslora transfer` wrote"
+        raise UsageError(msg)
+    name = folder.resolve().name
+    if evaluation is None and roles != Roles():
+        msg = f"{folder}: no adapter was evaluated, so none has a role: give --answers as well"
+        raise UsageError(msg)
+    if evaluation is not None:
+        evaluation = evaluation.with_parts(roles, name)
+    return Contents(name, moved, evaluation, _texts(folder / COMPLETIONS) if moved is not None else ())
+
+
+def contents_of(report: str, answers: Answers | Scores | None, roles: Roles, own: str) -> Contents:
+    """Take a transfer and an evaluation that are in memory.
+
+    Args:
+        report: the content of `transfer_report.json`.
+        answers: figures and answers of the target with adapters, or None.
+        roles: which of these adapters is which.
+        own: name of the moved adapter, if it is among them.
+
+    Raises:
+        UsageError: a role names no adapter.
+    """
+    moved = parse_moved(report.encode(), REPORT)
+    evaluation = None
+    if answers is not None:
+        data = answers_json(answers, show=_SHOWN) if isinstance(answers, Answers) else scores_json(answers)
+        evaluation = parse_evaluation(json.dumps(data).encode(), "the answers")
+        evaluation = evaluation.with_parts(roles, own)
+    return Contents(moved.adapter.name or "adapter", moved, evaluation)
+
+
+def _only_evaluation(folder: Path) -> Path | None:
+    """Return the file of a folder that looks like an evaluation; None if there is none."""
+    found = [path for path in sorted(folder.glob("*.json")) if path.is_file() and _is_evaluation(path)]
+    if len(found) > 1:
+        msg = f"{folder}: holds several evaluations, {', '.join(path.name for path in found)}: name one by --answers"
+        raise UsageError(msg)
+    return found[0] if found else None
+
+
+def _is_evaluation(path: Path) -> bool:
+    try:
+        found = json.loads(_read(path))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"models", "not_scored"} <= found.keys()
+
+
+def _texts(path: Path) -> tuple[str, ...]:
+    """Take ten of the texts of a fit, evenly spread.
+
+    Raises:
+        UsageError: the file cannot be read, or a line is none that `TransferResult.save` writes.
+    """
+    if not path.exists():
+        return ()
+    lines = [line for line in _read(path).split(b"\n") if line.strip()]
+    places = sorted({at * len(lines) // _SHOWN for at in range(_SHOWN)}) if lines else []
+    return tuple(_text(lines[at], f"{path}:{at + 1}") for at in places)
+
+
+def _text(line: bytes, place: str) -> str:
+    try:
+        entry = json.loads(line)
+        if "messages" in entry:
+            return "\n".join(message["content"] for message in entry["messages"])
+        return "".join((entry["prompt"], entry["completion"]))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        msg = f'{place}: is damaged, wanted {{"messages"}} or {{"prompt", "completion"}}: move the adapter again'
+        raise UsageError(msg) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
+        raise UsageError(msg) from error

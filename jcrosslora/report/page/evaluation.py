@@ -1,0 +1,198 @@
+"""What the page takes from the output of `jcrosslora evaluate --json`, checked, and which model plays which part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.errors import UsageError, suggestion
+from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.evaluate.scores import word_of
+
+Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
+
+# A damaged number must not become a picture that cannot be drawn.
+_Number = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+_ADVICE = "give the output of `jcrosslora evaluate --json`"
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure of one model with its 95% interval, and its difference to the base."""
+
+    value: _Number
+    low: _Number
+    high: _Number
+    minus_base: Interval | None = None
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What a model wrote."""
+
+    name: str
+    text: str
+    ended: bool
+    exact: bool
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A prompt, the right answers, and what each model wrote."""
+
+    prompt: str
+    right: list[str]
+    written: list[Written]
+
+
+class _Output(msgspec.Struct, frozen=True):
+    """The output of the command; of questions with choices `questions`, of answers in writing `examples`."""
+
+    models: list[dict[str, str | Figure]]
+    not_scored: list[str]
+    questions: _Count = 0
+    examples: _Count = 0
+    answers: list[Example] = []
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Names of adapters among those evaluated; None where it is not said.
+
+    Attributes:
+        moved: the adapter that the page is about.
+        trained: one that was trained on the target.
+        random: one that was moved by method `random`.
+    """
+
+    moved: str | None = None
+    trained: str | None = None
+    random: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was evaluated.
+
+    Attributes:
+        name: as the page shows it, without a folder.
+        part: what it stands for; of an adapter "other" until `Evaluation.with_parts` has said so.
+        figures: by their names, such as "exact" or "accuracy".
+    """
+
+    name: str
+    part: Part
+    figures: Mapping[str, Figure]
+
+    @property
+    def title(self) -> str:
+        """Name the model for a newcomer."""
+        titles = {
+            "base": "without adapter",
+            "moved": "moved adapter",
+            "trained": "trained adapter",
+            "random": "random adapter",
+        }
+        return titles.get(self.part, self.name)
+
+    def word(self, figure: str) -> str:
+        """Say whether a figure is "better" or "worse" than the base's, or "neither"; "" where that is not known."""
+        found = self.figures.get(figure)
+        return "" if found is None or found.minus_base is None else word_of(figure, found.minus_base)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures and answers of a base and its adapters.
+
+    Attributes:
+        models: the base first.
+        count: how many questions or examples there were.
+        written: whether they were answered in writing.
+        not_scored: what the figures leave out, one sentence each.
+        examples: some of the examples with the answers of all models, in their order.
+    """
+
+    models: tuple[Model, ...]
+    count: int
+    written: bool
+    not_scored: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+    def of_part(self, part: Part) -> Model | None:
+        """Return the model that plays a part; None where there is none."""
+        return next((model for model in self.models if model.part == part), None)
+
+    def with_parts(self, roles: Roles, own: str) -> Evaluation:
+        """Say which adapter is which.
+
+        Args:
+            roles: as they were named.
+            own: what the moved adapter is called if no name of it was given. If there is none of this name either, one
+                that is alone without a part is the moved one.
+
+        Raises:
+            UsageError: there is no such adapter, or one has two parts.
+        """
+        names = [model.name for model in self.models[1:]]
+        parts: dict[str, Part] = {}
+        given: tuple[tuple[Part, str | None], ...] = (
+            ("moved", roles.moved),
+            ("trained", roles.trained),
+            ("random", roles.random),
+        )
+        for part, name in given:
+            if name is None:
+                continue
+            if name not in names or name in parts:
+                came = f"is the {parts[name]} adapter already" if name in parts else "is not among those evaluated"
+                known = f"wanted one of {', '.join(names) or 'none: only the base was evaluated'}"
+                msg = f"{part} adapter {name!r} {came}{suggestion(name, names)}: {known}"
+                raise UsageError(msg)
+            parts[name] = part
+        left = [name for name in names if name not in parts]
+        if roles.moved is None and (own in left or len(left) == 1):
+            parts[own if own in left else left[0]] = "moved"
+        models = [dataclasses.replace(one, part=parts.get(one.name, "other")) for one in self.models[1:]]
+        return dataclasses.replace(self, models=(self.models[0], *models))
+
+
+def parse_evaluation(content: bytes, place: str) -> Evaluation:
+    """Read the output of `jcrosslora evaluate --json`.
+
+    Args:
+        content: of the file.
+        place: names the file in errors.
+
+    Raises:
+        UsageError: it is damaged, or something else.
+    """
+    try:
+        found = msgspec.json.decode(content, type=_Output)
+        models = tuple(_model(place, entry) for place, entry in enumerate(found.models))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{place}: is no evaluation, or a damaged one ({error}): {_ADVICE}"
+        raise UsageError(msg) from error
+    names = [model.name for model in models]
+    if not models or not max(found.questions, found.examples) > 0 or len(set(names)) < len(names):
+        msg = f"{place}: has {found.questions or found.examples} examples and the models {', '.join(names) or 'none'}, "
+        msg += f"wanted 1 or more of both and names that differ: {_ADVICE}"
+        raise UsageError(msg)
+    if any(len(one.written) != len(models) for one in found.answers):
+        msg = f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}"
+        raise UsageError(msg)
+    return Evaluation(
+        models, found.questions or found.examples, not found.questions, tuple(found.not_scored), tuple(found.answers)
+    )
+
+
+def _model(place: int, entry: Mapping[str, str | Figure]) -> Model:
+    name = entry.get("name")
+    if not isinstance(name, str):
+        msg = "a model has no name"
+        raise msgspec.ValidationError(msg)
+    figures = {key: value for key, value in entry.items() if isinstance(value, Figure)}
+    return Model(public_name(name) or name, "other" if place else "base", figures)

@@ -1,0 +1,81 @@
+"""How the page names and writes the figures of an evaluation."""
+
+from dataclasses import dataclass
+
+from jcrosslora.evaluate.answers_table import TITLES
+from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.report.page.evaluation import Evaluation, Figure
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure as the page shows it.
+
+    Attributes:
+        title: for a newcomer.
+        top: the largest value that it can have; None where there is none.
+        lower: whether a lower value is better.
+    """
+
+    title: str
+    top: float | None = 1.0
+    lower: bool = False
+
+    def text(self, value: float, sign: str = "") -> str:
+        """Write a value of the figure."""
+        return f"{value:{sign}.{1 if self.top == 100 else 3}f}"
+
+    def interval(self, found: Figure | Interval, sign: str = "") -> str:
+        """Write a value with its interval."""
+        return f"{self.text(found.value, sign)} [{self.text(found.low, sign)}, {self.text(found.high, sign)}]"
+
+
+# In the order in which the page shows them.
+FIGURES = {
+    "accuracy": Shown("share of right choices"),
+    "accuracy_norm": Shown("share of right choices, long and short ones alike"),
+    "json": Shown(f"share of right answers ({TITLES['json']})"),
+    "exact": Shown(f"share of right answers ({TITLES['exact']})"),
+    "chrf": Shown(f"likeness to the right answer ({TITLES['chrf']})", top=100),
+    "rouge_l": Shown(f"likeness to the right answer ({TITLES['rouge_l']})"),
+    "ended": Shown("share of answers that come to an end"),
+    "nll_per_char": Shown("surprise at the right answer (nats a character)", top=None, lower=True),
+    "nll_pooled": Shown("the same, long answers weigh more", top=None, lower=True),
+}
+_RIGHT = "accuracy", "json", "exact"
+_LIKELY = "nll_per_char", "nll_pooled"
+_MAIN = (*_RIGHT, "chrf", "nll_per_char")
+
+
+def present(evaluation: Evaluation) -> list[str]:
+    """Name the figures that every model has."""
+    return [name for name in FIGURES if all(name in model.figures for model in evaluation.models)]
+
+
+def main_figures(evaluation: Evaluation) -> list[str]:
+    """Name those that the picture shows; one that does not apply is not there."""
+    found = present(evaluation)
+    return [name for name in found if name in _MAIN and not (name == "exact" and "json" in found)]
+
+
+def right_figure(evaluation: Evaluation) -> str | None:
+    """Name the figure that counts right answers."""
+    return next((name for name in _RIGHT if name in present(evaluation)), None)
+
+
+def likelihood_figure(evaluation: Evaluation) -> str | None:
+    """Name the figure of how likely the right answers are."""
+    return next((name for name in _LIKELY if name in present(evaluation)), None)
+
+
+def gain_share(evaluation: Evaluation, name: str) -> float | None:
+    """Return the moved adapter's gain in a figure over the trained one's: (base - moved) / (base - trained).
+
+    Returns:
+        None where one of them was not evaluated, or the trained adapter is not better than the base.
+    """
+    moved, trained = evaluation.of_part("moved"), evaluation.of_part("trained")
+    if moved is None or trained is None or trained.word(name) != "better":
+        return None
+    base, own, full = (model.figures[name].value for model in (evaluation.models[0], moved, trained))
+    return (base - own) / (base - full)

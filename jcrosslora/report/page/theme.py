@@ -1,0 +1,121 @@
+"""How pictures are drawn: matplotlib without the user's settings, colours of the page, the same bytes each time."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from jcrosslora.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Each colour stands for a variable of the page's style sheet, which has a value for light and one for dark. On a sheet,
+# which is always light, it is what is drawn.
+INK, MUTED, LINE = "#1d2430", "#5b6573", "#c9ced6"
+BASE, MOVED, TRAINED, OTHER, LEFT = "#8a93a1", "#2f62c9", "#2f8a57", "#b9a3c9", "#cf7a16"
+_VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    LINE: "line",
+    BASE: "base",
+    MOVED: "moved",
+    TRAINED: "trained",
+    OTHER: "other",
+    LEFT: "left",
+}
+_SETTINGS: dict[str, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold a $
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "figure.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "jcrosslora",
+}
+WIDTH = 5.2  # inches of a picture
+_STEPS = 1, 2, 5, 10, 20, 50, 100, 200
+Format = Literal["svg", "pdf", "png"]
+# What would tell when a file was made.
+_UNDATED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw with the page's settings while the block runs.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style
+    except ImportError as error:
+        msg = f"the pictures of a report need matplotlib ({error}): pip install 'jcrosslora[plot]'"
+        raise UsageError(msg) from error
+    with style.context(["default", _SETTINGS]), warnings.catch_warnings():
+        # A letter that the font lacks; browsers have other fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def new_figure(height: float) -> Figure:
+    """Make an empty figure of the width of a picture; call it within `drawing`."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height))
+
+
+def inline_svg(figure: Figure, name: str, label: str) -> str:
+    """Return a figure as an element of a page, in the colours of its style sheet.
+
+    Args:
+        figure: drawn within `drawing`.
+        name: of the picture, for identifiers that no other picture on the page has.
+        label: what it shows, for those who do not see it.
+    """
+    text = file_of(figure, "svg").decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    view = re.search(r'viewBox="([^"]*)"', text)
+    assert view is not None
+    body = text[text.index(">") + 1 :]
+    body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\1{name}-", body).replace("xlink:href", "href")
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var(--{variable})")
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(label)}">{body.strip()}'
+
+
+def file_of(figure: Figure, form: Format) -> bytes:
+    """Return a figure as the content of a file, without a date."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=form, metadata=_UNDATED[form], dpi=150)
+    return stream.getvalue()
+
+
+def settle(figure: Figure) -> None:
+    """Lay out a figure for good, and round the places of its axes: the solver's last digits differ each time."""
+    figure.set_layout_engine("constrained")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(part, 6) for part in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
+
+
+def numbered(count: int) -> range:
+    """Choose which of so many things along an axis get their number, eight at most."""
+    return range(0, count, next((step for step in _STEPS if count <= 8 * step), count))

@@ -1,0 +1,411 @@
+"""The report page: its numbers are those of the files, it needs nothing else, and damaged input is one clear error."""
+
+import builtins
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from tiny_bases import open_pair, random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.cli.main import main
+from jcrosslora.decoder import Written
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate import Answers, Scores
+from jcrosslora.evaluate.output import answers_json, scores_json
+from jcrosslora.report.page import Roles, find_contents, report_page
+from jcrosslora.report.page.figures import gain_share
+from jcrosslora.report.page.headline import headline
+from jcrosslora.text import Completion, Message
+
+HOSTILE = "<script>alert('&')</script>\x1b[2J $x$"
+NAMES = "/home/me/base", "/home/me/moved", "/home/me/trained", "/home/me/random"
+TITLES = "without adapter", "moved adapter", "trained adapter", "random adapter"
+ROLES = Roles(trained="trained", random="random")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page; every tag is closed by its own."""
+
+    VOID = ("meta", "!doctype")
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.open, self.attributes, self.texts = set(), [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def titles(self):
+        return [text for text, tag in zip(self.texts, self.texts[1:], strict=False) if tag]
+
+
+def answers_of(shares, nll=(0.9, 0.3, 0.2, 0.9)):
+    """40 examples under four models; each answers a share of them right, and the likelihoods differ a little."""
+    examples = tuple(Completion((Message("user", f"{HOSTILE} {at}"),), f"right {at}") for at in range(40))
+    written = tuple(
+        tuple(Written(one.answer if at < 40 * share else f"{HOSTILE} no", 3, True) for at, one in enumerate(examples))
+        for share in shares
+    )
+    spread = np.random.default_rng(0).uniform(0.9, 1.1, 40) * [len(one.answer) for one in examples]
+    return Answers(NAMES[: len(shares)], examples, written, np.outer(nll[: len(shares)], spread), 9)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    source, target = open_pair(tmp_path_factory.mktemp("pair"))
+    return jcl.transfer(random_adapter(source), source, target, "pad-truncate", cache=False)
+
+
+@pytest.fixture(scope="module")
+def moved(result, tmp_path_factory):
+    """A folder as `jcrosslora transfer` writes it, with the curve and the texts of a fit."""
+    folder = result.save(tmp_path_factory.mktemp("adapters") / "moved")
+    report = folder / "transfer_report.json"
+    data = json.loads(report.read_text())
+    data |= {"curve": [[0, 1.75], [80, 0.4321], [160, 0.25], [160, 0.1234]], "wrote_prompts": True}
+    data |= {"fitted": "fitted to 7 predictions", "examples": [], "warnings": [f"careful {HOSTILE}"]}
+    report.write_text(json.dumps(data))
+    lines = [{"prompt": f"text {at}, ", "completion": "its end"} for at in range(30)]
+    lines[0] = {"messages": [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "answered"}]}
+    (folder / "completions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("answers") / "answers.json"
+    path.write_text(json.dumps(answers_json(answers_of((0, 0.75, 1, 0)), ["a kind of tensor"], show=20)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(moved, answers):
+    return report_page(find_contents(moved, answers, ROLES))
+
+
+def saved(folder, name, **changes):
+    """Write a report with changed fields to a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    data = json.loads((name / "transfer_report.json").read_text())
+    (folder / "transfer_report.json").write_text(json.dumps(data | changes))
+    return folder
+
+
+# What it shows
+
+
+def test_every_figure_is_in_the_picture_and_in_the_table_as_the_file_has_it(page, answers):
+    texts = Page(page).texts
+    for model, title in zip(json.loads(answers.read_text())["models"], TITLES, strict=True):
+        assert title in texts
+        for figure, in_picture in (("exact", True), ("nll_per_char", True), ("ended", False)):
+            one, digits = model[figure], 3
+            shown = f"{one['value']:.{digits}f} [{one['low']:.{digits}f}, {one['high']:.{digits}f}]"
+            assert texts.count(shown) >= 1 + in_picture, (title, figure)
+    assert sum(text in ("better", "worse") for text in texts) >= 4
+
+
+def test_the_verdict_counts_right_answers_and_says_what_a_trained_adapter_gains(moved, answers):
+    found = headline(find_contents(moved, answers, ROLES))
+    assert (found.tone, found.word) == ("good", "It works")
+    counted, likely = found.reasons
+    assert "of 40: 0 without an adapter, 30 with the moved adapter, 40 with an adapter trained" in counted
+    assert f"{(0.9 - 0.3) / (0.9 - 0.2):.0%} of what a trained adapter gains" in likely
+
+
+@pytest.mark.parametrize(
+    ("shares", "nll", "word"),
+    [
+        ((0, 0.25, 1), (0.9, 0.3, 0.2), "It works in part"),  # a trained adapter gains far more
+        ((0.5, 0.5, 1), (0.9, 0.3, 0.2), "It works in part"),  # more likely, not more often right
+        ((0.5, 0.5, 1), (0.9, 0.9, 0.2), "No effect seen"),
+        ((0.5, 0.1, 1), (0.9, 1.5, 0.2), "It harms"),
+        ((0.5, 0.1, 1), (0.9, 0.3, 0.2), "Mixed"),
+    ],
+)
+def test_the_verdict_follows_the_figures(moved, tmp_path, shares, nll, word):
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(answers_json(answers_of(shares, nll))))
+    contents = find_contents(moved, path, Roles(trained="trained"))
+    assert headline(contents).word == word
+    if shares[0] == shares[1]:
+        assert gain_share(contents.evaluation, "exact") == 0
+
+
+def test_the_examples_are_ten_with_the_answers_of_base_moved_and_trained(page):
+    texts = Page(page).texts
+    assert [sum(text.strip() == head for text in texts) for head in ("prompt", "before", "after")] == [10, 10, 10]
+    assert sum(text.startswith("right ") and text != "right answer " for text in texts) > 10
+    assert texts.count("exact") == 18  # 8 of the moved adapter's and 10 of the trained one's
+
+
+def test_the_curve_the_heat_map_and_the_texts_are_those_of_the_report(page, moved):
+    texts = Page(page).texts
+    assert {"1.75", "0.123", "the same texts again"} <= set(texts)
+    report = json.loads((moved / "transfer_report.json").read_text())
+    norms = {}
+    for row in report["rows"]:
+        key = row["role"], row["target"].split(".")[2]
+        norms[key] = norms.get(key, 0) + row["norm_after"] ** 2
+    assert f"{max(norms.values()) ** 0.5:.2g}" in texts
+    assert {role for role, _ in norms} <= set(texts)
+    cells = re.search(r'<svg[^>]*aria-label="Where is.*?</svg>', page, re.DOTALL)[0].count("<path")
+    assert cells >= len(norms)
+    assert "asked\nanswered" in texts
+    assert "text 27, its end" in texts
+    assert report["recipe_toml"].strip() in texts
+    assert report["target"]["name"] in "".join(texts)
+
+
+def test_layers_left_behind_are_on_the_map(moved, tmp_path):
+    rows = json.loads((moved / "transfer_report.json").read_text())["rows"]
+    left = [{"source": "model.layers.7.mlp.up_proj", "share": 0.375}]
+    folder = saved(tmp_path / "left", moved, unmapped_sources=left, fitted=None)
+    contents = find_contents(folder)
+    assert contents.moved.left_behind() == {7: 0.375}
+    assert contents.moved.source_shares()[7] == 0.375
+    text = report_page(contents)
+    assert "37.5% of the original update" in text
+    assert "left behind" in text
+    assert sum(contents.moved.target_shares().values()) == pytest.approx(1)
+    total = sum(row["norm_after"] ** 2 for row in rows if ".layers.0." in row["target"])
+    whole = sum(row["norm_after"] ** 2 for row in rows)
+    assert contents.moved.target_shares()[0] == pytest.approx(total / whole)
+
+
+def test_questions_with_choices_are_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    log_probs = rng.uniform(-9, -1, (2, 30, 2))
+    log_probs[1, :, 1] = -0.5
+    ones = np.ones((30, 2), np.int64)
+    scores = Scores(("base", "my adapter"), log_probs, ones, ones, np.ones(30, np.int64))
+    (tmp_path / "scores.json").write_text(json.dumps(scores_json(scores)))
+    contents = find_contents(tmp_path)
+    assert headline(contents).word == "It works"
+    text = "".join(Page(report_page(contents)).texts)
+    assert "30 with the moved adapter" in text
+    assert "share of right choices" in text
+    for absent in ("Before and after", "Recipe and versions", "How did the fit go?", "Which layer became which?"):
+        assert absent not in text
+    assert "How the adapter was made: jcrosslora report" in text
+
+
+def test_a_result_in_memory_gives_the_same_page_as_its_files(result, tmp_path):
+    answers = answers_of((0, 1))
+    answers = Answers(("base", result.adapter.info.name), answers.examples, answers.written, answers.nll, 9)
+    page = result.html(answers)
+    assert "It works" in page
+    assert "Before and after, 10 examples" in page
+    alone = result.html()
+    assert report_page(find_contents(result.save(tmp_path / "moved"))) == alone
+    assert "Does it work?" not in alone
+
+
+# What is left out
+
+
+def test_what_is_not_there_is_left_out_with_the_command_that_makes_it(moved, tmp_path):
+    data = json.loads((moved / "transfer_report.json").read_text())
+    asked = saved(tmp_path / "asked", moved, curve=[], layers=[None] * len(data["layers"]), energy=None)
+    text = "".join(Page(report_page(find_contents(asked))).texts)
+    for absent in ("Does it work?", "Before and after,", "How did the fit go?", "Which layer became which?"):
+        assert absent not in text
+    for command in (
+        "jcrosslora evaluate --base TARGET",
+        "--answers answers.json",
+        "distill does",
+        "asked and not read",
+    ):
+        assert command in text
+    assert "Where is the update large?" in text
+
+
+def test_an_evaluation_without_answers_and_parts_says_how_to_get_them(tmp_path):
+    data = answers_json(answers_of((0, 1, 1)))
+    data["models"][1]["name"] = "my\x1b $adapter$"
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    page = report_page(find_contents(tmp_path))
+    text = "\n".join(Page(page).texts)
+    assert "Before and after, " not in text
+    assert "\x1b" not in page
+    for name in ("my\\x1b $adapter$", "trained"):
+        assert text.count(f"\n{name}\n") > 2
+    for command in ("--moved NAME", "--trained trained", "--random random", "--show 10"):
+        assert command in text
+
+
+# What it needs
+
+
+def test_the_page_loads_nothing_runs_nothing_and_escapes_every_text(page):
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert "\x1b" not in page
+    assert any("<script>alert('&')</script>\\x1b[2J $x$ 0" in text for text in parsed.texts)
+    assert not re.search(r"https?:|//\w|@import|@font-face|url\((?!#)", page.replace("default-src", ""))
+    assert all(value.startswith("#") for name, value in parsed.attributes if name in ("href", "src"))
+    assert "default-src 'none'" in page
+    assert "/home" not in page
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    uses = {value for name, value in parsed.attributes if name == "href"} | {
+        f"#{one}" for one in re.findall(r"url\(#([^)]*)\)", page)
+    }
+    assert uses <= {f"#{one}" for one in ids}
+    assert len(page.encode()) < 2_000_000
+
+
+def test_the_page_is_light_dark_and_for_paper(page):
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    defined = set(re.findall(r"(--\w+):", page))
+    assert set(re.findall(r"var\((--\w+)\)", page)) <= defined
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    # Nothing in a picture keeps the colour that it has in light when the page is dark.
+    assert not re.search(r"#(?!000000|ffffff)[0-9a-f]{6}\b", pictures)
+
+
+@pytest.mark.parametrize("form", ["html", "svg", "pdf", "png"])
+def test_the_same_files_give_the_same_bytes(moved, answers, tmp_path, form, capsys, monkeypatch):
+    found = []
+    for place in range(2):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(10**9 * (1 + place)))
+        out = tmp_path / f"{place}.{form}"
+        main(["report", str(moved), "--answers", str(answers), "--trained", "trained", "--out", str(out)])
+        found.append(out.read_bytes())
+    assert found[0] == found[1]
+    assert found[0].startswith({"html": b"<!doc", "svg": b"<?xml", "pdf": b"%PDF", "png": b"\x89PNG"}[form])
+    assert "written: " in capsys.readouterr().out
+
+
+def test_without_a_name_the_page_lies_in_the_folder(moved, answers):
+    main(["report", str(moved), "--answers", str(answers)])
+    (moved / "report.html").unlink()
+
+
+def test_without_matplotlib_the_extra_is_named(moved, tmp_path, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(moved), "--out", str(tmp_path / "page.html")])
+    assert stop.value.code == 2
+    assert "pip install 'jcrosslora[plot]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"schema": 1}, "has schema 1, wanted 2: move the adapter again"),
+        ({"schema": None}, "has schema None"),
+        ({"verdict": None}, r"is damaged .*verdict"),
+        ({"layers": [10**9]}, r"is damaged .*layers"),
+        ({"unmapped_sources": [{"source": "lm_head", "share": 0.1}]}, "module 'lm_head', wanted model.layers.N"),
+        ({"curve": [[0, "low"]]}, r"is damaged .*curve"),
+        ({"curve": [[0, 1e300], [1, 2.0]]}, r"is damaged .*curve"),
+    ],
+)
+def test_a_damaged_report_or_one_of_another_schema_is_refused(moved, tmp_path, changes, reason):
+    with pytest.raises(UsageError, match=reason):
+        find_contents(saved(tmp_path / "damaged", moved, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: text[: len(text) // 2], "is no evaluation, or a damaged one"),
+        (lambda text: text.replace('"models"', '"model"'), "is no evaluation"),
+        (lambda text: text.replace("/home/me/trained", "/home/you/moved"), "names that differ"),
+        (lambda text: json.dumps(json.loads(text) | {"models": []}), "wanted 1 or more of both"),
+        (lambda text: json.dumps(json.loads(text) | {"examples": 0}), "has 0 examples"),
+        (lambda text: json.dumps(json.loads(text) | {"models": json.loads(text)["models"][:2]}), "of all 2 models"),
+        (lambda text: "NaN", "is no evaluation"),
+        (lambda text: re.sub(r'"high": [0-9.]+', '"high": 1e300', text, count=1), "is no evaluation"),
+    ],
+)
+def test_damaged_answers_are_refused(answers, moved, tmp_path, change, reason):
+    (tmp_path / "answers.json").write_text(change(answers.read_text()))
+    with pytest.raises(UsageError, match=reason):
+        find_contents(moved, tmp_path / "answers.json")
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (
+            Roles(trained="traind"),
+            r"trained adapter 'traind' is not among those evaluated \(did you mean 'trained'\?\)",
+        ),
+        (Roles(trained="moved", random="moved"), "random adapter 'moved' is the trained adapter already"),
+    ],
+)
+def test_roles_name_adapters_that_were_evaluated(answers, moved, roles, reason):
+    with pytest.raises(UsageError, match=reason):
+        find_contents(moved, answers, roles)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["{empty}"], "holds neither transfer_report.json nor the output"),
+        (["{empty}/none"], "is no folder"),
+        (["{moved}", "--answers", "{empty}/none.json"], "none.json: cannot be read"),
+        (["{moved}", "--trained", "x"], "no adapter was evaluated"),
+        (["{moved}", "--out", "{empty}/page"], "does not say what to write"),
+        (["{moved}", "--out", "{empty}/page.json", "--format", "html"], "is no name of a page"),
+        (["{moved}", "--out", "{empty}/none/page.html"], "cannot be written"),
+    ],
+)
+def test_an_error_is_one_line_and_nothing_is_written(moved, tmp_path, capsys, arguments, reason):
+    before = sorted(moved.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *(one.format(empty=tmp_path, moved=moved) for one in arguments)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert reason in error
+    assert error.count("\n") == 1
+    assert sorted(moved.iterdir()) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_evaluations_in_a_folder_have_to_be_chosen_from(answers, tmp_path):
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_bytes(answers.read_bytes())
+    with pytest.raises(UsageError, match=r"holds several evaluations, one\.json, two\.json: name one by --answers"):
+        find_contents(tmp_path)
+
+
+def test_a_damaged_line_of_completions_is_named(moved, tmp_path):
+    folder = saved(tmp_path / "texts", moved)
+    (folder / "completions.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
+    with pytest.raises(UsageError, match=r"completions.jsonl:1: is damaged"):
+        find_contents(folder)
