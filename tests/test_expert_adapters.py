@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from dense_models import dense_model
+from dense_models import random_model
+from expert_models import EXPERT_VARIANTS
+from hybrid_models import HYBRIDS
 from safetensors.numpy import load_file, save_file
 from tiny_models import torch, transformers
 
@@ -42,7 +44,7 @@ def run_ours(base, adapter):
 
 def make(name, folder):
     """A model with an adapter that peft made of attention and of both parameters of the experts."""
-    dense_model(name).save_pretrained(folder / "base")
+    random_model(*(EXPERT_VARIANTS | HYBRIDS)[name]).save_pretrained(folder / "base")
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     config = peft.LoraConfig(
@@ -64,7 +66,7 @@ def mixtral(tmp_path_factory):
     return make("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granitemoe"])
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe"])
 def case(request, tmp_path_factory):
     if request.param == "mixtral":
         return request.getfixturevalue("mixtral")

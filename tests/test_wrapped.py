@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 from wrapped_models import CLASSES, TEXT, save_wrapped, tiny_wrapped, torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.adapter import check_engines, load_adapter
+from jcrosslora.adapter import check_engines, load_adapter, split_fused
 from jcrosslora.checkpoint.config import check_config, read_dims
 from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES, class_module_name, text_module_name
 from jcrosslora.cli.main import main
@@ -80,7 +80,7 @@ def test_the_text_model_and_a_written_adapter_act_as_in_transformers_and_peft(fo
     np.testing.assert_allclose(found, ours(base, adapter), **TOLERANCE)
     assert np.abs(found - plain).max() > 0.1
     again = load_adapter(out, base)
-    assert again.modules.keys() == adapter.modules.keys()
+    assert split_fused(again, base.fused).modules.keys() == adapter.modules.keys()
     assert not again.info.ignored
     assert all(item.reads for item in check_engines(out, base=base) if item.engine in ("PEFT", "vLLM", "SGLang"))
 
@@ -251,13 +251,21 @@ def config_of(kind, **text):
 def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
     text_type = CLASSES[kind][0]["model_type"]
     config = {"model_type": kind, "text_config": {"model_type": text_type}}
-    if text_type in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "gemma3_text"):
+    if text_type in (
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3_vl_text",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        "gemma3_text",
+    ):
         config["text_config"] |= {key: TEXT[key] for key in TEXT if key.endswith(("_size", "_layers", "_heads"))}
     wanted = transformers.AutoConfig.for_model(**config).text_config
     checked = check_config(config, kind)
     found = read_dims(checked.values, kind)
+    shared = getattr(wanted, "shared_expert_intermediate_size", None)
     assert (found.hidden, found.intermediate, found.layers, found.heads, found.kv_heads, found.vocab) == (
-        *(wanted.hidden_size, wanted.intermediate_size, wanted.num_hidden_layers, wanted.num_attention_heads),
+        *(wanted.hidden_size, shared or wanted.intermediate_size, wanted.num_hidden_layers, wanted.num_attention_heads),
         *(wanted.num_key_value_heads, wanted.vocab_size),
     )
     assert checked.values.get("rms_norm_eps", 1e-6) == wanted.rms_norm_eps

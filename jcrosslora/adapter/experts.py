@@ -115,7 +115,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     matrix = next((name for name, shape in shapes.items() if came == shape), None)
     turned = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
     name = matrix or turned
-    if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("experts"):
+    if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("router"):
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
         raise AdapterError(msg)
@@ -155,7 +155,7 @@ def _of_singles(
             raise AdapterError(msg)
         each_a[expert, rank * place : rank * place + len(a)] = a
         each_b[expert, height * place : height * (place + 1), rank * place : rank * place + len(a)] = b
-    if layer not in base.layers_with("experts"):
+    if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)
     return ExpertUpdate(_name(base, layer, matrix), layer, matrix, each_a, each_b)

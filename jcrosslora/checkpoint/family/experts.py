@@ -35,8 +35,11 @@ class Experts:
             "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of
             all,
             "gate_up_bias" (E, 2 I), "down_bias" (E, H).
-        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids.
+        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids; or "in turn", where a softmax
+            over those that score nearly as high as the best weighs the best, and one without the best the second.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
+        sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
+        tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         transposed: whether matrices of all experts are stored as (E, I, O).
@@ -49,8 +52,10 @@ class Experts:
     used: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
     layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
-    scores: Literal["softmax", "chosen", "sigmoid"] = "softmax"
+    scores: Literal["softmax", "chosen", "sigmoid", "in turn"] = "softmax"
     normalised: bool | str = True
+    sum_eps: float = 1e-20
+    tolerance: Number | None = None
     scale: Number | None = None
     groups: tuple[str, str] | None = None
     transposed: bool = False
