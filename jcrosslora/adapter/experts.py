@@ -101,7 +101,8 @@ def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
     return {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
 
 
-def _name(base: BaseModel, layer: int, matrix: str) -> str:
+def parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
+    """Name the parameter of the class of a base that holds a matrix of all experts of a layer."""
     assert base.family.experts is not None
     return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
 
@@ -119,7 +120,7 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
         raise AdapterError(msg)
-    whole, rank = _name(base, layer, name), a.shape[0] // count
+    whole, rank = parameter_name(base, layer, name), a.shape[0] // count
     known = pattern_name(file.config, whole)
     if rank != module_rank(file.config, known):
         msg = f"{file.path}: {whole!r} has rank {rank}, adapter_config.json says {module_rank(file.config, known)}"
@@ -158,4 +159,4 @@ def _of_singles(
     if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)
-    return ExpertUpdate(_name(base, layer, matrix), layer, matrix, each_a, each_b)
+    return ExpertUpdate(parameter_name(base, layer, matrix), layer, matrix, each_a, each_b)
