@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora.adapter import check_engines
 from jcrosslora.adapter.profiles import for_profile
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
@@ -86,6 +87,11 @@ def test_an_adapter_of_experts_is_written_as_peft_reads_it(case, tmp_path):
     np.testing.assert_allclose(run_ours(case.base, again), case.wanted, **CLOSE)
     loaded = peft.PeftModel.from_pretrained(case.load(attn_implementation="eager"), str(out)).eval()
     np.testing.assert_allclose(run_torch(loaded), case.wanted, **CLOSE)
+
+
+def test_experts_of_the_base_are_no_missing_modules(mixtral):
+    verdicts = check_engines(mixtral.folder / "adapter", base=mixtral.base)
+    assert {one.engine for one in verdicts if one.reads} >= {"PEFT"}
 
 
 def test_what_cannot_hold_experts_says_so(mixtral, tmp_path):

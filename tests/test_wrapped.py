@@ -156,14 +156,28 @@ def test_names_of_transformers_4_are_right_for_vllm_alone(folders, tmp_path):
     assert (reads["PEFT"], reads["vLLM"]) == (False, True)
 
 
-def test_modules_that_a_base_does_not_have_are_named(tmp_path):
+ENDS = {
+    "PEFT": "and would do nothing, without an error: model.layers.1.",
+    "vLLM": "and would do nothing, without an error: model.layers.1.",
+    "SGLang": "and would not be applied: model.layers.1.",
+    "llama.cpp": "which its converter refuses: model.layers.1.",
+    "MLX": "and would do nothing, without an error: model.layers.1.",
+}
+
+
+@pytest.mark.parametrize("profile", ["portable", "mlx", "gguf"])
+def test_modules_that_a_base_does_not_have_are_named(tmp_path, profile):
     base = jcl.open_base(save_tiny("llama", tmp_path / "base", num_hidden_layers=1))
     deeper = jcl.open_base(save_tiny("llama", tmp_path / "deeper", num_hidden_layers=2))
-    out = jcl.save_adapter(small_adapter(deeper), tmp_path / "out", base=deeper)
-    assert check_engines(out, base=deeper)[0].reads
-    (reason,) = check_engines(out, base=base)[0].reasons
-    assert "7 of 14 modules are not in the base and would do nothing, without an error: model.layers.1." in reason
-    assert "which the base does not have" in reason
+    out = jcl.save_adapter(small_adapter(deeper), tmp_path / "out", base=deeper, profile=profile)
+    judged = {"portable": list(ENDS)[:4], "mlx": ["MLX"], "gguf": ["llama.cpp"]}[profile]
+    ends = ENDS | {"llama.cpp": "which is refused: blk.1."} if profile == "gguf" else ENDS
+    right, wrong = ({one.engine: one for one in check_engines(out, base=own)} for own in (deeper, base))
+    for engine in judged:
+        assert right[engine].reads
+        (reason,) = wrong[engine].reasons
+        assert f"7 of 14 modules are not in the base {ends[engine]}" in reason
+        assert "which the base does not have" in reason
 
 
 def test_what_belongs_to_the_vision_tower_is_listed_and_the_rest_moves(folders, tmp_path):
@@ -401,4 +415,9 @@ def test_mlx_holds_the_text_model_as_language_model(folders, tmp_path):
     out = jcl.save_adapter(adapter, tmp_path / "mlx", base=base, profile="mlx")
     names = load_file(out / "adapters.safetensors")
     assert all(name.startswith("language_model.model.layers.") for name in names)
+    assert {one.engine for one in check_engines(out, base=base) if one.reads} == {"MLX"}
+    text = jcl.save_adapter(adapter, tmp_path / "text", profile="mlx")
+    (reason,) = next(one for one in check_engines(text, base=base) if one.engine == "MLX").reasons
+    assert "which the base calls language_model.model.layers.0.self_attn.v_proj" in reason
+    assert "export --profile mlx --base" in reason
     assert load_adapter(out, base).modules.keys() == adapter.modules.keys()
