@@ -168,7 +168,7 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
         ("lfm2", {"layer_types": ["conv", "sliding_attention"]}, "layer type 'sliding_attention' is not supported"),
         ("lfm2", {"full_attn_idxs": 1}, "'full_attn_idxs' is 1, wanted a list of layers"),
         ("granitemoehybrid", {"num_local_experts": 0, "num_hidden_layers": 1 << 30}, "wanted at most 16384"),
-        ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is '0', wanted a positive integer"),
+        ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is 0, wanted a positive integer"),
         ("lfm2", {"use_pos_enc": False}, "'use_pos_enc'=False is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "3 is not a multiple of"),
         ("qwen3_5_text", {"attn_output_gate": False}, "'attn_output_gate'=False is not supported"),

@@ -12,6 +12,7 @@ from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
 
 _CONV, _FULL = "conv", "full_attention"
 
@@ -25,7 +26,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
                 msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
-                raise ValueError(msg)
+                raise CheckpointError(msg)
             width = multiple * -(-int(factor * width) // multiple)
     layers = layer_count(config)
     kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
@@ -34,7 +35,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         full = list(range(layers)) if full is None else full
         if not isinstance(full, list | tuple) or not all(type(layer) is int for layer in full):
             msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
-            raise ValueError(msg)
+            raise CheckpointError(msg)
         kinds = [_FULL if layer in full else _CONV for layer in range(layers)]
     stated = {"intermediate_size": width, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
     return {key: value for key, value in _tied(config).items() if key != "block_ff_dim"} | stated
@@ -44,7 +45,7 @@ def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
     if kinds is None:
         msg = "config key 'layer_types' is missing, wanted the kind of each layer"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return _tied(config)
 
 

@@ -13,6 +13,7 @@ from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, numbers, size
+from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _KEYS = (
@@ -32,7 +33,7 @@ def _mixer(
     if heads * each != inner or heads % groups:
         msg = f"mamba_n_heads {heads} times mamba_d_head {each} is not {inner}, the width of the state-space layers, "
         msg += f"or mamba_n_groups {groups} does not divide it"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
     return Mixer(
         "mamba",
@@ -53,10 +54,10 @@ def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
     count = config.get("num_local_experts", 8)
     if type(count) is not int or count < 0:
         msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, wanted the number of experts, 0 for none"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     if config.get("position_embedding_type") not in (None, "rope", "nope"):
         msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
     stated = {
         "layer_types": kinds or [_LINEAR] * layer_count(config),

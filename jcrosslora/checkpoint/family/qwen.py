@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, by_step, whole_number
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, by_step
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, QKV, SHARED
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, RoleShape, Windows
+from jcrosslora.checkpoint.family.sizes import size
 
 _WINDOWS = Windows(switch="use_sliding_window", first=("max_window_layers", 28))
 _KEYS = frozenset({"sliding_window", "layer_types", "use_sliding_window"})
@@ -39,7 +40,7 @@ EXPERTS = Experts(("num_experts", "num_local_experts"), layouts=(PUBLISHED, MERG
 
 
 def _shared_width(config: Mapping[str, Any]) -> int:
-    return whole_number(config, "shared_expert_intermediate_size")
+    return size(config, "shared_expert_intermediate_size")
 
 
 # One expert that all tokens go through, with a gate on what it returns.

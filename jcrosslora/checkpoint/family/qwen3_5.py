@@ -17,6 +17,7 @@ from jcrosslora.checkpoint.family.qwen import EXPERT_KEYS, EXPERTS, SHARED_PATHS
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
@@ -60,7 +61,7 @@ def _mixer(config: Mapping[str, Any]) -> Mixer:
     heads, groups = size(config, "linear_num_value_heads", 32), size(config, "linear_num_key_heads", 16)
     if heads % groups:
         msg = f"linear_num_value_heads {heads} is not a multiple of linear_num_key_heads {groups}"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return Mixer(
         "delta",
         size(config, "hidden_size"),

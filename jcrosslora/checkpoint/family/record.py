@@ -126,7 +126,7 @@ class Family:
         """Return what mixes tokens beside attention in a model of this configuration.
 
         Raises:
-            ValueError: a size is not a positive integer, or does not fit the others.
+            CheckpointError: a size is not a positive integer, or does not fit the others.
         """
         return None if self.mixer is None else self.mixer(config)
 
