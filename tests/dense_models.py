@@ -109,6 +109,6 @@ def random_model(family: str, settings: dict, *, seed: int = 0):
             else:
                 parameter.normal_(0.0, 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.3)
     return model.eval()

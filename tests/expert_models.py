@@ -24,6 +24,9 @@ LATENT = GROUPED | {
     "num_key_value_heads": 4,
 }
 
+# Wide enough for experts to score nearly as high as the best.
+PHI = {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.4}
+
 EXPERT_VARIANTS = {
     "mixtral": ("mixtral", COUNTS | {"head_dim": 12, "sliding_window": 6}),
     "qwen3_moe": ("qwen3_moe", SPARSE | {"head_dim": 12, "norm_topk_prob": True}),
@@ -77,6 +80,22 @@ EXPERT_VARIANTS = {
         "ernie4_5_moe",
         {"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 12, "num_hidden_layers": 4}
         | {"moe_layer_start_index": 1, "moe_layer_interval": 2, "tie_word_embeddings": False},
+    ),
+    "phimoe": ("phimoe", PHI | {"sliding_window": 6, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe-long": (
+        "phimoe",
+        PHI
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [2.0, 3.0, 4.0, 6.0],
+                "short_mscale": 1.2,
+                "long_mscale": 1.2,
+                "original_max_position_embeddings": 32,
+            }
+        },
     ),
     "qwen2_moe": (
         "qwen2_moe",

@@ -14,7 +14,7 @@ GRANITE = MAMBA | {
     "logits_scaling": 5.0,
 }
 FALCON = MAMBA | {"mamba_d_ssm": 24, "head_dim": 12, "time_step_limit": [0.1, 0.9]}
-FALCON_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DELTA = {
     "num_hidden_layers": 5,
     "head_dim": 16,
@@ -25,9 +25,41 @@ DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
 }
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+# Modules for peft where it does not take all linear ones: it refuses Falcon's out_proj, and takes the modules of an MLP
+# for those of experts.
+TARGETS = {
+    "falcon_h1": [*ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3_next": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"],
+    "qwen3_5_moe": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"],
+    "granite-experts": [*ATTENTION, "in_proj", "out_proj", "input_linear", "output_linear"],
+    "lfm2_moe": [*ATTENTION[:3], "in_proj", "out_proj", "w1", "w2", "w3"],
+}
+TARGETS["falcon_h1-norm"] = TARGETS["falcon_h1"]
 
 # Name -> (model_type, settings beyond those of `dense_models.COMMON`).
 HYBRIDS = {
+    "qwen3_next": (
+        "qwen3_next",
+        DELTA | EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [3], "norm_topk_prob": False},
+    ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", DELTA | EXPERTS | {"shared_expert_intermediate_size": 20}),
+    "granite-experts": (
+        "granitemoehybrid",
+        GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 2, "position_embedding_type": "rope"},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        EXPERTS
+        | {
+            "num_hidden_layers": 5,
+            "num_dense_layers": 2,
+            "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"],
+            "conv_L_cache": 4,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
     "lfm2": (
         "lfm2",
         {

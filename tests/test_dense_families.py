@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dense_models import VARIANTS, random_model
 from expert_models import EXPERT_VARIANTS
-from hybrid_models import FALCON_MODULES, HYBRIDS
+from hybrid_models import HYBRIDS, TARGETS
 from safetensors.numpy import load_file
 from tiny_models import torch, transformers
 
@@ -38,12 +38,7 @@ def case(request, tmp_path_factory):
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     model = load(attn_implementation="eager").eval()
     torch.manual_seed(1)
-    # Beside experts, peft takes the names of an MLP's modules for those of the experts; it refuses Falcon's out_proj.
-    targets: str | list[str] = "all-linear"
-    if request.param in EXPERT_VARIANTS:
-        targets = [*ATTENTION, *LATENT]
-    elif request.param.startswith("falcon"):
-        targets = FALCON_MODULES
+    targets = TARGETS.get(request.param, [*ATTENTION, *LATENT] if request.param in EXPERT_VARIANTS else "all-linear")
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
     adapted.save_pretrained(folder / "adapter")

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from dense_models import dense_model
+from dense_models import random_model
+from expert_models import EXPERT_VARIANTS
+from hybrid_models import HYBRIDS
 from safetensors.numpy import load_file, save_file
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora.adapter import check_engines
 from jcrosslora.adapter.profiles import for_profile
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import AdapterError, OutputError
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -40,13 +43,13 @@ def run_ours(base, adapter):
     return np.asarray(run(stacked))
 
 
-def make(name, folder):
-    """A model with an adapter that peft made of attention and of both parameters of the experts."""
-    dense_model(name).save_pretrained(folder / "base")
+def make(name, folder, targets=ATTENTION):
+    """A model with an adapter that peft made of some modules and of both parameters of the experts."""
+    random_model(*(EXPERT_VARIANTS | HYBRIDS)[name]).save_pretrained(folder / "base")
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=list(ATTENTION), target_parameters=PARAMETERS, init_lora_weights=False
+        r=2, lora_alpha=3, target_modules=list(targets), target_parameters=PARAMETERS, init_lora_weights=False
     )
     config.rank_pattern = {r".*\.down_proj": 3}
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
@@ -64,7 +67,7 @@ def mixtral(tmp_path_factory):
     return make("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granitemoe"])
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe"])
 def case(request, tmp_path_factory):
     if request.param == "mixtral":
         return request.getfixturevalue("mixtral")
@@ -86,12 +89,17 @@ def test_an_adapter_of_experts_is_written_as_peft_reads_it(case, tmp_path):
     np.testing.assert_allclose(run_torch(loaded), case.wanted, **CLOSE)
 
 
+def test_experts_of_the_base_are_no_missing_modules(mixtral):
+    verdicts = check_engines(mixtral.folder / "adapter", base=mixtral.base)
+    assert {one.engine for one in verdicts if one.reads} >= {"PEFT"}
+
+
 def test_what_cannot_hold_experts_says_so(mixtral, tmp_path):
     assert "LoRA of experts" in for_profile(mixtral.adapter, "portable").info.ignored[-1]
     without = jcl.load_adapter(mixtral.folder / "adapter")
     assert not without.experts
     assert "the base that it was trained on was not given" in without.info.ignored[-1]
-    moved = jcl.transfer(mixtral.adapter, mixtral.base, mixtral.base, "cross-lora", cache=False)
+    moved = jcl.transfer(mixtral.adapter, mixtral.base, mixtral.base, "cross-lora", cache=False, effect="never")
     assert any("LoRA of experts" in warning for warning in moved.report.warnings)
     settings = jcl.MergeSettings(
         str(mixtral.folder / "base"), str(mixtral.folder / "adapter"), str(tmp_path / "merged")
@@ -128,3 +136,64 @@ def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(mixtral, tmp_p
     np.testing.assert_allclose(gate_up, 1.5 * np.concatenate(each[:2]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(down, 1.5 * each[2], rtol=1e-5, atol=1e-5)
     assert not found[0].b[2].any()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same of experts alone."""
+    return make("mixtral", tmp_path_factory.mktemp("alone"), targets=())
+
+
+def with_experts(model, places, layers):
+    """Take these experts of these layers."""
+    layers = {str(old): new for new, old in enumerate(layers)}
+    state = {}
+    for name, x in model.state_dict().items():
+        part = name.split(".")
+        if part[1] == "layers":
+            if part[2] not in layers:
+                continue
+            name = ".".join([*part[:2], str(layers[part[2]]), *part[3:]])
+            x = x[places] if "experts" in name or name.endswith("gate.weight") else x
+        state[name] = x
+    config = model.config.to_dict() | {"num_local_experts": len(places), "num_hidden_layers": len(layers)}
+    return jcl.open_base({name: x.numpy() for name, x in state.items()}, config=config)
+
+
+def test_an_adapter_of_experts_alone_moves_to_a_copy_of_its_base(alone, tmp_path):
+    assert not alone.adapter.modules
+    moved = jcl.transfer(alone.adapter, alone.base, alone.base, cache=False, effect="never")
+    assert moved.report.method.name == "copy"
+    assert any(warning.startswith("moved too: LoRA of experts") for warning in moved.report.warnings)
+    np.testing.assert_allclose(run_ours(alone.base, moved.adapter), alone.wanted, **CLOSE)
+    out = moved.save(tmp_path / "out", profile="peft")
+    loaded = peft.PeftModel.from_pretrained(alone.load(attn_implementation="eager"), str(out)).eval()
+    np.testing.assert_allclose(run_torch(loaded), alone.wanted, **CLOSE)
+
+
+def test_an_adapter_of_experts_goes_with_its_experts_and_layers(mixtral):
+    places, model = [4, 2, 0, 1, 3], mixtral.load()
+    permuted = with_experts(model, places, [0, 1])
+    moved = jcl.transfer(mixtral.adapter, mixtral.base, permuted, "copy", cache=False, effect="never")
+    np.testing.assert_allclose(run_ours(permuted, moved.adapter), mixtral.wanted, **CLOSE)
+    one = with_experts(model, places, [1])
+    moved = jcl.transfer(mixtral.adapter, mixtral.base, one, "select", cache=False, effect="never")
+    merged = {update.name: update.b @ update.a for update in mixtral.adapter.experts}
+    assert {update.name for update in moved.adapter.experts} == {name for name in merged if ".0." in name}
+    for update in moved.adapter.experts:
+        wanted = merged[update.name.replace(".0.", ".1.")][places]
+        np.testing.assert_allclose(update.b @ update.a, wanted, **CLOSE)
+    assert any(text.startswith("not moved: LoRA of experts, model.layers.0.") for text in moved.report.warnings)
+
+
+def test_what_does_not_move_experts_alone_says_so(alone, tmp_path):
+    with pytest.raises(AdapterError, match=r"no update of a linear layer.*LoRA of experts.*use method distill"):
+        jcl.transfer(alone.adapter, alone.base, alone.base, "cross-lora", cache=False)
+    settings = jcl.TransferSettings(
+        *(str(alone.folder / "adapter"), str(alone.folder / "base"), str(alone.folder / "base"), str(tmp_path / "out"))
+    )
+    with pytest.raises(AdapterError, match=r"no update of a linear layer.*LoRA of experts.*profile peft does"):
+        jcl.transfer_files(settings)
+    with pytest.raises(OutputError, match=r"LoRA of experts.*profile peft does.*nothing was written"):
+        jcl.save_adapter(alone.adapter, tmp_path / "out", base=alone.base)
+    assert not (tmp_path / "out").exists()

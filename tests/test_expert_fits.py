@@ -1,13 +1,22 @@
 """A dense target learns from a source with experts, and a target with experts from a dense source."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
 import pytest
 from dense_models import random_model
 from probe_bases import CORPUS, save_tokenizer, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
+from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter.experts import parameter_name
+from jcrosslora.decoder import load_params
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.methods import Distill, Update
+from jcrosslora.sources.decoder import DecoderSource
 
 SMALL = DistillSettings(
     fit_rank=4,
@@ -48,3 +57,36 @@ def test_bases_with_and_without_experts_learn_from_each_other(bases, direction):
     found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     assert found.looks[-1].divergence < found.looks[0].divergence
     assert set(found.adapter.modules) == set(target.modules)
+
+
+def experts_alone(base):
+    rng = np.random.default_rng(5)
+    updates = []
+    for layer in base.layers_with("router"):
+        count, rows, columns = base.expert_shape("down")
+        a, b = rng.normal(size=(count, 2, columns)), rng.normal(size=(count, rows, 2))
+        name = parameter_name(base, layer, "down")
+        updates.append(ExpertUpdate(name, layer, "down", a.astype(np.float32), b.astype(np.float32)))
+    return jcl.Adapter({}, experts=tuple(updates))
+
+
+@dataclass(frozen=True)
+class Asked(Distill):
+    """What a fit is given, in place of the fit."""
+
+    name: ClassVar[str] = "asked"
+
+    def finalize(self, context, moved):
+        source = DecoderSource.of(context.source, context.adapter, params=load_params(context.source))
+        assert {"down"} == set(source.adapter.roles)
+        assert not moved.modules
+        return Update(random_adapter(context.target, roles=("q_proj",)), fitted="nothing was fitted")
+
+
+def test_a_fit_gets_an_adapter_of_experts_alone(bases):
+    dense, sparse = bases
+    found = jcl.transfer(experts_alone(sparse), sparse, dense, Asked(), prompts=CORPUS, cache=False, effect="never")
+    assert {name.rpartition(".")[2] for name in found.adapter.modules} == {"q_proj"}
+    assert not found.adapter.experts
+    assert not found.report.unmapped_sources
+    assert (found.report.rank_before, found.report.fitted) == (2, "nothing was fitted")

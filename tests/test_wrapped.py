@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 from wrapped_models import CLASSES, TEXT, save_wrapped, tiny_wrapped, torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.adapter import check_engines, load_adapter
+from jcrosslora.adapter import check_engines, load_adapter, split_fused
 from jcrosslora.checkpoint.config import check_config, read_dims
 from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES, class_module_name, text_module_name
 from jcrosslora.cli.main import main
@@ -80,7 +80,7 @@ def test_the_text_model_and_a_written_adapter_act_as_in_transformers_and_peft(fo
     np.testing.assert_allclose(found, ours(base, adapter), **TOLERANCE)
     assert np.abs(found - plain).max() > 0.1
     again = load_adapter(out, base)
-    assert again.modules.keys() == adapter.modules.keys()
+    assert split_fused(again, base.fused).modules.keys() == adapter.modules.keys()
     assert not again.info.ignored
     assert all(item.reads for item in check_engines(out, base=base) if item.engine in ("PEFT", "vLLM", "SGLang"))
 
@@ -156,14 +156,28 @@ def test_names_of_transformers_4_are_right_for_vllm_alone(folders, tmp_path):
     assert (reads["PEFT"], reads["vLLM"]) == (False, True)
 
 
-def test_modules_that_a_base_does_not_have_are_named(tmp_path):
+ENDS = {
+    "PEFT": "and would do nothing, without an error: model.layers.1.",
+    "vLLM": "and would do nothing, without an error: model.layers.1.",
+    "SGLang": "and would not be applied: model.layers.1.",
+    "llama.cpp": "which its converter refuses: model.layers.1.",
+    "MLX": "and would do nothing, without an error: model.layers.1.",
+}
+
+
+@pytest.mark.parametrize("profile", ["portable", "mlx", "gguf"])
+def test_modules_that_a_base_does_not_have_are_named(tmp_path, profile):
     base = jcl.open_base(save_tiny("llama", tmp_path / "base", num_hidden_layers=1))
     deeper = jcl.open_base(save_tiny("llama", tmp_path / "deeper", num_hidden_layers=2))
-    out = jcl.save_adapter(small_adapter(deeper), tmp_path / "out", base=deeper)
-    assert check_engines(out, base=deeper)[0].reads
-    (reason,) = check_engines(out, base=base)[0].reasons
-    assert "7 of 14 modules are not in the base and would do nothing, without an error: model.layers.1." in reason
-    assert "which the base does not have" in reason
+    out = jcl.save_adapter(small_adapter(deeper), tmp_path / "out", base=deeper, profile=profile)
+    judged = {"portable": list(ENDS)[:4], "mlx": ["MLX"], "gguf": ["llama.cpp"]}[profile]
+    ends = ENDS | {"llama.cpp": "which is refused: blk.1."} if profile == "gguf" else ENDS
+    right, wrong = ({one.engine: one for one in check_engines(out, base=own)} for own in (deeper, base))
+    for engine in judged:
+        assert right[engine].reads
+        (reason,) = wrong[engine].reasons
+        assert f"7 of 14 modules are not in the base {ends[engine]}" in reason
+        assert "which the base does not have" in reason
 
 
 def test_what_belongs_to_the_vision_tower_is_listed_and_the_rest_moves(folders, tmp_path):
@@ -251,13 +265,21 @@ def config_of(kind, **text):
 def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
     text_type = CLASSES[kind][0]["model_type"]
     config = {"model_type": kind, "text_config": {"model_type": text_type}}
-    if text_type in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_5_text", "gemma3_text"):
+    if text_type in (
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "qwen3_vl_text",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        "gemma3_text",
+    ):
         config["text_config"] |= {key: TEXT[key] for key in TEXT if key.endswith(("_size", "_layers", "_heads"))}
     wanted = transformers.AutoConfig.for_model(**config).text_config
     checked = check_config(config, kind)
     found = read_dims(checked.values, kind)
+    shared = getattr(wanted, "shared_expert_intermediate_size", None)
     assert (found.hidden, found.intermediate, found.layers, found.heads, found.kv_heads, found.vocab) == (
-        *(wanted.hidden_size, wanted.intermediate_size, wanted.num_hidden_layers, wanted.num_attention_heads),
+        *(wanted.hidden_size, shared or wanted.intermediate_size, wanted.num_hidden_layers, wanted.num_attention_heads),
         *(wanted.num_key_value_heads, wanted.vocab_size),
     )
     assert checked.values.get("rms_norm_eps", 1e-6) == wanted.rms_norm_eps
@@ -393,4 +415,9 @@ def test_mlx_holds_the_text_model_as_language_model(folders, tmp_path):
     out = jcl.save_adapter(adapter, tmp_path / "mlx", base=base, profile="mlx")
     names = load_file(out / "adapters.safetensors")
     assert all(name.startswith("language_model.model.layers.") for name in names)
+    assert {one.engine for one in check_engines(out, base=base) if one.reads} == {"MLX"}
+    text = jcl.save_adapter(adapter, tmp_path / "text", profile="mlx")
+    (reason,) = next(one for one in check_engines(text, base=base) if one.engine == "MLX").reasons
+    assert "which the base calls language_model.model.layers.0.self_attn.v_proj" in reason
+    assert "export --profile mlx --base" in reason
     assert load_adapter(out, base).modules.keys() == adapter.modules.keys()

@@ -54,6 +54,23 @@ CLASSES = {
         _QWEN_OUT,
         {},
     ),
+    "qwen3_5_moe": (
+        {
+            "model_type": "qwen3_5_moe_text",
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "rope_parameters": MROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25},
+        },
+        _QWEN_OUT,
+        {},
+    ),
     "qwen3_vl": (
         {"model_type": "qwen3_vl_text", "rope_parameters": MROPE | {"mrope_interleaved": True}},
         _QWEN_OUT | {"deepstack_visual_indexes": [0]},

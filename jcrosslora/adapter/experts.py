@@ -101,7 +101,8 @@ def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
     return {matrix: base.expert_shape(matrix)[1:] for matrix in ("gate_up", "down")}
 
 
-def _name(base: BaseModel, layer: int, matrix: str) -> str:
+def parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
+    """Name the parameter of the class of a base that holds a matrix of all experts of a layer."""
     assert base.family.experts is not None
     return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
 
@@ -115,11 +116,11 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
     matrix = next((name for name, shape in shapes.items() if came == shape), None)
     turned = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
     name = matrix or turned
-    if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("experts"):
+    if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("router"):
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
         raise AdapterError(msg)
-    whole, rank = _name(base, layer, name), a.shape[0] // count
+    whole, rank = parameter_name(base, layer, name), a.shape[0] // count
     known = pattern_name(file.config, whole)
     if rank != module_rank(file.config, known):
         msg = f"{file.path}: {whole!r} has rank {rank}, adapter_config.json says {module_rank(file.config, known)}"
@@ -155,7 +156,7 @@ def _of_singles(
             raise AdapterError(msg)
         each_a[expert, rank * place : rank * place + len(a)] = a
         each_b[expert, height * place : height * (place + 1), rank * place : rank * place + len(a)] = b
-    if layer not in base.layers_with("experts"):
+    if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)
-    return ExpertUpdate(_name(base, layer, matrix), layer, matrix, each_a, each_b)
+    return ExpertUpdate(parameter_name(base, layer, matrix), layer, matrix, each_a, each_b)

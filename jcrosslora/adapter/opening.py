@@ -1,6 +1,6 @@
 """Open an adapter: find its files, tell its kind, and check what is known before its updates are read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,13 +92,13 @@ class OpenedAdapter:
             named[name] = value
         return named
 
-    def check_not_empty(self, modules: Mapping[str, object], ignored: Sequence[str]) -> None:
-        """Refuse an adapter without an update of a linear layer.
+    def check_not_empty(self, updates: Collection[object], ignored: Sequence[str]) -> None:
+        """Refuse an adapter without an update of a linear layer or of experts.
 
         Raises:
-            AdapterError: `modules` is empty; says what there is instead.
+            AdapterError: there are no updates; says what there is instead.
         """
-        if not modules:
+        if not updates:
             found = ("; ".join(ignored) or "it is empty").rstrip(".")
             msg = f"{self.file.path}: holds no {self.kind.name} of a linear layer ({found}): nothing can be moved"
             raise AdapterError(msg)

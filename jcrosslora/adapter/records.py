@@ -160,5 +160,7 @@ def _headline(adapter: Adapter) -> str:
     ranks = sorted({item.rank for item in items if len(item.a.shape) >= 2})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
     size = sum(array.size for item in items for array in (item.a, item.b))
+    experts = f", {len(adapter.experts)} updates of experts" if adapter.experts else ""
     tokens = "".join(f", {len(update.ids)} rows of {update.table}" for update in adapter.tokens)
-    return f"{adapter.info.name}: {adapter.info.kind}, {len(adapter.modules)} modules, {rank}, {size:,} numbers{tokens}"
+    modules = f"{len(adapter.modules)} modules, {rank}, {size:,} numbers"
+    return f"{adapter.info.name}: {adapter.info.kind}, {modules}{tokens}{experts}"

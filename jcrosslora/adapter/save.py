@@ -11,7 +11,7 @@ from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import Layout, fuse
 from jcrosslora.adapter.names import ending, natural_key
-from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile
+from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
@@ -41,7 +41,7 @@ def save_adapter(
     """Write an adapter as a folder, completely or not at all. The scale is folded into B in every profile.
 
     Args:
-        adapter: at least one module; not changed. Its changes of embedding and head, its replaced tensors, and its
+        adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
         out: the folder to make.
         base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
@@ -82,8 +82,10 @@ def save_adapter(
     _check_settings(dtype, documents or {}, metadata or {})
     fused = fused or {}
     modules = fuse(adapter.modules, fused)
-    if not modules:
-        msg = f"{out}: the adapter has no modules; nothing was written, give one with at least one update"
+    if not modules and not (adapter.experts and FORMATS[profile].more):
+        left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
+        msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
+        msg += "one update that the profile holds"
         raise OutputError(msg)
     _check_magnitudes(modules, magnitudes)
     contents = Contents(

@@ -96,7 +96,8 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
     """
     whole = contents.prefix != TEXT
     ranks = {contents.class_name(name): rank for name, rank in ranks.items()}
-    counts = Counter(ranks.values())
+    # Of an adapter of experts alone, whose ranks `expert_config` states.
+    counts = Counter(ranks.values()) or Counter(update.a.shape[1] for update in contents.experts)
     r = max(counts, key=lambda rank: (counts[rank], rank))
     patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {

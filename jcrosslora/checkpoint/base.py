@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
-from jcrosslora.checkpoint.experts import layout_of, read_expert_tensor
+from jcrosslora.checkpoint.experts import expert_shapes, layout_of, read_expert_tensor, stored_rows
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.family.names import WRITERS
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
@@ -161,6 +161,27 @@ class BaseModel:
             experts, layout, lambda path: self.tensor(f"model.layers.{layer}.{path}"), count, name
         )
 
+    def expert_rows(self, layer: int, matrix: str, expert: int, ids: np.ndarray) -> np.ndarray:
+        """Read rows of a matrix of one expert, see `stored_rows`, as float32 (n, columns), and no others."""
+        assert self.family.experts is not None
+        assert self.expert_layout is not None
+        shape = self.expert_shape(matrix)
+        places = stored_rows(self.family.experts, self.expert_layout, shape, matrix, expert, np.asarray(ids))
+        return np.concatenate([self.rows(f"model.layers.{layer}.{path}", own) for path, own in places])
+
+    def expert_dtype(self, layer: int, matrix: str) -> str:
+        """Return the storage dtype of a matrix of the experts of a layer."""
+        assert self.expert_layout is not None
+        path = self.expert_layout["gate" if matrix not in self.expert_layout else matrix]
+        return self.store.dtype(f"model.layers.{layer}.{path.format(0)}")
+
+    def expert_names(self, layer: int) -> tuple[str, ...]:
+        """Return the names of the tensors of the experts of a layer, as they are stored."""
+        assert self.family.experts is not None
+        assert self.expert_layout is not None
+        shapes = expert_shapes(self.family.experts, self.dims, self.config, self.expert_layout)
+        return tuple(f"model.layers.{layer}.{path}" for path, _ in shapes)
+
     def tensor_names(self) -> list[str]:
         """Hugging Face names of the stored tensors."""
         return self.store.names()
@@ -198,7 +219,7 @@ class BaseModel:
         """Read rows of a matrix, e.g. of the embedding, as float32 (n, columns), and no others.
 
         Args:
-            name: Hugging Face name of a matrix.
+            name: Hugging Face name of a matrix, or of a stack of matrices, whose rows count through all of them.
             ids: (n,) integers.
 
         Raises:
@@ -206,8 +227,8 @@ class BaseModel:
         """
         stored, ids = self._stored_name(name), np.asarray(ids)
         shape = self.store.shape(stored)
-        inside = ids.size == 0 or 0 <= int(ids.min()) <= int(ids.max()) < shape[0]
-        if len(shape) != 2 or ids.ndim != 1 or not inside:
+        inside = ids.size == 0 or 0 <= int(ids.min()) <= int(ids.max()) < prod(shape[:-1])
+        if len(shape) < 2 or ids.ndim != 1 or not inside:
             msg = f"{self.ref}: rows of {name!r} with shape {list(shape)} were asked for that it does not have"
             raise CheckpointError(msg)
         return self.store.rows(stored, ids.astype(np.int64))

@@ -14,6 +14,7 @@ from jcrosslora.checkpoint.families import (
     Family,
 )
 from jcrosslora.checkpoint.family.rules import Number
+from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
@@ -119,7 +120,7 @@ def _resolved(family: Family, config: Mapping[str, Any], where: Path | str) -> M
     try:
         values = config if family.resolve is None else family.resolve(config)
         family.mixer_of(values)
-    except ValueError as error:
+    except CheckpointError as error:
         msg = f"{where}: {error}"
         raise CheckpointError(msg) from None
     return values
@@ -205,11 +206,11 @@ def read_dims(config: Mapping[str, Any], where: Path | str) -> Dims:
 
 
 def _size(config: Mapping[str, Any], key: str, where: Path | str) -> int:
-    value = config.get(key)
-    if type(value) is not int or not 0 < value < _SIZE_LIMIT:
-        msg = f"{where}: config key {key!r} is {_short(value)}, wanted a positive integer"
-        raise CheckpointError(msg)
-    return value
+    try:
+        return size(config, key, limit=_SIZE_LIMIT)
+    except CheckpointError as error:
+        msg = f"{where}: {error}"
+        raise CheckpointError(msg) from None
 
 
 def read_number(config: Mapping[str, Any], number: Number, where: Path | str) -> float:

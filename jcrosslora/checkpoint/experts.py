@@ -76,3 +76,32 @@ def read_expert_tensor(
     if experts.interleaved and name in ("gate_up", "gate_up_bias"):
         array = np.concatenate([array[:, ::2], array[:, 1::2]], axis=1)
     return array.reshape(count, *array.shape[1:]) if name != "correction" else array.reshape(count)
+
+
+def row_count(experts: Experts, shape: tuple[int, int, int]) -> int:
+    """Return the rows of a matrix of one expert as it is stored, given (E, O, I): O, or I where it is transposed."""
+    return shape[2] if experts.transposed else shape[1]
+
+
+def stored_rows(
+    experts: Experts, layout: Mapping[str, str], shape: tuple[int, int, int], matrix: str, expert: int, ids: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """Return where rows of a matrix of one expert are: names of tensors in a layer, and rows of each.
+
+    Args:
+        experts: of the family.
+        layout: of the model.
+        shape: (E, O, I) of the matrix.
+        matrix: "gate_up" or "down".
+        expert: its number.
+        ids: (n,) of `row_count`, in increasing order.
+    """
+    if matrix not in layout:  # gate and up on their own
+        half = shape[1] // 2
+        parts = (("gate", ids[ids < half]), ("up", ids[ids >= half] - half))
+        own = (shape[0], half, shape[2])
+        return [place for part, rows in parts for place in stored_rows(experts, layout, own, part, expert, rows)]
+    path = layout[matrix]
+    if "{}" in path:
+        return [(path.format(expert), ids)]
+    return [(path, expert * row_count(experts, shape) + ids)]

@@ -19,7 +19,7 @@ from jcrosslora.checkpoint.family.granite import GRANITE, GRANITEMOE
 from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
-from jcrosslora.checkpoint.family.lfm2 import LFM2
+from jcrosslora.checkpoint.family.lfm2 import LFM2, LFM2_MOE
 from jcrosslora.checkpoint.family.llama import LLAMA
 from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
@@ -32,9 +32,9 @@ from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.nemotron import NEMOTRON
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3, OLMOE
-from jcrosslora.checkpoint.family.phi import PHI, PHI3
+from jcrosslora.checkpoint.family.phi import PHI, PHI3, PHIMOE
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
-from jcrosslora.checkpoint.family.qwen3_5 import QWEN3_5
+from jcrosslora.checkpoint.family.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from jcrosslora.checkpoint.family.record import Family as Family
 from jcrosslora.checkpoint.family.seed_oss import SEED_OSS
 from jcrosslora.checkpoint.family.smollm3 import SMOLLM3
@@ -81,6 +81,10 @@ _TABLE = (
     QWEN2_MOE,
     EXAONE_MOE,
     ERNIE4_5_MOE,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
+    LFM2_MOE,
+    PHIMOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -96,10 +100,6 @@ _LLAMA4 = ("llama", "mixtures of experts and attention in chunks")
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
-    "qwen3_5_moe": ("qwen3_5_text", "mixtures of experts"),
-    "qwen3_5_moe_text": ("qwen3_5_text", "mixtures of experts"),
-    "qwen3_next": ("qwen3_5_text", "mixtures of experts"),
-    "lfm2_moe": ("lfm2", "mixtures of experts"),
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "gemma4": _GEMMA4,
@@ -108,7 +108,6 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "llama4_text": _LLAMA4,
     "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),
     "deepseek_v2": ("deepseek_v3", "its choice of experts"),
-    "phimoe": ("mixtral", "its choice of experts, one after another with scores of their own"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),

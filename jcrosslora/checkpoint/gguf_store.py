@@ -80,10 +80,10 @@ class GGUFStore:
         return self._stated[name] if name in self._stated else self._read(name, self._row_order(name))
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
+        """Read and dequantise only these rows of a matrix or of a stack of them, as float32 (n, columns)."""
         order = self._row_order(name)
         places = ids if order is None else order[ids]
-        out = np.empty((len(ids), self.shape(name)[1]), np.float32)
+        out = np.empty((len(ids), self.shape(name)[-1]), np.float32)
         # In pieces, because dequantising takes several times the memory of its result.
         for start in range(0, len(ids), _ROWS_AT_ONCE):
             piece = slice(start, start + _ROWS_AT_ONCE)
@@ -93,6 +93,7 @@ class GGUFStore:
     def _read(self, name: str, rows: np.ndarray | None) -> np.ndarray:
         info = self._info(name)
         stored = stored_rows(self._file, info, self._gguf)
+        stored = stored.reshape(-1, stored.shape[-1]) if rows is not None and stored.ndim > 2 else stored
         array = to_float(stored if rows is None else stored[rows], info.kind, self._gguf)
         if self._norm_offset and name.endswith("norm.weight"):
             return array.astype(np.float32) - np.float32(self._norm_offset)

@@ -189,7 +189,9 @@ class MemoryStore:
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """float32 (n, columns): only these rows leave the device."""
-        return _to_numpy(self._array(name)[ids]).astype(np.float32)
+        array = self._array(name)
+        flat = array if len(array.shape) == 2 else array.reshape(-1, array.shape[-1])
+        return _to_numpy(flat[ids]).astype(np.float32)
 
     def release(self) -> None:
         """Do nothing: the arrays belong to the caller."""

@@ -113,7 +113,7 @@ def expected_shapes(
     expected |= dict(_norm_tensors(family, family.final_norm, dims.hidden))
     if not family.is_tied(config):
         expected[HEAD] = (dims.vocab, dims.hidden)
-    if family.head_bias:
+    if family.has_head_bias(config):
         expected[HEAD_BIAS] = (dims.vocab,)
     parts = family.layer_parts(config, dims.layers)
     in_layer = {own: dict(_layer_shapes(family, dims, config, own, experts)) for own in set(parts)}
@@ -149,7 +149,7 @@ def _layer_shapes(
     for name, size in norm_sizes(family, dims, config).items():
         if holds(parts, name):
             yield from _norm_tensors(family, norms[name], size)
-    if family.experts is not None and parts.mlp == "experts":
+    if family.experts is not None and holds(parts, "router"):
         yield from expert_shapes(family.experts, dims, config, experts or family.experts.layouts[0])
     for name, tensor in family.layer_tensors(config).items():
         if holds(parts, name):

@@ -100,8 +100,9 @@ class ShardedStore:
         return file.array(stored)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read rows of a matrix, as float32 (n, columns)."""
-        return self.tensor(name)[ids].astype(np.float32)
+        """Read rows of a matrix or of a stack of matrices, as float32 (n, columns)."""
+        array = self.tensor(name)
+        return array.reshape(-1, array.shape[-1])[ids].astype(np.float32)
 
     def release(self) -> None:
         """Give the resident pages back to the system."""

@@ -32,7 +32,7 @@ class TensorStore(Protocol):
         ...
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Read only these rows of a matrix, as float32 (n, columns)."""
+        """Read only these rows of a matrix, as float32 (n, columns); those of a stack count through its matrices."""
         ...
 
     def release(self) -> None:

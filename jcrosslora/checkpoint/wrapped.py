@@ -50,6 +50,12 @@ WRAPPERS: Mapping[str, Wrapper] = {
         "Qwen2_5_VLForConditionalGeneration", _LANGUAGE, "qwen2_5_vl_text", {"qwen2_5_vl_text": "qwen2"}, flat=True
     ),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", _LANGUAGE, "qwen3_5_text", {"qwen3_5_text": "qwen3_5_text"}),
+    "qwen3_5_moe": Wrapper(
+        "Qwen3_5MoeForConditionalGeneration",
+        _LANGUAGE,
+        "qwen3_5_moe_text",
+        {"qwen3_5_moe_text": "qwen3_5_moe_text"},
+    ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", _LANGUAGE, "qwen3_vl_text", {"qwen3_vl_text": "qwen3"}),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
 }

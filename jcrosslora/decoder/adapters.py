@@ -129,7 +129,7 @@ def _stack_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[dict[st
     ranks: dict[str, int] = {}
     for update in updates:
         ranks[update.matrix] = max(ranks.get(update.matrix, 0), update.a.shape[1])
-    layers, experts = base.layers_with("experts"), base.family.experts
+    layers, experts = base.layers_with("router"), base.family.experts
     if not ranks:
         return [{} for _ in adapters]
     if experts is None or any(update.layer not in layers for update in updates):

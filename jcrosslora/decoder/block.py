@@ -53,6 +53,12 @@ def _dense(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, ca
     return run_module("down_proj", layer, inner, capture)
 
 
+def _dense_and_experts(
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture
+) -> jax.Array:
+    return expert_mlp(settings, layer, normed, capture) + _dense(settings, layer, normed, capture)
+
+
 def _added(settings: DecoderSettings, layer: LayerWeights, norm: str, out: jax.Array) -> jax.Array:
     """Return what mixer or MLP add to the residual stream."""
     out = apply_norm(settings, layer, norm, out)
@@ -67,4 +73,4 @@ MIXERS: Mapping[str, Mixer] = {
     **dict.fromkeys(("convolution", "delta", "mamba"), run_mixer),
     "attention and mamba": beside_attention,
 }
-MLPS: Mapping[str, MLP] = {"dense": _dense, "experts": expert_mlp}
+MLPS: Mapping[str, MLP] = {"dense": _dense, "experts": expert_mlp, "dense and experts": _dense_and_experts}

@@ -20,6 +20,8 @@ INPUT_SITES = {
     "o_proj": "attn_out_in",
     "conv_in_proj": "conv_in",
     "conv_out_proj": "conv_out_in",
+    "in_proj_qkvz": "delta_in",
+    "in_proj_ba": "delta_in",
     "in_proj_qkv": "delta_in",
     "in_proj_z": "delta_in",
     "in_proj_b": "delta_in",

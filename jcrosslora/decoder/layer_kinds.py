@@ -5,6 +5,7 @@ from typing import Any
 
 from jcrosslora.checkpoint import Family
 from jcrosslora.checkpoint.family.rules import Windows
+from jcrosslora.checkpoint.family.sizes import layer_kinds
 from jcrosslora.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -19,19 +20,15 @@ def read_layer_kinds(config: Mapping[str, Any], family: Family, layers: int, ref
     """
     if family.mixer is not None:
         return (FULL,) * layers  # the parts of a layer say whether it has attention
-    stated, windows = config.get("layer_types"), family.windows
-    listed = windows is not None and windows.listed
+    try:
+        stated = layer_kinds(config, {FULL: FULL, SLIDING: SLIDING}, layers)
+    except CheckpointError as error:
+        msg = f"{ref}: {error}"
+        raise CheckpointError(msg) from None
     if stated is None:
         return _implied_kinds(config, family, layers, ref)
-    if not isinstance(stated, list | tuple) or len(stated) != layers:
-        msg = f"{ref}: layer_types is {stated!r}, wanted a list of {layers} kinds"
-        raise CheckpointError(msg)
-    unknown = [kind for kind in stated if kind not in (FULL, SLIDING)]
-    if unknown:
-        msg = f"{ref}: layer type {unknown[0]!r} is not supported; supported: {FULL}, {SLIDING}"
-        raise CheckpointError(msg)
     # transformers ignores the list for these families and uses sliding_window alone.
-    if not listed and tuple(stated) != _implied_kinds(config, family, layers, ref):
+    if not (family.windows and family.windows.listed) and tuple(stated) != _implied_kinds(config, family, layers, ref):
         msg = f"{ref}: layer_types of a {family.name} model contradict its sliding_window"
         raise CheckpointError(msg)
     return tuple(stated)

@@ -105,7 +105,7 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         if family.norm_biases
         else {},
         final_norm_bias=_vector(base, f"{family.final_norm}.bias") if family.norm_biases else None,
-        head_bias=_vector(base, HEAD_BIAS) if family.head_bias else None,
+        head_bias=_vector(base, HEAD_BIAS) if family.has_head_bias(base.config) else None,
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
         tensors={
             name: _stack_tensors(base, name, tensor, kind)
@@ -170,7 +170,7 @@ def _stack_tensors(base: BaseModel, name: str, tensor: LayerTensor, dtype: np.dt
 
 def _stack_experts(base: BaseModel, dtype: np.dtype, *, packed: bool) -> dict[str, jax.Array]:
     """Stack the tensors of experts: matrices (L, E, O, I) as other weights, the rest as float32."""
-    experts, layers = base.family.experts, base.layers_with("experts")
+    experts, layers = base.family.experts, base.layers_with("router")
     if experts is None or not layers:
         return {}
     found = {}

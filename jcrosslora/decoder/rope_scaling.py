@@ -94,6 +94,15 @@ def longrope(
     return Rope(short, long, int(original), float(attention_factor))
 
 
+def scaled_longrope(size: int, *, short_mscale: float, long_mscale: float, **settings: Any) -> Rope:
+    """Do as `longrope`, with an amplitude that is stated for short and for long sequences, and must be the same."""
+    if short_mscale != long_mscale:
+        msg = f"short_mscale is {short_mscale!r} and long_mscale {long_mscale!r}; supported are equal ones"
+        raise ValueError(msg)
+    amplitude = _positive(short_mscale, "short_mscale")
+    return longrope(size, factor=1.0, attention_factor=amplitude, **settings)
+
+
 def yarn(
     size: int,
     *,

@@ -13,7 +13,7 @@ import numpy as np
 
 from jcrosslora.checkpoint import Dims, Family
 from jcrosslora.decoder.layer_kinds import FULL, SLIDING
-from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, ntk, yarn
+from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, ntk, scaled_longrope, yarn
 from jcrosslora.errors import CheckpointError
 
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
@@ -29,8 +29,11 @@ _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
     "longrope": (longrope, {"factor", "attention_factor", "short_factor", "long_factor", _ORIGINAL}),
 }
 # Types that some families have beside these (`Positions.types`). Hunyuan's "dynamic" is static, by its alpha, and reads
-# no other of its numbers.
-_MORE_RULES = {"dynamic": (ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})}
+# no other of its numbers. Phi's with experts states the amplitude.
+_MORE_RULES = {
+    "dynamic": (ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
+    "longrope": (scaled_longrope, {"short_factor", "long_factor", "short_mscale", "long_mscale", _ORIGINAL}),
+}
 
 
 def read_ropes(config: Mapping[str, Any], family: Family, dims: Dims, ref: str) -> dict[str, Rope]:

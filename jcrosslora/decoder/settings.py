@@ -141,7 +141,7 @@ def settings_of(base: BaseModel) -> DecoderSettings:
                 for named in (family.input_factors, family.output_factors)
             )
         ),
-        experts=expert_settings(family.experts, config, ref),
+        experts=expert_settings(family.experts, config, ref) if layers_with(base.parts, "router") else None,
         latent=latent,
     )
 

@@ -3,6 +3,7 @@
 Bases that look equal in a sample are read whole, because no sample can show that all numbers are the same.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.experts import expert_tensors, row_count
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
+from jcrosslora.lineage.expert_matching import MATRICES
 from jcrosslora.lineage.method_selection import Choice, choose_from
 from jcrosslora.lineage.structure import Part, count_parts
 from jcrosslora.lineage.structure_search import find_structure
@@ -144,6 +147,9 @@ def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
     Tensors that the model does not use, such as the rotary frequencies in older files, are ignored.
     """
     in_modules = {module.tensor for base in (source, target) for module in base.modules.values()}
+    in_modules |= {
+        name for base in (source, target) for layer in base.layers_with("router") for name in base.expert_names(layer)
+    }
     names_src, names_tgt = (set(base.tensor_shapes()) for base in (source, target))
     shared = (names_src | {HEAD}) & (names_tgt | {HEAD})  # A tied head can be read although it is not stored.
     others = sorted((names_src | names_tgt) - in_modules)
@@ -158,7 +164,30 @@ def unequal_tensors(source: BaseModel, target: BaseModel) -> list[str]:
             found.append(name)
         source.release()
         target.release()
+    for layer in target.layers_with("router"):
+        found += [f"{name} of the experts of layer {layer}" for name in _unequal_experts(source, target, layer)]
+        source.release()
+        target.release()
     return found
+
+
+def _unequal_experts(source: BaseModel, target: BaseModel, layer: int) -> Iterator[str]:
+    """Yield the names of `expert_tensors` that differ in a layer, in whatever layouts they are stored."""
+    experts = target.family.experts
+    assert experts is not None
+    for name in expert_tensors(experts):
+        if name not in MATRICES:
+            src, tgt = (base.expert_tensor(layer, name).astype(np.float32) for base in (source, target))
+            if not np.array_equal(src, tgt):
+                yield name
+            continue
+        shape = target.expert_shape(name)
+        every = itertools.product(range(shape[0]), _batches(row_count(experts, shape)))
+        if not all(
+            np.array_equal(source.expert_rows(layer, name, expert, ids), target.expert_rows(layer, name, expert, ids))
+            for expert, ids in every
+        ):
+            yield name
 
 
 def _equal(source: BaseModel, target: BaseModel, name: str) -> bool:

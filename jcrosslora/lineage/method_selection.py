@@ -95,12 +95,15 @@ def choose_from(
             return _choice(PARTS_METHOD, made, carried)
     lacking = 0 if structure is None else structure.lacking
     if similarity is not None and similarity.near and not lacking:
+        if structure is not None and _lacks_experts(structure, source, target):
+            same = f"the two bases are nearly identical ({_figures(similarity)})"
+            return _mended(source, target, COPY_METHOD, f"{same}, but the target lacks experts of the source")
         compared = [] if structure is None else compare(structure)
         return _choose_for_copies(source, target, similarity, compared)
     differ = "the modules of the two bases have different shapes"
     if similarity is not None:
         differ = f"the weights of the two bases differ ({_figures(similarity)})"
-        differ += f"; attention or MLP of {lacking} layers have no counterpart" if lacking else ""
+        differ += f"; attention, MLP or experts of {lacking} layers have no counterpart" if lacking else ""
     obstacle = why_not_run(source, target)
     if obstacle is None:
         rest = ", and both can be run on text, so an update is fitted to what they predict"
@@ -141,6 +144,10 @@ def why_not_run(*bases: BaseModel) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _lacks_experts(structure: Structure, source: BaseModel, target: BaseModel) -> bool:
+    return any(part.name == "experts" and part.used < part.source for part in count_parts(structure, source, target))
 
 
 def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> bool:

@@ -32,7 +32,8 @@ _INPUTS: Mapping[str, str] = {
 class LayerMap:
     """The source indices that one target layer is made of, -1 for parts without a counterpart.
 
-    N heads, G key-value heads, D features of a head, I neurons.
+    N heads, G key-value heads, D features of a head, I neurons, E experts. Arrays of parts that the layer does not have
+    are empty.
 
     Attributes:
         layer: the source layer.
@@ -41,6 +42,7 @@ class LayerMap:
         values: (G_tgt D,), rows of v_proj.
         attended: (N_tgt D,), columns of o_proj.
         neurons: (I_tgt,), rows of gate_proj and up_proj, columns of down_proj.
+        experts: (E_tgt,), experts; None in a layer without.
         in_place: role -> shape (O, I) of modules whose rows and columns correspond to those at the same place.
     """
 
@@ -50,7 +52,14 @@ class LayerMap:
     values: np.ndarray
     attended: np.ndarray
     neurons: np.ndarray
+    experts: np.ndarray | None = None
     in_place: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """The indices of the heads, the neurons and the experts, as far as the layer has them."""
+        every = self.queries, self.neurons, self.experts
+        return tuple(index for index in every if index is not None and len(index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,18 +105,16 @@ class Structure:
             layer is not None
             and layer.layer == place
             and all(
-                np.array_equal(getattr(layer, axis), np.arange(size)) for axis, size in axes.items() if axis != "stream"
+                not len(index) or np.array_equal(index, np.arange(size))
+                for index, size in ((getattr(layer, axis), size) for axis, size in axes.items() if axis != "stream")
             )
             for place, layer in enumerate(self.layers)
         )
 
     @property
     def lacking(self) -> int:
-        """Number of target layers whose attention or MLP, or both, have no counterpart at all."""
-        whole = [
-            layer is not None and (layer.queries >= 0).any() and (layer.neurons >= 0).any() for layer in self.layers
-        ]
-        return len(whole) - sum(map(bool, whole))
+        """Number of target layers whose attention, MLP or experts have no counterpart at all."""
+        return sum(layer is None or not all(map(_some, layer.parts)) for layer in self.layers)
 
     def _index(self, layer: int, role: str, side: int) -> np.ndarray | None:
         found = self.layers[layer]
@@ -119,12 +126,17 @@ class Structure:
         return self.stream if axis == "stream" else getattr(found, axis)
 
 
+def _some(index: np.ndarray) -> bool:
+    return bool((index >= 0).any())
+
+
 @dataclass(frozen=True)
 class Part:
     """One kind of part, counted over the layers that have a counterpart.
 
     Attributes:
-        name: "layers", "stream dimensions", "heads", "key heads", "head features" (of v_proj), "neurons" or "tokens".
+        name: "layers", "stream dimensions", "heads", "key heads", "head features" (of v_proj), "neurons",
+            "experts" or "tokens".
         found: number of target parts with a counterpart in the source; the smallest of any layer.
         target: number of target parts (in a layer).
         used: number of source parts that occur in the target; the smallest of any layer.
@@ -151,16 +163,26 @@ def count_parts(structure: Structure, source: BaseModel, target: BaseModel) -> t
     """Count the parts that two bases share; tokens only if their embeddings agree."""
     src, tgt = source.dims, target.dims
     layers = [layer for layer in structure.layers if layer is not None]
+    attend = [layer for layer in layers if len(layer.queries)]
+    dense = [layer for layer in layers if len(layer.neurons)]
+    sparse = [layer.experts for layer in layers if layer.experts is not None]
     order = np.array([-1 if layer is None else layer.layer for layer in structure.layers])
     size = tgt.head_dim
     found = [
         _count("layers", [order], tgt.layers, src.layers),
         _count("stream dimensions", [structure.stream], tgt.hidden, src.hidden),
-        _count("heads", (_heads(layer.queries, size) for layer in layers), tgt.heads, src.heads),
-        _count("key heads", (_heads(layer.keys, size) for layer in layers), tgt.kv_heads, src.kv_heads),
-        _count_features((layer.attended.reshape(-1, size) for layer in layers), size),
-        _count("neurons", (layer.neurons for layer in layers), tgt.intermediate, src.intermediate),
     ]
+    if attend:
+        found += [
+            _count("heads", (_heads(layer.queries, size) for layer in attend), tgt.heads, src.heads),
+            _count("key heads", (_heads(layer.keys, size) for layer in attend), tgt.kv_heads, src.kv_heads),
+            _count_features((layer.attended.reshape(-1, size) for layer in attend), size),
+        ]
+    if dense:
+        found.append(_count("neurons", (layer.neurons for layer in dense), tgt.intermediate, src.intermediate))
+    if sparse:
+        counts = (base.expert_shape("down")[0] for base in (target, source))
+        found.append(_count("experts", sparse, *counts))
     if structure.by_embedding:
         # A sample shows whether tokens correspond; their number follows from the sizes of the embeddings.
         shared = min(src.vocab, tgt.vocab)

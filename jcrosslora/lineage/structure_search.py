@@ -13,7 +13,7 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.shared_tokens import shared_ids
-from jcrosslora.lineage.in_place import has_other_parts, layers_in_place, same_parts
+from jcrosslora.lineage.in_place import has_other_parts, matched_layers, same_parts
 from jcrosslora.lineage.matching import MIN_MEAN_COSINE, match_columns, match_heads
 from jcrosslora.lineage.structure import LayerMap, Structure
 from jcrosslora.lineage.weight_similarity import check_finite, cosine_similarity, evenly_spaced, module_rows
@@ -44,13 +44,16 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     others = [base.name for base in (source, target) if has_other_parts(base)]
     if others and not same_parts(source, target):
         other = "layers of other parts than attention and a dense MLP"
-        return None, f"{others[0]} has {other}, which are compared only with those of a base of the same shapes"
+        return (
+            None,
+            f"{others[0]} has {other}, which are compared only with those of a base with modules of the same shapes",
+        )
     stream, by_embedding, tokens = _match_stream(source, target)
     if stream is None:
         widths = f"{source.dims.hidden} and {target.dims.hidden} wide"
         return None, f"the bases are {widths}, and the columns of their embeddings have nothing in common"
     if others:
-        return _in_place(source, target, Structure(stream, by_embedding, tokens, ()))
+        return _whole_layers(source, target, Structure(stream, by_embedding, tokens, ()))
     correlations, layers = _match_layers(source, target, stream)
     for base in (source, target):
         base.release()
@@ -65,13 +68,13 @@ def find_structure(source: BaseModel, target: BaseModel) -> tuple[Structure | No
     return structure, ""
 
 
-def _in_place(source: BaseModel, target: BaseModel, stream: Structure) -> tuple[Structure | None, str]:
+def _whole_layers(source: BaseModel, target: BaseModel, stream: Structure) -> tuple[Structure | None, str]:
     """Add the layers of bases with the same parts to what is known of the stream."""
     if not np.array_equal(stream.stream, np.arange(target.dims.hidden)):
         return None, "their residual streams are in different orders, in which layers of such parts are not compared"
-    layers = layers_in_place(source, target)
+    layers = matched_layers(source, target)
     if all(layer is None for layer in layers):
-        return None, "no layer of one resembles the layer of the same number of the other"
+        return None, "no layer of one resembles a layer of the other with the same parts"
     return replace(stream, layers=layers), ""
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.family.record import QK_NORMS
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.lineage.difference import Difference, compare_rows
+from jcrosslora.lineage.expert_matching import MATRICES, expert_rows
 from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
 from jcrosslora.lineage.structure import Structure
 from jcrosslora.lineage.weight_similarity import Sample, check_finite, counterpart_rows, evenly_spaced
@@ -24,8 +26,9 @@ class TensorComparison:
     """A tensor of the target compared with its counterpart in the source.
 
     Attributes:
-        role: of a linear module, e.g. "q_proj"; or "embedding", "head", "norms", "biases".
-        target: name of the target module; for other tensors the role.
+        role: of a linear module, e.g. "q_proj"; "experts"; or "embedding", "head", "norms", "biases", "routers" (with
+            the biases of experts), "mixer tensors" (that are no linear modules).
+        target: name of the target module, or which expert of which layer; for other tensors the role.
         source: name of the source module; for other tensors the role.
         difference: how the two differ.
     """
@@ -37,7 +40,7 @@ class TensorComparison:
 
 
 def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
-    """Compare 64 evenly spaced rows of every linear target module that has a counterpart.
+    """Compare 64 evenly spaced rows of every linear target module that has a counterpart, and of some experts.
 
     Raises:
         CheckpointError: a weight cannot be read, or holds NaN or infinity.
@@ -49,7 +52,7 @@ def compare_modules(source: BaseModel, target: BaseModel, structure: Structure) 
             found.append(comparison)
         source.release()
         target.release()
-    return _read_ranks(source, target, structure, found)
+    return [*_read_ranks(source, target, structure, found), *_compare_experts(source, target, structure)]
 
 
 def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Structure) -> list[TensorComparison]:
@@ -63,6 +66,8 @@ def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Struc
         "head": None if source.tied and target.tied else _compare_table(source, target, structure, HEAD),
         "norms": _compare_vectors(_norms(source, target, structure)),
         "biases": _compare_vectors(_biases(source, target, structure)),
+        "routers": _compare_vectors(_routers(source, target, structure)),
+        "mixer tensors": _compare_vectors(_mixer_tensors(source, target, structure)),
     }
     return [TensorComparison(role, role, role, piece) for role, piece in pieces.items() if piece is not None]
 
@@ -75,6 +80,28 @@ def _compare_module(
         return None
     difference = _compare(*pair, (source.modules[name].dtype, module.dtype))
     return TensorComparison(module.role, module.name, name, difference)
+
+
+def _compare_experts(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[TensorComparison]:
+    """Compare 64 rows of the matrices of one expert of each layer, of another expert in each."""
+    for number, layer in enumerate(structure.layers):
+        if layer is None or layer.experts is None or not (layer.experts >= 0).any():
+            continue
+        matched = np.flatnonzero(layer.experts >= 0)
+        expert = int(matched[number % len(matched)])
+        other = int(layer.experts[expert])
+        for matrix in MATRICES:
+            src = expert_rows(source, layer.layer, matrix, other, _ROWS)
+            tgt = expert_rows(target, number, matrix, expert, _ROWS)
+            every = np.arange(src.shape[1])
+            names = (
+                f"{matrix} of expert {expert} of layer {number}",
+                f"{matrix} of expert {other} of layer {layer.layer}",
+            )
+            dtypes = source.expert_dtype(layer.layer, matrix), target.expert_dtype(number, matrix)
+            yield TensorComparison("experts", *names, _compare((src, every), (tgt, every), dtypes))
+        source.release()
+        target.release()
 
 
 def _compare(src: Sample, tgt: Sample, dtypes: tuple[str, str]) -> Difference:
@@ -178,6 +205,36 @@ def _biases(source: BaseModel, target: BaseModel, structure: Structure) -> Itera
             src = check_finite(source, f"{name}.bias", src.astype(np.float32))
             tgt = check_finite(target, f"{module.name}.bias", tgt.astype(np.float32))
             yield src[rows[rows >= 0]], tgt[rows >= 0]
+
+
+def _routers(source: BaseModel, target: BaseModel, structure: Structure) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield what experts have beside their matrices, of those with a counterpart."""
+    for number, layer in enumerate(structure.layers):
+        if layer is None or layer.experts is None:
+            continue
+        matched = np.flatnonzero(layer.experts >= 0)
+        own, others = ({*expert_tensors(base.family.experts)} for base in (target, source) if base.family.experts)
+        for name in sorted((own & others) - set(MATRICES)):
+            src, tgt = (
+                check_finite(base, f"{name} of layer {place}", base.expert_tensor(place, name).astype(np.float32))
+                for base, place in ((source, layer.layer), (target, number))
+            )
+            yield src[layer.experts[matched]].reshape(-1), tgt[matched].reshape(-1)
+
+
+def _mixer_tensors(
+    source: BaseModel, target: BaseModel, structure: Structure
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a sample of the rows of the tensors of mixers that are no linear modules."""
+    paths_src, paths_tgt = (base.family.layer_tensors(base.config) for base in (source, target))
+    for number, layer in enumerate(structure.layers):
+        for name in paths_src.keys() & paths_tgt.keys() if layer is not None else ():
+            if number in target.layers_with(name):
+                assert layer is not None
+                name_src = f"model.layers.{layer.layer}.{paths_src[name].path}"
+                src, tgt = _both((source, name_src), (target, f"model.layers.{number}.{paths_tgt[name].path}"))
+                some = evenly_spaced(len(tgt), _ROWS)
+                yield src[some].reshape(-1), tgt[some].reshape(-1)
 
 
 def _both(*named: tuple[BaseModel, str]) -> Iterator[np.ndarray]:

@@ -11,6 +11,8 @@ from jcrosslora.lineage.matching import MIN_MEAN_COSINE
 from jcrosslora.lineage.structure import Part
 from jcrosslora.lineage.tensor_comparison import TensorComparison
 
+_LINEAR = {*ROLES, "experts"}
+
 
 def structure_words(parts: Iterable[Part]) -> list[str]:
     """Return the words on the structure that apply: "pruned", "extended", "upscaled", "permuted"."""
@@ -26,8 +28,8 @@ def structure_words(parts: Iterable[Part]) -> list[str]:
 
 def change_words(compared: Sequence[TensorComparison]) -> list[str]:
     """Return the words on the weights that apply, see `BaseComparison`; none if all compared numbers are equal."""
-    linear = [item.difference for item in compared if item.role in ROLES]
-    others = [item.difference for item in compared if item.role not in ROLES and not _replaced(item)]
+    linear = [item.difference for item in compared if item.role in _LINEAR]
+    others = [item.difference for item in compared if item.role not in _LINEAR and not _replaced(item)]
     every = [*linear, *others]
     low_rank = _any(linear, "low rank") and not _any(linear, "trained")
     trained = _any(linear, "trained") or (not low_rank and _any(others, "trained", "low rank"))

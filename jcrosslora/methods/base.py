@@ -40,6 +40,7 @@ class Method:
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
         preserves_residual_basis: whether the maps keep the coordinates of the residual stream, or select among them.
             Changes of the embedding and the output head then move as well.
+        carries_experts: whether updates of experts move too where the target is a copy of the source or of its parts.
         keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
     """
 
@@ -51,6 +52,7 @@ class Method:
     equal_shapes: ClassVar[bool] = False
     single_vectors: ClassVar[bool] = False
     preserves_residual_basis: ClassVar[bool] = False
+    carries_experts: ClassVar[bool] = False
     keeps_norm: ClassVar[bool] = False
 
     def maps(self, evidence: Evidence) -> Maps:

@@ -17,6 +17,7 @@ class Copy(Method):
     reference: ClassVar[str] = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
     equal_shapes: ClassVar[bool] = True
     preserves_residual_basis: ClassVar[bool] = True
+    carries_experts: ClassVar[bool] = True
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return identities."""

@@ -25,6 +25,7 @@ class Select(Method):
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SELECTION})
     measure: ClassVar[Measure] = "part cosine"
     preserves_residual_basis: ClassVar[bool] = True
+    carries_experts: ClassVar[bool] = True
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return maps that select the rows of the evidence; rows without a counterpart become zero."""

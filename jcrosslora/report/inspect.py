@@ -147,6 +147,8 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
             table.add_row(*row.values())
         console.print(table, highlight=False, markup=False)
     _say(console, f"can be moved: {len(adapter.modules)} modules")
+    if adapter.experts:
+        _say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
     for update in adapter.tokens:
         what = describe_change(update.kind, update.modules, update.share)
         _say(console, f"can be moved by {_token_methods()} alone: {what}")

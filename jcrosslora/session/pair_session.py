@@ -137,8 +137,10 @@ class PairSession:
         return Move(chosen, choice, options, profile, shifter)
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
-        """Plan the alignment of some source modules and check it; nothing is computed yet."""
-        task = plan_alignment(self.pair, method, depth=parse_depth(options.depth), seed=options.seed, sources=sources)
+        """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""
+        # An adapter of experts alone has no modules to align, but a fit may update all of the target's.
+        depth, sources = parse_depth(options.depth), sources or None
+        task = plan_alignment(self.pair, method, depth=depth, seed=options.seed, sources=sources)
         check_hosts(task)
         return task
 
@@ -246,8 +248,8 @@ class PairSession:
             wrote_prompts=update.wrote_prompts,
             examples=spread(written, _EXAMPLES) if update.wrote_prompts else (),
             truncation=truncation,
-            rank_before=max(factors.rank for factors in shifted.original.modules.values()),
-            ranks={name: factors.rank for name, factors in moved.modules.items()},
+            rank_before=max(_ranks(shifted.original).values()),
+            ranks=_ranks(moved),
             tokens=shifted.tokens,
         )
         kept = update.completions if update.wrote_prompts else ()
@@ -397,6 +399,12 @@ def _check_invocation(adapter: Adapter, method: Method, options: TransferOptions
     if options.effect == "always":
         msg = f"the effect of {adapter.info.name} cannot be measured, since it acts only after its invocation tokens"
         raise MethodError(msg + "; leave out --effect always")
+
+
+def _ranks(adapter: Adapter) -> dict[str, int]:
+    """Return the rank of each module, and of each parameter of experts."""
+    of_experts = {update.name: update.a.shape[1] for update in adapter.experts}
+    return {name: factors.rank for name, factors in adapter.modules.items()} | of_experts
 
 
 def _rows(shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair
 from jcrosslora.methods import Method
 from jcrosslora.shifting.apply import ShiftedFactors, rows_by_rank, shift_factors, terms_of
+from jcrosslora.shifting.expert_updates import carry_experts
 from jcrosslora.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.shifting.token_rows import carry_tokens
 
@@ -86,7 +87,7 @@ class Shifter:
             scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
 
         Raises:
-            AdapterError: the adapter does not fit the source base.
+            AdapterError: the adapter does not fit the source base, or none of its updates can be moved.
             UsageError: an unknown calibration, or a scale that is zero or not finite.
         """
         _check_settings(method, calibrate, scale)
@@ -95,10 +96,12 @@ class Shifter:
             adapter = drop_token_updates(
                 adapter, f"method {method.name} does not keep the coordinates of the residual stream"
             )
-        if not method.fits_update:
+        if not (method.fits_update or method.carries_experts):
             adapter = drop_experts(adapter, f"method {method.name} moves updates of linear modules alone")
         if scale != 1:
-            adapter = drop_token_updates(adapter, f"scale {scale:g} is of linear layers alone")
+            why = f"scale {scale:g} is of linear layers alone"
+            adapter = drop_experts(drop_token_updates(adapter, why), why)
+        _check_not_empty(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
         self._keep_norm = method.keeps_norm if calibrate is None else calibrate == "frobenius"
@@ -117,11 +120,14 @@ class Shifter:
             pair: both bases.
 
         Raises:
-            PairingError: no module of the adapter was moved.
+            PairingError: no update of the adapter was moved.
         """
-        if not self._modules:
+        experts, notes = (), ()
+        if self.adapter.experts and not self._method.fits_update:
+            experts, notes = carry_experts(self.adapter, pair, self._method)
+        if not (self._modules or experts or (self._method.fits_update and self.adapter.experts)):
             msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
-            raise PairingError(msg + "; choose another depth map")
+            raise PairingError("; ".join([msg, *notes, "choose another depth map or method"]))
         energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
         order = {name: place for place, name in enumerate(transport.target.shapes)}
         tokens, token_rows, reason = (), (), ""
@@ -137,7 +143,7 @@ class Shifter:
         )
         modules = {name: self._modules[name] for name in sorted(self._modules, key=order.__getitem__)}
         return Shifted(
-            adapter=Adapter(modules=modules, info=info, tokens=tokens),
+            adapter=Adapter(modules=modules, info=info, tokens=tokens, experts=experts),
             original=self.adapter,
             rows=tuple(sorted(self._rows, key=lambda row: order[row.target])),
             tokens=token_rows,
@@ -145,7 +151,7 @@ class Shifter:
             energy=sum(energies.values()),
             calibration="frobenius" if self._keep_norm else "none",
             scale=self._scale,
-            notes=_notes(remaining, transport),
+            notes=(*_notes(remaining, transport), *notes),
         )
 
     def parts(self, group: TransportGroup) -> list[_Part]:
@@ -238,6 +244,13 @@ def _check_settings(method: Method, calibrate: str | None, scale: float) -> None
             "leave it out, or use another method"
         )
         raise UsageError(msg)
+
+
+def _check_not_empty(adapter: Adapter) -> None:
+    if not (adapter.modules or adapter.experts):
+        left = "; ".join(adapter.info.ignored).rstrip(".") or "it is empty"
+        msg = f"adapter {adapter.info.name} has no update of a linear layer, and nothing else of it is moved ({left}): "
+        raise AdapterError(msg + "use method distill, or copy or select, in profile peft, for a copy of its own base")
 
 
 def _check_invocation(adapter: Adapter) -> None:

@@ -1,5 +1,6 @@
 """Read what is known of an adapter of any kind and format without its tensors: configuration, names, shapes."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +78,11 @@ def read_facts(
             return AdapterFacts(config, pickle=True, family=family, tied=tied, faults=_number_faults(config))
     files = find_adapter(path)
     if files.config is None:
-        return _gguf_facts(files.weights, family, tied)
+        return dataclasses.replace(_gguf_facts(files.weights, family, tied), base=base)
     config = read_config(files.config)
     shapes = {key: entry.shape for key, entry in open_weights(files.weights).entries.items()}
     if files.form == "MLX":
-        return AdapterFacts(config, shapes, form="MLX", family=family, tied=tied)
+        return AdapterFacts(config, shapes, form="MLX", family=family, tied=tied, base=base)
     tensors = tuple(parse_tensor_name(key) for key in shapes)
     faults = _number_faults(config) or _tensor_faults(config, shapes, tensors)
     return AdapterFacts(config, shapes, tensors, family=family, tied=tied, base=base, faults=faults)

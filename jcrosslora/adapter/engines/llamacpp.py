@@ -3,6 +3,7 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_gguf_names, same_modules
 from jcrosslora.adapter.engines.rules import (
     Engine,
     alpha_over_rank,
@@ -65,7 +66,13 @@ def same_architecture(facts: AdapterFacts) -> str | None:
 
 
 _TENSORS = (no_norms, no_tied_embedding, no_tied_head)
-GGUF_RULES = (type_is_lora, only_tensors("A", "B", "embedding", skipped=_is_norm), same_architecture, *_TENSORS)
+GGUF_RULES = (
+    type_is_lora,
+    only_tensors("A", "B", "embedding", skipped=_is_norm),
+    same_architecture,
+    same_gguf_names,
+    *_TENSORS,
+)
 OF_PEFT = Engine(
     "llama.cpp",
     (
@@ -73,6 +80,7 @@ OF_PEFT = Engine(
         only_tensors("A", "B", "embedding", "copy", skipped=_is_norm),
         alpha_over_rank,
         *_TENSORS,
+        same_modules("which its converter refuses"),
     ),
     (note_pickle, note_convert, note_head, note_mixers),
 )

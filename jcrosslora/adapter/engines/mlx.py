@@ -3,6 +3,7 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_mlx_names
 from jcrosslora.adapter.engines.rules import Engine, note_mixers
 
 
@@ -36,4 +37,4 @@ def _whole_model(facts: AdapterFacts) -> bool:
     return facts.config.get("fine_tune_type") == "full"
 
 
-MLX = Engine("MLX", (parameters, names, one_rank), (note_mixers,), form="MLX")
+MLX = Engine("MLX", (parameters, names, one_rank, same_mlx_names), (note_mixers,), form="MLX")

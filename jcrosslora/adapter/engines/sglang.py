@@ -3,6 +3,7 @@
 # ruff: noqa: D103 - the sentence that a rule returns is its documentation.
 
 from jcrosslora.adapter.engines.facts import AdapterFacts
+from jcrosslora.adapter.engines.module_names import same_modules
 from jcrosslora.adapter.engines.rules import (
     Engine,
     no_parts_between_factors,
@@ -43,6 +44,9 @@ def note_tensors(facts: AdapterFacts) -> str | None:
 
 SGLANG = Engine(
     "SGLang",
-    (only_plain_lora(), listed_targets, no_parts_between_factors, no_patterns, no_rslora),
+    (
+        *(only_plain_lora(), listed_targets, no_parts_between_factors, no_patterns, no_rslora),
+        same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
+    ),
     (note_pickle, note_all_targets, note_tensors, note_mixers),
 )

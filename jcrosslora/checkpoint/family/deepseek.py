@@ -14,18 +14,18 @@ from jcrosslora.checkpoint.family.experts import (
     Experts,
     behind_first,
     shared_shapes,
-    whole_number,
 )
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import LATENT, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import PRE_NORMS, Family
 from jcrosslora.checkpoint.family.rules import LatentSizes, Number, Positions, Sizes
+from jcrosslora.checkpoint.family.sizes import size
 
 
 def _latent_sizes(config: Mapping[str, Any]) -> LatentSizes:
     keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return LatentSizes(*(whole_number(config, key) for key in keys))
+    return LatentSizes(*(size(config, key) for key in keys))
 
 
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
@@ -39,7 +39,7 @@ def _queries(sizes: Sizes, config: Mapping[str, Any]) -> int:
 
 
 def _q_rank(config: Mapping[str, Any]) -> int:
-    return whole_number(config, "q_lora_rank", 1)
+    return size(config, "q_lora_rank", 1)
 
 
 DEEPSEEK_V3 = Family(

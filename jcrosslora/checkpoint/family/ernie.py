@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, shared_shapes, whole_number
+from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, shared_shapes
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
+from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
 
 _CORRECTION = "moe_statics.e_score_correction_bias"
 
 
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
-    interval, start, end = whole_number(config, "moe_layer_interval", 1), *_ends(config)
+    interval, start, end = size(config, "moe_layer_interval", 1), *_ends(config)
     last = layers - 1 if end == -1 else end
     sparse = [start <= layer <= last and (layer + 1) % interval == 0 for layer in range(layers)]
     return [LayerParts(mlp="experts" if flag else "dense") for flag in sparse]

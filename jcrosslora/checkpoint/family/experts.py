@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.rules import Number, RoleShape
+from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
 
 _ONE_EACH = {name: f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -35,8 +36,11 @@ class Experts:
             "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of
             all,
             "gate_up_bias" (E, 2 I), "down_bias" (E, H).
-        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids.
+        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids; or "in turn", where a softmax
+            over those that score nearly as high as the best weighs the best, and one without the best the second.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
+        sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
+        tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         transposed: whether matrices of all experts are stored as (E, I, O).
@@ -49,8 +53,10 @@ class Experts:
     used: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
     layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
-    scores: Literal["softmax", "chosen", "sigmoid"] = "softmax"
+    scores: Literal["softmax", "chosen", "sigmoid", "in turn"] = "softmax"
     normalised: bool | str = True
+    sum_eps: float = 1e-20
+    tolerance: Number | None = None
     scale: Number | None = None
     groups: tuple[str, str] | None = None
     transposed: bool = False
@@ -65,10 +71,10 @@ class Experts:
             CheckpointError: one is missing or out of range.
         """
         count_key = next((key for key in self.count if config.get(key) is not None), self.count[0])
-        count, used, width = (whole_number(config, key) for key in (count_key, self.used, self.width))
+        count, used, width = (size(config, key) for key in (count_key, self.used, self.width))
         groups = 1, 1
         if self.groups is not None:
-            groups = whole_number(config, self.groups[0], 1), whole_number(config, self.groups[1], 1)
+            groups = size(config, self.groups[0], 1), size(config, self.groups[1], 1)
         if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
             msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
             raise CheckpointError(msg)
@@ -85,25 +91,11 @@ class ExpertSizes(NamedTuple):
     used_groups: int = 1
 
 
-def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Read a size from a configuration, or its default where that says nothing or null.
-
-    Raises:
-        CheckpointError: it is not a positive integer.
-    """
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 20:
-        msg = f"config key {key!r} is {str(value)[:60]}, wanted a positive integer"
-        raise CheckpointError(msg)
-    return value
-
-
 def shared_shapes(count: str) -> dict[str, RoleShape]:
     """Return the shapes of shared experts that are one MLP, as wide as the experts times a configuration's count."""
 
     def width(config: Mapping[str, Any]) -> int:
-        return whole_number(config, count) * whole_number(config, "moe_intermediate_size")
+        return size(config, count) * size(config, "moe_intermediate_size")
 
     return {
         "shared_gate_proj": lambda sizes, config: (width(config), sizes.hidden),
@@ -123,7 +115,7 @@ def in_all_layers(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 def by_step(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     """Give each `decoder_sparse_step`-th layer experts, but none of `mlp_only_layers`."""
-    step, dense = whole_number(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    step, dense = size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple):
         msg = f"config key 'mlp_only_layers' is {str(dense)[:60]}, wanted a list of layers"
         raise CheckpointError(msg)

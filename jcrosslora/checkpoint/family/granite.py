@@ -9,12 +9,12 @@ from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number
 
 _BLOCK = "block_sparse_moe"
-_PUBLISHED = {
+PUBLISHED = {
     "router": f"{_BLOCK}.router.layer.weight",
     "gate_up": f"{_BLOCK}.input_linear.weight",
     "down": f"{_BLOCK}.output_linear.weight",
 }
-_IN_MEMORY = {
+IN_MEMORY = {
     "router": f"{_BLOCK}.router.weight",
     "gate_up": f"{_BLOCK}.experts.gate_up_proj",
     "down": f"{_BLOCK}.experts.down_proj",
@@ -51,8 +51,6 @@ GRANITEMOE = _granite(
     roles=ATTENTION,
     bias_keys={"attention_bias": ATTENTION},
     parts=in_all_layers,
-    experts=Experts(
-        ("num_local_experts",), width="intermediate_size", layouts=(_PUBLISHED, _IN_MEMORY), scores="chosen"
-    ),
+    experts=Experts(("num_local_experts",), width="intermediate_size", layouts=(PUBLISHED, IN_MEMORY), scores="chosen"),
     keys=_KEYS | words("num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef"),
 )

@@ -1,8 +1,10 @@
-"""LFM2: short convolutions in most layers, attention in the others."""
+"""LFM2: short convolutions in most layers, attention in the others; one of its forms has experts in most layers."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from jcrosslora.checkpoint.family.experts import Experts, behind_first
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, MLP
@@ -10,6 +12,7 @@ from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
 
 _CONV, _FULL = "conv", "full_attention"
 
@@ -23,7 +26,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         if (factor := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
             if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e6:
                 msg = f"config key 'block_ffn_dim_multiplier' is {str(factor)[:60]!r}, wanted a positive number"
-                raise ValueError(msg)
+                raise CheckpointError(msg)
             width = multiple * -(-int(factor * width) // multiple)
     layers = layer_count(config)
     kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
@@ -32,12 +35,24 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         full = list(range(layers)) if full is None else full
         if not isinstance(full, list | tuple) or not all(type(layer) is int for layer in full):
             msg = f"config key 'full_attn_idxs' is {str(full)[:60]}, wanted a list of layers"
-            raise ValueError(msg)
+            raise CheckpointError(msg)
         kinds = [_FULL if layer in full else _CONV for layer in range(layers)]
-    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
-    found = {key: value for key, value in config.items() if key not in ("block_ff_dim", "tie_embedding")}
     stated = {"intermediate_size": width, "block_auto_adjust_ff_dim": False, "layer_types": kinds}
-    return found | stated | {"tie_word_embeddings": tied}
+    return {key: value for key, value in _tied(config).items() if key != "block_ff_dim"} | stated
+
+
+def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = layer_kinds(config, {_CONV: _CONV, _FULL: _FULL})
+    if kinds is None:
+        msg = "config key 'layer_types' is missing, wanted the kind of each layer"
+        raise CheckpointError(msg)
+    return _tied(config)
+
+
+def _tied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State whether the head is the embedding, which another key may do."""
+    tied = config.get("tie_embedding", config.get("tie_word_embeddings", True))
+    return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": tied}
 
 
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
@@ -45,17 +60,30 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     return [LayerParts(mixer="convolution" if kind == _CONV else "attention") for kind in config["layer_types"]]
 
 
+def _moe_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    mlps = behind_first("num_dense_layers")(config, layers)
+    return [own._replace(mlp=other.mlp) for own, other in zip(_parts(config, layers), mlps, strict=True)]
+
+
 def _mixer(config: Mapping[str, Any]) -> Mixer:
     hidden, taps = size(config, "hidden_size"), size(config, "conv_L_cache", 3)
     return Mixer("convolution", hidden, taps, conv_bias=bool(config.get("conv_bias", False)))
 
 
-LFM2 = Family(
-    name="lfm2",
-    architectures=("Lfm2ForCausalLM",),
+_STORED = {"router": "feed_forward.gate.weight", "correction": "feed_forward.expert_bias"}
+_PUBLISHED = _STORED | {
+    "gate": "feed_forward.experts.{}.w1.weight",
+    "up": "feed_forward.experts.{}.w3.weight",
+    "down": "feed_forward.experts.{}.w2.weight",
+}
+_IN_MEMORY = _STORED | {
+    "gate_up": "feed_forward.experts.gate_up_proj",
+    "down": "feed_forward.experts.down_proj",
+}
+
+_lfm2 = partial(
+    Family,
     roles=(*ATTENTION, *CONVOLUTION, *MLP),
-    resolve=_resolve,
-    parts=_parts,
     mixer=_mixer,
     fused={
         "self_attn.out_proj": ("o_proj",),
@@ -74,11 +102,52 @@ LFM2 = Family(
     tied=True,
     eps=Number("norm_eps", 1e-5),
     positions=Positions(theta=1_000_000.0),
-    # The widths and the way of initialising that its class does not read are beside those that it does.
-    keys=words(
-        "conv_bias conv_L_cache block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim block_ff_dim "
-        "full_attn_idxs layer_types norm_eps tie_embedding block_dim block_norm_eps block_mlp_init_scale "
-        "block_out_init_scale block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta"
-    ),
+)
+_BLOCK = words(
+    "block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim block_ff_dim block_mlp_init_scale "
+    "block_out_init_scale block_use_xavier_init full_attn_idxs"
+)
+# Of published configurations; no class reads those of the last line.
+_KEYS = words(
+    "conv_bias conv_L_cache layer_types norm_eps tie_embedding "
+    "block_dim block_norm_eps conv_dim conv_dim_out conv_use_xavier_init num_heads theta"
+)
+
+LFM2 = _lfm2(
+    name="lfm2",
+    architectures=("Lfm2ForCausalLM",),
+    resolve=_resolve,
+    parts=_parts,
+    keys=_KEYS | _BLOCK,
     fixed={"block_use_swiglu": (True,), "use_pos_enc": (True,)},
+)
+LFM2_MOE = _lfm2(
+    name="lfm2_moe",
+    architectures=("Lfm2MoeForCausalLM",),
+    resolve=_resolve_moe,
+    parts=_moe_parts,
+    experts=Experts(
+        ("num_experts",),
+        layouts=(_PUBLISHED, _IN_MEMORY),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        sum_eps=1e-6,
+        scale=Number("routed_scaling_factor", 1.0),
+    ),
+    # Its class does not read what `_BLOCK` says of the dense layers.
+    keys=_KEYS
+    | _BLOCK
+    | words(
+        "moe_intermediate_size num_dense_layers num_experts num_experts_per_tok norm_topk_prob routed_scaling_factor "
+        "output_router_logits router_aux_loss_coef"
+    ),
+    # Without, there is no `expert_bias`.
+    fixed={"use_expert_bias": (True,), "use_pos_enc": (True,)},
+    defaults={
+        "num_dense_layers": 2,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1792,
+        "norm_topk_prob": True,
+    },
 )

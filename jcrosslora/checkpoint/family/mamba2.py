@@ -1,10 +1,11 @@
-"""Families with layers of Mamba 2: Granite 4 without experts, and Falcon-H1, which has attention beside them."""
+"""Families with layers of Mamba 2: Granite 4, and Falcon-H1, which has attention beside them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from jcrosslora.checkpoint.family.granite import GRANITE
+from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.checkpoint.family.granite import GRANITE, IN_MEMORY, PUBLISHED
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import ATTENTION, MAMBA, MLP, QKV
@@ -12,6 +13,7 @@ from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, numbers, size
+from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _KEYS = (
@@ -31,7 +33,7 @@ def _mixer(
     if heads * each != inner or heads % groups:
         msg = f"mamba_n_heads {heads} times mamba_d_head {each} is not {inner}, the width of the state-space layers, "
         msg += f"or mamba_n_groups {groups} does not divide it"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     low, high = numbers(config, "time_step_limit", 2) or (0.0, float("inf"))
     return Mixer(
         "mamba",
@@ -48,22 +50,30 @@ def _mixer(
 
 
 def _resolve_granite(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the kinds of the layers, and the width of the MLP, which is that of what experts would share."""
-    if config.get("num_local_experts", 8) != 0:
-        msg = f"num_local_experts is {config.get('num_local_experts', 8)!r}: mixtures of experts beside state-space "
-        raise ValueError(msg + "layers are not supported; supported is 0")
+    """State the kinds of the layers, the width of the MLP that all tokens go through, and that of any experts."""
+    count = config.get("num_local_experts", 8)
+    if type(count) is not int or count < 0:
+        msg = f"config key 'num_local_experts' is {str(count)[:60]!r}, wanted the number of experts, 0 for none"
+        raise CheckpointError(msg)
     if config.get("position_embedding_type") not in (None, "rope", "nope"):
         msg = f"position_embedding_type {config['position_embedding_type']!r} is not supported; supported: rope, nope"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     kinds = layer_kinds(config, {"mamba": _LINEAR, "attention": _FULL, _LINEAR: _LINEAR, _FULL: _FULL})
-    layers = layer_count(config)
-    width = size(config, "shared_intermediate_size", 1024)
-    return {**config, "layer_types": kinds or [_LINEAR] * layers, "intermediate_size": width}
+    stated = {
+        "layer_types": kinds or [_LINEAR] * layer_count(config),
+        "intermediate_size": size(config, "shared_intermediate_size", 1024),
+        "num_local_experts": count,
+    }
+    if count:
+        width = size(config, "intermediate_size", 11008)
+        stated["moe_intermediate_size"] = size(config, "moe_intermediate_size", width)
+    return {**config, **stated}
 
 
 def _granite_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     del layers  # as many as kinds, see `_resolve_granite`
-    return [LayerParts(mixer="mamba" if kind == _LINEAR else "attention") for kind in config["layer_types"]]
+    mlp = "dense and experts" if config["num_local_experts"] else "dense"
+    return [LayerParts("mamba" if kind == _LINEAR else "attention", mlp) for kind in config["layer_types"]]
 
 
 def _granite_mixer(config: Mapping[str, Any]) -> Mixer:
@@ -77,6 +87,7 @@ GRANITE_HYBRID = Family(
     resolve=_resolve_granite,
     parts=_granite_parts,
     mixer=_granite_mixer,
+    experts=Experts(("num_local_experts",), layouts=(PUBLISHED, IN_MEMORY), scores="chosen"),
     fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
     bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
     embedding_scale=GRANITE.embedding_scale,
@@ -86,9 +97,11 @@ GRANITE_HYBRID = Family(
     positions=Positions(unrotated="not rope"),
     keys=words(
         _KEYS + "attention_multiplier residual_multiplier logits_scaling shared_intermediate_size num_local_experts "
-        "num_experts_per_tok output_router_logits router_aux_loss_coef position_embedding_type init_method"
+        "num_experts_per_tok moe_intermediate_size output_router_logits router_aux_loss_coef position_embedding_type "
+        "init_method"
     ),
     fixed={"normalization_function": ("rmsnorm",)},
+    defaults={"num_experts_per_tok": 2},
 )
 
 

@@ -25,6 +25,8 @@ class Mixer:
         conv_bias: whether the convolution has a bias.
         norm: place of the output's norm, which "mamba" has for each of `groups` and "delta" for each head; None if
             there is only a gate.
+        grouped: whether "delta" has two modules in front, with rows sorted by group: queries, keys, values and gates of
+            each in one, the two numbers of each head of values in the other. Else there are four.
         step_limits: bounds of the time step of "mamba".
         open_output: whether the last module of "mamba" can have an update. PEFT refuses that of some classes, for which
             it is a tensor among others.
@@ -41,6 +43,7 @@ class Mixer:
     value_size: int = 0
     conv_bias: bool = False
     norm: Literal["before the gate", "behind the gate"] | None = None
+    grouped: bool = False
     step_limits: tuple[float, float] = (0.0, float("inf"))
     factors: tuple[float, ...] = ()
     open_output: bool = True
@@ -61,6 +64,12 @@ class Mixer:
         match self.kind:
             case "convolution":
                 return {"conv_in_proj": (3 * self.hidden, self.hidden), "conv_out_proj": (self.hidden, self.hidden)}
+            case "delta" if self.grouped:
+                return {
+                    "in_proj_qkvz": (self.convolved + self.inner, self.hidden),
+                    "in_proj_ba": (2 * self.heads, self.hidden),
+                    "delta_out_proj": (self.hidden, self.inner),
+                }
             case "delta":
                 return {
                     "in_proj_qkv": (self.convolved, self.hidden),

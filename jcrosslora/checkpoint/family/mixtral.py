@@ -7,7 +7,7 @@ from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
 
 _BLOCK = "block_sparse_moe"
-_PUBLISHED = {
+PUBLISHED = {
     "router": f"{_BLOCK}.gate.weight",
     "gate": f"{_BLOCK}.experts.{{}}.w1.weight",
     "up": f"{_BLOCK}.experts.{{}}.w3.weight",
@@ -21,7 +21,7 @@ MIXTRAL = Family(
     roles=ATTENTION,
     parts=in_all_layers,
     experts=Experts(
-        ("num_local_experts", "num_experts"), width="intermediate_size", layouts=(_PUBLISHED, MERGED, FUSED)
+        ("num_local_experts", "num_experts"), width="intermediate_size", layouts=(PUBLISHED, MERGED, FUSED)
     ),
     eps=Number("rms_norm_eps", 1e-5),
     windows=Windows(size=None, listed=False),

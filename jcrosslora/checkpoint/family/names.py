@@ -14,10 +14,12 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 LATENT_INNER = ("q_b_proj", "kv_b_proj")
 CONVOLUTION = ("conv_in_proj", "conv_out_proj")
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "delta_out_proj")
+# The same with the rows of one group of heads behind those of another.
+GROUPED_DELTA = ("in_proj_qkvz", "in_proj_ba", "delta_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
 SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")  # experts that all tokens go through
 ROLES = (
-    *("q_proj", "qg_proj", *ATTENTION[1:], *LATENT, *CONVOLUTION, *DELTA, *MAMBA),
+    *("q_proj", "qg_proj", *ATTENTION[1:], *LATENT, *CONVOLUTION, *GROUPED_DELTA[:2], *DELTA, *MAMBA),
     *(*MLP, *SHARED, "shared_expert_gate"),
 )
 # Roles that write to the residual stream; the others read it, or what these get.
@@ -34,6 +36,8 @@ ROLE_PATHS: Mapping[str, str] = {
     "qg_proj": "self_attn.q_proj",
     "conv_in_proj": "conv.in_proj",
     "conv_out_proj": "conv.out_proj",
+    "in_proj_qkvz": "linear_attn.in_proj_qkvz",
+    "in_proj_ba": "linear_attn.in_proj_ba",
     "in_proj_qkv": "linear_attn.in_proj_qkv",
     "in_proj_z": "linear_attn.in_proj_z",
     "in_proj_b": "linear_attn.in_proj_b",

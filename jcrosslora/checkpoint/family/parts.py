@@ -8,6 +8,7 @@ from jcrosslora.checkpoint.family.names import (
     CONVOLUTION,
     DELTA,
     GATED_ATTENTION,
+    GROUPED_DELTA,
     LATENT,
     MAMBA,
     MLP,
@@ -34,11 +35,12 @@ PARTS: Mapping[str, frozenset[str]] = {
     "latent_attention": frozenset({*LATENT, "o_proj", "q_a", "kv_a"}),
     "direct_latent_attention": frozenset({*LATENT[2:], "q_proj", "o_proj", "kv_a"}),
     "convolution": frozenset({*CONVOLUTION, "conv", "conv_bias"}),
-    "delta": frozenset({*DELTA, *_RECURRENCE}),
+    "delta": frozenset({*DELTA, *GROUPED_DELTA, *_RECURRENCE}),
     "mamba": _MAMBA,
     "attention and mamba": _ATTENTION | _MAMBA,
     "dense": frozenset(MLP),
     "experts": frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS}),
+    "dense and experts": frozenset({*MLP, *EXPERT_TENSORS}),
 }
 _OWNED = frozenset().union(*PARTS.values())
 

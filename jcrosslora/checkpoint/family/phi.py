@@ -1,5 +1,8 @@
-"""Phi 1 to 2, whose blocks are parallel, and Phi 3 to 4, whose class is Phi 3's."""
+"""Phi 1 to 2, whose blocks are parallel, Phi 3 to 4, whose class is Phi 3's, and Phi 3.5 with experts."""
 
+from jcrosslora.checkpoint.family.experts import FUSED, Experts, in_all_layers
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.mixtral import PUBLISHED
 from jcrosslora.checkpoint.family.names import ATTENTION, QKV, UNGATED_MLP
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
@@ -40,4 +43,33 @@ PHI3 = Family(
         "full_attn_mod": (1,),
         "interpolate_factor": (1,),
     },
+)
+_ROUTER = {"router": "mlp.router.weight"}
+
+PHIMOE = Family(
+    name="phimoe",
+    architectures=("PhimoeForCausalLM", "PhiMoEForCausalLM"),
+    roles=ATTENTION,
+    norm="layer",
+    norm_biases=True,
+    bias_keys={"attention_bias": ATTENTION},
+    head_bias="lm_head_bias",
+    parts=in_all_layers,
+    experts=Experts(
+        ("num_local_experts",),
+        width="intermediate_size",
+        layouts=(PUBLISHED, FUSED | _ROUTER),
+        scores="in turn",
+        tolerance=Number("router_jitter_noise", 0.01),
+    ),
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=None, listed=False),
+    positions=Positions(theta=1_000_000.0, types=("longrope",)),
+    keys=words(
+        "sliding_window layer_types attention_bias lm_head_bias num_local_experts router_jitter_noise "
+        "input_jitter_noise output_router_logits router_aux_loss_coef original_max_position_embeddings"
+    ),
+    # Its class chooses two, whatever is stated.
+    fixed={"num_experts_per_tok": (2,)},
+    defaults={"num_local_experts": 16, "num_experts_per_tok": 2},
 )

@@ -1,15 +1,23 @@
-"""Qwen3.5: the gated delta rule in three of four layers, gated attention in the others."""
+"""Qwen3.5 and Qwen3-Next: the gated delta rule in three of four layers, gated attention in the others.
+
+Qwen3.5 is dense or has experts in all layers; Qwen3-Next has experts, and other modules in front of the rule.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from jcrosslora.checkpoint.family.experts import by_step, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.names import DELTA, GATED_ATTENTION, MLP
+from jcrosslora.checkpoint.family.names import DELTA, GATED_ATTENTION, GROUPED_DELTA, MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.qwen import EXPERT_KEYS, EXPERTS, SHARED_PATHS, SHARED_ROLES, SHARED_SHAPES
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
 
@@ -25,16 +33,35 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _resolve_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the width of the MLP too, of which there is none beside the shared expert."""
+    return _resolve({**config, "intermediate_size": size(config, "shared_expert_intermediate_size", 512)})
+
+
+def _mixers(config: Mapping[str, Any]) -> list[str]:
+    return ["delta" if kind == _LINEAR else "attention" for kind in config["layer_types"]]  # of `_resolve`
+
+
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
-    del layers  # as many as kinds, see `_resolve`
-    return [LayerParts(mixer="delta" if kind == _LINEAR else "attention") for kind in config["layer_types"]]
+    del layers  # as many as kinds
+    return [LayerParts(mixer) for mixer in _mixers(config)]
+
+
+def _moe_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    return [
+        own._replace(mixer=mixer) for own, mixer in zip(in_all_layers(config, layers), _mixers(config), strict=True)
+    ]
+
+
+def _next_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    return [own._replace(mixer=mixer) for own, mixer in zip(by_step(config, layers), _mixers(config), strict=True)]
 
 
 def _mixer(config: Mapping[str, Any]) -> Mixer:
     heads, groups = size(config, "linear_num_value_heads", 32), size(config, "linear_num_key_heads", 16)
     if heads % groups:
         msg = f"linear_num_value_heads {heads} is not a multiple of linear_num_key_heads {groups}"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return Mixer(
         "delta",
         size(config, "hidden_size"),
@@ -47,22 +74,76 @@ def _mixer(config: Mapping[str, Any]) -> Mixer:
     )
 
 
-QWEN3_5 = Family(
+def _next_mixer(config: Mapping[str, Any]) -> Mixer:
+    return replace(_mixer(config), grouped=True)
+
+
+_KEYS = words(
+    "attention_bias layer_types full_attention_interval partial_rotary_factor linear_conv_kernel_dim "
+    "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_ssm_dtype "
+    "mtp_num_hidden_layers mtp_use_dedicated_embeddings"
+)
+_MOE_KEYS = words(
+    "num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size output_router_logits "
+    "router_aux_loss_coef"
+)
+
+_qwen = partial(
+    Family,
+    norms=PRE_NORMS | QK_NORMS,
+    gain_offset=1.0,
+    bias_keys={"attention_bias": GATED_ATTENTION},
+    positions=Positions(share=0.25),
+)
+
+QWEN3_5 = _qwen(
     name="qwen3_5_text",
     architectures=("Qwen3_5ForCausalLM",),
     roles=(*GATED_ATTENTION, *DELTA, *MLP),
     resolve=_resolve,
     parts=_parts,
     mixer=_mixer,
-    norms=PRE_NORMS | QK_NORMS,
-    gain_offset=1.0,
-    bias_keys={"attention_bias": GATED_ATTENTION},
-    positions=Positions(share=0.25),
-    keys=words(
-        "attention_bias layer_types full_attention_interval partial_rotary_factor linear_conv_kernel_dim "
-        "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_ssm_dtype "
-        "mtp_num_hidden_layers mtp_use_dedicated_embeddings"
-    ),
+    keys=_KEYS,
     fixed={"attn_output_gate": (True,), "mlp_only_layers": ([],)},
     defaults={"head_dim": 256},
+)
+QWEN3_5_MOE = _qwen(
+    name="qwen3_5_moe_text",
+    architectures=("Qwen3_5MoeForCausalLM",),
+    roles=(*GATED_ATTENTION, *DELTA, *SHARED_ROLES),
+    fused=SHARED_PATHS,
+    shapes=SHARED_SHAPES,
+    resolve=_resolve_moe,
+    parts=_moe_parts,
+    mixer=_mixer,
+    experts=replace(EXPERTS, normalised=True),
+    keys=_KEYS | _MOE_KEYS,
+    fixed={"attn_output_gate": (True,), "mlp_only_layers": ([],), "norm_topk_prob": (True,)},
+    defaults={
+        "head_dim": 256,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+)
+QWEN3_NEXT = _qwen(
+    name="qwen3_next",
+    architectures=("Qwen3NextForCausalLM",),
+    roles=(*GATED_ATTENTION, *GROUPED_DELTA, *MLP, *SHARED_ROLES),
+    fused=SHARED_PATHS,
+    shapes=SHARED_SHAPES,
+    resolve=_resolve,
+    parts=_next_parts,
+    mixer=_next_mixer,
+    experts=EXPERTS,
+    keys=_KEYS | EXPERT_KEYS | _MOE_KEYS,
+    defaults={
+        "head_dim": 256,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "norm_topk_prob": True,
+    },
 )

@@ -47,7 +47,7 @@ class Family:
         parallel: whether attention and MLP read the same normed input, and both are added to it.
         biases: roles that always have a bias.
         bias_keys: configuration key -> roles that have a bias if it is true.
-        head_bias: whether the output head has a bias.
+        head_bias: whether the output head has a bias; or the configuration key that says so.
         tied: whether the head is the embedding if the configuration does not say.
         activation: default of the activation.
         activation_key: its configuration key.
@@ -92,7 +92,7 @@ class Family:
     parallel: bool = False
     biases: tuple[str, ...] = ()
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    head_bias: bool = False
+    head_bias: bool | str = False
     tied: bool = False
     activation: str = "silu"
     activation_key: str = "hidden_act"
@@ -126,7 +126,7 @@ class Family:
         """Return what mixes tokens beside attention in a model of this configuration.
 
         Raises:
-            ValueError: a size is not a positive integer, or does not fit the others.
+            CheckpointError: a size is not a positive integer, or does not fit the others.
         """
         return None if self.mixer is None else self.mixer(config)
 
@@ -143,6 +143,10 @@ class Family:
         """Return the roles that have a bias in a model of this configuration."""
         switched = (role for key, roles in self.bias_keys.items() if config.get(key) for role in roles)
         return tuple(dict.fromkeys((*self.biases, *switched)))
+
+    def has_head_bias(self, config: Mapping[str, Any]) -> bool:
+        """Whether the output head has a bias in a model of this configuration."""
+        return bool(config.get(self.head_bias)) if isinstance(self.head_bias, str) else self.head_bias
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the output head is the embedding in a model of this configuration."""

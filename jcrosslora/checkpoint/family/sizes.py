@@ -3,20 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-_LIMIT = 1 << 31
-_MOST_LAYERS = 1 << 14  # lists of layers are made before the weights are looked at
+from jcrosslora.errors import CheckpointError
+
+_LIMIT = 1 << 20  # of what loops run over, such as experts, before the weights are looked at
+_MOST_LAYERS = 1 << 14
 
 
-def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Return a size.
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
+    """Return a size below a limit, or its default where the configuration says nothing or null.
 
     Raises:
-        ValueError: it is not a positive integer.
+        CheckpointError: it is not a positive integer.
     """
-    value = config.get(key, default)
-    if type(value) is not int or not 0 < value < _LIMIT:
-        msg = f"config key {key!r} is {str(value)[:60]!r}, wanted a positive integer"
-        raise ValueError(msg)
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < limit:
+        msg = f"config key {key!r} is {repr(value)[:60]}, wanted a positive integer"
+        raise CheckpointError(msg)
     return value
 
 
@@ -24,12 +27,12 @@ def layer_count(config: Mapping[str, Any]) -> int:
     """Return the number of layers.
 
     Raises:
-        ValueError: it is not a positive integer, or more than any model has.
+        CheckpointError: it is not a positive integer, or more than any model has.
     """
-    layers = size(config, "num_hidden_layers")
+    layers = size(config, "num_hidden_layers", limit=1 << 31)
     if layers > _MOST_LAYERS:
         msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {_MOST_LAYERS}"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return layers
 
 
@@ -37,7 +40,7 @@ def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...
     """Return a list of `count` positive or zero numbers, None where the configuration states none.
 
     Raises:
-        ValueError: it is not such a list.
+        CheckpointError: it is not such a list.
     """
     stated = config.get(key)
     if stated is None:
@@ -46,7 +49,7 @@ def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...
     found = tuple(value for value in values if value is not None and value >= 0)
     if len(found) != count or len(values) != count:
         msg = f"config key {key!r} is {str(stated)[:60]!r}, wanted a list of {count} numbers that are not negative"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return found
 
 
@@ -57,21 +60,26 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str] | None:
+def layer_kinds(config: Mapping[str, Any], names: Mapping[str, str], layers: int | None = None) -> list[str] | None:
     """Return `layer_types` with each name replaced by what it stands for; None where the configuration states none.
 
+    Args:
+        config: the configuration.
+        names: that the list may have, and what they stand for.
+        layers: their number; None reads it.
+
     Raises:
-        ValueError: it is not a list with a known name for each layer.
+        CheckpointError: it is not a list with a known name for each layer.
     """
     stated = config.get("layer_types")
     if stated is None:
         return None
-    layers = layer_count(config)
+    layers = layer_count(config) if layers is None else layers
     if not isinstance(stated, list | tuple) or len(stated) != layers:
         msg = f"layer_types is {str(stated)[:60]}, wanted a list of {layers} kinds"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     unknown = [kind for kind in stated if not isinstance(kind, str) or kind not in names]
     if unknown:
         msg = f"layer type {str(unknown[0])[:60]!r} is not supported; supported: {', '.join(names)}"
-        raise ValueError(msg)
+        raise CheckpointError(msg)
     return [names[kind] for kind in stated]

@@ -28,14 +28,32 @@ def route(
     if settings.scores == "chosen":
         best, experts = lax.top_k(logits, settings.used)
         return experts, jax.nn.softmax(best, axis=-1)
+    if settings.tolerance is not None:
+        return _in_turn(logits, settings.tolerance)
     scores = jax.nn.sigmoid(logits) if settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = scores if correction is None else scores + correction
     experts = lax.top_k(_in_groups(settings, lax.stop_gradient(choice)), settings.used)[1]
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if settings.normalised:
-        # A sum of sigmoids may be zero.
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + (1e-20 if settings.scores == "sigmoid" else 0))
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + settings.sum_eps)
     return experts, weights * settings.scale
+
+
+def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+    """Choose the best expert and then the second, each with its share among those that score nearly as high.
+
+    Follows `sparsemixer` of transformers (arXiv 2409.12136) as it is outside of training.
+    """
+    experts, weights, left = [], [], logits
+    for _ in range(2):
+        best = jnp.max(left, axis=-1, keepdims=True)
+        distance = (best - logits) / jnp.maximum(jnp.abs(logits), best)
+        near = jax.nn.softmax(jnp.where(lax.stop_gradient(distance) > 2 * tolerance, -jnp.inf, left), axis=-1)
+        expert = jnp.argmax(left, axis=-1, keepdims=True).astype(jnp.int32)
+        weights.append(jnp.take_along_axis(near, expert, axis=-1))
+        experts.append(expert)
+        left = jnp.where(jnp.arange(logits.shape[-1]) == expert, -jnp.inf, left)
+    return jnp.concatenate(experts, axis=-1), jnp.concatenate(weights, axis=-1)
 
 
 def _in_groups(settings: ExpertSettings, choice: jax.Array) -> jax.Array:

@@ -17,6 +17,8 @@ class ExpertSettings:
         used: number of experts that a token goes through.
         scores: see `Experts.scores`.
         normalised: whether the weights of a token's experts sum to 1.
+        sum_eps: added to their sum.
+        tolerance: see `Experts.tolerance`; None for other scores than "in turn".
         scale: factor on the weights.
         groups: number of groups of experts.
         used_groups: number of groups that a token may use.
@@ -27,6 +29,8 @@ class ExpertSettings:
     used: int
     scores: str
     normalised: bool
+    sum_eps: float
+    tolerance: float | None
     scale: float
     groups: int
     used_groups: int
@@ -47,6 +51,8 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         used=sizes.used,
         scores=experts.scores,
         normalised=bool(config.get(stated)) if isinstance(stated, str) else stated,
+        sum_eps=experts.sum_eps,
+        tolerance=None if experts.tolerance is None else read_number(config, experts.tolerance, ref),
         scale=1.0 if experts.scale is None else read_number(config, experts.scale, ref),
         groups=sizes.groups,
         used_groups=sizes.used_groups,

@@ -13,10 +13,8 @@ _LENGTH_EPS = 1e-6  # added to the square of the length of queries and keys
 
 
 def gated_delta(layer: MixerLayer, x: jax.Array, state: MixerState, valid: jax.Array) -> tuple[jax.Array, MixerState]:
-    """Run the mixer; see `mix`. Follows `Qwen3_5GatedDeltaNet` of transformers."""
-    mixed, gate, rate, step = (
-        layer.project(role, x).astype(jnp.float32) for role in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    )
+    """Run the mixer; see `mix`. Follows `Qwen3_5GatedDeltaNet` and `Qwen3NextGatedDeltaNet` of transformers."""
+    mixed, gate, rate, step = (part.astype(jnp.float32) for part in _projected(layer, x))
 
     def of_text(
         mixed: jax.Array, rate: jax.Array, step: jax.Array, state: MixerState, valid: jax.Array
@@ -33,6 +31,20 @@ def gated_delta(layer: MixerLayer, x: jax.Array, state: MixerState, valid: jax.A
     out, state = jax.vmap(of_text)(mixed, rate, step, state, valid)
     out = rms_norm(out, layer.tensors["norm"], layer.eps) * jax.nn.silu(gate.reshape(out.shape))
     return layer.project("delta_out_proj", out.reshape(gate.shape).astype(x.dtype)), state
+
+
+def _projected(layer: MixerLayer, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Return queries, keys and values side by side (B, T, C), gates (B, T, H P), and two numbers a head (B, T, H)."""
+    mixer = layer.mixer
+    if not mixer.grouped:
+        return tuple(layer.project(role, x) for role in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+    both, numbers = (
+        layer.project(role, x).reshape(*x.shape[:-1], mixer.groups, -1) for role in ("in_proj_qkvz", "in_proj_ba")
+    )
+    width, each = mixer.key_size, mixer.inner // mixer.groups
+    parts = (*jnp.split(both, (width, 2 * width, 2 * width + each), axis=-1), *jnp.split(numbers, 2, axis=-1))
+    queries, keys, values, gate, rate, step = (part.reshape(*x.shape[:-1], -1) for part in parts)
+    return jnp.concatenate([queries, keys, values], axis=-1), gate, rate, step
 
 
 def _heads(layer: MixerLayer, mixed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

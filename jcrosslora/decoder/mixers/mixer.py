@@ -49,12 +49,13 @@ def run_mixer(
     """
     mixer = settings.mixer
     assert mixer is not None
-    tensors = {name: x.array if isinstance(x, Row) else x for name, x in layer.tensors.items()}
+    own = {name: layer.tensors[name] for name in mixer.tensors()}
+    tensors = {name: x.array if isinstance(x, Row) else x for name, x in own.items()}
     if not mixer.open_output:
         biases = {"mamba_out_proj": tensors["mamba_out_bias"]} if mixer.output_bias else {}
         weights = {**layer.weights, "mamba_out_proj": layer.tensors["mamba_out_proj"]}
         layer = dataclasses.replace(layer, weights=weights, biases={**layer.biases, **biases})
-    own = MixerLayer(
+    held = MixerLayer(
         mixer,
         project=lambda role, x: run_module(role, layer, x, capture),
         tensors=tensors | {"conv": tensors["conv"][:, 0]},
@@ -62,10 +63,10 @@ def run_mixer(
         eps=settings.eps,
     )
     if cache is None:
-        return mix(own, normed, init_state(mixer, len(normed)), context.valid)[0], None
+        return mix(held, normed, init_state(mixer, len(normed)), context.valid)[0], None
     states = cache.states[mixer.kind]
     state = jax.tree.map(partial(lax.dynamic_index_in_dim, index=layer.place, axis=0, keepdims=False), states)
-    out, state = mix(own, normed, state, context.valid)
+    out, state = mix(held, normed, state, context.valid)
     changed = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, layer.place, 0), states, state)
     return out, cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
         states={**cache.states, mixer.kind: changed}
