@@ -48,6 +48,7 @@ COMMANDS = {
     "transfer": Command("jcrosslora.cli.transfer:transfer_command", "Move an adapter to another base model."),
     "batch": Command("jcrosslora.cli.batch:Batch", "Make many transfers by a plan, and resume after any stop."),
     "evaluate": Command("jcrosslora.cli.evaluate:Evaluate", "Judge a base with and without adapters by a task."),
+    "generate": Command("jcrosslora.cli.generate:Generate", "Write with an adapter, or with several at once."),
     "inspect": Command("jcrosslora.cli.inspect:Inspect", "Show what an adapter or a base model is."),
     "compare": Command("jcrosslora.cli.compare:Compare", "Say how two base models are related, from their weights."),
     "check": Command("jcrosslora.cli.check:Check", "Say which engines will read an adapter.", computes=False),
