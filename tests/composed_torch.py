@@ -57,7 +57,12 @@ def router(x, out, updates, weights, arrays):
     return out + torch.einsum("ptn,ptno->pto", alpha, values)
 
 
-RULES = {one.__name__: one for one in (select, mixture, uniform, fusion, gated, router)} | {"random-gate": gated}
+def stack(x, out, updates, weights, arrays):
+    used = (weights > 0).float() * arrays["share"]
+    return out + sum(used[:, i, None, None] * update(x) for i, update in enumerate(updates))
+
+
+RULES = {one.__name__: one for one in (select, mixture, uniform, fusion, gated, router, stack)} | {"random-gate": gated}
 
 
 class Update:

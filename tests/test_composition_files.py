@@ -1,5 +1,6 @@
 """A composition learns, is written, and is read again: here, by peft and torch, and as one adapter by peft."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ from composed_torch import torch
 from test_composition import TOKENS, WEIGHTS, Case, drawn, run, run_shares
 
 import jcrosslora as jcl
-from jcrosslora.composition import Router
-from jcrosslora.composition.fit import loss_and_gradient
+from jcrosslora.composition import Router, add_in_turn
+from jcrosslora.composition.fit import loss_and_gradient, mean_divergence
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 from jcrosslora.text import Completion
@@ -96,11 +97,11 @@ def test_a_saved_composition_gives_the_same_logits_here_and_in_torch(llama, tmp_
         close(model(torch.tensor(TOKENS)).logits.numpy(), wanted)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("select", 3), ("mixture", 6), ("fusion", 3)])
+@pytest.mark.parametrize(("how", "rank"), [("select", 3), ("mixture", 6), ("fusion", 3), ("stack", 6)])
 def test_what_depends_on_weights_alone_is_an_adapter_of_peft(llama, tmp_path, how, rank):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    composed = llama.compose(how)
+    composed, _ = drawn(llama.compose(how))
     adapter = composed.save_adapter(tmp_path / "out", weights=WEIGHTS[1])
     assert max(factors.rank for factors in adapter.modules.values()) == rank
     model = transformers.AutoModelForCausalLM.from_pretrained(llama.base.path, dtype=torch.float32)
@@ -125,6 +126,21 @@ def test_a_gate_is_no_adapter(llama, how):
         llama.compose(how).as_adapter([1, 0, 0])
     with pytest.raises(UsageError, match="the base alone"):
         llama.compose("mixture").as_adapter([0, 0, 0])
+
+
+def test_adapters_added_in_turn_are_refitted_and_followed(llama):
+    found = add_in_turn(llama.base, llama.adapters[:2], TEXTS[:2], dataclasses.replace(SETTINGS, steps=8))
+    assert np.isnan(found.kl[0, 1])
+    assert abs(found.kl[0, 0]) < 1e-6  # the first is the adapter itself
+    plain = llama.compose("stack", llama.adapters[:2])
+    model = plain.settings, plain.params, plain.tokenizer, plain.updates
+    summed = sum(mean_divergence(*model, texts, place) for place, texts in enumerate(TEXTS[:2]))
+    assert found.kl[1].sum() < 0.9 * summed
+    shares = np.concatenate([np.ravel(one.arrays["share"]) for one in found.composed.updates.roles.values()])
+    assert (shares != 1).mean() > 0.9
+    assert [line.split()[0] for line in str(found).splitlines()] == ["KL", "+", "+"]
+    with pytest.raises(UsageError, match="texts of 1 adapters for 2"):
+        add_in_turn(llama.base, llama.adapters[:2], [TEXTS[0], []])
 
 
 def damage(folder, **changes):

@@ -32,8 +32,8 @@ class Generate:
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An adapter of this base; may be given several times."""
     compose: str = "mixture"
-    """How several act at once: select, mixture, fusion, gated, router, uniform or random-gate; or a folder with a saved
-    composition, which brings its adapters."""
+    """How several act at once: select, mixture, fusion, gated, router, stack, uniform or random-gate; or a folder
+    with a saved composition, which brings its adapters."""
     weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A number from 0 on for each adapter, such as 1,0,0.5; given once for all prompts, or once for each prompt. 0 for
     all adapters is the base alone."""
@@ -127,7 +127,7 @@ def _notes(composed: "Composed", how: str) -> list[str]:
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:
         notes.append(
-            f"{how} is not trained and weighs all adapters alike; train it with Composed.fit and give its folder"
+            f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"
         )
     return notes
 

@@ -39,8 +39,8 @@ def compose(
     Args:
         base: the model, opened, or what `open_base` opens; it needs a tokenizer.
         adapters: at least one of this base, loaded, or what `load_adapter` loads.
-        how: "select", "mixture", "fusion", "gated", "router", or the controls "uniform" and "random-gate"; or one of
-            these objects with settings of its own, such as `Router(rank=4)` of `jcrosslora.composition`.
+        how: "select", "mixture", "fusion", "gated", "router", "stack", or the controls "uniform" and "random-gate"; or
+            one of these objects with settings of its own, such as `Router(rank=4)` of `jcrosslora.composition`.
         seed: of what a composition draws before it is trained.
         dtype: of the base's weights, float32 or bfloat16; None takes the faster one on this machine.
         params: the weights, if they are loaded already; then `dtype` is not used.

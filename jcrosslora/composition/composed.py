@@ -131,11 +131,11 @@ class Composed:
         *,
         progress: bool = False,
     ) -> Composed:
-        """Train the gate or the router on texts that belong to one adapter each; base and adapters do not change.
+        """Train the gate, the router or the magnitudes on texts that belong to one adapter each.
 
-        With all adapters at hand, the predictions on the answer of a text are to be those of the adapter that the text
-        belongs to: the loss is the mean KL divergence from them. No labels are needed; the texts may be what each
-        adapter writes itself (`generate` with weights 1 for it and 0 for the others).
+        Base and adapters do not change. With all adapters at hand, the predictions on the answer of a text are to be
+        those of the adapter that the text belongs to: the loss is the mean KL divergence from them. No labels are
+        needed; the texts may be what each adapter writes itself (`generate` with weights 1 for it and 0 for others).
 
         Args:
             examples: for each adapter, in their order, examples or the JSONL file of them (see `read_examples`); an
@@ -151,7 +151,7 @@ class Composed:
                 of adapters, no example at all, or a loss that is not finite.
         """
         if not self.how.trained:
-            msg = f"{self.how.name} has nothing to train: take gated or router"
+            msg = f"{self.how.name} has nothing to train: take gated, router or stack"
             raise UsageError(msg)
         if len(examples) != len(self.adapters):
             msg = f"examples of {len(examples)} adapters for {len(self.adapters)}: give one entry for each, in order"
@@ -165,7 +165,8 @@ class Composed:
     def as_adapter(self, weights: Weights = None, *, out_rank: RankRule | None = None) -> Adapter:
         """Make one adapter that does the same as all with these weights; not of gated and router.
 
-        Of `mixture` and `uniform` the ranks add up; `fusion` has the rank of one, and `select` is the adapter itself.
+        Of `mixture`, `uniform` and `stack` the ranks add up; `fusion` has the rank of one, and `select` is the adapter
+        itself.
 
         Args:
             weights: (N,), see the class.
@@ -179,7 +180,8 @@ class Composed:
         if not shares.any():
             msg = "all weights are 0, which is the base alone: give a weight above 0"
             raise UsageError(msg)
-        adapter = self.how.as_adapter(self.adapters, shares.tolist())
+        arrays = {name: np.asarray(array) for name, array in self.updates.by_module(self.base).items()}
+        adapter = self.how.as_adapter(self.adapters, shares.tolist(), arrays)
         if out_rank is None:
             return adapter
         adapter, truncation = truncate_by_rule(adapter, out_rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,13 +78,20 @@ class Composition:
         """
         return add_weighted(x, out, updates, updates.shares[:, None, :])
 
-    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
+    def as_adapter(
+        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
+    ) -> Adapter:
         """Make the one adapter that does the same as all adapters with these shares.
+
+        Args:
+            adapters: N of them.
+            shares: of each.
+            arrays: of the composition, by module and name as in `ComposedAdapter.by_module`.
 
         Raises:
             UsageError: there is none, because the composition depends on the text.
         """
-        del adapters, shares
+        del adapters, shares, arrays
         msg = f"{self.name} decides by token, which no single adapter does: save the composition instead, or take one "
         raise UsageError(msg + "of select, mixture, uniform and fusion")
 

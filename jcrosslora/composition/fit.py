@@ -11,11 +11,13 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.composition.mixture import Mixture
+from jcrosslora.composition.scoring import sum_by_answer
 from jcrosslora.composition.updates import Arrays, ComposedAdapter, Rule
 from jcrosslora.decoder import DecoderSettings, Params, forward
 from jcrosslora.decoder.log_probs import divergence
 from jcrosslora.evaluate.examples import Example
 from jcrosslora.training.batches import Batch
+from jcrosslora.training.examples import encode
 from jcrosslora.training.run import train
 from jcrosslora.training.settings import TrainingSettings
 
@@ -83,17 +85,58 @@ def loss_and_gradient(
         owners: int32 (B,), the adapter of each text.
         remat: recompute each layer in the backward pass.
     """
+
+    def loss(arrays: Trained) -> jax.Array:
+        found = _token_divergence(settings, params, updates.with_arrays(arrays), batch, owners, remat)
+        return jnp.sum(found) / jnp.sum(batch.used)
+
+    return jax.value_and_grad(loss)(arrays)
+
+
+def mean_divergence(
+    settings: DecoderSettings,
+    params: Params,
+    tokenizer: Tokenizer,
+    updates: ComposedAdapter,
+    examples: Sequence[Example],
+    owner: int,
+) -> float:
+    """Compute the mean KL(owner || composition) over the tokens of the examples' answers, nats.
+
+    Args:
+        settings: of the base.
+        params: its weights.
+        tokenizer: its tokenizer.
+        updates: N adapters, all of which take part.
+        examples: at least one.
+        owner: the adapter that they belong to.
+    """
+    encoded = [encode(tokenizer, one) for one in examples]
+
+    def values(members: np.ndarray, batch: Batch) -> jax.Array:
+        owners = jnp.full(len(members), owner, jnp.int32)
+        return _token_divergences(settings, params, updates, batch, owners)
+
+    return float(sum_by_answer(encoded, values).sum() / sum(one.answer for one in encoded))
+
+
+def _token_divergence(
+    settings: DecoderSettings,
+    params: Params,
+    updates: ComposedAdapter,
+    batch: Batch,
+    owners: jax.Array,
+    remat: bool = False,
+) -> jax.Array:
+    """float32 (S,): KL(owner || composition) in front of each token of an answer, 0 in empty slots."""
     count = next(iter(updates.roles.values())).a.shape[1]
     alone = jax.nn.one_hot(owners, count, dtype=jnp.float32)
     wanted = _states(settings, params, _with(updates, alone, Mixture()), batch)
+    states = _states(settings, params, _with(updates, jnp.ones_like(alone), None), batch, remat)
+    return divergence(settings, params, wanted, states, batch.wanted).kl * batch.used
 
-    def loss(arrays: Trained) -> jax.Array:
-        composed = _with(updates.with_arrays(arrays), jnp.ones_like(alone), None)
-        states = _states(settings, params, composed, batch, remat)
-        found = divergence(settings, params, wanted, states, batch.wanted)
-        return jnp.sum(found.kl * batch.used) / jnp.sum(batch.used)
 
-    return jax.value_and_grad(loss)(arrays)
+_token_divergences = jax.jit(_token_divergence, static_argnums=0)
 
 
 def _with(updates: ComposedAdapter, shares: jax.Array, how: Rule | None) -> ComposedAdapter:

@@ -1,6 +1,6 @@
 """The mean of the adapters' parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,8 +46,11 @@ class Fusion(Composition):
         inner = jnp.sum(read_all(x, updates.a) * shares, axis=-2, keepdims=True)
         return out + write_all(inner * shares, updates.b)
 
-    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
+    def as_adapter(
+        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
+    ) -> Adapter:
         """Average the factors; a module that an adapter does not update has zeros there."""
+        del arrays
         modules: dict[str, LoRAFactors] = {}
         for adapter, share in zip(adapters, shares, strict=True):
             for name, one in adapter.modules.items() if share > 0 else ():

@@ -1,9 +1,11 @@
 """The mean of the adapters' outputs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.combining import add_adapters
@@ -17,8 +19,11 @@ class Mixture(Composition):
     name: ClassVar[str] = "mixture"
     reference: ClassVar[str] = "LoraRetriever, arXiv 2402.09997"
 
-    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
+    def as_adapter(
+        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
+    ) -> Adapter:
         """Put the factors of the adapters side by side; the ranks add up."""
+        del arrays
         used = [scaled(adapter, share) for adapter, share in zip(adapters, shares, strict=True) if share > 0]
         return add_adapters(used)
 

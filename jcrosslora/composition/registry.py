@@ -7,11 +7,12 @@ from jcrosslora.composition.mixture import Mixture
 from jcrosslora.composition.random_gate import RandomGate
 from jcrosslora.composition.router import Router
 from jcrosslora.composition.select import Select
+from jcrosslora.composition.stack import Stack
 from jcrosslora.composition.uniform import Uniform
 from jcrosslora.errors import UsageError, suggestion
 
 COMPOSITIONS: dict[str, type[Composition]] = {
-    one.name: one for one in (Select, Mixture, Fusion, Gated, Router, Uniform, RandomGate)
+    one.name: one for one in (Select, Mixture, Fusion, Gated, Router, Stack, Uniform, RandomGate)
 }
 
 

@@ -8,7 +8,7 @@ adapters/0, adapters/1     PEFT folders
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.composition.composition import Composition
 from jcrosslora.composition.registry import COMPOSITIONS
-from jcrosslora.composition.updates import Arrays, ComposedAdapter
+from jcrosslora.composition.updates import Arrays, ComposedAdapter, module_names
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.utils.files import atomic_folder, output_path
 
@@ -52,7 +51,7 @@ def write_composition(
         "prefix": base.prefix,
         "adapters": [Path(adapter.info.name).name for adapter in adapters],
     }
-    arrays = {name: np.asarray(array) for name, array in _by_module(updates, base)}
+    arrays = {name: np.asarray(array) for name, array in updates.by_module(base).items()}
     with atomic_folder(out) as folder:
         for number, adapter in enumerate(adapters):
             save_adapter(
@@ -102,7 +101,7 @@ def with_read_arrays(
     Raises:
         AdapterError: one is missing, has another shape or dtype, or belongs to no module that an adapter updates.
     """
-    wanted = dict(_by_module(updates, base))
+    wanted = updates.by_module(base)
     if wrong := sorted(wanted.keys() ^ arrays.keys()):
         what = "lacks" if wrong[0] in wanted else "holds"
         msg = f"{folder}: {ARRAYS} {what} {wrong[0]}, and an array of each module that an adapter updates is wanted: "
@@ -114,17 +113,9 @@ def with_read_arrays(
             raise AdapterError(msg)
     found: dict[str, Arrays] = {}
     for role, one in updates.roles.items():
-        modules = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
+        modules = module_names(base, role)
         found[role] = {name: jnp.stack([arrays[f"{module}.{name}"] for module in modules]) for name in one.arrays}
     return updates.with_arrays(found)
-
-
-def _by_module(updates: ComposedAdapter, base: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of each module, by the names in the file."""
-    for role, one in updates.roles.items():
-        for place, layer in enumerate(base.layers_with(role)):
-            for name, stack in one.arrays.items():
-                yield f"model.layers.{layer}.{ROLE_PATHS[role]}.{name}", stack[place]
 
 
 def _composition(folder: Path, facts: Mapping[str, Any]) -> Composition:

@@ -1,6 +1,6 @@
 """Log-likelihoods of right answers under composed adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -12,7 +12,7 @@ from jcrosslora.decoder import DecoderSettings, Params, forward, target_log_prob
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.examples import Example
 from jcrosslora.training.batches import Batch, make_batch, rounded
-from jcrosslora.training.examples import encode
+from jcrosslora.training.examples import Encoded, encode
 
 _ROWS = 8
 _LOGITS_AT_ONCE = 128
@@ -43,6 +43,23 @@ def answer_log_probs(
         AdapterError: a sum is not finite.
     """
     encoded = [encode(tokenizer, one) for one in examples]
+
+    def log_probs(members: np.ndarray, batch: Batch) -> jax.Array:
+        return _log_probs(settings, params, updates.with_shares(shares[members]), batch)
+
+    found = sum_by_answer(encoded, log_probs)
+    if not np.isfinite(found).all():
+        raise not_finite(*names, values="log-probabilities")
+    return found
+
+
+def sum_by_answer(encoded: Sequence[Encoded], values: Callable[[np.ndarray, Batch], jax.Array]) -> np.ndarray:
+    """Sum values of the tokens of each answer: float64 (P,).
+
+    Args:
+        encoded: P examples.
+        values: of the numbers of examples, int (B,), and their batch: float32 (S,), 0 in empty slots.
+    """
     order = np.argsort([one.length for one in encoded], kind="stable")
     slots = rounded(max(one.answer for one in encoded) * _ROWS)
     found = np.zeros(len(encoded))
@@ -52,11 +69,9 @@ def answer_log_probs(
         members = np.concatenate([used, np.repeat(used[-1:], _ROWS - len(used))])
         width = rounded(max(encoded[index].length for index in members))
         batch = make_batch(encoded, members, width, slots)
-        values = np.asarray(_log_probs(settings, params, updates.with_shares(shares[members]), batch), np.float64)
-        sums = np.bincount(np.asarray(batch.picked) // width, values, minlength=_ROWS)
+        tokens = np.asarray(values(members, batch), np.float64)
+        sums = np.bincount(np.asarray(batch.picked) // width, tokens, minlength=_ROWS)
         found[used] = sums[: len(used)]
-    if not np.isfinite(found).all():
-        raise not_finite(*names, values="log-probabilities")
     return found
 
 

@@ -1,6 +1,6 @@
 """One adapter a prompt: that of the largest weight."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +26,9 @@ class Select(Composition):
         found[rows, largest] = weights[rows, largest] > 0
         return found
 
-    def as_adapter(self, adapters: Sequence[Adapter], shares: Sequence[float]) -> Adapter:
+    def as_adapter(
+        self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]
+    ) -> Adapter:
         """Return the chosen adapter as it is."""
+        del arrays
         return adapters[int(np.argmax(shares))]

@@ -14,6 +14,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder import stack_adapters
 from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError
@@ -92,6 +93,20 @@ class ComposedAdapter:
         """Return it with other arrays of the composition, by role."""
         roles = {role: dataclasses.replace(one, arrays=dict(arrays[role])) for role, one in self.roles.items()}
         return ComposedAdapter(roles)
+
+    def by_module(self, base: BaseModel) -> Arrays:
+        """Return the arrays of the composition, "MODULE.NAME" -> the part of that module."""
+        return {
+            f"{module}.{name}": stack[place]
+            for role, one in self.roles.items()
+            for place, module in enumerate(module_names(base, role))
+            for name, stack in one.arrays.items()
+        }
+
+
+def module_names(base: BaseModel, role: str) -> list[str]:
+    """Return the names of the modules of a role, by layer."""
+    return [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
 
 
 def stack_for(how: Rule, adapters: Sequence[Adapter], base: BaseModel, seed: int) -> ComposedAdapter:
