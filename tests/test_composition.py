@@ -7,15 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from composed_torch import logits as torch_logits
+from dense_models import random_model
+from hybrid_models import HYBRIDS
 from probe_bases import save_tokenizer
 from tiny_bases import random_adapter
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
+from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.composition import COMPOSITIONS, compose
-from jcrosslora.decoder import forward, load_params, logits, stack_adapter
+from jcrosslora.composition.registry import find_composition
+from jcrosslora.composition.updates import stack_for
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (4, 9)).astype(np.int32)
 # One adapter, two of them, the base alone, all three.
@@ -119,3 +125,43 @@ def test_any_choice_runs_the_same_program(llama):
     run(composed, WEIGHTS[::-1])
     run(llama.compose("mixture", llama.adapters[::-1]), np.ones((4, 3)))
     assert _logits._cache_size() == before
+
+
+@pytest.mark.parametrize("how", ["select", "router"])
+def test_rows_have_adapters_of_their_own_in_mixers_beside_attention(how):
+    base = jcl.open_base(random_model(*HYBRIDS["falcon_h1"]))
+    adapters = [random_adapter(base, seed=seed, rank=2, scale=0.05) for seed in range(2)]
+    tokens, settings, params = TOKENS[:3] % 60, settings_of(base), load_params(base)
+    rule = find_composition(how)
+    rows = rule.shares(np.array([[0, 1], [1, 0], [0, 0]], np.float32))
+    found = run_shares(settings, params, stack_for(rule, adapters, base, 0).with_shares(rows), tokens)
+    alone = [stack_adapter(adapters[1], base), stack_adapter(adapters[0], base), None]
+    wanted = np.stack([run_shares(settings, params, one, tokens)[row] for row, one in enumerate(alone)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_updates_of_experts_are_refused_by_name(llama):
+    update = ExpertUpdate("mlp.experts.down_proj", 1, "down", *(np.zeros((2, 3, 3), np.float32),) * 2)
+    with pytest.raises(AdapterError, match=r"updates experts \(mlp\.experts\.down_proj\), and only linear modules"):
+        llama.compose("mixture", [llama.adapters[0], dataclasses.replace(llama.adapters[1], experts=(update,))])
+
+
+def test_fusion_wants_one_rank(llama):
+    other = random_adapter(llama.base, rank=2)
+    with pytest.raises(AdapterError, match="has rank 3 in memory, 2 in memory: take mixture"):
+        llama.compose("fusion", [llama.adapters[0], other])
+    llama.compose("mixture", [llama.adapters[0], other])
+
+
+@pytest.mark.parametrize(
+    ("how", "weights", "message"),
+    [
+        ("select", None, "select with 3 adapters and no weights"),
+        ("mixture", [1, 1], r"weights have shape \[2\]: wanted \[3\], one for each adapter, or \[1, 3\]"),
+        ("mixture", [0, np.nan, 1], "a weight is nan"),
+        ("mixture", "abc", "weights are 'abc'"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(llama, how, weights, message):
+    with pytest.raises(UsageError, match=message):
+        llama.compose(how).generate(["Anna"], weights=weights)
