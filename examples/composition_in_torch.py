@@ -10,6 +10,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -45,17 +46,18 @@ def router(x, out, updates, chosen, own):
 RULES = {"gated": gated, "random-gate": gated, "router": router}
 
 
-def load(base, folder):
+def load(base, folder) -> Any:
     """Return a model of transformers that runs a saved composition.
 
     `model.chosen`, (B, N) of 1 and 0, says which adapters each row of a batch may use; None is all of them.
     """
     folder = Path(folder)
     facts, arrays = json.loads((folder / "composition.json").read_text()), load_file(folder / "composition.safetensors")
-    model, names = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), []
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    names = []
     for number in range(len(facts["adapters"])):
         names.append(f"adapter{number}")
-        path = folder / "adapters" / str(number)
+        path = str(folder / "adapters" / str(number))
         if number == 0:
             model = PeftModel.from_pretrained(model, path, adapter_name=names[0])
         else:
