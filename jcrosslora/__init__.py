@@ -25,6 +25,9 @@ if _TYPE_CHECKING:
     from jcrosslora.cache import open_cache as open_cache
     from jcrosslora.checkpoint import BaseModel as BaseModel
     from jcrosslora.checkpoint import open_base as open_base
+    from jcrosslora.composition import Composed as Composed
+    from jcrosslora.composition import compose as compose
+    from jcrosslora.composition import load_composition as load_composition
     from jcrosslora.errors import AdapterError as AdapterError
     from jcrosslora.errors import BatchError as BatchError
     from jcrosslora.errors import CacheError as CacheError
@@ -83,6 +86,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "batch": ("read_plan", "run_batch"),
     "cache": ("Cache", "open_cache"),
     "checkpoint": ("BaseModel", "open_base"),
+    "composition": ("Composed", "compose", "load_composition"),
     "errors": (
         "AdapterError",
         "BatchError",

@@ -50,6 +50,7 @@ COMMANDS = {
     "evaluate": Command("jcrosslora.cli.evaluate:Evaluate", "Judge a base with and without adapters by a task."),
     "shelf": Command("jcrosslora.cli.shelf:ShelfCommand", "Keep adapters of one base, and find those for a prompt."),
     "report": Command("jcrosslora.cli.report:Report", "Write a page on a moved adapter.", computes=False),
+    "generate": Command("jcrosslora.cli.generate:Generate", "Write with an adapter, or with several at once."),
     "inspect": Command("jcrosslora.cli.inspect:Inspect", "Show what an adapter or a base model is."),
     "compare": Command("jcrosslora.cli.compare:Compare", "Say how two base models are related, from their weights."),
     "check": Command("jcrosslora.cli.check:Check", "Say which engines will read an adapter.", computes=False),

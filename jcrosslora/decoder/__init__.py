@@ -1,5 +1,6 @@
 """Forward pass, sampling and likelihoods of the supported families in JAX, as pure functions over stacked weights."""
 
+from jcrosslora.decoder.adapters import AppliedAdapter as AppliedAdapter
 from jcrosslora.decoder.adapters import StackedAdapter as StackedAdapter
 from jcrosslora.decoder.adapters import StackedFactors as StackedFactors
 from jcrosslora.decoder.adapters import join_stacked as join_stacked

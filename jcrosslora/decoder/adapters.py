@@ -1,6 +1,7 @@
 """Stack the factors of adapters over the layers, as the decoder applies them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -14,6 +15,31 @@ from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError
 
 
+class RoleUpdates(Protocol):
+    """What adapters change in the modules of one role: a pytree whose leaves have a first axis of its L layers."""
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Return the output of a layer's module with the change, of the leaves of that layer.
+
+        Args:
+            x: (..., I), what the module reads.
+            out: float32 (..., O), what it returns without the change, its bias included.
+
+        Returns:
+            float32 (..., O).
+        """
+        ...
+
+
+class AppliedAdapter(Protocol):
+    """What the decoder runs beside a base: a pytree, such as `StackedAdapter`."""
+
+    @property
+    def roles(self) -> Mapping[str, RoleUpdates]:
+        """The changes by role; other roles have none."""
+        ...
+
+
 @flax.struct.dataclass
 class StackedFactors:
     """The updates dW = b @ a of one role in the L layers that have it; zeros in those without an update.
@@ -25,6 +51,10 @@ class StackedFactors:
 
     a: jax.Array
     b: jax.Array
+
+    def apply(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Add the update, see `RoleUpdates`."""
+        return out + update(x, self)
 
 
 @flax.struct.dataclass

@@ -11,13 +11,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.adapters import StackedAdapter
+from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import KVCache
 from jcrosslora.decoder.generate import Generator, State, prefill, step, write_tokens
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 
-_Model = tuple[DecoderSettings, Params, StackedAdapter | None]
+_Model = tuple[DecoderSettings, Params, AppliedAdapter | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausibl
 def _extend(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     state: State,
     strength: jax.Array,
     plausible: jax.Array,

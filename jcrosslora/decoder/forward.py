@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.adapters import StackedAdapter
+from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, rotations
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights
@@ -45,7 +45,7 @@ def forward(
     tokens: jax.Array,
     *,
     mask: jax.Array | None = None,
-    adapter: StackedAdapter | None = None,
+    adapter: AppliedAdapter | None = None,
     capture: frozenset[str] = frozenset(),
     reduce: Reduce | None = None,
     remat: bool = False,
@@ -136,7 +136,7 @@ def _run_layers(
     params: Params,
     context: Context,
     x: jax.Array,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     cache: KVCache | None,
     keep: Callable[[LayerCapture], Any] = lambda _: None,
     *,
@@ -169,7 +169,7 @@ def extend_cache(
     cache: KVCache,
     tokens: jax.Array,
     positions: tuple[jax.Array, jax.Array],
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run tokens (B, T) after those in the cache; positions as from `positions_of`, `lengths` as for `rotations`.

@@ -16,7 +16,7 @@ from jax import lax
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder.adapters import StackedAdapter, stack_adapter
+from jcrosslora.decoder.adapters import AppliedAdapter, stack_adapter
 from jcrosslora.decoder.attention import KVCache, init_cache
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_cache, logits, positions_of
@@ -76,7 +76,7 @@ class Generator:
     settings: DecoderSettings
     params: Params
     tokenizer: Tokenizer
-    adapter: StackedAdapter | None
+    adapter: AppliedAdapter | None
     name: str
     adapter_name: str | None
 
@@ -242,7 +242,8 @@ class Generator:
         start = 0
         while start < len(order):
             places, shape = _next_batch(ids, order[start:])
-            rows = self._continue([ids[place] for place in places], max_new_tokens, temperature, key, shape, True)
+            model, own = self._for(places, shape[0]), [ids[place] for place in places]
+            rows = model._continue(own, max_new_tokens, temperature, key, shape, True)
             key = jax.random.fold_in(key, start)
             for place, row in zip(places, rows, strict=True):
                 found[place] = as_written(self.tokenizer, ids[place], row)
@@ -250,6 +251,10 @@ class Generator:
             if bar is not None:
                 bar.update(len(places))
         return found
+
+    def _for(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
+        """Return what writes a batch of so many rows, the first of which are these of the prompts."""
+        return self
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decode tokens without special tokens, and without a character that is cut off at the end."""
@@ -281,7 +286,7 @@ class State:
 def prefill(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     prompts: jax.Array,
     mask: jax.Array,
     *,
@@ -311,7 +316,7 @@ def prefill(
 def extend(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     state: State,
     temperature: jax.Array,
     key: jax.Array,
@@ -375,7 +380,7 @@ def step(
     cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array,
-    adapter: StackedAdapter | None = None,
+    adapter: AppliedAdapter | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run one more token of every sequence.
 

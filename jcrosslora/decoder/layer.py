@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.decoder.adapters import StackedFactors, update
+from jcrosslora.decoder.adapters import RoleUpdates
 from jcrosslora.decoder.ops import Row, layer_norm, linear, rms_norm
 from jcrosslora.decoder.settings import DecoderSettings, RoleFactors
 
@@ -63,7 +63,7 @@ class LayerCapture:
 
 @flax.struct.dataclass
 class LayerWeights:
-    """The arrays of one layer: its slices of `Params` and of a `StackedAdapter`, and its attention kind.
+    """The arrays of one layer: its slices of `Params` and of an `AppliedAdapter`, and its attention kind.
 
     Attributes:
         layer: int32 scalar, index of the layer.
@@ -73,7 +73,7 @@ class LayerWeights:
         norms: name -> gain.
         norm_biases: name -> bias.
         activation: trained parameters of the activation.
-        factors: role -> factors of an adapter; empty without one.
+        factors: role -> what an adapter changes; empty without one.
         window: int32 scalar, number of visible positions.
         rope: int32 scalar, index of the rotary setting.
         tensors: name -> tensor, see `Family.tensors` and `EXPERT_TENSORS`; those of experts are a `Row`.
@@ -88,7 +88,7 @@ class LayerWeights:
     norms: dict[str, jax.Array]
     norm_biases: dict[str, jax.Array]
     activation: tuple[jax.Array, ...]
-    factors: dict[str, StackedFactors]
+    factors: dict[str, RoleUpdates]
     window: jax.Array
     rope: jax.Array
     tensors: dict[str, Any]
@@ -125,7 +125,7 @@ def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCaptu
     if role in layer.biases:
         out = out + layer.biases[role].astype(jnp.float32)
     if role in layer.factors:
-        out = out + update(x, layer.factors[role])
+        out = layer.factors[role].apply(x, out)
     capture.inputs[INPUT_SITES[role]] = x
     capture.outputs[role] = out.astype(x.dtype)
     return _times(dict(layer.factors_of_roles.outputs).get(role), capture.outputs[role])

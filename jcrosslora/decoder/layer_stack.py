@@ -1,7 +1,7 @@
 """The arrays of the layers as a scan takes them, from the stacks of a model, which hold just the layers with them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.struct
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jcrosslora.decoder.adapters import StackedAdapter
+from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import NO_WINDOW
 from jcrosslora.decoder.layer import LayerWeights
 from jcrosslora.decoder.ops import Row
@@ -22,7 +22,7 @@ T = TypeVar("T")
 _MATRICES = 3  # axes of a stack of matrices; stacks with more hold a list of matrices, of experts, in each layer
 
 
-def layer_at(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None, layer: int) -> LayerWeights:
+def layer_at(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, layer: int) -> LayerWeights:
     """Return the arrays of one layer."""
     taken = _take(settings, params, adapter, range(layer, layer + 1))
     return taken.of(jax.tree.map(lambda x: x[0], taken.slices), jax.tree.map(lambda x: x[0], taken.indices))
@@ -31,7 +31,7 @@ def layer_at(settings: DecoderSettings, params: Params, adapter: StackedAdapter 
 def scan_layers(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     step: Callable[[T, LayerWeights], tuple[T, Any]],
     carry: T,
 ) -> tuple[T, Any]:
@@ -88,12 +88,12 @@ class _Taken:
         return dataclasses.replace(slices, **{field: {**getattr(slices, field), **own} for field, own in rows.items()})
 
 
-def _take(settings: DecoderSettings, params: Params, adapter: StackedAdapter | None, layers: range) -> _Taken:
+def _take(settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, layers: range) -> _Taken:
     """Take layers of the same parts, equally far from each other, out of the stacks of a model."""
     parts = settings.parts[layers[0]]
     windows = [NO_WINDOW if window is None else window for window in settings.windows]
 
-    def sliced(stacks: dict[str, Any]) -> dict[str, Any]:
+    def sliced(stacks: Mapping[str, Any]) -> dict[str, Any]:
         found = {name: _places(settings, name, layers) for name in stacks}
         return {
             name: jax.tree.map(lambda x, at=at: _slice(x, at), stacks[name]) for name, at in found.items() if len(at)

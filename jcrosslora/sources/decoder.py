@@ -17,7 +17,7 @@ from jcrosslora.cache.keys import sha256
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
-from jcrosslora.decoder import DecoderSettings, Generator, Params, StackedAdapter, forward
+from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Generator, Params, forward
 from jcrosslora.decoder.amplify import AmplifiedGenerator
 from jcrosslora.decoder.log_probs import divergence
 from jcrosslora.sources.protocol import ReadBatch
@@ -105,7 +105,7 @@ class DecoderReader:
 
     complete = True
 
-    def __init__(self, base: ReducedBase, adapter: StackedAdapter) -> None:
+    def __init__(self, base: ReducedBase, adapter: AppliedAdapter) -> None:
         self._base = base
         # Zeros instead of no adapter: one compiled program serves both.
         self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
@@ -116,7 +116,7 @@ class DecoderReader:
         one = self._base
         read = one.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
 
-        def predict(adapter: StackedAdapter) -> jax.Array:
+        def predict(adapter: AppliedAdapter) -> jax.Array:
             return shared_log_probs(one.settings, one.params, adapter, *read, ends=one.ends)
 
         adapted = predict(self._adapters[1])
@@ -153,7 +153,7 @@ def _answer_positions(
 def _states(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter,
+    adapter: AppliedAdapter,
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,

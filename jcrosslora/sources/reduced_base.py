@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward, logits
+from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Params, forward, logits
 from jcrosslora.decoder.forward import head_of
 
 
@@ -61,7 +61,7 @@ def shared_scores(settings: DecoderSettings, params: Params, states: jax.Array, 
 def shared_log_probs(
     settings: DecoderSettings,
     params: Params,
-    adapter: StackedAdapter | None,
+    adapter: AppliedAdapter | None,
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,

@@ -24,6 +24,7 @@ class Batch:
         picked: int32 (S,), index into the flattened (B, T): the position in front of each answer token.
         wanted: int32 (S,), the answer tokens.
         used: float32 (S,), 1 for a token, 0 for an empty slot.
+        members: int32 (B,), the number of each example.
     """
 
     tokens: jax.Array
@@ -31,6 +32,7 @@ class Batch:
     picked: jax.Array
     wanted: jax.Array
     used: jax.Array
+    members: jax.Array
 
 
 class Plan:
@@ -47,23 +49,34 @@ class Plan:
         self.members = _order(lengths, batch, steps, seed)
         self.widths = _widths(lengths[self.members].max(axis=1))
         found = answers[self.members].sum(axis=1)
-        self._slots = {int(width): _rounded(found[self.widths == width].max()) for width in np.unique(self.widths)}
+        self._slots = {int(width): rounded(found[self.widths == width].max()) for width in np.unique(self.widths)}
 
     def batch(self, step: int) -> Batch:
         """Make the batch of a step, counted from 0."""
-        rows = [self._examples[index] for index in self.members[step]]
         width = int(self.widths[step])
-        tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-        picked = np.zeros(self._slots[width], np.int32)
-        wanted, used = np.zeros_like(picked), np.zeros(picked.shape, np.float32)
-        filled = 0
-        for row, one in enumerate(rows):
-            tokens[row, : len(one.ids)], mask[row, : len(one.ids)] = one.ids, True
-            place = slice(filled, filled + one.answer)
-            picked[place] = row * width + np.arange(one.first - 1, len(one.ids) - 1)
-            wanted[place], used[place] = one.ids[one.first :], 1
-            filled += one.answer
-        return Batch(*map(jnp.asarray, (tokens, mask, picked, wanted, used)))
+        return make_batch(self._examples, self.members[step], width, self._slots[width])
+
+
+def make_batch(examples: Sequence[Encoded], members: np.ndarray, width: int, slots: int) -> Batch:
+    """Pad some of the examples.
+
+    Args:
+        examples: all of them.
+        members: int (B,), which ones.
+        width: T, at least the tokens of each.
+        slots: S, at least the tokens of all their answers.
+    """
+    tokens, mask = np.zeros((len(members), width), np.int32), np.zeros((len(members), width), bool)
+    picked = np.zeros(slots, np.int32)
+    wanted, used = np.zeros_like(picked), np.zeros(picked.shape, np.float32)
+    filled = 0
+    for row, one in enumerate(examples[index] for index in members):
+        tokens[row, : len(one.ids)], mask[row, : len(one.ids)] = one.ids, True
+        place = slice(filled, filled + one.answer)
+        picked[place] = row * width + np.arange(one.first - 1, len(one.ids) - 1)
+        wanted[place], used[place] = one.ids[one.first :], 1
+        filled += one.answer
+    return Batch(*map(jnp.asarray, (tokens, mask, picked, wanted, used, members.astype(np.int32))))
 
 
 def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
@@ -82,7 +95,7 @@ def _order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray
 
 def _widths(lengths: np.ndarray) -> np.ndarray:
     """int64 (steps,): widths for batches of these lengths; a rare width is replaced by the next wider one."""
-    widths = np.array([_rounded(length) for length in lengths])
+    widths = np.array([rounded(length) for length in lengths])
     for width in np.unique(widths)[:-1]:
         here = widths == width
         if here.sum() < _RARE * len(widths):
@@ -90,5 +103,6 @@ def _widths(lengths: np.ndarray) -> np.ndarray:
     return widths
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
+    """Round a width or a number of slots up, so that few shapes are compiled."""
     return -(-int(length) // _MULTIPLE) * _MULTIPLE

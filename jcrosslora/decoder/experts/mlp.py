@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.adapters import StackedFactors, update
+from jcrosslora.decoder.adapters import RoleUpdates
 from jcrosslora.decoder.experts.grouped import run_experts
 from jcrosslora.decoder.experts.routing import route
 from jcrosslora.decoder.layer import LayerCapture, LayerWeights, run_module
@@ -22,7 +22,7 @@ def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array
     flat = normed.reshape(math.prod(normed.shape[:-1]), normed.shape[-1])
     chosen, weights = route(own, flat, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
 
-    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, StackedFactors]) -> jax.Array:
+    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
         inner = _activated(settings, _matrix("gate_up", rows, held, factors)).astype(rows.dtype)
         return _matrix("down", inner, held, factors)
 
@@ -34,12 +34,12 @@ def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
 
 
-def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, StackedFactors]) -> jax.Array:
+def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
     """Multiply rows (N, I) with a matrix of one expert, with its bias and adapter: float32 (N, O)."""
     out = linear(rows, held[name])
     if f"{name}_bias" in held:
         out = out + held[f"{name}_bias"]
-    return out + update(rows, factors[name]) if name in factors else out
+    return factors[name].apply(rows, out) if name in factors else out
 
 
 def _activated(settings: DecoderSettings, inner: jax.Array) -> jax.Array:

@@ -37,15 +37,29 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         UsageError: the file is missing, unreadable, not text or empty, or a line has the wrong form.
     """
     path = Path(path)
-    lines = _read(path).removeprefix(_BOM).split("\n")
+    return parse_prompts(_read(path), str(path), json_lines=path.suffix.lower() in _JSON_LINES)
+
+
+def parse_prompts(text: str, name: str, *, json_lines: bool) -> list[Prompt]:
+    """Take the prompts out of the text of a file, see `read_prompts`.
+
+    Args:
+        text: of the file.
+        name: of the file, for errors.
+        json_lines: whether each line is a JSON object.
+
+    Raises:
+        UsageError: there is no prompt, or a line has the wrong form.
+    """
+    lines = text.removeprefix(_BOM).split("\n")
     found: list[Prompt]
-    if path.suffix.lower() in _JSON_LINES:
-        found = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if json_lines:
+        found = [_prompt_of(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     else:
         found = [line.removesuffix("\r") for line in lines]
     prompts = [prompt for prompt in found if prompt_text(prompt).strip()]
     if not prompts:
-        msg = f"{path}: holds no text, at least one line was wanted: write one text a line"
+        msg = f"{name}: holds no text, at least one line was wanted: write one text a line"
         raise UsageError(msg)
     return prompts
 

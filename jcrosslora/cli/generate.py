@@ -1,0 +1,145 @@
+"""`jcrosslora generate`: text of a base with an adapter, or with several at once."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from jcrosslora.cli.output import print_json, say
+from jcrosslora.errors import UsageError
+
+if TYPE_CHECKING:
+    from jcrosslora.composition import Composed
+    from jcrosslora.composition.weights import Weights
+    from jcrosslora.text import Prompt
+
+STDIN = "-"
+_TITLE = 60  # characters of a prompt above its answer
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write with a base and an adapter, or with several adapters at once."""
+
+    base: str
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to answer, or to continue."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An adapter of this base; may be given several times."""
+    compose: str = "mixture"
+    """How several act at once: select, mixture, fusion, gated, router, stack, uniform or random-gate; or a folder
+    with a saved composition, which brings its adapters."""
+    weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A number from 0 on for each adapter, such as 1,0,0.5; given once for all prompts, or once for each prompt. 0 for
+    all adapters is the base alone."""
+    prompts: str | None = None
+    """File with a prompt a line, or JSONL with {"prompt"} or {"messages"}; - reads standard input, in either form."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether a text is asked as the message of a user: auto does so if the base has a chat template."""
+    template: Path | None = None
+    """File with a chat template, in place of the base's own."""
+    max_new_tokens: int = 128
+    """The most tokens of an answer."""
+    temperature: float = 0.0
+    """Of the sampling; 0 takes the likeliest token."""
+    seed: int = 0
+    """Of the sampling, and of what random-gate draws."""
+    json: bool = False
+    """Print the answers as JSON."""
+
+    def run(self, console: Console) -> None:
+        """Print what is written behind each prompt."""
+        prompts = self._prompts()
+        composed = self._composed()
+        for note in _notes(composed, self.compose):
+            print(f"note: {note}", file=sys.stderr)
+        asked = [self._asked(one, composed.tokenizer.chat_template is not None) for one in prompts]
+        found = composed.write(
+            asked,
+            weights=self._weights(),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            progress=True,
+        )
+        if self.json:
+            pairs = zip(prompts, found, strict=True)
+            print_json([{"prompt": _shown(each), "text": one.text, "ended": one.ended} for each, one in pairs])
+            return
+        for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
+            if len(prompts) > 1:
+                say(console, f"{chr(10) if number else ''}> {_title(prompt)}")
+            say(console, one.text)
+
+    def _prompts(self) -> "Sequence[Prompt]":
+        from jcrosslora.evidence.probes.text_files import parse_prompts, read_prompts
+
+        if bool(self.prompt) == (self.prompts is not None):
+            msg = f"{len(self.prompt)} prompts and the file {self.prompts}: give texts, or a file with --prompts"
+            raise UsageError(msg)
+        if self.prompts is None:
+            return self.prompt
+        if self.prompts != STDIN:
+            return read_prompts(self.prompts)
+        text = sys.stdin.read()
+        return parse_prompts(text, "standard input", json_lines=text.lstrip().startswith("{"))
+
+    def _composed(self) -> "Composed":
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.composition import COMPOSITIONS, compose, load_composition
+
+        base = open_base(self.base, chat_template=self.template)
+        if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():
+            return compose(base, self.adapter, self.compose, seed=self.seed)
+        if self.adapter:
+            msg = (
+                f"{self.compose} brings its adapters, and {self.adapter[0]} was given beside it: leave one of them out"
+            )
+            raise UsageError(msg)
+        return load_composition(self.compose, base)
+
+    def _weights(self) -> "Weights":
+        rows = [_numbers(row) for row in self.weights]
+        return rows[0] if len(rows) == 1 else rows or None
+
+    def _asked(self, prompt: "Prompt", template: bool) -> "Prompt":
+        from jcrosslora.text import Message
+
+        chat = template if self.chat == "auto" else self.chat == "always"
+        return (Message("user", prompt),) if chat and isinstance(prompt, str) else prompt
+
+
+def _numbers(row: str) -> list[float]:
+    try:
+        return [float(part) for part in row.split(",")]
+    except ValueError:
+        msg = f"weights {row!r}: wanted a number for each adapter, such as 1,0,0.5"
+        raise UsageError(msg) from None
+
+
+def _notes(composed: "Composed", how: str) -> list[str]:
+    """Say what the text does not show: what is not run, and a gate that nobody trained."""
+    notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
+    if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:
+        notes.append(
+            f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"
+        )
+    return notes
+
+
+def _shown(prompt: "Prompt") -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": one.role, "content": one.content} for one in prompt]
+
+
+def _title(prompt: "Prompt") -> str:
+    from jcrosslora.text.completion import prompt_text
+
+    words = " ".join(prompt_text(prompt).split())
+    return words if len(words) <= _TITLE else words[: _TITLE - 3] + "..."
