@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -13,6 +13,8 @@ from jcrosslora.cli.output import print_json, say
 from jcrosslora.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jcrosslora.composition import Composed
     from jcrosslora.composition.weights import Weights
     from jcrosslora.text import Prompt
@@ -25,12 +27,16 @@ _TITLE = 60  # characters of a prompt above its answer
 class Generate:
     """Write with a base and an adapter, or with several adapters at once."""
 
-    base: str
-    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    base: str | None = None
+    """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to answer, or to continue."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An adapter of this base; may be given several times."""
+    shelf: Path | None = None
+    """A shelf of adapters, in place of --adapter: each prompt gets those that suit it, or the base alone."""
+    top: int = 1
+    """At most so many adapters of the shelf for a prompt."""
     compose: str = "mixture"
     """How several act at once: select, mixture, fusion, gated, router, stack, uniform or random-gate; or a folder
     with a saved composition, which brings its adapters."""
@@ -55,13 +61,18 @@ class Generate:
     def run(self, console: Console) -> None:
         """Print what is written behind each prompt."""
         prompts = self._prompts()
-        composed = self._composed()
-        for note in _notes(composed, self.compose):
+        if self.shelf is None:
+            composed, weights = self._composed(), self._weights()
+            notes = _notes(composed, self.compose)
+        else:
+            composed, weights = self._found(prompts)
+            notes = [*_notes(composed, self.compose), *_chosen(prompts, composed.names, weights)]
+        for note in notes:
             print(f"note: {note}", file=sys.stderr)
         asked = [self._asked(one, composed.tokenizer.chat_template is not None) for one in prompts]
         found = composed.write(
             asked,
-            weights=self._weights(),
+            weights=weights,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
@@ -89,10 +100,32 @@ class Generate:
         text = sys.stdin.read()
         return parse_prompts(text, "standard input", json_lines=text.lstrip().startswith("{"))
 
+    def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray]":
+        from jcrosslora.checkpoint import open_base
+        from jcrosslora.composition import COMPOSITIONS
+        from jcrosslora.shelf import Shelf
+
+        if self.base is None and self.template is not None:
+            msg = f"the template {self.template} was given and no base: give the shelf's base with --base"
+            raise UsageError(msg)
+        beside = "--adapter" if self.adapter else "--weights" if self.weights else None
+        if beside is not None:
+            msg = f"{beside} was given beside the shelf {self.shelf}, which chooses the adapters: leave one of them out"
+            raise UsageError(msg)
+        if self.compose not in COMPOSITIONS:
+            msg = f"{self.compose}: is not a way to compose the adapters of a shelf; wanted one of "
+            raise UsageError(msg + ", ".join(COMPOSITIONS))
+        given = None if self.base is None else open_base(self.base, chat_template=self.template)
+        shelf = Shelf(cast("Path", self.shelf), given)
+        return shelf.compose(prompts, self.compose, top=self.top, seed=self.seed, progress=True)
+
     def _composed(self) -> "Composed":
         from jcrosslora.checkpoint import open_base
         from jcrosslora.composition import COMPOSITIONS, compose, load_composition
 
+        if self.base is None:
+            msg = "no base was given: give one with --base, or a shelf, which knows its own, with --shelf"
+            raise UsageError(msg)
         base = open_base(self.base, chat_template=self.template)
         if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():
             return compose(base, self.adapter, self.compose, seed=self.seed)
@@ -130,6 +163,12 @@ def _notes(composed: "Composed", how: str) -> list[str]:
             f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"
         )
     return notes
+
+
+def _chosen(prompts: "Sequence[Prompt]", names: Sequence[str], weights: "np.ndarray") -> list[str]:
+    """Say which adapters each prompt gets."""
+    found = [", ".join(names[place] for place in row.nonzero()[0]) for row in weights]
+    return [f"{own or 'the base alone'}: {_title(prompt)}" for prompt, own in zip(prompts, found, strict=True)]
 
 
 def _shown(prompt: "Prompt") -> Any:

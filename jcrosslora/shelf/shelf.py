@@ -17,7 +17,9 @@ from jcrosslora.alignment.transport import BaseInfo, describe_base
 from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.composition import Composed, Composition
 from jcrosslora.errors import JCrossLoRAError, ShortMemoryError, UsageError, suggestion
+from jcrosslora.shelf.composing import compose_found
 from jcrosslora.shelf.encoders.encoder import Encoder
 from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
 from jcrosslora.shelf.index import HEAD, Index
@@ -246,6 +248,41 @@ class Shelf:
     def retriever(self, by: str | None = None, *, progress: bool = False) -> Retriever:
         """Open a way to search, for many searches; see `search`."""
         return self._searching().retriever(by, progress=progress)
+
+    def compose(
+        self,
+        prompts: Sequence[Prompt],
+        how: str | Composition = "mixture",
+        *,
+        top: int = 1,
+        by: str | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> tuple[Composed, np.ndarray]:
+        """Compose the adapters that suit prompts, to run each prompt with its own.
+
+            composed, weights = shelf.compose(prompts)
+            composed.generate(prompts, weights=weights)
+
+        Args:
+            prompts: at least one text or conversation.
+            how: see `jcrosslora.compose`.
+            top: at most so many adapters for a prompt.
+            by: see `search`.
+            progress: whether to show progress.
+            settings: further arguments of `jcrosslora.compose`.
+
+        Returns:
+            The adapters that were found for any prompt, composed; and float32 (P, N), their weights for each prompt. A
+            prompt of no adapter's task has zeros, which is the base alone.
+
+        Raises:
+            UsageError: see `search`, `load` and `jcrosslora.compose`.
+            AdapterError: an adapter is missing, damaged, or cannot be composed.
+            CheckpointError: the base or its tokenizer cannot be read.
+        """
+        found = self.search(prompts, by, progress=progress)
+        return compose_found(found, self.load, self.base, how, top=top, **settings)
 
     def train_probes(self, settings: ProbeSettings = ProbeSettings(), *, progress: bool = False) -> list[float]:  # noqa: B008
         """Train the encoder of adapters by their weights, for searches by "weights"; an old one is replaced.

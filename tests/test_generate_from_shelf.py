@@ -1,0 +1,76 @@
+"""`jcrosslora generate --shelf`: each prompt is answered by the adapter whose task it is of, or by the base alone."""
+
+import json
+
+import numpy as np
+import pytest
+from probe_bases import chat_base
+from shelf_adapters import TASKS, write_adapter
+
+import jcrosslora as jcl
+from jcrosslora.cli.main import main
+
+FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    base = chat_base(folder / "base")
+    for seed, (name, texts) in enumerate(TASKS.items()):
+        write_adapter(folder / "out" / name, base, seed=seed, digest=base.digest(), texts=texts)
+    jcl.Shelf(folder / "shelf", base).add(folder / "out")
+    return folder
+
+
+def test_each_prompt_is_answered_by_its_own_adapter(files):
+    shelf = jcl.Shelf(files / "shelf")
+    composed, weights = shelf.compose([FOX, BOIL, OTHER])
+    assert sorted(composed.names) == ["boil", "fox"]
+    np.testing.assert_array_equal(weights[2], [0, 0])
+    assert [composed.names[place] for place in weights[:2].argmax(axis=1)] == ["fox", "boil"]
+    written = composed.generate([FOX, BOIL, OTHER], weights=weights, max_new_tokens=6)
+    for prompt, name, text in zip([FOX, BOIL], ["fox", "boil"], written, strict=False):
+        assert text == jcl.compose(files / "base", [files / "out" / name]).generate([prompt], max_new_tokens=6)[0]
+    assert written[2] != composed.generate([OTHER], max_new_tokens=6)[0]
+
+
+def test_where_no_adapter_suits_the_base_writes_alone(files):
+    composed, weights = jcl.Shelf(files / "shelf").compose([OTHER])
+    assert not weights.any()
+    assert composed.generate([OTHER], weights=weights, max_new_tokens=6) == composed.generate(
+        [OTHER], weights=[0], max_new_tokens=6
+    )
+
+
+def test_the_command_says_which_adapter_each_prompt_gets(files, capsys):
+    main(["generate", "--shelf", str(files / "shelf"), "--max-new-tokens", "4", "--json", FOX, OTHER])
+    printed = capsys.readouterr()
+    assert f"note: fox: {FOX}\n" in printed.err
+    assert f"note: the base alone: {OTHER}\n" in printed.err
+    assert [one["prompt"] for one in json.loads(printed.out)] == [FOX, OTHER]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapter", "a"], "--adapter was given beside the shelf"),
+        (["--weights", "1"], "--weights was given beside the shelf"),
+        (["--compose", "router2"], "router2: is not a way to compose the adapters of a shelf"),
+        (["--template", "a.jinja"], "give the shelf's base with --base"),
+        (["--top", "0"], "wanted 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(files, capsys, flags, message):
+    with pytest.raises(SystemExit) as found:
+        main(["generate", "--shelf", str(files / "shelf"), *flags, "x"])
+    assert found.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_without_base_and_shelf_one_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x"])
+    assert "no base was given" in capsys.readouterr().err
