@@ -43,7 +43,7 @@ def passes(base: BaseModel, kind: str, arguments: argparse.Namespace) -> dict[st
     tokens = jnp.asarray(rng.integers(0, settings.vocab, shape), jnp.int32)
     count = tokens.size
     answers = jnp.arange(count, dtype=jnp.int32), tokens.reshape(-1), jnp.ones(count)
-    batch = Batch(tokens, jnp.ones(shape, bool), *answers)
+    batch = Batch(tokens, jnp.ones(shape, bool), *answers, jnp.arange(arguments.rows, dtype=jnp.int32))
     prompts = list(rng.integers(0, settings.vocab, (arguments.texts, WRITTEN)))
     usual = TrainingSettings()
     factors = first_factors(base, usual)

@@ -54,7 +54,8 @@ def passes(base: BaseModel, rows: int, tokens: int) -> dict[str, Callable[[], An
     settings, params = settings_of(base), load_params(base)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (rows, tokens)), jnp.int32)
     answers = jnp.arange(ids.size, dtype=jnp.int32), ids.reshape(-1), jnp.ones(ids.size)
-    batch, usual = Batch(ids, jnp.ones(ids.shape, bool), *answers), TrainingSettings(modules=("q_proj", "o_proj"))
+    batch = Batch(ids, jnp.ones(ids.shape, bool), *answers, jnp.arange(rows, dtype=jnp.int32))
+    usual = TrainingSettings(modules=("q_proj", "o_proj"))
     factors = first_factors(base, usual)
     run = jax.jit(lambda ids: forward(settings, params, ids).hidden)
     return {
