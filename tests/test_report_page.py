@@ -20,6 +20,7 @@ from jcrosslora.report.page.figures import gain_share
 from jcrosslora.report.page.headline import headline
 from jcrosslora.text import Completion, Message
 
+pytest.importorskip("matplotlib")  # the extra plot
 HOSTILE = "<script>alert('&')</script>\x1b[2J $x$"
 NAMES = "/home/me/base", "/home/me/moved", "/home/me/trained", "/home/me/random"
 TITLES = "without adapter", "moved adapter", "trained adapter", "random adapter"
