@@ -167,7 +167,7 @@ def _notes(composed: "Composed", how: str) -> list[str]:
 
 def _chosen(prompts: "Sequence[Prompt]", names: Sequence[str], weights: "np.ndarray") -> list[str]:
     """Say which adapters each prompt gets."""
-    found = [", ".join(names[place] for place in row.nonzero()[0]) for row in weights]
+    found = [", ".join(name for name, weight in zip(names, row, strict=True) if weight) for row in weights]
     return [f"{own or 'the base alone'}: {_title(prompt)}" for prompt, own in zip(prompts, found, strict=True)]
 
 
