@@ -726,7 +726,19 @@ def teaching(pair):
         for side, base in enumerate(pair[:2])
     )
     reader = DecoderReader(src, stack_adapter(adapter, source))
-    return lambda settings: Teacher(reader, tgt, settings, symbols), batches
+    return lambda settings, **given: Teacher(reader, tgt, settings, symbols, **given), batches
+
+
+def test_the_teacher_is_closer_to_the_source_where_prompts_are_given(teaching):
+    def predicted(weight, **given):
+        settings = dataclasses.replace(SMALL, teacher_weight=weight)
+        return np.asarray(teaching[0](settings, **given).read(teaching[1][0]).teacher)
+
+    own, users = predicted(None), predicted(None, prompts_given=True)
+    np.testing.assert_array_equal(own, predicted(0.5))
+    np.testing.assert_array_equal(users, predicted(0.75))
+    assert np.abs(own - users).max() > 0.1
+    np.testing.assert_array_equal(predicted(0.25, prompts_given=True), predicted(0.25))
 
 
 @pytest.fixture(scope="module")

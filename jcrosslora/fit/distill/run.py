@@ -168,7 +168,7 @@ def distill_from(
         items = completions.more(source, ROUND, seed + 100 + number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-    teacher = Teacher(reader, tgt, settings, symbols)
+    teacher = Teacher(reader, tgt, settings, symbols, prompts_given=bool(prompts))
     judged = [teacher.read(batch) for batch in held_out]
     kept = nullcontext()
     if states is not None and settings.grows:

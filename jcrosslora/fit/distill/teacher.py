@@ -40,9 +40,18 @@ class TaughtBatch:
 class Teacher:
     """The source's reader and the target, from which the teacher's predictions are made."""
 
-    def __init__(self, source: Reader, target: ReducedBase, settings: DistillSettings, symbols: Symbols) -> None:
+    def __init__(
+        self,
+        source: Reader,
+        target: ReducedBase,
+        settings: DistillSettings,
+        symbols: Symbols,
+        *,
+        prompts_given: bool = False,
+    ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        self._weights = settings.teacher_weight, settings.contrast_weight
+        weight = settings.weight_of_source(prompts_given=prompts_given)
+        self._weights = weight, settings.contrast_weight
         self._token_share = settings.token_share
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
