@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from probe_bases import chat_base
+from probe_bases import chat_base, write_base
 from shelf_adapters import TASKS, write_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
+from jcrosslora.text import Message
 
 FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"
 
@@ -49,6 +50,19 @@ def test_the_command_says_which_adapter_each_prompt_gets(files, capsys):
     assert f"note: fox: {FOX}\n" in printed.err
     assert f"note: the base alone: {OTHER}\n" in printed.err
     assert [one["prompt"] for one in json.loads(printed.out)] == [FOX, OTHER]
+
+
+def test_a_prompt_is_asked_as_the_samples_of_its_adapter_are(tmp_path, capsys):
+    base = jcl.open_base(write_base(tmp_path / "base", 60, layers=2))  # which has no chat template
+    write_adapter(tmp_path / "fox", base, digest=base.digest(), texts=TASKS["fox"])
+    shelf = jcl.Shelf(tmp_path / "shelf", base)
+    shelf.add(tmp_path / "fox")
+    composed, weights = shelf.compose([FOX])
+    assert weights.all()
+    asked = composed.generate([(Message("user", FOX),)], max_new_tokens=6)
+    assert asked != composed.generate([FOX], max_new_tokens=6)
+    main(["generate", "--shelf", str(tmp_path / "shelf"), "--max-new-tokens", "6", FOX])
+    assert capsys.readouterr().out == f"{asked[0]}\n"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class Generate:
     prompts: str | None = None
     """File with a prompt a line, or JSONL with {"prompt"} or {"messages"}; - reads standard input, in either form."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Whether a text is asked as the message of a user: auto does so if the base has a chat template."""
+    """Whether a text is asked as the message of a user: auto does so if the base has a chat template, or if the
+    adapters of the shelf that suit it read conversations."""
     template: Path | None = None
     """File with a chat template, in place of the base's own."""
     max_new_tokens: int = 128
@@ -63,13 +64,14 @@ class Generate:
         prompts = self._prompts()
         if self.shelf is None:
             composed, weights = self._composed(), self._weights()
+            chats = [composed.tokenizer.chat_template is not None] * len(prompts)
             notes = _notes(composed, self.compose)
         else:
-            composed, weights = self._found(prompts)
+            composed, weights, chats = self._found(prompts)
             notes = [*_notes(composed, self.compose), *_chosen(prompts, composed.names, weights)]
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        asked = [self._asked(one, composed.tokenizer.chat_template is not None) for one in prompts]
+        asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
         found = composed.write(
             asked,
             weights=weights,
@@ -100,7 +102,8 @@ class Generate:
         text = sys.stdin.read()
         return parse_prompts(text, "standard input", json_lines=text.lstrip().startswith("{"))
 
-    def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray]":
+    def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
+        """Return what suits prompts, its weights, and whether each is asked as a message."""
         from jcrosslora.checkpoint import open_base
         from jcrosslora.composition import COMPOSITIONS
         from jcrosslora.shelf import Shelf
@@ -117,7 +120,11 @@ class Generate:
             raise UsageError(msg + ", ".join(COMPOSITIONS))
         given = None if self.base is None else open_base(self.base, chat_template=self.template)
         shelf = Shelf(cast("Path", self.shelf), given)
-        return shelf.compose(prompts, self.compose, top=self.top, seed=self.seed, progress=True)
+        composed, weights = shelf.compose(prompts, self.compose, top=self.top, seed=self.seed, progress=True)
+        # An adapter reads prompts as it read its samples.
+        spoken = [any(not isinstance(one, str) for one in shelf.entry(name).samples) for name in composed.names]
+        template = composed.tokenizer.chat_template is not None
+        return composed, weights, [template or bool(row[spoken].any()) for row in weights]
 
     def _composed(self) -> "Composed":
         from jcrosslora.checkpoint import open_base
@@ -140,10 +147,10 @@ class Generate:
         rows = [_numbers(row) for row in self.weights]
         return rows[0] if len(rows) == 1 else rows or None
 
-    def _asked(self, prompt: "Prompt", template: bool) -> "Prompt":
+    def _asked(self, prompt: "Prompt", usual: bool) -> "Prompt":
         from jcrosslora.text import Message
 
-        chat = template if self.chat == "auto" else self.chat == "always"
+        chat = usual if self.chat == "auto" else self.chat == "always"
         return (Message("user", prompt),) if chat and isinstance(prompt, str) else prompt
 
 
