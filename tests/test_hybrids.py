@@ -128,6 +128,7 @@ def test_a_hybrid_learns_from_a_dense_source(llama, hybrids):
     assert set(found.adapter.modules) == set(target.modules)
 
 
+@pytest.mark.slow
 def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     source, settings = hybrids("qwen3_5-bias"), dataclasses.replace(SMALL, rate=5e-3, passes=2, completions=48)
     found = distill(source, llama, random_adapter(source, scale=0.3), prompts=CORPUS, settings=settings)
