@@ -41,3 +41,10 @@ def write_adapter(
     said = {} if texts is None else {COMPLETIONS: completion_lines(conversations(texts))}
     adapter = random_adapter(base, rank=2, seed=seed, scale=0.1, roles={"q_proj", "down_proj"})
     return save_adapter(adapter, folder, base_name="tiny", metadata=record, documents=said)
+
+
+def write_tasks(folder: Path, base: BaseModel) -> Path:
+    """Write an adapter of each task, below a folder."""
+    for seed, (name, texts) in enumerate(TASKS.items()):
+        write_adapter(folder / name, base, seed=seed, digest=base.digest(), texts=texts)
+    return folder

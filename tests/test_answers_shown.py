@@ -2,10 +2,10 @@
 
 import io
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_pages import Page
 from probe_bases import write_base
 from rich.console import Console
 from tiny_bases import random_adapter
@@ -41,31 +41,6 @@ def printed(answers, width=80, **settings):
     console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
     print_answers(answers, console, **settings)
     return console.export_text()
-
-
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page; every tag is closed by its own."""
-
-    VOID = ("meta", "!doctype")
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.open, self.attributes, self.texts = set(), [], [], []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 # Text

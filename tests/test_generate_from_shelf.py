@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from probe_bases import chat_base, write_base
-from shelf_adapters import TASKS, write_adapter
+from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
@@ -18,9 +18,7 @@ FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     base = chat_base(folder / "base")
-    for seed, (name, texts) in enumerate(TASKS.items()):
-        write_adapter(folder / "out" / name, base, seed=seed, digest=base.digest(), texts=texts)
-    jcl.Shelf(folder / "shelf", base).add(folder / "out")
+    jcl.Shelf(folder / "shelf", base).add(write_tasks(folder / "out", base))
     return folder
 
 

@@ -3,8 +3,8 @@
 import builtins
 import json
 import re
-from html.parser import HTMLParser
 
+import html_pages
 import numpy as np
 import pytest
 from tiny_bases import open_pair, random_adapter
@@ -27,37 +27,12 @@ TITLES = "without adapter", "moved adapter", "trained adapter", "random adapter"
 ROLES = Roles(trained="trained", random="random")
 
 
-class Page(HTMLParser):
-    """Tags, attributes and texts of a page; every tag is closed by its own."""
-
-    VOID = ("meta", "!doctype")
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.open, self.attributes, self.texts = set(), [], [], []
-        self.feed(page)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
+class Page(html_pages.Page):
+    """A page with pictures, whose tags may close themselves."""
 
     def handle_startendtag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def titles(self):
-        return [text for text, tag in zip(self.texts, self.texts[1:], strict=False) if tag]
 
 
 def answers_of(shares, nll=(0.9, 0.3, 0.2, 0.9)):

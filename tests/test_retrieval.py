@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probe_bases import chat_base
-from shelf_adapters import NEW, TASKS, write_adapter
+from shelf_adapters import NEW, TASKS, write_adapter, write_tasks
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import retrieve
@@ -41,10 +41,8 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shelf(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shelf")
-    for seed, (name, texts) in enumerate(TASKS.items()):
-        write_adapter(folder / "out" / name, base, seed=seed, digest=base.digest(), texts=texts)
     made = jcl.Shelf(folder / "shelf", base)
-    made.add(folder / "out")
+    made.add(write_tasks(folder / "out", base))
     return made
 
 

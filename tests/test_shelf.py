@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from probe_bases import chat_base, write_base
 from safetensors.numpy import load_file, save_file
-from shelf_adapters import TASKS, write_adapter
+from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
@@ -28,8 +28,7 @@ def base(tmp_path_factory):
 def output(base, tmp_path_factory):
     """A folder as a batch writes it: three adapters, one of another base, one that is damaged."""
     folder = tmp_path_factory.mktemp("output")
-    for seed, (name, texts) in enumerate(TASKS.items()):
-        write_adapter(folder / "one" / name, base, seed=seed, digest=base.digest(), texts=texts)
+    write_tasks(folder / "one", base)
     write_adapter(folder / "other", base, digest="sha256:2")
     weights = write_adapter(folder / "damaged", base, digest=base.digest()) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
