@@ -138,7 +138,12 @@ def _plain(value: Any) -> Any:
 def spread(texts: Sequence[str], count: int) -> tuple[str, ...]:
     """Take at most `count` texts, evenly spread, each cut to 300 characters."""
     places = sorted({round(place * (len(texts) - 1) / max(count - 1, 1)) for place in range(count)}) if texts else []
-    return tuple(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in (texts[at] for at in places))
+    return tuple(cut(texts[at]) for at in places)
+
+
+def cut(text: str, most: int = _LONGEST) -> str:
+    """Cut a text to so many characters, and say so."""
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def weighted(rows: tuple[ModuleRow, ...], field: str) -> float:

@@ -1,5 +1,6 @@
 """`jcrosslora.push_to_hub`: upload an adapter in a folder or in memory."""
 
+from functools import partial
 from pathlib import Path
 
 from jcrosslora.hub.push import Pushed, push_folder
@@ -40,15 +41,5 @@ def push_to_hub(
         OutputError: not logged in, the repository is public where a private one is wanted or holds something else, the
             hub refuses the upload, or it cannot be reached.
     """
-    if isinstance(adapter, TransferResult):
-        return adapter.push_to_hub(
-            repo_id, private=private, base_model=base_model, with_completions=with_completions, token=token
-        )
-    return push_folder(
-        adapter,
-        repo_id,
-        private=private,
-        base_model=base_model,
-        with_completions=with_completions,
-        token=token,
-    )
+    push = adapter.push_to_hub if isinstance(adapter, TransferResult) else partial(push_folder, adapter)
+    return push(repo_id, private=private, base_model=base_model, with_completions=with_completions, token=token)

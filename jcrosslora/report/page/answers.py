@@ -6,6 +6,7 @@ from html import escape
 
 from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
+from jcrosslora.report.record import cut
 
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text
@@ -45,6 +46,5 @@ def _answer(model: Model, written: Written) -> str:
 
 
 def _part(title: str, text: str, marks: str = "") -> str:
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-    shown = escape(visible(text)) or '<span class="muted">(nothing)</span>'
+    shown = escape(visible(cut(text, _LONGEST))) or '<span class="muted">(nothing)</span>'
     return f'<div><div class="muted">{escape(visible(title))} {marks}</div><div class="text">{shown}</div></div>'

@@ -11,9 +11,9 @@ from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.figures import FIGURES, Shown, present
 from jcrosslora.report.page.moved import Base, Moved
+from jcrosslora.report.record import cut
 from jcrosslora.utils.html import html_table
 
-_LONGEST = 300  # characters of a text of the fit
 _ITS_OWN = (
     "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "
     "they do not, give prompts of that job by --probe-text."
@@ -34,7 +34,7 @@ def text_section(contents: Contents) -> str:
         lines.append(_ITS_OWN)
     elif moved.recipe.probes != "none":
         lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
-    texts = moved.examples or [text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..." for text in contents.texts]
+    texts = moved.examples or [cut(text) for text in contents.texts]
     shown = "".join(f'<li class="text">{_safe(text)}</li>' for text in texts)
     return _section("What was it made from?", f"{_lines(lines)}{f'<ul>{shown}</ul>' if shown else ''}")
 
