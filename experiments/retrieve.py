@@ -20,6 +20,7 @@ from jcrosslora.shelf.accuracy import Accuracy, accuracy
 from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
 from jcrosslora.shelf.sampling import SAMPLES, spread
 from jcrosslora.text import Prompt
+from jcrosslora.text.completion import message_entries
 
 WAYS = ("text", "tfidf", "certainty", "weights")
 
@@ -32,8 +33,7 @@ def add(shelf: Shelf, name: str, train: str, adapters: list[str], work: Path) ->
     """Put the adapters of a task on the shelf, with prompts of its training file as samples."""
     lines = []
     for prompt in prompts_of(train, SAMPLES):
-        chat = not isinstance(prompt, str)
-        lines.append({"messages": [vars(one) for one in prompt]} if chat else {"prompt": prompt})
+        lines.append({"prompt": prompt} if isinstance(prompt, str) else {"messages": message_entries(prompt)})
     file = work / f"{name}.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     found = shelf.add(adapters, samples=file, progress=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import tyro
 from rich.console import Console
 
-from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -179,13 +179,12 @@ def _chosen(prompts: "Sequence[Prompt]", names: Sequence[str], weights: "np.ndar
 
 
 def _shown(prompt: "Prompt") -> Any:
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": one.role, "content": one.content} for one in prompt]
+    from jcrosslora.text.completion import message_entries
+
+    return prompt if isinstance(prompt, str) else message_entries(prompt)
 
 
 def _title(prompt: "Prompt") -> str:
     from jcrosslora.text.completion import prompt_text
 
-    words = " ".join(prompt_text(prompt).split())
-    return words if len(words) <= _TITLE else words[: _TITLE - 3] + "..."
+    return one_line(prompt_text(prompt), _TITLE)

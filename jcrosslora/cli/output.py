@@ -19,6 +19,12 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def one_line(text: str, most: int) -> str:
+    """Return a text in one line of at most so many characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 3]}..."
+
+
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout, with nothing else beside it."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False)

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import AdapterError
-from jcrosslora.shelf.records import ShelfEntry
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.bootstrap import Interval
+    from jcrosslora.shelf.records import ShelfEntry
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,8 @@ class Search:
             )
             return
         for prompt, best in zip(given, found, strict=True):
-            text = " ".join(prompt_text(prompt).split())
             names = ", ".join(f"{name} ({score:.2f})" for name, score in best)
-            say(console, f"{names or 'none'}: {text if len(text) <= 80 else text[:77] + '...'}")
+            say(console, f"{names or 'none'}: {one_line(prompt_text(prompt), 80)}")
 
 
 @dataclass(frozen=True)
@@ -269,20 +268,22 @@ class ShelfCommand:
         self.action.run(console)
 
 
-def _facts(entry: ShelfEntry) -> str:
+def _facts(entry: "ShelfEntry") -> str:
     samples = (
         f"{len(entry.samples)} samples from {entry.samples_from}" if entry.samples else "no samples: give --samples"
     )
     return samples if entry.verified else f"{samples}; its base is not verified, its shapes fit"
 
 
-def _json(shelf: Any, entry: ShelfEntry) -> dict[str, Any]:
+def _json(shelf: Any, entry: "ShelfEntry") -> dict[str, Any]:
     fields = dataclasses.asdict(entry) | {"samples": len(entry.samples), "missing": shelf.missing(entry)}
     return fields | {"place": shelf.place(entry.name)}
 
 
 def _sample(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, str) else {"messages": [dataclasses.asdict(one) for one in prompt]}
+    from jcrosslora.text.completion import message_entries
+
+    return prompt if isinstance(prompt, str) else {"messages": message_entries(prompt)}
 
 
 def _interval(value: "Interval | None") -> str:

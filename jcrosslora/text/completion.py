@@ -110,6 +110,11 @@ def parse_object(line: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
+def message_entries(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return messages as the value of "messages" in a JSON line; `parse_messages` reads it."""
+    return [{"role": one.role, "content": one.content} for one in messages]
+
+
 def prompt_text(prompt: Prompt) -> str:
     """Write a prompt as one line of text per message, for reports and for texts that are read without a template."""
     return prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from jcrosslora.text.completion import Completion
+from jcrosslora.text.completion import Completion, message_entries
 
 COMPLETIONS = "completions.jsonl"
 
@@ -22,5 +22,7 @@ def _entry(completion: Completion) -> dict[str, Any]:
     cut_off = {} if completion.ended else {"ended": False}
     if isinstance(completion.prompt, str):
         return {"prompt": completion.prompt, "completion": completion.answer, **cut_off}
-    messages = [{"role": one.role, "content": one.content} for one in completion.prompt]
-    return {"messages": [*messages, {"role": "assistant", "content": completion.answer}], **cut_off}
+    return {
+        "messages": [*message_entries(completion.prompt), {"role": "assistant", "content": completion.answer}],
+        **cut_off,
+    }
