@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, rotations
 from jcrosslora.decoder.block import layer_forward
-from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights
+from jcrosslora.decoder.layer import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
 from jcrosslora.decoder.layer_stack import scan_layers
 from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
@@ -152,7 +152,8 @@ def _run_layers(
         x, cache, captured = layer_forward(settings, layer, context, *carry)
         return (x, cache), keep(captured)
 
-    step = jax.checkpoint(run, prevent_cse=False) if remat else run
+    kept = () if remat else (MODULE_OUTPUT,)
+    step = jax.checkpoint(run, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
     (x, cache), kept = scan_layers(settings, params, adapter, step, (x, cache))
     return _final_norm(settings, params, x), cache, kept
 

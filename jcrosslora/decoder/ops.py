@@ -36,6 +36,11 @@ class Row:
         return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
 
 
+def is_packed(weight: "jax.Array | Row") -> bool:
+    """Check whether a weight is the bits of bfloat16, see `linear`."""
+    return (weight.stack if isinstance(weight, Row) else weight).dtype == jnp.uint16
+
+
 def linear(x: jax.Array, weight: "jax.Array | Row") -> jax.Array:
     """Multiply x (..., I) with the transpose of a weight (O, I), accumulated in float32.
 
