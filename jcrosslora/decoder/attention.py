@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jcrosslora.decoder.mixers.state import MixerState, init_state
-from jcrosslora.decoder.ops import einsum, soft_cap
+from jcrosslora.decoder.ops import einsum, from_bits, soft_cap
 from jcrosslora.decoder.rope_scaling import Rope
 from jcrosslora.decoder.settings import DecoderSettings
 
@@ -56,14 +56,14 @@ def attention(
     groups = heads // keys.shape[1]
     # The query heads of one key-value head become rows of one matrix.
     grouped = queries.reshape(batch, length, -1, groups, size).transpose(0, 2, 3, 1, 4)
-    rows = grouped.reshape(batch, -1, groups * length, size)
+    rows = grouped.reshape(batch, -1, groups * length, size).astype(keys.dtype)
     scores = einsum("bktd,bksd->bkts", rows, keys) * scale
     scores = soft_cap(scores, cap).reshape(batch, -1, groups, length, keys.shape[2])
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = _softmax(scores, sinks).astype(values.dtype)
     mixed = einsum("bkts,bksd->bktd", weights.reshape(batch, -1, groups * length, keys.shape[2]), values)
     mixed = mixed.reshape(batch, -1, groups, length, values.shape[-1]).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, length, heads * values.shape[-1]).astype(values.dtype)
+    return mixed.reshape(batch, length, heads * values.shape[-1]).astype(queries.dtype)
 
 
 def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
@@ -202,10 +202,14 @@ def append_layer(
     """
     zero = jnp.zeros((), jnp.int32)
     place = (layer, zero, zero, cache.filled, zero)
-    all_keys = lax.dynamic_update_slice(cache.keys, keys[None], place)
-    all_values = lax.dynamic_update_slice(cache.values, values[None], place)
+    all_keys = lax.dynamic_update_slice(cache.keys, _packed(keys, cache.keys.dtype)[None], place)
+    all_values = lax.dynamic_update_slice(cache.values, _packed(values, cache.values.dtype)[None], place)
     return (
         cache.replace(keys=all_keys, values=all_values),  # pyright: ignore[reportAttributeAccessIssue]
-        lax.dynamic_index_in_dim(all_keys, layer, keepdims=False),
-        lax.dynamic_index_in_dim(all_values, layer, keepdims=False),
+        from_bits(lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)),
+        from_bits(lax.dynamic_index_in_dim(all_values, layer, keepdims=False)),
     )
+
+
+def _packed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)

@@ -83,7 +83,7 @@ _linear_row.defvjp(_row_forward, _row_backward)
 
 @jax.custom_vjp
 def _linear_rounded(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return einsum("...i,oi->...o", x.astype(jnp.bfloat16), _from_bits(weight))
+    return einsum("...i,oi->...o", x.astype(jnp.bfloat16), from_bits(weight))
 
 
 def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -93,7 +93,7 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     x, weight = kept
     gradient = gradient.astype(jnp.bfloat16)
-    by_x = einsum("...o,oi->...i", gradient, _from_bits(weight))
+    by_x = einsum("...o,oi->...i", gradient, from_bits(weight))
     if weight.dtype == jnp.uint16:  # integers have no derivative
         return by_x, None
     return by_x, einsum("...o,...i->oi", gradient, x.astype(jnp.bfloat16)).astype(weight.dtype)
@@ -102,7 +102,7 @@ def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[j
 _linear_rounded.defvjp(_forward, _backward)
 
 
-def _from_bits(weight: jax.Array) -> jax.Array:
+def from_bits(weight: jax.Array) -> jax.Array:
     # A scan over layers copies each layer's weights out of their stack. On a CPU, XLA copies bfloat16 element by
     # element, which takes several times as long as the products; it copies integers as memory.
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
