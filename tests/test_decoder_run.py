@@ -243,6 +243,22 @@ def test_step_keeps_the_dtypes_of_the_cache_in_bfloat16(model, packed):
     assert jax.tree.map(lambda leaf: leaf.dtype, grown) == jax.tree.map(lambda leaf: leaf.dtype, cache)
 
 
+def test_an_update_of_a_rounded_input_has_rounded_products():
+    """Of a bfloat16 input all products are of bfloat16 numbers, and near those of float32, with their gradients."""
+    rng = np.random.default_rng(4)
+    x, gradient = (jnp.asarray(rng.normal(size=(2, 5, width)), jnp.float32) for width in (64, 48))
+    factors = StackedFactors(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 64), (48, 8))))
+
+    def found(x):
+        value, back = jax.vjp(update, x, factors)
+        return value, *jax.tree.leaves(back(gradient))
+
+    rounded = x.astype(jnp.bfloat16)
+    for near, exact in zip(found(rounded), found(rounded.astype(jnp.float32)), strict=True):
+        error = jnp.linalg.norm(near.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+        assert 1e-4 < error < 1e-2
+
+
 def test_gradient_of_factors_matches_jax(model):
     """Compare with JAX's own rule for the same product, with and without vmap."""
     rng = np.random.default_rng(3)

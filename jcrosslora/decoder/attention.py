@@ -50,7 +50,7 @@ def attention(
         sinks: float32 (heads,), the score of attending to nothing; None without that choice.
 
     Returns:
-        (B, T, heads * E) in the dtype of the values. A query that attends to nothing gets the mean of all values.
+        (B, T, heads * E) in the dtype of the queries, whose products are those of the keys' dtype. A query that attends to nothing gets the mean of all values.
     """
     batch, length, heads, size = queries.shape
     groups = heads // keys.shape[1]
@@ -147,7 +147,8 @@ class KVCache:
     """Keys and values in S slots for each sequence, filled from the first on, padding included.
 
     Attributes:
-        keys: (L, B, kv_heads, S, D) of the L layers with attention, with rotary positions applied.
+        keys: (L, B, kv_heads, S, D) of the L layers with attention, with rotary positions applied; float32, bfloat16,
+            or its bits as uint16, which a CPU copies faster.
         values: (L, B, kv_heads, S, D), of latent attention with a D of their own.
         positions: int32 (B, S), position of the token in a slot, -1 for padding and free slots.
         filled: int32 scalar, slots in use; the same for all sequences.
@@ -169,7 +170,7 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
         settings: of the model.
         batch: B.
         length: S.
-        dtype: of the residual stream, see `Params.stream_dtype`.
+        dtype: of keys and values.
     """
     mixer = settings.mixer
     with_state = 0 if mixer is None else sum(mixer.kind in parts.mixer for parts in settings.parts)
@@ -202,8 +203,8 @@ def append_layer(
     """
     zero = jnp.zeros((), jnp.int32)
     place = (layer, zero, zero, cache.filled, zero)
-    all_keys = lax.dynamic_update_slice(cache.keys, _packed(keys, cache.keys.dtype)[None], place)
-    all_values = lax.dynamic_update_slice(cache.values, _packed(values, cache.values.dtype)[None], place)
+    all_keys = lax.dynamic_update_slice(cache.keys, _stored(keys, cache.keys.dtype)[None], place)
+    all_values = lax.dynamic_update_slice(cache.values, _stored(values, cache.values.dtype)[None], place)
     return (
         cache.replace(keys=all_keys, values=all_values),  # pyright: ignore[reportAttributeAccessIssue]
         from_bits(lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)),
@@ -211,5 +212,5 @@ def append_layer(
     )
 
 
-def _packed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)

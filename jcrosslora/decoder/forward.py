@@ -62,7 +62,8 @@ def forward(
         capture: names of `CAPTURES` to return for all layers; memory is L times that of one layer.
         reduce: called with the `LayerCapture` of each layer inside the scan; only its result is kept. It may close over
             arrays, such as the mask or the captures of another model.
-        remat: recompute each layer in the backward pass instead of keeping its intermediates.
+        remat: recompute each layer in the backward pass; else the outputs of its linear modules are kept, and what lies
+            between them is computed again.
 
     Raises:
         UsageError: `capture` has an unknown name.
@@ -152,8 +153,8 @@ def _run_layers(
         x, cache, captured = layer_forward(settings, layer, context, *carry)
         return (x, cache), keep(captured)
 
-    kept = () if remat else (MODULE_OUTPUT,)
-    step = jax.checkpoint(run, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    names = () if remat else (MODULE_OUTPUT,)
+    step = jax.checkpoint(run, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*names))
     (x, cache), kept = scan_layers(settings, params, adapter, step, (x, cache))
     return _final_norm(settings, params, x), cache, kept
 

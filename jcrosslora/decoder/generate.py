@@ -303,7 +303,7 @@ def prefill(
         room: tokens that the cache has space for behind the prompts.
     """
     batch, length = prompts.shape
-    cache = init_cache(settings, batch, length + room, jnp.uint16 if params.packed else params.stream_dtype)
+    cache = init_cache(settings, batch, length + room, params.cache_dtype)
     hidden, cache = extend_cache(settings, params, cache, prompts, positions_of(prompts, mask), adapter)
     last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
     first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

@@ -12,7 +12,9 @@ from jcrosslora.decoder.adapters import RoleUpdates
 from jcrosslora.decoder.ops import Row, is_packed, layer_norm, linear, rms_norm
 from jcrosslora.decoder.settings import DecoderSettings, RoleFactors
 
-MODULE_OUTPUT = "module output"  # what is kept for the backward pass
+# The name under which the outputs of linear modules are kept for the backward pass. To compute what lies between them
+# again is faster on a CPU than to write it to memory and read it.
+MODULE_OUTPUT = "module output"
 
 # The place in a layer where the input of each role is read. All roles of a place are in the same layers.
 INPUT_SITES = {
@@ -128,7 +130,7 @@ def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCaptu
     if role in layer.biases:
         out = out + layer.biases[role].astype(jnp.float32)
     if role in layer.factors:
-        # A CPU reads and writes arrays of bfloat16 in half the time; the module's own product is rounded alike.
+        # The module's own product reads a rounded x as well, see `linear`.
         out = layer.factors[role].apply(x.astype(jnp.bfloat16) if is_packed(layer.weights[role]) else x, out)
     capture.inputs[INPUT_SITES[role]] = x
     capture.outputs[role] = checkpoint_name(out.astype(x.dtype), MODULE_OUTPUT)

@@ -62,8 +62,13 @@ class Params:
 
     @property
     def stream_dtype(self) -> jnp.dtype:
-        """The dtype of the residual stream and of the KV cache: that of the weights, or float32 if they are packed."""
+        """The dtype of the residual stream: that of the weights, or float32 if they are packed."""
         return _F32 if self.packed else self.embedding.dtype
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """The dtype of keys and values while text is written: that of the weights, which may be bits of bfloat16."""
+        return _BITS if self.packed else self.embedding.dtype
 
 
 def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool | None = None) -> Params:

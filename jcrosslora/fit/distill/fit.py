@@ -285,11 +285,11 @@ def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> Fit
 def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     """Check whether the activations kept for the backward pass of (B, T) tokens take more than 4 GB.
 
-    A position takes about four times the MLP's width and eight times those of the stream and of attention, in float32,
-    by XLA's memory analysis of bases of 0.1B to 8B parameters.
+    A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, by
+    XLA's memory analysis of bases of 0.1B to 8B parameters.
     """
     mixed = max(settings.heads * settings.head_dim, 0 if settings.mixer is None else settings.mixer.convolved)
-    width = 4 * settings.intermediate + 8 * (settings.hidden + mixed)
+    width = 2 * settings.intermediate + 3 * (settings.hidden + mixed)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 
 
