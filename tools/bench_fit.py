@@ -1,0 +1,167 @@
+"""The three programs that a fit spends its time in, beside transformers and peft: medians of interleaved runs.
+
+    python tools/bench_fit.py BASE [--rows 4] [--width 96] [--texts 48] [--prompt 64] [--answer 32] [--repeats 5]
+
+Timed are, for a base of which the decoder and transformers can run the whole,
+
+- write: `--answer` tokens behind each of `--texts` prompts of `--prompt` tokens, sampled, none of which ends;
+- read: predictions among 6,500 tokens at all positions of `--rows` texts of `--width` tokens;
+- step: the gradient of a divergence of such predictions for a LoRA of rank 16 on all modules, and a step of Adam.
+
+The rival has bfloat16 weights as well, with peft's LoRA in all three. A pass is counted as two operations for each
+weight of the layers and of the predicting rows, and token; a step as two passes, for no weight has a gradient. "of the
+rate" compares them with one product of 1,536 x 1,536 bfloat16 matrices in XLA. Ratios of wall time mean nothing on a
+busy machine; to time a single core, start it with `taskset -c 0`.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import torch
+from torch_model import torch_model
+
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.decoder import Params, load_params, settings_of
+from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.errors import JCrossLoRAError
+from jcrosslora.fit.distill.fit import first_state, gradient_step, needs_remat
+from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.teacher import TaughtBatch
+from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
+
+COMPARED = 6500
+_PRODUCT = 1536
+_SETTINGS = DistillSettings()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    for name, usual in {"rows": 4, "width": 96, "texts": 48, "prompt": 64, "answer": 32, "repeats": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    found = parser.parse_args()
+    if min(vars(found)[name] for name in ("rows", "width", "texts", "prompt", "answer", "repeats")) < 1:
+        sys.exit("bench_fit: all numbers have to be 1 or more")
+    return found
+
+
+def drawn(shape: tuple[int, int], vocab: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
+
+
+def ours(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is timed of this package."""
+    settings, count = settings_of(base), arguments.rows * arguments.width
+    compared = min(COMPARED, settings.vocab)
+    reduced = ReducedBase.of(settings, params, np.arange(compared), np.arange(compared))
+    state = first_state(reduced.params, _SETTINGS)
+    tokens, mask = jnp.asarray(drawn((arguments.rows, arguments.width), compared)), jnp.ones(count, bool)
+    teacher = jnp.full((count, compared), -np.log(compared), jnp.float32)
+    read_by = tokens, mask.reshape(tokens.shape), jnp.arange(count, dtype=jnp.int32)
+    batch = TaughtBatch(*read_by, jnp.ones(count), teacher)
+    prompts = jnp.asarray(drawn((arguments.texts, arguments.prompt), settings.vocab))
+    every = jnp.ones(prompts.shape, bool)
+    again = needs_remat(settings, tokens.shape)
+
+    def write() -> Any:
+        begun = prefill(settings, params, state.factors, prompts, every, room=arguments.answer)
+        key, warm = jax.random.key(0), jnp.float32(1)
+        return extend(settings, params, state.factors, begun, warm, key, count=arguments.answer)[1]
+
+    def step() -> Any:
+        given = settings, _SETTINGS.optimizer, reduced.params, None, state, batch, jnp.float32(1e-4)
+        return gradient_step(*given, ends=0, remat=again)
+
+    programs = {"write": write, "step": step}
+    programs["read"] = lambda: shared_log_probs(settings, reduced.params, state.factors, *read_by)
+    return {name: lambda program=program: jax.block_until_ready(program()) for name, program in programs.items()}
+
+
+def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """The same in transformers and peft."""
+    modules = sorted({name.rpartition(".")[2] for name in base.modules})
+    how = peft.LoraConfig(r=_SETTINGS.fit_rank, target_modules=modules, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(torch_model(base, torch.bfloat16), how)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-4, betas=(0.9, 0.99))
+    compared = min(COMPARED, base.dims.vocab)
+    tokens = torch.from_numpy(drawn((arguments.rows, arguments.width), compared)).long()
+    prompts = torch.from_numpy(drawn((arguments.texts, arguments.prompt), base.dims.vocab)).long()
+    teacher = torch.full((tokens.numel(), compared), -np.log(compared))
+    head = model.get_output_embeddings().weight[:compared]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def predictions() -> torch.Tensor:
+        inner: Any = model.get_base_model().get_decoder()
+        hidden = inner(input_ids=tokens).last_hidden_state.reshape(tokens.numel(), -1)
+        return torch.log_softmax((hidden @ head.T).float(), dim=-1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = torch.sum(teacher.exp() * (teacher - predictions())) / tokens.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    @torch.no_grad()
+    def write() -> Any:
+        every = torch.ones_like(prompts)
+        much = {"max_new_tokens": arguments.answer, "min_new_tokens": arguments.answer, "pad_token_id": 0}
+        return model.generate(input_ids=prompts, attention_mask=every, do_sample=True, top_k=0, **much)
+
+    return {"write": write, "read": torch.no_grad()(predictions), "step": step}
+
+
+def operations(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict[str, float]:
+    """Operations of each program."""
+    inner, hidden = sum(weight.size for weight in params.weights.values()), base.dims.hidden
+    read = 2 * arguments.rows * arguments.width * (inner + min(COMPARED, base.dims.vocab) * hidden)
+    written = arguments.texts * (arguments.prompt + arguments.answer)
+    head = arguments.texts * (1 + arguments.answer) * base.dims.vocab * hidden
+    return {"write": 2.0 * (written * inner + head), "read": float(read), "step": 2.0 * read}
+
+
+def timed(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of programs that take turns, each behind a first run."""
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats + 1):
+        for name, program in programs.items():
+            begun = time.perf_counter()
+            program()
+            if turn:  # the first one compiles
+                taken[name].append(time.perf_counter() - begun)
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+def main() -> None:
+    arguments = parse()
+    try:
+        base = open_base(arguments.base)
+        params = load_params(base, jnp.bfloat16)
+    except JCrossLoRAError as error:
+        sys.exit(f"bench_fit: {error}")
+    square = jnp.ones((_PRODUCT, _PRODUCT), jnp.bfloat16)
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    sides = {"ours": ours(base, params, arguments), "theirs": theirs(base, arguments)}
+    work = operations(base, params, arguments)
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, peft {peft.__version__}"
+    print(f"{base.name} on {jax.default_backend()}, {versions}")
+    for name, count in work.items():
+        programs = {side: programs[name] for side, programs in sides.items()}
+        programs["product"] = lambda: jax.block_until_ready(product(square))
+        seconds = timed(programs, arguments.repeats)
+        rate = 2 * _PRODUCT**3 / seconds["product"]
+        mine, rival = seconds["ours"], seconds["theirs"]
+        share = f"{count / mine / rate:4.0%} of the rate"
+        print(f"{name:6} {mine:7.3f} s, {share}; transformers and peft {rival:7.3f} s, {rival / mine:5.2f} x")
+
+
+if __name__ == "__main__":
+    main()
