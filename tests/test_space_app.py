@@ -42,6 +42,7 @@ def app(page_module, tmp_path, monkeypatch):
     """The module of the page; its jobs have their folders below `tmp_path`."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(job, "_POLL", 0.05)
+    monkeypatch.setattr(page_module, "LOCAL", False)
     return page_module
 
 
@@ -88,6 +89,11 @@ def test_an_error_is_a_line_on_the_page(app, tmp_path, monkeypatch):
     assert shown(app.plan, source="/etc/passwd")[-1][0].startswith("Error: the name of the source is '/etc/passwd'")
     monkeypatch.setattr(job, "_USER_ERROR", 1)
     assert shown(app.plan)[-1][0] == "Error: no such model"
+    (tmp_path / "full").touch()
+    monkeypatch.setattr(app, "write_settings", lambda *_, **__: (tmp_path / "full" / "x").write_text(""))
+    assert shown(app.plan)[-1][0] == (
+        "Error: the page cannot keep the files of the job (Not a directory): try again later"
+    )
     assert not list(tmp_path.glob("jcrosslora-job-*"))
 
 

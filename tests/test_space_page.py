@@ -170,6 +170,9 @@ def test_a_job_is_cancelled_while_another_visitor_waits(served, browser, files):
     second.page.get_by_text("Settings").first.click()
     second.choose("Method", "pad-truncate")
     second.press("Move")
+    second.press("Cancel")  # while it waits
+    second.shows("cancelled: ")
+    second.press("Move")
     assert len(jobs(folder)) == 1
     first.press("Cancel")
     first.shows("cancelled: ")

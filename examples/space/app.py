@@ -29,6 +29,7 @@ from jcrosslora.demo import fetch_models
 LOCAL = os.environ.get("JCROSSLORA_SPACE_LOCAL") == "1"
 MINUTES = float(os.environ.get("JCROSSLORA_SPACE_MINUTES", "60"))
 WAITING = 20  # jobs that may wait; one runs at a time
+_LARGEST_UPLOAD = "8gb"
 _HOUR = 3600
 _CANCELLED = "cancelled: nothing of the job is kept"
 
@@ -72,6 +73,9 @@ async def _run(
                 yield line, *rest
         except (JobError, jcl.JCrossLoRAError) as error:
             yield f"Error: {error}", *rest
+            return
+        except OSError as error:
+            yield f"Error: the page cannot keep the files of the job ({error.strerror}): try again later", *rest
             return
         yield show(folder)
 
@@ -118,7 +122,11 @@ def build() -> gr.Blocks:
                         [DEMO[what]], value=DEMO[what], label=what.capitalize(), info=kind, allow_custom_value=True
                     )
                     names.append(choices)
-                    uploads.append(gr.File(label=f"or upload the {what}", file_count="multiple", height=150))
+                    uploads.append(
+                        gr.File(
+                            label=f"or the files of the {what}, in place of the name", file_count="multiple", height=150
+                        )
+                    )
         with gr.Accordion("Settings", open=False):
             method = gr.Dropdown([jcl.methods.AUTO, *jcl.methods.METHODS], value=jcl.methods.AUTO, label="Method")
             completions = gr.Slider(
@@ -155,4 +163,5 @@ def build() -> gr.Blocks:
 if __name__ == "__main__":
     fonts = ["system-ui", "sans-serif"]  # no request to a font server
     theme = Default(font=fonts, font_mono=["monospace"])
-    build().queue(max_size=WAITING).launch(theme=theme, ssr_mode=False, run_history=False)
+    page = build().queue(max_size=WAITING)
+    page.launch(theme=theme, ssr_mode=False, run_history=False, max_file_size=None if LOCAL else _LARGEST_UPLOAD)
