@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import jcrosslora as jcl
 SPACE = Path(inputs.__file__).parent
 PLACES = {ADAPTER: "org/adapter", SOURCE: "org/source", TARGET: "org/target"}
 TELL = "import sys; print('jcrosslora: step 1 of 2', file=sys.stderr, flush=True)"
-SLEEP = f"{TELL}; import subprocess; subprocess.run(['sleep', '600'])"
+SLEEP = f"import subprocess; child = subprocess.Popen(['sleep', '600']); {TELL}; child.wait()"
 
 
 def settings_of(folder, *, local=False, demo_bases=None, **request):
@@ -146,13 +147,13 @@ def test_an_error_of_a_job_is_one_line(tmp_path, monkeypatch, capsys):
 def test_a_job_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
     with pytest.raises(job.JobError, match=r"stopped after 0\.001 minutes"):
         follow(tmp_path, monkeypatch, SLEEP, minutes=0.001)
-    assert not running_in(tmp_path)
+    assert all_end_in(tmp_path)
 
 
 def test_a_cancelled_job_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
     found = follow(tmp_path, monkeypatch, SLEEP, lines=1)
     assert found[-1] == "step 1 of 2"
-    assert not running_in(tmp_path)
+    assert all_end_in(tmp_path)
 
 
 def test_a_job_of_a_visitor_has_no_token_and_a_hub_folder_of_its_own(tmp_path, monkeypatch):
@@ -211,9 +212,12 @@ def test_a_worker_ends_when_the_page_is_gone(files, tmp_path):
     ) as process:
         assert process.stdout is not None
         assert process.stdin is not None
-        process.stdout.readline()
-        process.stdin.close()
-        assert process.wait(60) == 1
+        try:
+            process.stdout.readline()
+            process.stdin.close()
+            assert process.wait(60) == 1
+        finally:
+            process.kill()
     assert not folder.exists()
 
 
@@ -224,6 +228,16 @@ def test_the_card_of_the_space_is_valid():
     assert (found.sdk, found.app_file) == ("gradio", "app.py")
     assert found.license == "apache-2.0"
     assert (SPACE / found.app_file).is_file()
+
+
+def all_end_in(folder: Path) -> bool:
+    """Whether no process is left whose working folder is `folder`; one that was killed takes a moment to end."""
+    end = time.monotonic() + 5
+    while running_in(folder):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def running_in(folder: Path) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import job
 import pytest
 from html_pages import Page
-from test_space import SLEEP, running_in, worker_that
+from test_space import SLEEP, all_end_in, worker_that
 
 pytestmark = [
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
@@ -103,4 +103,4 @@ def test_a_cancelled_handler_leaves_neither_process_nor_folder(app, tmp_path, mo
     )
     shown(app.move, stop="step 1 of 2")
     assert not list(tmp_path.glob("jcrosslora-job-*"))
-    assert not running_in(Path(f"{(tmp_path / 'cwd').read_text()} (deleted)"))
+    assert all_end_in(Path(f"{(tmp_path / 'cwd').read_text()} (deleted)"))
