@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,23 @@ _KINDS = {
 _fetching = threading.Lock()
 
 
-async def plan(*given: Any) -> AsyncIterator[tuple[Any, ...]]:
+async def plan(*given: Any) -> AsyncGenerator[tuple[Any, ...]]:
     """Show what a transfer takes: progress, figures."""
-    async for shown in _run("plan", _request(given), _show_plan, outputs=2):
-        yield shown
+    async with aclosing(_run("plan", _request(given), _show_plan, outputs=2)) as running:
+        async for shown in running:
+            yield shown
 
 
-async def move(*given: Any) -> AsyncIterator[tuple[Any, ...]]:
+async def move(*given: Any) -> AsyncGenerator[tuple[Any, ...]]:
     """Move an adapter: progress, report, file."""
-    async for shown in _run("move", _request(given), _show_result, outputs=3):
-        yield shown
+    async with aclosing(_run("move", _request(given), _show_result, outputs=3)) as running:
+        async for shown in running:
+            yield shown
 
 
 async def _run(
     what: str, request: Request, show: Callable[[Path], tuple[Any, ...]], outputs: int
-) -> AsyncIterator[tuple[Any, ...]]:
+) -> AsyncGenerator[tuple[Any, ...]]:
     """Run a job in a folder of its own, which is removed whatever happens; the first output tells of its progress."""
     rest = (gr.skip(),) * (outputs - 1)
     yield "starting", *(None,) * (outputs - 1)  # what an earlier job has shown is removed
@@ -69,8 +72,9 @@ async def _run(
         try:
             bases = await asyncio.to_thread(_demo_bases) if request.needs_demo_bases() else None
             write_settings(request, folder, bases, local=LOCAL)
-            async for line in run_job(what, folder, minutes=MINUTES, local=LOCAL):
-                yield line, *rest
+            async with aclosing(run_job(what, folder, minutes=MINUTES, local=LOCAL)) as job:
+                async for line in job:
+                    yield line, *rest
         except (JobError, jcl.JCrossLoRAError) as error:
             yield f"Error: {error}", *rest
             return
@@ -122,11 +126,8 @@ def build() -> gr.Blocks:
                         [DEMO[what]], value=DEMO[what], label=what.capitalize(), info=kind, allow_custom_value=True
                     )
                     names.append(choices)
-                    uploads.append(
-                        gr.File(
-                            label=f"or the files of the {what}, in place of the name", file_count="multiple", height=150
-                        )
-                    )
+                    label = f"or the files of the {what}, in place of the name"
+                    uploads.append(gr.File(label=label, file_count="multiple", height=150))
         with gr.Accordion("Settings", open=False):
             method = gr.Dropdown([jcl.methods.AUTO, *jcl.methods.METHODS], value=jcl.methods.AUTO, label="Method")
             completions = gr.Slider(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class JobError(Exception):
     """A job ended without a result; the message is one line for the visitor."""
 
 
-async def run_job(what: str, folder: Path, *, minutes: float, local: bool) -> AsyncIterator[str]:
+async def run_job(what: str, folder: Path, *, minutes: float, local: bool) -> AsyncGenerator[str]:
     """Run "plan" or "move" in the folder of a job, which holds its settings; its files are there at the end.
 
     If the generator is closed, or its task is cancelled, the process is killed with all that it started.
