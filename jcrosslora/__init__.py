@@ -59,6 +59,8 @@ if _TYPE_CHECKING:
     from jcrosslora.methods import register_method as register_method
     from jcrosslora.report.record import TransferReport as TransferReport
     from jcrosslora.report.verdict import verdict as verdict
+    from jcrosslora.session.estimate import Estimate as Estimate
+    from jcrosslora.session.files import estimate_files as estimate_files
     from jcrosslora.session.files import transfer_files as transfer_files
     from jcrosslora.session.pushing import push_to_hub as push_to_hub
     from jcrosslora.session.result import TransferResult as TransferResult
@@ -112,7 +114,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "methods": ("Method", "register_method"),
     "report.record": ("TransferReport",),
     "report.verdict": ("verdict",),
-    "session.files": ("transfer_files",),
+    "session.estimate": ("Estimate",),
+    "session.files": ("estimate_files", "transfer_files"),
     "session.pushing": ("push_to_hub",),
     "session.result": ("TransferResult",),
     "session.saving": ("save_adapter",),

