@@ -18,6 +18,7 @@ from jcrosslora.alignment.transport import AlignRecipe, BaseInfo, describe_base
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.logs import record
 from jcrosslora.methods import Auto, Distill, Method, make_chosen
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.estimate import Estimate
@@ -122,6 +123,7 @@ def transfer_asked(
         ranks={name: factors.rank for name, factors in moved.modules.items()},
         asked=asked.settings,
     )
+    record(report.figures)
     kept = () if given else found.completions
     return TransferResult(moved, report, texts, frozen, found.chat_template, kept)
 

@@ -26,6 +26,7 @@ from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
 from jcrosslora.lineage.pairing import parse_depth
+from jcrosslora.logs import record
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.effect import FINISH, measure_effect
@@ -252,6 +253,7 @@ class PairSession:
             ranks=_ranks(moved),
             tokens=shifted.tokens,
         )
+        record(report.figures)
         kept = update.completions if update.wrote_prompts else ()
         return TransferResult(moved, report, written or tuple(probes), frozen, update.chat_template, kept)
 
