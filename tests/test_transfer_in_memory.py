@@ -101,7 +101,7 @@ def test_a_fit_runs_behind_an_alignment(tmp_path):
 
     source = jcl.open_base(write_base(tmp_path / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
-    adapter = random_adapter(source, scale=0.3)
+    adapter = random_adapter(source, scale=0.3, roles=("q_proj", "v_proj"))
     method = jcl.methods.Distill(completions=24, fit_rank=2, passes=1, answer_tokens=4, roles=("v_proj", "o_proj"))
     prompts = [f"{line} {number}" for number in range(6) for line in CORPUS]
     transport = jcl.align(source, target, method)
@@ -111,3 +111,8 @@ def test_a_fit_runs_behind_an_alignment(tmp_path):
     assert set(result.report.ranks.values()) == {2}
     assert "have no update" in result.report.rank_sentence
     assert result.report.rank_sentence.startswith("the moved update has rank 2 in")
+    # Modules that the adapter does not have are fitted, too, and stand in the report.
+    norms = {row.target: row.norm_after for row in result.report.rows}
+    assert {name for name, norm in norms.items() if norm} == set(result.report.ranks)
+    assert [name for name in target.modules if name in norms] == list(norms)
+    assert {row.role for row in result.report.rows if not row.source} == {"o_proj"}
