@@ -312,6 +312,27 @@ def test_what_is_no_whole_adapter_is_refused_before_the_hub_is_asked(hub, folder
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "recipe.toml"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
+    (tmp_path / "private").write_text(SECRET)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(jcl.AdapterError, match=f"{name}: is a link that leads out of the folder"):
+        jcl.push_to_hub(folder, ID)
+    assert not hub.requests
+
+
+def test_the_links_of_the_hubs_cache_are_followed(hub, folder, tmp_path):
+    snapshot = tmp_path / "models--me--old" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, snapshot.parents[1] / "blobs")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    jcl.push_to_hub(snapshot, ID)
+    assert hub.repos[ID].files.keys() == FILES
+
+
 @pytest.mark.parametrize("name", ["moved", "me/", "me/a/b", "me/a--b", "-me/a", "me/moved.git"])
 def test_what_is_no_name_of_a_repository_is_refused_before_the_hub_is_asked(hub, folder, result, name):
     with pytest.raises(jcl.UsageError, match="is not the name of a repository"):
@@ -362,6 +383,11 @@ def test_a_dry_run_shows_the_files_and_asks_nobody(hub, folder, monkeypatch, cap
     main(["push", str(folder), ID, "--dry-run"])
     assert "would upload: adapter_model.safetensors" in capsys.readouterr().out
     assert hub.requests == []
+
+
+def test_a_dry_run_refuses_what_is_no_name_of_a_repository(hub, folder, capsys):
+    assert stopped("push", folder, "https://hub/me/moved", "--dry-run") == 2
+    assert "is not the name of a repository" in capsys.readouterr().err
 
 
 def test_a_result_in_memory_is_uploaded_and_uploaded_again_without_sending(hub, result):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jcrosslora.adapter.engines.facts import read_facts
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
-from jcrosslora.checkpoint.hub import is_hub_id, is_on_hub, public_name
+from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.hub.card import card_base, card_for_hub
 from jcrosslora.report.card import without_examples
@@ -50,7 +50,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
             that hold them go along, the page of `jcrosslora report` among them.
 
     Raises:
-        AdapterError: the folder is not a whole adapter, or its card or report is damaged.
+        AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text leads out of it.
         UsageError: `base_model` is not a hub id.
     """
     folder = Path(folder).expanduser()
@@ -58,6 +58,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
         msg = f"base model {base_model!r} is not a hub id: give one such as owner/name, or leave it out"
         raise UsageError(msg)
     files = _whole_adapter(folder)
+    _check_links(folder)
     config = {} if files.config is None else read_config(files.config)
     card = _text(folder / CARD) if (folder / CARD).is_file() else None
     key = _BASE_KEYS.get(files.form, "")
@@ -93,6 +94,20 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
         msg = f"{folder}: is not a whole adapter ({facts.faults[0]}): write it again"
         raise AdapterError(msg)
     return files
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse texts that are links out of the folder, by which another file would be published.
+
+    The hub's own cache is made of such links. Where they lead, all files are of one repository.
+    """
+    home = folder.resolve()
+    own = home.parents[1] if cached_identity(folder) else home
+    for path in sorted(folder.iterdir()):
+        text = path.name in (CARD, REPORT, COMPLETIONS, PAGE, CONFIG) or _goes_along(path.name)
+        if text and path.is_symlink() and not path.resolve().is_relative_to(own):
+            msg = f"{path}: is a link that leads out of the folder: put a copy of the file there, or remove the link"
+            raise AdapterError(msg)
 
 
 def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> Path | bytes:
