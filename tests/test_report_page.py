@@ -207,6 +207,21 @@ def test_a_gain_that_a_random_adapter_has_as_well_is_no_success(moved, tmp_path)
     assert headline(find_contents(moved, path, Roles(trained="trained", moved="moved"))).word == "It works"
 
 
+@pytest.mark.parametrize("kept", [(), ("value", "low", "high")])
+def test_without_figures_or_differences_nothing_is_said_of_the_effect(moved, tmp_path, kept):
+    data = json.loads(evaluated(tmp_path, (0, 1, 1)).read_text())
+    for model in data["models"]:
+        for name, figure in list(model.items()):
+            if isinstance(figure, dict):
+                model[name] = {part: figure[part] for part in kept}
+                if not kept:
+                    del model[name]
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    contents = find_contents(moved, tmp_path / "answers.json", Roles(trained="trained"))
+    assert (headline(contents).tone, headline(contents).word) == ("open", "Not known")
+    assert "Not known." in report_page(contents)
+
+
 def test_where_no_answer_is_exact_the_likeness_decides(moved, tmp_path):
     data = json.loads(evaluated(tmp_path, (0, 0, 0)).read_text())
     values = (40.0, 55.0, 58.0)

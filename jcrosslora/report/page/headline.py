@@ -74,6 +74,9 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
     def told(tone: Tone, word: str, sentence: str) -> Headline:
         return Headline(tone, word, f"{task} {sentence}.", reasons)
 
+    if not any(model.word(name) for name in present(evaluation)):
+        sentence = "The evaluation does not say how the moved adapter differs from the model without one."
+        return Headline("open", "Not known", sentence, reasons)
     if "worse" in words.values():
         if "better" in words.values():
             return told("mixed", "Mixed", "the moved adapter helps in one way and harms in another")
