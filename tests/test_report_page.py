@@ -16,6 +16,8 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.evaluate.output import answers_json, scores_json
 from jcrosslora.report.page import Roles, find_contents, report_page
+from jcrosslora.report.page.answers import answers_section
+from jcrosslora.report.page.evaluation import parse_evaluation
 from jcrosslora.report.page.figures import gain_share
 from jcrosslora.report.page.headline import headline
 from jcrosslora.text import Completion, Message
@@ -205,6 +207,19 @@ def test_a_gain_that_a_random_adapter_has_as_well_is_no_success(moved, tmp_path)
     path = evaluated(tmp_path, (0, 0.5, 1, 0.45), (0.9, 0.3, 0.2, 0.3))
     assert headline(find_contents(moved, path, ROLES)).word == "No better than random"
     assert headline(find_contents(moved, path, Roles(trained="trained", moved="moved"))).word == "It works"
+
+
+def test_long_answers_of_many_adapters_are_cut_for_the_page_to_stay_small(tmp_path):
+    data = json.loads(evaluated(tmp_path, (0, 1)).read_text())
+    base, one = data["models"]
+    data["models"] = [base, *(one | {"name": f"adapter {place}"} for place in range(60))]
+    written = [{"name": "", "text": "<&" * 5000, "ended": True, "exact": False}] * 61
+    data["answers"] = [{"prompt": "&" * 10**5, "right": ["&" * 10**5], "written": written}] * 10
+    content = json.dumps(data).encode()
+    assert len(answers_section(parse_evaluation(content, "answers.json"))) < 1_900_000
+    data["answers"] = [{"prompt": "p" * 3999, "right": ["r"], "written": written[:2]}]
+    data["models"] = data["models"][:2]
+    assert "p" * 3999 in answers_section(parse_evaluation(json.dumps(data).encode(), "answers.json"))
 
 
 @pytest.mark.parametrize("kept", [(), ("value", "low", "high")])
