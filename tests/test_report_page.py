@@ -200,6 +200,7 @@ def test_a_loss_is_not_told_as_a_share_of_a_gain(moved, tmp_path):
     contents = find_contents(moved, evaluated(tmp_path, (0, 0, 1), (0.9, 4, 0.2), trained=NAMES[2]))
     found = headline(contents)
     assert found.word == "It harms"
+    assert "brings 0% [0%, 0%] of what" in found.reasons[0]
     assert "%" not in found.reasons[1]
 
 

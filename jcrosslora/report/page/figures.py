@@ -104,7 +104,7 @@ def gain_text(evaluation: Evaluation, name: str) -> str:
     if moved is None or share is None or moved.word(name) == "worse":
         return ""
     lift = moved.figures[name].lift
-    return f"{share:.0%}" + ("" if lift is None else f" [{lift.low:.0%}, {lift.high:.0%}]")
+    return _percent(share) + ("" if lift is None else f" [{_percent(lift.low)}, {_percent(lift.high)}]")
 
 
 def beyond_random(evaluation: Evaluation, name: str) -> bool:
@@ -117,3 +117,7 @@ def beyond_random(evaluation: Evaluation, name: str) -> bool:
         return True
     own, other = moved.figures[name], random.figures[name]
     return own.high < other.low if FIGURES[name].lower else own.low > other.high
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%"  # an integer, which has no -0

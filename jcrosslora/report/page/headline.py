@@ -132,4 +132,4 @@ def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
 
 def _share(evaluation: Evaluation, name: str) -> str:
     share = gain_text(evaluation, name)
-    return f" That is {share} of what a trained adapter gains." if share else ""
+    return f" The moved one brings {share} of what a trained adapter gains." if share else ""
