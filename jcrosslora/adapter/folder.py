@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from jcrosslora.adapter.front_matter import split_card
 from jcrosslora.adapter.read_gguf import is_gguf_adapter
@@ -171,12 +171,20 @@ _LONGEST = 1 << 16  # bytes of a card that are read
 _HUB = "https://huggingface.co"
 
 
+class Licences(TypedDict, total=False):
+    """What a card states of a licence, by the fields of `AdapterInfo`."""
+
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
+
+
 def stated_licence(folder: Path) -> str | None:
     """Return the licence in the front matter of a folder's README.md; None where there is none that can be read."""
     return _stated(folder, "license")["license"]
 
 
-def stated_licences(files: AdapterFiles) -> dict[str, str | None]:
+def stated_licences(files: AdapterFiles) -> Licences:
     """Return the licence that an adapter's card states, and name and address of one that the hub does not know.
 
     An address within the adapter's own folder is made one of the hub, or left out: the file does not move along.

@@ -9,6 +9,7 @@ from jcrosslora.adapter.config import check_type, config_notes
 from jcrosslora.adapter.folder import (
     AdapterFiles,
     Form,
+    Licences,
     find_adapter,
     open_weights,
     read_config,
@@ -52,7 +53,7 @@ class OpenedAdapter:
     name: str
     form: Form | None
     revision: str | None
-    licences: Mapping[str, str | None]
+    licences: Licences
     chat_template: str | None
     kind: Kind
     file: AdapterFile
