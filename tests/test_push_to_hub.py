@@ -361,6 +361,19 @@ def test_the_card_of_another_tool_is_mended_and_kept_otherwise(hub, bases, tmp_p
     assert uploaded_card(hub)[0]["base_model"] == "google/gemma"
 
 
+def test_several_bases_of_a_card_stay_unless_one_is_given(hub, bases, tmp_path):
+    folder = shutil.copytree(bases / "adapter", tmp_path / "mine")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./one"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("---\nbase_model:\n- a/b\n- c/d\ntags: mine\n---\n# mine\n")
+    pushed = jcl.push_to_hub(folder, ID)
+    assert pushed.notes == ("the card names several base models, which stay; name one with --base-model (base_model=)",)
+    data, _ = uploaded_card(hub)
+    assert (data["base_model"], data["tags"]) == (["a/b", "c/d"], "mine")
+    assert jcl.push_to_hub(folder, ID, base_model="a/b").base_model == "a/b"
+    assert uploaded_card(hub)[0]["base_model"] == "a/b"
+
+
 def test_a_card_that_is_right_is_sent_as_it_is_and_a_missing_one_is_written(hub, bases, tmp_path):
     folder = shutil.copytree(bases / "adapter", tmp_path / "trained")
     card = "---\nlibrary_name: peft\nbase_model: org/one\nbase_model_relation: adapter\n"

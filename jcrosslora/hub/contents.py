@@ -10,7 +10,7 @@ from jcrosslora.adapter.engines.facts import read_facts
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
 from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.hub.card import card_base, card_for_hub
+from jcrosslora.hub.card import card_base, card_for_hub, names_several
 from jcrosslora.report.card import without_examples
 from jcrosslora.report.documents import PAGE, RECIPE, REPORT
 from jcrosslora.text.completion_lines import COMPLETIONS
@@ -77,7 +77,8 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     if with_completions:  # the page shows some of them
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
-    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left))
+    several = base is None and card is not None and names_several(card)
+    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left, several=several))
 
 
 def _whole_adapter(folder: Path) -> AdapterFiles:
@@ -128,9 +129,11 @@ def _goes_along(name: str) -> bool:
     return name in (RECIPE, CHAT_TEMPLATE) or name.startswith(_LICENCES)
 
 
-def _notes(base: str | None, stated: str | None, left: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(base: str | None, stated: str | None, left: tuple[str, ...], *, several: bool) -> tuple[str, ...]:
     notes = []
-    if base is None:
+    if several:
+        notes.append("the card names several base models, which stay; name one with --base-model (base_model=)")
+    elif base is None:
         called = f", as {public_name(stated)!r} is no hub id" if stated else ""
         notes.append(f"the card names no base model{called}; give its hub id with --base-model (base_model=)")
     if left:
