@@ -134,6 +134,15 @@ def test_a_training_has_its_losses_and_settings_in_tensorboard(training, tmp_pat
     assert str(training) not in text
 
 
+def test_bad_input_leaves_no_run_in_tensorboard(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    with pytest.raises(SystemExit):
+        main(["transfer", "no-adapter", "--source", "no", "--target", "no", "--out", str(tmp_path / "x"),
+              "--log", "tensorboard"])  # fmt: skip
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_a_batch_has_a_run_for_each_job(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     source, _ = open_pair(tmp_path)

@@ -26,7 +26,8 @@ class TensorBoardLog:
     def __init__(self, name: str, settings: Settings) -> None:
         """Begin the file in a folder of its own: a second run of a name gets a number."""
         folder = _free(Path(os.environ.get("TENSORBOARD_LOGGING_DIR", "runs")), name)
-        self._writer = RecordWriter((folder / f"events.out.tfevents.{time.time():.0f}.jcrosslora").open("wb"))
+        self._path, self._empty = folder / f"events.out.tfevents.{time.time():.0f}.jcrosslora", True
+        self._writer = RecordWriter(self._path.open("wb"))
         self._add(file_version="brain.Event:2")
         text = "\n".join(f"    {line}" for line in json.dumps(dict(settings), indent=2, default=str).splitlines())
         kind = _SUMMARIES["SummaryMetadata"]
@@ -37,11 +38,14 @@ class TensorBoardLog:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add figures."""
         self._add_values(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
+        self._empty = False
 
     def finish(self, *, failed: bool) -> None:
-        """Close the file; it keeps no outcome of a run."""
-        del failed
+        """Close the file; one of work that failed before its first figure, as on bad input, is removed."""
         self._writer.close()
+        if failed and self._empty:
+            self._path.unlink()
+            self._path.parent.rmdir()
 
     def _add_values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
         summary = _SUMMARIES["Summary"]
