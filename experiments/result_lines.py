@@ -1,12 +1,14 @@
 """Lines of results: one JSON object for a moved adapter, with every figure and its interval.
 
-`jobs.py` writes them, `leaderboard.py` makes a page of those in `experiments/results/`.
+`jobs.py` writes them, `leaderboard.py` makes a page of those in `experiments/results/`, and `page_figures.py` checks
+that the tables of other pages state nothing else.
 """
 
 import importlib.metadata
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -14,6 +16,7 @@ import jcrosslora as jcl
 from jcrosslora.evaluate import Interval
 
 FOLDER = Path(__file__).parent / "results"
+STATED = FOLDER / "stated"  # lines of results of which no whole line was kept
 
 
 class Figure(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -66,6 +69,62 @@ class ResultLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     commit: str
 
 
+class Stated(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A figure as far as it is known: a mean, its 95% interval over examples, its deviation over seeds, each seed's."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    sd: float | None = None
+    seeds: list["Stated"] = []
+
+    def numbers(self) -> list[float]:
+        """Return all numbers that it holds."""
+        own = [one for one in (self.value, self.low, self.high, self.sd) if one is not None]
+        return own + [number for seed in self.seeds for number in seed.numbers()]
+
+
+class StatedLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A result of which no whole line was kept: what a page states of it. None is what is not known.
+
+    Attributes:
+        section: heading of the tables that state it.
+        rows: what the rows are called, in the words of the pages.
+        source: name of the base that the adapter was trained on.
+        target: name of the base that it was moved to.
+        task: name of the data.
+        split: of the data.
+        examples: how many were answered.
+        seeds: of training and move.
+        part: "base", "trained" on the target, or "moved".
+        method: of the move, with its settings; None for the other parts.
+        prompts: unlabelled prompts that the method was given; None for the other parts.
+        figures: by name, such as `nll_per_char`, `lift`, or `accuracy_minus_base`.
+        note: what else is to be known of it.
+        versions: of the packages that decide the numbers.
+        commit: of this repository.
+    """
+
+    section: str
+    rows: list[str]
+    source: str
+    target: str
+    task: str
+    split: str
+    examples: int
+    seeds: list[int]
+    part: Literal["base", "trained", "moved"]
+    method: str | None
+    prompts: int | None
+    figures: dict[str, Stated]
+    note: str | None
+    versions: dict[str, str] | None
+    commit: str | None
+
+
+Line = TypeVar("Line", ResultLine, StatedLine)
+
+
 def append(path: Path, lines: Iterable[ResultLine]) -> None:
     """Add lines to a file."""
     with path.open("ab") as file:
@@ -73,8 +132,12 @@ def append(path: Path, lines: Iterable[ResultLine]) -> None:
             file.write(msgspec.json.encode(line) + b"\n")
 
 
-def read_lines(path: Path) -> list[ResultLine]:
+def read_lines(path: Path, kind: type[Line] = ResultLine) -> list[Line]:
     """Read a file of lines.
+
+    Args:
+        path: of the file.
+        kind: of its lines.
 
     Raises:
         UsageError: a line is not one; the message names it.
@@ -82,7 +145,7 @@ def read_lines(path: Path) -> list[ResultLine]:
     found = []
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            found.append(msgspec.json.decode(text, type=ResultLine))
+            found.append(msgspec.json.decode(text, type=kind))
         except msgspec.MsgspecError as error:
             msg = f"{path}, line {number}: is not a result ({error}); copy it as experiments/jobs.py wrote it"
             raise jcl.UsageError(msg) from None

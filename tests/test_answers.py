@@ -210,7 +210,7 @@ def test_lift_is_the_share_of_the_trained_adapters_gain():
 
 def test_lift_without_a_gain_or_without_such_a_model_is_refused():
     found = made([["a", "b"], ["a", "b"]], [["a"]] * 2)
-    with pytest.raises(UsageError, match="which includes 0"):
+    with pytest.raises(UsageError, match="an interval above 0"):
         found.lift("exact", 1, 1)
     for places in ((0, 1), (1, 2)):
         with pytest.raises(UsageError, match="counted from 1"):

@@ -16,6 +16,7 @@ from jcrosslora.decoder import Written
 from jcrosslora.evaluate import Answers, answers_page, print_answers
 from jcrosslora.evaluate.answers_table import TITLES, spread
 from jcrosslora.text import Completion, Message
+from jcrosslora.training import read_examples
 
 HOSTILE = "<script>alert('&')</script>\x1b[2J[red]"
 
@@ -159,6 +160,27 @@ def test_plain_prompts_are_answered_as_json(files, capsys):
     (shown,) = found["answers"]
     assert (shown["example"], shown["prompt"], shown["right"]) == (1, "Anna and", ["Peter"])
     assert [set(one) for one in shown["written"]] == [{"name", "text", "ended", "exact"}] * 3
+
+
+def test_a_trained_adapter_gives_the_shares_of_its_gain(files, capsys):
+    base = jcl.open_base(files / "base")
+    examples = read_examples(files / "plain.jsonl")
+    settings = jcl.TrainingSettings(steps=8, rank=2, rate=1e-2, batch=3)
+    if not (files / "taught").exists():
+        jcl.save_adapter(jcl.train_lora(base, examples, settings), files / "taught", base_name="org/base")
+    flags = "--trained", str(files / "taught"), "--max-new-tokens", "5"
+    main(command(files, "plain.jsonl", *flags, "--json"))
+    found = json.loads(capsys.readouterr().out)
+    assert found["trained"] == found["models"][-1]["name"] == str(files / "taught")
+    nll = [model["nll_per_char"] for model in found["models"]]
+    assert ["lift" in one for one in nll] == [False, True, True, False]
+    share = (nll[0]["value"] - nll[1]["value"]) / (nll[0]["value"] - nll[3]["value"])
+    assert nll[1]["lift"]["value"] == pytest.approx(share)
+    main(command(files, "plain.jsonl", *flags))
+    (line,) = [
+        one for one in capsys.readouterr().out.splitlines() if "moved, share of the trained adapter's gain" in one
+    ]
+    assert f"nll_per_char {share:.2f} [" in line
 
 
 @pytest.mark.parametrize(

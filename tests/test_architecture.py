@@ -9,7 +9,19 @@ import jcrosslora
 ROOT = Path(jcrosslora.__file__).parent
 # From the bottom to the top; a room imports from itself and from rooms in front of it.
 ROOMS = (
-    *("errors", "utils", "linalg", "checkpoint", "text", "cache", "distributed", "adapter", "decoder", "sources"),
+    *(
+        "errors",
+        "utils",
+        "logs",
+        "linalg",
+        "checkpoint",
+        "text",
+        "cache",
+        "distributed",
+        "adapter",
+        "decoder",
+        "sources",
+    ),
     *("lineage", "evidence", "evaluate", "training", "composition", "fit", "methods", "alignment", "shifting"),
     *("report", "hub", "shelf", "session", "export"),
     *("batch", "demo", "cli"),

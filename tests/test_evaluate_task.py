@@ -161,10 +161,27 @@ def test_lift_of_exact_shares():
 def test_lift_without_a_gain_is_refused():
     rng = np.random.default_rng(2)
     base = rng.normal(0.5, 0.1, 100)
-    with pytest.raises(UsageError, match="which includes 0"):
+    with pytest.raises(UsageError, match="an interval above 0"):
         lift_recovered(base, base - 0.1, base + rng.normal(0, 0.1, 100))
+    with pytest.raises(UsageError, match="an interval above 0"):  # a loss, which has no share either
+        lift_recovered(base, base + 0.1, base + 0.2)
     with pytest.raises(UsageError, match="the same questions"):
         lift_recovered(base, base[:50], base)
+
+
+def test_resamples_without_any_gain_have_no_share():
+    base, trained = np.ones(10), np.r_[np.zeros(4), np.ones(6)]  # right answers count as 0; in 0.6% of draws none is
+    found = lift_recovered(base, trained, trained)
+    assert (found.value, found.low, found.high) == (1, 1, 1)
+
+
+def test_the_lift_of_scores_is_that_of_their_figures():
+    log_probs = [[[nll, -9.0, -9.0], [-9.0, -9.0, nll]] for nll in (-4.0, -2.5, -1.0)]
+    found = scores(log_probs, names=("base", "moved", "trained"))
+    for figure in ("nll_per_char", "nll_pooled"):
+        assert found.lift(figure, 1, 2) == lift_recovered(*found.by_question(figure))
+    with pytest.raises(UsageError, match="model 3 of 3"):
+        found.lift("nll_pooled", 1, 3)
 
 
 def test_differences_are_named_better_worse_or_none():

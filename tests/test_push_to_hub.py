@@ -312,6 +312,27 @@ def test_what_is_no_whole_adapter_is_refused_before_the_hub_is_asked(hub, folder
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "recipe.toml"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, folder, tmp_path, name):
+    (tmp_path / "private").write_text(SECRET)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(jcl.AdapterError, match=f"{name}: is a link that leads out of the folder"):
+        jcl.push_to_hub(folder, ID)
+    assert not hub.requests
+
+
+def test_the_links_of_the_hubs_cache_are_followed(hub, folder, tmp_path):
+    snapshot = tmp_path / "models--me--old" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, snapshot.parents[1] / "blobs")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    jcl.push_to_hub(snapshot, ID)
+    assert hub.repos[ID].files.keys() == FILES
+
+
 @pytest.mark.parametrize("name", ["moved", "me/", "me/a/b", "me/a--b", "-me/a", "me/moved.git"])
 def test_what_is_no_name_of_a_repository_is_refused_before_the_hub_is_asked(hub, folder, result, name):
     with pytest.raises(jcl.UsageError, match="is not the name of a repository"):
@@ -340,6 +361,19 @@ def test_the_card_of_another_tool_is_mended_and_kept_otherwise(hub, bases, tmp_p
     assert uploaded_card(hub)[0]["base_model"] == "google/gemma"
 
 
+def test_several_bases_of_a_card_stay_unless_one_is_given(hub, bases, tmp_path):
+    folder = shutil.copytree(bases / "adapter", tmp_path / "mine")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "./one"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("---\nbase_model:\n- a/b\n- c/d\ntags: mine\n---\n# mine\n")
+    pushed = jcl.push_to_hub(folder, ID)
+    assert pushed.notes == ("the card names several base models, which stay; name one with --base-model (base_model=)",)
+    data, _ = uploaded_card(hub)
+    assert (data["base_model"], data["tags"]) == (["a/b", "c/d"], "mine")
+    assert jcl.push_to_hub(folder, ID, base_model="a/b").base_model == "a/b"
+    assert uploaded_card(hub)[0]["base_model"] == "a/b"
+
+
 def test_a_card_that_is_right_is_sent_as_it_is_and_a_missing_one_is_written(hub, bases, tmp_path):
     folder = shutil.copytree(bases / "adapter", tmp_path / "trained")
     card = "---\nlibrary_name: peft\nbase_model: org/one\nbase_model_relation: adapter\n"
@@ -362,6 +396,11 @@ def test_a_dry_run_shows_the_files_and_asks_nobody(hub, folder, monkeypatch, cap
     main(["push", str(folder), ID, "--dry-run"])
     assert "would upload: adapter_model.safetensors" in capsys.readouterr().out
     assert hub.requests == []
+
+
+def test_a_dry_run_refuses_what_is_no_name_of_a_repository(hub, folder, capsys):
+    assert stopped("push", folder, "https://hub/me/moved", "--dry-run") == 2
+    assert "is not the name of a repository" in capsys.readouterr().err
 
 
 def test_a_result_in_memory_is_uploaded_and_uploaded_again_without_sending(hub, result):

@@ -16,6 +16,8 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.evaluate.output import answers_json, scores_json
 from jcrosslora.report.page import Roles, find_contents, report_page
+from jcrosslora.report.page.answers import answers_section
+from jcrosslora.report.page.evaluation import parse_evaluation
 from jcrosslora.report.page.figures import gain_share
 from jcrosslora.report.page.headline import headline
 from jcrosslora.text import Completion, Message
@@ -167,6 +169,102 @@ def test_layers_left_behind_are_on_the_map(moved, tmp_path):
     total = sum(row["norm_after"] ** 2 for row in rows if ".layers.0." in row["target"])
     whole = sum(row["norm_after"] ** 2 for row in rows)
     assert contents.moved.target_shares()[0] == pytest.approx(total / whole)
+
+
+def evaluated(folder, shares, nll=(0.9, 0.3, 0.2, 0.9), **changes):
+    """Write the output of an evaluation to a folder."""
+    found = answers_json(answers_of(shares, nll), show=2, **changes)
+    (folder / "answers.json").write_text(json.dumps(found))
+    return folder / "answers.json"
+
+
+def test_the_share_of_a_trained_adapters_gain_has_its_interval(moved, tmp_path):
+    answers = answers_of((0, 0.5, 1, 0))
+    contents = find_contents(moved, evaluated(tmp_path, (0, 0.5, 1, 0), trained=NAMES[2]))
+    assert [model.part for model in contents.evaluation.models] == ["base", "moved", "trained", "other"]
+    lift = answers.lift("exact", 1, 2)
+    told = f"{lift.value:.0%} [{lift.low:.0%}, {lift.high:.0%}] of what a trained adapter gains"
+    assert 0 < lift.low < lift.value < lift.high < 1
+    assert told in headline(contents).reasons[0]
+    assert f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]" in Page(report_page(contents)).texts
+
+
+def test_a_share_of_another_adapters_gain_is_not_shown(moved, tmp_path):
+    path = evaluated(tmp_path, (0, 0.5, 1, 0.9), trained=NAMES[2])
+    contents = find_contents(moved, path, Roles(trained="random"))
+    assert all(one.lift is None for model in contents.evaluation.models for one in model.figures.values())
+    assert " [" not in headline(contents).reasons[0]
+
+
+def test_a_loss_is_not_told_as_a_share_of_a_gain(moved, tmp_path):
+    contents = find_contents(moved, evaluated(tmp_path, (0, 0, 1), (0.9, 4, 0.2), trained=NAMES[2]))
+    found = headline(contents)
+    assert found.word == "It harms"
+    assert "brings 0% [0%, 0%] of what" in found.reasons[0]
+    assert "%" not in found.reasons[1]
+
+
+def test_a_gain_that_a_random_adapter_has_as_well_is_no_success(moved, tmp_path):
+    path = evaluated(tmp_path, (0, 0.5, 1, 0.45), (0.9, 0.3, 0.2, 0.3))
+    assert headline(find_contents(moved, path, ROLES)).word == "No better than random"
+    assert headline(find_contents(moved, path, Roles(trained="trained", moved="moved"))).word == "It works"
+
+
+def test_long_answers_of_many_adapters_are_cut_for_the_page_to_stay_small(tmp_path):
+    data = json.loads(evaluated(tmp_path, (0, 1)).read_text())
+    base, one = data["models"]
+    data["models"] = [base, *(one | {"name": f"adapter {place}"} for place in range(60))]
+    written = [{"name": "", "text": "<&" * 5000, "ended": True, "exact": False}] * 61
+    data["answers"] = [{"prompt": "&" * 10**5, "right": ["&" * 10**5], "written": written}] * 10
+    content = json.dumps(data).encode()
+    assert len(answers_section(parse_evaluation(content, "answers.json"))) < 1_900_000
+    data["answers"] = [{"prompt": "p" * 3999, "right": ["r"], "written": written[:2]}]
+    data["models"] = data["models"][:2]
+    assert "p" * 3999 in answers_section(parse_evaluation(json.dumps(data).encode(), "answers.json"))
+
+
+@pytest.mark.parametrize("kept", [(), ("value", "low", "high")])
+def test_without_figures_or_differences_nothing_is_said_of_the_effect(moved, tmp_path, kept):
+    data = json.loads(evaluated(tmp_path, (0, 1, 1)).read_text())
+    for model in data["models"]:
+        for name, figure in list(model.items()):
+            if isinstance(figure, dict):
+                model[name] = {part: figure[part] for part in kept}
+                if not kept:
+                    del model[name]
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    contents = find_contents(moved, tmp_path / "answers.json", Roles(trained="trained"))
+    assert (headline(contents).tone, headline(contents).word) == ("open", "Not known")
+    assert "Not known." in report_page(contents)
+
+
+def test_where_no_answer_is_exact_the_likeness_decides(moved, tmp_path):
+    data = json.loads(evaluated(tmp_path, (0, 0, 0)).read_text())
+    values = (40.0, 55.0, 58.0)
+    for model, value in zip(data["models"], values, strict=True):
+        change = value - values[0]
+        model["chrf"] = {"value": value, "low": value - 2, "high": value + 2}
+        model["chrf"]["minus_base"] = {"value": change, "low": change - 2, "high": change + 2}
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    found = headline(find_contents(moved, tmp_path / "answers.json", Roles(trained="trained")))
+    assert found.word == "It works"
+    assert "40.0 without an adapter, 55.0 with the moved adapter, 58.0 with an adapter trained" in found.reasons[0]
+    assert "83% of what a trained adapter gains" in found.reasons[0]
+
+
+def test_an_adapter_is_found_by_the_last_part_of_its_path_and_a_guess_is_told(moved, tmp_path):
+    data = json.loads(evaluated(tmp_path, (0, 1, 1)).read_text())
+    for model, name in zip(data["models"][1:], ("out/moved", "runs/trained"), strict=True):  # folders elsewhere
+        model["name"] = name
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    for said in ("trained", "jobs/trained"):
+        contents = find_contents(moved, tmp_path / "answers.json", Roles(trained=said))
+        assert [model.part for model in contents.evaluation.models] == ["base", "moved", "trained"]
+    assert "is it this one?" not in report_page(contents)
+    data["models"][1]["name"] = "another"
+    (tmp_path / "answers.json").write_text(json.dumps(data))
+    contents = find_contents(moved, tmp_path / "answers.json", Roles(trained="trained"))
+    assert "those of the adapter another, the only one evaluated: is it this one?" in report_page(contents)
 
 
 def test_questions_with_choices_are_counted(tmp_path):

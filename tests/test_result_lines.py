@@ -9,7 +9,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import leaderboard
-from result_lines import FOLDER, Figure, ResultLine, append, read_lines, versions
+import page_figures
+from result_lines import FOLDER, STATED, Figure, ResultLine, Stated, StatedLine, append, read_lines, versions
 
 import jcrosslora as jcl
 from jcrosslora.evaluate import Interval
@@ -74,3 +75,79 @@ def test_the_page_is_that_of_the_lines_in_the_repository():
     lines = [one for path in sorted(FOLDER.glob("*.jsonl")) for one in read_lines(path)]
     assert lines
     assert leaderboard.PAGE.read_text(encoding="utf-8") == leaderboard.page(lines)
+
+
+# The tables of README.md and docs/results.md
+
+PAGE = """# Results
+
+## Words
+
+| on the target | nats | lift | note |
+|---|---|---|---|
+| `distill` | 0.500 | **0.82** [0.72, 0.94], sd 0.02: 0.80, 0.84 | 31% of 200, with 7 seeds |
+"""
+JOBS = """## Whole jobs
+
+| SNIPS | nats a character | lift | right | chrF | ended |
+|---|---|---|---|---|---|
+| Gemma | 0.500 [0.400, 0.600] | | 0.50 | | |
+| `distill`, 200 prompts | 0.70 | **0.50** [0.40, 0.60] | 0.80 [0.70, 0.90] | | |
+"""
+
+
+def stated(**changes):
+    lift = Stated(0.82, 0.72, 0.94, 0.02, [Stated(0.8), Stated(0.84)])
+    figures = {"nll_per_char": Stated(0.5), "lift": lift, "exact": Stated(0.31)}
+    where = {"section": "Words", "rows": ["`distill`"], "source": "A", "target": "B", "task": "words", "split": "test"}
+    more = {"examples": 200, "seeds": [0, 1], "part": "moved", "method": "distill", "prompts": 0, "figures": figures}
+    return StatedLine(**where | more | {"note": None, "versions": None, "commit": None} | changes)
+
+
+def test_a_row_has_the_figures_of_the_lines_that_name_it():
+    assert page_figures.unknown(PAGE, [], [stated()]) == []
+    assert page_figures.unused([PAGE], [stated()]) == []
+    assert page_figures.unused([PAGE], [stated(rows=["`distill`", "gone"])]) == ["Words, gone"]
+
+
+@pytest.mark.parametrize("old", ["0.500", "0.82", "0.72", "sd 0.02", "0.84", "31%"])
+def test_a_figure_that_no_line_has_is_named(old):
+    new = old.replace(old[-1] if old[-1] != "%" else "1%", "9" if old[-1] != "%" else "9%")
+    (fault,) = page_figures.unknown(PAGE.replace(old, new), [], [stated()])
+    assert fault == f"Words, `distill`: no line has {new.removeprefix('sd ')}"
+
+
+def test_a_row_that_no_line_names_is_named():
+    for changes in ({"section": "Other"}, {"rows": ["`random`"]}):
+        (fault,) = page_figures.unknown(PAGE, [], [stated(**changes)])
+        assert fault.startswith("Words, `distill`: no line has 0.500, 0.82")
+
+
+def test_a_figure_once_in_the_lines_is_once_in_the_row():
+    (fault,) = page_figures.unknown(PAGE.replace("0.72", "0.82"), [], [stated()])
+    assert fault.endswith("no line has 0.82")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "missing"),
+    [
+        ("0.500 [0.400", "0.501 [0.400", "0.501, 0.400, 0.600"),
+        ("**0.50** [0.40, 0.60]", "**0.50** [0.40, 0.61]", "0.50, 0.40, 0.61"),
+        ("0.80 [0.70", "0.90 [0.80", "0.90, 0.80, 0.90"),
+        ("`distill`, 200", "`distill`, 100", "0.70, 0.50, 0.40, 0.60, 0.80, 0.70, 0.90"),
+    ],
+)
+def test_the_rows_of_jobs_are_those_of_whole_lines(old, new, missing):
+    lines = [line(task="snips"), line(task="snips", method="random")]
+    assert page_figures.unknown(JOBS, lines, []) == []
+    (fault,) = page_figures.unknown(JOBS.replace(old, new), lines, [])
+    assert fault.endswith(f"no line has {missing}")
+
+
+def test_the_pages_state_no_figure_that_no_line_has():
+    lines = [one for path in sorted(FOLDER.glob("*.jsonl")) for one in read_lines(path)]
+    known = [one for path in sorted(STATED.glob("*.jsonl")) for one in read_lines(path, StatedLine)]
+    texts = [page.read_text(encoding="utf-8") for page in page_figures.PAGES]
+    assert all(list(page_figures.rows_of(text)) for text in texts)
+    assert [fault for text in texts for fault in page_figures.unknown(text, lines, known)] == []
+    assert page_figures.unused(texts, known) == []

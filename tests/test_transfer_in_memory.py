@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 
 import jcrosslora as jcl
 from jcrosslora.adapter import to_pytree
+from jcrosslora.adapter.front_matter import split_card
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 
 peft = pytest.importorskip("peft")
@@ -96,12 +97,40 @@ def test_the_licence_of_the_source_adapter_goes_into_the_card(folder, tmp_path):
     assert "license:" not in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "stated", "link"),
+    [
+        (None, "https://ai.google.dev/gemma/terms", "https://ai.google.dev/gemma/terms"),
+        (None, "LICENSE.md", None),  # a file that does not move along
+        ("me/mine", "./LICENSE.md", "https://huggingface.co/me/mine/blob/main/LICENSE.md"),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_know_keeps_name_and_address(folder, tmp_path, monkeypatch, name, stated, link):
+    adapter = tmp_path / "mine"
+    jcl.save_adapter(random_adapter(jcl.open_base(folder / "source")), adapter, base_name="org/source")
+    matter = f"license: other\nlicense_name: my-terms\nlicense_link: {stated}\n"
+    (adapter / "README.md").write_text(f"---\n{matter}---\nmine\n")
+    if name is not None:
+        import huggingface_hub
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **_: str(_there(adapter / file)))
+    out = jcl.transfer(name or adapter, folder / "source", folder / "target", "pad-truncate").save(tmp_path / "out")
+    data = split_card((out / "README.md").read_text())[0]
+    assert (data["license"], data["license_name"], data.get("license_link")) == ("other", "my-terms", link)
+
+
+def _there(path):
+    if not path.exists():
+        raise OSError(path)
+    return path
+
+
 def test_a_fit_runs_behind_an_alignment(tmp_path):
     from probe_bases import CORPUS, write_base
 
     source = jcl.open_base(write_base(tmp_path / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
-    adapter = random_adapter(source, scale=0.3)
+    adapter = random_adapter(source, scale=0.3, roles=("q_proj", "v_proj"))
     method = jcl.methods.Distill(completions=24, fit_rank=2, passes=1, answer_tokens=4, roles=("v_proj", "o_proj"))
     prompts = [f"{line} {number}" for number in range(6) for line in CORPUS]
     transport = jcl.align(source, target, method)
@@ -111,3 +140,8 @@ def test_a_fit_runs_behind_an_alignment(tmp_path):
     assert set(result.report.ranks.values()) == {2}
     assert "have no update" in result.report.rank_sentence
     assert result.report.rank_sentence.startswith("the moved update has rank 2 in")
+    # Modules that the adapter does not have are fitted, too, and stand in the report.
+    norms = {row.target: row.norm_after for row in result.report.rows}
+    assert {name for name, norm in norms.items() if norm} == set(result.report.ranks)
+    assert [name for name in target.modules if name in norms] == list(norms)
+    assert {row.role for row in result.report.rows if not row.source} == {"o_proj"}

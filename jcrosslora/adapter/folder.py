@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from jcrosslora.adapter.front_matter import split_card
 from jcrosslora.adapter.read_gguf import is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
-from jcrosslora.checkpoint.hub import check_revision, is_hub_id
+from jcrosslora.checkpoint.hub import check_revision, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.hub_errors import cause_of, failures
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
@@ -168,18 +168,41 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
 
 
 _LONGEST = 1 << 16  # bytes of a card that are read
+_HUB = "https://huggingface.co"
+
+
+class Licences(TypedDict, total=False):
+    """What a card states of a licence, by the fields of `AdapterInfo`."""
+
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
 
 
 def stated_licence(folder: Path) -> str | None:
     """Return the licence in the front matter of a folder's README.md; None where there is none that can be read."""
-    card = folder / CARD
-    if not card.is_file():
-        return None
+    return _stated(folder, "license")["license"]
+
+
+def stated_licences(files: AdapterFiles) -> Licences:
+    """Return the licence that an adapter's card states, and name and address of one that the hub does not know.
+
+    An address within the adapter's own folder is made one of the hub, or left out: the file does not move along.
+    """
+    stated = _stated(files.weights.parent, "license", "license_name", "license_link")
+    link = stated["license_link"]
+    if link is not None and "://" not in link:
+        link = f"{_HUB}/{files.name}/blob/main/{link.removeprefix('./')}" if is_on_hub(files.name) else None
+    return {"licence": stated["license"], "licence_name": stated["license_name"], "licence_link": link}
+
+
+def _stated(folder: Path, *keys: str) -> dict[str, str | None]:
+    """Return texts in the front matter of a folder's README.md, None where there is none that can be read."""
+    data: dict[str, Any] = {}
     # A damaged card is no reason to refuse the adapter.
-    with suppress(OSError, AdapterError), card.open("rb") as file:
-        licence = split_card(file.read(_LONGEST).decode("utf-8", errors="replace"))[0].get("license")
-        return licence if isinstance(licence, str) and licence else None
-    return None
+    with suppress(OSError, AdapterError), (folder / CARD).open("rb") as file:
+        data = split_card(file.read(_LONGEST).decode("utf-8", errors="replace"))[0]
+    return {key: value if isinstance(value := data.get(key), str) and value else None for key in keys}
 
 
 def stated_template(folder: Path) -> str | None:

@@ -9,10 +9,11 @@ from jcrosslora.adapter.config import check_type, config_notes
 from jcrosslora.adapter.folder import (
     AdapterFiles,
     Form,
+    Licences,
     find_adapter,
     open_weights,
     read_config,
-    stated_licence,
+    stated_licences,
     stated_template,
 )
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
@@ -40,7 +41,7 @@ class OpenedAdapter:
         name: the path, hub id or name that it was asked for by.
         form: the format of its files; None in memory.
         revision: hub commit of the files, if they were asked for by a hub id.
-        licence: as the model card beside the files states it, or None.
+        licences: what the model card beside the files states of it, see `stated_licences`.
         chat_template: as the file beside them states it, or None.
         kind: of adapter.
         file: its configuration and tensors.
@@ -52,7 +53,7 @@ class OpenedAdapter:
     name: str
     form: Form | None
     revision: str | None
-    licence: str | None
+    licences: Licences
     chat_template: str | None
     kind: Kind
     file: AdapterFile
@@ -70,7 +71,7 @@ class OpenedAdapter:
             form=self.form,
             digest=f"sha256:{self.file.file.file.sha256()}",
             revision=self.revision,
-            licence=self.licence,
+            **self.licences,
             chat_template=self.chat_template,
             kind=self.kind.name,
             prefix=next((found for module in self.file.modules if (found := prefix_of(module)) != TEXT), TEXT),
@@ -119,7 +120,7 @@ def open_adapter(
         "name": files.name,
         "form": files.form,
         "revision": commit,
-        "licence": stated_licence(files.weights.parent),
+        "licences": stated_licences(files),
         "chat_template": stated_template(files.weights.parent),
     }
     return _opened(_peft_contents(files, base), where, base, rank, **origin)
@@ -143,7 +144,7 @@ def open_state_dict(
     check_type(config, name, TYPES)
     check_names(Path(name), tensors)
     contents = PeftContents(config, MemoryWeights(name, tensors), config, tuple(config_notes(config)))
-    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licence=None, chat_template=None)
+    return _opened(contents, name, base, rank, name=name, form=None, revision=None, licences={}, chat_template=None)
 
 
 def _opened(

@@ -35,6 +35,8 @@ class AdapterInfo:
         read_as: how it was read and what that lost, one sentence without a full stop; None for a plain LoRA.
         lost: share of the update's squared Frobenius norm that reading it lost.
         licence: as the adapter's own card states it, or None.
+        licence_name: the name of one that the hub does not know, whose `licence` is "other"; or None.
+        licence_link: its address, or None.
         rank_limit: the largest rank that was asked for when it was read, or None.
         chat_template: Jinja template that lies beside it, which it was probably trained in, or None.
         invocation: token ids of its base, from which on it is active (aLoRA); None if it is always active.
@@ -54,6 +56,8 @@ class AdapterInfo:
     read_as: str | None = None
     lost: float = 0.0
     licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
     rank_limit: int | None = None
     chat_template: str | None = None
     invocation: tuple[int, ...] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import JCrossLoRAError, UsageError
+from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.methods import Method, make_method
 from jcrosslora.session.files import open_session, save_as
 from jcrosslora.session.pair_session import Move, lighter
@@ -42,6 +43,7 @@ def run_batch(
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
     progress: bool = False,
+    log: LogName | None = None,
 ) -> Summary:
     """Run all unfinished jobs of a plan.
 
@@ -53,24 +55,28 @@ def run_batch(
         shard: (i, n): only the i-th of n parts, for n parallel runs. Their results go to the same folder.
         overwrite: whether adapter folders that were made from other input may be replaced.
         progress: whether to show progress bars.
+        log: where each job has a run with its figures, see `log_to`; None for none.
 
     Returns:
         The outcome of each job; also written to `batch_summary.json` in the plan's folder (for part i of n to
         `batch_summary.i-of-n.json`), even if the run is interrupted.
 
     Raises:
-        UsageError: the shard does not exist, or the process is part of a `jax.distributed` run.
+        UsageError: the shard does not exist, the process is part of a `jax.distributed` run, or the package of the log
+            is not installed.
         OutputError: the summary cannot be written.
     """
     if hosts.count() > 1:
         msg = "a batch cannot run in several connected processes; start each alone, with a shard i/n of its own"
         raise UsageError(msg)
+    if log is not None:
+        find_log(log)
     units = share_of(units_of(plan.jobs), *shard)
     with (
         summarised(plan, units, shard) as summary,
         track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
     ):
-        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress)
+        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress, log)
         for unit in units:
             run.do(unit)
     return summary
@@ -126,9 +132,18 @@ class _Checked:
 
 
 class _Run:
-    def __init__(self, log: CompletionLog, summary: Summary, bar: Track, overwrite: bool, progress: bool) -> None:
+    def __init__(
+        self,
+        log: CompletionLog,
+        summary: Summary,
+        bar: Track,
+        overwrite: bool,
+        progress: bool,
+        figures: LogName | None = None,
+    ) -> None:
         self._log, self._summary, self._bar = log, summary, bar
         self._overwrite, self.progress = overwrite, progress
+        self._figures: LogName | None = figures
         self._since = time.monotonic()
 
     def do(self, unit: Unit) -> None:
@@ -155,7 +170,8 @@ class _Run:
         settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
         try:
             with enough_memory(lighter(item.method)):
-                result = work()
+                with self._logged(item):
+                    result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
                     return
                 with self._log.writing(item.job, item.fingerprint):
@@ -165,6 +181,13 @@ class _Run:
                 self.close(item.job, "failed", str(error))
         else:
             self.close(item.job, "done", result.verdict.text)
+
+    def _logged(self, item: _Checked) -> AbstractContextManager[None]:
+        """Provide a run of the job's own in the log of figures, if one was asked for."""
+        if self._figures is None:
+            return nullcontext()
+        chosen = dataclasses.replace(item.job.settings, method=item.method)
+        return log_to(self._figures, item.job.name, chosen.published())
 
     def check_place(self, job: Job, fingerprint: str) -> None:
         """Refuse a job whose folder holds a result of other inputs."""

@@ -13,6 +13,7 @@ from rich.console import Console
 from jcrosslora.cli.main import INTERRUPTED, fail
 from jcrosslora.cli.output import FailOn, exit_code, print_json
 from jcrosslora.errors import BatchError, UsageError
+from jcrosslora.logs import LogName
 
 if TYPE_CHECKING:
     from jcrosslora.batch import BatchPlan, Summary
@@ -34,6 +35,8 @@ class Batch:
     """Print the summary, or the estimates, as JSON instead of the table."""
     fail_on: FailOn = "never"
     """no-effect: exit with code 3 if a verdict expects no effect, or harm; the adapters are written all the same."""
+    log: LogName | None = None
+    """Show figures of each job in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     shard: str = "1/1"
     """i/n: do only the i-th of n parts, for n runs side by side."""
     ray: str | None = None
@@ -48,6 +51,9 @@ class Batch:
         from jcrosslora.batch import estimate_batch, print_estimates, read_plan
 
         plan, shard = read_plan(self.plan), _shard(self.shard)
+        if self.log is not None and self.ray is not None:
+            msg = f"log {self.log!r} is of this process, and --ray has others do the work: leave one of them out"
+            raise UsageError(msg)
         if self.dry_run:
             if self.json:
                 print_json([one.record() for one in estimate_batch(plan, shard=shard)])
@@ -72,7 +78,7 @@ class Batch:
 
         shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": True}
         if self.ray is None:
-            return run_batch(plan, **shared)
+            return run_batch(plan, **shared, log=self.log)
         return run_on_ray(plan, address=self.ray, cpus=self.ray_cpus, gpus=self.ray_gpus, **shared)
 
 

@@ -29,6 +29,8 @@ class Evaluate:
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """Adapters of this base, judged beside each other."""
+    trained: str | None = None
+    """An adapter that was trained on this base, to compare with: the share of its gain that each other one brings."""
     template: Path | None = None
     """File with a chat template, by which conversations are read in place of the base's own."""
     limit: int | None = None
@@ -54,7 +56,9 @@ class Evaluate:
         questions = [one for one in examples if isinstance(one, Question)]
         self._check(written=not questions)
         base = open_base(self.base, chat_template=self.template)
-        adapters = [load_adapter(ref, base) for group in self.adapter for ref in group]
+        refs = [ref for group in self.adapter for ref in group if ref != self.trained]
+        refs += [] if self.trained is None else [self.trained]
+        adapters = [load_adapter(ref, base) for ref in refs]
         notes = [
             f"{adapter.info.name}: {sentence}"
             for adapter in adapters
@@ -88,10 +92,11 @@ class Evaluate:
         from jcrosslora.evaluate.output import scores_json
 
         if self.json:
-            print_json(scores_json(scores, notes))
+            print_json(scores_json(scores, notes, trained=self._trained(scores)))
             return
         _say_notes(notes, console)
         print_scores(scores, console)
+        self._say_lifts(scores, console)
 
     def _print_answers(self, answers: "Answers", notes: Sequence[str], console: Console) -> None:
         from jcrosslora.evaluate import answers_page, print_answers
@@ -102,12 +107,22 @@ class Evaluate:
             page = answers_page(answers).encode()
             write_output(writable_file(self.html, PAGE), page, "free space, or choose another file")
         if self.json:
-            print_json(answers_json(answers, notes, show=self.show))
+            print_json(answers_json(answers, notes, show=self.show, trained=self._trained(answers)))
             return
         _say_notes(notes, console)
         print_answers(answers, console, show=self.show)
+        self._say_lifts(answers, console)
         if self.html is not None:
             say(console, f"written: {self.html}")
+
+    def _trained(self, found: "Scores | Answers") -> str | None:
+        return None if self.trained is None else found.names[-1]
+
+    def _say_lifts(self, found: "Scores | Answers", console: Console) -> None:
+        from jcrosslora.evaluate.lifts import lift_lines
+
+        for line in [] if self.trained is None else lift_lines(found, len(found.names) - 1):
+            say(console, line)
 
 
 def _say_notes(notes: Sequence[str], console: Console) -> None:

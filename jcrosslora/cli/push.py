@@ -9,6 +9,7 @@ from rich.console import Console
 from jcrosslora.cli.output import print_json, say
 from jcrosslora.hub.contents import collect
 from jcrosslora.hub.push import Pushed, push_folder
+from jcrosslora.hub.repository import check_repo_id
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Push:
         print_pushed(pushed, console)
 
     def _show(self, console: Console) -> None:
+        check_repo_id(self.repo_id)
         upload = collect(self.folder, base_model=self.base_model, with_completions=self.with_completions)
         sizes = {name: _size(sent) for name, sent in upload.files.items()}
         if self.json:

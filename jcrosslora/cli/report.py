@@ -24,7 +24,7 @@ class Report:
     moved: str | None = None
     """Name of the moved adapter among those evaluated; if not given, the one called like the folder, or the only."""
     trained: str | None = None
-    """Name of the adapter among those evaluated that was trained on the target."""
+    """Name of the adapter among those evaluated that was trained on the target; if not given, as the file says."""
     random: str | None = None
     """Name of the adapter among those evaluated that was moved by method random."""
     out: Path | None = None

@@ -1,12 +1,15 @@
 """The command `train`: train a LoRA adapter on examples."""
 
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
+from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.training.settings import TrainingSettings
 
 
@@ -26,6 +29,8 @@ class Train(TrainingSettings):
     """Only the first so many examples."""
     checkpoints: Path | None = None
     """Folder for the states of the run: the same command continues from the newest."""
+    log: LogName | None = None
+    """Show the loss as it goes in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     overwrite: bool = False
     """Replace the folder if it already holds an adapter."""
 
@@ -39,15 +44,26 @@ class Train(TrainingSettings):
         from jcrosslora.utils.files import ensure_free
 
         ensure_free(self.out, self.overwrite)
+        if self.log is not None:
+            find_log(self.log)
         if self.limit is not None and self.limit < 1:
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
         settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
         base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
         tokenizer = load_tokenizer(base)
-        adapter = train_lora(base, examples, settings, checkpoints=self.checkpoints, progress=True, tokenizer=tokenizer)
+        with self._logged(settings):
+            adapter = train_lora(
+                base, examples, settings, checkpoints=self.checkpoints, progress=True, tokenizer=tokenizer
+            )
         facts = {"task": self.data.name, "first": len(examples)}
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
         console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)
+
+    def _logged(self, settings: TrainingSettings) -> AbstractContextManager[None]:
+        if self.log is None:
+            return nullcontext()
+        shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
+        return log_to(self.log, self.out.resolve().name, shown)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from jcrosslora.cli.push import print_pushed
 from jcrosslora.errors import OutputError
 from jcrosslora.hub.push import Pushed, push_folder
 from jcrosslora.hub.repository import Repository
+from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.methods import AUTO, METHODS, find_method
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
@@ -25,7 +27,18 @@ class _Transfer:
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
         "method": ("calibrate", "depth", "probe_text", "probe_count", "source_template", "target_template"),
-        "output": ("dry_run", "json", "table", "fail_on", "profile", "dtype", "out_rank", "target_name", "push_to"),
+        "output": (
+            "dry_run",
+            "json",
+            "table",
+            "fail_on",
+            "profile",
+            "dtype",
+            "out_rank",
+            "target_name",
+            "push_to",
+            "log",
+        ),
         "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
         "source": (
             "source_backend",
@@ -54,6 +67,8 @@ class _Transfer:
     """no-effect: exit with code 3 if the verdict expects no effect, or harm; the adapter is written all the same."""
     push_to: str | None = None
     """OWNER/NAME: upload the folder to a private repository of the hub as well, as `jcrosslora push` does."""
+    log: LogName | None = None
+    """Show figures of the fit as it goes in Weights & Biases, Trackio or TensorBoard; each needs its extra."""
     coordinator: str | None = None
     """HOST:PORT of process 0, for several processes that make one transfer together; auto where the cluster tells."""
     processes: int | None = None
@@ -82,6 +97,8 @@ class _Transfer:
         """Transfer, then print the table and the verdict; or print what the transfer would take."""
         if self.push_to is not None and not self.process:
             Repository.of(self.push_to, private=True, token=None).look()  # refused before hours of work
+        if self.log is not None:
+            find_log(self.log)
         if self.dry_run:
             return self._estimate(console)
         from jcrosslora.distributed.join import join
@@ -94,7 +111,8 @@ class _Transfer:
         from jcrosslora.session.files import transfer_files
 
         settings = self.settings()
-        report = transfer_files(settings, progress=hosts.is_first()).report
+        with self._logged(settings) if hosts.is_first() else nullcontext():
+            report = transfer_files(settings, progress=hosts.is_first()).report
         if not hosts.is_first():
             return 0
         found = verdict(report)
@@ -108,6 +126,11 @@ class _Transfer:
             if self.push_to is not None:
                 print_pushed(self._push(self.push_to), console)
         return exit_code(self.fail_on, [found.level])
+
+    def _logged(self, settings: TransferSettings) -> AbstractContextManager[None]:
+        if self.log is None:
+            return nullcontext()
+        return log_to(self.log, Path(settings.out).resolve().name, settings.published())
 
     def _push(self, repo_id: str) -> Pushed:
         """Upload what was written; an error tells the command that goes on."""

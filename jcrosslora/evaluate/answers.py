@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.decoder import Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answer_figures import chrf, equal_json, exact, installed, parse_json, rouge_l
-from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_recovered
+from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
 from jcrosslora.text import Completion
 
 _OF_TEXTS: dict[str, Callable[[str, Sequence[str]], float]] = {
@@ -108,16 +108,10 @@ class Answers:
             seed: of the resampling.
 
         Raises:
-            UsageError: no such model, an unknown figure, or a gain of the trained adapter whose interval includes 0.
+            UsageError: no such model, an unknown figure, or a gain of the trained adapter whose interval is not
+                above 0.
         """
-        for place in (moved, trained):
-            if not 1 <= place < len(self.names):
-                msg = f"model {place} of {len(self.names)}: wanted the place of an adapter, counted from 1"
-                raise UsageError(msg)
-        found = self.by_example(figure)
-        # A gain is a fall of the likelihood's figure, and a rise of every other one.
-        base, own, oracle = (found if figure == "nll_per_char" else -found)[[0, moved, trained]]
-        return lift_recovered(base, own, oracle, draws=draws, seed=seed)
+        return lift_of(self.by_example(figure), moved, trained, lower=figure == "nll_per_char", draws=draws, seed=seed)
 
     def _compute(self, figure: str) -> np.ndarray:
         if figure == "ended":

@@ -77,7 +77,7 @@ def lift_recovered(
         seed: of the resampling.
 
     Raises:
-        UsageError: figures of different questions, or a gain of the trained adapter whose interval includes 0.
+        UsageError: figures of different questions, or a gain of the trained adapter whose interval is not above 0.
     """
     shapes = [np.shape(each) for each in (base, moved, trained)]
     if len(set(shapes)) != 1 or len(shapes[0]) != 1:
@@ -88,12 +88,39 @@ def lift_recovered(
     gains = np.stack([np.subtract(base, moved), np.subtract(base, trained)]).astype(np.float64)
     means = bootstrap_means(gains, draws=draws, seed=seed)
     trained_gain = _interval(float(gains[1].mean()), means[1])
-    if not trained_gain.excludes(0):
+    if not trained_gain.low > 0:
         came = f"{trained_gain.value:.4g} [{trained_gain.low:.4g}, {trained_gain.high:.4g}]"
-        msg = f"the trained adapter gains {came} over the base, which includes 0: train it more, or use more questions"
+        msg = f"the trained adapter gains {came} over the base, wanted an interval above 0: train it more, or use more "
+        msg += "questions"
         raise UsageError(msg)
-    # Fewer than 2.5% of the draws have a trained gain of the other sign; they keep it.
-    return _interval(float(gains[0].mean() / gains[1].mean()), means[0] / means[1])
+    # Fewer than 2.5% of the draws have a trained gain of the other sign; they keep it. In those without any gain, which
+    # figures of 0 and 1 have, there is no share.
+    some = means[1] != 0
+    return _interval(float(gains[0].mean() / gains[1].mean()), means[0, some] / means[1, some])
+
+
+def lift_of(
+    values: np.ndarray, moved: int, trained: int, *, lower: bool, draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Compute `lift_recovered` of two models of an evaluation.
+
+    Args:
+        values: (A, n), a figure of n questions under A models, the base first.
+        moved: place of the model with the moved adapter, 1 or more.
+        trained: place of the one with the adapter trained on this base.
+        lower: whether a lower value is better.
+        draws: number of resamples.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: no such model, or a gain of the trained adapter whose interval is not above 0.
+    """
+    for place in (moved, trained):
+        if not 1 <= place < len(values):
+            msg = f"model {place} of {len(values)}: wanted the place of an adapter, counted from 1"
+            raise UsageError(msg)
+    base, own, oracle = (values if lower else -values)[[0, moved, trained]]
+    return lift_recovered(base, own, oracle, draws=draws, seed=seed)
 
 
 def _interval(value: float, draws: np.ndarray) -> Interval:

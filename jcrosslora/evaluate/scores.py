@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.bootstrap import Interval, differences, intervals
+from jcrosslora.evaluate.bootstrap import Interval, differences, intervals, lift_of
 from jcrosslora.evaluate.tasks import Question
 
 FIGURES = ("accuracy", "accuracy_norm", "nll_per_char", "nll_pooled")
@@ -86,6 +86,12 @@ class Scores:
     def differences(self, figure: str, *, draws: int = 10_000, seed: int = 0) -> list[Interval]:
         """Compute each model's figure minus the base's, with the 95% interval over the same resampled questions."""
         return differences(self.by_question(figure), draws=draws, seed=seed)
+
+    def lift(self, figure: str, moved: int, trained: int, *, draws: int = 10_000, seed: int = 0) -> Interval:
+        """Compute the share of a trained adapter's gain that a moved one brings, see `Answers.lift`."""
+        return lift_of(
+            self.by_question(figure), moved, trained, lower=figure in _LOWER_IS_BETTER, draws=draws, seed=seed
+        )
 
 
 _TITLES = {

@@ -23,11 +23,24 @@ def card_base(card: str) -> str | None:
     return stated if isinstance(stated, str) and is_on_hub(stated) else None
 
 
+def names_several(card: str) -> bool:
+    """Tell whether a card names several bases by their hub ids, as that of an adapter for all of them may.
+
+    Raises:
+        AdapterError: the metadata of the card is not a YAML mapping.
+    """
+    stated = split_card(card)[0].get("base_model")
+    return (
+        isinstance(stated, list) and len(stated) > 1 and all(isinstance(one, str) and is_on_hub(one) for one in stated)
+    )
+
+
 def card_for_hub(card: str | None, *, name: str, form: Form, base_model: str | None) -> str:
     """Return the card to upload; one whose metadata is right already is not changed.
 
     The base model and its relation are set or, as the hub refuses a local path there, removed; library and tags are
-    added where they are missing. Everything else stays, the licence among it: none is made up.
+    added where they are missing. Everything else stays, the licence among it: none is made up. So do several bases,
+    if none is given.
 
     Args:
         card: the text of README.md; None writes a short one.
@@ -39,10 +52,12 @@ def card_for_hub(card: str | None, *, name: str, form: Form, base_model: str | N
         AdapterError: the metadata of the card is not a YAML mapping.
     """
     data, body = split_card(f"\n# {name}\n\n{_sentence(base_model)}\n" if card is None else card)
-    wanted = _with_base(data, base_model)
+    several = card is not None and base_model is None and names_several(card)
+    wanted = dict(data) if several else _with_base(data, base_model)
     if not wanted.get("library_name"):
         wanted["library_name"] = _LIBRARIES[form]
-    wanted["tags"] = _tags(data.get("tags"), base_model)
+    if not several:
+        wanted["tags"] = _tags(data.get("tags"), base_model)
     return card if card is not None and wanted == data else join_card(wanted, body)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from jcrosslora.adapter.engines.facts import read_facts
 from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
-from jcrosslora.checkpoint.hub import is_hub_id, is_on_hub, public_name
+from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.hub.card import card_base, card_for_hub
+from jcrosslora.hub.card import card_base, card_for_hub, names_several
 from jcrosslora.report.card import without_examples
 from jcrosslora.report.documents import PAGE, RECIPE, REPORT
 from jcrosslora.text.completion_lines import COMPLETIONS
@@ -50,7 +50,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
             that hold them go along, the page of `jcrosslora report` among them.
 
     Raises:
-        AdapterError: the folder is not a whole adapter, or its card or report is damaged.
+        AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text leads out of it.
         UsageError: `base_model` is not a hub id.
     """
     folder = Path(folder).expanduser()
@@ -58,6 +58,7 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
         msg = f"base model {base_model!r} is not a hub id: give one such as owner/name, or leave it out"
         raise UsageError(msg)
     files = _whole_adapter(folder)
+    _check_links(folder)
     config = {} if files.config is None else read_config(files.config)
     card = _text(folder / CARD) if (folder / CARD).is_file() else None
     key = _BASE_KEYS.get(files.form, "")
@@ -76,7 +77,8 @@ def collect(folder: str | Path, *, base_model: str | None = None, with_completio
     if with_completions:  # the page shows some of them
         sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
     left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
-    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left))
+    several = base is None and card is not None and names_several(card)
+    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left, several=several))
 
 
 def _whole_adapter(folder: Path) -> AdapterFiles:
@@ -93,6 +95,20 @@ def _whole_adapter(folder: Path) -> AdapterFiles:
         msg = f"{folder}: is not a whole adapter ({facts.faults[0]}): write it again"
         raise AdapterError(msg)
     return files
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse texts that are links out of the folder, by which another file would be published.
+
+    The hub's own cache is made of such links. Where they lead, all files are of one repository.
+    """
+    home = folder.resolve()
+    own = home.parents[1] if cached_identity(folder) else home
+    for path in sorted(folder.iterdir()):
+        text = path.name in (CARD, REPORT, COMPLETIONS, PAGE, CONFIG) or _goes_along(path.name)
+        if text and path.is_symlink() and not path.resolve().is_relative_to(own):
+            msg = f"{path}: is a link that leads out of the folder: put a copy of the file there, or remove the link"
+            raise AdapterError(msg)
 
 
 def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> Path | bytes:
@@ -113,9 +129,11 @@ def _goes_along(name: str) -> bool:
     return name in (RECIPE, CHAT_TEMPLATE) or name.startswith(_LICENCES)
 
 
-def _notes(base: str | None, stated: str | None, left: tuple[str, ...]) -> tuple[str, ...]:
+def _notes(base: str | None, stated: str | None, left: tuple[str, ...], *, several: bool) -> tuple[str, ...]:
     notes = []
-    if base is None:
+    if several:
+        notes.append("the card names several base models, which stay; name one with --base-model (base_model=)")
+    elif base is None:
         called = f", as {public_name(stated)!r} is no hub id" if stated else ""
         notes.append(f"the card names no base model{called}; give its hub id with --base-model (base_model=)")
     if left:

@@ -16,7 +16,7 @@ def model_card(
     *,
     base_name: str | None,
     library: str = "peft",
-    licence: str | None = None,
+    licence: tuple[str | None, str | None, str | None] = (None, None, None),
     source_adapter: str,
     method: str,
     recipe: str,
@@ -41,7 +41,8 @@ def model_card(
         base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
             appears in the text only.
         library: the library whose format the files have, as the hub names it.
-        licence: the licence on the source adapter's own card; None if it states none.
+        licence: the licence on the source adapter's own card, and name and address of one that the hub does not know;
+            None for what it does not state.
         source_adapter: name of the adapter that was moved.
         method: the transfer method.
         recipe: the exact recipe, as TOML.
@@ -95,13 +96,15 @@ def without_examples(card: str) -> str:
     return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
-def _front_matter(base_name: str | None, library: str, licence: str | None) -> str:
+def _front_matter(base_name: str | None, library: str, licence: tuple[str | None, str | None, str | None]) -> str:
     on_the_hub = is_on_hub(base_name)
     data = ModelCardData(
         base_model=base_name if on_the_hub else None,
         base_model_relation="adapter" if on_the_hub else None,
         library_name=library,
-        license=licence,
+        license=licence[0],
+        license_name=licence[1],
+        license_link=licence[2],
         pipeline_tag="text-generation",
         tags=[*([f"base_model:adapter:{base_name}"] if on_the_hub else []), "lora", "jcrosslora"],
     )

@@ -107,6 +107,18 @@ class TransferReport:
             sentence += f"; the fit is of these modules alone, so {', '.join(left)} have no update"
         return sentence
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """Return the shares of the whole update's energy that were kept and left behind; NaN if undefined."""
+        return {"kept": self.kept, "left_behind": self.left_behind}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return what a log shows of a transfer: the totals, and the divergences that the adapters bring about."""
+        effect = self.effect
+        kl = {} if effect is None else {"effect_source": effect.source.kl, "effect_target": effect.target.kl}
+        return self.totals | kl
+
     def by_role(self) -> Iterator[tuple[str, tuple[ModuleRow, ...]]]:
         """Yield the rows of each role, in the order in which roles first appear."""
         for role in dict.fromkeys(row.role for row in self.rows):
@@ -122,7 +134,7 @@ class TransferReport:
         for name in ("config", "chat_template", "prefix"):
             data["adapter"].pop(name)
         data["effect"] = None if self.effect is None else self.effect.to_json()
-        data["totals"] = {"kept": self.kept, "left_behind": self.left_behind}
+        data["totals"] = self.totals
         version = importlib.metadata.version("jcrosslora")
         return _without_nan({"schema": SCHEMA, "version": version, **data})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jcrosslora.alignment.transport import AlignRecipe, BaseInfo, describe_base
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import HostError, MethodError, UsageError
+from jcrosslora.logs import record
 from jcrosslora.methods import Auto, Distill, Method, make_chosen
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.estimate import Estimate
@@ -106,7 +106,10 @@ def transfer_asked(
         calibration="none",
         scale=1.0,
         layers=(None,) * target.dims.layers,
-        rows=tuple(_row(name, target, moved) for name in moved.modules),
+        rows=tuple(
+            ModuleRow.fitted(name, target.modules[name].role, update_norm(factors))
+            for name, factors in moved.modules.items()
+        ),
         unmapped_targets=(),
         unmapped_sources=(),
         energy=math.nan,
@@ -122,6 +125,7 @@ def transfer_asked(
         ranks={name: factors.rank for name, factors in moved.modules.items()},
         asked=asked.settings,
     )
+    record(report.figures)
     kept = () if given else found.completions
     return TransferResult(moved, report, texts, frozen, found.chat_template, kept)
 
@@ -192,10 +196,3 @@ def _recipe(method: Distill, options: TransferOptions, probes: Probes | None) ->
         probes="none" if probes is None else probes.describe(),
         probe_text=None if probes is None else probes.path,
     )
-
-
-def _row(name: str, target: BaseModel, moved: Adapter) -> ModuleRow:
-    """Account for a module by the norm of its update; everything else is of maps, of which there are none."""
-    figures = {field.name: math.nan for field in dataclasses.fields(ModuleRow) if field.type is float}
-    figures |= {"energy": 0.0, "norm_after": update_norm(moved.modules[name])}
-    return ModuleRow(target=name, source="", role=target.modules[name].role, rank=0, **figures)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licence
+from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint.hub import public_name
@@ -90,6 +90,6 @@ def _read_info(files: AdapterFiles, digest: str, revision: str | None) -> tuple[
         digest=digest,
         revision=revision,
         kind=str(config.get("peft_type", "LoRA")),
-        licence=stated_licence(files.weights.parent),
+        **stated_licences(files),
     )
     return info, rank if type(rank) is int else None

@@ -26,12 +26,14 @@ from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
 from jcrosslora.lineage.pairing import parse_depth
+from jcrosslora.logs import record
 from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.effect import FINISH, measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
+from jcrosslora.shifting.records import ModuleRow
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.shifting.truncate import READERS, Frozen, Known, span_rank, truncate_for_profile
 from jcrosslora.utils.progress import Steps, begin, steps
@@ -233,8 +235,10 @@ class PairSession:
             calibration=shifted.calibration,
             scale=shifted.scale,
             layers=transport.pairing.layers,
-            rows=_rows(shifted, update, moved, changed=update.adapter is not shifted.adapter or truncation is not None),
-            unmapped_targets=transport.pairing.unmapped_targets,
+            rows=self._rows(
+                shifted, update, moved, changed=update.adapter is not shifted.adapter or truncation is not None
+            ),
+            unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
             # A fit uses the whole adapter, so no source module is left out.
             unmapped_sources=() if update.fitted else shifted.unmapped,
             energy=shifted.energy,
@@ -252,6 +256,7 @@ class PairSession:
             ranks=_ranks(moved),
             tokens=shifted.tokens,
         )
+        record(report.figures)
         kept = update.completions if update.wrote_prompts else ()
         return TransferResult(moved, report, written or tuple(probes), frozen, update.chat_template, kept)
 
@@ -335,6 +340,24 @@ class PairSession:
         found = step_seconds(task, options, prompts, stopwatch, aligned=aligned)
         return steps(found, show=bool(found))
 
+    def _rows(self, shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) -> tuple[ModuleRow, ...]:
+        """Return the account of each module of the moved adapter, in the target's order."""
+        if not changed:
+            return shifted.rows
+        norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
+        if not update.fitted:
+            return tuple(
+                dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows
+            )
+        # The share that the maps kept is undefined for a fitted update.
+        rows = {row.target: dataclasses.replace(row, norm_after=0.0, kept=math.nan) for row in shifted.rows}
+        modules = self.pair.target.modules
+        for name, norm in norms.items():
+            row = rows.get(name) or ModuleRow.fitted(name, modules[name].role, norm)
+            rows[name] = dataclasses.replace(row, norm_after=norm)
+        places = {name: place for place, name in enumerate(modules)}
+        return tuple(sorted(rows.values(), key=lambda row: places.get(row.target, len(places))))
+
     def _context(self, shifted: Shifted, task: AlignmentTask, options: TransferOptions) -> FinalizeContext:
         given = task.probes is not None and task.probes.seed is None
         return FinalizeContext(
@@ -405,18 +428,3 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     """Return the rank of each module, and of each parameter of experts."""
     of_experts = {update.name: update.a.shape[1] for update in adapter.experts}
     return {name: factors.rank for name, factors in adapter.modules.items()} | of_experts
-
-
-def _rows(shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) -> tuple[Any, ...]:
-    if not changed:
-        return shifted.rows
-    norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
-    # The share that the maps kept is undefined for a fitted update.
-    kept = {"kept": math.nan} if update.fitted else {}
-    missing = 0.0 if update.fitted else None
-    return tuple(
-        dataclasses.replace(
-            row, norm_after=norms.get(row.target, row.norm_after if missing is None else missing), **kept
-        )
-        for row in shifted.rows
-    )

@@ -1,12 +1,13 @@
 """The settings of a transfer: options that determine the moved adapter, locations of files, and their form in TOML."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method, spec_of
 from jcrosslora.shifting.records import Calibration
@@ -148,7 +149,25 @@ class TransferSettings(TransferOptions):
         values = {name: getattr(self, name) for name in OWN_FIELDS}
         return values | flat_method(self.method)
 
+    def published(self) -> dict[str, Any]:
+        """Return the settings that are not the defaults, for others to see: files by their last part, no server."""
+        plain = {name: field.default for name, field in OWN_FIELDS.items()}
+        values = {name: value for name, value in self.flat().items() if value != plain.get(name, MISSING)}
+        return {
+            name: public_name(value) if name in _REFERENCES else value
+            for name, value in values.items()
+            if name not in _OF_THIS_MACHINE
+        }
 
+
+# Settings that may name a file or a folder.
+_REFERENCES = frozenset(
+    {
+        *("adapter", "source", "target", "target_name", "source_model", "source_base_model", "source_tokenizer"),
+        *("probe_text", "source_template", "target_template"),
+    }
+)
+_OF_THIS_MACHINE = frozenset({"out", "source_url", "overwrite", "cache"})
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(TransferSettings)}
 
 

@@ -1,5 +1,7 @@
 """The account of a shift: plain data, no arrays."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +16,7 @@ class ModuleRow:
 
     Attributes:
         target: module of the target base.
-        source: module of the source base whose update it received.
+        source: module of the source base whose update it received; "" where it was fitted and received none.
         role: its role, such as q_proj.
         energy: ||dW_src||_F^2.
         kept: ||P_out dW_src P_in'||_F^2 over `energy`: the share of the update's energy that the maps keep. Above 1
@@ -44,6 +46,12 @@ class ModuleRow:
     vector_ratio: float
     activation_cosine: float
     weight_cosine: float
+
+    @classmethod
+    def fitted(cls, target: str, role: str, norm: float) -> "ModuleRow":
+        """Account for a module whose update was fitted and not moved: but for its norm there are no figures."""
+        figures = {field.name: math.nan for field in dataclasses.fields(cls) if field.type is float}
+        return cls(target=target, source="", role=role, rank=0, **figures | {"energy": 0.0, "norm_after": norm})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
+from jcrosslora.logs import record
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
 from jcrosslora.training.examples import digest, encode
@@ -190,6 +191,7 @@ def _states(
                 msg = f"{base.ref}: {came}: lower the rate, which is {settings.rate:g}"
                 raise UsageError(msg)
             state = update(settings, state, gradient)
+            record({"loss": float(loss)}, step + 1)
             bar.note = f"loss {float(loss):.3f}"
             bar.update()
             yield state

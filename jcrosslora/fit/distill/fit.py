@@ -26,6 +26,7 @@ from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedF
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
 from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
+from jcrosslora.logs import record
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.training.lora_rite import lora_rite
@@ -153,6 +154,7 @@ class _Run:
         self.state = first_state(teacher.target.params, settings, seed)
         self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
         self.looks = [Look(self._seconds(), 0, mean_kl(teacher.target, self.adapter, held_out))]
+        record({"divergence": self.looks[0].divergence, "completions": 0}, 0)
 
     @property
     def adapter(self) -> StackedAdapter:
@@ -211,6 +213,7 @@ class _Run:
         if found < min(look.divergence for look in self.looks):
             self.state = replace(self.state, best=self.state.factors)
         self.looks.append(Look(self._seconds(), self._used, found))
+        record({"divergence": found, "completions": self._used}, self._seen)
         bar.note = f"divergence {min(look.divergence for look in self.looks):.3f}"
 
     def restore(self, checkpoints: Checkpoints) -> None:

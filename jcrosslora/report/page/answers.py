@@ -10,6 +10,7 @@ from jcrosslora.report.record import cut
 
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text
+_ROOM = 300_000  # characters of all texts, for the page to stay small where many adapters were evaluated
 # A random or another adapter answers a newcomer's question no better than the bars do.
 _PARTS = ("base", "moved", "trained")
 _TITLES = {"base": "before", "moved": "after"}
@@ -24,7 +25,8 @@ def answers_section(evaluation: Evaluation) -> str:
     chosen = [every[at * len(every) // count] for at in range(count)]
     named = any(model.part == "moved" for model in evaluation.models)
     columns = [place for place, model in enumerate(evaluation.models) if not named or model.part in _PARTS]
-    cards = "".join(_card(evaluation, example, columns) for example in chosen)
+    longest = min(_LONGEST, _ROOM // (count * (len(columns) + 2)))
+    cards = "".join(_card(evaluation, example, columns, longest) for example in chosen)
     return f"<section><h2>Before and after, {_number(count)}</h2>{cards}</section>"
 
 
@@ -32,19 +34,19 @@ def _number(count: int) -> str:
     return "one example" if count == 1 else f"{count} examples"
 
 
-def _card(evaluation: Evaluation, example: Example, columns: list[int]) -> str:
-    parts = [_part("right answer", " or ".join(example.right))]
-    parts += [_answer(evaluation.models[place], example.written[place]) for place in columns]
-    asked = _part("prompt", example.prompt)
+def _card(evaluation: Evaluation, example: Example, columns: list[int], longest: int) -> str:
+    parts = [_part("right answer", " or ".join(example.right), longest)]
+    parts += [_answer(evaluation.models[place], example.written[place], longest) for place in columns]
+    asked = _part("prompt", example.prompt, longest)
     return f'<div class="example"><div class="texts">{asked}</div><div class="texts">{"".join(parts)}</div></div>'
 
 
-def _answer(model: Model, written: Written) -> str:
+def _answer(model: Model, written: Written, longest: int) -> str:
     marks = ['<span class="mark right">exact</span>'] if written.exact else []
     marks += [] if written.ended else ['<span class="mark cut">not ended</span>']
-    return _part(_TITLES.get(model.part, model.title), written.text, " ".join(marks))
+    return _part(_TITLES.get(model.part, model.title), written.text, longest, " ".join(marks))
 
 
-def _part(title: str, text: str, marks: str = "") -> str:
-    shown = escape(visible(cut(text, _LONGEST))) or '<span class="muted">(nothing)</span>'
+def _part(title: str, text: str, longest: int, marks: str = "") -> str:
+    shown = escape(visible(cut(text, longest))) or '<span class="muted">(nothing)</span>'
     return f'<div><div class="muted">{escape(visible(title))} {marks}</div><div class="text">{shown}</div></div>'

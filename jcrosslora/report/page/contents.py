@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores
 from jcrosslora.evaluate.output import answers_json, scores_json
 from jcrosslora.report.documents import REPORT
-from jcrosslora.report.page.evaluation import Evaluation, Roles, parse_evaluation
+from jcrosslora.report.page.evaluation import Evaluation, Roles, called, parse_evaluation
 from jcrosslora.report.page.moved import Moved, parse_moved
 from jcrosslora.text.completion_lines import COMPLETIONS
 
@@ -81,7 +82,13 @@ def contents_of(report: str, answers: Answers | Scores | None, roles: Roles, own
     moved = parse_moved(report.encode(), REPORT)
     evaluation = None
     if answers is not None:
-        data = answers_json(answers, show=_SHOWN) if isinstance(answers, Answers) else scores_json(answers)
+        # A name that no adapter has is refused with the other roles.
+        shown = {public_name(name) or name: name for name in answers.names[1:]}
+        trained = shown.get(called(roles.trained or "", list(shown)) or "")
+        if isinstance(answers, Answers):
+            data = answers_json(answers, show=_SHOWN, trained=trained)
+        else:
+            data = scores_json(answers, trained=trained)
         evaluation = parse_evaluation(json.dumps(data).encode(), "the answers")
         evaluation = evaluation.with_parts(roles, own)
     return Contents(moved.adapter.name or "adapter", moved, evaluation)

@@ -19,6 +19,8 @@ _ITS_OWN = (
     "they do not, give prompts of that job by --probe-text."
 )
 
+_SHARE = "share of the trained adapter's gain"
+
 
 def text_section(contents: Contents) -> str:
     """Return what text the update was fitted on, or what the method looked at instead; "" without a transfer."""
@@ -49,6 +51,8 @@ def warnings_section(contents: Contents) -> str:
         lines.append(f"Checked at the end of the move: {told}.")
     if evaluation is not None:
         lines += [f"Not part of the figures: {sentence}" for sentence in evaluation.not_scored]
+        if evaluation.guessed and (model := evaluation.of_part("moved")) is not None:
+            lines.append(f"The answers are those of the adapter {model.name}, the only one evaluated: is it this one?")
         base = evaluation.models[0].name
         if moved is not None and moved.target.name is not None and base != moved.target.name:
             other = f"The answers are those of {base}, and the adapter was moved to {moved.target.name}"
@@ -66,6 +70,11 @@ def figures_section(evaluation: Evaluation) -> str:
             "value [95% interval]": FIGURES[name].interval(model.figures[name]),
             "minus the base": _change(FIGURES[name], model.figures[name].minus_base),
             "": model.word(name),
+            **(
+                {}
+                if (lift := model.figures[name].lift) is None
+                else {_SHARE: f"{lift.value:.2f} [{lift.low:.2f}, {lift.high:.2f}]"}
+            ),
         }
         for model in evaluation.models
         for name in present(evaluation)

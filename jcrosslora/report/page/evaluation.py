@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -23,12 +24,13 @@ _ADVICE = "give the output of `jcrosslora evaluate --json`"
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """A figure of one model with its 95% interval, and its difference to the base."""
+    """A figure of one model with its 95% interval, its difference to the base, its share of a trained one's gain."""
 
     value: _Number
     low: _Number
     high: _Number
     minus_base: Interval | None = None
+    lift: Interval | None = None
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -53,6 +55,7 @@ class _Output(msgspec.Struct, frozen=True):
 
     models: list[dict[str, str | Figure]]
     not_scored: list[str]
+    trained: str | None = None
     questions: _Count = 0
     examples: _Count = 0
     answers: list[Example] = []
@@ -98,6 +101,11 @@ class Model:
         }
         return titles.get(self.part, self.name)
 
+    def without_lift(self) -> Model:
+        """Return the model without shares of a gain, which are of another adapter than the page is about."""
+        figures = {name: msgspec.structs.replace(one, lift=None) for name, one in self.figures.items()}
+        return dataclasses.replace(self, figures=figures)
+
     def word(self, figure: str) -> str:
         """Say whether a figure is "better" or "worse" than the base's, or "neither"; "" where that is not known."""
         found = self.figures.get(figure)
@@ -114,6 +122,8 @@ class Evaluation:
         written: whether they were answered in writing.
         not_scored: what the figures leave out, one sentence each.
         examples: some of the examples with the answers of all models, in their order.
+        trained: name of the adapter whose gain the shares in the figures are of; None if there are none.
+        guessed: whether the moved adapter is taken to be the one that is left, by whatever name.
     """
 
     models: tuple[Model, ...]
@@ -121,6 +131,8 @@ class Evaluation:
     written: bool
     not_scored: tuple[str, ...]
     examples: tuple[Example, ...]
+    trained: str | None = None
+    guessed: bool = False
 
     def of_part(self, part: Part) -> Model | None:
         """Return the model that plays a part; None where there is none."""
@@ -144,20 +156,34 @@ class Evaluation:
             ("trained", roles.trained),
             ("random", roles.random),
         )
-        for part, name in given:
-            if name is None:
+        for part, said in given:
+            if said is None:
                 continue
-            if name not in names or name in parts:
-                came = f"is the {parts[name]} adapter already" if name in parts else "is not among those evaluated"
+            name = called(said, names)
+            if name is None or name in parts:
+                came = f"is the {parts[name]} adapter already" if name else "is not among those evaluated"
                 known = f"wanted one of {', '.join(names) or 'none: only the base was evaluated'}"
-                msg = f"{part} adapter {name!r} {came}{suggestion(name, names)}: {known}"
+                msg = f"{part} adapter {said!r} {came}{suggestion(said, names)}: {known}"
                 raise UsageError(msg)
             parts[name] = part
+        if "trained" not in parts.values() and self.trained in names and self.trained not in parts:
+            parts[self.trained] = "trained"
         left = [name for name in names if name not in parts]
-        if roles.moved is None and (own in left or len(left) == 1):
-            parts[own if own in left else left[0]] = "moved"
+        found, guessed = called(own, left), False
+        if roles.moved is None and found is None and len(left) == 1:
+            found, guessed = left[0], True
+        if roles.moved is None and found is not None:
+            parts[found] = "moved"
         models = [dataclasses.replace(one, part=parts.get(one.name, "other")) for one in self.models[1:]]
-        return dataclasses.replace(self, models=(self.models[0], *models))
+        if parts.get(self.trained or "") != "trained":
+            models = [one.without_lift() for one in models]
+        return dataclasses.replace(self, models=(self.models[0], *models), guessed=guessed)
+
+
+def called(said: str, names: Sequence[str]) -> str | None:
+    """Find the name that was said among names, or the only one with the same last part; None if there is none."""
+    alike = [name for name in names if PurePath(name).name == PurePath(said).name]
+    return said if said in names else alike[0] if len(alike) == 1 else None
 
 
 def parse_evaluation(content: bytes, place: str) -> Evaluation:
@@ -184,9 +210,9 @@ def parse_evaluation(content: bytes, place: str) -> Evaluation:
     if any(len(one.written) != len(models) for one in found.answers):
         msg = f"{place}: is damaged (an example without the answers of all {len(models)} models): {_ADVICE}"
         raise UsageError(msg)
-    return Evaluation(
-        models, found.questions or found.examples, not found.questions, tuple(found.not_scored), tuple(found.answers)
-    )
+    count, trained = found.questions or found.examples, found.trained and (public_name(found.trained) or found.trained)
+    written = not found.questions
+    return Evaluation(models, count, written, tuple(found.not_scored), tuple(found.answers), trained)
 
 
 def _model(place: int, entry: Mapping[str, str | Figure]) -> Model:

@@ -43,8 +43,9 @@ FIGURES = {
     "nll_pooled": Shown("the same, long answers weigh more", top=None, lower=True),
 }
 _RIGHT = "accuracy", "json", "exact"
+_JOB = (*_RIGHT, "chrf")
 _LIKELY = "nll_per_char", "nll_pooled"
-_MAIN = (*_RIGHT, "chrf", "nll_per_char")
+_MAIN = (*_JOB, "nll_per_char")
 
 
 def present(evaluation: Evaluation) -> list[str]:
@@ -58,9 +59,25 @@ def main_figures(evaluation: Evaluation) -> list[str]:
     return [name for name in found if name in _MAIN and not (name == "exact" and "json" in found)]
 
 
-def right_figure(evaluation: Evaluation) -> str | None:
-    """Name the figure that counts right answers."""
-    return next((name for name in _RIGHT if name in present(evaluation)), None)
+def job_figure(evaluation: Evaluation) -> str | None:
+    """Name the figure of how well the task is done: the first that counts, of right answers or of their likeness.
+
+    Exact answers say nothing of a task with many good ones, where even a trained adapter gives none, or none is exact.
+    """
+    found = [name for name in _JOB if name in present(evaluation)]
+    trained = evaluation.of_part("trained")
+
+    def counts(name: str) -> bool:
+        if trained is not None:
+            return trained.word(name) == "better"
+        return any(model.figures[name].value > 0 for model in evaluation.models)
+
+    return next(filter(counts, found), found[0] if found else None)
+
+
+def is_count(name: str) -> bool:
+    """Tell whether a figure is a share of right answers."""
+    return name in _RIGHT
 
 
 def likelihood_figure(evaluation: Evaluation) -> str | None:
@@ -79,3 +96,28 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
         return None
     base, own, full = (model.figures[name].value for model in (evaluation.models[0], moved, trained))
     return (base - own) / (base - full)
+
+
+def gain_text(evaluation: Evaluation, name: str) -> str:
+    """Write that share, with its interval where the evaluation has one; "" where there is none, or a loss."""
+    moved, share = evaluation.of_part("moved"), gain_share(evaluation, name)
+    if moved is None or share is None or moved.word(name) == "worse":
+        return ""
+    lift = moved.figures[name].lift
+    return _percent(share) + ("" if lift is None else f" [{_percent(lift.low)}, {_percent(lift.high)}]")
+
+
+def beyond_random(evaluation: Evaluation, name: str) -> bool:
+    """Tell whether the moved adapter does better in a figure than a random one; True where none was evaluated.
+
+    It does where the random one is not better than the base, or where their intervals do not overlap.
+    """
+    moved, random = evaluation.of_part("moved"), evaluation.of_part("random")
+    if moved is None or random is None or random.word(name) != "better":
+        return True
+    own, other = moved.figures[name], random.figures[name]
+    return own.high < other.low if FIGURES[name].lower else own.low > other.high
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%"  # an integer, which has no -0

@@ -7,7 +7,16 @@ from typing import Literal
 
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation, Model
-from jcrosslora.report.page.figures import FIGURES, gain_share, likelihood_figure, present, right_figure
+from jcrosslora.report.page.figures import (
+    FIGURES,
+    beyond_random,
+    gain_share,
+    gain_text,
+    is_count,
+    job_figure,
+    likelihood_figure,
+    present,
+)
 
 _HALF = 0.5  # of a trained adapter's gain in right answers
 
@@ -57,45 +66,59 @@ def headline(contents: Contents) -> Headline:
 
 
 def _measured(evaluation: Evaluation, model: Model) -> Headline:
-    right, likely = right_figure(evaluation), likelihood_figure(evaluation)
-    words = {name: model.word(name) for name in (right, likely) if name is not None}
-    reasons = tuple(filter(None, (_counted(evaluation, model, right), _likelihood(evaluation, model, likely))))
+    job, likely = job_figure(evaluation), likelihood_figure(evaluation)
+    words = {name: model.word(name) for name in (job, likely) if name is not None}
+    reasons = tuple(filter(None, (_job(evaluation, model, job), _likelihood(evaluation, model, likely))))
     task = f"On this task, {evaluation.count:,} {'question' if evaluation.count == 1 else 'questions'},"
+
+    def told(tone: Tone, word: str, sentence: str) -> Headline:
+        return Headline(tone, word, f"{task} {sentence}.", reasons)
+
+    if not any(model.word(name) for name in present(evaluation)):
+        sentence = "The evaluation does not say how the moved adapter differs from the model without one."
+        return Headline("open", "Not known", sentence, reasons)
     if "worse" in words.values():
         if "better" in words.values():
-            return Headline(
-                "mixed", "Mixed", f"{task} the moved adapter helps in one way and harms in another.", reasons
-            )
-        return Headline("bad", "It harms", f"{task} the model answers worse with the moved adapter.", reasons)
-    if right is not None and words[right] == "better":
-        share = gain_share(evaluation, right)
-        if share is not None and share < _HALF:
-            sentence = f"{task} the model answers better with the moved adapter, but a trained adapter gains far more."
-            return Headline("mixed", "It works in part", sentence, reasons)
-        return Headline("good", "It works", f"{task} the model answers better with the moved adapter.", reasons)
-    if likely is not None and words[likely] == "better":
-        sentence = f"{task} the right answers become more likely with the moved adapter, but no clear gain in how many "
-        return Headline("mixed", "It works in part", f"{sentence}are right can be seen.", reasons)
+            return told("mixed", "Mixed", "the moved adapter helps in one way and harms in another")
+        return told("bad", "It harms", "the model answers worse with the moved adapter")
     helped = [name for name in present(evaluation) if model.word(name) == "better"]
-    if helped:
-        sentence = f"{task} the answers come closer to the right ones, but no clear gain in how many are right can be "
-        return Headline("mixed", "It works in part", f"{sentence}seen.", reasons)
-    sentence = f"{task} no difference between the model with and without the moved adapter can be seen."
-    return Headline("bad", "No effect seen", sentence, reasons)
+    if not helped:
+        return told("bad", "No effect seen", "no difference between the model with and without the moved adapter "
+                    "can be seen")  # fmt: skip
+    if not beyond_random(evaluation, next((name for name in (job, likely) if name in helped), helped[0])):
+        return told("bad", "No better than random", "the model answers better with the moved adapter, but with "
+                    "a random one about as well")  # fmt: skip
+    if job is not None and words[job] == "better":
+        share = gain_share(evaluation, job)
+        if share is not None and share < _HALF:
+            sentence = "the model answers better with the moved adapter, but a trained adapter gains far more"
+            return told("mixed", "It works in part", sentence)
+        return told("good", "It works", "the model answers better with the moved adapter")
+    seen = "the right answers become more likely with the moved adapter"
+    if likely is None or words[likely] != "better":
+        seen = "the answers come closer to the right ones"
+    better = "in how many are right" if job is None or is_count(job) else "in the answers themselves"
+    return told("mixed", "It works in part", f"{seen}, but no clear gain {better} can be seen")
 
 
-def _counted(evaluation: Evaluation, model: Model, name: str | None) -> str:
+def _job(evaluation: Evaluation, model: Model, name: str | None) -> str:
     if name is None:
         return ""
-    count = evaluation.count
     parts = {
         "without an adapter": evaluation.models[0],
         "with the moved adapter": model,
         "with an adapter trained on this model": evaluation.of_part("trained"),
         "with a random adapter": evaluation.of_part("random"),
     }
-    told = [f"{round(one.figures[name].value * count):,} {where}" for where, one in parts.items() if one is not None]
-    return f"Right answers, of {count:,}: {', '.join(told)}."
+    count, shown = evaluation.count, FIGURES[name]
+
+    def told(one: Model) -> str:
+        value = one.figures[name].value
+        return f"{round(value * count):,}" if is_count(name) else shown.text(value)
+
+    title = f"Right answers, of {count:,}" if is_count(name) else f"{shown.title[:1].upper()}{shown.title[1:]}"
+    listed = ", ".join(f"{told(one)} {where}" for where, one in parts.items() if one is not None)
+    return f"{title}: {listed}.{_share(evaluation, name)}"
 
 
 def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
@@ -104,6 +127,9 @@ def _likelihood(evaluation: Evaluation, model: Model, name: str | None) -> str:
     shown, base = FIGURES[name], evaluation.models[0].figures[name]
     found = model.figures[name]
     sentence = f"Surprise at the right answers (lower is better): {shown.text(base.value)} without an adapter, "
-    sentence += f"{shown.text(found.value)} with the moved one"
-    share = gain_share(evaluation, name)
-    return sentence + ("." if share is None else f", which is {share:.0%} of what a trained adapter gains.")
+    return f"{sentence}{shown.text(found.value)} with the moved one.{_share(evaluation, name)}"
+
+
+def _share(evaluation: Evaluation, name: str) -> str:
+    share = gain_text(evaluation, name)
+    return f" The moved one brings {share} of what a trained adapter gains." if share else ""

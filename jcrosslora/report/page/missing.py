@@ -13,7 +13,7 @@ _REPORT = "jcrosslora report DIR --answers answers.json"
 _BESIDE = "evaluate it beside the moved one, and report with"
 _TRAINED = (
     "How much of what training brings: jcrosslora train TARGET --data TRAIN.jsonl --out trained, "
-    f"{_BESIDE} --trained trained."
+    "evaluate the moved one with --trained trained, and report."
 )
 _RANDOM = (
     "Whether a random update would do as well: jcrosslora transfer ... --method random --out random, "

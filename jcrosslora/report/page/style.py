@@ -37,6 +37,7 @@ figcaption > div { padding-left: 1.1em; text-indent: -1.1em; }
 .texts { display: grid; gap: .5rem 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
 .texts:first-child { margin-bottom: .5rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 14rem; overflow-y: auto; }
+li.text { max-height: none; overflow: visible; margin: .7rem 0; }
 .mark { border: 1px solid; border-radius: .3rem; padding: 0 .4rem; font-size: .8rem; white-space: nowrap; }
 .right { color: var(--good); } .cut { color: var(--mixed); }
 pre, .wide { overflow-x: auto; } pre { background: var(--card); padding: .8rem; font-size: .85rem; }

@@ -1,0 +1,153 @@
+"""Check that the tables of README.md and docs/results.md state no figure that no line of results has.
+
+    python experiments/page_figures.py
+
+A row of a table of jobs has the figures of a line of `experiments/results/`, rounded. A row of another table has those
+of the lines of `experiments/results/stated/` that name its section and its first cell. A number is a decimal or a
+percentage; counts are not looked at, nor is the text around the tables.
+"""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from result_lines import FOLDER, STATED, ResultLine, StatedLine, read_lines
+
+import jcrosslora as jcl
+from jcrosslora.evaluate import Interval
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "README.md", ROOT / "docs" / "results.md"
+_SECTIONS = {"jcrosslora": "ARC-Easy"}  # the table of the README is that of this section
+_NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?:\.\d+)?%)")
+_JOBS = {"SNIPS": "snips", "BANKING77": "banking77", "E2E": "e2e"}
+# How the rows of jobs are called, and which figure of which move they show.
+_PARTS = {
+    "Gemma": ("base", None),
+    "trained on Gemma": ("trained", None),
+    "SmolLM2 with the adapter that is moved": ("source", None),
+    "`distill`, no data": ("moved", ("distill", 0)),
+    "`distill`, 200 prompts": ("moved", ("distill", 200)),
+    "the same, teacher weight 0.5 and no prompts like the user's": ("moved", ("distill:teacher_weight=0.5", 200)),
+    "`distill`, no data, teacher weight 0.75 (0.5 is the default there)": ("moved", ("distill:teacher_weight=0.75", 0)),
+}
+_FIGURES = {"nats a character": ("nll_per_char",), "right": ("json", "exact"), "chrF": ("chrf",), "ended": ("ended",)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        section: the heading above it.
+        head: the cells of the table's first row.
+        cells: its own.
+    """
+
+    section: str
+    head: tuple[str, ...]
+    cells: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """Return what it is called."""
+        return self.cells[0]
+
+    def numbers(self) -> list[str]:
+        """Return the decimals and percentages behind its first cell."""
+        return [number for cell in self.cells[1:] for number in _NUMBER.findall(cell)]
+
+
+def rows_of(text: str) -> Iterator[Row]:
+    """Yield the rows of the tables of a page that hold a decimal or a percentage."""
+    section, head = "", ()
+    for line in text.splitlines():
+        if line.startswith("#"):
+            section = _SECTIONS.get(title := line.lstrip("# "), title)
+        if not line.startswith("|"):
+            head = ()
+            continue
+        cells = tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+        row = Row(section, head, cells)
+        if not head:
+            head = cells
+        elif row.numbers():
+            yield row
+
+
+def unknown(text: str, lines: Sequence[ResultLine], stated: Sequence[StatedLine]) -> list[str]:
+    """Say of each row of a page what figures no line has, one sentence each."""
+    found = []
+    for row in rows_of(text):
+        task = _JOBS.get(row.head[0])
+        missing = (
+            _not_stated(row, stated) if task is None else _not_rounded(row, [one for one in lines if one.task == task])
+        )
+        if missing:
+            found.append(f"{row.section}, {row.label}: no line has {', '.join(missing)}")
+    return found
+
+
+def unused(texts: Iterable[str], stated: Sequence[StatedLine]) -> list[str]:
+    """Name the rows of lines that no page has."""
+    shown = {(row.section, row.label) for text in texts for row in rows_of(text)}
+    return [f"{one.section}, {label}" for one in stated for label in one.rows if (one.section, label) not in shown]
+
+
+def _not_stated(row: Row, stated: Sequence[StatedLine]) -> list[str]:
+    lines = [one for one in stated if one.section == row.section and row.label in one.rows]
+    known = Counter(number for line in lines for figure in line.figures.values() for number in figure.numbers())
+    missing = []
+    for number in row.numbers():
+        value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+        if known[value] == 0:
+            missing.append(number)
+        known[value] -= 1
+    return missing
+
+
+def _not_rounded(row: Row, lines: Sequence[ResultLine]) -> list[str]:
+    """Compare the cells with the figures of the first line that has them, in the cells' own digits."""
+    if row.label not in _PARTS:
+        return row.numbers()
+    part, move = _PARTS[row.label]
+    fitting = [one for one in lines if move is None or (one.method, one.prompts) == move]
+    missing = []
+    for title, cell in zip(row.head[1:], row.cells[1:], strict=True):
+        numbers = _NUMBER.findall(cell)
+        known = [one for line in fitting if (one := _shown(line, part, title)) is not None]
+        if numbers and not any(_rounded(one, numbers) for one in known):
+            missing += numbers
+    return missing
+
+
+def _shown(line: ResultLine, part: str, title: str) -> Interval | None:
+    if title == "lift":
+        return line.figures["nll_per_char"].lift
+    found = next((line.figures[name] for name in _FIGURES.get(title, ()) if name in line.figures), None)
+    return None if found is None else getattr(found, part)
+
+
+def _rounded(found: Interval, numbers: Sequence[str]) -> bool:
+    wanted = (found.value, found.low, found.high)
+    return all(f"{value:.{len(one.partition('.')[2])}f}" == one for value, one in zip(wanted, numbers, strict=False))
+
+
+def main() -> None:
+    try:
+        lines = [line for path in sorted(FOLDER.glob("*.jsonl")) for line in read_lines(path)]
+        stated = [line for path in sorted(STATED.glob("*.jsonl")) for line in read_lines(path, StatedLine)]
+        texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    except (jcl.JCrossLoRAError, OSError) as error:
+        sys.exit(f"page_figures: {error}")
+    faults = [fault for text in texts for fault in unknown(text, lines, stated)]
+    faults += [f"no page has the row {name} of the lines" for name in unused(texts, stated)]
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
