@@ -23,11 +23,22 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "README.md", ROOT / "docs" / "results.md"
 _SECTIONS = {"jcrosslora": "ARC-Easy"}  # the table of the README is that of this section
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?:\.\d+)?%)")
-_JOBS = {"SNIPS": "snips", "BANKING77": "banking77", "E2E": "e2e"}
+# The tables of jobs by their first cell: the task, and what the name of the source begins with.
+_JOBS = {
+    "SNIPS": ("snips", "Smollm2"),
+    "BANKING77": ("banking77", "Smollm2"),
+    "E2E": ("e2e", "Smollm2"),
+    "SNIPS, the other way": ("snips", "Gemma"),
+    "BANKING77, the other way": ("banking77", "Gemma"),
+}
 # How the rows of jobs are called, and which figure of which move they show.
 _PARTS = {
     "Gemma": ("base", None),
+    "SmolLM2": ("base", None),
     "trained on Gemma": ("trained", None),
+    "trained on SmolLM2": ("trained", None),
+    "`cross-lora`": ("moved", ("cross-lora", 0)),
+    "`random`": ("moved", ("random", 0)),
     "SmolLM2 with the adapter that is moved": ("source", None),
     "`distill`, no data": ("moved", ("distill", 0)),
     "`distill`, 200 prompts": ("moved", ("distill", 200)),
@@ -82,10 +93,11 @@ def unknown(text: str, lines: Sequence[ResultLine], stated: Sequence[StatedLine]
     """Say of each row of a page what figures no line has, one sentence each."""
     found = []
     for row in rows_of(text):
-        task = _JOBS.get(row.head[0])
-        missing = (
-            _not_stated(row, stated) if task is None else _not_rounded(row, [one for one in lines if one.task == task])
-        )
+        job = _JOBS.get(row.head[0])
+        if job is None:
+            missing = _not_stated(row, stated)
+        else:
+            missing = _not_rounded(row, [one for one in lines if one.task == job[0] and one.source.startswith(job[1])])
         if missing:
             found.append(f"{row.section}, {row.label}: no line has {', '.join(missing)}")
     return found

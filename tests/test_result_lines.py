@@ -138,7 +138,8 @@ def test_a_figure_once_in_the_lines_is_once_in_the_row():
     ],
 )
 def test_the_rows_of_jobs_are_those_of_whole_lines(old, new, missing):
-    lines = [line(task="snips"), line(task="snips", method="random")]
+    lines = [line(task="snips", source="Smollm2 A", **more) for more in ({}, {"method": "random"})]
+    assert page_figures.unknown(JOBS, [line(task="snips", source="Gemma B")], []) != []
     assert page_figures.unknown(JOBS, lines, []) == []
     (fault,) = page_figures.unknown(JOBS.replace(old, new), lines, [])
     assert fault.endswith(f"no line has {missing}")
