@@ -3,8 +3,12 @@
 import argparse
 
 import fit_sizes
+import jax
+import jax.numpy as jnp
 import pytest
 from roofline import SHARE, SHARE_READ, Device
+
+from jcrosslora.decoder import load_params
 
 
 def rows_of(capsys):
@@ -18,6 +22,11 @@ def test_a_line_for_each_program_on_paper_and_measured(capsys):
     for _, _, times, paper, measured, whole in rows[1:]:
         assert float(measured) > float(paper) >= 0
         assert abs(float(whole) - int(times) * float(measured)) <= 0.06 + 5e-5 * int(times)
+
+
+def test_shapes_are_those_of_the_loaded_weights():
+    loaded = jax.eval_shape(lambda: load_params(fit_sizes.empty_base("small"), jnp.bfloat16))
+    assert fit_sizes.shapes_of("small") == loaded
 
 
 def test_two_devices_have_half_of_the_matrices_each():

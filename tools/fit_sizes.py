@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
@@ -56,9 +57,10 @@ SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, head size, v
 }
 
 
-def empty_base(name: str) -> BaseModel:
-    """A base of zeros in no memory: every array shows one number."""
+def empty_base(name: str, **changes: int) -> BaseModel:
+    """A base of zeros in no memory: every array shows one number. Its layers and vocabulary may be others."""
     layers, hidden, inner, heads, kv_heads, size, vocab = SHAPES[name]
+    layers, vocab = changes.get("layers", layers), changes.get("vocab", vocab)
     config = {
         **{"model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner},
         **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads},
@@ -73,8 +75,18 @@ def empty_base(name: str) -> BaseModel:
             **{"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)},
         }
         shapes |= {f"model.layers.{layer}.{module}.weight": shape for module, shape in modules.items()}
-    weights = {key: np.broadcast_to(np.float16(0), shape) for key, shape in shapes.items()}
+    # In the dtype that is asked for, of which no copy is made.
+    weights = {key: np.broadcast_to(ml_dtypes.bfloat16(0), shape) for key, shape in shapes.items()}
     return jcl.open_base(weights, config=config, name=name)
+
+
+def shapes_of(name: str) -> Params:
+    """The shapes of a base's weights, by those of one layer and one token: what is traced stays in memory."""
+    layers, hidden, *_, vocab = SHAPES[name]
+    one = jax.eval_shape(partial(load_params, empty_base(name, layers=1, vocab=1), jnp.bfloat16))
+    found: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), one)
+    embedding = jax.ShapeDtypeStruct((vocab, hidden), one.embedding.dtype)
+    return found.replace(embedding=embedding, final_norm=one.final_norm)
 
 
 def make_programs(
@@ -203,7 +215,7 @@ def memory_rows(
     """For each shape and number of devices, the bytes on each: of both bases' weights, of a step, of writing."""
     for name in shapes:
         base = empty_base(name)
-        settings, whole = settings_of(base), jax.eval_shape(partial(load_params, base, jnp.bfloat16))
+        settings, whole = settings_of(base), shapes_of(name)
         for devices in shards:
             params = divided(whole, devices)
             programs = make_programs(settings, params, arguments.prompt, arguments.answer)
@@ -217,8 +229,8 @@ def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: De
     times = Table("shape", "program", "times", "s each, on paper", *timed, "s in all")
     for name in shapes:
         base = empty_base(name)
-        settings, load = settings_of(base), partial(load_params, base, jnp.bfloat16)
-        params = load() if run else jax.eval_shape(load)
+        settings = settings_of(base)
+        params = load_params(base, jnp.bfloat16) if run else shapes_of(name)
         programs = make_programs(settings, params, arguments.prompt, arguments.answer) if run else {}
         for phase, (count, seconds) in phases(settings, params, arguments, device).items():
             found = [measured(*programs[phase])] if run else []
@@ -229,9 +241,7 @@ def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: De
 
 def whole_fit(name: str, devices: int, arguments: argparse.Namespace, device: Device) -> float:
     """Seconds of all programs of a fit, on paper."""
-    base = empty_base(name)
-    params = jax.eval_shape(partial(load_params, base, jnp.bfloat16))
-    parts = phases(settings_of(base), params, arguments, device, devices).values()
+    parts = phases(settings_of(empty_base(name)), shapes_of(name), arguments, device, devices).values()
     return sum(count * seconds for count, seconds in parts)
 
 
