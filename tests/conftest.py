@@ -2,6 +2,7 @@
 
 Most of a run is compiling programs for arrays of a few numbers: without XLA's and LLVM's costly passes it takes two
 thirds of the time. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 programs are compiled as a user's are; `.ci/run` does both.
+Programs are shared by the processes of a run and kept for the next one, in `.pytest_cache`, which may be deleted.
 """
 
 import os
@@ -20,12 +21,15 @@ import jax
 import pytest
 
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and jax.version.__version_info__ < (0, 11):
-    # The older emitters compile in two thirds of the time; newer versions know neither them nor the flag.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    # The older emitters compile in two thirds of the time; newer versions know neither them nor the flag. One piece
+    # instead of up to 32 for as many cores takes another seventh off.
+    _FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+from jcrosslora.cache.place import processor
 
 # Compiled programs are memory maps, of which Linux gives a process 65,530.
 MOST_MAPS = 30_000
@@ -38,6 +42,23 @@ def few_memory_maps():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
+
+
+# Bytes of kept programs from which they are all made anew: most are those of earlier versions of the code.
+MOST_KEPT = 1 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say where compiled programs are kept, in the environment: that of xdist's workers and of commands too."""
+    if hasattr(config, "workerinput") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    own = Path(os.environ["JCROSSLORA_CACHE"]) / "compiled"
+    folder = config.cache.mkdir("compiled") / processor() if hasattr(config, "cache") else own
+    if sum(path.stat().st_size for path in folder.glob("*")) > MOST_KEPT:
+        shutil.rmtree(folder)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_unconfigure() -> None:

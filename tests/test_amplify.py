@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from probe_bases import write_base
 from tiny_bases import random_adapter
+from whole_passes import scores
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import Generator, forward, logits
+from jcrosslora.decoder import Generator
 from jcrosslora.decoder.amplify import AmplifiedGenerator, amplified
 from jcrosslora.errors import AdapterError
 
@@ -48,11 +49,7 @@ def test_the_change_is_added_once_more_for_each_unit_of_strength(generator):
     (found,) = loud(generator, 2.5).continue_tokens([ids], 6, 0.0, KEY)
     for token in found:
         adapted, base = (
-            np.asarray(logits(generator.settings, generator.params, out.hidden[0, -1]), np.float64)
-            for out in (
-                forward(generator.settings, generator.params, jnp.asarray(ids), adapter=one)
-                for one in (generator.adapter, None)
-            )
+            scores(generator.settings, generator.params, ids, one)[-1] for one in (generator.adapter, None)
         )
         wanted = adapted + 2.5 * (adapted - base)
         assert wanted[token] > wanted.max() - 1e-4

@@ -5,7 +5,8 @@ import bench_gpu
 
 def test_the_table_has_a_line_for_each_kernel(capsys):
     bench_gpu.main(["--small", "--kernels", "gram", "krylov"])
-    lines = capsys.readouterr().out.splitlines()
+    kernels, fits = capsys.readouterr().out.split("a fit of bases of small")
+    lines = kernels.splitlines()
     assert "TFLOP/s at HIGHEST" in lines[2]
     rows = {line[:24].strip(): line[24:].split() for line in lines if "gram" in line[:24] or "krylov" in line[:24]}
     wanted = [(f"{kernel} as it comes", f"decompose by {kernel}") for kernel in ("gram", "krylov")]
@@ -20,3 +21,6 @@ def test_the_table_has_a_line_for_each_kernel(capsys):
             assert max(float(vectors), float(update)) < 1e-2
         else:
             assert redone == "0%"
+    fitted = [line.strip("│ ").split("│") for line in fits.splitlines() if "│ small" in line]
+    assert [row[1].strip() for row in fitted] == ["write", "read", "step"]
+    assert all(float(measured) > float(paper) >= 0 for _, _, _, paper, measured, _ in fitted)

@@ -2,18 +2,17 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
+from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora.adapter.token_updates import EMBEDDING, TokenUpdate
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.methods import Auto
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
@@ -69,14 +68,11 @@ def adapter(source):
 
 def divergence(source, adapter, target, moved):
     """KL(source with its adapter || target with the moved one) on the prompts, nats a position."""
-    found = []
+    found, pairs = [], ((source, adapter), (target, moved))
+    models = [((settings_of(base), load_params(base, np.float32)), stack_adapter(one, base)) for base, one in pairs]
     for text in CORPUS:
-        ids = load_tokenizer(source).encode(text, special=False).ids[None]
-        sides = []
-        for base, one in ((source, adapter), (target, moved)):
-            settings, params = settings_of(base), load_params(base, np.float32)
-            hidden = forward(settings, params, jnp.asarray(ids), adapter=stack_adapter(one, base)).hidden
-            sides.append(np.asarray(jax.nn.log_softmax(logits(settings, params, hidden[0])), np.float64))
+        ids = load_tokenizer(source).encode(text, special=False).ids
+        sides = [log_probs(*model, ids, one) for model, one in models]
         found.append(np.sum(np.exp(sides[0]) * (sides[0] - sides[1]), axis=-1))
     return float(np.concatenate(found).mean())
 

@@ -45,6 +45,9 @@ def model(tmp_path_factory):
     return base, settings_of(base), load_params(base)
 
 
+capturing = jax.jit(forward, static_argnames=("settings", "capture"))
+
+
 @partial(jax.jit, static_argnums=0)
 def hidden(settings, params, tokens, adapter=None):
     return forward(settings, params, tokens, adapter=adapter).hidden
@@ -161,9 +164,8 @@ def test_reduce_gets_each_layer_and_keeps_only_its_result(model):
 def test_captured_outputs_match_modules_applied_to_captured_inputs(model):
     base, settings, params = model
     adapter = random_adapter(base, rank=2, scale=0.05)
-    output = forward(
-        settings, params, TOKENS, adapter=stack_adapter(adapter, base), capture=frozenset({"inputs", "outputs"})
-    )
+    kept = frozenset({"inputs", "outputs"})
+    output = capturing(settings, params, TOKENS, adapter=stack_adapter(adapter, base), capture=kept)
     for role in DENSE_ROLES:
         name = f"model.layers.1.{ROLE_PATHS[role]}"
         weight = np.asarray(base.weight(name), np.float64) + delta(adapter.modules[name])
@@ -175,7 +177,7 @@ def test_unknown_capture_is_refused_and_one_sequence_is_a_batch_of_one(model):
     _, settings, params = model
     with pytest.raises(UsageError, match="gradients"):
         forward(settings, params, TOKENS, capture=frozenset({"gradients"}))
-    alone = forward(settings, params, TOKENS[0], capture=frozenset({"residual"}))
+    alone = capturing(settings, params, TOKENS[0], capture=frozenset({"residual"}))
     assert alone.captured["residual"].shape == (settings.layers + 1, 1, 12, 48)
     np.testing.assert_allclose(alone.hidden[0], hidden(settings, params, TOKENS)[0], **CLOSE)
 

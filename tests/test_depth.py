@@ -3,6 +3,7 @@
 from itertools import combinations, combinations_with_replacement
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,13 +138,9 @@ def batch(seed, matches=18, used=16):
 
 
 def streams(base, tokens, mask, at):
-    seen = forward(
-        settings_of(base),
-        load_params(base),
-        jnp.asarray(tokens),
-        mask=jnp.asarray(mask),
-        capture=frozenset({"residual"}),
-    ).captured["residual"]
+    run = jax.jit(forward, static_argnames=("settings", "capture"))
+    kept = frozenset({"residual"})
+    seen = run(settings_of(base), load_params(base), tokens, mask=mask, capture=kept).captured["residual"]
     # The first is the embedding.
     return [np.asarray(layer, np.float64).reshape(-1, layer.shape[-1])[at] for layer in seen[1:]]
 

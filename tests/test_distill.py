@@ -10,7 +10,6 @@ from contextlib import closing
 from typing import ClassVar
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from probe_bases import CORPUS, chat_base, write_base
 from rich.console import Console
 from tiny_bases import delta, random_adapter
 from transfers import move_files, transfer_settings
+from whole_passes import log_probs
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
@@ -33,7 +33,6 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.forward import head_of
-from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
@@ -112,28 +111,6 @@ def test_the_teacher_mixes_target_and_source_and_adds_the_sources_change():
     by_row = np.sum(np.exp(own) * (np.asarray(own) - np.asarray(adapted)), -1)
     np.testing.assert_allclose(kl, by_row[0] + 2 * by_row[1] + 0.5 * by_row[4], rtol=1e-5)
     assert weight == 3.5
-
-
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
-def test_the_programs_of_a_fit_lower_for_other_devices(pair, platform):
-    """With weights as they are kept there, bits of bfloat16; that they run there can only be seen there."""
-    base, adapter = pair[0], stack_adapter(pair[2], pair[0])
-    model, params = settings_of(base), load_params(base, jnp.bfloat16)
-    tokens, mask, key = jnp.zeros((2, 7), jnp.int32), jnp.ones((2, 7), bool), jax.random.key(0)
-    read = TaughtBatch(tokens, mask, jnp.asarray([2, 3, 9]), jnp.ones(3), jnp.zeros((3, base.dims.vocab)))
-
-    def write(params, adapter):
-        state = prefill(model, params, adapter, tokens, mask, room=4)
-        return extend(model, params, adapter, state, 1.0, key, count=4)
-
-    state = first_state(params, SMALL)
-
-    def step(params, state):
-        return gradient_step(model, "adam", params, None, state, read, jnp.float32(1e-3), ends=0, remat=True)
-
-    for program, arrays in ((write, (params, adapter)), (step, (params, state))):
-        made = jax.export.export(jax.jit(program), platforms=[platform])(*arrays)
-        assert made.platforms == (platform,)
 
 
 def test_remat_gives_the_same_step(pair):
@@ -558,10 +535,7 @@ def test_completions_are_compared_each_by_itself(pair):
         cut = ids[-128:]
         tokens = np.arange(begin, len(ids))[:3]
         places = tokens - 1 - (len(ids) - len(cut))
-        changed, plain = (
-            np.asarray(jax.nn.log_softmax(logits(settings, params, out.hidden[0])), np.float64)[places]
-            for out in (forward(settings, params, jnp.asarray(cut)[None], adapter=a) for a in (generator.adapter, None))
-        )
+        changed, plain = (log_probs(settings, params, cut, one)[places] for one in (generator.adapter, None))
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
         np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(base_nll[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)

@@ -1,7 +1,7 @@
 """LoRA-RITE: the product takes the same way from every pair of factors, also from B = 0 and near a lost rank."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jcrosslora.training.step import first_state
 
 SIDES = {"q_proj": (20, 30), "down_proj": (24, 9)}  # O, I
 LAYERS = 2
+rite = cache(lora_rite)  # one of each kind, of which a step is compiled once
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 
 
@@ -50,19 +51,19 @@ def loss(wanted, adapter) -> jax.Array:
 
 def steps(optimizer, adapter, wanted, count: int) -> list[StackedAdapter]:
     """The adapter before the first step and behind each one."""
-
-    @jax.jit
-    def step(adapter, state):
-        gradient = jax.grad(partial(loss, wanted))(adapter)
-        with jax.numpy_dtype_promotion("standard"):
-            changes, state = optimizer.update(gradient, state, adapter)
-        return optax.apply_updates(adapter, changes), state
-
     found, state = [adapter], optimizer.init(adapter)
     for _ in range(count):
-        adapter, state = step(adapter, state)
+        adapter, state = step(optimizer, wanted, adapter, state)
         found.append(adapter)
     return found
+
+
+@partial(jax.jit, static_argnums=0)
+def step(optimizer, wanted, adapter, state):
+    gradient = jax.grad(partial(loss, wanted))(adapter)
+    with jax.numpy_dtype_promotion("standard"):
+        changes, state = optimizer.update(gradient, state, adapter)
+    return optax.apply_updates(adapter, changes), state
 
 
 def between(one: StackedAdapter, other: StackedAdapter) -> float:
@@ -92,11 +93,11 @@ def way_apart(optimizer, start: StackedAdapter) -> float:
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_product_takes_the_same_way_from_other_factors(rank, seed):
-    assert way_apart(lora_rite(1e-2, weight_decay=0.1), factors(rank, seed=seed)) < 1e-4
+    assert way_apart(rite(1e-2, weight_decay=0.1), factors(rank, seed=seed)) < 1e-4
 
 
 def test_from_b_of_zero_too_the_way_is_the_same():
-    assert way_apart(lora_rite(1e-2), factors(zero=True)) < 1e-4
+    assert way_apart(rite(1e-2), factors(zero=True)) < 1e-4
 
 
 def test_with_adamw_the_way_depends_on_the_factors():
@@ -131,7 +132,7 @@ def test_the_loss_falls_to_that_of_the_best_product(rank):
 
 def test_from_b_of_zero_the_first_step_moves_b_alone():
     start = factors(zero=True)
-    _, first, second = steps(lora_rite(1e-2), start, targets(6), 2)
+    _, first, second = steps(rite(1e-2), start, targets(6), 2)
     for role, one in start.roles.items():
         assert (np.abs(np.asarray(first.roles[role].b)).max(axis=(1, 2)) > 1e-3).all()
         np.testing.assert_array_equal(first.roles[role].a, one.a)
@@ -140,10 +141,10 @@ def test_from_b_of_zero_the_first_step_moves_b_alone():
 
 def test_a_gradient_of_zero_moves_nothing():
     start = factors()
-    optimizer = lora_rite(1e-2)
-    state = optimizer.init(start)
+    optimizer = rite(1e-2)
+    state, update = optimizer.init(start), jax.jit(optimizer.update)
     for _ in range(2):
-        changes, state = optimizer.update(jax.tree.map(jnp.zeros_like, start), state, start)
+        changes, state = update(jax.tree.map(jnp.zeros_like, start), state, start)
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(changes))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
@@ -153,7 +154,7 @@ def test_ranks_and_layers_padded_with_zeros_stay_zero():
         return StackedFactors(one.a.at[0, 2:].set(0).at[1].set(0), one.b.at[0, :, 2:].set(0).at[1].set(0))
 
     start = StackedAdapter({role: padded(one) for role, one in factors().roles.items()})
-    found = steps(lora_rite(1e-2), start, targets(6), 5)[-1]
+    found = steps(rite(1e-2), start, targets(6), 5)[-1]
     for role, one in found.roles.items():
         assert np.isfinite(one.a).all()
         assert np.isfinite(one.b).all()
@@ -167,7 +168,7 @@ def test_ranks_and_layers_padded_with_zeros_stay_zero():
 def test_the_step_of_a_product_that_nearly_loses_a_rank_is_bounded(small):
     shrunk = {role: StackedFactors(one.a, one.b.at[..., -1].multiply(small)) for role, one in factors().roles.items()}
     start, rate = StackedAdapter(shrunk), 1e-2
-    first = products(steps(lora_rite(rate), start, targets(6), 1)[1])
+    first = products(steps(rite(rate), start, targets(6), 1)[1])
     for role, before in products(start).items():
         bound = rate * sum((side * 4) ** 0.5 for side in SIDES[role])  # of rate (|M_B| + |M_A|), each |M|^2 = M K
         assert 0 < np.linalg.norm(first[role] - before, axis=(1, 2)).max() < 1.001 * bound

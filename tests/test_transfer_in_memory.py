@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from decoder_pairs import run
 from test_transfer import WIDER
 from tiny_bases import delta, llama_config, llama_tensors, random_adapter, write_llama, write_tokenizer
 from tiny_models import tiny_model
@@ -9,7 +10,7 @@ from tiny_models import tiny_model
 import jcrosslora as jcl
 from jcrosslora.adapter import to_pytree
 from jcrosslora.adapter.front_matter import split_card
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import load_params, settings_of, stack_adapter
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -49,8 +50,7 @@ def test_a_live_adapter_moves_between_live_models_and_into_the_target(tmp_path):
     result = jcl.transfer(adapted, adapted, target, "copy", cache=False)
     base = jcl.open_base(target)
     tokens = np.random.default_rng(0).integers(3, 90, (2, 9))
-    hidden = forward(settings_of(base), load_params(base), tokens, adapter=stack_adapter(result.adapter, base)).hidden
-    wanted = logits(settings_of(base), load_params(base), hidden)
+    wanted = run(settings_of(base), load_params(base), tokens, adapter=stack_adapter(result.adapter, base))
     live = result.to_peft(target)
     with torch.no_grad():
         found = live(torch.from_numpy(tokens)).logits.numpy()

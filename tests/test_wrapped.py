@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from decoder_pairs import TOLERANCE, random_tokens
+from decoder_pairs import TOLERANCE, random_tokens, run
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
 from tiny_models import save_tiny
@@ -16,7 +16,7 @@ from jcrosslora.adapter import check_engines, load_adapter, split_fused
 from jcrosslora.checkpoint.config import check_config, read_dims
 from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES, class_module_name, text_module_name
 from jcrosslora.cli.main import main
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -44,9 +44,8 @@ def theirs(model) -> np.ndarray:
 
 
 def ours(base, adapter=None) -> np.ndarray:
-    settings, params = settings_of(base), load_params(base)
     stacked = None if adapter is None else stack_adapter(adapter, base)
-    return np.asarray(logits(settings, params, forward(settings, params, TOKENS, adapter=stacked).hidden))
+    return np.asarray(run(settings_of(base), load_params(base), TOKENS, adapter=stacked))
 
 
 def small_adapter(base, **changes):

@@ -1,7 +1,7 @@
 """Time and exactness of every SVD kernel on this machine's accelerator, and of a whole pair of models.
 
     python tools/bench_gpu.py [--models FOLDER] [--shapes 576x1536 640x2048 2048x8192 4096x4096] [--repeats 5]
-        [--kernels gram krylov subspace full] [--layers 32] [--rank 320] [--small]
+        [--kernels gram krylov subspace full] [--layers 32] [--rank 320] [--fit 1B] [--device H100] [--small]
 
 It runs on whatever JAX finds: a GPU, a TPU, or, with `--small` in seconds, a CPU. Shapes with a short side below 1,000
 are stacks of `--layers` matrices as a model has them, larger ones of a quarter of that. Weights are those of a model in
@@ -14,6 +14,9 @@ waited for, and what is compiled at the first call is told apart. A line for eac
   one Gram matrix of the short side only (a full SVD does many times that).
 - redone: share of the matrices that were refined in float64 or redone by another kernel.
 - loss, vectors, update: against float64 on the host, the worst matrix; see tools/bench_svd.py.
+
+Last comes the table of `tools/fit_sizes.py`: the programs of a fit between bases of the shapes `--fit`, each run,
+beside their times on paper on a `--device`, the one of `tools/roofline.py` that is nearest to this one.
 
 With `--models` the first two models in FOLDER, by name, are aligned as well, by cross-lora with all their modules, from
 files to maps in memory: first call, and median of the calls after it.
@@ -30,6 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_svd import Case, quality, real, synthetic
+from fit_sizes import SHAPES, add_lengths, times_table
+from rich.console import Console
+from roofline import DEVICES
 
 import jcrosslora as jcl
 from jcrosslora.linalg import decompose, describe_kernels, dot, spread
@@ -37,7 +43,7 @@ from jcrosslora.methods import CrossLoRA
 
 # Where a float32 product of this size runs at the full rate of the device; and small enough for a CPU.
 _PRODUCT, _PRODUCT_SMALL = 8192, 1024
-SMALL = {"shapes": ["640x768"], "rank": 16, "layers": 4, "repeats": 2}
+SMALL = {"shapes": ["640x768"], "rank": 16, "layers": 4, "repeats": 2, "fit": ["small"], "prompt": 16, "answer": 8}
 
 
 def timed(work: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
@@ -118,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=32, help="matrices of a stack")
     parser.add_argument("--rank", type=int, default=320)
+    parser.add_argument("--fit", nargs="*", choices=list(SHAPES), default=["1B"], help="shapes of bases to fit between")
+    parser.add_argument("--device", choices=list(DEVICES), default="H100", help="whose times on paper are shown")
+    add_lengths(parser)
     parser.add_argument("--small", action="store_true", help="one small shape, to try the script out on a CPU")
     given = parser.parse_args(arguments)
     if given.small:
@@ -131,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench(case or synthetic(layers, rows, columns, rank), rank, given.kernels, given.repeats, highest)
     if given.models:
         whole_pair(given.models, given.rank, given.repeats)
+    print(f"\na fit of bases of {' and '.join(given.fit)}, on paper on {given.device}")
+    Console(width=120).print(times_table(given.fit, given, DEVICES[given.device], run=True))
 
 
 if __name__ == "__main__":

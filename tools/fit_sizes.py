@@ -1,33 +1,40 @@
-"""Time and memory of the default fit for bases of 1B to 8B parameters: on paper, and measured where there is a GPU.
+"""Time and memory of the default fit for bases of 1B to 70B parameters: on paper, and measured where there is a GPU.
 
-    python tools/fit_sizes.py [--shapes 1B 3B 8B] [--run] [--rate 989] [--bandwidth 3.35] [--memory 80]
+    python tools/fit_sizes.py [--shapes 1B 3B 8B 70B] [--shards 1 4 8] [--device H100] [--run]
         [--prompt 96] [--answer 32] [--prompts 300] [--small]
 
-Both bases have one shape, that of Llama 3.2 1B and 3B or Llama 3.1 8B, with weights of zeros; `--small` has a shape for
-trying the script on a CPU. The fit is the one with given prompts: `--prompts` completions of so many tokens, in batches
-as `jcrosslora.fit.distill` makes them, each used `passes` times. The usual figures are those of an H100 SXM (dense
-bfloat16 TFLOP/s, TB/s, GB).
+Both bases have one shape, that of Llama 3.2 1B and 3B, or Llama 3.1 8B and 70B, with weights of zeros; `--small` has a
+shape for trying the script on a CPU. The fit is the one with given prompts: `--prompts` completions of so many tokens,
+in batches as `jcrosslora.fit.distill` makes them, each used `passes` times. The devices are those of `roofline.py`.
 
-Memory is that of both bases' weights in bfloat16, beside XLA's own analysis of the gradient step and of writing, which
-is that of the backend that compiles: run it on the GPU for its figure. A forward pass takes two operations for each
-weight and token, the gradient as many again, since no weight has one, and recomputation once more. A program takes the
-longer of its operations at `SHARE` of the rate and its weights' bytes at `SHARE_READ` of the bandwidth. With `--run`
-each program is run as well, and a further column has the median of five.
+Memory is that of a device: its part of both bases' weights in bfloat16, beside XLA's own analysis of the gradient step
+and of writing, which is that of the backend that compiles: run it on the GPU for its figure. With `--shards` the
+matrices are divided over so many devices, those in front of a product by their rows, those behind it by their columns;
+on a CPU they are forced ones, and nothing is allocated.
+
+A forward pass takes two operations for each weight and token, the gradient as many again, since no weight has one, and
+recomputation once more. A program takes the longer of its operations and of reading its weights, at the shares of the
+device's rates in `roofline.py`. Several devices share both, and send two streams a layer to each other. With `--run`
+each program is run as well, on one device, and a further column has the median of five.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
+from roofline import DEVICES, Device
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel
@@ -39,21 +46,21 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.teacher import TaughtBatch
 from jcrosslora.sources.reduced_base import shared_log_probs
 
-SHARE, SHARE_READ = 0.4, 0.7  # of the device's rates that such programs usually reach
-FREE = 0.92  # of the device's memory that JAX may use
 COMPARED = 6500  # symbols that predictions are compared on
 WRITTEN = 48  # texts that are written together
 SHAPES = {  # layers, hidden, intermediate, heads, key/value heads, head size, vocabulary
     "1B": (16, 2048, 8192, 32, 8, 64, 128_256),
     "3B": (28, 3072, 8192, 24, 8, 128, 128_256),
     "8B": (32, 4096, 14_336, 32, 8, 128, 128_256),
+    "70B": (80, 8192, 28_672, 64, 8, 128, 128_256),
     "small": (2, 64, 128, 4, 2, 16, 7000),
 }
 
 
-def empty_base(name: str) -> BaseModel:
-    """A base of zeros in no memory: every array shows one number."""
+def empty_base(name: str, **changes: int) -> BaseModel:
+    """A base of zeros in no memory: every array shows one number. Its layers and vocabulary may be others."""
     layers, hidden, inner, heads, kv_heads, size, vocab = SHAPES[name]
+    layers, vocab = changes.get("layers", layers), changes.get("vocab", vocab)
     config = {
         **{"model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner},
         **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads},
@@ -68,8 +75,18 @@ def empty_base(name: str) -> BaseModel:
             **{"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)},
         }
         shapes |= {f"model.layers.{layer}.{module}.weight": shape for module, shape in modules.items()}
-    weights = {key: np.broadcast_to(np.float16(0), shape) for key, shape in shapes.items()}
+    # In the dtype that is asked for, of which no copy is made.
+    weights = {key: np.broadcast_to(ml_dtypes.bfloat16(0), shape) for key, shape in shapes.items()}
     return jcl.open_base(weights, config=config, name=name)
+
+
+def shapes_of(name: str) -> Params:
+    """The shapes of a base's weights, by those of one layer and one token: what is traced stays in memory."""
+    layers, hidden, *_, vocab = SHAPES[name]
+    one = jax.eval_shape(partial(load_params, empty_base(name, layers=1, vocab=1), jnp.bfloat16))
+    found: Any = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), one)
+    embedding = jax.ShapeDtypeStruct((vocab, hidden), one.embedding.dtype)
+    return found.replace(embedding=embedding, final_norm=one.final_norm)
 
 
 def make_programs(
@@ -111,13 +128,43 @@ def reduced_params(params: Params) -> Params:
 
     def cut(rows: Any) -> Any:
         shape = (min(COMPARED, rows.shape[0]), *rows.shape[1:])
-        return jax.ShapeDtypeStruct(shape, rows.dtype) if isinstance(rows, jax.ShapeDtypeStruct) else rows[: shape[0]]
+        if not isinstance(rows, jax.ShapeDtypeStruct):
+            return rows[: shape[0]]
+        # These few are whole on each device.
+        whole = None if rows.sharding is None else NamedSharding(rows.sharding.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=whole)
 
     return params.replace(embedding=cut(params.embedding))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def divided(params: Params, devices: int) -> Params:
+    """Divide shapes of weights over devices: rows of a matrix, but columns of those that write the stream.
+
+    What their number does not divide is whole on each device, and so is all else.
+    """
+    if devices == 1:
+        return params
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices), ("model",))
+
+    def over(axis: int | None, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec: list[str | None] = [None] * leaf.ndim
+        if axis is not None and leaf.shape[axis] % devices == 0:
+            spec[axis] = "model"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    found: Any = jax.tree.map(partial(over, None), params)
+    weights = {role: over(2 if role in ("o_proj", "down_proj") else 1, w) for role, w in params.weights.items()}
+    return found.replace(weights=weights, embedding=over(0, params.embedding))
+
+
 def bytes_of(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes on one device."""
+
+    def size(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        return int(np.prod(sharding.shard_shape(leaf.shape) if sharding else leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def measured(program: Any, given: tuple[Any, ...]) -> float:
@@ -133,20 +180,26 @@ def measured(program: Any, given: tuple[Any, ...]) -> float:
     return statistics.median(seconds[1:])
 
 
-def phases(settings: DecoderSettings, params: Params, arguments: argparse.Namespace) -> dict[str, tuple[int, float]]:
+def phases(
+    settings: DecoderSettings, params: Params, arguments: argparse.Namespace, device: Device, devices: int = 1
+) -> dict[str, tuple[int, float]]:
     """How often each program runs in a fit, and its seconds on paper."""
-    rate, bandwidth = SHARE * arguments.rate * 1e12, SHARE_READ * arguments.bandwidth * 1e12
     inner = sum(int(np.prod(weight.shape)) for weight in params.weights.values())
     head = int(np.prod(params.embedding.shape))
     width, batches = arguments.prompt + arguments.answer, -(-arguments.prompts // BATCH)
-    read = max(2 * (inner + COMPARED * settings.hidden / 2) * BATCH * width / rate, 2 * inner / bandwidth)
-    token = max(2 * (inner + head) * WRITTEN / rate, 2 * (inner + head) / bandwidth)
+    # Of the stream in bfloat16, by a ring: all but its own part, out and back.
+    ring = 4 * settings.layers * 2 * settings.hidden * (devices - 1) / devices
+
+    def seconds(operations: float, weights: float, positions: float) -> float:
+        return device.seconds(operations, 2 * weights, ring * positions, devices)
+
+    pass_ = 2 * (inner + COMPARED * settings.hidden / 2) * BATCH * width
+    read = seconds(pass_, inner, BATCH * width)
+    token = seconds(2 * (inner + head) * WRITTEN, inner + head, WRITTEN)
+    prefilled = seconds(2 * inner * WRITTEN * arguments.prompt, inner, WRITTEN * arguments.prompt)
     again = 2 + needs_remat(settings, (BATCH, width))
     return {
-        "write": (
-            -(-arguments.prompts // WRITTEN),
-            2 * inner * WRITTEN * arguments.prompt / rate + arguments.answer * token,
-        ),
+        "write": (-(-arguments.prompts // WRITTEN), prefilled + arguments.answer * token),
         "read": (3 * batches, read),
         "step": (DistillSettings().passes * batches, again * read),
     }
@@ -156,34 +209,74 @@ def temporary_bytes(program: Any, given: tuple[Any, ...]) -> int:
     return program.lower(*given).compile().memory_analysis().temp_size_in_bytes
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1B", "3B", "8B"])
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--run", action="store_true", help="run the programs as well, with weights in memory")
-    for name, usual, unit in (("rate", 989.0, "TFLOP/s"), ("bandwidth", 3.35, "TB/s"), ("memory", 80.0, "GB")):
-        parser.add_argument(f"--{name}", type=float, default=usual, help=unit)
-    for name, usual in (("prompt", 96), ("answer", 32), ("prompts", 300)):
-        parser.add_argument(f"--{name}", type=int, default=usual)
-    arguments = parser.parse_args(given)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    memory = Table("shape", "weights of both", "gradient step", "writing", f"fits {arguments.memory:g} GB")
-    timed = ["s each, measured"] if arguments.run else []
-    times = Table("shape", "program", "times", "s each, on paper", *timed, "s in all")
-    for name in ["small"] if arguments.small else arguments.shapes:
+def memory_rows(
+    shapes: Sequence[str], shards: Sequence[int], arguments: argparse.Namespace
+) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+    """For each shape and number of devices, the bytes on each: of both bases' weights, of a step, of writing."""
+    for name in shapes:
         base = empty_base(name)
-        settings, load = settings_of(base), partial(load_params, base, jnp.bfloat16)
-        params = load() if arguments.run else jax.eval_shape(load)
-        programs = make_programs(settings, params, arguments.prompt, arguments.answer)
-        sizes = [2 * bytes_of(params), *(temporary_bytes(*programs[part]) for part in ("step", "write"))]
-        fits = sizes[0] + max(sizes[1:]) < FREE * 1e9 * arguments.memory
-        memory.add_row(name, *(f"{size / 1e9:.1f} GB" for size in sizes), "yes" if fits else "no")
-        for phase, (count, seconds) in phases(settings, params, arguments).items():
-            found = [measured(*programs[phase])] if arguments.run else []
+        settings, whole = settings_of(base), shapes_of(name)
+        for devices in shards:
+            params = divided(whole, devices)
+            programs = make_programs(settings, params, arguments.prompt, arguments.answer)
+            step, write = (temporary_bytes(*programs[part]) for part in ("step", "write"))
+            yield name, devices, (2 * bytes_of(params), step, write)
+
+
+def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: Device, *, run: bool) -> Table:
+    """Make the table of each program's time on one device, on paper and, if they are run, measured."""
+    timed = ["s each, measured"] if run else []
+    times = Table("shape", "program", "times", "s each, on paper", *timed, "s in all")
+    for name in shapes:
+        base = empty_base(name)
+        settings = settings_of(base)
+        params = load_params(base, jnp.bfloat16) if run else shapes_of(name)
+        programs = make_programs(settings, params, arguments.prompt, arguments.answer) if run else {}
+        for phase, (count, seconds) in phases(settings, params, arguments, device).items():
+            found = [measured(*programs[phase])] if run else []
             each = [f"{value:.4f}" for value in (seconds, *found)]
             times.add_row(name, phase, str(count), *each, f"{count * (found or [seconds])[0]:.1f}")
+    return times
+
+
+def whole_fit(name: str, devices: int, arguments: argparse.Namespace, device: Device) -> float:
+    """Seconds of all programs of a fit, on paper."""
+    parts = phases(settings_of(empty_base(name)), shapes_of(name), arguments, device, devices).values()
+    return sum(count * seconds for count, seconds in parts)
+
+
+def add_lengths(parser: argparse.ArgumentParser) -> None:
+    for name, usual in (("prompt", 96), ("answer", 32), ("prompts", 300)):
+        parser.add_argument(f"--{name}", type=int, default=usual)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1B", "3B", "8B", "70B"])
+    parser.add_argument("--shards", nargs="+", type=int, default=[1], help="numbers of devices")
+    parser.add_argument("--device", choices=list(DEVICES), default="H100")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--run", action="store_true", help="run the programs as well, with weights in memory")
+    add_lengths(parser)
+    arguments = parser.parse_args(given)
+    shapes = ["small"] if arguments.small else arguments.shapes
+    if max(arguments.shards) > 1:
+        # Where devices are in use already, it is too late for more.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", max(arguments.shards))
+    if max(arguments.shards) > jax.device_count():
+        parser.error(f"--shards {max(arguments.shards)}: there are {jax.device_count()} devices")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    memory = Table(
+        "shape", "devices", "weights of both", "gradient step", "writing", "s of a fit, on paper, if it fits"
+    )
+    for name, devices, sizes in memory_rows(shapes, arguments.shards, arguments):
+        whole = sizes[0] + max(sizes[1:])
+        fitting = [kind for kind, device in DEVICES.items() if device.holds(whole)]
+        paper = ", ".join(f"{kind} {whole_fit(name, devices, arguments, DEVICES[kind]):.3g}" for kind in fitting)
+        memory.add_row(name, str(devices), *(f"{size / 1e9:.1f} GB" for size in sizes), paper or "none")
     console.print(memory)
-    console.print(times)
+    console.print(times_table(shapes, arguments, DEVICES[arguments.device], run=arguments.run))
 
 
 if __name__ == "__main__":

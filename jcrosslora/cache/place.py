@@ -67,7 +67,7 @@ def keep_compiled() -> None:
     root = cache_root()
     if root is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    folder = root / "compiled" / _processor()
+    folder = root / "compiled" / processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -79,7 +79,8 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return a name for the kind of processor, of 16 characters: a program compiled for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

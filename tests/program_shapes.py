@@ -1,0 +1,318 @@
+"""Every compiled program of a move, with the shapes of a tiny base for arguments: nothing is computed or compiled."""
+
+import dataclasses
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny_bases import llama_config, llama_tensors, random_adapter
+
+import jcrosslora as jcl
+from jcrosslora.adapter import truncation
+from jcrosslora.alignment import groups, layer_similarity
+from jcrosslora.decoder import (
+    Params,
+    StackedFactors,
+    amplify,
+    generate,
+    load_params,
+    residual_streams,
+    settings_of,
+    stack_adapter,
+)
+from jcrosslora.decoder import params as params_module
+from jcrosslora.decoder.layer_stack import layer_at
+from jcrosslora.evaluate import log_probs, predictions
+from jcrosslora.evaluate.harness import requests
+from jcrosslora.evidence import head_matching, moments, shared_vocabulary, weight_stacks
+from jcrosslora.evidence.records import Activations, Evidence, EvidenceKind, HeadMatch, Selection, Side, Vocabulary
+from jcrosslora.fit import residual
+from jcrosslora.fit.distill import fit, symbols, teacher, token_choice
+from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
+from jcrosslora.linalg.stacked import AXIS
+from jcrosslora.linalg.svd import choose, refine
+from jcrosslora.methods import METHODS
+from jcrosslora.session import timing
+from jcrosslora.shifting import shift
+from jcrosslora.sources import decoder as decoder_source
+from jcrosslora.sources import reduced_base
+from jcrosslora.sources.served import top_tokens
+from jcrosslora.training import TrainingSettings, magnitudes
+from jcrosslora.training import step as training_step
+from jcrosslora.training.batches import Batch
+
+# Sizes that no other test has: JAX remembers what it traced, and these are traced as on an accelerator.
+DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
+LAYERS, BATCH, LENGTH, PLACES, RANK = 2, 3, 7, 5, 4
+# Programs of a shelf and of several adapters at once are no part of a move.
+ELSEWHERE = ("jcrosslora.shelf", "jcrosslora.composition")
+JITTED = type(jax.jit(lambda x: x))
+
+
+class Program(NamedTuple):
+    """A compiled function and what it is called with; in float64 only where that is said."""
+
+    function: Any
+    given: tuple[Any, ...]
+    named: dict[str, Any] = {}  # noqa: RUF012
+    label: str = ""
+    float64: bool = False
+
+
+def name_of(function: Any) -> str:
+    return f"{function.__module__}.{function.__name__}"
+
+
+def compiled_functions() -> set[str]:
+    """The names of all functions of the package that are compiled where they are defined."""
+    for module in pkgutil.walk_packages(jcl.__path__, "jcrosslora."):
+        # The command line runs when it is imported; the harness's model needs the harness.
+        if not module.name.endswith(("__main__", "harness.model")) and not module.name.startswith(ELSEWHERE):
+            importlib.import_module(module.name)
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "jcrosslora"]
+    found = {name_of(value) for module in modules for value in vars(module).values() if isinstance(value, JITTED)}
+    return {name for name in found if not name.startswith(ELSEWHERE)}
+
+
+def of(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def whole(*shape: int) -> jax.ShapeDtypeStruct:
+    return of(*shape, dtype=jnp.int32)
+
+
+def told(*shape: int) -> jax.ShapeDtypeStruct:
+    return of(*shape, dtype=jnp.bool_)
+
+
+def a_key(*shape: int) -> jax.ShapeDtypeStruct:
+    return of(*shape, dtype=jax.random.key(0).dtype)
+
+
+def two_devices() -> Mesh:
+    return Mesh(np.array(jax.local_devices()[:2]), (AXIS,))
+
+
+def divided(tree: Any, mesh: Mesh, axis: str | None = AXIS) -> Any:
+    """The same shapes, each first axis divided over the devices of a mesh, or with None the whole on each of them."""
+    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+class Shapes:
+    """The shapes of a base, of an adapter of it and of a batch of texts."""
+
+    def __init__(self, base: jcl.BaseModel) -> None:
+        self.settings = settings_of(base)
+        self.params: Params = jax.eval_shape(partial(load_params, base, jnp.bfloat16))
+        self.adapter = jax.eval_shape(lambda: stack_adapter(random_adapter(base, rank=2), base))
+        self.tokens, self.mask, self.at = whole(BATCH, LENGTH), told(BATCH, LENGTH), whole(PLACES)
+        self.vocab, self.hidden = base.dims.vocab, base.dims.hidden
+        self.model = self.settings, self.params, self.adapter
+        self.read = self.tokens, self.mask, self.at
+
+    def passes(self) -> Iterator[Program]:
+        """What differs by family: writing, which runs whole prompts and single tokens, and the gradient of a fit."""
+        begun = jax.eval_shape(partial(generate.prefill, self.settings, room=4), *self.model[1:], *self.read[:2])
+        ends = {"count": 4, "stop_tokens": (1,)}
+        yield Program(generate.extend, (*self.model, begun, of(), a_key()), ends)
+        yield self.step("adam", remat=True)
+
+    def step(self, optimizer: Optimizer, *, remat: bool) -> Program:
+        taught = teacher.TaughtBatch(*self.read, of(PLACES), of(PLACES, self.vocab))
+        state = jax.eval_shape(partial(fit.first_state, settings=DistillSettings(optimizer=optimizer)), self.params)
+        given = self.settings, optimizer, self.params, None, state, taught, of()
+        return Program(fit.gradient_step, given, {"ends": 0, "remat": remat}, optimizer)
+
+    def batch(self) -> Batch:
+        return Batch(self.tokens, self.mask, whole(PLACES), whole(PLACES), of(PLACES), whole(BATCH))
+
+
+def tiny() -> jcl.BaseModel:
+    return jcl.open_base(llama_tensors(**DIMS), config=llama_config(**DIMS), name="tiny")
+
+
+def programs() -> Iterator[Program]:
+    shapes = Shapes(tiny())
+    yield from shapes.passes()
+    yield from decoder_programs(shapes)
+    yield from svd_programs()
+    yield from alignment_programs()
+    yield from evidence_programs(shapes)
+    yield from fit_programs(shapes)
+    yield from training_programs(shapes)
+    yield from evaluation_programs(shapes)
+
+
+def decoder_programs(shapes: Shapes) -> Iterator[Program]:
+    settings, params, adapter = shapes.model
+    yield Program(generate.prefill, (*shapes.model, *shapes.read[:2]), {"room": 4})
+    yield Program(params_module._write, (of(3, 22), of(1, 22), whole()))
+    begun = jax.eval_shape(partial(generate.prefill, settings, room=4), params, adapter, *shapes.read[:2])
+    both = begun.replace(cache=(begun.cache, begun.cache))
+    numbers = of(), of(), of(), a_key()
+    yield Program(amplify._extend, (*shapes.model, both, *numbers), {"count": 4, "stop_tokens": ()})
+    layer = jax.eval_shape(lambda *arrays: layer_at(settings, *arrays, 0), params, adapter)
+    stream = of(BATCH, LENGTH, shapes.hidden)
+    yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, stream))
+    factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
+    yield Program(residual_streams._add_update, (settings, of(shapes.hidden), factors, stream, down(stream)))
+    yield Program(timing._pass, (settings, params, shapes.tokens))
+
+
+def down(stream: jax.ShapeDtypeStruct) -> residual_streams.Down:
+    return residual_streams.Down(of(BATCH, LENGTH, DIMS["intermediate"]), stream)
+
+
+def svd_programs() -> Iterator[Program]:
+    """With every kernel, both orientations, and the two ways of refining."""
+    # `krylov` needs a subspace that is narrower than the matrix.
+    for kernel, shape in [(name, (190, 230) if "krylov" in name else (25, 19)) for name in choose.KERNELS]:
+        for rows, columns in (shape, shape[::-1]):
+            one = {"kernel": kernel, "rank": 3, "vectors": True}
+            yield Program(choose._run_stack, (of(LAYERS, rows, columns),), {**one, "mesh": None}, kernel)
+        yield Program(choose._run_one, (of(*shape),), one, kernel)
+    given = {"kernel": "gram", "rank": 3, "vectors": True}
+    mesh = two_devices()
+    yield Program(choose._run_stack, (divided(of(LAYERS, 25, 19), mesh),), {**given, "mesh": mesh}, "on two devices")
+    found = jax.eval_shape(partial(choose._run_stack, **given, mesh=None), of(LAYERS, 190, 230))
+    better = jax.tree.map(lambda leaf: of(1, *leaf.shape[1:], dtype=leaf.dtype), found)
+    yield Program(choose._replace_rows, (found, whole(1), better))
+    for width in (35, 150):
+        yield Program(refine._refine, (of(230, 190), of(190, width), 3, True), label=str(width), float64=True)
+    yield Program(truncation._by_singular_values, (of(25, 4), of(4, 19)))
+
+
+def alignment_programs() -> Iterator[Program]:
+    """The maps of every method that has some, and what is shifted by them."""
+    for name, method in ((name, method()) for name, method in METHODS.items()):
+        sizes = (25, 19), (25, 19) if method.equal_shapes else (17, 23)
+        evidence = evidence_of(method, *sizes)
+        yield Program(groups._map_stack, (evidence, method, None), label=name)
+        maps, _ = jax.eval_shape(lambda one, method=method: groups._map_stack(one, method, None), evidence)
+        rows, columns = sizes[0]
+        adapters = of(LAYERS, 2, RANK, columns), of(LAYERS, 2, rows, RANK), of(LAYERS, 2)
+        yield Program(shift._shift_stack, (maps.terms, *adapters), {"keep_norm": True}, name)
+    mesh, method = two_devices(), METHODS["cross-lora"]()
+    evidence = evidence_of(method, (25, 19), (17, 23))
+    words = divided(evidence.vocabulary, mesh, None)
+    evidence = dataclasses.replace(divided(evidence, mesh), vocabulary=words)
+    yield Program(groups._map_stack, (evidence, method, mesh), label="on two devices")
+
+
+def evidence_of(method: Any, src: tuple[int, int], tgt: tuple[int, int]) -> Evidence:
+    """All evidence that a method asks for, of two modules that read the stream."""
+    wanted, rank = method.requires, 3
+
+    def side(rows: int, columns: int) -> Side:
+        svd = None
+        if EvidenceKind.SINGULAR_VECTORS in wanted:
+            run = partial(choose._run_stack, kernel="gram", rank=rank, vectors=True, mesh=None)
+            svd = jax.eval_shape(lambda stack: choose._cut(run(stack), rank), of(LAYERS, rows, columns))
+        return Side(of(LAYERS, rows, columns), of(LAYERS, columns), svd)
+
+    (rows_src, src_in), (rows_tgt, tgt_in) = src, tgt
+    two = [of(LAYERS, n) for n in (src_in, tgt_in, rows_src, rows_tgt)]
+    grams = [of(LAYERS, n, n) for n in (src_in, tgt_in, rows_src, rows_tgt)]
+    moments = Activations(
+        of(LAYERS, src_in, tgt_in),
+        of(LAYERS, rows_src, rows_tgt),
+        *((two[i], two[i + 1]) for i in (0, 2)),
+        *((grams[i], grams[i + 1]) for i in (0, 2)),
+    )
+    cross = of(src_in, tgt_in)
+    words = Vocabulary(cross, of(src_in, src_in), of(tgt_in, tgt_in), 9, of(src_in), of(tgt_in), cross)
+    seen = EvidenceKind.ACTIVATIONS in wanted or EvidenceKind.ACTIVATION_GRAMS in wanted
+    heads = EvidenceKind.EMBEDDING_MAP in wanted
+    return Evidence(
+        side(*src),
+        side(*tgt),
+        words,
+        moments if seen else None,
+        a_key(LAYERS) if EvidenceKind.RANDOM_KEY in wanted else None,
+        reads=True,
+        rank=rank,
+        heads=HeadMatch(of(LAYERS, 1, 1), of(LAYERS)) if heads else None,
+        selection=Selection(whole(LAYERS, rows_tgt), whole(LAYERS, tgt_in))
+        if EvidenceKind.SELECTION in wanted
+        else None,
+        method=method.name,
+    )
+
+
+def evidence_programs(shapes: Shapes) -> Iterator[Program]:
+    settings, params, _ = shapes.model
+    sums = jax.eval_shape(shared_vocabulary._add, None, of(9, 21), of(9, 23))
+    yield Program(shared_vocabulary._add, (None, of(9, 21), of(9, 23)))
+    yield Program(shared_vocabulary._add, (sums, of(9, 21), of(9, 23)), label="more")
+    yield Program(shared_vocabulary._finish, (sums, of(21), of(23)), {"count": 9})
+    yield Program(weight_stacks._widen, (of(LAYERS, 21, 23, dtype=jnp.bfloat16),))
+    sides = [head_matching.AttentionWeights(of(20, h), of(10, h), of(10, h), of(h, 20), 2, 1) for h in (21, 23)]
+    yield Program(head_matching.circuit_cosines, (*sides, of(21, 23)))
+    roles = tuple(params.weights)
+    given = params, *shapes.read, told(PLACES)
+    yield Program(moments._rows, (settings, roles, *given))
+    rows = jax.eval_shape(partial(moments._rows, settings, roles), *given)
+    totals = jax.eval_shape(partial(moments.zero_moments, grams=True), rows, rows)
+    yield Program(moments.add_rows, (totals, rows, rows, whole(LAYERS), told(PLACES)))
+    names = ("tokens", "mask", "at")
+    batch = {f"{name}_{side}": one for side in ("src", "tgt") for name, one in zip(names, shapes.read, strict=True)}
+    both = (settings, settings), (params, params)
+    yield Program(layer_similarity._batch_sums, (*both, batch | {"valid": told(PLACES)}))
+
+
+def fit_programs(shapes: Shapes) -> Iterator[Program]:
+    settings, params, adapter = shapes.model
+    yield shapes.step("lora-rite", remat=False)
+    yield Program(reduced_base.shared_log_probs, (*shapes.model, *shapes.read), {"ends": 2})
+    said = of(PLACES, shapes.vocab)
+    yield Program(teacher.mix_teacher, (said, said, said, of(), of()))
+    yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
+    moved = whole(PLACES), whole(PLACES)
+    sizes = {"shared": shapes.vocab - 2, "own": 1, "end": True}
+    yield Program(symbols.in_target_symbols, (said, *moved), sizes)
+    taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
+    yield Program(fit._kl, (settings, params, adapter, taught, 0))
+    one = of(PLACES)
+    yield Program(token_choice.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
+    yield Program(top_tokens.spread, (said, one, one, said))
+    yield Program(decoder_source._states, (*shapes.model, *shapes.read))
+    states = of(PLACES, shapes.hidden)
+    yield Program(decoder_source._divergence, (settings, params, states, states, whole(PLACES)))
+    stream = of(BATCH, LENGTH, shapes.hidden)
+    sums = jax.eval_shape(lambda *given: residual._no_sums(given[:4], given[4]), *[stream] * 4, down(stream))
+    places = whole(PLACES), whole(PLACES), told(PLACES)
+    yield Program(residual._add, (settings, sums, (stream,) * 4, down(stream), places))
+    yield Program(residual._solve, (sums, of(shapes.hidden), of()), {"rank": RANK})
+
+
+def training_programs(shapes: Shapes) -> Iterator[Program]:
+    settings, params, adapter = shapes.model
+    yield Program(training_step.loss_and_gradient, (settings, params, adapter, shapes.batch(), of(), True))
+    for optimizer in ("adamw", "lora-rite"):
+        chosen = dataclasses.replace(TrainingSettings(), optimizer=optimizer)
+        state = jax.eval_shape(partial(training_step.first_state, settings=chosen), adapter)
+        yield Program(training_step.update, (chosen, state, adapter), label=optimizer)
+    own = {role: of(LAYERS) for role in adapter.roles}
+    given = settings, params, adapter, own, shapes.batch(), False
+    yield Program(magnitudes.loss_and_magnitude_gradient, given)
+
+
+def evaluation_programs(shapes: Shapes) -> Iterator[Program]:
+    settings, params, adapter = shapes.model
+    states, wanted = of(PLACES, shapes.hidden), whole(PLACES)
+    yield Program(requests._compare, (settings, params, states, wanted))
+    yield Program(predictions._states, (*shapes.model, *shapes.read[:2]))
+    yield Program(predictions._compare, (settings, params, states, states, wanted))
+    two = jax.tree.map(lambda leaf: of(2, *leaf.shape, dtype=leaf.dtype), adapter)
+    texts = whole(2, 6), told(2, 6), whole(4, 5), told(4, 5), whole(4)
+    yield Program(log_probs._tail_states, (settings, params, two, 2, *texts))
+    yield Program(log_probs._log_probs, (settings, params, of(2, PLACES, shapes.hidden), wanted))
