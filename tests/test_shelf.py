@@ -7,6 +7,7 @@ import pytest
 from probe_bases import chat_base, write_base
 from safetensors.numpy import load_file, save_file
 from shelf_adapters import TASKS, write_adapter, write_tasks
+from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
@@ -15,6 +16,8 @@ from jcrosslora.shelf import index as index_module
 from jcrosslora.shelf import shelf as shelf_module
 from jcrosslora.shelf.index import Index
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
+from jcrosslora.training import TrainingSettings
+from jcrosslora.training.run import save_trained
 
 BASE = ShelfBase("tiny", "../base", "sha256:1", "llama")
 
@@ -137,6 +140,18 @@ def test_an_adapter_without_a_record_is_accepted_by_its_shapes_and_said_to_be_so
     assert found.added == ("plain",)
     assert not shelf.entry("plain").verified
     assert "give the base it was trained on" in found.refused[0].reason
+
+
+def test_what_training_writes_names_its_base(base, tmp_path):
+    adapter = random_adapter(base, rank=2, scale=0.1)
+    save_trained(adapter, tmp_path / "trained", base, TrainingSettings(), {})
+    shelf = jcl.Shelf(tmp_path / "shelf", base, encoder="none")
+    shelf.add(tmp_path / "trained")
+    entry = shelf.entry("trained")
+    assert (entry.verified, entry.origin) == (True, None)
+    other = jcl.open_base(write_base(tmp_path / "other", 30, bos=True, layers=2, seed=7))  # of the same shapes
+    refused = jcl.Shelf(tmp_path / "others", other, encoder="none").add(tmp_path / "trained").refused
+    assert "of another base by its own record" in refused[0].reason
 
 
 def test_numbers_that_are_not_finite_are_refused(base, tmp_path):

@@ -15,6 +15,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.composition.composition import Composition
 from jcrosslora.composition.fit import fit_arrays
@@ -202,17 +203,8 @@ class Composed:
             UsageError: see `as_adapter`.
             OutputError: the folder exists already, or cannot be written.
         """
-        adapter, base = self.as_adapter(weights, out_rank=out_rank), self.base
-        save_adapter(
-            adapter,
-            out,
-            base_name=base.name,
-            base_revision=base.revision,
-            prefix=base.prefix,
-            fused=base.fused,
-            all_modules=list(base.modules),
-            overwrite=overwrite,
-        )
+        adapter = self.as_adapter(weights, out_rank=out_rank)
+        save_adapter(adapter, out, base=describe_base(self.base, digest=False), overwrite=overwrite)
         return adapter
 
     def save(self, out: str | Path) -> Path:

@@ -19,6 +19,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.composition.composition import Composition
@@ -52,17 +53,10 @@ def write_composition(
         "adapters": [Path(adapter.info.name).name for adapter in adapters],
     }
     arrays = {name: np.asarray(array) for name, array in updates.by_module(base).items()}
+    info = describe_base(base, digest=False)
     with atomic_folder(out) as folder:
         for number, adapter in enumerate(adapters):
-            save_adapter(
-                adapter,
-                folder / ADAPTERS / str(number),
-                base_name=base.name,
-                base_revision=base.revision,
-                prefix=base.prefix,
-                fused=base.fused,
-                all_modules=list(base.modules),
-            )
+            save_adapter(adapter, folder / ADAPTERS / str(number), base=info)
         if arrays:
             (folder / ARRAYS).write_bytes(safetensors_bytes(arrays, {"format": "pt"}))
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

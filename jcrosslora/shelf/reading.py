@@ -11,8 +11,8 @@ from typing import Any
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licence
-from jcrosslora.alignment.transport import BaseInfo
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError
 from jcrosslora.report.documents import REPORT

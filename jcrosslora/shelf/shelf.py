@@ -13,9 +13,9 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.alignment.transport import BaseInfo, describe_base
-from jcrosslora.cache import open_cache
+from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.composition import Composed, Composition
 from jcrosslora.errors import JCrossLoRAError, ShortMemoryError, UsageError, suggestion
@@ -73,7 +73,7 @@ class Shelf:
             made = ShelfBase(
                 self._base.name,
                 stored_place(self.folder, place),
-                _digest(self._base),
+                base_digest(self._base),
                 self._base.family.name,
                 self._base.revision,
             )
@@ -345,7 +345,7 @@ class Shelf:
         return dataclasses.replace(describe_base(self.base, digest=False), digest=self.info.digest)
 
     def _check_base(self, base: BaseModel) -> None:
-        digest = _digest(base)
+        digest = base_digest(base)
         if digest != self.info.digest:
             wanted = f"{self.info.name} ({self.info.digest[:19]}...)"
             msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, {wanted}: "
@@ -359,8 +359,3 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, tuple) and prompts and all(isinstance(one, Message) for one in prompts):
         return [cast("Prompt", prompts)]
     return list(cast("Sequence[Prompt]", prompts))
-
-
-def _digest(base: BaseModel) -> str:
-    store = open_cache()
-    return base.digest(None if store is None else store.digests)
