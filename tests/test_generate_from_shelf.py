@@ -37,7 +37,7 @@ def test_each_prompt_is_answered_by_its_own_adapter(files):
 def test_where_no_adapter_suits_the_base_writes_alone(files):
     composed, weights = jcl.Shelf(files / "shelf").compose([OTHER])
     assert not weights.any()
-    assert composed.generate([OTHER], weights=weights, max_new_tokens=6) == composed.generate(
+    assert composed.generate(OTHER, weights=weights, max_new_tokens=6) == composed.generate(
         [OTHER], weights=[0], max_new_tokens=6
     )
 

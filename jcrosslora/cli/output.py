@@ -15,8 +15,8 @@ PAGE = (".html", ".htm")  # endings of a page
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colour, no wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is: no markup, no colour, no wrapping; bytes of a path that are not UTF-8 are escaped."""
+    console.print(text.encode("utf-8", "backslashreplace").decode(), highlight=False, markup=False, soft_wrap=True)
 
 
 def one_line(text: str, most: int) -> str:
