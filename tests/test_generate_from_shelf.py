@@ -86,3 +86,9 @@ def test_without_base_and_shelf_one_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "x"])
     assert "no base was given" in capsys.readouterr().err
+
+
+def test_a_flag_that_needs_a_shelf_is_refused_without_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--base", "nowhere", "--top", "2", "x"])
+    assert "top 2 was given and no shelf" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def compose_found(
     used = np.flatnonzero(weights.any(axis=0))
     if not len(used):
         return _base_alone(found, load, base, how, **settings), weights[:, :1]
-    adapters = [_named(load(found.names[place]), found.names[place]) for place in used]
+    adapters = [named(load(found.names[place]), found.names[place]) for place in used]
     return compose(base, adapters, how, **settings), weights[:, used]
 
 
@@ -46,10 +46,10 @@ def _base_alone(
     *others, last = found.names
     for name in others:
         with suppress(AdapterError, UsageError):
-            return compose(base, [_named(load(name), name)], how, **settings)
-    return compose(base, [_named(load(last), last)], how, **settings)
+            return compose(base, [named(load(name), name)], how, **settings)
+    return compose(base, [named(load(last), last)], how, **settings)
 
 
-def _named(adapter: Adapter, name: str) -> Adapter:
+def named(adapter: Adapter, name: str) -> Adapter:
     """Give an adapter its name on the shelf."""
     return replace(adapter, info=replace(adapter.info, name=name))
