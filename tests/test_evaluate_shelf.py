@@ -77,7 +77,7 @@ def test_the_command_prints_the_figures_and_what_is_kept(files, capsys):
     [
         (["--top", "2"], "give it with --shelf"),
         ([], "no base was given"),
-        (["--shelf", "SHELF", "--compose", "ties"], "composition 'ties' is unknown"),
+        (["--shelf", "SHELF", "--compose", "ties"], "composition 'ties' is not here"),
         (["--shelf", "SHELF", "--template", "a.jinja"], "give the shelf's base with --base"),
         (["--shelf", "SHELF", "--adapter", "foxes"], "foxes"),
         (["--shelf", "SHELF", "--top", "0"], "wanted 1 or more"),

@@ -68,7 +68,9 @@ def test_a_prompt_is_asked_as_the_samples_of_its_adapter_are(tmp_path, capsys):
     [
         (["--adapter", "a"], "--adapter was given beside the shelf"),
         (["--weights", "1"], "--weights was given beside the shelf"),
-        (["--compose", "router2"], "router2: is not a way to compose the adapters of a shelf"),
+        (["--compose", "router2"], "composition 'router2' is unknown (did you mean 'router'?)"),
+        (["--compose", "ties"], "write one adapter with peft's add_weighted_adapter"),
+        (["--compose", "."], ".: brings its adapters"),
         (["--template", "a.jinja"], "give the shelf's base with --base"),
         (["--top", "0"], "wanted 1 or more"),
     ],

@@ -109,16 +109,18 @@ class Generate:
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return what suits prompts, its weights, and whether each is asked as a message."""
         from jcrosslora.composition import COMPOSITIONS
+        from jcrosslora.composition.registry import find_composition
 
         beside = "--adapter" if self.adapter else "--weights" if self.weights else None
         if beside is not None:
             msg = f"{beside} was given beside the shelf {self.shelf}, which chooses the adapters: leave one of them out"
             raise UsageError(msg)
-        if self.compose not in COMPOSITIONS:
-            msg = f"{self.compose}: is not a way to compose the adapters of a shelf; wanted one of "
-            raise UsageError(msg + ", ".join(COMPOSITIONS))
+        if self.compose not in COMPOSITIONS and Path(self.compose).expanduser().is_dir():
+            msg = f"{self.compose}: brings its adapters, and those of the shelf {self.shelf} were asked for: leave one "
+            raise UsageError(msg + f"of them out, or compose by one of {', '.join(COMPOSITIONS)}")
+        how = find_composition(self.compose)
         shelf = opened_shelf(cast("Path", self.shelf), self.base, self.template)
-        composed, weights = shelf.compose(prompts, self.compose, top=self.top, seed=self.seed, progress=True)
+        composed, weights = shelf.compose(prompts, how, top=self.top, seed=self.seed, progress=True)
         # An adapter reads prompts as it read its samples.
         spoken = [any(not isinstance(one, str) for one in shelf.entry(name).samples) for name in composed.names]
         template = composed.tokenizer.chat_template is not None

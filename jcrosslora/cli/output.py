@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from jcrosslora.errors import OutputError
+from jcrosslora.utils.texts import shortened
 
 PAGE = (".html", ".htm")  # endings of a page
 
@@ -21,8 +22,7 @@ def say(console: Console, text: str) -> None:
 
 def one_line(text: str, most: int) -> str:
     """Return a text in one line of at most so many characters."""
-    words = " ".join(text.split())
-    return words if len(words) <= most else f"{words[: most - 3]}..."
+    return shortened(" ".join(text.split()), most)
 
 
 def print_json(data: Any) -> None:
