@@ -1,6 +1,7 @@
 """`jcrosslora generate --shelf`: each prompt is answered by the adapter whose task it is of, or by the base alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,14 @@ def test_a_prompt_is_asked_as_the_samples_of_its_adapter_are(tmp_path, capsys):
     assert asked != composed.generate([FOX], max_new_tokens=6)
     main(["generate", "--shelf", str(tmp_path / "shelf"), "--max-new-tokens", "6", FOX])
     assert capsys.readouterr().out == f"{asked[0]}\n"
+
+
+def test_an_adapter_that_was_fitted_to_another_chat_template_is_named(files, tmp_path):
+    shutil.copytree(files / "out" / "fox", tmp_path / "fox")
+    template = (files / "base" / "chat_template.jinja").read_text()
+    for text, noted in ((template, 0), (template + "\n{# another #}", 1)):
+        (tmp_path / "fox" / "chat_template.jinja").write_text(text)
+        assert len(jcl.compose(files / "base", [tmp_path / "fox"]).other_templates()) == noted
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,17 @@ def test_adapters_are_taken_off_and_put_back(base, tmp_path, capsys):
     assert [found[0][0] for found in shelf.search([FOX]).best()] == ["fox"]
 
 
+def test_an_addition_that_is_interrupted_says_what_stays(shelf, base, tmp_path, monkeypatch, capsys):
+    def stop(*_arguments, **_settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jcl.Shelf, "add", stop)
+    with pytest.raises(SystemExit) as stopped:
+        main(["shelf", "add", str(shelf.folder), str(write_adapter(tmp_path / "one", base))])
+    assert stopped.value.code == 130
+    assert "interrupted; what was added stays" in capsys.readouterr().err
+
+
 def test_a_newer_format_is_named(shelf):
     (shelf.folder / "shelf.json").write_text(json.dumps({"format": 2, "version": "9.0", "what": "is new"}))
     with pytest.raises(UsageError, match=r"format 2, format 1 was wanted.*\(9\.0\)"):

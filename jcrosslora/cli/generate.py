@@ -161,6 +161,7 @@ def _numbers(row: str) -> list[float]:
 def _notes(composed: "Composed", how: str) -> list[str]:
     """Say what the text does not show: what is not run, and a gate that nobody trained."""
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
+    notes += composed.other_templates()
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:
         notes.append(
             f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"

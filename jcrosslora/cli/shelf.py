@@ -40,13 +40,17 @@ class Add:
     """Of a new shelf: what makes vectors of samples. hidden, the default: states of the base itself. sentences:MODEL: a
     model of sentence-transformers. none: no vectors, for searches by words or certainty."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         """Add them, and say what came of each."""
         from jcrosslora.adapter.folder import is_adapter
+        from jcrosslora.cli.main import INTERRUPTED, OK, fail
         from jcrosslora.shelf import Shelf
 
         shelf = Shelf(self.folder, self.base, encoder=self.encoder)
-        found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+        try:
+            found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+        except KeyboardInterrupt:
+            return fail("interrupted; what was added stays, and the same command goes on from there", INTERRUPTED)
         for name in found.added:
             say(console, f"added: {name} ({_facts(shelf.entry(name))})")
         for name in found.kept:
@@ -59,6 +63,7 @@ class Add:
         if bad := [one for one in found.refused if one.place in named or one.place in self.adapters]:
             msg = f"{bad[0].place}: not added: {bad[0].reason}"
             raise AdapterError(msg)
+        return OK
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,9 @@ class ShelfCommand:
     action: Annotated[Action, tyro.conf.arg(name="")]
     """The action."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int | None:
         """Run the action."""
-        self.action.run(console)
+        return self.action.run(console)
 
 
 def _facts(entry: "ShelfEntry") -> str:

@@ -27,6 +27,7 @@ from jcrosslora.composition.weights import Weights, shares_of
 from jcrosslora.decoder import DecoderSettings, Params, Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
+from jcrosslora.text.chat_template import template_of
 from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.utils.progress import track
@@ -62,6 +63,15 @@ class Composed:
     def names(self) -> tuple[str, ...]:
         """The names of the adapters."""
         return tuple(adapter.info.name for adapter in self.adapters)
+
+    def other_templates(self) -> list[str]:
+        """Name the adapters that were fitted to another chat template than that of the base, a sentence each."""
+        return [
+            f"{one.info.name}: was fitted to another chat template: open {self.base.name} with the chat_template.jinja "
+            "beside the adapter for conversations (--template)"
+            for one in self.adapters
+            if one.info.chat_template not in (None, template_of(self.tokenizer))
+        ]
 
     def __repr__(self) -> str:
         return f"Composed({self.how}, {self.base.name!r}, {', '.join(map(repr, self.names))})"

@@ -36,17 +36,19 @@ class Judged:
         kept: for each adapter that was named the share of its gain in the likelihood of right answers that the shelf
             brings as well; None where the adapter has no gain that the examples show.
         not_scored: what of the adapters takes no part, one sentence each.
+        notes: what else the reader should know, one sentence each.
     """
 
     figures: Answers | Scores
     chosen: Mapping[str, int]
     kept: Mapping[str, Interval | None]
     not_scored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what the figures do not hold as JSON data."""
         kept = {name: one and {"value": one.value, "low": one.low, "high": one.high} for name, one in self.kept.items()}
-        return {"chosen": dict(self.chosen), "kept": kept}
+        return {"chosen": dict(self.chosen), "kept": kept, "notes": list(self.notes)}
 
     def lines(self) -> list[str]:
         """Say which adapters were used, and what is kept of the named ones' gains."""
@@ -58,7 +60,7 @@ class Judged:
             f"{one.high:.3f}]"
             for name, one in self.kept.items()
         ]
-        return [f"used by the shelf: {used}", *kept]
+        return [f"used by the shelf: {used}", *kept, *(f"note: {one}" for one in self.notes)]
 
 
 def judge(
@@ -115,7 +117,7 @@ def judge(
     left_out += [
         f"{one.info.name}: {text}" for one in own for text in token_update_sentences(one.tokens, "it is run without it")
     ]
-    return Judged(figures, chosen, kept, tuple(dict.fromkeys(left_out)))
+    return Judged(figures, chosen, kept, tuple(dict.fromkeys(left_out)), tuple(composed.other_templates()))
 
 
 def _kept(base: Any, shelf: Any, own: Any) -> Interval | None:
