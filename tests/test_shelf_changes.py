@@ -15,7 +15,7 @@ from test_shelf import BASE, entries, same
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
-from jcrosslora.errors import AdapterError, OutputError, UsageError
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
 from jcrosslora.shelf.index import Index
 from jcrosslora.text import Message
 from jcrosslora.utils.locks import locked
@@ -102,6 +102,21 @@ def test_an_addition_that_is_interrupted_says_what_stays(shelf, base, tmp_path, 
         main(["shelf", "add", str(shelf.folder), str(write_adapter(tmp_path / "one", base))])
     assert stopped.value.code == 130
     assert "interrupted; what was added stays" in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved_is_asked_for(base, tmp_path):
+    shutil.copytree(base.path, tmp_path / "base")
+    jcl.Shelf(tmp_path / "shelf", tmp_path / "base", encoder="none")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="the base of the shelf .* is not there: give the place"):
+        jcl.Shelf(tmp_path / "shelf").add(write_adapter(tmp_path / "one", base))
+    assert jcl.Shelf(tmp_path / "shelf", tmp_path / "elsewhere").add(tmp_path / "one").added == ("one",)
+
+
+def test_an_addition_of_nothing_is_an_error(shelf, capsys):
+    with pytest.raises(SystemExit):
+        main(["shelf", "add", str(shelf.folder)])
+    assert "no adapter was given" in capsys.readouterr().err
 
 
 def test_a_newer_format_is_named(shelf):

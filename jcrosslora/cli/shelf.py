@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jcrosslora.cli.output import print_json, say
 from jcrosslora.cli.shelf_search import Evaluate, Search, Train, sample_json
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
     from jcrosslora.shelf.records import ShelfEntry
@@ -46,6 +46,9 @@ class Add:
         from jcrosslora.cli.main import INTERRUPTED, OK, fail
         from jcrosslora.shelf import Shelf
 
+        if not self.adapters:
+            msg = f"no adapter was given for the shelf {self.folder}: give adapters, or a folder with adapters below"
+            raise UsageError(msg)
         shelf = Shelf(self.folder, self.base, encoder=self.encoder)
         try:
             found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)

@@ -16,7 +16,7 @@ from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.composition import Composed, Composition
-from jcrosslora.errors import AdapterError, UsageError, suggestion
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf.adding import Fresh, Reader, add_found
 from jcrosslora.shelf.composing import compose_found
 from jcrosslora.shelf.encoders.encoder import Encoder
@@ -106,7 +106,13 @@ class Shelf:
             UsageError: it is another one than that of the shelf.
         """
         if self._base is None:
-            self._base = open_base(opened_place(self.folder, self.info.place), revision=self.info.revision)
+            place = opened_place(self.folder, self.info.place)
+            if place != self.info.place and not Path(place).exists():
+                msg = (
+                    f"{place}: the base of the shelf {self.folder} is not there: give the place where it is with --base"
+                )
+                raise CheckpointError(msg)
+            self._base = open_base(place, revision=self.info.revision)
             self._check_base(self._base)
         return self._base
 
