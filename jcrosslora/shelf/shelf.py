@@ -108,9 +108,7 @@ class Shelf:
         if self._base is None:
             place = opened_place(self.folder, self.info.place)
             if place != self.info.place and not Path(place).exists():
-                msg = (
-                    f"{place}: the base of the shelf {self.folder} is not there: give the place where it is with --base"
-                )
+                msg = f"{place}: the base of the shelf {self.folder} is not there: give its place with --base"
                 raise CheckpointError(msg)
             self._base = open_base(place, revision=self.info.revision)
             self._check_base(self._base)
