@@ -1,12 +1,14 @@
 """PEFT adapter folders written by hand, without peft: the inputs of the reading tests."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
+from jcrosslora.checkpoint.base_info import BaseInfo
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"
@@ -30,6 +32,11 @@ def write_folder(folder: Path, config=None, weights=None) -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG if config is None else config))
     safetensors.numpy.save_file(tensors() if weights is None else weights, folder / "adapter_model.safetensors")
     return folder
+
+
+def base_of(modules: Iterable[str], *, fused=None, revision=None, digest="") -> BaseInfo:
+    """A base of which only the names of its modules matter."""
+    return BaseInfo("base", "base", revision, digest, "llama", dict.fromkeys(modules, (1, 1)), fused or {})
 
 
 def delta(factors: LoRAFactors) -> np.ndarray:

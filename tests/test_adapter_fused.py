@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from adapter_folders import delta, matrix
+from adapter_folders import base_of, delta, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,9 +111,8 @@ def test_a_fused_update_of_another_base_is_refused():
 
 def test_writing_with_a_layout_writes_the_fused_modules(tmp_path):
     modules = {"l.q": part("l.q", 2, 0), "l.v": part("l.v", 1, 1)}
-    out = save_adapter(
-        Adapter(modules), tmp_path / "o", fused=FUSED | {"m.qkv": (("m.q", 0, 8),)}, all_modules=["l.q", "l.k", "m.q"]
-    )
+    base = base_of(["l.q", "l.k", "m.q"], fused=FUSED | {"m.qkv": (("m.q", 0, 8),)})
+    out = save_adapter(Adapter(modules), tmp_path / "o", base=base)
     back = load_adapter(out)
     assert list(back.modules) == ["l.qkv"]
     np.testing.assert_array_equal(delta(back.modules["l.qkv"]), dense(modules))

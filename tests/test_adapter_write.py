@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
-from adapter_folders import Q, V, adapter_of, delta, matrix
+from adapter_folders import Q, V, adapter_of, base_of, delta, matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +93,7 @@ def test_the_portable_configuration_is_the_one_every_engine_reads(tmp_path):
     other = "model.layers.2.self_attn.q_proj"
     bases = [Q, V, other, "model.layers.0.mlp.up_proj"]
     adapter = adapter_of({Q: 2, V: 3})
-    config = config_of(save_adapter(adapter, tmp_path / "o", all_modules=bases, base_name="a/b", base_revision="v1"))
+    config = config_of(save_adapter(adapter, tmp_path / "o", base=base_of(bases, revision="v1"), base_name="a/b"))
     assert (config["r"], config["lora_alpha"]) == (3, 3)
     assert isinstance(config["lora_alpha"], int)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}

@@ -153,6 +153,7 @@ def damage(folder, **changes):
     [
         ({"composition": "other"}, "composition 'other', which this version does not read"),
         ({"form": 2}, "of form 2"),
+        ({"base_digest": "sha256:0"}, "was made for another base"),
         ({"settings": {"rank": 4}}, "belongs to another base"),
         ({"settings": {"rank": "4"}}, "does not read"),
         ({"adapters": ["one"]}, None),

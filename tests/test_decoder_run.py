@@ -13,6 +13,7 @@ from tiny_bases import delta, random_adapter, write_llama
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
@@ -88,7 +89,7 @@ def test_updates_of_fused_modules_are_split(model, tmp_path):
             tensors[f"model.layers.{layer}.{path}_proj.weight"] = np.concatenate([tensors.pop(name) for name in names])
     save_file(tensors, folder / "model.safetensors")
     base, adapter = open_base(folder), random_adapter(model[0], scale=0.5)
-    save_adapter(adapter, tmp_path / "adapter", fused=base.fused, all_modules=list(base.modules))
+    save_adapter(adapter, tmp_path / "adapter", base=describe_base(base, digest=False))
     fused = load_adapter(tmp_path / "adapter", base)
     assert "model.layers.0.self_attn.qkv_proj" in fused.modules
     wanted = stack_adapter(adapter, model[0])

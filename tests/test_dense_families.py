@@ -17,6 +17,7 @@ from tiny_models import torch, transformers
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
 from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import extend_cache
@@ -109,7 +110,7 @@ def test_the_residual_stream_has_the_dtype_of_bfloat16_weights(case):
 def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
     held = [whole for whole, parts in case.base.fused.items() if len(parts) > 1]
     split = jcl.Adapter({name: f for name, f in case.adapter.modules.items() if name not in held})
-    save_adapter(split, tmp_path / "out", fused=case.base.fused, all_modules=list(case.base.modules))
+    save_adapter(split, tmp_path / "out", base=describe_base(case.base, digest=False))
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     wanted = load_file(case.folder / "adapter" / "adapter_model.safetensors")
     assert set(found) == {key for key in wanted if not any(whole in key for whole in held)}

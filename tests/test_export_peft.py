@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from adapter_folders import delta
+from adapter_folders import base_of, delta
 from tiny_models import FAMILIES, tiny_model, torch
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter, split_fused
@@ -58,7 +58,7 @@ def test_peft_merges_the_written_update(tmp_path, family, profile, dtype):
     # Every third module has no update, so that exclude_modules is needed.
     chosen = {name: shape for place, (name, shape) in enumerate(shapes.items()) if place % 3}
     adapter = random_adapter(chosen, ranks=(3, 1, 4))
-    out = save_adapter(adapter, tmp_path / "o", profile=profile, dtype=dtype, all_modules=list(shapes))
+    out = save_adapter(adapter, tmp_path / "o", profile=profile, dtype=dtype, base=base_of(shapes))
     assert_merged(base, merged_by_peft(model, out), adapter.modules, dtype)
 
 
@@ -70,7 +70,7 @@ def test_layers_1_and_11_are_told_apart(tmp_path, profile):
     chosen = {name: shape for name, shape in shapes.items() if name.split(".")[2] in ("1", "11", "10")}
     del chosen["model.layers.1.self_attn.q_proj"], chosen["model.layers.11.mlp.up_proj"]
     adapter = random_adapter(chosen, ranks=(2, 5, 2, 3))
-    out = save_adapter(adapter, tmp_path / "o", profile=profile, all_modules=list(shapes))
+    out = save_adapter(adapter, tmp_path / "o", profile=profile, base=base_of(shapes))
     assert_merged(base, merged_by_peft(model, out), adapter.modules, "float32")
 
 
@@ -95,7 +95,7 @@ def test_updates_of_logical_modules_reach_the_rows_of_phi3(tmp_path, profile):
     every = [name for name in linear_modules(model) if name not in PHI3_FUSED] + [
         part for rows in PHI3_FUSED.values() for part, _, _ in rows
     ]
-    out = save_adapter(adapter, tmp_path / "o", profile=profile, fused=PHI3_FUSED, all_modules=every)
+    out = save_adapter(adapter, tmp_path / "o", profile=profile, base=base_of(every, fused=PHI3_FUSED))
     merged = merged_by_peft(model, out)
     want = {name: weight.astype(np.float64) for name, weight in base.items()}
     for part, (holder, start, stop) in parts.items():
@@ -112,6 +112,6 @@ def test_a_phi3_adapter_is_split_and_written_back(tmp_path):
     adapter = load_adapter(tmp_path / "a")
     split = split_fused(adapter, PHI3_FUSED)
     assert len(split.modules) == 10
-    out = save_adapter(split, tmp_path / "o", fused=PHI3_FUSED)
+    out = save_adapter(split, tmp_path / "o", base=base_of([], fused=PHI3_FUSED))
     assert {factors.rank for factors in load_adapter(out).modules.values()} == {3}
     assert_merged(base, merged_by_peft(tiny_model("phi3", num_hidden_layers=2), out), adapter.modules, "float32")

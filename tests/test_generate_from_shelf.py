@@ -1,6 +1,7 @@
 """`jcrosslora generate --shelf`: each prompt is answered by the adapter whose task it is of, or by the base alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_each_prompt_is_answered_by_its_own_adapter(files):
 def test_where_no_adapter_suits_the_base_writes_alone(files):
     composed, weights = jcl.Shelf(files / "shelf").compose([OTHER])
     assert not weights.any()
-    assert composed.generate([OTHER], weights=weights, max_new_tokens=6) == composed.generate(
+    assert composed.generate(OTHER, weights=weights, max_new_tokens=6) == composed.generate(
         [OTHER], weights=[0], max_new_tokens=6
     )
 
@@ -63,12 +64,22 @@ def test_a_prompt_is_asked_as_the_samples_of_its_adapter_are(tmp_path, capsys):
     assert capsys.readouterr().out == f"{asked[0]}\n"
 
 
+def test_an_adapter_that_was_fitted_to_another_chat_template_is_named(files, tmp_path):
+    shutil.copytree(files / "out" / "fox", tmp_path / "fox")
+    template = (files / "base" / "chat_template.jinja").read_text()
+    for text, noted in ((template, 0), (template + "\n{# another #}", 1)):
+        (tmp_path / "fox" / "chat_template.jinja").write_text(text)
+        assert len(jcl.compose(files / "base", [tmp_path / "fox"]).other_templates()) == noted
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--adapter", "a"], "--adapter was given beside the shelf"),
         (["--weights", "1"], "--weights was given beside the shelf"),
-        (["--compose", "router2"], "router2: is not a way to compose the adapters of a shelf"),
+        (["--compose", "router2"], "composition 'router2' is unknown (did you mean 'router'?)"),
+        (["--compose", "ties"], "write one adapter with peft's add_weighted_adapter"),
+        (["--compose", "."], ".: brings its adapters"),
         (["--template", "a.jinja"], "give the shelf's base with --base"),
         (["--top", "0"], "wanted 1 or more"),
     ],
@@ -86,3 +97,9 @@ def test_without_base_and_shelf_one_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "x"])
     assert "no base was given" in capsys.readouterr().err
+
+
+def test_a_flag_that_needs_a_shelf_is_refused_without_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--base", "nowhere", "--top", "2", "x"])
+    assert "top 2 was given and no shelf" in capsys.readouterr().err

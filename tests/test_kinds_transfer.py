@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.alignment.transport import describe_base
 from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import stack_adapter

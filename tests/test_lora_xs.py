@@ -15,6 +15,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
 from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.cli.main import main
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.session.files import transfer_files
@@ -252,7 +253,7 @@ def test_adapters_that_cannot_be_written_are_refused(files, tmp_path):
     with pytest.raises(UsageError, match="without an out rank"):
         transfer_files(lora_xs_settings(files, tmp_path / "o", out_rank=None))
     base = jcl.open_base(files / "target")
-    adapter = random_adapter(base)
+    adapter, info = random_adapter(base), describe_base(base, digest=False)
     one, two = (frozen_factors(base, adapter.modules, rank) for rank in (2, 3))
     first = next(iter(adapter.modules))
     for frozen, said in (
@@ -261,7 +262,7 @@ def test_adapters_that_cannot_be_written_are_refused(files, tmp_path):
         (one | {first: two[first]}, r"ranks \[2, 3\]"),
     ):
         with pytest.raises(OutputError, match=said):
-            save_adapter(adapter, tmp_path / "o", profile="lora-xs", family="llama", frozen=frozen)
+            save_adapter(adapter, tmp_path / "o", base=info, profile="lora-xs", frozen=frozen)
     assert not (tmp_path / "o").exists()
 
 

@@ -7,14 +7,18 @@ import pytest
 from probe_bases import chat_base, write_base
 from safetensors.numpy import load_file, save_file
 from shelf_adapters import TASKS, write_adapter, write_tasks
+from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.errors import OutputError, UsageError
+from jcrosslora.shelf import adding as adding_module
 from jcrosslora.shelf import index as index_module
-from jcrosslora.shelf import shelf as shelf_module
+from jcrosslora.shelf import index_files
 from jcrosslora.shelf.index import Index
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
+from jcrosslora.training import TrainingSettings
+from jcrosslora.training.run import save_trained
 
 BASE = ShelfBase("tiny", "../base", "sha256:1", "llama")
 
@@ -78,26 +82,19 @@ def test_an_index_is_read_as_it_was_written_over_several_segments(tmp_path, monk
 def test_a_change_that_is_stopped_leaves_the_index_as_it_was(tmp_path, monkeypatch, writes):
     items = entries(5)
     index = Index.create(tmp_path / "shelf", BASE, "hidden").change(items[:3])
-    real, done = index_module.write_whole, []
+    real, done = index_files.write_whole, []
 
     def stop(*arguments, **settings):
         if len(done) == writes:
             raise KeyboardInterrupt
         done.append(real(*arguments, **settings))
 
-    monkeypatch.setattr(index_module, "write_whole", stop)
+    monkeypatch.setattr(index_files, "write_whole", stop)
     with pytest.raises(KeyboardInterrupt):
         index.change(items[3:])
-    monkeypatch.setattr(index_module, "write_whole", real)
+    monkeypatch.setattr(index_files, "write_whole", real)
     same(Index.open(tmp_path / "shelf"), items[:3])
     same(Index.open(tmp_path / "shelf").change(items[3:]), items)
-
-
-def test_a_change_beside_that_of_another_process_is_refused(tmp_path):
-    first = Index.create(tmp_path / "shelf", BASE, "hidden")
-    Index.open(tmp_path / "shelf").change(entries(1))
-    with pytest.raises(OutputError, match="another process has changed the shelf"):
-        first.change(entries(1, 1))
 
 
 def test_a_folder_that_holds_something_else_and_a_damaged_index_are_refused(tmp_path):
@@ -139,6 +136,18 @@ def test_an_adapter_without_a_record_is_accepted_by_its_shapes_and_said_to_be_so
     assert "give the base it was trained on" in found.refused[0].reason
 
 
+def test_what_training_writes_names_its_base(base, tmp_path):
+    adapter = random_adapter(base, rank=2, scale=0.1)
+    save_trained(adapter, tmp_path / "trained", base, TrainingSettings(), {})
+    shelf = jcl.Shelf(tmp_path / "shelf", base, encoder="none")
+    shelf.add(tmp_path / "trained")
+    entry = shelf.entry("trained")
+    assert (entry.verified, entry.origin) == (True, None)
+    other = jcl.open_base(write_base(tmp_path / "other", 30, bos=True, layers=2, seed=7))  # of the same shapes
+    refused = jcl.Shelf(tmp_path / "others", other, encoder="none").add(tmp_path / "trained").refused
+    assert "of another base by its own record" in refused[0].reason
+
+
 def test_numbers_that_are_not_finite_are_refused(base, tmp_path):
     path = write_adapter(tmp_path / "bad", base) / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -164,7 +173,7 @@ def test_samples_and_a_lift_that_were_given_once_stay(base, tmp_path):
 
 
 def test_a_stopped_addition_keeps_what_was_read_and_goes_on(base, output, tmp_path, monkeypatch):
-    shelf, real = jcl.Shelf(tmp_path / "shelf", base, encoder="none"), shelf_module.read_entry
+    shelf, real = jcl.Shelf(tmp_path / "shelf", base, encoder="none"), adding_module.read_entry
     names = []
 
     def stop(found, *arguments):
@@ -173,10 +182,10 @@ def test_a_stopped_addition_keeps_what_was_read_and_goes_on(base, output, tmp_pa
         names.append(found.name)
         return real(found, *arguments)
 
-    monkeypatch.setattr(shelf_module, "read_entry", stop)
+    monkeypatch.setattr(adding_module, "read_entry", stop)
     with pytest.raises(KeyboardInterrupt):
         shelf.add(output / "one")
-    monkeypatch.setattr(shelf_module, "read_entry", real)
+    monkeypatch.setattr(adding_module, "read_entry", real)
     again = jcl.Shelf(tmp_path / "shelf")
     assert list(again.names) == names
     assert again.add(output / "one").kept == tuple(names)

@@ -121,6 +121,8 @@ def test_an_adapter_that_was_not_trained_on_and_has_no_samples_is_found_by_its_w
 def test_settings_out_of_range_and_too_few_adapters_are_refused(base, tmp_path):
     with pytest.raises(UsageError, match="wanted 1 step"):
         weight_training.ProbeSettings(steps=0).check()
+    with pytest.raises(UsageError, match="a rate above 0"):
+        weight_training.ProbeSettings(rate=float("nan")).check()
     save_adapter(variant(base, 0, 0), tmp_path / "one")
     shelf = jcl.Shelf(tmp_path / "shelf", base)
     shelf.add(tmp_path / "one")
@@ -128,6 +130,18 @@ def test_settings_out_of_range_and_too_few_adapters_are_refused(base, tmp_path):
         shelf.train_probes()
     with pytest.raises(UsageError, match="no adapter has samples"):
         shelf.search("x")
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(monkeypatch):
+    def lost(parameters, _weights, _texts):
+        return jnp.sum(parameters["x"]) * jnp.float32(np.nan)
+
+    monkeypatch.setattr(weight_training, "contrastive_loss", lost)
+    one = np.ones((1, 1, 1), np.float32)
+    with pytest.raises(UsageError, match="loss of the weight probes is nan at step 1: lower the rate"):
+        weight_training.train_encoder(
+            {"x": jnp.ones(2)}, [one[0], one[0]], lambda _: {"role": (one, one)}, ProbeSettings(steps=3)
+        )
 
 
 def test_the_command_trains_and_evaluates(shelf, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Write a LoRA adapter in one of several profiles, atomically."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -9,13 +10,16 @@ import numpy as np
 from jcrosslora.adapter.contents import Contents, FileDtype
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
-from jcrosslora.adapter.fused import Layout, fuse
+from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 
+TARGET = "jcrosslora.target"  # of the header of a weights file: the base, as JSON
 _WRITTEN = (CONFIG, WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS)
 
 
@@ -23,16 +27,11 @@ def save_adapter(
     adapter: Adapter,
     out: str | Path,
     *,
+    base: BaseInfo | None = None,
     base_name: str | None = None,
-    base_revision: str | None = None,
-    prefix: str | None = None,
     profile: Profile = "portable",
     dtype: FileDtype = "float32",
     overwrite: bool = False,
-    fused: Layout | None = None,
-    all_modules: Sequence[str] | None = None,
-    family: str | None = None,
-    heads: tuple[int, int] | None = None,
     documents: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     frozen: Mapping[str, LoRAFactors] | None = None,
@@ -44,10 +43,11 @@ def save_adapter(
         adapter: at least one update; not changed. Its changes of embedding and head, its replaced tensors, and its
             updates of experts are written in profile "peft".
         out: the folder to make.
-        base_name: `base_model_name_or_path`, the base that the adapter is for; None takes `adapter.info.base_name`.
-        base_revision: its revision.
-        prefix: of the names that the base's class gives to modules, `BaseModel.prefix`; None keeps that of the
-            adapter's own file.
+        base: what it is for; profile gguf needs it. Updates of the parts of its fused modules are merged, see `fuse`;
+            its modules that have the ending of a written one but no update go into `exclude_modules`, without which
+            PEFT would expect tensors for them; and the header of the weights file names it by its digest, if that is
+            known. None merges nothing, and keeps the names of the adapter's own file.
+        base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
@@ -55,11 +55,6 @@ def save_adapter(
             in the span of `frozen`.
         dtype: of the tensors in the file.
         overwrite: whether an adapter folder at `out` may be replaced.
-        fused: layout of the base's fused modules; updates of their parts are merged, see `fuse`.
-        all_modules: names of the base's linear modules. Those that have the ending of a written module but no update
-            go into `exclude_modules`, without which PEFT would expect tensors for them.
-        family: of the base, e.g. "llama"; profile gguf needs it.
-        heads: (query heads, key heads) of the base; profile gguf needs them.
         documents: file name to text, written into the same folder (README.md, transfer_report.json).
         metadata: pairs for the header of the weights file.
         frozen: the frozen factors of each module for profile lora-xs, from
@@ -77,10 +72,10 @@ def save_adapter(
     """
     out = output_path(out)
     ensure_free(out, overwrite)
+    family, heads, fused = (None, None, {}) if base is None else (base.family, base.heads, base.fused)
     check_profile(profile, family, heads, dora=magnitudes is not None)
     check_holds(profile, adapter)
     _check_settings(dtype, documents or {}, metadata or {})
-    fused = fused or {}
     modules = fuse(adapter.modules, fused)
     if not modules and not (adapter.experts and FORMATS[profile].more):
         left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
@@ -91,13 +86,13 @@ def save_adapter(
     contents = Contents(
         modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
         dtype=dtype,
-        base_name=base_name or adapter.info.base_name,
-        base_revision=base_revision,
-        prefix=prefix or adapter.info.prefix,
-        exclude=tuple(_without_update(modules, all_modules, fused)),
+        base_name=base_name or (adapter.info.base_name if base is None else base.name),
+        base_revision=None if base is None else base.revision,
+        prefix=adapter.info.prefix if base is None else base.prefix,
+        exclude=() if base is None else tuple(_without_update(modules, base)),
         family=family,
         heads=heads,
-        metadata=metadata or {},
+        metadata=_target(base) | dict(metadata or {}),
         invocation=adapter.info.invocation,
         frozen=frozen,
         magnitudes=magnitudes,
@@ -112,11 +107,18 @@ def save_adapter(
     return out
 
 
-def _without_update(updated: Mapping[str, object], all_modules: Sequence[str] | None, fused: Layout) -> list[str]:
+def _target(base: BaseInfo | None) -> dict[str, str]:
+    """Return what the header says of the base: nothing where its weights were not read for a digest."""
+    if base is None or not base.digest:
+        return {}
+    return {TARGET: json.dumps({"name": public_name(base.name), "revision": base.revision, "digest": base.digest})}
+
+
+def _without_update(updated: Mapping[str, object], base: BaseInfo) -> list[str]:
     """Names of modules that have the ending of an updated module, but no update."""
-    owner = {part: name for name, parts in fused.items() for part, _, _ in parts}
+    owner = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
     endings = {ending(name) for name in updated}
-    every = dict.fromkeys(owner.get(name, name) for name in all_modules or ())
+    every = dict.fromkeys(owner.get(name, name) for name in base.shapes)
     return sorted((name for name in every if ending(name) in endings and name not in updated), key=natural_key)
 
 

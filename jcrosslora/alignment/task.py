@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jcrosslora.alignment.transport import AlignRecipe, Transport, TransportGroup, describe_base
+from jcrosslora.alignment.transport import AlignRecipe, Transport, TransportGroup
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.family.names import LATENT_INNER, WRITERS
 from jcrosslora.errors import MethodError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair

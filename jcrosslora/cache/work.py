@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, so age alone decides
-    fcntl = None
+from jcrosslora.utils.locks import try_lock
 
 # A younger folder may not be locked yet; creating and locking it takes microseconds.
 _SETTLED_SECONDS = 60.0
@@ -53,7 +50,7 @@ def _remove_if_abandoned(folder: Path) -> None:
     if age < _SETTLED_SECONDS:
         return
     try:
-        lock = _lock(folder, wanted=True)
+        lock = try_lock(folder)
     except BlockingIOError:
         return
     if lock is not None or age > _ABANDONED_SECONDS:
@@ -62,16 +59,9 @@ def _remove_if_abandoned(folder: Path) -> None:
         os.close(lock)
 
 
-def _lock(folder: Path, *, wanted: bool = False) -> int | None:
-    """Lock a folder and return the descriptor; None without locks. If another holds it, raise if `wanted`."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lock(folder: Path) -> int | None:
+    """Lock a folder and return the descriptor; None without locks, where age alone decides."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if wanted and isinstance(error, BlockingIOError):
-            raise
+        return try_lock(folder)
+    except BlockingIOError:
         return None
-    return descriptor

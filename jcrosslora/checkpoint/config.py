@@ -19,6 +19,7 @@ from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.texts import shortened
 
 _SIZE_LIMIT = 1 << 31
 _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
@@ -170,8 +171,7 @@ def _unknown_key(key: str, value: Any, family: str, where: Path | str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(repr(value))
 
 
 def read_dims(config: Mapping[str, Any], where: Path | str) -> Dims:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
+from jcrosslora.cli.opened import opened_base, opened_shelf
 from jcrosslora.cli.output import PAGE, print_json, say, writable_file
 from jcrosslora.errors import UsageError
 
@@ -23,14 +24,21 @@ class Evaluate:
     answered in writing, and the answers compared with the right ones.
     """
 
-    base: str
-    """The base model: a folder of safetensors, a GGUF file or a hub id."""
     task: Path
     """JSONL with {"messages"}, {"prompt", "answer"} or {"question", "choices", "answer": index} on each line."""
+    base: str | None = None
+    """The base model: a folder of safetensors, a GGUF file or a hub id. A shelf knows its own."""
     adapter: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Adapters of this base, judged beside each other."""
+    """Adapters of this base, judged beside each other; with --shelf also names on it."""
     trained: str | None = None
     """An adapter that was trained on this base, to compare with: the share of its gain that each other one brings."""
+    shelf: Path | None = None
+    """A shelf of adapters, judged as a whole: each example is answered by those that suit it, or by the base alone. For
+    each --adapter, such as the one of the task, it is said what share of its gain the shelf keeps."""
+    compose: str = "mixture"
+    """How the adapters of the shelf act, as in generate."""
+    top: int = 1
+    """At most so many adapters of the shelf for an example."""
     template: Path | None = None
     """File with a chat template, by which conversations are read in place of the base's own."""
     limit: int | None = None
@@ -48,16 +56,17 @@ class Evaluate:
         """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
         from jcrosslora.adapter.ignored import token_update_sentences
-        from jcrosslora.checkpoint import open_base
-        from jcrosslora.evaluate import answer, read_examples, score
-        from jcrosslora.evaluate.tasks import Question
+        from jcrosslora.evaluate import Question, answer, read_examples, score
 
         examples = read_examples(self.task)
         questions = [one for one in examples if isinstance(one, Question)]
         self._check(written=not questions)
-        base = open_base(self.base, chat_template=self.template)
         refs = [ref for group in self.adapter for ref in group if ref != self.trained]
+        if self.shelf is not None:
+            self._judge_shelf(self.shelf, examples[: self.limit], refs, console)
+            return
         refs += [] if self.trained is None else [self.trained]
+        base = opened_base(self.base, self.template)
         adapters = [load_adapter(ref, base) for ref in refs]
         notes = [
             f"{adapter.info.name}: {sentence}"
@@ -76,6 +85,12 @@ class Evaluate:
         if self.limit is not None and self.limit < 1:
             msg = f"limit {self.limit} is out of range; it must be at least 1"
             raise UsageError(msg)
+        if self.shelf is None and (self.top != 1 or self.compose != "mixture"):
+            msg = f"compose {self.compose} with top {self.top} and no shelf: they say how the adapters of a shelf act, "
+            raise UsageError(msg + "give it with --shelf")
+        if self.shelf is not None and self.trained is not None:
+            msg = f"--trained {self.trained} was given beside the shelf {self.shelf}: give it as --adapter, of whose "
+            raise UsageError(msg + "gain the share is told that the shelf keeps")
         if self.show < 0 or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             msg = f"show {self.show} with max-new-tokens {self.max_new_tokens} is out of range; wanted 0 or more to "
             msg += "show, and 1 token or more"
@@ -87,18 +102,38 @@ class Evaluate:
         if self.html is not None:
             writable_file(self.html, PAGE)
 
-    def _print_scores(self, scores: "Scores", notes: Sequence[str], console: Console) -> None:
+    def _judge_shelf(self, folder: Path, examples: "Sequence[Example]", refs: list[str], console: Console) -> None:
+        from jcrosslora.evaluate import Answers
+        from jcrosslora.shelf.judging import judge
+
+        shelf = opened_shelf(folder, self.base, self.template)
+        room = self.max_new_tokens
+        found = judge(shelf, examples, self.compose, refs, top=self.top, max_new_tokens=room, progress=True)
+        more = {"shelf": found.to_json()}
+        if isinstance(found.figures, Answers):
+            self._print_answers(found.figures, found.not_scored, console, more)
+        else:
+            self._print_scores(found.figures, found.not_scored, console, more)
+        if not self.json:
+            for line in found.lines():
+                say(console, line)
+
+    def _print_scores(
+        self, scores: "Scores", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
+    ) -> None:
         from jcrosslora.evaluate import print_scores
         from jcrosslora.evaluate.output import scores_json
 
         if self.json:
-            print_json(scores_json(scores, notes, trained=self._trained(scores)))
+            print_json(scores_json(scores, notes, trained=self._trained(scores)) | (more or {}))
             return
         _say_notes(notes, console)
         print_scores(scores, console)
         self._say_lifts(scores, console)
 
-    def _print_answers(self, answers: "Answers", notes: Sequence[str], console: Console) -> None:
+    def _print_answers(
+        self, answers: "Answers", notes: Sequence[str], console: Console, more: dict[str, Any] | None = None
+    ) -> None:
         from jcrosslora.evaluate import answers_page, print_answers
         from jcrosslora.evaluate.output import answers_json
         from jcrosslora.utils.files import write_output
@@ -107,7 +142,8 @@ class Evaluate:
             page = answers_page(answers).encode()
             write_output(writable_file(self.html, PAGE), page, "free space, or choose another file")
         if self.json:
-            print_json(answers_json(answers, notes, show=self.show, trained=self._trained(answers)))
+            found = answers_json(answers, notes, show=self.show, trained=self._trained(answers))
+            print_json(found | (more or {}))
             return
         _say_notes(notes, console)
         print_answers(answers, console, show=self.show)

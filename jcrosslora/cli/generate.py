@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import tyro
 from rich.console import Console
 
+from jcrosslora.cli.opened import opened_base, opened_shelf
 from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import UsageError
 
@@ -63,6 +64,9 @@ class Generate:
         """Print what is written behind each prompt."""
         prompts = self._prompts()
         if self.shelf is None:
+            if self.top != 1:
+                msg = f"top {self.top} was given and no shelf, of whose adapters it speaks: give one with --shelf"
+                raise UsageError(msg)
             composed, weights = self._composed(), self._weights()
             chats = [composed.tokenizer.chat_template is not None] * len(prompts)
             notes = _notes(composed, self.compose)
@@ -104,36 +108,28 @@ class Generate:
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return what suits prompts, its weights, and whether each is asked as a message."""
-        from jcrosslora.checkpoint import open_base
         from jcrosslora.composition import COMPOSITIONS
-        from jcrosslora.shelf import Shelf
+        from jcrosslora.composition.registry import find_composition
 
-        if self.base is None and self.template is not None:
-            msg = f"the template {self.template} was given and no base: give the shelf's base with --base"
-            raise UsageError(msg)
         beside = "--adapter" if self.adapter else "--weights" if self.weights else None
         if beside is not None:
             msg = f"{beside} was given beside the shelf {self.shelf}, which chooses the adapters: leave one of them out"
             raise UsageError(msg)
-        if self.compose not in COMPOSITIONS:
-            msg = f"{self.compose}: is not a way to compose the adapters of a shelf; wanted one of "
-            raise UsageError(msg + ", ".join(COMPOSITIONS))
-        given = None if self.base is None else open_base(self.base, chat_template=self.template)
-        shelf = Shelf(cast("Path", self.shelf), given)
-        composed, weights = shelf.compose(prompts, self.compose, top=self.top, seed=self.seed, progress=True)
+        if self.compose not in COMPOSITIONS and Path(self.compose).expanduser().is_dir():
+            msg = f"{self.compose}: brings its adapters, and those of the shelf {self.shelf} were asked for: leave one "
+            raise UsageError(msg + f"of them out, or compose by one of {', '.join(COMPOSITIONS)}")
+        how = find_composition(self.compose)
+        shelf = opened_shelf(cast("Path", self.shelf), self.base, self.template)
+        composed, weights = shelf.compose(prompts, how, top=self.top, seed=self.seed, progress=True)
         # An adapter reads prompts as it read its samples.
         spoken = [any(not isinstance(one, str) for one in shelf.entry(name).samples) for name in composed.names]
         template = composed.tokenizer.chat_template is not None
         return composed, weights, [template or bool(row[spoken].any()) for row in weights]
 
     def _composed(self) -> "Composed":
-        from jcrosslora.checkpoint import open_base
         from jcrosslora.composition import COMPOSITIONS, compose, load_composition
 
-        if self.base is None:
-            msg = "no base was given: give one with --base, or a shelf, which knows its own, with --shelf"
-            raise UsageError(msg)
-        base = open_base(self.base, chat_template=self.template)
+        base = opened_base(self.base, self.template)
         if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():
             return compose(base, self.adapter, self.compose, seed=self.seed)
         if self.adapter:
@@ -165,6 +161,7 @@ def _numbers(row: str) -> list[float]:
 def _notes(composed: "Composed", how: str) -> list[str]:
     """Say what the text does not show: what is not run, and a gate that nobody trained."""
     notes = [f"{one.info.name}: {sentence}" for one in composed.adapters for sentence in one.info.ignored]
+    notes += composed.other_templates()
     if composed.how.trained and how == composed.how.name and len(composed.adapters) > 1:
         notes.append(
             f"{how} is not trained and takes all adapters alike; train it with Composed.fit and give its folder"

@@ -10,19 +10,19 @@ from typing import Any, Literal
 from rich.console import Console
 
 from jcrosslora.errors import OutputError
+from jcrosslora.utils.texts import shortened
 
 PAGE = (".html", ".htm")  # endings of a page
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colour, no wrapping."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is: no markup, no colour, no wrapping; bytes of a path that are not UTF-8 are escaped."""
+    console.print(text.encode("utf-8", "backslashreplace").decode(), highlight=False, markup=False, soft_wrap=True)
 
 
 def one_line(text: str, most: int) -> str:
     """Return a text in one line of at most so many characters."""
-    words = " ".join(text.split())
-    return words if len(words) <= most else f"{words[: most - 3]}..."
+    return shortened(" ".join(text.split()), most)
 
 
 def print_json(data: Any) -> None:

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jcrosslora.cli.output import one_line, print_json, say
-from jcrosslora.errors import AdapterError
+from jcrosslora.cli.output import print_json, say
+from jcrosslora.cli.shelf_search import Evaluate, Search, Train, sample_json
+from jcrosslora.errors import AdapterError, UsageError
 
 if TYPE_CHECKING:
-    from jcrosslora.evaluate.bootstrap import Interval
     from jcrosslora.shelf.records import ShelfEntry
 
 
@@ -40,13 +40,20 @@ class Add:
     """Of a new shelf: what makes vectors of samples. hidden, the default: states of the base itself. sentences:MODEL: a
     model of sentence-transformers. none: no vectors, for searches by words or certainty."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int:
         """Add them, and say what came of each."""
         from jcrosslora.adapter.folder import is_adapter
+        from jcrosslora.cli.main import INTERRUPTED, OK, fail
         from jcrosslora.shelf import Shelf
 
+        if not self.adapters:
+            msg = f"no adapter was given for the shelf {self.folder}: give adapters, or a folder with adapters below"
+            raise UsageError(msg)
         shelf = Shelf(self.folder, self.base, encoder=self.encoder)
-        found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+        try:
+            found = shelf.add(self.adapters, name=self.name, samples=self.samples, lift=self.lift, progress=True)
+        except KeyboardInterrupt:
+            return fail("interrupted; what was added stays, and the same command goes on from there", INTERRUPTED)
         for name in found.added:
             say(console, f"added: {name} ({_facts(shelf.entry(name))})")
         for name in found.kept:
@@ -59,6 +66,7 @@ class Add:
         if bad := [one for one in found.refused if one.place in named or one.place in self.adapters]:
             msg = f"{bad[0].place}: not added: {bad[0].reason}"
             raise AdapterError(msg)
+        return OK
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class Show:
         shelf = Shelf(self.folder)
         entry = shelf.entry(self.name)
         if self.json:
-            print_json(_json(shelf, entry) | {"samples": list(map(_sample, entry.samples))})
+            print_json(_json(shelf, entry) | {"samples": list(map(sample_json, entry.samples))})
             return
         base = "verified by the adapter's record" if entry.verified else "not verified, its shapes fit"
         say(console, f"{entry.name}: {entry.kind} of rank {entry.rank}, {entry.modules} modules")
@@ -141,115 +149,30 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Search:
-    """Find the adapters whose task a prompt is of; "none" where it is of no adapter's, and the base alone suits."""
+class Remove:
+    """Take adapters off the shelf; their files stay."""
 
     folder: tyro.conf.Positional[Path]
     """The folder of the shelf."""
-    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """One or more prompts."""
-    prompts: Path | None = None
-    """File of further prompts: one a line, or JSONL with "text", "prompt" or "messages"."""
-    by: str | None = None
-    """How: text (vectors of samples, the default), tfidf (their words), certainty (how much an adapter changes what the
-    base predicts; runs every adapter) or weights (vectors of weights, see `shelf train`)."""
-    top: int = 1
-    """At most so many adapters for a prompt."""
-    base: str | None = None
-    """The base, if it has moved."""
-    json: bool = False
-    """Print names and scores as JSON."""
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """The adapters."""
 
     def run(self, console: Console) -> None:
-        """Print a line for each prompt."""
-        from jcrosslora.evidence.probes.text_files import read_prompts
+        """Remove them."""
         from jcrosslora.shelf import Shelf
-        from jcrosslora.text import Prompt
-        from jcrosslora.text.completion import prompt_text
 
-        given: list[Prompt] = [*self.prompt, *(read_prompts(self.prompts) if self.prompts is not None else ())]
-        shelf = Shelf(self.folder, self.base)
-        found = shelf.search(given, self.by, progress=True).best(self.top)
-        if self.json:
-            print_json(
-                [
-                    {"prompt": _sample(one), "adapters": [_scored(*each) for each in best]}
-                    for one, best in zip(given, found, strict=True)
-                ]
-            )
-            return
-        for prompt, best in zip(given, found, strict=True):
-            names = ", ".join(f"{name} ({score:.2f})" for name, score in best)
-            say(console, f"{names or 'none'}: {one_line(prompt_text(prompt), 80)}")
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train the encoder of adapters by their weights, for `shelf search --by weights`."""
-
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
-    steps: int = 300
-    """Updates of the encoder, each with 8 adapters and a sample of each."""
-    rate: float = 1e-3
-    """The highest learning rate."""
-    seed: int = 0
-    """Of all that is drawn."""
-    base: str | None = None
-    """The base, if it has moved."""
-
-    def run(self, console: Console) -> None:
-        """Train, and print the loss at the beginning and the end."""
-        from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
-
-        settings = ProbeSettings(steps=self.steps, rate=self.rate, seed=self.seed)
-        losses = Shelf(self.folder, self.base).train_probes(settings, progress=True)
-        say(console, f"{self.folder}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}")
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Judge ways to search by prompts whose adapters are known."""
-
-    folder: tyro.conf.Positional[Path]
-    """The folder of the shelf."""
-    samples: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """NAME=FILE, or NAME,NAME=FILE where several adapters are of the task; may be given several times. FILE holds
-    prompts of the task that are not among the adapter's samples."""
-    unrelated: Path | None = None
-    """Prompts of no adapter's task, for the share of them that gets an adapter all the same."""
-    by: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A way to search, as for `shelf search`; may be given several times. Without it text and tfidf."""
-    limit: int = 200
-    """At most so many prompts of each file, evenly spread."""
-    base: str | None = None
-    """The base, if it has moved."""
-    json: bool = False
-    """Print the figures as JSON."""
-
-    def run(self, console: Console) -> None:
-        """Print a row for each way to search."""
-        from jcrosslora.shelf import Shelf
-        from jcrosslora.shelf.accuracy import accuracy
-        from jcrosslora.shelf.sampling import labelled_prompts
-
-        prompts, wanted = labelled_prompts(self.samples, self.unrelated, self.limit)
-        shelf = Shelf(self.folder, self.base)
-        found = {by: accuracy(shelf.search(prompts, by, progress=True), wanted) for by in self.by or ("text", "tfidf")}
-        if self.json:
-            print_json({"prompts": len(prompts), "by": {by: dataclasses.asdict(one) for by, one in found.items()}})
-            return
-        table = Table("by", "top-1", "top-3", "answered by a right one", "adapter for unrelated")
-        for by, one in found.items():
-            table.add_row(by, *map(_interval, (one.top1, one.top3, one.answered, one.false)))
-        console.print(table)
+        shelf = Shelf(self.folder)
+        shelf.remove(self.names)
+        for name in self.names:
+            say(console, f"removed: {name}")
+        say(console, f"{self.folder}: {len(shelf)} adapters of {shelf.info.name}")
 
 
 Action = (
     Annotated[Add, tyro.conf.subcommand("add")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Remove, tyro.conf.subcommand("remove")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -263,9 +186,9 @@ class ShelfCommand:
     action: Annotated[Action, tyro.conf.arg(name="")]
     """The action."""
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console) -> int | None:
         """Run the action."""
-        self.action.run(console)
+        return self.action.run(console)
 
 
 def _facts(entry: "ShelfEntry") -> str:
@@ -278,17 +201,3 @@ def _facts(entry: "ShelfEntry") -> str:
 def _json(shelf: Any, entry: "ShelfEntry") -> dict[str, Any]:
     fields = dataclasses.asdict(entry) | {"samples": len(entry.samples), "missing": shelf.missing(entry)}
     return fields | {"place": shelf.place(entry.name)}
-
-
-def _sample(prompt: Any) -> Any:
-    from jcrosslora.text.completion import message_entries
-
-    return prompt if isinstance(prompt, str) else {"messages": message_entries(prompt)}
-
-
-def _interval(value: "Interval | None") -> str:
-    return "-" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def _scored(name: str, score: float) -> dict[str, Any]:
-    return {"adapter": name, "score": score}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.adapter.truncation import RankRule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.composition.composition import Composition
 from jcrosslora.composition.fit import fit_arrays
@@ -26,8 +27,8 @@ from jcrosslora.composition.weights import Weights, shares_of
 from jcrosslora.decoder import DecoderSettings, Params, Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples
-from jcrosslora.text import Prompt
-from jcrosslora.text.completion import parse_prompt
+from jcrosslora.text.chat_template import template_of
+from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.utils.progress import track
 
@@ -63,16 +64,25 @@ class Composed:
         """The names of the adapters."""
         return tuple(adapter.info.name for adapter in self.adapters)
 
+    def other_templates(self) -> list[str]:
+        """Name the adapters that were fitted to another chat template than that of the base, a sentence each."""
+        return [
+            f"{one.info.name}: was fitted to another chat template: open {self.base.name} with the chat_template.jinja "
+            "beside the adapter for conversations (--template)"
+            for one in self.adapters
+            if one.info.chat_template not in (None, template_of(self.tokenizer))
+        ]
+
     def __repr__(self) -> str:
         return f"Composed({self.how}, {self.base.name!r}, {', '.join(map(repr, self.names))})"
 
-    def generate(self, prompts: Sequence[Prompt | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
+    def generate(self, prompts: Asked | Sequence[Asked], **settings: Any) -> list[str]:
         """Return what `write` writes behind each prompt, as text."""
         return [one.text for one in self.write(prompts, **settings)]
 
     def write(
         self,
-        prompts: Sequence[Prompt | Sequence[Mapping[str, str]]],
+        prompts: Asked | Sequence[Asked],
         *,
         weights: Weights = None,
         max_new_tokens: int = 128,
@@ -83,8 +93,9 @@ class Composed:
         """Continue prompts; prompts with different weights share batches and compiled programs.
 
         Args:
-            prompts: texts, which are continued as they are, or conversations, [{"role", "content"}, ...], which are
-                read in the base's chat template. Only the last 2,048 tokens of each are read.
+            prompts: one or several: texts, which are continued as they are, or conversations,
+                [{"role", "content"}, ...], which are read in the base's chat template. Only the last 2,048 tokens of
+                each are read.
             weights: see the class.
             max_new_tokens: the most tokens to write behind each prompt.
             temperature: of the sampling; 0 takes the likeliest token.
@@ -100,7 +111,7 @@ class Composed:
                 f"max_new_tokens {max_new_tokens}, temperature {temperature} and seed {seed}: wanted 1 token or more, "
             )
             raise UsageError(msg + "a temperature from 0 on, and a seed from 0 to 2^32 - 1")
-        asked = [_prompt(one, number) for number, one in enumerate(prompts, 1)]
+        asked = as_prompts(prompts)
         shares = shares_of(self.how, weights, asked, len(self.adapters))
         model = self.settings, self.params, self.tokenizer, self.updates, self.base.ref, " with ".join(self.names)
         with track(len(asked), "write", "prompts", show=progress) as bar:
@@ -202,17 +213,8 @@ class Composed:
             UsageError: see `as_adapter`.
             OutputError: the folder exists already, or cannot be written.
         """
-        adapter, base = self.as_adapter(weights, out_rank=out_rank), self.base
-        save_adapter(
-            adapter,
-            out,
-            base_name=base.name,
-            base_revision=base.revision,
-            prefix=base.prefix,
-            fused=base.fused,
-            all_modules=list(base.modules),
-            overwrite=overwrite,
-        )
+        adapter = self.as_adapter(weights, out_rank=out_rank)
+        save_adapter(adapter, out, base=describe_base(self.base, digest=False), overwrite=overwrite)
         return adapter
 
     def save(self, out: str | Path) -> Path:
@@ -225,13 +227,6 @@ class Composed:
             OutputError: the folder exists already, or cannot be written.
         """
         return write_composition(Path(out), self.how, self.updates, self.adapters, self.base)
-
-
-def _prompt(given: Prompt | Sequence[Mapping[str, str]], number: int) -> Prompt:
-    if isinstance(given, str):
-        return given
-    messages = [one if isinstance(one, Mapping) else {"role": one.role, "content": one.content} for one in given]
-    return parse_prompt(messages, f"prompt {number}")
 
 
 def _read(examples: Sequence[Example] | str | Path) -> list[Example]:

@@ -18,7 +18,9 @@ import numpy as np
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.contents import safetensors_bytes
 from jcrosslora.adapter.save import save_adapter
+from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.composition.composition import Composition
@@ -48,21 +50,15 @@ def write_composition(
         "composition": how.name,
         "settings": dataclasses.asdict(how),
         "base": base.name,
+        "base_digest": base_digest(base),
         "prefix": base.prefix,
         "adapters": [Path(adapter.info.name).name for adapter in adapters],
     }
     arrays = {name: np.asarray(array) for name, array in updates.by_module(base).items()}
+    info = describe_base(base, digest=False)
     with atomic_folder(out) as folder:
         for number, adapter in enumerate(adapters):
-            save_adapter(
-                adapter,
-                folder / ADAPTERS / str(number),
-                base_name=base.name,
-                base_revision=base.revision,
-                prefix=base.prefix,
-                fused=base.fused,
-                all_modules=list(base.modules),
-            )
+            save_adapter(adapter, folder / ADAPTERS / str(number), base=info)
         if arrays:
             (folder / ARRAYS).write_bytes(safetensors_bytes(arrays, {"format": "pt"}))
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -73,11 +69,15 @@ def read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[A
     """Read the composition, its adapters, and its arrays by the names in the file.
 
     Raises:
-        AdapterError: not a folder of a composition, damaged, or of a form that is not known.
+        AdapterError: not a folder of a composition, damaged, of a form that is not known, or for another base.
     """
     try:
         facts = read_json_object(Path(folder).expanduser() / FACTS)
         how, names = _composition(folder, facts), facts["adapters"]
+        stated = facts.get("base_digest")
+        if isinstance(stated, str) and stated != base_digest(base):
+            msg = f"{folder}: was made for another base, {facts.get('base')} ({stated[:19]}...), than {base.ref} "
+            raise AdapterError(msg + f"({base_digest(base)[:19]}...): give that one, or compose the adapters again")
         file = Path(folder).expanduser() / ARRAYS
         arrays = {}
         if file.exists():

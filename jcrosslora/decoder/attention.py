@@ -50,7 +50,8 @@ def attention(
         sinks: float32 (heads,), the score of attending to nothing; None without that choice.
 
     Returns:
-        (B, T, heads * E) in the dtype of the queries, whose products are those of the keys' dtype. A query that attends to nothing gets the mean of all values.
+        (B, T, heads * E) in the dtype of the queries; the products are of the dtype of the keys. A query that attends
+        to nothing gets the mean of all values.
     """
     batch, length, heads, size = queries.shape
     groups = heads // keys.shape[1]

@@ -4,10 +4,10 @@ import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import is_text
+from jcrosslora.utils.texts import shortened
 
 _WANTED = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
 
@@ -75,18 +75,13 @@ def _parse(line: bytes, place: str) -> Question:
             raise _refusal(place, f"has no {key!r}")
     question, choices, answer = entry["question"], entry["choices"], entry["answer"]
     if not is_text(question):
-        raise _refusal(place, f"has the question {_short(question)}")
+        raise _refusal(place, f"has the question {shortened(ascii(question))}")
     if not isinstance(choices, list) or not choices or not all(is_text(choice) for choice in choices):
-        raise _refusal(place, f"has the choices {_short(choices)}")
+        raise _refusal(place, f"has the choices {shortened(ascii(choices))}")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise _refusal(place, f"has the answer {_short(answer)} for {len(choices)} choices")
+        raise _refusal(place, f"has the answer {shortened(ascii(answer))} for {len(choices)} choices")
     return Question(question, tuple(choices), answer)
 
 
 def _refusal(place: str, came: str) -> UsageError:
     return UsageError(f"{place}: {came}, {_WANTED} with texts that are not blank and an index from 0")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,8 +17,8 @@ from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
-from jcrosslora.alignment.transport import describe_base
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.errors import UsageError
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
@@ -99,22 +99,17 @@ def export_adapter(settings: ExportSettings) -> Exported:
     if settings.keep_dora:
         _check_kept(settings)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
-    known = (None, None) if base is None else (base.family.name, _heads(base))
+    info = None if base is None else describe_base(base, digest=False)
+    known = (None, None) if info is None else (info.family, info.heads)
     check_profile(settings.profile, *known, dora=settings.keep_dora)
     exported = (_kept if settings.keep_dora else _summed)(settings, base)
     save_plain(
         exported.adapter,
         settings.out,
-        base_name=None if base is None else base.name,
-        base_revision=None if base is None else base.revision,
-        prefix=None if base is None else base.prefix,
+        base=info,
         profile=settings.profile,
         dtype=settings.dtype,
         overwrite=settings.overwrite,
-        fused=None if base is None else base.fused,
-        all_modules=None if base is None else list(base.modules),
-        family=None if base is None else base.family.name,
-        heads=None if base is None else _heads(base),
         documents=_documents(settings.adapter),
         metadata={"jcrosslora.version": version("jcrosslora"), "jcrosslora.export.export": _account(exported, base)},
         magnitudes=exported.magnitudes,
@@ -162,10 +157,6 @@ def _check_kept(settings: ExportSettings) -> None:
     if settings.out_rank is not None:
         msg = f"out rank {settings.out_rank} with --keep-dora: a DoRA of a lower rank has other norms, and its "
         raise UsageError(msg + "magnitudes do not fit them; leave out one of the two")
-
-
-def _heads(base: BaseModel) -> tuple[int, int]:
-    return base.dims.heads, base.dims.kv_heads
 
 
 def _documents(refs: tuple[str, ...]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.alignment.transport import describe_base
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES

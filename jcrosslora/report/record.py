@@ -9,7 +9,8 @@ from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.truncation import RankRule, Truncation
-from jcrosslora.alignment.transport import AlignRecipe, BaseInfo
+from jcrosslora.alignment.transport import AlignRecipe
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.methods import Method
 from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource

@@ -13,8 +13,9 @@ import jax
 from jcrosslora.adapter import update_norm
 from jcrosslora.adapter.profiles import Profile, check_profile
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.alignment.transport import AlignRecipe, BaseInfo, describe_base
+from jcrosslora.alignment.transport import AlignRecipe
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.logs import record

@@ -16,9 +16,10 @@ from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for
 from jcrosslora.adapter.truncation import Truncation
 from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
 from jcrosslora.alignment.task import AlignmentTask, plan_alignment
-from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup, describe_base
+from jcrosslora.alignment.transport import Transport, TransportGroup
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.activations import batch_probes

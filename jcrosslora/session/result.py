@@ -78,20 +78,17 @@ class TransferResult:
             OutputError: the folder exists, is not writable or the disk is full, or the numbers do not fit the format.
         """
         adapter, report = self._held_by(profile)
-        target = report.target
+        name = public_name(report.target.name) or report.target.name
+        # It may have been given another name, and its revision is none of that.
+        target = dataclasses.replace(report.target, name=name, revision=None)
         return save_adapter(
             adapter,
             out,
-            base_name=public_name(target.name),
+            base=target,
             profile=profile,
             dtype=dtype,
             overwrite=overwrite,
             frozen=self.frozen,
-            fused=target.fused,
-            all_modules=list(target.shapes),
-            family=target.family,
-            heads=target.heads,
-            prefix=target.prefix,
             documents=documents(report, out=Path(out).name, profile=profile, dtype=dtype) | self._companions(),
             metadata=_metadata(published(report)),
         )

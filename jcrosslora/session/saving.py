@@ -7,6 +7,7 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.save import save_adapter as save_folder
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.shifting.truncate import Frozen
 
 
@@ -45,14 +46,10 @@ def save_adapter(
     return save_folder(
         adapter,
         out,
-        base_name=base_name or (base.name if base is not None else adapter.info.base_name),
-        prefix=None if base is None else base.prefix,
+        base=None if base is None else describe_base(base, digest=False),
+        base_name=base_name,
         profile=profile,
         dtype=dtype,
         overwrite=overwrite,
         frozen=frozen,
-        fused=None if base is None else base.fused,
-        all_modules=None if base is None else list(base.modules),
-        family=None if base is None else base.family.name,
-        heads=None if base is None else (base.dims.heads, base.dims.kv_heads),
     )

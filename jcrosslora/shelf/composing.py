@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.composition import Composed, Composition, compose
+from jcrosslora.composition.registry import find_composition
+from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.shelf.retrieval.retrieved import Retrieved
 
 
@@ -24,14 +27,29 @@ def compose_found(
     **settings: Any,
 ) -> tuple[Composed, np.ndarray]:
     """Load and compose what a search found; see `Shelf.compose`."""
-    weights = found.weights(top)
+    how, weights = find_composition(how), found.weights(top)
     used = np.flatnonzero(weights.any(axis=0))
-    if not len(used):  # the base alone answers everything, which one adapter at weight 0 is
-        used = found.ranked()[0]
-    adapters = [_named(load(found.names[place]), found.names[place]) for place in used]
+    if not len(used):
+        return _base_alone(found, load, base, how, **settings), weights[:, :1]
+    adapters = [named(load(found.names[place]), found.names[place]) for place in used]
     return compose(base, adapters, how, **settings), weights[:, used]
 
 
-def _named(adapter: Adapter, name: str) -> Adapter:
+def _base_alone(
+    found: Retrieved, load: Callable[[str], Adapter], base: BaseModel, how: Composition, **settings: Any
+) -> Composed:
+    """Compose any adapter that can be composed; at weight 0 it is the base.
+
+    Raises:
+        JCrossLoRAError: there is none, with the reason of the last one.
+    """
+    *others, last = found.names
+    for name in others:
+        with suppress(AdapterError, UsageError):
+            return compose(base, [named(load(name), name)], how, **settings)
+    return compose(base, [named(load(last), last)], how, **settings)
+
+
+def named(adapter: Adapter, name: str) -> Adapter:
     """Give an adapter its name on the shelf."""
     return replace(adapter, info=replace(adapter.info, name=name))

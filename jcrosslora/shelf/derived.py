@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jcrosslora.cache.keys import digest_of
-from jcrosslora.shelf.index import Head
+from jcrosslora.shelf.index_files import Head
 from jcrosslora.utils.files import write_whole
 
 _KEY = "index"

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from jcrosslora.adapter.folder import is_adapter
 from jcrosslora.checkpoint.hub import is_hub_id
 
 
@@ -11,10 +12,18 @@ def stored_place(folder: Path, place: str) -> str:
     path = Path(place).expanduser()
     if not path.exists():
         return place  # a hub id
-    return os.path.relpath(path.resolve(), folder.resolve())
+    found = os.path.relpath(path.resolve(), folder.resolve())
+    # Inside the shelf's folder a path may look like a hub id.
+    return os.path.join(os.curdir, found) if is_hub_id(found) else found
 
 
 def opened_place(folder: Path, place: str) -> str:
     """Return what can be opened of what the index writes."""
     path = folder.resolve() / place
     return os.path.normpath(path) if path.exists() or not is_hub_id(place) else place
+
+
+def is_there(folder: Path, place: str) -> bool:
+    """Whether the files of an adapter are where the index says; of a hub id that is not asked."""
+    found = opened_place(folder, place)
+    return is_adapter(Path(found)) or (found == place and is_hub_id(place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ from typing import Any
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licence
-from jcrosslora.alignment.transport import BaseInfo
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError
 from jcrosslora.report.documents import REPORT
@@ -52,8 +53,13 @@ def find_adapters(ref: str | Path) -> list[Found]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()  # links may lead back to a folder
     for place, names, files in os.walk(folder, followlinks=True):
         names[:] = sorted(name for name in names if not name.startswith("."))
+        if (own := os.path.realpath(place)) in seen:
+            names.clear()
+            continue
+        seen.add(own)
         if place != str(folder) and is_adapter(Path(place)):
             names.clear()
             yield Path(place)
@@ -89,6 +95,7 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         name=found.name,
         place=place,
         digest=str(adapter.info.digest),
+        config_digest=config_digest(files),
         verified=stated is not None,
         kind=adapter.info.kind,
         rank=max((factors.rank for factors in adapter.modules.values()), default=0),
@@ -100,6 +107,21 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         licence=stated_licence(files.weights.parent),
     )
     return entry, files.weights.parent
+
+
+def config_digest(files: AdapterFiles) -> str:
+    """Return "sha256:" and hex of the configuration beside the weights; "" where there is none.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
+    if files.config is None:
+        return ""
+    try:
+        return f"sha256:{hashlib.sha256(files.config.read_bytes()).hexdigest()}"
+    except OSError as error:
+        msg = f"{files.config}: cannot be read ({error.strerror}): give the folder of a complete adapter"
+        raise AdapterError(msg) from error
 
 
 def read_record(files: AdapterFiles) -> dict[str, Any]:

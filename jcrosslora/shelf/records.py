@@ -65,6 +65,7 @@ class ShelfEntry:
         effect: of the transfer, as in its report, or None.
         lift: the share of a trained adapter's gain that it recovers, as the user stated it, or None.
         licence: as its card states it, or None.
+        config_digest: of the configuration beside its weights, which decides their scale; "" where it is not known.
         samples: prompts of its task.
         samples_from: "completions" that were written when it was moved, the name of the user's file, or "nothing".
     """
@@ -82,6 +83,7 @@ class ShelfEntry:
     effect: dict[str, Any] | None = None
     lift: float | None = None
     licence: str | None = None
+    config_digest: str = ""
     samples: tuple[Sample, ...] = ()
     samples_from: str = "nothing"
 

@@ -18,6 +18,7 @@ from jcrosslora.shelf.retrieval.retrieved import Retriever
 from jcrosslora.shelf.retrieval.tfidf import WordRetriever
 from jcrosslora.shelf.retrieval.weight_encoder import Weights, adapter_weights
 from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
+from jcrosslora.shelf.retrieval.weights import NAME as WEIGHTS
 from jcrosslora.shelf.retrieval.weights import WeightRetriever, WeightVectors, train_weights
 
 _TEXT_FILE, _WEIGHTS_FILE = "text.safetensors", "weights.safetensors"
@@ -50,13 +51,16 @@ class Searching:
             "text": self._text_retriever,
             "tfidf": lambda: WordRetriever(self.index.entries),
             "certainty": lambda: CertaintyRetriever(self.base(), self.index.entries, self.load, progress=progress),
-            "weights": self._weight_retriever,
+            WEIGHTS: self._weight_retriever,
         }
         if by not in makers:
             msg = f"--by {by!r} is unknown{suggestion(by, makers)}; use one of {', '.join(makers)}"
             raise UsageError(msg)
         if not self.index.entries:
             msg = f"{self.index.folder}: holds no adapter; add some with `jcrosslora shelf add`"
+            raise UsageError(msg)
+        if by != WEIGHTS and not any(entry.samples for entry in self.index.entries):
+            msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --samples FILE`"
             raise UsageError(msg)
         return makers[by]()
 
@@ -87,19 +91,16 @@ class Searching:
 
     def _text_retriever(self) -> TextRetriever:
         self._check_encoder("text")
-        if not any(entry.samples for entry in self.index.entries):
-            msg = f"{self.index.folder}: no adapter has samples: give some with `jcrosslora shelf add --samples FILE`"
-            raise UsageError(msg)
         return TextRetriever(self.encoder(), self.means())
 
     def _weight_retriever(self) -> WeightRetriever:
         self._check_encoder("weights")
         folder, entries = self.index.folder, self.index.entries
         arrays = find_arrays(folder / _WEIGHTS_FILE, None)
-        if arrays is None:
+        trained = None if arrays is None else WeightVectors.of_arrays(arrays)
+        if trained is None:
             msg = f"{folder}: has no trained weight probes: train them with `jcrosslora shelf train {folder}`"
             raise UsageError(msg)
-        trained = WeightVectors.of_arrays(arrays)
         # Adapters that were added since get their vectors from the same encoder.
         found = trained.with_vectors(entries, self._weights_of)
         if found is not trained:

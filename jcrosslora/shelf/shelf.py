@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.alignment.transport import BaseInfo, describe_base
-from jcrosslora.cache import open_cache
+from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.composition import Composed, Composition
-from jcrosslora.errors import JCrossLoRAError, ShortMemoryError, UsageError, suggestion
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
+from jcrosslora.shelf.adding import Fresh, Reader, add_found
 from jcrosslora.shelf.composing import compose_found
 from jcrosslora.shelf.encoders.encoder import Encoder
 from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
-from jcrosslora.shelf.index import HEAD, Index
-from jcrosslora.shelf.places import opened_place, stored_place
-from jcrosslora.shelf.reading import Found, find_adapters, read_entry
-from jcrosslora.shelf.records import Added, Refused, ShelfBase, ShelfEntry
+from jcrosslora.shelf.index import Index
+from jcrosslora.shelf.index_files import HEAD
+from jcrosslora.shelf.places import is_there, opened_place, stored_place
+from jcrosslora.shelf.reading import Found, config_digest, find_adapters
+from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry
 from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
 from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
-from jcrosslora.shelf.sampling import given_samples, own_samples
+from jcrosslora.shelf.sampling import given_samples
 from jcrosslora.shelf.searching import Searching
-from jcrosslora.text import Message, Prompt
-from jcrosslora.utils.progress import track
-
-_WRITE_AFTER = 5.0  # seconds of additions that a stop may lose
+from jcrosslora.text import Prompt
+from jcrosslora.text.completion import Asked, as_prompts
 
 
 class Shelf:
@@ -63,21 +61,13 @@ class Shelf:
         name = check_encoder(encoder or HIDDEN)
         if (self.folder / HEAD).is_file() or self._base is None:
             self._index = Index.open(self.folder)
-            if encoder is not None and name != self.encoder_name:
-                msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
-                raise UsageError(msg)
-            if self._base is not None:
-                self._check_base(self._base)
         else:
-            place = str(self._base.path or self._base.ref) if self._base.revision is None else self._base.ref
-            made = ShelfBase(
-                self._base.name,
-                stored_place(self.folder, place),
-                _digest(self._base),
-                self._base.family.name,
-                self._base.revision,
-            )
-            self._index = Index.create(self.folder, made, name)
+            self._index = Index.create(self.folder, _shelf_base(self.folder, self._base), name)
+        if encoder is not None and name != self.encoder_name:
+            msg = f"{self.folder}: was made with the encoder {self.encoder_name}, not {name}: make another shelf"
+            raise UsageError(msg)
+        if self._base is not None:
+            self._check_base(self._base)
 
     def __repr__(self) -> str:
         """Folder, base and number of adapters, on one line."""
@@ -116,7 +106,11 @@ class Shelf:
             UsageError: it is another one than that of the shelf.
         """
         if self._base is None:
-            self._base = open_base(opened_place(self.folder, self.info.place), revision=self.info.revision)
+            place = opened_place(self.folder, self.info.place)
+            if place != self.info.place and not Path(place).exists():
+                msg = f"{place}: the base of the shelf {self.folder} is not there: give its place with --base"
+                raise CheckpointError(msg)
+            self._base = open_base(place, revision=self.info.revision)
             self._check_base(self._base)
         return self._base
 
@@ -142,8 +136,7 @@ class Shelf:
 
     def missing(self, entry: ShelfEntry) -> bool:
         """Whether the files of an adapter are not where they were when it was added."""
-        place = opened_place(self.folder, entry.place)
-        return not is_adapter(Path(place)) and not is_hub_id(place)
+        return not is_there(self.folder, entry.place)
 
     def load(self, name: str) -> Adapter:
         """Load an adapter.
@@ -152,11 +145,27 @@ class Shelf:
             UsageError: there is none of this name, or its files have changed since it was added.
             AdapterError: its files are missing or damaged.
         """
-        found, entry = load_adapter(self.place(name), self.base), self.entry(name)
-        if found.info.digest != entry.digest:
-            msg = f"{self.place(name)}: has changed since it was put on the shelf: add it again"
+        entry, place = self.entry(name), self.place(name)
+        if self.missing(entry):
+            msg = f"{place}: the adapter {name!r} of the shelf is not there: put it back, add it where it is now, or "
+            raise AdapterError(msg + f"take it off with `jcrosslora shelf remove {self.folder} {name!r}`")
+        found = load_adapter(place, self.base)
+        same = not entry.config_digest or config_digest(find_adapter(place)) == entry.config_digest
+        if found.info.digest != entry.digest or not same:
+            msg = f"{place}: has changed since it was put on the shelf: add it again"
             raise UsageError(msg)
         return found
+
+    def remove(self, names: str | Sequence[str]) -> None:
+        """Take adapters off the shelf; their files stay.
+
+        Raises:
+            UsageError: there is none of one of these names; then all stay.
+            OutputError: the shelf cannot be written to.
+        """
+        several = [names] if isinstance(names, str) else list(names)
+        if gone := [self.entry(name).name for name in several]:
+            self._index = self._index.change([], gone)
 
     def add(
         self,
@@ -181,7 +190,7 @@ class Shelf:
 
         Raises:
             AdapterError: something that was named is not there, or has no adapter below it.
-            UsageError: `name` or `lift` for several adapters, or samples that cannot be read.
+            UsageError: `name` or `lift` for several adapters, a lift that is no number, or samples that cannot be read.
             CheckpointError: the base cannot be read.
             OutputError: the shelf cannot be written to.
         """
@@ -190,41 +199,19 @@ class Shelf:
         if len(found) != 1 and (name is not None or lift is not None):
             msg = f"a name or a lift was given for {len(found)} adapters: give it with one adapter at a time"
             raise UsageError(msg)
+        if lift is not None and not math.isfinite(lift):
+            msg = f"lift {lift}: wanted a share of a trained adapter's gain, such as 0.8"
+            raise UsageError(msg)
         found = [Found(name, one.ref) for one in found] if name is not None else found
         given = None if samples is None else given_samples(samples)
-        info, known = self._describe(), {entry.name: entry for entry in self._index.entries}
-        added: list[str] = []
-        kept: list[str] = []
-        refused: list[Refused] = []
-        fresh: list[tuple[ShelfEntry, np.ndarray]] = []
-        with ExitStack() as stack:
-            # What was read before a stop is written on the way out.
-            stack.callback(lambda: self._write(fresh))
-            written = time.monotonic()
-            with track(len(found), "add adapters", "adapters", show=progress) as bar:
-                for one in found:
-                    try:
-                        entry = self._read(one, info, given, lift, known)
-                    except ShortMemoryError:
-                        raise
-                    except JCrossLoRAError as error:
-                        refused.append(Refused(one.ref, str(error).removeprefix(f"{one.ref}: ")))
-                    else:
-                        if known.get(one.name) == entry:
-                            kept.append(one.name)
-                        else:
-                            fresh.append((entry, self._encode(entry.samples)))
-                            added.append(one.name)
-                            known[one.name] = entry
-                    bar.update()
-                    if time.monotonic() - written > _WRITE_AFTER:
-                        self._write(fresh)
-                        written = time.monotonic()
-        if added:
+        reader = Reader(self.folder, self.base, self._describe(), given, lift)
+        known = {entry.name: entry for entry in self._index.entries}
+        added = add_found(found, reader, known, self._encode, self._write, progress=progress)
+        if added.added:
             self._searching().means()
-        return Added(tuple(added), tuple(kept), tuple(refused))
+        return added
 
-    def search(self, prompts: Prompt | Sequence[Prompt], by: str | None = None, *, progress: bool = False) -> Retrieved:
+    def search(self, prompts: Asked | Sequence[Asked], by: str | None = None, *, progress: bool = False) -> Retrieved:
         """Find the adapters whose task prompts are of.
 
         Args:
@@ -238,7 +225,7 @@ class Shelf:
             UsageError: an unknown way, one that the shelf has no data for, or no prompt.
             CheckpointError: the base cannot be read.
         """
-        several = _several(prompts)
+        several = as_prompts(prompts)
         if not several:
             msg = f"{self.folder}: no prompt was given; give one or more"
             raise UsageError(msg)
@@ -251,7 +238,7 @@ class Shelf:
 
     def compose(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Asked | Sequence[Asked],
         how: str | Composition = "mixture",
         *,
         top: int = 1,
@@ -306,26 +293,6 @@ class Shelf:
     def _searching(self) -> Searching:
         return Searching(self._index, lambda: self.base, self.load, self._open_encoder)
 
-    def _read(
-        self,
-        found: Found,
-        info: BaseInfo,
-        given: tuple[tuple[Prompt, ...], str] | None,
-        lift: float | None,
-        known: dict[str, ShelfEntry],
-    ) -> ShelfEntry:
-        place = stored_place(self.folder, found.ref)
-        old = known.get(found.name)
-        if old is not None and old.place != place:
-            msg = f"the name {found.name!r} is that of {old.place} on the shelf: give another with --name"
-            raise UsageError(msg)
-        entry, folder = read_entry(found, self.base, info, place)
-        samples, source = given if given is not None else own_samples(folder)
-        if old is not None and given is None and source == "nothing":
-            samples, source = old.samples, old.samples_from  # that were given once
-        lift = lift if lift is not None or old is None else old.lift
-        return dataclasses.replace(entry, samples=samples, samples_from=source, lift=lift)
-
     def _encode(self, samples: Sequence[Prompt]) -> np.ndarray:
         if not samples:
             return np.zeros((0, 0), np.float32)
@@ -336,31 +303,20 @@ class Shelf:
             self._encoder = open_encoder(self.encoder_name, self.base)
         return self._encoder
 
-    def _write(self, fresh: list[tuple[ShelfEntry, np.ndarray]]) -> None:
-        if fresh:
-            self._index = self._index.change(fresh)
-            fresh.clear()
+    def _write(self, fresh: Fresh) -> None:
+        self._index = self._index.change(fresh)
 
     def _describe(self) -> BaseInfo:
         return dataclasses.replace(describe_base(self.base, digest=False), digest=self.info.digest)
 
     def _check_base(self, base: BaseModel) -> None:
-        digest = _digest(base)
+        digest = base_digest(base)
         if digest != self.info.digest:
             wanted = f"{self.info.name} ({self.info.digest[:19]}...)"
             msg = f"{base.ref}: is another base ({digest[:19]}...) than that of the shelf {self.folder}, {wanted}: "
             raise UsageError(msg + "give that one, or make another shelf")
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return a list of prompts; a text, or the messages of one conversation, is one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, tuple) and prompts and all(isinstance(one, Message) for one in prompts):
-        return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def _digest(base: BaseModel) -> str:
-    store = open_cache()
-    return base.digest(None if store is None else store.digests)
+def _shelf_base(folder: Path, base: BaseModel) -> ShelfBase:
+    place = str(base.path or base.ref) if base.revision is None else base.ref
+    return ShelfBase(base.name, stored_place(folder, place), base_digest(base), base.family.name, base.revision)

@@ -12,7 +12,8 @@ import numpy as np
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
 from jcrosslora.adapter.ignored import drop_experts, drop_token_updates
 from jcrosslora.adapter.kinds.dora import DORA
-from jcrosslora.alignment.transport import BaseInfo, Transport, TransportGroup
+from jcrosslora.alignment.transport import Transport, TransportGroup
+from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import Terms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 
@@ -24,6 +24,8 @@ class Message:
 
 # Plain text up to the answer, or the messages in front of it, the last of which is the user's.
 Prompt: TypeAlias = str | tuple[Message, ...]
+# A prompt as a user gives it: messages may be {"role", "content"}.
+Asked: TypeAlias = str | Sequence[Message | Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ def parse_prompt(value: Any, place: str) -> tuple[Message, ...]:
     return prompt
 
 
+def as_prompts(prompts: Asked | Sequence[Asked]) -> list[Prompt]:
+    """Return a list of prompts; a single text, or the messages of a single conversation, is one.
+
+    Messages are objects, or mappings as in a JSON line, and are read as by `parse_prompt`.
+
+    Raises:
+        UsageError: see `parse_prompt`.
+    """
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Message | Mapping))
+    several = cast("Sequence[Asked]", [prompts] if single else prompts)
+    return [_as_prompt(one, number) for number, one in enumerate(several, 1)]
+
+
 def parse_object(line: str) -> dict[str, Any]:
     """Return the JSON object of a line; {} where it is not one."""
     try:
@@ -118,6 +133,13 @@ def message_entries(messages: Sequence[Message]) -> list[dict[str, str]]:
 def prompt_text(prompt: Prompt) -> str:
     """Write a prompt as one line of text per message, for reports and for texts that are read without a template."""
     return prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+
+
+def _as_prompt(value: Asked, number: int) -> Prompt:
+    if isinstance(value, str):
+        return value
+    messages = [{"role": one.role, "content": one.content} if isinstance(one, Message) else one for one in value]
+    return parse_prompt(messages, f"prompt {number}")
 
 
 def _content(value: Any) -> Any:

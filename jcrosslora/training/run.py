@@ -13,7 +13,9 @@ import jax
 
 from jcrosslora.adapter import Adapter, save_adapter
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
+from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
@@ -109,13 +111,11 @@ def save_trained(
     Raises:
         OutputError: the folder exists already, or cannot be written.
     """
+    base_digest(base)  # which the header of the file names
     save_adapter(
         adapter,
         out,
-        base_revision=base.revision,
-        prefix=base.prefix,
-        fused=base.fused,
-        all_modules=list(base.modules),
+        base=describe_base(base),
         metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
         documents={} if chat_template is None else {CHAT_TEMPLATE: chat_template},
         overwrite=overwrite,

@@ -8,6 +8,7 @@ from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.figures import FIGURES, main_figures
 from jcrosslora.report.page.theme import BASE, INK, MOVED, OTHER, TRAINED
+from jcrosslora.utils.texts import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,5 +59,4 @@ def _positive(lengths: list[float]) -> list[float]:
 
 
 def _short(name: str) -> str:
-    name = visible(name)
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
+    return shortened(visible(name), _LONGEST)

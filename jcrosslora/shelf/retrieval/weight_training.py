@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,7 +45,7 @@ class ProbeSettings:
         Raises:
             UsageError: a setting is out of range.
         """
-        if self.steps < 1 or self.batch < 2 or self.rate <= 0:
+        if self.steps < 1 or self.batch < 2 or not 0 < self.rate < float("inf"):
             came = f"steps {self.steps}, batch {self.batch}, rate {self.rate}"
             msg = f"{came}: wanted 1 step or more, 2 adapters or more in a batch, and a rate above 0"
             raise UsageError(msg)
@@ -86,6 +87,9 @@ def train_encoder(
 
     Returns:
         The parameters, and the loss of each step.
+
+    Raises:
+        UsageError: a setting is out of range, or a loss that is not finite.
     """
     settings.check()
     optimizer = optax.adamw(
@@ -113,5 +117,8 @@ def train_encoder(
             texts = np.stack([samples[place][rng.integers(len(samples[place]))] for place in chosen])
             parameters, state, loss = step(parameters, state, stacked(tuple(chosen)), jnp.asarray(texts))
             losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                msg = f"the loss of the weight probes is {losses[-1]} at step {len(losses)}: lower the rate, which is "
+                raise UsageError(msg + f"{settings.rate:g}")
             bar.update()
     return parameters, losses

@@ -6,7 +6,7 @@ It finds adapters without samples too, once it has been trained on others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import jax
@@ -61,15 +61,16 @@ class WeightVectors:
         return named | {_PARAMETER + name: np.asarray(value) for name, value in self.parameters.items()}
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors:
-        """Undo `arrays`."""
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> WeightVectors | None:
+        """Undo `arrays`; None where they are not of this form."""
         inside = {
             name.removeprefix(_PARAMETER): jnp.asarray(value)
             for name, value in arrays.items()
             if name.startswith(_PARAMETER)
         }
         own = {name: value for name, value in arrays.items() if not name.startswith(_PARAMETER)}
-        return cls(parameters=inside, **own)
+        wanted = {field.name for field in fields(cls)} - {"parameters"}
+        return cls(parameters=inside, **own) if inside and own.keys() == wanted else None
 
     def lacking(self, entries: Sequence[ShelfEntry]) -> list[int]:
         """Return the places of adapters that have no vector."""
