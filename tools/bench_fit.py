@@ -98,8 +98,10 @@ def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable
     teacher = torch.full((tokens.numel(), compared), -np.log(compared))
     head = model.get_output_embeddings().weight[:compared]  # pyright: ignore[reportAttributeAccessIssue]
 
+    decoder: Any = model.get_base_model().get_decoder
+
     def predictions() -> torch.Tensor:
-        inner: Any = model.get_base_model().get_decoder()
+        inner: Any = decoder()
         hidden = inner(input_ids=tokens).last_hidden_state.reshape(tokens.numel(), -1)
         return torch.log_softmax((hidden @ head.T).float(), dim=-1)
 
