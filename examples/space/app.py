@@ -26,6 +26,7 @@ from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.demo import fetch_models
+from jcrosslora.demo.run import COMPLETIONS
 
 LOCAL = os.environ.get("JCROSSLORA_SPACE_LOCAL") == "1"
 MINUTES = float(os.environ.get("JCROSSLORA_SPACE_MINUTES", "60"))
@@ -133,7 +134,7 @@ def build() -> gr.Blocks:
             completions = gr.Slider(
                 minimum=32,
                 maximum=600,
-                value=100,
+                value=COMPLETIONS,
                 step=1,
                 label="Completions",
                 info="to which an update is fitted: more take longer and recover more; elsewhere 300 is the default",

@@ -13,6 +13,7 @@ from typing import Any
 import jcrosslora as jcl
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, shipped
+from jcrosslora.demo.run import ANSWER_TOKENS, COMPLETIONS
 
 ADAPTER, SOURCE, TARGET = "adapter", "source", "target"
 DEMO = {
@@ -40,7 +41,7 @@ class Request:
     names: Mapping[str, str]
     uploads: Mapping[str, Sequence[str]] = field(default_factory=dict)
     method: str = "auto"
-    completions: int = 100
+    completions: int = COMPLETIONS
     prompts: str = ""
 
     def needs_demo_bases(self) -> bool:
@@ -75,7 +76,7 @@ def write_settings(request: Request, folder: Path, demo_bases: tuple[Path, Path]
 
 
 def _method(request: Request) -> dict[str, Any]:
-    """Return method and completions as settings; a name is looked up in the registry, and never imported."""
+    """Return the method with its settings; a name is looked up in the registry, and never imported."""
     name, known = request.method, jcl.methods.METHODS
     if name != jcl.methods.AUTO and name not in known:
         msg = f"method {name!r} is unknown: choose one of {', '.join((jcl.methods.AUTO, *known))}"
@@ -83,8 +84,12 @@ def _method(request: Request) -> dict[str, Any]:
     if not 1 <= request.completions <= _MOST_COMPLETIONS:
         msg = f"completions is {request.completions}: choose 1 to {_MOST_COMPLETIONS}"
         raise jcl.UsageError(msg)
-    fits = name == jcl.methods.AUTO or hasattr(known[name], "completions")
-    return {"method": name} | ({"completions": request.completions} if fits else {})
+    settings = {"completions": request.completions}
+    if request.names[ADAPTER] == DEMO[ADAPTER] and not request.uploads.get(ADAPTER):
+        settings["answer_tokens"] = ANSWER_TOKENS
+    return {"method": name} | {
+        key: value for key, value in settings.items() if name == jcl.methods.AUTO or hasattr(known[name], key)
+    }
 
 
 def _demo(what: str, bases: tuple[Path, Path] | None) -> dict[str, Any]:
