@@ -30,6 +30,7 @@ _JOBS = {
     "E2E": ("e2e", "Smollm2"),
     "SNIPS, the other way": ("snips", "Gemma"),
     "BANKING77, the other way": ("banking77", "Gemma"),
+    "E2E, the other way": ("e2e", "Gemma"),
 }
 # How the rows of jobs are called, and which figure of which move they show.
 _PARTS = {
