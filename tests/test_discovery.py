@@ -63,6 +63,7 @@ def test_a_text_begins_in_every_place_that_has_a_token(tmp_path):
         *("When?\nA:", "\nA:", "\nA:", "", "", "Question: \nAnswer:"),
     ]
     assert "" not in starts(dataclasses.replace(base, bos=None), [question, task], [], 20)
+    assert starts(dataclasses.replace(base, bos=None), [], [], 20) == []
 
 
 def words(*seed):

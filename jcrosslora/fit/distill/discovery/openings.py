@@ -26,7 +26,7 @@ _JUDGED = 8  # tokens of an opening
 
 
 def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: Sequence[str], count: int) -> list[str]:
-    """List places where a text may begin, as many as asked for.
+    """List places where a text may begin, as many as asked for; none if there is neither a template nor a BOS.
 
     They are: answers behind requests, or behind none where these are used up, and a request, in each of the templates
     in turn; a text.
@@ -34,7 +34,7 @@ def starts(tokenizer: Tokenizer, templates: Sequence[PromptTemplate], requests: 
     asked = iter(requests)
 
     def every() -> Iterator[str]:
-        while True:
+        while templates or tokenizer.bos is not None:
             for template in templates:
                 yield from (template.before + next(asked, "") + template.after for _ in range(3))
                 # Where nothing stands in front there is no token to go on from, unless one begins every text.

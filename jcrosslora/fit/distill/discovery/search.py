@@ -88,7 +88,8 @@ def discover(
         return score_all(source, answered, named, _JUDGED_TOKENS)
 
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
-    said = harvest(source, starts(source.tokenizer, templates, requests, count), seed, bar)
+    begun = starts(source.tokenizer, templates, requests, count)
+    said = harvest(source, begun, seed, bar) if begun else []
     if not said:
         return NOTHING
     # The worse half of it is what the adapter says anyway.
