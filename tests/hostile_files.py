@@ -14,7 +14,7 @@ from random import Random
 from struct import calcsize, pack
 
 import numpy as np
-from adapter_folders import Q, V, adapter_of, matrix, write_folder
+from adapter_folders import Q, V, adapter_of, base_of, matrix, write_folder
 from adapter_folders import tensors as lora_tensors
 from checkpoint_files import write_llama, write_sharded_llama
 from gguf_files import small_llama
@@ -91,8 +91,8 @@ def mlx_adapter() -> Files:
 def gguf_adapter() -> Files:
     adapter = adapter_of({Q: 2, V: 3}, width=8, rows=8)
     info = replace(adapter.info, invocation=(3, 5))
-    given = {"profile": "gguf", "family": "llama", "heads": (2, 1)}
-    return files_of(lambda folder: save_adapter(replace(adapter, info=info), folder / "a", **given))
+    base = replace(base_of([Q, V]), heads=(2, 1))
+    return files_of(lambda folder: save_adapter(replace(adapter, info=info), folder / "a", base=base, profile="gguf"))
 
 
 @cache

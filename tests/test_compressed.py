@@ -79,7 +79,7 @@ def divergence(source, adapter, target, moved):
 
 def move(adapter, source, target, method="auto", prompts=CORPUS, **options):
     if method == "auto":
-        method = Auto(completions=48, answer_tokens=8, rate=1.5e-3)
+        method = Auto(completions=96, answer_tokens=8)
     return jcl.transfer(adapter, source, target, method, prompts=prompts, cache=False, effect="never", **options)
 
 

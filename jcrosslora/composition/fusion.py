@@ -44,7 +44,7 @@ class Fusion(Composition):
         """Add the update of the mean factors."""
         shares = updates.shares[:, None, :, None]
         inner = jnp.sum(read_all(x, updates.a) * shares, axis=-2, keepdims=True)
-        return out + write_all(inner * shares, updates.b)
+        return out + write_all((inner * shares).astype(x.dtype), updates.b)
 
     def as_adapter(
         self, adapters: Sequence[Adapter], shares: Sequence[float], arrays: Mapping[str, np.ndarray]

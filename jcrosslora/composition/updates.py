@@ -130,16 +130,20 @@ def stack_for(how: Rule, adapters: Sequence[Adapter], base: BaseModel, seed: int
 
 
 def read_all(x: jax.Array, a: jax.Array) -> jax.Array:
-    """Return A_i x, float32 (B, T, N, K), of x (B, T, I) and a (N, K, I)."""
+    """Return A_i x, float32 (B, T, N, K), of x (B, T, I) and a (N, K, I); products are of the dtype of x."""
     count, rank, width = a.shape
-    return linear(x.astype(jnp.float32), a.reshape(count * rank, width)).reshape(*x.shape[:-1], count, rank)
+    return linear(x, a.reshape(count * rank, width).astype(x.dtype)).reshape(*x.shape[:-1], count, rank)
 
 
 def write_all(inner: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the sum over i of B_i inner_i, float32 (B, T, O), of inner (B, T, N, K) and b (O, N, K)."""
-    return linear(inner.reshape(*inner.shape[:-2], -1), b.reshape(len(b), -1))
+    """Return the sum over i of B_i inner_i, float32 (B, T, O), of inner (B, T, N, K) and b (O, N, K).
+
+    Products are of the dtype of `inner`.
+    """
+    return linear(inner.reshape(*inner.shape[:-2], -1), b.reshape(len(b), -1).astype(inner.dtype))
 
 
 def add_weighted(x: jax.Array, out: jax.Array, updates: Updates, shares: jax.Array) -> jax.Array:
     """Return out + sum_i shares_i B_i A_i x, float32 (B, T, O), with shares that broadcast to (B, T, N)."""
-    return out + write_all(read_all(x, updates.a) * shares[..., None], updates.b)
+    inner = read_all(x, updates.a) * shares[..., None]
+    return out + write_all(inner.astype(x.dtype), updates.b)  # rounded as one adapter alone is, see `update`
