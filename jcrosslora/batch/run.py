@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,9 @@ class _Run:
         settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
         try:
             with enough_memory(lighter(item.method)):
-                with self._logged(item):
+                # With figures of its own in the log, if one was asked for.
+                shown = dataclasses.replace(item.job.settings, method=item.method).published()
+                with log_to(self._figures, item.job.name, shown):
                     result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
                     return
@@ -181,13 +183,6 @@ class _Run:
                 self.close(item.job, "failed", str(error))
         else:
             self.close(item.job, "done", result.verdict.text)
-
-    def _logged(self, item: _Checked) -> AbstractContextManager[None]:
-        """Provide a run of the job's own in the log of figures, if one was asked for."""
-        if self._figures is None:
-            return nullcontext()
-        chosen = dataclasses.replace(item.job.settings, method=item.method)
-        return log_to(self._figures, item.job.name, chosen.published())
 
     def check_place(self, job: Job, fingerprint: str) -> None:
         """Refuse a job whose folder holds a result of other inputs."""

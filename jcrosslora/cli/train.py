@@ -1,6 +1,5 @@
 """The command `train`: train a LoRA adapter on examples."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -52,7 +51,8 @@ class Train(TrainingSettings):
         settings = TrainingSettings(**{field.name: getattr(self, field.name) for field in fields(TrainingSettings)})
         base, examples = open_base(self.base, chat_template=self.template), read_examples(self.data)[: self.limit]
         tokenizer = load_tokenizer(base)
-        with self._logged(settings):
+        shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
+        with log_to(self.log, self.out.resolve().name, shown):
             adapter = train_lora(
                 base, examples, settings, checkpoints=self.checkpoints, progress=True, tokenizer=tokenizer
             )
@@ -61,9 +61,3 @@ class Train(TrainingSettings):
         template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
         console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)
-
-    def _logged(self, settings: TrainingSettings) -> AbstractContextManager[None]:
-        if self.log is None:
-            return nullcontext()
-        shown = {"base": public_name(self.base), "data": self.data.name, **asdict(settings)}
-        return log_to(self.log, self.out.resolve().name, shown)

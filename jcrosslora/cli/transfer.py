@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -111,7 +110,8 @@ class _Transfer:
         from jcrosslora.session.files import transfer_files
 
         settings = self.settings()
-        with self._logged(settings) if hosts.is_first() else nullcontext():
+        log = self.log if hosts.is_first() else None
+        with log_to(log, Path(settings.out).resolve().name, settings.published()):
             report = transfer_files(settings, progress=hosts.is_first()).report
         if not hosts.is_first():
             return 0
@@ -126,11 +126,6 @@ class _Transfer:
             if self.push_to is not None:
                 print_pushed(self._push(self.push_to), console)
         return exit_code(self.fail_on, [found.level])
-
-    def _logged(self, settings: TransferSettings) -> AbstractContextManager[None]:
-        if self.log is None:
-            return nullcontext()
-        return log_to(self.log, Path(settings.out).resolve().name, settings.published())
 
     def _push(self, repo_id: str) -> Pushed:
         """Upload what was written; an error tells the command that goes on."""

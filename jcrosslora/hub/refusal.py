@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jcrosslora.checkpoint.hub_errors import cause_of, one_line
+from jcrosslora.checkpoint.hub_errors import cause_of
 from jcrosslora.errors import JCrossLoRAError, OutputError
+from jcrosslora.utils.texts import safe_line
 
 _AGAIN = "repeat the upload: what was sent is not sent again"
 _ADVICE = {
@@ -48,8 +49,8 @@ def _account(error: Exception, repo_id: str) -> str:
     if status is None:
         return f"the upload broke off ({cause_of([*_causes(error)][-1], 300)}): {_BROKEN}"
     answer = next((said for cause in _causes(error) if (said := getattr(cause, "server_message", None))), None)
-    outer = "" if _status(error) is not None else one_line(error, 300)  # what the client makes of the answer
-    inner = one_line(answer or ("" if outer else error), 300)
+    outer = "" if _status(error) is not None else safe_line(error, 300)  # what the client makes of the answer
+    inner = safe_line(answer or ("" if outer else error), 300)
     said = outer if inner in outer else f"{outer}: {inner}".removeprefix(": ")
     advice = _FAULT if status >= 500 else _ADVICE.get(status, "check the name, the token and the files")
     return f"the hub answers {status} ({said}): {advice.format(owner=repo_id.partition('/')[0])}"

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from jcrosslora.logs.log import Log, Settings
 from jcrosslora.logs.registry import LogName, find_log
+from jcrosslora.utils.texts import safe_line
 
 _MESSAGES = logging.getLogger(__name__)
 
@@ -39,14 +40,14 @@ class _Run:
 
     def _leave(self, error: Exception) -> None:
         self._log = None
-        _MESSAGES.warning("the log has a fault (%s); the work goes on without it", " ".join(str(error).split())[:300])
+        _MESSAGES.warning("the log has a fault (%s); the work goes on without it", safe_line(error, 300))
 
 
 _ACTIVE: ContextVar[_Run | None] = ContextVar("log", default=None)
 
 
 @contextmanager
-def log_to(log: Log | LogName, name: str = "run", settings: Settings | None = None) -> Iterator[None]:
+def log_to(log: Log | LogName | None, name: str = "run", settings: Settings | None = None) -> Iterator[None]:
     """Send the figures of transfers and trainings to a log while the block runs.
 
         with jcl.log_to("wandb", "my-move"):
@@ -57,13 +58,16 @@ def log_to(log: Log | LogName, name: str = "run", settings: Settings | None = No
 
     Args:
         log: "wandb", "trackio" or "tensorboard", each of which is an extra of this package and is set by its own
-            environment variables; or an object with `log(step, values)` and `finish(failed=...)`.
+            environment variables; or an object with `log(step, values)` and `finish(failed=...)`. None sends nothing.
         name: of the run, for a log given by name.
         settings: shown beside the run, for a log given by name.
 
     Raises:
         UsageError: no such log, its package is not installed, or it cannot begin a run.
     """
+    if log is None:
+        yield
+        return
     run = _Run(find_log(log)(name, settings or {}) if isinstance(log, str) else log)
     token, failed = _ACTIVE.set(run), True
     try:

@@ -26,15 +26,3 @@ class Log(Protocol):
             failed: whether the work was ended by an error.
         """
         ...
-
-
-class StartLog(Protocol):
-    """What a module of a log has as `start`."""
-
-    def __call__(self, name: str, settings: Settings) -> Log:
-        """Begin a run of this name.
-
-        Raises:
-            Exception: any, where the package cannot begin one.
-        """
-        ...

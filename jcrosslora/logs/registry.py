@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.logs.log import Log, Settings
+from jcrosslora.utils.texts import safe_line
 
 # The name of a log is that of its package and of the extra that installs it.
 LogName: TypeAlias = Literal["wandb", "trackio", "tensorboard"]
@@ -31,7 +32,7 @@ def find_log(name: str) -> Callable[[str, Settings], Log]:
         try:
             return module.start(run, settings)
         except Exception as error:
-            msg = f"log {name!r} cannot begin a run ({' '.join(str(error).split())[:300]}): mend that, or leave the "
+            msg = f"log {name!r} cannot begin a run ({safe_line(error, 300)}): mend that, or leave the "
             raise UsageError(msg + "log out") from error
 
     return start
