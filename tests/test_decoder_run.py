@@ -89,7 +89,7 @@ def test_updates_of_fused_modules_are_split(model, tmp_path):
             tensors[f"model.layers.{layer}.{path}_proj.weight"] = np.concatenate([tensors.pop(name) for name in names])
     save_file(tensors, folder / "model.safetensors")
     base, adapter = open_base(folder), random_adapter(model[0], scale=0.5)
-    save_adapter(adapter, tmp_path / "adapter", base=describe_base(base, digest=False))
+    save_adapter(adapter, tmp_path / "adapter", base=describe_base(base, digest=""))
     fused = load_adapter(tmp_path / "adapter", base)
     assert "model.layers.0.self_attn.qkv_proj" in fused.modules
     wanted = stack_adapter(adapter, model[0])

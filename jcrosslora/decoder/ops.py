@@ -72,7 +72,7 @@ def _row_forward(x: jax.Array, stack: jax.Array, index: jax.Array) -> tuple[jax.
 def _row_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
     x, stack, index = kept
     weight = Row(stack, index).array
-    if stack.dtype == jnp.uint16:  # integers have no derivative
+    if is_packed(stack):  # integers have no derivative
         return jax.vjp(lambda x: linear(x, weight), x)[1](gradient)[0], None, None
     by_x, by_weight = jax.vjp(linear, x, weight)[1](gradient)
     return by_x, jnp.zeros_like(stack).at[index].set(by_weight), None
@@ -94,7 +94,7 @@ def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[j
     x, weight = kept
     gradient = gradient.astype(jnp.bfloat16)
     by_x = einsum("...o,oi->...i", gradient, from_bits(weight))
-    if weight.dtype == jnp.uint16:  # integers have no derivative
+    if is_packed(weight):  # integers have no derivative
         return by_x, None
     return by_x, einsum("...o,...i->oi", gradient, x.astype(jnp.bfloat16)).astype(weight.dtype)
 
@@ -106,7 +106,7 @@ def from_bits(weight: jax.Array) -> jax.Array:
     """Return the bfloat16 numbers of their bits, uint16; other arrays as they are."""
     # A scan over layers copies each layer's weights out of their stack. On a CPU, XLA copies bfloat16 element by
     # element, which takes several times as long as the products; it copies integers as memory.
-    return lax.bitcast_convert_type(weight, jnp.bfloat16) if weight.dtype == jnp.uint16 else weight
+    return lax.bitcast_convert_type(weight, jnp.bfloat16) if is_packed(weight) else weight
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

@@ -16,6 +16,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.checkpoint.family.rules import LayerTensor
+from jcrosslora.decoder.ops import is_packed
 from jcrosslora.decoder.settings import settings_of
 from jcrosslora.errors import UsageError
 
@@ -58,7 +59,7 @@ class Params:
     @property
     def packed(self) -> bool:
         """Whether the weights of the layers are stored as bits."""
-        return any(weight.dtype == jnp.uint16 for weight in self.weights.values())
+        return any(map(is_packed, self.weights.values()))
 
     @property
     def stream_dtype(self) -> jnp.dtype:
