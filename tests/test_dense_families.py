@@ -110,7 +110,7 @@ def test_the_residual_stream_has_the_dtype_of_bfloat16_weights(case):
 def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
     held = [whole for whole, parts in case.base.fused.items() if len(parts) > 1]
     split = jcl.Adapter({name: f for name, f in case.adapter.modules.items() if name not in held})
-    save_adapter(split, tmp_path / "out", base=describe_base(case.base, digest=False))
+    save_adapter(split, tmp_path / "out", base=describe_base(case.base, digest=""))
     found = load_file(tmp_path / "out" / "adapter_model.safetensors")
     wanted = load_file(case.folder / "adapter" / "adapter_model.safetensors")
     assert set(found) == {key for key in wanted if not any(whole in key for whole in held)}

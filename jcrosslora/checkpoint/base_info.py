@@ -34,13 +34,18 @@ class BaseInfo:
     prefix: str = TEXT
 
 
-def describe_base(base: BaseModel, *, digest: bool = True) -> BaseInfo:
-    """Take down what `BaseInfo` holds; reads the weight files once if their digest is wanted."""
+def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
+    """Take down what `BaseInfo` holds.
+
+    Args:
+        base: the base.
+        digest: of its weights, or "" where that is not wanted; None reads the weight files once.
+    """
     return BaseInfo(
         name=base.name,
         ref=base.ref,
         revision=base.revision,
-        digest=base.digest() if digest else "",
+        digest=base.digest() if digest is None else digest,
         family=base.family.name,
         shapes={name: module.shape for name, module in base.modules.items()},
         fused=base.fused,

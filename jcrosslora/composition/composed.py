@@ -214,7 +214,7 @@ class Composed:
             OutputError: the folder exists already, or cannot be written.
         """
         adapter = self.as_adapter(weights, out_rank=out_rank)
-        save_adapter(adapter, out, base=describe_base(self.base, digest=False), overwrite=overwrite)
+        save_adapter(adapter, out, base=describe_base(self.base, digest=""), overwrite=overwrite)
         return adapter
 
     def save(self, out: str | Path) -> Path:

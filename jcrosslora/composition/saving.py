@@ -55,7 +55,7 @@ def write_composition(
         "adapters": [Path(adapter.info.name).name for adapter in adapters],
     }
     arrays = {name: np.asarray(array) for name, array in updates.by_module(base).items()}
-    info = describe_base(base, digest=False)
+    info = describe_base(base, digest="")
     with atomic_folder(out) as folder:
         for number, adapter in enumerate(adapters):
             save_adapter(adapter, folder / ADAPTERS / str(number), base=info)

@@ -99,7 +99,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
     if settings.keep_dora:
         _check_kept(settings)
     base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
-    info = None if base is None else describe_base(base, digest=False)
+    info = None if base is None else describe_base(base, digest="")
     known = (None, None) if info is None else (info.family, info.heads)
     check_profile(settings.profile, *known, dora=settings.keep_dora)
     exported = (_kept if settings.keep_dora else _summed)(settings, base)
@@ -122,7 +122,7 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     """Add the adapters and truncate the sum to the ranks of the settings."""
     adapters = [load_adapter(ref, base, replaced=True) for ref in settings.adapter]
     if base is not None:
-        info = describe_base(base, digest=False)
+        info = describe_base(base, digest="")
         adapters = [fit_to_base(adapter, info) for adapter in adapters]
     total = add_adapters(adapters)
     check_holds(settings.profile, total)

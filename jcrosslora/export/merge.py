@@ -98,7 +98,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     if adapter.info.invocation is not None:
         msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
         raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")
-    adapter = fit_to_base(adapter, describe_base(base, digest=False))
+    adapter = fit_to_base(adapter, describe_base(base, digest=""))
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
     plan = _stored_plan if as_stored is not None else _read_plan

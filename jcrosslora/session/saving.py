@@ -46,7 +46,7 @@ def save_adapter(
     return save_folder(
         adapter,
         out,
-        base=None if base is None else describe_base(base, digest=False),
+        base=None if base is None else describe_base(base, digest=""),
         base_name=base_name,
         profile=profile,
         dtype=dtype,

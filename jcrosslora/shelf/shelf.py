@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -307,7 +306,7 @@ class Shelf:
         self._index = self._index.change(fresh)
 
     def _describe(self) -> BaseInfo:
-        return dataclasses.replace(describe_base(self.base, digest=False), digest=self.info.digest)
+        return describe_base(self.base, digest=self.info.digest)
 
     def _check_base(self, base: BaseModel) -> None:
         digest = base_digest(base)

@@ -111,11 +111,10 @@ def save_trained(
     Raises:
         OutputError: the folder exists already, or cannot be written.
     """
-    base_digest(base)  # which the header of the file names
     save_adapter(
         adapter,
         out,
-        base=describe_base(base),
+        base=describe_base(base, digest=base_digest(base)),
         metadata={"jcrosslora.training": json.dumps({**dataclasses.asdict(settings), **facts})},
         documents={} if chat_template is None else {CHAT_TEMPLATE: chat_template},
         overwrite=overwrite,
