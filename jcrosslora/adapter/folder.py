@@ -179,11 +179,6 @@ class Licences(TypedDict, total=False):
     licence_link: str | None
 
 
-def stated_licence(folder: Path) -> str | None:
-    """Return the licence in the front matter of a folder's README.md; None where there is none that can be read."""
-    return _stated(folder, "license")["license"]
-
-
 def stated_licences(files: AdapterFiles) -> Licences:
     """Return the licence that an adapter's card states, and name and address of one that the hub does not know.
 

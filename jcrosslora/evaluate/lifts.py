@@ -23,8 +23,11 @@ def lift_lines(found: Scores | Answers, trained: int) -> list[str]:
     """Say the shares of each adapter in a line."""
     figures = found.figures if isinstance(found, Answers) else FIGURES
     shares = {figure: lifts(found, figure, trained) for figure in figures}
-    return [_line(name, {figure: of[place] for figure, of in shares.items()})
-            for place, name in enumerate(found.names) if place not in (0, trained)]  # fmt: skip
+    return [
+        _line(name, {figure: of[place] for figure, of in shares.items()})
+        for place, name in enumerate(found.names)
+        if place not in (0, trained)
+    ]
 
 
 def place_of(names: Sequence[str], trained: str) -> int:

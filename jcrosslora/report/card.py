@@ -16,7 +16,9 @@ def model_card(
     *,
     base_name: str | None,
     library: str = "peft",
-    licence: tuple[str | None, str | None, str | None] = (None, None, None),
+    licence: str | None = None,
+    licence_name: str | None = None,
+    licence_link: str | None = None,
     source_adapter: str,
     method: str,
     recipe: str,
@@ -41,8 +43,9 @@ def model_card(
         base_name: the target base. A hub id goes into the front matter; a local path, which the hub refuses there,
             appears in the text only.
         library: the library whose format the files have, as the hub names it.
-        licence: the licence on the source adapter's own card, and name and address of one that the hub does not know;
-            None for what it does not state.
+        licence: the licence on the source adapter's own card; None if it states none.
+        licence_name: the name of one that the hub does not know, likewise.
+        licence_link: its address, likewise.
         source_adapter: name of the adapter that was moved.
         method: the transfer method.
         recipe: the exact recipe, as TOML.
@@ -63,7 +66,7 @@ def model_card(
     """
     chosen = f", chosen because {_plain(choice)}" if choice else ""
     sections = [
-        _front_matter(base_name, library, licence),
+        _front_matter(base_name, library, licence, licence_name, licence_link),
         f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
         f"the data that it was trained on, by the method {_code(method)}{chosen}.",
@@ -96,15 +99,17 @@ def without_examples(card: str) -> str:
     return re.sub(rf"{re.escape(_EXAMPLES)}\n\n(?:- .*\n)+\n?", "", card)
 
 
-def _front_matter(base_name: str | None, library: str, licence: tuple[str | None, str | None, str | None]) -> str:
+def _front_matter(
+    base_name: str | None, library: str, licence: str | None, licence_name: str | None, licence_link: str | None
+) -> str:
     on_the_hub = is_on_hub(base_name)
     data = ModelCardData(
         base_model=base_name if on_the_hub else None,
         base_model_relation="adapter" if on_the_hub else None,
         library_name=library,
-        license=licence[0],
-        license_name=licence[1],
-        license_link=licence[2],
+        license=licence,
+        license_name=licence_name,
+        license_link=licence_link,
         pipeline_tag="text-generation",
         tags=[*([f"base_model:adapter:{base_name}"] if on_the_hub else []), "lora", "jcrosslora"],
     )

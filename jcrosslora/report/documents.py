@@ -86,7 +86,9 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
     """Return the model card of a moved adapter."""
     return model_card(
         library="peft" if profile in ("portable", "peft") else profile,
-        licence=(report.adapter.licence, report.adapter.licence_name, report.adapter.licence_link),
+        licence=report.adapter.licence,
+        licence_name=report.adapter.licence_name,
+        licence_link=report.adapter.licence_link,
         base_name=public_name(report.target.name),
         source_adapter=public_name(report.adapter.name) or "adapter",
         method=report.recipe.method,

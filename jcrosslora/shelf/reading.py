@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licence
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
@@ -104,7 +104,7 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         origin=_origin(record),
         verdict=_text(_object(record.get("verdict")).get("level")),
         effect=record.get("effect") if isinstance(record.get("effect"), dict) else None,
-        licence=stated_licence(files.weights.parent),
+        licence=stated_licences(files).get("licence"),
     )
     return entry, files.weights.parent
 

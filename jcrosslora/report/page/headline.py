@@ -83,11 +83,11 @@ def _measured(evaluation: Evaluation, model: Model) -> Headline:
         return told("bad", "It harms", "the model answers worse with the moved adapter")
     helped = [name for name in present(evaluation) if model.word(name) == "better"]
     if not helped:
-        return told("bad", "No effect seen", "no difference between the model with and without the moved adapter "
-                    "can be seen")  # fmt: skip
+        sentence = "no difference between the model with and without the moved adapter can be seen"
+        return told("bad", "No effect seen", sentence)
     if not beyond_random(evaluation, next((name for name in (job, likely) if name in helped), helped[0])):
-        return told("bad", "No better than random", "the model answers better with the moved adapter, but with "
-                    "a random one about as well")  # fmt: skip
+        sentence = "the model answers better with the moved adapter, but with a random one about as well"
+        return told("bad", "No better than random", sentence)
     if job is not None and words[job] == "better":
         share = gain_share(evaluation, job)
         if share is not None and share < _HALF:
