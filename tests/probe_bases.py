@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_bases import write_llama
+from tiny_bases import random_adapter, write_llama
 
+from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.evaluate import Question
 
@@ -36,6 +37,14 @@ def write_base(folder: Path, merges: int, *, bos: bool = False, eos: int | None 
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
     return folder
+
+
+def write_move(folder: Path, layers: int = 2) -> list[Path]:
+    """Write an adapter, its base and another base, of so many layers, which a fit can take; return the three."""
+    source = open_base(write_base(folder / "source", 30, bos=True, layers=2))
+    target = write_base(folder / "target", 90, layers=layers, hidden=32, head_dim=8, seed=1)
+    save_adapter(random_adapter(source, scale=0.3), folder / "adapter", base_name="org/source")
+    return [folder / "adapter", folder / "source", target]
 
 
 def chat_base(folder: Path) -> BaseModel:

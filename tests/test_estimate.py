@@ -5,8 +5,7 @@ import json
 import re
 
 import pytest
-from probe_bases import CORPUS, write_base
-from tiny_bases import random_adapter
+from probe_bases import CORPUS, write_move
 from transfers import transfer_settings
 
 import jcrosslora as jcl
@@ -23,10 +22,7 @@ from jcrosslora.session.timing import Stopwatch, parameters
 def places(tmp_path_factory):
     """Folders of an adapter, its base and another base, and a place to write to."""
     folder = tmp_path_factory.mktemp("estimate")
-    source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
-    write_base(folder / "target", 90, layers=3, hidden=32, head_dim=8, seed=1)
-    jcl.save_adapter(random_adapter(source, scale=0.3), folder / "adapter", base_name="x")
-    return [folder / name for name in ("adapter", "source", "target", "out")]
+    return [*write_move(folder, layers=3), folder / "out"]
 
 
 def seconds_each():

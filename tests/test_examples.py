@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from probe_bases import CORPUS, write_base
+from probe_bases import CORPUS, write_move
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
@@ -36,12 +36,8 @@ def run_example(name, monkeypatch, *arguments):
 
 
 def test_move_one_adapter_fits_an_update_between_unrelated_bases(tmp_path, monkeypatch, capsys):
-    write_base(tmp_path / "source", 30, bos=True, layers=2)
-    write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1)
-    adapter = random_adapter(jcl.open_base(tmp_path / "source"), scale=0.3)
-    jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/source")
+    places = write_move(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} {number}" for number in range(8) for line in CORPUS))
-    places = (tmp_path / "adapter", tmp_path / "source", tmp_path / "target")
     flags = ("--out", tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--completions", 48)
     run_example("move_one_adapter.py", monkeypatch, *places, *flags)
     printed = capsys.readouterr().out

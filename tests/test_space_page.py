@@ -15,8 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from probe_bases import write_base
-from tiny_bases import random_adapter
+from probe_bases import write_move
 
 import jcrosslora as jcl
 
@@ -30,10 +29,7 @@ WAIT = 300_000  # ms
 def files(tmp_path_factory):
     """Files of an adapter and two bases, as they are uploaded."""
     folder = tmp_path_factory.mktemp("files")
-    source = jcl.open_base(write_base(folder / "source", 30, bos=True, layers=2))
-    write_base(folder / "target", 90, layers=2, hidden=32, head_dim=8, seed=1)
-    jcl.save_adapter(random_adapter(source, scale=0.3), folder / "adapter", base_name="org/source")
-    return {name: sorted((folder / name).iterdir()) for name in ("adapter", "source", "target")}
+    return {place.name: sorted(place.iterdir()) for place in write_move(folder)}
 
 
 @pytest.fixture(scope="module")
