@@ -14,14 +14,13 @@ Ratios of wall time mean nothing on a busy machine.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Generator, forward, load_params, settings_of
@@ -78,16 +77,9 @@ def main() -> None:
         print(f"{kind:17} error {np.sqrt(np.mean((found - exact) ** 2)) / size:.1e}")
     print(f"{base.name} on {jax.default_backend()}, jax {jax.__version__}; seconds, and float32's over them")
     for name in ("forward", "train", "write"):
-        taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for turn in range(arguments.repeats + 1):
-            for kind, each in contenders.items():
-                start = time.perf_counter()
-                jax.block_until_ready(each[name]())
-                if turn:  # the first one compiles
-                    taken[kind].append(time.perf_counter() - start)
+        taken = median_seconds({kind: each[name] for kind, each in contenders.items()}, arguments.repeats)
         for kind, seconds in taken.items():
-            ratio = median(taken["float32"]) / median(seconds)
-            print(f"{name:8} {kind:17} {median(seconds):7.3f} s {ratio:5.2f} x")
+            print(f"{name:8} {kind:17} {seconds:7.3f} s {taken['float32'] / seconds:5.2f} x")
 
 
 if __name__ == "__main__":

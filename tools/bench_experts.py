@@ -7,14 +7,13 @@ token together. Run it with one thread for figures that can be compared:
 """
 
 import argparse
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import forward, load_params, settings_of
@@ -86,19 +85,15 @@ def main() -> None:
         }
     )
     dense = base_of({"model_type": "qwen3", "intermediate_size": arguments.width * arguments.used})
-    timed = [passes(base, arguments.rows, arguments.tokens) for base in (dense, sparse)]
+    timed = {
+        kind: passes(base, arguments.rows, arguments.tokens)
+        for kind, base in {"dense": dense, "experts": sparse}.items()
+    }
     print(f"{arguments.experts} experts of width {arguments.width}, {arguments.used} a token; {jax.default_backend()}")
-    for name in timed[0]:
-        taken: list[list[float]] = [[], []]
-        for turn in range(arguments.repeats + 1):
-            for place, each in enumerate(timed):
-                start = time.perf_counter()
-                jax.block_until_ready(each[name]())
-                if turn:  # the first one compiles
-                    taken[place].append(time.perf_counter() - start)
-        dense_seconds, sparse_seconds = map(median, taken)
-        ratio = sparse_seconds / dense_seconds
-        print(f"{name:30} dense {dense_seconds:7.3f} s, experts {sparse_seconds:7.3f} s, ratio {ratio:5.2f}")
+    for name in timed["dense"]:
+        taken = median_seconds({kind: each[name] for kind, each in timed.items()}, arguments.repeats)
+        ratio = taken["experts"] / taken["dense"]
+        print(f"{name:30} dense {taken['dense']:7.3f} s, experts {taken['experts']:7.3f} s, ratio {ratio:5.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The three programs that a fit spends its time in, beside transformers and peft: medians of interleaved runs.
 
     python tools/bench_fit.py BASE [--rows 4] [--width 96] [--texts 48] [--prompt 64] [--answer 32] [--repeats 5]
+        [--alone]
 
 Timed are, for a base of which the decoder and transformers can run the whole,
 
@@ -8,25 +9,23 @@ Timed are, for a base of which the decoder and transformers can run the whole,
 - read: predictions among 6,500 tokens at all positions of `--rows` texts of `--width` tokens;
 - step: the gradient of a divergence of such predictions for a LoRA of rank 16 on all modules, and a step of Adam.
 
-The rival has bfloat16 weights as well, with peft's LoRA in all three. A pass is counted as two operations for each
-weight of the layers and of the predicting rows, and token; a step as two passes, for no weight has a gradient. "of the
-rate" compares them with one product of 1,536 x 1,536 bfloat16 matrices in XLA. Ratios of wall time mean nothing on a
-busy machine; to time a single core, start it with `taskset -c 0`.
+The rival has bfloat16 weights as well, with peft's LoRA in all three; `--alone` leaves it out. A pass is counted as two
+operations for each weight of the layers and of the predicting rows, and token; a step as two passes, for no weight has
+a gradient. "of the rate" compares them with the best of 20 products of 512 x 1,024 and 1,024 x 1,024 bfloat16 matrices
+in XLA, one straight after the other. To compare two states of this package, run the script beside each (PYTHONPATH)
+with `--alone`. Ratios of wall time mean nothing on a busy machine; to time a single core, start it with `taskset -c 0`.
 """
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
-import torch
-from torch_model import torch_model
+from interleaved import median_seconds
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Params, load_params, settings_of
@@ -38,7 +37,7 @@ from jcrosslora.fit.distill.teacher import TaughtBatch
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 
 COMPARED = 6500
-_PRODUCT = 1536
+_ROWS, _SIDE, _PRODUCTS = 512, 1024, 20  # of the products that the rate is taken from
 _SETTINGS = DistillSettings()
 
 
@@ -47,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("base")
     for name, usual in {"rows": 4, "width": 96, "texts": 48, "prompt": 64, "answer": 32, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--alone", action="store_true", help="without the rival, which needs the test extra")
     found = parser.parse_args()
     if min(vars(found)[name] for name in ("rows", "width", "texts", "prompt", "answer", "repeats")) < 1:
         sys.exit("bench_fit: all numbers have to be 1 or more")
@@ -80,13 +80,18 @@ def ours(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict
         given = settings, _SETTINGS.optimizer, reduced.params, None, state, batch, jnp.float32(1e-4)
         return gradient_step(*given, ends=0, remat=again)
 
-    programs = {"write": write, "step": step}
-    programs["read"] = lambda: shared_log_probs(settings, reduced.params, state.factors, *read_by)
-    return {name: lambda program=program: jax.block_until_ready(program()) for name, program in programs.items()}
+    def read() -> Any:
+        return shared_log_probs(settings, reduced.params, state.factors, *read_by)
+
+    return {"write": write, "read": read, "step": step}
 
 
 def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """The same in transformers and peft."""
+    import peft
+    import torch
+    from torch_model import torch_model
+
     modules = sorted({name.rpartition(".")[2] for name in base.modules})
     how = peft.LoraConfig(r=_SETTINGS.fit_rank, target_modules=modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(torch_model(base, torch.bfloat16), how)
@@ -97,7 +102,6 @@ def theirs(base: BaseModel, arguments: argparse.Namespace) -> dict[str, Callable
     prompts = torch.from_numpy(drawn((arguments.texts, arguments.prompt), base.dims.vocab)).long()
     teacher = torch.full((tokens.numel(), compared), -np.log(compared))
     head = model.get_output_embeddings().weight[:compared]  # pyright: ignore[reportAttributeAccessIssue]
-
     decoder: Any = model.get_base_model().get_decoder
 
     def predictions() -> torch.Tensor:
@@ -130,16 +134,12 @@ def operations(base: BaseModel, params: Params, arguments: argparse.Namespace) -
     return {"write": 2.0 * (written * inner + head), "read": float(read), "step": 2.0 * read}
 
 
-def timed(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of programs that take turns, each behind a first run."""
-    taken: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(repeats + 1):
-        for name, program in programs.items():
-            begun = time.perf_counter()
-            program()
-            if turn:  # the first one compiles
-                taken[name].append(time.perf_counter() - begun)
-    return {name: median(seconds) for name, seconds in taken.items()}
+def product_rate() -> float:
+    """Operations a second of products of bfloat16 matrices."""
+    left, right = jnp.ones((_ROWS, _SIDE), jnp.bfloat16), jnp.ones((_SIDE, _SIDE), jnp.bfloat16)
+    product = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))
+    best = min(median_seconds({"product": lambda: product(left, right)}, 1)["product"] for _ in range(_PRODUCTS))
+    return 2 * _ROWS * _SIDE**2 / best
 
 
 def main() -> None:
@@ -149,20 +149,18 @@ def main() -> None:
         params = load_params(base, jnp.bfloat16)
     except JCrossLoRAError as error:
         sys.exit(f"bench_fit: {error}")
-    square = jnp.ones((_PRODUCT, _PRODUCT), jnp.bfloat16)
-    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
-    sides = {"ours": ours(base, params, arguments), "theirs": theirs(base, arguments)}
-    work = operations(base, params, arguments)
-    versions = f"jax {jax.__version__}, torch {torch.__version__}, peft {peft.__version__}"
-    print(f"{base.name} on {jax.default_backend()}, {versions}")
-    for name, count in work.items():
-        programs = {side: programs[name] for side, programs in sides.items()}
-        programs["product"] = lambda: jax.block_until_ready(product(square))
-        seconds = timed(programs, arguments.repeats)
-        rate = 2 * _PRODUCT**3 / seconds["product"]
-        mine, rival = seconds["ours"], seconds["theirs"]
-        share = f"{count / mine / rate:4.0%} of the rate"
-        print(f"{name:6} {mine:7.3f} s, {share}; transformers and peft {rival:7.3f} s, {rival / mine:5.2f} x")
+    sides = {"ours": ours(base, params, arguments)}
+    if not arguments.alone:
+        sides["theirs"] = theirs(base, arguments)
+    print(f"{base.name} on {jax.default_backend()}, jax {jax.__version__}")
+    rate = product_rate()
+    for name, count in operations(base, params, arguments).items():
+        seconds = median_seconds({side: programs[name] for side, programs in sides.items()}, arguments.repeats)
+        mine = seconds["ours"]
+        line = f"{name:6} {mine:7.3f} s, {count / mine / rate:4.0%} of the rate"
+        if not arguments.alone:
+            line += f"; transformers and peft {seconds['theirs']:7.3f} s, {seconds['theirs'] / mine:5.2f} x"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
