@@ -6,6 +6,7 @@ y_b is what the module of the base returns, y_i = s_i B_i A_i x what an adapter 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -48,7 +49,9 @@ class Gated(Composition):
         own, wide = updates.arrays, x.astype(jnp.float32)
         base = layer_norm(out, own["norm_base.weight"], own["norm_base.bias"], EPS)
 
-        # One adapter after another: the outputs of all of them at once would take N times the memory.
+        # One adapter after another, and computed again in the backward pass: the outputs of all of them would take N
+        # times the memory, and to keep them takes longer.
+        @partial(jax.checkpoint, prevent_cse=False)
         def add(total: jax.Array, one: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             a, b, share = one
             added = linear(linear(wide, a), b)
