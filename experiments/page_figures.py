@@ -1,4 +1,4 @@
-"""Check that the tables of README.md and docs/results.md state no figure that no line of results has.
+"""Check that the tables of README.md and of pages that report results state no figure that no line of results has.
 
     python experiments/page_figures.py
 
@@ -20,9 +20,11 @@ import jcrosslora as jcl
 from jcrosslora.evaluate import Interval
 
 ROOT = Path(__file__).parent.parent
-PAGES = ROOT / "README.md", ROOT / "docs" / "results.md"
+REPORTING = "results", "compressed-bases", "shelf"  # pages of docs/
+PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in REPORTING)
 _SECTIONS = {"jcrosslora": "ARC-Easy"}  # the table of the README is that of this section
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?:\.\d+)?%)")
+_SOURCES = re.compile(r"\]\([^)]*\)|arXiv [\d.]+")  # addresses of links, and papers
 # The tables of jobs by their first cell: the task, and what the name of the source begins with.
 _JOBS = {
     "SNIPS": ("snips", "Smollm2"),
@@ -70,7 +72,7 @@ class Row:
 
     def numbers(self) -> list[str]:
         """Return the decimals and percentages behind its first cell."""
-        return [number for cell in self.cells[1:] for number in _NUMBER.findall(cell)]
+        return [number for cell in self.cells[1:] for number in _NUMBER.findall(_SOURCES.sub("", cell))]
 
 
 def rows_of(text: str) -> Iterator[Row]:
