@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     names = [add(shelf, name, train, [adapter], arguments.work)[0] for name, train, _, adapter in tasks]
     order = [shelf.names.index(name) for name in names]
     found = shelf.search(prompts, progress=True)
-    right = np.mean(np.array(order)[owners] == found.ranked()[:, 0])
+    first = found.ranked()[:, 0]
+    right = np.mean(np.array(order)[owners] == first)
+    for owner, (name, *_) in enumerate(tasks):
+        others = Counter(shelf.names[place] for place in first[owners == owner])
+        console.print(f"{name}: first is " + ", ".join(f"{other} {count}" for other, count in others.most_common()))
     console.print(f"retrieval: top-1 {right:.3f}, {np.mean(~found.accepted.any(axis=1)):.3f} get the base alone")
     chosen = jcl.compose(base, adapters, "select", **loaded)
     base_nll, own_nll = (
