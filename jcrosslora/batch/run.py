@@ -31,6 +31,7 @@ from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import Track, track
+from jcrosslora.utils.unfinished import remove_unfinished
 
 # Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
 CHUNK_BYTES = 256 * 2**20
@@ -95,6 +96,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
     try:
         yield summary
     finally:
+        remove_unfinished(plan.out, mine)  # of this run's killed workers, or of an earlier run
         summary.save(plan.out / name)
 
 
