@@ -135,9 +135,9 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> _Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from jcrosslora.utils.versions import version
 
-        value: _Any = version("jcrosslora")
+        value: _Any = version()
     elif name == "__all__":  # what `from jcrosslora import *` asks for
         return [name for name in __dir__() if name != "__version__"]
     elif name in _PUBLIC_MODULES:

@@ -25,7 +25,9 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 import jcrosslora.batch.run as run_module
+import jcrosslora.cache.keys as cache_keys
 from jcrosslora.batch import print_estimates, read_plan, run_batch
+from jcrosslora.batch.completion_log import stamp_of
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.units import Unit, share_of, units_of
 from jcrosslora.cli.main import main
@@ -301,6 +303,24 @@ def test_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
     assert failed.keys() == {"bad--wide--pad-truncate", "bad--twin--pad-truncate"}
     assert all("adapters/bad" in text for text in failed.values())
     assert stated["done"] == 8
+
+
+def test_finished_batch_is_recognised_without_reading_its_adapters(house, tmp_path, monkeypatch):
+    text = PLAN.split("[[moves]]")[0] + '[[moves]]\nfrom="small"\nto="twin"\nmethods="copy"\nadapters="a[02]"\n'
+    plan = plan_in(house, tmp_path, text)
+    (tmp_path / "adapters").unlink()
+    shutil.copytree(house / "adapters", tmp_path / "adapters")
+    monkeypatch.setattr(cache_keys, "_TICK_NS", -1)  # files of this moment are as good as old ones
+    assert run_batch(plan).count("done") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_adapter", lambda *_, **__: pytest.fail("an adapter is read"))
+        assert run_batch(plan).count("kept") == 2
+    weights = tmp_path / "adapters" / "a2" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4] + bytes(4))
+    assert (run_batch(plan, overwrite=True).count("kept"), run_batch(plan).count("kept")) == (1, 2)
+    monkeypatch.setattr(cache_keys, "_TICK_NS", 1 << 62)
+    assert stamp_of(plan.jobs[0], "", "", "") is None
 
 
 def test_missing_base_fails_only_its_own_jobs(house, tmp_path):

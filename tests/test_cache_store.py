@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jcrosslora as jcl
+import jcrosslora.cache.store as store_module
 from jcrosslora.cache import Cache
 from jcrosslora.cache.place import cache_limit
 from jcrosslora.cache.work import remove_abandoned, work_folder
@@ -193,6 +194,16 @@ def test_least_recently_used_entries_are_evicted_first(cache):
     cache.limit = size + size // 2
     keep(cache, "ee", 4, rows=rows)
     assert cache.keys("transport") == ["ee"]
+
+
+def test_saving_reads_no_other_entry_while_there_is_room(cache, monkeypatch):
+    read = []
+    real = store_module.read_entry
+    monkeypatch.setattr(store_module, "read_entry", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    keys = ["aa", "bb", "cc", "dd"]
+    for key in keys:
+        keep(cache, key)
+    assert read == keys
 
 
 def test_entry_larger_than_the_limit_is_not_saved(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 
 from jcrosslora.errors import OutputError
 from jcrosslora.utils.files import MARK, atomic_folder, ensure_free, write_whole
+from jcrosslora.utils.locks import try_lock
+from jcrosslora.utils.unfinished import remove_unfinished
 
 
 def everything(root: Path) -> dict[str, str | None]:
@@ -109,12 +111,41 @@ def test_a_parent_that_cannot_be_written_gives_a_one_line_error(tmp_path, monkey
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.utils.files.tempfile.mkdtemp"
+    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.utils.unfinished.tempfile.mkdtemp"
     monkeypatch.setattr(owner, refuse)
     with pytest.raises(OutputError, match="Permission denied"), atomic_folder(tmp_path / "p" / "out"):
         pytest.fail("the block must not run")
     monkeypatch.undo()
     assert everything(tmp_path) == {}
+
+
+def test_unfinished_folders_are_removed_once_nobody_writes_to_them(tmp_path):
+    left, other, file = tmp_path / ".a.12345678.tmp", tmp_path / ".b.12345678.tmp", tmp_path / ".a.x.tmp"
+    for folder in (left, other, file):
+        folder.mkdir()
+        (folder / MARK).write_text("half")
+    with atomic_folder(tmp_path / "a") as work:
+        remove_unfinished(tmp_path, {"a"})
+        assert work.is_dir()
+        (work / MARK).write_text("whole")
+    remove_unfinished(tmp_path / "none", {"a"})
+    assert sorted(os.listdir(tmp_path)) == sorted([file.name, other.name, "a"])
+
+
+def test_a_folder_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def late(folder, **more):
+        if not made:
+            folder.rmdir()
+        made.append(folder)
+        return try_lock(folder, **more)
+
+    monkeypatch.setattr("jcrosslora.utils.unfinished.try_lock", late)
+    with atomic_folder(tmp_path / "a") as work:
+        (work / MARK).write_text("whole")
+    assert len(made) == 2
+    assert everything(tmp_path) == {"a": None, f"a/{MARK}": "whole"}
 
 
 def test_a_parent_that_cannot_be_written_to_is_refused_early(tmp_path, monkeypatch):

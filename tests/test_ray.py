@@ -1,4 +1,4 @@
-"""A plan done by two Ray workers gives what one process gives; what a worker dies of is retried, then listed."""
+"""A plan done by four Ray workers gives what one process gives; what a worker dies of is retried, then listed."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def write_house(folder: Path, adapters: int = 1, name: str = "OUT"):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The address of a cluster of two machines of one CPU each."""
+    """The address of a cluster of four machines of one CPU each."""
     ray = pytest.importorskip("ray", reason="needs the extra: pip install 'jcrosslora[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -78,7 +78,8 @@ def cluster(tmp_path_factory):
         patch.setenv("JCROSSLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         machine = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
         cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
-        cluster.add_node(**machine)
+        for _ in range(3):
+            cluster.add_node(**machine)
         yield cluster.address
         ray.shutdown()
         cluster.shutdown()
@@ -86,7 +87,7 @@ def cluster(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_two_workers_and_one_process_write_equal_files(cluster, tmp_path, capsys):
+def test_four_workers_and_one_process_write_equal_files(cluster, tmp_path, capsys):
     write_house(tmp_path, 3, "alone")
     write_house(tmp_path, name="moved")
     bad = tmp_path / "adapters" / "bad"
@@ -103,6 +104,36 @@ def test_two_workers_and_one_process_write_equal_files(cluster, tmp_path, capsys
     assert {one["name"].split("--")[0] for one in stated["jobs"] if one["status"] == "failed"} == {"bad"}
     again = run_on_ray(read_plan(tmp_path / "moved.toml"), address=cluster)
     assert (again.count("kept"), again.count("failed")) == (6, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_job_killed_while_it_is_written_is_done_again(cluster, tmp_path):
+    write_house(tmp_path, 8, "alone")
+    plan = (tmp_path / "alone.toml").read_text().replace('["pad-truncate", "cross-lora"], svd_rank = 8', '["METHOD"]')
+    for out, method in (("alone", "user_methods:HalfCopy"), ("moved", "user_methods:Killed")):
+        (tmp_path / f"{out}.toml").write_text(plan.replace("alone", out).replace("METHOD", method))
+    run_batch(read_plan(tmp_path / "alone.toml"))
+    mark = Path(os.environ["JCROSSLORA_CACHE"]) / "killed"
+    summary = run_on_ray(read_plan(tmp_path / "moved.toml"), address=cluster)
+    assert mark.exists()
+    # The other job of the killed worker's unit was done by then.
+    statuses = {one.name[:2]: one.status for one in summary.outcomes.values()}
+    assert statuses == {f"a{number}": "kept" if number == 0 else "done" for number in range(8)}
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir() if path.name[0] == ".") == [".batch"]
+    whole = {name.split("--")[0]: found for name, found in weights(tmp_path / "alone").items()}
+    assert {name.split("--")[0]: found for name, found in weights(tmp_path / "moved").items()} == whole
+    assert len(whole) == 8
+    again = run_on_ray(read_plan(tmp_path / "moved.toml"), address=cluster)
+    assert again.count("kept") == 8
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The tensors of all adapters in a folder, without the header, which names their method."""
+    return {
+        path.parent.name: path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :]
+        for path in folder.glob("*/adapter_model.safetensors")
+    }
 
 
 def deadly(unit: Unit, folder: Path, *_) -> list[Outcome]:

@@ -17,6 +17,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
         (["sparse_base.py", "new", "--heads", "33"], "33 heads and 32 key heads do not divide a width of 4096"),
         (["bench_decoder.py", "none", "--rows", "0"], "bench_decoder: --tokens, --rows, --texts and --repeats"),
         (["bench_decoder.py", "none"], "bench_decoder: none"),
+        (["bench_batch.py", "--jobs", "50", "10"], "--pairs must be at least 1, and no more than any number of --jobs"),
         (["measure_memory.py", "none", "none", "none"], "measure_memory: the transfer failed with 2"),
         (["measure_memory.py", "none", "none", "none", "--colour", "red"], "colour"),
     ],

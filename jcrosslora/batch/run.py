@@ -13,7 +13,7 @@ from pathlib import Path
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.alignment.groups import align_groups
 from jcrosslora.alignment.task import AlignmentTask
-from jcrosslora.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of
+from jcrosslora.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of, stamp_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
 from jcrosslora.batch.summary import Outcome, Status, Summary
 from jcrosslora.batch.units import Unit, share_of, units_of
@@ -31,6 +31,7 @@ from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import Track, track
+from jcrosslora.utils.unfinished import remove_unfinished
 
 # Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
 CHUNK_BYTES = 256 * 2**20
@@ -95,6 +96,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
     try:
         yield summary
     finally:
+        remove_unfinished(plan.out, mine)  # of this run's killed workers, or of an earlier run
         summary.save(plan.out / name)
 
 
@@ -120,6 +122,7 @@ class _Checked:
         job: the job of the plan.
         method: the method of its transfer.
         fingerprint: digest of all its inputs.
+        stamp: the same without reading the adapter, see `stamp_of`.
         sources: the modules of its adapter.
         size: bytes of its factors as float32.
     """
@@ -127,6 +130,7 @@ class _Checked:
     job: Job
     method: Method
     fingerprint: str
+    stamp: str | None
     sources: tuple[str, ...]
     size: int
 
@@ -165,6 +169,14 @@ class _Run:
         """Tell whether a job's result exists already."""
         return self._log.is_done(item.job, item.fingerprint)
 
+    def keep_all(self, stamps: Sequence[tuple[Job, str | None]]) -> bool:
+        """List all jobs as kept if none of their inputs was touched since they were done; else do nothing."""
+        if not all(self._log.is_untouched(job, stamp) for job, stamp in stamps):
+            return False
+        for job, _ in stamps:
+            self.close(job, "kept")
+        return True
+
     def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
         """Run a job and write its result; list it as failed if it fails."""
         settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
@@ -176,7 +188,7 @@ class _Run:
                     result = work()
                 if self.is_done(item):  # jobs that another run finished meanwhile
                     return
-                with self._log.writing(item.job, item.fingerprint):
+                with self._log.writing(item.job, item.fingerprint, item.stamp):
                     save_as(result, settings)
         except JCrossLoRAError as error:
             if not self.is_done(item):
@@ -214,7 +226,10 @@ class _UnitRun:
         pair = self._session.pair
         texts = "" if self._given is None else digest_of(*self._given.texts)
         shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
-        checked = [item for item in (self._check(job, shared) for job in self._unit.jobs) if item is not None]
+        stamps = [(job, stamp_of(job, *shared)) for job in self._unit.jobs]
+        if self._run.keep_all(stamps):
+            return
+        checked = [item for item in (self._check(job, shared, stamp) for job, stamp in stamps) if item is not None]
         self._close_kept(checked)  # before other jobs can fail
         for method in dict.fromkeys(item.method for item in checked):
             items = [item for item in checked if item.method == method]
@@ -225,7 +240,7 @@ class _UnitRun:
                 self._move(fitting, task)
         self._close_kept(checked)  # jobs that another run finished meanwhile
 
-    def _check(self, job: Job, shared: tuple[str, str, str]) -> _Checked | None:
+    def _check(self, job: Job, shared: tuple[str, str, str], stamp: str | None) -> _Checked | None:
         """Check the adapter and the output of a job before anything is computed."""
         try:
             adapter = self._load(job.settings)
@@ -241,7 +256,7 @@ class _UnitRun:
         self._room -= size
         if self._room >= 0 or not self._read:
             self._read[job.name] = adapter
-        return _Checked(job, move.method, fingerprint, tuple(factors.modules), size)
+        return _Checked(job, move.method, fingerprint, stamp, tuple(factors.modules), size)
 
     def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
         """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""

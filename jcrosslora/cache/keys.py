@@ -8,7 +8,6 @@ without change times.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import time
@@ -21,6 +20,7 @@ import jax
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.versions import version
 
 # Two writes within one tick of the file system's clock have the same time.
 _TICK_NS = 2 * 10**9
@@ -40,19 +40,16 @@ class FileDigests:
             paths: the files.
             compute: reads the files and returns their hex digests in this order; called unless all are remembered.
         """
-        before = [_state(path) for path in paths]
+        before = [file_state(path) for path in paths]
         known = [self._find(path, state) for path, state in zip(paths, before, strict=True)]
         found = [digest for digest in known if digest is not None]
         if len(found) == len(paths):
             return found
         computed = compute()
         for path, state, digest in zip(paths, before, computed, strict=True):
-            if state is not None and state == _state(path) and self._settled(state):
+            if state is not None and state == file_state(path) and is_settled(state, self._clock()):
                 self._keep(path, state, digest)
         return computed
-
-    def _settled(self, state: list[int]) -> bool:
-        return self._clock() - max(state[3:]) > _TICK_NS
 
     def _record(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}.json"
@@ -75,12 +72,18 @@ class FileDigests:
             write_whole(self._record(path), json.dumps(content).encode())
 
 
-def _state(path: Path) -> list[int] | None:
+def file_state(path: Path) -> list[int] | None:
+    """Return device, inode, size and times of a file, some of which every write changes; None if it is not there."""
     try:
         stat = path.stat()
     except OSError:
         return None
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def is_settled(state: list[int], now: int) -> bool:
+    """Tell whether a file was last written so long before `now`, in nanoseconds, that another write has other times."""
+    return now - max(state[3:]) > _TICK_NS
 
 
 def _check(state: list[int], digest: object) -> str:
@@ -127,7 +130,7 @@ def numerics_key() -> str:
     """
     devices = jax.local_devices()
     # LAPACK comes from scipy, and on a CPU from numpy as well.
-    versions = [importlib.metadata.version(name) for name in ("jcrosslora", "jax", "jaxlib", "numpy", "scipy")]
+    versions = [version(name) for name in ("jcrosslora", "jax", "jaxlib", "numpy", "scipy")]
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]  # type: ignore[attr-defined]
     kind = [jax.default_backend(), devices[0].device_kind, len(devices)]
     if jax.default_backend() != "cpu":

@@ -5,7 +5,6 @@ with the manifest when it is read; a damaged entry counts as missing and is remo
 raises an error, because without a cache the results are the same, only later.
 """
 
-import importlib.metadata
 import logging
 import os
 from collections import deque
@@ -33,6 +32,7 @@ from jcrosslora.cache.manifest import (
 )
 from jcrosslora.cache.place import cache_limit, cache_root
 from jcrosslora.cache.work import remove_abandoned, work_folder
+from jcrosslora.utils.versions import version
 
 _WORK = ".work"
 _LOG = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Cache:
         self.digests = FileDigests(self.root / "digests")
         self._folder = self.root / "arrays"
         self._writable = True
+        self._sizes: dict[tuple[str, str], int] = {}  # of entries by kind and key, which do not change
         self._writer: ThreadPoolExecutor | None = None
         self._writing: deque[Future[None]] = deque()
 
@@ -128,8 +129,7 @@ class Cache:
             arrays: by name; names consist of letters, digits and _.
             facts: JSON values that belong to the arrays.
         """
-        version = importlib.metadata.version("jcrosslora")
-        manifest = Manifest(kind, key, what, facts, arrays={}, files={}, version=version)
+        manifest = Manifest(kind, key, what, facts, arrays={}, files={}, version=version())
         if self._writer is None:
             self._save(manifest, arrays)
             return
@@ -203,14 +203,29 @@ class Cache:
                 raise
 
     def _evict(self) -> None:
-        entries = self.entries()
-        total = sum(entry.size for entry in entries)
-        for entry in entries:
+        """Remove the least recently used entries beyond the limit; only then all are read again, for their last use."""
+        total = self._total()
+        if total <= self.limit:
+            return
+        for entry in self.entries():
             if total <= self.limit:
                 return
             with suppress(OSError):
                 self.remove(entry)
                 total -= entry.size
+
+    def _total(self) -> int:
+        """Return the bytes of all entries; of those of which it is known already nothing is read."""
+        sizes: dict[tuple[str, str], int] = {}
+        for kind in self._kinds():
+            for key in self.keys(kind):
+                size = self._sizes.get((kind, key))
+                if size is None and (entry := read_entry(self._folder / kind / key, kind, key)) is not None:
+                    size = entry.size
+                if size is not None:
+                    sizes[kind, key] = size
+        self._sizes = sizes
+        return sum(sizes.values())
 
     def _kinds(self) -> list[str]:
         with suppress(OSError):

@@ -106,9 +106,9 @@ def _run(arguments: list[str], own_process: bool) -> int:
         print(_help())
         return OK
     if name == "--version":
-        from importlib.metadata import version
+        from jcrosslora.utils.versions import version
 
-        print(f"jcrosslora {version('jcrosslora')}")
+        print(f"jcrosslora {version()}")
         return OK
     if name in _COMPLETION:
         return _print_completion(arguments)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
 from jcrosslora.text.completion_lines import COMPLETIONS
 from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.versions import version
 
 # Documents of a transferred adapter, which stay true when it is written in another form.
 _DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)
@@ -111,7 +111,7 @@ def export_adapter(settings: ExportSettings) -> Exported:
         dtype=settings.dtype,
         overwrite=settings.overwrite,
         documents=_documents(settings.adapter),
-        metadata={"jcrosslora.version": version("jcrosslora"), "jcrosslora.export.export": _account(exported, base)},
+        metadata={"jcrosslora.version": version(), "jcrosslora.export.export": _account(exported, base)},
         magnitudes=exported.magnitudes,
         frozen=exported.frozen,
     )

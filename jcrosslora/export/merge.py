@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, u
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
+from jcrosslora.utils.versions import version
 
 MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
 _REPORT = "merge_report.json"
@@ -207,7 +207,7 @@ def _index(files: Mapping[str, Iterable[Piece]], total: int) -> str:
 
 def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: Iterable[str]) -> str:
     made = {
-        "version": version("jcrosslora"),
+        "version": version(),
         "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
         "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
         "dtype": settings.dtype,

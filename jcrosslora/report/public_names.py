@@ -41,11 +41,15 @@ def replacements(report: TransferReport) -> dict[str, str]:
 
 def publish(value: Any, names: Mapping[str, str]) -> Any:
     """Replace the paths in all texts of a JSON value, longer ones first."""
-    if isinstance(value, str) and names:
-        pattern = "|".join(re.escape(path) for path in sorted(names, key=len, reverse=True))
-        return re.sub(pattern, lambda match: names[match.group()], value)
-    if isinstance(value, Mapping):
-        return {key: publish(item, names) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [publish(item, names) for item in value]
-    return value
+    pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str) and names:
+            return pattern.sub(lambda match: names[match.group()], value)
+        if isinstance(value, Mapping):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [replaced(item) for item in value]
+        return value
+
+    return replaced(value)

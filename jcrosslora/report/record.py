@@ -1,7 +1,6 @@
 """The report of a transfer: settings, diagnostics of every module, and warnings. Plain data, no arrays."""
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.evaluate.effect import Effect
 from jcrosslora.methods import Method
 from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource
+from jcrosslora.utils.versions import version
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.
 SCHEMA = 2
@@ -136,8 +136,7 @@ class TransferReport:
             data["adapter"].pop(name)
         data["effect"] = None if self.effect is None else self.effect.to_json()
         data["totals"] = self.totals
-        version = importlib.metadata.version("jcrosslora")
-        return _without_nan({"schema": SCHEMA, "version": version, **data})
+        return _without_nan({"schema": SCHEMA, "version": version(), **data})
 
 
 def _plain(value: Any) -> Any:

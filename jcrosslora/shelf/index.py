@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from jcrosslora.shelf.index_files import (
 )
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
 from jcrosslora.utils.locks import locked
+from jcrosslora.utils.versions import version
 
 SEGMENT = 256  # adapters; the last segment is written again with each change
 _ATTEMPTS = 3  # of a reader, while another process replaces segments
@@ -69,7 +69,7 @@ class Index:
             (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
             with locked(folder / SEGMENTS):
                 if not (folder / HEAD).exists():
-                    write_head(folder, Head(FORMAT, version("jcrosslora"), base, encoder))
+                    write_head(folder, Head(FORMAT, version(), base, encoder))
         except OSError as error:
             raise not_written(folder, error) from error
         return cls.open(folder)
@@ -155,7 +155,7 @@ class Index:
             write_segment(self.folder, new, chunk)
             kept.append((new, tuple(entry for entry, _ in chunk)))
         numbers, parts = zip(*kept, strict=True)
-        made = Index(self.folder, replace(self.head, segments=numbers, version=version("jcrosslora")), parts)
+        made = Index(self.folder, replace(self.head, segments=numbers, version=version()), parts)
         write_head(made.folder, made.head)
         remove_others(self.folder, numbers)
         return made

@@ -3,12 +3,12 @@
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jcrosslora.errors import OutputError
+from jcrosslora.utils.unfinished import make_unfinished
 
 # A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
 MARK = "adapter_config.json"
@@ -74,9 +74,10 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     ensure_free(out, overwrite)
     made: list[Path] = []
     work: Path | None = None
+    lock: int | None = None
     try:
         _make_parents(out.parent, made)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        work, lock = make_unfinished(out)
         yield work
         _sync(work)
         if os.path.lexists(out):  # another process may have made it in the meantime
@@ -89,6 +90,9 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             msg = f"{out}: cannot be written ({reason}): make it writable, free space, or choose another output"
             raise OutputError(msg) from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:

@@ -1,0 +1,14 @@
+"""Versions of installed packages."""
+
+import functools
+import importlib.metadata
+
+
+@functools.cache
+def version(package: str = "jcrosslora") -> str:
+    """Return the version of an installed package, whose metadata is read once: that takes a millisecond.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    return importlib.metadata.version(package)
