@@ -104,11 +104,13 @@ def random_model(family: str, settings: dict, *, seed: int = 0):
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or "alpha" in name:
+            if "norm" in name or "alpha" in name or name.endswith("_scale") or name.endswith("router.scale"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(0.0, 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith(("correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.3)
+            elif name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model.eval()

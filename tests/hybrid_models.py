@@ -27,6 +27,24 @@ DELTA = {
 }
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
+# The last layers read the keys and values of the layers before them.
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention", "sliding_attention", "full_attention"] * 2],
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "head_dim": 12,
+    "global_head_dim": 20,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 64,
+    "sliding_window": 6,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 100.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+    },
+}
+PER_LAYER = ["per_layer_input_gate", "per_layer_projection"]
+
 # Modules for peft where it does not take all linear ones: it refuses Falcon's out_proj, and takes the modules of an MLP
 # for those of experts.
 TARGETS = {
@@ -34,12 +52,46 @@ TARGETS = {
     "qwen3_next": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"],
     "qwen3_5_moe": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"],
     "granite-experts": [*ATTENTION, "in_proj", "out_proj", "input_linear", "output_linear"],
+    "gemma4": [*ATTENTION, *PER_LAYER, "gate_proj", "up_proj", "down_proj"],
+    "gemma4-experts": ATTENTION,
     "lfm2_moe": [*ATTENTION[:3], "in_proj", "out_proj", "w1", "w2", "w3"],
 }
 TARGETS["falcon_h1-norm"] = TARGETS["falcon_h1"]
 
 # Name -> (model_type, settings beyond those of `dense_models.COMMON`).
 HYBRIDS = {
+    "gemma4": ("gemma4_text", GEMMA4),
+    # The kinds of layers, the rotary settings and the heads are those that the class takes where it is told nothing.
+    "gemma4-keys": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 7,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "attention_bias": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 6,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    "gemma4-experts": (
+        "gemma4_text",
+        GEMMA4
+        | {
+            "attention_k_eq_v": True,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
+            "num_kv_shared_layers": 2,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+    ),
     "qwen3_next": (
         "qwen3_next",
         DELTA | EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [3], "norm_topk_prob": False},

@@ -266,6 +266,17 @@ QWEN_LINEAR = {
     "router_aux_loss_coef": 0.001,
     "output_router_logits": False,
 }
+GEMMA4 = {
+    "attention_bias": False,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "global_head_dim": 512,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_double_wide_mlp": False,
+    "vocab_size_per_layer_input": 262144,
+}
 PHI_LONG = LONG | {"long_mscale": 1.24, "short_mscale": 1.24, "original_max_position_embeddings": 4096}
 PUBLISHED |= {
     "Qwen3-Next-80B-A3B": (
@@ -288,6 +299,38 @@ PUBLISHED |= {
             | {"mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
             | QWEN_LINEAR,
             "vision_config": {"hidden_size": 1152, "model_type": "qwen3_5_moe"},
+        },
+        256,
+    ),
+    "gemma-4-E2B": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "model_type": "gemma4",
+            "audio_config": {"model_type": "gemma4_audio"},
+            "audio_token_id": 258881,
+            "boa_token_id": 256000,
+            "eoa_token_index": 258883,
+            "text_config": sizes(1536, 6144, 35, 8, 1, 262144, final_logit_softcapping=30.0, sliding_window=512)
+            | GEMMA4
+            | {"model_type": "gemma4_text", "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7}
+            | {"num_kv_shared_layers": 20, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 256}
+            | {"attention_k_eq_v": False, "enable_moe_block": False, "num_global_key_value_heads": None},
+            "vision_config": {"model_type": "gemma4_vision"},
+        },
+        256,
+    ),
+    "gemma-4-26B-A4B": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "model_type": "gemma4",
+            "audio_config": None,
+            "text_config": sizes(2816, 2112, 30, 16, 8, 262144, final_logit_softcapping=30.0, sliding_window=1024)
+            | GEMMA4
+            | {"model_type": "gemma4_text", "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5}
+            | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
+            | {"attention_k_eq_v": True, "num_global_key_value_heads": 2, "enable_moe_block": True}
+            | {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+            "vision_config": {"model_type": "gemma4_vision"},
         },
         256,
     ),
@@ -377,7 +420,8 @@ def test_an_unknown_key_with_a_value_is_refused(value):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_family_table_is_consistent(family):
-    assert set(family.norms) <= {"attn", "attn_post", "mlp", "mlp_post", "q", "k", "q_a", "kv_a"}
+    known = {"attn", "attn_post", "mlp", "mlp_post", "q", "k", "q_a", "kv_a", "global_q", "global_k"}
+    assert set(family.norms) <= known | {"mlp_alone", "experts_in", "experts_out", "per_layer_out"}
     assert ("q" in family.norms) == ("k" in family.norms)
     assert list(family.roles) == [role for role in ROLES if role in family.roles]
     assert {role for roles in family.fused.values() for role in roles} <= set(family.roles)
@@ -387,7 +431,7 @@ def test_the_family_table_is_consistent(family):
     assert set(family.bias_keys) <= family.keys
     numbers = ("eps", "attn_scale", "residual_scale", "logit_scale", "attn_soft_cap", "final_soft_cap")
     stated = [number for name in numbers if (number := getattr(family, name)) is not None]
-    assert {number.key for number in stated} <= family.keys | COMMON_KEYS
+    assert {number.key for number in stated if number.key} <= family.keys | COMMON_KEYS
     assert family.name not in UNSUPPORTED
 
 

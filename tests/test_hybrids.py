@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import random_model
-from hybrid_models import HYBRIDS
+from hybrid_models import GEMMA4, HYBRIDS
 from probe_bases import CORPUS, QUESTIONS, save_tokenizer, write_base
 from test_evaluate_oracle import plain_scores
 from tiny_bases import random_adapter
@@ -28,7 +28,7 @@ from jcrosslora.training import TrainingSettings
 from jcrosslora.training.step import first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1")
+NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4")
 LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
 ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
 
@@ -97,16 +97,18 @@ def hybrids(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             family, settings = HYBRIDS[name]
             vocab = save_tokenizer(folder, 60, bos=False)
-            random_model(family, settings | {"vocab_size": vocab}).save_pretrained(folder)
+            vocabs = {"vocab_size", "vocab_size_per_layer_input"} & {"vocab_size", *settings}
+            random_model(family, settings | dict.fromkeys(vocabs, vocab)).save_pretrained(folder)
             made[name] = jcl.open_base(folder)
         return made[name]
 
     return base
 
 
-def test_choices_behind_one_prefix_are_scored_as_whole_texts(hybrids):
+@pytest.mark.parametrize("name", ["lfm2-bias", "gemma4"])
+def test_choices_behind_one_prefix_are_scored_as_whole_texts(hybrids, name):
     """The cache of a question serves all its choices, with the states of mixers."""
-    base = hybrids("lfm2-bias")
+    base = hybrids(name)
     model = transformers.AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(base.path)
     found = score(base, QUESTIONS)
@@ -135,7 +137,7 @@ def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     assert found.looks[-1].divergence < found.looks[0].divergence
 
 
-@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias"])
+@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias", "gemma4"])
 def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
     base = hybrids(name)
     adapter = random_adapter(base, rank=2, scale=0.1)
@@ -178,6 +180,19 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
         ("lfm2_moe", {"use_expert_bias": False}, "'use_expert_bias'=False is not supported"),
         ("phimoe", {"num_experts_per_tok": 3}, "'num_experts_per_tok'=3 is not supported for phimoe: wanted 2"),
         ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_heads": 5}, "mamba_n_heads 5 times mamba_d_head"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"num_kv_shared_layers": 4},
+            "'num_kv_shared_layers' is 4, wanted fewer than 6 layers",
+        ),
+        ("gemma4_text", GEMMA4 | {"vocab_size_per_layer_input": 60}, "is 60, wanted that of vocab_size"),
+        ("gemma4_text", GEMMA4 | {"per_layer_config": {"2": {"head_dim": 8}}}, "wanted the same head_dim and"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "'use_bidirectional_attention'='all' is not supported"),
+        (
+            "gemma4_text",
+            GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
+            "4 is not a multiple of num_global_key_value_heads 3",
+        ),
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "'ssm_multipliers' is '\\[1.0\\]', wanted a list of 5 numbers"),
     ],
 )
@@ -191,7 +206,7 @@ def test_settings_of_mixers_that_cannot_be_read_are_named(family, change, messag
 def test_a_resolved_configuration_resolves_to_itself(name):
     family, settings = HYBRIDS[name]
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-    once = FAMILIES[family].resolve(sizes | settings)
+    once = FAMILIES[family].resolve(FAMILIES[family].defaults | sizes | {"vocab_size": 64} | settings)
     assert FAMILIES[family].resolve(once) == once
 
 

@@ -15,6 +15,7 @@ CHANGES = {
     "lora_bias": "biases that were trained with LoRA's B (lora_bias)",
     "experts": "LoRA of experts",
     "router": "an update of the router of experts",
+    "layer inputs": "updates of what makes the inputs of layers",
     "full": "whole tensors (modules_to_save)",
     "other part": "updates of other parts than the text model",
 }

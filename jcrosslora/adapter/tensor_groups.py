@@ -8,6 +8,7 @@ from pathlib import Path
 from jcrosslora.adapter.expert_names import is_of_experts, is_router
 from jcrosslora.adapter.kinds.config_tables import REFUSED_TENSORS
 from jcrosslora.adapter.names import TensorName, natural_key
+from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.wrapped import is_other_part, text_module_name
 from jcrosslora.errors import AdapterError
 
@@ -55,6 +56,8 @@ def group_tensors(tensors: Sequence[TensorName], path: Path) -> TensorGroups:
     for tensor in tensors:
         if is_other_part(tensor.module):
             extras[OTHER_PART].append(tensor)
+        elif f"{text_module_name(tensor.module)}.weight" in (LAYER_EMBEDDING, LAYER_INPUT_PROJECTION):
+            extras["layer inputs"].append(tensor)
         elif is_of_experts(tensor.module) or is_router(tensor.module):
             extras["experts" if is_of_experts(tensor.module) else "router"].append(tensor)
         elif tensor.kind in _EXTRAS:

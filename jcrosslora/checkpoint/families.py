@@ -13,6 +13,7 @@ from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
+from jcrosslora.checkpoint.family.gemma4 import GEMMA4
 from jcrosslora.checkpoint.family.glm import GLM, GLM4, GLM4_MOE
 from jcrosslora.checkpoint.family.gpt_oss import GPT_OSS
 from jcrosslora.checkpoint.family.granite import GRANITE, GRANITEMOE
@@ -85,6 +86,7 @@ _TABLE = (
     QWEN3_NEXT,
     LFM2_MOE,
     PHIMOE,
+    GEMMA4,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -92,18 +94,12 @@ _GEMMA3N = (
     "gemma3_text",
     "alternating updates (AltUp), learned low-rank residuals (LAuReL) and an embedding for each layer",
 )
-_GEMMA4 = (
-    "gemma3_text",
-    "layers of different head sizes, keys and values shared between layers, and an embedding for each layer",
-)
 _LLAMA4 = ("llama", "mixtures of experts and attention in chunks")
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
-    "gemma4": _GEMMA4,
-    "gemma4_text": _GEMMA4,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),

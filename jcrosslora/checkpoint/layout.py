@@ -7,7 +7,9 @@ from typing import Any
 from jcrosslora.checkpoint.config import Dims
 from jcrosslora.checkpoint.experts import expert_shapes, layout_of
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS, Family
+from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.family.parts import LayerParts, holds
+from jcrosslora.checkpoint.family.rules import HeadSizes
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.errors import CheckpointError
 
@@ -53,10 +55,25 @@ def role_shapes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[s
         "up_proj": (dims.intermediate, dims.hidden),
         "down_proj": (dims.hidden, dims.intermediate),
     }
+    if family.global_heads is not None:
+        usual |= _global_shapes(family.global_heads(config), dims)
+    usual |= {f"wide_{role}": (2 * usual[role][0], dims.hidden) for role in ("gate_proj", "up_proj")}
+    usual |= {"wide_down_proj": (dims.hidden, 2 * dims.intermediate), "kv_shared_q_proj": usual["q_proj"]}
+    inputs = family.layer_inputs(config)
+    usual |= {"per_layer_input_gate": (inputs, dims.hidden), "per_layer_projection": (dims.hidden, inputs)}
     mixer = family.mixer_of(config)
     known = usual if mixer is None else usual | mixer.role_shapes()
     known |= {role: shape(dims, config) for role, shape in family.shapes.items()}
     return {role: known[role] for role in family.roles}
+
+
+def _global_shapes(heads: HeadSizes, dims: Dims) -> dict[str, tuple[int, int]]:
+    queries, keys = dims.heads * heads.size, heads.kv_heads * heads.size
+    return {
+        **dict.fromkeys(("global_q_proj", "global_kv_shared_q_proj"), (queries, dims.hidden)),
+        **dict.fromkeys(("global_k_proj", "global_v_proj"), (keys, dims.hidden)),
+        "global_o_proj": (dims.hidden, queries),
+    }
 
 
 def holder_of(family: Family, role: str) -> str:
@@ -115,6 +132,12 @@ def expected_shapes(
         expected[HEAD] = (dims.vocab, dims.hidden)
     if family.has_head_bias(config):
         expected[HEAD_BIAS] = (dims.vocab,)
+    if inputs := family.layer_inputs(config):
+        expected |= {
+            LAYER_EMBEDDING: (dims.vocab, dims.layers * inputs),
+            LAYER_INPUT_PROJECTION: (dims.layers * inputs, dims.hidden),
+            LAYER_INPUT_NORM: (inputs,),
+        }
     parts = family.layer_parts(config, dims.layers)
     in_layer = {own: dict(_layer_shapes(family, dims, config, own, experts)) for own in set(parts)}
     for layer, own in enumerate(parts):
@@ -126,11 +149,14 @@ def norm_sizes(family: Family, dims: Dims, config: Mapping[str, Any]) -> dict[st
     """Return the number of features that each norm of a layer normalises, by the names of `Family.norms`."""
     counts = {"q": dims.heads, "k": dims.kv_heads}
     own = {"q_a": "q_lora_rank", "kv_a": "kv_lora_rank"}
+    size = 0 if family.global_heads is None else family.global_heads(config).size
     return {
         name: dims.head_dim * (counts[name] if family.qk_norms == "whole" else 1)
         if name in counts
         else config.get(own[name]) or 0
         if name in own
+        else size
+        if name in ("global_q", "global_k")
         else dims.hidden
         for name in family.layer_norms(config)
     }

@@ -26,6 +26,7 @@ class Wrapper:
         text_type: `model_type` of a text_config that states none.
         texts: `model_type` of the text_config -> family; by default every family under its own name.
         flat: whether older configurations have the settings of the text model at the top.
+        keys: of the outer configuration beside those of all classes, none of which matters to the text model.
     """
 
     architecture: str
@@ -33,10 +34,18 @@ class Wrapper:
     text_type: str
     texts: Mapping[str, str] = field(default_factory=lambda: {name: name for name in FAMILIES})
     flat: bool = False
+    keys: frozenset[str] = frozenset()
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", _LANGUAGE, "gemma3_text", {"gemma3_text": "gemma3_text"}),
+    "gemma4": Wrapper(
+        "Gemma4ForConditionalGeneration",
+        _LANGUAGE,
+        "gemma4_text",
+        {"gemma4_text": "gemma4_text"},
+        keys=frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"}),
+    ),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", _TEXT_MODEL, "llama"),
     "internvl": Wrapper("InternVLForConditionalGeneration", _LANGUAGE, "qwen2"),
     "llava": Wrapper("LlavaForConditionalGeneration", _LANGUAGE, "llama"),
@@ -73,7 +82,7 @@ TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
 # Parts beside the text model, behind "model." or at the top.
 OTHER_PARTS = frozenset(
     {
-        *("audio_tower", "connector", "embed_vision", "image_newline", "multi_modal_projector"),
+        *("audio_tower", "connector", "embed_audio", "embed_vision", "image_newline", "multi_modal_projector"),
         *("vision_embed_tokens", "vision_model", "vision_tower", "visual"),
     }
 )
@@ -132,7 +141,7 @@ def text_config(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     else:
         for key, value in config.items():
             empty = value is None or value is False or value in ({}, [])
-            if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS and not empty:
+            if key not in COMMON_KEYS | HARMLESS_KEYS | _KEYS | wrapper.keys and not empty:
                 msg = f"{where}: config key {key!r}={repr(value)[:60]} is not known for {model_type}; it may change "
                 raise CheckpointError(msg + "what the weights mean: remove it from config.json if it does not")
     if not isinstance(text, Mapping):

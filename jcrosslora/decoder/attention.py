@@ -3,6 +3,8 @@
 Scores and softmax are float32.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,7 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
 
 # Mixers with keys and values.
 KEYED = ("attention", "latent_attention", "direct_latent_attention", "attention and mamba")
+GLOBAL = "global_"  # in front of the names of what layers with heads of their own have
 EMPTY = -1  # position of a slot without a token
 
 
@@ -155,6 +158,9 @@ class KVCache:
         filled: int32 scalar, slots in use; the same for all sequences.
         states: kind of a mixer beside attention -> what it keeps of the tokens before, arrays (L, B, ...) of the L
             layers that have it; a layer's own is at `LayerWeights.place`.
+        global_keys: keys of the L layers whose attention has the heads of `DecoderSettings.global_heads`, or None.
+        global_values: their values, or None.
+        last_only: static, whether L is 1, for the last layer with keys alone, see `last_keys`.
     """
 
     keys: jax.Array
@@ -162,6 +168,19 @@ class KVCache:
     positions: jax.Array
     filled: jax.Array
     states: dict[str, MixerState] = flax.struct.field(default_factory=dict)
+    global_keys: jax.Array | None = None
+    global_values: jax.Array | None = None
+    last_only: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def last_keys(settings: DecoderSettings, x: jax.Array) -> KVCache | None:
+    """Create what a pass over a whole stream x (B, T, H) hands from layer to layer; None where no layer needs it."""
+    if not settings.shares_keys:
+        return None
+    cache = init_cache(settings, x.shape[0], x.shape[1], x.dtype)
+    stacks = {name: getattr(cache, name) for name in ("keys", "values", "global_keys", "global_values")}
+    one = {name: None if stack is None else jnp.zeros((1, *stack.shape[1:]), x.dtype) for name, stack in stacks.items()}
+    return cache.replace(**one, last_only=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
@@ -179,13 +198,28 @@ def init_cache(settings: DecoderSettings, batch: int, length: int, dtype: DTypeL
     if latent is not None:
         kv_heads, key, value = settings.heads, latent.plain + latent.rotated, latent.value
     shape = (sum(parts.mixer in KEYED for parts in settings.parts), batch, kv_heads, length)
+    own: dict[str, Any] = {}
+    if (wide := settings.global_heads) is not None:
+        count = len(settings.layers_with("global_k_proj"))
+        own = {
+            name: jnp.zeros((count, batch, wide.kv_heads, length, wide.size), dtype)
+            for name in ("global_keys", "global_values")
+        }
     return KVCache(
         keys=jnp.zeros((*shape, key), dtype),
         values=jnp.zeros((*shape, value), dtype),
         positions=jnp.full((batch, length), EMPTY, jnp.int32),
         filled=jnp.zeros((), jnp.int32),
         states={} if mixer is None or not with_state else {mixer.kind: init_state(mixer, with_state, batch)},
+        **own,
     )
+
+
+def of_sequences(cache: KVCache, chosen: jax.Array) -> KVCache:
+    """Return the cache of the sequences `chosen`, int32 (B,), any of them several times."""
+    stacks = {name: getattr(cache, name) for name in ("keys", "values", "states", "global_keys", "global_values")}
+    found = jax.tree.map(lambda x: x[:, chosen], stacks)
+    return cache.replace(positions=cache.positions[chosen], **found)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
@@ -195,22 +229,42 @@ def append_positions(cache: KVCache, positions: jax.Array) -> KVCache:
 
 
 def append_layer(
-    cache: KVCache, layer: jax.Array, keys: jax.Array, values: jax.Array
+    cache: KVCache, layer: jax.Array, keys: jax.Array, values: jax.Array, kind: str = ""
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Write the keys and values (B, kv_heads, T, D) of a layer after the filled slots.
+
+    Args:
+        cache: of the tokens before.
+        layer: int32 scalar, its place among the layers of its kind.
+        keys: of the new tokens.
+        values: likewise.
+        kind: `GLOBAL` for a layer with the heads of `DecoderSettings.global_heads`.
 
     Returns:
         The new cache, and all keys and all values of the layer, (B, kv_heads, S, D).
     """
+    if cache.last_only:
+        return _replaced(cache, kind, keys[None], values[None]), keys, values
     zero = jnp.zeros((), jnp.int32)
     place = (layer, zero, zero, cache.filled, zero)
-    all_keys = lax.dynamic_update_slice(cache.keys, _stored(keys, cache.keys.dtype)[None], place)
-    all_values = lax.dynamic_update_slice(cache.values, _stored(values, cache.values.dtype)[None], place)
+    old_keys, old_values = getattr(cache, f"{kind}keys"), getattr(cache, f"{kind}values")
+    all_keys = lax.dynamic_update_slice(old_keys, _stored(keys, old_keys.dtype)[None], place)
+    all_values = lax.dynamic_update_slice(old_values, _stored(values, old_values.dtype)[None], place)
     return (
-        cache.replace(keys=all_keys, values=all_values),  # pyright: ignore[reportAttributeAccessIssue]
+        _replaced(cache, kind, all_keys, all_values),
         from_bits(lax.dynamic_index_in_dim(all_keys, layer, keepdims=False)),
         from_bits(lax.dynamic_index_in_dim(all_values, layer, keepdims=False)),
     )
+
+
+def shared_keys(cache: KVCache, kind: str = "") -> tuple[jax.Array, jax.Array]:
+    """Return all keys and values (B, kv_heads, S, D) of the last layer of a kind that has any, see `append_layer`."""
+    return from_bits(getattr(cache, f"{kind}keys")[-1]), from_bits(getattr(cache, f"{kind}values")[-1])
+
+
+def _replaced(cache: KVCache, kind: str, keys: jax.Array, values: jax.Array) -> KVCache:
+    found = {f"{kind}keys": keys, f"{kind}values": values}
+    return cache.replace(**found)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -1,17 +1,18 @@
-"""One decoder layer: what mixes its positions, its MLP, and how both are added to the residual stream."""
+"""One decoder layer: what mixes its positions, its MLP, what is behind it, and how all are added to the stream."""
 
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jcrosslora.decoder.attention import KVCache
 from jcrosslora.decoder.experts.mlp import expert_mlp
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, apply_norm, run_module
 from jcrosslora.decoder.mixers.latent_attention import latent_attention
 from jcrosslora.decoder.mixers.mixer import beside_attention, run_mixer
-from jcrosslora.decoder.mixers.self_attention import self_attention
-from jcrosslora.decoder.ops import ACTIVATIONS
+from jcrosslora.decoder.mixers.self_attention import kv_shared_attention, self_attention
+from jcrosslora.decoder.ops import ACTIVATIONS, rms_norm
 from jcrosslora.decoder.settings import DecoderSettings
 
 # Of the normed stream (B, T, H) and a cache: what is added to the stream, before any norm, and the cache with what the
@@ -19,8 +20,8 @@ from jcrosslora.decoder.settings import DecoderSettings
 Mixer = Callable[
     [DecoderSettings, LayerWeights, Context, jax.Array, KVCache | None, LayerCapture], tuple[jax.Array, KVCache | None]
 ]
-# Of the normed stream (B, T, H): what is added to the stream, before any norm.
-MLP = Callable[[DecoderSettings, LayerWeights, jax.Array, LayerCapture], jax.Array]
+# Of the normed stream (B, T, H), and of the stream: what is added to the stream, before the last norm.
+MLP = Callable[[DecoderSettings, LayerWeights, jax.Array, LayerCapture, jax.Array], jax.Array]
 
 
 def layer_forward(
@@ -37,26 +38,59 @@ def layer_forward(
     mixed, cache = mixer(settings, layer, context, normed, cache, capture)
     added = _added(settings, layer, "attn_post", mixed)
     if settings.parallel:
-        x = x + added + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture))
+        x = x + added + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture, x))
     else:
         x = x + added
         normed = apply_norm(settings, layer, "mlp", x)
-        x = x + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture))
+        x = x + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture, x))
+    if context.inputs is not None:
+        x = x + _of_input(settings, layer, context.inputs, x, capture)
+    if "layer_scale" in layer.tensors:
+        x = x * layer.tensors["layer_scale"].astype(x.dtype)
     return x, cache, LayerCapture(layer.layer, capture.inputs, capture.outputs, x)
 
 
-def _dense(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture) -> jax.Array:
-    activate = ACTIVATIONS[settings.activation]
-    gate = run_module("gate_proj", layer, normed, capture) if "gate_proj" in layer.weights else None
-    up = run_module("up_proj", layer, normed, capture)
+def _dense(
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture, x: jax.Array
+) -> jax.Array:
+    del x
+    activate, wide = ACTIVATIONS[settings.activation], "wide_" if layer.parts.mlp.startswith("wide") else ""
+    gate = run_module(f"{wide}gate_proj", layer, normed, capture) if f"{wide}gate_proj" in layer.weights else None
+    up = run_module(f"{wide}up_proj", layer, normed, capture)
     inner = activate(up, *layer.activation) if gate is None else activate(gate, *layer.activation) * up
-    return run_module("down_proj", layer, inner, capture)
+    return run_module(f"{wide}down_proj", layer, inner, capture)
+
+
+def _experts(
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture, x: jax.Array
+) -> jax.Array:
+    del x
+    return expert_mlp(settings, layer, normed, capture)
 
 
 def _dense_and_experts(
-    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture, x: jax.Array
 ) -> jax.Array:
-    return expert_mlp(settings, layer, normed, capture) + _dense(settings, layer, normed, capture)
+    return expert_mlp(settings, layer, normed, capture) + _dense(settings, layer, normed, capture, x)
+
+
+def _beside_experts(
+    settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture, x: jax.Array
+) -> jax.Array:
+    """Add MLP and experts behind norms of their own; the experts and their router read the stream through others."""
+    alone = apply_norm(settings, layer, "mlp_alone", _dense(settings, layer, normed, capture, x))
+    routed = rms_norm(x, layer.tensors["router_scale"] * settings.hidden**-0.5, settings.eps)
+    mixed = expert_mlp(settings, layer, apply_norm(settings, layer, "experts_in", x), capture, routed)
+    return alone + apply_norm(settings, layer, "experts_out", mixed)
+
+
+def _of_input(
+    settings: DecoderSettings, layer: LayerWeights, inputs: jax.Array, x: jax.Array, capture: LayerCapture
+) -> jax.Array:
+    """Return what a layer adds to the stream by its own input, of those (L, B, T, P) of all layers."""
+    gate = ACTIVATIONS[settings.activation](run_module("per_layer_input_gate", layer, x, capture))
+    inner = gate * lax.dynamic_index_in_dim(inputs, layer.layer, keepdims=False)
+    return apply_norm(settings, layer, "per_layer_out", run_module("per_layer_projection", layer, inner, capture))
 
 
 def _added(settings: DecoderSettings, layer: LayerWeights, norm: str, out: jax.Array) -> jax.Array:
@@ -67,10 +101,16 @@ def _added(settings: DecoderSettings, layer: LayerWeights, norm: str, out: jax.A
 
 # By the names of the parts of a layer, see `jcrosslora.checkpoint.family.parts`.
 MIXERS: Mapping[str, Mixer] = {
-    "attention": self_attention,
+    **dict.fromkeys(("attention", "global_attention", "global_key_attention"), self_attention),
+    **dict.fromkeys(("kv_shared_attention", "global_kv_shared_attention"), kv_shared_attention),
     "latent_attention": latent_attention,
     "direct_latent_attention": latent_attention,
     **dict.fromkeys(("convolution", "delta", "mamba"), run_mixer),
     "attention and mamba": beside_attention,
 }
-MLPS: Mapping[str, MLP] = {"dense": _dense, "experts": expert_mlp, "dense and experts": _dense_and_experts}
+MLPS: Mapping[str, MLP] = {
+    **dict.fromkeys(("dense", "wide"), _dense),
+    "experts": _experts,
+    "dense and experts": _dense_and_experts,
+    **dict.fromkeys(("dense beside experts", "wide beside experts"), _beside_experts),
+}

@@ -1,5 +1,6 @@
 """The forward pass: embedding, scan over the layers, final norm, logits."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.decoder.adapters import AppliedAdapter
-from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, rotations
+from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, last_keys, rotations
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.layer import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
+from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import scan_layers
 from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, soft_cap
 from jcrosslora.decoder.params import Params
@@ -74,11 +76,12 @@ def forward(
     tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
     positions, keys = positions_of(tokens, mask)
     x = embed(settings, params, tokens)
+    inputs = layer_inputs(settings, params.layer_inputs, tokens, x)
 
     def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
 
-    context = context_of(settings, positions, keys)
+    context = context_of(settings, positions, keys, inputs=inputs)
     hidden, _, (captured, reduced) = _run_layers(settings, params, context, x, adapter, None, keep, remat=remat)
     if "residual" in capture:
         captured["residual"] = jnp.concatenate([x[None], captured["residual"]])
@@ -116,13 +119,15 @@ def context_of(
     keys: jax.Array,
     lengths: jax.Array | None = None,
     valid: jax.Array | None = None,
+    inputs: jax.Array | None = None,
 ) -> Context:
     """Make what all layers share of positions as from `positions_of`; `lengths` as for `rotations`.
 
-    `valid`, bool (B, T), is False at padding; None where the keys are of the same tokens as the queries.
+    `valid`, bool (B, T), is False at padding; None where the keys are of the same tokens as the queries. `inputs` are
+    those of `layer_inputs`.
     """
-    valid = keys >= 0 if valid is None else valid
-    return Context(queries, keys, valid, rotations(settings.ropes, queries, lengths), growths(settings.ropes, queries))
+    valid, ropes = keys >= 0 if valid is None else valid, settings.ropes
+    return Context(queries, keys, valid, rotations(ropes, queries, lengths), growths(ropes, queries), inputs)
 
 
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
@@ -153,6 +158,7 @@ def _run_layers(
         x, cache, captured = layer_forward(settings, layer, context, *carry)
         return (x, cache), keep(captured)
 
+    cache = last_keys(settings, x) if cache is None else cache
     names = () if remat else (MODULE_OUTPUT,)
     step = jax.checkpoint(run, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*names))
     (x, cache), kept = scan_layers(settings, params, adapter, step, (x, cache))
@@ -182,7 +188,9 @@ def extend_cache(
     queries, keys = positions
     cache = append_positions(cache, keys)
     context = context_of(settings, queries, cache.positions, lengths, keys >= 0)
-    hidden, grown, _ = _run_layers(settings, params, context, embed(settings, params, tokens), adapter, cache)
+    x = embed(settings, params, tokens)
+    context = dataclasses.replace(context, inputs=layer_inputs(settings, params.layer_inputs, tokens, x))
+    hidden, grown, _ = _run_layers(settings, params, context, x, adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
     return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]

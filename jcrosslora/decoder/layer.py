@@ -22,7 +22,13 @@ INPUT_SITES = {
     "k_proj": "attn_in",
     "v_proj": "attn_in",
     "qg_proj": "attn_in",
+    "kv_shared_q_proj": "kv_shared_attn_in",
     "o_proj": "attn_out_in",
+    "global_q_proj": "global_attn_in",
+    "global_k_proj": "global_attn_in",
+    "global_v_proj": "global_attn_in",
+    "global_kv_shared_q_proj": "global_kv_shared_attn_in",
+    "global_o_proj": "global_attn_out_in",
     "conv_in_proj": "conv_in",
     "conv_out_proj": "conv_out_in",
     "in_proj_qkvz": "delta_in",
@@ -41,10 +47,15 @@ INPUT_SITES = {
     "gate_proj": "mlp_in",
     "up_proj": "mlp_in",
     "down_proj": "down_in",
+    "wide_gate_proj": "wide_mlp_in",
+    "wide_up_proj": "wide_mlp_in",
+    "wide_down_proj": "wide_down_in",
     "shared_gate_proj": "shared_in",
     "shared_up_proj": "shared_in",
     "shared_expert_gate": "shared_in",
     "shared_down_proj": "shared_down_in",
+    "per_layer_input_gate": "per_layer_in",
+    "per_layer_projection": "per_layer_out_in",
 }
 
 
@@ -111,6 +122,7 @@ class Context:
         valid: bool (B, T), False at padding.
         rotations: float32 (2, B, T, pairs), cosine and sine, for each rotary setting.
         growths: float32 (B, T), factor on the queries, for each rotary setting; None where queries do not grow.
+        inputs: (L, B, T, P), what each layer reads beside the stream, see `layer_inputs`; None without any.
     """
 
     query_positions: jax.Array
@@ -118,6 +130,7 @@ class Context:
     valid: jax.Array
     rotations: tuple[jax.Array, ...]
     growths: tuple[jax.Array, ...] | None = None
+    inputs: jax.Array | None = None
 
 
 def run_module(role: str, layer: LayerWeights, x: jax.Array, capture: LayerCapture) -> jax.Array:
@@ -150,6 +163,7 @@ def apply_norm(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax
     return rms_norm(x, layer.norms[norm], settings.eps)
 
 
-def of_layer(layer: LayerWeights, settings: tuple[jax.Array, ...]) -> jax.Array:
-    """Return the array of a layer's own rotary setting."""
-    return settings[0] if len(settings) == 1 else jnp.stack(settings)[layer.rope]
+def of_layer(settings: DecoderSettings, layer: LayerWeights, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    """Return the array of a layer's own rotary setting, of one array for each."""
+    own = settings.ropes_of(layer.parts.mixer)
+    return arrays[own[0]] if len(own) == 1 else jnp.stack(arrays)[layer.rope]

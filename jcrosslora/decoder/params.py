@@ -1,5 +1,6 @@
 """Load the weights of a model as arrays, stacked over the layers for each role, so that the layers can be scanned."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from functools import cache, partial
@@ -15,7 +16,9 @@ from jax.typing import DTypeLike
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
+from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.family.rules import LayerTensor
+from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.decoder.ops import is_packed
 from jcrosslora.decoder.settings import settings_of
 from jcrosslora.errors import UsageError
@@ -42,6 +45,7 @@ class Params:
         head_bias: float32 (V,), or None.
         activation: float32 (L, 1) each, the trained parameters of the activation, if it has any.
         tensors: name in `Family.tensors` -> (L, ...).
+        layer_inputs: of models whose layers have inputs beside the stream, or None.
     """
 
     embedding: jax.Array
@@ -55,6 +59,14 @@ class Params:
     head_bias: jax.Array | None = None
     activation: tuple[jax.Array, ...] = ()
     tensors: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    layer_inputs: LayerInputWeights | None = None
+
+    def with_tokens(self, kept: np.ndarray) -> "Params":
+        """Return the weights with the embeddings of these tokens (V,) alone; the head stays as it is."""
+        inputs = self.layer_inputs
+        if inputs is not None:
+            inputs = dataclasses.replace(inputs, embedding=inputs.embedding[kept])
+        return dataclasses.replace(self, embedding=self.embedding[kept], layer_inputs=inputs)
 
     @property
     def packed(self) -> bool:
@@ -101,8 +113,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
     biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
     offset = np.float32(family.gain_offset)
     params = Params(
-        embedding=_matrix(base, EMBEDDING, kind),
-        head=None if settings.tied else _matrix(base, HEAD, kind),
+        embedding=_matrix(base, EMBEDDING, base.dims.hidden, kind),
+        head=None if settings.tied else _matrix(base, HEAD, base.dims.hidden, kind),
         final_norm=jnp.asarray(base.tensor(f"{family.final_norm}.weight").astype(np.float32) + offset),
         weights=weights,
         biases=biases,
@@ -119,6 +131,7 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
             if base.layers_with(name)
         }
         | _stack_experts(base, kind, packed=packed),
+        layer_inputs=_layer_inputs(base, kind),
     )
     base.release()
     return params
@@ -190,11 +203,20 @@ def _stack_experts(base: BaseModel, dtype: np.dtype, *, packed: bool) -> dict[st
     return found
 
 
-def _matrix(base: BaseModel, name: str, dtype: np.dtype) -> jax.Array:
+def _layer_inputs(base: BaseModel, dtype: np.dtype) -> LayerInputWeights | None:
+    features = base.family.layer_inputs(base.config)
+    if not features:
+        return None
+    embedding = _matrix(base, LAYER_EMBEDDING, base.dims.layers * features, dtype)
+    projection = jnp.asarray(base.tensor(LAYER_INPUT_PROJECTION).astype(dtype))
+    return LayerInputWeights(embedding, projection, _vector(base, LAYER_INPUT_NORM))
+
+
+def _matrix(base: BaseModel, name: str, columns: int, dtype: np.dtype) -> jax.Array:
     vocab = base.dims.vocab
     parts = (np.arange(start, min(start + _ROWS, vocab)) for start in range(0, vocab, _ROWS))
     pieces = (base.rows(name, part).astype(dtype, copy=False) for part in parts)
-    return _fill(base, (vocab, base.dims.hidden), dtype, pieces)
+    return _fill(base, (vocab, columns), dtype, pieces)
 
 
 def _fill(base: BaseModel, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterator[np.ndarray]) -> jax.Array:

@@ -12,9 +12,11 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, load_params, settings_of
 from jcrosslora.decoder.adapters import update
+from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer import LayerWeights
+from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.decoder.ops import rms_norm
 
@@ -42,7 +44,7 @@ class Texts:
         params = load_params(base) if params is None else params
         kept = np.unique(np.concatenate([tokens.ravel() for tokens, _ in read]))
         # An embedding may be larger than all layers together.
-        self.params = dataclasses.replace(params, embedding=jax.block_until_ready(params.embedding[kept]), head=None)
+        self.params = jax.block_until_ready(dataclasses.replace(params.with_tokens(kept), head=None))
         self.rows = [jnp.asarray(np.searchsorted(kept, tokens).astype(np.int32)) for tokens, _ in read]
         self.masks = [jnp.asarray(mask) for _, mask in read]
 
@@ -61,7 +63,12 @@ class Stream:
         self._start()
 
     def _start(self) -> None:
-        self.states = [embed(self._settings, self._texts.params, rows) for rows in self._texts.rows]
+        settings, params, rows = self._settings, self._texts.params, self._texts.rows
+        self.states = [embed(settings, params, own) for own in rows]
+        self._inputs = [
+            layer_inputs(settings, params.layer_inputs, own, x) for own, x in zip(rows, self.states, strict=True)
+        ]
+        self._keys = [last_keys(settings, x) for x in self.states]
         self.done = 0
 
     def run_to(self, layer: int) -> None:
@@ -79,7 +86,10 @@ class Stream:
     def _run_batches(self) -> Iterator[Down]:
         weights = layer_at(self._settings, self._texts.params, self._adapter, self.done)
         for place, (mask, state) in enumerate(zip(self._texts.masks, self.states, strict=True)):
-            self.states[place], down = jax.block_until_ready(_run_layer(self._settings, weights, mask, state))
+            before = state, self._keys[place]
+            (self.states[place], self._keys[place]), down = jax.block_until_ready(
+                _run_layer(self._settings, weights, mask, before, self._inputs[place])
+            )
             yield down
         self.done += 1
 
@@ -98,11 +108,17 @@ class Stream:
 
 
 @partial(jax.jit, static_argnums=0)
-def _run_layer(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, x: jax.Array) -> tuple[jax.Array, Down]:
-    """Return the stream after a layer. One program serves all streams: two could round differently."""
-    positions, keys = positions_of(mask, mask)
-    x, _, captured = layer_forward(settings, layer, context_of(settings, positions, keys), x, None)
-    return x, Down(captured.inputs.get("down_in"), captured.outputs.get("down_proj"))
+def _run_layer(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    mask: jax.Array,
+    before: tuple[jax.Array, KVCache | None],
+    inputs: jax.Array | None,
+) -> tuple[tuple[jax.Array, KVCache | None], Down]:
+    """Return the stream after a layer, and what the next reads. One program for all streams: two could round apart."""
+    context = context_of(settings, *positions_of(mask, mask), inputs=inputs)
+    x, cache, captured = layer_forward(settings, layer, context, *before)
+    return (x, cache), Down(captured.inputs.get("down_in"), captured.outputs.get("down_proj"))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -49,6 +49,18 @@ def linear(size: int, *, rope_theta: float, factor: float, **_: Any) -> Rope:
     return Rope(_floats(_plain(size, rope_theta) / factor))
 
 
+def proportional(
+    size: int, *, rope_theta: float, partial_rotary_factor: float = 1.0, factor: float = 1.0, **_: Any
+) -> Rope:
+    """Divide all frequencies by `factor`, and rotate only the first share of the pairs of the whole size."""
+    if isinstance(partial_rotary_factor, bool) or not 0 <= partial_rotary_factor <= 1:
+        msg = f"partial_rotary_factor is {partial_rotary_factor!r}, wanted a number from 0 to 1"
+        raise ValueError(msg)
+    frequencies = _plain(size, rope_theta) / factor
+    frequencies[int(partial_rotary_factor * size // 2) :] = 0.0
+    return Rope(_floats(frequencies))
+
+
 def llama3(
     size: int,
     *,

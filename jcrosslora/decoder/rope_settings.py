@@ -13,12 +13,23 @@ import numpy as np
 
 from jcrosslora.checkpoint import Dims, Family
 from jcrosslora.decoder.layer_kinds import FULL, SLIDING
-from jcrosslora.decoder.rope_scaling import Rope, default, linear, llama3, longrope, ntk, scaled_longrope, yarn
+from jcrosslora.decoder.rope_scaling import (
+    Rope,
+    default,
+    linear,
+    llama3,
+    longrope,
+    ntk,
+    proportional,
+    scaled_longrope,
+    yarn,
+)
 from jcrosslora.errors import CheckpointError
 
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 _ORIGINAL, _LONGEST = "original_max_position_embeddings", "max_position_embeddings"
 _GROWTH = "llama_4_scaling_beta"
+_SHARED = "proportional"  # the share of the features that are rotated is a matter of the frequencies
 _YARN = {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", _ORIGINAL}
 # rope type -> function, and the allowed keys beside the common ones.
 _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
@@ -32,6 +43,7 @@ _RULES: Mapping[str, tuple[Callable[..., Rope], set[str]]] = {
 # no other of its numbers. Phi's with experts states the amplitude.
 _MORE_RULES = {
     "dynamic": (ntk, {"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}),
+    _SHARED: (proportional, {"factor"}),
     "longrope": (scaled_longrope, {"short_factor", "long_factor", "short_mscale", "long_mscale", _ORIGINAL}),
 }
 
@@ -49,7 +61,11 @@ def read_ropes(config: Mapping[str, Any], family: Family, dims: Dims, ref: str) 
         CheckpointError: a rope type, key or number is not supported.
     """
     read = _kinds if family.positions.local_theta is None else _separate_kinds
-    return {kind: _rope(settings, config, family, dims, ref) for kind, settings in read(config, family, ref).items()}
+    of_kind = {FULL: dims, SLIDING: dims}
+    if family.global_heads is not None:
+        of_kind[FULL] = dataclasses.replace(dims, head_dim=family.global_heads(config).size)
+    found = read(config, family, ref)
+    return {kind: _rope(settings, config, family, of_kind[kind], ref) for kind, settings in found.items()}
 
 
 def unrotated(rope: Rope) -> Rope:
@@ -106,7 +122,8 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
         msg = f"{ref}: rope setting {unknown[0]!r}={settings[unknown[0]]!r} is not supported for rope type {kind!r}"
         raise CheckpointError(msg)
     settings |= _lengths(settings, config, family)
-    rope = _resolve(rule, settings, _rotated(settings, config, family, dims, ref), f"{ref}: rope type {kind!r}")
+    size = dims.head_dim if kind == _SHARED else _rotated(settings, config, family, dims, ref)
+    rope = _resolve(rule, settings, size, f"{ref}: rope type {kind!r}")
     return dataclasses.replace(rope, growth=_growth(settings, ref)) if family.positions.grows else rope
 
 

@@ -8,7 +8,7 @@ from jcrosslora.checkpoint import BaseModel, Dims, Family
 from jcrosslora.checkpoint.config import read_number
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
-from jcrosslora.checkpoint.family.rules import LatentSizes, Number
+from jcrosslora.checkpoint.family.rules import HeadSizes, LatentSizes, Number
 from jcrosslora.decoder.experts.settings import ExpertSettings, expert_settings
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
@@ -67,6 +67,9 @@ class DecoderSettings(Dims):
         role_factors: on what modules read and return.
         experts: of the layers that have experts; None without any.
         latent: sizes of latent attention; None without it.
+        global_heads: heads of layers whose mixer is "global_attention" or its like; None without any.
+        value_norm: whether the heads of values are normalised, without a gain.
+        layer_inputs: features of the input that each layer has beside the stream, 0 for none.
     """
 
     eps: float
@@ -92,10 +95,28 @@ class DecoderSettings(Dims):
     role_factors: RoleFactors
     experts: ExpertSettings | None = None
     latent: LatentSizes | None = None
+    global_heads: HeadSizes | None = None
+    value_norm: bool = False
+    layer_inputs: int = 0
 
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm, tensor or part of this name."""
         return layers_with(self.parts, name)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether layers read the keys and values of a layer before."""
+        return any("kv_shared" in parts.mixer for parts in self.parts)
+
+    def heads_of(self, mixer: str) -> HeadSizes:
+        """Return the heads of a kind of attention, by its name in `PARTS`."""
+        if self.global_heads is not None and mixer.startswith("global_"):
+            return self.global_heads
+        return HeadSizes(self.kv_heads, self.head_dim)
+
+    def ropes_of(self, mixer: str) -> tuple[int, ...]:
+        """Return the rotary settings of the layers with a mixer, as indices into `ropes`."""
+        return tuple(sorted({self.layer_ropes[layer] for layer in self.layers_with(mixer)}))
 
 
 def settings_of(base: BaseModel) -> DecoderSettings:
@@ -143,6 +164,9 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         ),
         experts=expert_settings(family.experts, config, ref) if layers_with(base.parts, "router") else None,
         latent=latent,
+        global_heads=None if family.global_heads is None else family.global_heads(config),
+        value_norm=family.value_norm,
+        layer_inputs=family.layer_inputs(config),
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
+from jcrosslora.decoder.attention import of_sequences
 from jcrosslora.decoder.forward import extend_cache, positions_of
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.question_batches import Batch, Tokens, batches
@@ -153,12 +154,7 @@ def _tail_states(
     def one(adapter: StackedAdapter) -> jax.Array:
         cache = init_cache(settings, prefix.shape[0], slots, params.stream_dtype)
         _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter, whole)
-        cache = cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            keys=cache.keys[:, owner],
-            values=cache.values[:, owner],
-            positions=cache.positions[owner],
-            states=jax.tree.map(lambda x: x[:, owner], cache.states),
-        )
+        cache = of_sequences(cache, owner)
         hidden, _ = extend_cache(settings, params, cache, tails, (queries, keys), adapter, whole[owner])
         return hidden
 

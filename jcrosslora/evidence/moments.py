@@ -171,7 +171,7 @@ def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...
     settings, kept = settings_of(base), np.unique(np.concatenate([batch.ravel() for batch in tokens]))
     params = load_params(base)
     # An embedding may be larger than all layers together; only the rows of these tokens are looked up.
-    params = dataclasses.replace(params, embedding=jax.block_until_ready(params.embedding[kept]), head=None)
+    params = jax.block_until_ready(dataclasses.replace(params.with_tokens(kept), head=None))
 
     def read(tokens: np.ndarray, mask: np.ndarray, at: np.ndarray, valid: np.ndarray) -> Rows:
         places = np.searchsorted(kept, tokens).astype(np.int32)

@@ -87,7 +87,8 @@ def fit_residual(
         layers without an update.
 
     Raises:
-        UsageError: the rank is below 1 or above the short side of down_proj, or there are no batches.
+        UsageError: the rank is below 1 or above the short side of down_proj, there are no batches, or the target's
+            layers change the stream behind their MLP.
         PairingError: `layers` does not fit the bases, or feeds no layer.
         AdapterError: the adapter does not fit the source, or a stream with it or with `current` is not finite.
         CheckpointError: weights cannot be read, or the decoder does not know the model.
@@ -258,6 +259,9 @@ def _check(
     if not batches:
         msg = "no probe batches were given to fit the residual stream on; give at least one"
         raise UsageError(msg)
+    if "layer_scale" in target.family.tensors:
+        msg = f"{target.ref}: layers of {target.family.name} change the stream behind {ROLE}, which the residual fit "
+        raise UsageError(msg + "does not know; use distill")
     depth_src, depth_tgt = source.dims.layers, target.dims.layers
     if len(layers) != depth_tgt:
         msg = f"the layer map names {len(layers)} layers but the target has {depth_tgt}; name a source layer for each"

@@ -1,6 +1,6 @@
 """Compare the weights of two bases tensor by tensor, from a sample of rows and through their shared structure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import HEAD
-from jcrosslora.checkpoint.family.record import QK_NORMS
+from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.layout import Module
 from jcrosslora.lineage.difference import Difference, compare_rows
 from jcrosslora.lineage.expert_matching import MATRICES, expert_rows
@@ -17,6 +17,8 @@ from jcrosslora.lineage.structure import Structure
 from jcrosslora.lineage.weight_similarity import Sample, check_finite, counterpart_rows, evenly_spaced
 
 _ROWS = 64  # of each module
+# Norms whose features are no dimensions of the stream.
+_OF_HEADS = frozenset({"q", "k", "global_q", "global_k", "q_a", "kv_a"})
 # 64 rows cannot show the rank of an adapter of rank 64, which is in use, so a few modules are read further.
 _MORE_ROWS, _MODULES_READ_FURTHER = 512, 2
 
@@ -27,7 +29,7 @@ class TensorComparison:
 
     Attributes:
         role: of a linear module, e.g. "q_proj"; "experts"; or "embedding", "head", "norms", "biases", "routers" (with
-            the biases of experts), "mixer tensors" (that are no linear modules).
+            the biases of experts), "mixer tensors" (that are no linear modules), "layer inputs" (what makes them).
         target: name of the target module, or which expert of which layer; for other tensors the role.
         source: name of the source module; for other tensors the role.
         difference: how the two differ.
@@ -68,6 +70,7 @@ def compare_other_tensors(source: BaseModel, target: BaseModel, structure: Struc
         "biases": _compare_vectors(_biases(source, target, structure)),
         "routers": _compare_vectors(_routers(source, target, structure)),
         "mixer tensors": _compare_vectors(_mixer_tensors(source, target, structure)),
+        "layer inputs": _compare_vectors(_layer_inputs(source, target, structure)),
     }
     return [TensorComparison(role, role, role, piece) for role, piece in pieces.items() if piece is not None]
 
@@ -177,15 +180,17 @@ def _norms(source: BaseModel, target: BaseModel, structure: Structure) -> Iterat
     """Yield the norm weights that both families have, in the dimensions that correspond."""
     matched = structure.stream >= 0
     norms_src, norms_tgt = (base.family.layer_norms(base.config) for base in (source, target))
-    # Norms of queries and keys are no dimensions of the stream.
-    places = [place for place in norms_tgt if place in norms_src and place not in QK_NORMS]
-    in_layer = [(norms_src[place], norms_tgt[place]) for place in places]
+    places = [place for place in norms_tgt if place in norms_src and place not in _OF_HEADS]
     names = [(f"{source.family.final_norm}.weight", f"{target.family.final_norm}.weight")]
     for number, layer in enumerate(structure.layers):
         if layer is not None:
             names += [
-                (f"model.layers.{layer.layer}.{norm_src}.weight", f"model.layers.{number}.{norm_tgt}.weight")
-                for norm_src, norm_tgt in in_layer
+                (
+                    f"model.layers.{layer.layer}.{norms_src[own]}.weight",
+                    f"model.layers.{number}.{norms_tgt[own]}.weight",
+                )
+                for own in places
+                if number in target.layers_with(own) and layer.layer in source.layers_with(own)
             ]
     # Compared as stored where both families mean the same: adding the offset of a gain would round differently.
     offset = np.float32(target.family.gain_offset - source.family.gain_offset)
@@ -235,6 +240,28 @@ def _mixer_tensors(
                 src, tgt = _both((source, name_src), (target, f"model.layers.{number}.{paths_tgt[name].path}"))
                 some = evenly_spaced(len(tgt), _ROWS)
                 yield src[some].reshape(-1), tgt[some].reshape(-1)
+
+
+def _layer_inputs(
+    source: BaseModel, target: BaseModel, structure: Structure
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a sample of what makes the inputs that layers have beside the stream, of bases with as many of them."""
+    features = [base.family.layer_inputs(base.config) * base.dims.layers for base in (source, target)]
+    if not features[0] or features[0] != features[1]:
+        return
+    matched, some = structure.stream >= 0, evenly_spaced(features[0], _ROWS)
+    tokens = [ids[evenly_spaced(len(ids), _ROWS)] for ids in structure.tokens]
+
+    def rows(name: str, ids: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        both = zip((source, target), ids, strict=True)
+        return (check_finite(base, name, base.rows(name, own)) for base, own in both)
+
+    src, tgt = rows(LAYER_EMBEDDING, tokens)
+    yield src.reshape(-1), tgt.reshape(-1)
+    src, tgt = rows(LAYER_INPUT_PROJECTION, (some, some))
+    yield src[:, structure.stream[matched]].reshape(-1), tgt[:, matched].reshape(-1)
+    src, tgt = _both((source, LAYER_INPUT_NORM), (target, LAYER_INPUT_NORM))
+    yield src, tgt
 
 
 def _both(*named: tuple[BaseModel, str]) -> Iterator[np.ndarray]:

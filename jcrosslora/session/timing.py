@@ -17,6 +17,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.family.parts import holds
 from jcrosslora.checkpoint.layout import norm_sizes
 from jcrosslora.decoder import DecoderSettings, Params, forward, settings_of
+from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.linalg import decompose
 
 _VOCABULARY = 512  # rows of the embedding of the layer that is timed
@@ -63,8 +64,8 @@ class Stopwatch:
             settings,
             layers=1,
             vocab=_VOCABULARY,
-            windows=settings.windows[:1],
-            layer_ropes=settings.layer_ropes[:1],
+            windows=settings.windows[-1:],
+            layer_ropes=settings.layer_ropes[-1:],
             parts=settings.parts[-1:],
         )
 
@@ -123,4 +124,7 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
         norms={name: jnp.ones((1, size)) for name, size in norms.items() if holds(parts, name)},
         activation=tuple(jnp.ones((1, 1)) for _ in family.activation_tensors),
         tensors={name: jnp.ones((1, *tensor.shape(base.dims, base.config))) for name, tensor in tensors.items()},
+        layer_inputs=None
+        if (width := settings.layer_inputs) == 0
+        else LayerInputWeights(matrix(settings.vocab, width), matrix(width, settings.hidden), jnp.ones(width)),
     )

@@ -38,9 +38,9 @@ class ReducedBase:
     ) -> "ReducedBase":
         """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `predicted`."""
         head = head_of(params)[predicted]
-        embedding = params.embedding if kept is None else params.embedding[kept]
+        params = params if kept is None else params.with_tokens(kept)
         bias = None if params.head_bias is None else params.head_bias[predicted]
-        params = dataclasses.replace(params, embedding=embedding, head=head, head_bias=bias)
+        params = dataclasses.replace(params, head=head, head_bias=bias)
         return cls(settings, params, kept, ends)
 
     def rows(self, tokens: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a layer consists of: what mixes its positions, and its MLP. Both may differ from layer to layer."""
+"""What a layer consists of: what mixes its positions, its MLP, and what is behind it. All may differ between layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,30 +8,41 @@ from jcrosslora.checkpoint.family.names import (
     CONVOLUTION,
     DELTA,
     GATED_ATTENTION,
+    GLOBAL_ATTENTION,
     GROUPED_DELTA,
     LATENT,
     MAMBA,
     MLP,
+    PER_LAYER,
     SHARED,
+    WIDE_MLP,
 )
 
 
 class LayerParts(NamedTuple):
-    """The names, in `PARTS`, of a layer's mixer and of its MLP."""
+    """The names, in `PARTS`, of a layer's mixer, of its MLP, and of the step behind that."""
 
     mixer: str = "attention"
     mlp: str = "dense"
+    last: str = "nothing"
 
 
 _ATTENTION = frozenset({*ATTENTION, *GATED_ATTENTION, "q", "k", "sinks"})
 _RECURRENCE = {"conv", "conv_bias", "A_log", "dt_bias", "norm"}
 _MAMBA = frozenset({*MAMBA, *_RECURRENCE, "D", "mamba_out_bias"})
+_GLOBAL = frozenset({*GLOBAL_ATTENTION, "global_q", "global_k"})
+# Norms and tensors of experts whose outputs are added to those of an MLP.
+_BESIDE = frozenset({"mlp_alone", "experts_in", "experts_out", "router_scale", "expert_scale"})
 # Of the experts of a layer, see `Experts.layouts`.
 EXPERT_TENSORS = ("router", "router_bias", "correction", "gate_up", "down", "gate_up_bias", "down_bias")
 # Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
 # `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
 PARTS: Mapping[str, frozenset[str]] = {
     "attention": _ATTENTION,
+    "kv_shared_attention": frozenset({"kv_shared_q_proj", "o_proj", "q"}),
+    "global_attention": _GLOBAL,
+    "global_key_attention": _GLOBAL - {"global_v_proj"},  # the keys, before their norm, are the values
+    "global_kv_shared_attention": frozenset({"global_kv_shared_q_proj", "global_o_proj", "global_q"}),
     "latent_attention": frozenset({*LATENT, "o_proj", "q_a", "kv_a"}),
     "direct_latent_attention": frozenset({*LATENT[2:], "q_proj", "o_proj", "kv_a"}),
     "convolution": frozenset({*CONVOLUTION, "conv", "conv_bias"}),
@@ -41,6 +52,11 @@ PARTS: Mapping[str, frozenset[str]] = {
     "dense": frozenset(MLP),
     "experts": frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS}),
     "dense and experts": frozenset({*MLP, *EXPERT_TENSORS}),
+    "wide": frozenset(WIDE_MLP),
+    "dense beside experts": _BESIDE | {*MLP, *EXPERT_TENSORS},
+    "wide beside experts": _BESIDE | {*WIDE_MLP, *EXPERT_TENSORS},
+    "per_layer_input": frozenset({*PER_LAYER, "per_layer_out"}),
+    "nothing": frozenset(),
 }
 _OWNED = frozenset().union(*PARTS.values())
 

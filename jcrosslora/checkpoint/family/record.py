@@ -6,9 +6,28 @@ from typing import Any, Literal
 
 from jcrosslora.checkpoint.family.experts import Experts
 from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.names import DENSE_ROLES, LATENT_INNER, MIXER_WRITERS, MLP, MLP_WRITERS, ROLES, SHARED
+from jcrosslora.checkpoint.family.names import (
+    DENSE_ROLES,
+    LATENT_INNER,
+    MIXER_WRITERS,
+    MLP,
+    MLP_WRITERS,
+    PER_LAYER,
+    ROLES,
+    SHARED,
+    WIDE_MLP,
+)
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.checkpoint.family.rules import Gguf, LatentSizes, LayerTensor, Number, Positions, RoleShape, Windows
+from jcrosslora.checkpoint.family.rules import (
+    Gguf,
+    HeadSizes,
+    LatentSizes,
+    LayerTensor,
+    Number,
+    Positions,
+    RoleShape,
+    Windows,
+)
 
 PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
@@ -28,6 +47,10 @@ class Family:
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
         latent: from a configuration, the sizes of latent attention; None where no layer has it.
+        global_heads: from a configuration, the heads of layers of "global_attention" and its like.
+        value_norm: whether the heads of values are normalised, without a gain.
+        layer_inputs: from a configuration, the features of the input that each layer has beside the stream, of an
+            embedding of its own and of the stream before the first layer; 0 for none.
         experts: of the layers with experts in place of one MLP, if there are any.
         tensors: name -> tensor of a layer that is neither a linear module nor a norm, beside those of `mixer`.
         resolve: from a configuration to one that states what the other rules read, where some keys imply it. It takes
@@ -36,7 +59,9 @@ class Family:
         fused: module as the model stores it -> the roles that it holds as row slices, in row order. A module whose
             name is not that of `ROLE_PATHS` holds one role.
         norms: norms of a layer. "attn" and "mlp" in front of attention and MLP, "attn_post" and "mlp_post" behind them,
-            "q" and "k" of queries and keys.
+            "q" and "k" of queries and keys ("global_q", "global_k" of those of `global_heads`); "mlp_alone" behind an
+            MLP whose output is added to that of experts, "experts_in" and "experts_out" around these, all of them in
+            front of "mlp_post"; "per_layer_out" behind the step with an input of the layer.
         final_norm: the norm in front of the output head.
         norm: "rms", or "layer", which subtracts the mean first.
         norm_biases: whether norms have a bias.
@@ -77,6 +102,9 @@ class Family:
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
     latent: Callable[[Mapping[str, Any]], LatentSizes] | None = None
+    global_heads: Callable[[Mapping[str, Any]], HeadSizes] | None = None
+    value_norm: bool = False
+    layer_inputs: Callable[[Mapping[str, Any]], int] = lambda _: 0
     experts: Experts | None = None
     tensors: Mapping[str, LayerTensor] = field(default_factory=dict)
     resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -165,6 +193,8 @@ class Family:
         """
         if role in LATENT_INNER:
             return None
-        if role in (*MLP, *SHARED, "shared_expert_gate"):
+        if role in PER_LAYER:
+            return self.norms["per_layer_out"] if role == "per_layer_projection" else None
+        if role in (*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate"):
             return self.norms.get("mlp_post" if role in MLP_WRITERS else "attn" if self.parallel else "mlp")
         return self.norms.get("attn_post" if role in MIXER_WRITERS else "attn")

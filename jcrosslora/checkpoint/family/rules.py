@@ -36,6 +36,18 @@ class LatentSizes(NamedTuple):
     value: int
 
 
+class HeadSizes(NamedTuple):
+    """The heads of one kind of attention.
+
+    Attributes:
+        kv_heads: number of key and value heads.
+        size: features of a head.
+    """
+
+    kv_heads: int
+    size: int
+
+
 # From the sizes of a model and its configuration to the shape (O, I) of a role.
 RoleShape = Callable[[Sizes, Mapping[str, Any]], tuple[int, int]]
 
@@ -60,7 +72,7 @@ class Number:
     """A positive number that follows from a configuration.
 
     Attributes:
-        key: its configuration key.
+        key: its configuration key; "" if all models have the default.
         default: value where the configuration does not state it; None if it must, or if there is none then.
         power: of that value, which is the number.
     """

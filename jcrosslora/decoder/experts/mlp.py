@@ -15,12 +15,23 @@ from jcrosslora.decoder.settings import DecoderSettings
 _HELD = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
-def expert_mlp(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture) -> jax.Array:
-    """Run the experts of a layer on the normed stream (B, T, H), and add those that all tokens share."""
+def expert_mlp(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    normed: jax.Array,
+    capture: LayerCapture,
+    routed: jax.Array | None = None,
+) -> jax.Array:
+    """Run the experts of a layer on the normed stream (B, T, H), and add those that all tokens share.
+
+    The router reads `routed`, of the same shape, where it is given.
+    """
     assert settings.experts is not None
     own, tensors = settings.experts, layer.tensors
     flat = normed.reshape(math.prod(normed.shape[:-1]), normed.shape[-1])
-    chosen, weights = route(own, flat, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
+    read = flat if routed is None else routed.reshape(flat.shape)
+    chosen, weights = route(own, read, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
+    weights = weights * tensors["expert_scale"][chosen] if "expert_scale" in tensors else weights
 
     def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
         inner = _activated(settings, _matrix("gate_up", rows, held, factors)).astype(rows.dtype)

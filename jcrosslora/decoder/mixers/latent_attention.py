@@ -28,7 +28,7 @@ def latent_attention(
     Returns:
         (B, T, H), the output of o_proj, and the cache with the layer's keys and values.
     """
-    sizes, rotation = settings.latent, of_layer(layer, context.rotations)
+    sizes, rotation = settings.latent, of_layer(settings, layer, context.rotations)
     assert sizes is not None
 
     def rotated(x: jax.Array) -> jax.Array:

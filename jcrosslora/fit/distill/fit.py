@@ -291,7 +291,8 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, by
     XLA's memory analysis of bases of 0.1B to 8B parameters.
     """
-    mixed = max(settings.heads * settings.head_dim, 0 if settings.mixer is None else settings.mixer.convolved)
+    size = max(settings.head_dim, 0 if settings.global_heads is None else settings.global_heads.size)
+    mixed = max(settings.heads * size, 0 if settings.mixer is None else settings.mixer.convolved)
     width = 2 * settings.intermediate + 3 * (settings.hidden + mixed)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 

@@ -13,9 +13,11 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer, pad_right
 from jcrosslora.decoder import DecoderSettings, fast_dtype, load_params, settings_of
+from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer import LayerWeights
+from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.decoder.params import Params
 from jcrosslora.errors import not_finite
@@ -81,21 +83,29 @@ class HiddenStates:
 
     def _means(self, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         seen = jnp.asarray(mask)
-        x = _embed(self.settings, self.params, jnp.asarray(tokens))
+        x, inputs = _embed(self.settings, self.params, jnp.asarray(tokens))
+        cache = last_keys(self.settings, x)
         for layer in self.layers:
-            x = _run_layer(self.settings, layer, seen, x)
+            x, cache = _run_layer(self.settings, layer, seen, (x, cache), inputs)
         return np.asarray(_mean(x, seen))
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
-    return embed(settings, params, tokens)
+def _embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    x = embed(settings, params, tokens)
+    return x, layer_inputs(settings, params.layer_inputs, tokens, x)
 
 
 @partial(jax.jit, static_argnums=0)
-def _run_layer(settings: DecoderSettings, layer: LayerWeights, mask: jax.Array, x: jax.Array) -> jax.Array:
-    positions, keys = positions_of(mask, mask)
-    return layer_forward(settings, layer, context_of(settings, positions, keys), x, None)[0]
+def _run_layer(
+    settings: DecoderSettings,
+    layer: LayerWeights,
+    mask: jax.Array,
+    before: tuple[jax.Array, KVCache | None],
+    inputs: jax.Array | None,
+) -> tuple[jax.Array, KVCache | None]:
+    context = context_of(settings, *positions_of(mask, mask), inputs=inputs)
+    return layer_forward(settings, layer, context, *before)[:2]
 
 
 @jax.jit
