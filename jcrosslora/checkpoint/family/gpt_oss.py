@@ -13,6 +13,8 @@ _STORED = _ROUTER | {
     "down": "mlp.experts.down_proj",
     "down_bias": "mlp.experts.down_proj_bias",
 }
+# In published files the matrices are MXFP4, in the usual order of rows and columns.
+_PACKED = _STORED | {name: f"{_STORED[name]}_blocks" for name in ("gate_up", "down")}
 
 GPT_OSS = Family(
     name="gpt_oss",
@@ -31,7 +33,7 @@ GPT_OSS = Family(
         ("num_local_experts", "num_experts"),
         used="num_experts_per_tok",
         width="intermediate_size",
-        layouts=(MERGED | _ROUTER | BIASES, _STORED),
+        layouts=(_PACKED, MERGED | _ROUTER | BIASES, _STORED),
         scores="chosen",
         transposed=frozenset({_STORED["gate_up"], _STORED["down"]}),
         interleaved=True,
