@@ -79,7 +79,13 @@ def write_gguf(path: Path, arch: str, metadata: dict, tensors: dict[str, tuple],
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         full = key if key.startswith(("general.", "tokenizer.", "split.", "xielu.")) else f"{arch}.{key}"
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
         add[type(value)](full, value)
     if tokens is not None:
         model, texts, types = tokens

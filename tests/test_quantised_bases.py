@@ -185,7 +185,7 @@ def test_uneven_levels_are_recognised_as_rounding(name, tmp_path):
 
 
 def test_every_format_is_tested():
-    for form in FORMATS:
+    for form in (form for form in FORMATS if form.ending == ".weight"):  # `test_mxfp4.py` has the other
         assert any(case.settings and form.claims(case.settings) for case in CASES.values()), form.name
 
 

@@ -21,8 +21,9 @@ from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.gguf import open_header
 from jcrosslora.checkpoint.gguf_header import GGUFHeader
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES, hub_id_of
-from jcrosslora.checkpoint.gguf_names import architecture, hf_name, permutes_heads
-from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float, unpermuted_rows
+from jcrosslora.checkpoint.gguf_names import architecture, gguf_name, hf_name, permutes_heads
+from jcrosslora.checkpoint.gguf_store import float_type, stored_rows, to_float
+from jcrosslora.checkpoint.gguf_tensors import unpermuted_rows
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import Entry
 from jcrosslora.errors import AdapterError, CheckpointError
@@ -127,7 +128,13 @@ def _name(stored: str, adapter: GGUFAdapter) -> str:
     """Return PEFT's name of a tensor."""
     parsed = parse_gguf_name(stored)
     name = hf_name(parsed.module, adapter.arch)
-    layer = parsed.module.split(".")[1:-2]
+    if name is not None and name.startswith("model.layers.") and gguf_name(name, adapter.arch) != parsed.module:
+        msg = (
+            f"{adapter.file.path}: the rows or columns of {parsed.module!r} are not those of a module in architecture "
+        )
+        msg += f"{adapter.arch!r}: LoRA of it cannot be read; use the adapter in the format of PEFT"
+        raise AdapterError(msg)
+    layer = parsed.module.split(".")[1:2] if parsed.module.startswith("blk.") else []
     known = parsed.kind in _PEFT and all(part.isascii() and part.isdecimal() for part in layer)
     if not known or name is None or not name.endswith(".weight"):
         msg = f"{adapter.file.path}: tensor {stored!r} is not one of a LoRA for architecture {adapter.arch!r}"

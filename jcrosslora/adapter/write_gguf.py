@@ -17,7 +17,7 @@ from jcrosslora.adapter.contents import Contents, file_factors
 from jcrosslora.adapter.folder import GGUF_WEIGHTS
 from jcrosslora.adapter.names import ending
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name, permutes_heads
-from jcrosslora.checkpoint.gguf_store import unpermuted_rows
+from jcrosslora.checkpoint.gguf_tensors import unpermuted_rows
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import OutputError
 

@@ -12,7 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
-from jcrosslora.checkpoint.experts import expert_shapes, layout_of, read_expert_tensor, stored_rows
+from jcrosslora.checkpoint.experts import (
+    expert_shapes,
+    in_order,
+    is_transposed,
+    layout_of,
+    read_expert_tensor,
+    stored_rows,
+)
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, Family
 from jcrosslora.checkpoint.family.names import WRITERS
 from jcrosslora.checkpoint.family.parts import LayerParts, layers_with
@@ -167,7 +174,14 @@ class BaseModel:
         assert self.expert_layout is not None
         shape = self.expert_shape(matrix)
         places = stored_rows(self.family.experts, self.expert_layout, shape, matrix, expert, np.asarray(ids))
-        return np.concatenate([self.rows(f"model.layers.{layer}.{path}", own) for path, own in places])
+        rows = np.concatenate([self.rows(f"model.layers.{layer}.{path}", own) for path, own in places])
+        return in_order(self.family.experts, self.expert_layout, matrix, rows)
+
+    def expert_axis(self, matrix: str) -> int:
+        """Return the axis of `expert_shape` that `expert_rows` counts: 2 where the matrix is stored transposed."""
+        assert self.family.experts is not None
+        assert self.expert_layout is not None
+        return 2 if is_transposed(self.family.experts, self.expert_layout, matrix) else 1
 
     def expert_dtype(self, layer: int, matrix: str) -> str:
         """Return the storage dtype of a matrix of the experts of a layer."""

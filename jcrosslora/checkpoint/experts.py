@@ -34,13 +34,15 @@ def expert_shapes(
         "gate_up": (count, 2 * width, hidden),
         "down": (count, hidden, width),
         "gate_up_bias": (count, 2 * width),
+        "gate_bias": (count, width),
+        "up_bias": (count, width),
         "down_bias": (count, hidden),
     }
     for name, path in layout.items():
         shape = shapes[name]
         if "{}" in path:
             yield from ((path.format(expert), shape[1:]) for expert in range(count))
-        elif experts.transposed and len(shape) == 3:
+        elif path in experts.transposed:
             yield path, (shape[0], shape[2], shape[1])
         else:
             yield path, shape
@@ -48,8 +50,7 @@ def expert_shapes(
 
 def expert_tensors(experts: Experts) -> tuple[str, ...]:
     """Name the tensors of a layer that `read_expert_tensor` reads, each with a first axis of experts."""
-    names = [name for name in experts.layouts[0] if name not in ("gate", "up", "gate_up")]
-    return (*names, "gate_up")
+    return tuple(experts.layouts[-1])
 
 
 def read_expert_tensor(
@@ -64,23 +65,28 @@ def read_expert_tensor(
         count: E.
         name: of `expert_tensors`.
     """
-    if name not in layout:
-        parts = [read_expert_tensor(experts, layout, read, count, part) for part in ("gate", "up")]
-        return np.concatenate(parts, axis=1)
+    if name not in layout:  # gate and up on their own
+        parts = [name.replace("gate_up", part) for part in ("gate", "up")]
+        return np.concatenate([read_expert_tensor(experts, layout, read, count, part) for part in parts], axis=1)
     path = layout[name]
     if "{}" in path:
         return np.stack([read(path.format(expert)) for expert in range(count)])
     array = read(path)
-    if experts.transposed and array.ndim == 3:
+    if path in experts.transposed:
         array = array.swapaxes(1, 2)
     if experts.interleaved and name in ("gate_up", "gate_up_bias"):
-        array = np.concatenate([array[:, ::2], array[:, 1::2]], axis=1)
+        array = array[:, _in_turn(array.shape[1])]
     return array.reshape(count, *array.shape[1:]) if name != "correction" else array.reshape(count)
 
 
-def row_count(experts: Experts, shape: tuple[int, int, int]) -> int:
-    """Return the rows of a matrix of one expert as it is stored, given (E, O, I): O, or I where it is transposed."""
-    return shape[2] if experts.transposed else shape[1]
+def _in_turn(count: int) -> np.ndarray:
+    """Return the place of each row, those of gate first, where rows of gate and up take turns."""
+    return np.arange(count).reshape(-1, 2).T.reshape(-1)
+
+
+def is_transposed(experts: Experts, layout: Mapping[str, str], matrix: str) -> bool:
+    """Whether a matrix, "gate_up" or "down", is stored as (E, I, O), so that its stored rows are columns."""
+    return layout.get(matrix) in experts.transposed
 
 
 def stored_rows(
@@ -94,7 +100,7 @@ def stored_rows(
         shape: (E, O, I) of the matrix.
         matrix: "gate_up" or "down".
         expert: its number.
-        ids: (n,) of `row_count`, in increasing order.
+        ids: (n,) of O, or of I where the matrix is stored transposed, in increasing order.
     """
     if matrix not in layout:  # gate and up on their own
         half = shape[1] // 2
@@ -104,4 +110,14 @@ def stored_rows(
     path = layout[matrix]
     if "{}" in path:
         return [(path.format(expert), ids)]
-    return [(path, expert * row_count(experts, shape) + ids)]
+    transposed = is_transposed(experts, layout, matrix)
+    if matrix == "gate_up" and experts.interleaved and not transposed:
+        ids = _in_turn(shape[1])[ids]
+    return [(path, expert * shape[2 if transposed else 1] + ids)]
+
+
+def in_order(experts: Experts, layout: Mapping[str, str], matrix: str, rows: np.ndarray) -> np.ndarray:
+    """Return rows that were read at `stored_rows`, with the features of gate before those of up."""
+    if matrix == "gate_up" and experts.interleaved and is_transposed(experts, layout, matrix):
+        return rows[:, _in_turn(rows.shape[1])]
+    return rows

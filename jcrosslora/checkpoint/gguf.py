@@ -13,8 +13,9 @@ from jcrosslora.checkpoint.families import Family
 from jcrosslora.checkpoint.gguf_config import translate
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, read_header
 from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
-from jcrosslora.checkpoint.gguf_names import hf_name, permutes_heads
+from jcrosslora.checkpoint.gguf_names import block_names, hf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
+from jcrosslora.checkpoint.gguf_tensors import find_sources
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.errors import CheckpointError
 
@@ -35,15 +36,15 @@ def open_gguf(path: Path) -> tuple[ModelConfig, GGUFStore, str | None]:
     """
     gguf, file, header = open_header(path)
     meta = Metadata(header.metadata, path)
-    names = _hf_names(header, meta.arch, path)
+    names = _hf_names(header, meta)
     factors = {name: _factor(file, header, name, gguf) for name in _ROPE_TENSORS if name in header.tensors}
     config = check_config(translate(meta, _facts(header, names, path), factors), path)
-    heads = config.values["num_attention_heads"], config.values["num_key_value_heads"]
-    reordered = heads if permutes_heads(meta.arch) else None
-    if reordered is not None:
-        _check_heads(reordered, header, path)
+    if permutes_heads(meta.arch):
+        _check_heads((config.values["num_attention_heads"], config.values["num_key_value_heads"]), header, path)
     stated = _stated(config.family, header.metadata, config.values["num_hidden_layers"], path)
-    store = GGUFStore(file, header, gguf, names, reordered, config.family.gain_offset, stated)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    sources = find_sources(names, shapes, config.family, config.values)
+    store = GGUFStore(file, header, gguf, sources, stated)
     return config, store, model_name(header.metadata)
 
 
@@ -70,17 +71,27 @@ def _import_gguf(path: Path) -> ModuleType:
         raise CheckpointError(msg) from error
 
 
-def _hf_names(header: GGUFHeader, arch: str, path: Path) -> dict[str, str]:
-    names = {}
+def _hf_names(header: GGUFHeader, meta: Metadata) -> dict[str, list[str]]:
+    """Return the tensors of the file that hold the rows of each tensor of the model, in the order of the rows."""
+    order = {stored: place for place, stored in enumerate(block_names(meta.arch))}
+    names: dict[str, list[str]] = {}
     for stored in header.tensors:
-        if stored in _ROPE_TENSORS:
+        if stored in _ROPE_TENSORS or _predicts_further(stored, meta):
             continue
-        name = hf_name(stored, arch)
+        name = hf_name(stored, meta.arch)
         if name is None:
-            msg = f"{path}: tensor {stored!r} is not known for architecture {arch!r}: it may change the model"
+            msg = f"{meta.path}: tensor {stored!r} is not known for architecture {meta.arch!r}: it may change the model"
             raise CheckpointError(msg)
-        names[name] = stored
-    return names
+        names.setdefault(name, []).append(stored)
+    return {name: sorted(stored, key=lambda one: order.get(one.split(".", 2)[-1], 0)) for name, stored in names.items()}
+
+
+def _predicts_further(stored: str, meta: Metadata) -> bool:
+    """Whether a tensor belongs to a layer behind the last that predicts further tokens."""
+    if not meta.count("nextn_predict_layers"):
+        return False
+    layer = stored.split(".")[1] if stored.startswith("blk.") else ""
+    return layer.isdecimal() and len(layer) < 10 and int(layer) >= (meta.layers() or 0)
 
 
 def _check_types(header: GGUFHeader, gguf: ModuleType, path: Path) -> None:
@@ -94,7 +105,7 @@ def _factor(file: MappedFile, header: GGUFHeader, name: str, gguf: ModuleType) -
     return to_float(stored_rows(file, info, gguf), info.kind, gguf, file.path).astype(np.float32).reshape(-1)
 
 
-def _facts(header: GGUFHeader, names: Mapping[str, str], path: Path) -> dict[str, Any]:
+def _facts(header: GGUFHeader, names: Mapping[str, list[str]], path: Path) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         msg = f"{path}: has no matrix token_embd.weight: the file is not a complete model"
@@ -102,7 +113,7 @@ def _facts(header: GGUFHeader, names: Mapping[str, str], path: Path) -> dict[str
     return {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "biased": {name.removeprefix("model.layers.0.") for name in names if name.endswith(".bias")},
+        "held": frozenset(name.split(".", 3)[3] for name in names if name.startswith("model.layers.")),
     }
 
 

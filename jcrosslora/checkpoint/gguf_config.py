@@ -27,7 +27,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
 
     Args:
         meta: its metadata.
-        facts: values from its tensors: vocab_size, tie_word_embeddings, and "biased", the biases of the first layer.
+        facts: values from its tensors: vocab_size, tie_word_embeddings, and "held", the tensors of its layers.
         factors: its rope factor tensors by GGUF name, if any.
 
     Raises:
@@ -40,9 +40,9 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         "architectures": [family.architectures[0]],
         "hidden_size": meta.count("embedding_length"),
         "intermediate_size": meta.count("feed_forward_length"),
-        "num_hidden_layers": meta.count("block_count"),
+        "num_hidden_layers": meta.layers(),
         "num_attention_heads": meta.count("attention.head_count"),
-        "num_key_value_heads": meta.count("attention.head_count_kv") or meta.count("attention.head_count"),
+        "num_key_value_heads": meta.most("attention.head_count_kv") or meta.count("attention.head_count"),
         family.eps.key: meta.number(eps),
         "max_position_embeddings": meta.count("context_length"),
         "vocab_size": facts["vocab_size"],
@@ -53,13 +53,24 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     }
     if family.name != "phi3":  # Phi3Config has no such key.
         config["head_dim"] = meta.head_dim()
+    held, form = facts["held"], family.gguf
     for key, roles in family.bias_keys.items():
-        config[key] = f"{holder_of(family, roles[0])}.bias" in facts["biased"]
-    assert family.gguf is not None
-    stated = {key: meta.number(stored) for key, stored in family.gguf.numbers.items()}
+        config[key] = f"{holder_of(family, roles[0])}.bias" in held
+    if family.qk_norm_key is not None:
+        config[family.qk_norm_key] = f"{family.norms['q']}.weight" in held
+    assert form is not None
+    stated = {key: meta.number(stored) for key, stored in form.numbers.items()}
+    stated |= {key: meta.count(stored) for key, stored in form.counts.items()}
     config |= {key: value for key, value in stated.items() if value is not None}
-    config |= dict(family.gguf.implied) | _expert_sizes(meta, family)
-    return config | _windows(meta, family) | _other_keys(meta, family)
+    config |= _expert_settings(meta, family) | dict(form.implied)
+    config |= _windows(meta, family) | _other_keys(meta, family)
+    if form.settings is None:
+        return config
+    try:
+        return config | dict(form.settings(meta.own(), held))
+    except CheckpointError as error:
+        msg = f"{meta.path}: {error}"
+        raise CheckpointError(msg) from None
 
 
 def _family(meta: Metadata) -> Family:
@@ -71,14 +82,30 @@ def _family(meta: Metadata) -> Family:
     return next((one for one in same if (one.windows is not None) == windowed), same[0])
 
 
-def _expert_sizes(meta: Metadata, family: Family) -> dict[str, Any]:
+# `expert_gating_func`: how files number the scores of experts.
+_SCORES = {1: "softmax", 2: "sigmoid", 3: "chosen"}
+
+
+def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
     experts = family.experts
-    if experts is None:
-        return {}
+    if experts is None or not meta.count("expert_count"):
+        return {} if experts is None else {experts.count[0]: 0}
     sizes = {experts.count[0]: "expert_count", experts.used: "expert_used_count"}
     if experts.width != "intermediate_size":
         sizes[experts.width] = "expert_feed_forward_length"
-    return {key: meta.count(stored) for key, stored in sizes.items()}
+    found: dict[str, Any] = {key: meta.most(stored) for key, stored in sizes.items()}
+    if experts.groups is not None:
+        stated = ("expert_group_count", "expert_group_used_count")
+        found |= {key: meta.count(one) or 1 for key, one in zip(experts.groups, stated, strict=True)}
+    if isinstance(experts.normalised, str):
+        found[experts.normalised] = bool(meta.get("expert_weights_norm", False))
+    if experts.scale is not None:
+        found[experts.scale.key] = meta.number("expert_weights_scale") or 1.0
+    scores = meta.get("expert_gating_func")
+    if scores is not None and _SCORES.get(scores) != experts.scores:
+        msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {family.name} does not have"
+        raise CheckpointError(msg)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +144,12 @@ def _original(meta: Metadata) -> int | None:
 def _layer_types(meta: Metadata, period: int) -> list[str]:
     # The pattern is a period or one flag per layer; the default is that of llama.cpp and transformers.
     stated = meta.get("attention.sliding_window_pattern")
-    layers = meta.count("block_count")
+    layers = meta.layers()
     if layers is None or not 0 < layers < 10_000:
         msg = f"{meta.path}: {meta.arch}.block_count is {layers!r}, wanted the number of layers"
         raise CheckpointError(msg)
-    if isinstance(stated, list) and len(stated) == layers:
+    if isinstance(stated, list) and len(stated) == meta.count("block_count"):
+        stated = stated[:layers]
         return ["sliding_attention" if flag else "full_attention" for flag in stated]
     period = stated if type(stated) is int and stated > 0 else period
     return ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)]
@@ -157,11 +185,9 @@ def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[s
 
 
 def _growing(meta: Metadata) -> dict[str, Any]:
-    """Return what the yarn of Ministral 3 has beside factor and length; files state one of its two mscales."""
+    """Return what the yarn of Ministral 3 has beside others; files state one of its two mscales."""
     stated = {
         "llama_4_scaling_beta": meta.number("attention.temperature_scale"),
-        "beta_fast": meta.number("rope.scaling.yarn_beta_fast"),
-        "beta_slow": meta.number("rope.scaling.yarn_beta_slow"),
         "mscale": meta.number("rope.scaling.yarn_log_multiplier"),
     }
     if stated["llama_4_scaling_beta"] is None or stated["mscale"] not in (None, 1.0):
@@ -186,7 +212,15 @@ def _scaling(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any
     if kind == "linear" and factor is not None:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn" and factor is not None:
-        return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta)}
+        form, keys = _family(meta).gguf, {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+        keys |= {"attention_factor": "yarn_attn_factor"}
+        stated = {key: meta.number(f"rope.scaling.{stored}") for key, stored in keys.items()}
+        stated = {key: value for key, value in stated.items() if value is not None}
+        assert form is not None
+        if _family(meta).latent is not None and (scale := meta.number("rope.scaling.yarn_log_multiplier")):
+            # A tenth of one of two mscales, which are equal in published models.
+            stated |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10.0 * scale, 6))
+        return {"rope_type": "yarn", "factor": factor, _ORIGINAL: _original(meta), **stated, **form.rope}
     msg = f"{meta.path}: rope scaling {kind!r} with factor {factor} is not supported"
     raise CheckpointError(msg)
 

@@ -24,6 +24,12 @@ for _family in FAMILIES.values():
     if _family.gguf is not None:
         ARCHITECTURES.setdefault(_family.gguf.architecture, _family.name)
 _WITH_EXPERTS = {one.gguf.architecture for one in FAMILIES.values() if one.gguf is not None and one.experts is not None}
+# Architectures of families that are read from safetensors alone -> why.
+_REFUSED = {
+    "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
+    "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
+    "chatglm": "its files do not state the epsilon of the norms",
+}
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 _LARGEST = 1e38  # float32 ends at 3.4e38
@@ -45,7 +51,12 @@ class Metadata:
         self.values, self.path = values, path
         arch = values.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
-            msg = f"{path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            why = (
+                f": {_REFUSED[arch]}: use the safetensors of the model"
+                if isinstance(arch, str) and arch in _REFUSED
+                else ""
+            )
+            msg = f"{path}: GGUF architecture {arch!r} is not supported{why}; supported: {', '.join(ARCHITECTURES)}"
             raise CheckpointError(msg)
         self.arch = arch
         if values.get("general.type", "model") != "model":
@@ -90,6 +101,30 @@ class Metadata:
             msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]!r}, wanted one non-negative integer"
             raise CheckpointError(msg)
         return value
+
+    def most(self, key: str) -> int | None:
+        """Return a non-negative integer, or the largest of a list with one for each layer.
+
+        Raises:
+            CheckpointError: the value is neither.
+        """
+        value = self.get(key)
+        if not isinstance(value, list):
+            return self.count(key)
+        if not value or not all(type(one) is int and 0 <= one < 1 << 31 for one in value):
+            msg = f"{self.path}: {self.arch}.{key} is {str(value)[:60]}, wanted an integer for each layer"
+            raise CheckpointError(msg)
+        return max(value)
+
+    def layers(self) -> int | None:
+        """Return the number of layers, without those behind the last that predict further tokens."""
+        blocks, further = self.count("block_count"), self.count("nextn_predict_layers") or 0
+        return blocks if blocks is None else max(blocks - further, 0)
+
+    def own(self) -> dict[str, Any]:
+        """Return the values of the architecture, by their keys without it."""
+        first = f"{self.arch}."
+        return {key.removeprefix(first): value for key, value in self.values.items() if key.startswith(first)}
 
     def head_dim(self) -> int:
         """Return the features of a head, 0 if the metadata do not state them."""

@@ -10,6 +10,7 @@ import numpy as np
 from jcrosslora.checkpoint.families import EMBEDDING
 from jcrosslora.checkpoint.gguf_header import GGUFHeader, TensorInfo
 from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
+from jcrosslora.checkpoint.gguf_tensors import Source
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.vocabulary import Vocabulary
@@ -21,18 +22,13 @@ _NATIVE = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
 class GGUFStore:
-    """The tensors of a GGUF file by their Hugging Face names.
-
-    Two changes of llama.cpp's converter are undone: for Llama and families like it it reorders the rows of q and k for
-    its rotary layout, and for Gemma and Nemotron it stores norms as 1 + weight.
+    """The tensors of a GGUF file by their Hugging Face names, with the changes of llama.cpp's converter undone.
 
     Args:
         file: the mapped file.
         header: its checked header.
         gguf: the gguf package.
-        names: Hugging Face name -> GGUF name.
-        heads: (query heads, key heads) if rows of q and k are reordered, else None.
-        norm_offset: number added to every norm.
+        sources: where each tensor is, by Hugging Face name.
         stated: float32 tensors that the file states in its metadata, by Hugging Face name.
     """
 
@@ -41,20 +37,17 @@ class GGUFStore:
         file: MappedFile,
         header: GGUFHeader,
         gguf: ModuleType,
-        names: Mapping[str, str],
-        heads: tuple[int, int] | None,
-        norm_offset: float,
+        sources: Mapping[str, Source],
         stated: Mapping[str, np.ndarray],
     ):
         self._file, self._header, self._gguf = file, header, gguf
-        self._names, self._heads, self._norm_offset = names, heads, norm_offset
-        self._stated = stated
+        self._sources, self._stated = sources, stated
 
-    def _info(self, name: str) -> TensorInfo:
-        if name not in self._names:
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
             msg = f"{self._file.path}: the file has no tensor for {name!r}"
             raise CheckpointError(msg)
-        return self._header.tensors[self._names[name]]
+        return self._sources[name]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -63,48 +56,72 @@ class GGUFStore:
 
     def names(self) -> list[str]:
         """Hugging Face names, in file order, those of the metadata last."""
-        return [*self._names, *self._stated]
+        return [*self._sources, *self._stated]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._stated[name].shape if name in self._stated else self._info(name).shape
+        return self._stated[name].shape if name in self._stated else self._source(name).shape
 
     def dtype(self, name: str) -> str:
         """The ggml type, e.g. "Q4_K"."""
         if name in self._stated:
             return "F32"
-        return self._gguf.GGMLQuantizationType(self._info(name).kind).name
+        return self._gguf.GGMLQuantizationType(self._header.tensors[self._source(name).stored[0]].kind).name
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor: a view of a float type, a float32 or reordered copy of others."""
-        return self._stated[name] if name in self._stated else self._read(name, self._row_order(name))
+        if name in self._stated:
+            return self._stated[name]
+        source = self._source(name)
+        if source.form == "latent":
+            return self._latent(source)
+        arrays = [self._read(stored, None) for stored in source.stored]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate([one.astype(np.float32) for one in arrays])
+        if source.form == "log":
+            with np.errstate(divide="ignore", invalid="ignore"):  # Callers check weights for NaN and infinity.
+                array = np.log(-array.astype(np.float32).reshape(-1))
+        if source.rows is not None:
+            array = array[source.rows]
+        if source.columns is not None:
+            array = array[:, source.columns]
+        if source.offset:
+            return array.astype(np.float32) - np.float32(source.offset)
+        return array.reshape(source.shape)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read and dequantise only these rows of a matrix or of a stack of them, as float32 (n, columns)."""
-        order = self._row_order(name)
-        places = ids if order is None else order[ids]
-        out = np.empty((len(ids), self.shape(name)[-1]), np.float32)
+        if name in self._stated or self._source(name).form is not None:
+            return self.tensor(name)[ids].astype(np.float32)
+        source = self._source(name)
+        places = ids if source.rows is None else source.rows[ids]
+        out = np.empty((len(ids), source.shape[-1]), np.float32)
         # In pieces, because dequantising takes several times the memory of its result.
         for start in range(0, len(ids), _ROWS_AT_ONCE):
             piece = slice(start, start + _ROWS_AT_ONCE)
-            out[piece] = self._read(name, places[piece])
+            found = self._rows_of(source, places[piece])
+            out[piece] = found if source.columns is None else found[:, source.columns]
         return out
 
-    def _read(self, name: str, rows: np.ndarray | None) -> np.ndarray:
-        info = self._info(name)
-        stored = stored_rows(self._file, info, self._gguf)
-        stored = stored.reshape(-1, stored.shape[-1]) if rows is not None and stored.ndim > 2 else stored
-        array = to_float(stored if rows is None else stored[rows], info.kind, self._gguf)
-        if self._norm_offset and name.endswith("norm.weight"):
-            return array.astype(np.float32) - np.float32(self._norm_offset)
-        return array
+    def _rows_of(self, source: Source, places: np.ndarray) -> np.ndarray:
+        if len(source.stored) == 1:
+            return self._read(source.stored[0], places)
+        out, first = np.empty((len(places), source.shape[-1]), np.float32), 0
+        for stored in source.stored:
+            count = self._header.tensors[stored].shape[0]
+            here = (places >= first) & (places < first + count)
+            out[here] = self._read(stored, places[here] - first)
+            first += count
+        return out
 
-    def _row_order(self, name: str) -> np.ndarray | None:
-        if self._heads is None or ".self_attn." not in name:
-            return None
-        module = name.split(".")[-2]
-        heads = {"q_proj": self._heads[0], "k_proj": self._heads[1]}.get(module)
-        return None if heads is None else unpermuted_rows(self._info(name).shape[0], heads)
+    def _latent(self, source: Source) -> np.ndarray:
+        keys, values = (self._read(stored, None).astype(np.float32) for stored in source.stored)
+        return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(source.shape)
+
+    def _read(self, stored: str, rows: np.ndarray | None) -> np.ndarray:
+        info = self._header.tensors[stored]
+        array = stored_rows(self._file, info, self._gguf)
+        array = array.reshape(-1, array.shape[-1]) if rows is not None and array.ndim > 2 else array
+        return to_float(array if rows is None else array[rows], info.kind, self._gguf)
 
     def vocabulary(self) -> Vocabulary:
         """Return the tokens of the metadata."""
@@ -117,22 +134,6 @@ class GGUFStore:
     def sha256s(self) -> list[str]:
         """Hex digest of the file."""
         return [self._file.sha256()]
-
-
-def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
-    """Return the row of the GGUF file for each row in Hugging Face order.
-
-    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
-    2j and 2j + 1.
-
-    Args:
-        rows: number of rows of the matrix, a multiple of 2 * heads.
-        heads: number of heads.
-
-    Returns:
-        (rows,) integers.
-    """
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
 
 
 def stored_rows(file: MappedFile, info: TensorInfo, gguf: ModuleType) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import expert_tensors, row_count
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
 from jcrosslora.lineage.expert_matching import MATRICES
 from jcrosslora.lineage.method_selection import Choice, choose_from
@@ -182,7 +182,7 @@ def _unequal_experts(source: BaseModel, target: BaseModel, layer: int) -> Iterat
                 yield name
             continue
         shape = target.expert_shape(name)
-        every = itertools.product(range(shape[0]), _batches(row_count(experts, shape)))
+        every = itertools.product(range(shape[0]), _batches(shape[target.expert_axis(name)]))
         if not all(
             np.array_equal(source.expert_rows(layer, name, expert, ids), target.expert_rows(layer, name, expert, ids))
             for expert, ids in every

@@ -3,7 +3,6 @@
 import numpy as np
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.experts import row_count
 from jcrosslora.lineage.matching import MIN_MEAN_COSINE, match_columns
 from jcrosslora.lineage.weight_similarity import check_finite, cosine_similarity, evenly_spaced
 
@@ -18,10 +17,7 @@ def same_form(source: BaseModel, target: BaseModel) -> bool:
         if not base.layers_with("router"):
             forms.append(None)
             continue
-        experts = base.family.experts
-        assert experts is not None
-        shapes = tuple(base.expert_shape(matrix)[1:] for matrix in MATRICES)
-        forms.append((shapes, experts.transposed, experts.interleaved))
+        forms.append([(base.expert_shape(matrix)[1:], base.expert_axis(matrix)) for matrix in MATRICES])
     return forms[0] == forms[1]
 
 
@@ -63,8 +59,7 @@ def expert_rows(base: BaseModel, layer: int, matrix: str, expert: int, count: in
     Raises:
         CheckpointError: a row holds NaN or infinity.
     """
-    assert base.family.experts is not None
-    rows = evenly_spaced(row_count(base.family.experts, base.expert_shape(matrix)), count)
+    rows = evenly_spaced(base.expert_shape(matrix)[base.expert_axis(matrix)], count)
     name = f"expert {expert} of layer {layer}"
     return check_finite(base, name, base.expert_rows(layer, matrix, expert, rows))
 

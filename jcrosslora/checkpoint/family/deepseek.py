@@ -10,6 +10,7 @@ from typing import Any
 from jcrosslora.checkpoint.family.experts import (
     CORRECTION,
     FUSED,
+    MERGED,
     PUBLISHED,
     Experts,
     behind_first,
@@ -19,8 +20,9 @@ from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import LATENT, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import PRE_NORMS, Family
-from jcrosslora.checkpoint.family.rules import LatentSizes, Number, Positions, Sizes
+from jcrosslora.checkpoint.family.rules import Gguf, LatentSizes, Number, Positions, Sizes
 from jcrosslora.checkpoint.family.sizes import size
+from jcrosslora.errors import CheckpointError
 
 
 def _latent_sizes(config: Mapping[str, Any]) -> LatentSizes:
@@ -42,9 +44,41 @@ def _q_rank(config: Mapping[str, Any]) -> int:
     return size(config, "q_lora_rank", 1)
 
 
+_SIGMOID = 2
+
+
+def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+    """Return the sizes of attention; older files hold keys and values of all heads in one matrix, and state no `_mla`.
+
+    Raises:
+        CheckpointError: a size is missing, or the file is one of DeepSeek V2, whose architecture is the same.
+    """
+    if stated.get("expert_gating_func") != _SIGMOID:
+        msg = "the scores of its experts are no sigmoids: it is a DeepSeek V2, which is not supported"
+        raise CheckpointError(msg)
+    ends = "_mla" if "attention.key_length_mla" in stated else ""
+    rotated = size(stated, "rope.dimension_count")
+    direct = "self_attn.q_proj.weight" in held
+    return {
+        "q_lora_rank": None if direct else size(stated, "attention.q_lora_rank"),
+        "kv_lora_rank": size(stated, "attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": size(stated, "attention.key_length" + ends) - rotated,
+        "v_head_dim": size(stated, "attention.value_length" + ends),
+        "num_key_value_heads": size(stated, "attention.head_count"),
+        "head_dim": rotated,
+    }
+
+
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    gguf=Gguf(
+        "deepseek2",
+        tensors=dict.fromkeys(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight"),
+        counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
+        settings=_from_gguf,
+    ),
     roles=("q_proj", "o_proj", *LATENT, *MLP, *SHARED),
     shapes={
         "q_proj": lambda sizes, config: (_queries(sizes, config), sizes.hidden),
@@ -67,7 +101,7 @@ DEEPSEEK_V3 = Family(
     latent=_latent_sizes,
     experts=Experts(
         ("n_routed_experts", "num_experts", "num_local_experts"),
-        layouts=(PUBLISHED | CORRECTION, FUSED | CORRECTION),
+        layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
         scores="sigmoid",
         normalised="norm_topk_prob",
         scale=Number("routed_scaling_factor", 2.5),

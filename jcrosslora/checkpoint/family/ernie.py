@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, shared_shapes
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, shared_shapes
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
@@ -45,13 +45,25 @@ ERNIE4_5 = Family(
 ERNIE4_5_MOE = Family(
     name="ernie4_5_moe",
     architectures=("Ernie4_5_MoeForCausalLM",),
+    gguf=Gguf(
+        "ernie4_5-moe",
+        counts={
+            "moe_num_shared_experts": "expert_shared_count",
+            "moe_layer_start_index": "leading_dense_block_count",
+            "moe_layer_interval": "interleave_moe_layer_step",
+        },
+    ),
     roles=(*DENSE_ROLES, *SHARED),
     shapes=shared_shapes("moe_num_shared_experts"),
     parts=_parts,
     experts=Experts(
         ("moe_num_experts", "num_experts", "num_local_experts"),
         used="moe_k",
-        layouts=(PUBLISHED | {"correction": f"mlp.{_CORRECTION}"}, FUSED | {"correction": f"mlp.gate.{_CORRECTION}"}),
+        layouts=(
+            PUBLISHED | {"correction": f"mlp.{_CORRECTION}"},
+            MERGED | {"correction": f"mlp.{_CORRECTION}"},
+            FUSED | {"correction": f"mlp.gate.{_CORRECTION}"},
+        ),
         correction_axes=2,
     ),
     tied=True,

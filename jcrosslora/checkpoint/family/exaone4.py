@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts, behind_first, shared_shapes
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, behind_first, shared_shapes
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import DENSE_ROLES, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
@@ -41,6 +41,10 @@ EXAONE4 = Family(
 EXAONE_MOE = Family(
     name="exaone_moe",
     architectures=("ExaoneMoeForCausalLM",),
+    gguf=Gguf(
+        "exaone-moe",
+        counts={"num_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
+    ),
     roles=(*DENSE_ROLES, *SHARED),
     shapes=shared_shapes("num_shared_experts"),
     norms=PRE_NORMS | QK_NORMS,
@@ -49,6 +53,7 @@ EXAONE_MOE = Family(
         ("num_experts", "num_local_experts"),
         layouts=(
             PUBLISHED | {"correction": f"mlp.{_CORRECTION}"},
+            MERGED | {"correction": f"mlp.{_CORRECTION}"},
             FUSED | {"correction": f"mlp.gate.{_CORRECTION}"},
         ),
         scores="sigmoid",

@@ -21,6 +21,7 @@ MERGED: dict[str, str] = {"router": "mlp.gate.weight"} | {
     name: path.replace(".{}", "") for name, path in _ONE_EACH.items()
 }
 CORRECTION: dict[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
+BIASES: dict[str, str] = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Experts:
         width: configuration key of I.
         layouts: the ways in which the tensors of a layer may be named, the published first. Name -> name in a layer:
             "router" (E, H), "router_bias" (E,), "correction" (E,), added to the scores by which experts are chosen,
-            "gate", "up" (I, H) and "down" (H, I) of one expert, "gate_up" (E, 2 I, H) and "down" (E, H, I) of
-            all,
-            "gate_up_bias" (E, 2 I), "down_bias" (E, H).
+            "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)
+            and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias" (E, I), "down_bias"
+            (E, H). The last is that of the class in memory.
         scores: of the experts: a softmax over all, over the chosen ones, or sigmoids; or "in turn", where a softmax
             over those that score nearly as high as the best weighs the best, and one without the best the second.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
@@ -43,8 +44,8 @@ class Experts:
         tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
-        transposed: whether matrices of all experts are stored as (E, I, O).
-        interleaved: whether rows of gate and up take turns in "gate_up".
+        transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
+        interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
         clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
     """
@@ -59,7 +60,7 @@ class Experts:
     tolerance: Number | None = None
     scale: Number | None = None
     groups: tuple[str, str] | None = None
-    transposed: bool = False
+    transposed: frozenset[str] = frozenset()
     interleaved: bool = False
     correction_axes: int = 1
     clamp: tuple[Number, Number] | None = None

@@ -5,7 +5,15 @@ GLM-4.5 to 4.7 (`glm4_moe`) have experts behind the first layers, and rotate fea
 
 from functools import partial
 
-from jcrosslora.checkpoint.family.experts import CORRECTION, FUSED, PUBLISHED, Experts, behind_first, shared_shapes
+from jcrosslora.checkpoint.family.experts import (
+    CORRECTION,
+    FUSED,
+    MERGED,
+    PUBLISHED,
+    Experts,
+    behind_first,
+    shared_shapes,
+)
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import DENSE_ROLES, QKV, SHARED
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
@@ -31,6 +39,11 @@ GLM4 = _glm(
 GLM4_MOE = Family(
     name="glm4_moe",
     architectures=("Glm4MoeForCausalLM",),
+    gguf=Gguf(
+        "glm4moe",
+        names={"mlp": "post_attention_norm"},
+        counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
+    ),
     roles=(*DENSE_ROLES, *SHARED),
     shapes=shared_shapes("n_shared_experts"),
     norms=PRE_NORMS | QK_NORMS,
@@ -39,7 +52,7 @@ GLM4_MOE = Family(
     parts=behind_first("first_k_dense_replace"),
     experts=Experts(
         ("n_routed_experts", "num_experts", "num_local_experts"),
-        layouts=(PUBLISHED | CORRECTION, FUSED | CORRECTION),
+        layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
         scores="sigmoid",
         normalised="norm_topk_prob",
         scale=Number("routed_scaling_factor", 1.0),

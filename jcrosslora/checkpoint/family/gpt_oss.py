@@ -1,23 +1,30 @@
 """gpt-oss: experts with biases and a clamped activation, and heads that may attend to nothing (attention sinks)."""
 
-from jcrosslora.checkpoint.family.experts import Experts, in_all_layers
+from jcrosslora.checkpoint.family.experts import BIASES, MERGED, Experts, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import LayerTensor, Number, Positions, Windows
+from jcrosslora.checkpoint.family.rules import Gguf, LayerTensor, Number, Positions, Windows
 
-_STORED = {
-    "router": "mlp.router.weight",
-    "router_bias": "mlp.router.bias",
+_ROUTER = {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"}
+_STORED = _ROUTER | {
     "gate_up": "mlp.experts.gate_up_proj",
     "gate_up_bias": "mlp.experts.gate_up_proj_bias",
     "down": "mlp.experts.down_proj",
     "down_bias": "mlp.experts.down_proj_bias",
 }
+# In published files the matrices are MXFP4, in the usual order of rows and columns.
+_PACKED = _STORED | {name: f"{_STORED[name]}_blocks" for name in ("gate_up", "down")}
 
 GPT_OSS = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM",),
+    gguf=Gguf(
+        "gpt-oss",
+        names={"mlp": "post_attention_norm"},
+        tensors={"attn_sinks.weight": "self_attn.sinks"},
+        rope={"truncate": False},
+    ),
     roles=ATTENTION,
     tensors={"sinks": LayerTensor("self_attn.sinks", lambda sizes, _: (sizes.heads,))},
     bias_keys={"attention_bias": ATTENTION},
@@ -26,9 +33,9 @@ GPT_OSS = Family(
         ("num_local_experts", "num_experts"),
         used="num_experts_per_tok",
         width="intermediate_size",
-        layouts=(_STORED,),
+        layouts=(_PACKED, MERGED | _ROUTER | BIASES, _STORED),
         scores="chosen",
-        transposed=True,
+        transposed=frozenset({_STORED["gate_up"], _STORED["down"]}),
         interleaved=True,
         clamp=(Number("swiglu_alpha", 1.702), Number("swiglu_limit", 7.0)),
     ),

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jcrosslora.checkpoint.family.experts import Experts, in_all_layers
+from jcrosslora.checkpoint.family.experts import MERGED, Experts, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, MLP
 from jcrosslora.checkpoint.family.record import Family
@@ -19,6 +19,13 @@ IN_MEMORY = {
     "gate_up": f"{_BLOCK}.experts.gate_up_proj",
     "down": f"{_BLOCK}.experts.down_proj",
 }
+# Metadata keys of the factors.
+FACTORS = {
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 _KEYS = words("attention_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling")
 
 _granite = partial(
@@ -32,25 +39,19 @@ _granite = partial(
 GRANITE = _granite(
     name="granite",
     architectures=("GraniteForCausalLM",),
-    gguf=Gguf(
-        "granite",
-        permuted=True,
-        numbers={
-            "embedding_multiplier": "embedding_scale",
-            "attention_multiplier": "attention.scale",
-            "residual_multiplier": "residual_scale",
-            "logits_scaling": "logit_scale",
-        },
-    ),
+    gguf=Gguf("granite", permuted=True, numbers=FACTORS),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
     keys=_KEYS | {"mlp_bias"},
 )
 GRANITEMOE = _granite(
     name="granitemoe",
     architectures=("GraniteMoeForCausalLM",),
+    gguf=Gguf("granitemoe", permuted=True, numbers=FACTORS),
     roles=ATTENTION,
     bias_keys={"attention_bias": ATTENTION},
     parts=in_all_layers,
-    experts=Experts(("num_local_experts",), width="intermediate_size", layouts=(PUBLISHED, IN_MEMORY), scores="chosen"),
+    experts=Experts(
+        ("num_local_experts",), width="intermediate_size", layouts=(PUBLISHED, MERGED, IN_MEMORY), scores="chosen"
+    ),
     keys=_KEYS | words("num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef"),
 )

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import Experts, behind_first
+from jcrosslora.checkpoint.family.experts import MERGED, Experts, behind_first
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import ATTENTION, CONVOLUTION, MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import Number, Positions
-from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
+from jcrosslora.checkpoint.family.sizes import at_attention, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _CONV, _FULL = "conv", "full_attention"
@@ -70,6 +70,19 @@ def _mixer(config: Mapping[str, Any]) -> Mixer:
     return Mixer("convolution", hidden, taps, conv_bias=bool(config.get("conv_bias", False)))
 
 
+def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+    del held
+    return {"layer_types": at_attention(stated, _FULL, _CONV), "block_auto_adjust_ff_dim": False}
+
+
+_gguf = partial(
+    Gguf,
+    final_norm="token_embd_norm",
+    tensors={f"shortconv.conv.{kind}": f"conv.conv.{kind}" for kind in ("weight", "bias")},
+    settings=_from_gguf,
+)
+_CACHE = {"conv_L_cache": "shortconv.l_cache"}
+
 _STORED = {"router": "feed_forward.gate.weight", "correction": "feed_forward.expert_bias"}
 _PUBLISHED = _STORED | {
     "gate": "feed_forward.experts.{}.w1.weight",
@@ -116,6 +129,7 @@ _KEYS = words(
 LFM2 = _lfm2(
     name="lfm2",
     architectures=("Lfm2ForCausalLM",),
+    gguf=_gguf("lfm2", counts=_CACHE),
     resolve=_resolve,
     parts=_parts,
     keys=_KEYS | _BLOCK,
@@ -124,11 +138,16 @@ LFM2 = _lfm2(
 LFM2_MOE = _lfm2(
     name="lfm2_moe",
     architectures=("Lfm2MoeForCausalLM",),
+    gguf=_gguf(
+        "lfm2moe",
+        counts=_CACHE | {"num_dense_layers": "leading_dense_block_count"},
+        implied={"norm_topk_prob": True},
+    ),
     resolve=_resolve_moe,
     parts=_moe_parts,
     experts=Experts(
         ("num_experts",),
-        layouts=(_PUBLISHED, _IN_MEMORY),
+        layouts=(_PUBLISHED, MERGED | _STORED, _IN_MEMORY),
         scores="sigmoid",
         normalised="norm_topk_prob",
         sum_eps=1e-6,

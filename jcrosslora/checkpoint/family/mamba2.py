@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from jcrosslora.checkpoint.family.experts import Experts
-from jcrosslora.checkpoint.family.granite import GRANITE, IN_MEMORY, PUBLISHED
+from jcrosslora.checkpoint.family.experts import MERGED, Experts
+from jcrosslora.checkpoint.family.granite import FACTORS, GRANITE, IN_MEMORY, PUBLISHED
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import ATTENTION, MAMBA, MLP, QKV
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import Number, Positions
-from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, numbers, size
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
+from jcrosslora.checkpoint.family.sizes import at_attention, layer_count, layer_kinds, numbers, size
 from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -80,14 +80,61 @@ def _granite_mixer(config: Mapping[str, Any]) -> Mixer:
     return _mixer(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
 
 
+def _granite_from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+    """Return what files state otherwise than configurations.
+
+    Raises:
+        CheckpointError: a size is missing, or the file is one of Bamba, whose architecture is the same.
+    """
+    if "attention.scale" not in stated:
+        msg = "attention.scale is missing, which all of Granite have: other models of the architecture, such as Bamba, "
+        raise CheckpointError(msg + "are not supported")
+    inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
+    width = "expert_shared_feed_forward_length"
+    return {
+        "layer_types": at_attention(stated, _FULL, _LINEAR),
+        "shared_intermediate_size": size(stated, width if stated.get(width) else "feed_forward_length"),
+        "mamba_expand": max(inner // size(stated, "embedding_length"), 1),
+        "mamba_d_head": max(inner // heads, 1),
+        "mamba_conv_bias": "mamba.conv1d.bias" in held,
+        "position_embedding_type": "rope" if stated.get("rope.scaling.finetuned", True) else "nope",
+    }
+
+
+_SHARED_MLP = {
+    **dict.fromkeys(("ffn_gate", "ffn_gate_shexp", "ffn_up", "ffn_up_shexp"), "shared_mlp.input_linear"),
+    **dict.fromkeys(("ffn_down", "ffn_down_shexp"), "shared_mlp.output_linear"),
+}
+_OF_MAMBA = {
+    "ssm_a": "mamba.A_log",
+    "ssm_d": "mamba.D",
+    "ssm_dt.bias": "mamba.dt_bias",
+    "ssm_conv1d.weight": "mamba.conv1d.weight",
+    "ssm_conv1d.bias": "mamba.conv1d.bias",
+    "ssm_norm.weight": "mamba.norm.weight",
+}
+
 GRANITE_HYBRID = Family(
     name="granitemoehybrid",
     architectures=("GraniteMoeHybridForCausalLM",),
+    gguf=Gguf(
+        "granitehybrid",
+        permuted=True,
+        tensors={f"{stem}.weight": f"{path}.weight" for stem, path in _SHARED_MLP.items()} | _OF_MAMBA,
+        counts={
+            "mamba_d_conv": "ssm.conv_kernel",
+            "mamba_d_state": "ssm.state_size",
+            "mamba_n_groups": "ssm.group_count",
+            "mamba_n_heads": "ssm.time_step_rank",
+        },
+        numbers=FACTORS,
+        settings=_granite_from_gguf,
+    ),
     roles=(*ATTENTION, *MAMBA, *MLP),
     resolve=_resolve_granite,
     parts=_granite_parts,
     mixer=_granite_mixer,
-    experts=Experts(("num_local_experts",), layouts=(PUBLISHED, IN_MEMORY), scores="chosen"),
+    experts=Experts(("num_local_experts",), layouts=(PUBLISHED, MERGED, IN_MEMORY), scores="chosen"),
     fused={"shared_mlp.input_linear": ("gate_proj", "up_proj"), "shared_mlp.output_linear": ("down_proj",)},
     bias_keys={"attention_bias": ATTENTION, "mamba_proj_bias": MAMBA},
     embedding_scale=GRANITE.embedding_scale,

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jcrosslora.checkpoint.family.experts import Experts, in_all_layers
+from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, in_all_layers
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.checkpoint.family.record import POST_NORMS, PRE_NORMS, QK_NORMS, Family
@@ -34,10 +34,16 @@ OLMO3 = _olmo(
 OLMOE = _olmo(
     name="olmoe",
     architectures=("OlmoeForCausalLM",),
+    gguf=Gguf("olmoe", implied={"norm_topk_prob": False}),
     roles=ATTENTION,
     norms=PRE_NORMS | QK_NORMS,
     parts=in_all_layers,
-    experts=Experts(("num_experts", "num_local_experts"), width="intermediate_size", normalised="norm_topk_prob"),
+    experts=Experts(
+        ("num_experts", "num_local_experts"),
+        width="intermediate_size",
+        layouts=(PUBLISHED, MERGED, FUSED),
+        normalised="norm_topk_prob",
+    ),
     keys=words(
         "attention_bias num_experts num_local_experts num_experts_per_tok norm_topk_prob output_router_logits "
         "router_aux_loss_coef"

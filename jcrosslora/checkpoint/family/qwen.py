@@ -37,6 +37,7 @@ EXPERT_KEYS = words(
     "mlp_only_layers output_router_logits router_aux_loss_coef"
 )
 EXPERTS = Experts(("num_experts", "num_local_experts"), layouts=(PUBLISHED, MERGED, FUSED), normalised="norm_topk_prob")
+SHARED_WIDTH = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 
 
 def _shared_width(config: Mapping[str, Any]) -> int:
@@ -67,6 +68,7 @@ QWEN3_MOE = Family(
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
+    gguf=Gguf("qwen2moe", counts=SHARED_WIDTH, implied={"norm_topk_prob": False}),
     roles=(*DENSE_ROLES, *SHARED_ROLES),
     fused=SHARED_PATHS,
     shapes=SHARED_SHAPES,

@@ -13,9 +13,16 @@ from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import DELTA, GATED_ATTENTION, GROUPED_DELTA, MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
-from jcrosslora.checkpoint.family.qwen import EXPERT_KEYS, EXPERTS, SHARED_PATHS, SHARED_ROLES, SHARED_SHAPES
+from jcrosslora.checkpoint.family.qwen import (
+    EXPERT_KEYS,
+    EXPERTS,
+    SHARED_PATHS,
+    SHARED_ROLES,
+    SHARED_SHAPES,
+    SHARED_WIDTH,
+)
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
-from jcrosslora.checkpoint.family.rules import Positions
+from jcrosslora.checkpoint.family.rules import Gguf, Positions
 from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
@@ -78,6 +85,37 @@ def _next_mixer(config: Mapping[str, Any]) -> Mixer:
     return replace(_mixer(config), grouped=True)
 
 
+def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+    """Return the kinds of the layers and the size of a value."""
+    del held
+    heads, inner = size(stated, "ssm.time_step_rank"), size(stated, "ssm.inner_size")
+    found: dict[str, Any] = {"linear_value_head_dim": max(inner // heads, 1)}
+    flags = stated.get("attention.recurrent_layers")
+    if flags is None:
+        return found | {"full_attention_interval": size(stated, "full_attention_interval", 4)}
+    layers = size(stated, "block_count") - (stated.get("nextn_predict_layers") or 0)
+    if not isinstance(flags, list) or len(flags) < layers:
+        msg = f"attention.recurrent_layers is {str(flags)[:60]}, wanted a flag for each layer"
+        raise CheckpointError(msg)
+    return found | {"layer_types": [_LINEAR if flag else _FULL for flag in flags[:layers]]}
+
+
+_OF_DELTA = {
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+    "ssm_norm.weight": "linear_attn.norm.weight",
+}
+_SIZES = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+}
+_gguf = partial(
+    Gguf, names={"mlp": "post_attention_norm"}, tensors=_OF_DELTA, counts=_SIZES | SHARED_WIDTH, settings=_from_gguf
+)
+
 _KEYS = words(
     "attention_bias layer_types full_attention_interval partial_rotary_factor linear_conv_kernel_dim "
     "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads mamba_ssm_dtype "
@@ -99,6 +137,7 @@ _qwen = partial(
 QWEN3_5 = _qwen(
     name="qwen3_5_text",
     architectures=("Qwen3_5ForCausalLM",),
+    gguf=_gguf("qwen35", tiled=True, counts=_SIZES),
     roles=(*GATED_ATTENTION, *DELTA, *MLP),
     resolve=_resolve,
     parts=_parts,
@@ -110,6 +149,7 @@ QWEN3_5 = _qwen(
 QWEN3_5_MOE = _qwen(
     name="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
+    gguf=_gguf("qwen35moe", tiled=True),
     roles=(*GATED_ATTENTION, *DELTA, *SHARED_ROLES),
     fused=SHARED_PATHS,
     shapes=SHARED_SHAPES,
@@ -130,6 +170,11 @@ QWEN3_5_MOE = _qwen(
 QWEN3_NEXT = _qwen(
     name="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
+    gguf=_gguf(
+        "qwen3next",
+        tensors=_OF_DELTA | dict.fromkeys(("attn_qkv.weight", "attn_gate.weight"), "linear_attn.in_proj_qkvz.weight"),
+        implied={"norm_topk_prob": True},
+    ),
     roles=(*GATED_ATTENTION, *GROUPED_DELTA, *MLP, *SHARED_ROLES),
     fused=SHARED_PATHS,
     shapes=SHARED_SHAPES,

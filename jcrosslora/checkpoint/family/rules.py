@@ -141,6 +141,11 @@ class Positions:
     grows: bool = False
 
 
+# From the metadata of a file, keys without the architecture, and the names in a layer of the tensors that it holds, to
+# configuration keys. It raises CheckpointError for metadata that it cannot read.
+GgufSettings = Callable[[Mapping[str, Any], frozenset[str]], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp's converter stores models of a family.
@@ -149,14 +154,27 @@ class Gguf:
         architecture: `general.architecture`.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
+        final_norm: name of the tensor of the norm in front of the output head.
+        tiled: whether heads of values of the delta rule take turns by their groups.
+        tensors: tensor of a layer -> its name in a layer of the model, for what is not a whole matrix of the family,
+            norm or tensor of experts. Those of one name hold its rows one behind another, in this order.
+        counts: configuration key -> metadata key of an integer.
         numbers: configuration key -> metadata key of a number.
         implied: configuration keys and values that files do not state.
+        rope: settings of a scaled rotation that files do not state.
         arrays: tensor of a layer of one number -> key, without the architecture, of the list of those of all layers.
+        settings: finds what else the configuration has.
     """
 
     architecture: str
     permuted: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    final_norm: str = "output_norm"
+    tiled: bool = False
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
+    rope: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, str] = field(default_factory=dict)
+    settings: GgufSettings | None = None

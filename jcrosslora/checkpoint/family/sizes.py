@@ -36,6 +36,24 @@ def layer_count(config: Mapping[str, Any]) -> int:
     return layers
 
 
+def at_attention(stated: Mapping[str, Any], full: str, other: str) -> list[str]:
+    """Return the kind of each layer of a GGUF file that lists heads of keys for each, none in layers without attention.
+
+    Args:
+        stated: the metadata, keys without the architecture.
+        full: kind of a layer of attention.
+        other: of another.
+
+    Raises:
+        CheckpointError: it lists none.
+    """
+    heads = stated.get("attention.head_count_kv")
+    if not isinstance(heads, list):
+        msg = f"attention.head_count_kv is {str(heads)[:60]}, wanted a list with the heads of each layer"
+        raise CheckpointError(msg)
+    return [full if count else other for count in heads]
+
+
 def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...] | None:
     """Return a list of `count` positive or zero numbers, None where the configuration states none.
 

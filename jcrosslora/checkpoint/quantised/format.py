@@ -13,15 +13,15 @@ Settings = Mapping[str, Any]  # the quantization_config of a config.json, {} if 
 
 @dataclass(frozen=True)
 class Packed:
-    """One quantised matrix whose parts are checked to fit together.
+    """One quantised matrix, or a stack of them, whose parts are checked to fit together.
 
     Attributes:
-        shape: (O, I).
+        shape: (O, I), or (E, O, I).
         dtype: storage dtype for reports, e.g. "NF4" or "F8_E4M3".
-        rows: dequantises rows: (n,) row numbers -> float32 (n, I).
+        rows: dequantises rows: (n,) row numbers, which count through all matrices -> float32 (n, I).
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     rows: Callable[[np.ndarray], np.ndarray]
 
@@ -38,6 +38,7 @@ class Format:
         parts: suffixes of tensors that belong to a quantised weight and are no tensors of the model.
         marks: suffixes that only this format has and that identify it without settings; if empty, settings are needed.
         open: opens one weight; None if its tensors are not in this format.
+        ending: of the name of a weight, in place of `holder`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Format:
     parts: tuple[str, ...]
     marks: tuple[str, ...]
     open: Callable[[Parts, Settings], Packed | None]
+    ending: str = ".weight"
 
 
 def claims_method(*methods: str) -> Callable[[Settings], bool]:

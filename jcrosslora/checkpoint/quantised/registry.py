@@ -9,10 +9,11 @@ from jcrosslora.checkpoint.quantised.compressed_tensors import INT8, PACK_QUANTI
 from jcrosslora.checkpoint.quantised.format import Format, Settings
 from jcrosslora.checkpoint.quantised.fp8 import FP8
 from jcrosslora.checkpoint.quantised.gptq import GPTQ
+from jcrosslora.checkpoint.quantised.mxfp4 import MXFP4
 from jcrosslora.errors import CheckpointError
 
 # A checkpoint may mix the formats that claim its settings; the first that recognises the tensors of a weight opens it.
-FORMATS: tuple[Format, ...] = (BITSANDBYTES4, BITSANDBYTES8, GPTQ, AWQ, PACK_QUANTIZED, FP8, INT8)
+FORMATS: tuple[Format, ...] = (BITSANDBYTES4, BITSANDBYTES8, GPTQ, AWQ, PACK_QUANTIZED, FP8, INT8, MXFP4)
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from jcrosslora.checkpoint.quantised.parts import Parts
 from jcrosslora.checkpoint.quantised.registry import formats_in, settings_of
 from jcrosslora.checkpoint.store import TensorStore
 
-_WEIGHT = ".weight"
 _NUMBERS_AT_ONCE = 1 << 20  # dequantising takes several times the memory of its result
 
 
@@ -54,12 +54,12 @@ class QuantisedStore:
 
     def names(self) -> list[str]:
         """Names of the tensors; a quantised weight takes the place of the tensor that holds its numbers."""
-        holders = tuple(form.holder for form in self._formats if form.holder != _WEIGHT)
+        holders = {form.holder: form.ending for form in self._formats}
         parts = tuple(part for form in self._formats for part in form.parts)
         names = []
         for name in self._store.names():
-            if name.endswith(holders):
-                names.append(name[: name.rindex(".")] + _WEIGHT)
+            if (holder := next(filter(name.endswith, holders), None)) is not None:
+                names.append(name.removesuffix(holder) + holders[holder])
             elif not name.endswith(parts):
                 names.append(name)
         return names
@@ -81,7 +81,9 @@ class QuantisedStore:
             CheckpointError: no such tensor, or a quantised weight whose parts do not fit together.
         """
         packed = self._open(name)
-        return self._store.tensor(name) if packed is None else _dequantise(packed, np.arange(packed.shape[0]))
+        if packed is None:
+            return self._store.tensor(name)
+        return _dequantise(packed, np.arange(prod(packed.shape[:-1]))).reshape(packed.shape)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read and dequantise only these rows of a matrix, as float32 (n, columns)."""
@@ -98,19 +100,22 @@ class QuantisedStore:
 
     def _open(self, name: str) -> Packed | None:
         if name not in self._packed:
-            self._packed[name] = self._opened(name) if name.endswith(_WEIGHT) else None
+            self._packed[name] = self._opened(name)
         return self._packed[name]
 
     def _opened(self, name: str) -> Packed | None:
-        parts = Parts(self._store, self._stored, name.removesuffix(_WEIGHT), self._where)
+        formats = [form for form in self._formats if name.endswith(form.ending)]
+        if not formats:
+            return None
+        parts = Parts(self._store, self._stored, name.removesuffix(formats[0].ending), self._where)
         with _quiet():
-            candidates = (form.open(parts, self._settings) for form in self._formats)
+            candidates = (form.open(parts, self._settings) for form in formats)
             return next((packed for packed in candidates if packed is not None), None)
 
 
 def _dequantise(packed: Packed, ids: np.ndarray) -> np.ndarray:
-    out = np.empty((len(ids), packed.shape[1]), np.float32)
-    step = max(_NUMBERS_AT_ONCE // max(packed.shape[1], 1), 1)
+    out = np.empty((len(ids), packed.shape[-1]), np.float32)
+    step = max(_NUMBERS_AT_ONCE // max(packed.shape[-1], 1), 1)
     with _quiet():
         for start in range(0, len(ids), step):
             piece = slice(start, start + step)

@@ -1,0 +1,153 @@
+"""Where a GGUF file holds each tensor of a model, and what llama.cpp's converter has done to it.
+
+The converter reorders the rows of q and k of Llama and families like it for its rotary layout, sorts what Qwen3.5 and
+Qwen3-Next store by groups of heads, stores gains of 1 + weight as they are used, and A in place of its logarithm. Each
+change is undone here. Source: the `conversion` folder of llama.cpp.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from jcrosslora.checkpoint.families import Family
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.rules import LatentSizes
+
+Shape = tuple[int, ...]
+_DELTA = "linear_attn."
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of a model is in a file.
+
+    Attributes:
+        stored: names of tensors in the file, whose rows stand one behind another.
+        shape: of the tensor.
+        rows: (rows,) row of the stored ones for each row of the tensor; None if they are in order.
+        columns: the same for columns.
+        offset: number that the file adds to a norm.
+        form: "log" if the file holds -exp(tensor); "latent" if it holds keys (H, R, N) and values (H, P, R) of heads
+            that a matrix (H (N + P), R) has; else None.
+    """
+
+    stored: tuple[str, ...]
+    shape: Shape
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    offset: float = 0.0
+    form: Literal["log", "latent"] | None = None
+
+
+def find_sources(
+    names: Mapping[str, Sequence[str]], shapes: Mapping[str, Shape], family: Family, config: Mapping[str, Any]
+) -> dict[str, Source]:
+    """Find the source of every tensor.
+
+    Args:
+        names: Hugging Face name -> names in the file.
+        shapes: name in the file -> shape.
+        family: of the model.
+        config: its checked configuration.
+    """
+    mixer = family.mixer_of(config)
+    offset = {f"{norm}.weight" for norm in family.norms.values()} if family.gain_offset else frozenset()
+    found = {}
+    for name, stored in names.items():
+        path = name.split(".", 3)[-1] if name.startswith("model.layers.") else name
+        parts = [shapes[one] for one in stored]
+        if len(parts) == 2 and path.endswith("kv_b_proj.weight"):
+            found[name] = Source(
+                tuple(stored), _latent_shape(parts, family.latent and family.latent(config)), form="latent"
+            )
+            continue
+        found[name] = Source(
+            tuple(stored),
+            _shape(path, parts),
+            *_orders(path, sum(shape[0] for shape in parts if shape), family, config, mixer),
+            offset=family.gain_offset if path in offset or name == f"{family.final_norm}.weight" else 0.0,
+            form="log" if path.endswith(".A_log") else None,
+        )
+    return found
+
+
+def _shape(path: str, parts: Sequence[Shape]) -> Shape:
+    """Return the shape of a tensor of the model, given those of the tensors that hold its rows."""
+    whole = (sum(shape[0] for shape in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+    if path.endswith((".conv1d.weight", "conv.conv.weight")):
+        return (*whole[:-1], 1, *whole[-1:])
+    if path.endswith((".A_log", ".D")) or path == "mamba.norm.weight":
+        return (int(np.prod(whole)),)
+    return whole
+
+
+def _latent_shape(parts: Sequence[Shape], sizes: LatentSizes | None) -> Shape:
+    keys, values = parts
+    if sizes is None or len(keys) != 3 or len(values) != 3 or keys[0] != values[0] or keys[1] != values[2]:
+        return ()  # of no matrix, so that it is refused by its shape
+    return (keys[0] * (keys[2] + values[1]), keys[1])
+
+
+def _orders(
+    path: str, rows: int, family: Family, config: Mapping[str, Any], mixer: Mixer | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return where rows and columns of a tensor are stored."""
+    assert family.gguf is not None
+    module = path.rpartition(".")[0]
+    if family.gguf.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
+        key = "num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"
+        return unpermuted_rows(rows, config[key]), None
+    if mixer is not None and module == "linear_attn.in_proj_qkvz":
+        return grouped_rows(mixer), None
+    if mixer is None or not family.gguf.tiled or not path.startswith(_DELTA):
+        return None, None
+    first = 2 * mixer.groups * mixer.key_size
+    match path.removeprefix(_DELTA).removesuffix(".weight"):
+        case "in_proj_qkv" | "conv1d":
+            return np.concatenate([np.arange(first), first + untiled_heads(mixer, mixer.value_size)]), None
+        case "in_proj_z":
+            return untiled_heads(mixer, mixer.value_size), None
+        case "in_proj_b" | "in_proj_a" | "A_log" | "dt_bias":
+            return untiled_heads(mixer, 1), None
+        case "out_proj":
+            return None, untiled_heads(mixer, mixer.value_size)
+    return None, None
+
+
+def unpermuted_rows(rows: int, heads: int) -> np.ndarray:
+    """Return the row of the GGUF file for each row in Hugging Face order.
+
+    Within a head of size D, Hugging Face pairs row j with row j + D/2 for the rotation; GGUF stores each pair at rows
+    2j and 2j + 1.
+
+    Args:
+        rows: number of rows of the matrix, a multiple of 2 * heads.
+        heads: number of heads.
+
+    Returns:
+        (rows,) integers.
+    """
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(rows)
+
+
+def untiled_heads(mixer: Mixer, size: int) -> np.ndarray:
+    """Return the place in the file of each feature of the heads of values, which it stores group after group in turn.
+
+    Args:
+        mixer: of kind "delta", with G groups of H / G heads.
+        size: features of a head.
+
+    Returns:
+        (H size,) integers.
+    """
+    return np.arange(mixer.heads * size).reshape(-1, mixer.groups, size).swapaxes(0, 1).reshape(-1)
+
+
+def grouped_rows(mixer: Mixer) -> np.ndarray:
+    """Return the row of queries, keys, values and gates, stored one behind another, for each row sorted by group."""
+    starts = np.cumsum([0, *[mixer.groups * mixer.key_size] * 2, mixer.inner, mixer.inner])
+    parts = [np.arange(*ends).reshape(mixer.groups, -1) for ends in pairwise(starts)]
+    return np.concatenate(parts, axis=1).reshape(-1)

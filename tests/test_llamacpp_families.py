@@ -1,0 +1,73 @@
+"""llama.cpp runs the tiny GGUF files of the tests: its next tokens are those of our decoder, from the same files."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_models import random_model
+from gguf_files import write_gguf
+from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors
+
+import jcrosslora as jcl
+from jcrosslora.decoder import forward, load_params, logits, settings_of
+
+pytestmark = pytest.mark.slow
+# A process of its own, which nothing that llama.cpp does can end the tests with.
+RUN = """
+import json
+import sys
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 128, 1, 0, 3
+params.warmup = params.fit_params = False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = 0  # float32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+for tokens in json.loads(sys.argv[2]):
+    request = {"prompt": tokens, "n_predict": 1, "n_probs": 64, "samplers": [], "cache_prompt": False}
+    answer = server.handle_completions(request)
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    print("FOUND", json.dumps({one["id"]: one["logprob"] for one in found}), flush=True)
+"""
+PROMPTS = [[7, 3], [5, 12, 19, 26, 33, 40, 47, 54, 61, 8, 15, 22, 29, 36, 43, 50]]
+# llama.cpp knows by the number of layers whether queries are from latents, and whether there are windows.
+NOT_RUN = {"deepseek_v3-direct", "exaone4"}
+# Its activations by tables of float16.
+ROUGH = {"gemma", "phi", "starcoder2"}
+TOKENS = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(61))]
+VOCABULARY = {
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.merges": ['! "'],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.add_bos_token": False,
+}
+
+
+@pytest.mark.parametrize("name", sorted((FORMS | SPARSE_FORMS).keys() - NOT_RUN))
+def test_llama_cpp_has_the_numbers_of_our_decoder(name, tmp_path):
+    pytest.importorskip("xllamacpp")
+    form = (FORMS | SPARSE_FORMS)[name]
+    model = random_model(form.family, form.settings)
+    metadata = metadata_of(model, form) | VOCABULARY
+    tokens = "gpt2", TOKENS, [3, 3, 3, *[1] * 61]
+    path = write_gguf(tmp_path / "model.gguf", form.arch, metadata, stored_tensors(model, form), tokens)
+    command = [sys.executable, "-c", RUN, str(path), json.dumps(PROMPTS)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = [json.loads(line[6:]) for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(found) == len(PROMPTS), run.stderr[-4000:]
+    base = jcl.open_base(path)
+    settings, params = settings_of(base), load_params(base, jnp.float32)
+    for prompt, theirs in zip(PROMPTS, found, strict=True):
+        last = forward(settings, params, jnp.asarray([prompt])).hidden[:, -1]
+        ours = np.asarray(jax.nn.log_softmax(logits(settings, params, last)))[0]
+        np.testing.assert_allclose(
+            ours, [theirs[str(token)] for token in range(64)], rtol=0, atol=3e-3 if name in ROUGH else 2e-5
+        )
