@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=48, help="train prompts of each task that its adapter answers")
     parser.add_argument("--answer", type=int, default=64, help="the most tokens of such an answer")
     parser.add_argument("--steps", type=int, default=80, help="of the training of gates and routers")
+    parser.add_argument("--rate", type=float, default=TrainingSettings().rate, help="highest learning rate of it")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -112,10 +113,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         else:
             composed = jcl.compose(base, adapters, way, seed=arguments.seed, **loaded)
             if composed.how.trained:
-                settings = TrainingSettings(steps=arguments.steps, seed=arguments.seed)
+                settings = TrainingSettings(steps=arguments.steps, rate=arguments.rate, seed=arguments.seed)
                 composed = composed.fit(texts, settings, progress=True)
         nll = -composed.score(examples, weights=weights)
-        row = {"way": way, "examples": len(examples), "seed": arguments.seed}
+        row = {"way": way, "rate": arguments.rate, "examples": len(examples), "seed": arguments.seed}
         for owner, (name, *_) in [*enumerate(tasks), (None, ("all",))]:
             part = np.ones(len(owners), bool) if owner is None else owners == owner
             kept = lift_recovered(base_nll[part], nll[part], own_nll[part])
