@@ -74,6 +74,13 @@ def hooks():
     HOOKS.clear()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_timed(request, monkeypatch):
+    """For the display of a transfer every part takes a second: timing compiles them. The tests of the estimate time."""
+    if request.module.__name__ != "test_estimate":
+        monkeypatch.setattr("jcrosslora.session.timing.Stopwatch._fastest", lambda *_: 1.0)
+
+
 @pytest.fixture
 def every_line(monkeypatch):
     """Progress writes a line whenever something is done, not every 30 s."""

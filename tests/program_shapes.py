@@ -167,6 +167,7 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
     yield Program(residual_streams._add_update, (settings, of(shapes.hidden), factors, stream, down(stream)))
     yield Program(timing._pass, (settings, params, shapes.tokens))
+    yield Program(timing._gradient, (settings, params, adapter, shapes.tokens))
 
 
 def down(stream: jax.ShapeDtypeStruct) -> residual_streams.Down:

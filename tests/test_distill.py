@@ -36,6 +36,7 @@ from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
+from jcrosslora.fit.distill import settings as settings_module
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.batches import BATCH, make_batches, used_tokens
 from jcrosslora.fit.distill.completions import (
@@ -779,7 +780,10 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimiz
 
 def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(pair, tmp_path, monkeypatch):
     source, target, adapter = pair
-    asked = dataclasses.replace(SMALL, completions=FIRST + ROUND, passes=1, answer_tokens=2)
+    for module in (settings_module, run_module):
+        monkeypatch.setattr(module, "ROUND", 8)
+    monkeypatch.setattr(settings_module, "FIRST", 40)
+    asked = dataclasses.replace(SMALL, completions=48, passes=1, answer_tokens=2)
     calls = []
 
     def stop(*_):

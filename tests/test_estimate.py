@@ -84,10 +84,22 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
     assert given["fit"] == pytest.approx(few["fit"], rel=0.2)
 
 
-def test_the_default_fit_takes_as_long_as_some_650_forward_passes(places):
-    # One layer takes a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
+def test_the_default_fit_takes_some_380_passes_forward_or_forward_and_back(places):
+    # Four layers take a second; a pass of the source has 2 layers, of the target 3, beside their output heads.
     steps = found(places, method="distill", effect="never", compared_tokens=1).steps
-    assert 550 < steps["fit"] / 2.6 < 750
+    assert 320 < 4 * steps["fit"] / 2.6 < 430
+
+
+def test_prompts_like_given_ones_are_counted_where_there_are_too_few(places, tmp_path):
+    def writing(lines):
+        (tmp_path / "prompts.txt").write_text("".join(f"{number} and {CORPUS[0]}\n" for number in range(lines)))
+        steps = found(places, method="distill", probe_text=str(tmp_path / "prompts.txt"), effect="never").steps
+        return steps["write completions"] - 12
+
+    enough, few, too_few = writing(300), writing(100), writing(7)
+    # A written prompt takes as many tokens as an answer, behind some that are shown to the base.
+    assert 1.5 * enough < few < 3 * enough
+    assert too_few == enough
 
 
 def test_memory_is_that_of_both_bases_where_they_run(places):
@@ -138,8 +150,9 @@ def test_the_same_sizes_are_timed_once(places):
     watch = Stopwatch(ticks.__next__)
     first, second = (estimate_files(transfer_settings(*places, method="distill"), watch) for _ in range(2))
     assert first == second
-    # Of the source a layer on whole texts and on one token each, in one dtype; of both bases for the check, in float32.
-    assert next(ticks) in (2 * 3 * 3, 2 * 3 * 5)  # where the fastest dtype is float32, and where it is bfloat16
+    # Of the source on whole texts and on one token each, of the target back as well, in one dtype; of both bases for
+    # the check, in float32.
+    assert next(ticks) in (2 * 3 * 4, 2 * 3 * 6)  # where the fastest dtype is float32, and where it is bfloat16
 
 
 def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):

@@ -177,7 +177,7 @@ def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, to
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")
     bases = "".join(f'{name} = "{folder / name}"\n' for name in ("source", "target"))
     adapters = f'source = ["{folder / "adapter"}", "{tmp_path / "plain"}"]\n'
-    move = '[[moves]]\nfrom = "source"\nto = "target"\nsvd_rank = 8\ncompletions = 16\n'
+    move = '[[moves]]\nfrom = "source"\nto = "target"\nsvd_rank = 8\ncompletions = 16\ndiscovery = 0\n'
     (tmp_path / "plan.toml").write_text(f'out = "moved"\n[bases]\n{bases}[adapters]\n{adapters}{move}')
     moved, fitted = run_batch(read_plan(tmp_path / "plan.toml")).outcomes.values()
     # The base, which is random, writes no completions to fit anything to.

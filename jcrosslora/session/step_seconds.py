@@ -17,8 +17,8 @@ from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
 from jcrosslora.fit.distill.discovery.openings import ANSWER, OPENINGS
 from jcrosslora.fit.distill.discovery.requests import REQUEST
-from jcrosslora.fit.distill.fit import LOOK
 from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.similar_prompts import FEWEST
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
 from jcrosslora.methods import InterpolatedCopy, Method
@@ -33,15 +33,16 @@ SHARED = ("write", "compare layers", ALIGN, "interpolate")  # made once for all 
 # Seconds that a step which runs the bases takes to compile, about the same for models of any size.
 _COMPILING, _WITHOUT_BASES = 12, (ALIGN, "interpolate")
 _TEXTS, _TOKENS = 8, 64  # the text that one forward pass reads, unless said otherwise
+_SHAPE = _TEXTS, _TOKENS
 _ROWS = 48  # texts that are written together
 _PROBE_TOKENS = 96  # of a text that the source writes
 _PROMPT_TOKENS = 32  # of a prompt that the source writes
 _SHOTS_LENGTH = 2  # of what stands in front of a request, in times of `_TOKENS`
 _WIDTHS = 4  # widths of rows that completions of one kind have
-# Against a layer timed alone, measured with SmolLM2-135M on one core: a token with the cache of those before takes 1.7
-# times as long (2.7 ms instead of 1.6), and the prompts of 48 texts twice as long as their tokens in passes of 8 texts.
-_CACHED, _PREFILL = 1.7, 2
-_GRADIENT = 3  # forward passes that take as long as one with its gradient
+# Against a layer as it is timed, measured with SmolLM2-135M on one core: a token with the cache of those before takes
+# 1.5 times as long (4.3 ms instead of 2.8 for 48 texts), and so do the prompts of 48 texts (104 to 115 ms instead of 73
+# in passes of 8 texts), which are read with the adapter and kept in the cache.
+_CACHED, _PREFILL = 1.5, 1.5
 # Share of the time of a square matrix's SVD that its eigendecomposition takes (0.3 to 0.9 for sides of 256 to 2048).
 _EIGEN = 0.4
 # Forward passes of the target that take as long as the products of activations of both bases (for two bases of width
@@ -80,10 +81,15 @@ class _Costs:
     def read(self, passes: tuple[float, float], dtype: DTypeLike = jnp.float32, *, predicted: int = 0) -> float:
         """Time forward passes of source and target, with an output head of `predicted` tokens."""
         return sum(
-            count * self._layers(base, (_TEXTS, _TOKENS), dtype, predicted)
+            count * self._layers(base, _SHAPE, dtype, predicted)
             for base, count in zip(self._bases, passes, strict=True)
             if count
         )
+
+    def step(self, count: float, fit: DistillSettings) -> float:
+        """Time gradient steps of the target."""
+        target, dtype = self._bases[1], fast_dtype()
+        return count * self._sizes(target, fit.compared_tokens) * self._stopwatch.gradient(target, _SHAPE, dtype, fit)
 
     def write(self, tokens: float) -> float:
         """Time the source's writing of tokens, each for `_ROWS` texts."""
@@ -99,9 +105,13 @@ class _Costs:
         return self._stopwatch.full_svd() * rows * columns * min(rows, columns) / SVD_SIDE**3
 
     def _layers(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, predicted: int) -> float:
-        """Time all layers and the output head, whose products take as long as those of a layer of its size."""
-        head = predicted * base.dims.hidden / layer_size(base)
-        return (base.dims.layers + head) * self._stopwatch.layer(base, shape, dtype)
+        """Time all layers and the output head."""
+        return self._sizes(base, predicted) * self._stopwatch.layer(base, shape, dtype)
+
+    @staticmethod
+    def _sizes(base: BaseModel, predicted: int) -> float:
+        """Count the layers and the output head, whose products take as long as those of a layer of its size."""
+        return base.dims.layers + predicted * base.dims.hidden / layer_size(base)
 
 
 def _plan(
@@ -155,11 +165,16 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
     count = settings.rounds[0]
     # How long answers are is not known before some are written.
     rounds, tokens, judged = ceil(count / _ROWS), settings.answer_tokens or PILOT_TOKENS // 2, 0.0
+    written, prefilled = 0.0, 0.0
+    if FEWEST <= prompts < count:  # the base writes others like them
+        similar = ceil((count - prompts) / _ROWS)
+        written, prefilled = similar * _PROMPT_TOKENS, similar * _SHOTS_LENGTH
     if not prompts:
         pilot = PILOT * len(TEMPLATES)
         rounds, tokens = rounds + ceil(pilot / _ROWS), tokens + _PROMPT_TOKENS
         judged = 2 * pilot * len(TEMPLATES) / _TEXTS  # every pilot in every template, with and without the adapter
-    written, passes = rounds * tokens, _PREFILL * rounds * _ROWS / _TEXTS + judged
+    written += rounds * tokens
+    passes = _PREFILL * (rounds + prefilled) * _ROWS / _TEXTS + judged
     if settings.discovery and not prompts:
         written, passes = written + _search(settings)[0], passes + _search(settings)[1]
     # What is fitted to and what is held out each end with a batch of each width that is half full.
@@ -200,14 +215,17 @@ def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, token
         tokens: of each text.
         costs: of writing and reading.
     """
+    # Imported here: methods that look at weights alone need no optimiser.
+    from jcrosslora.fit.distill.fit import LOOK
+
     further, anew = len(settings.rounds) - 1, sum(settings.rounds[1:]) / _TEXTS
     fitted, held = rows[0] / _TEXTS, rows[1] / _TEXTS
     steps = settings.passes * (fitted + anew)
     looks = 1 + steps * _TEXTS / BATCH / LOOK
     source = 2 * (fitted + held + anew) + _PREFILL * texts * anew
-    target = fitted + anew + _GRADIENT * steps + (1 + looks) * held
+    target = fitted + anew + (1 + looks) * held
     read = costs.read((source, target), fast_dtype(), predicted=settings.compared_tokens)
-    return costs.write(further * tokens) + read
+    return costs.write(further * tokens) + read + costs.step(steps, settings)
 
 
 def _effect(task: AlignmentTask, *, written: bool, costs: _Costs) -> float:

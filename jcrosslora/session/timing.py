@@ -1,4 +1,4 @@
-"""Time one matrix of each shape and one layer of each base on this machine, with random numbers."""
+"""Time one matrix of each shape and a few layers of each base on this machine, with random numbers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from jax.typing import DTypeLike
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.family.parts import holds
 from jcrosslora.checkpoint.layout import norm_sizes
-from jcrosslora.decoder import DecoderSettings, Params, forward, settings_of
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward, settings_of
 from jcrosslora.decoder.layer_inputs import LayerInputWeights
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.linalg import decompose
 
-_VOCABULARY = 512  # rows of the embedding of the layer that is timed
+_VOCABULARY = 512  # rows of the embedding of the layers that are timed
+# Layers that are timed together: what stands beside one alone takes a fifth of its time if it is small. Large ones
+# would take memory.
+_LAYERS, _MOST_WEIGHTS = 4, 1 << 26
 SVD_SIDE = 512  # of the square matrix whose full SVD is timed
 _RUNS = 3  # after compilation; the fastest counts
 
@@ -54,25 +58,35 @@ class Stopwatch:
         return self._fastest("full SVD", make, _RUNS)
 
     def layer(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike) -> float:
-        """Time the forward pass of one layer of a base, of the parts of its last, on tokens (B, T).
+        """Time the forward pass of a layer of a base, of the parts of its last, on tokens (B, T).
 
         Raises:
             CheckpointError: the decoder does not support the base.
         """
-        settings = settings_of(base)
-        one = dataclasses.replace(
-            settings,
-            layers=1,
-            vocab=_VOCABULARY,
-            windows=settings.windows[-1:],
-            layer_ropes=settings.layer_ropes[-1:],
-            parts=settings.parts[-1:],
-        )
+        few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            return partial(_pass, one, _random_params(one, base, dtype), jnp.zeros(shape, jnp.int32))
+            return partial(_pass, few, _random_params(few, base, dtype), jnp.zeros(shape, jnp.int32))
 
-        return self._fastest((one, shape, jnp.dtype(dtype).name), make, _RUNS)
+        return self._fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
+
+    def gradient(self, base: BaseModel, shape: tuple[int, int], dtype: DTypeLike, fit: DistillSettings) -> float:
+        """Time the pass of such a layer forward and back, for the factors of a fit.
+
+        Raises:
+            CheckpointError: the decoder does not support the base.
+        """
+        # Imported here: methods that look at weights alone need no optimiser.
+        from jcrosslora.fit.distill.fit import first_state
+
+        few = _few_layers(base)
+
+        def make() -> Callable[[], Any]:
+            params = _random_params(few, base, dtype)
+            return partial(_gradient, few, params, first_state(params, fit).factors, jnp.zeros(shape, jnp.int32))
+
+        key = few, shape, jnp.dtype(dtype).name, fit.roles, fit.fit_rank
+        return self._fastest(key, make, _RUNS) / few.layers
 
     def _fastest(self, key: Any, make: Callable[[], Callable[[], Any]], runs: int) -> float:
         if key not in self._known:
@@ -97,20 +111,37 @@ def parameters(base: BaseModel) -> int:
     return layer_size(base) * base.dims.layers + matrices * base.dims.vocab * base.dims.hidden
 
 
+def _few_layers(base: BaseModel) -> DecoderSettings:
+    settings, layers = settings_of(base), max(1, min(_LAYERS, _MOST_WEIGHTS // layer_size(base)))
+    return dataclasses.replace(
+        settings,
+        layers=layers,
+        vocab=_VOCABULARY,
+        windows=layers * settings.windows[-1:],
+        layer_ropes=layers * settings.layer_ropes[-1:],
+        parts=layers * settings.parts[-1:],
+    )
+
+
 @partial(jax.jit, static_argnums=0)
 def _pass(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
     return forward(settings, params, tokens).hidden
 
 
+@partial(jax.jit, static_argnums=0)
+def _gradient(settings: DecoderSettings, params: Params, factors: StackedAdapter, tokens: jax.Array) -> StackedAdapter:
+    return jax.grad(lambda own: jnp.sum(forward(settings, params, tokens, adapter=own).hidden))(factors)
+
+
 def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Params:
-    """Make the weights of one layer as `load_params` would: bfloat16 as bits, norms as float32."""
+    """Make the weights of the layers as `load_params` would: bfloat16 as bits, norms as float32."""
     packed = dtype == jnp.bfloat16
 
     def matrix(*shape: int) -> jax.Array:
         return 0.02 * jax.random.normal(jax.random.key(0), shape, dtype)
 
-    (parts,), family = settings.parts, base.family
-    weights = {role: matrix(1, *base.role_shape(role)) for role in family.roles if holds(parts, role)}
+    layers, parts, family = settings.layers, settings.parts[0], base.family
+    weights = {role: matrix(layers, *base.role_shape(role)) for role in family.roles if holds(parts, role)}
     norms = norm_sizes(family, base.dims, base.config)
     tensors = {name: tensor for name, tensor in family.layer_tensors(base.config).items() if holds(parts, name)}
     return Params(
@@ -119,12 +150,16 @@ def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike)
         final_norm=jnp.ones(settings.hidden),
         weights={role: jax.lax.bitcast_convert_type(w, jnp.uint16) if packed else w for role, w in weights.items()},
         biases={
-            role: jnp.zeros((1, weights[role].shape[1]), dtype) for role in settings.biased_roles if role in weights
+            role: jnp.zeros((layers, weights[role].shape[1]), dtype)
+            for role in settings.biased_roles
+            if role in weights
         },
-        norms={name: jnp.ones((1, size)) for name, size in norms.items() if holds(parts, name)},
-        activation=tuple(jnp.ones((1, 1)) for _ in family.activation_tensors),
-        tensors={name: jnp.ones((1, *tensor.shape(base.dims, base.config))) for name, tensor in tensors.items()},
+        norms={name: jnp.ones((layers, size)) for name, size in norms.items() if holds(parts, name)},
+        activation=tuple(jnp.ones((layers, 1)) for _ in family.activation_tensors),
+        tensors={name: jnp.ones((layers, *tensor.shape(base.dims, base.config))) for name, tensor in tensors.items()},
         layer_inputs=None
         if (width := settings.layer_inputs) == 0
-        else LayerInputWeights(matrix(settings.vocab, width), matrix(width, settings.hidden), jnp.ones(width)),
+        else LayerInputWeights(
+            matrix(settings.vocab, layers * width), matrix(layers * width, settings.hidden), jnp.ones(width)
+        ),
     )

@@ -19,7 +19,7 @@ from jcrosslora.text import Completion, Prompt
 from jcrosslora.utils.progress import Track
 
 SIMILAR = "similar"
-_FEWEST, _SHOWN = 8, 8  # different prompts to go by, and how many of them stand in front of each new one
+FEWEST, _SHOWN = 8, 8  # different prompts to go by, and how many of them stand in front of each new one
 _MOST_TOKENS, _PERCENTILE = 128, 95  # of what differs
 _LINES = 0.9  # share of prompts in which that is a single line
 
@@ -67,7 +67,7 @@ def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | N
     """
     given = tuple(dict.fromkeys(prompts))
     contents = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in given]
-    if len(set(contents)) < _FEWEST:
+    if len(set(contents)) < FEWEST:
         return None
     before = _common_start(contents)
     after = _common_start([content[len(before) :][::-1] for content in contents])[::-1]
@@ -75,7 +75,7 @@ def find_form(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> SharedForm | N
     lines = [text for text in between if text.strip() and "\n" not in text]
     lengths = [len(tokenizer.encode(line, special=False).ids) for line in lines]
     usual = math.ceil(np.percentile(lengths, _PERCENTILE)) if lengths else 0
-    if len(lines) < max(_FEWEST, _LINES * len(given)) or usual > _MOST_TOKENS:
+    if len(lines) < max(FEWEST, _LINES * len(given)) or usual > _MOST_TOKENS:
         return None
     return SharedForm(given, before, after, tuple(lines), usual + 1)
 
