@@ -95,7 +95,7 @@ def test_streams_advanced_by_layer_equal_the_whole_pass(base):
 
 
 def test_the_residual_fit_refuses_layers_that_change_the_stream_behind_their_mlp(base):
-    with pytest.raises(UsageError, match="layers of gemma4_text change the stream behind down_proj, .*; use distill"):
+    with pytest.raises(UsageError, match=r"layers of gemma4_text change the stream behind down_proj, .*; use distill"):
         _check(base, base, [object()], range(6), 1, 8)
 
 
