@@ -61,9 +61,9 @@ TARGETS["falcon_h1-norm"] = TARGETS["falcon_h1"]
 # Name -> (model_type, settings beyond those of `dense_models.COMMON`).
 HYBRIDS = {
     "gemma4": ("gemma4_text", GEMMA4),
-    # The kinds of layers, the rotary settings and the heads are those that the class takes where it is told nothing.
-    "gemma4-keys": (
-        "gemma4_text",
+    # The kinds of layers and the rotary settings are those that the class takes where it is told nothing.
+    "gemma4-unified": (
+        "gemma4_unified_text",
         {
             "num_hidden_layers": 7,
             "head_dim": 8,
@@ -71,7 +71,6 @@ HYBRIDS = {
             "num_global_key_value_heads": 1,
             "attention_k_eq_v": True,
             "attention_bias": True,
-            "hidden_size_per_layer_input": 0,
             "sliding_window": 6,
             "final_logit_softcapping": 3.0,
             "tie_word_embeddings": False,
@@ -86,6 +85,7 @@ HYBRIDS = {
             "num_key_value_heads": 4,
             "num_global_key_value_heads": 2,
             "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
             "enable_moe_block": True,
             "num_experts": 5,
             "top_k_experts": 2,

@@ -163,7 +163,7 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(amplify._extend, (*shapes.model, both, *numbers), {"count": 4, "stop_tokens": ()})
     layer = jax.eval_shape(lambda *arrays: layer_at(settings, *arrays, 0), params, adapter)
     stream = of(BATCH, LENGTH, shapes.hidden)
-    yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, stream))
+    yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, (stream, None), None))
     factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
     yield Program(residual_streams._add_update, (settings, of(shapes.hidden), factors, stream, down(stream)))
     yield Program(timing._pass, (settings, params, shapes.tokens))

@@ -17,7 +17,9 @@ from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, ROLE_PATHS
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
 from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.evidence.heads import match_heads
 from jcrosslora.fit.residual import _check
+from jcrosslora.lineage.pairing import pair_modules
 from jcrosslora.session.timing import Stopwatch
 
 peft = pytest.importorskip("peft")
@@ -126,6 +128,14 @@ def test_updates_of_what_makes_the_inputs_of_layers_are_listed_as_left_behind(ba
     adapted(tmp_path / "alone", [PLE.rpartition(".")[2]])
     with pytest.raises(AdapterError, match=f"{PLE}.*nothing can be moved"):
         jcl.load_adapter(tmp_path / "alone", base)
+
+
+def test_heads_are_matched_where_all_layers_of_a_role_have_keys(base):
+    pairing = pair_modules(base.modules, base.modules)
+    found = match_heads(base, base, pairing.pairs, jnp.eye(base.dims.hidden))
+    roles = {base.modules[name].role for name in found}
+    assert roles == {"q_proj", "k_proj", "v_proj"}
+    np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj"].match, np.eye(4))
 
 
 def test_the_time_of_a_layer_is_measured(base):

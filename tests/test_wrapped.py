@@ -282,7 +282,7 @@ def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
         *(wanted.num_key_value_heads, wanted.vocab_size),
     )
     assert checked.values.get("rms_norm_eps", 1e-6) == wanted.rms_norm_eps
-    if text_type not in ("gemma3_text", "gemma4_text"):
+    if text_type not in ("gemma3_text", "gemma4_text", "gemma4_unified_text"):
         assert checked.values.get("rope_theta", 1e4) == wanted.rope_parameters["rope_theta"]
 
 

@@ -40,6 +40,11 @@ CLASSES = {
         _SMALL | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 4},
         {},
     ),
+    "gemma4_unified": (
+        {"model_type": "gemma4_unified_text", "sliding_window": 8, "global_head_dim": 24, "attention_k_eq_v": True},
+        {"model_type": "gemma4_unified_vision", "patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 4},
+        {},
+    ),
     "idefics3": ({"model_type": "llama"}, _VISION | {"model_type": "idefics3_vision"}, {}),
     "internvl": ({"model_type": "qwen2"}, _INTERN, {}),
     "llava": ({"model_type": "llama"}, _CLIP, {}),

@@ -13,7 +13,7 @@ from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
-from jcrosslora.checkpoint.family.gemma4 import GEMMA4
+from jcrosslora.checkpoint.family.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jcrosslora.checkpoint.family.glm import GLM, GLM4, GLM4_MOE
 from jcrosslora.checkpoint.family.gpt_oss import GPT_OSS
 from jcrosslora.checkpoint.family.granite import GRANITE, GRANITEMOE
@@ -87,14 +87,20 @@ _TABLE = (
     LFM2_MOE,
     PHIMOE,
     GEMMA4,
+    GEMMA4_UNIFIED,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
 _GEMMA3N = (
-    "gemma3_text",
-    "alternating updates (AltUp), learned low-rank residuals (LAuReL) and an embedding for each layer",
+    "gemma4_text",
+    "four residual streams that predict each other (AltUp), learned low-rank residuals (LAuReL), and MLPs that keep "
+    "only their largest features",
 )
-_LLAMA4 = ("llama", "mixtures of experts and attention in chunks")
+_LLAMA4 = (
+    "llama",
+    "attention in chunks, experts whose inputs are multiplied by their scores, and queries that grow with the position "
+    "in layers without rotary positions",
+)
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {

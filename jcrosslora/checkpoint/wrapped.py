@@ -13,6 +13,7 @@ from jcrosslora.checkpoint.families import COMMON_KEYS, FAMILIES, HARMLESS_KEYS
 from jcrosslora.errors import CheckpointError
 
 TEXT = "model."  # in front of a text model's modules, and of `layers`, `embed_tokens` and `norm` among its tensors
+_AUDIO_KEYS = frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"})
 _LANGUAGE, _TEXT_MODEL = "model.language_model.", "model.text_model."
 
 
@@ -44,7 +45,14 @@ WRAPPERS: Mapping[str, Wrapper] = {
         _LANGUAGE,
         "gemma4_text",
         {"gemma4_text": "gemma4_text"},
-        keys=frozenset({"audio_config", "audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"}),
+        keys=_AUDIO_KEYS,
+    ),
+    "gemma4_unified": Wrapper(
+        "Gemma4UnifiedForConditionalGeneration",
+        _LANGUAGE,
+        "gemma4_unified_text",
+        {"gemma4_unified_text": "gemma4_unified_text"},
+        keys=_AUDIO_KEYS,
     ),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", _TEXT_MODEL, "llama"),
     "internvl": Wrapper("InternVLForConditionalGeneration", _LANGUAGE, "qwen2"),
@@ -83,7 +91,7 @@ TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
 OTHER_PARTS = frozenset(
     {
         *("audio_tower", "connector", "embed_audio", "embed_vision", "image_newline", "multi_modal_projector"),
-        *("vision_embed_tokens", "vision_model", "vision_tower", "visual"),
+        *("vision_embed_tokens", "vision_embedder", "vision_model", "vision_tower", "visual"),
     }
 )
 

@@ -76,7 +76,8 @@ def embedding_map(vocabulary: Vocabulary) -> jax.Array:
 def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], stream: jax.Array) -> dict[str, HeadMatch]:
     """Match the attention heads of every pair of attention modules; the result is by the target's name.
 
-    The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time.
+    The match uses all four attention modules of a layer, whichever of them are paired, and reads a layer at a time. A
+    role is skipped that is also in layers without all four, such as o_proj where layers read the keys of others.
 
     Args:
         source: the base that adapters come from.
@@ -88,9 +89,11 @@ def match_heads(source: BaseModel, target: BaseModel, pairs: Iterable[Pair], str
         CheckpointError: a weight that cannot be read.
     """
     by_layers: dict[tuple[int, int], tuple[np.ndarray, float]] = {}
-    found = {}
+    found, pairs = {}, [pair for pair in pairs if pair.role in ATTENTION]
+    sides = [(source, pair.source, pair.role) for pair in pairs] + [(target, pair.target, pair.role) for pair in pairs]
+    skipped = {role for base, name, role in sides if not base.modules.keys() >= {*_names(base.modules[name].layer)}}
     for pair in pairs:
-        if pair.role in ATTENTION:
+        if pair.role not in skipped:
             layers = source.modules[pair.source].layer, target.modules[pair.target].layer
             if layers not in by_layers:
                 by_layers[layers] = _match(_attention(source, layers[0]), _attention(target, layers[1]), stream)
@@ -117,9 +120,13 @@ def _match(src: AttentionWeights, tgt: AttentionWeights, stream: jax.Array) -> t
 
 
 def _attention(base: BaseModel, layer: int) -> AttentionWeights:
-    names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for role in ATTENTION]
+    names = _names(layer)
     q, k, v, o = (jnp.asarray(base.weight(name)).astype(jnp.float32) for name in names)
     base.release()
     if base.modules[names[0]].role == "qg_proj":  # rows of queries and of gates in turn
         q = q.reshape(base.dims.heads, 2, base.dims.head_dim, -1)[:, 0].reshape(-1, q.shape[1])
     return AttentionWeights(q, k, v, o, base.dims.heads, base.dims.kv_heads)
+
+
+def _names(layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{ROLE_PATHS[role]}" for role in ATTENTION]

@@ -1,10 +1,11 @@
 """Gemma 4 (text): larger heads in layers of full attention, the last layers with the keys and values of layers before.
 
 The smaller models multiply the stream with an input of each layer; others take the keys of full attention for its
-values, or have experts beside the MLP.
+values, or have experts beside the MLP. The text model of the unified ones has neither inputs of layers nor experts.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jcrosslora.checkpoint.family.experts import Experts
@@ -162,4 +163,17 @@ GEMMA4 = Family(
         "sliding_window": 512,
         "tie_word_embeddings": True,
     },
+)
+GEMMA4_UNIFIED = replace(
+    GEMMA4,
+    name="gemma4_unified_text",
+    architectures=("Gemma4UnifiedForCausalLM", "Gemma4UnifiedForConditionalGeneration"),
+    roles=(*_ATTENTION, *MLP, *WIDE_MLP),
+    layer_inputs=lambda _: 0,
+    experts=None,
+    tensors={"layer_scale": GEMMA4.tensors["layer_scale"]},
+    keys=GEMMA4.keys - {"hidden_size_per_layer_input", "enable_moe_block"},
+    fixed={**GEMMA4.fixed, "hidden_size_per_layer_input": (0,), "enable_moe_block": (False,)},
+    defaults={key: value for key, value in GEMMA4.defaults.items() if key != "hidden_size_per_layer_input"}
+    | {"max_position_embeddings": 262_144, "sliding_window": 1024},
 )

@@ -293,7 +293,8 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     """
     size = max(settings.head_dim, 0 if settings.global_heads is None else settings.global_heads.size)
     mixed = max(settings.heads * size, 0 if settings.mixer is None else settings.mixer.convolved)
-    width = 2 * settings.intermediate + 3 * (settings.hidden + mixed)
+    wide = 2 if settings.layers_with("wide_up_proj") else 1
+    width = 2 * wide * settings.intermediate + 3 * (settings.hidden + mixed)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 
 
