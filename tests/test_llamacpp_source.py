@@ -70,11 +70,12 @@ def test_greedy_answers_are_those_of_our_decoder(sources):
 
 
 def test_figures_are_those_of_our_decoder(sources):
+    """The base holds the adapter's answers for so unlikely that their tokens are behind its likeliest 200."""
     decoder, served, _ = sources
-    source = ServedSource.open(dataclasses.replace(served, top_logprobs=200))
-    texts = [Completion(question.prompt, ' {"answer": "water"}') for question in demo_questions()[:6]]
+    source = ServedSource.open(dataclasses.replace(served, top_logprobs=2000))
+    texts = [Completion(question.prompt, ' {"answer": "water"}') for question in demo_questions()[:4]]
     for found, wanted in zip(compare(source, texts, 6), compare(decoder, texts, 6), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=0.25, atol=0.05)
+        np.testing.assert_allclose(found, wanted, rtol=0.1)
 
 
 def test_a_stopped_run_goes_on(sources):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoint_files import llama_tensors, write_config, write_safetensors, write_sharded_llama
 from gguf_files import gguf, small_llama
+from gguf_forms import SPARSE_FORMS, write_form
 from probe_bases import write_base
 from safetensors import safe_open
 from tiny_bases import delta, random_adapter
@@ -21,7 +22,7 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import streaming
 from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.cli.main import main
-from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.export.companions import write_companions
 from jcrosslora.export.merge import MergeSettings, merge
 
@@ -189,6 +190,14 @@ def test_a_gguf_base_becomes_a_folder(tmp_path, kind):
     assert kept == {"torch.float32" if kind is None else "torch.bfloat16"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert str(model.dtype) == "torch.float32"
+
+
+def test_experts_of_a_gguf_file_are_not_written_under_names_that_no_class_has(tmp_path):
+    _, path = write_form(tmp_path / "base.gguf", SPARSE_FORMS["qwen3_moe"])
+    _, folder = saved_adapter(jcl.open_base(path), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"not stored as transformers loads them.*merge into the unquantised"):
+        merge(MergeSettings(str(path), str(folder), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_tokenizer_of_a_gguf_file_is_written(tmp_path):

@@ -19,6 +19,12 @@ def layout_of(family: Family, names: Callable[[], list[str]]) -> Mapping[str, st
     return next((layout for layout in layouts if layout["down"].format(0) in stored), layouts[0])
 
 
+def is_loadable(layout: Mapping[str, str]) -> bool:
+    """Whether classes load unquantised experts under the names of a layout, unlike those of GGUF and of MXFP4."""
+    merged = "gate" in layout and "{}" not in layout["gate"]
+    return not merged and not any(path.endswith("_blocks") for path in layout.values())
+
+
 def expert_shapes(
     experts: Experts, dims: Dims, config: Mapping[str, Any], layout: Mapping[str, str]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ from typing import Literal
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
 from jcrosslora.checkpoint.layout import expected_shapes
 from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
@@ -95,6 +96,11 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
     if adapter.experts:
         msg = f"{settings.adapter}: updates experts, which are not merged; merge it with peft (merge_and_unload)"
         raise AdapterError(msg)
+    if base.expert_layout is not None and not is_loadable(base.expert_layout):
+        msg = (
+            f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge into "
+        )
+        raise CheckpointError(msg + "the unquantised safetensors of the model")
     if adapter.info.invocation is not None:
         msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
         raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")

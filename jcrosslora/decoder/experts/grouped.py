@@ -11,48 +11,51 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from jcrosslora.decoder.ops import Row
 
 # Rows of a block: few, so that little is computed for nothing, and enough for a product to be fast.
 _FEWEST, _MOST = 8, 128
+_PARTS = 4  # of a block, of which the last block of an expert is computed only as far as it has rows
 
 # Of rows (N, H) of one expert, its constants and its factors: float32 (N, H).
 ExpertFunction = Callable[[jax.Array, Any, Any], jax.Array]
 
 
 @flax.struct.dataclass
-class Blocks:
-    """Where the rows of tokens lie, sorted by expert, each expert's in blocks of N rows.
-
-    Each of T tokens goes through K experts; there are S slots for rows.
+class Sorted:
+    """Where the rows of tokens lie, sorted by expert. Each of T tokens goes through K experts.
 
     Attributes:
-        slots: int32 (T, K), the slot of each pair of a token and an expert.
-        pairs: int32 (S,), the pair in each slot, counted through (T, K); 0 in empty slots.
-        filled: bool (S,), False in empty slots.
-        experts: int32 (E,), those with any tokens first.
+        slots: int32 (T, K), the row of each pair of a token and an expert.
+        pairs: int32 (T K + N,), the pair in each row, counted through (T, K); 0 in the last N, which are empty.
+        starts: int32 (E,), the first row of each expert.
+        sizes: int32 (E,), the rows of each expert.
+        experts: int32 (E,), those with any rows first, in order.
         used: int32 (), how many have any.
-        starts: int32 (E,), the first block of each expert.
-        counts: int32 (E,), the number of blocks of each expert.
     """
 
     slots: jax.Array
     pairs: jax.Array
-    filled: jax.Array
+    starts: jax.Array
+    sizes: jax.Array
     experts: jax.Array
     used: jax.Array
-    starts: jax.Array
-    counts: jax.Array
+
+    @property
+    def filled(self) -> jax.Array:
+        """Bool (T K + N,), False in empty rows."""
+        return jnp.arange(len(self.pairs)) < self.slots.size
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Return N, the rows of a block: a power of two near half of what one of E experts has on average."""
-    share = max(pairs // (2 * experts), 1)
+    """Return N, the most rows of a block: the power of two at or above what one of E experts has on average."""
+    share = max(pairs // experts, 1)
     return min(max(1 << (share - 1).bit_length(), _FEWEST), _MOST)
 
 
-def sort_by_expert(chosen: jax.Array, experts: int) -> Blocks:
+def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
     """Sort tokens by their experts.
 
     Args:
@@ -60,23 +63,17 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Blocks:
         experts: E.
     """
     flat = chosen.reshape(-1)
-    pairs, rows = flat.shape[0], block_rows(flat.shape[0], experts)
-    size = (pairs // rows + min(experts, pairs)) * rows  # each expert with tokens leaves less than a block empty
-    order = jnp.argsort(flat, stable=True)
+    pairs = flat.shape[0]
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sizes = jnp.sum(flat[:, None] == jnp.arange(experts, dtype=jnp.int32), axis=0, dtype=jnp.int32)
-    counts = -(-sizes // rows)
-    first, starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes, jnp.cumsum(counts, dtype=jnp.int32) - counts
-    own = flat[order]
-    places = jnp.arange(pairs, dtype=jnp.int32) - first[own] + starts[own] * rows
-    slots = jnp.zeros(pairs, jnp.int32).at[order].set(places)
-    return Blocks(
+    slots = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    return Sorted(
         slots=slots.reshape(chosen.shape),
-        pairs=jnp.zeros(size, jnp.int32).at[slots].set(jnp.arange(pairs, dtype=jnp.int32)),
-        filled=jnp.zeros(size, bool).at[slots].set(True),
+        pairs=jnp.concatenate([order, jnp.zeros(block_rows(pairs, experts), jnp.int32)]),
+        starts=jnp.cumsum(sizes, dtype=jnp.int32) - sizes,
+        sizes=sizes,
         experts=jnp.argsort(sizes == 0, stable=True).astype(jnp.int32),
         used=jnp.sum(sizes > 0, dtype=jnp.int32),
-        starts=starts,
-        counts=counts,
     )
 
 
@@ -97,86 +94,118 @@ def run_experts(
     Returns:
         float32 (T, K, H).
     """
-    blocks = sort_by_expert(chosen, experts)
-    return _collect(_run(function, _spread(x, blocks), blocks, constants, factors), blocks)
+    order = sort_by_expert(chosen, experts)
+    return _collect(_run(function, _spread(x, order), order, constants, factors), order)
 
 
 # The gradients of both gathers are gathers too, which takes much less time than a scatter.
 @jax.custom_vjp
-def _spread(x: jax.Array, blocks: Blocks) -> jax.Array:
-    return x[blocks.pairs // blocks.slots.shape[1]]
+def _spread(x: jax.Array, order: Sorted) -> jax.Array:
+    return x[order.pairs // order.slots.shape[1]]
 
 
-def _spread_backward(blocks: Blocks, gradient: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(gradient[blocks.slots].astype(jnp.float32), axis=1).astype(gradient.dtype), None
+def _spread_backward(order: Sorted, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.sum(gradient[order.slots].astype(jnp.float32), axis=1).astype(gradient.dtype), None
 
 
-_spread.defvjp(lambda x, blocks: (_spread(x, blocks), blocks), _spread_backward)
+_spread.defvjp(lambda x, order: (_spread(x, order), order), _spread_backward)
 
 
 @jax.custom_vjp
-def _collect(outputs: jax.Array, blocks: Blocks) -> jax.Array:
-    return outputs[blocks.slots]
+def _collect(outputs: jax.Array, order: Sorted) -> jax.Array:
+    return outputs[order.slots]
 
 
-def _collect_backward(blocks: Blocks, gradient: jax.Array) -> tuple[jax.Array, None]:
-    rows = gradient.reshape(-1, gradient.shape[-1])[blocks.pairs]
-    return jnp.where(blocks.filled[:, None], rows, 0), None
+def _collect_backward(order: Sorted, gradient: jax.Array) -> tuple[jax.Array, None]:
+    rows = gradient.reshape(-1, gradient.shape[-1])[order.pairs]
+    return jnp.where(order.filled[:, None], rows, 0), None
 
 
-_collect.defvjp(lambda outputs, blocks: (_collect(outputs, blocks), blocks), _collect_backward)
+_collect.defvjp(lambda outputs, order: (_collect(outputs, order), order), _collect_backward)
 
 
+def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
+    """Call a function of a number of rows: the least part of a block of `rows` that holds those that are left."""
+    step = max(rows // _PARTS, _FEWEST)
+    parts = [partial(function, size) for size in range(step, rows + 1, step)]
+
+    # A choice in a batch would run all parts. An accelerator waits for each choice, and minds empty rows less.
+    @custom_vmap
+    def place(left: jax.Array) -> jax.Array:
+        whole = partial(jnp.full_like, fill_value=len(parts) - 1)
+        return lax.platform_dependent(left, cpu=lambda left: (jnp.minimum(left, rows) - 1) // step, default=whole)
+
+    @place.def_vmap
+    def _(size: int, batched: list[bool], left: jax.Array) -> tuple[jax.Array, bool]:
+        del size, batched, left
+        return jnp.asarray(len(parts) - 1, jnp.int32), False
+
+    return lax.switch(place(left), parts)
+
+
+# A block begins at the first row that is not done and may reach into the rows of experts behind, which are done later
+# and written over it.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(function: ExpertFunction, rows: jax.Array, blocks: Blocks, constants: Any, factors: Any) -> jax.Array:
-    """Run the function on rows (S, H); empty slots of blocks that are not used stay zero."""
-    size = block_rows(blocks.slots.size, len(blocks.experts))
+def _run(function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any) -> jax.Array:
+    """Run the function on rows (T K + N, H)."""
+    size = block_rows(order.slots.size, len(order.experts))
 
     def one(place: jax.Array, outputs: jax.Array) -> jax.Array:
-        expert = blocks.experts[place]
+        expert = order.experts[place]
         own, held = _of_expert(factors, expert), _of_expert(constants, expert)
 
         def block(number: jax.Array, outputs: jax.Array) -> jax.Array:
-            found = function(lax.dynamic_slice_in_dim(rows, number * size, size), held, own)
-            return lax.dynamic_update_slice_in_dim(outputs, found, number * size, 0)
+            start = order.starts[expert] + number * size
 
-        start = blocks.starts[expert]
-        return lax.fori_loop(start, start + blocks.counts[expert], block, outputs)
+            def run(count: int) -> jax.Array:
+                found = function(lax.dynamic_slice_in_dim(rows, start, count), held, own)
+                return jnp.pad(found, ((0, size - count), (0, 0)))
 
-    return lax.fori_loop(0, blocks.used, one, jnp.zeros(rows.shape, jnp.float32))
+            found = _by_size(run, size, order.sizes[expert] - number * size)
+            return lax.dynamic_update_slice_in_dim(outputs, found, start, 0)
+
+        return lax.fori_loop(0, -(-order.sizes[expert] // size), block, outputs)
+
+    return lax.fori_loop(0, order.used, one, jnp.zeros(rows.shape, jnp.float32))
 
 
 def _run_forward(
-    function: ExpertFunction, rows: jax.Array, blocks: Blocks, constants: Any, factors: Any
+    function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _run(function, rows, blocks, constants, factors), (rows, blocks, constants, factors)
+    return _run(function, rows, order, constants, factors), (rows, order, constants, factors)
 
 
 def _run_backward(
     function: ExpertFunction, kept: tuple[Any, ...], gradient: jax.Array
 ) -> tuple[jax.Array, None, None, Any]:
-    rows, blocks, constants, factors = kept
-    size = block_rows(blocks.slots.size, len(blocks.experts))
+    rows, order, constants, factors = kept
+    size = block_rows(order.slots.size, len(order.experts))
 
     def one(place: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        expert = blocks.experts[place]
+        expert = order.experts[place]
         own, held = _of_expert(factors, expert), _of_expert(constants, expert)
 
         def block(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             by_rows, by_factors = carry
-            part, back = (lax.dynamic_slice_in_dim(x, number * size, size) for x in (rows, gradient))
-            _, pull = jax.vjp(lambda part, own: function(part, held, own), part, own)
-            found, added = pull(back)
-            by_rows = lax.dynamic_update_slice_in_dim(by_rows, found, number * size, 0)
+            start, left = order.starts[expert] + number * size, order.sizes[expert] - number * size
+
+            def pull(count: int) -> tuple[jax.Array, Any]:
+                part, back = (lax.dynamic_slice_in_dim(x, start, count) for x in (rows, gradient))
+                back = jnp.where(jnp.arange(count)[:, None] < left, back, 0)  # the others are of experts behind
+                found, added = jax.vjp(lambda part, own: function(part, held, own), part, own)[1](back)
+                return jnp.pad(found, ((0, size - count), (0, 0))), added
+
+            found, added = _by_size(pull, size, left)
+            by_rows = lax.dynamic_update_slice_in_dim(by_rows, found, start, 0)
             return by_rows, jax.tree.map(jnp.add, by_factors, added)
 
-        start, (by_rows, by_factors) = blocks.starts[expert], carry
+        by_rows, by_factors = carry
         first = by_rows, jax.tree.map(jnp.zeros_like, own)
-        by_rows, added = lax.fori_loop(start, start + blocks.counts[expert], block, first)
+        by_rows, added = lax.fori_loop(0, -(-order.sizes[expert] // size), block, first)
         return by_rows, jax.tree.map(lambda whole, part: whole.at[expert].set(part), by_factors, added)
 
     first = jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, factors)
-    by_rows, by_factors = lax.fori_loop(0, blocks.used, one, first)
+    by_rows, by_factors = lax.fori_loop(0, order.used, one, first)
     return by_rows, None, None, by_factors
 
 
