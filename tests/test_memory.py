@@ -13,7 +13,7 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
-from jcrosslora.evaluate import effect_check
+from jcrosslora.decoder import loaded
 from jcrosslora.session.files import transfer_files
 from jcrosslora.utils.memory import enough_memory
 
@@ -92,7 +92,7 @@ def test_every_command_reports_short_memory(house, monkeypatch, capsys):
 
 def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
     given = move_in(tmp_path, "residual-fit", TEXTS)
-    monkeypatch.setattr(effect_check, "load_params", fill_device)
+    monkeypatch.setattr(loaded, "load_params", fill_device)
     report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: not enough memory (")
