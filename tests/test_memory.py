@@ -15,6 +15,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import loaded
 from jcrosslora.session.files import transfer_files
+from jcrosslora.utils import memory
 from jcrosslora.utils.memory import enough_memory
 
 TEXTS = ["Anna said that the water boils.", "Peter has a dog."] * 8
@@ -80,6 +81,19 @@ def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, 
     # One that looks at weights alone needs the least there is.
     assert ("such as cross-lora" in line) == (method == "HookedOnText")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_free_memory_is_that_of_the_host_or_of_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    host = memory.free_memory()
+    assert host is not None
+    assert host > 1e6
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.free_memory() == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory() > 1000
 
 
 def test_every_command_reports_short_memory(house, monkeypatch, capsys):

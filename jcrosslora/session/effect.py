@@ -60,12 +60,15 @@ def measure_effect(
     if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
+    from jcrosslora.decoder import fast_dtype
     from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 
     texts, written = ((), completions) if completions else (probes, ())
     try:
         with enough_memory("leave out the check with --effect never"):
-            written = written or adapter_texts(pair.source, original, seed=options.seed, progress=progress)
+            params = None if written or loaded is None else loaded.params(pair.source, fast_dtype())
+            given = {"seed": options.seed, "params": params, "progress": progress}
+            written = written or adapter_texts(pair.source, original, **given)
             if not texts and not written:
                 return None, ()
             found = check_effect(

@@ -89,7 +89,7 @@ class PairSession:
         self._known: Known = {}
 
     def keep_bases(self) -> None:
-        """Keep the weights of both bases for the fits of several adapters, as far as memory allows."""
+        """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
         # Imported here: methods that look at weights alone need no decoder.
         from jcrosslora.decoder.loaded import loaded_within
         from jcrosslora.session.timing import parameters
