@@ -35,7 +35,6 @@ from jcrosslora.decoder import (
     unstack_adapter,
 )
 from jcrosslora.evaluate import answer
-from jcrosslora.fit.distill.batches import used_tokens
 from jcrosslora.fit.distill.completions import answer_given, write_completions
 from jcrosslora.fit.distill.fit import fit
 from jcrosslora.fit.distill.run import end_tokens, hold_out
@@ -127,9 +126,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         read = [*batches, *held_out]
         symbols = find_symbols(source, target, read, method.compared_tokens, stops, ends)
         src, tgt = (
-            ReducedBase.of(
-                settings_of(base), params[side], used_tokens(read, side), symbols.heads(side), len(ends[side])
-            )
+            ReducedBase.of(settings_of(base), params[side], symbols.heads(side), len(ends[side]))
             for side, base in enumerate((source, target))
         )
         reader = DecoderReader(src, stack_adapter(adapter, source))

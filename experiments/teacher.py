@@ -19,7 +19,7 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
-from jcrosslora.fit.distill.batches import make_batches, used_tokens
+from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.run import end_tokens
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
@@ -46,7 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
         ReducedBase.of(
             settings_of(base),
             load_params(base, fast_dtype()),
-            used_tokens(batches, side),
             symbols.heads(side),
             len(ends[side]),
         )

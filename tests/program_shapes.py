@@ -124,7 +124,7 @@ class Shapes:
         """What differs by family: writing, which runs whole prompts and single tokens, and the gradient of a fit."""
         begun = jax.eval_shape(partial(generate.prefill, self.settings, room=4), *self.model[1:], *self.read[:2])
         ends = {"count": 4, "stop_tokens": (1,)}
-        yield Program(generate.extend, (*self.model, begun, of(), a_key()), ends)
+        yield Program(generate.extend, (*self.model, begun, of(), a_key(), whole()), ends)
         yield self.step("adam", remat=True)
 
     def step(self, optimizer: Optimizer, *, remat: bool) -> Program:
@@ -159,7 +159,7 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     yield Program(params_module._write, (of(3, 22), of(1, 22), whole()))
     begun = jax.eval_shape(partial(generate.prefill, settings, room=4), params, adapter, *shapes.read[:2])
     both = begun.replace(cache=(begun.cache, begun.cache))
-    numbers = of(), of(), of(), a_key()
+    numbers = of(), of(), of(), a_key(), whole()
     yield Program(amplify._extend, (*shapes.model, both, *numbers), {"count": 4, "stop_tokens": ()})
     layer = jax.eval_shape(lambda *arrays: layer_at(settings, *arrays, 0), params, adapter)
     stream = of(BATCH, LENGTH, shapes.hidden)

@@ -38,7 +38,7 @@ from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import settings as settings_module
 from jcrosslora.fit.distill import template_choice
-from jcrosslora.fit.distill.batches import BATCH, make_batches, used_tokens
+from jcrosslora.fit.distill.batches import BATCH, make_batches
 from jcrosslora.fit.distill.completions import (
     JUDGED_TOKENS,
     PILOT,
@@ -513,10 +513,9 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     ids = symbols.heads(1)[:-2]
     assert 1 not in symbols.shared[0]
     params, model = load_params(target), settings_of(target)
-    rows = used_tokens(whole, 1)
     last = int(whole[0].at_tgt[whole[0].weight > 0].max())
-    reduced = ReducedBase.of(model, params, rows, symbols.heads(1), 2)
-    read = reduced.rows(whole[0].tokens_tgt), jnp.asarray(whole[0].mask_tgt), jnp.asarray([last])
+    reduced = ReducedBase.of(model, params, symbols.heads(1), 2)
+    read = jnp.asarray(whole[0].tokens_tgt), jnp.asarray(whole[0].mask_tgt), jnp.asarray([last])
     found = shared_log_probs(model, reduced.params, None, *read, ends=2)
     hidden = forward(model, params, jnp.asarray(whole[0].tokens_tgt), mask=read[1]).hidden.reshape(-1, 32)[last]
     scores = np.asarray(logits(model, params, hidden), np.float64)
@@ -692,8 +691,7 @@ def teaching(pair):
     batches = make_batches([Completion(text, " and water") for text in CORPUS], tokenizers, 1.0)
     symbols = find_symbols(source, target, batches, 400)
     src, tgt = (
-        ReducedBase.of(settings_of(base), load_params(base), None, symbols.heads(side))
-        for side, base in enumerate(pair[:2])
+        ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side)) for side, base in enumerate(pair[:2])
     )
     reader = DecoderReader(src, stack_adapter(adapter, source))
     return lambda settings, **given: Teacher(reader, tgt, settings, symbols, **given), batches

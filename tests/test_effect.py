@@ -16,6 +16,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.evaluate import effect_check
 from jcrosslora.evaluate.effect import Change, Effect
@@ -101,9 +102,10 @@ def test_without_written_texts_growth_is_relative_to_the_source(pair):
 
 def test_preloaded_weights_and_tokenizers_give_the_same_effect(pair):
     source, target, *_ = pair
-    given = {"params": (load_params(source), load_params(target))}
-    given |= {"tokenizers": (load_tokenizer(source), load_tokenizer(target))}
+    kept, tokenizers = LoadedBases([np.dtype(np.float32)]), (load_tokenizer(source), load_tokenizer(target))
+    given = {"loaded": kept, "tokenizers": tokenizers}
     assert check_effect(*pair, TEXTS, **given) == check_effect(*pair, TEXTS)
+    assert kept.params(source) is kept.params(source)
 
 
 def test_adapter_on_its_own_base_is_plausible(pair):

@@ -24,6 +24,16 @@ def test_a_line_for_each_program_on_paper_and_measured(capsys):
         assert abs(float(whole) - int(times) * float(measured)) <= 0.06 + 5e-5 * int(times)
 
 
+def test_fits_at_once_save_what_is_read_and_no_operation():
+    arguments = argparse.Namespace(prompt=96, answer=32, prompts=300)
+    reads, computes = Device(1e9, 1.0, 80, 1.0), Device(1.0, 1e9, 80, 1.0)
+    ratios = [
+        fit_sizes.whole_fit("1B", 1, arguments, device, 8) / fit_sizes.whole_fit("1B", 1, arguments, device)
+        for device in (reads, computes)
+    ]
+    assert ratios == pytest.approx([1, 8])
+
+
 def test_shapes_are_those_of_the_loaded_weights():
     loaded = jax.eval_shape(lambda: load_params(fit_sizes.empty_base("small"), jnp.bfloat16))
     assert fit_sizes.shapes_of("small") == loaded

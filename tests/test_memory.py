@@ -13,8 +13,9 @@ from tiny_bases import random_adapter, write_llama
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cli.main import main
-from jcrosslora.evaluate import effect_check
+from jcrosslora.decoder import loaded
 from jcrosslora.session.files import transfer_files
+from jcrosslora.utils import memory
 from jcrosslora.utils.memory import enough_memory
 
 TEXTS = ["Anna said that the water boils.", "Peter has a dog."] * 8
@@ -82,6 +83,19 @@ def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_free_memory_is_that_of_the_host_or_of_its_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    host = memory.free_memory()
+    assert host is not None
+    assert host > 1e6
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.free_memory() == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory() > 1000
+
+
 def test_every_command_reports_short_memory(house, monkeypatch, capsys):
     monkeypatch.setattr("jcrosslora.report.inspect.open_base", fill_host)
     with pytest.raises(SystemExit) as left:
@@ -92,7 +106,7 @@ def test_every_command_reports_short_memory(house, monkeypatch, capsys):
 
 def test_a_transfer_survives_short_memory_in_the_effect_check(tmp_path, monkeypatch):
     given = move_in(tmp_path, "residual-fit", TEXTS)
-    monkeypatch.setattr(effect_check, "load_params", fill_device)
+    monkeypatch.setattr(loaded, "load_params", fill_device)
     report = transfer_files(given).report
     assert report.effect is None
     assert report.warnings[-1].startswith("the effect was not measured: not enough memory (")

@@ -95,6 +95,22 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
     assert CHATS[0] not in {item.prompt for item in later}
 
 
+def test_other_prompts_are_written_once_for_all_adapters(base):
+    def requests():
+        return sum(text.startswith("Request: ") for text in Actor.asked)
+
+    shared, before = {}, requests()
+    one, other = (dataclasses.replace(Actor.of(base), adapter=object(), adapter_name=name) for name in "ab")
+    first = answer_given(one, CHATS, DistillSettings(completions=40), 0, shared=shared)
+    written = requests() - before
+    assert written == 40 - len(CHATS)
+    again = answer_given(other, CHATS, DistillSettings(completions=40), 0, shared=shared)
+    assert requests() - before == written
+    assert [item.prompt for item in again.items] == [item.prompt for item in first.items]
+    answer_given(other, CHATS, DistillSettings(completions=40), 1, shared=shared)
+    assert requests() - before == 2 * written
+
+
 def test_without_a_form_given_prompts_are_answered_again(base):
     source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
     found = answer_given(source, CHATS[:4], DistillSettings(completions=20), 0)

@@ -14,7 +14,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.decoder import load_params
-from jcrosslora.fit.distill.batches import make_batches, used_tokens
+from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
@@ -112,13 +112,13 @@ def lesson(pair, decoder, tmp_path_factory):
     batches = make_batches(texts, (often, often), 1.0)
     symbols = find_symbols(base, target, batches, 400, ((1, 5), (1, 5)), ((1, 5), (1,)))
     other = DecoderSource.of(target)
-    reduced = ReducedBase.of(other.settings, other.params, used_tokens(batches, 1), symbols.heads(1), 1)
+    reduced = ReducedBase.of(other.settings, other.params, symbols.heads(1), 1)
     return batches, symbols, reduced
 
 
 def sides(source, lesson):
     batches, symbols, target = lesson
-    reader = source.reader(symbols.heads(0), 2, used_tokens(batches, 0))
+    reader = source.reader(symbols.heads(0), 2)
     return Teacher(reader, target, DistillSettings(), symbols).sides(batches[0])
 
 

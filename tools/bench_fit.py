@@ -61,7 +61,7 @@ def ours(base: BaseModel, params: Params, arguments: argparse.Namespace) -> dict
     """What is timed of this package."""
     settings, count = settings_of(base), arguments.rows * arguments.width
     compared = min(COMPARED, settings.vocab)
-    reduced = ReducedBase.of(settings, params, np.arange(compared), np.arange(compared))
+    reduced = ReducedBase.of(settings, params, np.arange(compared))
     state = first_state(reduced.params, _SETTINGS)
     tokens, mask = jnp.asarray(drawn((arguments.rows, arguments.width), compared)), jnp.ones(count, bool)
     teacher = jnp.full((count, compared), -np.log(compared), jnp.float32)

@@ -1,7 +1,7 @@
 """Time and memory of the default fit for bases of 1B to 70B parameters: on paper, and measured where there is a GPU.
 
     python tools/fit_sizes.py [--shapes 1B 3B 8B 70B] [--shards 1 4 8] [--device H100] [--run]
-        [--prompt 96] [--answer 32] [--prompts 300] [--small]
+        [--prompt 96] [--answer 32] [--prompts 300] [--small] [--adapters 8]
 
 Both bases have one shape, that of Llama 3.2 1B and 3B, or Llama 3.1 8B and 70B, with weights of zeros; `--small` has a
 shape for trying the script on a CPU. The fit is the one with given prompts: `--prompts` completions of so many tokens,
@@ -15,7 +15,8 @@ on a CPU they are forced ones, and nothing is allocated.
 A forward pass takes two operations for each weight and token, the gradient as many again, since no weight has one, and
 recomputation once more. A program takes the longer of its operations and of reading its weights, at the shares of the
 device's rates in `roofline.py`. Several devices share both, and send two streams a layer to each other. With `--run`
-each program is run as well, on one device, and a further column has the median of five.
+each program is run as well, on one device, and a further column has the median of five. With `--adapters N` a last
+table has the time of N fits whose batches are joined to one, over that of one fit.
 """
 
 import argparse
@@ -181,9 +182,15 @@ def measured(program: Any, given: tuple[Any, ...]) -> float:
 
 
 def phases(
-    settings: DecoderSettings, params: Params, arguments: argparse.Namespace, device: Device, devices: int = 1
+    settings: DecoderSettings,
+    params: Params,
+    arguments: argparse.Namespace,
+    device: Device,
+    devices: int = 1,
+    adapters: int = 1,
 ) -> dict[str, tuple[int, float]]:
-    """How often each program runs in a fit, and its seconds on paper."""
+    """How often each program runs in so many fits whose batches are one, and its seconds on paper."""
+    rows, texts = BATCH * adapters, WRITTEN * adapters
     inner = sum(int(np.prod(weight.shape)) for weight in params.weights.values())
     head = int(np.prod(params.embedding.shape))
     width, batches = arguments.prompt + arguments.answer, -(-arguments.prompts // BATCH)
@@ -193,10 +200,10 @@ def phases(
     def seconds(operations: float, weights: float, positions: float) -> float:
         return device.seconds(operations, 2 * weights, ring * positions, devices)
 
-    pass_ = 2 * (inner + COMPARED * settings.hidden / 2) * BATCH * width
-    read = seconds(pass_, inner, BATCH * width)
-    token = seconds(2 * (inner + head) * WRITTEN, inner + head, WRITTEN)
-    prefilled = seconds(2 * inner * WRITTEN * arguments.prompt, inner, WRITTEN * arguments.prompt)
+    pass_ = 2 * (inner + COMPARED * settings.hidden / 2) * rows * width
+    read = seconds(pass_, inner, rows * width)
+    token = seconds(2 * (inner + head) * texts, inner + head, texts)
+    prefilled = seconds(2 * inner * texts * arguments.prompt, inner, texts * arguments.prompt)
     again = 2 + needs_remat(settings, (BATCH, width))
     return {
         "write": (-(-arguments.prompts // WRITTEN), prefilled + arguments.answer * token),
@@ -239,10 +246,22 @@ def times_table(shapes: Sequence[str], arguments: argparse.Namespace, device: De
     return times
 
 
-def whole_fit(name: str, devices: int, arguments: argparse.Namespace, device: Device) -> float:
-    """Seconds of all programs of a fit, on paper."""
-    parts = phases(settings_of(empty_base(name)), shapes_of(name), arguments, device, devices).values()
-    return sum(count * seconds for count, seconds in parts)
+def whole_fit(name: str, devices: int, arguments: argparse.Namespace, device: Device, adapters: int = 1) -> float:
+    """Seconds of all programs of a fit, or of several whose batches are one, on paper."""
+    given = settings_of(empty_base(name)), shapes_of(name), arguments, device, devices, adapters
+    return sum(count * seconds for count, seconds in phases(*given).values())
+
+
+def joined_table(shapes: Sequence[str], adapters: int, arguments: argparse.Namespace) -> Table:
+    """Make the table of the time of fits whose batches are one, over that of one fit, on paper, by device."""
+    found = Table(f"{adapters} fits at once", *DEVICES)
+    for name in shapes:
+        ratios = (
+            whole_fit(name, 1, arguments, device, adapters) / whole_fit(name, 1, arguments, device)
+            for device in DEVICES.values()
+        )
+        found.add_row(name, *(f"{ratio:.1f} x" for ratio in ratios))
+    return found
 
 
 def add_lengths(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +276,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=list(DEVICES), default="H100")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--run", action="store_true", help="run the programs as well, with weights in memory")
+    parser.add_argument("--adapters", type=int, default=1, help="fits at once")
     add_lengths(parser)
     arguments = parser.parse_args(given)
     shapes = ["small"] if arguments.small else arguments.shapes
@@ -277,6 +297,8 @@ def main(given: Sequence[str] | None = None) -> None:
         memory.add_row(name, str(devices), *(f"{size / 1e9:.1f} GB" for size in sizes), paper or "none")
     console.print(memory)
     console.print(times_table(shapes, arguments, DEVICES[arguments.device], run=arguments.run))
+    if arguments.adapters > 1:
+        console.print(joined_table(shapes, arguments.adapters, arguments))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, beside the tokenizer's own eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+# To read one of 262,144 tokens takes seconds.
+_READ: WeakKeyDictionary[BaseModel, "Tokenizer"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,16 +111,19 @@ def pad_right(rows: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.nd
 
 
 def load_tokenizer(base: BaseModel) -> Tokenizer:
-    """Load the tokenizer of a base from tokenizer.json or from the metadata of its GGUF file.
+    """Load the tokenizer of a base from tokenizer.json or from the metadata of its GGUF file, once for an opened base.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
+    if base in _READ:
+        return _READ[base]
     path = base.tokenizer_path
     if path is None:
         msg = f"{base.ref}: no tokenizer was given, and text is to be read: give one with open_base(weights, "
         raise CheckpointError(msg + "config=config, tokenizer=...), as a folder with tokenizer.json or as an object")
-    return read_tokenizer(path, base.ref, base.dims.vocab, base.config.get("eos_token_id"), base.chat_template)
+    found = read_tokenizer(path, base.ref, base.dims.vocab, base.config.get("eos_token_id"), base.chat_template)
+    return _READ.setdefault(base, found)
 
 
 def read_tokenizer(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import KVCache
-from jcrosslora.decoder.generate import Generator, State, prefill, step, write_tokens
+from jcrosslora.decoder.generate import Generator, State, prefill, rounded, step, write_tokens
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 
@@ -44,7 +44,7 @@ class AmplifiedGenerator(Generator):
     ) -> tuple[State, jax.Array, jax.Array]:
         numbers = jnp.float32(self.strength), jnp.float32(self.plausible), jnp.float32(temperature)
         model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
-        return _extend(*model, state, *numbers, key, count=count, stop_tokens=stops)
+        return _extend(*model, state, *numbers, key, jnp.int32(count), count=rounded(count), stop_tokens=stops)
 
 
 def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:
@@ -70,6 +70,7 @@ def _extend(
     plausible: jax.Array,
     temperature: jax.Array,
     key: jax.Array,
+    most: jax.Array,
     *,
     count: int,
     stop_tokens: tuple[int, ...],
@@ -81,4 +82,4 @@ def _extend(
         base, plain = step(settings, params, caches[1], tokens, positions)
         return amplified(adapted, base, strength, plausible), (own, plain)
 
-    return write_tokens(run, state, temperature, key, count, stop_tokens)
+    return write_tokens(run, state, temperature, key, most, count, stop_tokens)

@@ -29,7 +29,9 @@ from jcrosslora.utils.progress import Track
 
 _BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
 _FEW = 8  # texts up to which a batch has no more rows than these: each row takes time, also an empty one
-_MULTIPLE = 16  # what the width of a batch is rounded up to where texts are not longer; longer ones have few widths
+# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
+# that are written is rounded likewise: one compiled program writes answers of nearly the same length.
+_MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
@@ -155,7 +157,7 @@ class Generator:
         """Continue prompts as `continue_tokens` does; rows that ended hold their stop token."""
         tokens, mask = _padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
         block = block or max_new_tokens
-        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), block * -(-max_new_tokens // block))
+        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), rounded(block * -(-max_new_tokens // block)))
         rows = [np.zeros(0, np.int32) for _ in prompts]
         unfinished = list(range(len(prompts)))
         for start in range(0, max_new_tokens, block):
@@ -180,7 +182,8 @@ class Generator:
         self, state: State, temperature: float, key: jax.Array, count: int
     ) -> tuple[State, jax.Array, jax.Array]:
         model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
-        return extend(*model, state, jnp.float32(temperature), key, count=count, stop_tokens=stops)
+        numbers = jnp.float32(temperature), key, jnp.int32(count)
+        return extend(*model, state, *numbers, count=rounded(count), stop_tokens=stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
         """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""
@@ -320,11 +323,14 @@ def extend(
     state: State,
     temperature: jax.Array,
     key: jax.Array,
+    most: jax.Array | None = None,
     *,
     count: int,
     stop_tokens: tuple[int, ...] = (),
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Write up to `count` tokens more; ends early when all sequences have stopped. The state is used up.
+    """Write up to `most` tokens more; ends early when all sequences have stopped. The state is used up.
+
+    It is compiled once for each `count`, which is at least `most`; None writes up to `count`.
 
     Returns:
         The new state; int32 (B, count) tokens, zeros behind a stop token; bool (B, count), True up to and including it.
@@ -333,7 +339,7 @@ def extend(
     def run(cache: KVCache, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, KVCache]:
         return step(settings, params, cache, tokens, positions, adapter)
 
-    return write_tokens(run, state, temperature, key, count, stop_tokens)
+    return write_tokens(run, state, temperature, key, most, count, stop_tokens)
 
 
 def write_tokens(
@@ -341,10 +347,11 @@ def write_tokens(
     state: State,
     temperature: jax.Array,
     key: jax.Array,
+    most: jax.Array | None,
     count: int,
     stop_tokens: tuple[int, ...],
 ) -> tuple[State, jax.Array, jax.Array]:
-    """Draw up to `count` tokens in a loop, as `extend` does.
+    """Draw up to `most` tokens in a loop, as `extend` does.
 
     Args:
         run: of the cache in the state, tokens and their positions, int32 (B,) each: logits of the next, and the cache
@@ -352,7 +359,8 @@ def write_tokens(
         state: to go on from.
         temperature: of the sampling.
         key: from `jax.random.key`.
-        count: the most tokens, static.
+        most: int32 (), the most tokens, at most `count`; None for `count`.
+        count: columns of what is returned, static.
         stop_tokens: that end a text, static.
     """
     shape = len(state.scores), count
@@ -369,7 +377,7 @@ def write_tokens(
 
     start = jnp.zeros((), jnp.int32), state, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     _, state, tokens, valid = lax.while_loop(
-        lambda carry: (carry[0] < count) & jnp.any(carry[1].running), advance, start
+        lambda carry: (carry[0] < (count if most is None else most)) & jnp.any(carry[1].running), advance, start
     )
     return state, tokens, valid
 
@@ -406,11 +414,16 @@ def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[i
     most = _FEW if len(places) <= _FEW else _BATCH
     longest = len(ids[places[-1]])
     if longest <= _WIDE:
-        return places, (most, -(-longest // _MULTIPLE) * _MULTIPLE)
+        return places, (most, rounded(longest))
     # The narrowest width that the shortest prompt fits in, and those that fit beside it.
     width = next(width for width in (_WIDE, *_WIDTHS) if len(ids[places[0]]) <= width)
     rows = min(most, _BATCH * _WIDE // width)
     return [place for place in places[:rows] if len(ids[place]) <= width], (rows, width)
+
+
+def rounded(tokens: int) -> int:
+    """Round a number of tokens up to one that programs are compiled for."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def _padded(

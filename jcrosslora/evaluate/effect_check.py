@@ -7,7 +7,8 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from jcrosslora.decoder import Params, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import Params, settings_of, stack_adapter
+from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.predictions import Figures, measure, part_of
@@ -26,14 +27,14 @@ def check_effect(
     texts: Sequence[str],
     *,
     written: Sequence[str] = (),
-    params: tuple[Params, Params] | None = None,
+    loaded: LoadedBases | None = None,
     tokenizers: tuple[Tokenizer, Tokenizer] | None = None,
     progress: bool = False,
 ) -> Effect:
     """Measure the change by a moved adapter on the target, and by the original on the source.
 
     At most 12 texts of each kind are used, evenly spread, and 64 tokens of each. One base is in memory at a time,
-    unless `params` are given.
+    unless `loaded` keeps them.
 
     Args:
         source: the base of `adapter`.
@@ -43,7 +44,7 @@ def check_effect(
         texts: probe texts, for the divergences; if there are none, `written` is used for both.
         written: texts that the source wrote with its adapter (see `adapter_texts`), for the likelihoods; if there are
             none, `texts` is used for both.
-        params: weights of source and target, if they are loaded already.
+        loaded: gives the weights of both bases; None loads them.
         tokenizers: tokenizers of source and target, if they are loaded already.
         progress: whether to show a progress bar.
 
@@ -58,10 +59,10 @@ def check_effect(
     if not batches:
         msg = "no text has two positions at which tokens of both bases end, to measure an effect on: give longer texts"
         raise UsageError(msg)
-    src, tgt = [], []
+    src, tgt, loaded = [], [], loaded or LoadedBases()
     with track(2 * len(batches), "measure the effect", "passes", show=progress) as bar:
         for side, (base, one, found) in enumerate(((source, adapter, src), (target, moved, tgt))):
-            model = settings_of(base), load_params(base) if params is None else params[side]
+            model = settings_of(base), loaded.params(base)
             for kind in batches:
                 found.append(measure(*model, stack_adapter(one, base), [part_of(batch, side) for batch in kind]))
                 bar.update()

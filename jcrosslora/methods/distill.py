@@ -35,6 +35,8 @@ class Distill(DistillSettings, Method):
             seed=context.seed,
             states=context.states,
             progress=context.progress,
+            loaded=context.loaded,
+            shared=context.shared,
         )
         return Update(
             found.adapter,

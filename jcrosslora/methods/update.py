@@ -12,6 +12,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.text import Completion, Prompt
 
 if TYPE_CHECKING:
+    from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evidence.probes import ProbeBatch
 
 
@@ -31,6 +32,7 @@ class FinalizeContext:
         seed: for everything that is sampled.
         states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
         progress: whether to show progress.
+        loaded: gives the weights of both bases where several adapters are moved; None loads them for each.
     """
 
     source: BaseModel
@@ -44,6 +46,7 @@ class FinalizeContext:
     seed: int = 0
     states: Path | None = None
     progress: bool = False
+    loaded: LoadedBases | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import begin
 
 if TYPE_CHECKING:
+    from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evaluate.effect import Effect
 
 EFFECT, FINISH = "measure the effect", "finish"  # steps of a transfer that do not name themselves on the display
@@ -29,6 +30,7 @@ def measure_effect(
     probes: Sequence[str],
     completions: Sequence[str],
     progress: bool,
+    loaded: LoadedBases | None = None,
 ) -> tuple[Effect | None, tuple[str, ...]]:
     """Measure the effect if the options ask for it.
 
@@ -42,6 +44,7 @@ def measure_effect(
         completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
             text of another kind, so these come first.
         progress: whether to show progress.
+        loaded: gives the weights of both bases; None loads one at a time.
 
     Returns:
         The effect, or None if it is not requested or cannot be measured, and warnings.
@@ -57,15 +60,20 @@ def measure_effect(
     if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
+    from jcrosslora.decoder import fast_dtype
     from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
 
     texts, written = ((), completions) if completions else (probes, ())
     try:
         with enough_memory("leave out the check with --effect never"):
-            written = written or adapter_texts(pair.source, original, seed=options.seed, progress=progress)
+            params = None if written or loaded is None else loaded.params(pair.source, fast_dtype())
+            given = {"seed": options.seed, "params": params, "progress": progress}
+            written = written or adapter_texts(pair.source, original, **given)
             if not texts and not written:
                 return None, ()
-            found = check_effect(pair.source, pair.target, original, moved, texts, written=written, progress=progress)
+            found = check_effect(
+                pair.source, pair.target, original, moved, texts, written=written, loaded=loaded, progress=progress
+            )
     # A finished transfer is not given up for a check that was not requested.
     except (UsageError, ShortMemoryError) as error:
         if options.effect == "always":

@@ -37,9 +37,11 @@ from jcrosslora.shifting.invocation import with_invocation
 from jcrosslora.shifting.records import ModuleRow
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.shifting.truncate import READERS, Frozen, Known, span_rank, truncate_for_profile
+from jcrosslora.utils.memory import free_memory
 from jcrosslora.utils.progress import Steps, begin, steps
 
 if TYPE_CHECKING:
+    from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evidence.probes import Probes
 
 _EXAMPLES = 10  # completions of a fit that the report shows
@@ -74,6 +76,7 @@ class PairSession:
     Attributes:
         pair: the two bases, with the facts that stages share.
         progress: whether to show progress.
+        loaded: gives the weights of both bases to what runs them; None loads them anew each time.
     """
 
     def __init__(
@@ -81,8 +84,18 @@ class PairSession:
     ) -> None:
         self.pair = BasePair(source, target, store)
         self.progress = progress
+        self.loaded: LoadedBases | None = None
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
+
+    def keep_bases(self) -> None:
+        """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
+        # Imported here: methods that look at weights alone need no decoder.
+        from jcrosslora.decoder.loaded import loaded_within
+        from jcrosslora.session.timing import parameters
+
+        bases = self.pair.source, self.pair.target
+        self.loaded = self.loaded or loaded_within(free_memory(), [parameters(base) for base in bases])
 
     @cached_property
     def source_info(self) -> BaseInfo:
@@ -218,6 +231,7 @@ class PairSession:
             probes=probes,
             completions=written,
             progress=self.progress,
+            loaded=self.loaded,
         )
         if shifted.original.tokens and (move.method.runs_bases or effect is not None):
             warnings += (_WITHOUT_TOKENS,)
@@ -373,6 +387,7 @@ class PairSession:
             seed=options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
             progress=self.progress,
+            loaded=self.loaded,
         )
 
     def _truncated(

@@ -94,10 +94,10 @@ class DecoderSource(Generator):
                 figure[part] = (each * own).sum(axis=1) / own.sum(axis=1)
         return change, base_nll
 
-    def reader(self, columns: np.ndarray, ends: int, used: np.ndarray | None) -> DecoderReader:
-        """Reduce the base to the tokens that occur, and to the columns."""
+    def reader(self, columns: np.ndarray, ends: int) -> DecoderReader:
+        """Reduce the base to the columns, of which some may have `NO_TOKEN`."""
         assert self.adapter is not None
-        return DecoderReader(ReducedBase.of(self.settings, self.params, used, columns, ends), self.adapter)
+        return DecoderReader(ReducedBase.of(self.settings, self.params, columns, ends), self.adapter)
 
 
 class DecoderReader:
@@ -114,7 +114,7 @@ class DecoderReader:
         """Predict at the positions of a batch, see `Reader.read`."""
         del own
         one = self._base
-        read = one.rows(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
+        read = jnp.asarray(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
 
         def predict(adapter: AppliedAdapter) -> jax.Array:
             return shared_log_probs(one.settings, one.params, adapter, *read, ends=one.ends)

@@ -137,12 +137,11 @@ class Source(Writer, Protocol):
         """
         ...
 
-    def reader(self, columns: np.ndarray, ends: int, used: np.ndarray | None) -> Reader:
+    def reader(self, columns: np.ndarray, ends: int) -> Reader:
         """Prepare predictions on chosen columns.
 
         Args:
             columns: int32, ids of the predicted tokens; the last `ends` of them are one column together.
             ends: tokens that end a text.
-            used: int32, ascending ids of all tokens that occur in what is read; None for any.
         """
         ...

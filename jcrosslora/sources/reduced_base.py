@@ -1,4 +1,4 @@
-"""A base that reads the tokens that occur, and predicts chosen columns alone."""
+"""A base that predicts chosen columns alone."""
 
 import dataclasses
 from functools import partial
@@ -10,21 +10,22 @@ import numpy as np
 from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Params, forward, logits
 from jcrosslora.decoder.forward import head_of
 
+NO_TOKEN = -1
+_NEVER = -1e4  # added to the logit of a column without a token: its probability is 0 in float32
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReducedBase:
-    """A base that reads K kept tokens and predicts its columns of the symbols of a fit.
+    """A base that predicts its columns of the symbols of a fit.
 
     Attributes:
         settings: of the base.
-        params: its weights, with an embedding of K rows, and a head with a row for each predicted token.
-        kept: int32 (K,), ascending ids of the embedding's rows; None keeps all.
+        params: its weights, with a head that has a row for each predicted token.
         ends: number of tokens that end a text, the last rows of the head; together they are one symbol.
     """
 
     settings: DecoderSettings
     params: Params
-    kept: np.ndarray | None
     ends: int = 0
 
     @classmethod
@@ -32,20 +33,15 @@ class ReducedBase:
         cls,
         settings: DecoderSettings,
         params: Params,
-        kept: np.ndarray | None,
         predicted: np.ndarray,
         ends: int = 0,
     ) -> "ReducedBase":
-        """Keep the embeddings of the tokens `kept`, or all, and the head's rows of the tokens `predicted`."""
-        head = head_of(params)[predicted]
-        params = params if kept is None else params.with_tokens(kept)
-        bias = None if params.head_bias is None else params.head_bias[predicted]
-        params = dataclasses.replace(params, head=head, head_bias=bias)
-        return cls(settings, params, kept, ends)
-
-    def rows(self, tokens: np.ndarray) -> jax.Array:
-        """Return the embedding's rows of tokens, int32; all tokens must be kept ones."""
-        return jnp.asarray(tokens if self.kept is None else np.searchsorted(self.kept, tokens).astype(np.int32))
+        """Keep the head's rows of the tokens `predicted`; a column of `NO_TOKEN` has no probability."""
+        rows, none = np.maximum(predicted, 0), predicted == NO_TOKEN
+        bias = None if params.head_bias is None else params.head_bias[rows]
+        if none.any():
+            bias = jnp.where(none, jnp.float32(_NEVER), 0.0 if bias is None else bias.astype(jnp.float32))
+        return cls(settings, dataclasses.replace(params, head=head_of(params)[rows], head_bias=bias), ends)
 
 
 def shared_scores(settings: DecoderSettings, params: Params, states: jax.Array, ends: int) -> jax.Array:

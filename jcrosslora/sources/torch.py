@@ -235,9 +235,8 @@ class TorchSource(TorchWriter):
                 base_nll[place] = float(-other[np.arange(len(where)), ids[where]].mean())
         return change, base_nll
 
-    def reader(self, columns: np.ndarray, ends: int, used: np.ndarray | None) -> TorchReader:
+    def reader(self, columns: np.ndarray, ends: int) -> TorchReader:
         """Prepare predictions on columns."""
-        del used
         return TorchReader(self._model, columns, ends)
 
     def _check_acts(self) -> None:

@@ -1,10 +1,12 @@
-"""One error for too little memory on the host or on a device."""
+"""How much memory there is, and one error for too little of it, on the host or on a device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from jcrosslora.errors import ShortMemoryError
 
+_GROUP = Path("/sys/fs/cgroup")  # of a container, as it sees it
 _STATUS = "RESOURCE_EXHAUSTED: "  # the prefix of XLA's message
 
 
@@ -34,3 +36,24 @@ def _short(said: str, advice: str) -> ShortMemoryError:
     first = said.splitlines()[0].strip().rstrip(".") if said.strip() else ""
     ways = "use a device or a machine with more memory" + (f", or {advice}" if advice else "")
     return ShortMemoryError(f"not enough memory{f' ({first})' if first else ''}: {ways}")
+
+
+def free_memory() -> int | None:
+    """Return how many bytes the first device can still hold, on a CPU the host; None where that cannot be found out."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        held = device.memory_stats() or {}
+        return held["bytes_limit"] - held["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= held.keys() else None
+    host = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines() if ":" in line)
+    found = [int(host["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in host else []
+    most, used = (_text(_GROUP / f"memory.{name}").strip() for name in ("max", "current"))
+    return min([*found, *([int(most) - int(used)] if most.isdigit() and used.isdigit() else [])], default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:  # not Linux, or no limit
+        return ""

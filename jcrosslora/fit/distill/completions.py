@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,13 @@ class Completions:
 
 
 def answer_given(
-    source: Source, prompts: Sequence[Prompt], settings: DistillSettings, seed: int, *, progress: bool = False
+    source: Source,
+    prompts: Sequence[Prompt],
+    settings: DistillSettings,
+    seed: int,
+    *,
+    progress: bool = False,
+    shared: dict[Any, Any] | None = None,
 ) -> Completions:
     """Answer the user's prompts, and prompts like them where more answers are wanted than there are prompts.
 
@@ -63,16 +70,33 @@ def answer_given(
     Only the last 2,048 tokens of a prompt are used. Where there are more prompts than answers are wanted, the first
     ones are used.
 
+    Args:
+        source: the base with its adapter.
+        prompts: at least one.
+        settings: of the fit.
+        seed: of the sampling.
+        progress: whether to show a progress bar.
+        shared: prompts that the base wrote for other adapters, which are the same for this one; new ones are added.
+
     Raises:
         MethodError: the base answers too few of them, or there is only one.
         AdapterError: with the adapter the base's predictions are not finite.
     """
     base, form = source.alone(), find_form(prompts, source.tokenizer)
+    kept: dict[Any, list[Completion]] = {} if shared is None else shared
     wanted, temperature = settings.rounds[0], settings.answer_temperature
     further = 0 if form is None else max(0, wanted - len(prompts))
 
     def similar(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
-        return [] if form is None else form.write(base, count, seed, bar)
+        if form is None:
+            return []
+        # The tokens that end a text are all that differs between adapters.
+        key = form, source.tokenizer.stops, count, seed
+        if key not in kept:
+            kept[key] = form.write(base, count, seed, bar)
+        elif bar is not None:
+            bar.update(count)
+        return list(kept[key])
 
     with _bar(wanted + further, progress) as bar:
         tokens = settings.answer_tokens or _given_length(source, prompts, temperature, seed)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,14 +22,14 @@ from jcrosslora.decoder import (
     Generator,
     StackedAdapter,
     fast_dtype,
-    load_params,
     settings_of,
     stack_adapter,
     unstack_adapter,
 )
+from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evidence.probes.writing import check_seed
-from jcrosslora.fit.distill.batches import DistillationBatch, make_batches, used_tokens
+from jcrosslora.fit.distill.batches import DistillationBatch, make_batches
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
 from jcrosslora.fit.distill.saved import kept_states
@@ -76,6 +77,8 @@ def distill(
     seed: int = 0,
     states: Path | None = None,
     progress: bool = False,
+    loaded: LoadedBases | None = None,
+    shared: dict[Any, Any] | None = None,
 ) -> Distilled:
     """Fit an update of the target to what an adapter changes in the predictions of a source that our decoder runs.
 
@@ -92,6 +95,8 @@ def distill(
         seed: of all that is sampled.
         states: folder for the states of long fits.
         progress: whether to show progress bars.
+        loaded: gives the weights of both bases; None loads them for this fit.
+        shared: what holds for all adapters of the pair; new findings are added.
 
     Raises:
         UsageError, MethodError, AdapterError, CheckpointError: see `distill_from`.
@@ -100,9 +105,10 @@ def distill(
     check_seed(seed)
     tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
     load_tokenizer(target)  # refused before weights are read
-    asked = DecoderSource.of(source, adapter, params=load_params(source, fast_dtype()), tokenizer=tokenizer)
+    loaded = loaded or LoadedBases()
+    asked = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
     given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states, "progress": progress}
-    return distill_from(asked, target, start, **given)
+    return distill_from(asked, target, start, **given, loaded=loaded, shared=shared)
 
 
 def distill_from(
@@ -115,6 +121,8 @@ def distill_from(
     seed: int = 0,
     states: Path | None = None,
     progress: bool = False,
+    loaded: LoadedBases | None = None,
+    shared: dict[Any, Any] | None = None,
 ) -> Distilled:
     """Fit an update of the target to what an adapter changes in the source's predictions.
 
@@ -136,6 +144,8 @@ def distill_from(
         seed: of all that is sampled.
         states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
         progress: whether to show progress bars.
+        loaded: gives the weights of the target; None loads them for this fit.
+        shared: what holds for all adapters of the pair; new findings are added.
 
     Raises:
         UsageError: settings or a seed out of range, or texts without a position that matches.
@@ -150,17 +160,16 @@ def distill_from(
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
     if prompts:
-        completions = answer_given(source, prompts, settings, seed, progress=progress)
+        completions = answer_given(source, prompts, settings, seed, progress=progress, shared=shared)
     else:
         completions = write_completions(source, settings, seed, progress=progress)
     batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
-    symbols = find_symbols(source, target, [*batches, *held_out], settings.compared_tokens, stops, ends)
-    # What is written anew may hold any token.
-    used = (None, None) if settings.grows else tuple(used_tokens([*batches, *held_out], side) for side in (0, 1))
-    reader = source.reader(symbols.heads(0), len(ends[0]), used[0])
-    params = load_params(target, fast_dtype())
-    tgt = ReducedBase.of(settings_of(target), params, used[1], symbols.heads(1), len(ends[1]))
+    rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
+    symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
+    reader = source.reader(symbols.heads(0), len(ends[0]))
+    params = (loaded or LoadedBases()).params(target, fast_dtype())
+    tgt = ReducedBase.of(settings_of(target), params, symbols.heads(1), len(ends[1]))
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")

@@ -19,7 +19,9 @@ import numpy as np
 from jcrosslora.checkpoint.shared_tokens import HasVocabulary, shared_ids
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.batches import DistillationBatch, used_tokens
+from jcrosslora.sources.reduced_base import NO_TOKEN
 
+_STEPS = 512, 256, 256  # what the numbers of columns are rounded up to
 _NEVER = -30.0  # log-probability of what a side cannot predict
 
 
@@ -31,15 +33,32 @@ class Symbols:
         shared: ids of the shared tokens in source and target, int32 (V,) each.
         own: ids of tokens that one side alone has and that occur in the text, int32 (S,) and (E,), ascending.
         ends: ids of the tokens that end a text on each side, together one symbol; none on both sides if one has none.
+        rounded: whether there are columns without a token behind the shared and behind the own ones, up to the next
+            512 and 256 of them: fits to different texts then have the same shapes, and share compiled programs.
     """
 
     shared: tuple[np.ndarray, np.ndarray]
     own: tuple[np.ndarray, np.ndarray]
     ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    rounded: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of columns of shared tokens, and of tokens that the source and the target alone have."""
+        counts = len(self.shared[0]), len(self.own[0]), len(self.own[1])
+        if not self.rounded:
+            return counts
+        shared, src, tgt = (-(-count // step) * step for count, step in zip(counts, _STEPS, strict=True))
+        return shared, src, tgt
+
+    def tokens(self, side: int) -> np.ndarray:
+        """Return the ids of the columns of a side, int32, but for the end; `NO_TOKEN` for those without a token."""
+        shared, *own = self.sizes
+        return np.concatenate([_filled(self.shared[side], shared), _filled(self.own[side], own[side])])
 
     def heads(self, side: int) -> np.ndarray:
         """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
-        return np.concatenate([self.shared[side], self.own[side], np.array(self.ends[side], np.int32)])
+        return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
 
     def columns(self, batch: DistillationBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find what moves from which of the source's columns to which of the target's, at each position of a batch.
@@ -49,11 +68,9 @@ class Symbols:
             likewise; and float32 (P,) the weights, 0 where the target's next token has no column. Where the source has
             no position and the target has one, the target's token alone is given: the text itself is the teacher.
         """
-        (shared_src, shared_tgt), (own_src, own_tgt) = self.shared, self.own
-        src = _places(batch.next_src, shared_src, own_src)
-        tgt = _places(batch.next_tgt, shared_tgt, own_tgt)
+        src, tgt = _places(batch.next_src, self.tokens(0)), _places(batch.next_tgt, self.tokens(1))
         known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
-        same = known & (src == tgt) & (src >= 0) & (src < len(shared_src))
+        same = known & (src == tgt) & (src >= 0) & (src < self.sizes[0])
         moves = known & ~same
         alone = (batch.next_src < 0) & (batch.next_tgt >= 0)
         # Prompts are not what the source says: other splits of them teach nothing.
@@ -66,16 +83,19 @@ class Symbols:
 
     def following(self, batch: DistillationBatch) -> np.ndarray:
         """Return int32 (P,) the columns of the target's next tokens, -1 where there is none or it has no column."""
-        return _places(batch.next_tgt, self.shared[1], self.own[1]).astype(np.int32)
+        return _places(batch.next_tgt, self.tokens(1)).astype(np.int32)
 
 
-def _places(tokens: np.ndarray, shared: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Find the columns of tokens, -1 where there is none."""
-    ids = np.concatenate([shared, own])
+def _filled(ids: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN)
+
+
+def _places(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Find the columns of tokens among their ids, -1 where there is none."""
     order = np.argsort(ids)
     found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
     places = order[found]
-    return np.where(ids[places] == tokens, places, -1)
+    return np.where((ids[places] == tokens) & (tokens >= 0), places, -1)
 
 
 def find_symbols(
@@ -85,6 +105,8 @@ def find_symbols(
     commonest: int,
     stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    *,
+    rounded: bool = False,
 ) -> Symbols:
     """Choose the symbols: shared tokens, in the batches and the commonest; and those of one side in the answers.
 
@@ -97,6 +119,7 @@ def find_symbols(
         commonest: how many of the source's lowest ids to take, whether they occur or not.
         stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
         ends: those of them that are the symbol, see `Symbols`.
+        rounded: see `Symbols`; the source's reader then has to know `NO_TOKEN`.
 
     Raises:
         MethodError: a vocabulary cannot be read, or the two share too few tokens.
@@ -117,7 +140,7 @@ def find_symbols(
         own.append(
             np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], list(stops[side])])).astype(np.int32)
         )
-    return Symbols(shared, (own[0], own[1]), ends)
+    return Symbols(shared, (own[0], own[1]), ends, rounded)
 
 
 @partial(jax.jit, static_argnames=("shared", "own", "end"))
@@ -153,6 +176,6 @@ def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
         target: float32 (P, C), log-probabilities of the target's columns.
         symbols: of the fit.
     """
-    shared, end = len(symbols.shared[1]), len(symbols.ends[1]) > 0
-    never = jnp.full((len(target), len(symbols.own[0])), _NEVER, target.dtype)
+    (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
+    never = jnp.full((len(target), own), _NEVER, target.dtype)
     return jnp.concatenate([target[:, :shared], never, target[:, target.shape[1] - end :]], axis=1)

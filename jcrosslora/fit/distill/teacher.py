@@ -1,7 +1,6 @@
 """The teacher: what the target should predict, from its own predictions and the source's without and with adapter.
 
-The target, and a source that our decoder runs, are reduced to the tokens that occur, and predict among the shared
-tokens.
+The target, and a source that our decoder runs, predict among the shared tokens alone.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ class TaughtBatch:
     """A batch as the target reads it, with the teacher's predictions.
 
     Attributes:
-        tokens: int32 (B, T), rows of the embedding.
+        tokens: int32 (B, T).
         mask: bool (B, T).
         at: int32 (P,), flat positions.
         weight: float32 (P,).
@@ -83,14 +82,15 @@ class Teacher:
             and with its adapter.
         """
         tgt, symbols = self.target, self._symbols
-        read = tgt.rows(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
         found, spread = None, None
         if own or not self._source.complete:
             found = shared_log_probs(tgt.settings, tgt.params, None, *read, ends=tgt.ends)
         if found is not None and not self._source.complete:
             spread = in_source_symbols(found, symbols)
         moved, to, weight = map(jnp.asarray, symbols.columns(batch))
-        sizes = {"shared": len(symbols.shared[1]), "own": len(symbols.own[1]), "end": len(symbols.ends[0]) > 0}
+        shared, _, alone = symbols.sizes
+        sizes = {"shared": shared, "own": alone, "end": len(symbols.ends[0]) > 0}
         sides = self._source.read(batch, spread, base=base)
         adapted = in_target_symbols(sides[1], moved, to, **sizes)
         plain = in_target_symbols(sides[0], moved, to, **sizes) if base else adapted

@@ -168,9 +168,8 @@ class ServedSource(ServedWriter):
             base_nll[number] = -np.mean(told)
         return change, base_nll
 
-    def reader(self, columns: np.ndarray, ends: int, used: np.ndarray | None) -> ServedReader:
+    def reader(self, columns: np.ndarray, ends: int) -> ServedReader:
         """Prepare predictions on columns."""
-        del used
         return ServedReader(self, columns, ends)
 
     def _predict(
