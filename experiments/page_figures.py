@@ -20,7 +20,7 @@ import jcrosslora as jcl
 from jcrosslora.evaluate import Interval
 
 ROOT = Path(__file__).parent.parent
-REPORTING = "results", "compressed-bases", "shelf"  # pages of docs/
+REPORTING = "results", "compressed-bases", "composition", "shelf"  # pages of docs/
 PAGES = ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in REPORTING)
 _SECTIONS = {"jcrosslora": "ARC-Easy"}  # the table of the README is that of this section
 _NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?:\.\d+)?%)")
