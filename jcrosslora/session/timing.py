@@ -1,4 +1,4 @@
-"""Time one matrix of each shape and a few layers of each base on this machine, with random numbers."""
+"""Time one matrix of each shape and a few layers of each base on this machine, with made-up numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
@@ -27,6 +28,7 @@ _VOCABULARY = 512  # rows of the embedding of the layers that are timed
 _LAYERS, _MOST_WEIGHTS = 4, 1 << 26
 SVD_SIDE = 512  # of the square matrix whose full SVD is timed
 _RUNS = 3  # after compilation; the fastest counts
+_PERIOD = 4093  # of the numbers in weights, a prime
 
 
 class Stopwatch:
@@ -66,7 +68,7 @@ class Stopwatch:
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            return partial(_pass, few, _random_params(few, base, dtype), jnp.zeros(shape, jnp.int32))
+            return partial(_pass, few, _made_up_params(few, base, dtype), _tokens(shape))
 
         return self._fastest((few, shape, jnp.dtype(dtype).name), make, _RUNS) / few.layers
 
@@ -82,8 +84,10 @@ class Stopwatch:
         few = _few_layers(base)
 
         def make() -> Callable[[], Any]:
-            params = _random_params(few, base, dtype)
-            return partial(_gradient, few, params, first_state(params, fit).factors, jnp.zeros(shape, jnp.int32))
+            params = _made_up_params(few, base, dtype)
+            factors = jax.eval_shape(lambda: first_state(params, fit).factors)
+            factors = jax.tree.map(lambda one: jnp.asarray(_numbers(one.shape, one.dtype)), factors)
+            return partial(_gradient, few, params, factors, _tokens(shape))
 
         key = few, shape, jnp.dtype(dtype).name, fit.roles, fit.fit_rank
         return self._fastest(key, make, _RUNS) / few.layers
@@ -133,33 +137,47 @@ def _gradient(settings: DecoderSettings, params: Params, factors: StackedAdapter
     return jax.grad(lambda own: jnp.sum(forward(settings, params, tokens, adapter=own).hidden))(factors)
 
 
-def _random_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Params:
+def _tokens(shape: tuple[int, int]) -> jax.Array:
+    return jnp.asarray(np.zeros(shape, np.int32))
+
+
+def _numbers(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Repeat a few random numbers: to draw all in JAX would compile a program for each shape."""
+    few = 0.02 * np.random.default_rng(0).standard_normal(_PERIOD)
+    return np.resize(few.astype(dtype), shape)
+
+
+def _made_up_params(settings: DecoderSettings, base: BaseModel, dtype: DTypeLike) -> Params:
     """Make the weights of the layers as `load_params` would: bfloat16 as bits, norms as float32."""
     packed = dtype == jnp.bfloat16
 
     def matrix(*shape: int) -> jax.Array:
-        return 0.02 * jax.random.normal(jax.random.key(0), shape, dtype)
+        return jnp.asarray(_numbers(shape, dtype))
+
+    def ones(*shape: int) -> jax.Array:
+        return jnp.asarray(np.ones(shape, np.float32))
+
+    def role_matrix(role: str) -> jax.Array:
+        numbers = _numbers((layers, *base.role_shape(role)), dtype)
+        return jnp.asarray(numbers.view(np.uint16) if packed else numbers)
 
     layers, parts, family = settings.layers, settings.parts[0], base.family
-    weights = {role: matrix(layers, *base.role_shape(role)) for role in family.roles if holds(parts, role)}
+    weights = {role: role_matrix(role) for role in family.roles if holds(parts, role)}
     norms = norm_sizes(family, base.dims, base.config)
     tensors = {name: tensor for name, tensor in family.layer_tensors(base.config).items() if holds(parts, name)}
+    width = settings.layer_inputs
     return Params(
         embedding=matrix(settings.vocab, settings.hidden),
         head=None,
-        final_norm=jnp.ones(settings.hidden),
-        weights={role: jax.lax.bitcast_convert_type(w, jnp.uint16) if packed else w for role, w in weights.items()},
-        biases={
-            role: jnp.zeros((layers, weights[role].shape[1]), dtype)
-            for role in settings.biased_roles
-            if role in weights
-        },
-        norms={name: jnp.ones((layers, size)) for name, size in norms.items() if holds(parts, name)},
-        activation=tuple(jnp.ones((layers, 1)) for _ in family.activation_tensors),
-        tensors={name: jnp.ones((layers, *tensor.shape(base.dims, base.config))) for name, tensor in tensors.items()},
-        layer_inputs=None
-        if (width := settings.layer_inputs) == 0
-        else LayerInputWeights(
-            matrix(settings.vocab, layers * width), matrix(layers * width, settings.hidden), jnp.ones(width)
-        ),
+        final_norm=ones(settings.hidden),
+        weights=weights,
+        biases={role: matrix(layers, w.shape[1]) for role, w in weights.items() if role in settings.biased_roles},
+        norms={name: ones(layers, size) for name, size in norms.items() if holds(parts, name)},
+        activation=tuple(ones(layers, 1) for _ in family.activation_tensors),
+        tensors={name: ones(layers, *tensor.shape(base.dims, base.config)) for name, tensor in tensors.items()},
+        layer_inputs=LayerInputWeights(
+            matrix(settings.vocab, layers * width), matrix(layers * width, settings.hidden), ones(width)
+        )
+        if width
+        else None,
     )
