@@ -33,8 +33,10 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def run_torch(model):
+    # transformers cuts what layers that share keys read, and fails without inputs by layer; not if all is asked for.
+    every = {"use_cache": False, "output_hidden_states": True}
     with torch.no_grad():
-        return model(input_ids=torch.from_numpy(TOKENS).long(), use_cache=False).logits.numpy()
+        return model(input_ids=torch.from_numpy(TOKENS).long(), **every).logits.numpy()
 
 
 def run_ours(base, adapter):
