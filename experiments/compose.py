@@ -29,6 +29,7 @@ from rich.console import Console
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.composition import Composed
+from jcrosslora.composition.composed import RATE
 from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.evaluate import lift_recovered, read_examples
 from jcrosslora.evaluate.examples import as_completion
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=48, help="train prompts of each task that its adapter answers")
     parser.add_argument("--answer", type=int, default=64, help="the most tokens of such an answer")
     parser.add_argument("--steps", type=int, default=80, help="of the training of gates and routers")
-    parser.add_argument("--rate", type=float, default=TrainingSettings().rate, help="highest learning rate of it")
+    parser.add_argument("--rate", type=float, default=RATE, help="highest learning rate of it")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

