@@ -1,6 +1,5 @@
 """The forward pass: embedding, scan over the layers, final norm, logits."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +74,7 @@ def forward(
         raise UsageError(msg)
     tokens, mask = jnp.atleast_2d(tokens), None if mask is None else jnp.atleast_2d(mask)
     positions, keys = positions_of(tokens, mask)
-    x = embed(settings, params, tokens)
-    inputs = layer_inputs(settings, params.layer_inputs, tokens, x)
+    x, inputs = embed(settings, params, tokens)
 
     def keep(layer: LayerCapture) -> tuple[dict[str, Any], Any]:
         return {name: getattr(layer, name) for name in capture}, None if reduce is None else reduce(layer)
@@ -130,11 +128,12 @@ def context_of(
     return Context(queries, keys, valid, rotations(ropes, queries, lengths), growths(ropes, queries), inputs)
 
 
-def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> jax.Array:
-    """Return the residual stream (B, T, H) before the first layer."""
+def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Return the residual stream (B, T, H) before the first layer, and what `layer_inputs` makes of it."""
     # The scale is rounded to the dtype of the stream, as in the training of the Gemma models.
     x = params.embedding[tokens].astype(params.stream_dtype)
-    return x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
+    x = x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
+    return x, layer_inputs(settings, params.layer_inputs, tokens, x)
 
 
 def _run_layers(
@@ -187,9 +186,8 @@ def extend_cache(
     """
     queries, keys = positions
     cache = append_positions(cache, keys)
-    context = context_of(settings, queries, cache.positions, lengths, keys >= 0)
-    x = embed(settings, params, tokens)
-    context = dataclasses.replace(context, inputs=layer_inputs(settings, params.layer_inputs, tokens, x))
+    x, inputs = embed(settings, params, tokens)
+    context = context_of(settings, queries, cache.positions, lengths, keys >= 0, inputs)
     hidden, grown, _ = _run_layers(settings, params, context, x, adapter, cache)
     assert grown is not None
     filled = grown.filled + tokens.shape[1]

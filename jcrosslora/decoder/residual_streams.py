@@ -16,7 +16,6 @@ from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer import LayerWeights
-from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.decoder.ops import rms_norm
 
@@ -63,12 +62,9 @@ class Stream:
         self._start()
 
     def _start(self) -> None:
-        settings, params, rows = self._settings, self._texts.params, self._texts.rows
-        self.states = [embed(settings, params, own) for own in rows]
-        self._inputs = [
-            layer_inputs(settings, params.layer_inputs, own, x) for own, x in zip(rows, self.states, strict=True)
-        ]
-        self._keys = [last_keys(settings, x) for x in self.states]
+        begun = [embed(self._settings, self._texts.params, rows) for rows in self._texts.rows]
+        self.states, self._inputs = [x for x, _ in begun], [inputs for _, inputs in begun]
+        self._keys = [last_keys(self._settings, x) for x in self.states]
         self.done = 0
 
     def run_to(self, layer: int) -> None:

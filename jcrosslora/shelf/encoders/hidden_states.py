@@ -17,7 +17,6 @@ from jcrosslora.decoder.attention import KVCache, last_keys
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.forward import context_of, embed, positions_of
 from jcrosslora.decoder.layer import LayerWeights
-from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.decoder.params import Params
 from jcrosslora.errors import not_finite
@@ -92,8 +91,7 @@ class HiddenStates:
 
 @partial(jax.jit, static_argnums=0)
 def _embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    x = embed(settings, params, tokens)
-    return x, layer_inputs(settings, params.layer_inputs, tokens, x)
+    return embed(settings, params, tokens)
 
 
 @partial(jax.jit, static_argnums=0)
