@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 FAMILIES = VARIANTS | HYBRIDS | EXPERT_VARIANTS
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+# A random adapter is larger than the weights: with it, float32 in torch and here are each up to 1e-4 from float64.
+ADAPTED = {"atol": 5e-4, "rtol": 5e-4}
 LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and those of one step with a cache
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
 
@@ -82,7 +84,7 @@ def test_logits_and_residual_stream_match_torch_with_and_without_an_adapter_of_p
     np.testing.assert_allclose(stream[:-1], hidden[:-1], **CLOSE)  # transformers ends with the final norm
     found, _ = run(case.settings, case.params, TOKENS, case.stacked)
     wanted, _ = torch_run(case.adapted)
-    np.testing.assert_allclose(found, wanted, **CLOSE)
+    np.testing.assert_allclose(found, wanted, **ADAPTED)
     assert np.abs(np.asarray(found) - np.asarray(plain)).max() > 0.05
 
 
