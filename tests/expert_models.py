@@ -27,6 +27,24 @@ LATENT = GROUPED | {
 # Wide enough for experts to score nearly as high as the best.
 PHI = {"num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.4}
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# Chunks and steps of the growth of queries end at different places, inside the sequences of the tests.
+LLAMA4 = COUNTS | {
+    "head_dim": 12,
+    "intermediate_size": 20,
+    "intermediate_size_mlp": 44,
+    "attention_chunk_size": 6,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+}
+
 EXPERT_VARIANTS = {
     "mixtral": ("mixtral", COUNTS | {"head_dim": 12, "sliding_window": 6}),
     "qwen3_moe": ("qwen3_moe", SPARSE | {"head_dim": 12, "norm_topk_prob": True}),
@@ -100,5 +118,39 @@ EXPERT_VARIANTS = {
     "qwen2_moe": (
         "qwen2_moe",
         SPARSE | {"shared_expert_intermediate_size": 20, "num_hidden_layers": 3, "decoder_sparse_step": 2},
+    ),
+    "llama4": (
+        "llama4_text",
+        LLAMA4 | {"num_hidden_layers": 5, "interleave_moe_layer_step": 2, "rope_parameters": LLAMA3},
+    ),
+    # No norms, no growth, and other layers without positions, some of which see their chunk alone.
+    "llama4-plain": (
+        "llama4_text",
+        LLAMA4
+        | {
+            "num_hidden_layers": 4,
+            "moe_layers": [0, 1, 3],
+            "no_rope_layers": [1, 0, 0, 1],
+            "layer_types": ["full_attention", "chunked_attention", "full_attention", "chunked_attention"],
+            "num_experts_per_tok": 1,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+        },
+    ),
+    # Layers with positions and those without are in one program; no chunks.
+    "llama4-dense": (
+        "llama4_text",
+        LLAMA4
+        | {
+            "num_hidden_layers": 3,
+            "moe_layers": [],
+            "interleave_moe_layer_step": 0,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": None,
+            "tie_word_embeddings": True,
+        },
     ),
 }

@@ -57,6 +57,8 @@ TARGETS = {
     "lfm2_moe": [*ATTENTION[:3], "in_proj", "out_proj", "w1", "w2", "w3"],
 }
 TARGETS["falcon_h1-norm"] = TARGETS["falcon_h1"]
+# Shared experts and dense layers of Llama 4; its router is a linear module too.
+TARGETS |= {f"llama4{end}": [*ATTENTION, "gate_proj", "up_proj", "down_proj"] for end in ("", "-plain", "-dense")}
 
 # Name -> (model_type, settings beyond those of `dense_models.COMMON`).
 HYBRIDS = {

@@ -101,7 +101,9 @@ def test_layers_without_positions_turn_by_no_angle():
     assert still("cohere2") == still("exaone4") == still("smollm3") == [3]
     assert still("exaone4", sliding_window=None, layer_types=[FULL] * 6) == []
     assert still("smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0, 0]) == [0, 5]
+    assert still("llama4_text") == still("llama4_text", no_rope_layers=[]) == [3]
     assert settings("smollm3", sliding_window=8, use_sliding_window=True).windows == (None,) * 3 + (8,) + (None,) * 2
+    assert settings("llama4_text").windows == (8192,) * 3 + (None,) + (8192,) * 2
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,12 @@ def test_layers_without_positions_turn_by_no_angle():
         ("smollm3", {"no_rope_layers": [1, 0, 2, 1, 1, 1]}, "no_rope_layers"),
         ("smollm3", {"no_rope_layer_interval": -1}, "no_rope_layer_interval"),
         ("ministral3", {"rope_parameters": {"rope_theta": 1e4}}, "llama_4_scaling_beta"),
+        ("llama4_text", {"attention_chunk_size": 0}, "attention_chunk_size"),
+        ("llama4_text", {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 6}, "chunk_size is set"),
+        ("llama4_text", {"layer_types": [SLIDING] * 6}, "'sliding_attention' is not supported"),
+        ("llama4_text", {"floor_scale": 0}, "floor_scale 0"),
+        ("llama4_text", {"attn_scale": None}, "attn_scale None"),
+        ("llama4_text", {"intermediate_size_mlp": -1}, "intermediate_size_mlp"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "llama_4_scaling_beta": 0.1}}, "llama_4"),
         ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha"),
         ("cohere2", {"sliding_window": None}, "sliding_window"),

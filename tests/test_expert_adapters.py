@@ -69,7 +69,9 @@ def mixtral(tmp_path_factory):
     return make("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe", "gemma4-experts"])
+@pytest.fixture(
+    scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe", "gemma4-experts", "llama4"]
+)
 def case(request, tmp_path_factory):
     if request.param == "mixtral":
         return request.getfixturevalue("mixtral")

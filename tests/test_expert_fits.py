@@ -10,8 +10,7 @@ from probe_bases import CORPUS, save_tokenizer, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.experts import parameter_name
+from jcrosslora.adapter.experts import expert_update
 from jcrosslora.decoder import load_params
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -65,8 +64,7 @@ def experts_alone(base):
     for layer in base.layers_with("router"):
         count, rows, columns = base.expert_shape("down")
         a, b = rng.normal(size=(count, 2, columns)), rng.normal(size=(count, rows, 2))
-        name = parameter_name(base, layer, "down")
-        updates.append(ExpertUpdate(name, layer, "down", a.astype(np.float32), b.astype(np.float32)))
+        updates.append(expert_update(base, layer, "down", a.astype(np.float32), b.astype(np.float32)))
     return jcl.Adapter({}, experts=tuple(updates))
 
 

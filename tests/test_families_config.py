@@ -352,6 +352,36 @@ PUBLISHED |= {
         | sizes(1536, 512, 40, 12, 4, 100352, tie_word_embeddings=True),
         128,
     ),
+    "Llama-4-Scout": (
+        {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "boi_token_index": 200080,
+            "eoi_token_index": 200081,
+            "image_token_index": 200092,
+            "tie_word_embeddings": False,
+            "text_config": {"model_type": "llama4_text", "head_dim": 128, "hidden_act": "silu", "attention_bias": False}
+            | {"attention_chunk_size": 8192, "for_llm_compressor": False, "no_rope_layers": [], "use_qk_norm": True}
+            | {"interleave_moe_layer_step": 1, "intermediate_size_mlp": 16384, "output_router_logits": False}
+            | {"num_experts_per_tok": 1, "num_local_experts": 16, "router_jitter_noise": 0.0, "rope_theta": 500000.0}
+            | {
+                "router_aux_loss_coef": 0.001,
+                "rope_scaling": LLAMA3_SCALING | {"factor": 16.0, "high_freq_factor": 1.0},
+            }
+            | {"attn_scale": 0.1, "attn_temperature_tuning": 4, "floor_scale": 8192}
+            | sizes(5120, 8192, 48, 40, 8, 202048),
+            "vision_config": {"model_type": "llama4_vision_model"},
+        },
+        128,
+    ),
+    "MobileLLM-R1-140M": (
+        {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "head_dim": 64, "hidden_act": "silu"}
+        | {"attention_chunk_size": 32768, "attn_scale": 0.1, "attn_temperature_tuning": False, "floor_scale": 8192}
+        | {"interleave_moe_layer_step": 0, "intermediate_size_mlp": 2048, "moe_layers": [], "no_rope_layers": [1] * 15}
+        | {"num_experts_per_tok": 0, "num_local_experts": 0, "rope_theta": 8e6, "use_qk_norm": True}
+        | sizes(576, 2048, 15, 9, 3, 128256, tie_word_embeddings=True),
+        64,
+    ),
     "Phi-3.5-MoE": (
         {"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "hidden_act": "silu", "attention_bias": True}
         | {"lm_head_bias": True, "num_local_experts": 16, "num_experts_per_tok": 2, "router_jitter_noise": 0.01}

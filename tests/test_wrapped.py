@@ -39,6 +39,9 @@ def folders(tmp_path_factory):
 
 
 def theirs(model) -> np.ndarray:
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    # The outputs of this class in transformers 5.24 lack what it asks of its text model.
+    model = inner.language_model if isinstance(inner, transformers.Llama4ForConditionalGeneration) else model
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(TOKENS).long()).logits.numpy()
 
@@ -276,14 +279,15 @@ def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
     wanted = transformers.AutoConfig.for_model(**config).text_config
     checked = check_config(config, kind)
     found = read_dims(checked.values, kind)
-    shared = getattr(wanted, "shared_expert_intermediate_size", None)
+    widths = ("shared_expert_intermediate_size", "intermediate_size_mlp", "intermediate_size")
+    width = next(own for name in widths if (own := getattr(wanted, name, None)))
     assert (found.hidden, found.intermediate, found.layers, found.heads, found.kv_heads, found.vocab) == (
-        *(wanted.hidden_size, shared or wanted.intermediate_size, wanted.num_hidden_layers, wanted.num_attention_heads),
+        *(wanted.hidden_size, width, wanted.num_hidden_layers, wanted.num_attention_heads),
         *(wanted.num_key_value_heads, wanted.vocab_size),
     )
-    assert checked.values.get("rms_norm_eps", 1e-6) == wanted.rms_norm_eps
+    assert checked.values.get("rms_norm_eps", checked.family.eps.default) == wanted.rms_norm_eps
     if text_type not in ("gemma3_text", "gemma4_text", "gemma4_unified_text"):
-        assert checked.values.get("rope_theta", 1e4) == wanted.rope_parameters["rope_theta"]
+        assert checked.values.get("rope_theta", checked.family.positions.theta) == wanted.rope_parameters["rope_theta"]
 
 
 def test_settings_at_the_top_of_older_files_are_those_of_the_text_model():
@@ -400,7 +404,7 @@ def test_published_configurations_are_accepted(name):
         ({"architectures": ["LlavaLlamaForCausalLM"]}, "supported: LlavaForConditionalGeneration"),
         ({"audio_config": {"x": 1}}, "'audio_config'"),
         ({"strange": 0}, "'strange'=0"),
-        ({"model_type": "llama4"}, "model_type 'llama4' is not supported"),
+        ({"model_type": "gemma3n"}, "model_type 'gemma3n' is not supported"),
     ],
 )
 def test_other_classes_and_text_models_are_refused_by_name(change, message):

@@ -47,6 +47,22 @@ CLASSES = {
     ),
     "idefics3": ({"model_type": "llama"}, _VISION | {"model_type": "idefics3_vision"}, {}),
     "internvl": ({"model_type": "qwen2"}, _INTERN, {}),
+    "llama4": (
+        {
+            "model_type": "llama4_text",
+            "intermediate_size_mlp": 56,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+            "no_rope_layer_interval": 2,
+        },
+        _SMALL
+        | {"image_size": 28, "patch_size": 14, "vision_output_dim": 16}
+        | {"projector_input_dim": 16, "projector_output_dim": 16},
+        {},
+    ),
     "llava": ({"model_type": "llama"}, _CLIP, {}),
     "llava_next": ({"model_type": "mistral"}, _CLIP, {}),
     "llava_onevision": ({"model_type": "qwen3", "tie_word_embeddings": True}, _SIGLIP, {}),

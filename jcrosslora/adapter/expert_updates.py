@@ -15,6 +15,7 @@ class ExpertUpdate:
         matrix: "gate_up", whose rows are in the order of the class, or "down".
         a: float32 (E, K, I).
         b: float32 (E, O, K), with the scale.
+        turned: whether files of peft hold the factors of its transpose, see `Experts.turned`.
         share: of the whole adapter's squared Frobenius norm.
     """
 
@@ -23,6 +24,7 @@ class ExpertUpdate:
     matrix: str
     a: np.ndarray
     b: np.ndarray
+    turned: bool = False
     share: float | None = None
 
     def __eq__(self, other: object) -> bool:

@@ -72,9 +72,12 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
         # The first parameter of a module is wrapped first.
         inner = update.matrix == "gate_up" and (update.layer, "down") in both
         module = update.name.rpartition(".")[0] + (".base_layer" if inner else "")
-        count, rank, columns = update.a.shape
-        b = update.b.transpose(1, 2, 0).reshape(update.b.shape[1], rank * count)
-        for side, matrix in (("A", update.a.reshape(count * rank, columns)), ("B", b)):
+        a, b = update.a, update.b
+        if update.turned:
+            a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
+        count, rank, columns = a.shape
+        b = b.transpose(1, 2, 0).reshape(b.shape[1], rank * count)
+        for side, matrix in (("A", a.reshape(count * rank, columns)), ("B", b)):
             tensors[f"{module}.lora_{side}.weight"] = np.ascontiguousarray(file_matrix(update.name, matrix, dtype))
     return tensors
 
@@ -107,15 +110,26 @@ def parameter_name(base: BaseModel, layer: int, matrix: str) -> str:
     return f"model.layers.{layer}.{base.family.experts.layouts[-1][matrix]}"
 
 
+def expert_update(
+    base: BaseModel, layer: int, matrix: str, a: np.ndarray, b: np.ndarray, share: float | None = None
+) -> ExpertUpdate:
+    """Make the update of a matrix of a base's experts, see `ExpertUpdate`."""
+    assert base.family.experts is not None
+    name, a, b = parameter_name(base, layer, matrix), np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return ExpertUpdate(name, layer, matrix, a, b, base.family.experts.turned, share)
+
+
 def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b: np.ndarray) -> ExpertUpdate:
     """Take the factors (E K, I) and (O, K E) of a parameter apart."""
-    assert base.family.experts is not None
-    count, layer, shapes = base.family.experts.sizes(base.config).number, int(module.split(".")[2]), _shapes(base)
+    experts = base.family.experts
+    assert experts is not None
+    count, layer, shapes = experts.sizes(base.config).number, int(module.split(".")[2]), _shapes(base)
     came = b.shape[0], a.shape[1]
-    # Early versions of peft took the axes of (E, O, I) for (E, I, O).
-    matrix = next((name for name, shape in shapes.items() if came == shape), None)
-    turned = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
-    name = matrix or turned
+    # Early versions of peft took the axes of (E, O, I) for (E, I, O), and a class may yet say which of them it stores.
+    usual = next((name for name, shape in shapes.items() if came == shape), None)
+    other = next((name for name, shape in shapes.items() if came == shape[::-1]), None)
+    turned = other is not None and (experts.turned or usual is None)
+    name = other if turned else usual
     if name is None or a.shape[0] != b.shape[1] or a.shape[0] % count or layer not in base.layers_with("router"):
         msg = f"{file.path}: module {module!r} has A of shape {list(a.shape)} and B of shape {list(b.shape)}, which "
         msg += f"are of no parameter of {count} experts of the base {base.name}; give the base it was trained on"
@@ -127,9 +141,9 @@ def _of_whole(file: AdapterFile, base: BaseModel, module: str, a: np.ndarray, b:
         raise AdapterError(msg + ": use the configuration that belongs to the file")
     b = b * np.float32(module_scale(file.config, known, rank))
     each_a, each_b = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
-    if matrix is None:
+    if turned:
         each_a, each_b = each_b.swapaxes(1, 2), each_a.swapaxes(1, 2)
-    return ExpertUpdate(whole, layer, name, np.ascontiguousarray(each_a), np.ascontiguousarray(each_b))
+    return expert_update(base, layer, name, each_a, each_b)
 
 
 def _of_singles(
@@ -159,4 +173,4 @@ def _of_singles(
     if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)
-    return ExpertUpdate(parameter_name(base, layer, matrix), layer, matrix, each_a, each_b)
+    return expert_update(base, layer, matrix, each_a, each_b)

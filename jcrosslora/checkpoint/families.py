@@ -22,6 +22,7 @@ from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
 from jcrosslora.checkpoint.family.lfm2 import LFM2, LFM2_MOE
 from jcrosslora.checkpoint.family.llama import LLAMA
+from jcrosslora.checkpoint.family.llama4 import LLAMA4
 from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
 from jcrosslora.checkpoint.family.mixtral import MIXTRAL
@@ -88,6 +89,7 @@ _TABLE = (
     PHIMOE,
     GEMMA4,
     GEMMA4_UNIFIED,
+    LLAMA4,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -96,18 +98,11 @@ _GEMMA3N = (
     "four residual streams that predict each other (AltUp), learned low-rank residuals (LAuReL), and MLPs that keep "
     "only their largest features",
 )
-_LLAMA4 = (
-    "llama",
-    "attention in chunks, experts whose inputs are multiplied by their scores, and queries that grow with the position "
-    "in layers without rotary positions",
-)
 # model_type of models that cannot be read, alone or inside a multimodal one -> the family that each resembles, and what
 # the decoder lacks for it.
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
-    "llama4": _LLAMA4,
-    "llama4_text": _LLAMA4,
     "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),
     "deepseek_v2": ("deepseek_v3", "its choice of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),

@@ -56,6 +56,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
     ),
     "idefics3": Wrapper("Idefics3ForConditionalGeneration", _TEXT_MODEL, "llama"),
     "internvl": Wrapper("InternVLForConditionalGeneration", _LANGUAGE, "qwen2"),
+    "llama4": Wrapper(
+        "Llama4ForConditionalGeneration", "language_model.model.", "llama4_text", {"llama4_text": "llama4_text"}
+    ),
     "llava": Wrapper("LlavaForConditionalGeneration", _LANGUAGE, "llama"),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", _LANGUAGE, "llama"),
     "llava_onevision": Wrapper("LlavaOnevisionForConditionalGeneration", _LANGUAGE, "qwen2"),

@@ -13,22 +13,26 @@ from jax.typing import DTypeLike
 
 from jcrosslora.decoder.mixers.state import MixerState, init_state
 from jcrosslora.decoder.ops import einsum, from_bits, soft_cap
-from jcrosslora.decoder.rope_scaling import Rope
+from jcrosslora.decoder.rope_scaling import Growth, Rope
 from jcrosslora.decoder.settings import DecoderSettings
 
 NO_WINDOW = 1 << 30
 
 
-def attention_mask(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array) -> jax.Array:
+def attention_mask(
+    query_positions: jax.Array, key_positions: jax.Array, window: jax.Array, *, chunked: bool = False
+) -> jax.Array:
     """Return which keys each query attends to, bool (B, T, S).
 
     Args:
         query_positions: int32 (B, T).
         key_positions: int32 (B, S), negative for padding and free slots.
         window: int32 scalar, number of visible positions, the query's own included.
+        chunked: whether a query sees the positions of its own chunk of that number, instead of the last ones.
     """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    return (key_positions[:, None, :] >= 0) & (distance >= 0) & (distance < window)
+    queries, keys = query_positions[:, :, None], key_positions[:, None, :]
+    near = queries // window == keys // window if chunked else queries - keys < window
+    return (keys >= 0) & (keys <= queries) & near
 
 
 def attention(
@@ -111,11 +115,11 @@ def growths(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, .
     """
     if all(rope.growth is None for rope in ropes):
         return None
-    return tuple(_growth(*(rope.growth or (0.0, 1)), positions) for rope in ropes)
+    return tuple(_growth(rope.growth or Growth(0.0, 1), positions) for rope in ropes)
 
 
-def _growth(beta: float, length: int, positions: jax.Array) -> jax.Array:
-    return 1 + beta * jnp.log1p((positions // length).astype(jnp.float32))
+def _growth(growth: Growth, positions: jax.Array) -> jax.Array:
+    return 1 + growth.beta * jnp.log1p(((positions + growth.first) // growth.length).astype(jnp.float32))
 
 
 def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) -> jax.Array:

@@ -9,6 +9,7 @@ from jcrosslora.checkpoint.family.sizes import layer_kinds
 from jcrosslora.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_CHUNKED = "chunked_attention"  # how configurations call layers with windows that are chunks
 _NO_ROPE_PERIOD = 4  # default of `no_rope_layer_interval`
 
 
@@ -20,8 +21,9 @@ def read_layer_kinds(config: Mapping[str, Any], family: Family, layers: int, ref
     """
     if family.mixer is not None:
         return (FULL,) * layers  # the parts of a layer say whether it has attention
+    chunked = family.windows is not None and family.windows.chunked
     try:
-        stated = layer_kinds(config, {FULL: FULL, SLIDING: SLIDING}, layers)
+        stated = layer_kinds(config, {FULL: FULL, _CHUNKED if chunked else SLIDING: SLIDING}, layers)
     except CheckpointError as error:
         msg = f"{ref}: {error}"
         raise CheckpointError(msg) from None
@@ -44,7 +46,8 @@ def layer_windows(
     """
     window = read_window(config, family, ref)
     if window is None and SLIDING in kinds:
-        msg = f"{ref}: layer {kinds.index(SLIDING)} has sliding attention, but no sliding_window is set or in use"
+        key = (family.windows or Windows()).size_key
+        msg = f"{ref}: layer {kinds.index(SLIDING)} has a window, but no {key} is set or in use"
         raise CheckpointError(msg)
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
@@ -58,9 +61,9 @@ def read_window(config: Mapping[str, Any], family: Family, ref: str) -> int | No
     windows = family.windows
     if windows is None or (windows.switch is not None and not config.get(windows.switch)):
         return None
-    window = config.get("sliding_window", windows.size)
+    window = config.get(windows.size_key, windows.size)
     if window is not None and (type(window) is not int or window <= 0):
-        msg = f"{ref}: sliding_window is {window!r}, wanted a positive integer or null"
+        msg = f"{ref}: {windows.size_key} is {window!r}, wanted a positive integer or null"
         raise CheckpointError(msg)
     return window
 
@@ -101,9 +104,9 @@ def _implied_kinds(config: Mapping[str, Any], family: Family, layers: int, ref: 
     if windows.period is not None:
         period = _period(config, windows.period_keys, windows.period, ref)
         return tuple(SLIDING if (layer + 1) % period else FULL for layer in range(layers))
-    if windows.unrotated:
-        rotated = _listed_rotated(config, layers, ref)
-        return tuple(SLIDING if window is not None and not turns else FULL for turns in rotated)
+    if windows.which is not None:
+        rotated, wanted = _listed_rotated(config, layers, ref), windows.which == "rotated"
+        return tuple(SLIDING if window is not None and turns == wanted else FULL for turns in rotated)
     first = 0
     if windows.first is not None:
         key, default = windows.first

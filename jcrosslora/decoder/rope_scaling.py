@@ -6,11 +6,19 @@ those that its type does not use.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jcrosslora.checkpoint.llama3_rope import llama3_factors
+
+
+class Growth(NamedTuple):
+    """The factor on queries at position p, 1 + beta log(1 + floor((p + first) / length))."""
+
+    beta: float
+    length: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Rope:
         long_frequencies: frequencies of longrope for sequences longer than `switch`, else None.
         switch: largest length for which `frequencies` apply; None if there is only one set.
         amplitude: factor on cosine and sine.
-        growth: (beta, length): queries at position p are multiplied by 1 + beta log(1 + floor(p / length)); or None.
+        growth: of the queries with the position, or None.
         latent_scale: factor on the scores of latent attention.
     """
 
@@ -30,8 +38,13 @@ class Rope:
     long_frequencies: tuple[float, ...] | None = None
     switch: int | None = None
     amplitude: float = 1.0
-    growth: tuple[float, int] | None = None
+    growth: Growth | None = None
     latent_scale: float = 1.0
+
+    @property
+    def turns(self) -> bool:
+        """Whether any pair is rotated; in a layer without positions none is."""
+        return any(self.frequencies)
 
 
 def default(size: int, *, rope_theta: float, **_: Any) -> Rope:

@@ -14,6 +14,7 @@ import numpy as np
 from jcrosslora.checkpoint import Dims, Family
 from jcrosslora.decoder.layer_kinds import FULL, SLIDING
 from jcrosslora.decoder.rope_scaling import (
+    Growth,
     Rope,
     default,
     linear,
@@ -68,9 +69,20 @@ def read_ropes(config: Mapping[str, Any], family: Family, dims: Dims, ref: str) 
     return {kind: _rope(settings, config, family, of_kind[kind], ref) for kind, settings in found.items()}
 
 
-def unrotated(rope: Rope) -> Rope:
+def unrotated(rope: Rope, growth: Growth | None = None) -> Rope:
     """Return the setting of a layer without positions, with as many pairs as another: its angles are zero."""
-    return Rope((0.0,) * len(rope.frequencies))
+    return Rope((0.0,) * len(rope.frequencies), growth=growth)
+
+
+def unrotated_growth(config: Mapping[str, Any], family: Family, ref: str) -> Growth | None:
+    """Read how the queries of layers without positions grow; None if they do not.
+
+    Raises:
+        CheckpointError: a number is missing or out of range.
+    """
+    if not family.positions.unrotated_grow or not config.get("attn_temperature_tuning"):
+        return None
+    return _growth(config, ("attn_scale", "floor_scale"), ref)._replace(first=1)
 
 
 def _kinds(config: Mapping[str, Any], family: Family, ref: str) -> dict[str, dict[str, Any]]:
@@ -124,7 +136,9 @@ def _rope(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family
     settings |= _lengths(settings, config, family)
     size = dims.head_dim if kind == _SHARED else _rotated(settings, config, family, dims, ref)
     rope = _resolve(rule, settings, size, f"{ref}: rope type {kind!r}")
-    return dataclasses.replace(rope, growth=_growth(settings, ref)) if family.positions.grows else rope
+    if not family.positions.grows:
+        return rope
+    return dataclasses.replace(rope, growth=_growth(settings, (_GROWTH, _ORIGINAL), ref))
 
 
 def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -134,8 +148,8 @@ def _lengths(settings: Mapping[str, Any], config: Mapping[str, Any], family: Fam
     return {_LONGEST: longest, _ORIGINAL: original}
 
 
-def _growth(settings: Mapping[str, Any], ref: str) -> tuple[float, int]:
-    beta, length = settings.get(_GROWTH), settings.get(_ORIGINAL)
+def _growth(settings: Mapping[str, Any], keys: tuple[str, str], ref: str) -> Growth:
+    beta, length = (settings.get(key) for key in keys)
     if (
         isinstance(beta, int | float)
         and not isinstance(beta, bool)
@@ -143,8 +157,8 @@ def _growth(settings: Mapping[str, Any], ref: str) -> tuple[float, int]:
         and 0 <= beta < 1e3
         and 0 < length < 1 << 31
     ):
-        return float(beta), length
-    msg = f"{ref}: rope settings {_GROWTH} {beta!r} and {_ORIGINAL} {length!r} are missing or no positive numbers"
+        return Growth(float(beta), length)
+    msg = f"{ref}: {keys[0]} {beta!r} and {keys[1]} {length!r} are missing or no positive numbers"
     raise CheckpointError(msg)
 
 

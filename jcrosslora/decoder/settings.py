@@ -12,7 +12,7 @@ from jcrosslora.checkpoint.family.rules import HeadSizes, LatentSizes, Number
 from jcrosslora.decoder.experts.settings import ExpertSettings, expert_settings
 from jcrosslora.decoder.layer_kinds import layer_windows, read_layer_kinds, rotated_layers
 from jcrosslora.decoder.rope_scaling import Rope
-from jcrosslora.decoder.rope_settings import read_ropes, unrotated
+from jcrosslora.decoder.rope_settings import read_ropes, unrotated, unrotated_growth
 from jcrosslora.errors import CheckpointError
 
 # Name in configurations -> name in `ops.ACTIVATIONS`.
@@ -60,6 +60,7 @@ class DecoderSettings(Dims):
         interleaved: whether neighbouring features are rotated together.
         biased_roles: roles with a bias.
         windows: (L,) number of visible positions of a layer, its own included; None for all.
+        chunked_windows: whether these positions are those of a chunk of that number, instead of the last ones.
         ropes: the different rotary settings.
         layer_ropes: (L,) index into `ropes`.
         parts: (L,) mixer and MLP of a layer.
@@ -88,6 +89,7 @@ class DecoderSettings(Dims):
     interleaved: bool
     biased_roles: tuple[str, ...]
     windows: tuple[int | None, ...]
+    chunked_windows: bool
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     parts: tuple[LayerParts, ...]
@@ -146,12 +148,13 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         residual_scale=factor(family.residual_scale),
         logit_scale=factor(family.logit_scale),
         tied=family.is_tied(config),
-        qk_norms=family.qk_norms if "q" in norms else None,
+        qk_norms=family.normed_heads(config),
         post_norms="mlp_post" in norms,
         parallel=family.parallel,
         interleaved=family.positions.interleaved,
         biased_roles=family.biased_roles(config),
         windows=layer_windows(kinds, config, family, ref),
+        chunked_windows=family.windows is not None and family.windows.chunked,
         ropes=ropes,
         layer_ropes=tuple(map(ropes.index, layer_ropes)),
         parts=base.parts,
@@ -177,7 +180,11 @@ def _layer_ropes(base: BaseModel, kinds: tuple[str, ...]) -> list[Rope]:
         msg = f"{base.ref}: rope_parameters has no entry for {missing[0]} layers; wanted one for each kind of layer"
         raise CheckpointError(msg)
     rotated = rotated_layers(kinds, base.config, base.family, base.ref)
-    return [per_kind[kind] if turns else unrotated(per_kind[kind]) for kind, turns in zip(kinds, rotated, strict=True)]
+    growth = unrotated_growth(base.config, base.family, base.ref)
+    return [
+        per_kind[kind] if turns else unrotated(per_kind[kind], growth)
+        for kind, turns in zip(kinds, rotated, strict=True)
+    ]
 
 
 def _latent_scale(latent: LatentSizes, ropes: tuple[Rope, ...]) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.adapter.experts import parameter_name
+from jcrosslora.adapter.experts import expert_update
 from jcrosslora.adapter.ignored import describe_change
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.evidence.base_pair import BasePair
@@ -47,8 +47,7 @@ def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: i
     assert layer.experts is not None
     kept, places = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
     a, b = (np.where(kept, each[places], np.float32(0)) for each in (update.a, update.b))
-    name = parameter_name(target, number, update.matrix)
-    return ExpertUpdate(name, number, update.matrix, a, b, share=update.share)
+    return expert_update(target, number, update.matrix, a, b, update.share)
 
 
 def _described(updates: list[ExpertUpdate]) -> str:

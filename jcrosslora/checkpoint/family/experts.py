@@ -37,14 +37,18 @@ class Experts:
             "gate", "up" (I, H) and "down" (H, I) of one expert, or of all with a first axis E, "gate_up" (E, 2 I, H)
             and "down" (E, H, I) of all, "gate_up_bias" (E, 2 I), or "gate_bias" and "up_bias" (E, I), "down_bias"
             (E, H). The last is that of the class in memory.
-        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids; or "in turn", where a softmax
-            over those that score nearly as high as the best weighs the best, and one without the best the second.
+        scores: of the experts: a softmax over all, over the chosen ones, or sigmoids, by which experts are chosen or
+            of the chosen ones; or "in turn", where a softmax over those that score nearly as high as the best weighs
+            the best, and one without the best the second.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
+        scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
+        turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
+            stores (E, I, O) without an attribute that says so.
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
         clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
@@ -54,13 +58,15 @@ class Experts:
     used: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
     layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
-    scores: Literal["softmax", "chosen", "sigmoid", "in turn"] = "softmax"
+    scores: Literal["softmax", "chosen", "sigmoid", "chosen sigmoid", "in turn"] = "softmax"
     normalised: bool | str = True
     sum_eps: float = 1e-20
     tolerance: Number | None = None
     scale: Number | None = None
+    scaled_inputs: bool = False
     groups: tuple[str, str] | None = None
     transposed: frozenset[str] = frozenset()
+    turned: bool = False
     interleaved: bool = False
     correction_axes: int = 1
     clamp: tuple[Number, Number] | None = None
@@ -92,11 +98,11 @@ class ExpertSizes(NamedTuple):
     used_groups: int = 1
 
 
-def shared_shapes(count: str) -> dict[str, RoleShape]:
-    """Return the shapes of shared experts that are one MLP, as wide as the experts times a configuration's count."""
+def shared_shapes(count: str | None = None) -> dict[str, RoleShape]:
+    """Return the shapes of shared experts that are one MLP, as wide as an expert times a count of the configuration."""
 
     def width(config: Mapping[str, Any]) -> int:
-        return size(config, count) * size(config, "moe_intermediate_size")
+        return (1 if count is None else size(config, count)) * size(config, "moe_intermediate_size")
 
     return {
         "shared_gate_proj": lambda sizes, config: (width(config), sizes.hidden),

@@ -67,8 +67,9 @@ class Family:
         norm_biases: whether norms have a bias.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         qk_norms: whether queries and keys are normalised for each head, for all heads together, or for each head behind
-            the rotation.
-        qk_norm_key: configuration key without which there are no norms "q" and "k"; None if there always are.
+            the rotation, the last also without a gain ("unit", in layers with positions alone).
+        qk_norm_key: configuration key without which they are not; None if they always are where there are norms "q" and
+            "k".
         parallel: whether attention and MLP read the same normed input, and both are added to it.
         biases: roles that always have a bias.
         bias_keys: configuration key -> roles that have a bias if it is true.
@@ -115,7 +116,7 @@ class Family:
     norm: Literal["rms", "layer"] = "rms"
     norm_biases: bool = False
     gain_offset: float = 0.0
-    qk_norms: Literal["head", "whole", "rotated"] = "head"
+    qk_norms: Literal["head", "whole", "rotated", "unit"] = "head"
     qk_norm_key: str | None = None
     parallel: bool = False
     biases: tuple[str, ...] = ()
@@ -185,6 +186,12 @@ class Family:
         if self.qk_norm_key is None or config.get(self.qk_norm_key):
             return dict(self.norms)
         return {name: norm for name, norm in self.norms.items() if name not in QK_NORMS}
+
+    def normed_heads(self, config: Mapping[str, Any]) -> str | None:
+        """Return `qk_norms` of a model of this configuration; None if queries and keys are not normalised."""
+        if self.qk_norms == "unit":
+            return self.qk_norms if self.qk_norm_key is None or config.get(self.qk_norm_key) else None
+        return self.qk_norms if "q" in self.layer_norms(config) else None
 
     def stream_norm(self, role: str) -> str | None:
         """Return the norm between the residual stream and a module, None if there is none.

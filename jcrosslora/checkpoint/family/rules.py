@@ -84,24 +84,29 @@ class Number:
 
 @dataclass(frozen=True)
 class Windows:
-    """Which layers see only the last positions; the configuration key of their number is `sliding_window`.
+    """Which layers see only the last positions.
 
     Attributes:
-        size: default of `sliding_window`.
-        switch: configuration key without which `sliding_window` is ignored.
+        size: default of the number of these positions, the layer's own included.
+        size_key: its configuration key.
+        chunked: whether the positions of a text are in chunks of that number, and such a layer sees those of its own
+            chunk; `layer_types` then names it "chunked_attention".
+        switch: configuration key without which there are no windows.
         period: the last layer of each period of this many has full attention; None if all layers have windows.
         period_keys: configuration keys of the period.
         first: configuration key of the number of layers in front without windows, and its default.
-        unrotated: whether the layers without positions are those with windows.
+        which: "rotated" or "unrotated" if just the layers with positions, or without, have windows.
         listed: whether `layer_types` counts; if not, it must not contradict the rest.
     """
 
     size: int | None = 4096
+    size_key: str = "sliding_window"
+    chunked: bool = False
     switch: str | None = None
     period: int | None = None
     period_keys: tuple[str, ...] = ()
     first: tuple[str, int] | None = None
-    unrotated: bool = False
+    which: Literal["rotated", "unrotated"] | None = None
     listed: bool = True
 
 
@@ -125,6 +130,8 @@ class Positions:
         aliases: other names of rope types.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
         grows: whether queries grow with the position, by `llama_4_scaling_beta` of the rope settings.
+        unrotated_grow: whether those of layers without positions do, by the configuration keys `attn_scale` and
+            `floor_scale`, if `attn_temperature_tuning` says so.
     """
 
     theta: float = 10_000.0
@@ -139,6 +146,7 @@ class Positions:
     aliases: Mapping[str, str] = field(default_factory=dict)
     outer_original: int | None = None
     grows: bool = False
+    unrotated_grow: bool = False
 
 
 # From the metadata of a file, keys without the architecture, and the names in a layer of the tensors that it holds, to

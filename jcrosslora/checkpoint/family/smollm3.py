@@ -11,7 +11,7 @@ SMOLLM3 = Family(
     gguf=Gguf("smollm3", permuted=True),
     bias_keys={"attention_bias": ATTENTION, "mlp_bias": MLP},
     tied=True,
-    windows=Windows(size=None, switch="use_sliding_window", unrotated=True),
+    windows=Windows(size=None, switch="use_sliding_window", which="unrotated"),
     positions=Positions(theta=2_000_000.0, unrotated="no_rope_layers"),
     # Its class has no `pretraining_tp`, which published configurations keep.
     keys=words(

@@ -78,7 +78,13 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
 
 
 def run_experts(
-    function: ExpertFunction, experts: int, x: jax.Array, chosen: jax.Array, constants: Any, factors: Any
+    function: ExpertFunction,
+    experts: int,
+    x: jax.Array,
+    chosen: jax.Array,
+    constants: Any,
+    factors: Any,
+    scales: jax.Array | None = None,
 ) -> jax.Array:
     """Run each token through its experts.
 
@@ -90,12 +96,16 @@ def run_experts(
         constants: a tree of arrays (E, ...), or of a `Row` of stacks of them. They have no derivatives: what is trained
             are factors.
         factors: a tree of arrays (E, ...).
+        scales: float32 (T, K), factors on what the experts of a token read; None for 1.
 
     Returns:
         float32 (T, K, H).
     """
     order = sort_by_expert(chosen, experts)
-    return _collect(_run(function, _spread(x, order), order, constants, factors), order)
+    rows = _spread(x, order)
+    if scales is not None:
+        rows = (rows.astype(jnp.float32) * scales.reshape(-1)[order.pairs][:, None]).astype(x.dtype)
+    return _collect(_run(function, rows, order, constants, factors), order)
 
 
 # The gradients of both gathers are gathers too, which takes much less time than a scatter.

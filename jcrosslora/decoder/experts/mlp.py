@@ -39,8 +39,8 @@ def expert_mlp(
 
     held = {name: tensors[name] for name in _HELD if name in tensors}
     factors = {name: layer.factors[name] for name in ("gate_up", "down") if name in layer.factors}
-    outputs = run_experts(expert, own.count, flat, chosen, held, factors)
-    mixed = jnp.sum(outputs * weights[:, :, None], axis=1)
+    outputs = run_experts(expert, own.count, flat, chosen, held, factors, weights if own.scaled_inputs else None)
+    mixed = jnp.sum(outputs if own.scaled_inputs else outputs * weights[:, :, None], axis=1)
     mixed = mixed.astype(normed.dtype).reshape(normed.shape)
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
 

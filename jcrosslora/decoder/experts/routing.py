@@ -28,6 +28,9 @@ def route(
     if settings.scores == "chosen":
         best, experts = lax.top_k(logits, settings.used)
         return experts, jax.nn.softmax(best, axis=-1)
+    if settings.scores == "chosen sigmoid":
+        best, experts = lax.top_k(logits, settings.used)
+        return experts, jax.nn.sigmoid(best)
     if settings.tolerance is not None:
         return _in_turn(logits, settings.tolerance)
     scores = jax.nn.sigmoid(logits) if settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)

@@ -20,6 +20,7 @@ class ExpertSettings:
         sum_eps: added to their sum.
         tolerance: see `Experts.tolerance`; None for other scores than "in turn".
         scale: factor on the weights.
+        scaled_inputs: whether the weights are factors on what the experts read.
         groups: number of groups of experts.
         used_groups: number of groups that a token may use.
         clamp: alpha and limit of the activation, see `Experts.clamp`; None for the model's activation.
@@ -32,6 +33,7 @@ class ExpertSettings:
     sum_eps: float
     tolerance: float | None
     scale: float
+    scaled_inputs: bool
     groups: int
     used_groups: int
     clamp: tuple[float, float] | None
@@ -54,6 +56,7 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         sum_eps=experts.sum_eps,
         tolerance=None if experts.tolerance is None else read_number(config, experts.tolerance, ref),
         scale=1.0 if experts.scale is None else read_number(config, experts.scale, ref),
+        scaled_inputs=experts.scaled_inputs,
         groups=sizes.groups,
         used_groups=sizes.used_groups,
         clamp=clamp and (read_number(config, clamp[0], ref), read_number(config, clamp[1], ref)),

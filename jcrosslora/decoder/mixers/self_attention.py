@@ -98,7 +98,9 @@ def _attended(
     keys: jax.Array,
     values: jax.Array,
 ) -> jax.Array:
-    mask = attention_mask(context.query_positions, context.key_positions, layer.window)
+    mask = attention_mask(
+        context.query_positions, context.key_positions, layer.window, chunked=settings.chunked_windows
+    )
     scale, cap, sinks = settings.attn_scale, settings.attn_soft_cap, layer.tensors.get("sinks")
     return attention(queries, keys, values, mask, scale, cap, sinks)
 
@@ -127,7 +129,18 @@ def _placed(settings: DecoderSettings, layer: LayerWeights, norm: str, x: jax.Ar
     if settings.qk_norms == "head":
         x = apply_norm(settings, layer, norm, x)
     x = apply_rope(x, rotation, interleaved=settings.interleaved)
+    if settings.qk_norms == "unit":
+        return _unit(settings, layer, x)
     return apply_norm(settings, layer, norm, x) if settings.qk_norms == "rotated" else x
+
+
+def _unit(settings: DecoderSettings, layer: LayerWeights, x: jax.Array) -> jax.Array:
+    """Normalise heads (B, T, heads, D) without a gain; return x in a layer without positions."""
+    turns = [settings.ropes[index].turns for index in settings.ropes_of(layer.parts.mixer)]
+    normed = rms_norm(x, jnp.ones(x.shape[-1]), settings.eps)
+    if all(turns):
+        return normed
+    return jnp.where(jnp.asarray([rope.turns for rope in settings.ropes])[layer.rope], normed, x)
 
 
 def _split_heads(x: jax.Array, settings: DecoderSettings, layer: LayerWeights) -> jax.Array:

@@ -1,0 +1,95 @@
+"""Llama 4 (text): attention in chunks, layers without positions, and experts that read their input times their score.
+
+Queries of layers without positions grow with the position. Beside the experts is one that all tokens share. Layers
+between may have an MLP of another width in place of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.experts import Experts, shared_shapes
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import Number, Positions, Windows
+from jcrosslora.checkpoint.family.sizes import size
+from jcrosslora.errors import CheckpointError
+
+_EXPERTS = "feed_forward.experts."
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the widths under the keys of other families, where `intermediate_size` is that of an MLP."""
+    if config.get("moe_intermediate_size") is not None:
+        return dict(config)
+    widths = {"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size"}
+    return {**config, **{key: size(config, stated) for key, stated in widths.items()}}
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    listed = config.get("moe_layers")
+    if listed is None:
+        step = size(config, "interleave_moe_layer_step", 1)
+        listed = range(step - 1, layers, step)
+    elif not isinstance(listed, list | tuple) or not all(type(layer) is int for layer in listed):
+        msg = f"config key 'moe_layers' is {str(listed)[:60]}, wanted a list of layers"
+        raise CheckpointError(msg)
+    return [LayerParts(mlp="experts" if layer in listed else "dense") for layer in range(layers)]
+
+
+LLAMA4 = Family(
+    name="llama4_text",
+    architectures=("Llama4ForCausalLM",),
+    roles=(*DENSE_ROLES, *SHARED),
+    fused={f"feed_forward.{role}": (role,) for role in MLP}
+    | {f"feed_forward.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED},
+    shapes=shared_shapes(),
+    resolve=_resolve,
+    parts=_parts,
+    experts=Experts(
+        ("num_local_experts",),
+        layouts=(
+            {
+                "router": "feed_forward.router.weight",
+                "gate_up": f"{_EXPERTS}gate_up_proj",
+                "down": f"{_EXPERTS}down_proj",
+            },
+        ),
+        scores="chosen sigmoid",
+        scaled_inputs=True,
+        transposed=frozenset({f"{_EXPERTS}gate_up_proj", f"{_EXPERTS}down_proj"}),
+        turned=True,
+    ),
+    qk_norms="unit",
+    qk_norm_key="use_qk_norm",
+    bias_keys={"attention_bias": ATTENTION},
+    eps=Number("rms_norm_eps", 1e-5),
+    windows=Windows(size=8192, size_key="attention_chunk_size", chunked=True, which="rotated"),
+    positions=Positions(theta=500_000.0, interleaved=True, unrotated="no_rope_layers", unrotated_grow=True),
+    # Beside what is read, keys of published configurations that the class does not read.
+    keys=words(
+        "attention_bias attention_chunk_size attn_scale attn_temperature_tuning floor_scale for_llm_compressor "
+        "interleave_moe_layer_step intermediate_size_mlp layer_types moe_intermediate_size moe_layers "
+        "no_rope_layer_interval no_rope_layers num_experts_per_tok num_local_experts output_router_logits "
+        "router_aux_loss_coef router_jitter_noise use_qk_norm"
+    ),
+    # Defaults of Llama4TextConfig: the `text_config` of a multimodal checkpoint may omit these keys.
+    defaults={
+        "vocab_size": 202_048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16_384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 16,
+        "use_qk_norm": True,
+        "attn_temperature_tuning": True,
+        "attn_scale": 0.1,
+        "floor_scale": 8192,
+    },
+)
