@@ -11,7 +11,7 @@ from dense_models import random_model
 from expert_models import EXPERT_VARIANTS
 from hybrid_models import HYBRIDS
 from safetensors.numpy import load_file, save_file
-from tiny_models import torch, transformers
+from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines
@@ -47,8 +47,9 @@ def run_ours(base, adapter):
 
 def make(name, folder, targets=ATTENTION):
     """A model with an adapter that peft made of some modules and of both parameters of the experts."""
-    random_model(*(EXPERT_VARIANTS | HYBRIDS)[name]).save_pretrained(folder / "base")
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
+    made = random_model(*(EXPERT_VARIANTS | HYBRIDS)[name])
+    made.save_pretrained(folder / "base")
+    load = partial(type(made).from_pretrained, folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     config = peft.LoraConfig(
         r=2, lora_alpha=3, target_modules=list(targets), target_parameters=PARAMETERS, init_lora_weights=False
@@ -69,7 +70,9 @@ def mixtral(tmp_path_factory):
     return make("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe", "gemma4-experts"])
+@pytest.fixture(
+    scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe", "gemma4-experts", "mistral4"]
+)
 def case(request, tmp_path_factory):
     if request.param == "mixtral":
         return request.getfixturevalue("mixtral")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import random_model
+from expert_models import EXPERT_VARIANTS
 from hybrid_models import GEMMA4, HYBRIDS
 from probe_bases import CORPUS, QUESTIONS, save_tokenizer, write_base
 from test_evaluate_oracle import plain_scores
@@ -179,6 +180,13 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
         ("lfm2_moe", {}, "'layer_types' is missing"),
         ("lfm2_moe", {"use_expert_bias": False}, "'use_expert_bias'=False is not supported"),
         ("phimoe", {"num_experts_per_tok": 3}, "'num_experts_per_tok'=3 is not supported for phimoe: wanted 2"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "'n_group' is None, wanted a positive integer"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc' is not supported for deepseek_v2"),
+        (
+            "mistral4",
+            {"rope_parameters": {"partial_rotary_factor": 0.4}},
+            "partial_rotary_factor '0.4' of 128 features is not qk_rope_head_dim 64",
+        ),
         ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_heads": 5}, "mamba_n_heads 5 times mamba_d_head"),
         (
             "gemma4_text",
@@ -202,9 +210,9 @@ def test_settings_of_mixers_that_cannot_be_read_are_named(family, change, messag
         check_config({"model_type": family, "vocab_size": 64} | sizes | change, "here")
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "deepseek_v2", "mistral4"])
 def test_a_resolved_configuration_resolves_to_itself(name):
-    family, settings = HYBRIDS[name]
+    family, settings = (HYBRIDS | EXPERT_VARIANTS)[name]
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     once = FAMILIES[family].resolve(FAMILIES[family].defaults | sizes | {"vocab_size": 64} | settings)
     assert FAMILIES[family].resolve(once) == once

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
-from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
+from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
@@ -24,6 +24,7 @@ from jcrosslora.checkpoint.family.lfm2 import LFM2, LFM2_MOE
 from jcrosslora.checkpoint.family.llama import LLAMA
 from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
+from jcrosslora.checkpoint.family.mistral4 import MISTRAL4
 from jcrosslora.checkpoint.family.mixtral import MIXTRAL
 from jcrosslora.checkpoint.family.names import ATTENTION as ATTENTION
 from jcrosslora.checkpoint.family.names import EMBEDDING as EMBEDDING
@@ -79,6 +80,8 @@ _TABLE = (
     GLM4_MOE,
     GPT_OSS,
     DEEPSEEK_V3,
+    DEEPSEEK_V2,
+    MISTRAL4,
     QWEN2_MOE,
     EXAONE_MOE,
     ERNIE4_5_MOE,
@@ -108,8 +111,6 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n_text": _GEMMA3N,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
-    "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),
-    "deepseek_v2": ("deepseek_v3", "its choice of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),

@@ -28,6 +28,7 @@ _WITH_EXPERTS = {one.gguf.architecture for one in FAMILIES.values() if one.gguf 
 _REFUSED = {
     "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
     "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
+    "mistral4": "what its converter writes is not compared with the class of the model",
     "chatglm": "its files do not state the epsilon of the norms",
 }
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.

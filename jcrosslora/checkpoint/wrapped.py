@@ -117,6 +117,7 @@ _SIZES = (
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": dict(zip(_SIZES[:-1], (32_000, 4096, 11_008, 32, 32), strict=True)),
     "mistral": dict(zip(_SIZES, (32_000, 4096, 14_336, 32, 32, 8), strict=True)),
+    "mistral4": dict(zip(_SIZES, (131_072, 4096, 12_288, 36, 32, 32), strict=True)),
     "qwen2": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
     "qwen3": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
     "gemma2": dict(zip(_SIZES, (256_000, 2304, 9216, 26, 8, 4), strict=True)),

@@ -44,6 +44,7 @@ class Experts:
         tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
+        group_best: how many of a group's experts say how high it scores, the best of them together.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
@@ -60,6 +61,7 @@ class Experts:
     tolerance: Number | None = None
     scale: Number | None = None
     groups: tuple[str, str] | None = None
+    group_best: int = 2
     transposed: frozenset[str] = frozenset()
     interleaved: bool = False
     correction_axes: int = 1

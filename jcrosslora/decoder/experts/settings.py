@@ -22,6 +22,7 @@ class ExpertSettings:
         scale: factor on the weights.
         groups: number of groups of experts.
         used_groups: number of groups that a token may use.
+        group_best: see `Experts.group_best`.
         clamp: alpha and limit of the activation, see `Experts.clamp`; None for the model's activation.
     """
 
@@ -34,6 +35,7 @@ class ExpertSettings:
     scale: float
     groups: int
     used_groups: int
+    group_best: int
     clamp: tuple[float, float] | None
 
 
@@ -56,5 +58,6 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         scale=1.0 if experts.scale is None else read_number(config, experts.scale, ref),
         groups=sizes.groups,
         used_groups=sizes.used_groups,
+        group_best=experts.group_best,
         clamp=clamp and (read_number(config, clamp[0], ref), read_number(config, clamp[1], ref)),
     )
