@@ -117,7 +117,12 @@ def test_scores_that_the_class_does_not_have_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arch", "why"),
-    [("falcon-h1", "hold the factors"), ("phimoe", "weighs the experts"), ("mistral4", "is not compared")],
+    [
+        ("falcon-h1", "hold the factors"),
+        ("phimoe", "weighs the experts"),
+        ("mistral4", "is not compared"),
+        ("nemotron_h_moe", "is not compared"),
+    ],
 )
 def test_architectures_whose_files_do_not_hold_the_model_are_refused(tmp_path, arch, why):
     path = write_gguf(tmp_path / "model.gguf", arch, {"block_count": 1}, {"x": (np.ones((2, 2), np.float32), None)})

@@ -29,7 +29,7 @@ from jcrosslora.training import TrainingSettings
 from jcrosslora.training.step import first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4")
+NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4", "nemotron_h")
 LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
 ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
 
@@ -138,7 +138,7 @@ def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     assert found.looks[-1].divergence < found.looks[0].divergence
 
 
-@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias", "gemma4"])
+@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias", "gemma4", "nemotron_h-latent"])
 def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
     base = hybrids(name)
     adapter = random_adapter(base, rank=2, scale=0.1)
@@ -170,6 +170,16 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
     ("family", "change", "message"),
     [
         ("lfm2", {"layer_types": ["conv", "sliding_attention"]}, "layer type 'sliding_attention' is not supported"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "conv"]}, "layer type 'conv' is not supported"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-X"}, "hybrid_override_pattern 'M-X', wanted a list of kinds"),
+        ("nemotron_h", {"hybrid_override_pattern": "M" * 20000}, "with one for each layer"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "n_groups": 5}, "128 is not a multiple of n_groups 5"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-", "time_step_min": "0"},
+            "'time_step_min' is '0', wanted a number",
+        ),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "sliding_window": 8}, "'sliding_window'=8 is not known"),
         ("lfm2", {"full_attn_idxs": 1}, "'full_attn_idxs' is 1, wanted a list of layers"),
         ("granitemoehybrid", {"num_local_experts": 0, "num_hidden_layers": 1 << 30}, "wanted at most 16384"),
         ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is 0, wanted a positive integer"),

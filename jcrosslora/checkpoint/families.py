@@ -33,6 +33,7 @@ from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.nemotron import NEMOTRON
+from jcrosslora.checkpoint.family.nemotron_h import NEMOTRON_H
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3, OLMOE
 from jcrosslora.checkpoint.family.phi import PHI, PHI3, PHIMOE
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -73,6 +74,7 @@ _TABLE = (
     QWEN3_5,
     GRANITE_HYBRID,
     FALCON_H1,
+    NEMOTRON_H,
     MIXTRAL,
     QWEN3_MOE,
     OLMOE,
@@ -114,5 +116,4 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
-    "nemotron_h": ("nemotron", "layers of attention, state-space (Mamba) or MLP alone"),
 }
