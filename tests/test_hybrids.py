@@ -233,3 +233,34 @@ def test_the_heads_of_gated_attention_are_matched_by_their_queries():
     found = heads._attention(base, 0)
     whole = base.weight("model.layers.0.self_attn.q_proj").reshape(4, 32, 32)
     np.testing.assert_array_equal(found.q, whole[:, :16].reshape(64, 32))
+
+
+def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):
+    """Nemotron-H calls its embedding otherwise, and has another prefix in files than in memory."""
+    model = random_model(*HYBRIDS["nemotron_h"])
+    model.save_pretrained(tmp_path / "base")
+    base, live = jcl.open_base(tmp_path / "base"), jcl.open_base(model)
+    assert {*base.modules} == {*live.modules}
+    np.testing.assert_array_equal(base.tensor(base.embedding_name), model.model.embeddings.weight.detach().numpy())
+    adapter = random_adapter(base, rank=2, scale=0.1)
+    out = jcl.save_adapter(adapter, tmp_path / "adapter", base=base)
+    jcl.merge(jcl.MergeSettings(str(tmp_path / "base"), str(out), str(tmp_path / "merged")))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokens = ROWS[0][None]
+    with torch.no_grad():
+        found = merged(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
+    wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base), tokens)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_changes_of_an_embedding_with_a_name_of_its_own_are_listed(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = random_model(*HYBRIDS["nemotron_h"])
+    base = jcl.open_base(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embeddings"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    adapter = jcl.load_adapter(tmp_path, base)
+    assert not adapter.tokens
+    assert set(adapter.modules) == {"model.layers.4.mixer.q_proj"}
+    assert "model.embeddings is the embedding of nemotron_h" in adapter.info.ignored[0]

@@ -77,12 +77,13 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
 }
 
-# Prefixes under which files of transformers 4 and 5, vLLM and MLX put a text model -> those of a model of text alone.
+# Prefixes under which files of transformers 4 and 5, vLLM, MLX, and of Nemotron's own class put a text model -> those
+# of a model of text alone.
 TEXT_PREFIXES: Mapping[str, str] = {
     outer + inner: name
     for outer in (_LANGUAGE, "language_model.", _TEXT_MODEL, "text_model.")
     for inner, name in ((TEXT, TEXT), ("lm_head", "lm_head"), ("", TEXT))
-}
+} | {"backbone.": TEXT}
 # The same of tensors in a checkpoint, see `text_model_name`; those of other parts have none of them.
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")

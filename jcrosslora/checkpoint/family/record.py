@@ -173,16 +173,21 @@ class Family:
             for name, (path, shape) in own.items()
         }
 
+    @property
+    def own_embedding(self) -> str | None:
+        """The name that the class has for the embedding, None if it is the usual one."""
+        return None if f"{self.embedding}.weight" == EMBEDDING else self.embedding
+
     def tensor_prefixes(self) -> dict[str, str]:
         """Return prefixes of names in files and in the class -> of those by which the package calls tensors.
 
         The first that matches applies; there are none where all names are the same.
         """
-        own, known = f"{self.embedding}.", EMBEDDING.removesuffix("weight")
-        tables = {own: known} if own != known else {}
-        for stored, named in self.prefixes.items():
-            tables |= {stored + own.removeprefix(named): known} if own.startswith(named) else {}
-        found = tables | dict(self.prefixes)
+        found, known = dict(self.prefixes), EMBEDDING.removesuffix("weight")
+        if self.own_embedding is not None:
+            own = f"{self.own_embedding}."
+            named = {stored + own.removeprefix(new) for stored, new in found.items() if own.startswith(new)}
+            found = dict.fromkeys((own, *sorted(named)), known) | found
         return found | {"": ""} if found else {}
 
     def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
