@@ -101,7 +101,10 @@ def random_model(family: str, settings: dict, *, seed: int = 0):
     settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     config = transformers.AutoConfig.for_model(family, **(COMMON | settings))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Mistral 4 of text alone is listed among the classes of images and text.
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "alpha" in name or name.endswith("_scale") or name.endswith("router.scale"):

@@ -15,6 +15,8 @@ GROUPED = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SHORT = YARN | {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}
+# Queries grow three times within the texts of the tests.
+GROWING = {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.5}
 
 LATENT = GROUPED | {
     "kv_lora_rank": 10,
@@ -88,6 +90,24 @@ EXPERT_VARIANTS = {
         | {"q_lora_rank": 12, "attention_bias": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
     ),
     "deepseek_v3-direct": ("deepseek_v3", LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        LATENT
+        | {"q_lora_rank": 12, "attention_bias": True, "mlp_bias": True, "topk_method": "group_limited_greedy"}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    ),
+    # Groups do not count without the choice that has them.
+    "deepseek_v2-direct": ("deepseek_v2", LATENT | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "mistral4": (
+        "mistral4",
+        LATENT
+        | {"q_lora_rank": 12, "attention_bias": True}
+        | {"rope_parameters": YARN | GROWING | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "mistral4-direct": (
+        "mistral4",
+        LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
     "exaone_moe": (
         "exaone_moe",
         SPARSE

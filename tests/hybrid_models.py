@@ -14,6 +14,24 @@ GRANITE = MAMBA | {
     "logits_scaling": 5.0,
 }
 FALCON = MAMBA | {"mamba_d_ssm": 24, "head_dim": 12, "time_step_limit": [0.1, 0.9]}
+NEMOTRON = {
+    "head_dim": 12,
+    "layers_block_type": ["mamba", "mlp", "mamba", "moe", "attention", "mlp", "mamba", "moe"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "conv_kernel": 3,
+    "chunk_size": 8,
+    "time_step_min": 0.3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 20,
+}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DELTA = {
     "num_hidden_layers": 5,
@@ -59,6 +77,9 @@ TARGETS = {
 TARGETS["falcon_h1-norm"] = TARGETS["falcon_h1"]
 # Shared experts and dense layers of Llama 4; its router is a linear module too.
 TARGETS |= {f"llama4{end}": [*ATTENTION, "gate_proj", "up_proj", "down_proj"] for end in ("", "-plain", "-dense")}
+TARGETS["nemotron_h"] = [*ATTENTION, "in_proj", "up_proj", "down_proj"]
+TARGETS["nemotron_h-latent"] = [*TARGETS["nemotron_h"], "fc1_latent_proj", "fc2_latent_proj"]
+TARGETS["nemotron_h-dense"] = TARGETS["nemotron_h"]
 
 # Name -> (model_type, settings beyond those of `dense_models.COMMON`).
 HYBRIDS = {
@@ -145,6 +166,18 @@ HYBRIDS = {
             "tie_word_embeddings": True,
             "partial_rotary_factor": 0.5,
         },
+    ),
+    "nemotron_h": ("nemotron_h", NEMOTRON),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        NEMOTRON
+        | {"moe_latent_size": 20, "mlp_bias": True, "use_bias": True, "use_conv_bias": False, "num_experts_per_tok": 4}
+        | {"layers_block_type": ["moe", "mamba", "moe", "attention"], "norm_topk_prob": False, "time_step_min": 0.6},
+    ),
+    "nemotron_h-dense": (
+        "nemotron_h",
+        {name: value for name, value in NEMOTRON.items() if "expert" not in name}
+        | {"layers_block_type": ["mamba", "mlp", "mamba", "mlp", "attention", "mlp"]},
     ),
     "granite": ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope", "attention_bias": True}),
     "granite-nope": ("granitemoehybrid", GRANITE | {"mamba_conv_bias": False, "mamba_proj_bias": True}),

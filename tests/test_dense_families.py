@@ -12,7 +12,7 @@ from dense_models import VARIANTS, random_model
 from expert_models import EXPERT_VARIANTS
 from hybrid_models import HYBRIDS, TARGETS
 from safetensors.numpy import load_file
-from tiny_models import torch, transformers
+from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
@@ -37,8 +37,9 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
 def case(request, tmp_path_factory):
     """A model in torch, alone and with an adapter that peft made, and what is read from the same files."""
     folder = tmp_path_factory.mktemp(request.param)
-    random_model(*FAMILIES[request.param]).save_pretrained(folder / "base")
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
+    made = random_model(*FAMILIES[request.param])
+    made.save_pretrained(folder / "base")
+    load = partial(type(made).from_pretrained, folder / "base", dtype=torch.float32)
     model = load(attn_implementation="eager").eval()
     torch.manual_seed(1)
     targets = TARGETS.get(request.param, [*ATTENTION, *LATENT] if request.param in EXPERT_VARIANTS else "all-linear")

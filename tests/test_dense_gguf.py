@@ -97,7 +97,7 @@ def _rewritten(path, name, drop=(), extra=None, **changed):
 @pytest.mark.parametrize(
     ("name", "drop", "message"),
     [
-        ("deepseek_v3", ["expert_gating_func"], "it is a DeepSeek V2, which is not supported"),
+        ("deepseek_v3", ["expert_gating_func"], "it is a DeepSeek V2, which is read from safetensors alone"),
         ("granite", ["attention.scale"], "such as Bamba, are not supported"),
         ("lfm2", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with the heads of each layer"),
         ("qwen3_5", ["ssm.inner_size"], "config key 'ssm.inner_size' is None, wanted a positive integer"),
@@ -116,7 +116,14 @@ def test_scores_that_the_class_does_not_have_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "why"), [("falcon-h1", "hold the factors"), ("phimoe", "weighs the experts"), ("llama4", "the chunks")]
+    ("arch", "why"),
+    [
+        ("falcon-h1", "hold the factors"),
+        ("phimoe", "weighs the experts"),
+        ("llama4", "the chunks"),
+        ("mistral4", "is not compared"),
+        ("nemotron_h_moe", "is not compared"),
+    ],
 )
 def test_architectures_whose_files_do_not_hold_the_model_are_refused(tmp_path, arch, why):
     path = write_gguf(tmp_path / "model.gguf", arch, {"block_count": 1}, {"x": (np.ones((2, 2), np.float32), None)})

@@ -11,7 +11,7 @@ from dense_models import random_model
 from expert_models import EXPERT_VARIANTS
 from hybrid_models import HYBRIDS
 from safetensors.numpy import load_file, save_file
-from tiny_models import torch, transformers
+from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines
@@ -30,6 +30,7 @@ pytestmark = [
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+UNGATED = ["experts.up_proj", "experts.down_proj"]
 
 
 def run_torch(model):
@@ -47,11 +48,16 @@ def run_ours(base, adapter):
 
 def make(name, folder, targets=ATTENTION):
     """A model with an adapter that peft made of some modules and of both parameters of the experts."""
-    random_model(*(EXPERT_VARIANTS | HYBRIDS)[name]).save_pretrained(folder / "base")
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float32)
+    made = random_model(*(EXPERT_VARIANTS | HYBRIDS)[name])
+    made.save_pretrained(folder / "base")
+    load = partial(type(made).from_pretrained, folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=list(targets), target_parameters=PARAMETERS, init_lora_weights=False
+        r=2,
+        lora_alpha=3,
+        target_modules=list(targets),
+        target_parameters=UNGATED if name.startswith("nemotron_h") else PARAMETERS,
+        init_lora_weights=False,
     )
     config.rank_pattern = {r".*\.down_proj": 3}
     adapted = peft.get_peft_model(load(attn_implementation="eager"), config).eval()
@@ -70,7 +76,17 @@ def mixtral(tmp_path_factory):
 
 
 @pytest.fixture(
-    scope="module", params=["mixtral", "gpt_oss", "granite-experts", "lfm2_moe", "gemma4-experts", "llama4"]
+    scope="module",
+    params=[
+        "mixtral",
+        "gpt_oss",
+        "granite-experts",
+        "lfm2_moe",
+        "gemma4-experts",
+        "llama4",
+        "mistral4",
+        "nemotron_h-latent",
+    ],
 )
 def case(request, tmp_path_factory):
     if request.param == "mixtral":

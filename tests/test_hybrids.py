@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import random_model
+from expert_models import EXPERT_VARIANTS
 from hybrid_models import GEMMA4, HYBRIDS
 from probe_bases import CORPUS, QUESTIONS, save_tokenizer, write_base
 from test_evaluate_oracle import plain_scores
@@ -28,7 +29,7 @@ from jcrosslora.training import TrainingSettings
 from jcrosslora.training.step import first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4")
+NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4", "nemotron_h")
 LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
 ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
 
@@ -137,7 +138,7 @@ def test_a_dense_target_learns_from_a_hybrid_source(llama, hybrids):
     assert found.looks[-1].divergence < found.looks[0].divergence
 
 
-@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias", "gemma4"])
+@pytest.mark.parametrize("name", ["lfm2-bias", "qwen3_5-bias", "gemma4", "nemotron_h-latent"])
 def test_what_has_no_counterpart_is_listed(llama, hybrids, name):
     base = hybrids(name)
     adapter = random_adapter(base, rank=2, scale=0.1)
@@ -169,6 +170,16 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
     ("family", "change", "message"),
     [
         ("lfm2", {"layer_types": ["conv", "sliding_attention"]}, "layer type 'sliding_attention' is not supported"),
+        ("nemotron_h", {"layers_block_type": ["mamba", "conv"]}, "layer type 'conv' is not supported"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-X"}, "hybrid_override_pattern 'M-X', wanted a list of kinds"),
+        ("nemotron_h", {"hybrid_override_pattern": "M" * 20000}, "with one for each layer"),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "n_groups": 5}, "128 is not a multiple of n_groups 5"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-", "time_step_min": "0"},
+            "'time_step_min' is '0', wanted a number",
+        ),
+        ("nemotron_h", {"hybrid_override_pattern": "M-", "sliding_window": 8}, "'sliding_window'=8 is not known"),
         ("lfm2", {"full_attn_idxs": 1}, "'full_attn_idxs' is 1, wanted a list of layers"),
         ("granitemoehybrid", {"num_local_experts": 0, "num_hidden_layers": 1 << 30}, "wanted at most 16384"),
         ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is 0, wanted a positive integer"),
@@ -179,6 +190,13 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
         ("lfm2_moe", {}, "'layer_types' is missing"),
         ("lfm2_moe", {"use_expert_bias": False}, "'use_expert_bias'=False is not supported"),
         ("phimoe", {"num_experts_per_tok": 3}, "'num_experts_per_tok'=3 is not supported for phimoe: wanted 2"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "'n_group' is None, wanted a positive integer"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc' is not supported for deepseek_v2"),
+        (
+            "mistral4",
+            {"rope_parameters": {"partial_rotary_factor": 0.4}},
+            "partial_rotary_factor '0.4' of 128 features is not qk_rope_head_dim 64",
+        ),
         ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_heads": 5}, "mamba_n_heads 5 times mamba_d_head"),
         (
             "gemma4_text",
@@ -202,9 +220,9 @@ def test_settings_of_mixers_that_cannot_be_read_are_named(family, change, messag
         check_config({"model_type": family, "vocab_size": 64} | sizes | change, "here")
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", [*HYBRIDS, "deepseek_v2", "mistral4"])
 def test_a_resolved_configuration_resolves_to_itself(name):
-    family, settings = HYBRIDS[name]
+    family, settings = (HYBRIDS | EXPERT_VARIANTS)[name]
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     once = FAMILIES[family].resolve(FAMILIES[family].defaults | sizes | {"vocab_size": 64} | settings)
     assert FAMILIES[family].resolve(once) == once
@@ -215,3 +233,34 @@ def test_the_heads_of_gated_attention_are_matched_by_their_queries():
     found = heads._attention(base, 0)
     whole = base.weight("model.layers.0.self_attn.q_proj").reshape(4, 32, 32)
     np.testing.assert_array_equal(found.q, whole[:, :16].reshape(64, 32))
+
+
+def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):
+    """Nemotron-H calls its embedding otherwise, and has another prefix in files than in memory."""
+    model = random_model(*HYBRIDS["nemotron_h"])
+    model.save_pretrained(tmp_path / "base")
+    base, live = jcl.open_base(tmp_path / "base"), jcl.open_base(model)
+    assert {*base.modules} == {*live.modules}
+    np.testing.assert_array_equal(base.tensor(base.embedding_name), model.model.embeddings.weight.detach().numpy())
+    adapter = random_adapter(base, rank=2, scale=0.1)
+    out = jcl.save_adapter(adapter, tmp_path / "adapter", base=base)
+    jcl.merge(jcl.MergeSettings(str(tmp_path / "base"), str(out), str(tmp_path / "merged")))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokens = ROWS[0][None]
+    with torch.no_grad():
+        found = merged(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
+    wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base), tokens)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_changes_of_an_embedding_with_a_name_of_its_own_are_listed(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = random_model(*HYBRIDS["nemotron_h"])
+    base = jcl.open_base(model)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embeddings"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    adapter = jcl.load_adapter(tmp_path, base)
+    assert not adapter.tokens
+    assert set(adapter.modules) == {"model.layers.4.mixer.q_proj"}
+    assert "model.embeddings is the embedding of nemotron_h" in adapter.info.ignored[0]

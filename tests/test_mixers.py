@@ -32,6 +32,19 @@ FALCON = MAMBA | {
     "mamba_conv_bias": False,
     "time_step_limit": [0.2, 0.9],
 }
+NEMOTRON = {
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "conv_kernel": 3,
+    "chunk_size": 8,
+    "use_conv_bias": False,
+    "time_step_min": 0.6,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "layers_block_type": ["mamba"],
+}
 DELTA = {
     "linear_conv_kernel_dim": 3,
     "linear_key_head_dim": 4,
@@ -54,6 +67,10 @@ CASES = {
         *("granitemoehybrid", "GraniteMoeHybridMambaLayer", GRANITE | {"layer_types": ["linear_attention"]}),
         Mixer("mamba", WIDTH, **HEADS, conv_bias=True, norm="behind the gate"),
     ),
+    "mamba-limit": (
+        *("nemotron_h", "NemotronHMamba2Mixer", NEMOTRON),
+        Mixer("mamba", WIDTH, **HEADS, norm="behind the gate", step_limits=(0.6, float("inf")), holder="mixer"),
+    ),
     "mamba-gate": ("falcon_h1", "FalconH1Mixer", FALCON, Mixer("mamba", WIDTH, **HEADS, **SCALED)),
     "mamba-norm": (
         *("falcon_h1", "FalconH1Mixer", FALCON | {"mamba_rms_norm": True}),
@@ -64,8 +81,9 @@ CASES = {
 
 def torch_mixer(kind, name, settings):
     """Make a mixer with random parameters."""
-    eps = {"norm_eps" if kind == "lfm2" else "rms_norm_eps": EPS}
-    config = transformers.AutoConfig.for_model(kind, hidden_size=WIDTH, num_hidden_layers=1, **eps, **settings)
+    eps = {{"lfm2": "norm_eps", "nemotron_h": "layer_norm_epsilon"}.get(kind, "rms_norm_eps"): EPS}
+    layers = {} if kind == "nemotron_h" else {"num_hidden_layers": 1}
+    config = transformers.AutoConfig.for_model(kind, hidden_size=WIDTH, **layers, **eps, **settings)
     module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0]
     found = next(part for part in module.modules() if type(part).__name__ == name)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from decoder_pairs import TOLERANCE, random_tokens, run
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
 from tiny_models import save_tiny
-from wrapped_models import CLASSES, TEXT, save_wrapped, tiny_wrapped, torch, transformers
+from wrapped_models import CLASSES, TEXT, class_of, save_wrapped, tiny_wrapped, torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, load_adapter, split_fused
@@ -266,7 +266,7 @@ def config_of(kind, **text):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
     text_type = CLASSES[kind][0]["model_type"]
-    config = {"model_type": kind, "text_config": {"model_type": text_type}}
+    config = {"model_type": class_of(kind), "text_config": {"model_type": text_type}}
     if text_type in (
         "qwen2_vl_text",
         "qwen2_5_vl_text",

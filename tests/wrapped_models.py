@@ -18,7 +18,8 @@ _INTERN = _VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "p
 _QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 14}
 _QWEN_OUT = _QWEN | {"out_hidden_size": 48}
 
-# model_type -> settings of the text model, of the vision tower, and of the whole.
+# model_type, with a word of ours behind "-" for another text model -> settings of the text model, of the vision tower,
+# and of the whole.
 CLASSES = {
     "gemma3": (
         {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 24},
@@ -67,6 +68,24 @@ CLASSES = {
     "llava_next": ({"model_type": "mistral"}, _CLIP, {}),
     "llava_onevision": ({"model_type": "qwen3", "tie_word_embeddings": True}, _SIGLIP, {}),
     "mistral3": ({"model_type": "mistral"}, _VISION | {"model_type": "pixtral"}, {}),
+    "mistral3-latent": (
+        {
+            "model_type": "mistral4",
+            "num_key_value_heads": 4,
+            "head_dim": 14,
+            "kv_lora_rank": 10,
+            "q_lora_rank": 12,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 7,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "first_k_dense_replace": 1,
+        },
+        _VISION | {"model_type": "pixtral"},
+        {},
+    ),
     "qwen2_vl": (
         {"model_type": "qwen2_vl_text", "head_dim": 12, "rope_parameters": MROPE | {"mrope_section": [2, 2, 2]}},
         {"depth": 1, "hidden_size": 48, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
@@ -116,10 +135,15 @@ CLASSES = {
 }
 
 
+def class_of(kind: str) -> str:
+    """Return the model_type of an entry of `CLASSES`."""
+    return kind.partition("-")[0]
+
+
 def tiny_wrapped(kind: str, seed: int = 0):
     """Make a random model of a multimodal class, float32, in eval mode."""
     text, vision, whole = CLASSES[kind]
-    config = transformers.AutoConfig.for_model(kind, text_config=TEXT | text, vision_config=vision, **whole)
+    config = transformers.AutoConfig.for_model(class_of(kind), text_config=TEXT | text, vision_config=vision, **whole)
     torch.manual_seed(seed)
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import re
 
 from jcrosslora.checkpoint.wrapped import text_module_name
 
-_BLOCK = r"^model\.layers\.(\d+)\.(?:(?:mlp|block_sparse_moe|feed_forward)\.)?"
+_BLOCK = r"^model\.layers\.(\d+)\.(?:(?:mlp|block_sparse_moe|feed_forward|mixer)\.)?"
 # peft nests the wrappers of two parameters of one module.
 WHOLE = re.compile(_BLOCK + r"experts(?:\.base_layer)*$")
 SINGLE = re.compile(_BLOCK + r"experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")

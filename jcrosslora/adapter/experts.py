@@ -17,6 +17,7 @@ from jcrosslora.adapter.kinds.plain import pattern_name
 from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.patterns import exact_pattern, module_rank, module_scale
 from jcrosslora.checkpoint.base import BaseModel
+from jcrosslora.checkpoint.experts import single_parts
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
@@ -157,14 +158,14 @@ def _of_singles(
     experts = base.family.experts
     assert experts is not None
     count, (rows, columns) = experts.sizes(base.config).number, _shapes(base)[matrix]
-    names = ("down",) if matrix == "down" else ("gate", "up")
+    names = ("down",) if matrix == "down" else single_parts(experts)
     height = rows // len(names)
     rank = max(a.shape[0] for a, _ in parts.values())
     each_a = np.zeros((count, rank * len(names), columns), np.float32)
     each_b = np.zeros((count, rows, rank * len(names)), np.float32)
     for (expert, part), (a, b) in parts.items():
-        place = names.index(part)
-        if expert >= count or b.shape[0] != height or a.shape[1] != columns or a.shape[0] != b.shape[1]:
+        place = names.index(part) if part in names else -1
+        if place < 0 or expert >= count or b.shape[0] != height or a.shape[1] != columns or a.shape[0] != b.shape[1]:
             msg = f"{file.path}: expert {expert} of layer {layer} has A of shape {list(a.shape)} and B of shape "
             msg += f"{list(b.shape)}, which do not fit the base {base.name}; give the base it was trained on"
             raise AdapterError(msg)

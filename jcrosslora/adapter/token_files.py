@@ -89,7 +89,11 @@ def _read(
     if change == "head":
         assert head is not None
         return _head(file, base, head)
-    table = _TABLES.get(text_module_name(tensors[0].module))
+    name = text_module_name(tensors[0].module)
+    if name == base.family.own_embedding:
+        msg = f"{name} is the embedding of {base.family.name}, whose changes are not read under this name"
+        raise AdapterError(msg)
+    table = _TABLES.get(name)
     if table is None or (change == "embedding" and table != EMBEDDING):
         msg = f"{tensors[0].module} is neither the embedding nor the output head"
         raise AdapterError(msg)

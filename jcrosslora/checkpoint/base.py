@@ -13,6 +13,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.config import Dims, read_number
 from jcrosslora.checkpoint.experts import (
+    expert_shape,
     expert_shapes,
     in_order,
     is_transposed,
@@ -149,10 +150,7 @@ class BaseModel:
     def expert_shape(self, matrix: str) -> tuple[int, int, int]:
         """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
         assert self.family.experts is not None
-        sizes = self.family.experts.sizes(self.config)
-        if matrix == "down":
-            return sizes.number, self.dims.hidden, sizes.width
-        return sizes.number, 2 * sizes.width, self.dims.hidden
+        return expert_shape(self.family.experts, self.dims, self.config, matrix)
 
     def expert_tensor(self, layer: int, name: str) -> np.ndarray:
         """Read a tensor of the experts of a layer, see `read_expert_tensor`.
@@ -186,7 +184,7 @@ class BaseModel:
     def expert_dtype(self, layer: int, matrix: str) -> str:
         """Return the storage dtype of a matrix of the experts of a layer."""
         assert self.expert_layout is not None
-        path = self.expert_layout["gate" if matrix not in self.expert_layout else matrix]
+        path = self.expert_layout["up" if matrix not in self.expert_layout else matrix]
         return self.store.dtype(f"model.layers.{layer}.{path.format(0)}")
 
     def expert_names(self, layer: int) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ class ModelConfig:
     @property
     def prefixes(self) -> Mapping[str, str]:
         """Prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`."""
-        return {} if self.wrapper is None else TENSOR_PREFIXES
+        return self.family.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
 
 
 def read_config(folder: Path) -> ModelConfig:

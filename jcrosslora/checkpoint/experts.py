@@ -29,20 +29,21 @@ def expert_shapes(
     experts: Experts, dims: Dims, config: Mapping[str, Any], layout: Mapping[str, str]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name in a layer and the shape of each tensor of its experts as they are stored."""
-    sizes, hidden = experts.sizes(config), dims.hidden
-    count, width = sizes.number, sizes.width
+    sizes = experts.sizes(config)
+    count, _, columns = expert_shape(experts, dims, config, "gate_up")
+    width = sizes.width
     shapes: dict[str, tuple[int, ...]] = {
-        "router": (count, hidden),
+        "router": (count, dims.hidden),
         "router_bias": (count,),
         "correction": (1,) * (experts.correction_axes - 1) + (count,),
-        "gate": (count, width, hidden),
-        "up": (count, width, hidden),
-        "gate_up": (count, 2 * width, hidden),
-        "down": (count, hidden, width),
+        "gate": (count, width, columns),
+        "up": (count, width, columns),
+        "gate_up": expert_shape(experts, dims, config, "gate_up"),
+        "down": expert_shape(experts, dims, config, "down"),
         "gate_up_bias": (count, 2 * width),
         "gate_bias": (count, width),
         "up_bias": (count, width),
-        "down_bias": (count, hidden),
+        "down_bias": (count, columns),
     }
     for name, path in layout.items():
         shape = shapes[name]
@@ -52,6 +53,15 @@ def expert_shapes(
             yield path, (shape[0], shape[2], shape[1])
         else:
             yield path, shape
+
+
+def expert_shape(experts: Experts, dims: Dims, config: Mapping[str, Any], matrix: str) -> tuple[int, int, int]:
+    """Return (E, O, I) of a matrix of the experts of a layer, "gate_up" or "down"."""
+    sizes = experts.sizes(config)
+    columns = dims.hidden if sizes.latent is None else sizes.latent
+    if matrix == "down":
+        return sizes.number, columns, sizes.width
+    return sizes.number, (2 if experts.gated else 1) * sizes.width, columns
 
 
 def expert_tensors(experts: Experts) -> tuple[str, ...]:
@@ -64,6 +74,8 @@ def read_expert_tensor(
 ) -> np.ndarray:
     """Read a tensor of the experts of a layer: "gate_up" (E, 2 I, H) with the rows of gate first, "down" (E, H, I), ...
 
+    Without a gate "gate_up" is (E, I, H).
+
     Args:
         experts: of the family.
         layout: of the model.
@@ -72,7 +84,7 @@ def read_expert_tensor(
         name: of `expert_tensors`.
     """
     if name not in layout:  # gate and up on their own
-        parts = [name.replace("gate_up", part) for part in ("gate", "up")]
+        parts = [name.replace("gate_up", part) for part in single_parts(experts)]
         return np.concatenate([read_expert_tensor(experts, layout, read, count, part) for part in parts], axis=1)
     path = layout[name]
     if "{}" in path:
@@ -83,6 +95,11 @@ def read_expert_tensor(
     if experts.interleaved and name in ("gate_up", "gate_up_bias"):
         array = array[:, _in_turn(array.shape[1])]
     return array.reshape(count, *array.shape[1:]) if name != "correction" else array.reshape(count)
+
+
+def single_parts(experts: Experts) -> tuple[str, ...]:
+    """Name the matrices of an expert whose rows "gate_up" holds, in their order."""
+    return ("gate", "up") if experts.gated else ("up",)
 
 
 def _in_turn(count: int) -> np.ndarray:
@@ -109,9 +126,10 @@ def stored_rows(
         ids: (n,) of O, or of I where the matrix is stored transposed, in increasing order.
     """
     if matrix not in layout:  # gate and up on their own
-        half = shape[1] // 2
-        parts = (("gate", ids[ids < half]), ("up", ids[ids >= half] - half))
-        own = (shape[0], half, shape[2])
+        names = single_parts(experts)
+        height = shape[1] // len(names)
+        own = (shape[0], height, shape[2])
+        parts = [(name, ids[ids // height == place] - place * height) for place, name in enumerate(names)]
         return [place for part, rows in parts for place in stored_rows(experts, layout, own, part, expert, rows)]
     path = layout[matrix]
     if "{}" in path:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
 from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
-from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3
+from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
 from jcrosslora.checkpoint.family.gemma import GEMMA, GEMMA2, GEMMA3
@@ -25,6 +25,7 @@ from jcrosslora.checkpoint.family.llama import LLAMA
 from jcrosslora.checkpoint.family.llama4 import LLAMA4
 from jcrosslora.checkpoint.family.mamba2 import FALCON_H1, GRANITE_HYBRID
 from jcrosslora.checkpoint.family.mistral import MINISTRAL3, MISTRAL
+from jcrosslora.checkpoint.family.mistral4 import MISTRAL4
 from jcrosslora.checkpoint.family.mixtral import MIXTRAL
 from jcrosslora.checkpoint.family.names import ATTENTION as ATTENTION
 from jcrosslora.checkpoint.family.names import EMBEDDING as EMBEDDING
@@ -33,6 +34,7 @@ from jcrosslora.checkpoint.family.names import HEAD_BIAS as HEAD_BIAS
 from jcrosslora.checkpoint.family.names import ROLE_PATHS as ROLE_PATHS
 from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.nemotron import NEMOTRON
+from jcrosslora.checkpoint.family.nemotron_h import NEMOTRON_H
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3, OLMOE
 from jcrosslora.checkpoint.family.phi import PHI, PHI3, PHIMOE
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -73,6 +75,7 @@ _TABLE = (
     QWEN3_5,
     GRANITE_HYBRID,
     FALCON_H1,
+    NEMOTRON_H,
     MIXTRAL,
     QWEN3_MOE,
     OLMOE,
@@ -80,6 +83,8 @@ _TABLE = (
     GLM4_MOE,
     GPT_OSS,
     DEEPSEEK_V3,
+    DEEPSEEK_V2,
+    MISTRAL4,
     QWEN2_MOE,
     EXAONE_MOE,
     ERNIE4_5_MOE,
@@ -103,10 +108,7 @@ _GEMMA3N = (
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
-    "mistral4": ("deepseek_v3", "its choice of experts by a softmax, and queries that grow with the position"),
-    "deepseek_v2": ("deepseek_v3", "its choice of experts"),
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
     "cohere2_moe": ("cohere2", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
-    "nemotron_h": ("nemotron", "layers of attention, state-space (Mamba) or MLP alone"),
 }

@@ -80,12 +80,13 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", _TEXT_MODEL, "llama"),
 }
 
-# Prefixes under which files of transformers 4 and 5, vLLM and MLX put a text model -> those of a model of text alone.
+# Prefixes under which files of transformers 4 and 5, vLLM, MLX, and of Nemotron's own class put a text model -> those
+# of a model of text alone.
 TEXT_PREFIXES: Mapping[str, str] = {
     outer + inner: name
     for outer in (_LANGUAGE, "language_model.", _TEXT_MODEL, "text_model.")
     for inner, name in ((TEXT, TEXT), ("lm_head", "lm_head"), ("", TEXT))
-}
+} | {"backbone.": TEXT}
 # The same of tensors in a checkpoint, see `text_model_name`; those of other parts have none of them.
 TENSOR_PREFIXES: Mapping[str, str] = TEXT_PREFIXES | {
     name: name for name in ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
@@ -120,6 +121,7 @@ _SIZES = (
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": dict(zip(_SIZES[:-1], (32_000, 4096, 11_008, 32, 32), strict=True)),
     "mistral": dict(zip(_SIZES, (32_000, 4096, 14_336, 32, 32, 8), strict=True)),
+    "mistral4": dict(zip(_SIZES, (131_072, 4096, 12_288, 36, 32, 32), strict=True)),
     "qwen2": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
     "qwen3": dict(zip(_SIZES, (151_936, 4096, 22_016, 32, 32, 32), strict=True)),
     "gemma2": dict(zip(_SIZES, (256_000, 2304, 9216, 26, 8, 4), strict=True)),

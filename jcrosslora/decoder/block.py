@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jcrosslora.checkpoint.family.parts import NOTHING
 from jcrosslora.decoder.attention import KVCache
 from jcrosslora.decoder.experts.mlp import expert_mlp
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, apply_norm, run_module
@@ -32,16 +33,14 @@ def layer_forward(
     Returns:
         The residual stream after the layer, the cache with what the layer keeps of these tokens, and the captures.
     """
-    mixer, mlp = MIXERS[layer.parts.mixer], MLPS[layer.parts.mlp]
     capture = LayerCapture(layer.layer, {}, {}, x)
     normed = apply_norm(settings, layer, "attn", x)
-    mixed, cache = mixer(settings, layer, context, normed, cache, capture)
-    added = _added(settings, layer, "attn_post", mixed)
-    if settings.parallel:
-        x = x + added + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture, x))
-    else:
-        x = x + added
-        normed = apply_norm(settings, layer, "mlp", x)
+    if layer.parts.mixer != NOTHING:
+        mixed, cache = MIXERS[layer.parts.mixer](settings, layer, context, normed, cache, capture)
+        x = x + _added(settings, layer, "attn_post", mixed)
+    if layer.parts.mlp != NOTHING:
+        normed = normed if settings.parallel else apply_norm(settings, layer, "mlp", x)
+        mlp = MLPS[layer.parts.mlp]
         x = x + _added(settings, layer, "mlp_post", mlp(settings, layer, normed, capture, x))
     if context.inputs is not None:
         x = x + _of_input(settings, layer, context.inputs, x, capture)
@@ -110,7 +109,7 @@ MIXERS: Mapping[str, Mixer] = {
 }
 MLPS: Mapping[str, MLP] = {
     **dict.fromkeys(("dense", "wide"), _dense),
-    "experts": _experts,
+    **dict.fromkeys(("experts", "latent experts"), _experts),
     "dense and experts": _dense_and_experts,
     **dict.fromkeys(("dense beside experts", "wide beside experts"), _beside_experts),
 }

@@ -54,6 +54,8 @@ INPUT_SITES = {
     "shared_up_proj": "shared_in",
     "shared_expert_gate": "shared_in",
     "shared_down_proj": "shared_down_in",
+    "expert_in_proj": "expert_in",
+    "expert_out_proj": "expert_out_in",
     "per_layer_input_gate": "per_layer_in",
     "per_layer_projection": "per_layer_out_in",
 }

@@ -186,7 +186,8 @@ def _read_plan(
             blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
         else:
             blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
-        piece = Piece(name, dtype, shape, blocks)
+        own_name = f"{base.family.embedding}.weight" if name == EMBEDDING else name
+        piece = Piece(own_name, dtype, shape, blocks)
         if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
             groups.append([])
         groups[-1].append(piece)

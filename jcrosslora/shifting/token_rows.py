@@ -50,6 +50,8 @@ def carry_tokens(
     """
     source, target = pair.source, pair.target
     places, reason = token_places(source, target)
+    if target.family.own_embedding is not None and any(update.table != HEAD for update in adapter.tokens):
+        return (), (), f"changes of the embedding of {target.family.name}, {target.family.embedding}, are not written"
     if places is None:
         return (), (), reason
     structure = pair.structure[0] if EvidenceKind.SELECTION in method.requires else None

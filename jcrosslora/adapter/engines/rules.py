@@ -78,7 +78,7 @@ def note_pickle(facts: AdapterFacts) -> str | None:
     return note if facts.pickle else None
 
 
-_MIXERS = (".linear_attn.", ".conv.", ".mamba.", ".per_layer_input_gate", ".per_layer_projection")
+_MIXERS = (".linear_attn.", ".conv.", ".mamba.", ".mixer.", ".per_layer_input_gate", ".per_layer_projection")
 
 
 def note_mixers(facts: AdapterFacts) -> str | None:

@@ -78,7 +78,7 @@ BIASES = "LoRA with biases (lora_bias)"
 REPLICATION = "layer replication (layer_replication)"
 BEAM = "BeamLoRA (use_beamlora)"
 
-_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate.weight", "router.weight")
+_EXPERT_PARAMETERS = ("gate_up_proj", "experts.up_proj", "down_proj", "gate.weight", "router.weight")
 
 
 def _of_other_parameters(config: Config) -> bool:

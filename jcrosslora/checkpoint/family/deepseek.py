@@ -1,10 +1,11 @@
-"""DeepSeek V3 and R1: latent attention, and experts behind the first layers.
+"""DeepSeek V2, V3 and R1: latent attention, and experts behind the first layers, which V2 chooses by a softmax.
 
 Queries, and keys and values, are made of small latents of the stream. A part of each head, the same for keys of all
 heads, has positions.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jcrosslora.checkpoint.family.experts import (
@@ -25,7 +26,12 @@ from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
 
 
-def _latent_sizes(config: Mapping[str, Any]) -> LatentSizes:
+def latent_sizes(config: Mapping[str, Any]) -> LatentSizes:
+    """Read the sizes of latent attention.
+
+    Raises:
+        CheckpointError: one is not a positive integer.
+    """
     keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return LatentSizes(*(size(config, key) for key in keys))
 
@@ -36,7 +42,7 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 
 def _queries(sizes: Sizes, config: Mapping[str, Any]) -> int:
-    own = _latent_sizes(config)
+    own = latent_sizes(config)
     return sizes.heads * (own.plain + own.rotated)
 
 
@@ -54,7 +60,7 @@ def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any
         CheckpointError: a size is missing, or the file is one of DeepSeek V2, whose architecture is the same.
     """
     if stated.get("expert_gating_func") != _SIGMOID:
-        msg = "the scores of its experts are no sigmoids: it is a DeepSeek V2, which is not supported"
+        msg = "the scores of its experts are no sigmoids: it is a DeepSeek V2, which is read from safetensors alone"
         raise CheckpointError(msg)
     ends = "_mla" if "attention.key_length_mla" in stated else ""
     rotated = size(stated, "rope.dimension_count")
@@ -69,6 +75,14 @@ def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any
         "head_dim": rotated,
     }
 
+
+# Keys of all these families: what is read, and keys of published configurations that the classes do not read.
+KEYS = words(
+    "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
+    "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
+    "moe_intermediate_size n_group topk_group routed_scaling_factor output_router_logits router_aux_loss_coef "
+    "aux_loss_alpha seq_aux ep_size pretraining_tp"
+)
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -85,20 +99,20 @@ DEEPSEEK_V3 = Family(
         "q_a_proj": lambda sizes, config: (_q_rank(config), sizes.hidden),
         "q_b_proj": lambda sizes, config: (_queries(sizes, config), _q_rank(config)),
         "kv_a_proj_with_mqa": lambda sizes, config: (
-            _latent_sizes(config).rank + _latent_sizes(config).rotated,
+            latent_sizes(config).rank + latent_sizes(config).rotated,
             sizes.hidden,
         ),
         "kv_b_proj": lambda sizes, config: (
-            sizes.heads * (_latent_sizes(config).plain + _latent_sizes(config).value),
-            _latent_sizes(config).rank,
+            sizes.heads * (latent_sizes(config).plain + latent_sizes(config).value),
+            latent_sizes(config).rank,
         ),
-        "o_proj": lambda sizes, config: (sizes.hidden, sizes.heads * _latent_sizes(config).value),
+        "o_proj": lambda sizes, config: (sizes.hidden, sizes.heads * latent_sizes(config).value),
         **shared_shapes("n_shared_experts"),
     },
     norms=PRE_NORMS | {"q_a": "self_attn.q_a_layernorm", "kv_a": "self_attn.kv_a_layernorm"},
     bias_keys={"attention_bias": ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")},
     parts=_parts,
-    latent=_latent_sizes,
+    latent=latent_sizes,
     experts=Experts(
         ("n_routed_experts", "num_experts", "num_local_experts"),
         layouts=(PUBLISHED | CORRECTION, MERGED | CORRECTION, FUSED | CORRECTION),
@@ -108,13 +122,7 @@ DEEPSEEK_V3 = Family(
         groups=("n_group", "topk_group"),
     ),
     positions=Positions(interleaved=True, size_key="qk_rope_head_dim"),
-    # Beside what is read, keys of published configurations that the class does not read.
-    keys=words(
-        "attention_bias q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim "
-        "first_k_dense_replace n_routed_experts num_experts num_local_experts n_shared_experts num_experts_per_tok "
-        "moe_intermediate_size norm_topk_prob n_group topk_group routed_scaling_factor num_nextn_predict_layers "
-        "output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux ep_size pretraining_tp"
-    ),
+    keys=KEYS | words("norm_topk_prob num_nextn_predict_layers"),
     fixed={
         "moe_layer_freq": (1,),
         "rope_interleave": (True,),
@@ -129,5 +137,50 @@ DEEPSEEK_V3 = Family(
         "n_group": 8,
         "topk_group": 4,
         "q_lora_rank": 1536,
+    },
+)
+
+
+def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State one group of experts where the choice has none.
+
+    Raises:
+        CheckpointError: it has groups, and their numbers are not stated.
+    """
+    if config.get("topk_method") == "greedy":
+        return {**config, "n_group": 1, "topk_group": 1}
+    return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}
+
+
+DEEPSEEK_V2 = replace(
+    DEEPSEEK_V3,
+    name="deepseek_v2",
+    architectures=("DeepseekV2ForCausalLM",),
+    gguf=None,
+    resolve=_resolve_v2,
+    bias_keys={**DEEPSEEK_V3.bias_keys, "mlp_bias": (*MLP, *SHARED)},
+    experts=Experts(
+        ("n_routed_experts", "num_experts"),
+        layouts=(PUBLISHED, FUSED),
+        normalised=False,
+        scale=Number("routed_scaling_factor", 1.0),
+        groups=("n_group", "topk_group"),
+        group_best=1,
+    ),
+    keys=KEYS | {"mlp_bias"},
+    # The class never divides the weights by their sum, whatever is stated.
+    fixed={
+        "moe_layer_freq": (1,),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "norm_topk_prob": (False,),
+    },
+    defaults={
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1407,
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 1536,
+        "topk_method": "greedy",
     },
 )

@@ -46,9 +46,13 @@ class Experts:
         scale: factor on the weights.
         scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
+        group_best: how many of a group's experts say how high it scores, the best of them together.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
         turned: whether peft's files hold the factors of the transposes of all matrices; it takes I for O where a class
             stores (E, I, O) without an attribute that says so.
+        gated: whether experts have a gate; if not, "gate_up" is (E, I, H) and holds "up" alone.
+        latent: configuration key of the features that experts read and return in place of H, where it is stated; a
+            layer then has the modules `EXPERT_LATENT` around them. None for H in any model.
         interleaved: whether rows of gate and up take turns in "gate_up" and "gate_up_bias".
         correction_axes: of "correction" as it is stored, (1, E) if two.
         clamp: of the activation gate * sigmoid(alpha gate) * (up + 1): alpha, and the limit of gate and up.
@@ -65,8 +69,11 @@ class Experts:
     scale: Number | None = None
     scaled_inputs: bool = False
     groups: tuple[str, str] | None = None
+    group_best: int = 2
     transposed: frozenset[str] = frozenset()
     turned: bool = False
+    gated: bool = True
+    latent: str | None = None
     interleaved: bool = False
     correction_axes: int = 1
     clamp: tuple[Number, Number] | None = None
@@ -85,17 +92,22 @@ class Experts:
         if used > count or groups[1] > groups[0] or count % groups[0] or used > count // groups[0] * groups[1]:
             msg = f"{self.used} {used} of {count} experts in {groups[0]} groups, {groups[1]} of them used, is no choice"
             raise CheckpointError(msg)
-        return ExpertSizes(count, used, width, *groups)
+        latent = None if self.latent is None or config.get(self.latent) is None else size(config, self.latent)
+        return ExpertSizes(count, used, width, *groups, latent)
 
 
 class ExpertSizes(NamedTuple):
-    """The sizes of a model's experts: E, how many a token uses, I, and the groups and used groups of them."""
+    """The sizes of a model's experts.
+
+    E, how many a token uses, I, the groups and used groups of them, and the features that they read in place of H.
+    """
 
     number: int
     used: int
     width: int
     groups: int = 1
     used_groups: int = 1
+    latent: int | None = None
 
 
 def shared_shapes(count: str | None = None) -> dict[str, RoleShape]:

@@ -31,6 +31,8 @@ class Mixer:
         open_output: whether the last module of "mamba" can have an update. PEFT refuses that of some classes, for which
             it is a tensor among others.
         output_bias: whether that module has a bias, where it cannot.
+        activation: behind the convolution of "mamba"; None for that of the model.
+        holder: module of a layer that holds it; None for the usual one.
         factors: on gate, values, keys, queries and time steps of "mamba"; empty if there are none.
     """
 
@@ -45,6 +47,8 @@ class Mixer:
     norm: Literal["before the gate", "behind the gate"] | None = None
     grouped: bool = False
     step_limits: tuple[float, float] = (0.0, float("inf"))
+    activation: str | None = None
+    holder: str | None = None
     factors: tuple[float, ...] = ()
     open_output: bool = True
     output_bias: bool = False
@@ -85,7 +89,7 @@ class Mixer:
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the tensors beside the modules of `role_shapes`: name -> (path in a layer, shape)."""
-        holder = _HOLDERS[self.kind]
+        holder = self.holder or _HOLDERS[self.kind]
         conv = f"{holder}.{'conv' if self.kind == 'convolution' else 'conv1d'}"
         found: dict[str, tuple[str, tuple[int, ...]]] = {"conv": (f"{conv}.weight", (self.convolved, 1, self.taps))}
         if self.conv_bias:

@@ -25,15 +25,17 @@ DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "delta_out_proj")
 GROUPED_DELTA = ("in_proj_qkvz", "in_proj_ba", "delta_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
 SHARED = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")  # experts that all tokens go through
+# From the stream to a small latent that experts read, and back from what they return.
+EXPERT_LATENT = ("expert_in_proj", "expert_out_proj")
 ROLES = (
     *("q_proj", "qg_proj", "kv_shared_q_proj", *ATTENTION[1:]),
     *(GLOBAL_ATTENTION[0], "global_kv_shared_q_proj", *GLOBAL_ATTENTION[1:]),
     *(*LATENT, *CONVOLUTION, *GROUPED_DELTA[:2], *DELTA, *MAMBA),
-    *(*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate", *PER_LAYER),
+    *(*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate", *EXPERT_LATENT, *PER_LAYER),
 )
 # Roles that write to the residual stream; the others read it, or what these get.
 MIXER_WRITERS = ("o_proj", "global_o_proj", "conv_out_proj", "delta_out_proj", "mamba_out_proj")
-MLP_WRITERS = ("down_proj", "wide_down_proj", "shared_down_proj")
+MLP_WRITERS = ("down_proj", "wide_down_proj", "shared_down_proj", "expert_out_proj")
 WRITERS = (*MIXER_WRITERS, *MLP_WRITERS, "per_layer_projection")
 
 # Logical name of each role in a layer, the same in every family.
@@ -64,6 +66,8 @@ ROLE_PATHS: Mapping[str, str] = {
     **{role: f"self_attn.{role}" for role in LATENT},
     **{role: f"mlp.shared_experts.{role.removeprefix('shared_')}" for role in SHARED},
     "shared_expert_gate": "mlp.shared_expert_gate",
+    "expert_in_proj": "mlp.fc1_latent_proj",
+    "expert_out_proj": "mlp.fc2_latent_proj",
 }
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -7,6 +7,7 @@ from jcrosslora.checkpoint.family.names import (
     ATTENTION,
     CONVOLUTION,
     DELTA,
+    EXPERT_LATENT,
     GATED_ATTENTION,
     GLOBAL_ATTENTION,
     GROUPED_DELTA,
@@ -20,7 +21,7 @@ from jcrosslora.checkpoint.family.names import (
 
 
 class LayerParts(NamedTuple):
-    """The names, in `PARTS`, of a layer's mixer, of its MLP, and of the step behind that."""
+    """The names, in `PARTS`, of a layer's mixer, of its MLP, and of the step behind that; each may be "nothing"."""
 
     mixer: str = "attention"
     mlp: str = "dense"
@@ -35,9 +36,9 @@ _GLOBAL = frozenset({*GLOBAL_ATTENTION, "global_q", "global_k"})
 _BESIDE = frozenset({"mlp_alone", "experts_in", "experts_out", "router_scale", "expert_scale"})
 # Of the experts of a layer, see `Experts.layouts`.
 EXPERT_TENSORS = ("router", "router_bias", "correction", "gate_up", "down", "gate_up_bias", "down_bias")
-# Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
-# `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
-PARTS: Mapping[str, frozenset[str]] = {
+_EXPERTS = frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS})
+NOTHING = "nothing"  # a layer without mixer, without MLP, or without a step behind it
+_MIXERS: Mapping[str, frozenset[str]] = {
     "attention": _ATTENTION,
     "kv_shared_attention": frozenset({"kv_shared_q_proj", "o_proj", "q"}),
     "global_attention": _GLOBAL,
@@ -49,14 +50,23 @@ PARTS: Mapping[str, frozenset[str]] = {
     "delta": frozenset({*DELTA, *GROUPED_DELTA, *_RECURRENCE}),
     "mamba": _MAMBA,
     "attention and mamba": _ATTENTION | _MAMBA,
+}
+_MLPS: Mapping[str, frozenset[str]] = {
     "dense": frozenset(MLP),
-    "experts": frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS}),
+    "experts": _EXPERTS,
+    "latent experts": _EXPERTS | {*EXPERT_LATENT},
     "dense and experts": frozenset({*MLP, *EXPERT_TENSORS}),
     "wide": frozenset(WIDE_MLP),
     "dense beside experts": _BESIDE | {*MLP, *EXPERT_TENSORS},
     "wide beside experts": _BESIDE | {*WIDE_MLP, *EXPERT_TENSORS},
+}
+# Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
+# `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
+PARTS: Mapping[str, frozenset[str]] = {
+    **{name: own | {"attn", "attn_post"} for name, own in _MIXERS.items()},
+    **{name: own | {"mlp", "mlp_post"} for name, own in _MLPS.items()},
     "per_layer_input": frozenset({*PER_LAYER, "per_layer_out"}),
-    "nothing": frozenset(),
+    NOTHING: frozenset(),
 }
 _OWNED = frozenset().union(*PARTS.values())
 

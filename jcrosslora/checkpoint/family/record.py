@@ -8,6 +8,8 @@ from jcrosslora.checkpoint.family.experts import Experts
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.names import (
     DENSE_ROLES,
+    EMBEDDING,
+    EXPERT_LATENT,
     LATENT_INNER,
     MIXER_WRITERS,
     MLP,
@@ -63,6 +65,8 @@ class Family:
             MLP whose output is added to that of experts, "experts_in" and "experts_out" around these, all of them in
             front of "mlp_post"; "per_layer_out" behind the step with an input of the layer.
         final_norm: the norm in front of the output head.
+        embedding: the module of the class that is the embedding.
+        prefixes: of names in files -> of those in the class, where the two differ.
         norm: "rms", or "layer", which subtracts the mean first.
         norm_biases: whether norms have a bias.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
@@ -113,6 +117,8 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     final_norm: str = "model.norm"
+    embedding: str = EMBEDDING.removesuffix(".weight")
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     norm_biases: bool = False
     gain_offset: float = 0.0
@@ -168,6 +174,23 @@ class Family:
             for name, (path, shape) in own.items()
         }
 
+    @property
+    def own_embedding(self) -> str | None:
+        """The name that the class has for the embedding, None if it is the usual one."""
+        return None if f"{self.embedding}.weight" == EMBEDDING else self.embedding
+
+    def tensor_prefixes(self) -> dict[str, str]:
+        """Return prefixes of names in files and in the class -> of those by which the package calls tensors.
+
+        The first that matches applies; there are none where all names are the same.
+        """
+        found, known = dict(self.prefixes), EMBEDDING.removesuffix("weight")
+        if self.own_embedding is not None:
+            own = f"{self.own_embedding}."
+            named = {stored + own.removeprefix(new) for stored, new in found.items() if own.startswith(new)}
+            found = dict.fromkeys((own, *sorted(named)), known) | found
+        return found | {"": ""} if found else {}
+
     def biased_roles(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the roles that have a bias in a model of this configuration."""
         switched = (role for key, roles in self.bias_keys.items() if config.get(key) for role in roles)
@@ -202,6 +225,6 @@ class Family:
             return None
         if role in PER_LAYER:
             return self.norms["per_layer_out"] if role == "per_layer_projection" else None
-        if role in (*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate"):
+        if role in (*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate", *EXPERT_LATENT):
             return self.norms.get("mlp_post" if role in MLP_WRITERS else "attn" if self.parallel else "mlp")
         return self.norms.get("attn_post" if role in MIXER_WRITERS else "attn")

@@ -6,7 +6,7 @@ from typing import Any
 from jcrosslora.errors import CheckpointError
 
 _LIMIT = 1 << 20  # of what loops run over, such as experts, before the weights are looked at
-_MOST_LAYERS = 1 << 14
+MOST_LAYERS = 1 << 14
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, limit: int = _LIMIT) -> int:
@@ -30,8 +30,8 @@ def layer_count(config: Mapping[str, Any]) -> int:
         CheckpointError: it is not a positive integer, or more than any model has.
     """
     layers = size(config, "num_hidden_layers", limit=1 << 31)
-    if layers > _MOST_LAYERS:
-        msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {_MOST_LAYERS}"
+    if layers > MOST_LAYERS:
+        msg = f"config key 'num_hidden_layers' is {layers}, wanted at most {MOST_LAYERS}"
         raise CheckpointError(msg)
     return layers
 

@@ -32,6 +32,9 @@ def expert_mlp(
     read = flat if routed is None else routed.reshape(flat.shape)
     chosen, weights = route(own, read, tensors["router"], tensors.get("router_bias"), tensors.get("correction"))
     weights = weights * tensors["expert_scale"][chosen] if "expert_scale" in tensors else weights
+    latent = "expert_in_proj" in layer.weights
+    if latent:
+        flat = run_module("expert_in_proj", layer, normed, capture).reshape(len(flat), -1)
 
     def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
         inner = _activated(settings, _matrix("gate_up", rows, held, factors)).astype(rows.dtype)
@@ -41,7 +44,8 @@ def expert_mlp(
     factors = {name: layer.factors[name] for name in ("gate_up", "down") if name in layer.factors}
     outputs = run_experts(expert, own.count, flat, chosen, held, factors, weights if own.scaled_inputs else None)
     mixed = jnp.sum(outputs if own.scaled_inputs else outputs * weights[:, :, None], axis=1)
-    mixed = mixed.astype(normed.dtype).reshape(normed.shape)
+    mixed = mixed.astype(normed.dtype).reshape(*normed.shape[:-1], -1)
+    mixed = run_module("expert_out_proj", layer, mixed, capture) if latent else mixed
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
 
 
@@ -54,8 +58,10 @@ def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dic
 
 
 def _activated(settings: DecoderSettings, inner: jax.Array) -> jax.Array:
-    """Apply the activation to gate and up, (N, 2 I) side by side."""
+    """Apply the activation to gate and up, (N, 2 I) side by side, or without a gate to (N, I)."""
     assert settings.experts is not None
+    if not settings.experts.gated:
+        return ACTIVATIONS[settings.activation](inner)
     gate, up = jnp.split(inner, 2, axis=-1)
     if settings.experts.clamp is None:
         return ACTIVATIONS[settings.activation](gate) * up
@@ -65,8 +71,12 @@ def _activated(settings: DecoderSettings, inner: jax.Array) -> jax.Array:
 
 
 def _shared(settings: DecoderSettings, layer: LayerWeights, normed: jax.Array, capture: LayerCapture) -> jax.Array:
-    gate, up = (run_module(role, layer, normed, capture) for role in ("shared_gate_proj", "shared_up_proj"))
-    out = run_module("shared_down_proj", layer, ACTIVATIONS[settings.activation](gate) * up, capture)
+    activate, up = ACTIVATIONS[settings.activation], run_module("shared_up_proj", layer, normed, capture)
+    if "shared_gate_proj" in layer.weights:
+        inner = activate(run_module("shared_gate_proj", layer, normed, capture)) * up
+    else:
+        inner = activate(up)
+    out = run_module("shared_down_proj", layer, inner, capture)
     if "shared_expert_gate" not in layer.weights:
         return out
     return out * jax.nn.sigmoid(run_module("shared_expert_gate", layer, normed, capture))

@@ -60,11 +60,11 @@ def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]
 
 
 def _in_groups(settings: ExpertSettings, choice: jax.Array) -> jax.Array:
-    """Return the scores (T, E), -inf outside the groups whose best two experts score highest together."""
+    """Return the scores (T, E), -inf outside the groups whose best experts score highest together."""
     if settings.groups == 1:
         return choice
     grouped = choice.reshape(len(choice), settings.groups, -1)
-    best = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    best = jnp.sum(lax.top_k(grouped, min(settings.group_best, grouped.shape[-1]))[0], axis=-1)
     kept = lax.top_k(best, settings.used_groups)[1]
     inside = jnp.any(kept[:, :, None] == jnp.arange(settings.groups), axis=1)
     return jnp.where(inside[:, :, None], grouped, -jnp.inf).reshape(choice.shape)

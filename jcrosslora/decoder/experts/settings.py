@@ -23,6 +23,8 @@ class ExpertSettings:
         scaled_inputs: whether the weights are factors on what the experts read.
         groups: number of groups of experts.
         used_groups: number of groups that a token may use.
+        group_best: see `Experts.group_best`.
+        gated: whether experts have a gate.
         clamp: alpha and limit of the activation, see `Experts.clamp`; None for the model's activation.
     """
 
@@ -36,6 +38,8 @@ class ExpertSettings:
     scaled_inputs: bool
     groups: int
     used_groups: int
+    group_best: int
+    gated: bool
     clamp: tuple[float, float] | None
 
 
@@ -59,5 +63,7 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
         scaled_inputs=experts.scaled_inputs,
         groups=sizes.groups,
         used_groups=sizes.used_groups,
+        group_best=experts.group_best,
+        gated=experts.gated,
         clamp=clamp and (read_number(config, clamp[0], ref), read_number(config, clamp[1], ref)),
     )

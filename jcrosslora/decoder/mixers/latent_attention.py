@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jcrosslora.decoder.attention import KVCache, apply_rope
 from jcrosslora.decoder.layer import Context, LayerCapture, LayerWeights, of_layer, run_module
-from jcrosslora.decoder.mixers.self_attention import attend
+from jcrosslora.decoder.mixers.self_attention import attend, grown
 from jcrosslora.decoder.ops import rms_norm
 from jcrosslora.decoder.settings import DecoderSettings
 
@@ -44,7 +44,7 @@ def latent_attention(
     queries = _queries(layer, normed, capture)
     queries = queries.reshape(*queries.shape[:2], settings.heads, -1)
     plain, turned = jnp.split(queries, [sizes.plain], axis=-1)
-    queries = jnp.concatenate([plain, rotated(turned)], axis=-1)
+    queries = grown(settings, layer, context, jnp.concatenate([plain, rotated(turned)], axis=-1))
     mixed, cache = attend(settings, layer, context, queries, keys, values, cache)
     return run_module("o_proj", layer, mixed, capture), cache
 

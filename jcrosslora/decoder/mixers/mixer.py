@@ -59,7 +59,7 @@ def run_mixer(
         mixer,
         project=lambda role, x: run_module(role, layer, x, capture),
         tensors=tensors | {"conv": tensors["conv"][:, 0]},
-        activate=ACTIVATIONS[settings.activation],
+        activate=ACTIVATIONS[mixer.activation or settings.activation],
         eps=settings.eps,
     )
     if cache is None:

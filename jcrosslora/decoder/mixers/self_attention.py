@@ -42,9 +42,7 @@ def self_attention(
     if settings.value_norm:
         values = rms_norm(values, jnp.ones(values.shape[-1]), settings.eps)
     values = values.swapaxes(1, 2)
-    if context.growths is not None:
-        growth = of_layer(settings, layer, context.growths)[:, :, None, None]
-        queries = (queries.astype(jnp.float32) * growth).astype(queries.dtype)
+    queries = grown(settings, layer, context, queries)
     mixed, cache = attend(settings, layer, context, queries, keys, values, cache)
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
     return run_module(f"{own}o_proj", layer, mixed, capture), cache
@@ -69,6 +67,14 @@ def kv_shared_attention(
     queries = _placed(settings, layer, f"{own}q", queries, of_layer(settings, layer, context.rotations))
     mixed = _attended(settings, layer, context, queries, *shared_keys(cache, own))
     return run_module(f"{own}o_proj", layer, mixed, capture), cache
+
+
+def grown(settings: DecoderSettings, layer: LayerWeights, context: Context, queries: jax.Array) -> jax.Array:
+    """Multiply queries (B, T, heads, D) by the factor of their positions; return them where they do not grow."""
+    if context.growths is None:
+        return queries
+    growth = of_layer(settings, layer, context.growths)[:, :, None, None]
+    return (queries.astype(jnp.float32) * growth).astype(queries.dtype)
 
 
 def attend(

@@ -1,0 +1,156 @@
+"""Nemotron-H, Nemotron Nano 2 and Nemotron 3: each layer is Mamba 2, attention without positions, an MLP or experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.checkpoint.family.keys import words
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.names import ATTENTION, EXPERT_LATENT, UNGATED_MLP
+from jcrosslora.checkpoint.family.parts import NOTHING, LayerParts
+from jcrosslora.checkpoint.family.record import Family
+from jcrosslora.checkpoint.family.rules import Number, Positions
+from jcrosslora.checkpoint.family.sizes import MOST_LAYERS, layer_kinds, size
+from jcrosslora.errors import CheckpointError
+
+_MAMBA, _ATTENTION, _MLP, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
+_NAMES = {"mamba": _MAMBA, "attention": _ATTENTION} | {name: name for name in (_MAMBA, _ATTENTION, _MLP, _EXPERTS)}
+_LETTERS = {"M": _MAMBA, "*": _ATTENTION, "-": _MLP, "E": _EXPERTS}
+_UNGATED_SHARED = ("shared_up_proj", "shared_down_proj")
+_SHARED_WIDTH = "moe_shared_expert_intermediate_size"
+
+
+def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """State the kind of each layer by one name, and their number, which is that of the kinds.
+
+    Raises:
+        CheckpointError: the kinds are not stated, or cannot be read.
+    """
+    stated = config.get("layers_block_type")
+    stated = config.get("layer_types") if stated is None else stated
+    pattern = config.get("hybrid_override_pattern")
+    if stated is None and isinstance(pattern, str) and set(pattern) <= set(_LETTERS):
+        stated = [_LETTERS[letter] for letter in pattern]
+    if not isinstance(stated, list | tuple) or not 0 < len(stated) <= MOST_LAYERS:
+        msg = (
+            f"layers_block_type is {str(stated)[:60]} and hybrid_override_pattern {str(pattern)[:60]!r}, wanted a list "
+        )
+        raise CheckpointError(msg + f"of kinds, or a pattern of {' '.join(_LETTERS)}, with one for each layer")
+    kinds = layer_kinds({"layer_types": stated}, _NAMES, len(stated))
+    return {**config, "layers_block_type": kinds, "num_hidden_layers": len(stated)}
+
+
+def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
+    del layers  # as many as kinds, see `_resolve`
+    experts = "experts" if config.get("moe_latent_size") is None else "latent experts"
+    alone = {
+        _MAMBA: LayerParts("mamba", NOTHING),
+        _ATTENTION: LayerParts("attention", NOTHING),
+        _MLP: LayerParts(NOTHING, "dense"),
+        _EXPERTS: LayerParts(NOTHING, experts),
+    }
+    return [alone[kind] for kind in config["layers_block_type"]]
+
+
+def _mixer(config: Mapping[str, Any]) -> Mixer:
+    heads, groups = size(config, "mamba_num_heads", 128), size(config, "n_groups", 8)
+    if heads % groups:
+        msg = f"mamba_num_heads {heads} is not a multiple of n_groups {groups}"
+        raise CheckpointError(msg)
+    least = config.get("time_step_min", 0.001)
+    if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least < float("inf"):
+        msg = f"config key 'time_step_min' is {str(least)[:60]!r}, wanted a number that is not negative"
+        raise CheckpointError(msg)
+    return Mixer(
+        "mamba",
+        size(config, "hidden_size"),
+        size(config, "conv_kernel", 4),
+        heads=heads,
+        groups=groups,
+        key_size=size(config, "ssm_state_size", 128),
+        value_size=size(config, "mamba_head_dim", 64),
+        conv_bias=bool(config.get("use_conv_bias", True)),
+        norm="behind the gate",
+        # The class reads no other limit of the time step.
+        step_limits=(float(least), float("inf")),
+        open_output=False,
+        output_bias=bool(config.get("use_bias", False)),
+        activation="silu",
+        holder="mixer",
+    )
+
+
+def _latent(config: Mapping[str, Any]) -> int:
+    return size(config, "moe_latent_size", 1)
+
+
+def _shared_width(config: Mapping[str, Any]) -> int:
+    return size(config, _SHARED_WIDTH, 7688)
+
+
+_ROUTER = {"router": "mixer.gate.weight", "correction": "mixer.gate.e_score_correction_bias"}
+
+NEMOTRON_H = Family(
+    name="nemotron_h",
+    architectures=("NemotronHForCausalLM",),
+    roles=(*ATTENTION, "mamba_in_proj", *UNGATED_MLP, *_UNGATED_SHARED, *EXPERT_LATENT),
+    embedding="model.embeddings",
+    prefixes={"backbone.": "model."},
+    resolve=_resolve,
+    parts=_parts,
+    mixer=_mixer,
+    shapes={
+        "shared_up_proj": lambda sizes, config: (_shared_width(config), sizes.hidden),
+        "shared_down_proj": lambda sizes, config: (sizes.hidden, _shared_width(config)),
+        "expert_in_proj": lambda sizes, config: (_latent(config), sizes.hidden),
+        "expert_out_proj": lambda sizes, config: (sizes.hidden, _latent(config)),
+    },
+    experts=Experts(
+        ("n_routed_experts", "num_local_experts"),
+        layouts=(
+            _ROUTER | {name: f"mixer.experts.{{}}.{name}_proj.weight" for name in ("up", "down")},
+            _ROUTER | {"gate_up": "mixer.experts.up_proj", "down": "mixer.experts.down_proj"},
+        ),
+        scores="sigmoid",
+        normalised="norm_topk_prob",
+        scale=Number("routed_scaling_factor", 1.0),
+        groups=("n_group", "topk_group"),
+        gated=False,
+        latent="moe_latent_size",
+    ),
+    fused={
+        **{f"mixer.{role}": (role,) for role in (*ATTENTION, *UNGATED_MLP)},
+        "mixer.in_proj": ("mamba_in_proj",),
+        "mixer.shared_experts.up_proj": ("shared_up_proj",),
+        "mixer.shared_experts.down_proj": ("shared_down_proj",),
+        "mixer.fc1_latent_proj": ("expert_in_proj",),
+        "mixer.fc2_latent_proj": ("expert_out_proj",),
+    },
+    norms={"attn": "norm", "mlp": "norm"},
+    final_norm="model.norm_f",
+    bias_keys={"mlp_bias": (*UNGATED_MLP, *_UNGATED_SHARED, *EXPERT_LATENT), "use_bias": ("mamba_in_proj",)},
+    activation="relu2",
+    activation_key="mlp_hidden_act",
+    eps=Number("layer_norm_epsilon", 1e-5),
+    positions=Positions(unrotated="full"),
+    # Beside what is read, keys that the class does not read, such as the limits of the time step at its start.
+    keys=words(
+        "layers_block_type layer_types hybrid_override_pattern mamba_num_heads mamba_head_dim n_groups ssm_state_size "
+        "conv_kernel use_conv_bias use_bias mlp_bias mlp_hidden_act layer_norm_epsilon time_step_min n_routed_experts "
+        "num_local_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
+        "moe_latent_size routed_scaling_factor n_group topk_group norm_topk_prob output_router_logits n_shared_experts "
+        "moe_shared_expert_overlap expand chunk_size time_step_max time_step_floor time_step_limit time_step_rank "
+        "mamba_proj_bias mamba_ssm_cache_dtype use_mamba_kernels num_logits_to_keep residual_in_fp32 "
+        "rescale_prenorm_residual norm_eps partial_rotary_factor num_nextn_predict_layers mtp_layers_block_type "
+        "mtp_hybrid_override_pattern"
+    ),
+    fixed={"mamba_hidden_act": ("silu",), "attention_bias": (False,), "attention_head_dim": (128,)},
+    # Of the class, where configurations leave them out.
+    defaults={
+        "head_dim": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 7688,
+        "norm_topk_prob": True,
+    },
+)
