@@ -157,8 +157,7 @@ _OF_LATENT = _GROUPED | {
 }
 # Linear scaling of positions in layers with windows is nothing that files state.
 _GEMMA4 = GEMMA4 | {
-    "rope_parameters": GEMMA4["rope_parameters"]
-    | {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
+    "rope_parameters": GEMMA4["rope_parameters"] | {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
     "final_logit_softcapping": 3.0,
 }
 _OF_GEMMA4 = {
@@ -324,9 +323,8 @@ SPARSE_FORMS = {
             "num_experts": 5,
             "top_k_experts": 2,
             "moe_intermediate_size": 12,
-            "final_logit_softcapping": None,
         },
-        {key: value for key, value in _OF_GEMMA4.items() if key not in ("feed_forward_length", "final_logit_softcapping")}
+        {key: value for key, value in _OF_GEMMA4.items() if key != "feed_forward_length"}
         | {
             "attention.shared_kv_layers": 0,
             "attention.head_count_kv": [4, 4, 2, 4, 4, 2],

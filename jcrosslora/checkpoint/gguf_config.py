@@ -195,13 +195,13 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
 
     In full attention a file states which pairs are rotated: the first, whose frequencies it divides by 1.
     """
-    size, local = meta.head_dim(), meta.count("attention.key_length_swa") or 0
+    size, local = meta.head_dim(), meta.count("attention.key_length_swa")
     rotated = 0 if divisors is None else int(np.sum(divisors == 1.0))
     if divisors is None or 2 * divisors.size != size or not np.all(divisors[rotated:] > _NEVER):
         msg = f"{meta.path}: rope_freqs.weight is missing, or does not hold 1 for the first pairs of {size} features "
         raise CheckpointError(msg + "and 1e30 for the others: convert the model again")
     sizes = {"rope.dimension_count": size, "rope.dimension_count_swa": local}
-    others = [key for key, whole in sizes.items() if meta.count(key) not in (None, whole)]
+    others = [key for key, whole in sizes.items() if whole and meta.count(key) not in (None, whole)]
     others += ["rope.scaling.type"] if meta.get("rope.scaling.type", "none") != "none" else []
     if others:
         msg = f"{meta.path}: {meta.arch}.{others[0]} is {str(meta.get(others[0]))[:60]!r}, which is not supported"

@@ -11,7 +11,8 @@ from jcrosslora.checkpoint.family.rules import Gguf
 from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
 
-_PATTERN, _KV, _WIDTH = "attention.sliding_window_pattern", "attention.head_count_kv", "feed_forward_length"
+_PATTERN, _SHARED = "attention.sliding_window_pattern", "attention.shared_kv_layers"
+_KV, _WIDTH = "attention.head_count_kv", "feed_forward_length"
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
@@ -21,20 +22,28 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
         msg = f"{_PATTERN} is {str(sliding)[:60]}, wanted a list that says of {layers} layers which have windows"
         raise CheckpointError(msg)
     full = [layer for layer in range(layers) if not sliding[layer]]
-    shared = stated.get("attention.shared_kv_layers", 0)
+    shared = stated.get(_SHARED, 0)
+    if type(shared) is not int or not 0 <= shared < layers:
+        msg = f"{_SHARED} is {str(shared)[:60]}, wanted fewer than {layers} layers"
+        raise CheckpointError(msg)
     counts, widths = (_of_layers(stated, key, layers) for key in (_KV, _WIDTH))
-    own = [layer for layer in full if type(shared) is int and layer < layers - shared]
+    first = layers - shared
+    wide = widths[-1] != widths[0]
+    if widths != [widths[0]] * first + [(1 + wide) * widths[0]] * shared:
+        msg = f"{_WIDTH} is {str(widths)[:60]}, wanted twice the width for the last {shared} layers, or one for all"
+        raise CheckpointError(msg)
+    own = {layer for layer in full if layer < first}
     return {
         "layer_types": ["sliding_attention" if flag else "full_attention" for flag in sliding],
         "head_dim": size(stated, "attention.key_length_swa"),
         "global_head_dim": size(stated, "attention.key_length"),
         "num_key_value_heads": next((counts[layer] for layer in range(layers) if sliding[layer]), counts[0]),
         "num_global_key_value_heads": counts[full[0]] if full else None,
-        "attention_k_eq_v": bool(own) and not held.get("self_attn.v_proj.weight", frozenset()) & {*own},
+        "attention_k_eq_v": bool(own) and not held.get("self_attn.v_proj.weight", frozenset()) & own,
         "num_kv_shared_layers": shared,
         "hidden_size_per_layer_input": stated.get("embedding_length_per_layer_input", 0),
         "intermediate_size": widths[0],
-        "use_double_wide_mlp": widths[-1] != widths[0],
+        "use_double_wide_mlp": wide,
         "enable_moe_block": "router.proj.weight" in held,
     }
 
@@ -56,6 +65,7 @@ GGUF = Gguf(
         "ffn_gate_inp.scale": "router.scale",
         "ffn_down_exps.scale": "router.per_expert_scale",
     },
+    # Without it llama.cpp takes 30, the class none; published models have it.
     numbers={"final_logit_softcapping": "final_logit_softcapping"},
     settings=_from_gguf,
 )
