@@ -1,4 +1,4 @@
-"""What the GGUF files of Gemma 4 state of its layers: by metadata with an entry each, and by the tensors that they have.
+"""What GGUF files of Gemma 4 state of its layers: by metadata with an entry for each, and by the tensors they have.
 
 Files state the sizes of heads of full attention by the usual keys, and those of layers with windows by keys of their
 own. That keys are the values of full attention is seen by the tensors alone.
