@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.family.names import (
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 
 # Roles that a matrix holds -> its name in GGUF.
-_MATRICES = {
+_MATRICES: dict[tuple[str, ...], str] = {
     ("q_proj",): "attn_q",
     ("k_proj",): "attn_k",
     ("v_proj",): "attn_v",

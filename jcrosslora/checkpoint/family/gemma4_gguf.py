@@ -16,6 +16,11 @@ _KV, _WIDTH = "attention.head_count_kv", "feed_forward_length"
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the kinds of the layers, their sizes, and what the last of them share.
+
+    Raises:
+        CheckpointError: a list is missing, or does not fit the layers.
+    """
     layers = size(stated, "block_count")
     sliding = stated.get(_PATTERN)
     if not isinstance(sliding, list) or len(sliding) != layers or not all(type(one) is bool for one in sliding):
