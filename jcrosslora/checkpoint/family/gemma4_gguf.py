@@ -56,7 +56,7 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
 def _of_layers(stated: Mapping[str, Any], key: str, layers: int) -> list[int]:
     """Return a number of each layer, which files state once where it is the same for all."""
     value = stated.get(key)
-    found = value if isinstance(value, list) else [value] * layers
+    found: list[Any] = value if isinstance(value, list) else [value] * layers
     if len(found) != layers or not all(type(one) is int and one > 0 for one in found):
         msg = f"{key} is {str(value)[:60]}, wanted a positive integer, or one for each of {layers} layers"
         raise CheckpointError(msg)
