@@ -53,7 +53,7 @@ def write(path, form=DENSE, drop=(), extra=None, **changed):
 
 def predict(base):
     settings, params = settings_of(base), load_params(base, jnp.float32)
-    return np.asarray(logits(settings, params, forward(settings, params, TOKENS).hidden))
+    return np.asarray(logits(settings, params, forward(settings, params, jnp.asarray(TOKENS)).hidden))
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-experts"])
