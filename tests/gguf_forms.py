@@ -1,12 +1,13 @@
 """Tiny random models as GGUF: names of the gguf package, and the changes of llama.cpp's converter."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 from dense_models import FOUR, MINISTRAL, random_model
 from expert_models import COUNTS, GROUPED, LATENT, SHORT, SPARSE, YARN
 from gguf_files import gguf, permute, write_gguf
-from hybrid_models import DELTA, EXPERTS, GRANITE
+from hybrid_models import DELTA, EXPERTS, GEMMA4, GRANITE
 
 NAMES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 SLIDING = [True, True, True, False]
@@ -24,6 +25,7 @@ class Form:
         metadata: beside what all files have.
         permuted: whether rows of q and k are reordered.
         offset: what is added to the weights of norms.
+        rotated: pairs of a head of full attention that are rotated, where tensors state it.
     """
 
     family: str
@@ -32,6 +34,7 @@ class Form:
     metadata: dict = field(default_factory=dict)
     permuted: bool = False
     offset: float = 0.0
+    rotated: int | None = None
 
 
 FORMS = {
@@ -152,8 +155,28 @@ _OF_LATENT = _GROUPED | {
     "attention.value_length_mla": 7,
     "rope.dimension_count": 8,
 }
+# Linear scaling of positions in layers with windows is nothing that files state.
+_GEMMA4 = GEMMA4 | {
+    "rope_parameters": GEMMA4["rope_parameters"] | {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
+    "final_logit_softcapping": 3.0,
+}
+_OF_GEMMA4 = {
+    "attention.shared_kv_layers": 3,
+    "attention.sliding_window": 6,
+    "attention.sliding_window_pattern": [True, True, False] * 2,
+    "attention.key_length": 20,
+    "attention.value_length": 20,
+    "attention.key_length_swa": 12,
+    "attention.value_length_swa": 12,
+    "embedding_length_per_layer_input": 6,
+    "feed_forward_length": [40, 40, 40, 80, 80, 80],
+    "rope.freq_base_swa": 50.0,
+    "rope.dimension_count": 20,
+    "rope.dimension_count_swa": 12,
+    "final_logit_softcapping": 3.0,
+}
 
-# Families with experts, with mixers beside attention, and with both.
+# Families with experts, with several kinds of attention, with mixers beside attention, and with both.
 SPARSE_FORMS = {
     "mixtral": Form("mixtral", "llama", COUNTS | {"head_dim": 12}, _MOE, permuted=True),
     "qwen3_moe": Form(
@@ -284,6 +307,33 @@ SPARSE_FORMS = {
         _OF_GRANITE | _MOE,
         permuted=True,
     ),
+    "gemma4": Form("gemma4_text", "gemma4", _GEMMA4, _OF_GEMMA4, rotated=5),
+    "gemma4-experts": Form(
+        "gemma4_text",
+        "gemma4",
+        _GEMMA4
+        | {
+            "attention_k_eq_v": True,
+            "num_key_value_heads": 4,
+            "num_global_key_value_heads": 2,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 12,
+        },
+        {key: value for key, value in _OF_GEMMA4.items() if key != "feed_forward_length"}
+        | {
+            "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [4, 4, 2, 4, 4, 2],
+            "embedding_length_per_layer_input": 0,
+        }
+        | _MOE
+        | _WIDE,
+        rotated=5,
+    ),
 }
 # Path in a layer -> name in files, where the gguf package does not know it or the converter splits a tensor.
 _PATHS = {
@@ -299,6 +349,11 @@ _PATHS = {
     "mamba.dt_bias": "ssm_dt.bias",
     "mamba.A_log": "ssm_a",
     "mamba.D": "ssm_d",
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
 }
 
 
@@ -362,13 +417,13 @@ def _experts(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
 
 def _changed(path: str, array: np.ndarray, model, form: Form) -> dict[str, np.ndarray]:
     """Return the tensors that a tensor of a layer becomes, by name in files, or else by path."""
-    config, module = model.config, path.split(".")[-2]
-    counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    config, module = model.config, path.rpartition(".")[0].rpartition(".")[2]
+    counts = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if path.startswith("linear_attn."):
         return _delta(path, array, config)
     if path.startswith("mamba."):
         return _mamba(path, array, config)
-    if ".experts." in path:
+    if ".experts." in path and form.arch != "gemma4":
         return _experts(path, array, config)
     if path == "shared_mlp.input_linear.weight":
         ending = "_shexp" if config.num_local_experts else ""
@@ -384,13 +439,16 @@ def _changed(path: str, array: np.ndarray, model, form: Form) -> dict[str, np.nd
         keys, values = np.split(heads, [config.qk_nope_head_dim], axis=1)
         return {"attn_k_b.weight": keys.swapaxes(1, 2), "attn_v_b.weight": values}
     if form.permuted and module in counts:
-        return {path: permute(array, counts[module])}
+        return {path: permute(array, getattr(config, counts[module]))}
     return {path: array}
 
 
 def stored_tensors(model, form: Form) -> dict:
     """Name and change the tensors as llama.cpp's converter does."""
     names, stored = gguf.get_tensor_name_map(NAMES[form.arch], model.config.num_hidden_layers), {}
+    if form.rotated is not None:
+        pairs = form.metadata["rope.dimension_count"] // 2
+        stored["rope_freqs.weight"] = np.where(np.arange(pairs) < form.rotated, 1, 1e30).astype(np.float32), None
     for name, tensor in model.state_dict().items():
         array = tensor.numpy()
         if ".act_fn." in name or (name == "lm_head.weight" and model.config.tie_word_embeddings):
@@ -409,7 +467,8 @@ def stored_tensors(model, form: Form) -> dict:
 
 
 def metadata_of(model, form: Form) -> dict:
-    config, state, rms = model.config, model.state_dict(), form.arch.startswith("lfm2")
+    # As a dict, because attributes that differ between layers are refused.
+    config, state, rms = SimpleNamespace(**model.config.to_dict()), model.state_dict(), form.arch.startswith("lfm2")
     norm, eps = next(
         (("layer_norm_rms_epsilon" if key.startswith("rms") or rms else "layer_norm_epsilon"), getattr(config, key))
         for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")

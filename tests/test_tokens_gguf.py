@@ -10,6 +10,7 @@ from real_models import real_model
 from tiny_tokenizers import KINDS
 
 from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of
 from jcrosslora.errors import CheckpointError
@@ -83,6 +84,41 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes():
     assert prefixed.decode(prefixed.encode("the a").ids) == "the a"
 
 
+def gemma4_metadata(**changes):
+    """Build a vocabulary in which scores would lead to other merges than the list of them."""
+    space, metadata = "\u2581", sentencepiece_metadata()
+    normal = ["\n", "\n\n", "\n\n\n", space, *"abcehtlé", "th", "he", space + "th", space + "the", "the"]
+    tokens = [*metadata["tokenizer.ggml.tokens"][:259], "<|call>", *normal]
+    merges = ["t h", "h e", f"{space} th", f"{space}th e", "th e"]
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [4] + [1] * len(normal),
+        "tokenizer.ggml.bos_token_id": 1,
+    } | changes
+
+
+def test_the_tokenizer_of_gemma4_merges_by_its_list_and_keeps_runs_of_line_ends():
+    backend = build_backend(gemma4_metadata(), PATH)
+    space = "\u2581"
+    text = "the the\n\nthe  a<|call>\n the\n\n\n\n\n日"
+    wanted = ["the", f"{space}the", "\n\n", "the", space, space, "a", "<|call>", "\n", f"{space}the", *["\n"] * 5]
+    assert backend.encode(text).tokens == [*wanted, "<0xE6>", "<0x97>", "<0xA5>"]
+    assert backend.encode("a\n\n\na").tokens == ["a", "\n\n\n", "a"]
+    assert backend.decode(backend.encode(text).ids, skip_special_tokens=False) == text
+    assert bos_of(gemma4_metadata()) == 1
+
+
+def test_the_vocabulary_of_gemma4_is_read():
+    metadata = gemma4_metadata()
+    tokens, found = metadata["tokenizer.ggml.tokens"], gguf_vocabulary(metadata, 1000).tokens
+    assert found is not None
+    wanted = {b" the": "\u2581the", b"\n\n": "\n\n", b"<|call>": "<|call>", b"\xe6": "<0xE6>", b"a": "a"}
+    assert {token: tokens[found[token]] for token in wanted} == wanted
+
+
 def test_merges_are_ordered_by_score():
     scores = {"<unk>": 0.0, "a": -9.0, "b": -8.0, "ab": -2.0, "aab": -1.0, "aa": -5.0, "x": 0.0, "xy": 0.0}
     metadata = {
@@ -116,6 +152,7 @@ def test_bos_has_a_default_if_the_metadata_do_not_state_it():
         (byte_level_metadata() | {"tokenizer.ggml.merges": ["a b c"]}, "a merge in tokenizer.ggml.merges"),
         (byte_level_metadata() | {"tokenizer.ggml.merges": ["zz qq"]}, "a merge in tokenizer.ggml.merges"),
         (byte_level_metadata() | {"tokenizer.ggml.merges": [3]}, "merges is no list of str"),
+        (gemma4_metadata(**{"tokenizer.ggml.merges": None}), "merges is no list of str"),
         (sentencepiece_metadata(**{"tokenizer.ggml.scores": [0.0]}), "1 scores for"),
         (sentencepiece_metadata(**{"tokenizer.ggml.unknown_token_id": 10**6}), "1000000 as the unknown one"),
     ],

@@ -16,6 +16,7 @@ from jcrosslora.checkpoint.gguf_metadata import Metadata, model_name
 from jcrosslora.checkpoint.gguf_names import block_names, hf_name, permutes_heads
 from jcrosslora.checkpoint.gguf_store import GGUFStore, stored_rows, to_float
 from jcrosslora.checkpoint.gguf_tensors import find_sources
+from jcrosslora.checkpoint.layout import layer_of
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.errors import CheckpointError
 
@@ -110,10 +111,14 @@ def _facts(header: GGUFHeader, names: Mapping[str, list[str]], path: Path) -> di
     if embedding is None or len(embedding.shape) != 2:
         msg = f"{path}: has no matrix token_embd.weight: the file is not a complete model"
         raise CheckpointError(msg)
+    held: dict[str, set[int]] = {}
+    for name in names:
+        if (layer := layer_of(name)) is not None:
+            held.setdefault(name.split(".", 3)[3], set()).add(layer)
     return {
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "held": frozenset(name.split(".", 3)[3] for name in names if name.startswith("model.layers.")),
+        "held": {path: frozenset(layers) for path, layers in held.items()},
     }
 
 

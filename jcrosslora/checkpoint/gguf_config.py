@@ -27,7 +27,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
 
     Args:
         meta: its metadata.
-        facts: values from its tensors: vocab_size, tie_word_embeddings, and "held", the tensors of its layers.
+        facts: values from its tensors: vocab_size, tie_word_embeddings, and "held", the layers that hold each tensor.
         factors: its rope factor tensors by GGUF name, if any.
 
     Raises:
@@ -39,7 +39,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         "model_type": family.name,
         "architectures": [family.architectures[0]],
         "hidden_size": meta.count("embedding_length"),
-        "intermediate_size": meta.count("feed_forward_length"),
+        "intermediate_size": meta.most("feed_forward_length"),
         "num_hidden_layers": meta.layers(),
         "num_attention_heads": meta.count("attention.head_count"),
         "num_key_value_heads": meta.most("attention.head_count_kv") or meta.count("attention.head_count"),
@@ -75,7 +75,8 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
 
 def _family(meta: Metadata) -> Family:
     """Return the family; of several with one architecture, that with windows or experts if the file states them."""
-    same = [one for one in FAMILIES.values() if one.gguf is not None and one.gguf.architecture == meta.arch]
+    known = [(one, one.gguf) for one in FAMILIES.values() if one.gguf is not None]
+    same = [one for one, form in known if form.architecture == meta.arch and not form.read_as_other]
     expert = bool(meta.count("expert_count"))
     same = [one for one in same if (one.experts is not None) == expert] or same
     windowed = bool(meta.count("attention.sliding_window"))
@@ -170,6 +171,8 @@ def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[s
         CheckpointError: a scaling type, or factors, that are not supported.
     """
     theta, rules = meta.number("rope.freq_base") or _DEFAULT_BASE, _family(meta).positions
+    if "proportional" in rules.types:
+        return _proportional(meta, theta, factors.get("rope_freqs.weight"))
     scaling: dict[str, Any] = {"rope_theta": theta, **_scaling(meta, factors)}
     if rules.local_theta is not None:
         # Without a base of their own in configurations, layers with windows have that of the others in llama.cpp.
@@ -182,6 +185,33 @@ def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[s
     if rules.grows:
         scaling |= _growing(meta)
     return scaling
+
+
+_NEVER = 1e29  # divisors of frequencies beyond this leave a pair as it is: files have 1e30
+
+
+def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> dict[str, Any]:
+    """Return the settings of each kind of layer of Gemma 4.
+
+    In full attention a file states which pairs are rotated: the first, whose frequencies it divides by 1.
+    """
+    size, local = meta.head_dim(), meta.count("attention.key_length_swa")
+    rotated = 0 if divisors is None else int(np.sum(divisors == 1.0))
+    if divisors is None or 2 * divisors.size != size or not np.all(divisors[rotated:] > _NEVER):
+        msg = f"{meta.path}: rope_freqs.weight is missing, or does not hold 1 for the first pairs of {size} features "
+        raise CheckpointError(msg + "and 1e30 for the others: convert the model again")
+    sizes = {"rope.dimension_count": size, "rope.dimension_count_swa": local}
+    others = [key for key, whole in sizes.items() if whole and meta.count(key) not in (None, whole)]
+    others += ["rope.scaling.type"] if meta.get("rope.scaling.type", "none") != "none" else []
+    if others:
+        msg = f"{meta.path}: {meta.arch}.{others[0]} is {str(meta.get(others[0]))[:60]!r}, which is not supported"
+        raise CheckpointError(msg)
+    plain = {"rope_type": "default", "rope_theta": meta.number("rope.freq_base_swa") or theta}
+    share = 2 * rotated / size
+    if int(share * size // 2) < rotated:  # by which the class finds the pairs
+        share = float(np.nextafter(share, 1.0))
+    turned = {"rope_type": "proportional", "partial_rotary_factor": share, "rope_theta": theta}
+    return {"full_attention": turned, "sliding_attention": plain}
 
 
 def _growing(meta: Metadata) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def hub_id_of(stated: Any) -> str | None:
     return stated if re.fullmatch(r"[\w.-]+/[\w.-]+", stated) else None
 
 
-_DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece}
+_DECODERS = {"gpt2": decode_byte_level, "llama": decode_sentencepiece, "gemma4": decode_sentencepiece}
 
 
 def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
@@ -170,7 +170,7 @@ def gguf_vocabulary(metadata: Mapping[str, Any], size: int) -> Vocabulary:
     model = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(model, str) or model not in _DECODERS:
-        return Vocabulary(None, f"GGUF tokenizer model {model!r} is not supported (gpt2 and llama are)")
+        return Vocabulary(None, f"GGUF tokenizer model {model!r} is not supported ({', '.join(_DECODERS)} are)")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         return Vocabulary(None, "the GGUF metadata have no tokens with their types")
     if not all(isinstance(token, str) for token in tokens):

@@ -3,12 +3,19 @@
 from collections.abc import Mapping
 from functools import cache
 
-from jcrosslora.checkpoint.families import EMBEDDING, FAMILIES, HEAD, HEAD_BIAS, ROLE_PATHS, Family
+from jcrosslora.checkpoint.families import EMBEDDING, FAMILIES, HEAD, HEAD_BIAS, ROLE_PATHS, ROLES, Family
 from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.checkpoint.family.names import (
+    DENSE_ROLES,
+    LAYER_EMBEDDING,
+    LAYER_INPUT_NORM,
+    LAYER_INPUT_PROJECTION,
+    PER_LAYER,
+)
 from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 
 # Roles that a matrix holds -> its name in GGUF.
-_MATRICES = {
+_MATRICES: dict[tuple[str, ...], str] = {
     ("q_proj",): "attn_q",
     ("k_proj",): "attn_k",
     ("v_proj",): "attn_v",
@@ -37,13 +44,22 @@ _MATRICES = {
     ("shared_up_proj",): "ffn_up_shexp",
     ("shared_down_proj",): "ffn_down_shexp",
     ("shared_expert_gate",): "ffn_gate_inp_shexp",
+    ("per_layer_input_gate",): "inp_gate",
+    ("per_layer_projection",): "proj",
+}
+# The same of roles that only layers of one kind have, and that stand where another role does in other layers.
+_MATRICES |= {
+    (role,): _MATRICES[(usual,)]
+    for usual in DENSE_ROLES
+    for role in ROLES
+    if role != usual and ROLE_PATHS[role] == ROLE_PATHS[usual] and (role,) not in _MATRICES
 }
 # Tensor of experts -> its name in a layout of `Experts.layouts`.
 _EXPERTS = {
     "ffn_gate_inp.weight": "router",
     "ffn_gate_inp.bias": "router_bias",
     "exp_probs_b.bias": "correction",
-    **{f"ffn_{part}_exps.weight": part for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_exps.weight": part for part in ("gate", "up", "gate_up", "down")},
     **{f"ffn_{part}_exps.bias": f"{part}_bias" for part in ("gate", "up", "down")},
 }
 # Place of a norm in `Family.norms` -> its usual name in GGUF.
@@ -56,6 +72,18 @@ _NORMS = {
     "k": "attn_k_norm",
     "q_a": "attn_q_a_norm",
     "kv_a": "attn_kv_a_norm",
+    "global_q": "attn_q_norm",
+    "global_k": "attn_k_norm",
+    "mlp_alone": "post_ffw_norm_1",
+    "experts_in": "pre_ffw_norm_2",
+    "experts_out": "post_ffw_norm_2",
+    "per_layer_out": "post_norm",
+}
+# Of what makes the inputs that each layer has beside the stream.
+_LAYER_INPUTS = {
+    "per_layer_token_embd.weight": LAYER_EMBEDDING,
+    "per_layer_model_proj.weight": LAYER_INPUT_PROJECTION,
+    "per_layer_proj_norm.weight": LAYER_INPUT_NORM,
 }
 
 
@@ -104,7 +132,8 @@ def _outside(arch: str) -> dict[str, str]:
     family = FAMILIES[ARCHITECTURES[arch]]
     assert family.gguf is not None
     names = {"token_embd.weight": EMBEDDING, "output.weight": HEAD, "output.bias": HEAD_BIAS}
-    return names | {f"{family.gguf.final_norm}.{kind}": f"{family.final_norm}.{kind}" for kind in ("weight", "bias")}
+    names |= {f"{family.gguf.final_norm}.{kind}": f"{family.final_norm}.{kind}" for kind in ("weight", "bias")}
+    return names | (_LAYER_INPUTS if set(PER_LAYER) & set(family.roles) else {})
 
 
 @cache
@@ -133,5 +162,6 @@ def _names_of(family: Family) -> dict[str, str]:
 
 
 def _gguf_layout(experts: Experts) -> Mapping[str, str]:
-    """Return the layout with one tensor of all experts for each of gate, up and down."""
-    return next(one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
+    """Return the layout with one tensor of all experts for each of gate, up and down, or else for both of the first."""
+    merged = (one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
+    return next(merged, experts.layouts[-1])

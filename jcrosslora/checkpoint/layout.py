@@ -202,7 +202,7 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
     """
     names = store.names()
     # Compared before any loop over layers: a hostile configuration may claim 2^30 of them.
-    stored = {part for name in names if (part := _layer_of(name)) is not None}
+    stored = {part for name in names if (part := layer_of(name)) is not None}
     extra = config.get(_MORE_LAYERS)
     extra = extra if isinstance(extra, int) else 0
     stored = {layer for layer in stored if not dims.layers <= layer < dims.layers + extra}
@@ -233,7 +233,8 @@ def check_tensors(family: Family, dims: Dims, config: Mapping[str, Any], store: 
         raise CheckpointError(msg)
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """Return the layer of a tensor, None for one outside the layers."""
     parts = name.split(".", 3)
     if len(parts) == 4 and parts[:2] == ["model", "layers"] and parts[2].isdecimal() and len(parts[2]) < 10:
         return int(parts[2])

@@ -43,8 +43,9 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
         CheckpointError: a kind of tokenizer that is not supported, or invalid metadata.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model not in ("gpt2", "llama"):
-        msg = f"{path}: its tokenizer is of kind {model!r}, wanted gpt2 or llama: use the model's folder instead"
+    if model not in ("gpt2", "llama", "gemma4"):
+        kinds = f"its tokenizer is of kind {model!r}, wanted gpt2, llama or gemma4"
+        msg = f"{path}: {kinds}: use the model's folder instead"
         raise CheckpointError(msg)
     tokens, types = (_listed(metadata, key, str if key == "tokens" else int, path) for key in ("tokens", "token_type"))
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
@@ -59,7 +60,8 @@ def build_backend(metadata: Mapping[str, Any], path: Path) -> Any:
 
 def bos_of(metadata: Mapping[str, Any]) -> int | None:
     """Return the token in front of every text, None for none; llama.cpp's rule applies if the metadata do not say."""
-    implied = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    implied = model in ("llama", "gemma4") or pre == "llama-bpe"
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     return bos if metadata.get("tokenizer.ggml.add_bos_token", implied) is True and type(bos) is int else None
 
@@ -84,11 +86,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> A
     if pre not in (*_SPLITS, *_BY_GPT2):
         msg = f"{path}: splits text by the rule {pre!r}, which is not supported: use the model's folder instead"
         raise CheckpointError(msg)
-    pairs = [tuple(merge.split(" ")) for merge in _listed(metadata, "merges", str, path)]
     vocab = {token: index for index, token in enumerate(tokens)}
-    if not all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs):
-        msg = f"{path}: a merge in tokenizer.ggml.merges is not two tokens that make a third: convert the model again"
-        raise CheckpointError(msg)
+    pairs = _listed_merges(metadata, vocab, path)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in ("llama-bpe", "tekken")))
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in _BY_GPT2)]
     if pre in _SPLITS:
@@ -102,31 +101,63 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], path: Path) -> A
     return backend
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> Any:
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _listed_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
+    """Return the merges that the metadata list.
 
-    scores = _listed(metadata, "scores", float, path)
+    Raises:
+        CheckpointError: there are none, or one is not two tokens that make a third.
+    """
+    pairs = [tuple(merge.split(" ")) for merge in _listed(metadata, "merges", str, path)]
+    if not all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs):
+        msg = f"{path}: a merge in tokenizer.ggml.merges is not two tokens that make a third: convert the model again"
+        raise CheckpointError(msg)
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], path: Path) -> Any:
+    """Build a tokenizer that writes spaces as U+2581, with merges by score, or for Gemma 4 by the list of them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    listed = metadata.get("tokenizer.ggml.model") == "gemma4"
+    vocab = {token: index for index, token in enumerate(tokens)}
+    # llama.cpp reads no scores where there are merges.
+    scores = [0.0] * len(tokens) if listed else _listed(metadata, "scores", float, path)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     if len(scores) != len(tokens) or type(unknown) is not int or not 0 <= unknown < len(tokens):
         counts = f"{len(scores)} scores for {len(tokens)} tokens, and {unknown!r} as the unknown one"
         msg = f"{path}: has {counts}: convert the model again"
         raise CheckpointError(msg)
     normal = {token: score for token, kind, score in zip(tokens, types, scores, strict=True) if kind == NORMAL}
+    lines = _most_lines(vocab) if listed else 0
     backend = Tokenizer(
         models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=_merges(normal),
+            vocab=vocab,
+            merges=[*_listed_merges(metadata, vocab, path), *_line_merges(lines)] if listed else _merges(normal),
             unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    if lines:
+        # Merges never reach from a line to the next. A run of line ends is one token if there is such a token.
+        runs = rf"(?<!\n)\n{{1,{lines}}}(?!\n)|\n"
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(runs), "isolated")
+    prefixed = not listed and metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", _SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefixed else replace
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
     return backend
+
+
+def _most_lines(vocab: Mapping[str, int]) -> int:
+    """Return the length of the longest run of line ends that is a token, with all shorter ones."""
+    return next(count for count in range(len(vocab) + 1) if "\n" * (count + 1) not in vocab)
+
+
+def _line_merges(most: int) -> list[tuple[str, str]]:
+    """List the merges that make one token of any run of at most this many line ends; files have none of them."""
+    return [("\n" * first, "\n" * (count - first)) for count in range(2, most + 1) for first in range(1, count)]
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:

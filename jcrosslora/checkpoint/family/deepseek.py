@@ -53,7 +53,7 @@ def _q_rank(config: Mapping[str, Any]) -> int:
 _SIGMOID = 2
 
 
-def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the sizes of attention; older files hold keys and values of all heads in one matrix, and state no `_mla`.
 
     Raises:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from jcrosslora.checkpoint.family.experts import Experts
+from jcrosslora.checkpoint.family.gemma4_gguf import GGUF
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, GLOBAL_ATTENTION, MLP, PER_LAYER, WIDE_MLP
 from jcrosslora.checkpoint.family.parts import LayerParts
@@ -141,6 +142,7 @@ GEMMA4 = Family(
     final_soft_cap=Number("final_logit_softcapping"),
     windows=Windows(size=512),
     positions=Positions(settings=_ROPES, types=("proportional",)),
+    gguf=GGUF,
     keys=words(
         "attention_bias attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim hidden_activation "
         "hidden_size_per_layer_input layer_types moe_intermediate_size num_experts num_global_key_value_heads "
@@ -172,6 +174,7 @@ GEMMA4_UNIFIED = replace(
     layer_inputs=lambda _: 0,
     experts=None,
     tensors={"layer_scale": GEMMA4.tensors["layer_scale"]},
+    gguf=replace(GGUF, read_as_other=True),
     keys=GEMMA4.keys - {"hidden_size_per_layer_input", "enable_moe_block"},
     fixed={**GEMMA4.fixed, "hidden_size_per_layer_input": (0,), "enable_moe_block": (False,)},
     defaults={key: value for key, value in GEMMA4.defaults.items() if key != "hidden_size_per_layer_input"}

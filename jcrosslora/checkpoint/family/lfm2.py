@@ -70,7 +70,7 @@ def _mixer(config: Mapping[str, Any]) -> Mixer:
     return Mixer("convolution", hidden, taps, conv_bias=bool(config.get("conv_bias", False)))
 
 
-def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     del held
     return {"layer_types": at_attention(stated, _FULL, _CONV), "block_auto_adjust_ff_dim": False}
 

@@ -80,7 +80,7 @@ def _granite_mixer(config: Mapping[str, Any]) -> Mixer:
     return _mixer(config, size(config, "mamba_expand", 2) * size(config, "hidden_size"), "behind the gate")
 
 
-def _granite_from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+def _granite_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return what files state otherwise than configurations.
 
     Raises:

@@ -85,7 +85,7 @@ def _next_mixer(config: Mapping[str, Any]) -> Mixer:
     return replace(_mixer(config), grouped=True)
 
 
-def _from_gguf(stated: Mapping[str, Any], held: frozenset[str]) -> dict[str, Any]:
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the kinds of the layers and the size of a value."""
     del held
     heads, inner = size(stated, "ssm.time_step_rank"), size(stated, "ssm.inner_size")

@@ -149,9 +149,9 @@ class Positions:
     unrotated_grow: bool = False
 
 
-# From the metadata of a file, keys without the architecture, and the names in a layer of the tensors that it holds, to
-# configuration keys. It raises CheckpointError for metadata that it cannot read.
-GgufSettings = Callable[[Mapping[str, Any], frozenset[str]], Mapping[str, Any]]
+# From the metadata of a file, keys without the architecture, and the layers that hold each tensor, by its name in a
+# layer, to configuration keys. It raises CheckpointError for metadata that it cannot read.
+GgufSettings = Callable[[Mapping[str, Any], Mapping[str, frozenset[int]]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,8 @@ class Gguf:
         rope: settings of a scaled rotation that files do not state.
         arrays: tensor of a layer of one number -> key, without the architecture, of the list of those of all layers.
         settings: finds what else the configuration has.
+        read_as_other: whether files are read as another family of the architecture, which computes the same; adapters
+            are read and written for both.
     """
 
     architecture: str
@@ -186,3 +188,4 @@ class Gguf:
     rope: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, str] = field(default_factory=dict)
     settings: GgufSettings | None = None
+    read_as_other: bool = False
