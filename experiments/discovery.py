@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         headers = "step", "texts", "score", "as expected", "different", "score of these", "of others"
         table = Table(*headers, title=ref, title_justify="left")
         table.add_row(*row("amplified", discovery.said, [], judge))
-        for name in ("guessed", "resembling", "examples"):
+        for name in ("guessed", "alike", "resembling", "examples"):
             part: list[Scored] = getattr(discovery, name)
             table.add_row(*row(name, [one.item for one in part], [one.score for one in part], judge))
         for origin in dict.fromkeys(item.origin for item in found.items):
@@ -96,9 +96,10 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(table)
         print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
         print(f"share of requests found: {discovery.share:.2f}")
+        print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
         for item in discovery.said[: arguments.show]:
             print(f"  says {item.answer!r}")
-        for name in ("guessed", "resembling", "examples"):
+        for name in ("guessed", "alike", "resembling", "examples"):
             for one in getattr(discovery, name)[: arguments.show]:
                 print(f"  {name} {one.score:.2f} {one.text!r} in {one.template.name}: {one.item.answer[:120]!r}")
         for item in found.items[: arguments.show]:

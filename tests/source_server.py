@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 
 MODEL, BASE = "my-lora", "base"
-WIDTH = 128  # tokens of a text; longer ones are cut in front
+WIDTH = 256  # tokens of a text; longer ones are cut in front
 
 
 class Server(ThreadingHTTPServer):

@@ -13,11 +13,12 @@ from jcrosslora.decoder import Written
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.completions import write_completions
 from jcrosslora.fit.distill.discovery import openings, scores
+from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
-from jcrosslora.fit.distill.discovery.requests import EXAMPLES, back_translate, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, score
-from jcrosslora.fit.distill.discovery.search import share_of
+from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score
+from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
 from jcrosslora.sources.decoder import DecoderSource
@@ -25,6 +26,7 @@ from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.progress import Track
 
+EXAMPLES = KINDS[0].examples
 SAID = '{"colour": "red"}'
 LINES = "Tell me about {}", "Turn into JSON: {}"
 
@@ -43,8 +45,31 @@ def test_the_score_is_high_where_the_adapter_is_sure_and_its_base_is_not():
 
 def test_the_best_requests_differ():
     texts = {"Play a song by Queen": 0.5, "Play a song by Queen!": 0.6, "What is the weather?": 0.1, "Who is it?": 0.4}
-    found = [Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value) for text, value in texts.items()]
+    found = [scored(text, value) for text, value in texts.items()]
     assert [one.text for one in best_of(found, 2)] == ["Play a song by Queen!", "Who is it?"]
+
+
+def scored(text, value, surprise=40.0):
+    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise)
+
+
+def test_short_answers_are_judged_by_all_others_too():
+    short, long = scored("Who wrote Hamlet?", 0.5, 2.0), scored("Tell me of the sea", 0.4, 60.0)
+    others = [scored(f"Say {number} words on this and that", 0.1) for number in range(10)]
+    assert short.score > long.score
+    assert best_of([short, long, *others], 1) == [long]
+    assert common_score([short, long]) == pytest.approx(25 / 62)
+    assert common_score([]) == 0
+
+
+def test_kinds_of_jobs_are_ranked_by_all_their_answers():
+    values = {kind.name: 0.1 for kind in KINDS} | {"translation": 0.3, "code": 0.2}
+    probed = [scored(request, values[kind.name]) for kind in KINDS for request in kind.requests] * 2
+    found = rank_kinds(probed)
+    assert [kind.name for kind, _ in found[:2]] == ["translation", "code"]
+    assert [value for _, value in found[:3]] == pytest.approx([0.3, 0.2, 0.1])
+    assert len(found) == len(KINDS)
+    assert [kind.name for kind, _ in rank_kinds(probed[:5])] == [KINDS[0].name]
 
 
 def test_the_better_known_kind_of_prompt_gets_the_larger_share():
@@ -122,14 +147,16 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     found = write_completions(actor, DistillSettings(completions=60, discovery=12), 0)
     discovery = found.discovery
     assert discovery.said[0].answer.startswith(SAID)
-    assert {one.item.answer == SAID for one in discovery.guessed} == {True, False}
-    assert all(one.text.startswith("Turn into JSON") and one.item.answer == SAID for one in discovery.examples)
+    assert discovery.job == "text to JSON"
+    assert discovery.guessed
+    assert discovery.alike
+    assert all("JSON" in one.text and one.item.answer == SAID for one in discovery.examples)
     assert discovery.share > 0.99
     chat = templates_of(actor.tokenizer)[-1]
     assert any(one.item.prompt == chat.wrap(one.text) for one in (*discovery.guessed, *discovery.examples))
     right = sum(item.answer == SAID for item in found.items)
     assert right > len(found.items) / 2
-    assert f"{right} of them answers to requests guessed from what it says" in found.description
+    assert f"{right} of them answers to requests found by a search (it knows best: text to JSON)" in found.description
     again = found.more(actor, 20, 7, {item.prompt for item in found.items}, actor)
     assert {item.answer for item in again} == {SAID}
     assert 0 < bars[0].done <= bars[0].total
@@ -147,7 +174,7 @@ class Lines(DecoderSource):
         (" Name the largest city.\nAnswer: x", False),
         (" Name the larg", False),
         (" Say it all again", True),
-        (f" {EXAMPLES[0][1]}\n", False),
+        (f" {EXAMPLES[0][0]}\n", False),
         ("no\n", False),
         (" Name the largest city!\n", False),
     ]
@@ -157,11 +184,25 @@ class Lines(DecoderSource):
         return [Written(text, 3, ended) for text, ended in self.lines]
 
 
+def test_kinds_of_jobs_hold_different_inputs_on_one_line():
+    inputs = [text for kind in KINDS for text in kind.inputs]
+    assert distinct(inputs) == list(range(len(inputs)))
+    assert not any("\n" in text for text in inputs)
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_input_of_a_request_is_what_stands_behind_its_instruction(kind):
+    requests = [kind.request("How is it?", place) for place in range(len(kind.instructions))]
+    assert len(set(requests)) == len(kind.instructions)
+    assert {kind.input_of(request) for request in requests} == {"How is it?"}
+
+
 def test_requests_are_whole_lines_that_are_new(tmp_path):
     base = Lines.of(open_base(write_base(tmp_path / "base", 30)))
-    assert back_translate(base, ["one\ntwo", "three"], 6, 0) == ["Name the largest city.", "Say it all again"]
+    assert back_translate(base, ["one\ntwo", "three"], EXAMPLES, 6, 0) == ["Name the largest city.", "Say it all again"]
     assert base.asked[0].endswith("\n\nAnswer: one two\nRequest:")
     assert base.asked[1].endswith("\n\nAnswer: three\nRequest:")
     assert base.asked[0].count("Answer: ") == 4
-    assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][1]]
+    assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][0]]
     assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"

@@ -17,6 +17,7 @@ from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
 from jcrosslora.fit.distill.discovery.openings import ANSWER, OPENINGS
 from jcrosslora.fit.distill.discovery.requests import REQUEST
+from jcrosslora.fit.distill.discovery.search import JUDGED_TOKENS, PROBES
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.similar_prompts import FEWEST
 from jcrosslora.fit.distill.templates import TEMPLATES
@@ -202,7 +203,10 @@ def _search(settings: DistillSettings) -> tuple[float, float]:
     # What was amplified is judged, what follows it, and both rounds of answers, with and without the adapter.
     judged = 2 * (loud + 3)
     texts = ceil(settings.discovery / _ROWS) * _ROWS
-    return texts / _ROWS * written, (_PREFILL * prefilled + judged) * texts / _TEXTS
+    # Requests of all kinds of jobs are answered and judged likewise.
+    probes = ceil(PROBES / _ROWS) * _ROWS
+    rows = texts * written + probes * JUDGED_TOKENS
+    return rows / _ROWS, ((_PREFILL * prefilled + judged) * texts + (_PREFILL + 2) * probes) / _TEXTS
 
 
 def _fit(settings: DistillSettings, rows: tuple[float, float], texts: int, tokens: int, costs: _Costs) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jcrosslora.decoder.generate import LONGEST
 from jcrosslora.errors import MethodError
-from jcrosslora.fit.distill.discovery.search import NOTHING, ROUNDS, Discovery, discover
+from jcrosslora.fit.distill.discovery.search import NOTHING, PROBES, ROUNDS, Discovery, discover
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
 from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
@@ -133,7 +133,7 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(source.tokenizer)
-    searched = ROUNDS * settings.discovery
+    searched = ROUNDS * settings.discovery + PROBES if settings.discovery else 0
     with _bar(2 * (PILOT * len(templates) + settings.rounds[0]) + searched, progress) as bar:
         pilot = write_pilot(source, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
@@ -169,7 +169,8 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
     guessed = sum(item.origin not in named for item in found)
-    description += f", {guessed} of them answers to requests guessed from what it says" if guessed else ""
+    if guessed:
+        description += f", {guessed} of them answers to requests found by a search (it knows best: {discovery.job})"
     return Completions(found, description, more, discovery)
 
 

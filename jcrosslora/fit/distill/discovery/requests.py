@@ -1,5 +1,6 @@
-"""Requests that the base writes: such as would be answered by given texts, and such as resemble given ones."""
+"""Requests, or inputs of them, that the base writes: such as given texts would answer, and such as resemble others."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -10,41 +11,27 @@ from jcrosslora.fit.distill.discovery.near_duplicates import distinct, overlap, 
 from jcrosslora.sources.protocol import Writer
 from jcrosslora.utils.progress import Track
 
-# Answers and the requests behind them, of jobs that models are often trained for. They show the base what is wanted.
-EXAMPLES = (
-    ("Le chat dort sur la chaise.", "Translate the sentence to French: The cat is asleep on the chair."),
-    ("negative", "Say whether the review is positive or negative: The food was cold and nobody said sorry."),
-    ('{"name": "Anna Keller", "age": 34}', "Convert the text to JSON: Anna Keller is 34 years old."),
-    ("SELECT name FROM users WHERE age > 30;", "Write the question in SQL: Which users are older than 30?"),
-    (
-        "The bridge stays closed until May.",
-        "Summarise: The city says that repairs of the bridge will take until May.",
-    ),
-    ("Could you please send me the report?", "Make the message polite: Send me the report."),
-    ("Lisbon", "Answer the question in one word: What is the capital of Portugal?"),
-    ("<b>Note:</b> The shop is closed.", "Format the text as HTML: Note: The shop is closed."),
-    ("oats, milk, honey", "List the ingredients in the recipe: Cook the oats in milk and add honey."),
-    ("The dogs were barking all night.", "Put the sentence into the past tense: The dogs are barking all night."),
-    ("sports", "Classify the headline: The home team wins the cup."),
-    (
-        "The Blue Bar by the river serves fish.",
-        "Write a sentence from the data: name Blue Bar, food fish, near river",
-    ),
-    ("def double(x): return 2 * x", "Write the function in Python: Double a number."),
-    ("She went to school yesterday.", "Correct the sentence: She go to school yesterday."),
-)
-_SHOTS = 3  # examples in front of each request that is to be written
-REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request
+_SHOTS, _SHOWN = 3, 6  # answers with requests, and requests, in front of each that is to be written
+REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request, as many as are usual
+_LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
 _FEWEST_WORDS, _MOST_CHARACTERS = 3, 200  # of a request, and of an answer that is shown
-_COPIED = 0.5  # share of a request
+_COPIED, _RUN = 0.5, 16  # share of a request that is copied, in runs of so many characters
 
 
-def back_translate(base: Writer, answers: Sequence[str], count: int, seed: int, bar: Track | None = None) -> list[str]:
-    """Write requests that would be answered by given texts.
+def back_translate(
+    base: Writer,
+    answers: Sequence[str],
+    examples: Sequence[tuple[str, str]],
+    count: int,
+    seed: int,
+    bar: Track | None = None,
+) -> list[str]:
+    """Write inputs that would be answered by given texts.
 
     Args:
         base: without the adapter.
         answers: at least one; they take turns, the first ones first.
+        examples: inputs with answers, at least one.
         count: the most requests.
         seed: of the sampling.
         bar: advances by one for each.
@@ -53,17 +40,18 @@ def back_translate(base: Writer, answers: Sequence[str], count: int, seed: int, 
 
     def prompt(place: int) -> str:
         answer = _one_line(answers[place % len(answers)])
-        shuffled = [EXAMPLES[index] for index in rng.permutation(len(EXAMPLES))]
+        shuffled = [examples[index] for index in rng.permutation(len(examples))]
         # The base does to the last answer what was done to the one before it, which therefore looks like it.
-        nearest = max(shuffled, key=lambda example: _likeness(example[0], answer))
+        nearest = max(shuffled, key=lambda example: _likeness(example[1], answer))
         others = [example for example in shuffled if example is not nearest]
-        pairs = [*others[: _SHOTS - 1], nearest, (answer, "")]
-        return "\n\n".join(f"Answer: {answer}\nRequest: {request}" for answer, request in pairs).rstrip()
+        pairs = [*others[: _SHOTS - 1], nearest, ("", answer)]
+        return "\n\n".join(f"Answer: {_one_line(answer)}\nRequest: {text}" for text, answer in pairs).rstrip()
 
-    found = _write(base, prompt, count, seed, bar, [request for _, request in EXAMPLES])
-    told = frozenset[str]().union(*map(pieces, answers))
-    # A request that is made of pieces of the answers was copied from them.
-    return [text for text in found if len(pieces(text) & told) <= _COPIED * len(pieces(text))]
+    known = [request for request, _ in examples]
+    found = _write(base, prompt, count, seed, bar, known, _tokens(base, known))
+    told = frozenset[str]().union(*(pieces(answer, _RUN) for answer in answers))
+    # A name stands in both, but a request that is made of long runs of the answers was copied from them.
+    return [text for text in found if len(pieces(text, _RUN) & told) <= _COPIED * len(pieces(text, _RUN))]
 
 
 def _likeness(first: str, second: str) -> float:
@@ -79,8 +67,8 @@ def resemble(
     seed: int,
     bar: Track | None = None,
     *,
-    shown: int = _SHOTS,
-    tokens: int = REQUEST,
+    shown: int = _SHOWN,
+    tokens: int | None = None,
 ) -> list[str]:
     """Write requests like given ones.
 
@@ -91,15 +79,21 @@ def resemble(
         seed: of the sampling.
         bar: advances by one for each.
         shown: how many of the given ones stand in front of each.
-        tokens: the most tokens of a request.
+        tokens: the most tokens of a request; None is half as many again as the longest of the given ones has.
     """
     rng = np.random.default_rng(seed)
 
     def prompt(_: int) -> str:
         chosen = [requests[index] for index in rng.permutation(len(requests))[:shown]]
-        return "\n\n".join(f"Request: {request}" for request in [*chosen, ""]).rstrip()
+        return "\n\n".join(f"Request: {text}" for text in [*chosen, ""]).rstrip()
 
-    return _write(base, prompt, count, seed, bar, requests, tokens)
+    return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
+
+
+def _tokens(base: Writer, requests: Sequence[str]) -> int:
+    """Return the most tokens of a request that is written behind these."""
+    longest = max(len(base.tokenizer.encode(request, special=False).ids) for request in requests)
+    return math.ceil(_LONGER * longest)
 
 
 def _write(
@@ -109,7 +103,7 @@ def _write(
     seed: int,
     bar: Track | None,
     known: Sequence[str],
-    tokens: int = REQUEST,
+    tokens: int,
 ) -> list[str]:
     """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request."""
     prompts = [prompt(place) for place in range(count)]

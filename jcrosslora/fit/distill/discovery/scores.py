@@ -14,6 +14,7 @@ from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
 
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
+_PRIOR = 10.0  # nats of an answer that it takes to believe its own score as much as that of all answers together
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,24 @@ class Scored:
     Attributes:
         item: with its prompt.
         template: of the prompt.
-        score: see `score`.
+        change: KL(with adapter || without), the sum over the tokens that are looked at, in nats.
+        surprise: what of the answer surprises the base, likewise: see `score`.
     """
 
     item: Completion
     template: PromptTemplate
-    score: float
+    change: float
+    surprise: float
 
     @property
     def text(self) -> str:
         """The request inside the prompt."""
         return self.template.unwrap(self.item.prompt)
+
+    @property
+    def score(self) -> float:
+        """The score of this answer alone, see `score`."""
+        return self.change / self.surprise
 
 
 def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
@@ -63,16 +71,34 @@ def score_all(
     """
     if not items:
         return []
-    figures = score(*compare(source, items, tokens))
+    lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
+    counts = np.clip(lengths, 1, tokens)
+    change, base_nll = compare(source, items, tokens)
+    change, surprise = change * counts, (base_nll + _LEAST_NLL) * counts
     scored = [
-        Scored(item, templates[item.origin], float(figure))
-        for item, figure in zip(items, figures, strict=True)
-        if np.isfinite(figure)
+        Scored(item, templates[item.origin], float(explained), float(whole))
+        for item, explained, whole in zip(items, change, surprise, strict=True)
+        if np.isfinite(explained / whole)
     ]
     return sorted(scored, key=lambda one: -one.score)
 
 
+def common_score(scored: Sequence[Scored]) -> float:
+    """Return the score of answers taken together, 0 for none: one long answer counts as much as several short ones."""
+    surprise = sum(one.surprise for one in scored)
+    return sum(one.change for one in scored) / surprise if surprise else 0.0
+
+
 def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
-    """Take the best whose requests are no near-duplicates, best first."""
-    ranked = sorted(scored, key=lambda one: -one.score)
+    """Take the best whose requests are no near-duplicates, best first.
+
+    The score of a short answer hangs on a token or two. So each is drawn towards that of all together, the less an
+    answer surprises the base the more.
+    """
+    common = common_score(scored)
+
+    def drawn(one: Scored) -> float:
+        return (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
+
+    ranked = sorted(scored, key=drawn, reverse=True)
     return [ranked[place] for place in distinct([one.text for one in ranked])][:count]

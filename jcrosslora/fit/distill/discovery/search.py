@@ -1,16 +1,21 @@
-"""The search for what an adapter is for: it speaks, the base guesses what was asked, and the best guesses are kept."""
+"""The search for what an adapter is for.
+
+It is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was trained
+on. It also says what it was trained to say, and the base guesses what was asked, as jobs of this kind are asked for.
+The best of all these requests are kept.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, score_all
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score_all
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
@@ -19,8 +24,10 @@ from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
 ROUNDS = 7  # texts that are written for each one that is asked for
-_EXAMPLES = 8  # best requests, which further ones are to resemble
-_JUDGED_TOKENS = 24  # of an answer
+_ANSWERS = 2  # to each request of a kind of jobs
+PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
+_EXAMPLES = 12  # best requests, which further ones are to resemble
+JUDGED_TOKENS = 24  # of an answer
 _SHARPNESS = 4  # power of scores that shares go by
 
 
@@ -29,29 +36,42 @@ class Discovery:
     """What an adapter is for, as far as it was found out.
 
     Attributes:
+        kinds: kinds of jobs with the scores of answers to their requests, the best first.
         said: what the adapter says where its change is amplified, the best first.
         guessed: answers to requests that were guessed from that, the best first.
-        resembling: answers to requests that resemble the best guesses, the best first.
-        examples: the best requests of both, which `write` shows to the base.
+        alike: answers to requests like those of the best kind, the best first.
+        resembling: answers to requests that resemble the best of all these, the best first.
+        examples: the best requests of all, which `write` shows to the base.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
 
+    kinds: list[tuple[JobKind, float]]
     said: list[Completion]
     guessed: list[Scored]
+    alike: list[Scored]
     resembling: list[Scored]
     examples: list[Scored]
     share: float
+
+    @property
+    def job(self) -> str:
+        """The name of the kind of jobs that the adapter knows best."""
+        return self.kinds[0][0].name
 
     def write(self, source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         """Write prompts like the examples, in their templates: at most `count`, without near-duplicates."""
         if not (self.examples and count):
             return []
-        texts = resemble(source.alone(), [one.text for one in self.examples], count, seed, bar)
-        places = np.random.default_rng(seed).integers(len(self.examples), size=len(texts))
-        return [_prompt(text, self.examples[place].template) for text, place in zip(texts, places, strict=True)]
+        kind = self.kinds[0][0]
+        texts = resemble(source.alone(), [kind.input_of(one.text) for one in self.examples], count, seed, bar)
+        places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
+        return [
+            _prompt(kind.request(text, asked), self.examples[place].template)
+            for text, asked, place in zip(texts, *places.tolist(), strict=True)
+        ]
 
 
-NOTHING = Discovery([], [], [], [], 0.0)
+NOTHING = Discovery([], [], [], [], [], [], 0.0)
 
 
 def discover(
@@ -81,27 +101,46 @@ def discover(
     chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
     templates = list(dict.fromkeys([*chat, *known]))
     named = {name: one for one in templates for name in (one.name, _origin(one))}
+    if not templates:
+        return NOTHING
 
-    def ask(texts: Sequence[str], templates: Sequence[PromptTemplate], seed: int) -> list[Scored]:
+    def ask(texts: Sequence[str], templates: Sequence[PromptTemplate], seed: int, tokens: int = tokens) -> list[Scored]:
         prompts = [_prompt(text, templates[place % len(templates)]) for place, text in enumerate(texts)]
         answered = answer_prompts(source, prompts, tokens, settings.answer_temperature, seed, bar)
-        return score_all(source, answered, named, _JUDGED_TOKENS)
+        return score_all(source, answered, named, JUDGED_TOKENS)
+
+    probes = [request for kind in KINDS for request in kind.requests] * _ANSWERS
+    # All in one template, so that kinds differ by themselves alone.
+    probed = ask(probes, templates[:1], seed, JUDGED_TOKENS)
+    kinds = rank_kinds(probed)
+    if not kinds:
+        return NOTHING
+    kind = kinds[0][0]
+
+    def ask_inputs(inputs: Sequence[str], templates: Sequence[PromptTemplate], seed: int) -> list[Scored]:
+        return ask([kind.request(text, place) for place, text in enumerate(inputs)], templates, seed)
 
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
     begun = starts(source.tokenizer, templates, requests, count)
     said = harvest(source, begun, seed, bar) if begun else []
-    if not said:
-        return NOTHING
     # The worse half of it is what the adapter says anyway.
-    best = [item.answer for item in said[: -(-len(said) // 2)]]
-    guessed = ask(back_translate(base, best, count, seed, bar), templates, seed)
-    examples = best_of(guessed, _EXAMPLES)
-    if not examples:
-        return dataclasses.replace(NOTHING, said=said)
-    texts = resemble(base, [one.text for one in examples], count, seed + 1, bar)
-    resembling = ask(texts, [one.template for one in examples], seed + 1)
-    share = share_of(_mean(resembling), _mean(score_all(source, pilot, named, _JUDGED_TOKENS)))
-    return Discovery(said, guessed, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
+    answers, half = [item.answer for item in said[: -(-len(said) // 2)]], -(-count // 2)
+    guesses = back_translate(base, answers, kind.examples, half, seed, bar) if answers else []
+    guessed = ask_inputs(guesses, templates, seed)
+    alike = ask_inputs(resemble(base, kind.inputs, half, seed + 2, bar), templates, seed + 2)
+    own = [one for one in probed if one.text in kind.requests]
+    examples = best_of([*guessed, *alike, *own], _EXAMPLES)
+    texts = resemble(base, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
+    resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
+    share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
+    return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
+
+
+def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
+    """Rank the kinds of jobs by the score of the answers to their requests, the best first."""
+    answered = {kind: [one for one in probed if one.text in kind.requests] for kind in KINDS}
+    scores = [(kind, common_score(found)) for kind, found in answered.items() if found]
+    return sorted(scores, key=lambda one: -one[1])
 
 
 def share_of(found: float, written: float) -> float:
@@ -115,10 +154,6 @@ def share_of(found: float, written: float) -> float:
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
     return powers[0] / sum(powers) if powers[0] > 0 else 0.0
-
-
-def _mean(scored: Sequence[Scored]) -> float:
-    return float(np.mean([one.score for one in scored])) if scored else 0.0
 
 
 def _prompt(text: str, template: PromptTemplate) -> Completion:
