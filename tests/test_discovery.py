@@ -79,6 +79,19 @@ def test_the_better_known_kind_of_prompt_gets_the_larger_share():
     assert share_of(0.0, 0.0) == share_of(-0.1, 0.5) == 0.0
 
 
+def test_of_kinds_that_are_known_alike_that_of_the_answers_looks_is_taken():
+    """An adapter that answers everything by a label knows all kinds; those that it knows far less are left out."""
+    values = {kind.name: 0.6 for kind in KINDS} | {"arithmetic": 0.65, "questions": 0.3}
+    probed = [
+        dataclasses.replace(one, item=dataclasses.replace(one.item, answer="lost card"))
+        for kind in KINDS
+        for one in (scored(request, values[kind.name]) for request in kind.requests)
+    ]
+    found = rank_kinds(probed)
+    assert [kind.name for kind, _ in found[:2]] == ["labels of wishes", "arithmetic"]
+    assert len(found) == len(KINDS)
+
+
 def test_a_text_begins_in_every_place_that_has_a_token(tmp_path):
     base = load_tokenizer(open_base(write_base(tmp_path / "base", 30, bos=True)))
     question, task = TEMPLATES[0], dataclasses.replace(TEMPLATES[1], before="")

@@ -42,7 +42,7 @@ def back_translate(
         answer = _one_line(answers[place % len(answers)])
         shuffled = [examples[index] for index in rng.permutation(len(examples))]
         # The base does to the last answer what was done to the one before it, which therefore looks like it.
-        nearest = max(shuffled, key=lambda example: _likeness(example[1], answer))
+        nearest = max(shuffled, key=lambda example: likeness(example[1], answer))
         others = [example for example in shuffled if example is not nearest]
         pairs = [*others[: _SHOTS - 1], nearest, ("", answer)]
         return "\n\n".join(f"Answer: {_one_line(answer)}\nRequest: {text}" for text, answer in pairs).rstrip()
@@ -54,7 +54,7 @@ def back_translate(
     return [text for text in found if len(pieces(text, _RUN) & told) <= _COPIED * len(pieces(text, _RUN))]
 
 
-def _likeness(first: str, second: str) -> float:
+def likeness(first: str, second: str) -> float:
     """Compare what two texts look like: their marks, and where letters and digits stand among them."""
     shapes = (re.sub(r"\d+", "0", re.sub(r"[^\W\d_]+", "a", text)) for text in (first, second))
     return overlap(*(pieces(shape, 3) for shape in shapes))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
-from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
+from jcrosslora.fit.distill.discovery.requests import back_translate, likeness, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score_all
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
@@ -26,6 +26,7 @@ from jcrosslora.utils.progress import Track
 ROUNDS = 7  # texts that are written for each one that is asked for
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
+_NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
 _EXAMPLES = 12  # best requests, which further ones are to resemble
 JUDGED_TOKENS = 24  # of an answer
 _SHARPNESS = 4  # power of scores that shares go by
@@ -36,7 +37,7 @@ class Discovery:
     """What an adapter is for, as far as it was found out.
 
     Attributes:
-        kinds: kinds of jobs with the scores of answers to their requests, the best first.
+        kinds: kinds of jobs with the scores of answers to their requests, see `rank_kinds`.
         said: what the adapter says where its change is amplified, the best first.
         guessed: answers to requests that were guessed from that, the best first.
         alike: answers to requests like those of the best kind, the best first.
@@ -55,7 +56,7 @@ class Discovery:
 
     @property
     def job(self) -> str:
-        """The name of the kind of jobs that the adapter knows best."""
+        """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
 
     def write(self, source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
@@ -137,10 +138,23 @@ def discover(
 
 
 def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
-    """Rank the kinds of jobs by the score of the answers to their requests, the best first."""
+    """Rank the kinds of jobs by the score of the answers to their requests, the adapter's own kind first.
+
+    An adapter that answers everything in its own way knows several kinds nearly as well. Of those its own is the one
+    whose answers look most like those of the examples.
+    """
     answered = {kind: [one for one in probed if one.text in kind.requests] for kind in KINDS}
-    scores = [(kind, common_score(found)) for kind, found in answered.items() if found]
-    return sorted(scores, key=lambda one: -one[1])
+    scores = {kind: common_score(found) for kind, found in answered.items() if found}
+    ranked = sorted(scores, key=lambda kind: -scores[kind])
+    near = [kind for kind in ranked if scores[kind] >= _NEAR * scores[ranked[0]]]
+
+    def look(kind: JobKind) -> float:
+        """Compare the adapter's answers with those of the examples, each with the likest."""
+        known = [answer for _, answer in kind.examples]
+        return float(np.mean([max(likeness(one.item.answer, other) for other in known) for one in answered[kind]]))
+
+    own = sorted(near, key=look, reverse=True)[:1]
+    return [(kind, scores[kind]) for kind in dict.fromkeys([*own, *ranked])]
 
 
 def share_of(found: float, written: float) -> float:
