@@ -79,7 +79,7 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
             {"method": "distill", "completions": 150, "probe_text": str(texts)},
         )
     )
-    assert many["write completions"] > 1.3 * few["write completions"] > 2 * given["write completions"]
+    assert many["write completions"] > 1.2 * few["write completions"] > 2 * given["write completions"]
     assert many["fit"] > 1.5 * few["fit"]
     assert given["fit"] == pytest.approx(few["fit"], rel=0.2)
 
