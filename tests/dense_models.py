@@ -1,6 +1,6 @@
 """Tiny random models of the dense families beyond those of `tiny_models`, with settings that are awkward for each."""
 
-from expert_models import EXPERT_VARIANTS
+from expert_models import EXPERT_VARIANTS, LLAMA3
 from tiny_models import torch, transformers
 
 COMMON = {
@@ -17,14 +17,6 @@ COMMON = {
 }
 # Kinds of layers change inside these four.
 FOUR = {"num_hidden_layers": 4, "sliding_window": 6}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MINISTRAL = {
     "rope_type": "yarn",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import random_model
+from gradients_of_both import gradients_of_both
 from hybrid_models import ATTENTION, HYBRIDS
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
@@ -14,7 +15,7 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, ROLE_PATHS
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import forward, load_params, settings_of, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evidence.heads import match_heads
@@ -63,18 +64,8 @@ def adapted(folder, targets):
 def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_path):
     model = adapted(tmp_path, [*ATTENTION, "per_layer_input_gate"])
     stacked = stack_adapter(jcl.load_adapter(tmp_path, base), base)
-    settings, params = settings_of(base), load_params(base)
-    weight = np.random.default_rng(1).normal(size=(*TOKENS.shape, 64)).astype(np.float32)
-    (model(input_ids=torch.from_numpy(TOKENS).long()).logits * torch.from_numpy(weight)).sum().backward()
-    wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    @jax.jit
-    @jax.grad
-    def gradient(stacked):
-        hidden = forward(settings, params, TOKENS, adapter=stacked).hidden
-        return jnp.sum(logits(settings, params, hidden) * weight)
-
-    found, seen = gradient(stacked), set()
+    found, wanted = gradients_of_both(model, base, stacked, TOKENS)
+    seen = set()
     for role, factors in found.roles.items():
         for layer, a, b in zip(base.layers_with(role), factors.a, factors.b, strict=True):
             for side, own in (("A", a), ("B", 1.5 * b)):  # the scale is part of our B

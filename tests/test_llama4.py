@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dense_models import LLAMA3, random_model
 from expert_models import EXPERT_VARIANTS, LLAMA4
+from gradients_of_both import gradients_of_both
 from safetensors.numpy import load_file, save_file
 from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
@@ -54,18 +55,8 @@ def test_gradients_through_the_scores_and_what_experts_read_are_those_of_torch(t
     model.save_pretrained(tmp_path / "adapter")
     base = jcl.open_base(tmp_path)
     stacked = stack_adapter(jcl.load_adapter(tmp_path / "adapter", base), base)
-    settings, params = settings_of(base), load_params(base)
-    weight = np.random.default_rng(1).normal(size=(*TOKENS.shape, 64)).astype(np.float32)
-    (model(input_ids=torch.from_numpy(TOKENS).long()).logits * torch.from_numpy(weight)).sum().backward()
-    wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-    @jax.jit
-    @jax.grad
-    def gradient(stacked):
-        hidden = forward(settings, params, TOKENS, adapter=stacked).hidden
-        return jnp.sum(logits(settings, params, hidden) * weight)
-
-    found, seen = gradient(stacked), set()
+    found, wanted = gradients_of_both(model, base, stacked, TOKENS)
+    seen = set()
     for role in found.roles.keys() & ROLE_PATHS.keys():
         factors = found.roles[role]
         for layer, a, b in zip(base.layers_with(role), factors.a, factors.b, strict=True):
