@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hybrid_models import NEMOTRON
 from tiny_models import torch, transformers
 
 from jcrosslora.checkpoint.family.mixers import Mixer
@@ -32,13 +33,7 @@ FALCON = MAMBA | {
     "mamba_conv_bias": False,
     "time_step_limit": [0.2, 0.9],
 }
-NEMOTRON = {
-    "mamba_num_heads": 6,
-    "mamba_head_dim": 4,
-    "n_groups": 2,
-    "ssm_state_size": 5,
-    "conv_kernel": 3,
-    "chunk_size": 8,
+ALONE = NEMOTRON | {
     "use_conv_bias": False,
     "time_step_min": 0.6,
     "num_attention_heads": 3,
@@ -68,7 +63,7 @@ CASES = {
         Mixer("mamba", WIDTH, **HEADS, conv_bias=True, norm="behind the gate"),
     ),
     "mamba-limit": (
-        *("nemotron_h", "NemotronHMamba2Mixer", NEMOTRON),
+        *("nemotron_h", "NemotronHMamba2Mixer", ALONE),
         Mixer("mamba", WIDTH, **HEADS, norm="behind the gate", step_limits=(0.6, float("inf")), holder="mixer"),
     ),
     "mamba-gate": ("falcon_h1", "FalconH1Mixer", FALCON, Mixer("mamba", WIDTH, **HEADS, **SCALED)),

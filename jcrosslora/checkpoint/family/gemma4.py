@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.family.names import ATTENTION, GLOBAL_ATTENTION, MLP,
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import HeadSizes, LayerTensor, Number, Positions, Windows
-from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.checkpoint.family.sizes import check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -46,9 +46,7 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in config.items() if key != "per_layer_config"}
     found |= {"layer_types": kinds} | _stated_heads(config, kinds)
     heads, keys = size(found, "num_attention_heads"), _global_heads(found).kv_heads
-    if heads % keys:
-        msg = f"num_attention_heads {heads} is not a multiple of num_global_key_value_heads {keys}"
-        raise CheckpointError(msg)
+    check_multiple("num_attention_heads", heads, "num_global_key_value_heads", keys)
     return found
 
 

@@ -10,7 +10,7 @@ from jcrosslora.checkpoint.family.names import ATTENTION, EXPERT_LATENT, UNGATED
 from jcrosslora.checkpoint.family.parts import NOTHING, LayerParts
 from jcrosslora.checkpoint.family.record import Family
 from jcrosslora.checkpoint.family.rules import Number, Positions
-from jcrosslora.checkpoint.family.sizes import MOST_LAYERS, layer_kinds, size
+from jcrosslora.checkpoint.family.sizes import MOST_LAYERS, check_multiple, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _MAMBA, _ATTENTION, _MLP, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
@@ -54,9 +54,7 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 def _mixer(config: Mapping[str, Any]) -> Mixer:
     heads, groups = size(config, "mamba_num_heads", 128), size(config, "n_groups", 8)
-    if heads % groups:
-        msg = f"mamba_num_heads {heads} is not a multiple of n_groups {groups}"
-        raise CheckpointError(msg)
+    check_multiple("mamba_num_heads", heads, "n_groups", groups)
     least = config.get("time_step_min", 0.001)
     if not isinstance(least, int | float) or isinstance(least, bool) or not 0 <= least < float("inf"):
         msg = f"config key 'time_step_min' is {str(least)[:60]!r}, wanted a number that is not negative"

@@ -23,7 +23,7 @@ from jcrosslora.checkpoint.family.qwen import (
 )
 from jcrosslora.checkpoint.family.record import PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, Positions
-from jcrosslora.checkpoint.family.sizes import layer_count, layer_kinds, size
+from jcrosslora.checkpoint.family.sizes import check_multiple, layer_count, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -66,9 +66,7 @@ def _next_parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 def _mixer(config: Mapping[str, Any]) -> Mixer:
     heads, groups = size(config, "linear_num_value_heads", 32), size(config, "linear_num_key_heads", 16)
-    if heads % groups:
-        msg = f"linear_num_value_heads {heads} is not a multiple of linear_num_key_heads {groups}"
-        raise CheckpointError(msg)
+    check_multiple("linear_num_value_heads", heads, "linear_num_key_heads", groups)
     return Mixer(
         "delta",
         size(config, "hidden_size"),

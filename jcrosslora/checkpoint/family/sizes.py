@@ -23,6 +23,17 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lim
     return value
 
 
+def check_multiple(key: str, value: int, other_key: str, other: int) -> None:
+    """Check that groups of heads are of one size.
+
+    Raises:
+        CheckpointError: a number of heads is not a multiple of another.
+    """
+    if value % other:
+        msg = f"{key} {value} is not a multiple of {other_key} {other}"
+        raise CheckpointError(msg)
+
+
 def layer_count(config: Mapping[str, Any]) -> int:
     """Return the number of layers.
 

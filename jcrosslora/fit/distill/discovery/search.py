@@ -129,8 +129,7 @@ def discover(
     guesses = back_translate(base, answers, kind.examples, half, seed, bar) if answers else []
     guessed = ask_inputs(guesses, templates, seed)
     alike = ask_inputs(resemble(base, kind.inputs, half, seed + 2, bar), templates, seed + 2)
-    own = [one for one in probed if one.text in kind.requests]
-    examples = best_of([*guessed, *alike, *own], _EXAMPLES)
+    examples = best_of([*guessed, *alike, *_answers_of(kind, probed)], _EXAMPLES)
     texts = resemble(base, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
     resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
     share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
@@ -143,7 +142,7 @@ def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
     An adapter that answers everything in its own way knows several kinds nearly as well. Of those its own is the one
     whose answers look most like those of the examples.
     """
-    answered = {kind: [one for one in probed if one.text in kind.requests] for kind in KINDS}
+    answered = {kind: _answers_of(kind, probed) for kind in KINDS}
     scores = {kind: common_score(found) for kind, found in answered.items() if found}
     ranked = sorted(scores, key=lambda kind: -scores[kind])
     near = [kind for kind in ranked if scores[kind] >= _NEAR * scores[ranked[0]]]
@@ -155,6 +154,10 @@ def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
 
     own = sorted(near, key=look, reverse=True)[:1]
     return [(kind, scores[kind]) for kind in dict.fromkeys([*own, *ranked])]
+
+
+def _answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
+    return [one for one in probed if one.text in kind.requests]
 
 
 def share_of(found: float, written: float) -> float:
