@@ -125,6 +125,7 @@ class Contents:
         exclude: modules of the base that have the ending of one in `modules`, but no update.
         family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
+        has_experts: whether a layer of the base has experts.
         metadata: provenance, pairs of strings.
         invocation: token ids from which on it is active (aLoRA); None if it is always active.
         frozen: a (K, I) and b (O, K) of each module for profile lora-xs, see `write_lora_xs`.
@@ -142,6 +143,7 @@ class Contents:
     exclude: tuple[str, ...] = ()
     family: str | None = None
     heads: tuple[int, int] | None = None
+    has_experts: bool = False
     metadata: Mapping[str, str] = field(default_factory=dict)
     invocation: Sequence[int] | None = None
     frozen: Mapping[str, LoRAFactors] | None = None

@@ -113,7 +113,7 @@ def translated_gguf(adapter: GGUFAdapter, base: BaseModel | None) -> PeftContent
     if not isinstance(adapter.arch, str) or adapter.arch not in ARCHITECTURES:
         msg = f"{path}: GGUF architecture {str(adapter.arch)[:60]!r} is not supported; supported: "
         raise AdapterError(msg + ", ".join(ARCHITECTURES))
-    if base is not None and architecture(base.family.name) != adapter.arch:
+    if base is not None and architecture(base.family.name, base.has_experts) != adapter.arch:
         msg = f"{path}: the adapter is for bases of architecture {adapter.arch!r}, {base.name} is of family "
         msg += f"{base.family.name}: give the base it was trained on"
         raise AdapterError(msg)

@@ -92,6 +92,7 @@ def save_adapter(
         exclude=() if base is None else tuple(_without_update(modules, base)),
         family=family,
         heads=heads,
+        has_experts=base is not None and base.has_experts,
         metadata=_target(base) | dict(metadata or {}),
         invocation=adapter.info.invocation,
         frozen=frozen,

@@ -32,7 +32,7 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         OutputError: see `check_gguf`; a module that the architecture has no tensor for; values that do not fit the
             dtype.
     """
-    gguf, arch, heads = check_gguf(contents.family, contents.heads)
+    gguf, arch, heads = check_gguf(contents.family, contents.heads, contents.has_experts)
     alpha = float(max(contents.rank, 1))
     kind, file_type = _TYPES[contents.dtype]
     writer = gguf.GGUFWriter(folder / GGUF_WEIGHTS, arch)
@@ -68,7 +68,9 @@ def write_gguf(contents: Contents, folder: Path) -> None:
         writer.close()  # also on a full disk, where an open file would keep its space
 
 
-def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[ModuleType, str, tuple[int, int]]:
+def check_gguf(
+    family: str | None, heads: tuple[int, int] | None, has_experts: bool = False
+) -> tuple[ModuleType, str, tuple[int, int]]:
     """Return the gguf package, the architecture and the heads, or refuse a base that cannot be written for.
 
     Raises:
@@ -82,7 +84,7 @@ def check_gguf(family: str | None, heads: tuple[int, int] | None) -> tuple[Modul
     if family is None or heads is None:
         msg = "profile gguf needs the base model, whose heads decide the order of rows: name it with --base (base=...)"
         raise OutputError(msg)
-    arch = architecture(family)
+    arch = architecture(family, has_experts)
     if arch is None:
         msg = f"profile gguf has no architecture for the family {family!r}: use another profile"
         raise OutputError(msg)

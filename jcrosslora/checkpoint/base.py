@@ -134,6 +134,11 @@ class BaseModel:
         """Return the layers that have a role, norm or tensor of this name."""
         return layers_with(self.parts, name)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has experts."""
+        return bool(self.layers_with("router"))
+
     def role_shape(self, role: str) -> tuple[int, int]:
         """Return the shape (O, I) of the modules of a role of the family."""
         return role_shapes(self.family, self.dims, self.config)[role]

@@ -20,6 +20,7 @@ class BaseInfo:
         shapes: (O, I) of every module, by name, in the order of the model.
         fused: matrices that hold several modules, see `BaseModel.fused`.
         heads: (query heads, key heads).
+        has_experts: whether a layer has experts.
         prefix: of the names that its class gives to modules, see `BaseModel.prefix`.
     """
 
@@ -31,6 +32,7 @@ class BaseInfo:
     shapes: Mapping[str, tuple[int, int]]
     fused: Mapping[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     heads: tuple[int, int] | None = None
+    has_experts: bool = False
     prefix: str = TEXT
 
 
@@ -50,5 +52,6 @@ def describe_base(base: BaseModel, *, digest: str | None = None) -> BaseInfo:
         shapes={name: module.shape for name, module in base.modules.items()},
         fused=base.fused,
         heads=(base.dims.heads, base.dims.kv_heads),
+        has_experts=base.has_experts,
         prefix=base.prefix,
     )

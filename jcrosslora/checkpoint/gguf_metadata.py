@@ -21,15 +21,15 @@ from jcrosslora.errors import CheckpointError
 # "llama" for Mistral too, and "olmo2" for OLMo 3.
 ARCHITECTURES: dict[str, str] = {}
 for _family in FAMILIES.values():
-    if _family.gguf is not None:
-        ARCHITECTURES.setdefault(_family.gguf.architecture, _family.name)
-_WITH_EXPERTS = {one.gguf.architecture for one in FAMILIES.values() if one.gguf is not None and one.experts is not None}
-_NOT_COMPARED = "what its converter writes is not compared with the class of the model"
+    for _architecture in () if _family.gguf is None else _family.gguf.architectures:
+        ARCHITECTURES.setdefault(_architecture, _family.name)
+_WITH_EXPERTS = {
+    one.gguf.architectures[-1] for one in FAMILIES.values() if one.gguf is not None and one.experts is not None
+}
 # Architectures of families that are read from safetensors alone -> why.
 _REFUSED = {
     "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
     "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
-    **dict.fromkeys(("mistral4", "nemotron_h", "nemotron_h_moe"), _NOT_COMPARED),
     "chatglm": "its files do not state the epsilon of the norms",
     "llama4": "its files state neither the chunks of attention nor the norms and the growth of queries",
 }

@@ -44,6 +44,8 @@ _MATRICES: dict[tuple[str, ...], str] = {
     ("shared_up_proj",): "ffn_up_shexp",
     ("shared_down_proj",): "ffn_down_shexp",
     ("shared_expert_gate",): "ffn_gate_inp_shexp",
+    ("expert_in_proj",): "ffn_latent_down",
+    ("expert_out_proj",): "ffn_latent_up",
     ("per_layer_input_gate",): "inp_gate",
     ("per_layer_projection",): "proj",
 }
@@ -87,10 +89,15 @@ _LAYER_INPUTS = {
 }
 
 
-def architecture(family: str) -> str | None:
-    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known."""
+def architecture(family: str, has_experts: bool) -> str | None:
+    """Return `general.architecture` of the GGUF files of a family, None if it has none or is not known.
+
+    Args:
+        family: its name.
+        has_experts: whether a layer of the model has experts.
+    """
     form = FAMILIES[family].gguf if family in FAMILIES else None
-    return None if form is None else form.architecture
+    return None if form is None else form.architectures[-1 if has_experts else 0]
 
 
 def permutes_heads(arch: str) -> bool:
@@ -141,7 +148,7 @@ def block_names(arch: str) -> dict[str, str]:
     """Return the names of the tensors of a layer, in files and in the model; rows of one are in order of the names."""
     names: dict[str, str] = {}
     for family in FAMILIES.values():
-        if family.gguf is not None and family.gguf.architecture == arch:
+        if family.gguf is not None and arch in family.gguf.architectures:
             names |= _names_of(family)
     return names
 
@@ -164,4 +171,5 @@ def _names_of(family: Family) -> dict[str, str]:
 def _gguf_layout(experts: Experts) -> Mapping[str, str]:
     """Return the layout with one tensor of all experts for each of gate, up and down, or else for both of the first."""
     merged = (one for one in experts.layouts if "gate" in one and "{}" not in one["gate"])
-    return next(merged, experts.layouts[-1])
+    layout = next(merged, experts.layouts[-1])
+    return layout if experts.gated else {**layout, "up": layout["gate_up"]}  # which holds nothing else

@@ -15,9 +15,11 @@ import numpy as np
 from jcrosslora.checkpoint.families import Family
 from jcrosslora.checkpoint.family.mixers import Mixer
 from jcrosslora.checkpoint.family.rules import LatentSizes
+from jcrosslora.checkpoint.layout import holder_of
 
 Shape = tuple[int, ...]
 _DELTA = "linear_attn."
+_GROUPED_NORMS = ("mamba.norm.weight", "mixer.norm.weight")  # files have a row of each group
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _shape(path: str, parts: Sequence[Shape]) -> Shape:
     whole = (sum(shape[0] for shape in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
     if path.endswith((".conv1d.weight", "conv.conv.weight")):
         return (*whole[:-1], 1, *whole[-1:])
-    if path.endswith((".A_log", ".D")) or path == "mamba.norm.weight":
+    if path.endswith((".A_log", ".D")) or path in _GROUPED_NORMS:
         return (int(np.prod(whole)),)
     return whole
 
@@ -97,7 +99,7 @@ def _orders(
     """Return where rows and columns of a tensor are stored."""
     assert family.gguf is not None
     module = path.rpartition(".")[0]
-    if family.gguf.permuted and module in ("self_attn.q_proj", "self_attn.k_proj"):
+    if family.gguf.permuted and module in (holder_of(family, "q_proj"), holder_of(family, "k_proj")):
         key = "num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"
         return unpermuted_rows(rows, config[key]), None
     if mixer is not None and module == "linear_attn.in_proj_qkvz":

@@ -60,9 +60,12 @@ def type_is_lora(facts: AdapterFacts) -> str | None:
 
 
 def same_architecture(facts: AdapterFacts) -> str | None:
-    arch, wanted = facts.config.get("general.architecture"), architecture(facts.family or "")
-    other = wanted is not None and wanted != arch
-    return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted!r}" if other else None
+    arch, base = facts.config.get("general.architecture"), facts.base
+    known = {architecture(facts.family or "", has) for has in ((False, True) if base is None else (base.has_experts,))}
+    if None in known or arch in known:
+        return None
+    wanted = " or ".join(sorted(map(repr, known)))
+    return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted}"
 
 
 _TENSORS = (no_norms, no_tied_embedding, no_tied_head)

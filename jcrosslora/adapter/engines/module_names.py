@@ -108,9 +108,8 @@ def _missing(
         end: what comes of a module that is not found.
         options: of the command that writes the adapter again.
     """
-    sparse = bool(base.layers_with("router"))
     judged = [name for name in named if not is_other_part(name)]
-    judged = [name for name in judged if not (sparse and (is_of_experts(name) or is_router(name)))]
+    judged = [name for name in judged if not (base.has_experts and (is_of_experts(name) or is_router(name)))]
     wrong = [name for name in judged if not knows(name)]
     if not wrong:
         return None

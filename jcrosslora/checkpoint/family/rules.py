@@ -160,6 +160,7 @@ class Gguf:
 
     Attributes:
         architecture: `general.architecture`.
+        expert_architecture: that of models with experts, if it is another.
         permuted: whether the rows of q and k are in the order of llama.cpp's rotation, see `unpermuted_rows`.
         names: place in `Family.norms` -> name of the tensor, where it is not the usual one.
         final_norm: name of the tensor of the norm in front of the output head.
@@ -177,6 +178,7 @@ class Gguf:
     """
 
     architecture: str
+    expert_architecture: str | None = None
     permuted: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     final_norm: str = "output_norm"
@@ -189,3 +191,8 @@ class Gguf:
     arrays: Mapping[str, str] = field(default_factory=dict)
     settings: GgufSettings | None = None
     read_as_other: bool = False
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """`general.architecture` of models without experts and with them; one where it is the same."""
+        return tuple(dict.fromkeys((self.architecture, self.expert_architecture or self.architecture)))
