@@ -20,6 +20,8 @@ from jcrosslora.errors import CheckpointError
 
 # Layers of the 27B models, whose queries are scaled by hidden / heads instead of by the head size.
 _LAYERS_27B = {"gemma2": 46, "gemma3": 62}
+# `Family.norm` -> keys of the epsilon, of which the first that is stated counts.
+_EPSILONS = {"rms": ("layer_norm_rms_epsilon", "layer_norm_epsilon"), "layer": ("layer_norm_epsilon",)}
 
 
 def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         CheckpointError: rope scaling that is not supported.
     """
     family = _family(meta)
-    eps = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
+    # Nemotron-H has root mean squares, and files that state the other epsilon alone.
+    stated_eps = [meta.number(f"attention.{key}") for key in _EPSILONS[family.norm]]
     config = {
         "model_type": family.name,
         "architectures": [family.architectures[0]],
@@ -43,7 +46,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         "num_hidden_layers": meta.layers(),
         "num_attention_heads": meta.count("attention.head_count"),
         "num_key_value_heads": meta.most("attention.head_count_kv") or meta.count("attention.head_count"),
-        family.eps.key: meta.number(eps),
+        family.eps.key: next((eps for eps in stated_eps if eps is not None), None),
         "max_position_embeddings": meta.count("context_length"),
         "vocab_size": facts["vocab_size"],
         "tie_word_embeddings": facts["tie_word_embeddings"],
@@ -55,7 +58,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         config["head_dim"] = meta.head_dim()
     held, form = facts["held"], family.gguf
     for key, roles in family.bias_keys.items():
-        config[key] = f"{holder_of(family, roles[0])}.bias" in held
+        config[key] = any(f"{holder_of(family, role)}.bias" in held for role in roles)
     if family.qk_norm_key is not None:
         config[family.qk_norm_key] = f"{family.norms['q']}.weight" in held
     assert form is not None
@@ -74,17 +77,25 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
 
 
 def _family(meta: Metadata) -> Family:
-    """Return the family; of several with one architecture, that with windows or experts if the file states them."""
+    """Return the family; of several with one architecture, that with what the file states: windows, experts, scores."""
     known = [(one, one.gguf) for one in FAMILIES.values() if one.gguf is not None]
-    same = [one for one, form in known if form.architecture == meta.arch and not form.read_as_other]
+    same = [one for one, form in known if meta.arch in form.architectures and not form.read_as_other]
     expert = bool(meta.count("expert_count"))
     same = [one for one in same if (one.experts is not None) == expert] or same
+    same = [one for one in same if one.experts is not None and one.experts.scores == _scores(meta)] or same
     windowed = bool(meta.count("attention.sliding_window"))
     return next((one for one in same if (one.windows is not None) == windowed), same[0])
 
 
 # `expert_gating_func`: how files number the scores of experts.
-_SCORES = {1: "softmax", 2: "sigmoid", 3: "chosen"}
+_SOFTMAX = 1  # where files of several families state none
+_SCORES = {_SOFTMAX: "softmax", 2: "sigmoid", 3: "chosen"}
+
+
+def _scores(meta: Metadata) -> str | None:
+    """Return how experts score, see `Experts.scores`; None for scores that no family has."""
+    stated = meta.get("expert_gating_func", _SOFTMAX)
+    return _SCORES.get(stated) if type(stated) is int else None
 
 
 def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
     if experts.scale is not None:
         found[experts.scale.key] = meta.number("expert_weights_scale") or 1.0
     scores = meta.get("expert_gating_func")
-    if scores is not None and _SCORES.get(scores) != experts.scores:
+    if scores is not None and _scores(meta) != experts.scores:
         msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {family.name} does not have"
         raise CheckpointError(msg)
     return {key: value for key, value in found.items() if value is not None}
@@ -183,7 +194,7 @@ def rope_parameters(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[s
         head_dim = meta.head_dim()
         scaling["partial_rotary_factor"] = (meta.count("rope.dimension_count") or head_dim) / max(head_dim, 1)
     if rules.grows:
-        scaling |= _growing(meta)
+        scaling |= _growing(meta, scaling)
     return scaling
 
 
@@ -214,17 +225,23 @@ def _proportional(meta: Metadata, theta: float, divisors: np.ndarray | None) -> 
     return {"full_attention": turned, "sliding_attention": plain}
 
 
-def _growing(meta: Metadata) -> dict[str, Any]:
-    """Return what the yarn of Ministral 3 has beside others; files state one of its two mscales."""
-    stated = {
-        "llama_4_scaling_beta": meta.number("attention.temperature_scale"),
-        "mscale": meta.number("rope.scaling.yarn_log_multiplier"),
-    }
-    if stated["llama_4_scaling_beta"] is None or stated["mscale"] not in (None, 1.0):
+def _growing(meta: Metadata, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the yarn of Ministral 3 and Mistral 4 has beside others; files state one of two mscales, of 1.
+
+    Raises:
+        CheckpointError: how queries grow is neither stated nor implied, or otherwise than in the class; or another
+            mscale.
+    """
+    beta = meta.number("attention.temperature_scale") or scaling.get("llama_4_scaling_beta")
+    mscale, wanted = meta.number("rope.scaling.yarn_log_multiplier"), 1.0 if _family(meta).latent is None else 0.1
+    if beta is None or mscale not in (None, wanted):
         msg = f"{meta.path}: {meta.arch}.attention.temperature_scale is missing, or rope.scaling.yarn_log_multiplier "
-        raise CheckpointError(msg + f"is {stated['mscale']}, wanted 1: use the safetensors of the model")
-    known = {key: value for key, value in stated.items() if value is not None}
-    return known | ({"mscale_all_dim": 1.0} if "mscale" in known else {})
+        raise CheckpointError(msg + f"is {mscale}, wanted {wanted:g}: use the safetensors of the model")
+    step = meta.count("attention.temperature_length")
+    if step is not None and step != scaling.get(_ORIGINAL):
+        msg = f"{meta.path}: {meta.arch}.attention.temperature_length is {step}, wanted the original context length: "
+        raise CheckpointError(msg + "use the safetensors of the model")
+    return {"llama_4_scaling_beta": beta} | ({} if mscale is None else {"mscale": 1.0, "mscale_all_dim": 1.0})
 
 
 def _scaling(meta: Metadata, factors: Mapping[str, np.ndarray]) -> dict[str, Any]:

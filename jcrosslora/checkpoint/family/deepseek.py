@@ -50,18 +50,12 @@ def _q_rank(config: Mapping[str, Any]) -> int:
     return size(config, "q_lora_rank", 1)
 
 
-_SIGMOID = 2
-
-
-def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+def from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the sizes of attention; older files hold keys and values of all heads in one matrix, and state no `_mla`.
 
     Raises:
-        CheckpointError: a size is missing, or the file is one of DeepSeek V2, whose architecture is the same.
+        CheckpointError: a size is missing.
     """
-    if stated.get("expert_gating_func") != _SIGMOID:
-        msg = "the scores of its experts are no sigmoids: it is a DeepSeek V2, which is read from safetensors alone"
-        raise CheckpointError(msg)
     ends = "_mla" if "attention.key_length_mla" in stated else ""
     rotated = size(stated, "rope.dimension_count")
     direct = "self_attn.q_proj.weight" in held
@@ -84,15 +78,18 @@ KEYS = words(
     "aux_loss_alpha seq_aux ep_size pretraining_tp"
 )
 
+# Of all these families; the architecture is that of V2 and V3, which differ in the scores of experts.
+GGUF = Gguf(
+    "deepseek2",
+    tensors=dict.fromkeys(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight"),
+    counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
+    settings=from_gguf,
+)
+
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
-    gguf=Gguf(
-        "deepseek2",
-        tensors=dict.fromkeys(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight"),
-        counts={"n_shared_experts": "expert_shared_count", "first_k_dense_replace": "leading_dense_block_count"},
-        settings=_from_gguf,
-    ),
+    gguf=GGUF,
     roles=("q_proj", "o_proj", *LATENT, *MLP, *SHARED),
     shapes={
         "q_proj": lambda sizes, config: (_queries(sizes, config), sizes.hidden),
@@ -152,16 +149,34 @@ def _resolve_v2(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{key: size(config, key) for key in ("n_group", "topk_group")}}
 
 
+def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the sizes of attention, and how experts are chosen, which files state by the groups of them.
+
+    Raises:
+        CheckpointError: a size or the groups are missing, or the file is of another model of the architecture.
+    """
+    other = [key for key in ("expert_weights_norm", "attention.temperature_scale") if stated.get(key)]
+    other += ["exp_probs_b"] if CORRECTION["correction"] in held else []
+    if other:
+        msg = f"its experts are chosen by a softmax, and it has {other[0]}: it is neither a DeepSeek V2 nor a V3"
+        raise CheckpointError(msg)
+    found, groups = from_gguf(stated, held), stated.get("expert_group_count")
+    if groups is None and found["q_lora_rank"] is not None:
+        msg = "expert_group_count is missing, as in files of 2024: the published models of this form choose among "
+        raise CheckpointError(msg + "groups of experts; convert the model again, or use its safetensors")
+    return {**found, "topk_method": "greedy" if groups in (None, 1) else "group_limited_greedy"}
+
+
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3,
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
-    gguf=None,
+    gguf=replace(GGUF, settings=_v2_from_gguf),
     resolve=_resolve_v2,
     bias_keys={**DEEPSEEK_V3.bias_keys, "mlp_bias": (*MLP, *SHARED)},
     experts=Experts(
         ("n_routed_experts", "num_experts"),
-        layouts=(PUBLISHED, FUSED),
+        layouts=(PUBLISHED, MERGED, FUSED),
         normalised=False,
         scale=Number("routed_scaling_factor", 1.0),
         groups=("n_group", "topk_group"),

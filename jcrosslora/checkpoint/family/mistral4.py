@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3, KEYS, latent_sizes
+from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V3, GGUF, KEYS, from_gguf, latent_sizes
 from jcrosslora.checkpoint.family.experts import FUSED, PUBLISHED, Experts
 from jcrosslora.checkpoint.family.rules import Number, Positions
 from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
+
+_GROWTH = 0.1
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,11 +35,23 @@ def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the sizes of attention; a head is the whole of it, and not the part with positions.
+
+    Raises:
+        CheckpointError: a size is missing.
+    """
+    found = from_gguf(stated, held)
+    return {**found, "head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"]}
+
+
 MISTRAL4 = replace(
     DEEPSEEK_V3,
     name="mistral4",
     architectures=("Mistral4ForCausalLM",),
-    gguf=None,
+    # The converter writes nothing on how queries grow, by which llama.cpp does not let them; all published models have
+    # what the class has where nothing is stated.
+    gguf=replace(GGUF, architecture="mistral4", rope={"llama_4_scaling_beta": _GROWTH}, settings=_from_gguf),
     resolve=_resolve,
     experts=Experts(
         ("n_routed_experts", "num_local_experts"),
@@ -59,7 +73,7 @@ MISTRAL4 = replace(
             "beta_slow": 1.0,
             "mscale_all_dim": 1.0,
             "mscale": 1.0,
-            "llama_4_scaling_beta": 0.1,
+            "llama_4_scaling_beta": _GROWTH,
         },
     ),
     keys=KEYS | {"norm_topk_prob"},
