@@ -7,7 +7,7 @@ from typing import Any, Literal
 from jcrosslora.checkpoint.family.experts import MERGED, Experts
 from jcrosslora.checkpoint.family.granite import FACTORS, GRANITE, IN_MEMORY, PUBLISHED
 from jcrosslora.checkpoint.family.keys import words
-from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.mixers import Mixer, mamba_tensors
 from jcrosslora.checkpoint.family.names import ATTENTION, MAMBA, MLP, QKV
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
@@ -105,14 +105,6 @@ _SHARED_MLP = {
     **dict.fromkeys(("ffn_gate", "ffn_gate_shexp", "ffn_up", "ffn_up_shexp"), "shared_mlp.input_linear"),
     **dict.fromkeys(("ffn_down", "ffn_down_shexp"), "shared_mlp.output_linear"),
 }
-_OF_MAMBA = {
-    "ssm_a": "mamba.A_log",
-    "ssm_d": "mamba.D",
-    "ssm_dt.bias": "mamba.dt_bias",
-    "ssm_conv1d.weight": "mamba.conv1d.weight",
-    "ssm_conv1d.bias": "mamba.conv1d.bias",
-    "ssm_norm.weight": "mamba.norm.weight",
-}
 
 GRANITE_HYBRID = Family(
     name="granitemoehybrid",
@@ -120,7 +112,7 @@ GRANITE_HYBRID = Family(
     gguf=Gguf(
         "granitehybrid",
         permuted=True,
-        tensors={f"{stem}.weight": f"{path}.weight" for stem, path in _SHARED_MLP.items()} | _OF_MAMBA,
+        tensors={f"{stem}.weight": f"{path}.weight" for stem, path in _SHARED_MLP.items()} | mamba_tensors("mamba"),
         counts={
             "mamba_d_conv": "ssm.conv_kernel",
             "mamba_d_state": "ssm.state_size",

@@ -106,3 +106,10 @@ class Mixer:
             size = self.value_size if self.kind == "delta" else self.inner
             found["norm"] = (f"{holder}.norm.weight", (size,))
         return found
+
+
+def mamba_tensors(holder: str) -> dict[str, str]:
+    """Return the names of the tensors of Mamba 2 in GGUF -> those in a layer, given the module that holds it."""
+    names = {"ssm_a": "A_log", "ssm_d": "D", "ssm_dt.bias": "dt_bias", "ssm_norm.weight": "norm.weight"}
+    names |= {f"ssm_conv1d.{kind}": f"conv1d.{kind}" for kind in ("weight", "bias")}
+    return {stored: f"{holder}.{name}" for stored, name in names.items()}

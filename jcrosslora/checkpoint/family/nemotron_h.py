@@ -5,11 +5,11 @@ from typing import Any
 
 from jcrosslora.checkpoint.family.experts import Experts
 from jcrosslora.checkpoint.family.keys import words
-from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.mixers import Mixer, mamba_tensors
 from jcrosslora.checkpoint.family.names import ATTENTION, EXPERT_LATENT, UNGATED_MLP
 from jcrosslora.checkpoint.family.parts import NOTHING, LayerParts
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import Number, Positions
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions
 from jcrosslora.checkpoint.family.sizes import MOST_LAYERS, check_multiple, layer_kinds, size
 from jcrosslora.errors import CheckpointError
 
@@ -86,11 +86,57 @@ def _shared_width(config: Mapping[str, Any]) -> int:
     return size(config, _SHARED_WIDTH, 7688)
 
 
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return the kinds of the layers, which two lists tell, and what files state otherwise than configurations.
+
+    Files do not state the least time step, which is that of the class in published models.
+
+    Raises:
+        CheckpointError: a size or a list is missing, or two epsilons of the norms are stated, which differ, or none.
+    """
+    epsilons = [stated.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")]
+    if len({repr(one) for one in epsilons} - {"None"}) != 1:
+        msg = f"attention.layer_norm_rms_epsilon and layer_norm_epsilon are {str(epsilons)[:60]}, wanted one number"
+        raise CheckpointError(msg)
+    keys = "attention.head_count_kv", "feed_forward_length"
+    lists = [stated.get(key) for key in keys]
+    for key, one in zip(keys, lists, strict=True):
+        if not isinstance(one, list) or len(one) != stated.get("block_count"):
+            msg = f"{key} is {str(one)[:60]}, wanted a list with an entry for each of block_count layers"
+            raise CheckpointError(msg)
+    mlp = _EXPERTS if stated.get("expert_count") else _MLP
+    kinds = [mlp if width else _ATTENTION if heads else _MAMBA for heads, width in zip(*lists, strict=True)]
+    inner, heads = size(stated, "ssm.inner_size"), size(stated, "ssm.time_step_rank")
+    return {
+        # Without those behind the last that predict further tokens.
+        "layers_block_type": kinds[: len(kinds) - stated.get("nextn_predict_layers", 0)],
+        "mamba_head_dim": max(inner // heads, 1),
+        "use_conv_bias": "mixer.conv1d.bias" in held,
+    }
+
+
 _ROUTER = {"router": "mixer.gate.weight", "correction": "mixer.gate.e_score_correction_bias"}
 
 NEMOTRON_H = Family(
     name="nemotron_h",
     architectures=("NemotronHForCausalLM",),
+    gguf=Gguf(
+        "nemotron_h",
+        expert_architecture="nemotron_h_moe",
+        permuted=True,  # although no layer has positions
+        names={"mlp": "attn_norm"},
+        tensors=mamba_tensors("mixer")
+        | {"ssm_out.weight": "mixer.out_proj.weight", "ssm_out.bias": "mixer.out_proj.bias"},
+        counts={
+            "conv_kernel": "ssm.conv_kernel",
+            "ssm_state_size": "ssm.state_size",
+            "n_groups": "ssm.group_count",
+            "mamba_num_heads": "ssm.time_step_rank",
+            _SHARED_WIDTH: "expert_shared_feed_forward_length",
+            "moe_latent_size": "moe_latent_size",
+        },
+        settings=_from_gguf,
+    ),
     roles=(*ATTENTION, "mamba_in_proj", *UNGATED_MLP, *_UNGATED_SHARED, *EXPERT_LATENT),
     embedding="model.embeddings",
     prefixes={"backbone.": "model."},
