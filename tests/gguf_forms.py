@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from dense_models import FOUR, MINISTRAL, random_model
-from expert_models import COUNTS, GROUPED, LATENT, SHORT, SPARSE, YARN
+from expert_models import COUNTS, GROUPED, GROWING, LATENT, SHORT, SPARSE, YARN
 from gguf_files import gguf, permute, write_gguf
-from hybrid_models import DELTA, EXPERTS, GEMMA4, GRANITE
+from hybrid_models import DELTA, EXPERTS, GEMMA4, GRANITE, NEMOTRON
 
 NAMES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 SLIDING = [True, True, True, False]
@@ -155,6 +155,42 @@ _OF_LATENT = _GROUPED | {
     "attention.value_length_mla": 7,
     "rope.dimension_count": 8,
 }
+# Of DeepSeek V2, which has no groups unless `topk_method` says so, and of Mistral 4, whose converter says nothing of
+# scores.
+_OF_V2 = {key: value for key, value in _OF_LATENT.items() if key != "expert_weights_norm"} | {"expert_gating_func": 1}
+_ONE_GROUP = {"expert_group_count": 1, "expert_group_used_count": 1}
+_OF_MISTRAL4 = {key: value for key, value in _OF_LATENT.items() if key != "expert_gating_func"}
+_OF_YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 16,
+}
+_MSCALES = {"mscale": 1.0, "mscale_all_dim": 1.0}
+# The class's own least time step, which files do not state, as the width of an MLP that no layer has.
+_NEMOTRON = {key: value for key, value in NEMOTRON.items() if key != "time_step_min"} | {"layer_norm_epsilon": 1e-3}
+_OF_NEMOTRON = {
+    "ssm.conv_kernel": 3,
+    "ssm.state_size": 5,
+    "ssm.group_count": 2,
+    "ssm.inner_size": 24,
+    "ssm.time_step_rank": 6,
+    "rope.scaling.finetuned": False,
+}
+_OF_NEMOTRON_EXPERTS = (
+    _OF_NEMOTRON
+    | _WIDE
+    | _SHARED
+    | {
+        "expert_count": 8,
+        "expert_used_count": 3,
+        "expert_shared_count": 1,
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_weights_scale": 1.7,
+        "expert_weights_norm": True,
+        "attention.layer_norm_rms_epsilon": 1e-3,
+    }
+)
 # Linear scaling of positions in layers with windows is nothing that files state.
 _GEMMA4 = GEMMA4 | {
     "rope_parameters": GEMMA4["rope_parameters"] | {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
@@ -244,6 +280,85 @@ SPARSE_FORMS = {
         "deepseek2",
         LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
         {key: value for key, value in _OF_LATENT.items() if "group" not in key},
+    ),
+    "deepseek_v2": Form(
+        "deepseek_v2",
+        "deepseek2",
+        LATENT
+        | {"q_lora_rank": 12, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+        | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+        _OF_V2 | _ONE_GROUP | _OF_YARN | {"attention.q_lora_rank": 12, "rope.scaling.yarn_log_multiplier": 0.07},
+    ),
+    "deepseek_v2-direct": Form(
+        "deepseek_v2",
+        "deepseek2",
+        LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+        {key: value for key, value in _OF_V2.items() if "group" not in key and key != "expert_gating_func"},
+    ),
+    "deepseek_v2-groups": Form(
+        "deepseek_v2",
+        "deepseek2",
+        LATENT | {"q_lora_rank": 12, "topk_method": "group_limited_greedy"},
+        _OF_V2 | {"attention.q_lora_rank": 12},
+    ),
+    "mistral4": Form(
+        "mistral4",
+        "mistral4",
+        LATENT | {"q_lora_rank": 12, "rope_parameters": YARN | _MSCALES | {"llama_4_scaling_beta": 0.1}},
+        _OF_MISTRAL4 | _OF_YARN | {"attention.q_lora_rank": 12, "rope.scaling.yarn_log_multiplier": 0.1},
+    ),
+    # The converter does not write how queries grow, but llama.cpp reads it.
+    "mistral4-growing": Form(
+        "mistral4",
+        "mistral4",
+        LATENT
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"rope_parameters": YARN | _MSCALES | GROWING},
+        {key: value for key, value in _OF_MISTRAL4.items() if key != "expert_weights_norm"}
+        | _ONE_GROUP
+        | _OF_YARN
+        | {
+            "rope.scaling.original_context_length": 6,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            "attention.temperature_scale": 0.5,
+            "attention.temperature_length": 6,
+        },
+    ),
+    "nemotron_h": Form(
+        "nemotron_h",
+        "nemotron_h",
+        {name: value for name, value in _NEMOTRON.items() if "expert" not in name}
+        | {"layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp"]},
+        _OF_NEMOTRON | {"attention.head_count_kv": [0, 0, 0, 2, 0], "feed_forward_length": [0, 40, 0, 0, 40]},
+        permuted=True,
+    ),
+    "nemotron_h-experts": Form(
+        "nemotron_h",
+        "nemotron_h_moe",
+        _NEMOTRON | {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"], "intermediate_size": 12},
+        _OF_NEMOTRON_EXPERTS | {"attention.head_count_kv": [0, 0, 2, 0, 0], "feed_forward_length": [0, 12, 0, 0, 12]},
+        permuted=True,
+    ),
+    "nemotron_h-latent": Form(
+        "nemotron_h",
+        "nemotron_h_moe",
+        _NEMOTRON
+        | {"layers_block_type": ["moe", "mamba", "attention", "moe"], "norm_topk_prob": False}
+        | {"moe_latent_size": 20, "n_group": 1, "topk_group": 1, "intermediate_size": 12},
+        _OF_NEMOTRON_EXPERTS
+        | _ONE_GROUP
+        | {"attention.head_count_kv": [0, 0, 2, 0], "feed_forward_length": [12, 0, 0, 12]}
+        | {"moe_latent_size": 20, "expert_weights_norm": False},
+        permuted=True,
+    ),
+    "nemotron_h-biases": Form(
+        "nemotron_h",
+        "nemotron_h",
+        {name: value for name, value in _NEMOTRON.items() if "expert" not in name}
+        | {"layers_block_type": ["mamba", "mlp", "attention"]}
+        | {"use_conv_bias": False, "use_bias": True, "mlp_bias": True},
+        _OF_NEMOTRON | {"attention.head_count_kv": [0, 0, 2], "feed_forward_length": [0, 40, 0]},
+        permuted=True,
     ),
     "exaone_moe": Form(
         "exaone_moe",
@@ -354,7 +469,17 @@ _PATHS = {
     "router.per_expert_scale": "ffn_down_exps.scale",
     "experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "experts.down_proj": "ffn_down_exps.weight",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mixer.experts.up_proj": "ffn_up_exps.weight",
+    "mixer.experts.down_proj": "ffn_down_exps.weight",
+    "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mixer.dt_bias": "ssm_dt.bias",
+    "mixer.A_log": "ssm_a",
+    "mixer.D": "ssm_d",
 }
+# Architectures whose experts the converter writes as the class has them.
+_AS_THEY_ARE = ("gemma4", "mistral4", "nemotron_h_moe")
 
 
 def _tiled(array: np.ndarray, config, size: int, axis: int = 0) -> np.ndarray:
@@ -392,8 +517,8 @@ def _delta(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
 
 
 def _mamba(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
-    """Change a tensor of Mamba 2."""
-    match path.removeprefix("mamba."):
+    """Change a tensor of Mamba 2; others of layers of Nemotron-H have other names."""
+    match path.removeprefix("mamba.").removeprefix("mixer."):
         case "A_log":
             array = -np.exp(array)[:, None]
         case "D":
@@ -401,7 +526,7 @@ def _mamba(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
         case "conv1d.weight":
             array = array[:, 0]
         case "norm.weight":
-            array = array.reshape(config.mamba_n_groups, -1)
+            array = array.reshape(config.mamba_n_groups if path.startswith("mamba.") else config.n_groups, -1)
     return {path: array}
 
 
@@ -423,7 +548,7 @@ def _changed(path: str, array: np.ndarray, model, form: Form) -> dict[str, np.nd
         return _delta(path, array, config)
     if path.startswith("mamba."):
         return _mamba(path, array, config)
-    if ".experts." in path and form.arch != "gemma4":
+    if ".experts." in path and form.arch not in _AS_THEY_ARE:
         return _experts(path, array, config)
     if path == "shared_mlp.input_linear.weight":
         ending = "_shexp" if config.num_local_experts else ""
@@ -440,12 +565,13 @@ def _changed(path: str, array: np.ndarray, model, form: Form) -> dict[str, np.nd
         return {"attn_k_b.weight": keys.swapaxes(1, 2), "attn_v_b.weight": values}
     if form.permuted and module in counts:
         return {path: permute(array, getattr(config, counts[module]))}
-    return {path: array}
+    return _mamba(path, array, config) if path.startswith("mixer.") else {path: array}
 
 
 def stored_tensors(model, form: Form) -> dict:
     """Name and change the tensors as llama.cpp's converter does."""
     names, stored = gguf.get_tensor_name_map(NAMES[form.arch], model.config.num_hidden_layers), {}
+    prefix = "backbone." if form.family == "nemotron_h" else "model."
     if form.rotated is not None:
         pairs = form.metadata["rope.dimension_count"] // 2
         stored["rope_freqs.weight"] = np.where(np.arange(pairs) < form.rotated, 1, 1e30).astype(np.float32), None
@@ -456,27 +582,29 @@ def stored_tensors(model, form: Form) -> dict:
         if form.offset and name.endswith("norm.weight") and ".linear_attn." not in name:
             array = array + np.float32(form.offset)
         if not name.startswith("model.layers."):
-            stored[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array, None
+            full = name.replace("model.", prefix)
+            stored[names.get_name(full, try_suffixes=(".weight", ".bias"))] = array, None
             continue
         _, _, layer, path = name.split(".", 3)
         for own, part in _changed(path, array, model, form).items():
             known = own == path and path not in _PATHS
-            full = names.get_name(f"model.layers.{layer}.{own}", try_suffixes=(".weight", ".bias")) if known else None
+            full = names.get_name(f"{prefix}layers.{layer}.{own}", try_suffixes=(".weight", ".bias")) if known else None
             stored[full or f"blk.{layer}.{_PATHS.get(own, own)}"] = part, None
     return stored
 
 
 def metadata_of(model, form: Form) -> dict:
     # As a dict, because attributes that differ between layers are refused.
-    config, state, rms = SimpleNamespace(**model.config.to_dict()), model.state_dict(), form.arch.startswith("lfm2")
+    config, state = SimpleNamespace(**model.config.to_dict()), model.state_dict()
+    rms = form.arch.startswith("lfm2")
     norm, eps = next(
         (("layer_norm_rms_epsilon" if key.startswith("rms") or rms else "layer_norm_epsilon"), getattr(config, key))
-        for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
         if hasattr(config, key)
     )
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10_000.0}  # the converter writes none for these
     values = {
-        "block_count": config.num_hidden_layers,
+        "block_count": model.config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_models import random_model
@@ -12,7 +13,7 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
-from jcrosslora.decoder import settings_of
+from jcrosslora.decoder import forward, load_params, logits, settings_of
 from jcrosslora.errors import CheckpointError, OutputError
 
 
@@ -28,7 +29,8 @@ def test_a_gguf_file_holds_the_tensors_and_settings_of_the_model(written):
     assert base.family.name == form.family
     live = jcl.open_base(model)
     of_experts = {name for layer in live.layers_with("router") for name in live.expert_names(layer)}
-    for name, tensor in model.state_dict().items():
+    for stated, tensor in model.state_dict().items():
+        name = base.embedding_name if stated == f"{base.family.embedding}.weight" else stated
         if name in of_experts:
             continue
         atol = 2e-6 if form.offset or name.endswith("A_log") else 0
@@ -49,7 +51,7 @@ def test_a_gguf_file_holds_the_tensors_and_settings_of_the_model(written):
 
 def test_a_gguf_adapter_is_read_as_it_was_written(written, tmp_path):
     form, _, base = written
-    assert architecture(form.family) == form.arch
+    assert architecture(form.family, base.has_experts) == form.arch
     adapter = random_adapter(base, rank=2, roles=[role for role in base.family.roles if _has_tensor(base, form, role)])
     out = jcl.save_adapter(adapter, tmp_path / "out", base=base, profile="gguf")
     again = jcl.load_adapter(out / "adapter.gguf", base)
@@ -65,6 +67,20 @@ def _has_tensor(base, form, role) -> bool:
     holders = {parts[0][0]: whole for whole, parts in base.fused.items() if len(parts) == 1}
     modules = [name for name, module in base.modules.items() if module.role == role]
     return all(gguf_name(f"{holders.get(name, name)}.weight", form.arch) is not None for name in modules)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2-groups", "mistral4-growing", "nemotron_h-latent"])
+def test_predictions_are_those_from_safetensors(name, tmp_path):
+    model, path = write_form(tmp_path / "model.gguf", SPARSE_FORMS[name])
+    model.save_pretrained(tmp_path / "folder")
+    found, wanted = (_predict(jcl.open_base(place)) for place in (path, tmp_path / "folder"))
+    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
+
+
+def _predict(base) -> np.ndarray:
+    settings, params = settings_of(base), load_params(base, jnp.float32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 64, (2, 13)))
+    return np.asarray(logits(settings, params, forward(settings, params, tokens).hidden))
 
 
 def test_lists_of_another_length_are_refused(tmp_path):
@@ -97,7 +113,12 @@ def _rewritten(path, name, drop=(), extra=None, **changed):
 @pytest.mark.parametrize(
     ("name", "drop", "message"),
     [
-        ("deepseek_v3", ["expert_gating_func"], "it is a DeepSeek V2, which is read from safetensors alone"),
+        ("deepseek_v3", ["expert_gating_func"], "it has expert_weights_norm: it is neither a DeepSeek V2 nor a V3"),
+        ("deepseek_v2", ["expert_group_count"], "expert_group_count is missing, as in files of 2024"),
+        ("mistral4", ["rope.scaling.type"], "temperature_scale is missing, or rope.scaling.yarn_log_multiplier"),
+        ("nemotron_h", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with an entry for each"),
+        ("nemotron_h", ["attention.layer_norm_epsilon"], r"layer_norm_epsilon are \[None, None\], wanted one number"),
+        ("nemotron_h", ["feed_forward_length"], "feed_forward_length is None, wanted a list with an entry for each"),
         ("granite", ["attention.scale"], "such as Bamba, are not supported"),
         ("lfm2", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with the heads of each layer"),
         ("qwen3_5", ["ssm.inner_size"], "config key 'ssm.inner_size' is None, wanted a positive integer"),
@@ -109,9 +130,26 @@ def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, messa
         jcl.open_base(path)
 
 
-def test_scores_that_the_class_does_not_have_are_refused(tmp_path):
-    _, path = _rewritten(tmp_path / "model.gguf", "glm4_moe", expert_gating_func=1)
-    with pytest.raises(CheckpointError, match="expert_gating_func is 1, which glm4_moe does not have"):
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("glm4_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, which glm4_moe does not have"),
+        ("deepseek_v3", {"expert_gating_func": 3}, "expert_gating_func is 3, which deepseek_v3 does not have"),
+        # As in files of Mistral Large 3.
+        ("deepseek_v2", {"attention__temperature_scale": 0.1}, "it has attention.temperature_scale: it is neither a"),
+        (
+            "mistral4-growing",
+            {"attention__temperature_length": 7},
+            "temperature_length is 7, wanted the original",
+        ),
+        ("mistral4", {"rope__scaling__yarn_log_multiplier": 0.07}, "yarn_log_multiplier is 0.07, wanted 0.1: use the"),
+        ("nemotron_h", {"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_epsilon are .*, wanted one number"),
+        ("nemotron_h", {"expert_count": 8}, "experts are not supported for architecture 'nemotron_h'"),
+    ],
+)
+def test_metadata_that_the_class_does_not_have_are_refused(tmp_path, name, changed, message):
+    _, path = _rewritten(tmp_path / "model.gguf", name, **changed)
+    with pytest.raises(CheckpointError, match=message):
         jcl.open_base(path)
 
 
@@ -121,8 +159,6 @@ def test_scores_that_the_class_does_not_have_are_refused(tmp_path):
         ("falcon-h1", "hold the factors"),
         ("phimoe", "weighs the experts"),
         ("llama4", "the chunks"),
-        ("mistral4", "is not compared"),
-        ("nemotron_h_moe", "is not compared"),
     ],
 )
 def test_architectures_whose_files_do_not_hold_the_model_are_refused(tmp_path, arch, why):
@@ -139,6 +175,15 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     base = jcl.open_base(path)
     assert base.dims.layers == 5
     assert settings_of(base).mixer == settings_of(jcl.open_base(model)).mixer
+
+
+def test_layers_of_nemotron_h_that_predict_further_tokens_are_left_out(tmp_path):
+    """Such a layer has attention and experts at once."""
+    extra = {f"blk.5.{name}.weight": (np.ones((48, 32), np.float32), None) for name in ("attn_q", "ffn_up_shexp")}
+    lists = {"attention__head_count_kv": [0, 0, 2, 0, 0, 2], "feed_forward_length": [0, 12, 0, 0, 12, 12]}
+    changed = lists | {"block_count": 6, "nextn_predict_layers": 1}
+    model, path = _rewritten(tmp_path / "model.gguf", "nemotron_h-experts", extra=extra, **changed)
+    assert jcl.open_base(path).parts == jcl.open_base(model).parts
 
 
 def test_layers_without_a_list_are_of_full_attention_by_their_interval(tmp_path):
