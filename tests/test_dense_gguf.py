@@ -206,6 +206,27 @@ def test_keys_and_values_of_latents_in_one_matrix_are_read(tmp_path):
     np.testing.assert_array_equal(base.tensor(whole), state[whole].numpy())
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "reads"),
+    [
+        ("deepseek_v2", "q_a_proj", False),
+        ("deepseek_v2-direct", "q_proj", False),
+        ("deepseek_v2", "shared_up_proj", True),
+        ("nemotron_h-latent", "expert_in_proj", False),
+        ("nemotron_h-latent", "q_proj", True),
+    ],
+)
+def test_what_llama_cpp_loads_and_does_not_add_is_said(tmp_path, name, role, reads):
+    _, path = write_form(tmp_path / "model.gguf", SPARSE_FORMS[name])
+    base = jcl.open_base(path)
+    adapter = random_adapter(base, rank=2, roles=[role])
+    for profile in ("gguf", "portable"):
+        out = jcl.save_adapter(adapter, tmp_path / profile, base=base, profile=profile)
+        verdict = next(one for one in jcl.check_engines(out, base=base) if one.engine == "llama.cpp")
+        assert verdict.reads == reads
+        assert reads or "beside latents and does not add it" in verdict.reasons[0]
+
+
 def test_modules_in_another_order_than_in_the_file_have_no_gguf_adapter(tmp_path):
     _, path = _rewritten(tmp_path / "model.gguf", "qwen3_5")
     base = jcl.open_base(path)

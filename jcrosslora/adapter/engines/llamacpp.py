@@ -15,8 +15,18 @@ from jcrosslora.adapter.engines.rules import (
 from jcrosslora.adapter.kinds.config_tables import ALORA
 from jcrosslora.adapter.names import TensorName
 from jcrosslora.adapter.read_gguf import TYPE
+from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.checkpoint.gguf_metadata import ARCHITECTURES
 from jcrosslora.checkpoint.gguf_names import architecture
 from jcrosslora.checkpoint.wrapped import text_module_name
+
+# Endings of modules, in files of PEFT and in its own, whose LoRA it loads and does not add, as runs of it show.
+_BESIDE_LATENTS = (
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "attn_q_a.weight", "attn_q_b.weight", "attn_kv_a_mqa.weight"),
+    *("fc1_latent_proj", "fc2_latent_proj", "ffn_latent_down.weight", "ffn_latent_up.weight"),
+)
+# The same in models with latent attention.
+_QUERIES = ("q_proj", "attn_q.weight")
 
 
 def note_convert(facts: AdapterFacts) -> str | None:
@@ -27,6 +37,15 @@ def note_convert(facts: AdapterFacts) -> str | None:
 def no_norms(facts: AdapterFacts) -> str | None:
     norms = [tensor.key for tensor in facts.tensors if _is_norm(tensor)]
     return f"it loads the file without its trained norms ({norms[0]!r})" if norms else None
+
+
+def no_latents(facts: AdapterFacts) -> str | None:
+    family = FAMILIES.get(facts.family or ARCHITECTURES.get(str(facts.config.get("general.architecture")), ""))
+    ends = _BESIDE_LATENTS if family is None or family.latent is None else (*_BESIDE_LATENTS, *_QUERIES)
+    found = [module for module in facts.factors("A") if module.endswith(ends)]
+    return (
+        f"it loads the LoRA of {len(found)} modules beside latents and does not add it ({found[0]})" if found else None
+    )
 
 
 def no_tied_embedding(facts: AdapterFacts) -> str | None:
@@ -68,7 +87,7 @@ def same_architecture(facts: AdapterFacts) -> str | None:
     return f"the adapter is for bases of architecture {str(arch)[:60]!r}, this one is {wanted}"
 
 
-_TENSORS = (no_norms, no_tied_embedding, no_tied_head)
+_TENSORS = (no_norms, no_latents, no_tied_embedding, no_tied_head)
 GGUF_RULES = (
     type_is_lora,
     only_tensors("A", "B", "embedding", skipped=_is_norm),
