@@ -114,7 +114,7 @@ def _rewritten(path, name, drop=(), extra=None, **changed):
     ("name", "drop", "message"),
     [
         ("deepseek_v3", ["expert_gating_func"], "it has expert_weights_norm: it is neither a DeepSeek V2 nor a V3"),
-        ("deepseek_v2", ["expert_group_count"], "expert_group_count is missing, as in files of 2024"),
+        ("deepseek_v2", ["expert_group_count"], "expert_group_count is missing, as in older files"),
         ("mistral4", ["rope.scaling.type"], "temperature_scale is missing, or rope.scaling.yarn_log_multiplier"),
         ("nemotron_h", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with an entry for each"),
         ("nemotron_h", ["attention.layer_norm_epsilon"], r"layer_norm_epsilon are \[None, None\], wanted one number"),

@@ -162,7 +162,7 @@ def _v2_from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]])
         raise CheckpointError(msg)
     found, groups = from_gguf(stated, held), stated.get("expert_group_count")
     if groups is None and found["q_lora_rank"] is not None:
-        msg = "expert_group_count is missing, as in files of 2024: the published models of this form choose among "
+        msg = "expert_group_count is missing, as in older files: published models of this form choose among "
         raise CheckpointError(msg + "groups of experts; convert the model again, or use its safetensors")
     return {**found, "topk_method": "greedy" if groups in (None, 1) else "group_limited_greedy"}
 

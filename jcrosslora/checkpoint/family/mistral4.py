@@ -49,8 +49,8 @@ MISTRAL4 = replace(
     DEEPSEEK_V3,
     name="mistral4",
     architectures=("Mistral4ForCausalLM",),
-    # The converter writes nothing on how queries grow, by which llama.cpp does not let them; all published models have
-    # what the class has where nothing is stated.
+    # The converter writes nothing on how queries grow, so that llama.cpp does not let them; it is taken to be what the
+    # class has where nothing is stated.
     gguf=replace(GGUF, architecture="mistral4", rope={"llama_4_scaling_beta": _GROWTH}, settings=_from_gguf),
     resolve=_resolve,
     experts=Experts(

@@ -89,7 +89,7 @@ def _shared_width(config: Mapping[str, Any]) -> int:
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
     """Return the kinds of the layers, which two lists tell, and what files state otherwise than configurations.
 
-    Files do not state the least time step, which is that of the class in published models.
+    Files do not state the least time step, which is taken to be that of the class.
 
     Raises:
         CheckpointError: a size or a list is missing, or two epsilons of the norms are stated, which differ, or none.
