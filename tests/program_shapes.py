@@ -21,13 +21,13 @@ from jcrosslora.decoder import (
     Params,
     StackedFactors,
     amplify,
+    filling,
     generate,
     load_params,
     residual_streams,
     settings_of,
     stack_adapter,
 )
-from jcrosslora.decoder import params as params_module
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.evaluate import log_probs, predictions
 from jcrosslora.evaluate.harness import requests
@@ -156,7 +156,7 @@ def programs() -> Iterator[Program]:
 def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     settings, params, adapter = shapes.model
     yield Program(generate.prefill, (*shapes.model, *shapes.read[:2]), {"room": 4})
-    yield Program(params_module._write, (of(3, 22), of(1, 22), whole()))
+    yield Program(filling._write, (of(3, 22), of(1, 22), whole()))
     begun = jax.eval_shape(partial(generate.prefill, settings, room=4), params, adapter, *shapes.read[:2])
     both = begun.replace(cache=(begun.cache, begun.cache))
     numbers = of(), of(), of(), a_key(), whole()

@@ -61,9 +61,9 @@ def house(tmp_path_factory):
 def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house, monkeypatch, caplog):
     loads, widths, step = [], set(), fit_module.gradient_step
 
-    def load(base, dtype=jnp.float32):
+    def load(base, dtype=jnp.float32, *, mesh=None):
         loads.append((Path(base.name).name, jnp.dtype(dtype)))
-        return load_params(base, dtype)
+        return load_params(base, dtype, mesh=mesh)
 
     def counted(settings, optimizer, params, start, state, batch, rate, **more):
         widths.add(batch.tokens.shape)

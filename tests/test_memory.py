@@ -1,6 +1,7 @@
 """Too little memory: one clear error, and finished work is kept."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,15 @@ def test_free_memory_is_that_of_the_host_or_of_its_container(tmp_path, monkeypat
     assert memory.free_memory() == 600
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.free_memory() > 1000
+
+
+@pytest.mark.parametrize(("limits", "free"), [((900, 700), 400), ((900, None), None)])
+def test_free_memory_of_several_devices_is_the_least_of_any(monkeypatch, limits, free):
+    stats = [None if limit is None else {"bytes_limit": limit, "bytes_in_use": 300} for limit in limits]
+    devices = [SimpleNamespace(platform="gpu", memory_stats=lambda one=one: one) for one in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory.free_memory() == 600
+    assert memory.free_memory(2) == free
 
 
 def test_every_command_reports_short_memory(house, monkeypatch, capsys):

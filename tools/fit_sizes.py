@@ -9,8 +9,8 @@ in batches as `jcrosslora.fit.distill` makes them, each used `passes` times. The
 
 Memory is that of a device: its part of both bases' weights in bfloat16, beside XLA's own analysis of the gradient step
 and of writing, which is that of the backend that compiles: run it on the GPU for its figure. With `--shards` the
-matrices are divided over so many devices, those in front of a product by their rows, those behind it by their columns;
-on a CPU they are forced ones, and nothing is allocated.
+matrices are divided over so many devices as a fit divides them (`jcrosslora.decoder.sharding`); on a CPU they are
+forced ones, and nothing is allocated.
 
 A forward pass takes two operations for each weight and token, the gradient as many again, since no weight has one, and
 recomputation once more. A program takes the longer of its operations and of reading its weights, at the shares of the
@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 from roofline import DEVICES, Device
@@ -41,6 +41,7 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
 from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.decoder.sharding import mesh_of, weight_sharding, whole
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.fit import first_state, gradient_step, needs_remat
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -132,30 +133,25 @@ def reduced_params(params: Params) -> Params:
         if not isinstance(rows, jax.ShapeDtypeStruct):
             return rows[: shape[0]]
         # These few are whole on each device.
-        whole = None if rows.sharding is None else NamedSharding(rows.sharding.mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=whole)
+        sharding = None if rows.sharding is None else whole(rows.sharding.mesh)
+        return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
     return params.replace(embedding=cut(params.embedding))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def divided(params: Params, devices: int) -> Params:
-    """Divide shapes of weights over devices: rows of a matrix, but columns of those that write the stream.
-
-    What their number does not divide is whole on each device, and so is all else.
-    """
+    """Divide shapes of weights over devices as `load_params` divides weights."""
     if devices == 1:
         return params
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(devices), ("model",))
+    mesh = mesh_of(devices)
 
-    def over(axis: int | None, leaf: Any) -> jax.ShapeDtypeStruct:
-        spec: list[str | None] = [None] * leaf.ndim
-        if axis is not None and leaf.shape[axis] % devices == 0:
-            spec[axis] = "model"
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    def lie(sharding: NamedSharding, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    found: Any = jax.tree.map(partial(over, None), params)
-    weights = {role: over(2 if role in ("o_proj", "down_proj") else 1, w) for role, w in params.weights.items()}
-    return found.replace(weights=weights, embedding=over(0, params.embedding))
+    found: Any = jax.tree.map(partial(lie, whole(mesh)), params)
+    weights = {role: lie(weight_sharding(mesh, role, leaf.shape), leaf) for role, leaf in params.weights.items()}
+    embedding = lie(weight_sharding(mesh, "embedding", params.embedding.shape), params.embedding)
+    return found.replace(weights=weights, embedding=embedding)
 
 
 def bytes_of(tree: Any) -> int:

@@ -19,7 +19,7 @@ from jcrosslora.utils.versions import version
 
 FOLDER = ".batch"
 # Settings that do not change the result: locations of files, and cache and overwriting.
-_NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache")
+_NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache", "divide")
 
 
 class CompletionLog:

@@ -282,7 +282,7 @@ class _UnitRun:
         # Finished jobs keep their place in their chunk: the same program on the same arrays gives the same bytes.
         chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
         if items[0].method.runs_bases and sum(not self._run.is_done(item) for item in items) > 1:
-            self._session.keep_bases()
+            self._session.keep_bases(items[0].method, self._settings)
         needed = {item.job.name for chunk in chunks for item in chunk}
         self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
         with self._session.steps(task, self._settings, self._given, timed=False) as steps:

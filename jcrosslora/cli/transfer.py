@@ -38,7 +38,7 @@ class _Transfer:
             "push_to",
             "log",
         ),
-        "expert": ("scale", "adapter_rank", "seed", "effect", "cache"),
+        "expert": ("scale", "adapter_rank", "seed", "effect", "divide", "cache"),
         "source": (
             "source_backend",
             "source_url",

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jcrosslora.checkpoint import BaseModel
@@ -18,9 +18,12 @@ from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD, HEAD_BIAS, ROLE_PATHS
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.family.rules import LayerTensor
+from jcrosslora.decoder.filling import fill
 from jcrosslora.decoder.layer_inputs import LayerInputWeights
 from jcrosslora.decoder.ops import is_packed
 from jcrosslora.decoder.settings import settings_of
+from jcrosslora.decoder.sharding import weight_sharding, whole
+from jcrosslora.decoder.weight_sizes import stack_shapes
 from jcrosslora.errors import UsageError
 
 _ROWS = 16_384  # rows of the embedding to read at a time
@@ -84,8 +87,10 @@ class Params:
         return _BITS if self.packed else self.embedding.dtype
 
 
-def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool | None = None) -> Params:
-    """Load the weights of a base; the host holds one matrix of one layer at a time.
+def load_params(
+    base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool | None = None, mesh: Mesh | None = None
+) -> Params:
+    """Load the weights of a base; the host holds one matrix of one layer at a time, and a device its own part of all.
 
     Args:
         base: a base of any supported family.
@@ -93,6 +98,8 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         packed: whether bfloat16 weights of the layers are stored as bits and only their products are rounded to
             bfloat16, which is faster on a CPU (`tools/bench_decoder.py`) and more exact. Packed weights have no
             gradient. None packs bfloat16.
+        mesh: of the devices that the weights are divided over, see `jcrosslora.decoder.sharding`; None puts them whole
+            on the default device.
 
     Raises:
         UsageError: the dtype is not supported, or float32 was to be packed.
@@ -107,14 +114,14 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         raise UsageError(msg)
     if packed is None:
         packed = kind == _BF16
-    settings, family = settings_of(base), base.family
+    settings, family, stacks = settings_of(base), base.family, _Stacks(base, mesh)
     norms = {name: norm for name, norm in family.layer_norms(base.config).items() if base.layers_with(name)}
-    weights = {role: _stack_weights(base, role, kind, packed=packed) for role in family.roles if base.layers_with(role)}
+    weights = {role: stacks.weights(role, kind, packed=packed) for role in family.roles if base.layers_with(role)}
     biases = {role: _stack_biases(base, role, kind) for role in settings.biased_roles if role in weights}
     offset = np.float32(family.gain_offset)
     params = Params(
-        embedding=_matrix(base, EMBEDDING, base.dims.hidden, kind),
-        head=None if settings.tied else _matrix(base, HEAD, base.dims.hidden, kind),
+        embedding=stacks.rows("embedding", EMBEDDING, kind),
+        head=None if settings.tied else stacks.rows("head", HEAD, kind),
         final_norm=jnp.asarray(base.tensor(f"{family.final_norm}.weight").astype(np.float32) + offset),
         weights=weights,
         biases=biases,
@@ -126,15 +133,18 @@ def load_params(base: BaseModel, dtype: DTypeLike = jnp.float32, *, packed: bool
         head_bias=_vector(base, HEAD_BIAS) if family.has_head_bias(base.config) else None,
         activation=tuple(_stack_numbers(base, *item) for item in family.activation_tensors.items()),
         tensors={
-            name: _stack_tensors(base, name, tensor, kind)
+            name: stacks.tensors(name, tensor, kind)
             for name, tensor in family.layer_tensors(base.config).items()
             if base.layers_with(name)
         }
-        | _stack_experts(base, kind, packed=packed),
-        layer_inputs=_layer_inputs(base, kind),
+        | stacks.experts(kind, packed=packed),
+        layer_inputs=_layer_inputs(base, stacks, kind),
     )
     base.release()
-    return params
+    if mesh is None:
+        return params
+    kept = whole(mesh)
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, kept), params)
 
 
 @cache
@@ -152,13 +162,6 @@ def fast_dtype() -> np.dtype:
     except OSError:  # not Linux
         return _F32
     return _BF16 if "avx512_bf16" in flags or "amx_bf16" in flags else _F32
-
-
-def _stack_weights(base: BaseModel, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
-    names = [f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in base.layers_with(role)]
-    kept = _BITS if packed else dtype
-    pieces = (base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
-    return _fill(base, (len(names), *base.role_shape(role)), kept, pieces)
 
 
 def _stack_biases(base: BaseModel, role: str, dtype: np.dtype) -> jax.Array:
@@ -181,54 +184,61 @@ def _stack_vectors(base: BaseModel, norm: str, path: str) -> jax.Array:
     return jnp.asarray(np.stack(rows))
 
 
-def _stack_tensors(base: BaseModel, name: str, tensor: LayerTensor, dtype: np.dtype) -> jax.Array:
-    kept, layers = _F32 if tensor.exact else dtype, base.layers_with(name)
-    pieces = (base.tensor(f"model.layers.{layer}.{tensor.path}")[None].astype(kept) for layer in layers)
-    return _fill(base, (len(layers), *tensor.shape(base.dims, base.config)), kept, pieces)
-
-
-def _stack_experts(base: BaseModel, dtype: np.dtype, *, packed: bool) -> dict[str, jax.Array]:
-    """Stack the tensors of experts: matrices (L, E, O, I) as other weights, the rest as float32."""
-    experts, layers = base.family.experts, base.layers_with("router")
-    if experts is None or not layers:
-        return {}
-    found = {}
-    for name in expert_tensors(experts):
-        kept = dtype if name in ("gate_up", "down") else _F32
-        stored = _BITS if packed and kept == dtype else kept
-        pieces = (base.expert_tensor(layer, name)[None].astype(kept, copy=False) for layer in layers)
-        first = next(pieces)
-        pieces = (piece.view(stored) for piece in itertools.chain((first,), pieces))
-        found[name] = _fill(base, (len(layers), *first.shape[1:]), stored, pieces)
-    return found
-
-
-def _layer_inputs(base: BaseModel, dtype: np.dtype) -> LayerInputWeights | None:
-    features = base.family.layer_inputs(base.config)
-    if not features:
+def _layer_inputs(base: BaseModel, stacks: "_Stacks", dtype: np.dtype) -> LayerInputWeights | None:
+    if not base.family.layer_inputs(base.config):
         return None
-    embedding = _matrix(base, LAYER_EMBEDDING, base.dims.layers * features, dtype)
+    embedding = stacks.rows("layer_embedding", LAYER_EMBEDDING, dtype)
     projection = jnp.asarray(base.tensor(LAYER_INPUT_PROJECTION).astype(dtype))
     return LayerInputWeights(embedding, projection, _vector(base, LAYER_INPUT_NORM))
 
 
-def _matrix(base: BaseModel, name: str, columns: int, dtype: np.dtype) -> jax.Array:
-    vocab = base.dims.vocab
-    parts = (np.arange(start, min(start + _ROWS, vocab)) for start in range(0, vocab, _ROWS))
-    pieces = (base.rows(name, part).astype(dtype, copy=False) for part in parts)
-    return _fill(base, (vocab, columns), dtype, pieces)
+class _Stacks:
+    """Reads the large arrays of a base, piece by piece."""
 
+    def __init__(self, base: BaseModel, mesh: Mesh | None) -> None:
+        self._base, self._mesh, self._shapes = base, mesh, stack_shapes(base)
 
-def _fill(base: BaseModel, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterator[np.ndarray]) -> jax.Array:
-    # Written to the device piece by piece: a host array of the whole would double the memory on a CPU.
-    whole, start = jnp.zeros(shape, dtype), 0
-    for piece in pieces:
-        whole = _write(whole, piece, np.int32(start))
-        start += len(piece)
-        base.release()
-    return whole
+    def weights(self, role: str, dtype: np.dtype, *, packed: bool) -> jax.Array:
+        """Stack the matrices of a role, (L, O, I)."""
+        names = (f"model.layers.{layer}.{ROLE_PATHS[role]}" for layer in self._base.layers_with(role))
+        kept = _BITS if packed else dtype
+        pieces = (self._base.weight(name)[None].astype(dtype, copy=False).view(kept) for name in names)
+        return self._fill(role, self._shapes[role], kept, pieces)
 
+    def tensors(self, name: str, tensor: LayerTensor, dtype: np.dtype) -> jax.Array:
+        """Stack the tensors of a name in `Family.tensors`, (L, ...)."""
+        base = self._base
+        kept, layers = _F32 if tensor.exact else dtype, base.layers_with(name)
+        pieces = (base.tensor(f"model.layers.{layer}.{tensor.path}")[None].astype(kept) for layer in layers)
+        return self._fill(name, (len(layers), *tensor.shape(base.dims, base.config)), kept, pieces)
 
-@partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+    def experts(self, dtype: np.dtype, *, packed: bool) -> dict[str, jax.Array]:
+        """Stack the tensors of experts: matrices (L, E, O, I) as other weights, the rest as float32."""
+        experts, layers = self._base.family.experts, self._base.layers_with("router")
+        if experts is None or not layers:
+            return {}
+        found = {}
+        for name in expert_tensors(experts):
+            kept = dtype if name in ("gate_up", "down") else _F32
+            stored = _BITS if packed and kept == dtype else kept
+            pieces = (self._base.expert_tensor(layer, name)[None].astype(kept, copy=False) for layer in layers)
+            first = next(pieces)
+            pieces = (piece.view(stored) for piece in itertools.chain((first,), pieces))
+            found[name] = self._fill(name, (len(layers), *first.shape[1:]), stored, pieces)
+        return found
+
+    def rows(self, name: str, tensor: str, dtype: np.dtype) -> jax.Array:
+        """Read an embedding or the head, (V, columns)."""
+        vocab = self._base.dims.vocab
+        parts = (np.arange(start, min(start + _ROWS, vocab)) for start in range(0, vocab, _ROWS))
+        pieces = (self._base.rows(tensor, part).astype(dtype, copy=False) for part in parts)
+        return self._fill(name, self._shapes[name], dtype, pieces)
+
+    def _fill(self, name: str, shape: tuple[int, ...], dtype: np.dtype, pieces: Iterator[np.ndarray]) -> jax.Array:
+        sharding = None if self._mesh is None else weight_sharding(self._mesh, name, shape)
+        return fill(shape, dtype, self._released(pieces), sharding)
+
+    def _released(self, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for piece in pieces:
+            yield piece
+            self._base.release()

@@ -32,7 +32,7 @@ class FinalizeContext:
         seed: for everything that is sampled.
         states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
         progress: whether to show progress.
-        loaded: gives the weights of both bases where several adapters are moved; None loads them for each.
+        loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
     """
 
     source: BaseModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +17,14 @@ from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.alignment.transport import AlignRecipe
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
-from jcrosslora.decoder import fast_dtype
 from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.logs import record
 from jcrosslora.methods import Auto, Distill, Method, make_chosen
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.estimate import Estimate
+from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.session.timing import parameters
 from jcrosslora.shifting.records import ModuleRow
 from jcrosslora.shifting.truncate import READERS, span_rank, truncate_for_profile
 from jcrosslora.sources.protocol import Source
@@ -82,16 +82,19 @@ def transfer_asked(
 
     Raises:
         MethodError, UsageError, HostError: see `check_asked`.
+        UsageError, MemoryError: see `place_bases`.
         JCrossLoRAError: see `distill_from`.
     """
     chosen, choice = check_asked(target, method, options, profile)
+    from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.fit.distill.run import distill_from
 
     given = () if probes is None else (probes.prompts or probes.texts)
+    placement = _placed(target, chosen, options)
+    placement.announce(show=progress)
+    more = {"states": states, "progress": progress, "loaded": LoadedBases(mesh=placement.mesh)}
     with steps(dict.fromkeys(_STEPS), show=progress):
-        found = distill_from(
-            asked.source, target, prompts=given, settings=chosen, seed=options.seed, states=states, progress=progress
-        )
+        found = distill_from(asked.source, target, prompts=given, settings=chosen, seed=options.seed, **more)
     texts = tuple(item.text for item in found.completions)
     info = AdapterInfo(name=f"{asked.adapter.name}, moved", base_name=target.name, prefix=target.prefix)
     moved = Adapter(
@@ -165,16 +168,26 @@ def check_asked(
     return chosen, _CHOICE if isinstance(method, Auto) else None
 
 
-def estimate_asked(target: BaseModel, method: Distill, reason: str | None) -> Estimate:
+def estimate_asked(target: BaseModel, method: Distill, options: TransferOptions, reason: str | None) -> Estimate:
     """Estimate what is known without asking: the memory of the target. How long a source takes shows when it is asked.
 
     Args:
         target: the base to update.
         method: of the fit.
+        options: of the transfer.
         reason: why it was chosen, or None.
+
+    Raises:
+        UsageError, MemoryError: see `place_bases`.
     """
-    memory = fast_dtype().itemsize * parameters(target)
-    return Estimate(method, reason, len(target.modules), method.fit_rank, dict.fromkeys(_STEPS), memory)
+    placed = _placed(target, method, options)
+    seconds: dict[str, float | None] = dict.fromkeys(_STEPS)
+    return Estimate(method, reason, len(target.modules), method.fit_rank, seconds, placed.weights, placed)
+
+
+def _placed(target: BaseModel, method: Distill, options: TransferOptions) -> Placement:
+    """Place the target alone, whose effect is not checked."""
+    return place_bases([target], method, dataclasses.replace(options, effect="never"))
 
 
 def _needs_weights(method: type[Distill]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jcrosslora.adapter import Adapter
+from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.lineage.method_selection import why_not_run
@@ -44,7 +45,7 @@ def measure_effect(
         completions: texts that the source wrote with its adapter. An adapter trained on answers hardly shows in
             text of another kind, so these come first.
         progress: whether to show progress.
-        loaded: gives the weights of both bases; None loads one at a time.
+        loaded: gives the weights of both bases; None loads one at a time, whole on the first device.
 
     Returns:
         The effect, or None if it is not requested or cannot be measured, and warnings.
@@ -60,15 +61,12 @@ def measure_effect(
     if not runs_bases and (obstacle := why_not_run(pair.source, pair.target)) is not None:
         msg = f"the effect cannot be measured: {obstacle}; leave out --effect always"
         raise CheckpointError(msg)
-    from jcrosslora.decoder import fast_dtype
-    from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
+    from jcrosslora.evaluate.effect_check import check_effect
 
     texts, written = ((), completions) if completions else (probes, ())
     try:
         with enough_memory("leave out the check with --effect never"):
-            params = None if written or loaded is None else loaded.params(pair.source, fast_dtype())
-            given = {"seed": options.seed, "params": params, "progress": progress}
-            written = written or adapter_texts(pair.source, original, **given)
+            written = written or _texts(pair.source, original, options.seed, loaded, progress=progress)
             if not texts and not written:
                 return None, ()
             found = check_effect(
@@ -80,3 +78,14 @@ def measure_effect(
             raise
         return None, (f"the effect was not measured: {error}",)
     return found, ()
+
+
+def _texts(
+    source: BaseModel, original: Adapter, seed: int, loaded: LoadedBases | None, *, progress: bool
+) -> Sequence[str]:
+    """Let the source write with its adapter; its weights are dropped behind that unless `loaded` keeps them."""
+    from jcrosslora.decoder import fast_dtype
+    from jcrosslora.evaluate.effect_check import adapter_texts
+
+    params = None if loaded is None else loaded.params(source, fast_dtype())
+    return adapter_texts(source, original, seed=seed, params=params, progress=progress)

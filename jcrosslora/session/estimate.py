@@ -8,12 +8,14 @@ from typing import Any
 
 from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.decoder import fast_dtype
+from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods import Method
+from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.step_seconds import SHARED, sides_of, step_seconds
-from jcrosslora.session.timing import Stopwatch, parameters
+from jcrosslora.session.timing import Stopwatch
 from jcrosslora.utils.progress import duration
 
 
@@ -27,7 +29,9 @@ class Estimate:
         modules: how many are aligned.
         rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None where neither is.
         steps: seconds of each step, in order; None where they are not known.
-        memory: bytes of both bases' weights where they run, else of the largest group's weights, factors and maps.
+        memory: bytes on a device, of both bases' weights where they run, else of the largest group's weights, factors
+            and maps.
+        placement: where the weights lie that a fit and the check of the effect run; None where neither does.
     """
 
     method: Method
@@ -36,6 +40,7 @@ class Estimate:
     rank: int | None
     steps: dict[str, float | None]
     memory: int
+    placement: Placement | None = None
 
     def seconds(self, adapters: int = 1) -> float:
         """Sum the steps that are known, for adapters that share the alignment."""
@@ -53,6 +58,7 @@ class Estimate:
             "steps": self.steps,
             "seconds": self.seconds(),
             "memory_bytes": self.memory,
+            "placement": None if self.placement is None else self.placement.record(),
         }
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -66,11 +72,15 @@ class Estimate:
         ]
         yield "time", f"{self.time()} ({', '.join(parts)})"
         yield "memory", self.size()
+        if self.placement is not None and self.placement.was_chosen:
+            yield "devices", self.placement.text()
 
     def size(self, more: int = 0) -> str:
         """Write the memory with `more` bytes; activations depend on the lengths of the texts."""
         beside = ", and activations" if self.method.runs_bases else ""
-        return f"{(self.memory + more) / 1e9:.2f} GB{beside}"
+        devices = 1 if self.placement is None else self.placement.devices
+        each = f" on each of {devices} devices" if devices > 1 else ""
+        return f"{(self.memory + more) / 1e9:.2f} GB{each}{beside}"
 
     def time(self, adapters: int = 1) -> str:
         """Write the time in round figures, such as "4 min"; "over" where a step is not known."""
@@ -94,17 +104,21 @@ def estimate(
 
     Raises:
         CheckpointError: the bases have to run, and the decoder does not support one.
+        UsageError, MemoryError: see `place_bases`.
     """
-    method = task.method
+    method, bases = task.method, (task.pair.source, task.pair.target)
     rank = task.rank if method.truncates else None
     if isinstance(method, DistillSettings):
         rank = method.fit_rank
-    memory = _group_memory(task)
+    memory, placement = _group_memory(task), None
     if task.runs_bases or options.effect == "always":
+        placement = place_bases(bases, method, options)
+        memory = max(memory, placement.weights)
+    if task.runs_bases and not isinstance(method, DistillSettings):
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
-        memory = max(memory, size * (parameters(task.pair.source) + parameters(task.pair.target)))
+        memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = step_seconds(task, options, prompts, stopwatch)
-    return Estimate(method, reason, len(task.modules), rank, steps, memory)
+    return Estimate(method, reason, len(task.modules), rank, steps, memory, placement)
 
 
 def _group_memory(task: AlignmentTask) -> int:

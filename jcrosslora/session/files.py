@@ -122,7 +122,8 @@ def _estimate_asked(settings: TransferSettings, model: AskedModel) -> Estimate:
         open_asked(model)
     else:
         find_adapter(settings.adapter, settings.adapter_revision)
-    return estimate_asked(target, method, reason)
+    with enough_memory():
+        return estimate_asked(target, method, settings, reason)
 
 
 def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adapter: bool = False) -> Estimate:
@@ -146,7 +147,8 @@ def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adap
     task = session.plan(method, settings, sources)
     given = given_probes(settings.probe_text)
     prompts = 0 if given is None else len(given.texts)
-    return estimate(task, settings, prompts, stopwatch, choice and choice.reason)
+    with enough_memory(lighter(method)):
+        return estimate(task, settings, prompts, stopwatch, choice and choice.reason)
 
 
 def _open_bases(settings: TransferSettings) -> tuple[BaseModel, BaseModel]:

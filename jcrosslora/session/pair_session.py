@@ -76,7 +76,7 @@ class PairSession:
     Attributes:
         pair: the two bases, with the facts that stages share.
         progress: whether to show progress.
-        loaded: gives the weights of both bases to what runs them; None loads them anew each time.
+        loaded: keeps the weights of both bases for what runs them; None loads them anew each time.
     """
 
     def __init__(
@@ -88,14 +88,30 @@ class PairSession:
         self._shared: dict[Any, Any] = {}
         self._known: Known = {}
 
-    def keep_bases(self) -> None:
+    def keep_bases(self, method: Method, options: TransferOptions) -> None:
         """Keep the weights of both bases for fits and checks of several adapters, as far as memory allows."""
+        self.loaded = self.loaded or self._bases(method, options, keep=True)
+
+    def _bases(self, method: Method, options: TransferOptions, *, keep: bool = False) -> LoadedBases | None:
+        """Return what loads the bases of a transfer to their devices; None where they are not run by it.
+
+        Raises:
+            UsageError, MemoryError: see `place_bases`.
+        """
+        if not (method.runs_bases or options.effect == "always"):
+            return None
         # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.decoder.loaded import loaded_within
-        from jcrosslora.session.timing import parameters
+        from jcrosslora.decoder.loaded import LoadedBases, loaded_within
+        from jcrosslora.decoder.weight_sizes import held_numbers
+        from jcrosslora.session.placement import place_bases
 
         bases = self.pair.source, self.pair.target
-        self.loaded = self.loaded or loaded_within(free_memory(), [parameters(base) for base in bases])
+        placement = place_bases(bases, method, options)
+        placement.announce(show=self.progress)
+        if not keep:
+            return LoadedBases(mesh=placement.mesh)
+        numbers = [held_numbers(base, placement.devices) for base in bases]
+        return loaded_within(free_memory(placement.devices), numbers, placement.mesh)
 
     @cached_property
     def source_info(self) -> BaseInfo:
@@ -217,7 +233,8 @@ class PairSession:
         """
         shifted = move.shifter.finish(transport, self.pair)
         begin(FINISH)
-        update = move.method.finalize(self._context(shifted, task, move.options), shifted.adapter)
+        loaded = self.loaded or self._bases(move.method, move.options)
+        update = move.method.finalize(self._context(shifted, task, move.options, loaded), shifted.adapter)
         moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
         moved, truncation, frozen = self._truncated(moved, move, shifted)
         probes = () if task.probes is None else task.probes.texts
@@ -231,7 +248,7 @@ class PairSession:
             probes=probes,
             completions=written,
             progress=self.progress,
-            loaded=self.loaded,
+            loaded=loaded,
         )
         if shifted.original.tokens and (move.method.runs_bases or effect is not None):
             warnings += (_WITHOUT_TOKENS,)
@@ -373,7 +390,9 @@ class PairSession:
         places = {name: place for place, name in enumerate(modules)}
         return tuple(sorted(rows.values(), key=lambda row: places.get(row.target, len(places))))
 
-    def _context(self, shifted: Shifted, task: AlignmentTask, options: TransferOptions) -> FinalizeContext:
+    def _context(
+        self, shifted: Shifted, task: AlignmentTask, options: TransferOptions, loaded: LoadedBases | None
+    ) -> FinalizeContext:
         given = task.probes is not None and task.probes.seed is None
         return FinalizeContext(
             source=self.pair.source,
@@ -387,7 +406,7 @@ class PairSession:
             seed=options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
             progress=self.progress,
-            loaded=self.loaded,
+            loaded=loaded,
         )
 
     def _truncated(

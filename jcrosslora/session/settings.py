@@ -13,6 +13,7 @@ from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method,
 from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
+Divide = Literal["auto", "always", "never"]
 Backend = Literal["jax", "torch"]
 
 
@@ -36,12 +37,16 @@ class TransferOptions:
     """How many texts the source base writes; only where the bases have to run on text."""
     effect: EffectCheck = "auto"
     """Run both bases with and without the adapter in the end: always, never, or where the method runs them anyway."""
+    divide: Divide = "auto"
+    """Divide the weights of the bases that a fit and the check of the effect run over the devices of this process:
+    always, never, or where they do not fit into one (auto). The result is the same but for rounding."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown kind of effect check."""
-        if self.effect not in get_args(EffectCheck):
-            msg = f"effect {self.effect!r} is unknown; use one of {', '.join(get_args(EffectCheck))}"
-            raise UsageError(msg)
+        """Refuse an unknown kind of effect check, and of division."""
+        for name, kinds in (("effect", EffectCheck), ("divide", Divide)):
+            if getattr(self, name) not in get_args(kinds):
+                msg = f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(kinds))}"
+                raise UsageError(msg)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ _REFERENCES = frozenset(
         *("probe_text", "source_template", "target_template"),
     }
 )
-_OF_THIS_MACHINE = frozenset({"out", "source_url", "overwrite", "cache"})
+_OF_THIS_MACHINE = frozenset({"out", "source_url", "overwrite", "cache", "divide"})
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(TransferSettings)}
 
 

@@ -109,12 +109,6 @@ def layer_size(base: BaseModel) -> int:
     return sum(prod(module.shape) for module in base.modules.values()) // base.dims.layers
 
 
-def parameters(base: BaseModel) -> int:
-    """Count the parameters of the linear modules, the embedding and the output head."""
-    matrices = 1 if base.tied else 2
-    return layer_size(base) * base.dims.layers + matrices * base.dims.vocab * base.dims.hidden
-
-
 def _few_layers(base: BaseModel) -> DecoderSettings:
     settings, layers = settings_of(base), max(1, min(_LAYERS, _MOST_WEIGHTS // layer_size(base)))
     return dataclasses.replace(

@@ -51,7 +51,7 @@ def transfer(
             Where an update is fitted, prompts of the adapter's own task recover more than what the source writes.
         cache: whether factors and transports are kept in the user's cache folder, and looked for there.
         progress: whether to show progress.
-        options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect.
+        options: fields of `TransferOptions`: depth, calibrate, scale, out_rank, seed, probe_count, effect, divide.
 
     Returns:
         The adapter for the target with its report.

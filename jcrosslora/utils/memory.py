@@ -38,14 +38,24 @@ def _short(said: str, advice: str) -> ShortMemoryError:
     return ShortMemoryError(f"not enough memory{f' ({first})' if first else ''}: {ways}")
 
 
-def free_memory() -> int | None:
-    """Return how many bytes the first device can still hold, on a CPU the host; None where that cannot be found out."""
+def free_memory(count: int = 1) -> int | None:
+    """Return how many bytes each of the first `count` devices can still hold; None where that cannot be found out.
+
+    Those of a CPU share what the host can.
+    """
     import jax
 
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        held = device.memory_stats() or {}
-        return held["bytes_limit"] - held["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= held.keys() else None
+    devices = jax.local_devices()[:count]
+    if devices[0].platform != "cpu":
+        held = [device.memory_stats() or {} for device in devices]
+        known = all({"bytes_limit", "bytes_in_use"} <= one.keys() for one in held)
+        return min(one["bytes_limit"] - one["bytes_in_use"] for one in held) if known else None
+    free = _free_of_host()
+    return None if free is None else free // count
+
+
+def _free_of_host() -> int | None:
+    """Return how many bytes the host, or its container, has; None where that cannot be found out."""
     host = dict(line.split(":", 1) for line in _text(Path("/proc/meminfo")).splitlines() if ":" in line)
     found = [int(host["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in host else []
     most, used = (_text(_GROUP / f"memory.{name}").strip() for name in ("max", "current"))

@@ -233,6 +233,12 @@ class Display:
                 self._write("")
             yield
 
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        with self.hidden():
+            self._out.write(f"jcrosslora: {text}\n")
+            self._out.flush()
+
     def refresh(self) -> None:
         """Show the line if the last time is long enough ago."""
         with self._lock:
@@ -314,3 +320,4 @@ def duration(seconds: float) -> str:
 
 DISPLAY = Display()
 track, each, steps, begin, hidden = DISPLAY.track, DISPLAY.each, DISPLAY.steps, DISPLAY.begin, DISPLAY.hidden
+say = DISPLAY.say

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jcrosslora.checkpoint import ROLES
+from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
+from jcrosslora.decoder.weight_sizes import stack_shapes
 from jcrosslora.fit.distill.batches import DistillationBatch
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
 from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
@@ -296,6 +297,17 @@ def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     wide = 2 if settings.layers_with("wide_up_proj") else 1
     width = 2 * wide * settings.intermediate + 3 * (settings.hidden + mixed)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
+
+
+def most_beside(target: BaseModel, settings: DistillSettings) -> int:
+    """Return the most bytes that a fit takes beside the weights of both bases.
+
+    They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it
+    fits, four times: in training, the best ones, and two moments.
+    """
+    shapes = [shape for name, shape in stack_shapes(target).items() if name in (settings.roles or ROLES)]
+    numbers = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)
+    return _MOST_REMEMBERED + _MOST_KEPT + 4 * np.dtype(np.float32).itemsize * numbers
 
 
 # The state is not donated: the best update and the one that writes share its arrays.

@@ -168,7 +168,8 @@ def distill_from(
     rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
     symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
     reader = source.reader(symbols.heads(0), len(ends[0]))
-    params = (loaded or LoadedBases()).params(target, fast_dtype())
+    loaded = loaded or LoadedBases()
+    params = loaded.params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, symbols.heads(1), len(ends[1]))
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
@@ -196,7 +197,8 @@ def distill_from(
             seed=seed,
             progress=progress,
         )
-    return _distilled(fitted, batches, completions, tokenizers[1], symbols, target)
+    devices = 1 if loaded.mesh is None else loaded.mesh.size
+    return _distilled(fitted, batches, completions, tokenizers[1], symbols, target, devices)
 
 
 def _distilled(
@@ -206,6 +208,7 @@ def _distilled(
     tokenizer: Tokenizer,
     symbols: Symbols,
     target: BaseModel,
+    devices: int,
 ) -> Distilled:
     """Check a fit, and describe it.
 
@@ -218,7 +221,7 @@ def _distilled(
         truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
         fitted.looks,
         positions,
-        _sentence(fitted, completions, positions, len(symbols.shared[0])),
+        _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
         tuple(completions.items),
         template_of(tokenizer) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
     )
@@ -263,12 +266,13 @@ def _check_finite(fitted: Fitted, target: BaseModel) -> None:
         raise CheckpointError(msg)
 
 
-def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int) -> str:
+def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int, devices: int) -> str:
     first, best = fitted.looks[0].divergence, min(look.divergence for look in fitted.looks)
     steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
     anew = max(look.completions for look in fitted.looks) - len(completions.items)
     further = f", then to {anew:,} more completions" if anew > 0 else ""
     own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
     ending = "; it was stopped before its end" if fitted.stopped else ""
+    ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""
     held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {best:.3g} nats"
     return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"
