@@ -75,8 +75,9 @@ class DecoderSource(Generator):
 
     def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Compare predictions on answers, see `Source.compare`."""
-        assert self.adapter is not None
-        model, none = (self.settings, self.params), jax.tree.map(jnp.zeros_like, self.adapter)
+        model = self.settings, self.params
+        # Zeros instead of no adapter: one compiled program serves both.
+        none = None if self.adapter is None else jax.tree.map(jnp.zeros_like, self.adapter)
         change, base_nll = np.zeros(len(texts)), np.zeros(len(texts))
         # Texts of one length together: every token of padding costs as much as one of text.
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
@@ -86,7 +87,8 @@ class DecoderSource(Generator):
             at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
             rows = [texts[place][-width:] for place in part]
             batch = (*map(jnp.asarray, pad_right(rows, (_ROWS, width))), jnp.asarray(at.ravel()))
-            adapted, plain = (_states(*model, one, *batch) for one in (self.adapter, none))
+            plain = _states(*model, none, *batch)
+            adapted = plain if self.adapter is None else _states(*model, self.adapter, *batch)
             found = _divergence(*model, adapted, plain, jnp.asarray(token.ravel()))
             own = used[: len(part)]
             for figure, values in ((change, found.kl), (base_nll, -found.log_probs_b)):
@@ -153,7 +155,7 @@ def _answer_positions(
 def _states(
     settings: DecoderSettings,
     params: Params,
-    adapter: AppliedAdapter,
+    adapter: AppliedAdapter | None,
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,

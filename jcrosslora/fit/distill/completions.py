@@ -57,6 +57,7 @@ class Completions:
 
 def answer_given(
     source: Source,
+    writer: Writer,
     prompts: Sequence[Prompt],
     settings: DistillSettings,
     seed: int,
@@ -82,7 +83,7 @@ def answer_given(
         MethodError: the base answers too few of them, or there is only one.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    base, form = source.alone(), find_form(prompts, source.tokenizer)
+    form = find_form(prompts, writer.tokenizer)
     kept: dict[Any, list[Completion]] = {} if shared is None else shared
     wanted, temperature = settings.rounds[0], settings.answer_temperature
     further = 0 if form is None else max(0, wanted - len(prompts))
@@ -93,7 +94,7 @@ def answer_given(
         # The tokens that end a text are all that differs between adapters.
         key = form, source.tokenizer.stops, count, seed
         if key not in kept:
-            kept[key] = form.write(base, count, seed, bar)
+            kept[key] = form.write(writer, count, seed, bar)
         elif bar is not None:
             bar.update(count)
         return list(kept[key])
@@ -122,7 +123,9 @@ def answer_given(
     return Completions(found, description, more)
 
 
-def write_completions(source: Source, settings: DistillSettings, seed: int, *, progress: bool = False) -> Completions:
+def write_completions(
+    source: Source, writer: Writer, settings: DistillSettings, seed: int, *, progress: bool = False
+) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`jcrosslora.fit.distill.template_choice`); what it was
@@ -141,7 +144,8 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
         found = [item for item in pilot if named[item.origin] in known]
         discovery = NOTHING
         if settings.discovery:
-            discovery = discover(source, found, known, settings, settings.answer_tokens or PILOT_TOKENS, seed, bar)
+            tokens = settings.answer_tokens or PILOT_TOKENS
+            discovery = discover(source, writer, found, known, settings, tokens, seed, bar)
         if discovery.share:
             found += [one.item for one in discovery.resembling]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
@@ -149,7 +153,7 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
         def write(source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
             like = round(discovery.share * count)
             wanted = [known[place % len(known)] for place in range(count - like)] if known else []
-            return discovery.write(source, like, seed, bar) + write_prompts(source, wanted, seed, bar)
+            return discovery.write(writer, like, seed, bar) + write_prompts(source, wanted, seed, bar)
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0

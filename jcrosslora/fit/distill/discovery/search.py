@@ -1,7 +1,7 @@
 """The search for what an adapter is for.
 
 It is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was trained
-on. It also says what it was trained to say, and the base guesses what was asked, as jobs of this kind are asked for.
+on. It also says what it was trained to say, and a base guesses what was asked, as jobs of this kind are asked for.
 The best of all these requests are kept.
 """
 
@@ -19,7 +19,7 @@ from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_scor
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
-from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
@@ -59,12 +59,12 @@ class Discovery:
         """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
 
-    def write(self, source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+    def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         """Write prompts like the examples, in their templates: at most `count`, without near-duplicates."""
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = resemble(source.alone(), [kind.input_of(one.text) for one in self.examples], count, seed, bar)
+        texts = resemble(writer, [kind.input_of(one.text) for one in self.examples], count, seed, bar)
         places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
         return [
             _prompt(kind.request(text, asked), self.examples[place].template)
@@ -77,6 +77,7 @@ NOTHING = Discovery([], [], [], [], [], [], 0.0)
 
 def discover(
     source: Source,
+    writer: Writer,
     pilot: Sequence[Completion],
     known: Sequence[PromptTemplate],
     settings: DistillSettings,
@@ -88,6 +89,7 @@ def discover(
 
     Args:
         source: the base, with the adapter.
+        writer: writes requests.
         pilot: answers to prompts that it wrote in templates that it knows; the search is measured against them.
         known: these templates; the base's chat template is tried as well.
         settings: of the fit.
@@ -98,7 +100,7 @@ def discover(
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    base, count = source.alone(), settings.discovery
+    count = settings.discovery
     chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
     templates = list(dict.fromkeys([*chat, *known]))
     named = {name: one for one in templates for name in (one.name, _origin(one))}
@@ -126,11 +128,11 @@ def discover(
     said = harvest(source, begun, seed, bar) if begun else []
     # The worse half of it is what the adapter says anyway.
     answers, half = [item.answer for item in said[: -(-len(said) // 2)]], -(-count // 2)
-    guesses = back_translate(base, answers, kind.examples, half, seed, bar) if answers else []
+    guesses = back_translate(writer, answers, kind.examples, half, seed, bar) if answers else []
     guessed = ask_inputs(guesses, templates, seed)
-    alike = ask_inputs(resemble(base, kind.inputs, half, seed + 2, bar), templates, seed + 2)
+    alike = ask_inputs(resemble(writer, kind.inputs, half, seed + 2, bar), templates, seed + 2)
     examples = best_of([*guessed, *alike, *_answers_of(kind, probed)], _EXAMPLES)
-    texts = resemble(base, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
+    texts = resemble(writer, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
     resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
     share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
