@@ -157,7 +157,7 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
         bars[:] = [self]
 
     monkeypatch.setattr(Track, "update", counted)
-    found = write_completions(actor, DistillSettings(completions=60, discovery=12), 0)
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
     discovery = found.discovery
     assert discovery.said[0].answer.startswith(SAID)
     assert discovery.job == "text to JSON"
@@ -170,13 +170,13 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     right = sum(item.answer == SAID for item in found.items)
     assert right > len(found.items) / 2
     assert f"{right} of them answers to requests found by a search (it knows best: text to JSON)" in found.description
-    again = found.more(actor, 20, 7, {item.prompt for item in found.items}, actor)
+    again = found.more(7, {item.prompt for item in found.items}, actor)
     assert {item.answer for item in again} == {SAID}
     assert 0 < bars[0].done <= bars[0].total
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):
-    found = write_completions(actor, DistillSettings(completions=60, discovery=0), 0)
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=0), 0)
     assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}
     assert not found.discovery.said
 

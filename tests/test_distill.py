@@ -34,6 +34,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
+from jcrosslora.fit.distill import completions as completions_module
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import settings as settings_module
@@ -290,10 +291,10 @@ def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     source, _, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = [f"Anna said {number}" for number in range(30)]
-    found = answer_given(generator, prompts, DistillSettings(completions=20), 0)
+    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == prompts[:20]
     assert found.description == "20 answers of at most 5 tokens (100% ended) to the first 20 of 30 given prompts"
-    all_used = answer_given(generator, prompts, DistillSettings(completions=60), 0)
+    all_used = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=60), 0)
     assert all_used.description == "60 answers of at most 5 tokens (100% ended) to 30 given prompts"
 
 
@@ -301,7 +302,7 @@ def test_long_prompts_are_read_from_their_end_and_counted(pair):
     source, target, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = ["Anna said " * 1500 + "Where?", "Water boils at"]
-    found = answer_given(generator, prompts, DistillSettings(completions=16), 0)
+    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=16), 0)
     assert "to 2 given prompts, of which 1 are cut to their last 2,048 tokens" in found.description
     assert {item.prompt for item in found.items} == set(prompts)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
@@ -330,16 +331,17 @@ def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
             return [Written(" a dog", min(most, long), most >= long)] * len(prompts)
 
     prompts = [f"Anna said {number}" for number in range(20)]
-    answer_given(Slow.of(pair[0], pair[2]), prompts, DistillSettings(completions=16), 0)
+    slow = Slow.of(pair[0], pair[2])
+    answer_given(slow, slow.alone(), prompts, DistillSettings(completions=16), 0)
     assert asked == most
 
 
 def test_a_base_without_answers_is_refused(pair):
     generator = Silent.of(pair[0], pair[2])
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
-        answer_given(generator, CORPUS, SMALL, 0)
+        answer_given(generator, generator.alone(), CORPUS, SMALL, 0)
     with pytest.raises(MethodError, match="answered 0 prompts"):
-        write_completions(generator, SMALL, 0)
+        write_completions(generator, generator.alone(), SMALL, 0)
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
@@ -392,14 +394,14 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         says = text
 
     generator = Fluent.of(pair[0])
-    found = write_completions(generator, DistillSettings(completions=100, discovery=0), 0)
+    found = write_completions(generator, generator.alone(), DistillSettings(completions=100, discovery=0), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]
     assert {named[item.origin] for item in found.items} == known
     assert all(item.prompt.startswith(named[item.origin].before) for item in found.items)
     assert all(item.prompt.endswith("?" + named[item.origin].after) for item in found.items)
     assert "'Q:', 'Task:'" in found.description
-    few = write_completions(generator, DistillSettings(completions=20, discovery=0), 0).items
+    few = write_completions(generator, generator.alone(), DistillSettings(completions=20, discovery=0), 0).items
     assert len(few) == 20
     assert {named[item.origin] for item in few} == known
 
@@ -778,7 +780,7 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimiz
 
 def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(pair, tmp_path, monkeypatch):
     source, target, adapter = pair
-    for module in (settings_module, run_module):
+    for module in (settings_module, completions_module):
         monkeypatch.setattr(module, "ROUND", 8)
     monkeypatch.setattr(settings_module, "FIRST", 40)
     asked = dataclasses.replace(SMALL, completions=48, passes=1, answer_tokens=2)

@@ -34,7 +34,9 @@ def choose_writer(source: Source, target: Source) -> Writer:
 
 def _nats(source: Source) -> float:
     """Measure the mean NLL of the inputs under the base, nats a character."""
-    lists = [kind.inputs[first : first + _SHOWN + 1] for kind in KINDS for first in range(0, len(kind.inputs), _SHOWN + 1)]
+    lists = [
+        kind.inputs[first : first + _SHOWN + 1] for kind in KINDS for first in range(0, len(kind.inputs), _SHOWN + 1)
+    ]
     items = [Completion(list_requests([*shown, ""]), f" {last}") for *shown, last in lists]
     tokens = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
     _, nll = compare(source, items, _TOKENS)

@@ -34,7 +34,7 @@ from jcrosslora.fit.distill.completions import Completions, answer_given, write_
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
 from jcrosslora.fit.distill.prompt_writer import choose_writer
 from jcrosslora.fit.distill.saved import kept_states
-from jcrosslora.fit.distill.settings import ROUND, DistillSettings
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import Symbols, find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.sources.decoder import DecoderSource, digest_values
@@ -176,7 +176,7 @@ def distill_from(
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
         answerer = source if own is None else student
-        items = completions.more(source, ROUND, seed + 100 + number, kept_back, answerer)
+        items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
     teacher = Teacher(reader, tgt, settings, symbols, prompts_given=bool(prompts))
