@@ -41,8 +41,9 @@ class Discovery:
         said: what the adapter says where its change is amplified, the best first.
         guessed: answers to requests that were guessed from that, the best first.
         alike: answers to requests like those of the best kind, the best first.
-        resembling: answers to requests that resemble the best of all these, the best first.
-        examples: the best requests of all, which `write` shows to the base.
+        resembling: answers to requests that resemble the best of all these or ask for what was answered to them, the
+            best first.
+        examples: the best requests of all, which `write` shows to the writer.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
 
@@ -55,16 +56,21 @@ class Discovery:
     share: float
 
     @property
+    def answered(self) -> list[Scored]:
+        """All requests that were written, with their answers."""
+        return [*self.guessed, *self.alike, *self.resembling]
+
+    @property
     def job(self) -> str:
         """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
 
     def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
-        """Write prompts like the examples, in their templates: at most `count`, without near-duplicates."""
+        """Write prompts of the adapter's kind, see `_write_inputs`, in the examples' templates: at most `count`."""
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = resemble(writer, [kind.input_of(one.text) for one in self.examples], count, seed, bar)
+        texts = _write_inputs(writer, kind, self.examples, self.answered, count, seed, bar)
         places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
         return [
             _prompt(kind.request(text, asked), self.examples[place].template)
@@ -131,8 +137,9 @@ def discover(
     guesses = back_translate(writer, answers, kind.examples, half, seed, bar) if answers else []
     guessed = ask_inputs(guesses, templates, seed)
     alike = ask_inputs(resemble(writer, kind.inputs, half, seed + 2, bar), templates, seed + 2)
-    examples = best_of([*guessed, *alike, *_answers_of(kind, probed)], _EXAMPLES)
-    texts = resemble(writer, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
+    answered = [*guessed, *alike, *_answers_of(kind, probed)]
+    examples = best_of(answered, _EXAMPLES)
+    texts = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
     resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
     share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
@@ -156,6 +163,36 @@ def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
 
     own = sorted(near, key=look, reverse=True)[:1]
     return [(kind, scores[kind]) for kind in dict.fromkeys([*own, *ranked])]
+
+
+def _write_inputs(
+    writer: Writer,
+    kind: JobKind,
+    examples: Sequence[Scored],
+    answered: Sequence[Scored],
+    count: int,
+    seed: int,
+    bar: Track | None,
+) -> list[str]:
+    """Write at most `count` inputs, half that resemble the examples, half that ask for what was answered.
+
+    Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
+    answers stay there: what would ask for them lies nearer.
+
+    Args:
+        writer: of the inputs.
+        kind: whose inputs they are.
+        examples: the best requests.
+        answered: answers of which the better half is asked for.
+        count: the most inputs.
+        seed: of the sampling.
+        bar: advances by one for each.
+    """
+    shown, half = [(kind.input_of(one.text), one.item.answer) for one in examples], -(-count // 2)
+    better = best_of(answered, -(-len(answered) // 2))
+    answers = list(dict.fromkeys(one.item.answer for one in better))
+    asking = back_translate(writer, answers, shown, half, seed, bar) if half else []
+    return [*asking, *resemble(writer, [text for text, _ in shown], count - half, seed, bar)]
 
 
 def _answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
