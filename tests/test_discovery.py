@@ -49,8 +49,8 @@ def test_the_best_requests_differ():
     assert [one.text for one in best_of(found, 2)] == ["Play a song by Queen!", "Who is it?"]
 
 
-def scored(text, value, surprise=40.0):
-    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise)
+def scored(text, value, surprise=40.0, doubt=1.0):
+    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise, doubt)
 
 
 def test_short_answers_are_judged_by_all_others_too():
@@ -58,6 +58,10 @@ def test_short_answers_are_judged_by_all_others_too():
     others = [scored(f"Say {number} words on this and that", 0.1) for number in range(10)]
     assert short.score > long.score
     assert best_of([short, long, *others], 1) == [long]
+    surer = scored("Tell me of the sky", 0.35, 60.0, doubt=0.1)
+    assert best_of([short, long, surer, *others], 3) == [surer, long, short]
+    unknown = [scored(f"Name {number} things that are of wood", 0.05, doubt=0.01) for number in range(3)]
+    assert best_of([long, surer, *others, *unknown], 2) == [surer, long]
     assert common_score([short, long]) == pytest.approx(25 / 62)
     assert common_score([]) == 0
 

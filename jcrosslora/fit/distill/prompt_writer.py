@@ -39,5 +39,5 @@ def _nats(source: Source) -> float:
     ]
     items = [Completion(list_requests([*shown, ""]), f" {last}") for *shown, last in lists]
     tokens = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
-    _, nll = compare(source, items, _TOKENS)
+    nll = compare(source, items, _TOKENS).base_nll
     return float(np.dot(nll, tokens) / sum(len(item.answer) for item in items))

@@ -26,12 +26,14 @@ class Scored:
         template: of the prompt.
         change: KL(with adapter || without), the sum over the tokens that are looked at, in nats.
         surprise: what of the answer surprises the base, likewise: see `score`.
+        doubt: NLL of the answer with the adapter, nats a token.
     """
 
     item: Completion
     template: PromptTemplate
     change: float
     surprise: float
+    doubt: float
 
     @property
     def text(self) -> str:
@@ -73,12 +75,12 @@ def score_all(
         return []
     lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
     counts = np.clip(lengths, 1, tokens)
-    change, base_nll = compare(source, items, tokens)
-    change, surprise = change * counts, (base_nll + _LEAST_NLL) * counts
+    found = compare(source, items, tokens)
+    figures = found.change * counts, (found.base_nll + _LEAST_NLL) * counts, found.adapted_nll
     scored = [
-        Scored(item, templates[item.origin], float(explained), float(whole))
-        for item, explained, whole in zip(items, change, surprise, strict=True)
-        if np.isfinite(explained / whole)
+        Scored(item, templates[item.origin], change, surprise, doubt)
+        for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
+        if np.isfinite([change / surprise, doubt]).all()
     ]
     return sorted(scored, key=lambda one: -one.score)
 
@@ -92,13 +94,16 @@ def common_score(scored: Sequence[Scored]) -> float:
 def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
     """Take the best whose requests are no near-duplicates, best first.
 
-    The score of a short answer hangs on a token or two. So each is drawn towards that of all together, the less an
-    answer surprises the base the more.
+    They are those that score as high as all together, or higher, and of them those whose answers the adapter doubts
+    least: it gives its kind of answer to whatever it is asked, but is sure only of what it was trained on. Behind them
+    come the others by their scores. The score of a short answer hangs on a token or two, so each is drawn towards that
+    of all together, the less an answer surprises the base the more.
     """
     common = common_score(scored)
 
     def drawn(one: Scored) -> float:
         return (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
 
-    ranked = sorted(scored, key=drawn, reverse=True)
+    better = sorted((one for one in scored if drawn(one) >= common), key=lambda one: one.doubt)
+    ranked = [*better, *sorted((one for one in scored if drawn(one) < common), key=drawn, reverse=True)]
     return [ranked[place] for place in distinct([one.text for one in ranked])][:count]
