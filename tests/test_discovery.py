@@ -45,20 +45,21 @@ def test_the_score_is_high_where_the_adapter_is_sure_and_its_base_is_not():
 
 def test_the_best_requests_differ():
     texts = {"Play a song by Queen": 0.5, "Play a song by Queen!": 0.6, "What is the weather?": 0.1, "Who is it?": 0.4}
-    found = [scored(text, value) for text, value in texts.items()]
+    found = [scored(text, value, doubt=1 - value) for text, value in texts.items()]
     assert [one.text for one in best_of(found, 2)] == ["Play a song by Queen!", "Who is it?"]
 
 
-def scored(text, value, surprise=40.0, doubt=1.0):
-    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise, doubt)
+def scored(text, value, surprise=40.0, doubt=0.3):
+    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 def test_short_answers_are_judged_by_all_others_too():
-    short, long = scored("Who wrote Hamlet?", 0.5, 2.0), scored("Tell me of the sea", 0.4, 60.0)
+    short = scored("Who wrote Hamlet?", 0.5, 2.0, doubt=0.0)
+    long = scored("Tell me of the sea", 0.4, 60.0, doubt=0.1)
     others = [scored(f"Say {number} words on this and that", 0.1) for number in range(10)]
     assert short.score > long.score
     assert best_of([short, long, *others], 1) == [long]
-    surer = scored("Tell me of the sky", 0.35, 60.0, doubt=0.1)
+    surer = scored("Write a song", 0.35, 60.0, doubt=0.05)
     assert best_of([short, long, surer, *others], 3) == [surer, long, short]
     unknown = [scored(f"Name {number} things that are of wood", 0.05, doubt=0.01) for number in range(3)]
     assert best_of([long, surer, *others, *unknown], 2) == [surer, long]
