@@ -17,7 +17,7 @@ from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
 from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
@@ -64,7 +64,8 @@ def test_short_answers_are_judged_by_all_others_too():
     unknown = [scored(f"Name {number} things that are of wood", 0.05, doubt=0.01) for number in range(3)]
     assert best_of([long, surer, *others, *unknown], 2) == [surer, long]
     assert common_score([short, long]) == pytest.approx(25 / 62)
-    assert common_score([]) == 0
+    assert common_score([]) == common_odds([]) == 0
+    assert common_odds([long]) == pytest.approx(0.4 / 0.11)
 
 
 def test_kinds_of_jobs_are_ranked_by_all_their_answers():

@@ -14,6 +14,7 @@ from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
 
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
+_LEAST_DOUBT = 0.01  # share of what surprises the base
 _PRIOR = 10.0  # nats of an answer that it takes to believe its own score as much as that of all answers together
 
 
@@ -88,6 +89,11 @@ def score_all(
 def common_score(scored: Sequence[Scored]) -> float:
     """Return the score of answers taken together, 0 for none: one long answer counts as much as several short ones."""
     return _common(scored, lambda one: one.change)
+
+
+def common_odds(scored: Sequence[Scored]) -> float:
+    """Return what the adapter explains over what it doubts, of answers taken together; 0 for none."""
+    return common_score(scored) / (_common(scored, lambda one: one.doubt) + _LEAST_DOUBT)
 
 
 def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:

@@ -15,7 +15,7 @@ import numpy as np
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, likeness, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score_all
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
@@ -29,7 +29,7 @@ PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in
 _NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
 _EXAMPLES = 12  # best requests, which further ones are to resemble
 JUDGED_TOKENS = 24  # of an answer
-_SHARPNESS = 4  # power of scores that shares go by
+_SHARPNESS = 4  # power of the odds that shares go by
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def discover(
     examples = best_of(answered, _EXAMPLES)
     texts = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
     resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
-    share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
+    share = share_of(common_odds(resembling), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
 
 
@@ -205,8 +205,8 @@ def share_of(found: float, written: float) -> float:
     Kinds of prompts whose answers the adapter knows equally well get half each, and one that it knows worse much less.
 
     Args:
-        found: the mean score of requests that the search found, none of them chosen by its score.
-        written: that of prompts in templates.
+        found: `common_odds` of requests that the search found, none of them chosen by them.
+        written: those of prompts in templates.
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
     return powers[0] / sum(powers) if powers[0] > 0 else 0.0
