@@ -22,6 +22,7 @@ from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
 from jcrosslora.sources.decoder import DecoderSource
+from jcrosslora.sources.protocol import Compared
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.progress import Track
@@ -142,7 +143,7 @@ class Loud(Actor):
 
 def compare(generator, completions, tokens):
     known = np.array([item.answer.startswith(SAID) for item in completions])
-    return np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0)
+    return Compared(np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0), np.where(known, 0.2, 1.8))
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
 from jcrosslora.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.sources.protocol import Compared
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
@@ -385,7 +386,8 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         # Completions differ by more than templates do.
         each = len(found) // len(set(found))
         noise = np.random.default_rng(0).normal(size=each)[np.arange(len(found)) % each]
-        return change, np.array([2.0 if template in known else 2.1 for template in found]) + noise
+        nll = np.array([2.0 if template in known else 2.1 for template in found]) + noise
+        return Compared(change, nll, nll)
 
     text = " is the first of all things? And more\nthan that"
     monkeypatch.setattr(template_choice, "compare", compare)
@@ -434,7 +436,7 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
 
     def compare(generator, completions, tokens):
         numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
-        return numbers, np.array([float(names.index(item.origin)) for item in completions])
+        return Compared(numbers, np.array([float(names.index(item.origin)) for item in completions]), numbers)
 
     monkeypatch.setattr(template_choice, "compare", compare)
     change, base_nll = judge_templates(DecoderSource.of(pair[0]), told, 5)
