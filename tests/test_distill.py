@@ -533,7 +533,7 @@ def test_completions_are_compared_each_by_itself(pair):
     generator = DecoderSource.of(source, adapter, params=params, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
-    change, base_nll = template_choice.compare(generator, completions, 3)
+    figures = template_choice.compare(generator, completions, 3)
     for place, item in enumerate(completions):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-128:]
@@ -541,8 +541,9 @@ def test_completions_are_compared_each_by_itself(pair):
         places = tokens - 1 - (len(ids) - len(cut))
         changed, plain = (log_probs(settings, params, cut, one)[places] for one in (generator.adapter, None))
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
-        np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(base_nll[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
+        np.testing.assert_allclose(figures.change[place], kl.mean(), rtol=1e-3, atol=1e-5)
+        for nll, one in ((figures.base_nll, plain), (figures.adapted_nll, changed)):
+            np.testing.assert_allclose(nll[place], -one[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
     assert change.min() > 0
 
 
