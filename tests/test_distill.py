@@ -544,7 +544,7 @@ def test_completions_are_compared_each_by_itself(pair):
         np.testing.assert_allclose(figures.change[place], kl.mean(), rtol=1e-3, atol=1e-5)
         for nll, one in ((figures.base_nll, plain), (figures.adapted_nll, changed)):
             np.testing.assert_allclose(nll[place], -one[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
-    assert change.min() > 0
+    assert figures.change.min() > 0
 
 
 def test_texts_are_continued_each_by_itself(pair):
