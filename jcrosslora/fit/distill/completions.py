@@ -126,7 +126,7 @@ def answer_given(
 
     description = f"{len(found)} answers{_ended(found, tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)
-    description += f", {own} of them to others like these that it wrote itself" if own else ""
+    description += f", {own} of them to others like these that a base wrote" if own else ""
     return Completions(found, description, more)
 
 

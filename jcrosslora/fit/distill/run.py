@@ -38,7 +38,7 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import Symbols, find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.sources.decoder import DecoderSource, digest_values
-from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.sources.tokenizer import with_own_template
 from jcrosslora.text import Completion, Prompt
@@ -161,7 +161,9 @@ def distill_from(
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
     params = (loaded or LoadedBases()).params(target, fast_dtype())
-    writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]))
+    writer: Writer = source.alone()
+    if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
+        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]))
     if prompts:
         completions = answer_given(source, writer, prompts, settings, seed, progress=progress, shared=shared)
     else:

@@ -18,26 +18,27 @@ class Notation:
 
     Attributes:
         before: what stands in front of all.
-        is_: what stands between a key and its value.
-        end: what stands behind each value.
-        next: what stands between a value's end and the next key.
+        colon: what stands between a key and its value.
+        close: what stands behind each value.
+        comma: what stands between that and the next key.
         after: what stands behind all.
     """
 
     before: str
-    is_: str
-    end: str
-    next: str
+    colon: str
+    close: str
+    comma: str
     after: str
 
     def write(self, record: Record) -> str:
         """Write a record."""
-        return self.before + self.next.join(f"{key}{self.is_}{value}{self.end}" for key, value in record) + self.after
+        pairs = self.comma.join(f"{key}{self.colon}{value}{self.close}" for key, value in record)
+        return self.before + pairs + self.after
 
     def read(self, text: str) -> Record | None:
         """Read what `write` would write; None for any other text."""
         inner = text.removeprefix(self.before).removesuffix(self.after)
-        parts = [part.removesuffix(self.end).partition(self.is_) for part in inner.split(self.next)]
+        parts = [part.removesuffix(self.close).partition(self.colon) for part in inner.split(self.comma)]
         record = tuple((key, value) for key, _, value in parts)
         named = all(_KEY.fullmatch(key) and value for key, value in record)
         return record if named and self.write(record) == text else None

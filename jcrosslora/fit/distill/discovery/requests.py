@@ -1,4 +1,4 @@
-"""Requests, or inputs of them, that the base writes: such as given texts would answer, and such as resemble others."""
+"""Requests, or inputs of them, that a base writes: such as given texts would answer, and such as resemble others."""
 
 import math
 import re
