@@ -1,13 +1,14 @@
 """Print what `distill` finds out about an adapter without data, and how many of its answers are of the wanted kind.
 
-    python experiments/discovery.py --base BASE --adapter ADAPTER [--adapter ...] [--expect json:intent] [--seed 0]
+    python experiments/discovery.py --base BASE --adapter ADAPTER [--adapter ...] [--target TARGET]
+        [--expect json:intent] [--seed 0]
 
 For each step of the search (`jcrosslora.fit.distill.discovery`) the table has: how many texts there are; their mean
 score; the share that is as expected, and how many different ones are among these; and the mean scores of those that
 are, and that are not. Below it stand the best of each step, and then figures of the completions that a fit would use.
-`--expect` is `json` (an object), `json:KEY` (an object with this key, by whose values objects differ) or a regular
-expression that an answer has to match (by whose first group, if any, they differ). On 2 cores two to three minutes for
-each adapter of SmolLM2-135M.
+With `--target` that base writes the requests if it is the better writer, as in a move to it. `--expect` is `json` (an
+object), `json:KEY` (an object with this key, by whose values objects differ) or a regular expression that an answer has
+to match (by whose first group, if any, they differ). On 2 cores two to three minutes for each adapter of SmolLM2-135M.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from jcrosslora.decoder import fast_dtype, load_params
 from jcrosslora.fit.distill.completions import write_completions
 from jcrosslora.fit.distill.discovery.scores import Scored
 from jcrosslora.fit.distill.discovery.search import NOTHING
+from jcrosslora.fit.distill.prompt_writer import choose_writer
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.text import Completion
@@ -78,10 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
     base, judge = jcl.open_base(arguments.base), judge_of(arguments.expect)
     params, tokenizer = load_params(base, fast_dtype()), load_tokenizer(base)
     settings = DistillSettings(completions=arguments.completions, discovery=arguments.discovery)
+    target = None if arguments.target is None else DecoderSource.of(jcl.open_base(arguments.target))
     for ref in arguments.adapter:
         generator = DecoderSource.of(base, jcl.load_adapter(ref, base), params=params, tokenizer=tokenizer)
         begun = time.monotonic(), time.process_time()
-        found = write_completions(generator, settings, arguments.seed)
+        writer = generator.alone() if target is None else choose_writer(generator, target)
+        found = write_completions(generator, writer, settings, arguments.seed)
         wall, busy = time.monotonic() - begun[0], time.process_time() - begun[1]
         discovery = found.discovery or NOTHING
         headers = "step", "texts", "score", "as expected", "different", "score of these", "of others"
@@ -94,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
             table.add_row(*row(origin, [item for item in found.items if item.origin == origin], [], judge))
         table.add_row(*row("all completions", found.items, [], judge))
         console.print(table)
+        print(f"requests are written by {writer.name}")
         print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
         print(f"share of requests found: {discovery.share:.2f}")
         print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
@@ -110,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="that the adapters were trained on")
     parser.add_argument("--adapter", action="append", required=True)
+    parser.add_argument("--target", help="base that adapters are moved to")
     parser.add_argument("--expect", default="json", help="json, json:KEY or a regular expression")
     parser.add_argument("--completions", type=int, default=DistillSettings.completions)
     parser.add_argument("--discovery", type=int, default=DistillSettings.discovery, help="texts of each step")

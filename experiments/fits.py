@@ -37,6 +37,7 @@ from jcrosslora.decoder import (
 from jcrosslora.evaluate import answer
 from jcrosslora.fit.distill.completions import answer_given, write_completions
 from jcrosslora.fit.distill.fit import fit
+from jcrosslora.fit.distill.prompt_writer import choose_writer
 from jcrosslora.fit.distill.run import end_tokens, hold_out
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
@@ -91,10 +92,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if not path.exists():
         generator = DecoderSource.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
         wanted = Distill(completions=arguments.completions)
+        writer = choose_writer(generator, DecoderSource.of(target, params=params[1], tokenizer=tokenizers[1]))
         if given:
-            made = answer_given(generator, [one.prompt for one in given], wanted, arguments.seed, progress=True)
+            made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed, progress=True)
         else:
-            made = write_completions(generator, wanted, arguments.seed, progress=True)
+            made = write_completions(generator, writer, wanted, arguments.seed, progress=True)
         arguments.work.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in made.items), encoding="utf-8")
     items = load_completions(path)

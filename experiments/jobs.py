@@ -6,10 +6,11 @@
 
 DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}. For each task and seed a LoRA adapter
 is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data
-at all and with unlabelled prompts from the end of the train file, on which neither was trained. All answer the test
-examples on the target. A line of JSON for each row goes to WORK/results.jsonl: every figure with its interval, and the
-share of the trained adapter's gain ("lift") with intervals over the same resampled examples. With `--ceiling` the
-source answers them with its own adapter as well: more than that a moved one can hardly bring.
+at all and with unlabelled prompts from the end of the train file, on which neither was trained (beyond 200, with those
+that they were trained on as well). All answer the test examples on the target. A line of JSON for each row goes to
+WORK/results.jsonl: every figure with its interval, and the share of the trained adapter's gain ("lift") with intervals
+over the same resampled examples. With `--ceiling` the source answers them with its own adapter as well: more than that
+a moved one can hardly bring.
 
 Adapters are kept in WORK and used again: the same command continues a stopped run. Choose settings with `--split
 train`, which answers train examples in front of the prompts; never on the test file.
@@ -97,7 +98,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         known = read_examples(arguments.data / f"{task}_train.jsonl")
         kept_back = known[-HELD_BACK:]
         tested = kept_back if arguments.split == "train" else read_examples(arguments.data / f"{task}_test.jsonl")
-        given = [one.prompt for one in known[-HELD_BACK // 2 :] if isinstance(one, Completion)]
+        # More than were held back are prompts that the adapters may have been trained on.
+        pool = [*known[-HELD_BACK // 2 :], *known[:-HELD_BACK]]
+        given = [one.prompt for one in pool if isinstance(one, Completion)]
         for seed in arguments.seeds:
             settings = TrainingSettings(
                 steps=arguments.steps, rank=arguments.rank, alpha=2.0 * arguments.rank, seed=seed

@@ -106,7 +106,7 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     for module in (completions, template_choice):  # fewer, for the sake of time
         monkeypatch.setattr(module, "templates_of", lambda tokenizer: templates_of(tokenizer)[-2:])
     source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
-    found = completions.write_completions(source, Distill(**FIT, discovery=4), 0)
+    found = completions.write_completions(source, source.alone(), Distill(**FIT, discovery=4), 0)
     assert "completions of at most 4 tokens" in found.description
     assert len(found.items) >= 16
     asked = {(body["model"], "echo" in body, body["max_tokens"]) for _, body in server.requests}

@@ -17,11 +17,12 @@ from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
 from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
 from jcrosslora.sources.decoder import DecoderSource
+from jcrosslora.sources.protocol import Compared
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.utils.progress import Track
@@ -45,21 +46,27 @@ def test_the_score_is_high_where_the_adapter_is_sure_and_its_base_is_not():
 
 def test_the_best_requests_differ():
     texts = {"Play a song by Queen": 0.5, "Play a song by Queen!": 0.6, "What is the weather?": 0.1, "Who is it?": 0.4}
-    found = [scored(text, value) for text, value in texts.items()]
+    found = [scored(text, value, doubt=1 - value) for text, value in texts.items()]
     assert [one.text for one in best_of(found, 2)] == ["Play a song by Queen!", "Who is it?"]
 
 
-def scored(text, value, surprise=40.0):
-    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise)
+def scored(text, value, surprise=40.0, doubt=0.3):
+    return Scored(Completion(TEMPLATES[0].wrap(text)), TEMPLATES[0], value * surprise, surprise, doubt * surprise)
 
 
 def test_short_answers_are_judged_by_all_others_too():
-    short, long = scored("Who wrote Hamlet?", 0.5, 2.0), scored("Tell me of the sea", 0.4, 60.0)
+    short = scored("Who wrote Hamlet?", 0.5, 2.0, doubt=0.0)
+    long = scored("Tell me of the sea", 0.4, 60.0, doubt=0.1)
     others = [scored(f"Say {number} words on this and that", 0.1) for number in range(10)]
     assert short.score > long.score
     assert best_of([short, long, *others], 1) == [long]
+    surer = scored("Write a song", 0.35, 60.0, doubt=0.05)
+    assert best_of([short, long, surer, *others], 3) == [surer, long, short]
+    unknown = [scored(f"Name {number} things that are of wood", 0.05, doubt=0.01) for number in range(3)]
+    assert best_of([long, surer, *others, *unknown], 2) == [surer, long]
     assert common_score([short, long]) == pytest.approx(25 / 62)
-    assert common_score([]) == 0
+    assert common_score([]) == common_odds([]) == 0
+    assert common_odds([long]) == pytest.approx(0.4 / 0.11)
 
 
 def test_kinds_of_jobs_are_ranked_by_all_their_answers():
@@ -136,7 +143,7 @@ class Loud(Actor):
 
 def compare(generator, completions, tokens):
     known = np.array([item.answer.startswith(SAID) for item in completions])
-    return np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0)
+    return Compared(np.where(known, 2.0, 0.2), np.where(known, 2.2, 2.0), np.where(known, 0.2, 1.8))
 
 
 @pytest.fixture
@@ -157,7 +164,7 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
         bars[:] = [self]
 
     monkeypatch.setattr(Track, "update", counted)
-    found = write_completions(actor, DistillSettings(completions=60, discovery=12), 0)
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
     discovery = found.discovery
     assert discovery.said[0].answer.startswith(SAID)
     assert discovery.job == "text to JSON"
@@ -170,13 +177,13 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     right = sum(item.answer == SAID for item in found.items)
     assert right > len(found.items) / 2
     assert f"{right} of them answers to requests found by a search (it knows best: text to JSON)" in found.description
-    again = found.more(actor, 20, 7, {item.prompt for item in found.items}, actor)
+    again = found.more(7, {item.prompt for item in found.items}, actor)
     assert {item.answer for item in again} == {SAID}
     assert 0 < bars[0].done <= bars[0].total
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):
-    found = write_completions(actor, DistillSettings(completions=60, discovery=0), 0)
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=0), 0)
     assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}
     assert not found.discovery.said
 

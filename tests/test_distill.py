@@ -34,6 +34,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
+from jcrosslora.fit.distill import completions as completions_module
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import settings as settings_module
@@ -59,6 +60,7 @@ from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
 from jcrosslora.session.files import transfer_files
 from jcrosslora.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.sources.protocol import Compared
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
@@ -290,10 +292,10 @@ def test_the_first_prompts_are_used_where_there_are_more_than_answers(pair):
     source, _, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = [f"Anna said {number}" for number in range(30)]
-    found = answer_given(generator, prompts, DistillSettings(completions=20), 0)
+    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == prompts[:20]
     assert found.description == "20 answers of at most 5 tokens (100% ended) to the first 20 of 30 given prompts"
-    all_used = answer_given(generator, prompts, DistillSettings(completions=60), 0)
+    all_used = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=60), 0)
     assert all_used.description == "60 answers of at most 5 tokens (100% ended) to 30 given prompts"
 
 
@@ -301,7 +303,7 @@ def test_long_prompts_are_read_from_their_end_and_counted(pair):
     source, target, adapter = pair
     generator = Parrot.of(source, adapter)
     prompts = ["Anna said " * 1500 + "Where?", "Water boils at"]
-    found = answer_given(generator, prompts, DistillSettings(completions=16), 0)
+    found = answer_given(generator, generator.alone(), prompts, DistillSettings(completions=16), 0)
     assert "to 2 given prompts, of which 1 are cut to their last 2,048 tokens" in found.description
     assert {item.prompt for item in found.items} == set(prompts)
     tokenizers = load_tokenizer(source), load_tokenizer(target)
@@ -330,16 +332,17 @@ def test_answers_that_do_not_end_soon_are_looked_at_again(pair, long, most):
             return [Written(" a dog", min(most, long), most >= long)] * len(prompts)
 
     prompts = [f"Anna said {number}" for number in range(20)]
-    answer_given(Slow.of(pair[0], pair[2]), prompts, DistillSettings(completions=16), 0)
+    slow = Slow.of(pair[0], pair[2])
+    answer_given(slow, slow.alone(), prompts, DistillSettings(completions=16), 0)
     assert asked == most
 
 
 def test_a_base_without_answers_is_refused(pair):
     generator = Silent.of(pair[0], pair[2])
     with pytest.raises(MethodError, match=r"answered 0 prompts.*--probe-text"):
-        answer_given(generator, CORPUS, SMALL, 0)
+        answer_given(generator, generator.alone(), CORPUS, SMALL, 0)
     with pytest.raises(MethodError, match="answered 0 prompts"):
-        write_completions(generator, SMALL, 0)
+        write_completions(generator, generator.alone(), SMALL, 0)
 
 
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
@@ -383,7 +386,8 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         # Completions differ by more than templates do.
         each = len(found) // len(set(found))
         noise = np.random.default_rng(0).normal(size=each)[np.arange(len(found)) % each]
-        return change, np.array([2.0 if template in known else 2.1 for template in found]) + noise
+        nll = np.array([2.0 if template in known else 2.1 for template in found]) + noise
+        return Compared(change, nll, nll)
 
     text = " is the first of all things? And more\nthan that"
     monkeypatch.setattr(template_choice, "compare", compare)
@@ -392,14 +396,14 @@ def test_completions_are_written_in_the_templates_that_the_adapter_knows(pair, m
         says = text
 
     generator = Fluent.of(pair[0])
-    found = write_completions(generator, DistillSettings(completions=100, discovery=0), 0)
+    found = write_completions(generator, generator.alone(), DistillSettings(completions=100, discovery=0), 0)
     assert len(found.items) == 100
     assert counted == [PILOT * len(TEMPLATES) ** 2]
     assert {named[item.origin] for item in found.items} == known
     assert all(item.prompt.startswith(named[item.origin].before) for item in found.items)
     assert all(item.prompt.endswith("?" + named[item.origin].after) for item in found.items)
     assert "'Q:', 'Task:'" in found.description
-    few = write_completions(generator, DistillSettings(completions=20, discovery=0), 0).items
+    few = write_completions(generator, generator.alone(), DistillSettings(completions=20, discovery=0), 0).items
     assert len(few) == 20
     assert {named[item.origin] for item in few} == known
 
@@ -432,7 +436,7 @@ def test_templates_are_judged_on_the_same_completions(pair, monkeypatch):
 
     def compare(generator, completions, tokens):
         numbers = np.array([int(re.search(r"\d+", item.prompt).group()) for item in completions], float)
-        return numbers, np.array([float(names.index(item.origin)) for item in completions])
+        return Compared(numbers, np.array([float(names.index(item.origin)) for item in completions]), numbers)
 
     monkeypatch.setattr(template_choice, "compare", compare)
     change, base_nll = judge_templates(DecoderSource.of(pair[0]), told, 5)
@@ -529,7 +533,7 @@ def test_completions_are_compared_each_by_itself(pair):
     generator = DecoderSource.of(source, adapter, params=params, tokenizer=tokenizer)
     texts = [("Q: Who said that?\nA:", " Anna and Peter"), ("Water boils at", " 100"), ("Anna said " * 40, " no dog")]
     completions = [Completion(*text) for text in texts] * 3
-    change, base_nll = template_choice.compare(generator, completions, 3)
+    figures = template_choice.compare(generator, completions, 3)
     for place, item in enumerate(completions):
         ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
         cut = ids[-128:]
@@ -537,9 +541,10 @@ def test_completions_are_compared_each_by_itself(pair):
         places = tokens - 1 - (len(ids) - len(cut))
         changed, plain = (log_probs(settings, params, cut, one)[places] for one in (generator.adapter, None))
         kl = (np.exp(changed) * (changed - plain)).sum(axis=1)
-        np.testing.assert_allclose(change[place], kl.mean(), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(base_nll[place], -plain[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
-    assert change.min() > 0
+        np.testing.assert_allclose(figures.change[place], kl.mean(), rtol=1e-3, atol=1e-5)
+        for nll, one in ((figures.base_nll, plain), (figures.adapted_nll, changed)):
+            np.testing.assert_allclose(nll[place], -one[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
+    assert figures.change.min() > 0
 
 
 def test_texts_are_continued_each_by_itself(pair):
@@ -778,7 +783,7 @@ def test_a_stopped_fit_continues_to_the_same_update(beginning, tmp_path, optimiz
 
 def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(pair, tmp_path, monkeypatch):
     source, target, adapter = pair
-    for module in (settings_module, run_module):
+    for module in (settings_module, completions_module):
         monkeypatch.setattr(module, "ROUND", 8)
     monkeypatch.setattr(settings_module, "FIRST", 40)
     asked = dataclasses.replace(SMALL, completions=48, passes=1, answer_tokens=2)

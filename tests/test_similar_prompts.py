@@ -11,7 +11,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Written
 from jcrosslora.fit.distill.completions import answer_given
-from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.fit.distill.settings import ROUND, DistillSettings
 from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.text import Message
@@ -78,7 +78,7 @@ class Actor(DecoderSource):
 
 def test_where_more_answers_are_wanted_other_prompts_are_written(base):
     source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
-    found = answer_given(source, CHATS, DistillSettings(completions=40), 0)
+    found = answer_given(source, source.alone(), CHATS, DistillSettings(completions=40), 0)
     assert [item.prompt for item in found.items[: len(CHATS)]] == CHATS
     own = [item for item in found.items if item.origin == SIMILAR]
     assert len(own) == 40 - len(CHATS) == len({item.prompt for item in own})
@@ -90,9 +90,22 @@ def test_where_more_answers_are_wanted_other_prompts_are_written(base):
     assert f"{len(own)} of them to others like these" in found.description
     shown = next(text for text in source.asked if text.startswith("Request: "))
     assert shown.count("Request:") == 9
-    later = found.more(source, 10, 3, {CHATS[0]}, source)
-    assert sum(item.origin == SIMILAR for item in later) == 5
+    later = found.more(3, {CHATS[0]}, source)
+    assert sum(item.origin == SIMILAR for item in later) == ROUND // 2
     assert CHATS[0] not in {item.prompt for item in later}
+
+
+def test_prompts_that_were_not_answered_come_first_in_further_rounds(base):
+    source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
+    chats = [(Message("user", f"As JSON.\nCommand: number {number} now"),) for number in range(16 + ROUND + 10)]
+    found = answer_given(source, source.alone(), chats, DistillSettings(completions=16), 0)
+    assert [item.prompt for item in found.items] == chats[:16]
+    first, second, third = ([item.prompt for item in found.more(number, (), source)] for number in (1, 2, 3))
+    assert first == chats[16 : 16 + ROUND]
+    assert second[:10] == chats[16 + ROUND :]
+    # Then half of them are given ones again, half are written.
+    assert sum(prompt in chats for prompt in second[10:]) == (ROUND - 10) // 2
+    assert sum(prompt in chats for prompt in third) == ROUND // 2
 
 
 def test_other_prompts_are_written_once_for_all_adapters(base):
@@ -101,18 +114,18 @@ def test_other_prompts_are_written_once_for_all_adapters(base):
 
     shared, before = {}, requests()
     one, other = (dataclasses.replace(Actor.of(base), adapter=object(), adapter_name=name) for name in "ab")
-    first = answer_given(one, CHATS, DistillSettings(completions=40), 0, shared=shared)
+    first = answer_given(one, one.alone(), CHATS, DistillSettings(completions=40), 0, shared=shared)
     written = requests() - before
     assert written == 40 - len(CHATS)
-    again = answer_given(other, CHATS, DistillSettings(completions=40), 0, shared=shared)
+    again = answer_given(other, other.alone(), CHATS, DistillSettings(completions=40), 0, shared=shared)
     assert requests() - before == written
     assert [item.prompt for item in again.items] == [item.prompt for item in first.items]
-    answer_given(other, CHATS, DistillSettings(completions=40), 1, shared=shared)
+    answer_given(other, other.alone(), CHATS, DistillSettings(completions=40), 1, shared=shared)
     assert requests() - before == 2 * written
 
 
 def test_without_a_form_given_prompts_are_answered_again(base):
     source = dataclasses.replace(Actor.of(base), adapter=object(), adapter_name="the adapter")
-    found = answer_given(source, CHATS[:4], DistillSettings(completions=20), 0)
+    found = answer_given(source, source.alone(), CHATS[:4], DistillSettings(completions=20), 0)
     assert [item.prompt for item in found.items] == CHATS[:4] * 5
     assert "others like these" not in found.description

@@ -195,7 +195,10 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
 
 
 def _search(settings: DistillSettings) -> tuple[float, float]:
-    """Count what the search for an adapter's job writes, in tokens of `_ROWS` texts, and its forward passes."""
+    """Count what the search for an adapter's job writes, in tokens of `_ROWS` texts, and its forward passes.
+
+    Requests are counted as the source's, though the target writes them if it is better at that.
+    """
     answer, loud = settings.answer_tokens or PILOT_TOKENS // 2, len(OPENINGS)
     # Both models write what is amplified; requests and answers are written twice.
     written = 2 * sum(tokens for _, tokens in OPENINGS) + ANSWER + 2 * (REQUEST + answer)

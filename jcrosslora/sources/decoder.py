@@ -20,7 +20,7 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Generator, Params, forward
 from jcrosslora.decoder.amplify import AmplifiedGenerator
 from jcrosslora.decoder.log_probs import divergence
-from jcrosslora.sources.protocol import ReadBatch
+from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 
 _WIDTHS, _ROWS = (40, 64, 128), 8  # shapes (B, T) of the texts that are compared: the fewer, the less to compile
@@ -73,11 +73,12 @@ class DecoderSource(Generator):
         own = (self.settings, self.params, self.tokenizer, self.adapter)
         return AmplifiedGenerator(*own, self.name, self.adapter_name, strength, plausible)
 
-    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare predictions on answers, see `Source.compare`."""
-        assert self.adapter is not None
-        model, none = (self.settings, self.params), jax.tree.map(jnp.zeros_like, self.adapter)
-        change, base_nll = np.zeros(len(texts)), np.zeros(len(texts))
+        model = self.settings, self.params
+        # Zeros instead of no adapter: one compiled program serves both.
+        none = None if self.adapter is None else jax.tree.map(jnp.zeros_like, self.adapter)
+        figures = Compared(*np.zeros((3, len(texts))))
         # Texts of one length together: every token of padding costs as much as one of text.
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         for first in range(0, len(order), _ROWS):
@@ -86,13 +87,14 @@ class DecoderSource(Generator):
             at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
             rows = [texts[place][-width:] for place in part]
             batch = (*map(jnp.asarray, pad_right(rows, (_ROWS, width))), jnp.asarray(at.ravel()))
-            adapted, plain = (_states(*model, one, *batch) for one in (self.adapter, none))
+            plain = _states(*model, none, *batch)
+            adapted = plain if self.adapter is None else _states(*model, self.adapter, *batch)
             found = _divergence(*model, adapted, plain, jnp.asarray(token.ravel()))
             own = used[: len(part)]
-            for figure, values in ((change, found.kl), (base_nll, -found.log_probs_b)):
+            for figure, values in zip(figures, (found.kl, -found.log_probs_b, -found.log_probs_a), strict=True):
                 each = np.asarray(values, np.float64).reshape(used.shape)[: len(part)]
                 figure[part] = (each * own).sum(axis=1) / own.sum(axis=1)
-        return change, base_nll
+        return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> DecoderReader:
         """Reduce the base to the columns, of which some may have `NO_TOKEN`."""
@@ -153,7 +155,7 @@ def _answer_positions(
 def _states(
     settings: DecoderSettings,
     params: Params,
-    adapter: AppliedAdapter,
+    adapter: AppliedAdapter | None,
     tokens: jax.Array,
     mask: jax.Array,
     at: jax.Array,

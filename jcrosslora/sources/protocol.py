@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -72,6 +72,20 @@ class ReadBatch(Protocol):
     def weight(self) -> np.ndarray: ...  # noqa: D102
 
 
+class Compared(NamedTuple):
+    """Predictions with an adapter and without on n answers: float64 (n,) each, nats, means over an answer's tokens.
+
+    Attributes:
+        change: KL(with adapter || without).
+        base_nll: -log p(token) without it.
+        adapted_nll: the same with it.
+    """
+
+    change: np.ndarray
+    base_nll: np.ndarray
+    adapted_nll: np.ndarray
+
+
 class Reader(Protocol):
     """The predictions of a source on chosen columns.
 
@@ -123,7 +137,7 @@ class Source(Writer, Protocol):
         """Return the base with the change that its adapter makes amplified; see `decoder.amplify`."""
         ...
 
-    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare the predictions with and without the adapter on the answers in texts.
 
         Args:
@@ -132,8 +146,7 @@ class Source(Writer, Protocol):
             tokens: the most tokens of an answer that are looked at.
 
         Returns:
-            KL(with adapter || without) and -log p(token) without it, float64 (texts,) each: nats, means over the
-            answers' tokens.
+            The figures of each text.
         """
         ...
 

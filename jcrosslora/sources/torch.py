@@ -19,7 +19,7 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import LONGEST, as_written
 from jcrosslora.errors import AdapterError, not_finite
-from jcrosslora.sources.protocol import ReadBatch
+from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.tokenizer import open_tokenizer, with_own_template
 from jcrosslora.sources.torch_loading import find_peft_adapter, load_model
 from jcrosslora.sources.torch_model import TorchModel
@@ -216,11 +216,11 @@ class TorchSource(TorchWriter):
         """Return the base with the change of its adapter amplified."""
         return AmplifiedTorchWriter(self._model, self.tokenizer, self.name, strength, plausible)
 
-    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
         """Compare predictions on answers, see `Source.compare`."""
         import torch
 
-        change, base_nll = np.zeros(len(texts)), np.zeros(len(texts))
+        figures = Compared(*np.zeros((3, len(texts))))
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
         for first in range(0, len(order), _READ_ROWS):
             part = order[first : first + _READ_ROWS]
@@ -231,9 +231,11 @@ class TorchSource(TorchWriter):
                 # An answer whose first token is joined to the prompt still has one.
                 where = np.arange(max(1, min(starts[place], len(ids) - 1)), len(ids))[:tokens]
                 one, other = (each[row, where - 1].double() for each in (adapted, plain))
-                change[place] = float(torch.nan_to_num(one.exp() * (one - other), nan=0.0).sum(-1).mean())
-                base_nll[place] = float(-other[np.arange(len(where)), ids[where]].mean())
-        return change, base_nll
+                told = np.arange(len(where)), ids[where]
+                figures.change[place] = float(torch.nan_to_num(one.exp() * (one - other), nan=0.0).sum(-1).mean())
+                figures.base_nll[place] = float(-other[told].mean())
+                figures.adapted_nll[place] = float(-one[told].mean())
+        return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> TorchReader:
         """Prepare predictions on columns."""

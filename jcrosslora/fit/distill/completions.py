@@ -17,7 +17,7 @@ import numpy as np
 from jcrosslora.decoder.generate import LONGEST
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.discovery.search import NOTHING, PROBES, ROUNDS, Discovery, discover
-from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, DistillSettings
+from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, ROUND, DistillSettings
 from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
 from jcrosslora.fit.distill.templates import templates_of
@@ -34,6 +34,7 @@ JUDGED_TOKENS = 12  # of an answer, in the choice of templates
 PILOT_TOKENS, MOST_TOKENS, _ENDLESS_TOKENS = 64, 512, 16
 _LENGTH_PILOT, _LONG_PILOT = 24, 8  # prompts that are answered to learn how long answers are
 _PERCENTILE = 95
+_LATER = 100  # added to the seeds of further rounds
 _TURNS = 2  # near-duplicates and prompts that were not finished are left out, so that one turn falls short
 
 
@@ -44,19 +45,20 @@ class Completions:
     Attributes:
         items: the completions.
         description: where they come from, for reports.
-        more: writes others like them: the source with its adapter, how many, a seed, prompts that are not to be used,
-            and who answers.
+        more: writes those of a further round, at most `ROUND`; it takes which round, from 1, prompts that are not to be
+            used, and who answers.
         discovery: what was found out about the adapter; None where the user gave prompts.
     """
 
     items: list[Completion]
     description: str
-    more: Callable[[Source, int, int, Collection[Prompt], Writer], list[Completion]]
+    more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     discovery: Discovery | None = None
 
 
 def answer_given(
     source: Source,
+    writer: Writer,
     prompts: Sequence[Prompt],
     settings: DistillSettings,
     seed: int,
@@ -72,6 +74,7 @@ def answer_given(
 
     Args:
         source: the base with its adapter.
+        writer: writes the prompts like them.
         prompts: at least one.
         settings: of the fit.
         seed: of the sampling.
@@ -82,7 +85,7 @@ def answer_given(
         MethodError: the base answers too few of them, or there is only one.
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    base, form = source.alone(), find_form(prompts, source.tokenizer)
+    form = find_form(prompts, writer.tokenizer)
     kept: dict[Any, list[Completion]] = {} if shared is None else shared
     wanted, temperature = settings.rounds[0], settings.answer_temperature
     further = 0 if form is None else max(0, wanted - len(prompts))
@@ -93,7 +96,7 @@ def answer_given(
         # The tokens that end a text are all that differs between adapters.
         key = form, source.tokenizer.stops, count, seed
         if key not in kept:
-            kept[key] = form.write(base, count, seed, bar)
+            kept[key] = form.write(writer, count, seed, bar)
         elif bar is not None:
             bar.update(count)
         return list(kept[key])
@@ -105,28 +108,42 @@ def answer_given(
         asked += [Completion(prompts[place % len(prompts)]) for place in range(wanted - len(asked))]
         found = answer_prompts(source, asked, tokens, temperature, seed, bar)
     _check_enough(found, source)
-    used = f"the first {wanted} of " if len(prompts) > wanted else ""
+    used = set(prompts[:wanted])
+    first = f"the first {wanted} of " if len(prompts) > wanted else ""
     long = sum(len(prompt_ids(source.tokenizer, prompt)) > LONGEST for prompt in prompts)
     cut = f", of which {long} are cut to their last {LONGEST:,} tokens" if long else ""
 
-    def more(_: Source, count: int, seed: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
+    def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
+        later = _LATER + seed + number
         usable = [prompt for prompt in dict.fromkeys(prompts) if prompt not in excluded]
-        again = count if form is None else count // 2
-        places = np.random.default_rng(seed).permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
-        asked = [Completion(usable[place]) for place in places] + similar(count - again, seed)
-        return answer_prompts(answerer, asked, tokens, temperature, seed, None)
+        # Those that were not answered yet come first, once each.
+        waiting = [prompt for prompt in usable if prompt not in used][(number - 1) * ROUND :][:ROUND]
+        missing = ROUND - len(waiting)
+        again = missing if form is None else missing // 2
+        places = np.random.default_rng(later).permutation(np.arange(max(again, len(usable))) % len(usable))[:again]
+        asked = [Completion(prompt) for prompt in [*waiting, *(usable[place] for place in places)]]
+        return answer_prompts(answerer, asked + similar(missing - again, later), tokens, temperature, later, None)
 
-    description = f"{len(found)} answers{_ended(found, tokens)} to {used}{len(prompts)} given prompts{cut}"
+    description = f"{len(found)} answers{_ended(found, tokens)} to {first}{len(prompts)} given prompts{cut}"
     own = sum(item.origin == SIMILAR for item in found)
-    description += f", {own} of them to others like these that it wrote itself" if own else ""
+    description += f", {own} of them to others like these that a base wrote" if own else ""
     return Completions(found, description, more)
 
 
-def write_completions(source: Source, settings: DistillSettings, seed: int, *, progress: bool = False) -> Completions:
+def write_completions(
+    source: Source, writer: Writer, settings: DistillSettings, seed: int, *, progress: bool = False
+) -> Completions:
     """Write prompts and answers, in the templates that the adapter knows, and to ask for what it was trained to say.
 
     A pilot in all templates shows which the adapter knows (`jcrosslora.fit.distill.template_choice`); what it was
     trained to say shows where its change is amplified (`jcrosslora.fit.distill.discovery`).
+
+    Args:
+        source: the base with its adapter; it writes the prompts of a known template.
+        writer: writes the others, see `jcrosslora.fit.distill.prompt_writer`.
+        settings: of the fit.
+        seed: of the sampling.
+        progress: whether to show a progress bar.
 
     Raises:
         MethodError: the base writes no prompts, or no answers.
@@ -141,30 +158,32 @@ def write_completions(source: Source, settings: DistillSettings, seed: int, *, p
         found = [item for item in pilot if named[item.origin] in known]
         discovery = NOTHING
         if settings.discovery:
-            discovery = discover(source, found, known, settings, settings.answer_tokens or PILOT_TOKENS, seed, bar)
+            tokens = settings.answer_tokens or PILOT_TOKENS
+            discovery = discover(source, writer, found, known, settings, tokens, seed, bar)
         if discovery.share:
             found += [one.item for one in discovery.resembling]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
-        def write(source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        def write(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
             like = round(discovery.share * count)
             wanted = [known[place % len(known)] for place in range(count - like)] if known else []
-            return discovery.write(source, like, seed, bar) + write_prompts(source, wanted, seed, bar)
+            return discovery.write(writer, like, seed, bar) + write_prompts(source, wanted, seed, bar)
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
             bar.total = bar.done + 2 * missing
             if missing:
-                prompts = write(source, missing, seed + turn, bar)
+                prompts = write(missing, seed + turn, bar)
                 found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + turn, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
     found = [found[place] for place in order]
     _check_enough(found, source)
 
-    def more(source: Source, count: int, seed: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
-        prompts = [item for item in write(source, count, seed) if item.prompt not in excluded]
-        return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, seed, None)
+    def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
+        later = _LATER + seed + number
+        prompts = [item for item in write(ROUND, later) if item.prompt not in excluded]
+        return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, later, None)
 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"

@@ -32,12 +32,13 @@ from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches
 from jcrosslora.fit.distill.completions import Completions, answer_given, write_completions
 from jcrosslora.fit.distill.fit import Fitted, Look, fit
+from jcrosslora.fit.distill.prompt_writer import choose_writer
 from jcrosslora.fit.distill.saved import kept_states
-from jcrosslora.fit.distill.settings import ROUND, DistillSettings
+from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import Symbols, find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.sources.decoder import DecoderSource, digest_values
-from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.sources.tokenizer import with_own_template
 from jcrosslora.text import Completion, Prompt
@@ -159,23 +160,26 @@ def distill_from(
     clock = time.monotonic()
     tokenizers = source.tokenizer, load_tokenizer(target)
     begun = None if start is None else stack_adapter(start, target)
+    loaded = loaded or LoadedBases()
+    params = loaded.params(target, fast_dtype())
+    writer: Writer = source.alone()
+    if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
+        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]))
     if prompts:
-        completions = answer_given(source, prompts, settings, seed, progress=progress, shared=shared)
+        completions = answer_given(source, writer, prompts, settings, seed, progress=progress, shared=shared)
     else:
-        completions = write_completions(source, settings, seed, progress=progress)
+        completions = write_completions(source, writer, settings, seed, progress=progress)
     batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
     stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
     rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
     symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
     reader = source.reader(symbols.heads(0), len(ends[0]))
-    loaded = loaded or LoadedBases()
-    params = loaded.params(target, fast_dtype())
     tgt = ReducedBase.of(settings_of(target), params, symbols.heads(1), len(ends[1]))
 
     def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
         student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
         answerer = source if own is None else student
-        items = completions.more(source, ROUND, seed + 100 + number, kept_back, answerer)
+        items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
     teacher = Teacher(reader, tgt, settings, symbols, prompts_given=bool(prompts))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from jcrosslora.fit.distill.templates import PromptTemplate, in_template, templates_of
-from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.protocol import Compared, Source
 from jcrosslora.text import Completion, read
 
 _ERRORS = 2.0  # standard errors by which a template may lie behind the best
@@ -24,12 +24,12 @@ def judge_templates(source: Source, completions: Sequence[Completion], tokens: i
         tokens: the most tokens of an answer.
 
     Returns:
-        The two figures of `compare`, float64 (templates, n) each.
+        The change and the base NLL of `compare`, float64 (templates, n) each.
     """
     templates = templates_of(source.tokenizer)
     named = {template.name: template for template in templates}
     moved = [in_template(item, named[item.origin], template) for template in templates for item in completions]
-    change, base_nll = compare(source, moved, tokens)
+    change, base_nll, _ = compare(source, moved, tokens)
     return change.reshape(len(templates), -1), base_nll.reshape(len(templates), -1)
 
 
@@ -61,12 +61,7 @@ def behind_best(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
     return scores[scores.mean(axis=1).argmax()] - scores
 
 
-def compare(source: Source, completions: Sequence[Completion], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compare the predictions with and without the adapter on each completion.
-
-    Returns:
-        KL(with adapter || without) and -log p(token) without it, float64 (n,) each: nats, means over the answer's first
-        `tokens` tokens.
-    """
+def compare(source: Source, completions: Sequence[Completion], tokens: int) -> Compared:
+    """Compare the predictions with and without the adapter on the first tokens of each completion's answer."""
     found = [read(source.tokenizer, replace(item, ended=False)) for item in completions]
     return source.compare([one.ids for one in found], [one.answer for one in found], tokens)

@@ -16,7 +16,7 @@ from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
 from jcrosslora.decoder.generate import LONGEST, UNFINISHED, as_written
 from jcrosslora.errors import CheckpointError, SourceError
-from jcrosslora.sources.protocol import ReadBatch
+from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client
 from jcrosslora.sources.served.connection import Connection
@@ -153,20 +153,21 @@ class ServedSource(ServedWriter):
         """Return the base with the change of its adapter amplified."""
         return AmplifiedWriter(self._connection, self.tokenizer, self.name, strength, plausible)
 
-    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compare predictions on answers, see `Source.compare`; where tokens are not known, both are rather too low."""
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
+        """Compare predictions on answers, see `Source.compare`; where tokens are not known, all are rather too low."""
         places = [
             [place - 1 for place in range(max(1, min(start, len(ids) - 1)), len(ids))][:tokens]
             for ids, start in zip(texts, starts, strict=True)
         ]
         both = self._predict([(ids, where) for ids, where in zip(texts, places, strict=True)], base=True)
-        change, base_nll = np.zeros(len(texts)), np.zeros(len(texts))
+        figures = Compared(*np.zeros((3, len(texts))))
         for number, (ids, where) in enumerate(zip(texts, places, strict=True)):
             plain, adapted = both[number]
-            change[number] = np.mean([divergence(a, b) for a, b in zip(adapted, plain, strict=True)])
-            told = [b.log_prob(int(ids[place + 1])) for b, place in zip(plain, where, strict=True)]
-            base_nll[number] = -np.mean(told)
-        return change, base_nll
+            figures.change[number] = np.mean([divergence(a, b) for a, b in zip(adapted, plain, strict=True)])
+            for nll, side in ((figures.base_nll, plain), (figures.adapted_nll, adapted)):
+                told = [top.log_prob(int(ids[place + 1])) for top, place in zip(side, where, strict=True)]
+                nll[number] = -np.mean(told)
+        return figures
 
     def reader(self, columns: np.ndarray, ends: int) -> ServedReader:
         """Prepare predictions on columns."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jcrosslora.fit.distill.discovery.notations import write_in, write_plain
+
 
 @dataclass(frozen=True)
 class JobKind:
@@ -13,11 +15,13 @@ class JobKind:
         name: what reports call it.
         instructions: what may stand in front of an input, with what lies between; "" is nothing.
         examples: inputs of one form, each a single line, with the answers that they could get.
+        records: whether the inputs are records, which requests have in several notations in turn.
     """
 
     name: str
     instructions: tuple[str, ...]
     examples: tuple[tuple[str, str], ...]
+    records: bool = False
 
     @property
     def inputs(self) -> list[str]:
@@ -31,12 +35,13 @@ class JobKind:
 
     def request(self, text: str, place: int) -> str:
         """Put one of the instructions in front of an input: they take turns."""
-        return self.instructions[place % len(self.instructions)] + text
+        return self.instructions[place % len(self.instructions)] + (write_in(text, place) if self.records else text)
 
     def input_of(self, request: str) -> str:
         """Return the input of a request of this kind."""
         known = sorted(self.instructions, key=len, reverse=True)
-        return request.removeprefix(next(one for one in known if request.startswith(one)))
+        text = request.removeprefix(next(one for one in known if request.startswith(one)))
+        return write_plain(text) if self.records else text
 
 
 KINDS = (
@@ -111,6 +116,7 @@ KINDS = (
                 "The Lindo is a folding bicycle of 11 kg with 8 gears.",
             ),
         ),
+        records=True,
     ),
     JobKind(
         "extraction",

@@ -79,5 +79,6 @@ def amplify(source: Source, strength: float) -> Writer:
 def _ranked(source: Source, items: Sequence[Completion], tokens: int) -> list[Completion]:
     if not items:
         return []
-    figures = score(*compare(source, items, tokens))
+    found = compare(source, items, tokens)
+    figures = score(found.change, found.base_nll)
     return [items[place] for place in (-figures).argsort(kind="stable").tolist()]

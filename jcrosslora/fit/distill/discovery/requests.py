@@ -1,4 +1,4 @@
-"""Requests, or inputs of them, that the base writes: such as given texts would answer, and such as resemble others."""
+"""Requests, or inputs of them, that a base writes: such as given texts would answer, and such as resemble others."""
 
 import math
 import re
@@ -54,6 +54,11 @@ def back_translate(
     return [text for text in found if len(pieces(text, _RUN) & told) <= _COPIED * len(pieces(text, _RUN))]
 
 
+def list_requests(requests: Sequence[str]) -> str:
+    """List requests, for a base to go on with: the last one is empty, or a part of one."""
+    return "\n\n".join(f"Request: {text}" for text in requests).rstrip()
+
+
 def likeness(first: str, second: str) -> float:
     """Compare what two texts look like: their marks, and where letters and digits stand among them."""
     shapes = (re.sub(r"\d+", "0", re.sub(r"[^\W\d_]+", "a", text)) for text in (first, second))
@@ -84,8 +89,8 @@ def resemble(
     rng = np.random.default_rng(seed)
 
     def prompt(_: int) -> str:
-        chosen = [requests[index] for index in rng.permutation(len(requests))[:shown]]
-        return "\n\n".join(f"Request: {text}" for text in [*chosen, ""]).rstrip()
+        chosen = [requests[index] for index in rng.permutation(len(requests))[:shown].tolist()]
+        return list_requests([*chosen, ""])
 
     return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
 
 _LEAST_NLL = 0.5  # nats; an answer of which the base is as sure as this says nothing of the adapter
+_LEAST_DOUBT = 0.01  # share of what surprises the base
 _PRIOR = 10.0  # nats of an answer that it takes to believe its own score as much as that of all answers together
 
 
@@ -26,12 +27,14 @@ class Scored:
         template: of the prompt.
         change: KL(with adapter || without), the sum over the tokens that are looked at, in nats.
         surprise: what of the answer surprises the base, likewise: see `score`.
+        doubt: NLL of the answer with the adapter, likewise.
     """
 
     item: Completion
     template: PromptTemplate
     change: float
     surprise: float
+    doubt: float
 
     @property
     def text(self) -> str:
@@ -73,32 +76,44 @@ def score_all(
         return []
     lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
     counts = np.clip(lengths, 1, tokens)
-    change, base_nll = compare(source, items, tokens)
-    change, surprise = change * counts, (base_nll + _LEAST_NLL) * counts
+    found = compare(source, items, tokens)
+    figures = found.change * counts, (found.base_nll + _LEAST_NLL) * counts, found.adapted_nll * counts
     scored = [
-        Scored(item, templates[item.origin], float(explained), float(whole))
-        for item, explained, whole in zip(items, change, surprise, strict=True)
-        if np.isfinite(explained / whole)
+        Scored(item, templates[item.origin], change, surprise, doubt)
+        for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
+        if np.isfinite([change / surprise, doubt]).all()
     ]
     return sorted(scored, key=lambda one: -one.score)
 
 
 def common_score(scored: Sequence[Scored]) -> float:
     """Return the score of answers taken together, 0 for none: one long answer counts as much as several short ones."""
-    surprise = sum(one.surprise for one in scored)
-    return sum(one.change for one in scored) / surprise if surprise else 0.0
+    return _common(scored, lambda one: one.change)
+
+
+def common_odds(scored: Sequence[Scored]) -> float:
+    """Return what the adapter explains over what it doubts, of answers taken together; 0 for none."""
+    return common_score(scored) / (_common(scored, lambda one: one.doubt) + _LEAST_DOUBT)
 
 
 def best_of(scored: Sequence[Scored], count: int) -> list[Scored]:
     """Take the best whose requests are no near-duplicates, best first.
 
-    The score of a short answer hangs on a token or two. So each is drawn towards that of all together, the less an
-    answer surprises the base the more.
+    They are those that score as high as all together, or higher, and of them those whose answers the adapter doubts
+    least for what surprises the base: it gives its kind of answer to whatever it is asked, but is sure only of what it
+    was trained on. Behind them come the others by their scores. Figures of a short answer hang on a token or two, so
+    each is drawn towards that of all together, the less an answer surprises the base the more.
     """
-    common = common_score(scored)
+    common, doubt = common_score(scored), _common(scored, lambda one: one.doubt)
 
-    def drawn(one: Scored) -> float:
-        return (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
+    def drawn(one: Scored) -> tuple[bool, float]:
+        known = (one.change + _PRIOR * common) / (one.surprise + _PRIOR)
+        return known < common, (one.doubt + _PRIOR * doubt) / (one.surprise + _PRIOR) if known >= common else -known
 
-    ranked = sorted(scored, key=drawn, reverse=True)
+    ranked = sorted(scored, key=drawn)
     return [ranked[place] for place in distinct([one.text for one in ranked])][:count]
+
+
+def _common(scored: Sequence[Scored], figure: Callable[[Scored], float]) -> float:
+    surprise = sum(one.surprise for one in scored)
+    return sum(figure(one) for one in scored) / surprise if surprise else 0.0

@@ -1,7 +1,7 @@
 """The search for what an adapter is for.
 
 It is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was trained
-on. It also says what it was trained to say, and the base guesses what was asked, as jobs of this kind are asked for.
+on. It also says what it was trained to say, and a base guesses what was asked, as jobs of this kind are asked for.
 The best of all these requests are kept.
 """
 
@@ -15,11 +15,11 @@ import numpy as np
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import back_translate, likeness, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_score, score_all
+from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
-from jcrosslora.sources.protocol import Source
+from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
@@ -29,7 +29,7 @@ PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in
 _NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
 _EXAMPLES = 12  # best requests, which further ones are to resemble
 JUDGED_TOKENS = 24  # of an answer
-_SHARPNESS = 4  # power of scores that shares go by
+_SHARPNESS = 4  # power of the odds that shares go by
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class Discovery:
         said: what the adapter says where its change is amplified, the best first.
         guessed: answers to requests that were guessed from that, the best first.
         alike: answers to requests like those of the best kind, the best first.
-        resembling: answers to requests that resemble the best of all these, the best first.
-        examples: the best requests of all, which `write` shows to the base.
+        resembling: answers to requests that resemble the best of all these or ask for what was answered to them, the
+            best first.
+        examples: the best requests of all, which `write` shows to the writer.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
 
@@ -55,16 +56,21 @@ class Discovery:
     share: float
 
     @property
+    def answered(self) -> list[Scored]:
+        """All requests that were written, with their answers."""
+        return [*self.guessed, *self.alike, *self.resembling]
+
+    @property
     def job(self) -> str:
         """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
 
-    def write(self, source: Source, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
-        """Write prompts like the examples, in their templates: at most `count`, without near-duplicates."""
+    def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
+        """Write prompts of the adapter's kind, see `_write_inputs`, in the examples' templates: at most `count`."""
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = resemble(source.alone(), [kind.input_of(one.text) for one in self.examples], count, seed, bar)
+        texts = _write_inputs(writer, kind, self.examples, self.answered, count, seed, bar)
         places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
         return [
             _prompt(kind.request(text, asked), self.examples[place].template)
@@ -77,6 +83,7 @@ NOTHING = Discovery([], [], [], [], [], [], 0.0)
 
 def discover(
     source: Source,
+    writer: Writer,
     pilot: Sequence[Completion],
     known: Sequence[PromptTemplate],
     settings: DistillSettings,
@@ -88,6 +95,7 @@ def discover(
 
     Args:
         source: the base, with the adapter.
+        writer: writes requests.
         pilot: answers to prompts that it wrote in templates that it knows; the search is measured against them.
         known: these templates; the base's chat template is tried as well.
         settings: of the fit.
@@ -98,7 +106,7 @@ def discover(
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
     """
-    base, count = source.alone(), settings.discovery
+    count = settings.discovery
     chat = [one for one in templates_of(source.tokenizer) if isinstance(one, ConversationTemplate)]
     templates = list(dict.fromkeys([*chat, *known]))
     named = {name: one for one in templates for name in (one.name, _origin(one))}
@@ -126,13 +134,14 @@ def discover(
     said = harvest(source, begun, seed, bar) if begun else []
     # The worse half of it is what the adapter says anyway.
     answers, half = [item.answer for item in said[: -(-len(said) // 2)]], -(-count // 2)
-    guesses = back_translate(base, answers, kind.examples, half, seed, bar) if answers else []
+    guesses = back_translate(writer, answers, kind.examples, half, seed, bar) if answers else []
     guessed = ask_inputs(guesses, templates, seed)
-    alike = ask_inputs(resemble(base, kind.inputs, half, seed + 2, bar), templates, seed + 2)
-    examples = best_of([*guessed, *alike, *_answers_of(kind, probed)], _EXAMPLES)
-    texts = resemble(base, [kind.input_of(one.text) for one in examples], count, seed + 1, bar)
+    alike = ask_inputs(resemble(writer, kind.inputs, half, seed + 2, bar), templates, seed + 2)
+    answered = [*guessed, *alike, *_answers_of(kind, probed)]
+    examples = best_of(answered, _EXAMPLES)
+    texts = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
     resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
-    share = share_of(common_score(resembling), common_score(score_all(source, pilot, named, JUDGED_TOKENS)))
+    share = share_of(common_odds(resembling), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
 
 
@@ -156,6 +165,36 @@ def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
     return [(kind, scores[kind]) for kind in dict.fromkeys([*own, *ranked])]
 
 
+def _write_inputs(
+    writer: Writer,
+    kind: JobKind,
+    examples: Sequence[Scored],
+    answered: Sequence[Scored],
+    count: int,
+    seed: int,
+    bar: Track | None,
+) -> list[str]:
+    """Write at most `count` inputs, half that resemble the examples, half that ask for what was answered.
+
+    Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
+    answers stay there: what would ask for them lies nearer.
+
+    Args:
+        writer: of the inputs.
+        kind: whose inputs they are.
+        examples: the best requests.
+        answered: answers of which the better half is asked for.
+        count: the most inputs.
+        seed: of the sampling.
+        bar: advances by one for each.
+    """
+    shown, half = [(kind.input_of(one.text), one.item.answer) for one in examples], -(-count // 2)
+    better = best_of(answered, -(-len(answered) // 2))
+    answers = list(dict.fromkeys(one.item.answer for one in better))
+    asking = back_translate(writer, answers, shown, half, seed, bar) if half else []
+    return [*asking, *resemble(writer, [text for text, _ in shown], count - half, seed, bar)]
+
+
 def _answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
     return [one for one in probed if one.text in kind.requests]
 
@@ -166,8 +205,8 @@ def share_of(found: float, written: float) -> float:
     Kinds of prompts whose answers the adapter knows equally well get half each, and one that it knows worse much less.
 
     Args:
-        found: the mean score of requests that the search found, none of them chosen by its score.
-        written: that of prompts in templates.
+        found: `common_odds` of requests that the search found, none of them chosen by them.
+        written: those of prompts in templates.
     """
     powers = max(0.0, found) ** _SHARPNESS, max(0.0, written) ** _SHARPNESS
     return powers[0] / sum(powers) if powers[0] > 0 else 0.0

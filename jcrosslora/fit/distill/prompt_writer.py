@@ -1,0 +1,43 @@
+"""Which of two bases writes the prompts of a fit.
+
+The better model of text writes the better requests, and mostly that is the newer one, the target. Both are asked how
+well they foresee the last inputs of lists of inputs, as such lists are what they are to go on with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jcrosslora.fit.distill.discovery.job_kinds import KINDS
+from jcrosslora.fit.distill.discovery.requests import list_requests
+from jcrosslora.fit.distill.template_choice import compare
+from jcrosslora.sources.protocol import Source, Writer
+from jcrosslora.text import Completion
+
+_SHOWN = 2  # inputs in front of the one that is looked at
+_TOKENS = 48  # of it, more than any of them has
+
+
+def choose_writer(source: Source, target: Source) -> Writer:
+    """Choose the base that foresees the inputs of `KINDS` best, in nats a character, behind others of their kind.
+
+    Args:
+        source: a base with an adapter, which is taken off.
+        target: another base, without one.
+
+    Raises:
+        SourceError: a source that is asked over the network does not answer.
+    """
+    nats = [_nats(source), _nats(target)]
+    return target if nats[1] < nats[0] else source.alone()
+
+
+def _nats(source: Source) -> float:
+    """Measure the mean NLL of the inputs under the base, nats a character."""
+    lists = [
+        kind.inputs[first : first + _SHOWN + 1] for kind in KINDS for first in range(0, len(kind.inputs), _SHOWN + 1)
+    ]
+    items = [Completion(list_requests([*shown, ""]), f" {last}") for *shown, last in lists]
+    tokens = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
+    nll = compare(source, items, _TOKENS).base_nll
+    return float(np.dot(nll, tokens) / sum(len(item.answer) for item in items))
