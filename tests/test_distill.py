@@ -527,6 +527,20 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
     np.testing.assert_allclose(found[0, -1], np.log(both / (np.exp(scores[ids]).sum() + both)), rtol=1e-4)
 
 
+def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
+    source, target, adapter = pair
+    chosen = []
+    monkeypatch.setattr(run_module, "choose_writer", lambda source, target: chosen.append(target) or target)
+    few, given = dataclasses.replace(SMALL, completions=16), [f"Anna said {number}" for number in range(16)]
+    distill(source, target, adapter, prompts=given, settings=few)
+    assert not chosen
+    found = distill(source, target, adapter, prompts=given[:12], settings=few)
+    (writer,) = chosen
+    assert writer.adapter is None
+    assert writer.name == target.ref
+    assert len(found.completions) >= 12
+
+
 def test_completions_are_compared_each_by_itself(pair):
     source, _, adapter = pair
     tokenizer, settings, params = load_tokenizer(source), settings_of(source), load_params(source)
