@@ -278,9 +278,9 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     said = of(PLACES, shapes.vocab)
     yield Program(teacher.mix_teacher, (said, said, said, of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
-    moved = whole(PLACES), whole(PLACES)
+    ways = symbols.Splits(whole(BATCH), whole(BATCH), of(BATCH)), whole(PLACES), whole(PLACES), whole(PLACES)
     sizes = {"shared": shapes.vocab - 2, "own": 1, "end": True}
-    yield Program(symbols.in_target_symbols, (said, *moved), sizes)
+    yield Program(symbols.in_target_symbols, (said, *ways), sizes)
     taught = teacher.TaughtBatch(*shapes.read, of(PLACES), said)
     yield Program(fit._kl, (settings, params, adapter, taught, 0))
     one = of(PLACES)

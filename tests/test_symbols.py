@@ -1,5 +1,7 @@
 """Predictions of one tokenizer in the symbols of another: splits of the same text that differ."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from test_probes_matching import PieceTokenizer
 
 from jcrosslora.fit.distill.batches import DistillationBatch, make_batches
-from jcrosslora.fit.distill.symbols import Symbols, in_target_symbols
+from jcrosslora.fit.distill.symbols import NO_SPLITS, Symbols, _count_splits, in_target_symbols
 from jcrosslora.text import Completion
 
 # Source: int 10, ent 11, in 12, cat 13; target: intent 20, in 22, cat 23, ca 24, t 25. Shared: in, cat.
@@ -38,12 +40,43 @@ def test_tokens_that_begin_another_split_give_their_probability_to_the_targets_t
     assert weight.tolist() == [1, 1, 1, 1, 1, 0]
     p = np.array([0.1, 0.2, 0.4, 0.3])
     source = np.log(np.tile(p, (6, 1))).astype(np.float32)
-    found = np.exp(np.asarray(in_target_symbols(source, moved, to, shared=2, own=3, end=False), np.float64))
+    found = np.exp(
+        np.asarray(in_target_symbols(source, NO_SPLITS, moved, moved, to, shared=2, own=3, end=False), np.float64)
+    )
     np.testing.assert_allclose(found[0], np.array([0.1, 0.2, 0, 0, 0]) / 0.3, atol=1e-6)
     np.testing.assert_allclose(found[1], np.array([0.1, 0.2, 0.4, 0, 0]) / 0.7, atol=1e-6)
     np.testing.assert_allclose(found[2], np.array([0.1, 0, 0, 0.2, 0]) / 0.3, atol=1e-6)
     np.testing.assert_allclose(found[3], [0, 0, 0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(found[4], found[0], atol=1e-6)
+
+
+def test_tokens_are_split_as_they_are_elsewhere():
+    """Of what begins with "int" all answers go on as "intent", and of four cats one is "ca"."""
+    one = batch_of([10, 13, 13, 10, -1, 10], [20, 23, 24, 20, 25, 22], [True] * 5 + [False])
+    two = batch_of([13, 13, 11, 99], [23, 23, 99, 25], [True] * 4)
+    found = _count_splits(SYMBOLS, [one, two])
+    pairs = dict(zip(zip(found.source.tolist(), found.target.tolist(), strict=True), found.share.tolist(), strict=True))
+    assert pairs == pytest.approx({(INT, INTENT): 2 / 3, (CAT, CA): 1 / 5})
+    p = np.array([0.1, 0.2, 0.4, 0.3])
+    source = np.log(np.tile(p, (3, 1))).astype(np.float32)
+    said, none = np.array([-1, CAT, INT], np.int32), np.full(3, -1, np.int32)
+    given = in_target_symbols(source, found, said, none, none, shared=2, own=3, end=False)
+    other, cat, int_ = np.exp(np.asarray(given, np.float64))
+    # The columns: in, cat; intent, ca, t.
+    wanted = np.array([0.1, 0.2 * 4 / 5, 0.4 * 2 / 3, 0.2 / 5, 0])
+    np.testing.assert_allclose(other, wanted / wanted.sum(), atol=1e-6)
+    wanted = np.array([0.1, 0.2, 0.4 * 2 / 3, 0, 0])
+    np.testing.assert_allclose(cat, wanted / wanted.sum(), atol=1e-6)
+    wanted = np.array([0.1, 0.2 * 4 / 5, 0, 0.2 / 5, 0])
+    np.testing.assert_allclose(int_, wanted / wanted.sum(), atol=1e-6)
+
+
+def test_without_splits_nothing_is_counted():
+    assert len(_count_splits(SYMBOLS, [batch_of([13, 12, -1], [23, 22, -1], [True] * 3)]).source) == 0
+    rounded = dataclasses.replace(SYMBOLS, rounded=True)
+    found = _count_splits(rounded, [batch_of([10], [20], [True])])
+    assert len(found.source) == len(found.share) == 512
+    assert found.share.sum() == 0.5
 
 
 def test_tokens_without_a_column_are_left_out():
@@ -62,7 +95,8 @@ def test_probabilities_stay_those_of_the_text(seed, end):
     moved, to = rng.integers(-1, shared + 2, count), rng.integers(-1, shared + own, count)
     moved = np.where(to < 0, -1, moved).astype(np.int32)
     found = np.asarray(
-        in_target_symbols(source, moved, to.astype(np.int32), shared=shared, own=own, end=end), np.float64
+        in_target_symbols(source, NO_SPLITS, moved, moved, to.astype(np.int32), shared=shared, own=own, end=end),
+        np.float64,
     )
     assert found.shape == (count, shared + own + end)
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, atol=1e-5)

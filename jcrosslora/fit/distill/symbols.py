@@ -3,15 +3,18 @@
 Most symbols are tokens that both bases have, and one is the end of the text. Where tokenizers split the text behind a
 position in different ways, the next tokens differ although the text is the same: "int", "ent" on one side, "intent" on
 the other. The probability that the source gives its own next token is then given to the target's next token. Without
-that the target learns to write "int" where it would have to write "intent".
+that the target learns to write "int" where it would have to write "intent". What the source might have written instead
+is split as it is elsewhere: where all answers with "int" are answers with "intent" to the target, so is this one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +25,27 @@ from jcrosslora.fit.distill.batches import DistillationBatch, used_tokens
 from jcrosslora.sources.reduced_base import NO_TOKEN
 
 _STEPS = 512, 256, 256  # what the numbers of columns are rounded up to
+_SPLITS = 512  # what the number of splits is rounded up to
 _NEVER = -30.0  # log-probability of what a side cannot predict
+
+
+@flax.struct.dataclass
+class Splits:
+    """Tokens of the source that begin where the target has another token, in answers. M pairs of tokens.
+
+    Attributes:
+        source: int32 (M,), columns of the source.
+        target: int32 (M,), columns of the target.
+        share: float32 (M,), of the occurrences of the source's token those where the target has this one, counted as if
+            it had the same token once more.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    share: np.ndarray
+
+
+NO_SPLITS = Splits(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +58,14 @@ class Symbols:
         ends: ids of the tokens that end a text on each side, together one symbol; none on both sides if one has none.
         rounded: whether there are columns without a token behind the shared and behind the own ones, up to the next
             512 and 256 of them: fits to different texts then have the same shapes, and share compiled programs.
+        splits: how tokens of the source are split by the target, where it splits them otherwise.
     """
 
     shared: tuple[np.ndarray, np.ndarray]
     own: tuple[np.ndarray, np.ndarray]
     ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     rounded: bool = False
+    splits: Splits = NO_SPLITS
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -81,9 +106,10 @@ class Symbols:
             np.where(lost, 0, batch.weight).astype(np.float32),
         )
 
-    def following(self, batch: DistillationBatch) -> np.ndarray:
-        """Return int32 (P,) the columns of the target's next tokens, -1 where there is none or it has no column."""
-        return _places(batch.next_tgt, self.tokens(1)).astype(np.int32)
+    def following(self, batch: DistillationBatch, side: int = 1) -> np.ndarray:
+        """Return int32 (P,) the columns of a side's next tokens, -1 where there is none or it has no column."""
+        tokens = (batch.next_src, batch.next_tgt)[side]
+        return np.where(tokens < 0, -1, _places(tokens, self.tokens(side))).astype(np.int32)
 
 
 def _filled(ids: np.ndarray, count: int) -> np.ndarray:
@@ -140,25 +166,62 @@ def find_symbols(
         own.append(
             np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], list(stops[side])])).astype(np.int32)
         )
-    return Symbols(shared, (own[0], own[1]), ends, rounded)
+    found = Symbols(shared, (own[0], own[1]), ends, rounded)
+    return replace(found, splits=_count_splits(found, batches))
+
+
+def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Splits:
+    """Count which of the target's tokens begin where which of the source's do, in answers."""
+    answers = [batch.answer for batch in batches]
+    src, tgt = (
+        np.concatenate([symbols.following(batch, side)[own] for batch, own in zip(batches, answers, strict=True)])
+        for side in (0, 1)
+    )
+    known = (src >= 0) & (tgt >= 0)
+    (source, target), counts = np.unique(np.stack([src, tgt])[:, known], axis=1, return_counts=True)
+    whole = np.bincount(src[known], minlength=len(symbols.tokens(0)))
+    share = counts / (whole[source] + 1)
+    differ = (source != target) | (source >= symbols.sizes[0])
+    empty = -np.count_nonzero(differ) % _SPLITS if symbols.rounded else 0
+    return Splits(
+        np.pad(source[differ].astype(np.int32), (0, empty)),
+        np.pad(target[differ].astype(np.int32), (0, empty)),
+        np.pad(share[differ].astype(np.float32), (0, empty)),
+    )
 
 
 @partial(jax.jit, static_argnames=("shared", "own", "end"))
 def in_target_symbols(
-    source: jax.Array, moved: jax.Array, to: jax.Array, *, shared: int, own: int, end: bool
+    source: jax.Array,
+    splits: Splits,
+    said: jax.Array,
+    moved: jax.Array,
+    to: jax.Array,
+    *,
+    shared: int,
+    own: int,
+    end: bool,
 ) -> jax.Array:
     """Give the source's predictions in the target's columns: float32 (P, shared + own + end).
 
     Args:
         source: float32 (P, C), log-probabilities of the source's columns.
+        splits: of tokens that the text does not have at a position.
+        said: int32 (P,), the column of the source's next token, which the text splits; -1 where there is none.
         moved: int32 (P,), the column whose probability moves, or -1.
         to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
         shared: V.
         own: E, the target's own tokens.
         end: whether the last column is the end of the text.
     """
-    never = jnp.full((len(source), own), _NEVER, source.dtype)
-    found = jnp.concatenate([source[:, :shared], never, source[:, source.shape[1] - end :]], axis=1)
+    # Columns in front, so that a split adds whole rows.
+    probability = jnp.exp(source).T
+    part = probability[splits.source] * jnp.where(splits.source[:, None] == said, 0, splits.share[:, None])
+    none = jnp.zeros((own, len(source)), source.dtype)
+    found = jnp.concatenate([probability[:shared], none, probability[len(probability) - end :]])
+    left = jnp.where(splits.source < shared, splits.source, len(found))
+    found = found.at[splits.target].add(part).at[left].add(-part, mode="drop")
+    found = jnp.log(jnp.maximum(found, math.exp(_NEVER))).T
     rows, moves, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
     mass = jnp.take_along_axis(source, jnp.maximum(moved, 0)[:, None], axis=1)[:, 0]
     place = jnp.maximum(to, 0)

@@ -89,11 +89,12 @@ class Teacher:
         if found is not None and not self._source.complete:
             spread = in_source_symbols(found, symbols)
         moved, to, weight = map(jnp.asarray, symbols.columns(batch))
+        ways = symbols.splits, jnp.asarray(symbols.following(batch, 0)), moved, to
         shared, _, alone = symbols.sizes
         sizes = {"shared": shared, "own": alone, "end": len(symbols.ends[0]) > 0}
         sides = self._source.read(batch, spread, base=base)
-        adapted = in_target_symbols(sides[1], moved, to, **sizes)
-        plain = in_target_symbols(sides[0], moved, to, **sizes) if base else adapted
+        adapted = in_target_symbols(sides[1], *ways, **sizes)
+        plain = in_target_symbols(sides[0], *ways, **sizes) if base else adapted
         return TaughtBatch(*read, weight, adapted if found is None else found), plain, adapted
 
 
