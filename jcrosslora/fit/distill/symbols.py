@@ -182,7 +182,7 @@ def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Spl
     whole = np.bincount(src[known], minlength=len(symbols.tokens(0)))
     share = counts / (whole[source] + 1)
     differ = (source != target) | (source >= symbols.sizes[0])
-    empty = -np.count_nonzero(differ) % _SPLITS if symbols.rounded else 0
+    empty = -int(differ.sum()) % _SPLITS if symbols.rounded else 0
     return Splits(
         np.pad(source[differ].astype(np.int32), (0, empty)),
         np.pad(target[differ].astype(np.int32), (0, empty)),

@@ -89,8 +89,8 @@ def resemble(
     rng = np.random.default_rng(seed)
 
     def prompt(_: int) -> str:
-        chosen = [requests[index] for index in rng.permutation(len(requests))[:shown].tolist()]
-        return list_requests([*chosen, ""])
+        chosen: list[int] = rng.permutation(len(requests))[:shown].tolist()
+        return list_requests([*(requests[index] for index in chosen), ""])
 
     return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
 
