@@ -530,7 +530,7 @@ def test_the_end_of_an_answer_is_one_symbol_of_both_bases(tmp_path):
 def test_a_writer_is_chosen_where_prompts_are_to_be_written(pair, monkeypatch):
     source, target, adapter = pair
     chosen = []
-    monkeypatch.setattr(run_module, "choose_writer", lambda source, target: chosen.append(target) or target)
+    monkeypatch.setattr(run_module, "choose_writer", lambda source, target, shared: chosen.append(target) or target)
     few, given = dataclasses.replace(SMALL, completions=16), [f"Anna said {number}" for number in range(16)]
     distill(source, target, adapter, prompts=given, settings=few)
     assert not chosen

@@ -50,6 +50,11 @@ def test_the_base_that_foresees_inputs_better_writes_them(source):
     assert found.params is better.params
     assert {text.strip() for text in better.asked} <= {text for kind in KINDS for text in kind.inputs}
     assert len(set(better.asked)) == 2 * len(KINDS)
+    shared = {}
+    assert choose_writer(worse, better, shared) is better
+    count = len(better.asked)
+    assert choose_writer(worse, better, shared) is better
+    assert len(better.asked) == count
 
 
 def test_a_base_alone_is_compared_with_itself(source):

@@ -54,7 +54,7 @@ def measure_effect(
         UsageError: the effect is requested "always", and there is no text to measure it on.
         CheckpointError: it is requested "always", and a base cannot be run.
     """
-    if options.effect == "never" or (options.effect == "auto" and not runs_bases):
+    if not options.checks_effect(runs_bases=runs_bases):
         return None, ()
     begin(EFFECT)
     # A method that runs the bases has already shown that they can be run.

@@ -84,7 +84,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
     from jcrosslora.fit.distill.fit import most_beside
 
     fits = isinstance(method, DistillSettings)
-    checks = options.effect == "always" or (options.effect == "auto" and method.runs_bases)
+    checks = options.checks_effect(runs_bases=method.runs_bases)
 
     def fitted(count: int) -> int:
         return fast_dtype().itemsize * sum(held_numbers(base, count) for base in bases) if fits else 0

@@ -48,6 +48,10 @@ class TransferOptions:
                 msg = f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(kinds))}"
                 raise UsageError(msg)
 
+    def checks_effect(self, *, runs_bases: bool) -> bool:
+        """Tell whether the effect is checked, of a method that runs the bases or does not."""
+        return self.effect == "always" or (self.effect == "auto" and runs_bases)
+
 
 @dataclass(frozen=True)
 class TransferSettings(TransferOptions):

@@ -140,7 +140,7 @@ def _plan(
         found["interpolate"] = lambda: sum(costs.decompose(shape, task.rank, method) for shape in shapes)
     elif method.has_finalize:
         found[FINISH] = None
-    if options.effect == "always" or (options.effect == "auto" and method.runs_bases):
+    if options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = lambda: _effect(task, written=isinstance(method, DistillSettings), costs=costs)
     return found
 

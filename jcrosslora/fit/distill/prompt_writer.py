@@ -6,6 +6,8 @@ well they foresee the last inputs of lists of inputs, as such lists are what the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS
@@ -18,18 +20,21 @@ _SHOWN = 2  # inputs in front of the one that is looked at
 _TOKENS = 48  # of it, more than any of them has
 
 
-def choose_writer(source: Source, target: Source) -> Writer:
+def choose_writer(source: Source, target: Source, shared: dict[Any, Any] | None = None) -> Writer:
     """Choose the base that foresees the inputs of `KINDS` best, in nats a character, behind others of their kind.
 
     Args:
         source: a base with an adapter, which is taken off.
         target: another base, without one.
+        shared: what holds for all adapters of the pair; the choice is looked for there, and added.
 
     Raises:
         SourceError: a source that is asked over the network does not answer.
     """
-    nats = [_nats(source), _nats(target)]
-    return target if nats[1] < nats[0] else source.alone()
+    known = {} if shared is None else shared
+    if choose_writer not in known:
+        known[choose_writer] = _nats(target) < _nats(source)
+    return target if known[choose_writer] else source.alone()
 
 
 def _nats(source: Source) -> float:

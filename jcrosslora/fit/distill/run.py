@@ -164,7 +164,7 @@ def distill_from(
     params = loaded.params(target, fast_dtype())
     writer: Writer = source.alone()
     if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
-        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]))
+        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]), shared)
     if prompts:
         completions = answer_given(source, writer, prompts, settings, seed, progress=progress, shared=shared)
     else:

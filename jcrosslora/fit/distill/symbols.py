@@ -93,7 +93,7 @@ class Symbols:
             likewise; and float32 (P,) the weights, 0 where the target's next token has no column. Where the source has
             no position and the target has one, the target's token alone is given: the text itself is the teacher.
         """
-        src, tgt = _places(batch.next_src, self.tokens(0)), _places(batch.next_tgt, self.tokens(1))
+        src, tgt = self.following(batch, 0), self.following(batch, 1)
         known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
         same = known & (src == tgt) & (src >= 0) & (src < self.sizes[0])
         moves = known & ~same
@@ -108,8 +108,7 @@ class Symbols:
 
     def following(self, batch: DistillationBatch, side: int = 1) -> np.ndarray:
         """Return int32 (P,) the columns of a side's next tokens, -1 where there is none or it has no column."""
-        tokens = (batch.next_src, batch.next_tgt)[side]
-        return np.where(tokens < 0, -1, _places(tokens, self.tokens(side))).astype(np.int32)
+        return _places((batch.next_src, batch.next_tgt)[side], self.tokens(side)).astype(np.int32)
 
 
 def _filled(ids: np.ndarray, count: int) -> np.ndarray:
@@ -172,11 +171,7 @@ def find_symbols(
 
 def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Splits:
     """Count which of the target's tokens begin where which of the source's do, in answers."""
-    answers = [batch.answer for batch in batches]
-    src, tgt = (
-        np.concatenate([symbols.following(batch, side)[own] for batch, own in zip(batches, answers, strict=True)])
-        for side in (0, 1)
-    )
+    src, tgt = (np.concatenate([symbols.following(batch, side)[batch.answer] for batch in batches]) for side in (0, 1))
     known = (src >= 0) & (tgt >= 0)
     (source, target), counts = np.unique(np.stack([src, tgt])[:, known], axis=1, return_counts=True)
     whole = np.bincount(src[known], minlength=len(symbols.tokens(0)))

@@ -58,7 +58,11 @@ def score(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
         change: (n,), KL(with adapter || without), the mean over each answer, in nats.
         base_nll: (n,), NLL of the answers under the base alone, likewise.
     """
-    return change / (base_nll + _LEAST_NLL)
+    return change / _surprise(base_nll)
+
+
+def _surprise(base_nll: np.ndarray) -> np.ndarray:
+    return base_nll + _LEAST_NLL
 
 
 def score_all(
@@ -77,7 +81,7 @@ def score_all(
     lengths = [len(source.tokenizer.encode(item.answer, special=False).ids) for item in items]
     counts = np.clip(lengths, 1, tokens)
     found = compare(source, items, tokens)
-    figures = found.change * counts, (found.base_nll + _LEAST_NLL) * counts, found.adapted_nll * counts
+    figures = found.change * counts, _surprise(found.base_nll) * counts, found.adapted_nll * counts
     scored = [
         Scored(item, templates[item.origin], change, surprise, doubt)
         for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
