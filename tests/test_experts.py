@@ -12,7 +12,7 @@ from tiny_models import torch
 import jcrosslora as jcl
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter, unstack_adapter
-from jcrosslora.decoder.experts.grouped import run_experts
+from jcrosslora.decoder.experts.grouped import mix, run_experts, sort_by_expert, spread
 from jcrosslora.decoder.ops import Row
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -34,21 +34,27 @@ def rows():
     return x, w, factors, chosen
 
 
-def by_hand(x, w, factors, chosen):
+def grouped(x, chosen, held, factors, shares, scales):
+    order = sort_by_expert(chosen, E)
+    return mix(run_experts(single, spread(x, order, scales), order, held, factors), shares, order)
+
+
+def by_hand(x, w, factors, chosen, shares, scales):
     whole = w + jnp.einsum("eok,eki->eoi", factors["b"], factors["a"])
-    return jnp.einsum("tkoi,ti->tko", whole[chosen], x)
+    return jnp.einsum("tkoi,ti,tk,tk->to", whole[chosen], x, shares, scales)
 
 
 def test_grouped_products_and_their_gradients_are_those_of_each_token_alone(rows):
     x, w, factors, chosen = rows
-
-    def grouped(x, factors):
-        return run_experts(single, E, x, chosen, {"w": Row(w, jnp.int32(1))}, factors)
-
-    pull = jax.random.normal(jax.random.key(9), (T, K, H))
+    shares, scales = jax.random.uniform(jax.random.key(7), (2, T, K))
+    pull = jax.random.normal(jax.random.key(9), (T, H))
     with jax.default_matmul_precision("highest"):
-        found, found_pull = jax.vjp(grouped, x, factors)
-        wanted, wanted_pull = jax.vjp(lambda x, factors: by_hand(x, w[1], factors, chosen), x, factors)
+        found, found_pull = jax.vjp(
+            lambda x, *given: grouped(x, chosen, {"w": Row(w, jnp.int32(1))}, *given), x, factors, shares, scales
+        )
+        wanted, wanted_pull = jax.vjp(
+            lambda x, factors, *given: by_hand(x, w[1], factors, chosen, *given), x, factors, shares, scales
+        )
         jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), found, wanted)
         jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), found_pull(pull), wanted_pull(pull))
 
@@ -56,15 +62,15 @@ def test_grouped_products_and_their_gradients_are_those_of_each_token_alone(rows
 def test_grouped_products_can_be_mapped_over_adapters_and_their_own_choice_of_experts(rows):
     x, w, factors, chosen = rows
     several = jax.tree.map(lambda one: jnp.stack([one, 2 * one]), factors)
-    choices = jnp.stack([chosen, chosen[::-1] % E])
+    choices, ones = jnp.stack([chosen, chosen[::-1] % E]), jnp.ones((T, K))
 
     def run(factors, chosen):
-        return run_experts(single, E, x, chosen, {"w": w[0]}, factors)
+        return grouped(x, chosen, {"w": w[0]}, factors, ones, None)
 
     found = jax.vmap(run)(several, choices)
     for place in range(2):
         own = jax.tree.map(lambda one, place=place: one[place], several)
-        np.testing.assert_allclose(found[place], by_hand(x, w[0], own, choices[place]), **CLOSE)
+        np.testing.assert_allclose(found[place], by_hand(x, w[0], own, choices[place], ones, ones), **CLOSE)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe-mixed", "glm4_moe", "qwen2_moe", "deepseek_v3"])
@@ -105,6 +111,17 @@ def test_an_adapter_of_all_linear_modules_does_what_its_merged_weights_do(model)
     np.testing.assert_allclose(run(stacked), wanted, **CLOSE)
     back = unstack_adapter(stacked, base)
     assert set(back.modules) == set(base.modules)
+
+
+def test_what_experts_return_is_not_computed_again_for_gradients_unless_layers_are(model):
+    base = model[1]
+    settings, params, adapter = settings_of(base), load_params(base), stack_adapter(random_adapter(base), base)
+
+    def loss(adapter, remat):
+        return jnp.sum(forward(settings, params, TOKENS, adapter=adapter, remat=remat).hidden)
+
+    kept, again = (str(jax.make_jaxpr(jax.grad(partial(loss, remat=remat)))(adapter)) for remat in (False, True))
+    assert kept.count("while[") < again.count("while[")  # the loops over experts
 
 
 def test_weights_in_memory_have_the_names_of_fused_experts(model):

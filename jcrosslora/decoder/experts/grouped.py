@@ -19,7 +19,7 @@ from jcrosslora.decoder.ops import Row
 _FEWEST, _MOST = 8, 128
 _PARTS = 4  # of a block, of which the last block of an expert is computed only as far as it has rows
 
-# Of rows (N, H) of one expert, its constants and its factors: float32 (N, H).
+# Of rows (N, I) of one expert, its constants and its factors: float32 (N, O).
 ExpertFunction = Callable[[jax.Array, Any, Any], jax.Array]
 
 
@@ -77,35 +77,21 @@ def sort_by_expert(chosen: jax.Array, experts: int) -> Sorted:
     )
 
 
-def run_experts(
-    function: ExpertFunction,
-    experts: int,
-    x: jax.Array,
-    chosen: jax.Array,
-    constants: Any,
-    factors: Any,
-    scales: jax.Array | None = None,
-) -> jax.Array:
-    """Run each token through its experts.
+def spread(x: jax.Array, order: Sorted, scales: jax.Array | None = None) -> jax.Array:
+    """Write each token into the rows of its experts.
 
     Args:
-        function: of one expert. It is derived by the rows and by the factors.
-        experts: E.
         x: (T, H).
-        chosen: int32 (T, K), from `route`.
-        constants: a tree of arrays (E, ...), or of a `Row` of stacks of them. They have no derivatives: what is trained
-            are factors.
-        factors: a tree of arrays (E, ...).
+        order: of its tokens.
         scales: float32 (T, K), factors on what the experts of a token read; None for 1.
 
     Returns:
-        float32 (T, K, H).
+        (T K + N, H), of the dtype of x.
     """
-    order = sort_by_expert(chosen, experts)
     rows = _spread(x, order)
-    if scales is not None:
-        rows = (rows.astype(jnp.float32) * scales.reshape(-1)[order.pairs][:, None]).astype(x.dtype)
-    return _collect(_run(function, rows, order, constants, factors), order)
+    if scales is None:
+        return rows
+    return (rows.astype(jnp.float32) * scales.reshape(-1)[order.pairs][:, None]).astype(x.dtype)
 
 
 # The gradients of both gathers are gathers too, which takes much less time than a scatter.
@@ -122,16 +108,28 @@ _spread.defvjp(lambda x, order: (_spread(x, order), order), _spread_backward)
 
 
 @jax.custom_vjp
-def _collect(outputs: jax.Array, order: Sorted) -> jax.Array:
-    return outputs[order.slots]
+def mix(outputs: jax.Array, weights: jax.Array, order: Sorted) -> jax.Array:
+    """Add up what the experts of each token return.
+
+    Args:
+        outputs: float32 (T K + N, H), from `run_experts`.
+        weights: float32 (T, K), of the experts of each token.
+        order: of the tokens.
+
+    Returns:
+        float32 (T, H).
+    """
+    return jnp.sum(outputs[order.slots] * weights[:, :, None], axis=1)
 
 
-def _collect_backward(order: Sorted, gradient: jax.Array) -> tuple[jax.Array, None]:
-    rows = gradient.reshape(-1, gradient.shape[-1])[order.pairs]
-    return jnp.where(order.filled[:, None], rows, 0), None
+def _mix_backward(kept: tuple[jax.Array, jax.Array, Sorted], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    outputs, weights, order = kept
+    rows = gradient[order.pairs // order.slots.shape[1]]
+    by_outputs = jnp.where(order.filled, weights.reshape(-1)[order.pairs], 0)[:, None] * rows
+    return by_outputs, jnp.sum(outputs * rows, axis=1)[order.slots], None
 
 
-_collect.defvjp(lambda outputs, order: (_collect(outputs, order), order), _collect_backward)
+mix.defvjp(lambda outputs, weights, order: (mix(outputs, weights, order), (outputs, weights, order)), _mix_backward)
 
 
 def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
@@ -156,8 +154,22 @@ def _by_size(function: Callable[[int], Any], rows: int, left: jax.Array) -> Any:
 # A block begins at the first row that is not done and may reach into the rows of experts behind, which are done later
 # and written over it.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any) -> jax.Array:
-    """Run the function on rows (T K + N, H)."""
+def run_experts(function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any) -> jax.Array:
+    """Run a function of each expert on its rows.
+
+    The backward pass runs the function again: what takes long is best given one product at a time.
+
+    Args:
+        function: of one expert. It is derived by the rows and by the factors.
+        rows: (T K + N, I), from `spread`.
+        order: of the tokens.
+        constants: a tree of arrays (E, ...), or of a `Row` of stacks of them. They have no derivatives: what is trained
+            are factors.
+        factors: a tree of arrays (E, ...).
+
+    Returns:
+        float32 (T K + N, O); rows without a token hold anything.
+    """
     size = block_rows(order.slots.size, len(order.experts))
 
     def one(place: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -176,13 +188,15 @@ def _run(function: ExpertFunction, rows: jax.Array, order: Sorted, constants: An
 
         return lax.fori_loop(0, -(-order.sizes[expert] // size), block, outputs)
 
-    return lax.fori_loop(0, order.used, one, jnp.zeros(rows.shape, jnp.float32))
+    first = jnp.int32(0)
+    whole = jax.eval_shape(lambda: function(rows, _of_expert(constants, first), _of_expert(factors, first)))
+    return lax.fori_loop(0, order.used, one, jnp.zeros(whole.shape, whole.dtype))
 
 
 def _run_forward(
     function: ExpertFunction, rows: jax.Array, order: Sorted, constants: Any, factors: Any
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _run(function, rows, order, constants, factors), (rows, order, constants, factors)
+    return run_experts(function, rows, order, constants, factors), (rows, order, constants, factors)
 
 
 def _run_backward(
@@ -219,7 +233,7 @@ def _run_backward(
     return by_rows, None, None, by_factors
 
 
-_run.defvjp(_run_forward, _run_backward)
+run_experts.defvjp(_run_forward, _run_backward)
 
 
 def _of_expert(tree: Any, expert: jax.Array) -> Any:

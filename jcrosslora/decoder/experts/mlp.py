@@ -1,18 +1,18 @@
 """The MLP of a layer with experts: those that the router chooses for each token, and those that all tokens share."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jcrosslora.decoder.adapters import RoleUpdates
-from jcrosslora.decoder.experts.grouped import run_experts
+from jcrosslora.decoder.experts.grouped import mix, run_experts, sort_by_expert, spread
 from jcrosslora.decoder.experts.routing import route
-from jcrosslora.decoder.layer import LayerCapture, LayerWeights, run_module
+from jcrosslora.decoder.layer import MODULE_OUTPUT, LayerCapture, LayerWeights, run_module
 from jcrosslora.decoder.ops import ACTIVATIONS, linear
 from jcrosslora.decoder.settings import DecoderSettings
-
-_HELD = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 def expert_mlp(
@@ -36,14 +36,17 @@ def expert_mlp(
     if latent:
         flat = run_module("expert_in_proj", layer, normed, capture).reshape(len(flat), -1)
 
-    def expert(rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
-        inner = _activated(settings, _matrix("gate_up", rows, held, factors)).astype(rows.dtype)
-        return _matrix("down", inner, held, factors)
+    order = sort_by_expert(chosen, own.count)
 
-    held = {name: tensors[name] for name in _HELD if name in tensors}
-    factors = {name: layer.factors[name] for name in ("gate_up", "down") if name in layer.factors}
-    outputs = run_experts(expert, own.count, flat, chosen, held, factors, weights if own.scaled_inputs else None)
-    mixed = jnp.sum(outputs if own.scaled_inputs else outputs * weights[:, :, None], axis=1)
+    def product(name: str, rows: jax.Array) -> jax.Array:
+        held = {key: tensors[key] for key in (name, f"{name}_bias") if key in tensors}
+        factors = {key: layer.factors[key] for key in (name,) if key in layer.factors}
+        return checkpoint_name(run_experts(partial(_matrix, name), rows, order, held, factors), MODULE_OUTPUT)
+
+    rows = spread(flat, order, weights if own.scaled_inputs else None)
+    inner = _activated(settings, product("gate_up", rows)).astype(rows.dtype)
+    shares = jnp.ones_like(weights) if own.scaled_inputs else weights
+    mixed = mix(product("down", inner), shares, order)
     mixed = mixed.astype(normed.dtype).reshape(*normed.shape[:-1], -1)
     mixed = run_module("expert_out_proj", layer, mixed, capture) if latent else mixed
     return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed

@@ -15,6 +15,7 @@ class ExpertSettings:
     Attributes:
         count: E, number of experts.
         used: number of experts that a token goes through.
+        width: I, the features inside one.
         scores: see `Experts.scores`.
         normalised: whether the weights of a token's experts sum to 1.
         sum_eps: added to their sum.
@@ -30,6 +31,7 @@ class ExpertSettings:
 
     count: int
     used: int
+    width: int
     scores: str
     normalised: bool
     sum_eps: float
@@ -55,6 +57,7 @@ def expert_settings(experts: Experts | None, config: Mapping[str, Any], ref: str
     return ExpertSettings(
         count=sizes.number,
         used=sizes.used,
+        width=sizes.width,
         scores=experts.scores,
         normalised=bool(config.get(stated)) if isinstance(stated, str) else stated,
         sum_eps=experts.sum_eps,

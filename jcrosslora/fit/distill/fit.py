@@ -289,13 +289,16 @@ def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> Fit
 def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
     """Check whether the activations kept for the backward pass of (B, T) tokens take more than 4 GB.
 
-    A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, by
-    XLA's memory analysis of bases of 0.1B to 8B parameters.
+    A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, and
+    for each expert that it goes through what that returns and twice its width, by XLA's memory analysis of bases of
+    0.1B to 8B parameters.
     """
     size = max(settings.head_dim, 0 if settings.global_heads is None else settings.global_heads.size)
     mixed = max(settings.heads * size, 0 if settings.mixer is None else settings.mixer.convolved)
     wide = 2 if settings.layers_with("wide_up_proj") else 1
     width = 2 * wide * settings.intermediate + 3 * (settings.hidden + mixed)
+    if settings.experts is not None:
+        width += settings.experts.used * (2 * settings.experts.width + settings.hidden)
     return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
 
 
