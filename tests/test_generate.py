@@ -63,4 +63,11 @@ def test_batches_hold_every_prompt_once_in_shapes_of_bounded_size(lengths):
         shapes.add((rows, width))
         seen, order = seen + places, order[len(places) :]
     assert seen == list(range(len(ids)))
-    assert len(shapes) <= len(set(lengths))
+    assert len({width for _, width in shapes}) <= len(set(lengths))
+
+
+@pytest.mark.parametrize(("texts", "rows"), [(1, 8), (8, 8), (9, 24), (24, 24), (25, 48), (90, 48)])
+def test_batches_have_few_empty_rows(texts, rows):
+    assert _next_batch([np.zeros(5, np.int32)] * texts, range(texts))[1] == (rows, 16)
+    # Beside long texts fewer rows are written together: no more than these.
+    assert _next_batch([np.zeros(300, np.int32)] * texts, range(texts))[1] == (min(rows, 12), 384)

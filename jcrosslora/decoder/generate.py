@@ -28,7 +28,7 @@ from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
 _BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
-_FEW = 8  # texts up to which a batch has no more rows than these: each row takes time, also an empty one
+_ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
 # What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
 # that are written is rounded likewise: one compiled program writes answers of nearly the same length.
 _MULTIPLE = 16
@@ -410,15 +410,14 @@ def step(
 
 def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
     """Take the prompts of the next batch, shortest first, and the shape (B, T) to pad it to."""
-    places = list(order[:_BATCH])
-    most = _FEW if len(places) <= _FEW else _BATCH
-    longest = len(ids[places[-1]])
-    if longest <= _WIDE:
-        return places, (most, rounded(longest))
-    # The narrowest width that the shortest prompt fits in, and those that fit beside it.
-    width = next(width for width in (_WIDE, *_WIDTHS) if len(ids[places[0]]) <= width)
-    rows = min(most, _BATCH * _WIDE // width)
-    return [place for place in places[:rows] if len(ids[place]) <= width], (rows, width)
+    places, most = list(order[:_BATCH]), _BATCH
+    width = rounded(len(ids[places[-1]]))
+    if width > _WIDE:
+        # The narrowest width that the shortest prompt fits in, and those that fit beside it.
+        width = next(width for width in (_WIDE, *_WIDTHS) if len(ids[places[0]]) <= width)
+        most = min(_BATCH, _BATCH * _WIDE // width)
+        places = [place for place in places[:most] if len(ids[place]) <= width]
+    return places, (min(most, next(rows for rows in _ROWS if len(places) <= rows)), width)
 
 
 def rounded(tokens: int) -> int:

@@ -64,4 +64,5 @@ def behind_best(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
 def compare(source: Source, completions: Sequence[Completion], tokens: int) -> Compared:
     """Compare the predictions with and without the adapter on the first tokens of each completion's answer."""
     found = [read(source.tokenizer, replace(item, ended=False)) for item in completions]
-    return source.compare([one.ids for one in found], [one.answer for one in found], tokens)
+    # What follows the last of these tokens has no part in their predictions, and takes as much time as they do.
+    return source.compare([one.ids[: one.answer + tokens] for one in found], [one.answer for one in found], tokens)
