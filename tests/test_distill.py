@@ -549,7 +549,8 @@ def test_completions_are_compared_each_by_itself(pair):
     completions = [Completion(*text) for text in texts] * 3
     figures = template_choice.compare(generator, completions, 3)
     for place, item in enumerate(completions):
-        ids, begin = tokenizer.encode(item.text).ids, len(tokenizer.encode(item.prompt).ids)
+        begin = len(tokenizer.encode(item.prompt).ids)
+        ids = tokenizer.encode(item.text).ids[: begin + 3]
         cut = ids[-128:]
         tokens = np.arange(begin, len(ids))[:3]
         places = tokens - 1 - (len(ids) - len(cut))
@@ -559,6 +560,20 @@ def test_completions_are_compared_each_by_itself(pair):
         for nll, one in ((figures.base_nll, plain), (figures.adapted_nll, changed)):
             np.testing.assert_allclose(nll[place], -one[np.arange(len(places)), ids[tokens]].mean(), rtol=1e-4)
     assert figures.change.min() > 0
+
+
+def test_answers_are_read_as_far_as_they_are_compared(pair, monkeypatch):
+    source, _, adapter = pair
+    generator = DecoderSource.of(source, adapter, params=load_params(source), tokenizer=load_tokenizer(source))
+    items = [Completion("Water boils at", " 100 and Anna said no dog"), Completion("Anna said " * 40, " no dog" * 60)]
+    whole = [read(generator.tokenizer, dataclasses.replace(item, ended=False)) for item in items]
+    wanted = generator.compare([whole[0].ids], [whole[0].answer], 3)
+    seen, real = [], DecoderSource.compare
+    monkeypatch.setattr(DecoderSource, "compare", lambda *given: seen.extend(given[1]) or real(*given))
+    figures = template_choice.compare(generator, items, 3)
+    assert [len(ids) for ids in seen] == [one.answer + 3 for one in whole]
+    for found, other in zip(figures, wanted, strict=True):
+        assert found[0] == pytest.approx(other[0], rel=1e-4)
 
 
 def test_texts_are_continued_each_by_itself(pair):
