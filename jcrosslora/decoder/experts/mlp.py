@@ -46,7 +46,10 @@ def expert_mlp(
     mixed = jnp.sum(outputs if own.scaled_inputs else outputs * weights[:, :, None], axis=1)
     mixed = mixed.astype(normed.dtype).reshape(*normed.shape[:-1], -1)
     mixed = run_module("expert_out_proj", layer, mixed, capture) if latent else mixed
-    return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
+    if "shared_down_proj" not in layer.weights:
+        return mixed
+    both = mixed + _shared(settings, layer, normed, capture)
+    return both * jnp.asarray(0.5, both.dtype) if own.averaged else both
 
 
 def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:
