@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
-from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2, COHERE2_MOE
 from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
@@ -95,6 +95,7 @@ _TABLE = (
     GEMMA4,
     GEMMA4_UNIFIED,
     LLAMA4,
+    COHERE2_MOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -109,6 +110,5 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
-    "cohere2_moe": ("cohere2", "mixtures of experts"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
 }
