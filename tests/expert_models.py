@@ -47,6 +47,28 @@ LLAMA4 = COUNTS | {
     "attn_scale": 0.5,
 }
 
+# As in North Mini Code: a dense layer of full attention with positions in front, and then three that slide.
+COHERE2 = {
+    "head_dim": 12,
+    "num_hidden_layers": 5,
+    "intermediate_size": 12,
+    "prefix_dense_intermediate_size": 20,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "sliding_window": 6,
+    "logit_scale": 0.3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+    "mlp_layer_types": ["dense", *["sparse"] * 4],
+}
+HUNYUAN = {
+    "head_dim": 12,
+    "num_experts": 6,
+    "moe_topk": [3, 3],
+    "intermediate_size": 20,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+}
+
 EXPERT_VARIANTS = {
     "mixtral": ("mixtral", COUNTS | {"head_dim": 12, "sliding_window": 6}),
     "qwen3_moe": ("qwen3_moe", SPARSE | {"head_dim": 12, "norm_topk_prob": True}),
@@ -156,6 +178,59 @@ EXPERT_VARIANTS = {
             "use_qk_norm": False,
             "attn_temperature_tuning": False,
             "attention_bias": True,
+        },
+    ),
+    # Shared experts are averaged, weights are sigmoids that do not sum to 1, norms have root mean squares.
+    "cohere2_moe": (
+        "cohere2_moe",
+        COHERE2
+        | {
+            "num_shared_experts": 2,
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "rms_norm_eps": 0.05,
+            "attention_bias": True,
+        },
+    ),
+    # Shared experts are added, weights sum to 1, and full attention has positions in no dense layer, one of them behind
+    # experts.
+    "cohere2_moe-sum": (
+        "cohere2_moe",
+        COHERE2
+        | {
+            "num_shared_experts": 1,
+            "shared_expert_combination_strategy": "sum",
+            "expert_selection_fn": "sigmoid",
+            "prefix_dense_sliding_window_pattern": 2,
+            "prefix_dense_intermediate_size": None,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"],
+            "layer_norm_eps": 0.05,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        },
+    ),
+    # No shared experts, a softmax over the chosen ones, and kinds of layers by their periods.
+    "cohere2_moe-routed": (
+        "cohere2_moe",
+        COHERE2
+        | {
+            "layer_types": None,
+            "mlp_layer_types": None,
+            "first_k_dense_replace": 2,
+            "prefix_dense_sliding_window_pattern": 1,
+            "sliding_window_pattern": 3,
+            "norm_topk_prob": False,
+        },
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", HUNYUAN | {"attention_bias": True}),
+    "hunyuan_v1_moe-plain": (
+        "hunyuan_v1_moe",
+        HUNYUAN
+        | {
+            "moe_topk": 1,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 0.05,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
         },
     ),
     # Layers with positions and those without are in one program; no chunks.

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from dense_models import FOUR, MINISTRAL, random_model
-from expert_models import COUNTS, GROUPED, GROWING, LATENT, SHORT, SPARSE, YARN
+from expert_models import COHERE2, COUNTS, GROUPED, GROWING, HUNYUAN, LATENT, SHORT, SPARSE, YARN
 from gguf_files import gguf, permute, write_gguf
 from hybrid_models import DELTA, EXPERTS, GEMMA4, GRANITE, NEMOTRON
 
@@ -26,6 +26,7 @@ class Form:
         permuted: whether rows of q and k are reordered.
         offset: what is added to the weights of norms.
         rotated: pairs of a head of full attention that are rotated, where tensors state it.
+        named_as: architecture with the same names of tensors, where the gguf package does not know this one.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Form:
     permuted: bool = False
     offset: float = 0.0
     rotated: int | None = None
+    named_as: str | None = None
 
 
 FORMS = {
@@ -210,6 +212,23 @@ _OF_GEMMA4 = {
     "rope.dimension_count": 20,
     "rope.dimension_count_swa": 12,
     "final_logit_softcapping": 3.0,
+}
+
+# Experts are wider or narrower than a dense MLP, whose width is `feed_forward_length`.
+_OF_COHERE2 = {
+    "logit_scale": 0.3,
+    "feed_forward_length": 20,
+    "expert_feed_forward_length": 12,
+    "expert_count": 6,
+    "expert_used_count": 3,
+    "expert_gating_func": 2,
+    "expert_weights_norm": False,
+    "leading_dense_block_count": 1,
+    "attention.sliding_window": 6,
+    "attention.sliding_window_pattern": [False, True, True, True, False],
+    "attention.layer_norm_epsilon": 1e-5,
+    "rope.dimension_count": 12,
+    "rope.scaling.type": "none",
 }
 
 # Families with experts, with several kinds of attention, with mixers beside attention, and with both.
@@ -392,6 +411,50 @@ SPARSE_FORMS = {
             "interleave_moe_layer_step": 1,
         },
     ),
+    "cohere2_moe": Form(
+        "cohere2_moe",
+        "cohere2moe",
+        COHERE2
+        | {"num_shared_experts": 2, "expert_selection_fn": "sigmoid", "norm_topk_prob": False, "rms_norm_eps": 0.05},
+        _OF_COHERE2 | {"expert_shared_count": 2, "expert_shared_feed_forward_length": 24},
+        named_as="glm4moe",
+    ),
+    # Norms that subtract the mean, weights that sum to 1, and two dense layers of full attention, with positions.
+    "cohere2_moe-routed": Form(
+        "cohere2_moe",
+        "cohere2moe",
+        COHERE2
+        | {"expert_selection_fn": "sigmoid", "layer_norm_eps": 0.05, "tie_word_embeddings": False}
+        | {"mlp_layer_types": ["dense", "dense", *["sparse"] * 3]}
+        | {"layer_types": ["full_attention", "full_attention", "sliding_attention"] + ["full_attention"] * 2},
+        _OF_COHERE2
+        | {"expert_weights_norm": True, "attention.layer_norm_epsilon": 0.05, "leading_dense_block_count": 2}
+        | {"attention.sliding_window_pattern": [False, False, True, False, False]},
+        named_as="glm4moe",
+    ),
+    "cohere2_moe-softmax": Form(
+        "cohere2_moe",
+        "cohere2moe",
+        COHERE2 | {"num_shared_experts": 1},
+        _OF_COHERE2
+        | {"expert_gating_func": 3, "expert_weights_norm": True}
+        | {"expert_shared_count": 1, "expert_shared_feed_forward_length": 12},
+        named_as="glm4moe",
+    ),
+    "hunyuan_v1_moe": Form(
+        "hunyuan_v1_moe",
+        "hunyuan-moe",
+        HUNYUAN,
+        {
+            "expert_count": 6,
+            "expert_used_count": 3,
+            "expert_shared_count": 1,
+            "expert_feed_forward_length": 20,
+            "expert_shared_feed_forward_length": 20,
+            "rope.freq_base": 100.0 * 50.0**1.2,
+            "rope.scaling.type": "none",
+        },
+    ),
     "lfm2": Form("lfm2", "lfm2", _LFM2 | {"tie_word_embeddings": False, "block_auto_adjust_ff_dim": False}, _OF_LFM2),
     "lfm2_moe": Form(
         "lfm2_moe",
@@ -570,7 +633,8 @@ def _changed(path: str, array: np.ndarray, model, form: Form) -> dict[str, np.nd
 
 def stored_tensors(model, form: Form) -> dict:
     """Name and change the tensors as llama.cpp's converter does."""
-    names, stored = gguf.get_tensor_name_map(NAMES[form.arch], model.config.num_hidden_layers), {}
+    names = gguf.get_tensor_name_map(NAMES[form.named_as or form.arch], model.config.num_hidden_layers)
+    stored = {}
     prefix = "backbone." if form.family == "nemotron_h" else "model."
     if form.rotated is not None:
         pairs = form.metadata["rope.dimension_count"] // 2
@@ -600,7 +664,7 @@ def metadata_of(model, form: Form) -> dict:
     norm, eps = next(
         (("layer_norm_rms_epsilon" if key.startswith("rms") or rms else "layer_norm_epsilon"), getattr(config, key))
         for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
-        if hasattr(config, key)
+        if getattr(config, key, None) is not None
     )
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": 10_000.0}  # the converter writes none for these
     values = {

@@ -102,6 +102,10 @@ def test_layers_without_positions_turn_by_no_angle():
     assert still("exaone4", sliding_window=None, layer_types=[FULL] * 6) == []
     assert still("smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0, 0]) == [0, 5]
     assert still("llama4_text") == still("llama4_text", no_rope_layers=[]) == [3]
+    # Of full attention with experts, and with a dense MLP unless these layers have no period of their own.
+    assert still("cohere2_moe", first_k_dense_replace=2) == [5]
+    assert still("cohere2_moe", first_k_dense_replace=2, prefix_dense_sliding_window_pattern=2) == [1, 5]
+    assert settings("cohere2_moe", first_k_dense_replace=1).windows == (None, 4096, 4096, 4096, None, 4096)
     assert settings("smollm3", sliding_window=8, use_sliding_window=True).windows == (None,) * 3 + (8,) + (None,) * 2
     assert settings("llama4_text").windows == (8192,) * 3 + (None,) + (8192,) * 2
 
@@ -148,6 +152,22 @@ def test_layers_without_positions_turn_by_no_angle():
         ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha"),
         ("cohere2", {"sliding_window": None}, "sliding_window"),
         ("exaone4", {"sliding_window": None}, "sliding_window"),
+        ("cohere2_moe", {"sliding_window": None}, "sliding_window"),
+        ("cohere2_moe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling' is {'type': 'linear'"),
+        ("cohere2_moe", {"expert_selection_fn": "topk"}, "'expert_selection_fn' is 'topk', wanted 'softmax' or"),
+        ("cohere2_moe", {"shared_expert_combination_strategy": "max"}, "wanted 'average' or 'sum'"),
+        ("cohere2_moe", {"first_k_dense_replace": 7}, "'first_k_dense_replace' is 7, wanted at most the 6 layers"),
+        ("cohere2_moe", {"first_k_dense_replace": -1}, "'first_k_dense_replace' is -1"),
+        ("cohere2_moe", {"sliding_window_pattern": 0}, "'sliding_window_pattern' is 0"),
+        ("cohere2_moe", {"layer_types": [SLIDING]}, "layer_types"),
+        ("cohere2_moe", {"use_qk_norm": True}, "'use_qk_norm'=True is not supported for cohere2_moe"),
+        ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2] * 5 + [1]}, "'moe_topk' is [2, 2, 2, 2, 2, 1], wanted"),
+        ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2] * 5}, "the same number for each of 6 layers"),
+        ("hunyuan_v1_moe", {"moe_topk": 2, "num_experts_per_tok": 3}, "'num_experts_per_tok' are 2 and 3"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": [48] * 6}, "'moe_intermediate_size' is 48, wanted 96"),
+        ("hunyuan_v1_moe", {"num_shared_expert": 2}, "'num_shared_expert' is 2, wanted 1"),
+        ("hunyuan_v1_moe", {"norm_topk_prob": False}, "'norm_topk_prob'=False is not supported for hunyuan_v1_moe"),
+        ("hunyuan_v1_moe", {"moe_layer_num_skipped": 1}, "'moe_layer_num_skipped'=1 is not supported"),
         ("apertus", {"hidden_act": "silu"}, "hidden_act 'silu'"),
         ("granite", {"attention_multiplier": 0}, "attention_multiplier"),
         ("nemotron", {"norm_eps": None}, "norm_eps"),

@@ -145,6 +145,10 @@ def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, messa
         ("mistral4", {"rope__scaling__yarn_log_multiplier": 0.07}, "yarn_log_multiplier is 0.07, wanted 0.1: use the"),
         ("nemotron_h", {"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_epsilon are .*, wanted one number"),
         ("nemotron_h", {"expert_count": 8}, "experts are not supported for architecture 'nemotron_h'"),
+        ("cohere2_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, which cohere2_moe does not have"),
+        ("cohere2_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale is 2.5, which cohere2_moe does not have"),
+        # llama.cpp rotates both dense layers, the class perhaps the one that slides alone.
+        ("cohere2_moe", {"leading_dense_block_count": 2}, "of sliding and of full attention, and which have positions"),
     ],
 )
 def test_metadata_that_the_class_does_not_have_are_refused(tmp_path, name, changed, message):
@@ -175,6 +179,20 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     base = jcl.open_base(path)
     assert base.dims.layers == 5
     assert settings_of(base).mixer == settings_of(jcl.open_base(model)).mixer
+
+
+@pytest.mark.parametrize("further", [[], [False]])
+def test_kinds_of_attention_are_listed_with_layers_that_predict_further_tokens_or_without(tmp_path, further):
+    extra = {"blk.5.nextn.eh_proj.weight": (np.ones((4, 4), np.float32), None)}
+    kinds = {"attention__sliding_window_pattern": [False, True, True, True, False, *further]}
+    changed = kinds | {"block_count": 6, "nextn_predict_layers": 1}
+    # llama.cpp takes sigmoids where no scores are stated.
+    drop = ["expert_gating_func"]
+    model, path = _rewritten(tmp_path / "model.gguf", "cohere2_moe", drop, extra=extra, **changed)
+    found, wanted = (settings_of(jcl.open_base(one)) for one in (path, model))
+    assert found.windows == wanted.windows == (None, 6, 6, 6, None)
+    assert found.experts == wanted.experts
+    assert found.experts.scores == "chosen sigmoid"
 
 
 def test_layers_of_nemotron_h_that_predict_further_tokens_are_left_out(tmp_path):

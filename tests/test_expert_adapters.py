@@ -86,6 +86,8 @@ def mixtral(tmp_path_factory):
         "llama4",
         "mistral4",
         "nemotron_h-latent",
+        "cohere2_moe",
+        "hunyuan_v1_moe",
     ],
 )
 def case(request, tmp_path_factory):

@@ -382,6 +382,28 @@ PUBLISHED |= {
         | sizes(576, 2048, 15, 9, 3, 128256, tie_word_embeddings=True),
         64,
     ),
+    "North-Mini-Code": (
+        {"architectures": ["Cohere2MoeForCausalLM"], "model_type": "cohere2_moe", "hidden_act": "silu"}
+        | {"first_k_dense_replace": 1, "prefix_dense_intermediate_size": 3072, "num_experts": 128}
+        | {"prefix_dense_sliding_window_pattern": 1, "num_experts_per_tok": 8, "num_shared_experts": 0}
+        | {"expert_selection_fn": "sigmoid", "norm_topk_prob": False, "layer_norm_eps": 1e-05, "logit_scale": 1.0}
+        | {"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False, "attention_bias": False}
+        | {"layer_types": ["full_attention", *["sliding_attention"] * 3] * 12 + ["full_attention"]}
+        | sizes(2048, 768, 49, 32, 4, 262144, head_dim=128, sliding_window=4096, rope_theta=50000, rms_norm_eps=1e-06),
+        128,
+    ),
+    "Hunyuan-A13B": (
+        {"architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "hidden_act": "silu"}
+        | {"add_classification_head": False, "attention_bias": False, "attention_head_dim": 128, "class_num": 0}
+        | {"cla_share_factor": 2, "dense_list": [4096, 0], "eod_token_id": 3, "mlp_bias": False, "norm_type": "rms"}
+        | {"group_limited_greedy": False, "moe_drop_tokens": False, "moe_layer_num_skipped": 0, "use_mla": False}
+        | {"moe_intermediate_size": [3072] * 32, "moe_topk": [8] * 32, "num_shared_expert": [1] * 32}
+        | {"moe_random_routing_dropped_token": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
+        | {"num_experts": 64, "use_mixed_mlp_moe": True, "use_qk_norm": True, "use_rotary_pos_emb": True}
+        | {"org_vocab_size": 128167, "pad_id": 127961, "pool_type": "last", "pretraining_tp": 1, "use_cla": False}
+        | sizes(4096, 3072, 32, 32, 8, 128167, rope_scaling=DYNAMIC | {"alpha": 1000.0}, rope_theta=10000.0),
+        128,
+    ),
     "Phi-3.5-MoE": (
         {"architectures": ["PhiMoEForCausalLM"], "model_type": "phimoe", "hidden_act": "silu", "attention_bias": True}
         | {"lm_head_bias": True, "num_local_experts": 16, "num_experts_per_tok": 2, "router_jitter_noise": 0.01}

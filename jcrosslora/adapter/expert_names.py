@@ -8,7 +8,7 @@ _BLOCK = r"^model\.layers\.(\d+)\.(?:(?:mlp|block_sparse_moe|feed_forward|mixer)
 # peft nests the wrappers of two parameters of one module.
 WHOLE = re.compile(_BLOCK + r"experts(?:\.base_layer)*$")
 SINGLE = re.compile(_BLOCK + r"experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)$")
-_ROUTER = re.compile(_BLOCK + r"(?:gate|router|router\.(?:layer|proj))$")
+_ROUTER = re.compile(_BLOCK + r"(?:gate|gate\.wg|router|router\.(?:layer|proj))$")
 
 
 def is_of_experts(module: str) -> bool:

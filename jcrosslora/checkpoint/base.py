@@ -266,8 +266,9 @@ class BaseModel:
         """Return the gain, float32 (hidden,), between the residual stream and a module.
 
         For modules that read the stream this is that of the norm in front, Gemma's 1 + weight already summed; for those
-        that write to it that of the norm behind, times Granite's factor on what is added. Both are multiplied by the
-        family's factor on what the module reads or returns. Ones where there is no norm.
+        that write to it that of the norm behind, times Granite's factor on what is added, and times a half for shared
+        experts that are averaged with the others. Both are multiplied by the family's factor on what the module reads
+        or returns. Ones where there is no norm.
 
         Raises:
             CheckpointError: no such module.
@@ -280,6 +281,8 @@ class BaseModel:
             numbers = (self.family.input_factors.get(module.role),)
         stated = (read_number(self.config, number, self.ref) for number in numbers if number is not None)
         factor = np.float32(prod(stated))
+        if module.role == "shared_down_proj" and self.family.experts and self.family.experts.averages(self.config):
+            factor *= np.float32(0.5)
         if norm is None:
             return np.full(self.dims.hidden, factor)
         weight = self.tensor(f"model.layers.{module.layer}.{norm}.weight").astype(np.float32)

@@ -174,12 +174,13 @@ def _short(value: Any) -> str:
     return shortened(repr(value))
 
 
-def read_dims(config: Mapping[str, Any], where: Path | str) -> Dims:
+def read_dims(config: Mapping[str, Any], where: Path | str, width: str = "intermediate_size") -> Dims:
     """Read the sizes of a model from its configuration.
 
     Args:
         config: a checked configuration.
         where: its file or the name of the base, for errors.
+        width: key of the width of the MLP, see `Family.width`.
 
     Raises:
         CheckpointError: a size is missing, or is not a positive integer.
@@ -193,7 +194,7 @@ def read_dims(config: Mapping[str, Any], where: Path | str) -> Dims:
     dims = Dims(
         layers=_size(config, "num_hidden_layers", where),
         hidden=hidden,
-        intermediate=_size(config, "intermediate_size", where),
+        intermediate=_size(config, width, where),
         heads=heads,
         kv_heads=_size(config, "num_key_value_heads", where),
         head_dim=_size(config, "head_dim", where),

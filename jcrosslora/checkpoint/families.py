@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from jcrosslora.checkpoint.family.apertus import APERTUS
 from jcrosslora.checkpoint.family.arcee import ARCEE
-from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2
+from jcrosslora.checkpoint.family.cohere import COHERE, COHERE2, COHERE2_MOE
 from jcrosslora.checkpoint.family.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jcrosslora.checkpoint.family.ernie import ERNIE4_5, ERNIE4_5_MOE
 from jcrosslora.checkpoint.family.exaone4 import EXAONE4, EXAONE_MOE
@@ -17,7 +17,7 @@ from jcrosslora.checkpoint.family.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jcrosslora.checkpoint.family.glm import GLM, GLM4, GLM4_MOE
 from jcrosslora.checkpoint.family.gpt_oss import GPT_OSS
 from jcrosslora.checkpoint.family.granite import GRANITE, GRANITEMOE
-from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE
+from jcrosslora.checkpoint.family.hunyuan import HUNYUAN_V1_DENSE, HUNYUAN_V1_MOE
 from jcrosslora.checkpoint.family.keys import COMMON_KEYS as COMMON_KEYS
 from jcrosslora.checkpoint.family.keys import HARMLESS_KEYS as HARMLESS_KEYS
 from jcrosslora.checkpoint.family.lfm2 import LFM2, LFM2_MOE
@@ -95,6 +95,8 @@ _TABLE = (
     GEMMA4,
     GEMMA4_UNIFIED,
     LLAMA4,
+    COHERE2_MOE,
+    HUNYUAN_V1_MOE,
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _TABLE}
 
@@ -109,6 +111,4 @@ UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
     "olmo_hybrid": ("olmo3", "layers of linear attention"),
-    "cohere2_moe": ("cohere2", "mixtures of experts"),
-    "hunyuan_v1_moe": ("hunyuan_v1_dense", "mixtures of experts"),
 }

@@ -57,6 +57,8 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
     if family.name != "phi3":  # Phi3Config has no such key.
         config["head_dim"] = meta.head_dim()
     held, form = facts["held"], family.gguf
+    if family.rms_key is not None:
+        config[family.rms_key] = meta.number("attention.layer_norm_rms_epsilon")
     for key, roles in family.bias_keys.items():
         config[key] = any(f"{holder_of(family, role)}.bias" in held for role in roles)
     if family.qk_norm_key is not None:
@@ -82,20 +84,20 @@ def _family(meta: Metadata) -> Family:
     same = [one for one, form in known if meta.arch in form.architectures and not form.read_as_other]
     expert = bool(meta.count("expert_count"))
     same = [one for one in same if (one.experts is not None) == expert] or same
-    same = [one for one in same if one.experts is not None and one.experts.scores == _scores(meta)] or same
+    same = [one for one in same if one.experts is not None and one.experts.scores in _scores(meta)] or same
     windowed = bool(meta.count("attention.sliding_window"))
     return next((one for one in same if (one.windows is not None) == windowed), same[0])
 
 
 # `expert_gating_func`: how files number the scores of experts.
 _SOFTMAX = 1  # where files of several families state none
-_SCORES = {_SOFTMAX: "softmax", 2: "sigmoid", 3: "chosen"}
+_SCORES = {_SOFTMAX: ("softmax",), 2: ("sigmoid", "chosen sigmoid"), 3: ("chosen",)}
 
 
-def _scores(meta: Metadata) -> str | None:
-    """Return how experts score, see `Experts.scores`; None for scores that no family has."""
+def _scores(meta: Metadata) -> tuple[str, ...]:
+    """Return how experts may score, see `Experts.scores`; nothing for scores that no family has."""
     stated = meta.get("expert_gating_func", _SOFTMAX)
-    return _SCORES.get(stated) if type(stated) is int else None
+    return _SCORES.get(stated, ()) if type(stated) is int else ()
 
 
 def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
@@ -113,8 +115,8 @@ def _expert_settings(meta: Metadata, family: Family) -> dict[str, Any]:
         found[experts.normalised] = bool(meta.get("expert_weights_norm", False))
     if experts.scale is not None:
         found[experts.scale.key] = meta.number("expert_weights_scale") or 1.0
-    scores = meta.get("expert_gating_func")
-    if scores is not None and _scores(meta) != experts.scores:
+    scores, own = meta.get("expert_gating_func"), {experts.scores, *experts.scores_names.values()}
+    if scores is not None and own.isdisjoint(_scores(meta)):
         msg = f"{meta.path}: {meta.arch}.expert_gating_func is {str(scores)[:60]}, which {family.name} does not have"
         raise CheckpointError(msg)
     return {key: value for key, value in found.items() if value is not None}
@@ -160,7 +162,8 @@ def _layer_types(meta: Metadata, period: int) -> list[str]:
     if layers is None or not 0 < layers < 10_000:
         msg = f"{meta.path}: {meta.arch}.block_count is {layers!r}, wanted the number of layers"
         raise CheckpointError(msg)
-    if isinstance(stated, list) and len(stated) == meta.count("block_count"):
+    # With an entry for layers that predict further tokens, or without.
+    if isinstance(stated, list) and len(stated) in (layers, meta.count("block_count")):
         stated = stated[:layers]
         return ["sliding_attention" if flag else "full_attention" for flag in stated]
     period = stated if type(stated) is int and stated > 0 else period

@@ -109,7 +109,7 @@ MIXERS: Mapping[str, Mixer] = {
 }
 MLPS: Mapping[str, MLP] = {
     **dict.fromkeys(("dense", "wide"), _dense),
-    **dict.fromkeys(("experts", "latent experts"), _experts),
+    **dict.fromkeys(("experts", "latent experts", "routed experts"), _experts),
     "dense and experts": _dense_and_experts,
     **dict.fromkeys(("dense beside experts", "wide beside experts"), _beside_experts),
 }

@@ -81,6 +81,12 @@ def rotated_layers(kinds: tuple[str, ...], config: Mapping[str, Any], family: Fa
             return tuple(kind == SLIDING for kind in kinds)
         case "full beside windows":
             return tuple(kind == SLIDING or read_window(config, family, ref) is None for kind in kinds)
+        case "full behind prefix":
+            dense = config.get("prefix_dense_sliding_window_pattern") == 1
+            parts = family.layer_parts(config, len(kinds))
+            return tuple(
+                kind == SLIDING or (dense and own.mlp == "dense") for kind, own in zip(kinds, parts, strict=True)
+            )
         case "not rope":
             return (config.get("position_embedding_type") == "rope",) * len(kinds)
         case None:

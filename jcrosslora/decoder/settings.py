@@ -133,13 +133,14 @@ def settings_of(base: BaseModel) -> DecoderSettings:
         return usual if number is None else read_number(config, number, ref)
 
     kinds = read_layer_kinds(config, family, dims.layers, ref)
+    norm, eps = family.norm_of(config)
     norms, layer_ropes = family.layer_norms(config), _layer_ropes(base, kinds)
     ropes = tuple(dict.fromkeys(layer_ropes))
     latent = None if family.latent is None else family.latent(config)
     return DecoderSettings(
         **asdict(dims),
-        eps=read_number(config, family.eps, ref),
-        layer_norm=family.norm == "layer",
+        eps=read_number(config, eps, ref),
+        layer_norm=norm == "layer",
         activation=_activation(config, family, ref),
         attn_scale=factor(family.attn_scale, dims.head_dim**-0.5) if latent is None else _latent_scale(latent, ropes),
         attn_soft_cap=_cap(config, family.attn_soft_cap, ref),

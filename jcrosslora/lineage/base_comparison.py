@@ -35,6 +35,7 @@ _COVERED_KEYS = frozenset(
         "quantization_config",
         "compression_config",
         "layer_types",
+        "mlp_layer_types",
     }
 )
 _SHOWN_NAMES = 3  # tensors named in one sentence

@@ -6,26 +6,27 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import FUSED, MERGED, PUBLISHED, Experts, behind_first, shared_shapes
+from jcrosslora.checkpoint.family.experts import (
+    FUSED,
+    MERGED,
+    PUBLISHED,
+    Experts,
+    behind_first,
+    by_list,
+    shared_shapes,
+)
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import DENSE_ROLES, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import POST_NORMS, PRE_NORMS, QK_NORMS, Family
 from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
-from jcrosslora.errors import CheckpointError
 
 _CORRECTION = "e_score_correction_bias"
-_MLPS = {"dense": "dense", "sparse": "experts"}
 
 
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
-    stated = config.get("mlp_layer_types")
-    if stated is None:
-        return behind_first("first_k_dense_replace")(config, layers)
-    if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= set(_MLPS):
-        msg = f"config key 'mlp_layer_types' is {str(stated)[:60]}, wanted dense or sparse for each of {layers} layers"
-        raise CheckpointError(msg)
-    return [LayerParts(mlp=_MLPS[kind]) for kind in stated]
+    rule = by_list if config.get("mlp_layer_types") is not None else behind_first("first_k_dense_replace")
+    return rule(config, layers)
 
 
 EXAONE4 = Family(

@@ -1,7 +1,7 @@
 """How a family has experts in place of one MLP: sizes, router, names of tensors, and the layers that have them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jcrosslora.checkpoint.family.parts import LayerParts
@@ -22,6 +22,7 @@ MERGED: dict[str, str] = {"router": "mlp.gate.weight"} | {
 }
 CORRECTION: dict[str, str] = {"correction": "mlp.gate.e_score_correction_bias"}
 BIASES: dict[str, str] = {f"{name}_bias": path.replace(".{}", "")[:-6] + "bias" for name, path in _ONE_EACH.items()}
+Scores = Literal["softmax", "chosen", "sigmoid", "chosen sigmoid", "in turn"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ class Experts:
         scores: of the experts: a softmax over all, over the chosen ones, or sigmoids, by which experts are chosen or
             of the chosen ones; or "in turn", where a softmax over those that score nearly as high as the best weighs
             the best, and one without the best the second.
+        scores_key: configuration key of the scores; None if all models have the same.
+        scores_names: what its values stand for.
         normalised: whether the weights of the chosen experts sum to 1; or the configuration key that says so.
         sum_eps: added to their sum before they are divided by it; sigmoids may be zero.
         tolerance: of "in turn", half the largest relative distance from the best score.
         scale: factor on the weights.
         scaled_inputs: whether the weights are factors on what the experts read, instead of on what they return.
+        averaged: configuration key, and its value with which a layer's output is the mean of what its experts and its
+            shared ones return, instead of their sum; None if no model has it.
         groups: configuration keys of the number of groups of experts, and of how many of these a token may use.
         group_best: how many of a group's experts say how high it scores, the best of them together.
         transposed: names in a layer of matrices of all experts that are stored as (E, I, O).
@@ -62,12 +67,15 @@ class Experts:
     used: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
     layouts: tuple[Mapping[str, str], ...] = (PUBLISHED, FUSED)
-    scores: Literal["softmax", "chosen", "sigmoid", "chosen sigmoid", "in turn"] = "softmax"
+    scores: Scores = "softmax"
+    scores_key: str | None = None
+    scores_names: Mapping[str, Scores] = field(default_factory=dict)
     normalised: bool | str = True
     sum_eps: float = 1e-20
     tolerance: Number | None = None
     scale: Number | None = None
     scaled_inputs: bool = False
+    averaged: tuple[str, str] | None = None
     groups: tuple[str, str] | None = None
     group_best: int = 2
     transposed: frozenset[str] = frozenset()
@@ -95,6 +103,25 @@ class Experts:
         latent = None if self.latent is None or config.get(self.latent) is None else size(config, self.latent)
         return ExpertSizes(count, used, width, *groups, latent)
 
+    def scores_of(self, config: Mapping[str, Any]) -> Scores:
+        """Return the scores of the experts of a model.
+
+        Raises:
+            CheckpointError: the configuration states others than the class has.
+        """
+        stated = None if self.scores_key is None else config.get(self.scores_key)
+        if stated is None:
+            return self.scores
+        if not isinstance(stated, str) or stated not in self.scores_names:
+            names = " or ".join(map(repr, self.scores_names))
+            msg = f"config key {self.scores_key!r} is {str(stated)[:60]!r}, wanted {names}"
+            raise CheckpointError(msg)
+        return self.scores_names[stated]
+
+    def averages(self, config: Mapping[str, Any]) -> bool:
+        """Whether a layer's output is the mean of that of its experts and of the shared ones."""
+        return self.averaged is not None and config.get(self.averaged[0]) == self.averaged[1]
+
 
 class ExpertSizes(NamedTuple):
     """The sizes of a model's experts.
@@ -116,6 +143,11 @@ def shared_shapes(count: str | None = None) -> dict[str, RoleShape]:
     def width(config: Mapping[str, Any]) -> int:
         return (1 if count is None else size(config, count)) * size(config, "moe_intermediate_size")
 
+    return shapes_of_shared(width)
+
+
+def shapes_of_shared(width: Callable[[Mapping[str, Any]], int]) -> dict[str, RoleShape]:
+    """Return the shapes of shared experts that are one MLP, given its width."""
     return {
         "shared_gate_proj": lambda sizes, config: (width(config), sizes.hidden),
         "shared_up_proj": lambda sizes, config: (width(config), sizes.hidden),
@@ -140,6 +172,15 @@ def by_step(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
         raise CheckpointError(msg)
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
     return [LayerParts(mlp="experts" if flag else "dense") for flag in sparse]
+
+
+def by_list(config: Mapping[str, Any], layers: int, experts: str = "experts") -> list[LayerParts]:
+    """Give those layers experts, by the name of the part, that `mlp_layer_types` names "sparse"."""
+    stated, names = config.get("mlp_layer_types"), {"dense": "dense", "sparse": experts}
+    if not isinstance(stated, list | tuple) or len(stated) != layers or not set(map(str, stated)) <= set(names):
+        msg = f"config key 'mlp_layer_types' is {str(stated)[:60]}, wanted dense or sparse for each of {layers} layers"
+        raise CheckpointError(msg)
+    return [LayerParts(mlp=names[kind]) for kind in stated]
 
 
 def behind_first(key: str, mixer: str = "attention") -> PartsRule:

@@ -57,6 +57,7 @@ LLAMA4 = Family(
             },
         ),
         scores="chosen sigmoid",
+        normalised=False,
         scaled_inputs=True,
         transposed=frozenset({f"{_EXPERTS}gate_up_proj", f"{_EXPERTS}down_proj"}),
         turned=True,

@@ -55,6 +55,7 @@ _MLPS: Mapping[str, frozenset[str]] = {
     "dense": frozenset(MLP),
     "experts": _EXPERTS,
     "latent experts": _EXPERTS | {*EXPERT_LATENT},
+    "routed experts": frozenset(EXPERT_TENSORS),  # without any that all tokens share
     "dense and experts": frozenset({*MLP, *EXPERT_TENSORS}),
     "wide": frozenset(WIDE_MLP),
     "dense beside experts": _BESIDE | {*MLP, *EXPERT_TENSORS},

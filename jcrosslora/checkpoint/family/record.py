@@ -35,6 +35,7 @@ PRE_NORMS = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}
 POST_NORMS = {"attn_post": "post_attention_layernorm", "mlp_post": "post_feedforward_layernorm"}
 QK_NORMS = {"q": "self_attn.q_norm", "k": "self_attn.k_norm"}
 _EPS, _POSITIONS = Number("rms_norm_eps", 1e-6), Positions()
+_WIDTH = "intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Family:
         parts: from a configuration and the number of layers, the parts of each layer; None for attention and a dense
             MLP in all. A layer has those of the roles, norms and tensors that its parts may have (`parts.holds`).
         shapes: role -> shape (O, I), of roles that `layout.role_shapes` does not know or of another shape than there.
+        width_key: configuration key of the width of a dense MLP, which is `intermediate_size` where it is not stated.
         latent: from a configuration, the sizes of latent attention; None where no layer has it.
         global_heads: from a configuration, the heads of layers of "global_attention" and its like.
         value_norm: whether the heads of values are normalised, without a gain.
@@ -68,6 +70,7 @@ class Family:
         embedding: the module of the class that is the embedding.
         prefixes: of names in files -> of those in the class, where the two differ.
         norm: "rms", or "layer", which subtracts the mean first.
+        rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
         norm_biases: whether norms have a bias.
         gain_offset: the gain of a norm is this plus its weight (1 for Gemma).
         qk_norms: whether queries and keys are normalised for each head, for all heads together, or for each head behind
@@ -106,6 +109,7 @@ class Family:
     roles: tuple[str, ...] = DENSE_ROLES
     parts: Callable[[Mapping[str, Any], int], Sequence[LayerParts]] | None = None
     shapes: Mapping[str, RoleShape] = field(default_factory=dict)
+    width_key: str = _WIDTH
     latent: Callable[[Mapping[str, Any]], LatentSizes] | None = None
     global_heads: Callable[[Mapping[str, Any]], HeadSizes] | None = None
     value_norm: bool = False
@@ -120,6 +124,7 @@ class Family:
     embedding: str = EMBEDDING.removesuffix(".weight")
     prefixes: Mapping[str, str] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
+    rms_key: str | None = None
     norm_biases: bool = False
     gain_offset: float = 0.0
     qk_norms: Literal["head", "whole", "rotated", "unit"] = "head"
@@ -203,6 +208,16 @@ class Family:
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the output head is the embedding in a model of this configuration."""
         return bool(config.get("tie_word_embeddings", self.tied))
+
+    def width(self, config: Mapping[str, Any]) -> str:
+        """Return the configuration key of the width of a dense MLP in a model of this configuration."""
+        return self.width_key if config.get(self.width_key) is not None else _WIDTH
+
+    def norm_of(self, config: Mapping[str, Any]) -> tuple[Literal["rms", "layer"], Number]:
+        """Return `norm` and `eps` of a model of this configuration."""
+        if self.rms_key is None or config.get(self.rms_key) is None:
+            return self.norm, self.eps
+        return "rms", Number(self.rms_key)
 
     def layer_norms(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Return `norms` of a model of this configuration."""

@@ -49,7 +49,10 @@ def expert_mlp(
     mixed = mix(product("down", inner), shares, order)
     mixed = mixed.astype(normed.dtype).reshape(*normed.shape[:-1], -1)
     mixed = run_module("expert_out_proj", layer, mixed, capture) if latent else mixed
-    return mixed + _shared(settings, layer, normed, capture) if "shared_down_proj" in layer.weights else mixed
+    if "shared_down_proj" not in layer.weights:
+        return mixed
+    both = mixed + _shared(settings, layer, normed, capture)
+    return both * jnp.asarray(0.5, both.dtype) if own.averaged else both
 
 
 def _matrix(name: str, rows: jax.Array, held: dict[str, jax.Array], factors: dict[str, RoleUpdates]) -> jax.Array:

@@ -30,16 +30,20 @@ def route(
         return experts, jax.nn.softmax(best, axis=-1)
     if settings.scores == "chosen sigmoid":
         best, experts = lax.top_k(logits, settings.used)
-        return experts, jax.nn.sigmoid(best)
+        return experts, _weights(settings, jax.nn.sigmoid(best))
     if settings.tolerance is not None:
         return _in_turn(logits, settings.tolerance)
     scores = jax.nn.sigmoid(logits) if settings.scores == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = scores if correction is None else scores + correction
     experts = lax.top_k(_in_groups(settings, lax.stop_gradient(choice)), settings.used)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    return experts, _weights(settings, jnp.take_along_axis(scores, experts, axis=-1))
+
+
+def _weights(settings: ExpertSettings, scores: jax.Array) -> jax.Array:
+    """Return the weights of experts by their scores (T, K)."""
     if settings.normalised:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + settings.sum_eps)
-    return experts, weights * settings.scale
+        scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + settings.sum_eps)
+    return scores * settings.scale
 
 
 def _in_turn(logits: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
