@@ -102,6 +102,10 @@ def test_layers_without_positions_turn_by_no_angle():
     assert still("exaone4", sliding_window=None, layer_types=[FULL] * 6) == []
     assert still("smollm3", no_rope_layers=[0, 1, 1, 1, 1, 0, 0]) == [0, 5]
     assert still("llama4_text") == still("llama4_text", no_rope_layers=[]) == [3]
+    assert still("olmo_hybrid") == still("olmo_hybrid", rope_parameters={"rope_theta": 500.0}, rope_theta=None) == []
+    assert still("olmo_hybrid", rope_theta=None) == [*range(6)]
+    nothing = {"rope_theta": None, "rope_type": "yarn", "factor": 4.0}
+    assert still("olmo_hybrid", rope_parameters=nothing, rope_theta=500.0) == [*range(6)]
     assert settings("smollm3", sliding_window=8, use_sliding_window=True).windows == (None,) * 3 + (8,) + (None,) * 2
     assert settings("llama4_text").windows == (8192,) * 3 + (None,) + (8192,) * 2
 
