@@ -1,6 +1,6 @@
 """OLMo Hybrid: the gated delta rule in three of four layers, attention as in OLMo 3 in the others.
 
-Layers of the delta rule have norms in front of mixer and MLP, those of attention behind both. Most published models
+Layers of the delta rule have norms in front of mixer and MLP, those of attention behind both. Some published models
 have no positions.
 """
 
