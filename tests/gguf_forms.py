@@ -193,6 +193,17 @@ _OF_NEMOTRON_EXPERTS = (
         "attention.layer_norm_rms_epsilon": 1e-3,
     }
 )
+_LLAMA4 = {"num_hidden_layers": 5, "head_dim": 12, "intermediate_size": 20, "intermediate_size_mlp": 44}
+_OF_LLAMA4 = {"feed_forward_length": 44, "expert_feed_forward_length": 20}
+# The bounds of Llama 4 Scout, between which no pair of features is.
+NO_TRANSITION = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
 # Linear scaling of positions in layers with windows is nothing that files state.
 _GEMMA4 = GEMMA4 | {
     "rope_parameters": GEMMA4["rope_parameters"] | {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
@@ -455,6 +466,20 @@ SPARSE_FORMS = {
             "rope.scaling.type": "none",
         },
     ),
+    # Chunks, growth of queries and layers without positions are those that llama.cpp implies, as the class does.
+    "llama4": Form(
+        "llama4_text",
+        "llama4",
+        _LLAMA4 | COUNTS | {"interleave_moe_layer_step": 2, "rope_parameters": NO_TRANSITION},
+        _OF_LLAMA4 | _MOE | {"interleave_moe_layer_step": 2},
+    ),
+    # As many experts as in models without norms of queries and keys.
+    "llama4-many": Form(
+        "llama4_text",
+        "llama4",
+        _LLAMA4 | {"num_local_experts": 128, "num_experts_per_tok": 1, "use_qk_norm": False},
+        _OF_LLAMA4 | {"expert_count": 128, "expert_used_count": 1, "interleave_moe_layer_step": 1},
+    ),
     "lfm2": Form("lfm2", "lfm2", _LFM2 | {"tie_word_embeddings": False, "block_auto_adjust_ff_dim": False}, _OF_LFM2),
     "lfm2_moe": Form(
         "lfm2_moe",
@@ -594,9 +619,10 @@ def _mamba(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
 
 
 def _experts(path: str, array: np.ndarray, config) -> dict[str, np.ndarray]:
-    """Split gate and up of experts, which take turns in gpt-oss, where matrices are transposed."""
+    """Split gate and up of experts, which take turns in gpt-oss; its matrices and those of Llama 4 are transposed."""
     own, kind = config.model_type == "gpt_oss", "bias" if path.endswith("bias") else "weight"
-    array = array.swapaxes(1, 2) if own and kind == "weight" else array
+    turned = own or config.model_type == "llama4_text"
+    array = array.swapaxes(1, 2) if turned and kind == "weight" else array
     if "down_proj" in path:
         return {f"ffn_down_exps.{kind}": array}
     gate, up = (array[:, ::2], array[:, 1::2]) if own else np.split(array, 2, axis=1)
@@ -636,6 +662,13 @@ def stored_tensors(model, form: Form) -> dict:
     names = gguf.get_tensor_name_map(NAMES[form.named_as or form.arch], model.config.num_hidden_layers)
     stored = {}
     prefix = "backbone." if form.family == "nemotron_h" else "model."
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "llama3":
+        size = model.config.head_dim
+        waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
+        long = waves > rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+        assert rope["low_freq_factor"] == rope["high_freq_factor"]
+        stored["rope_freqs.weight"] = np.where(long, rope["factor"], 1.0).astype(np.float32), None
     if form.rotated is not None:
         pairs = form.metadata["rope.dimension_count"] // 2
         stored["rope_freqs.weight"] = np.where(np.arange(pairs) < form.rotated, 1, 1e30).astype(np.float32), None

@@ -167,6 +167,26 @@ HYBRIDS = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    # Sizes of heads that follow from those of the model, and an epsilon that the norm of the mixer does not have.
+    "olmo_hybrid": ("olmo_hybrid", {"num_hidden_layers": 5, "rms_norm_eps": 1e-2, "attention_bias": True}),
+    # An activation that the gate of the mixer does not have.
+    "olmo_hybrid-nope": (
+        "olmo_hybrid",
+        {
+            "head_dim": 12,
+            "hidden_act": "gelu",
+            "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            "num_hidden_layers": 4,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_allow_neg_eigval": False,
+            "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+            "tie_word_embeddings": True,
+        },
+    ),
     "nemotron_h": ("nemotron_h", NEMOTRON),
     "nemotron_h-latent": (
         "nemotron_h",

@@ -106,6 +106,10 @@ def test_layers_without_positions_turn_by_no_angle():
     assert still("cohere2_moe", first_k_dense_replace=2) == [5]
     assert still("cohere2_moe", first_k_dense_replace=2, prefix_dense_sliding_window_pattern=2) == [1, 5]
     assert settings("cohere2_moe", first_k_dense_replace=1).windows == (None, 4096, 4096, 4096, None, 4096)
+    assert still("olmo_hybrid") == still("olmo_hybrid", rope_parameters={"rope_theta": 500.0}, rope_theta=None) == []
+    assert still("olmo_hybrid", rope_theta=None) == [*range(6)]
+    nothing = {"rope_theta": None, "rope_type": "yarn", "factor": 4.0}
+    assert still("olmo_hybrid", rope_parameters=nothing, rope_theta=500.0) == [*range(6)]
     assert settings("smollm3", sliding_window=8, use_sliding_window=True).windows == (None,) * 3 + (8,) + (None,) * 2
     assert settings("llama4_text").windows == (8192,) * 3 + (None,) + (8192,) * 2
 

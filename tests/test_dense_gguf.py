@@ -144,6 +144,11 @@ def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, messa
         ),
         ("mistral4", {"rope__scaling__yarn_log_multiplier": 0.07}, "yarn_log_multiplier is 0.07, wanted 0.1: use the"),
         ("nemotron_h", {"attention__layer_norm_rms_epsilon": 1e-5}, "layer_norm_epsilon are .*, wanted one number"),
+        ("llama4", {"attention__sliding_window": 0}, "llama4.attention.sliding_window is 0, wanted 8192 or nothing"),
+        ("llama4", {"attention__sliding_window_pattern": 2}, "sliding_window_pattern is 2, wanted 4 or nothing"),
+        ("llama4", {"rope__freq_base_swa": 100.0}, "freq_base_swa is 100.0, wanted 500000.0 or nothing: use the"),
+        ("llama4", {"expert_gating_func": 2}, "expert_gating_func is 2, which llama4_text does not have"),
+        ("llama4", {"expert_count": 0}, "'num_local_experts' is 0, wanted a positive integer"),
         ("nemotron_h", {"expert_count": 8}, "experts are not supported for architecture 'nemotron_h'"),
         ("cohere2_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, which cohere2_moe does not have"),
         ("cohere2_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale is 2.5, which cohere2_moe does not have"),
@@ -162,7 +167,6 @@ def test_metadata_that_the_class_does_not_have_are_refused(tmp_path, name, chang
     [
         ("falcon-h1", "hold the factors"),
         ("phimoe", "weighs the experts"),
-        ("llama4", "the chunks"),
     ],
 )
 def test_architectures_whose_files_do_not_hold_the_model_are_refused(tmp_path, arch, why):

@@ -343,6 +343,15 @@ PUBLISHED |= {
         | NO_EPS,
         64,
     ),
+    # The settings by which its converter writes models without positions.
+    "Olmo-Hybrid-7B": (
+        {"architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid", "hidden_act": "silu"}
+        | {"layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8, "linear_allow_neg_eigval": True}
+        | {"linear_num_key_heads": 30, "linear_num_value_heads": 30, "linear_conv_kernel_dim": 4}
+        | {"linear_key_head_dim": 96, "linear_value_head_dim": 192, "attention_bias": False, "rope_theta": None}
+        | sizes(3840, 11008, 32, 30, 30, 100352),
+        128,
+    ),
     "granite-4.0-h-tiny": (
         {"architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_act": "silu"}
         | {"layer_types": (["mamba"] * 9 + ["attention"]) * 4, "mamba_n_heads": 48, "mamba_d_head": 64}
@@ -421,7 +430,7 @@ def test_published_configurations_are_accepted(name: str):
     dims = read_dims(checked.values, PATH)
     assert dims.head_dim == head_dim
     assert dims.hidden == config.get("text_config", config)["hidden_size"]
-    assert bool(checked.prefixes) == ("text_config" in config)
+    assert bool(checked.names.prefixes) == ("text_config" in config)
 
 
 def test_a_multimodal_text_config_gets_its_defaults():

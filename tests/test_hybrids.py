@@ -11,6 +11,7 @@ from dense_models import random_model
 from expert_models import EXPERT_VARIANTS
 from hybrid_models import GEMMA4, HYBRIDS
 from probe_bases import CORPUS, QUESTIONS, save_tokenizer, write_base
+from safetensors.numpy import load_file
 from test_evaluate_oracle import plain_scores
 from tiny_bases import random_adapter
 from tiny_models import torch, transformers
@@ -29,7 +30,7 @@ from jcrosslora.training import TrainingSettings
 from jcrosslora.training.step import first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4", "nemotron_h")
+NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4", "nemotron_h", "olmo_hybrid-nope")
 LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
 ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
 
@@ -166,6 +167,25 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
     np.testing.assert_allclose(base.residual_gain("model.layers.1.mlp.down_proj"), np.full(32, 1.4), rtol=1e-6)
 
 
+def test_norms_of_one_side_are_the_gain_of_the_modules_on_that_side():
+    base = jcl.open_base(random_model(*HYBRIDS["olmo_hybrid-nope"]))
+    attention, linear = "model.layers.0", "model.layers.1"
+
+    def gain(module):
+        return base.residual_gain(module)
+
+    for module in (f"{attention}.self_attn.q_proj", f"{attention}.mlp.up_proj", f"{linear}.linear_attn.out_proj"):
+        np.testing.assert_array_equal(gain(module), np.ones(32))
+    np.testing.assert_array_equal(gain(f"{linear}.mlp.down_proj"), np.ones(32))
+    for module, norm in (
+        (f"{attention}.self_attn.o_proj", f"{attention}.post_attention_layernorm"),
+        (f"{attention}.mlp.down_proj", f"{attention}.post_feedforward_layernorm"),
+        (f"{linear}.linear_attn.q_proj", f"{linear}.input_layernorm"),
+        (f"{linear}.mlp.up_proj", f"{linear}.post_attention_layernorm"),
+    ):
+        np.testing.assert_array_equal(gain(module), base.tensor(f"{norm}.weight"))
+
+
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
@@ -185,6 +205,10 @@ def test_a_factor_on_what_a_module_reads_or_returns_is_part_of_its_gain():
         ("lfm2", {"conv_L_cache": 0}, "'conv_L_cache' is 0, wanted a positive integer"),
         ("lfm2", {"use_pos_enc": False}, "'use_pos_enc'=False is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3, "linear_num_key_heads": 2}, "3 is not a multiple of"),
+        ("olmo_hybrid", {"layer_types": ["conv", "full_attention"]}, "layer type 'conv' is not supported"),
+        ("olmo_hybrid", {"linear_num_value_heads": 6}, "6 is not a multiple of linear_num_key_heads 4"),
+        ("olmo_hybrid", {"linear_allow_neg_eigval": 1}, "'linear_allow_neg_eigval' is 1, wanted true or false"),
+        ("olmo_hybrid", {"linear_norm_eps": 1e-6}, "'linear_norm_eps'=1e-06 is not known for olmo_hybrid"),
         ("qwen3_5_text", {"attn_output_gate": False}, "'attn_output_gate'=False is not supported"),
         ("granitemoehybrid", {"num_local_experts": None}, "'num_local_experts' is 'None', wanted the number"),
         ("lfm2_moe", {}, "'layer_types' is missing"),
@@ -251,6 +275,35 @@ def test_names_of_the_embedding_and_of_files_are_those_of_the_class(tmp_path):
         found = merged(input_ids=torch.from_numpy(tokens).long()).logits.numpy()
     wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base), tokens)
     np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_tensor_in_parts_is_merged_into_them(tmp_path):
+    """Files of OLMo Hybrid hold its convolution in three, and norms under other names."""
+    peft = pytest.importorskip("peft")
+    model = random_model(*HYBRIDS["olmo_hybrid-nope"])
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["g_proj"], modules_to_save=["conv1d", "input_layernorm"])
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".default." in name:
+                parameter.normal_(0.5, 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = jcl.open_base(tmp_path / "base")
+    jcl.merge(jcl.MergeSettings(str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "merged")))
+    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged")]
+    assert set(files[0]) == set(files[1])
+    assert "model.layers.1.linear_attn.k_conv1d.weight" in files[0]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokens = torch.from_numpy(ROWS[0]).long()[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(merged(tokens).logits, adapted(tokens).logits, **CLOSE)
+    again = jcl.open_base({name: array for name, array in files[0].items()}, config=base.config)
+    name = "model.layers.1.linear_attn.conv1d.weight"
+    np.testing.assert_array_equal(again.tensor(name), base.tensor(name))
+    ids = np.array([5, 80, 0])
+    np.testing.assert_array_equal(base.rows(name, ids), base.tensor(name).reshape(-1, 3)[ids])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from gguf_files import write_gguf
 from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors
 
 import jcrosslora as jcl
-from jcrosslora.decoder import forward, load_params, logits, settings_of
+from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of
+from jcrosslora.decoder.forward import extend_cache
 
 pytestmark = pytest.mark.slow
 # A process of its own, which nothing that llama.cpp does can end the tests with.
@@ -23,7 +25,7 @@ import sys
 import xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path = sys.argv[1]
-params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 128, 1, 0, 3
+params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = int(sys.argv[3]), 1, 0, 3
 params.warmup = params.fit_params = False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = 0  # float32
@@ -46,6 +48,7 @@ DIRECT = {"deepseek_v3-direct", "deepseek_v2-direct", "mistral4-growing"}
 ROUGH = {"gemma": 3e-3, "phi": 3e-3, "starcoder2": 3e-3, "gemma4": 2e-2, "gemma4-experts": 2e-2}
 # Tensors behind the activations.
 BEHIND = (".ffn_down.weight", ".ffn_down_exps.weight", ".proj.weight")
+LONG, PIECE = 8320, 320  # tokens of a long text, and of a piece of it
 TOKENS = ["<pad>", "<s>", "</s>", *(chr(33 + i) for i in range(61))]
 VOCABULARY = {
     "tokenizer.ggml.pre": "default",
@@ -81,16 +84,41 @@ def _model(name):
 
 def _compare(form, metadata, stored, tmp_path, atol):
     """Compare the next tokens of a file."""
-    pytest.importorskip("xllamacpp")
-    tokens = "gpt2", TOKENS, [3, 3, 3, *[1] * 61]
-    path = write_gguf(tmp_path / "model.gguf", form.arch, metadata | VOCABULARY, stored, tokens)
-    command = [sys.executable, "-c", RUN, str(path), json.dumps(PROMPTS)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = [json.loads(line[6:]) for line in run.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(found) == len(PROMPTS), run.stderr[-4000:]
-    base = jcl.open_base(path)
+    base, found = _answers(form, metadata, stored, tmp_path, PROMPTS)
     settings, params = settings_of(base), load_params(base, jnp.float32)
     for prompt, theirs in zip(PROMPTS, found, strict=True):
         last = forward(settings, params, jnp.asarray([prompt])).hidden[:, -1]
         ours = np.asarray(jax.nn.log_softmax(logits(settings, params, last)))[0]
-        np.testing.assert_allclose(ours, [theirs[str(token)] for token in range(64)], rtol=0, atol=atol)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
+def _answers(form, metadata, stored, tmp_path, prompts, room=128):
+    """Return the base of a file, and what llama.cpp says of the tokens behind each prompt, (64,) log-probabilities."""
+    pytest.importorskip("xllamacpp")
+    tokens = "gpt2", TOKENS, [3, 3, 3, *[1] * 61]
+    path = write_gguf(tmp_path / "model.gguf", form.arch, metadata | VOCABULARY, stored, tokens)
+    command = [sys.executable, "-c", RUN, str(path), json.dumps(prompts), str(room)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    found = [json.loads(line[6:]) for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(found) == len(prompts), run.stderr[-4000:]
+    return jcl.open_base(path), [[theirs[str(token)] for token in range(64)] for theirs in found]
+
+
+def test_llama_cpp_has_our_chunks_and_growth_of_queries_of_llama4(tmp_path):
+    """No file states them; both begin behind 8191 tokens."""
+    model, form = _model("llama4")
+    metadata = metadata_of(model, form) | {"context_length": LONG}
+    tokens = np.random.default_rng(0).integers(3, 64, LONG).astype(np.int32)
+    lengths = (8191, 8192, LONG - 60)
+    prompts = [tokens[:length].tolist() for length in lengths]
+    base, found = _answers(form, metadata, stored_tensors(model, form), tmp_path, prompts, LONG)
+    settings, params = settings_of(base), load_params(base, jnp.float32)
+    run = jax.jit(partial(extend_cache, settings))
+    cache, hidden = init_cache(settings, 1, LONG), []
+    for start in range(0, LONG, PIECE):
+        places = jnp.arange(start, start + PIECE, dtype=jnp.int32)[None]
+        part, cache = run(params, cache, tokens[None, start : start + PIECE], (places, places), None)
+        hidden.append(part[0])
+    last = jnp.concatenate(hidden)[np.array(lengths) - 1]
+    ours = np.asarray(jax.nn.log_softmax(logits(settings, params, last)))
+    np.testing.assert_allclose(ours, found, rtol=0, atol=1e-4)

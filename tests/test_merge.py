@@ -21,6 +21,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import streaming
 from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.export.companions import write_companions
@@ -162,7 +163,7 @@ def test_tensors_outside_the_text_model_are_kept(tmp_path):
     folder = tmp_path / "multi"
     folder.mkdir()
     write_safetensors(folder / "model.safetensors", text | {"vision.tower": ("I32", tower)})
-    store = ShardedStore(folder, {"language_model.": ""})
+    store = ShardedStore(folder, FileNames({"language_model.": ""}))
     ((shard, _, names),) = store.stored()
     assert shard == "model.safetensors"
     assert names.pop("vision.tower") is None

@@ -10,8 +10,9 @@ import pytest
 from hybrid_models import NEMOTRON
 from tiny_models import torch, transformers
 
+from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.family.names import ROLE_PATHS
+from jcrosslora.checkpoint.layout import holder_of
 from jcrosslora.decoder.mixers.mixer import mix
 from jcrosslora.decoder.mixers.state import MixerLayer, init_state
 from jcrosslora.decoder.ops import linear
@@ -48,6 +49,7 @@ DELTA = {
     "linear_num_value_heads": 6,
     "layer_types": ["linear_attention"],
 }
+BOTH = {"layer_types": ["linear_attention", "full_attention"]}  # a model of one kind is refused
 HEADS = {"taps": 3, "heads": 6, "groups": 2, "key_size": 5, "value_size": 4}
 SCALED = {"factors": tuple(FALCON["ssm_multipliers"]), "step_limits": tuple(FALCON["time_step_limit"])}
 # Name -> (model_type, class, settings, ours).
@@ -57,6 +59,16 @@ CASES = {
     "delta": (
         *("qwen3_5_text", "Qwen3_5GatedDeltaNet", DELTA),
         Mixer("delta", WIDTH, 3, heads=6, groups=2, key_size=4, value_size=6, norm="before the gate"),
+    ),
+    "delta-separate": (
+        *("olmo_hybrid", "OlmoHybridGatedDeltaNet", DELTA | {"num_attention_heads": 3, "pad_token_id": 0} | BOTH),
+        Mixer(
+            *("delta", WIDTH, 3),
+            **{"heads": 6, "groups": 2, "key_size": 4, "value_size": 6, "norm": "before the gate"},
+            separate=True,
+            beta_limit=2.0,
+            eps=1e-5,
+        ),
     ),
     "mamba": (
         *("granitemoehybrid", "GraniteMoeHybridMambaLayer", GRANITE | {"layer_types": ["linear_attention"]}),
@@ -77,7 +89,7 @@ CASES = {
 def torch_mixer(kind, name, settings):
     """Make a mixer with random parameters."""
     eps = {{"lfm2": "norm_eps", "nemotron_h": "layer_norm_epsilon"}.get(kind, "rms_norm_eps"): EPS}
-    layers = {} if kind == "nemotron_h" else {"num_hidden_layers": 1}
+    layers = {} if kind == "nemotron_h" else {"num_hidden_layers": len(settings.get("layer_types", [kind]))}
     config = transformers.AutoConfig.for_model(kind, hidden_size=WIDTH, **layers, **eps, **settings)
     module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0]
     found = next(part for part in module.modules() if type(part).__name__ == name)
@@ -97,13 +109,13 @@ def case(request):
     tensors = {name: held[path.split(".", 1)[1]] for name, (path, _) in mixer.tensors().items()}
     assert {name: shape for name, (_, shape) in mixer.tensors().items()} == {n: x.shape for n, x in tensors.items()}
     tensors["conv"] = tensors["conv"][:, 0]
-    paths = {role: path.split(".", 1)[1] for role, path in ROLE_PATHS.items() if role in mixer.role_shapes()}
+    paths = {role: holder_of(FAMILIES[kind], role).split(".", 1)[1] for role in mixer.role_shapes()}
     assert {role: held[f"{path}.weight"].shape for role, path in paths.items()} == mixer.role_shapes()
 
     def project(role, x):
         return linear(x, held[f"{paths[role]}.weight"]) + held.get(f"{paths[role]}.bias", np.float32(0))
 
-    layer = MixerLayer(mixer, project, tensors, jax.nn.silu, EPS)
+    layer = MixerLayer(mixer, project, tensors, jax.nn.silu, EPS if mixer.eps is None else mixer.eps)
     x = np.random.default_rng(1).normal(size=(B, T, WIDTH)).astype(np.float32)
     return module, layer, jax.jit(partial(mix, layer)), x
 

@@ -274,7 +274,7 @@ class BaseModel:
             CheckpointError: no such module.
         """
         module = self._module(module_name)
-        norm = self.family.stream_norm(module.role)
+        norm = self.family.stream_norm(module.role, self.parts[module.layer])
         if module.role in WRITERS:
             numbers = self.family.residual_scale, self.family.output_factors.get(module.role)
         else:

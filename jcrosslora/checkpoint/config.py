@@ -17,6 +17,7 @@ from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.quantised import check_quantization
+from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.texts import shortened
@@ -63,9 +64,10 @@ class ModelConfig:
     wrapper: Wrapper | None = None
 
     @property
-    def prefixes(self) -> Mapping[str, str]:
-        """Prefix of a tensor's name in the checkpoint -> in the text model, see `text_model_name`."""
-        return self.family.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
+    def names(self) -> FileNames:
+        """How the names of tensors in the checkpoint differ from those of the text model."""
+        prefixes = self.family.tensor_prefixes() if self.wrapper is None else TENSOR_PREFIXES
+        return FileNames(prefixes, self.family.file_modules)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -36,6 +36,7 @@ from jcrosslora.checkpoint.family.names import ROLES as ROLES
 from jcrosslora.checkpoint.family.nemotron import NEMOTRON
 from jcrosslora.checkpoint.family.nemotron_h import NEMOTRON_H
 from jcrosslora.checkpoint.family.olmo import OLMO2, OLMO3, OLMOE
+from jcrosslora.checkpoint.family.olmo_hybrid import OLMO_HYBRID
 from jcrosslora.checkpoint.family.phi import PHI, PHI3, PHIMOE
 from jcrosslora.checkpoint.family.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jcrosslora.checkpoint.family.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
@@ -76,6 +77,7 @@ _TABLE = (
     GRANITE_HYBRID,
     FALCON_H1,
     NEMOTRON_H,
+    OLMO_HYBRID,
     MIXTRAL,
     QWEN3_MOE,
     OLMOE,
@@ -110,5 +112,4 @@ _GEMMA3N = (
 UNSUPPORTED: Mapping[str, tuple[str, str]] = {
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
-    "olmo_hybrid": ("olmo3", "layers of linear attention"),
 }

@@ -61,7 +61,7 @@ def translate(meta: Metadata, facts: Mapping[str, Any], factors: Mapping[str, np
         config[family.rms_key] = meta.number("attention.layer_norm_rms_epsilon")
     for key, roles in family.bias_keys.items():
         config[key] = any(f"{holder_of(family, role)}.bias" in held for role in roles)
-    if family.qk_norm_key is not None:
+    if family.qk_norm_key is not None and "q" in family.norms:
         config[family.qk_norm_key] = f"{family.norms['q']}.weight" in held
     assert form is not None
     stated = {key: meta.number(stored) for key, stored in form.numbers.items()}
@@ -129,7 +129,7 @@ def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _windows(meta: Metadata, family: Family) -> dict[str, Any]:
     windows, size = family.windows, meta.count("attention.sliding_window") or None
-    if windows is None:
+    if windows is None or windows.chunked:  # llama.cpp implies the chunks of Llama 4
         return {}
     if windows.switch is not None:  # The converter writes no window for these.
         return {windows.switch: False}
@@ -281,15 +281,19 @@ def _decimals(values: np.ndarray) -> list[float]:
 
 def _llama3_scaling(stored: np.ndarray, meta: Metadata) -> dict[str, Any]:
     # The file keeps only the resulting factors. Every published Llama 3 uses the same three constants beside the
-    # factor; the formula with them must give the stored numbers, otherwise the settings are unknown.
-    settings: dict[str, Any] = {
-        "factor": round(float(stored.max(initial=1.0)), 4),  # free of float32 rounding; checked below
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        _ORIGINAL: 8192,
-    }
+    # factor, and Llama 4 another one; the formula with them must give the stored numbers, otherwise the settings are
+    # unknown.
     theta = meta.number("rope.freq_base") or _DEFAULT_BASE
-    if not np.allclose(llama3_factors(stored.size, theta, **settings), stored, rtol=1e-4):
-        msg = f"{meta.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"
-        raise CheckpointError(msg)
-    return {"rope_type": "llama3", **settings}
+    for high in (4.0, 1.0):
+        settings: dict[str, Any] = {
+            "factor": round(float(stored.max(initial=1.0)), 4),  # free of float32 rounding; checked below
+            "low_freq_factor": 1.0,
+            "high_freq_factor": high,
+            _ORIGINAL: 8192,
+        }
+        with np.errstate(divide="ignore", invalid="ignore"):  # no transition between equal bounds
+            factors = llama3_factors(stored.size, theta, **settings)
+        if np.allclose(factors, stored, rtol=1e-4):
+            return {"rope_type": "llama3", **settings}
+    msg = f"{meta.path}: rope_freqs.weight does not follow the llama3 rule with its published constants"
+    raise CheckpointError(msg)

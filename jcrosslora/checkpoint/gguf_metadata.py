@@ -31,7 +31,6 @@ _REFUSED = {
     "falcon-h1": "its files hold the factors of the configuration in the weights, and do not state them",
     "phimoe": "llama.cpp weighs the experts otherwise than the class of the model",
     "chatglm": "its files do not state the epsilon of the norms",
-    "llama4": "its files state neither the chunks of attention nor the norms and the growth of queries",
 }
 # Types of tokens (`llama_token_type` of llama.cpp); 5 is an unused token.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

@@ -77,7 +77,7 @@ def fetch(hub_id: str, revision: str | None) -> Path:
     config = read_config(folder)  # refuses an unsupported model before its weights are fetched
     shards = [SINGLE]
     if (folder / INDEX).exists():
-        shards = shards_of(read_weight_map(folder / INDEX), config.prefixes)
+        shards = shards_of(read_weight_map(folder / INDEX), config.names)
     if all((folder / shard).exists() for shard in shards):
         return folder
     folder = _snapshot(hub_id, folder.name, ["*.json", *shards])

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def _flatten(weights: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, Any]]
             yield from _flatten(value, (*prefix, str(index)))
     else:  # A variable of flax holds its array.
         yield ".".join(prefix), weights.get_value() if hasattr(weights, "get_value") else weights
+
+
+def joined(arrays: Sequence[Any]) -> Any:
+    """Return one array as it is, and the rows of several behind one another as a numpy array."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate([_to_numpy(array) for array in arrays])
 
 
 def _without_peft(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

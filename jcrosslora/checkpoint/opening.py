@@ -10,11 +10,18 @@ from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.config import ModelConfig, check_config, read_config, read_dims
 from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.gguf import open_gguf
-from jcrosslora.checkpoint.in_memory import MemoryStore, config_values, flat_weights, is_live_model, tokenizer_folder
+from jcrosslora.checkpoint.in_memory import (
+    MemoryStore,
+    config_values,
+    flat_weights,
+    is_live_model,
+    joined,
+    tokenizer_folder,
+)
 from jcrosslora.checkpoint.layout import build_modules, check_tensors, fused_modules
 from jcrosslora.checkpoint.quantised import dequantised
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.checkpoint.store import TensorStore, text_model_name
+from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.tied_head import NOTE, has_own_head
 from jcrosslora.errors import CheckpointError, UsageError
 
@@ -111,7 +118,7 @@ def _open_path(ref: str | Path, revision: str | None, name: str | None) -> BaseM
 
 def _open_folder(folder: Path, ref: str, name: str | None, identity: tuple[str, str] | None) -> BaseModel:
     config = read_config(folder)
-    store = dequantised(ShardedStore(folder, config.prefixes), config.values, str(folder))
+    store = dequantised(ShardedStore(folder, config.names), config.values, str(folder))
     hub_id, revision = identity or (None, None)
     return _build(name or hub_id or str(folder), ref, folder, folder, revision, config, store)
 
@@ -135,8 +142,8 @@ def _open_memory(weights: Any, name: str | None, config: Any, tokenizer: Any) ->
         raise CheckpointError(msg + "live model of transformers, or a mapping from Hugging Face names to arrays")
     ref = name or "base in memory"
     checked = check_config(config_values(config, ref), ref)
-    named = ((text_model_name(stored, checked.prefixes), array) for stored, array in flat_weights(weights, ref).items())
-    arrays = {name: array for name, array in named if name is not None}
+    flat = flat_weights(weights, ref)
+    arrays = {name: joined([flat[part] for part in held]) for name, held in checked.names.parts(flat).items()}
     store = dequantised(MemoryStore(arrays, ref), checked.values, ref)
     if checked.family.is_tied(checked.values) and not has_own_head(checked.family, checked.values, store):
         arrays.pop(HEAD, None)  # the embedding a second time

@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import Entry, SafetensorsFile
-from jcrosslora.checkpoint.store import text_model_name
+from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -22,16 +22,19 @@ class ShardedStore:
 
     Args:
         folder: of the index and shards, or of the single file.
-        prefixes: renames tensors, see `text_model_name`.
+        names: how its tensors are called.
 
     Raises:
         CheckpointError: neither index nor single file, or an invalid index.
     """
 
-    def __init__(self, folder: Path, prefixes: Mapping[str, str] | None = None):
+    def __init__(self, folder: Path, names: FileNames | None = None):
         self.folder = folder
         self._shards: dict[str, SafetensorsFile] = {}
-        self._places = _rename(self._weight_map(), prefixes or {})
+        weight_map = self._weight_map()
+        parts = (names or FileNames()).parts(weight_map)
+        # Shard, and name in it, of the tensors that hold the rows of one.
+        self._places = {name: [(weight_map[stored], stored) for stored in held] for name, held in parts.items()}
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
@@ -45,11 +48,13 @@ class ShardedStore:
             self._shards[name] = SafetensorsFile(self.folder / name)
         return self._shards[name]
 
-    def _locate(self, name: str) -> tuple[SafetensorsFile, str]:
+    def _located(self, name: str) -> list[tuple[SafetensorsFile, str]]:
         if name not in self._places:
             msg = f"{self.folder}: the checkpoint has no tensor {name!r}"
             raise CheckpointError(msg)
-        shard, stored = self._places[name]
+        return [self._locate(shard, stored) for shard, stored in self._places[name]]
+
+    def _locate(self, shard: str, stored: str) -> tuple[SafetensorsFile, str]:
         file = self._shard(shard)
         if stored not in file.entries:
             msg = (
@@ -59,14 +64,15 @@ class ShardedStore:
             raise CheckpointError(msg)
         return file, stored
 
-    def _entry(self, name: str) -> Entry:
-        file, stored = self._locate(name)
-        return file.entries[stored]
+    def _entries(self, name: str) -> list[Entry]:
+        return [file.entries[stored] for file, stored in self._located(name)]
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors of the model, in index order."""
-        return tuple(self.folder / shard for shard in _unique(place[0] for place in self._places.values()))
+        return tuple(
+            self.folder / shard for shard in _unique(shard for held in self._places.values() for shard, _ in held)
+        )
 
     def names(self) -> list[str]:
         """Names of the tensors."""
@@ -77,27 +83,39 @@ class ShardedStore:
 
         The name in the model is None for a tensor of another part than the text model; `names` omits those.
         """
-        names = {place: name for name, place in self._places.items()}
+        names = {place: name for name, held in self._places.items() for place in held}
         for shard in _unique(self._weight_map().values()):
             file = self._shard(shard)
             yield shard, file, {stored: names.get((shard, stored)) for stored in file.entries}
 
+    def rows_held(self, name: str, stored: str) -> slice:
+        """Return which rows of a tensor of the model its part of this name in the files holds, all of most."""
+        first = 0
+        for (_, own), entry in zip(self._places[name], self._entries(name), strict=True):
+            if own == stored:
+                return slice(first, first + entry.shape[0]) if entry.shape else slice(None)
+            first += entry.shape[0]
+        msg = f"{self.folder}: {stored!r} is no part of {name!r}"
+        raise CheckpointError(msg)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._entry(name).shape
+        shapes = [entry.shape for entry in self._entries(name)]
+        whole = len(shapes) > 1 and all(shape and shape[1:] == shapes[0][1:] for shape in shapes)
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if whole else shapes[0]
 
     def dtype(self, name: str) -> str:
         """Storage dtype, e.g. "BF16"."""
-        return self._entry(name).dtype
+        return self._entries(name)[0].dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return a read-only view in the stored dtype.
+        """Return a read-only view in the stored dtype, a copy of a tensor that is stored in parts.
 
         Raises:
             CheckpointError: no such tensor, or a dtype that cannot be read.
         """
-        file, stored = self._locate(name)
-        return file.array(stored)
+        arrays = [file.array(stored) for file, stored in self._located(name)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Read rows of a matrix or of a stack of matrices, as float32 (n, columns)."""
@@ -134,15 +152,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def shards_of(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> list[str]:
+def shards_of(weight_map: Mapping[str, str], names: FileNames) -> list[str]:
     """List the shards that hold tensors of the model, in index order; arguments as in `ShardedStore`."""
-    return _unique(place[0] for place in _rename(weight_map, prefixes).values())
-
-
-def _rename(weight_map: Mapping[str, str], prefixes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Map each name in the model to its shard and its name in the shard."""
-    places = ((text_model_name(stored, prefixes), (shard, stored)) for stored, shard in weight_map.items())
-    return {name: place for name, place in places if name is not None}
+    return _unique(weight_map[stored] for held in names.parts(weight_map).values() for stored in held)
 
 
 def _is_plain_name(shard: str) -> bool:

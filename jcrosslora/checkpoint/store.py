@@ -1,6 +1,7 @@
 """The interface between a base model and its format: named tensors in the Hugging Face convention."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -44,14 +45,43 @@ class TensorStore(Protocol):
         ...
 
 
-def text_model_name(stored: str, prefixes: Mapping[str, str]) -> str | None:
-    """Return the name in the text model of a tensor of a checkpoint, None if it belongs to another part.
+@dataclass(frozen=True)
+class FileNames:
+    """How the names of tensors in a checkpoint differ from those of the text model's class.
 
-    Args:
-        stored: its name in the checkpoint.
+    Attributes:
         prefixes: prefix in the checkpoint -> prefix in the text model, e.g. {"language_model.": ""}; the first that
-            matches applies. Empty for a checkpoint that is a text model.
+            matches applies, and tensors without any belong to another part. Empty for a checkpoint that is a text
+            model.
+        modules: see `Family.file_modules`.
     """
-    if not prefixes:
-        return stored
-    return next((new + stored.removeprefix(old) for old, new in prefixes.items() if stored.startswith(old)), None)
+
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self, stored: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Map the name of each tensor in the text model to those in the checkpoint that hold its rows, in order.
+
+        Args:
+            stored: all names in the checkpoint.
+        """
+        found: dict[str, dict[int, str]] = {}
+        for one in stored:
+            name, place = self._named(one)
+            if name is not None:
+                found.setdefault(name, {})[place] = one
+        return {name: tuple(held[place] for place in sorted(held)) for name, held in found.items()}
+
+    def _named(self, stored: str) -> tuple[str | None, int]:
+        """Return the name in the text model, None in another part; and the place in `modules` of the other, or -1."""
+        name = stored
+        if self.prefixes:
+            known = (old for old in self.prefixes if stored.startswith(old))
+            if (prefix := next(known, None)) is None:
+                return None, -1
+            name = self.prefixes[prefix] + stored.removeprefix(prefix)
+        pieces = name.split(".")
+        module = ".".join(pieces[3:-1])
+        if module not in self.modules:
+            return name, -1
+        return ".".join((*pieces[:3], self.modules[module], pieces[-1])), [*self.modules].index(module)

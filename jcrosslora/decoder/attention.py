@@ -145,7 +145,7 @@ def apply_rope(x: jax.Array, rotation: jax.Array, *, interleaved: bool = False) 
 
 
 # Mixers with keys and values.
-KEYED = ("attention", "latent_attention", "direct_latent_attention", "attention and mamba")
+KEYED = ("attention", "attention, then norm", "latent_attention", "direct_latent_attention", "attention and mamba")
 GLOBAL = "global_"  # in front of the names of what layers with heads of their own have
 EMPTY = -1  # position of a slot without a token
 

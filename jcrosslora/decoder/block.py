@@ -100,15 +100,16 @@ def _added(settings: DecoderSettings, layer: LayerWeights, norm: str, out: jax.A
 
 # By the names of the parts of a layer, see `jcrosslora.checkpoint.family.parts`.
 MIXERS: Mapping[str, Mixer] = {
-    **dict.fromkeys(("attention", "global_attention", "global_key_attention"), self_attention),
+    **dict.fromkeys(("attention", "attention, then norm"), self_attention),
+    **dict.fromkeys(("global_attention", "global_key_attention"), self_attention),
     **dict.fromkeys(("kv_shared_attention", "global_kv_shared_attention"), kv_shared_attention),
     "latent_attention": latent_attention,
     "direct_latent_attention": latent_attention,
-    **dict.fromkeys(("convolution", "delta", "mamba"), run_mixer),
+    **dict.fromkeys(("convolution", "delta", "norm, then delta", "mamba"), run_mixer),
     "attention and mamba": beside_attention,
 }
 MLPS: Mapping[str, MLP] = {
-    **dict.fromkeys(("dense", "wide"), _dense),
+    **dict.fromkeys(("dense", "dense, then norm", "norm, then dense", "wide"), _dense),
     **dict.fromkeys(("experts", "latent experts", "routed experts"), _experts),
     "dense and experts": _dense_and_experts,
     **dict.fromkeys(("dense beside experts", "wide beside experts"), _beside_experts),

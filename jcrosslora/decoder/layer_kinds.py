@@ -89,6 +89,10 @@ def rotated_layers(kinds: tuple[str, ...], config: Mapping[str, Any], family: Fa
             )
         case "not rope":
             return (config.get("position_embedding_type") == "rope",) * len(kinds)
+        case "no theta":
+            stated = config.get("rope_parameters")
+            still = isinstance(stated, Mapping) and "rope_theta" in stated and stated["rope_theta"] is None
+            return (not still,) * len(kinds)
         case None:
             return (True,) * len(kinds)
 

@@ -91,15 +91,16 @@ class Stream:
 
     def apply(self, downs: Sequence[Down], factors: StackedFactors) -> None:
         """Add an update of down_proj in the last layer to the states."""
-        gain = self.gain(self.done - 1)
+        gain, normed = self.gain(self.done - 1), self._settings.normed_behind(self.done - 1)
         for place, (state, down) in enumerate(zip(self.states, downs, strict=True)):
-            self.states[place] = jax.block_until_ready(_add_update(self._settings, gain, factors, state, down))
+            self.states[place] = jax.block_until_ready(_add_update(self._settings, normed, gain, factors, state, down))
 
     def gain(self, layer: int) -> jax.Array:
         """Return the gain (H,) between down_proj and the stream: that of the norm, if any, times `residual_scale`."""
         scale = jnp.float32(self._settings.residual_scale)
-        if self._settings.post_norms:
-            return self._texts.params.norms["mlp_post"][layer] * scale
+        if self._settings.normed_behind(layer):
+            place = self._settings.layers_with("mlp_post").index(layer)
+            return self._texts.params.norms["mlp_post"][place] * scale
         return jnp.full(self._settings.hidden, scale)
 
 
@@ -117,15 +118,15 @@ def _run_layer(
     return (x, cache), Down(captured.inputs.get("down_in"), captured.outputs.get("down_proj"))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _add_update(
-    settings: DecoderSettings, gain: jax.Array, factors: StackedFactors, state: jax.Array, down: Down
+    settings: DecoderSettings, normed: bool, gain: jax.Array, factors: StackedFactors, state: jax.Array, down: Down
 ) -> jax.Array:
     """Return the stream (B, T, H) with an update of the layer's down_proj added."""
     assert down.read is not None
     assert down.wrote is not None
     added = update(down.read, factors)
-    if settings.post_norms:
+    if normed:
         wrote = down.wrote.astype(jnp.float32)
         added = rms_norm(wrote + added, gain, settings.eps) - rms_norm(wrote, gain, settings.eps)
     elif settings.residual_scale != 1.0:

@@ -89,6 +89,8 @@ def _kinds(config: Mapping[str, Any], family: Family, ref: str) -> dict[str, dic
     given = config.get("rope_scaling") or config.get("rope_parameters") or family.positions.settings
     stated = _dict(given, ref)
     theta = config.get("rope_theta") or family.positions.theta
+    if family.positions.unrotated == "no theta":  # the number of pairs alone is read then
+        stated = {key: value for key, value in stated.items() if key != "rope_theta" or value is not None}
     nested = [kind for kind in (FULL, SLIDING) if kind in stated]
     if nested and len(nested) < len(stated):
         msg = f"{ref}: rope_parameters mixes kinds of layers and settings: {sorted(stated)}; wanted only one of them"

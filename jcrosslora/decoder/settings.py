@@ -55,7 +55,8 @@ class DecoderSettings(Dims):
         logit_scale: factor on the logits.
         tied: whether the head is the embedding.
         qk_norms: how queries and keys are normalised, see `Family.qk_norms`; None if they are not.
-        post_norms: whether the outputs of attention and MLP are normalised before they are added.
+        post_norms: whether the outputs of attention and MLP are normalised before they are added, in some layers at
+            least, see `normed_behind`.
         parallel: whether attention and MLP read the same normed input.
         interleaved: whether neighbouring features are rotated together.
         biased_roles: roles with a bias.
@@ -104,6 +105,10 @@ class DecoderSettings(Dims):
     def layers_with(self, name: str) -> tuple[int, ...]:
         """Return the layers that have a role, norm, tensor or part of this name."""
         return layers_with(self.parts, name)
+
+    def normed_behind(self, layer: int) -> bool:
+        """Whether what the MLP of a layer returns is normalised before it is added to the stream."""
+        return self.post_norms and layer in self.layers_with("mlp_post")
 
     @property
     def shares_keys(self) -> bool:

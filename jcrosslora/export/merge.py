@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
@@ -158,9 +160,11 @@ def _stored_plan(
                 raise CheckpointError(msg)
             dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
             read = partial(file.array, stored)
-            pieces.append(
-                Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, updates.get(name or "", []), dtype))
-            )
+            own = [] if name is None else updates.get(name, [])
+            if name is not None and any(isinstance(update, np.ndarray) for update in own):
+                held = store.rows_held(name, stored)  # of a tensor that may be stored in parts
+                own = [update[held] if isinstance(update, np.ndarray) else update for update in own]
+            pieces.append(Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, own, dtype)))
             if name == EMBEDDING and untied and HEAD not in base.store.names():
                 blocks = partial(row_blocks, base, read, updates.get(HEAD, []), dtype)
                 pieces.append(Piece(_head_beside(stored), dtype, entry.shape, blocks))

@@ -33,7 +33,7 @@ from jax import lax
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, stack_adapter
+from jcrosslora.decoder import Params, StackedAdapter, StackedFactors, stack_adapter
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.linalg import dimension_sizes, dot, recompress, reduced_rank_ridge, ridge
@@ -116,7 +116,8 @@ def fit_residual(
         teacher.run_to(feeder)
         taught.run_to(feeder)
         streams = [teacher.states, taught.states, plain.states, student.states]
-        sums = _summed(texts_tgt.settings, batches, streams, downs)
+        settings = texts_tgt.settings
+        sums = _summed(settings.eps if settings.normed_behind(layer) else None, batches, streams, downs)
         factors = jax.block_until_ready(_solve(sums, student.gain(layer), jnp.float32(scale), rank))
         place = held.index(layer)
         a[place], b[place] = np.asarray(factors.a), np.asarray(factors.b)
@@ -164,16 +165,23 @@ _States = tuple[jax.Array, ...]
 
 
 def _summed(
-    settings: DecoderSettings,
+    eps: float | None,
     batches: Sequence[ProbeBatch],
     streams: Sequence[Sequence[jax.Array]],
     downs: Sequence[Down],
 ) -> _Sums:
-    """Sum over all batches; streams are the four of `_States`, with one array for each batch."""
+    """Sum over all batches.
+
+    Args:
+        eps: of the norm behind down_proj; None where there is none.
+        batches: the texts.
+        streams: the four of `_States`, with one array for each batch.
+        downs: what the layer's down_proj read and wrote in each batch.
+    """
     sums = _no_sums(tuple(stream[0] for stream in streams), downs[0])
     for batch, down, *states in zip(batches, downs, *streams, strict=True):
         places = jnp.asarray(batch.at_src), jnp.asarray(batch.at_tgt), jnp.asarray(batch.valid)
-        sums = jax.block_until_ready(_add(settings, sums, tuple(states), down, places))
+        sums = jax.block_until_ready(_add(eps, sums, tuple(states), down, places))
     return sums
 
 
@@ -186,7 +194,7 @@ def _no_sums(states: _States, down: Down) -> _Sums:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _add(
-    settings: DecoderSettings,
+    eps: float | None,
     sums: _Sums,
     states: _States,
     down: Down,
@@ -202,10 +210,10 @@ def _add(
     t, t_adapted = (take(state, at_tgt) for state in states[2:])
     assert down.read is not None
     x, written = take(down.read, at_tgt), jnp.zeros(())
-    if settings.post_norms:
+    if eps is not None:
         assert down.wrote is not None
         wrote = take(down.wrote, at_tgt)
-        divisor = lax.rsqrt(jnp.mean(wrote**2, axis=-1, keepdims=True) + settings.eps)
+        divisor = lax.rsqrt(jnp.mean(wrote**2, axis=-1, keepdims=True) + eps)
         x, written = x * divisor, jnp.sum((wrote * divisor) ** 2, axis=0)
     return _Sums(
         source=sums.source + dot(s.T, s),

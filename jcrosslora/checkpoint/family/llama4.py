@@ -12,11 +12,26 @@ from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
 from jcrosslora.checkpoint.family.record import Family
-from jcrosslora.checkpoint.family.rules import Number, Positions, Windows
+from jcrosslora.checkpoint.family.rules import Gguf, Number, Positions, Windows
 from jcrosslora.checkpoint.family.sizes import size
 from jcrosslora.errors import CheckpointError
 
 _EXPERTS = "feed_forward.experts."
+_ROUTER = {"router": "feed_forward.router.weight"}
+_STORED = _ROUTER | {"gate_up": f"{_EXPERTS}gate_up_proj", "down": f"{_EXPERTS}down_proj"}
+# As in GGUF.
+_MERGED = _ROUTER | {part: f"{_EXPERTS}{part}_proj.weight" for part in ("gate", "up", "down")}
+
+# What llama.cpp implies, and files do not state: the settings of the published models.
+_CHUNK, _PERIOD = 8192, 4
+_IMPLIED = {
+    "attention_chunk_size": _CHUNK,
+    "no_rope_layer_interval": _PERIOD,
+    "attn_temperature_tuning": True,
+    "attn_scale": 0.1,
+    "floor_scale": 8192,
+}
+_WITHOUT_NORMS = 128  # experts of the models, such as Maverick, whose queries and keys it does not normalise
 
 
 def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,9 +53,36 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     return [LayerParts(mlp="experts" if layer in listed else "dense") for layer in range(layers)]
 
 
+def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
+    """Return whether queries and keys are normalised, by the number of experts as in llama.cpp.
+
+    Raises:
+        CheckpointError: the file states chunks, or a base of the frequencies in them, that the class or llama.cpp does
+            not have.
+    """
+    del held
+    theta = stated.get("rope.freq_base")
+    wanted = {
+        "attention.sliding_window": _CHUNK,
+        "attention.sliding_window_pattern": _PERIOD,
+        "rope.freq_base_swa": theta,
+    }
+    for key, value in wanted.items():
+        if stated.get(key, value) != value:
+            msg = f"llama4.{key} is {str(stated[key])[:60]}, wanted {value} or nothing: use the safetensors"
+            raise CheckpointError(msg)
+    return {"use_qk_norm": stated.get("expert_count") != _WITHOUT_NORMS}
+
+
 LLAMA4 = Family(
     name="llama4_text",
     architectures=("Llama4ForCausalLM",),
+    gguf=Gguf(
+        "llama4",
+        counts={"interleave_moe_layer_step": "interleave_moe_layer_step"},
+        implied=_IMPLIED,
+        settings=_from_gguf,
+    ),
     roles=(*DENSE_ROLES, *SHARED),
     fused={f"feed_forward.{role}": (role,) for role in MLP}
     | {f"feed_forward.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED},
@@ -49,17 +91,11 @@ LLAMA4 = Family(
     parts=_parts,
     experts=Experts(
         ("num_local_experts",),
-        layouts=(
-            {
-                "router": "feed_forward.router.weight",
-                "gate_up": f"{_EXPERTS}gate_up_proj",
-                "down": f"{_EXPERTS}down_proj",
-            },
-        ),
+        layouts=(_STORED, _MERGED, _STORED),
         scores="chosen sigmoid",
         normalised=False,
         scaled_inputs=True,
-        transposed=frozenset({f"{_EXPERTS}gate_up_proj", f"{_EXPERTS}down_proj"}),
+        transposed=frozenset({_STORED["gate_up"], _STORED["down"]}),
         turned=True,
     ),
     qk_norms="unit",

@@ -26,7 +26,10 @@ class Mixer:
         norm: place of the output's norm, which "mamba" has for each of `groups` and "delta" for each head; None if
             there is only a gate.
         grouped: whether "delta" has two modules in front, with rows sorted by group: queries, keys, values and gates of
-            each in one, the two numbers of each head of values in the other. Else there are four.
+            each in one, the two numbers of each head of values in the other. Else there are four, or six.
+        separate: whether "delta" has modules of their own for queries, keys and values.
+        beta_limit: what the rate at which "delta" writes lies below; above 1 the state may change its sign.
+        eps: added to the mean square in its norm; None for that of the model.
         step_limits: bounds of the time step of "mamba".
         open_output: whether the last module of "mamba" can have an update. PEFT refuses that of some classes, for which
             it is a tensor among others.
@@ -46,6 +49,9 @@ class Mixer:
     conv_bias: bool = False
     norm: Literal["before the gate", "behind the gate"] | None = None
     grouped: bool = False
+    separate: bool = False
+    beta_limit: float = 1.0
+    eps: float | None = None
     step_limits: tuple[float, float] = (0.0, float("inf"))
     activation: str | None = None
     holder: str | None = None
@@ -75,8 +81,10 @@ class Mixer:
                     "delta_out_proj": (self.hidden, self.inner),
                 }
             case "delta":
+                keys = (self.groups * self.key_size, self.hidden)
+                parts = {"delta_q_proj": keys, "delta_k_proj": keys, "delta_v_proj": (self.inner, self.hidden)}
                 return {
-                    "in_proj_qkv": (self.convolved, self.hidden),
+                    **(parts if self.separate else {"in_proj_qkv": (self.convolved, self.hidden)}),
                     "in_proj_z": (self.inner, self.hidden),
                     "in_proj_b": (self.heads, self.hidden),
                     "in_proj_a": (self.heads, self.hidden),
@@ -104,7 +112,7 @@ class Mixer:
                 found["mamba_out_bias"] = (f"{holder}.out_proj.bias", (self.hidden,))
         if self.norm is not None:
             size = self.value_size if self.kind == "delta" else self.inner
-            found["norm"] = (f"{holder}.norm.weight", (size,))
+            found["norm"] = (f"{holder}.{'o_norm' if self.separate else 'norm'}.weight", (size,))
         return found
 
 

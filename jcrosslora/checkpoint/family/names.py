@@ -21,6 +21,8 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 LATENT_INNER = ("q_b_proj", "kv_b_proj")
 CONVOLUTION = ("conv_in_proj", "conv_out_proj")
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "delta_out_proj")
+# The same with queries, keys and values on their own.
+SEPARATE_DELTA = ("delta_q_proj", "delta_k_proj", "delta_v_proj", *DELTA[1:])
 # The same with the rows of one group of heads behind those of another.
 GROUPED_DELTA = ("in_proj_qkvz", "in_proj_ba", "delta_out_proj")
 MAMBA = ("mamba_in_proj", "mamba_out_proj")
@@ -30,7 +32,7 @@ EXPERT_LATENT = ("expert_in_proj", "expert_out_proj")
 ROLES = (
     *("q_proj", "qg_proj", "kv_shared_q_proj", *ATTENTION[1:]),
     *(GLOBAL_ATTENTION[0], "global_kv_shared_q_proj", *GLOBAL_ATTENTION[1:]),
-    *(*LATENT, *CONVOLUTION, *GROUPED_DELTA[:2], *DELTA, *MAMBA),
+    *(*LATENT, *CONVOLUTION, *GROUPED_DELTA[:2], *SEPARATE_DELTA[:3], *DELTA, *MAMBA),
     *(*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate", *EXPERT_LATENT, *PER_LAYER),
 )
 # Roles that write to the residual stream; the others read it, or what these get.
@@ -49,6 +51,7 @@ ROLE_PATHS: Mapping[str, str] = {
     **dict.fromkeys(KV_SHARED, "self_attn.q_proj"),
     "conv_in_proj": "conv.in_proj",
     "conv_out_proj": "conv.out_proj",
+    **{role: f"linear_attn.{role.removeprefix('delta_')}" for role in SEPARATE_DELTA[:3]},
     "in_proj_qkvz": "linear_attn.in_proj_qkvz",
     "in_proj_ba": "linear_attn.in_proj_ba",
     "in_proj_qkv": "linear_attn.in_proj_qkv",

@@ -15,6 +15,7 @@ from jcrosslora.checkpoint.family.names import (
     MAMBA,
     MLP,
     PER_LAYER,
+    SEPARATE_DELTA,
     SHARED,
     WIDE_MLP,
 )
@@ -38,6 +39,7 @@ _BESIDE = frozenset({"mlp_alone", "experts_in", "experts_out", "router_scale", "
 EXPERT_TENSORS = ("router", "router_bias", "correction", "gate_up", "down", "gate_up_bias", "down_bias")
 _EXPERTS = frozenset({*SHARED, "shared_expert_gate", *EXPERT_TENSORS})
 NOTHING = "nothing"  # a layer without mixer, without MLP, or without a step behind it
+_DELTA = frozenset({*DELTA, *GROUPED_DELTA, *SEPARATE_DELTA, *_RECURRENCE})
 _MIXERS: Mapping[str, frozenset[str]] = {
     "attention": _ATTENTION,
     "kv_shared_attention": frozenset({"kv_shared_q_proj", "o_proj", "q"}),
@@ -47,7 +49,7 @@ _MIXERS: Mapping[str, frozenset[str]] = {
     "latent_attention": frozenset({*LATENT, "o_proj", "q_a", "kv_a"}),
     "direct_latent_attention": frozenset({*LATENT[2:], "q_proj", "o_proj", "kv_a"}),
     "convolution": frozenset({*CONVOLUTION, "conv", "conv_bias"}),
-    "delta": frozenset({*DELTA, *GROUPED_DELTA, *_RECURRENCE}),
+    "delta": _DELTA,
     "mamba": _MAMBA,
     "attention and mamba": _ATTENTION | _MAMBA,
 }
@@ -61,11 +63,19 @@ _MLPS: Mapping[str, frozenset[str]] = {
     "dense beside experts": _BESIDE | {*MLP, *EXPERT_TENSORS},
     "wide beside experts": _BESIDE | {*WIDE_MLP, *EXPERT_TENSORS},
 }
+# Parts with a norm on one side alone, of families whose layers differ in that.
+_ONE_NORM: Mapping[str, frozenset[str]] = {
+    "attention, then norm": _ATTENTION | {"attn_post"},
+    "norm, then delta": _DELTA | {"attn"},
+    "dense, then norm": frozenset({*MLP, "mlp_post"}),
+    "norm, then dense": frozenset({*MLP, "mlp"}),
+}
 # Part -> the roles, the norms (by their place in `Family.norms`) and the tensors (by their name in
 # `Family.layer_tensors`) that only layers with this part, or another that lists them, may have.
 PARTS: Mapping[str, frozenset[str]] = {
     **{name: own | {"attn", "attn_post"} for name, own in _MIXERS.items()},
     **{name: own | {"mlp", "mlp_post"} for name, own in _MLPS.items()},
+    **_ONE_NORM,
     "per_layer_input": frozenset({*PER_LAYER, "per_layer_out"}),
     NOTHING: frozenset(),
 }

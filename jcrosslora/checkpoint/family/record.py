@@ -19,7 +19,7 @@ from jcrosslora.checkpoint.family.names import (
     SHARED,
     WIDE_MLP,
 )
-from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.family.parts import LayerParts, holds
 from jcrosslora.checkpoint.family.rules import (
     Gguf,
     HeadSizes,
@@ -69,6 +69,8 @@ class Family:
         final_norm: the norm in front of the output head.
         embedding: the module of the class that is the embedding.
         prefixes: of names in files -> of those in the class, where the two differ.
+        file_modules: module of a layer in files -> in the class, where the two differ for another reason. Those of one
+            name in the class hold its rows one behind another, in this order.
         norm: "rms", or "layer", which subtracts the mean first.
         rms_key: configuration key of the epsilon of norms that are "rms" where it is stated, whatever `norm` is.
         norm_biases: whether norms have a bias.
@@ -123,6 +125,7 @@ class Family:
     final_norm: str = "model.norm"
     embedding: str = EMBEDDING.removesuffix(".weight")
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    file_modules: Mapping[str, str] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"
     rms_key: str | None = None
     norm_biases: bool = False
@@ -231,15 +234,20 @@ class Family:
             return self.qk_norms if self.qk_norm_key is None or config.get(self.qk_norm_key) else None
         return self.qk_norms if "q" in self.layer_norms(config) else None
 
-    def stream_norm(self, role: str) -> str | None:
-        """Return the norm between the residual stream and a module, None if there is none.
+    def stream_norm(self, role: str, parts: LayerParts) -> str | None:
+        """Return the norm between the residual stream and a module of a layer of these parts, None if there is none.
 
         For modules that read the stream it is the norm in front of them, for those that write to it the one behind.
         """
+        place = self._stream_place(role)
+        return self.norms.get(place) if place is not None and holds(parts, place) else None
+
+    def _stream_place(self, role: str) -> str | None:
+        """Return the place in `norms` of the norm between the stream and a role."""
         if role in LATENT_INNER:
             return None
         if role in PER_LAYER:
-            return self.norms["per_layer_out"] if role == "per_layer_projection" else None
+            return "per_layer_out" if role == "per_layer_projection" else None
         if role in (*MLP, *WIDE_MLP, *SHARED, "shared_expert_gate", *EXPERT_LATENT):
-            return self.norms.get("mlp_post" if role in MLP_WRITERS else "attn" if self.parallel else "mlp")
-        return self.norms.get("attn_post" if role in MIXER_WRITERS else "attn")
+            return "mlp_post" if role in MLP_WRITERS else "attn" if self.parallel else "mlp"
+        return "attn_post" if role in MIXER_WRITERS else "attn"

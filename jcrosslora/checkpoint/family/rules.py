@@ -126,7 +126,8 @@ class Positions:
         unrotated: layers without positions: those with a 0 in `no_rope_layers`, by default each fourth; "full", those
             of full attention; "full beside windows", the same if there is a `sliding_window`; "full behind prefix", the
             same without those with a dense MLP if `prefix_dense_sliding_window_pattern` is 1; "not rope", all unless
-            `position_embedding_type` is "rope"; None for no layer.
+            `position_embedding_type` is "rope"; "no theta", all if `rope_theta` of `rope_parameters` is null; None for
+            no layer.
         types: rope types beside those of all families.
         aliases: other names of rope types.
         outer_original: default of `original_max_position_embeddings` if that is a key of the configuration itself.
@@ -142,7 +143,9 @@ class Positions:
     size_key: str | None = None
     share: float | None = None
     interleaved: bool = False
-    unrotated: Literal["no_rope_layers", "full", "full beside windows", "full behind prefix", "not rope"] | None = None
+    unrotated: (
+        Literal["no_rope_layers", "full", "full beside windows", "full behind prefix", "not rope", "no theta"] | None
+    ) = None
     types: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     outer_original: int | None = None

@@ -1,4 +1,4 @@
-"""Linear attention by the gated delta rule, as in Qwen3-Next and Qwen3.5 (arXiv 2412.06464)."""
+"""Linear attention by the gated delta rule, as in Qwen3-Next, Qwen3.5 and OLMo Hybrid (arXiv 2412.06464)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ _LENGTH_EPS = 1e-6  # added to the square of the length of queries and keys
 
 
 def gated_delta(layer: MixerLayer, x: jax.Array, state: MixerState, valid: jax.Array) -> tuple[jax.Array, MixerState]:
-    """Run the mixer; see `mix`. Follows `Qwen3_5GatedDeltaNet` and `Qwen3NextGatedDeltaNet` of transformers."""
+    """Run the mixer; see `mix`. Follows the classes named `*GatedDeltaNet` of the three models in transformers."""
     mixed, gate, rate, step = (part.astype(jnp.float32) for part in _projected(layer, x))
 
     def of_text(
@@ -23,7 +23,7 @@ def gated_delta(layer: MixerLayer, x: jax.Array, state: MixerState, valid: jax.A
         queries, keys, values = _heads(layer, layer.activate(mixed))
         # Padding neither decays the state nor writes to it.
         kept = valid[:, None]
-        beta = jnp.where(kept, jax.nn.sigmoid(rate), 0.0)
+        beta = jnp.where(kept, layer.mixer.beta_limit * jax.nn.sigmoid(rate), 0.0)
         decay = -jnp.exp(layer.tensors["A_log"]) * jax.nn.softplus(step + layer.tensors["dt_bias"])
         out, matrices = grouped_recurrence(queries, keys, values, jnp.where(kept, decay, 0.0), state.matrices, beta)
         return out, MixerState(inputs, matrices)
@@ -37,7 +37,9 @@ def _projected(layer: MixerLayer, x: jax.Array) -> tuple[jax.Array, ...]:
     """Return queries, keys and values side by side (B, T, C), gates (B, T, H P), and two numbers a head (B, T, H)."""
     mixer = layer.mixer
     if not mixer.grouped:
-        return tuple(layer.project(role, x) for role in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+        gate, rate, step = (layer.project(role, x) for role in ("in_proj_z", "in_proj_b", "in_proj_a"))
+        roles = ("delta_q_proj", "delta_k_proj", "delta_v_proj") if mixer.separate else ("in_proj_qkv",)
+        return jnp.concatenate([layer.project(role, x) for role in roles], axis=-1), gate, rate, step
     both, numbers = (
         layer.project(role, x).reshape(*x.shape[:-1], mixer.groups, -1) for role in ("in_proj_qkvz", "in_proj_ba")
     )

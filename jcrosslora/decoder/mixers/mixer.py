@@ -60,7 +60,7 @@ def run_mixer(
         project=lambda role, x: run_module(role, layer, x, capture),
         tensors=tensors | {"conv": tensors["conv"][:, 0]},
         activate=ACTIVATIONS[mixer.activation or settings.activation],
-        eps=settings.eps,
+        eps=settings.eps if mixer.eps is None else mixer.eps,
     )
     if cache is None:
         return mix(held, normed, init_state(mixer, len(normed)), context.valid)[0], None
