@@ -147,7 +147,7 @@ def test_metadata_that_other_models_have_are_refused(tmp_path, name, drop, messa
         ("llama4", {"attention__sliding_window": 0}, "llama4.attention.sliding_window is 0, wanted 8192 or nothing"),
         ("llama4", {"attention__sliding_window_pattern": 2}, "sliding_window_pattern is 2, wanted 4 or nothing"),
         ("llama4", {"rope__freq_base_swa": 100.0}, "freq_base_swa is 100.0, wanted 500000.0 or nothing: use the"),
-        ("llama4", {"expert_gating_func": 2}, "expert_gating_func is 2, which llama4_text does not have"),
+        ("llama4", {"expert_gating_func": 1}, "expert_gating_func is 1, which llama4_text does not have"),
         ("llama4", {"expert_count": 0}, "'num_local_experts' is 0, wanted a positive integer"),
         ("nemotron_h", {"expert_count": 8}, "experts are not supported for architecture 'nemotron_h'"),
         ("cohere2_moe", {"expert_gating_func": 1}, "expert_gating_func is 1, which cohere2_moe does not have"),

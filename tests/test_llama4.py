@@ -222,6 +222,9 @@ def test_the_class_in_memory_and_merged_files_hold_all_its_parts(tmp_path):
     base, model = jcl.open_base(save_wrapped("llama4", tmp_path / "base")), tiny_wrapped("llama4")
     live = jcl.open_base(model)
     assert live.modules.keys() == base.modules.keys()
+    # A merge of what is not stored as the class has it writes these.
+    widths = ("intermediate_size", "intermediate_size_mlp")
+    assert [live.config[key] for key in widths] == [getattr(model.config.text_config, key) for key in widths]
     jax.tree.map(np.testing.assert_array_equal, load_params(live), load_params(base))
     rng = np.random.default_rng(2)
     adapter = jcl.Adapter(

@@ -7,7 +7,7 @@ between may have an MLP of another width in place of them.
 from collections.abc import Mapping
 from typing import Any
 
-from jcrosslora.checkpoint.family.experts import Experts, shared_shapes
+from jcrosslora.checkpoint.family.experts import Experts, shapes_of_shared
 from jcrosslora.checkpoint.family.keys import words
 from jcrosslora.checkpoint.family.names import ATTENTION, DENSE_ROLES, MLP, SHARED
 from jcrosslora.checkpoint.family.parts import LayerParts
@@ -34,14 +34,6 @@ _IMPLIED = {
 _WITHOUT_NORMS = 128  # experts of the models, such as Maverick, whose queries and keys it does not normalise
 
 
-def _resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """State the widths under the keys of other families, where `intermediate_size` is that of an MLP."""
-    if config.get("moe_intermediate_size") is not None:
-        return dict(config)
-    widths = {"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size"}
-    return {**config, **{key: size(config, stated) for key, stated in widths.items()}}
-
-
 def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
     listed = config.get("moe_layers")
     if listed is None:
@@ -54,7 +46,7 @@ def _parts(config: Mapping[str, Any], layers: int) -> list[LayerParts]:
 
 
 def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) -> dict[str, Any]:
-    """Return whether queries and keys are normalised, by the number of experts as in llama.cpp.
+    """Return the widths, and whether queries and keys are normalised, by the number of experts as in llama.cpp.
 
     Raises:
         CheckpointError: the file states chunks, or a base of the frequencies in them, that the class or llama.cpp does
@@ -71,7 +63,11 @@ def _from_gguf(stated: Mapping[str, Any], held: Mapping[str, frozenset[int]]) ->
         if stated.get(key, value) != value:
             msg = f"llama4.{key} is {str(stated[key])[:60]}, wanted {value} or nothing: use the safetensors"
             raise CheckpointError(msg)
-    return {"use_qk_norm": stated.get("expert_count") != _WITHOUT_NORMS}
+    return {
+        "intermediate_size": stated.get("expert_feed_forward_length"),
+        "intermediate_size_mlp": stated.get("feed_forward_length"),
+        "use_qk_norm": stated.get("expert_count") != _WITHOUT_NORMS,
+    }
 
 
 LLAMA4 = Family(
@@ -86,11 +82,12 @@ LLAMA4 = Family(
     roles=(*DENSE_ROLES, *SHARED),
     fused={f"feed_forward.{role}": (role,) for role in MLP}
     | {f"feed_forward.shared_expert.{role.removeprefix('shared_')}": (role,) for role in SHARED},
-    shapes=shared_shapes(),
-    resolve=_resolve,
+    width_key="intermediate_size_mlp",
+    shapes=shapes_of_shared(lambda config: size(config, "intermediate_size")),
     parts=_parts,
     experts=Experts(
         ("num_local_experts",),
+        width="intermediate_size",
         layouts=(_STORED, _MERGED, _STORED),
         scores="chosen sigmoid",
         normalised=False,
@@ -107,9 +104,9 @@ LLAMA4 = Family(
     # Beside what is read, keys of published configurations that the class does not read.
     keys=words(
         "attention_bias attention_chunk_size attn_scale attn_temperature_tuning floor_scale for_llm_compressor "
-        "interleave_moe_layer_step intermediate_size_mlp layer_types moe_intermediate_size moe_layers "
-        "no_rope_layer_interval no_rope_layers num_experts_per_tok num_local_experts output_router_logits "
-        "router_aux_loss_coef router_jitter_noise use_qk_norm"
+        "interleave_moe_layer_step intermediate_size_mlp layer_types moe_layers no_rope_layer_interval no_rope_layers "
+        "num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef router_jitter_noise "
+        "use_qk_norm"
     ),
     # Defaults of Llama4TextConfig: the `text_config` of a multimodal checkpoint may omit these keys.
     defaults={
