@@ -45,6 +45,7 @@ _PARTS = {
     "SmolLM2 with the adapter that is moved": ("source", None),
     "`distill`, no data": ("moved", ("distill", 0)),
     "`distill`, 200 prompts": ("moved", ("distill", 200)),
+    "`distill`, 1,000 prompts, 1,000 completions": ("moved", ("distill:completions=1000", 1000)),
     "the same, teacher weight 0.5 and no prompts like the user's": ("moved", ("distill:teacher_weight=0.5", 200)),
     "`distill`, no data, teacher weight 0.75 (0.5 is the default there)": ("moved", ("distill:teacher_weight=0.75", 0)),
 }
