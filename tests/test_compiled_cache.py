@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 
+import jax
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
+from jcrosslora.cache.place import keep_compiled
 
 
 def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
@@ -34,3 +37,16 @@ def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     unwritable = tmp_path / "file"
     unwritable.write_text("not a folder")
     assert transfer("without", unwritable) == first
+
+
+def test_that_another_process_holds_the_cache_is_no_warning_and_damage_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("JCROSSLORA_CACHE", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    entry = "Error reading persistent compilation cache entry for 'jit_step'"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        keep_compiled()
+        for why in ("Timeout: The file lock '/cache/.lockfile' could not be acquired.", "JaxRuntimeError: damaged"):
+            warnings.warn(f"{entry}: {why}", stacklevel=1)
+    assert [str(one.message) for one in seen] == [f"{entry}: JaxRuntimeError: damaged"]

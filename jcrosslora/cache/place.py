@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -56,13 +57,16 @@ def cache_limit() -> int:
 
 _MAX_BYTES = 512 * 2**20  # beyond which the least recently used programs are removed
 _MIN_COMPILE_SECONDS = 0.1  # from which a program is kept
+# What JAX warns of where another process holds the lock of the folder; the program is then compiled and not kept.
+_LOCKED = r"Error (reading|writing) persistent compilation cache entry for '[^']*': Timeout"
 
 
 def keep_compiled() -> None:
     """Turn on JAX's compilation cache in the user's cache folder, unless the environment names another.
 
-    JAX compiles a damaged program again, with a warning. If the folder cannot be written to, nothing is kept. Each
-    kind of processor has its own folder, because a program for one may not run on another.
+    JAX compiles a damaged program again, with a warning; one that another process keeps it from reading, without. If
+    the folder cannot be written to, nothing is kept. Each kind of processor has its own folder, because a program for
+    one may not run on another.
     """
     root = cache_root()
     if root is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -74,6 +78,7 @@ def keep_compiled() -> None:
         return
     if not os.access(folder, os.W_OK | os.X_OK):
         return
+    warnings.filterwarnings("ignore", _LOCKED)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
