@@ -63,7 +63,7 @@ STEPS = Steps()
 def base_of(config):
     rng, config = np.random.default_rng(0), COMMON | config
     checked = check_config(config, "test")
-    shapes = expected_shapes(checked.family, read_dims(checked.values, "test"), checked.values)
+    shapes = expected_shapes(checked.family, read_dims(checked, "test"), checked.values)
     weights = {
         name: rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else 0.3 * rng.normal(size=shape)
         for name, shape in shapes.items()

@@ -93,7 +93,7 @@ def test_rotary_frequencies_and_windows_match_transformers(name):
     base = SimpleNamespace(
         config=checked.values,
         family=checked.family,
-        dims=(dims := read_dims(checked.values, Path("here"))),
+        dims=(dims := read_dims(checked, Path("here"))),
         parts=(LayerParts(),) * dims.layers,
         ref="here",
     )

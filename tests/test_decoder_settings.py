@@ -27,7 +27,7 @@ LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 def settings(family: str, **config) -> DecoderSettings:
     """Return the settings of a base that consists of a configuration alone."""
     checked = check_config({**SIZES, "model_type": family, **config}, Path("here"))
-    dims = read_dims(checked.values, Path("here"))
+    dims = read_dims(checked, Path("here"))
     parts = checked.family.layer_parts(checked.values, dims.layers)
     return settings_of(
         SimpleNamespace(config=checked.values, family=checked.family, dims=dims, parts=parts, ref="here")

@@ -427,7 +427,7 @@ PUBLISHED |= {
 def test_published_configurations_are_accepted(name: str):
     config, head_dim = PUBLISHED[name]
     checked = check_config(config, PATH)
-    dims = read_dims(checked.values, PATH)
+    dims = read_dims(checked, PATH)
     assert dims.head_dim == head_dim
     assert dims.hidden == config.get("text_config", config)["hidden_size"]
     assert bool(checked.names.prefixes) == ("text_config" in config)
@@ -435,7 +435,7 @@ def test_published_configurations_are_accepted(name: str):
 
 def test_a_multimodal_text_config_gets_its_defaults():
     checked = check_config(PUBLISHED["gemma-3-4b"][0], PATH)
-    dims = read_dims(checked.values, PATH)
+    dims = read_dims(checked, PATH)
     assert (dims.heads, dims.kv_heads, dims.vocab) == (8, 4, 262208)
     assert checked.values["tie_word_embeddings"] is True
 

@@ -278,7 +278,7 @@ def test_a_text_config_without_its_defaults_means_what_transformers_means(kind):
         config["text_config"] |= {key: TEXT[key] for key in TEXT if key.endswith(("_size", "_layers", "_heads"))}
     wanted = transformers.AutoConfig.for_model(**config).text_config
     checked = check_config(config, kind)
-    found = read_dims(checked.values, kind)
+    found = read_dims(checked, kind)
     widths = ("shared_expert_intermediate_size", "intermediate_size_mlp", "intermediate_size")
     width = next(own for name in widths if (own := getattr(wanted, name, None)))
     assert (found.hidden, found.intermediate, found.layers, found.heads, found.kv_heads, found.vocab) == (
@@ -299,7 +299,7 @@ def test_settings_at_the_top_of_older_files_are_those_of_the_text_model():
     flat.pop("rope_parameters")
     checked = check_config(flat, "config.json")
     assert checked.family.name == "qwen2"
-    assert read_dims(checked.values, "config.json").hidden == TEXT["hidden_size"]
+    assert read_dims(checked, "config.json").hidden == TEXT["hidden_size"]
     assert checked.values["rope_scaling"] == {"type": "default"}
     assert checked.values["tie_word_embeddings"] is True
 
@@ -389,7 +389,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_accepted(name):
     config, sizes = PUBLISHED[name]
-    found = read_dims(check_config(config, name).values, name)
+    found = read_dims(check_config(config, name), name)
     assert (found.hidden, found.layers, found.heads, found.kv_heads, found.vocab) == sizes
 
 

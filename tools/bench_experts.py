@@ -41,7 +41,7 @@ def base_of(config: dict[str, Any]) -> BaseModel:
     from jcrosslora.checkpoint.layout import expected_shapes
 
     checked = check_config(config, "bench")
-    shapes = expected_shapes(checked.family, read_dims(checked.values, "bench"), checked.values)
+    shapes = expected_shapes(checked.family, read_dims(checked, "bench"), checked.values)
     return open_base(
         {name: (0.02 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()},
         config=config,

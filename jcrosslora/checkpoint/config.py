@@ -176,17 +176,17 @@ def _short(value: Any) -> str:
     return shortened(repr(value))
 
 
-def read_dims(config: Mapping[str, Any], where: Path | str, width: str = "intermediate_size") -> Dims:
+def read_dims(model: ModelConfig, where: Path | str) -> Dims:
     """Read the sizes of a model from its configuration.
 
     Args:
-        config: a checked configuration.
+        model: a checked configuration.
         where: its file or the name of the base, for errors.
-        width: key of the width of the MLP, see `Family.width`.
 
     Raises:
         CheckpointError: a size is missing, or is not a positive integer.
     """
+    config, width = model.values, model.family.width(model.values)
     hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
     config = {
         **config,

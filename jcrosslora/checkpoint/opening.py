@@ -165,7 +165,7 @@ def _build(
         values, notes = {**values, "tie_word_embeddings": False}, (NOTE,)
     elif config.wrapper is not None and "tie_word_embeddings" not in values:
         values = {**values, "tie_word_embeddings": HEAD not in store.names()}
-    dims = read_dims(values, path or ref, family.width(values))
+    dims = read_dims(config, path or ref)
     check_tensors(family, dims, values, store, ref)
     return BaseModel(
         name=name,
