@@ -2,7 +2,7 @@
 
     python experiments/jobs.py --source SOURCE --target TARGET --data DIR --task snips [--task banking77 ...]
         --work WORK [--seeds 0 1] [--prompts 0 200]
-        [--method distill --method distill:completions=1260] [--control random]
+        [--method distill --method distill:completions=1260] [--control random] [--answers]
 
 DIR holds `TASK_train.jsonl` and `TASK_test.jsonl`, lines of {"messages": [...]}. For each task and seed a LoRA adapter
 is trained on the source and one on the target, on the same examples. The first is moved by every method, with no data
@@ -10,7 +10,8 @@ at all and with unlabelled prompts from the end of the train file, on which neit
 that they were trained on as well). All answer the test examples on the target. A line of JSON for each row goes to
 WORK/results.jsonl: every figure with its interval, and the share of the trained adapter's gain ("lift") with intervals
 over the same resampled examples. With `--ceiling` the source answers them with its own adapter as well: more than that
-a moved one can hardly bring.
+a moved one can hardly bring. `--answers` compares with what needs no method: an adapter that is trained on the target
+as the others are, on the likeliest answers of the source, with its adapter, to the prompts.
 
 Adapters are kept in WORK and used again: the same command continues a stopped run. Choose settings with `--split
 train`, which answers train examples in front of the prompts; never on the test file.
@@ -22,19 +23,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from lift_tasks import parse_row
 from result_lines import Figure, ResultLine, append, commit, versions
 from rich.console import Console
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.decoder import Generator, fast_dtype, load_params
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
-from jcrosslora.text import Completion
+from jcrosslora.sources.tokenizer import with_own_template
+from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
+from jcrosslora.utils.progress import track
 
+ANSWER = 96  # tokens of an answer that is trained on, at most
 HELD_BACK = 400  # examples at the end of a train file that nothing is trained on: 200 to choose by, 200 prompts
 
 
@@ -51,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", action="append", default=[], help="METHOD or METHOD:KEY=VALUE,...")
     parser.add_argument("--control", action="append", default=[], help="methods that are run without prompts alone")
     parser.add_argument("--ceiling", action="store_true", help="the source answers as well")
+    parser.add_argument("--answers", action="store_true", help="train on the source's answers to the prompts as well")
     parser.add_argument("--split", choices=("test", "train"), default="test")
     parser.add_argument("--limit", type=int, default=200, help="examples that are answered")
     parser.add_argument("--steps", type=int, default=usual.steps)
@@ -89,6 +95,18 @@ def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: lis
     return float(note.read_text())
 
 
+def answered(adapter: Path, ref: str, prompts: list[Prompt]) -> list[Example]:
+    """Let the source answer prompts with its adapter; leave out what does not end."""
+    base = jcl.open_base(ref)
+    held = jcl.load_adapter(adapter, base)
+    tokenizer = with_own_template(load_tokenizer(base), held.info.chat_template)
+    generator = Generator.of(base, held, tokenizer=tokenizer)
+    with track(len(prompts), "answer prompts", "answers") as bar:
+        written = generator.write(prompts, ANSWER, 0.0, jax.random.key(0), bar=bar)
+    found = zip(prompts, written, strict=True)
+    return [Completion(prompt, one.text) for prompt, one in found if one.ended and one.text.strip()]
+
+
 def run(arguments: argparse.Namespace, console: Console) -> None:
     work, target = arguments.work, jcl.open_base(arguments.target)
     source_name = jcl.open_base(arguments.source).name
@@ -113,6 +131,13 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             for method, count in [*wanted, *((method, 0) for method in arguments.control)]:
                 out = work / f"{task}-{seed}-{method.replace(':', '-').replace('=', '')}-{count}"
                 rows.append((method, count, out, move(source, arguments, method, given[:count], seed, out)))
+            for count in arguments.prompts if arguments.answers else ():
+                if not count:
+                    continue
+                out, begun = work / f"{task}-{seed}-answers-{count}", time.monotonic()
+                if not out.exists():
+                    train(arguments.target, answered(source, arguments.source, given[:count]), settings, out)
+                rows.append(("answers", count, out, time.monotonic() - begun))
             adapters = [oracle, *(out for _, _, out, _ in rows)]
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
             found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)
