@@ -43,11 +43,6 @@ class Sorted:
     experts: jax.Array
     used: jax.Array
 
-    @property
-    def filled(self) -> jax.Array:
-        """Bool (T K + N,), False in empty rows."""
-        return jnp.arange(len(self.pairs)) < self.slots.size
-
 
 def block_rows(pairs: int, experts: int) -> int:
     """Return N, the most rows of a block: the power of two at or above what one of E experts has on average."""
@@ -125,7 +120,8 @@ def mix(outputs: jax.Array, weights: jax.Array, order: Sorted) -> jax.Array:
 def _mix_backward(kept: tuple[jax.Array, jax.Array, Sorted], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     outputs, weights, order = kept
     rows = gradient[order.pairs // order.slots.shape[1]]
-    by_outputs = jnp.where(order.filled, weights.reshape(-1)[order.pairs], 0)[:, None] * rows
+    # `run_experts` does not read what comes back to rows without a token.
+    by_outputs = weights.reshape(-1)[order.pairs][:, None] * rows
     return by_outputs, jnp.sum(outputs * rows, axis=1)[order.slots], None
 
 
