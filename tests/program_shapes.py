@@ -165,7 +165,9 @@ def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     stream = of(BATCH, LENGTH, shapes.hidden)
     yield Program(residual_streams._run_layer, (settings, layer, shapes.mask, (stream, None), None))
     factors = StackedFactors(of(2, DIMS["intermediate"]), of(shapes.hidden, 2))
-    yield Program(residual_streams._add_update, (settings, of(shapes.hidden), factors, stream, down(stream)))
+    yield Program(
+        residual_streams._add_update, (settings, settings.post_norms, of(shapes.hidden), factors, stream, down(stream))
+    )
     yield Program(timing._pass, (settings, params, shapes.tokens))
     yield Program(timing._gradient, (settings, params, adapter, shapes.tokens))
 
@@ -292,7 +294,9 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     stream = of(BATCH, LENGTH, shapes.hidden)
     sums = jax.eval_shape(lambda *given: residual._no_sums(given[:4], given[4]), *[stream] * 4, down(stream))
     places = whole(PLACES), whole(PLACES), told(PLACES)
-    yield Program(residual._add, (settings, sums, (stream,) * 4, down(stream), places))
+    yield Program(
+        residual._add, (settings.eps if settings.post_norms else None, sums, (stream,) * 4, down(stream), places)
+    )
     yield Program(residual._solve, (sums, of(shapes.hidden), of()), {"rank": RANK})
 
 

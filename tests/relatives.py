@@ -11,7 +11,7 @@ from checkpoint_files import write_safetensors
 from gguf_files import converted, gguf, gguf_name, write_gguf
 
 from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.config import read_dims
+from jcrosslora.checkpoint.config import ModelConfig, read_dims
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.checkpoint.layout import expected_shapes
 
@@ -96,7 +96,8 @@ def make(family: str = "llama", *, seed: int = 0, **changes) -> Made:
     } | changes
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in expected_shapes(FAMILIES[family], read_dims(config, Path()), config).items():
+    dims = read_dims(ModelConfig(FAMILIES[family], config), Path())
+    for name, shape in expected_shapes(FAMILIES[family], dims, config).items():
         if len(shape) == 2:
             sizes = 1 + 2 * np.exp(-np.arange(shape[1]) / 8)
             tensors[name] = rng.normal(size=shape) @ (rng.normal(size=(shape[1], shape[1])) * sizes[:, None]) / 90

@@ -48,7 +48,9 @@ def test_the_base_that_foresees_inputs_better_writes_them(source):
     assert isinstance(found, DecoderSource)
     assert found.adapter is None
     assert found.params is better.params
-    assert {text.strip() for text in better.asked} <= {text for kind in KINDS for text in kind.inputs}
+    inputs = [text for kind in KINDS for text in kind.inputs]
+    # This tokenizer makes more tokens of an input than are compared.
+    assert all(any(whole.startswith(text.strip()) for whole in inputs) for text in better.asked)
     assert len(set(better.asked)) == 2 * len(KINDS)
     shared = {}
     assert choose_writer(worse, better, shared) is better
