@@ -20,6 +20,8 @@ train`, which answers train examples in front of the prompts; never on the test 
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,37 +76,45 @@ def train(ref: str, examples: list[Example], settings: TrainingSettings, out: Pa
     save_trained(adapter, out, base, settings, {"examples": len(examples)}, chat_template=template_of(tokenizer))
 
 
-def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: list[Any], seed: int, out: Path) -> float:
-    """Move an adapter unless that was done; returns the seconds that it took."""
+def timed(out: Path, make: Callable[[], Any]) -> float:
+    """Make a folder unless it is there; returns the seconds that it took."""
     note = out.with_suffix(".seconds")
     if not out.exists():
-        settings = dict(parse_row(method).settings)
         start = time.monotonic()
-        result = jcl.transfer(
-            adapter,
-            arguments.source,
-            arguments.target,
-            make_method(settings.pop("method"), settings),
-            prompts=prompts or None,
-            seed=seed,
-            effect="never",
-            progress=True,
-        )
-        result.save(out)
+        make()
         note.write_text(f"{time.monotonic() - start:.0f}")
     return float(note.read_text())
 
 
-def answered(adapter: Path, ref: str, prompts: list[Prompt]) -> list[Example]:
-    """Let the source answer prompts with its adapter; leave out what does not end."""
-    base = jcl.open_base(ref)
+def move(adapter: Path, arguments: argparse.Namespace, method: str, prompts: list[Any], seed: int, out: Path) -> None:
+    """Move an adapter."""
+    settings = dict(parse_row(method).settings)
+    result = jcl.transfer(
+        adapter,
+        arguments.source,
+        arguments.target,
+        make_method(settings.pop("method"), settings),
+        prompts=prompts or None,
+        seed=seed,
+        effect="never",
+        progress=True,
+    )
+    result.save(out)
+
+
+def imitate(
+    adapter: Path, arguments: argparse.Namespace, prompts: list[Prompt], settings: TrainingSettings, out: Path
+) -> None:
+    """Train an adapter of the target on what the source says to prompts with its own, without what does not end."""
+    base = jcl.open_base(arguments.source)
     held = jcl.load_adapter(adapter, base)
     tokenizer = with_own_template(load_tokenizer(base), held.info.chat_template)
     generator = Generator.of(base, held, tokenizer=tokenizer)
     with track(len(prompts), "answer prompts", "answers") as bar:
         written = generator.write(prompts, ANSWER, 0.0, jax.random.key(0), bar=bar)
     found = zip(prompts, written, strict=True)
-    return [Completion(prompt, one.text) for prompt, one in found if one.ended and one.text.strip()]
+    examples: list[Example] = [Completion(prompt, one.text) for prompt, one in found if one.ended and one.text.strip()]
+    train(arguments.target, examples, settings, out)
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
@@ -130,14 +140,12 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             wanted = [(method, count) for method in arguments.method for count in arguments.prompts]
             for method, count in [*wanted, *((method, 0) for method in arguments.control)]:
                 out = work / f"{task}-{seed}-{method.replace(':', '-').replace('=', '')}-{count}"
-                rows.append((method, count, out, move(source, arguments, method, given[:count], seed, out)))
-            for count in arguments.prompts if arguments.answers else ():
-                if not count:
-                    continue
-                out, begun = work / f"{task}-{seed}-answers-{count}", time.monotonic()
-                if not out.exists():
-                    train(arguments.target, answered(source, arguments.source, given[:count]), settings, out)
-                rows.append(("answers", count, out, time.monotonic() - begun))
+                moved = partial(move, source, arguments, method, given[:count], seed, out)
+                rows.append((method, count, out, timed(out, moved)))
+            for count in filter(None, arguments.prompts if arguments.answers else ()):
+                out = work / f"{task}-{seed}-answers-{count}"
+                taught = partial(imitate, source, arguments, given[:count], settings, out)
+                rows.append(("answers", count, out, timed(out, taught)))
             adapters = [oracle, *(out for _, _, out, _ in rows)]
             part = tested[: min(arguments.limit, HELD_BACK // 2) if arguments.split == "train" else arguments.limit]
             found = answer(target, part, adapters, params=params, tokenizer=tokenizer, progress=True)

@@ -8,13 +8,14 @@ import pytest
 from dense_models import random_model
 from expert_models import COHERE2, EXPERT_VARIANTS, HUNYUAN
 from gradients_of_both import gradients_of_both
-from safetensors.numpy import load_file, save_file
+from passes_of_both import run, theirs
+from rewritten_base import rewritten
 from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import ROLE_PATHS
 from jcrosslora.checkpoint.layout import holder_of
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
@@ -36,17 +37,6 @@ MODELS = {
 ORDER = [4, 2, 0, 5, 1, 3]
 
 
-def run(base, adapter=None):
-    settings, params = settings_of(base), load_params(base)
-    stacked = None if adapter is None else stack_adapter(adapter, base)
-    return np.asarray(logits(settings, params, forward(settings, params, TOKENS, adapter=stacked).hidden))
-
-
-def theirs(model):
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(TOKENS).long(), use_cache=False).logits.numpy()
-
-
 def adapted(model, targets=TARGETS, parameters=PARAMETERS):
     """Put an adapter of peft on a model."""
     torch.manual_seed(1)
@@ -64,7 +54,7 @@ def case(request, tmp_path_factory):
     model.save_pretrained(folder / "adapter")
     base = jcl.open_base(folder / "base")
     return SimpleNamespace(
-        folder=folder, base=base, adapter=jcl.load_adapter(folder / "adapter", base), wanted=theirs(model)
+        folder=folder, base=base, adapter=jcl.load_adapter(folder / "adapter", base), wanted=theirs(model, TOKENS)
     )
 
 
@@ -74,18 +64,7 @@ def changed(case, out, change, layers=None):
     layers = range(config["num_hidden_layers"]) if layers is None else layers
     listed = config.keys() & {"layer_types", "mlp_layer_types"}
     lists = {key: [config[key][layer] for layer in layers] for key in listed}
-    (out / "config.json").write_text(json.dumps(config | lists | {"num_hidden_layers": len(layers)}))
-    tensors = {}
-    for name, array in load_file(case.folder / "base" / "model.safetensors").items():
-        part = name.split(".")
-        if part[1] == "layers":
-            if int(part[2]) not in layers:
-                continue
-            part[2] = str(layers.index(int(part[2])))
-        name, array = change(".".join(part), array)
-        tensors[name] = np.ascontiguousarray(array)
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    return jcl.open_base(out)
+    return rewritten(case.folder / "base", out, lists, layers, change)
 
 
 def same(name, x):
@@ -132,7 +111,7 @@ def test_an_adapter_goes_with_its_experts_and_layers(case, tmp_path):
     other = changed(case, tmp_path / "permuted", permuted)
     moved = jcl.transfer(case.adapter, case.base, other, cache=False, effect="never")
     assert moved.report.method.name == "copy"
-    np.testing.assert_allclose(run(other, moved.adapter), case.wanted, **CLOSE)
+    np.testing.assert_allclose(run(other, TOKENS, moved.adapter), case.wanted, **CLOSE)
     fewer = changed(case, tmp_path / "fewer", same, (0, 2, 3))
     moved = jcl.transfer(case.adapter, case.base, fewer, cache=False, effect="never")
     assert moved.report.method.name == "select"

@@ -10,14 +10,15 @@ import pytest
 from dense_models import LLAMA3, random_model
 from expert_models import EXPERT_VARIANTS, LLAMA4
 from gradients_of_both import gradients_of_both
-from safetensors.numpy import load_file, save_file
+from passes_of_both import run, theirs
+from rewritten_base import rewritten
 from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import ROLE_PATHS
 from jcrosslora.checkpoint.layout import holder_of
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.decoder.experts.routing import route
 from jcrosslora.errors import CheckpointError
 
@@ -33,17 +34,6 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 # All layers have experts, so that any of them can be left out.
 SPARSE = ("llama4_text", LLAMA4 | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1], "hidden_size": 48})
-
-
-def run(base, tokens=TOKENS, adapter=None, mask=None):
-    settings, params = settings_of(base), load_params(base)
-    stacked = None if adapter is None else stack_adapter(adapter, base)
-    return np.asarray(logits(settings, params, forward(settings, params, tokens, mask=mask, adapter=stacked).hidden))
-
-
-def theirs(model, tokens=TOKENS, **given):
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(tokens).long(), use_cache=False, **given).logits.numpy()
 
 
 def test_gradients_through_the_scores_and_what_experts_read_are_those_of_torch(tmp_path):
@@ -90,7 +80,7 @@ def test_positions_of_chunks_and_growth_count_no_padding(name, tmp_path):
     padded = np.concatenate([np.zeros((2, left), np.int32), TOKENS], axis=1)
     mask = np.arange(padded.shape[1]) >= left
     found = run(base, padded, mask=np.stack([mask, mask]))[:, left:]
-    np.testing.assert_allclose(found, theirs(model), **CLOSE)
+    np.testing.assert_allclose(found, theirs(model, TOKENS), **CLOSE)
     if name == "llama4-plain":  # the class counts padding in the growth of queries, though not in chunks
         given = torch.from_numpy(np.stack([mask, mask])).long()
         np.testing.assert_allclose(found, theirs(model, padded, attention_mask=given)[:, left:], **CLOSE)
@@ -135,27 +125,16 @@ def sparse(tmp_path_factory):
     adapted.save_pretrained(folder / "adapter")
     base = jcl.open_base(folder / "base")
     return SimpleNamespace(
-        folder=folder, base=base, adapter=jcl.load_adapter(folder / "adapter", base), wanted=theirs(adapted)
+        folder=folder, base=base, adapter=jcl.load_adapter(folder / "adapter", base), wanted=theirs(adapted, TOKENS)
     )
 
 
 def changed(case, out, change, layers=(0, 1, 2, 3)):
     """Write the files of a base again with these of its layers, and other tensors."""
-    config = json.loads((case.folder / "base" / "config.json").read_text())
-    for key in ("no_rope_layers", "layer_types"):
-        config[key] = [config[key][layer] for layer in layers]
-    config |= {"num_hidden_layers": len(layers), "moe_layers": list(range(len(layers)))}
-    (out / "config.json").write_text(json.dumps(config))
-    tensors = {}
-    for name, array in load_file(case.folder / "base" / "model.safetensors").items():
-        part = name.split(".")
-        if part[1] == "layers":
-            if int(part[2]) not in layers:
-                continue
-            part[2] = str(layers.index(int(part[2])))
-        tensors[".".join(part)] = np.ascontiguousarray(change(name, array))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    return jcl.open_base(out)
+    stated = json.loads((case.folder / "base" / "config.json").read_text())
+    config = {key: [stated[key][layer] for layer in layers] for key in ("no_rope_layers", "layer_types")}
+    config |= {"moe_layers": list(range(len(layers)))}
+    return rewritten(case.folder / "base", out, config, layers, lambda name, x: (name, change(name, x)))
 
 
 ORDER = [4, 2, 0, 1, 3]
@@ -190,7 +169,7 @@ def test_an_adapter_of_experts_goes_with_its_experts_and_layers(sparse, tmp_path
     other = changed(sparse, tmp_path / "permuted", permuted)
     moved = jcl.transfer(sparse.adapter, sparse.base, other, cache=False, effect="never")
     assert moved.report.method.name == "copy"
-    np.testing.assert_allclose(run(other, adapter=moved.adapter), sparse.wanted, **CLOSE)
+    np.testing.assert_allclose(run(other, TOKENS, adapter=moved.adapter), sparse.wanted, **CLOSE)
     fewer = changed(sparse, tmp_path / "fewer", lambda _, x: x, (1, 2, 3))
     moved = jcl.transfer(sparse.adapter, sparse.base, fewer, cache=False, effect="never")
     assert moved.report.method.name == "select"
@@ -211,11 +190,11 @@ def test_experts_of_the_multimodal_class_are_adapted_under_its_names(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     adapter = jcl.load_adapter(tmp_path / "adapter", base)
     assert not adapter.info.ignored
-    wanted = theirs(adapted.get_base_model().language_model)
-    np.testing.assert_allclose(run(base, adapter=adapter), wanted, **CLOSE)
+    wanted = theirs(adapted.get_base_model().language_model, TOKENS)
+    np.testing.assert_allclose(run(base, TOKENS, adapter=adapter), wanted, **CLOSE)
     out = jcl.save_adapter(adapter, tmp_path / "out", base=base, profile="peft")
     again = peft.PeftModel.from_pretrained(tiny_wrapped("llama4"), str(out)).eval()
-    np.testing.assert_allclose(theirs(again.get_base_model().language_model), wanted, **CLOSE)
+    np.testing.assert_allclose(theirs(again.get_base_model().language_model, TOKENS), wanted, **CLOSE)
 
 
 def test_the_class_in_memory_and_merged_files_hold_all_its_parts(tmp_path):
@@ -239,6 +218,6 @@ def test_the_class_in_memory_and_merged_files_hold_all_its_parts(tmp_path):
     jcl.save_adapter(adapter, tmp_path / "adapter", base=base)
     jcl.merge(jcl.MergeSettings(base.ref, str(tmp_path / "adapter"), str(tmp_path / "merged")))
     merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
-    np.testing.assert_allclose(theirs(merged.language_model), run(base, adapter=adapter), **CLOSE)
+    np.testing.assert_allclose(theirs(merged.language_model, TOKENS), run(base, TOKENS, adapter=adapter), **CLOSE)
     state = model.state_dict()
     assert all(torch.equal(merged.state_dict()[name], state[name]) for name in state if "vision" in name)
