@@ -156,6 +156,8 @@ def programs() -> Iterator[Program]:
 def decoder_programs(shapes: Shapes) -> Iterator[Program]:
     settings, params, adapter = shapes.model
     yield Program(generate.prefill, (*shapes.model, *shapes.read[:2]), {"room": 4})
+    behind = whole(2, 6), told(2, 6), whole(BATCH), *shapes.read[:2]
+    yield Program(generate.prefill_behind, (*shapes.model, *behind), {"room": 4})
     yield Program(filling._write, (of(3, 22), of(1, 22), whole()))
     begun = jax.eval_shape(partial(generate.prefill, settings, room=4), params, adapter, *shapes.read[:2])
     both = begun.replace(cache=(begun.cache, begun.cache))

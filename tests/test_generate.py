@@ -9,7 +9,7 @@ from probe_bases import write_base
 
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import Generator
-from jcrosslora.decoder.generate import LONGEST, _next_batch
+from jcrosslora.decoder.prompt_batches import LONGEST, plan_batches
 from jcrosslora.text import Message
 from jcrosslora.text.reading import prompt_ids
 
@@ -54,20 +54,23 @@ def test_texts_are_what_write_gives(generator):
 @pytest.mark.parametrize("lengths", [[3, 90, 96], [5] * 60, [97, 100, 128, 500], [40, 2048, 2048, 130], [97] * 50])
 def test_batches_hold_every_prompt_once_in_shapes_of_bounded_size(lengths):
     ids = [np.zeros(length, np.int32) for length in sorted(lengths)]
-    order, seen, shapes = list(range(len(ids))), [], set()
-    while order:
-        places, (rows, width) = _next_batch(ids, order)
-        assert 0 < len(places) <= rows
-        assert max(len(ids[place]) for place in places) <= width <= LONGEST
+    seen, shapes = [], set()
+    for batch in plan_batches(ids, 10, share=False):
+        rows, width = batch.shape
+        assert 0 < len(batch.places) <= rows
+        assert max(len(ids[place]) for place in batch.places) <= width <= LONGEST
         assert rows * width <= 48 * 96
         shapes.add((rows, width))
-        seen, order = seen + places, order[len(places) :]
+        seen += batch.places
     assert seen == list(range(len(ids)))
     assert len({width for _, width in shapes}) <= len(set(lengths))
 
 
 @pytest.mark.parametrize(("texts", "rows"), [(1, 8), (8, 8), (9, 24), (24, 24), (25, 48), (90, 48)])
 def test_batches_have_few_empty_rows(texts, rows):
-    assert _next_batch([np.zeros(5, np.int32)] * texts, range(texts))[1] == (rows, 16)
+    def first_shape(length):
+        return plan_batches([np.zeros(length, np.int32)] * texts, 10, share=False)[0].shape
+
+    assert first_shape(5) == (rows, 16)
     # Beside long texts fewer rows are written together: no more than these.
-    assert _next_batch([np.zeros(300, np.int32)] * texts, range(texts))[1] == (min(rows, 12), 384)
+    assert first_shape(300) == (min(rows, 12), 384)

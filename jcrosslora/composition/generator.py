@@ -26,3 +26,7 @@ class ComposedGenerator(Generator):
         batch = np.zeros((rows, self.shares.shape[1]), np.float32)
         batch[: len(places)] = self.shares[list(places)]
         return dataclasses.replace(self, adapter=self.adapter.with_shares(batch))
+
+    def _may_share(self) -> bool:
+        # A beginning that is read once has no shares: each of its prompts has its own.
+        return False

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import KVCache
-from jcrosslora.decoder.generate import Generator, State, prefill, rounded, step, write_tokens
+from jcrosslora.decoder.generate import Behind, Generator, State, step, write_tokens
 from jcrosslora.decoder.params import Params
+from jcrosslora.decoder.prompt_batches import rounded
 from jcrosslora.decoder.settings import DecoderSettings
 
 _Model = tuple[DecoderSettings, Params, AppliedAdapter | None]
@@ -33,9 +34,8 @@ class AmplifiedGenerator(Generator):
     strength: float = 1.0
     plausible: float = 0.0
 
-    def _begin(self, prompts: jax.Array, mask: jax.Array, room: int) -> State:
-        found = prefill(self.settings, self.params, self.adapter, prompts, mask, room=room)
-        plain = prefill(self.settings, self.params, None, prompts, mask, room=room)
+    def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
+        found, plain = (self._prefill(adapter, prompts, mask, behind, room) for adapter in (self.adapter, None))
         scores = amplified(found.scores, plain.scores, jnp.float32(self.strength), jnp.float32(self.plausible))
         return State(found.count, scores, found.positions, (found.cache, plain.cache), found.running, found.finite)
 

@@ -111,6 +111,12 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
     return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
 
 
+def positions_behind(tokens: jax.Array, mask: jax.Array | None, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what `positions_of` does, of rows that go on behind `before`, int32 (B,), tokens."""
+    queries, keys = positions_of(tokens, mask)
+    return queries + before[:, None], jnp.where(keys < 0, keys, keys + before[:, None])
+
+
 def context_of(
     settings: DecoderSettings,
     queries: jax.Array,

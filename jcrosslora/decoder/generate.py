@@ -17,24 +17,19 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.adapters import AppliedAdapter, stack_adapter
-from jcrosslora.decoder.attention import KVCache, init_cache
+from jcrosslora.decoder.attention import KVCache, init_cache, of_sequences
 from jcrosslora.decoder.draw import draw
-from jcrosslora.decoder.forward import extend_cache, logits, positions_of
+from jcrosslora.decoder.forward import extend_cache, logits, positions_behind, positions_of
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
+from jcrosslora.decoder.prompt_batches import LONGEST, Beginnings, padded, plan_batches, rounded
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
-_BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
-_ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
-# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
-# that are written is rounded likewise: one compiled program writes answers of nearly the same length.
-_MULTIPLE = 16
-_WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 _CONTEXT = 4  # tokens that are decoded together with those that follow them
+Behind = tuple[jax.Array, jax.Array, jax.Array]  # beginnings, their mask and owners, see `prefill_behind`
 UNFINISHED = "\ufffd"  # what the bytes of a character that was cut off decode to
 
 
@@ -153,11 +148,17 @@ class Generator:
         pad_left: bool,
         block: int | None = None,
         until: Sequence[str] = (),
+        beginnings: Beginnings | None = None,
     ) -> list[np.ndarray]:
-        """Continue prompts as `continue_tokens` does; rows that ended hold their stop token."""
-        tokens, mask = _padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
+        """Continue prompts, behind beginnings if there are any, as `continue_tokens` does.
+
+        Rows that ended hold their stop token.
+        """
+        tokens, mask = padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
+        behind = None if beginnings is None else jax.tree.map(jnp.asarray, beginnings.arrays(len(tokens)))
         block = block or max_new_tokens
-        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), rounded(block * -(-max_new_tokens // block)))
+        room = rounded(block * -(-max_new_tokens // block))
+        state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
         rows = [np.zeros(0, np.int32) for _ in prompts]
         unfinished = list(range(len(prompts)))
         for start in range(0, max_new_tokens, block):
@@ -175,8 +176,24 @@ class Generator:
             raise not_finite(self.name, self.adapter_name)
         return rows
 
-    def _begin(self, prompts: jax.Array, mask: jax.Array, room: int) -> State:
-        return prefill(self.settings, self.params, self.adapter, prompts, mask, room=room)
+    def _begin(self, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int) -> State:
+        return self._prefill(self.adapter, prompts, mask, behind, room)
+
+    def _prefill(
+        self, adapter: AppliedAdapter | None, prompts: jax.Array, mask: jax.Array, behind: Behind | None, room: int
+    ) -> State:
+        model = self.settings, self.params, adapter
+        if behind is None:
+            return prefill(*model, prompts, mask, room=room)
+        return prefill_behind(*model, *behind, prompts, mask, room=room)
+
+    def _may_share(self) -> bool:
+        """Whether prompts can be read behind a common beginning that was read once.
+
+        A recurrent state would take up the padding between the two, and a rotation that depends on the length of the
+        whole text is not known in its beginning.
+        """
+        return self.settings.mixer is None and all(rope.long_frequencies is None for rope in self.settings.ropes)
 
     def _extend(
         self, state: State, temperature: float, key: jax.Array, count: int
@@ -227,6 +244,8 @@ class Generator:
     ) -> list[Written]:
         """Answer prompts in batches of similar length, 48 or, of long prompts, fewer.
 
+        What several of them begin with is read once, where the base allows it and that saves enough.
+
         Args:
             prompts: any number, texts or conversations; only the last 2,048 tokens of each are read.
             max_new_tokens: see `continue_tokens`.
@@ -240,19 +259,16 @@ class Generator:
         """
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
         found = [Written("", 0, False)] * len(ids)
-        # Every token of padding costs as much as one of text.
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place]))
         start = 0
-        while start < len(order):
-            places, shape = _next_batch(ids, order[start:])
-            model, own = self._for(places, shape[0]), [ids[place] for place in places]
-            rows = model._continue(own, max_new_tokens, temperature, key, shape, True)
+        for batch in plan_batches(ids, max_new_tokens, share=self._may_share()):
+            model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
+            rows = model._continue(batch.texts, *sampling, batch.shape, True, beginnings=batch.beginnings)
             key = jax.random.fold_in(key, start)
-            for place, row in zip(places, rows, strict=True):
+            for place, row in zip(batch.places, rows, strict=True):
                 found[place] = as_written(self.tokenizer, ids[place], row)
-            start += len(places)
+            start += len(batch.places)
             if bar is not None:
-                bar.update(len(places))
+                bar.update(len(batch.places))
         return found
 
     def _for(self, places: Sequence[int], rows: int) -> Self:  # noqa: ARG002
@@ -308,9 +324,60 @@ def prefill(
     batch, length = prompts.shape
     cache = init_cache(settings, batch, length + room, params.cache_dtype)
     hidden, cache = extend_cache(settings, params, cache, prompts, positions_of(prompts, mask), adapter)
+    return _begun(settings, params, hidden, mask, cache, jnp.sum(mask, axis=-1, dtype=jnp.int32))
+
+
+@partial(jax.jit, static_argnames=("settings", "room"))
+def prefill_behind(
+    settings: DecoderSettings,
+    params: Params,
+    adapter: AppliedAdapter | None,
+    beginnings: jax.Array,
+    beginnings_mask: jax.Array,
+    owners: jax.Array,
+    prompts: jax.Array,
+    mask: jax.Array,
+    *,
+    room: int,
+) -> State:
+    """Run prompts behind beginnings, each of which is read once.
+
+    Args:
+        settings: of the model, whose layers all have attention, and rotary settings that no length switches.
+        params: its weights.
+        adapter: or None; the same for all rows.
+        beginnings: int32 (G, P).
+        beginnings_mask: bool (G, P), False at padding on either side; every row has at least one token.
+        owners: int32 (B,), the beginning in front of each prompt.
+        prompts: int32 (B, T), without their beginnings.
+        mask: bool (B, T), like the other.
+        room: tokens that the cache has space for behind the prompts.
+
+    Returns:
+        What `prefill` does of the whole texts; its cache has padding between the two.
+    """
+    slots = beginnings.shape[1] + prompts.shape[1] + room
+    cache = init_cache(settings, beginnings.shape[0], slots, params.cache_dtype)
+    places = positions_of(beginnings, beginnings_mask)
+    _, cache = extend_cache(settings, params, cache, beginnings, places, adapter)
+    before = jnp.sum(beginnings_mask, axis=-1, dtype=jnp.int32)[owners]
+    places = positions_behind(prompts, mask, before)
+    hidden, cache = extend_cache(settings, params, of_sequences(cache, owners), prompts, places, adapter)
+    return _begun(settings, params, hidden, mask, cache, before + jnp.sum(mask, axis=-1, dtype=jnp.int32))
+
+
+def _begun(
+    settings: DecoderSettings,
+    params: Params,
+    hidden: jax.Array,
+    mask: jax.Array,
+    cache: KVCache,
+    positions: jax.Array,
+) -> State:
+    """Return the state behind prompts, from their hidden states (B, T, H), mask (B, T) and next positions (B,)."""
+    batch, length = mask.shape
     last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
     first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    positions = jnp.sum(mask, axis=-1, dtype=jnp.int32)
     running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
     return State(jnp.zeros((), jnp.int32), first, positions, cache, running, finite)
 
@@ -406,32 +473,3 @@ def step(
     place = positions[:, None]
     hidden, cache = extend_cache(settings, params, cache, tokens[:, None], (place, place), adapter)
     return logits(settings, params, hidden[:, 0]), cache
-
-
-def _next_batch(ids: Sequence[np.ndarray], order: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
-    """Take the prompts of the next batch, shortest first, and the shape (B, T) to pad it to."""
-    places, most = list(order[:_BATCH]), _BATCH
-    width = rounded(len(ids[places[-1]]))
-    if width > _WIDE:
-        # The narrowest width that the shortest prompt fits in, and those that fit beside it.
-        width = next(width for width in (_WIDE, *_WIDTHS) if len(ids[places[0]]) <= width)
-        most = min(_BATCH, _BATCH * _WIDE // width)
-        places = [place for place in places[:most] if len(ids[place]) <= width]
-    return places, (min(most, next(rows for rows in _ROWS if len(places) <= rows)), width)
-
-
-def rounded(tokens: int) -> int:
-    """Round a number of tokens up to one that programs are compiled for."""
-    return -(-tokens // _MULTIPLE) * _MULTIPLE
-
-
-def _padded(
-    prompts: Sequence[Sequence[int] | np.ndarray], shape: tuple[int, int], left: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask (B, T); rows without a prompt hold one token, as every row has to."""
-    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    mask[len(prompts) :, -1 if left else 0] = True
-    for row, prompt in enumerate(prompts):
-        place = slice(shape[1] - len(prompt), None) if left else slice(len(prompt))
-        tokens[row, place], mask[row, place] = prompt, True
-    return tokens, mask

@@ -1,0 +1,185 @@
+"""Put prompts into batches of few shapes; beginnings that several of them have in common are read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jcrosslora.decoder.common_beginnings import Group, common_beginnings
+
+_BATCH, _WIDE = 48, 96  # texts continued together, and the tokens of a text up to which they are so many
+_READ = _BATCH * _WIDE  # tokens that are read in one pass, padding included
+_SLOTS = _BATCH * 512  # of the cache of a batch, without those of what is written
+_ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
+_BEGINNINGS = (1, 2, 4, 8)  # of a batch, likewise
+# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
+# that are written is rounded likewise: one compiled program writes answers of nearly the same length.
+_MULTIPLE = 16
+_WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
+# Share of the tokens of whole prompts that batches behind common beginnings have at most: they are compiled anew, and
+# the passes over beginnings and what is behind them are two.
+_WORTH = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """The beginnings of the prompts of a batch.
+
+    Attributes:
+        tokens: int32 (T,) token ids of each, all different.
+        owners: of each prompt, the index of its beginning.
+        shape: (G, P) that they are padded to.
+    """
+
+    tokens: list[np.ndarray]
+    owners: list[int]
+    shape: tuple[int, int]
+
+    def arrays(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens int32 (G, P) and their mask, padded on the left, and owners int32 (rows,)."""
+        owners = np.zeros(rows, np.int32)  # rows without a prompt stand behind some beginning
+        owners[: len(self.owners)] = self.owners
+        return *padded(self.tokens, self.shape, left=True), owners
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts that are answered together.
+
+    Attributes:
+        places: of the prompts.
+        texts: int32 (T,) token ids of each, without its beginning.
+        shape: (B, T) that they are padded to.
+        beginnings: what stands in front of the texts; None where these are whole prompts.
+    """
+
+    places: list[int]
+    texts: list[np.ndarray]
+    shape: tuple[int, int]
+    beginnings: Beginnings | None = None
+
+    def count_tokens(self, written: int) -> int:
+        """Count the tokens that are read and, in each row, `written`; those of padding and of empty rows included."""
+        rows, width = self.shape
+        groups, longest = (0, 0) if self.beginnings is None else self.beginnings.shape
+        return groups * longest + rows * (width + written)
+
+
+def plan_batches(ids: Sequence[np.ndarray], written: int, *, share: bool) -> list[PromptBatch]:
+    """Put prompts into batches of similar length.
+
+    Args:
+        ids: int32 (T,) token ids of each prompt, at most `LONGEST`.
+        written: the most tokens that are written behind each.
+        share: whether common beginnings may be read once, which they are where that leaves less to do.
+
+    Returns:
+        Batches that hold every prompt once, those behind common beginnings last.
+    """
+    whole = _whole(ids, range(len(ids)))
+    groups = common_beginnings(ids) if share else []
+    if not groups:
+        return whole
+    grouped = {place for group in groups for place in group.places}
+    others = [place for place in range(len(ids)) if place not in grouped]
+    shared = [*_whole(ids, others), *_behind(ids, groups)]
+    tokens = [sum(batch.count_tokens(written) for batch in batches) for batches in (shared, whole)]
+    return shared if tokens[0] <= _WORTH * tokens[1] else whole
+
+
+def _whole(ids: Sequence[np.ndarray], places: Sequence[int]) -> list[PromptBatch]:
+    """Put whole prompts into batches, shortest first: every token of padding costs as much as one of text."""
+    order, found = sorted(places, key=lambda place: len(ids[place])), []
+    while order:
+        part, most = order[:_BATCH], _BATCH
+        width = rounded(len(ids[part[-1]]))
+        if width > _WIDE:
+            # The narrowest width that the shortest prompt fits in, and those that fit beside it.
+            width = _next_width(len(ids[part[0]]))
+            most = min(_BATCH, _READ // width)
+            part = [place for place in part[:most] if len(ids[place]) <= width]
+        found.append(PromptBatch(part, [ids[place] for place in part], (_rows(len(part), most), width)))
+        order = order[len(part) :]
+    return found
+
+
+class _Row(NamedTuple):
+    """A prompt behind a common beginning, in the order in which they are put into batches."""
+
+    width: int  # the narrowest that what is behind the beginning fits in
+    beginning: int  # tokens
+    group: int
+    text: int  # tokens behind the beginning
+    place: int
+
+
+def _behind(ids: Sequence[np.ndarray], groups: Sequence[Group]) -> list[PromptBatch]:
+    """Put the prompts of groups into batches, those of a group that go on for similarly long together."""
+    rows = sorted(
+        _Row(_next_width(text := len(ids[place]) - group.length), group.length, number, text, place)
+        for number, group in enumerate(groups)
+        for place in group.places
+    )
+    found = []
+    while rows:
+        count, shapes = 1, _shapes(rows[:1])
+        while count < len(rows) and (larger := _shapes(rows[: count + 1])) is not None:
+            count, shapes = count + 1, larger
+        assert shapes is not None  # a single prompt always fits
+        found.append(_batch(ids, rows[:count], *shapes))
+        rows = rows[count:]
+    return found
+
+
+def _shapes(rows: Sequence[_Row]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Return the shapes (G, P) of the beginnings of a batch and (B, T) of its texts; None if they are no batch."""
+    longest, width = _width(rows[-1].beginning), _width(max(row.text for row in rows))
+    groups, most = len({row.group for row in rows}), min(_BATCH, _READ // width, _SLOTS // (longest + width))
+    padded_groups = next((count for count in _BEGINNINGS if groups <= count), None)
+    # In front of a long beginning there is no more padding than it has tokens.
+    alike = rows[0].width == rows[-1].width and longest <= max(_WIDE, 2 * rows[0].beginning)
+    if padded_groups is None or padded_groups * longest > _READ or len(rows) > most or not alike:
+        return None
+    return (padded_groups, longest), (_rows(len(rows), most), width)
+
+
+def _batch(
+    ids: Sequence[np.ndarray], rows: Sequence[_Row], beginnings: tuple[int, int], shape: tuple[int, int]
+) -> PromptBatch:
+    groups = {row.group: row for row in rows}
+    order = list(groups)
+    tokens = [ids[row.place][: row.beginning] for row in groups.values()]
+    texts = [ids[row.place][row.beginning :] for row in rows]
+    owners = [order.index(row.group) for row in rows]
+    return PromptBatch([row.place for row in rows], texts, shape, Beginnings(tokens, owners, beginnings))
+
+
+def _rows(count: int, most: int) -> int:
+    return min(most, next(rows for rows in _ROWS if count <= rows))
+
+
+def _next_width(tokens: int) -> int:
+    return next(width for width in (_WIDE, *_WIDTHS) if tokens <= width)
+
+
+def _width(tokens: int) -> int:
+    return rounded(tokens) if tokens <= _WIDE else _next_width(tokens)
+
+
+def rounded(tokens: int) -> int:
+    """Round a number of tokens up to one that programs are compiled for."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
+
+
+def padded(
+    prompts: Sequence[Sequence[int] | np.ndarray], shape: tuple[int, int], left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens int32 and mask (B, T); rows without a prompt hold one token, as every row has to."""
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    mask[len(prompts) :, -1 if left else 0] = True
+    for row, prompt in enumerate(prompts):
+        place = slice(shape[1] - len(prompt), None) if left else slice(len(prompt))
+        tokens[row, place], mask[row, place] = prompt, True
+    return tokens, mask
