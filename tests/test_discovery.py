@@ -226,3 +226,20 @@ def test_requests_are_whole_lines_that_are_new(tmp_path):
     assert base.asked[0].count("Answer: ") == 4
     assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][0]]
     assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"
+
+
+def test_several_requests_are_written_behind_one_list(tmp_path, monkeypatch):
+    base, asked = Lines.of(open_base(write_base(tmp_path / "base", 30))), []
+    monkeypatch.setattr(Lines, "asked", asked)
+    resemble(base, [f"Name {number} cities" for number in range(20)], 15, 0)
+    assert [asked.count(prompt) for prompt in dict.fromkeys(asked)] == [6, 6, 3]
+    asked.clear()
+    examples = [(text, answer) for kind in KINDS for text, answer in kind.examples]
+    back_translate(base, [f"{number}." for number in range(9)], examples, 12, 0)
+    shown = [prompt.split("\n\n")[:2] for prompt in asked]
+    # Behind each list stand the example most like the answer, which is a number and a mark, and the answer itself.
+    assert len({prompt.split("\n\n")[2] for prompt in asked}) == 1
+    assert shown[:6] == [shown[0]] * 6
+    assert shown[6:] == [shown[6]] * 6
+    assert shown[0] != shown[6]
+    assert len({prompt.split("\n\n")[3] for prompt in asked}) == 9

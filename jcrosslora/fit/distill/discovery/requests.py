@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jcrosslora.fit.distill.discovery.near_duplicates import distinct, overlap, 
 from jcrosslora.sources.protocol import Writer
 from jcrosslora.utils.progress import Track
 
+T = TypeVar("T")
 _SHOTS, _SHOWN = 3, 6  # answers with requests, and requests, in front of each that is to be written
+_ALIKE = 6  # texts that are written behind the same of these, which are read once for all of them
 REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request, as many as are usual
 _LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
 _FEWEST_WORDS, _MOST_CHARACTERS = 3, 200  # of a request, and of an answer that is shown
@@ -36,11 +39,10 @@ def back_translate(
         seed: of the sampling.
         bar: advances by one for each.
     """
-    rng = np.random.default_rng(seed)
+    orders = _orders(examples, count, seed)
 
     def prompt(place: int) -> str:
-        answer = _one_line(answers[place % len(answers)])
-        shuffled = [examples[index] for index in rng.permutation(len(examples))]
+        answer, shuffled = _one_line(answers[place % len(answers)]), orders[place // _ALIKE]
         # The base does to the last answer what was done to the one before it, which therefore looks like it.
         nearest = max(shuffled, key=lambda example: likeness(example[1], answer))
         others = [example for example in shuffled if example is not nearest]
@@ -86,13 +88,18 @@ def resemble(
         shown: how many of the given ones stand in front of each.
         tokens: the most tokens of a request; None is half as many again as the longest of the given ones has.
     """
-    rng = np.random.default_rng(seed)
+    orders = _orders(requests, count, seed)
 
-    def prompt(_: int) -> str:
-        chosen: list[int] = rng.permutation(len(requests))[:shown].tolist()
-        return list_requests([*(requests[index] for index in chosen), ""])
+    def prompt(place: int) -> str:
+        return list_requests([*orders[place // _ALIKE][:shown], ""])
 
     return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
+
+
+def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
+    """Shuffle items, once for every `_ALIKE` of so many texts."""
+    rng = np.random.default_rng(seed)
+    return [[items[place] for place in rng.permutation(len(items))] for _ in range(-(-count // _ALIKE))]
 
 
 def _tokens(base: Writer, requests: Sequence[str]) -> int:
