@@ -27,6 +27,7 @@ class ComposedGenerator(Generator):
         batch[: len(places)] = self.shares[list(places)]
         return dataclasses.replace(self, adapter=self.adapter.with_shares(batch))
 
-    def _may_share(self) -> bool:
-        # A beginning that is read once has no shares: each of its prompts has its own.
+    @property
+    def shares_beginnings(self) -> bool:
+        """False: a beginning that is read once has no shares, as each of its prompts has its own."""
         return False

@@ -187,7 +187,8 @@ class Generator:
             return prefill(*model, prompts, mask, room=room)
         return prefill_behind(*model, *behind, prompts, mask, room=room)
 
-    def _may_share(self) -> bool:
+    @property
+    def shares_beginnings(self) -> bool:
         """Whether prompts can be read behind a common beginning that was read once.
 
         A recurrent state would take up the padding between the two, and a rotation that depends on the length of the
@@ -260,7 +261,7 @@ class Generator:
         ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
         found = [Written("", 0, False)] * len(ids)
         start = 0
-        for batch in plan_batches(ids, max_new_tokens, share=self._may_share()):
+        for batch in plan_batches(ids, max_new_tokens, share=self.shares_beginnings):
             model, sampling = self._for(batch.places, batch.shape[0]), (max_new_tokens, temperature, key)
             rows = model._continue(batch.texts, *sampling, batch.shape, True, beginnings=batch.beginnings)
             key = jax.random.fold_in(key, start)
