@@ -1,6 +1,7 @@
 """The search for what an adapter is for: near-duplicates, scores, and an adapter whose job is found."""
 
 import dataclasses
+from collections import Counter
 from typing import ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from jcrosslora.utils.progress import Track
 
 EXAMPLES = KINDS[0].examples
 SAID = '{"colour": "red"}'
+WORDS = "key", "bag", "dog", "hat", "pen", "cup", "map"
 LINES = "Tell me about {}", "Turn into JSON: {}"
 
 
@@ -234,12 +236,28 @@ def test_several_requests_are_written_behind_one_list(tmp_path, monkeypatch):
     resemble(base, [f"Name {number} cities" for number in range(20)], 15, 0)
     assert [asked.count(prompt) for prompt in dict.fromkeys(asked)] == [6, 6, 3]
     asked.clear()
-    examples = [(text, answer) for kind in KINDS for text, answer in kind.examples]
-    back_translate(base, [f"{number}." for number in range(9)], examples, 12, 0)
-    shown = [prompt.split("\n\n")[:2] for prompt in asked]
-    # Behind each list stand the example most like the answer, which is a number and a mark, and the answer itself.
-    assert len({prompt.split("\n\n")[2] for prompt in asked}) == 1
-    assert shown[:6] == [shown[0]] * 6
-    assert shown[6:] == [shown[6]] * 6
-    assert shown[0] != shown[6]
-    assert len({prompt.split("\n\n")[3] for prompt in asked}) == 9
+    # Two answers in JSON and five in words, in turn: each kind stands behind an example that looks like it.
+    answers = [f'{{"a": "{word}"}}' if place % 3 == 0 else f"So it is {word}." for place, word in enumerate(WORDS)]
+    examples = [
+        ("Turn it into JSON", '{"b": "four"}'),
+        ("Tell me", "So it was four."),
+        ("Name it", "4"),
+        ("Ask", "5 6"),
+    ]
+    back_translate(base, answers, examples, 14, 0)
+    *lists, last = zip(*(prompt.rsplit("\n\n", 1) for prompt in asked), strict=True)
+    assert list(last) == [f"Answer: {answers[place % 7]}\nRequest:" for place in range(14)]
+    ends = [one.rsplit("\n\n", 1)[1] for one in lists[0]]
+    assert [end == 'Answer: {"b": "four"}\nRequest: Turn it into JSON' for end in ends] == [
+        "{" in answers[place % 7] for place in range(14)
+    ]
+    assert sorted(Counter(lists[0]).values()) == [2, 6, 6]
+
+
+def test_examples_that_look_alike_take_turns_behind_each_other(tmp_path, monkeypatch):
+    base, asked = Lines.of(open_base(write_base(tmp_path / "base", 30))), []
+    monkeypatch.setattr(Lines, "asked", asked)
+    examples = [(f"Where is my {word}?", f"lost {word}") for word in WORDS]
+    back_translate(base, ["new card"], examples, 42, 0)
+    ends = [prompt.rsplit("\n\n", 2)[1] for prompt in asked]
+    assert Counter(ends) == {f"Answer: lost {word}\nRequest: Where is my {word}?": 6 for word in WORDS}

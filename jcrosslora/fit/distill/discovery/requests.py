@@ -39,14 +39,11 @@ def back_translate(
         seed: of the sampling.
         bar: advances by one for each.
     """
-    orders = _orders(examples, count, seed)
+    texts = [_one_line(answers[place % len(answers)]) for place in range(count)]
+    shown = _shots(texts, examples, seed)
 
     def prompt(place: int) -> str:
-        answer, shuffled = _one_line(answers[place % len(answers)]), orders[place // _ALIKE]
-        # The base does to the last answer what was done to the one before it, which therefore looks like it.
-        nearest = max(shuffled, key=lambda example: likeness(example[1], answer))
-        others = [example for example in shuffled if example is not nearest]
-        pairs = [*others[: _SHOTS - 1], nearest, ("", answer)]
+        pairs = [*shown[place], ("", texts[place])]
         return "\n\n".join(f"Answer: {_one_line(answer)}\nRequest: {text}" for text, answer in pairs).rstrip()
 
     known = [request for request, _ in examples]
@@ -94,6 +91,26 @@ def resemble(
         return list_requests([*orders[place // _ALIKE][:shown], ""])
 
     return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
+
+
+def _shots(answers: Sequence[str], examples: Sequence[tuple[str, str]], seed: int) -> list[list[tuple[str, str]]]:
+    """Choose examples to stand in front of each answer, those of `_ALIKE` answers the same if they can be.
+
+    The base does to an answer what was done to the one before it, which is therefore the one that looks like it; where
+    several do alike, they take turns.
+    """
+    (shuffled,) = _orders(examples, 1, seed)
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, answer in enumerate(answers):
+        scores = [likeness(known, answer) for _, known in shuffled]
+        alike = [one for one, score in zip(shuffled, scores, strict=True) if score == max(scores)]
+        found.setdefault(alike[place // _ALIKE % len(alike)], []).append(place)
+    shots: dict[int, list[tuple[str, str]]] = {}
+    for last, places in found.items():
+        orders = _orders([one for one in examples if one is not last], len(places), seed)
+        for number, place in enumerate(places):
+            shots[place] = [*orders[number // _ALIKE][: _SHOTS - 1], last]
+    return [shots[place] for place in range(len(answers))]
 
 
 def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
