@@ -16,7 +16,7 @@ from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
 from jcrosslora.fit.distill.discovery.openings import ANSWER, OPENINGS
-from jcrosslora.fit.distill.discovery.requests import REQUEST
+from jcrosslora.fit.distill.discovery.requests import ALIKE, REQUEST
 from jcrosslora.fit.distill.discovery.search import JUDGED_TOKENS, PROBES
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.similar_prompts import FEWEST
@@ -38,7 +38,7 @@ _SHAPE = _TEXTS, _TOKENS
 _ROWS = 48  # texts that are written together
 _PROBE_TOKENS = 96  # of a text that the source writes
 _PROMPT_TOKENS = 32  # of a prompt that the source writes
-_SHOTS_LENGTH = 2  # of what stands in front of a request, in times of `_TOKENS`
+_SHOTS_LENGTH = 2 / ALIKE  # of what stands in front of requests, for each of them, in times of `_TOKENS`
 _WIDTHS = 4  # widths of rows that completions of one kind have
 # Against a layer as it is timed, measured with SmolLM2-135M on one core: a token with the cache of those before takes
 # 1.5 times as long (4.3 ms instead of 2.8 for 48 texts), and so do the prompts of 48 texts (104 to 115 ms instead of 73

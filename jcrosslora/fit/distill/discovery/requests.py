@@ -14,7 +14,7 @@ from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
 _SHOTS, _SHOWN = 3, 6  # answers with requests, and requests, in front of each that is to be written
-_ALIKE = 6  # texts that are written behind the same of these, which are read once for all of them
+ALIKE = 6  # texts that are written behind the same of these, which are read once for all of them
 REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request, as many as are usual
 _LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
 _FEWEST_WORDS, _MOST_CHARACTERS = 3, 200  # of a request, and of an answer that is shown
@@ -88,13 +88,13 @@ def resemble(
     orders = _orders(requests, count, seed)
 
     def prompt(place: int) -> str:
-        return list_requests([*orders[place // _ALIKE][:shown], ""])
+        return list_requests([*orders[place // ALIKE][:shown], ""])
 
     return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
 
 
 def _shots(answers: Sequence[str], examples: Sequence[tuple[str, str]], seed: int) -> list[list[tuple[str, str]]]:
-    """Choose examples to stand in front of each answer, those of `_ALIKE` answers the same if they can be.
+    """Choose examples to stand in front of each answer, those of `ALIKE` answers the same if they can be.
 
     The base does to an answer what was done to the one before it, which is therefore the one that looks like it; where
     several do alike, they take turns.
@@ -104,19 +104,19 @@ def _shots(answers: Sequence[str], examples: Sequence[tuple[str, str]], seed: in
     for place, answer in enumerate(answers):
         scores = [likeness(known, answer) for _, known in shuffled]
         alike = [one for one, score in zip(shuffled, scores, strict=True) if score == max(scores)]
-        found.setdefault(alike[place // _ALIKE % len(alike)], []).append(place)
+        found.setdefault(alike[place // ALIKE % len(alike)], []).append(place)
     shots: dict[int, list[tuple[str, str]]] = {}
     for last, places in found.items():
         orders = _orders([one for one in examples if one is not last], len(places), seed)
         for number, place in enumerate(places):
-            shots[place] = [*orders[number // _ALIKE][: _SHOTS - 1], last]
+            shots[place] = [*orders[number // ALIKE][: _SHOTS - 1], last]
     return [shots[place] for place in range(len(answers))]
 
 
 def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
-    """Shuffle items, once for every `_ALIKE` of so many texts."""
+    """Shuffle items, once for every `ALIKE` of so many texts."""
     rng = np.random.default_rng(seed)
-    return [[items[place] for place in rng.permutation(len(items))] for _ in range(-(-count // _ALIKE))]
+    return [[items[place] for place in rng.permutation(len(items))] for _ in range(-(-count // ALIKE))]
 
 
 def _tokens(base: Writer, requests: Sequence[str]) -> int:
