@@ -130,7 +130,7 @@ def test_a_fit_runs_behind_an_alignment(tmp_path):
 
     source = jcl.open_base(write_base(tmp_path / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))
-    adapter = random_adapter(source, scale=0.3, roles=("q_proj", "v_proj"))
+    adapter = random_adapter(source, scale=1.0, roles=("q_proj", "v_proj"))
     method = jcl.methods.Distill(completions=24, fit_rank=2, passes=1, answer_tokens=4, roles=("v_proj", "o_proj"))
     prompts = [f"{line} {number}" for number in range(6) for line in CORPUS]
     transport = jcl.align(source, target, method)
