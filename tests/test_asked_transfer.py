@@ -13,6 +13,8 @@ import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, SourceError, UsageError
 from jcrosslora.fit.distill import completions, template_choice, writing
+from jcrosslora.fit.distill.discovery import search
+from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.templates import templates_of
 from jcrosslora.methods import Distill
@@ -105,6 +107,7 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     monkeypatch.setattr(writing, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes
     for module in (completions, template_choice):  # fewer, for the sake of time
         monkeypatch.setattr(module, "templates_of", lambda tokenizer: templates_of(tokenizer)[-2:])
+    monkeypatch.setattr(search, "KINDS", KINDS[:2])
     source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
     found = completions.write_completions(source, source.alone(), Distill(**FIT, discovery=4), 0)
     assert "completions of at most 4 tokens" in found.description

@@ -51,6 +51,23 @@ def test_the_time_taken_is_shown_until_the_time_left_is_known(display, clock):
         assert display.line(clock.now) == "jobs, 0 of 3 jobs, 42 s so far"
 
 
+def test_steps_inside_a_step_know_better_what_is_left_of_it(display, clock):
+    with display.steps({"move": 120, "compare": 60}) as plan:
+        plan.begin("move")
+        with display.steps({"write completions": 200, "fit": 100}) as inner:
+            assert display.line(clock.now).endswith("begin, about 3 min left")  # as long as they usually take
+            inner.begin("write completions")
+            with display.track(100, "write completions", "texts") as shown:
+                clock.now += 120
+                shown.update(40)
+                # 180 s for the other 60 texts, 100 s for the fit, 60 s for what comes behind the move.
+                line = "step 1 of 2: move, step 1 of 2: write completions, 40 of 100 texts, about 6 min left"
+                assert display.line(clock.now) == line
+        with display.steps({"write completions": None}) as inner:
+            inner.begin("write completions")
+            assert display.line(clock.now).endswith("write completions, about 60 s left")
+
+
 def test_steps_are_numbered_and_scaled_by_the_pace_of_those_before(display, clock):
     with display.steps({"align": 20, "write completions": 100, "fit": 60}) as plan:
         plan.begin("align")
@@ -168,7 +185,7 @@ def test_steps_inside_an_announced_step_have_the_line_to_themselves(display, clo
     with display.steps({"move": 90}, announce=lambda _: None) as outer:
         outer.begin("move")
         with display.steps({"align": 20, "fit": 60}), display.track(3, "fit"):
-            assert display.line(clock.now) == "step 1 of 1, step 2 of 2: fit, 0 of 3, about 2 min left"
+            assert display.line(clock.now) == "step 1 of 1, step 2 of 2: fit, 0 of 3, about 60 s left"
 
 
 @pytest.mark.parametrize(

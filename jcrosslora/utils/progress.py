@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO, TypeVar
 
@@ -32,8 +32,8 @@ class _Shown(Protocol):
         """Describe the state; `inside` is the name of the step that it is part of, if any."""
         ...
 
-    def left(self, now: float, inner: "_Shown | None") -> float | None:
-        """Estimate the seconds left; `inner` is the part that runs inside."""
+    def left(self, now: float, inside: "Sequence[_Shown]") -> float | None:
+        """Estimate the seconds left; `inside` are the parts that run inside this one, outermost first."""
         ...
 
 
@@ -68,9 +68,9 @@ class Track:
         described = [] if self._description == inside else [self._description]
         return ", ".join([*described, count, *([self.note] if self.note else [])])
 
-    def left(self, now: float, inner: _Shown | None) -> float | None:
+    def left(self, now: float, inside: Sequence[_Shown]) -> float | None:
         """Estimate the seconds left from the pace so far; None before the first unit is done."""
-        del inner
+        del inside
         done = self.done - self._begun
         return (now - self._since) / done * max(0, self.total - self.done) if done > 0 else None
 
@@ -110,7 +110,7 @@ class Steps:
             self._took, self._usual = self._took + now - self._since, self._usual + usual
         self._current, self._since = self._names.index(name), now
         if self._announce is not None:
-            left = self.left(now, None)
+            left = self.left(now, ())
             with self._display.hidden():
                 ending = "" if left is None else f" ({_about(left)} left in all)"
                 self._announce(f"{self._number()}: {name}{ending}")
@@ -131,16 +131,20 @@ class Steps:
     def _number(self) -> str:
         return f"step {self._current + 1} of {len(self._names)}"
 
-    def left(self, now: float, inner: _Shown | None) -> float | None:
-        """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones."""
+    def left(self, now: float, inside: Sequence[_Shown]) -> float | None:
+        """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones.
+
+        What runs inside the step knows better what is left of it than what such a step usually takes does.
+        """
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
             return None
         pace = min(max(self._took / self._usual, _LEAST_PACE), _MOST_PACE) if self._usual else 1.0
         usual = self._seconds[self.name]
         current = None if usual is None else max(0.0, usual * pace - (now - self._since))
-        if isinstance(inner, Track) and (current is None or inner.share >= _ENOUGH):
-            current = inner.left(now, None)
+        if inside and (current is None or not isinstance(inside[0], Track) or inside[0].share >= _ENOUGH):
+            known = inside[0].left(now, inside[1:])
+            current = current if known is None else known
         return None if current is None else current + pace * sum(seconds for seconds in later if seconds)
 
 
@@ -253,7 +257,7 @@ class Display:
         for one in self._shown:
             parts.append(one.text(inside))
             inside = one.name if isinstance(one, Steps) else ""
-        left = self._shown[0].left(now, self._shown[1] if len(self._shown) > 1 else None)
+        left = self._shown[0].left(now, self._shown[1:])
         ending = f"{duration(now - self._begun)} so far" if left is None else f"{_about(left)} left"
         return ", ".join([*parts, ending])
 
