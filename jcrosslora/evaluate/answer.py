@@ -11,7 +11,7 @@ from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Generator, Params, Written, load_params, settings_of, stack_adapters
-from jcrosslora.decoder.generate import LONGEST
+from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.examples import Example, as_completion, read_examples

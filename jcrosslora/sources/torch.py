@@ -17,7 +17,8 @@ from jcrosslora.checkpoint.opening import read_template
 from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
-from jcrosslora.decoder.generate import LONGEST, as_written
+from jcrosslora.decoder.generate import as_written
+from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import AdapterError, not_finite
 from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.tokenizer import open_tokenizer, with_own_template

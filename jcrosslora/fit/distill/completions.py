@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.decoder.generate import LONGEST
+from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import MethodError
 from jcrosslora.fit.distill.discovery.search import NOTHING, PROBES, ROUNDS, Discovery, discover
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, ROUND, DistillSettings

@@ -14,7 +14,8 @@ from jcrosslora.cache.keys import sha256
 from jcrosslora.checkpoint.tokenizer import Tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import Written
-from jcrosslora.decoder.generate import LONGEST, UNFINISHED, as_written
+from jcrosslora.decoder.generate import UNFINISHED, as_written
+from jcrosslora.decoder.prompt_batches import LONGEST
 from jcrosslora.errors import CheckpointError, SourceError
 from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.served.answers import Answers
