@@ -290,7 +290,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     one = of(PLACES)
     yield Program(token_choice.chosen_weights, (one, told(PLACES), whole(PLACES), said, said, of()))
     yield Program(top_tokens.spread, (said, one, one, said))
-    yield Program(decoder_source._states, (*shapes.model, *shapes.read))
+    yield Program(decoder_source._hidden, (*shapes.model, *shapes.read[:2]))
     states = of(PLACES, shapes.hidden)
     yield Program(decoder_source._divergence, (settings, params, states, states, whole(PLACES)))
     stream = of(BATCH, LENGTH, shapes.hidden)

@@ -14,7 +14,7 @@ from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.layer import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
 from jcrosslora.decoder.layer_inputs import layer_inputs
 from jcrosslora.decoder.layer_stack import scan_layers
-from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, soft_cap
+from jcrosslora.decoder.ops import layer_norm, linear, rms_norm, rows_at, soft_cap
 from jcrosslora.decoder.params import Params
 from jcrosslora.decoder.settings import DecoderSettings
 from jcrosslora.errors import UsageError
@@ -137,7 +137,7 @@ def context_of(
 def embed(settings: DecoderSettings, params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Return the residual stream (B, T, H) before the first layer, and what `layer_inputs` makes of it."""
     # The scale is rounded to the dtype of the stream, as in the training of the Gemma models.
-    x = params.embedding[tokens].astype(params.stream_dtype)
+    x = rows_at(params.embedding, tokens).astype(params.stream_dtype)
     x = x if settings.embedding_scale == 1.0 else x * jnp.asarray(settings.embedding_scale, x.dtype)
     return x, layer_inputs(settings, params.layer_inputs, tokens, x)
 

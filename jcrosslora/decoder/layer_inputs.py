@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.decoder.ops import linear, rms_norm
+from jcrosslora.decoder.ops import linear, rms_norm, rows_at
 from jcrosslora.decoder.settings import DecoderSettings
 
 
@@ -43,5 +43,5 @@ def layer_inputs(
     shape = *x.shape[:2], -1, settings.layer_inputs
     projected = (linear(x, weights.projection) * settings.hidden**-0.5).astype(x.dtype).reshape(shape)
     projected = rms_norm(projected, weights.norm, settings.eps)
-    own = weights.embedding[tokens].astype(x.dtype) * jnp.asarray(settings.layer_inputs**0.5, x.dtype)
+    own = rows_at(weights.embedding, tokens).astype(x.dtype) * jnp.asarray(settings.layer_inputs**0.5, x.dtype)
     return ((projected + own.reshape(shape)) * jnp.asarray(2**-0.5, x.dtype)).transpose(2, 0, 1, 3)

@@ -109,6 +109,14 @@ def from_bits(weight: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(weight, jnp.bfloat16) if is_packed(weight) else weight
 
 
+def rows_at(matrix: jax.Array, places: jax.Array) -> jax.Array:
+    """Take rows of a matrix."""
+    # XLA has no gather of bfloat16 on a CPU. In front of a loop it would convert the whole matrix to float32; what
+    # passes the barrier with the places is no constant of the loop, so that only the rows are converted.
+    matrix, places = lax.optimization_barrier((matrix, places))
+    return matrix[places]
+
+
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """Normalise the last axis to RMS 1 and multiply with a gain, in float32; the result has the dtype of x."""
     wide = x.astype(jnp.float32)

@@ -23,7 +23,7 @@ from jcrosslora.decoder.log_probs import divergence
 from jcrosslora.sources.protocol import Compared, ReadBatch
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 
-_WIDTHS, _ROWS = (40, 64, 128), 8  # shapes (B, T) of the texts that are compared: the fewer, the less to compile
+_WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +86,9 @@ class DecoderSource(Generator):
             width = next((width for width in _WIDTHS if len(texts[part[-1]]) <= width), _WIDTHS[-1])
             at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
             rows = [texts[place][-width:] for place in part]
-            batch = (*map(jnp.asarray, pad_right(rows, (_ROWS, width))), jnp.asarray(at.ravel()))
-            plain = _states(*model, none, *batch)
-            adapted = plain if self.adapter is None else _states(*model, self.adapter, *batch)
+            batch = tuple(map(jnp.asarray, pad_right(rows, (_ROWS, width))))
+            plain = _hidden(*model, none, *batch)[at.ravel()]
+            adapted = plain if self.adapter is None else _hidden(*model, self.adapter, *batch)[at.ravel()]
             found = _divergence(*model, adapted, plain, jnp.asarray(token.ravel()))
             own = used[: len(part)]
             for figure, values in zip(figures, (found.kl, -found.log_probs_b, -found.log_probs_a), strict=True):
@@ -152,16 +152,12 @@ def _answer_positions(
 
 
 @partial(jax.jit, static_argnums=0)
-def _states(
-    settings: DecoderSettings,
-    params: Params,
-    adapter: AppliedAdapter | None,
-    tokens: jax.Array,
-    mask: jax.Array,
-    at: jax.Array,
+def _hidden(
+    settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
+    """(B * T, H): hidden states of all positions, so that one program serves any number of tokens that are looked at."""
     hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
-    return hidden.reshape(-1, hidden.shape[-1])[at]
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 _divergence = jax.jit(divergence, static_argnums=0)
