@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.decoder.adapters import AppliedAdapter
-from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, last_keys, rotations
+from jcrosslora.decoder.attention import EMPTY, KVCache, append_positions, growths, last_keys, of_sequences, rotations
 from jcrosslora.decoder.block import layer_forward
 from jcrosslora.decoder.layer import MODULE_OUTPUT, Context, LayerCapture, LayerWeights
 from jcrosslora.decoder.layer_inputs import layer_inputs
@@ -111,7 +111,7 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
     return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
 
 
-def positions_behind(tokens: jax.Array, mask: jax.Array | None, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _positions_behind(tokens: jax.Array, mask: jax.Array | None, before: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return what `positions_of` does, of rows that go on behind `before`, int32 (B,), tokens."""
     queries, keys = positions_of(tokens, mask)
     return queries + before[:, None], jnp.where(keys < 0, keys, keys + before[:, None])
@@ -198,3 +198,34 @@ def extend_cache(
     assert grown is not None
     filled = grown.filled + tokens.shape[1]
     return hidden, grown.replace(filled=filled)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def extend_behind(
+    settings: DecoderSettings,
+    params: Params,
+    cache: KVCache,
+    beginnings: tuple[jax.Array, jax.Array],
+    owners: jax.Array,
+    texts: tuple[jax.Array, jax.Array],
+    adapter: AppliedAdapter | None,
+) -> tuple[jax.Array, KVCache]:
+    """Run beginnings, each once, and behind them the texts that go on from them.
+
+    Args:
+        settings: of the model.
+        params: its weights.
+        cache: empty, of G sequences.
+        beginnings: int32 (G, P) tokens and their mask, bool, False at padding on either side.
+        owners: int32 (B,), the beginning in front of each text.
+        texts: int32 (B, T) tokens and their mask, likewise.
+        adapter: or None.
+
+    Returns:
+        (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.
+    """
+    before, own = (jnp.sum(mask, axis=-1, dtype=jnp.int32) for _, mask in (beginnings, texts))
+    # The rotations of some bases depend on the length of a text: a beginning and its texts use that of the longest.
+    whole = before + jnp.zeros_like(before).at[owners].max(own)
+    _, cache = extend_cache(settings, params, cache, beginnings[0], positions_of(*beginnings), adapter, whole)
+    cache, places = of_sequences(cache, owners), _positions_behind(*texts, before[owners])
+    return extend_cache(settings, params, cache, texts[0], places, adapter, whole[owners])

@@ -17,9 +17,9 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder.adapters import AppliedAdapter, stack_adapter
-from jcrosslora.decoder.attention import KVCache, init_cache, of_sequences
+from jcrosslora.decoder.attention import KVCache, init_cache
 from jcrosslora.decoder.draw import draw
-from jcrosslora.decoder.forward import extend_cache, logits, positions_behind, positions_of
+from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
 from jcrosslora.decoder.prompt_batches import LONGEST, Beginnings, padded, plan_batches, space, space_behind
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
@@ -360,12 +360,10 @@ def prefill_behind(
     """
     slots = beginnings.shape[1] + prompts.shape[1] + room
     cache = init_cache(settings, beginnings.shape[0], slots, params.cache_dtype)
-    places = positions_of(beginnings, beginnings_mask)
-    _, cache = extend_cache(settings, params, cache, beginnings, places, adapter)
-    before = jnp.sum(beginnings_mask, axis=-1, dtype=jnp.int32)[owners]
-    places = positions_behind(prompts, mask, before)
-    hidden, cache = extend_cache(settings, params, of_sequences(cache, owners), prompts, places, adapter)
-    return _begun(settings, params, hidden, mask, cache, before + jnp.sum(mask, axis=-1, dtype=jnp.int32))
+    read = (beginnings, beginnings_mask), owners, (prompts, mask)
+    hidden, cache = extend_behind(settings, params, cache, *read, adapter)
+    before, own = (jnp.sum(one, axis=-1, dtype=jnp.int32) for one in (beginnings_mask, mask))
+    return _begun(settings, params, hidden, mask, cache, before[owners] + own)
 
 
 def _begun(

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, init_cache, target_log_probs
-from jcrosslora.decoder.attention import of_sequences
-from jcrosslora.decoder.forward import extend_cache, positions_behind, positions_of
+from jcrosslora.decoder.forward import extend_behind
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.question_batches import Batch, Tokens, batches
 from jcrosslora.utils.progress import Track, track
@@ -145,17 +144,11 @@ def _tail_states(
 ) -> jax.Array:
     """(A, R, T, H): hidden states of the tails, each behind the prefix of its question."""
     slots = prefix.shape[1] + tails.shape[1]
-    lengths = jnp.sum(prefix_mask, axis=1, dtype=jnp.int32)
-    places = positions_behind(tails, tail_mask, lengths[owner])
-    # The rotations of some bases depend on the length of a text: prefix and tails use that of the longest choice.
-    whole = lengths + jnp.zeros_like(lengths).at[owner].max(jnp.sum(tail_mask, axis=1, dtype=jnp.int32))
 
     def one(adapter: StackedAdapter) -> jax.Array:
         cache = init_cache(settings, prefix.shape[0], slots, params.stream_dtype)
-        _, cache = extend_cache(settings, params, cache, prefix, positions_of(prefix, prefix_mask), adapter, whole)
-        cache = of_sequences(cache, owner)
-        hidden, _ = extend_cache(settings, params, cache, tails, places, adapter, whole[owner])
-        return hidden
+        read = (prefix, prefix_mask), owner, (tails, tail_mask)
+        return extend_behind(settings, params, cache, *read, adapter)[0]
 
     return jax.vmap(one, axis_size=count)(adapters)
 

@@ -155,7 +155,7 @@ def _answer_positions(
 def _hidden(
     settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """(B * T, H): hidden states of all positions, so that one program serves any number of tokens that are looked at."""
+    """(B * T, H): hidden states of all positions: one program serves any number of tokens that are looked at."""
     hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
     return hidden.reshape(-1, hidden.shape[-1])
 
