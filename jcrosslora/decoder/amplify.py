@@ -15,7 +15,7 @@ from jcrosslora.decoder.adapters import AppliedAdapter
 from jcrosslora.decoder.attention import KVCache
 from jcrosslora.decoder.generate import Behind, Generator, State, step, write_tokens
 from jcrosslora.decoder.params import Params
-from jcrosslora.decoder.prompt_batches import space
+from jcrosslora.decoder.prompt_batches import rounded
 from jcrosslora.decoder.settings import DecoderSettings
 
 _Model = tuple[DecoderSettings, Params, AppliedAdapter | None]
@@ -44,7 +44,7 @@ class AmplifiedGenerator(Generator):
     ) -> tuple[State, jax.Array, jax.Array]:
         numbers = jnp.float32(self.strength), jnp.float32(self.plausible), jnp.float32(temperature)
         model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
-        return _extend(*model, state, *numbers, key, jnp.int32(count), count=space(count), stop_tokens=stops)
+        return _extend(*model, state, *numbers, key, jnp.int32(count), count=rounded(count), stop_tokens=stops)
 
 
 def amplified(adapted: jax.Array, base: jax.Array, strength: jax.Array, plausible: jax.Array) -> jax.Array:

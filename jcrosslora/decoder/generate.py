@@ -21,7 +21,7 @@ from jcrosslora.decoder.attention import KVCache, init_cache
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.forward import extend_behind, extend_cache, logits, positions_of
 from jcrosslora.decoder.params import Params, fast_dtype, load_params
-from jcrosslora.decoder.prompt_batches import LONGEST, Beginnings, padded, plan_batches, space, space_behind
+from jcrosslora.decoder.prompt_batches import LONGEST, Beginnings, padded, plan_batches, rounded
 from jcrosslora.decoder.settings import DecoderSettings, settings_of
 from jcrosslora.errors import not_finite
 from jcrosslora.text import Prompt
@@ -157,8 +157,7 @@ class Generator:
         tokens, mask = padded(prompts, shape or (len(prompts), max(map(len, prompts))), pad_left)
         behind = None if beginnings is None else jax.tree.map(jnp.asarray, beginnings.arrays(len(tokens)))
         block = block or max_new_tokens
-        read = tokens.shape[1] + (0 if beginnings is None else beginnings.shape[1])
-        room = space_behind(read, block * -(-max_new_tokens // block))
+        room = rounded(block * -(-max_new_tokens // block))
         state = self._begin(jnp.asarray(tokens), jnp.asarray(mask), behind, room)
         rows = [np.zeros(0, np.int32) for _ in prompts]
         unfinished = list(range(len(prompts)))
@@ -202,7 +201,7 @@ class Generator:
     ) -> tuple[State, jax.Array, jax.Array]:
         model, stops = (self.settings, self.params, self.adapter), self.tokenizer.stops
         numbers = jnp.float32(temperature), key, jnp.int32(count)
-        return extend(*model, state, *numbers, count=space(count), stop_tokens=stops)
+        return extend(*model, state, *numbers, count=rounded(count), stop_tokens=stops)
 
     def _end(self, tokens: np.ndarray, seen: int, until: Sequence[str]) -> int | None:
         """Count the tokens up to the one that completes a string of `until`; None where none behind `seen` does."""

@@ -13,9 +13,9 @@ _READ = _BATCH * _WIDE  # tokens that are read in one pass, padding included
 _SLOTS = _BATCH * 512  # of the cache of a batch, without those of what is written
 _ROWS = (8, 24, _BATCH)  # of a batch, the fewest that hold its texts: each row takes time, also an empty one
 _BEGINNINGS = (1, 2, 4, 8)  # of a batch, likewise
-# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Slots of a cache
-# and tokens that are written are rounded further: a program that writes is compiled for both.
-_MULTIPLE, _SPACE = 16, 32
+# What the width of a batch is rounded up to where texts are not longer; longer ones have few widths. Room for tokens
+# that are written is rounded likewise: one compiled program writes answers of nearly the same length.
+_MULTIPLE = 16
 _WIDTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LONGEST = _WIDTHS[-1]  # tokens of a text that are read: its last ones
 # Share of the tokens of whole prompts that batches behind common beginnings have at most: they are compiled anew, and
@@ -94,7 +94,7 @@ def _whole(ids: Sequence[np.ndarray], places: Sequence[int]) -> list[PromptBatch
     order, found = sorted(places, key=lambda place: len(ids[place])), []
     while order:
         part, most = order[:_BATCH], _BATCH
-        width = _rounded(len(ids[part[-1]]), _MULTIPLE)
+        width = rounded(len(ids[part[-1]]))
         if width > _WIDE:
             # The narrowest width that the shortest prompt fits in, and those that fit beside it.
             width = _next_width(len(ids[part[0]]))
@@ -165,21 +165,12 @@ def _next_width(tokens: int) -> int:
 
 
 def _width(tokens: int) -> int:
-    return _rounded(tokens, _MULTIPLE) if tokens <= _WIDE else _next_width(tokens)
+    return rounded(tokens) if tokens <= _WIDE else _next_width(tokens)
 
 
-def space(tokens: int) -> int:
-    """Round a number of tokens that are written up to one that programs are compiled for."""
-    return _rounded(tokens, _SPACE)
-
-
-def space_behind(read: int, tokens: int) -> int:
-    """Return the slots of a cache behind `read` tokens, enough to write `tokens`; the sum of both is rounded."""
-    return _rounded(read + tokens, _SPACE) - read
-
-
-def _rounded(tokens: int, multiple: int) -> int:
-    return -(-tokens // multiple) * multiple
+def rounded(tokens: int) -> int:
+    """Round a number of tokens up to one that programs are compiled for."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def padded(
