@@ -33,7 +33,7 @@ from jcrosslora.decoder import (
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
 from jcrosslora.decoder.generate import extend, prefill, step
-from jcrosslora.decoder.ops import linear
+from jcrosslora.decoder.ops import linear, rows_at
 from jcrosslora.errors import AdapterError, UsageError
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
@@ -335,3 +335,29 @@ def test_draws_follow_the_softmax_distribution(vocab):
     freedom = likely.sum()
     assert statistic < freedom + 4 * np.sqrt(2 * freedom)
     assert np.all(draw(jax.random.key(0), rows[:3], jnp.float32(0.0)) == scores.argmax())
+
+
+def test_rows_of_bfloat16_are_taken_in_a_loop_without_a_copy_of_the_matrix():
+    matrix = jax.random.normal(jax.random.key(0), (4096, 64), jnp.bfloat16)
+
+    def walk(matrix, places):
+        def on(_, carry):
+            places, total = carry
+            rows = rows_at(matrix, places).astype(jnp.float32)
+            return (places * 31 + 7) % len(matrix), total + rows
+
+        return jax.lax.fori_loop(0, 5, on, (places, jnp.zeros((3, 64))))[1]
+
+    start = np.array([0, 5, 4095], np.int32)
+    program = jax.jit(walk).lower(matrix, start).compile()
+    assert program.memory_analysis().temp_size_in_bytes < matrix.nbytes / 4
+    places, wanted = start, np.zeros((3, 64), np.float32)
+    for _ in range(5):
+        wanted, places = wanted + np.asarray(matrix, np.float32)[places], (places * 31 + 7) % len(matrix)
+    np.testing.assert_allclose(program(matrix, start), wanted, **CLOSE)
+
+
+def test_rows_of_a_matrix_have_its_gradient():
+    matrix, places = jnp.ones((5, 2)), jnp.array([3, 0, 3])
+    found = jax.grad(lambda matrix: jnp.sum(rows_at(matrix, places) * jnp.arange(6.0).reshape(3, 2)))(matrix)
+    np.testing.assert_array_equal(found, [[2, 3], [0, 0], [0, 0], [4, 6], [0, 0]])

@@ -13,7 +13,7 @@ from source_server import BASE, MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.decoder import load_params
+from jcrosslora.decoder import forward, load_params, logits
 from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
@@ -100,6 +100,23 @@ def test_all_amplify_the_change_of_the_adapter(source, decoder):
 def test_all_compare_alike(source, decoder):
     for found, wanted in zip(compare(source, ANSWERS, 4), compare(decoder, ANSWERS, 4), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-5)
+
+
+def test_answers_in_texts_of_any_width_are_compared(decoder):
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 60, length).astype(np.int32) for length in (120, 5, 33, 50, 128, 70, 90, 16, 81)]
+    found = decoder.compare(texts, [len(text) - 4 for text in texts], 3)
+    for place, text in enumerate(texts):
+        states = (
+            forward(decoder.settings, decoder.params, text, adapter=one).hidden for one in (decoder.adapter, None)
+        )
+        adapted, base = (
+            jax.nn.log_softmax(logits(decoder.settings, decoder.params, each[0, -5:-2])) for each in states
+        )
+        said = np.arange(3), text[-4:-1]
+        wanted = jnp.sum(jnp.exp(adapted) * (adapted - base), axis=-1), -base[said], -adapted[said]
+        for values, own in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(values[place], jnp.mean(own), rtol=2e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
