@@ -11,6 +11,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import load_params
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import Question, score
+from jcrosslora.evaluate.question_batches import batches, tokenize
 
 QUESTIONS = [
     Question("which of these is it?", ("the sun", "a star", "a wet stone in the river", "the"), 2),
@@ -137,20 +138,22 @@ def test_text_longer_than_the_bases_positions_is_refused(llama):
 
 
 def test_a_text_beyond_the_original_positions_uses_long_rotations_throughout(tmp_path):
-    """Its prompt alone would take phi3's short factors, as the second question does all along."""
+    """Its prompt alone would take phi3's short factors, as the other questions do all along, one of them beside it."""
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
     rope = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **factors}}
     save_tiny(
         "phi3", tmp_path, vocab_size=330, max_position_embeddings=256, **rope, original_max_position_embeddings=32
     )
     write_tokenizer(tmp_path, KINDS["byte-level"]())
-    long = Question("a", ("zebra quagga giraffe okapi vicuna", "okapi vicuna quagga zebra giraffe"), 0)
-    questions = [long, Question("a", ("x", "y"), 0)]
+    long = Question("a", ("zebra quagga giraffe okapi ox", "okapi quagga zebra giraffe ox"), 0)
+    beside = Question("a", ("zebra quagga giraffe", "quagga zebra giraffe"), 0)
+    questions = [long, beside, Question("a", ("x", "y"), 0)]
     base = open_base(tmp_path)
     tokens = load_tokenizer(base)
     sizes = [[len(tokens.encode(f"{one.prompt} {choice}").ids) for choice in one.choices] for one in questions]
     assert len(tokens.encode(long.prompt).ids) < 32 < min(sizes[0])
-    assert max(sizes[1]) < 32
+    assert max(sizes[1] + sizes[2]) < 32
+    assert len(list(batches([tokenize(tokens, one) for one in questions], 4096))) == 2
     found = score(base, questions)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     model = merged(tmp_path, Adapter(modules={}))
