@@ -13,6 +13,7 @@ from source_server import BASE, MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
+from jcrosslora.checkpoint.tokenizer import pad_right
 from jcrosslora.decoder import forward, load_params, logits
 from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -106,17 +107,19 @@ def test_answers_in_texts_of_any_width_are_compared(decoder):
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, 60, length).astype(np.int32) for length in (120, 5, 33, 50, 128, 70, 90, 16, 81)]
     found = decoder.compare(texts, [len(text) - 4 for text in texts], 3)
-    for place, text in enumerate(texts):
-        states = (
-            forward(decoder.settings, decoder.params, text, adapter=one).hidden for one in (decoder.adapter, None)
-        )
-        adapted, base = (
-            jax.nn.log_softmax(logits(decoder.settings, decoder.params, each[0, -5:-2])) for each in states
-        )
-        said = np.arange(3), text[-4:-1]
-        wanted = jnp.sum(jnp.exp(adapted) * (adapted - base), axis=-1), -base[said], -adapted[said]
-        for values, own in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(values[place], jnp.mean(own), rtol=2e-4, atol=2e-5)
+    tokens, mask = pad_right(texts, (len(texts), 128))
+    rows = np.arange(len(texts))[:, None]
+    at = np.array([len(text) for text in texts])[:, None] + np.arange(-4, -1)
+
+    def predicted(adapter):
+        states = forward(decoder.settings, decoder.params, tokens, mask=mask, adapter=adapter).hidden[rows, at - 1]
+        return jax.nn.log_softmax(logits(decoder.settings, decoder.params, states))
+
+    adapted, base = predicted(decoder.adapter), predicted(None)
+    told = rows, np.arange(3), tokens[rows, at]
+    wanted = jnp.sum(jnp.exp(adapted) * (adapted - base), axis=-1), -base[told], -adapted[told]
+    for values, own in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(values, jnp.mean(own, axis=1), rtol=2e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
