@@ -839,12 +839,36 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
     assert not kept.exists()
 
 
-def test_a_fit_ends_when_its_time_is_used_up(beginning):
+def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
     teacher, batches, held_out = beginning
-    asked = dataclasses.replace(LONG, budget="1s")
-    found = fit(teacher, batches, held_out, lambda *_: batches, asked, begun=time.monotonic() - 2)
-    assert [look.completions for look in found.looks] == [0]
-    assert not any(np.asarray(factors.b).any() for factors in found.adapter.roles.values())
+    now, seen = [10.0], []
+
+    def fresh(number, _):
+        seen.append(number)
+        now[0] += 40
+        return batches
+
+    monkeypatch.setattr(fit_module.time, "monotonic", lambda: now[0])
+    found = fit(teacher, batches, held_out, fresh, dataclasses.replace(LONG, budget="90s"), begun=0.0)
+    assert seen == [1, 2]
+    # The second of these rounds is written when the time is over.
+    assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
+    assert not found.stopped
+
+
+def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginning):
+    teacher, batches, held_out = beginning
+
+    def fresh(*_):
+        raise AssertionError
+
+    def run(begun, **changed):
+        return fit(teacher, batches, held_out, fresh, dataclasses.replace(LONG, **changed), begun=begun)
+
+    found, whole = run(time.monotonic() - 2, budget="1s"), run(time.monotonic(), completions=FIRST)
+    assert found.looks[-1].divergence < found.looks[0].divergence
+    assert [look.divergence for look in found.looks] == [look.divergence for look in whole.looks]
+    jax.tree.map(np.testing.assert_array_equal, found.adapter, whole.adapter)
 
 
 def test_completions_beyond_the_first_are_written_in_rounds():

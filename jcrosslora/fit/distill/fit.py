@@ -107,6 +107,8 @@ def fit(
 ) -> Fitted:
     """Fit an update of the target to the teacher, until the completions or the time are used up.
 
+    The completions that are written already are used in any case.
+
     Ctrl-C ends the fit with the best update so far.
 
     Args:
@@ -167,14 +169,16 @@ class _Run:
     def share(self) -> float:
         """How much of the budget, or of the rounds, is used."""
         if self._settings.seconds is not None:
-            return self._seconds() / self._settings.seconds
+            used = self._seconds() / self._settings.seconds
+            # To write the first completions may take longer than the budget: they are used all the same.
+            return used if self.rounds else min(used, self._part)
         sizes = self._settings.rounds
         return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
 
     def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
         """Take the steps of a round, in an order without a pattern: batches come by width."""
         target, settings = self._teacher.target, self._settings
-        size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 0.0
+        size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
         rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
         order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
         for place, index in enumerate(order.tolist()):

@@ -22,7 +22,8 @@ class DistillSettings:
     completions: int = 300
     """Prompts with answers in all, 16 or more, those held out included. Beyond 300 they are written as the fit goes."""
     budget: str | None = None
-    """Time for the whole fit, such as 20min: completions are written anew until it is used up."""
+    """Time for the whole fit, such as 20min: completions are written anew until it is used up. The first 300 are used
+    even if they take longer."""
     roles: tuple[str, ...] | None = None
     """The modules that are fitted; None fits all."""
     passes: int = 4
