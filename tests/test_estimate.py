@@ -65,6 +65,8 @@ def test_distillation_has_the_steps_that_it_shows(places):
     assert longer["fit"] > 2 * short["fit"]
     timed = found(places, method=Distill(budget="3h"), effect="never").steps
     assert timed["write completions"] + timed["fit"] == pytest.approx(3 * 3600, rel=0.01)
+    late = found(places, method=Distill(budget="1s"), effect="never").steps
+    assert late["fit"] == pytest.approx(short["fit"], rel=0.5)
     assert found(places, method=Distill(fit_rank=5)).rank == 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from math import ceil
 
@@ -187,9 +188,12 @@ def _distillation(settings: DistillSettings, prompts: int, costs: _Costs) -> dic
         return costs.write(written) + costs.read((passes, 0), dtype)
 
     def fit() -> float:
-        if settings.seconds is not None:
-            return max(0.0, settings.seconds - write())
-        return _fit(settings, (fitted, held), 1 if prompts else 2, tokens, costs)
+        given = (fitted, held), 1 if prompts else 2, tokens, costs
+        if settings.seconds is None:
+            return _fit(settings, *given)
+        # What is written before is fitted to even where the time is used up.
+        first = dataclasses.replace(settings, completions=count)
+        return max(_fit(first, *given), settings.seconds - write())
 
     return {"write completions": write, "fit": fit}
 
