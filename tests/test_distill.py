@@ -841,19 +841,23 @@ def test_a_stopped_distillation_leaves_a_state_that_only_the_same_one_continues(
 
 def test_a_fit_ends_when_its_time_is_used_up(beginning, monkeypatch):
     teacher, batches, held_out = beginning
-    now, seen = [10.0], []
+    now, seen, shares = [10.0], [], []
 
     def fresh(number, _):
         seen.append(number)
         now[0] += 40
         return batches
 
+    monkeypatch.setattr(fit_module, "schedule", lambda share: shares.append(share) or schedule(share))
     monkeypatch.setattr(fit_module.time, "monotonic", lambda: now[0])
     found = fit(teacher, batches, held_out, fresh, dataclasses.replace(LONG, budget="90s"), begun=0.0)
     assert seen == [1, 2]
     # The second of these rounds is written when the time is over.
     assert found.looks[-1].completions == 2 * sum(batch.rows for batch in batches)
     assert not found.stopped
+    # The rate begins with the first step, however long the first completions took.
+    assert shares[0] == 0
+    assert shares == sorted(shares)
 
 
 def test_the_first_completions_are_used_where_they_took_all_of_the_time(beginning):
