@@ -111,7 +111,7 @@ def positions_of(tokens: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, 
     return jnp.maximum(counted, 0), jnp.where(valid, counted, EMPTY)
 
 
-def _positions_behind(tokens: jax.Array, mask: jax.Array | None, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _positions_behind(tokens: jax.Array, mask: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return what `positions_of` does, of rows that go on behind `before`, int32 (B,), tokens."""
     queries, keys = positions_of(tokens, mask)
     return queries + before[:, None], jnp.where(keys < 0, keys, keys + before[:, None])

@@ -324,8 +324,8 @@ def prefill(
     """
     batch, length = prompts.shape
     cache = init_cache(settings, batch, length + room, params.cache_dtype)
-    hidden, cache = extend_cache(settings, params, cache, prompts, positions_of(prompts, mask), adapter)
-    return _begun(settings, params, hidden, mask, cache, jnp.sum(mask, axis=-1, dtype=jnp.int32))
+    positions = positions_of(prompts, mask)
+    return _begun(settings, params, mask, *extend_cache(settings, params, cache, prompts, positions, adapter))
 
 
 @partial(jax.jit, static_argnames=("settings", "room"))
@@ -360,25 +360,16 @@ def prefill_behind(
     slots = beginnings.shape[1] + prompts.shape[1] + room
     cache = init_cache(settings, beginnings.shape[0], slots, params.cache_dtype)
     read = (beginnings, beginnings_mask), owners, (prompts, mask)
-    hidden, cache = extend_behind(settings, params, cache, *read, adapter)
-    before, own = (jnp.sum(one, axis=-1, dtype=jnp.int32) for one in (beginnings_mask, mask))
-    return _begun(settings, params, hidden, mask, cache, before[owners] + own)
+    return _begun(settings, params, mask, *extend_behind(settings, params, cache, *read, adapter))
 
 
-def _begun(
-    settings: DecoderSettings,
-    params: Params,
-    hidden: jax.Array,
-    mask: jax.Array,
-    cache: KVCache,
-    positions: jax.Array,
-) -> State:
-    """Return the state behind prompts, from their hidden states (B, T, H), mask (B, T) and next positions (B,)."""
+def _begun(settings: DecoderSettings, params: Params, mask: jax.Array, hidden: jax.Array, cache: KVCache) -> State:
+    """Return the state behind prompts, from their mask (B, T) and hidden states (B, T, H) and the cache with them."""
     batch, length = mask.shape
     last = jnp.argmax(jnp.where(mask, jnp.arange(length), -1), axis=-1)
     first = logits(settings, params, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     running, finite = jnp.ones((batch,), bool), jnp.ones((batch,), bool)
-    return State(jnp.zeros((), jnp.int32), first, positions, cache, running, finite)
+    return State(jnp.zeros((), jnp.int32), first, jnp.max(cache.positions, axis=-1) + 1, cache, running, finite)
 
 
 @partial(jax.jit, static_argnames=("settings", "count", "stop_tokens"), donate_argnames="state")
