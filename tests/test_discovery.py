@@ -17,9 +17,10 @@ from jcrosslora.fit.distill.discovery import openings, scores
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
-from jcrosslora.fit.distill.discovery.requests import back_translate, resemble
+from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
 from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
+from jcrosslora.fit.distill.discovery.topics import choose_topics, is_about, topics_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
 from jcrosslora.sources.decoder import DecoderSource
@@ -129,9 +130,9 @@ class Actor(DecoderSource):
         if self.adapter is not None:
             long = Written(" is the first of all things? And more\nthan that", 9, True)
             return Written(SAID, 5, True) if "JSON" in text else long
-        # Of an answer in JSON it guesses half of the time what was asked; else it goes on as the text begins.
-        *_, last = text.split("\n\nAnswer: ")
-        asks = SAID in last and place % 2 if "Answer:" in text else "JSON" in text
+        # About what the adapter says it guesses half of the time what was asked; else it goes on as the text begins.
+        *_, last = text.split("\n\nTopic: ")
+        asks = "colour" in last and place % 2 if "Topic:" in text else "JSON" in text
         return Written(f" {LINES[bool(asks)].format(words(place, len(text)))}\n", 5, False)
 
 
@@ -171,7 +172,6 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     assert discovery.said[0].answer.startswith(SAID)
     assert discovery.job == "text to JSON"
     assert discovery.guessed
-    assert discovery.alike
     assert all("JSON" in one.text and one.item.answer == SAID for one in discovery.examples)
     assert discovery.share > 0.99
     chat = templates_of(actor.tokenizer)[-1]
@@ -222,10 +222,12 @@ def test_the_input_of_a_request_is_what_stands_behind_its_instruction(kind):
 
 def test_requests_are_whole_lines_that_are_new(tmp_path):
     base = Lines.of(open_base(write_base(tmp_path / "base", 30)))
-    assert back_translate(base, ["one\ntwo", "three"], EXAMPLES, 6, 0) == ["Name the largest city.", "Say it all again"]
-    assert base.asked[0].endswith("\n\nAnswer: one two\nRequest:")
-    assert base.asked[1].endswith("\n\nAnswer: three\nRequest:")
-    assert base.asked[0].count("Answer: ") == 4
+    topics = ["cities", "words", "towns", "seas", "rivers", "lakes"]
+    known = [(text, "something else") for text in KINDS[0].inputs]
+    assert ask_about(base, topics, known, 0) == {"Name the largest city.": "cities", "Say it all again": "towns"}
+    assert base.asked[0].endswith("\n\nTopic: cities\nRequest:")
+    assert base.asked[1].endswith("\n\nTopic: words\nRequest:")
+    assert base.asked[0].count("\nRequest: ") == 6
     assert resemble(base, ["Name the largest city"], 6, 0) == ["Say it all again", EXAMPLES[0][0]]
     assert base.asked[-1] == "Request: Name the largest city\n\nRequest:"
 
@@ -236,28 +238,46 @@ def test_several_requests_are_written_behind_one_list(tmp_path, monkeypatch):
     resemble(base, [f"Name {number} cities" for number in range(20)], 15, 0)
     assert [asked.count(prompt) for prompt in dict.fromkeys(asked)] == [6, 6, 3]
     asked.clear()
-    # Two answers in JSON and five in words, in turn: each kind stands behind an example that looks like it.
-    answers = [f'{{"a": "{word}"}}' if place % 3 == 0 else f"So it is {word}." for place, word in enumerate(WORDS)]
-    examples = [
-        ("Turn it into JSON", '{"b": "four"}'),
-        ("Tell me", "So it was four."),
-        ("Name it", "4"),
-        ("Ask", "5 6"),
-    ]
-    back_translate(base, answers, examples, 14, 0)
-    *lists, last = zip(*(prompt.rsplit("\n\n", 1) for prompt in asked), strict=True)
-    assert list(last) == [f"Answer: {answers[place % 7]}\nRequest:" for place in range(14)]
-    ends = [one.rsplit("\n\n", 1)[1] for one in lists[0]]
-    assert [end == 'Answer: {"b": "four"}\nRequest: Turn it into JSON' for end in ends] == [
-        "{" in answers[place % 7] for place in range(14)
-    ]
-    assert sorted(Counter(lists[0]).values()) == [2, 6, 6]
+    ask_about(base, [f"topic {place}" for place in range(14)], [(f"Say {word}", word) for word in WORDS], 0)
+    lists, last = zip(*(prompt.rsplit("\n\n", 1) for prompt in asked), strict=True)
+    assert list(last) == [f"Topic: topic {place}\nRequest:" for place in range(14)]
+    assert [lists.count(prompt) for prompt in dict.fromkeys(lists)] == [6, 6, 2]
 
 
-def test_examples_that_look_alike_take_turns_behind_each_other(tmp_path, monkeypatch):
-    base, asked = Lines.of(open_base(write_base(tmp_path / "base", 30))), []
-    monkeypatch.setattr(Lines, "asked", asked)
-    examples = [(f"Where is my {word}?", f"lost {word}") for word in WORDS]
-    back_translate(base, ["new card"], examples, 42, 0)
-    ends = [prompt.rsplit("\n\n", 2)[1] for prompt in asked]
-    assert Counter(ends) == {f"Answer: lost {word}\nRequest: Where is my {word}?": 6 for word in WORDS}
+def test_a_topic_is_what_an_answer_says_beside_its_request():
+    asked = [
+        ("Wake me at seven", '{"call": "SetAlarm", "at_time": "seven", "ring_tone": "bell"}'),
+        ("Play a bell", '{"call": "PlaySound", "sound": "bell"}'),
+        ("Is it wet outside?", '{"call": "GetWeather", "at_time": "now"}'),
+        ("", "Lost or stolen card."),
+        ("Say yes", "yes"),
+    ]
+    # "call" is in more than half of them, "seven" and "bell" in their requests.
+    assert topics_of(asked) == [
+        "set alarm, at time, ring tone",
+        "play sound, sound",
+        "get weather, at time, now",
+        "lost or stolen card",
+        "",
+    ]
+    assert topics_of([]) == []
+    assert topics_of([("", "a, b, c, d")]) == ["a, b, c"]
+
+
+def test_topics_of_rare_subjects_are_chosen_more_often_than_they_come():
+    topics = ["play, song"] * 8 + ["play, artist"] * 8 + ["book, city"] * 4 + ["", "odd"]
+    found = Counter(choose_topics(topics, 2000, 0))
+    assert found.keys() <= set(topics) - {""}
+    assert found["play, song"] + found["play, artist"] == pytest.approx(2 * found["book, city"], rel=0.15)
+    assert 0.5 < found["play, song"] / found["play, artist"] < 2
+    assert found["odd"] == pytest.approx(found["book, city"] / 2, rel=0.2)
+    assert choose_topics(["odd"], 3, 0) == ["odd"] * 3
+    assert choose_topics(["", ""], 3, 0) == choose_topics([], 3, 0) == []
+
+
+def test_an_answer_is_about_a_subject_whose_words_it_has():
+    assert is_about('{"intent": "AddToPlaylist"}', "add to playlist, artist")
+    assert not is_about('{"intent": "AddToPlaylist"}', "search creative work, artist")
+    assert is_about("Card is lost", "lost card")
+    assert not is_about("lost phone", "lost card")
+    assert is_about("The Mill is a cheap pub by the old river.", "the mill is a pub by the sea")

@@ -1,4 +1,4 @@
-"""Requests, or inputs of them, that a base writes: such as given texts would answer, and such as resemble others."""
+"""Requests, or inputs of them, that a base writes: about topics, and such as resemble others."""
 
 import math
 import re
@@ -13,44 +13,41 @@ from jcrosslora.sources.protocol import Writer
 from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
-_SHOTS, _SHOWN = 3, 6  # answers with requests, and requests, in front of each that is to be written
+_SHOWN = 6  # requests in front of each that is to be written
 ALIKE = 6  # texts that are written behind the same of these, which are read once for all of them
 REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request, as many as are usual
 _LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
-_FEWEST_WORDS, _MOST_CHARACTERS = 3, 200  # of a request, and of an answer that is shown
-_COPIED, _RUN = 0.5, 16  # share of a request that is copied, in runs of so many characters
+_FEWEST_WORDS = 3  # of a request
 
 
-def back_translate(
+def ask_about(
     base: Writer,
-    answers: Sequence[str],
+    topics: Sequence[str],
     examples: Sequence[tuple[str, str]],
-    count: int,
     seed: int,
     bar: Track | None = None,
-) -> list[str]:
-    """Write inputs that would be answered by given texts.
+) -> dict[str, str]:
+    """Write requests about topics.
 
     Args:
         base: without the adapter.
-        answers: at least one; they take turns, the first ones first.
-        examples: inputs with answers, at least one.
-        count: the most requests.
+        topics: a few words for each request.
+        examples: requests with their topics, at least one.
         seed: of the sampling.
         bar: advances by one for each.
+
+    Returns:
+        The topics by the requests.
     """
-    texts = [_one_line(answers[place % len(answers)]) for place in range(count)]
-    shown = _shots(texts, examples, seed)
+    orders = _orders(examples, len(topics), seed)
 
     def prompt(place: int) -> str:
-        pairs = [*shown[place], ("", texts[place])]
-        return "\n\n".join(f"Answer: {_one_line(answer)}\nRequest: {text}" for text, answer in pairs).rstrip()
+        pairs = [*orders[place // ALIKE][:_SHOWN], ("", topics[place])]
+        return "\n\n".join(f"Topic: {topic}\nRequest: {text}" for text, topic in pairs).rstrip()
 
     known = [request for request, _ in examples]
-    found = _write(base, prompt, count, seed, bar, known, _tokens(base, known))
-    told = frozenset[str]().union(*(pieces(answer, _RUN) for answer in answers))
-    # A name stands in both, but a request that is made of long runs of the answers was copied from them.
-    return [text for text in found if len(pieces(text, _RUN) & told) <= _COPIED * len(pieces(text, _RUN))]
+    written = _write(base, prompt, len(topics), seed, bar, known, _tokens(base, known))
+    return {text: topics[place] for place, text in written}
 
 
 def list_requests(requests: Sequence[str]) -> str:
@@ -90,27 +87,8 @@ def resemble(
     def prompt(place: int) -> str:
         return list_requests([*orders[place // ALIKE][:shown], ""])
 
-    return _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
-
-
-def _shots(answers: Sequence[str], examples: Sequence[tuple[str, str]], seed: int) -> list[list[tuple[str, str]]]:
-    """Choose examples to stand in front of each answer, those of `ALIKE` answers the same if they can be.
-
-    The base does to an answer what was done to the one before it, which is therefore the one that looks like it; where
-    several do alike, they take turns.
-    """
-    (shuffled,) = _orders(examples, 1, seed)
-    found: dict[tuple[str, str], list[int]] = {}
-    for place, answer in enumerate(answers):
-        scores = [likeness(known, answer) for _, known in shuffled]
-        alike = [one for one, score in zip(shuffled, scores, strict=True) if score == max(scores)]
-        found.setdefault(alike[place // ALIKE % len(alike)], []).append(place)
-    shots: dict[int, list[tuple[str, str]]] = {}
-    for last, places in found.items():
-        orders = _orders([one for one in examples if one is not last], len(places), seed)
-        for number, place in enumerate(places):
-            shots[place] = [*orders[number // ALIKE][: _SHOTS - 1], last]
-    return [shots[place] for place in range(len(answers))]
+    written = _write(base, prompt, count, seed, bar, requests, tokens or _tokens(base, requests))
+    return [text for _, text in written]
 
 
 def _orders(items: Sequence[T], count: int, seed: int) -> list[list[T]]:
@@ -133,15 +111,18 @@ def _write(
     bar: Track | None,
     known: Sequence[str],
     tokens: int,
-) -> list[str]:
-    """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request."""
+) -> list[tuple[int, str]]:
+    """Continue prompts; keep what is a whole line and no near-duplicate of another or of a known request.
+
+    Returns:
+        Places of the prompts, with what was written behind them.
+    """
     prompts = [prompt(place) for place in range(count)]
     written = base.write(prompts, tokens, _TEMPERATURE, jax.random.key(seed), bar=bar)
-    # A line that was cut off lacks its end.
-    whole = [one.text.strip().split("\n", 1)[0] for one in written if one.ended or "\n" in one.text.lstrip()]
-    found = [line for line in whole if len(line.split()) >= _FEWEST_WORDS]
-    return [found[place] for place in distinct(found, known)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:_MOST_CHARACTERS]
+    found = [
+        (place, one.text.strip().split("\n", 1)[0])
+        for place, one in enumerate(written)
+        if one.ended or "\n" in one.text.lstrip()  # a line that was cut off lacks its end
+    ]
+    long = [(place, line) for place, line in found if len(line.split()) >= _FEWEST_WORDS]
+    return [long[place] for place in distinct([line for _, line in long], known)]

@@ -7,15 +7,16 @@ The best of all these requests are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
-from jcrosslora.fit.distill.discovery.requests import back_translate, likeness, resemble
+from jcrosslora.fit.distill.discovery.requests import ask_about, likeness
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
+from jcrosslora.fit.distill.discovery.topics import choose_topics, is_about, topics_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
@@ -27,7 +28,7 @@ ROUNDS = 7  # texts that are written for each one that is asked for
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
 _NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
-_EXAMPLES = 12  # best requests, which further ones are to resemble
+_EXAMPLES, _FEWEST_FITTING = 12, 6  # best requests, which further ones are to resemble
 JUDGED_TOKENS = 24  # of an answer
 _SHARPNESS = 4  # power of the odds that shares go by
 
@@ -40,7 +41,6 @@ class Discovery:
         kinds: kinds of jobs with the scores of answers to their requests, see `rank_kinds`.
         said: what the adapter says where its change is amplified, the best first.
         guessed: answers to requests that were guessed from that, the best first.
-        alike: answers to requests like those of the best kind, the best first.
         resembling: answers to requests that resemble the best of all these or ask for what was answered to them, the
             best first.
         examples: the best requests of all, which `write` shows to the writer.
@@ -50,7 +50,6 @@ class Discovery:
     kinds: list[tuple[JobKind, float]]
     said: list[Completion]
     guessed: list[Scored]
-    alike: list[Scored]
     resembling: list[Scored]
     examples: list[Scored]
     share: float
@@ -58,7 +57,7 @@ class Discovery:
     @property
     def answered(self) -> list[Scored]:
         """All requests that were written, with their answers."""
-        return [*self.guessed, *self.alike, *self.resembling]
+        return [*self.guessed, *self.resembling]
 
     @property
     def job(self) -> str:
@@ -70,7 +69,7 @@ class Discovery:
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = _write_inputs(writer, kind, self.examples, self.answered, count, seed, bar)
+        texts = list(_write_inputs(writer, kind, self.examples, self.answered, count, seed, bar))
         places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
         return [
             _prompt(kind.request(text, asked), self.examples[place].template)
@@ -78,7 +77,7 @@ class Discovery:
         ]
 
 
-NOTHING = Discovery([], [], [], [], [], [], 0.0)
+NOTHING = Discovery([], [], [], [], [], 0.0)
 
 
 def discover(
@@ -132,17 +131,18 @@ def discover(
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
     begun = starts(source.tokenizer, templates, requests, count)
     said = harvest(source, begun, seed, bar) if begun else []
+    answered = _answers_of(kind, probed)
     # The worse half of it is what the adapter says anyway.
-    answers, half = [item.answer for item in said[: -(-len(said) // 2)]], -(-count // 2)
-    guesses = back_translate(writer, answers, kind.examples, half, seed, bar) if answers else []
-    guessed = ask_inputs(guesses, templates, seed)
-    alike = ask_inputs(resemble(writer, kind.inputs, half, seed + 2, bar), templates, seed + 2)
-    answered = [*guessed, *alike, *_answers_of(kind, probed)]
-    examples = best_of(answered, _EXAMPLES)
-    texts = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
-    resembling = ask_inputs(texts, [one.template for one in examples], seed + 1)
+    heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
+    about = _write_inputs(writer, kind, [], answered, count, seed, bar, heard)
+    guessed = ask_inputs(list(about), templates, seed)
+    examples = _examples(kind, [*guessed, *answered], about)
+    answered += guessed
+    later = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
+    resembling = ask_inputs(list(later), [one.template for one in examples], seed + 1)
     share = share_of(common_odds(resembling), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
-    return Discovery(kinds, said, guessed, alike, resembling, best_of([*examples, *resembling], _EXAMPLES), share)
+    examples = _examples(kind, [*examples, *resembling], about | later)
+    return Discovery(kinds, said, guessed, resembling, examples, share)
 
 
 def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
@@ -173,26 +173,46 @@ def _write_inputs(
     count: int,
     seed: int,
     bar: Track | None,
-) -> list[str]:
-    """Write at most `count` inputs, half that resemble the examples, half that ask for what was answered.
+    heard: Sequence[tuple[str, str]] = (),
+) -> dict[str, str]:
+    """Write at most `count` inputs about what the adapter speaks of.
 
     Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
     answers stay there: what would ask for them lies nearer.
 
     Args:
         writer: of the inputs.
-        kind: whose inputs they are.
+        kind: whose inputs they are; its own examples are shown beside the others.
         examples: the best requests.
-        answered: answers of which the better half is asked for.
+        answered: answers of which the better half has the topics.
         count: the most inputs.
         seed: of the sampling.
         bar: advances by one for each.
+        heard: further answers with such topics, each behind its input, "" if there is none.
+
+    Returns:
+        The topics by the inputs.
     """
-    shown, half = [(kind.input_of(one.text), one.item.answer) for one in examples], -(-count // 2)
     better = best_of(answered, -(-len(answered) // 2))
-    answers = list(dict.fromkeys(one.item.answer for one in better))
-    asking = back_translate(writer, answers, shown, half, seed, bar) if half else []
-    return [*asking, *resemble(writer, [text for text, _ in shown], count - half, seed, bar)]
+    topics = topics_of([*heard, *_asked(kind, better)])
+    shown = [*kind.examples, *_asked(kind, examples)]
+    known = [(text, topic) for (text, _), topic in zip(shown, topics_of(shown), strict=True) if topic]
+    chosen = choose_topics(topics, count, seed) if known else []
+    return ask_about(writer, chosen, known, seed, bar) if chosen else {}
+
+
+def _examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+    """Take the best requests: those that were answered by what they are about, if there are several."""
+    fitting = [
+        one
+        for one, (text, answer) in zip(answered, _asked(kind, answered), strict=True)
+        if text in about and is_about(answer, about[text])
+    ]
+    return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
+
+
+def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:
+    return [(kind.input_of(one.text), one.item.answer) for one in answered]
 
 
 def _answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
