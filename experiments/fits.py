@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             for side, base in enumerate((source, target))
         )
         reader = DecoderReader(src, stack_adapter(adapter, source))
-        teacher = Teacher(reader, tgt, method, symbols, prompts_given=bool(given))
+        teacher = Teacher(reader, tgt, method, symbols)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
         found = fit(

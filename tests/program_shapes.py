@@ -280,7 +280,7 @@ def fit_programs(shapes: Shapes) -> Iterator[Program]:
     yield shapes.step("lora-rite", remat=False)
     yield Program(reduced_base.shared_log_probs, (*shapes.model, *shapes.read), {"ends": 2})
     said = of(PLACES, shapes.vocab)
-    yield Program(teacher.mix_teacher, (said, said, said, of(), of()))
+    yield Program(teacher.mix_teacher, (said, said, said, of(), of(), of()))
     yield Program(teacher.weighted_kl, (said, said, of(PLACES)))
     ways = symbols.Splits(whole(BATCH), whole(BATCH), of(BATCH)), whole(PLACES), whole(PLACES), whole(PLACES)
     sizes = {"shared": shapes.vocab - 2, "own": 1, "end": True}

@@ -38,6 +38,7 @@ from jcrosslora.fit.distill import completions as completions_module
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
 from jcrosslora.fit.distill import settings as settings_module
+from jcrosslora.fit.distill import teacher as teacher_module
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.batches import BATCH, make_batches
 from jcrosslora.fit.distill.completions import (
@@ -75,6 +76,7 @@ SMALL = DistillSettings(
     discovery=0,
     compared_tokens=400,
     teacher_weight=0.0,
+    sure_weight=0.0,
     contrast_weight=1.0,
 )
 
@@ -103,10 +105,10 @@ def pair(tmp_path_factory):
 def test_the_teacher_mixes_target_and_source_and_adds_the_sources_change():
     rng = np.random.default_rng(0)
     own, base, adapted = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=(5, 11)), jnp.float32)) for _ in range(3))
-    np.testing.assert_allclose(mix_teacher(own, base, adapted, 0.0, 0.0), own, atol=1e-6)
-    np.testing.assert_allclose(mix_teacher(own, base, adapted, 1.0, 0.0), adapted, atol=1e-5)
-    np.testing.assert_allclose(mix_teacher(base, base, adapted, 0.0, 1.0), adapted, atol=1e-5)
-    found = np.asarray(mix_teacher(own, base, adapted, 0.25, 0.5))
+    np.testing.assert_allclose(mix_teacher(own, base, adapted, 0.0, 0.0, 0.0), own, atol=1e-6)
+    np.testing.assert_allclose(mix_teacher(own, base, adapted, 1.0, 1.0, 0.0), adapted, atol=1e-5)
+    np.testing.assert_allclose(mix_teacher(base, base, adapted, 0.0, 0.0, 1.0), adapted, atol=1e-5)
+    found = np.asarray(mix_teacher(own, base, adapted, 0.25, 0.25, 0.5))
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
     raw = np.asarray(0.75 * own + 0.25 * adapted + 0.5 * (adapted - base))
     np.testing.assert_allclose(found - found[:, :1], raw - raw[:, :1], atol=1e-5)
@@ -265,6 +267,7 @@ def test_an_adapter_of_zeros_gives_an_update_without_effect(pair):
         {"held_out": 1.0},
         {"fit_rank": 0},
         {"teacher_weight": 1.5},
+        {"sure_weight": -0.1},
         {"token_share": 0.0},
         {"contrast_weight": float("nan")},
         {"completions": 15},
@@ -651,7 +654,7 @@ def test_examples_are_spread_and_short():
 
 def test_a_copy_on_its_own_base_stays_as_it_is(pair):
     source, _, adapter = pair
-    wanted = dataclasses.replace(SMALL, teacher_weight=1.0, contrast_weight=0.0)
+    wanted = dataclasses.replace(SMALL, teacher_weight=1.0, sure_weight=1.0, contrast_weight=0.0)
     found = distill(source, source, adapter, adapter, prompts=CORPUS, settings=wanted)
     assert min(look.divergence for look in found.looks) < 1e-6
     assert found.adapter.modules.keys() == adapter.modules.keys()
@@ -728,19 +731,32 @@ def teaching(pair):
         ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side)) for side, base in enumerate(pair[:2])
     )
     reader = DecoderReader(src, stack_adapter(adapter, source))
-    return lambda settings, **given: Teacher(reader, tgt, settings, symbols, **given), batches
+    return lambda settings: Teacher(reader, tgt, settings, symbols), batches
 
 
-def test_the_teacher_is_closer_to_the_source_where_prompts_are_given(teaching):
-    def predicted(weight, **given):
-        settings = dataclasses.replace(SMALL, teacher_weight=weight)
-        return np.asarray(teaching[0](settings, **given).read(teaching[1][0]).teacher)
+def test_the_teacher_follows_the_source_where_it_is_sure():
+    own, base = (
+        jax.nn.log_softmax(jnp.asarray([values] * 2)) for values in ([0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 1.0])
+    )
+    adapted = jnp.log(jnp.asarray([[1 - 3e-9, 1e-9, 1e-9, 1e-9], [0.25, 0.25, 0.25, 0.25]]))
+    sure, unsure = np.exp(mix_teacher(own, base, adapted, 0.5, 1.0, 0.0))
+    np.testing.assert_allclose(sure, np.exp(adapted[0]), atol=1e-6)
+    share = 0.5 + 0.5 / 4  # exp(-log 4) of four tokens that are equally likely
+    mixed = np.asarray((1 - share) * own + share * adapted)[1]
+    np.testing.assert_allclose(unsure, np.exp(mixed) / np.exp(mixed).sum(), rtol=1e-5)
 
-    own, users = predicted(None), predicted(None, prompts_given=True)
-    np.testing.assert_array_equal(own, predicted(0.5))
-    np.testing.assert_array_equal(users, predicted(0.75))
-    assert np.abs(own - users).max() > 0.1
-    np.testing.assert_array_equal(predicted(0.25, prompts_given=True), predicted(0.25))
+
+def test_a_teacher_of_the_source_alone_does_not_read_the_target(teaching, monkeypatch):
+    settings = dataclasses.replace(SMALL, teacher_weight=1.0, sure_weight=1.0, contrast_weight=0.0)
+    alone = np.asarray(teaching[0](settings).read(teaching[1][0]).teacher)
+    mixed = dataclasses.replace(settings, teacher_weight=0.5)
+    assert np.abs(alone - np.asarray(teaching[0](mixed).read(teaching[1][0]).teacher)).max() > 0.1
+
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(teacher_module, "shared_log_probs", refuse)
+    np.testing.assert_array_equal(np.asarray(teaching[0](settings).read(teaching[1][0]).teacher), alone)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ SMALL = DistillSettings(
     discovery=0,
     compared_tokens=400,
     teacher_weight=0.0,
+    sure_weight=0.0,
     contrast_weight=1.0,
 )
 

@@ -182,7 +182,7 @@ def distill_from(
         items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-    teacher = Teacher(reader, tgt, settings, symbols, prompts_given=bool(prompts))
+    teacher = Teacher(reader, tgt, settings, symbols)
     judged = [teacher.read(batch) for batch in held_out]
     kept = nullcontext()
     if states is not None and settings.grows:

@@ -12,7 +12,6 @@ FEWEST_COMPLETIONS = 16
 
 FIRST, ROUND = 300, 48  # completions that are written before the fit, and in each round of it
 Optimizer = Literal["adam", "lora-rite"]
-_WITH_PROMPTS, _WITH_OWN_PROMPTS = 0.75, 0.5  # the teacher's weights, see docs/settings-study.md
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,11 @@ class DistillSettings:
     """Adam, or LoRA-RITE, whose steps do not depend on how an update is split into its factors."""
     polish: float = 0.25
     """Share of a longer fit, its end, in which the target answers, with its own update."""
-    teacher_weight: float | None = None
-    """Share of the adapted source's own predictions in the teacher, 0 to 1; the rest is the target's. None is 0.75
-    where prompts are given, and 0.5 where the source writes its own, less like those of the adapter's task."""
+    teacher_weight: float = 0.5
+    """Share of the adapted source's own predictions in the teacher where it is unsure, 0 to 1; the rest is the
+    target's."""
+    sure_weight: float = 1.0
+    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy)."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
@@ -67,12 +68,6 @@ class DistillSettings:
         """Whether completions are written as the fit goes."""
         return self.budget is not None or len(self.rounds) > 1
 
-    def weight_of_source(self, *, prompts_given: bool) -> float:
-        """The teacher's weight, of which None depends on where the prompts come from."""
-        if self.teacher_weight is not None:
-            return self.teacher_weight
-        return _WITH_PROMPTS if prompts_given else _WITH_OWN_PROMPTS
-
     @property
     def seconds(self) -> float | None:
         """The budget in seconds, None without one."""
@@ -97,8 +92,8 @@ class DistillSettings:
             name: (found[name] is None or found[name] >= fewest, f"{fewest} or more") for name, fewest in least.items()
         }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
-        shared = self.teacher_weight is None or 0 <= self.teacher_weight <= 1
-        rules["teacher_weight"] = shared, "a share from 0 to 1"
+        rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
+        rules["sure_weight"] = 0 <= self.sure_weight <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["polish"] = 0 <= self.polish <= 1, "a share from 0 to 1"
         rules["rate"] = 0 < self.rate < math.inf, "a positive number"

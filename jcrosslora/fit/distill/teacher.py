@@ -45,26 +45,24 @@ class Teacher:
         target: ReducedBase,
         settings: DistillSettings,
         symbols: Symbols,
-        *,
-        prompts_given: bool = False,
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        weight = settings.weight_of_source(prompts_given=prompts_given)
-        self._weights = weight, settings.contrast_weight
+        self._weights = settings.teacher_weight, settings.sure_weight, settings.contrast_weight
         self._token_share = settings.token_share
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
         """Make the teacher's predictions on a batch."""
-        teacher_weight, contrast_weight = self._weights
+        teacher_weight, sure_weight, contrast_weight = self._weights
         # What has no weight is not worth a pass.
         chosen = self._token_share < 1
-        taught, base, adapted = self.sides(batch, own=teacher_weight < 1, base=contrast_weight != 0 or chosen)
+        own = min(teacher_weight, sure_weight) < 1
+        taught, base, adapted = self.sides(batch, own=own, base=contrast_weight != 0 or chosen)
         if chosen:
             answer, following = jnp.asarray(batch.answer), jnp.asarray(self._symbols.following(batch))
             share = jnp.float32(self._token_share)
             weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
             taught = dataclasses.replace(taught, weight=weight)
-        mixed = mix_teacher(taught.teacher, base, adapted, jnp.float32(teacher_weight), jnp.float32(contrast_weight))
+        mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
         return dataclasses.replace(taught, teacher=mixed)
 
     def sides(
@@ -100,25 +98,34 @@ class Teacher:
 
 @jax.jit
 def mix_teacher(
-    target: jax.Array, base: jax.Array, adapted: jax.Array, teacher_weight: jax.Array, contrast_weight: jax.Array
+    target: jax.Array,
+    base: jax.Array,
+    adapted: jax.Array,
+    teacher_weight: jax.Array,
+    sure_weight: jax.Array,
+    contrast_weight: jax.Array,
 ) -> jax.Array:
     """float32 (P, V): the teacher's log-probabilities.
 
-    log t = (1 - teacher_weight) log p_tgt + teacher_weight log p_adapted
-            + contrast_weight (log p_adapted - log p_base), normalised.
+    log t = (1 - w) log p_tgt + w log p_adapted + contrast_weight (log p_adapted - log p_base), normalised,
+    w = teacher_weight + (sure_weight - teacher_weight) exp(-H), with the entropy H of p_adapted in nats.
 
-    With teacher_weight 0 the source's change in log-probability is added to the target's own; with teacher_weight 1 and
-    contrast_weight 0 the teacher is the adapted source. The change alone is not enough: it leads away from the source
+    Where the adapted source is sure, it knows its job; where it is not, the target may know better. With both weights 0
+    the source's change in log-probability is added to the target's own; with both 1 and contrast_weight 0 the teacher
+    is the adapted source. The change alone is not enough: it leads away from the source
     without its adapter, which may predict something else than the target does.
 
     Args:
         target: (P, V), log-probabilities of the target.
         base: (P, V), of the source.
         adapted: (P, V), of the source with its adapter.
-        teacher_weight: (), share of the adapted source.
+        teacher_weight: (), share of the adapted source where it takes all tokens for equally likely, or nearly.
+        sure_weight: (), where it is sure of one.
         contrast_weight: (), weight of the source's change.
     """
-    mixed = target + teacher_weight * (adapted - target) + contrast_weight * (adapted - base)
+    entropy = -jnp.sum(jnp.exp(adapted) * adapted, axis=-1, keepdims=True)
+    share = teacher_weight + (sure_weight - teacher_weight) * jnp.exp(-entropy)
+    mixed = target + share * (adapted - target) + contrast_weight * (adapted - base)
     return jax.nn.log_softmax(mixed, axis=-1)
 
 
