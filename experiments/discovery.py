@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         headers = "step", "texts", "score", "as expected", "different", "score of these", "of others"
         table = Table(*headers, title=ref, title_justify="left")
         table.add_row(*row("amplified", discovery.said, [], judge))
-        for name in ("guessed", "resembling", "examples"):
+        for name in ("guessed", "further", "examples"):
             part: list[Scored] = getattr(discovery, name)
             table.add_row(*row(name, [one.item for one in part], [one.score for one in part], judge))
         for origin in dict.fromkeys(item.origin for item in found.items):
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
         for item in discovery.said[: arguments.show]:
             print(f"  says {item.answer!r}")
-        for name in ("guessed", "resembling", "examples"):
+        for name in ("guessed", "further", "examples"):
             for one in getattr(discovery, name)[: arguments.show]:
                 print(f"  {name} {one.score:.2f} {one.text!r} in {one.template.name}: {one.item.answer[:120]!r}")
         for item in found.items[: arguments.show]:

@@ -2,10 +2,10 @@
 
     python experiments/teacher.py --source SOURCE --target TARGET --adapter ADAPTER --data train.jsonl [--first 64]
 
-For each mix of the adapted source, the target and the change that the adapter makes (`teacher_weight`,
+For each mix of the adapted source, the target and the change that the adapter makes (`teacher_weight`, `sure_weight`,
 `contrast_weight`), the table has the NLL of the right answers' tokens among the shared tokens, in nats a position, and
 the share of positions where the right token is the likeliest one, of all positions and as whole answers. The adapted
-source alone is the row "1, 0", the target alone "0, 0". Data must be training data: choices are made by it.
+source alone is the row "1, 1, 0", the target alone "0, 0, 0". Data must be training data: choices are made by it.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.training import read_examples
 from jcrosslora.training.examples import as_completion
 
-MIXES = [(w, c) for w in (0.0, 0.25, 0.5, 0.75, 1.0) for c in (0.0, 0.25, 0.5, 1.0)]
+SHARES = [(w, w) for w in (0.0, 0.25, 0.5, 0.75, 1.0)] + [(w, 1.0) for w in (0.0, 0.25, 0.5, 0.75)]
+MIXES = [(*shares, c) for shares in SHARES for c in (0.0, 0.25, 0.5, 1.0)]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         for side, base in enumerate((source, target))
     )
     stacked = stack_adapter(adapter, source)
-    sums: dict[tuple[float, float], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
+    sums: dict[tuple[float, ...], list[tuple[float, int, int]]] = {mix: [] for mix in MIXES}
     column = {int(index): place for place, index in enumerate(np.concatenate([symbols.shared[1], symbols.own[1]]))}
     teacher = Teacher(DecoderReader(src, stacked), tgt, DistillSettings(), symbols)
     for batch in batches:
@@ -65,7 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
             right = taught[rows, wanted]
             hits = (taught[rows].max(axis=1) == right).sum()
             sums[mix].append((-float(right.sum()), int(hits), len(rows)))
-    table = Table("teacher weight", "contrast", "NLL", "right tokens", "right answers", title=f"{len(items)} examples")
+    table = Table(
+        "teacher weight",
+        "sure weight",
+        "contrast",
+        "NLL",
+        "right tokens",
+        "right answers",
+        title=f"{len(items)} examples",
+    )
     for mix in MIXES:
         nll, hits, count = np.array(sums[mix], np.float64).T
         table.add_row(

@@ -161,7 +161,7 @@ def write_completions(
             tokens = settings.answer_tokens or PILOT_TOKENS
             discovery = discover(source, writer, found, known, settings, tokens, seed, bar)
         if discovery.share:
-            found += [one.item for one in discovery.resembling]
+            found += [one.item for one in discovery.further]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
         def write(count: int, seed: int, bar: Track | None = None) -> list[Completion]:

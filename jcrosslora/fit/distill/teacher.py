@@ -110,17 +110,17 @@ def mix_teacher(
     log t = (1 - w) log p_tgt + w log p_adapted + contrast_weight (log p_adapted - log p_base), normalised,
     w = teacher_weight + (sure_weight - teacher_weight) exp(-H), with the entropy H of p_adapted in nats.
 
-    Where the adapted source is sure, it knows its job; where it is not, the target may know better. With both weights 0
+    Where the adapted source is sure, it knows its job; where it is not, the target may know better. With both shares 0
     the source's change in log-probability is added to the target's own; with both 1 and contrast_weight 0 the teacher
-    is the adapted source. The change alone is not enough: it leads away from the source
-    without its adapter, which may predict something else than the target does.
+    is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
+    predict something else than the target does.
 
     Args:
         target: (P, V), log-probabilities of the target.
         base: (P, V), of the source.
         adapted: (P, V), of the source with its adapter.
-        teacher_weight: (), share of the adapted source where it takes all tokens for equally likely, or nearly.
-        sure_weight: (), where it is sure of one.
+        teacher_weight: (), share of the adapted source where many tokens are equally likely for it.
+        sure_weight: (), its share where it is sure of one token.
         contrast_weight: (), weight of the source's change.
     """
     entropy = -jnp.sum(jnp.exp(adapted) * adapted, axis=-1, keepdims=True)

@@ -1,8 +1,8 @@
 """The search for what an adapter is for.
 
 It is asked to do a few jobs of each kind that models are often trained for: it knows best the kind that it was trained
-on. It also says what it was trained to say, and a base guesses what was asked, as jobs of this kind are asked for.
-The best of all these requests are kept.
+on. It also says what it was trained to say. A base writes requests about that, as jobs of this kind are asked for, and
+those that are answered as they were meant show it how to write others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
-from jcrosslora.fit.distill.discovery.requests import ask_about, likeness
+from jcrosslora.fit.distill.discovery.requests import ask_about, likeness, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
 from jcrosslora.fit.distill.discovery.topics import choose_topics, is_about, topics_of
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -28,7 +28,8 @@ ROUNDS = 7  # texts that are written for each one that is asked for
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
 _NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
-_EXAMPLES, _FEWEST_FITTING = 12, 6  # best requests, which further ones are to resemble
+_EXAMPLES = 12  # best requests, which are shown to the writer
+_FEWEST_FITTING = 6  # requests answered as they were meant, for no others to be shown
 JUDGED_TOKENS = 24  # of an answer
 _SHARPNESS = 4  # power of the odds that shares go by
 
@@ -40,9 +41,8 @@ class Discovery:
     Attributes:
         kinds: kinds of jobs with the scores of answers to their requests, see `rank_kinds`.
         said: what the adapter says where its change is amplified, the best first.
-        guessed: answers to requests that were guessed from that, the best first.
-        resembling: answers to requests that resemble the best of all these or ask for what was answered to them, the
-            best first.
+        guessed: answers to requests about that, the best first.
+        further: answers to requests about what was answered to these, the best first.
         examples: the best requests of all, which `write` shows to the writer.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
@@ -50,14 +50,14 @@ class Discovery:
     kinds: list[tuple[JobKind, float]]
     said: list[Completion]
     guessed: list[Scored]
-    resembling: list[Scored]
+    further: list[Scored]
     examples: list[Scored]
     share: float
 
     @property
     def answered(self) -> list[Scored]:
         """All requests that were written, with their answers."""
-        return [*self.guessed, *self.resembling]
+        return [*self.guessed, *self.further]
 
     @property
     def job(self) -> str:
@@ -139,10 +139,10 @@ def discover(
     examples = _examples(kind, [*guessed, *answered], about)
     answered += guessed
     later = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
-    resembling = ask_inputs(list(later), [one.template for one in examples], seed + 1)
-    share = share_of(common_odds(resembling), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
-    examples = _examples(kind, [*examples, *resembling], about | later)
-    return Discovery(kinds, said, guessed, resembling, examples, share)
+    further = ask_inputs(list(later), [one.template for one in examples], seed + 1)
+    share = share_of(common_odds(further), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
+    examples = _examples(kind, [*examples, *further], about | later)
+    return Discovery(kinds, said, guessed, further, examples, share)
 
 
 def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
@@ -175,10 +175,10 @@ def _write_inputs(
     bar: Track | None,
     heard: Sequence[tuple[str, str]] = (),
 ) -> dict[str, str]:
-    """Write at most `count` inputs about what the adapter speaks of.
+    """Write at most `count` inputs about what the adapter speaks of; like the examples, if it speaks of nothing.
 
     Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
-    answers stay there: what would ask for them lies nearer.
+    answers stay there: what they speak of lies nearer.
 
     Args:
         writer: of the inputs.
@@ -191,14 +191,16 @@ def _write_inputs(
         heard: further answers with such topics, each behind its input, "" if there is none.
 
     Returns:
-        The topics by the inputs.
+        The topics by the inputs, "" without one.
     """
     better = best_of(answered, -(-len(answered) // 2))
     topics = topics_of([*heard, *_asked(kind, better)])
     shown = [*kind.examples, *_asked(kind, examples)]
     known = [(text, topic) for (text, _), topic in zip(shown, topics_of(shown), strict=True) if topic]
     chosen = choose_topics(topics, count, seed) if known else []
-    return ask_about(writer, chosen, known, seed, bar) if chosen else {}
+    if chosen:
+        return ask_about(writer, chosen, known, seed, bar)
+    return dict.fromkeys(resemble(writer, [text for text, _ in shown], count, seed, bar), "")
 
 
 def _examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
