@@ -182,6 +182,15 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     assert 0 < bars[0].done <= bars[0].total
 
 
+def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):
+    monkeypatch.setitem(globals(), "SAID", "42")
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
+    assert found.discovery.job == "text to JSON"
+    assert {one.item.answer for one in found.discovery.guessed} == {"42"}
+    assert found.discovery.further
+    assert found.discovery.share > 0.99
+
+
 def test_without_a_search_prompts_are_those_of_templates(actor):
     found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=0), 0)
     assert {item.origin for item in found.items} <= {one.name for one in templates_of(actor.tokenizer)}

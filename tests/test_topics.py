@@ -23,6 +23,11 @@ def test_a_topic_is_what_an_answer_says_beside_its_request():
         "lost or stolen card",
         "",
     ]
+    # What others say unasked is a topic though this request has all of its words.
+    asked = [("Add it to my playlist", "AddToPlaylist: x"), ("Hm", "AddToPlaylist"), ("Well", "AddToPlaylist: y")]
+    others = [("No", "a"), ("No", "b"), ("No", "c")]
+    assert topics_of(asked + others)[0] == "add to playlist, x"
+    assert topics_of([asked[0], *others])[0] == "x"
     assert topics_of([]) == []
     assert topics_of([("", "a, b, c, d")]) == ["a, b, c"]
 
@@ -41,6 +46,7 @@ def test_topics_of_rare_subjects_are_chosen_more_often_than_they_come():
 def test_an_answer_is_about_a_subject_whose_words_it_has():
     assert is_about('{"intent": "AddToPlaylist"}', "add to playlist, artist")
     assert not is_about('{"intent": "AddToPlaylist"}', "search creative work, artist")
+    assert not is_about('{"intent": "RateCreativeWork"}', "search creative work")
     assert is_about("Card is lost", "lost card")
     assert not is_about("lost phone", "lost card")
     assert is_about("The Mill is a cheap pub by the old river.", "the mill is a pub by the sea")
