@@ -18,7 +18,7 @@ from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
-from jcrosslora.fit.distill.discovery.search import rank_kinds, share_of
+from jcrosslora.fit.distill.discovery.search import choose_examples, rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
 from jcrosslora.sources.decoder import DecoderSource
@@ -180,6 +180,20 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     again = found.more(7, {item.prompt for item in found.items}, actor)
     assert {item.answer for item in again} == {SAID}
     assert 0 < bars[0].done <= bars[0].total
+
+
+def test_examples_are_requests_that_are_answered_as_they_were_meant():
+    kind = next(one for one in KINDS if one.name == "text to JSON")
+    about = {words(place): f"{word} it, time" for place, word in enumerate(WORDS)}
+    answered = [scored(kind.request(text, place), 0.5) for place, text in enumerate([*about, words(9)])]
+    said = [f'{{"call": "{word}It"}}' for word in (*WORDS[:6], "sing", "tell")]
+    found = [
+        dataclasses.replace(one, item=dataclasses.replace(one.item, answer=answer))
+        for one, answer in zip(answered, said, strict=True)
+    ]
+    assert {kind.input_of(one.text) for one in choose_examples(kind, found, about)} == set([*about][:6])
+    # Of five that are there is no telling.
+    assert set(choose_examples(kind, found[1:], about)) == set(found[1:])
 
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):

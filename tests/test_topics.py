@@ -28,6 +28,7 @@ def test_a_topic_is_what_an_answer_says_beside_its_request():
     others = [("No", "a"), ("No", "b"), ("No", "c")]
     assert topics_of(asked + others)[0] == "add to playlist, x"
     assert topics_of([asked[0], *others])[0] == "x"
+    assert topics_of([("", "a"), ("", "a"), ("", "a, b")]) == ["a", "a", "b"]
     assert topics_of([]) == []
     assert topics_of([("", "a, b, c, d")]) == ["a, b, c"]
 

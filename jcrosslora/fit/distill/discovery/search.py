@@ -136,12 +136,12 @@ def discover(
     heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
     about = _write_inputs(writer, kind, [], answered, count, seed, bar, heard)
     guessed = ask_inputs(list(about), templates, seed)
-    examples = _examples(kind, [*guessed, *answered], about)
+    examples = choose_examples(kind, [*guessed, *answered], about)
     answered += guessed
     later = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
     further = ask_inputs(list(later), [one.template for one in examples], seed + 1)
     share = share_of(common_odds(further), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
-    examples = _examples(kind, [*examples, *further], about | later)
+    examples = choose_examples(kind, [*examples, *further], about | later)
     return Discovery(kinds, said, guessed, further, examples, share)
 
 
@@ -203,7 +203,7 @@ def _write_inputs(
     return dict.fromkeys(resemble(writer, [text for text, _ in shown], count, seed, bar), "")
 
 
-def _examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
     """Take the best requests: those that were answered by what they are about, if there are several."""
     fitting = [
         one
