@@ -731,7 +731,7 @@ def teaching(pair):
         ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side)) for side, base in enumerate(pair[:2])
     )
     reader = DecoderReader(src, stack_adapter(adapter, source))
-    return lambda settings: Teacher(reader, tgt, settings, symbols), batches
+    return lambda settings, *found: Teacher(reader, tgt, settings, symbols, *found), batches
 
 
 def test_the_teacher_follows_the_source_where_it_is_sure():
@@ -744,6 +744,18 @@ def test_the_teacher_follows_the_source_where_it_is_sure():
     share = 0.5 + 0.5 / 4  # exp(-log 4) of four tokens that are equally likely
     mixed = np.asarray((1 - share) * own + share * adapted)[1]
     np.testing.assert_allclose(unsure, np.exp(mixed) / np.exp(mixed).sum(), rtol=1e-5)
+
+
+def test_a_sure_source_counts_more_the_more_prompts_were_found(teaching):
+    def predicted(sure, found=1.0):
+        settings = dataclasses.replace(SMALL, teacher_weight=0.5, sure_weight=sure)
+        return np.asarray(teaching[0](settings, found).read(teaching[1][0]).teacher)
+
+    np.testing.assert_array_equal(predicted(None), predicted(1.0))
+    np.testing.assert_array_equal(predicted(None, 0.0), predicted(0.5))
+    np.testing.assert_array_equal(predicted(None, 0.5), predicted(0.75))
+    np.testing.assert_array_equal(predicted(0.25, 0.5), predicted(0.25))
+    assert np.abs(predicted(0.5) - predicted(1.0)).max() > 0.1
 
 
 def test_a_teacher_of_the_source_alone_does_not_read_the_target(teaching, monkeypatch):

@@ -182,7 +182,8 @@ def distill_from(
         items = completions.more(number, kept_back, answerer)
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
-    teacher = Teacher(reader, tgt, settings, symbols)
+    searched = completions.discovery
+    teacher = Teacher(reader, tgt, settings, symbols, 1.0 if searched is None else searched.share)
     judged = [teacher.read(batch) for batch in held_out]
     kept = nullcontext()
     if states is not None and settings.grows:

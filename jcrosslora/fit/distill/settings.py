@@ -38,8 +38,10 @@ class DistillSettings:
     teacher_weight: float = 0.5
     """Share of the adapted source's own predictions in the teacher where it is unsure, 0 to 1; the rest is the
     target's."""
-    sure_weight: float = 1.0
-    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy)."""
+    sure_weight: float | None = None
+    """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy). None is 1
+    where prompts are given; else it goes from `teacher_weight` to 1 with the share of prompts that the search found,
+    as others are less like those of the adapter's task."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
@@ -68,6 +70,16 @@ class DistillSettings:
         """Whether completions are written as the fit goes."""
         return self.budget is not None or len(self.rounds) > 1
 
+    def source_weights(self, found: float) -> tuple[float, float]:
+        """Return the shares of the adapted source where it is unsure, and where it is sure.
+
+        Args:
+            found: share of prompts that are like those of the adapter's task: given ones, and those of the search.
+        """
+        if self.sure_weight is not None:
+            return self.teacher_weight, self.sure_weight
+        return self.teacher_weight, self.teacher_weight + (1 - self.teacher_weight) * found
+
     @property
     def seconds(self) -> float | None:
         """The budget in seconds, None without one."""
@@ -93,7 +105,7 @@ class DistillSettings:
         }
         rules["held_out"] = 0 < self.held_out < 1, "a share between 0 and 1"
         rules["teacher_weight"] = 0 <= self.teacher_weight <= 1, "a share from 0 to 1"
-        rules["sure_weight"] = 0 <= self.sure_weight <= 1, "a share from 0 to 1"
+        rules["sure_weight"] = self.sure_weight is None or 0 <= self.sure_weight <= 1, "a share from 0 to 1"
         rules["token_share"] = 0 < self.token_share <= 1, "a share above 0, up to 1"
         rules["polish"] = 0 <= self.polish <= 1, "a share from 0 to 1"
         rules["rate"] = 0 < self.rate < math.inf, "a positive number"

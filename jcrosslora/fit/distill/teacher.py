@@ -37,7 +37,15 @@ class TaughtBatch:
 
 
 class Teacher:
-    """The source's reader and the target, from which the teacher's predictions are made."""
+    """The source's reader and the target, from which the teacher's predictions are made.
+
+    Args:
+        source: reads with and without the adapter.
+        target: reads without it.
+        settings: of the fit.
+        symbols: that both predict.
+        found: share of prompts that are like those of the adapter's task, see `DistillSettings.source_weights`.
+    """
 
     def __init__(
         self,
@@ -45,9 +53,10 @@ class Teacher:
         target: ReducedBase,
         settings: DistillSettings,
         symbols: Symbols,
+        found: float = 1.0,
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        self._weights = settings.teacher_weight, settings.sure_weight, settings.contrast_weight
+        self._weights = *settings.source_weights(found), settings.contrast_weight
         self._token_share = settings.token_share
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:
