@@ -4,12 +4,12 @@
         --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
-source writes its own, and its weight is that of given ones. Every `--fit` then starts from nothing, or with `--method
-distilled-copy` from the adapter; the figure without a fit is printed first, and that of `--trained`, an adapter of the
-target to compare with. Of the 100 examples in front of the prompts the table has the NLL of the right answers with the
-fitted update, in nats a token, beside the held-out divergence, which cannot be compared where the teacher differs; with
-`--write N` also how many of the next N answers in writing are right. A list is written as `roles=["v_proj","o_proj"]`.
-Data must be training data: choices are made by it.
+source writes its own, and the teacher has the weights of given ones. Every `--fit` then starts from nothing, or with
+`--method distilled-copy` from the adapter; the figure without a fit is printed first, and that of `--trained`, an
+adapter of the target to compare with. Of the 100 examples in front of the prompts the table has the NLL of the right
+answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be compared where the
+teacher differs; with `--write N` also how many of the next N answers in writing are right. A list is written as
+`roles=["v_proj","o_proj"]`. Data must be training data: choices are made by it.
 """
 
 import argparse

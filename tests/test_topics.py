@@ -50,4 +50,5 @@ def test_an_answer_is_about_a_subject_whose_words_it_has():
     assert not is_about('{"intent": "RateCreativeWork"}', "search creative work")
     assert is_about("Card is lost", "lost card")
     assert not is_about("lost phone", "lost card")
+    assert not is_about("lost phone", "")
     assert is_about("The Mill is a cheap pub by the old river.", "the mill is a pub by the sea")

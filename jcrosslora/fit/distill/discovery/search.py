@@ -208,7 +208,7 @@ def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[st
     fitting = [
         one
         for one, (text, answer) in zip(answered, _asked(kind, answered), strict=True)
-        if text in about and is_about(answer, about[text])
+        if is_about(answer, about.get(text, ""))
     ]
     return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
 

@@ -59,7 +59,7 @@ def choose_topics(topics: Sequence[str], count: int, seed: int) -> list[str]:
     """
     subjects = defaultdict(list)
     for topic in filter(None, topics):
-        subjects[subject_of(topic)].append(topic)
+        subjects[_subject(topic)].append(topic)
     if not subjects:
         return []
     rng, kept = np.random.default_rng(seed), list(subjects.values())
@@ -68,14 +68,14 @@ def choose_topics(topics: Sequence[str], count: int, seed: int) -> list[str]:
     return [kept[place][rng.integers(len(kept[place]))] for place in chosen.tolist()]
 
 
-def subject_of(topic: str) -> str:
+def _subject(topic: str) -> str:
     """Return the first part of a topic."""
     return topic.split(",", 1)[0]
 
 
 def is_about(answer: str, topic: str) -> bool:
-    """Whether an answer has more than two thirds of the words of the topic's subject."""
-    words = set(subject_of(topic).split())
+    """Whether an answer has more than two thirds of the words of the topic's subject; no answer is about ""."""
+    words = set(_subject(topic).split())
     return len(words & _words(answer)) > _HELD * len(words)
 
 
