@@ -18,9 +18,9 @@ from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
-from jcrosslora.fit.distill.discovery.search import choose_examples, rank_kinds, share_of
+from jcrosslora.fit.distill.discovery.search import choose_examples, choose_templates, rank_kinds, share_of
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
+from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.sources.protocol import Compared
 from jcrosslora.text import Completion
@@ -194,6 +194,17 @@ def test_examples_are_requests_that_are_answered_as_they_were_meant():
     assert {kind.input_of(one.text) for one in choose_examples(kind, found, about)} == set([*about][:6])
     # Of five that are there is no telling.
     assert set(choose_examples(kind, found[1:], about)) == set(found[1:])
+
+
+def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as_well_as_any():
+    chat = ConversationTemplate("", "")
+    known = dict(zip([chat, *TEMPLATES[:3]], (0.75, 0.8, 0.78, 0.4), strict=True))
+    answered = [dataclasses.replace(scored("Sing", value), template=one) for one, value in known.items()]
+    assert choose_templates(answered) == [chat]
+    # Answers are taken together: one alone is not why a template is known.
+    answered.append(dataclasses.replace(scored("Dance", 0.6), template=chat))
+    assert choose_templates(answered) == [*TEMPLATES[:2]]
+    assert choose_templates([]) == []
 
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):

@@ -4,7 +4,11 @@ from collections import Counter
 
 import pytest
 
-from jcrosslora.fit.distill.discovery.topics import choose_topics, is_about, topics_of
+from jcrosslora.fit.distill.discovery.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
+
+
+def topics_of(asked):
+    return [topic_of(parts) for parts in parts_of(asked)]
 
 
 def test_a_topic_is_what_an_answer_says_beside_its_request():
@@ -33,15 +37,46 @@ def test_a_topic_is_what_an_answer_says_beside_its_request():
     assert topics_of([("", "a, b, c, d")]) == ["a, b, c"]
 
 
-def test_topics_of_rare_subjects_are_chosen_more_often_than_they_come():
-    topics = ["play, song"] * 8 + ["play, artist"] * 8 + ["book, city"] * 4 + ["", "odd"]
-    found = Counter(choose_topics(topics, 2000, 0))
-    assert found.keys() <= set(topics) - {""}
-    assert found["play, song"] + found["play, artist"] == pytest.approx(2 * found["book, city"], rel=0.15)
-    assert 0.5 < found["play, song"] / found["play, artist"] < 2
-    assert found["odd"] == pytest.approx(found["book, city"] / 2, rel=0.2)
-    assert choose_topics(["odd"], 3, 0) == ["odd"] * 3
-    assert choose_topics(["", ""], 3, 0) == choose_topics([], 3, 0) == []
+def shares(parts, doubted=()):
+    """The shares of the subjects in many topics."""
+    found = Counter(topic.split(", ")[0] for topic in choose_topics(parts, 4000, 0, doubted))
+    return {subject: count / 4000 for subject, count in found.items()}
+
+
+def test_subjects_that_are_not_doubted_are_chosen_alike_and_all_of_them_sometimes():
+    parts = [["play", "song"]] * 9 + [["book", "city"]] * 4 + [[], ["odd"]]
+    # A quarter goes by the roots of how often they come: 3, 2 and 1.
+    assert shares(parts) == pytest.approx({"play": 0.375, "book": 1 / 3, "odd": 0.25 + 1 / 24}, abs=0.025)
+    assert shares(parts, {"play"}) == pytest.approx({"play": 0.125, "book": 11 / 24, "odd": 10 / 24}, abs=0.025)
+    assert shares(parts, {"play", "book", "odd"}) == pytest.approx(
+        {"play": 0.5, "book": 1 / 3, "odd": 1 / 6}, abs=0.025
+    )
+    assert choose_topics([["odd"]], 3, 0) == ["odd"] * 3
+    assert choose_topics([[], []], 3, 0) == choose_topics([], 3, 0) == []
+
+
+def test_a_topic_has_at_most_two_other_parts_of_one_answer():
+    found = Counter(choose_topics([["play", "song", "artist", "year"], ["play", "now"]], 3000, 0))
+    pairs = {"play, song, artist", "play, song, year", "play, artist, year"}
+    assert found.keys() == {"play", "play, now", "play, song", "play, artist", "play, year"} | pairs
+    # Nothing in a third of them, one in a third; the second answer has but one.
+    assert found["play"] == pytest.approx(1000, rel=0.1)
+    assert found["play, now"] == pytest.approx(1000, rel=0.1)
+    assert sum(found[pair] for pair in pairs) == pytest.approx(500, rel=0.15)
+    assert max(found[pair] for pair in pairs) < 1.4 * min(found[pair] for pair in pairs)
+
+
+def test_a_subject_is_doubted_that_no_request_about_it_was_answered_by():
+    about = {"Sing!": "play song, year", "Eat": "book table", "Dine": "book table", "Go": "go home", "Rest": ""}
+    answered = [
+        ("Sing!", '{"call": "PlaySongs"}'),
+        ("Eat", "GetWeather"),
+        ("Dine", '{"call": "BookTable"}'),
+        ("Rest", "PlaySong"),
+        ("Play", "PlaySong"),
+    ]
+    assert doubted_subjects(answered, about) == {"play song"}
+    assert doubted_subjects([], about) == set()
 
 
 def test_an_answer_is_about_a_subject_whose_words_it_has():

@@ -16,7 +16,7 @@ from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, likeness, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
-from jcrosslora.fit.distill.discovery.topics import choose_topics, is_about, topics_of
+from jcrosslora.fit.distill.discovery.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
 from jcrosslora.fit.distill.writing import answer_prompts
@@ -24,10 +24,11 @@ from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
-ROUNDS = 7  # texts that are written for each one that is asked for
+_TURNS = 3  # rounds of requests about what was answered before
+ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
-_NEAR = 0.9  # of the best score, that of a kind which may be the adapter's
+_NEAR = 0.9  # of the best score, that of a kind, or a template, which may be the adapter's
 _EXAMPLES = 12  # best requests, which are shown to the writer
 _FEWEST_FITTING = 6  # requests answered as they were meant, for no others to be shown
 JUDGED_TOKENS = 24  # of an answer
@@ -44,6 +45,8 @@ class Discovery:
         guessed: answers to requests about that, the best first.
         further: answers to requests about what was answered to these, the best first.
         examples: the best requests of all, which `write` shows to the writer.
+        about: the topics of the requests, by their inputs.
+        templates: those that `write` puts requests in.
         share: of all prompts of a fit, how many should be such requests, 0 to 1.
     """
 
@@ -52,6 +55,8 @@ class Discovery:
     guessed: list[Scored]
     further: list[Scored]
     examples: list[Scored]
+    about: dict[str, str]
+    templates: list[PromptTemplate]
     share: float
 
     @property
@@ -65,19 +70,19 @@ class Discovery:
         return self.kinds[0][0].name
 
     def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
-        """Write prompts of the adapter's kind, see `_write_inputs`, in the examples' templates: at most `count`."""
+        """Write prompts of the adapter's kind, see `_write_inputs`, in its templates: at most `count`."""
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = list(_write_inputs(writer, kind, self.examples, self.answered, count, seed, bar))
-        places = np.random.default_rng(seed).integers(len(self.examples), size=(2, len(texts)))
+        texts = list(_write_inputs(writer, kind, self.examples, self.answered, self.about, count, seed, bar))
+        places = np.random.default_rng(seed).integers(count, size=(2, len(texts))).tolist()
         return [
-            _prompt(kind.request(text, asked), self.examples[place].template)
-            for text, asked, place in zip(texts, *places.tolist(), strict=True)
+            _prompt(kind.request(text, asked), self.templates[place % len(self.templates)])
+            for text, asked, place in zip(texts, *places, strict=True)
         ]
 
 
-NOTHING = Discovery([], [], [], [], [], 0.0)
+NOTHING = Discovery([], [], [], [], [], {}, [], 0.0)
 
 
 def discover(
@@ -134,15 +139,22 @@ def discover(
     answered = _answers_of(kind, probed)
     # The worse half of it is what the adapter says anyway.
     heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
-    about = _write_inputs(writer, kind, [], answered, count, seed, bar, heard)
+    about = _write_inputs(writer, kind, [], answered, {}, count, seed, bar, heard)
     guessed = ask_inputs(list(about), templates, seed)
     examples = choose_examples(kind, [*guessed, *answered], about)
-    answered += guessed
-    later = _write_inputs(writer, kind, examples, answered, count, seed + 1, bar)
-    further = ask_inputs(list(later), [one.template for one in examples], seed + 1)
+    templates = choose_templates(guessed) or templates
+    answered += [one for one in guessed if one.template in templates]
+    further = []
+    for turn in range(1, _TURNS + 1):
+        later = _write_inputs(writer, kind, examples, answered, about, count, seed + turn, bar)
+        about |= later
+        answers = ask_inputs(list(later), templates, seed + turn)
+        further += answers
+        answered += answers
+        examples = choose_examples(kind, [*examples, *answers], about)
+    further.sort(key=lambda one: -one.score)
     share = share_of(common_odds(further), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
-    examples = choose_examples(kind, [*examples, *further], about | later)
-    return Discovery(kinds, said, guessed, further, examples, share)
+    return Discovery(kinds, said, guessed, further, examples, about, templates, share)
 
 
 def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
@@ -170,6 +182,7 @@ def _write_inputs(
     kind: JobKind,
     examples: Sequence[Scored],
     answered: Sequence[Scored],
+    about: Mapping[str, str],
     count: int,
     seed: int,
     bar: Track | None,
@@ -184,7 +197,8 @@ def _write_inputs(
         writer: of the inputs.
         kind: whose inputs they are; its own examples are shown beside the others.
         examples: the best requests.
-        answered: answers of which the better half has the topics.
+        answered: the topics are of the better half of these answers, and of those that were as they were meant.
+        about: the topics of their requests, by the inputs, as far as these had any.
         count: the most inputs.
         seed: of the sampling.
         bar: advances by one for each.
@@ -193,11 +207,12 @@ def _write_inputs(
     Returns:
         The topics by the inputs, "" without one.
     """
-    better = best_of(answered, -(-len(answered) // 2))
-    topics = topics_of([*heard, *_asked(kind, better)])
+    fitting = _fitting(kind, answered, about)
+    told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *fitting])
+    parts = parts_of([*heard, *_asked(kind, list(told))])
     shown = [*kind.examples, *_asked(kind, examples)]
-    known = [(text, topic) for (text, _), topic in zip(shown, topics_of(shown), strict=True) if topic]
-    chosen = choose_topics(topics, count, seed) if known else []
+    known = [(text, topic_of(own)) for (text, _), own in zip(shown, parts_of(shown), strict=True) if own]
+    chosen = choose_topics(parts, count, seed, doubted_subjects(_asked(kind, answered), about)) if known else []
     if chosen:
         return ask_about(writer, chosen, known, seed, bar)
     return dict.fromkeys(resemble(writer, [text for text, _ in shown], count, seed, bar), "")
@@ -205,12 +220,22 @@ def _write_inputs(
 
 def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
     """Take the best requests: those that were answered by what they are about, if there are several."""
-    fitting = [
-        one
-        for one, (text, answer) in zip(answered, _asked(kind, answered), strict=True)
-        if is_about(answer, about.get(text, ""))
-    ]
+    fitting = _fitting(kind, answered, about)
     return best_of(fitting if len(fitting) >= _FEWEST_FITTING else answered, _EXAMPLES)
+
+
+def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
+    """Choose templates for requests: the chat template if the adapter knows it nearly as well as any, or all such."""
+    found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
+    scores = {template: common_score(same) for template, same in found.items()}
+    near = [template for template, score in scores.items() if score >= _NEAR * max(scores.values())]
+    return [one for one in near if isinstance(one, ConversationTemplate)] or near
+
+
+def _fitting(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
+    """Keep requests that were answered by what they are about."""
+    asked = zip(answered, _asked(kind, answered), strict=True)
+    return [one for one, (text, answer) in asked if is_about(answer, about.get(text, ""))]
 
 
 def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ a few words.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -16,21 +16,21 @@ _PART = re.compile(rf"{_WORD}(?:['\u2019 ]{_WORD})*")
 _JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|_|-")  # of the words of an identifier
 _MOST_PARTS, _MOST_CHARACTERS = 3, 120
 _COMMON = 0.5  # share of answers in which a part tells nothing of one of them
+_ALIKE = 0.75  # share of topics that are of all subjects alike
 _HELD = 2 / 3  # share of the words of a subject of which an answer on it has more
 
 
-def topics_of(asked: Sequence[tuple[str, str]]) -> list[str]:
-    """Find the topics of answers.
+def parts_of(asked: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Find what answers say by themselves: their parts, the words between two marks.
 
-    An answer is read in parts, the words between two marks. Left out are those whose words are all in the request, if
-    no other answers say them unasked; then those that more than half of the answers have, if any are left. The first
-    three are its topic.
+    Left out are those whose words are all in the request, if no other answers say them unasked; then those that more
+    than half of the answers have, if any are left. The first part is the subject.
 
     Args:
         asked: requests, "" where there is none, with their answers.
 
     Returns:
-        A topic for each, in lower case and parted by commas; "" where nothing is left.
+        The parts of each, in lower case.
     """
     parts, known = [_parts(answer) for _, answer in asked], [_words(request) for request, _ in asked]
     unasked = [
@@ -38,44 +38,72 @@ def topics_of(asked: Sequence[tuple[str, str]]) -> list[str]:
     ]
     counts, itself = (Counter(part for own in listed for part in own) for listed in (parts, unasked))
     most = max(1, _COMMON * len(asked))
-    topics = []
+    found = []
     for every, own in zip(parts, unasked, strict=True):
         said = [part for part in every if part in own or itself[part] > 1]
         telling = [part for part in said if counts[part] <= most] or said
-        topics.append(", ".join(telling[:_MOST_PARTS])[:_MOST_CHARACTERS])
-    return topics
+        found.append(telling)
+    return found
 
 
-def choose_topics(topics: Sequence[str], count: int, seed: int) -> list[str]:
-    """Choose so many topics, those of a rare subject more often than they come.
+def topic_of(parts: Sequence[str]) -> str:
+    """Return the topic of an answer, its first three parts, parted by commas; "" where there are none."""
+    return ", ".join(parts[:_MOST_PARTS])[:_MOST_CHARACTERS]
+
+
+def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted: Collection[str] = ()) -> list[str]:
+    """Choose topics: a subject, and at most two other parts of one of the answers that have it.
+
+    Three quarters are of the subjects that are not doubted, of all alike, so that one to which much leads takes no
+    other's place. The others are of all subjects, those of a rare one more often than they come.
 
     Args:
-        topics: to choose from; "" is none.
+        parts: of answers to choose from, see `parts_of`.
         count: of the topics.
         seed: of the choice.
+        doubted: subjects that may be none of the adapter's own, see `doubted_subjects`.
 
     Returns:
         Nothing if there are none to choose from.
     """
     subjects = defaultdict(list)
-    for topic in filter(None, topics):
-        subjects[_subject(topic)].append(topic)
+    for own in filter(None, parts):
+        subjects[own[0]].append(own[1:])
     if not subjects:
         return []
-    rng, kept = np.random.default_rng(seed), list(subjects.values())
-    weights = np.sqrt([len(same) for same in kept])
-    chosen = rng.choice(len(kept), count, p=weights / weights.sum())
-    return [kept[place][rng.integers(len(kept[place]))] for place in chosen.tolist()]
+    rng, names = np.random.default_rng(seed), list(subjects)
+    weights = np.sqrt([len(subjects[name]) for name in names])
+    weights /= weights.sum()
+    own = np.array([name not in doubted for name in names])
+    if own.any():
+        weights = _ALIKE * own / own.sum() + (1 - _ALIKE) * weights
+    topics = []
+    for place in rng.choice(len(names), count, p=weights).tolist():
+        others = subjects[names[place]][rng.integers(len(subjects[names[place]]))]
+        some = sorted(rng.permutation(len(others))[: rng.integers(_MOST_PARTS)].tolist())
+        topics.append(topic_of([names[place], *(others[other] for other in some)]))
+    return topics
 
 
-def _subject(topic: str) -> str:
+def subject_of(topic: str) -> str:
     """Return the first part of a topic."""
     return topic.split(",", 1)[0]
 
 
+def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, str]) -> set[str]:
+    """Return subjects that requests were about, of which none was answered by them.
+
+    Args:
+        answered: requests with their answers.
+        about: topics by the requests that were written about one.
+    """
+    asked = [(subject_of(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
+    return {subject for subject, _ in asked} - {subject for subject, parts in asked if subject in parts}
+
+
 def is_about(answer: str, topic: str) -> bool:
     """Whether an answer has more than two thirds of the words of the topic's subject; no answer is about ""."""
-    words = set(_subject(topic).split())
+    words = set(subject_of(topic).split())
     return len(words & _words(answer)) > _HELD * len(words)
 
 
