@@ -183,7 +183,7 @@ def distill_from(
         return make_batches(items, tokenizers, settings.prompt_weight) if items else []
 
     searched = completions.discovery
-    teacher = Teacher(reader, tgt, settings, symbols, 1.0 if searched is None else searched.share)
+    teacher = Teacher(reader, tgt, settings, symbols, 1.0 if searched is None else searched.explained)
     judged = [teacher.read(batch) for batch in held_out]
     kept = nullcontext()
     if states is not None and settings.grows:

@@ -40,8 +40,8 @@ class DistillSettings:
     target's."""
     sure_weight: float | None = None
     """The same where the adapted source is sure of its prediction; between the two it goes by exp(-entropy). None is 1
-    where prompts are given; else it goes from `teacher_weight` to 1 with the share of prompts that the search found,
-    as others are less like those of the adapter's task."""
+    where prompts are given; else it goes from `teacher_weight` to 1 with what the search's answers explain, as the
+    source may be as sure of wrong answers where its task is not found."""
     contrast_weight: float = 0.25
     """Weight of the change that the adapter makes in the source's predictions, added to the teacher."""
     prompt_weight: float = 1.0
@@ -70,15 +70,15 @@ class DistillSettings:
         """Whether completions are written as the fit goes."""
         return self.budget is not None or len(self.rounds) > 1
 
-    def source_weights(self, found: float) -> tuple[float, float]:
+    def source_weights(self, known: float) -> tuple[float, float]:
         """Return the shares of the adapted source where it is unsure, and where it is sure.
 
         Args:
-            found: share of prompts that are like those of the adapter's task: given ones, and those of the search.
+            known: how well the adapter's task is known, 0 to 1: 1 where prompts are given, see `Discovery.explained`.
         """
         if self.sure_weight is not None:
             return self.teacher_weight, self.sure_weight
-        return self.teacher_weight, self.teacher_weight + (1 - self.teacher_weight) * found
+        return self.teacher_weight, self.teacher_weight + (1 - self.teacher_weight) * known
 
     @property
     def seconds(self) -> float | None:

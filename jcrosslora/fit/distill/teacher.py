@@ -44,7 +44,7 @@ class Teacher:
         target: reads without it.
         settings: of the fit.
         symbols: that both predict.
-        found: share of prompts that are like those of the adapter's task, see `DistillSettings.source_weights`.
+        known: how well the adapter's task is known, 0 to 1, see `DistillSettings.source_weights`.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Teacher:
         target: ReducedBase,
         settings: DistillSettings,
         symbols: Symbols,
-        found: float = 1.0,
+        known: float = 1.0,
     ) -> None:
         self._source, self.target, self._symbols = source, target, symbols
-        self._weights = *settings.source_weights(found), settings.contrast_weight
+        self._weights = *settings.source_weights(known), settings.contrast_weight
         self._token_share = settings.token_share
 
     def read(self, batch: DistillationBatch) -> TaughtBatch:

@@ -69,6 +69,11 @@ class Discovery:
         """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
 
+    @property
+    def explained(self) -> float:
+        """The share of prompts that are the search's, times the score of the answers to these, 0 to 1: see `score`."""
+        return self.share * min(1.0, max(0.0, common_score(self.further)))
+
     def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         """Write prompts of the adapter's kind, see `_write_inputs`, in its templates: at most `count`."""
         if not (self.examples and count):
@@ -100,7 +105,8 @@ def discover(
     Args:
         source: the base, with the adapter.
         writer: writes requests.
-        pilot: answers to prompts that it wrote in templates that it knows; the search is measured against them.
+        pilot: answers to prompts that it wrote in templates that it knows; the search is measured against those in the
+            templates of its requests, if there are any.
         known: these templates; the base's chat template is tried as well.
         settings: of the fit.
         tokens: the most tokens of an answer.
@@ -153,7 +159,8 @@ def discover(
         answered += answers
         examples = choose_examples(kind, [*examples, *answers], about)
     further.sort(key=lambda one: -one.score)
-    share = share_of(common_odds(further), common_odds(score_all(source, pilot, named, JUDGED_TOKENS)))
+    alike = [item for item in pilot if named[item.origin] in templates] or pilot
+    share = share_of(common_odds(further), common_odds(score_all(source, alike, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, further, examples, about, templates, share)
 
 
