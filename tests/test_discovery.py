@@ -18,7 +18,14 @@ from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
-from jcrosslora.fit.distill.discovery.search import choose_examples, choose_templates, rank_kinds, share_of
+from jcrosslora.fit.distill.discovery.search import (
+    NOTHING,
+    choose_examples,
+    choose_templates,
+    discover,
+    rank_kinds,
+    share_of,
+)
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
 from jcrosslora.sources.decoder import DecoderSource
@@ -172,6 +179,8 @@ def test_the_job_of_an_adapter_is_found(actor, monkeypatch):
     assert discovery.guessed
     assert all("JSON" in one.text and one.item.answer == SAID for one in discovery.examples)
     assert discovery.share > 0.99
+    assert discovery.explained == pytest.approx(discovery.share * common_score(discovery.further))
+    assert 0.5 < discovery.explained < 0.9
     chat = templates_of(actor.tokenizer)[-1]
     assert any(one.item.prompt == chat.wrap(one.text) for one in (*discovery.guessed, *discovery.examples))
     right = sum(item.answer == SAID for item in found.items)
@@ -205,6 +214,27 @@ def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as
     answered.append(dataclasses.replace(scored("Dance", 0.6), template=chat))
     assert choose_templates(answered) == [*TEMPLATES[:2]]
     assert choose_templates([]) == []
+
+
+def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
+    chat, plain = templates_of(actor.tokenizer)[-1], TEMPLATES[0]
+    answers = [(plain, SAID)] * 10 + [(chat, "no")] * 2
+    pilot = [Completion(one.wrap(words(turn)), text, True, one.name) for turn, (one, text) in enumerate(answers)]
+
+    def found(pilot):
+        return discover(actor, actor.alone(), pilot, [plain, chat], DistillSettings(discovery=12), 20, 0)
+
+    assert found(pilot).templates == [chat]
+    assert found(pilot).share > 0.99
+    # Without such prompts against all of them, which the adapter knows as well.
+    assert 0.2 < found(pilot[:10]).share < 0.8
+
+
+def test_what_is_explained_goes_by_the_share_of_the_search_and_its_answers():
+    found = dataclasses.replace(NOTHING, further=[scored("Sing", 0.6), scored("Dance", 0.2)], share=0.5)
+    assert found.explained == pytest.approx(0.2)
+    assert dataclasses.replace(found, further=[scored("Sing", 1.2)]).explained == 0.5
+    assert dataclasses.replace(found, further=[scored("Sing", -0.1)]).explained == NOTHING.explained == 0
 
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):

@@ -731,7 +731,7 @@ def teaching(pair):
         ReducedBase.of(settings_of(base), load_params(base), symbols.heads(side)) for side, base in enumerate(pair[:2])
     )
     reader = DecoderReader(src, stack_adapter(adapter, source))
-    return lambda settings, *found: Teacher(reader, tgt, settings, symbols, *found), batches
+    return lambda settings, *known: Teacher(reader, tgt, settings, symbols, *known), batches
 
 
 def test_the_teacher_follows_the_source_where_it_is_sure():
@@ -746,10 +746,10 @@ def test_the_teacher_follows_the_source_where_it_is_sure():
     np.testing.assert_allclose(unsure, np.exp(mixed) / np.exp(mixed).sum(), rtol=1e-5)
 
 
-def test_a_sure_source_counts_more_the_more_prompts_were_found(teaching):
-    def predicted(sure, found=1.0):
+def test_a_sure_source_counts_more_the_better_its_task_is_known(teaching):
+    def predicted(sure, known=1.0):
         settings = dataclasses.replace(SMALL, teacher_weight=0.5, sure_weight=sure)
-        return np.asarray(teaching[0](settings, found).read(teaching[1][0]).teacher)
+        return np.asarray(teaching[0](settings, known).read(teaching[1][0]).teacher)
 
     np.testing.assert_array_equal(predicted(None), predicted(1.0))
     np.testing.assert_array_equal(predicted(None, 0.0), predicted(0.5))
