@@ -28,7 +28,7 @@ _TURNS = 3  # rounds of requests about what was answered before
 ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
-_NEAR = 0.9  # of the best score, that of a kind, or a template, which may be the adapter's
+_NEAR_KIND, _NEAR_TEMPLATE = 0.85, 0.9  # of the best score, that of one which may be the adapter's own
 _EXAMPLES = 12  # best requests, which are shown to the writer
 _FEWEST_FITTING = 6  # requests answered as they were meant, for no others to be shown
 JUDGED_TOKENS = 24  # of an answer
@@ -173,7 +173,7 @@ def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
     answered = {kind: _answers_of(kind, probed) for kind in KINDS}
     scores = {kind: common_score(found) for kind, found in answered.items() if found}
     ranked = sorted(scores, key=lambda kind: -scores[kind])
-    near = [kind for kind in ranked if scores[kind] >= _NEAR * scores[ranked[0]]]
+    near = [kind for kind in ranked if scores[kind] >= _NEAR_KIND * scores[ranked[0]]]
 
     def look(kind: JobKind) -> float:
         """Compare the adapter's answers with those of the examples, each with the likest."""
@@ -235,7 +235,7 @@ def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:
     """Choose templates for requests: the chat template if the adapter knows it nearly as well as any, or all such."""
     found = {one.template: [other for other in answered if other.template == one.template] for one in answered}
     scores = {template: common_score(same) for template, same in found.items()}
-    near = [template for template, score in scores.items() if score >= _NEAR * max(scores.values())]
+    near = [template for template, score in scores.items() if score >= _NEAR_TEMPLATE * max(scores.values())]
     return [one for one in near if isinstance(one, ConversationTemplate)] or near
 
 
