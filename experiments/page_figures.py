@@ -44,14 +44,8 @@ _PARTS = {
     "`random`": ("moved", ("random", 0)),
     "SmolLM2 with the adapter that is moved": ("source", None),
     "`distill`, no data": ("moved", ("distill", 0)),
-    "`distill`, no data, `--budget 30min`": ("moved", ("distill:budget=30min", 0)),
     "`distill`, 200 prompts": ("moved", ("distill", 200)),
     "`distill`, 1,000 prompts, 1,000 completions": ("moved", ("distill:completions=1000", 1000)),
-    "the same, one teacher weight of 0.5 and no prompts like the user's": (
-        "moved",
-        ("distill:teacher_weight=0.5", 200),
-    ),
-    "`distill`, no data, one teacher weight of 0.75": ("moved", ("distill:teacher_weight=0.75", 0)),
 }
 _FIGURES = {"nats a character": ("nll_per_char",), "right": ("json", "exact"), "chrF": ("chrf",), "ended": ("ended",)}
 

@@ -12,7 +12,7 @@ from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Written
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.completions import write_completions
-from jcrosslora.fit.distill.discovery import openings, scores
+from jcrosslora.fit.distill.discovery import openings, scores, search
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import starts
@@ -216,6 +216,15 @@ def test_requests_are_put_in_the_chat_template_if_the_adapter_knows_it_nearly_as
     answered.append(dataclasses.replace(scored("Dance", 0.6), template=chat))
     assert choose_templates(answered) == [*TEMPLATES[:2]]
     assert choose_templates([]) == []
+
+
+def test_fewer_requests_than_prompts_of_the_source_stand_in_a_plain_template(actor, monkeypatch):
+    monkeypatch.setattr(search, "choose_templates", lambda _: [TEMPLATES[0]])
+    found = write_completions(actor, actor.alone(), DistillSettings(completions=60, discovery=12), 0)
+    assert found.discovery.share == 0.3
+    searched = [item for item in found.items if item.origin.startswith("requests found")]
+    assert len(searched) == pytest.approx(0.3 * len(found.items), abs=1)
+    assert {item.prompt for item in searched} > {one.item.prompt for one in found.discovery.further[:6]}
 
 
 def test_requests_are_measured_against_prompts_in_their_own_templates(actor):

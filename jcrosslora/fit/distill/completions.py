@@ -160,20 +160,20 @@ def write_completions(
         if settings.discovery:
             tokens = settings.answer_tokens or PILOT_TOKENS
             discovery = discover(source, writer, found, known, settings, tokens, seed, bar)
-        if discovery.share:
-            found += [one.item for one in discovery.further]
+        wanted = round(discovery.share * settings.rounds[0])
+        found += [one.item for one in discovery.further[:wanted]]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
-        def write(count: int, seed: int, bar: Track | None = None) -> list[Completion]:
-            like = round(discovery.share * count)
-            wanted = [known[place % len(known)] for place in range(count - like)] if known else []
-            return discovery.write(writer, like, seed, bar) + write_prompts(source, wanted, seed, bar)
+        def write(count: int, searched: int, seed: int, bar: Track | None = None) -> list[Completion]:
+            own = [known[place % len(known)] for place in range(count - searched)] if known else []
+            return discovery.write(writer, searched, seed, bar) + write_prompts(source, own, seed, bar)
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
             bar.total = bar.done + 2 * missing
             if missing:
-                prompts = write(missing, seed + turn, bar)
+                lacking = wanted - sum(item.origin not in named for item in found)
+                prompts = write(missing, min(missing, max(0, lacking)), seed + turn, bar)
                 found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + turn, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
@@ -182,7 +182,7 @@ def write_completions(
 
     def more(number: int, excluded: Collection[Prompt], answerer: Writer) -> list[Completion]:
         later = _LATER + seed + number
-        prompts = [item for item in write(ROUND, later) if item.prompt not in excluded]
+        prompts = [item for item in write(ROUND, round(discovery.share * ROUND), later) if item.prompt not in excluded]
         return answer_prompts(answerer, prompts, tokens, settings.answer_temperature, later, None)
 
     where = ", ".join(template.name for template in known)

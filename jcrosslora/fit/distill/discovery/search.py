@@ -33,6 +33,9 @@ _EXAMPLES = 12  # best requests, which are shown to the writer
 _FEWEST_FITTING = 6  # requests answered as they were meant, for no others to be shown
 JUDGED_TOKENS = 24  # of an answer
 _SHARPNESS = 4  # power of the odds that shares go by
+# Share of requests in other templates than the chat template: an adapter of such a one was mostly trained on questions
+# without an instruction, which the source writes itself.
+_MOST_PLAIN = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +164,8 @@ def discover(
     further.sort(key=lambda one: -one.score)
     alike = [item for item in pilot if named[item.origin] in templates] or pilot
     share = share_of(common_odds(further), common_odds(score_all(source, alike, named, JUDGED_TOKENS)))
+    if not any(isinstance(one, ConversationTemplate) for one in templates):
+        share = min(share, _MOST_PLAIN)
     return Discovery(kinds, said, guessed, further, examples, about, templates, share)
 
 
