@@ -85,7 +85,7 @@ def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted
     return topics
 
 
-def subject_of(topic: str) -> str:
+def _subject(topic: str) -> str:
     """Return the first part of a topic."""
     return topic.split(",", 1)[0]
 
@@ -97,13 +97,13 @@ def doubted_subjects(answered: Sequence[tuple[str, str]], about: Mapping[str, st
         answered: requests with their answers.
         about: topics by the requests that were written about one.
     """
-    asked = [(subject_of(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
+    asked = [(_subject(about[request]), _parts(answer)) for request, answer in answered if about.get(request)]
     return {subject for subject, _ in asked} - {subject for subject, parts in asked if subject in parts}
 
 
 def is_about(answer: str, topic: str) -> bool:
     """Whether an answer has more than two thirds of the words of the topic's subject; no answer is about ""."""
-    words = set(subject_of(topic).split())
+    words = set(_subject(topic).split())
     return len(words & _words(answer)) > _HELD * len(words)
 
 
