@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(table)
         print(f"requests are written by {writer.name}")
         print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
-        print(f"share of requests found: {discovery.share:.2f}")
+        where = ", ".join(template.name for template in discovery.templates)
+        print(f"share of requests found: {discovery.share:.2f}, in {where}; explained: {discovery.explained:.2f}")
         print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
         for item in discovery.said[: arguments.show]:
             print(f"  says {item.answer!r}")

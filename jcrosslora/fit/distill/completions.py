@@ -164,16 +164,19 @@ def write_completions(
         found += [one.item for one in discovery.further[:wanted]]
         tokens = settings.answer_tokens or _written_length(source, found, settings.answer_temperature, seed)
 
-        def write(count: int, searched: int, seed: int, bar: Track | None = None) -> list[Completion]:
-            own = [known[place % len(known)] for place in range(count - searched)] if known else []
-            return discovery.write(writer, searched, seed, bar) + write_prompts(source, own, seed, bar)
+        def asked(items: Sequence[Completion]) -> int:
+            return sum(item.origin not in named for item in items)
+
+        def write(count: int, requests: int, seed: int, bar: Track | None = None) -> list[Completion]:
+            own = [known[place % len(known)] for place in range(count - requests)] if known else []
+            return discovery.write(writer, requests, seed, bar) + write_prompts(source, own, seed, bar)
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
             bar.total = bar.done + 2 * missing
             if missing:
-                lacking = wanted - sum(item.origin not in named for item in found)
-                prompts = write(missing, min(missing, max(0, lacking)), seed + turn, bar)
+                lacking = max(0, wanted - asked(found))
+                prompts = write(missing, min(missing, lacking), seed + turn, bar)
                 found += answer_prompts(source, prompts, tokens, settings.answer_temperature, seed + turn, bar)
     # Shuffled, so that a part of them comes from all templates.
     order = np.random.default_rng(seed).permutation(len(found))[: settings.rounds[0]]
@@ -187,9 +190,10 @@ def write_completions(
 
     where = ", ".join(template.name for template in known)
     description = f"{len(found)} completions{_ended(found, tokens)} that it wrote itself, in {where}"
-    guessed = sum(item.origin not in named for item in found)
-    if guessed:
-        description += f", {guessed} of them answers to requests found by a search (it knows best: {discovery.job})"
+    if asked(found):
+        description += (
+            f", {asked(found)} of them answers to requests found by a search (it knows best: {discovery.job})"
+        )
     return Completions(found, description, more, discovery)
 
 

@@ -74,9 +74,9 @@ def choose_topics(parts: Sequence[Sequence[str]], count: int, seed: int, doubted
     rng, names = np.random.default_rng(seed), list(subjects)
     weights = np.sqrt([len(subjects[name]) for name in names])
     weights /= weights.sum()
-    own = np.array([name not in doubted for name in names])
-    if own.any():
-        weights = _ALIKE * own / own.sum() + (1 - _ALIKE) * weights
+    trusted = np.array([name not in doubted for name in names])
+    if trusted.any():
+        weights = _ALIKE * trusted / trusted.sum() + (1 - _ALIKE) * weights
     topics = []
     for place in rng.choice(len(names), count, p=weights).tolist():
         others = subjects[names[place]][rng.integers(len(subjects[names[place]]))]
