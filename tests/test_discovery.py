@@ -225,6 +225,8 @@ def test_fewer_requests_than_prompts_of_the_source_stand_in_a_plain_template(act
     searched = [item for item in found.items if item.origin.startswith("requests found")]
     assert len(searched) == pytest.approx(0.3 * len(found.items), abs=1)
     assert {item.prompt for item in searched} > {one.item.prompt for one in found.discovery.further[:6]}
+    # A third round of twelve would be more than it can use.
+    assert 12 < len(found.discovery.further) <= 24
 
 
 def test_requests_are_measured_against_prompts_in_their_own_templates(actor):

@@ -24,8 +24,8 @@ from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
-_TURNS = 3  # rounds of requests about what was answered before
-ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for
+_TURNS = 3  # rounds of requests about what was answered before, at most
+ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
 _NEAR_KIND, _NEAR_TEMPLATE = 0.85, 0.9  # of the best score, that of one which may be the adapter's own
@@ -63,11 +63,6 @@ class Discovery:
     share: float
 
     @property
-    def answered(self) -> list[Scored]:
-        """All requests that were written, with their answers."""
-        return [*self.guessed, *self.further]
-
-    @property
     def job(self) -> str:
         """The name of the adapter's kind of jobs."""
         return self.kinds[0][0].name
@@ -82,7 +77,8 @@ class Discovery:
         if not (self.examples and count):
             return []
         kind = self.kinds[0][0]
-        texts = list(_write_inputs(writer, kind, self.examples, self.answered, self.about, count, seed, bar))
+        answered = [one for one in (*self.guessed, *self.further) if one.template in self.templates]
+        texts = list(_write_inputs(writer, kind, self.examples, answered, self.about, count, seed, bar))
         places = np.random.default_rng(seed).integers(count, size=(2, len(texts))).tolist()
         return [
             _prompt(kind.request(text, asked), self.templates[place % len(self.templates)])
@@ -153,8 +149,11 @@ def discover(
     examples = choose_examples(kind, [*guessed, *answered], about)
     templates = choose_templates(guessed) or templates
     answered += [one for one in guessed if one.template in templates]
-    further = []
+    most = 1.0 if any(isinstance(one, ConversationTemplate) for one in templates) else _MOST_PLAIN
+    further: list[Scored] = []
     for turn in range(1, _TURNS + 1):
+        if len(further) >= most * settings.rounds[0]:  # more than the fit can use
+            break
         later = _write_inputs(writer, kind, examples, answered, about, count, seed + turn, bar)
         about |= later
         answers = ask_inputs(list(later), templates, seed + turn)
@@ -164,9 +163,7 @@ def discover(
     further.sort(key=lambda one: -one.score)
     alike = [item for item in pilot if named[item.origin] in templates] or pilot
     share = share_of(common_odds(further), common_odds(score_all(source, alike, named, JUDGED_TOKENS)))
-    if not any(isinstance(one, ConversationTemplate) for one in templates):
-        share = min(share, _MOST_PLAIN)
-    return Discovery(kinds, said, guessed, further, examples, about, templates, share)
+    return Discovery(kinds, said, guessed, further, examples, about, templates, min(share, most))
 
 
 def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
