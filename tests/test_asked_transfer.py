@@ -108,6 +108,7 @@ def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, se
     for module in (completions, template_choice):  # fewer, for the sake of time
         monkeypatch.setattr(module, "templates_of", lambda tokenizer: templates_of(tokenizer)[-2:])
     monkeypatch.setattr(search, "KINDS", KINDS[:2])
+    monkeypatch.setattr(search, "_TURNS", 1)
     source = ServedSource.open(jcl.ServedModel(server.url, MODEL, places[1].path))
     found = completions.write_completions(source, source.alone(), Distill(**FIT, discovery=4), 0)
     assert "completions of at most 4 tokens" in found.description
