@@ -4,8 +4,9 @@
         --completions 300 --prompts 200 --fit passes=1 --fit passes=4 --fit optimizer=lora-rite,passes=4
 
 The last prompts of the file are answered by the source with its adapter, once, and kept in WORK; with `--prompts 0` the
-source writes its own, and the teacher has the weights of given ones. Every `--fit` then starts from nothing, or with
-`--method distilled-copy` from the adapter; the figure without a fit is printed first, and that of `--trained`, an
+source writes its own. The teacher then has the weights that it has with given ones, unless `--known` says how well the
+adapter's task is known, which experiments/discovery.py prints as "explained". Every `--fit` starts from nothing, or
+with `--method distilled-copy` from the adapter; the figure without a fit is printed first, and that of `--trained`, an
 adapter of the target to compare with. Of the 100 examples in front of the prompts the table has the NLL of the right
 answers with the fitted update, in nats a token, beside the held-out divergence, which cannot be compared where the
 teacher differs; with `--write N` also how many of the next N answers in writing are right. A list is written as
@@ -61,6 +62,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--completions", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")
     parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
     parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of the method")
     parser.add_argument("--trained", type=Path, help="an adapter of the target that is scored as well")
@@ -132,7 +134,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             for side, base in enumerate((source, target))
         )
         reader = DecoderReader(src, stack_adapter(adapter, source))
-        teacher = Teacher(reader, tgt, method, symbols)
+        teacher = Teacher(reader, tgt, method, symbols, arguments.known)
         kept_back = [teacher.read(batch) for batch in held_out]
         begun = time.monotonic()
         found = fit(
