@@ -2,9 +2,10 @@
 
     python experiments/page_figures.py
 
-A row of a table of jobs has the figures of a line of `experiments/results/`, rounded. A row of another table has those
-of the lines of `experiments/results/stated/` that name its section and its first cell. A number is a decimal or a
-percentage; counts are not looked at, nor is the text around the tables.
+A row of a table of jobs has the figures of a line of `experiments/results/`, rounded: of seed 0, or of that which its
+name ends in, such as ", seed 1". A row of another table has those of the lines of `experiments/results/stated/` that
+name its section and its first cell. A number is a decimal or a percentage; counts are not looked at, nor is the text
+around the tables.
 """
 
 import re
@@ -125,10 +126,11 @@ def _not_stated(row: Row, stated: Sequence[StatedLine]) -> list[str]:
 
 def _not_rounded(row: Row, lines: Sequence[ResultLine]) -> list[str]:
     """Compare the cells with the figures of the first line that has them, in the cells' own digits."""
-    if row.label not in _PARTS:
+    label, _, seed = row.label.partition(", seed ")
+    if label not in _PARTS:
         return row.numbers()
-    part, move = _PARTS[row.label]
-    fitting = [one for one in lines if move is None or (one.method, one.prompts) == move]
+    part, move = _PARTS[label]
+    fitting = [one for one in lines if one.seed == int(seed or 0) and move in (None, (one.method, one.prompts))]
     missing = []
     for title, cell in zip(row.head[1:], row.cells[1:], strict=True):
         numbers = _NUMBER.findall(cell)

@@ -145,6 +145,16 @@ def test_the_rows_of_jobs_are_those_of_whole_lines(old, new, missing):
     assert fault.endswith(f"no line has {missing}")
 
 
+def test_a_row_that_names_a_seed_is_of_its_lines():
+    lines = [line(task="snips", source="Smollm2 A", seed=seed) for seed in (0, 1)]
+    page = JOBS.replace("`distill`, 200 prompts", "`distill`, 200 prompts, seed 1")
+    assert page != JOBS
+    assert page_figures.unknown(page, lines, []) == []
+    (fault,) = page_figures.unknown(page, lines[:1], [])
+    assert "`distill`, 200 prompts, seed 1: no line has" in fault
+    assert page_figures.unknown(JOBS, lines[1:], []) != []
+
+
 def test_the_pages_state_no_figure_that_no_line_has():
     lines = [one for path in sorted(FOLDER.glob("*.jsonl")) for one in read_lines(path)]
     known = [one for path in sorted(STATED.glob("*.jsonl")) for one in read_lines(path, StatedLine)]
