@@ -55,6 +55,7 @@ JUDGED = 100  # examples whose right answers are scored
 
 
 def parse() -> argparse.Namespace:
+    usual = Distill()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("source", "target", "adapter"):
         parser.add_argument(f"--{name}", required=True)
@@ -62,6 +63,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--completions", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=usual.answer_temperature, help="of the source's answers")
     parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")
     parser.add_argument("--method", choices=("distill", "distilled-copy"), default="distill")
     parser.add_argument("--fit", action="append", required=True, help="KEY=VALUE,... of the method")
@@ -90,10 +92,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     known = [as_completion(one) for one in read_examples(arguments.data)]
     known, given = known[: len(known) - arguments.prompts], known[len(known) - arguments.prompts :]
     judged = known[-JUDGED - arguments.write :]
-    path = arguments.work / f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}.jsonl"
+    wanted = Distill(completions=arguments.completions, answer_temperature=arguments.temperature)
+    name = f"completions-{arguments.completions}-{arguments.prompts}-{arguments.seed}-{arguments.temperature:g}.jsonl"
+    path = arguments.work / name
     if not path.exists():
         generator = DecoderSource.of(source, adapter, params=params[0], tokenizer=tokenizers[0])
-        wanted = Distill(completions=arguments.completions)
         writer = choose_writer(generator, DecoderSource.of(target, params=params[1], tokenizer=tokenizers[1]))
         if given:
             made = answer_given(generator, writer, [one.prompt for one in given], wanted, arguments.seed, progress=True)
