@@ -97,8 +97,9 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-# A third of the usual number: the move takes about 90 seconds on two cores. The demo's answers are short.
+# The demo is to be over in minutes: completions and texts of each step of the search, fewer than usual, and short.
 COMPLETIONS, ANSWER_TOKENS = 100, 16
+_SEARCHED = 24
 
 
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
@@ -107,7 +108,7 @@ def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> Tran
     Raises:
         JCrossLoRAError: the method cannot be used.
     """
-    settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS}
+    settings = {"completions": COMPLETIONS, "answer_tokens": ANSWER_TOKENS, "discovery": _SEARCHED}
     chosen = make_method(Auto(**settings))
     if method != AUTO:
         chosen = make_method(method, settings if hasattr(find_method(method), "completions") else {})
