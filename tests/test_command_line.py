@@ -67,6 +67,15 @@ def test_a_misspelt_command_is_one_line_with_a_suggestion(capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", [["--adapter", "x"], ["--adapter=x"]])
+def test_a_flag_for_what_has_none_is_one_line_that_says_how_to_give_it(flag, capsys):
+    assert stopped(["transfer", *flag, "--source", "a", "--target", "b", "--out", "c"]) == 2
+    printed = capsys.readouterr().err
+    assert printed == (
+        "jcrosslora: --adapter is not an option: give its value alone, as in 'jcrosslora transfer ADAPTER'\n"
+    )
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help_without_riddles(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

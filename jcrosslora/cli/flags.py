@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
+from jcrosslora.errors import UsageError
 from jcrosslora.methods import METHODS, hyper_types, setting_fields
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings
 
@@ -61,7 +62,11 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
         command: the dataclass of its flags.
         arguments: those behind the command's name.
         prog: what stands in front of them, for usage lines.
+
+    Raises:
+        UsageError: what has no flag was given by one.
     """
+    _check_flags(command, arguments, prog)
     defaults = command.defaults(arguments) if hasattr(command, "defaults") else {}  # type: ignore[attr-defined]
     description = inspect.cleandoc(command.__doc__ or "")
     kind = flags_type(command, defaults)
@@ -70,6 +75,16 @@ def parse(command: type[C], arguments: Sequence[str], *, prog: str) -> C:
     for group in fields(kind):
         values |= vars(getattr(parsed, group.name))
     return command(**values)
+
+
+def _check_flags(command: type, arguments: Sequence[str], prog: str) -> None:
+    """Refuse a flag for an argument that has none, of which tyro only says that its value is missing."""
+    given = {one.partition("=")[0] for one in arguments}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        flag = "--" + name.replace("_", "-")
+        if flag in given and tyro.conf.Positional in get_args(hint):
+            msg = f"{flag} is not an option: give its value alone, as in '{prog} {name.rpartition('_')[2].upper()}'"
+            raise UsageError(msg)
 
 
 def flags_type(command: type, defaults: Mapping[str, Any] | None = None, *, completing: bool = False) -> Any:
