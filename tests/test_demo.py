@@ -275,7 +275,7 @@ def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     text = capsys.readouterr().out
     steps = [line for line in text.splitlines() if line.startswith("step")]
     assert [line.split(":")[0] for line in steps] == [f"step {number} of 4" for number in range(1, 5)]
-    assert steps[0] == "step 1 of 4: fetch SmolLM2-135M-Instruct and Gemma-3-270M (about 3 min left in all)"
+    assert steps[0] == "step 1 of 4: fetch SmolLM2-135M-Instruct and Gemma-3-270M (about 5 min left in all)"
     assert all(re.search(r" \(about \d+ (s|min) left in all\)$", line) for line in steps)
     for name in ("base", "moved by theseus", run.TRAINED, run.RANDOM, run.PAPER):
         assert f"│ {name}" in text

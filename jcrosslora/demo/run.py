@@ -44,7 +44,7 @@ def run_demo(
     ensure_free(out, overwrite)
     make_method(method)
     moving = f"{_MOVE} {method}"
-    seconds = {_FETCH: 20, moving: 90, _MOVE_OTHERS: 10, _ANSWER: 60}  # on 2 cores
+    seconds = {_FETCH: 20, moving: 180, _MOVE_OTHERS: 10, _ANSWER: 80}  # on 2 cores
     with (
         progress.steps(seconds, unpaced=(_FETCH,), announce=partial(_say, console)) as steps,
         shipped(SOURCE_ADAPTER) as path,
