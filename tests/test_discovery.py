@@ -229,6 +229,22 @@ def test_fewer_requests_than_prompts_of_the_source_stand_in_a_plain_template(act
     assert 12 < len(found.discovery.further) <= 24
 
 
+def test_later_requests_are_about_what_is_answered_in_their_own_templates(actor, monkeypatch):
+    given = []
+
+    def kept(writer, kind, examples, answered, *more):
+        given.extend(answered)
+        return {}
+
+    monkeypatch.setattr(search, "_write_inputs", kept)
+    one, other = (dataclasses.replace(scored("Sing it", 0.5), template=template) for template in TEMPLATES[:2])
+    found = dataclasses.replace(
+        NOTHING, kinds=[(KINDS[0], 0.5)], guessed=[one, other], further=[one], examples=[one], templates=[TEMPLATES[0]]
+    )
+    assert found.write(actor.alone(), 2, 0) == []
+    assert given == [one, one]
+
+
 def test_requests_are_measured_against_prompts_in_their_own_templates(actor):
     chat, plain = templates_of(actor.tokenizer)[-1], TEMPLATES[0]
     answers = [(plain, SAID)] * 10 + [(chat, "no")] * 2
