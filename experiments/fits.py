@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     for name in ("data", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--completions", type=int, default=300)
+    parser.add_argument("--completions", type=int, default=usual.completions)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=usual.answer_temperature, help="of the source's answers")
     parser.add_argument("--known", type=float, default=1.0, help="how well the adapter's task is known, 0 to 1")

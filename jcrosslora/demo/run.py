@@ -97,9 +97,9 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-# The demo is to be over in minutes: completions and texts of each step of the search, fewer than usual, and short.
-COMPLETIONS, ANSWER_TOKENS = 100, 16
-_SEARCHED = 24
+# The demo is to be over in minutes: a third of the usual completions, and half of the usual texts in each step of the
+# search. Its answers are short.
+COMPLETIONS, _SEARCHED, ANSWER_TOKENS = 100, 24, 16
 
 
 def move(adapter: Path, bases: tuple[BaseModel, BaseModel], method: str) -> TransferResult:
