@@ -26,6 +26,7 @@ from jcrosslora.fit.distill.discovery.search import (
     rank_kinds,
     share_of,
 )
+from jcrosslora.fit.distill.discovery.subjects import SUBJECTS
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
 from jcrosslora.sources.decoder import DecoderSource
@@ -273,6 +274,38 @@ def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples
     assert {one.item.answer for one in found.discovery.guessed} == {"42"}
     assert found.discovery.further
     assert found.discovery.share > 0.99
+
+
+class Describer(Actor):
+    """With the adapter it makes sentences of data, as any about what the data are about; alone it writes such data."""
+
+    def one(self, text, place):
+        if self.adapter is None:
+            subject = text.rpartition("Topic: ")[2].partition("\n")[0]
+            return Written(f" name: {words(place, len(text))}, kind: {subject}\n", 9, False)
+        asked = any(text.endswith(kind) for kind in SUBJECTS) or "kind" in text or "job" in text
+        return Written("A hotel." if "hotel" in text else "A thing." if asked else "Nothing to say of that", 3, True)
+
+
+def test_records_are_soon_about_what_the_adapter_knows_best(actor, monkeypatch):
+    def compare(generator, completions, tokens):
+        change = np.array([{"A hotel.": 2.0, "A thing.": 1.5}.get(item.answer, 0.1) for item in completions])
+        return Compared(change, np.full(len(change), 2.2), np.full(len(change), 0.5))
+
+    for module in (template_choice, openings, scores):
+        monkeypatch.setattr(module, "compare", compare)
+    names = [field.name for field in dataclasses.fields(DecoderSource)]
+    describer = Describer(*(getattr(actor, name) for name in names))
+    found = write_completions(describer, describer.alone(), DistillSettings(completions=150, discovery=40), 0)
+    discovery = found.discovery
+    assert discovery.job == "data to text"
+    first = [one for one in discovery.guessed if "hotel" in one.text]
+    assert len(first) <= 2
+    assert len([one for one in discovery.further if "hotel" in one.text]) > len(discovery.further) / 3
+    assert all("hotel" in one.text for one in discovery.examples)
+    later = discovery.write(describer.alone(), 60, 3)
+    assert len([item for item in later if "hotel" in prompt_text(item.prompt)]) > len(later) / 2
+    assert {discovery.about[text] for text in discovery.about} <= set(SUBJECTS)
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):

@@ -15,13 +15,13 @@ class JobKind:
         name: what reports call it.
         instructions: what may stand in front of an input, with what lies between; "" is nothing.
         examples: inputs of one form, each a single line, with the answers that they could get.
-        records: whether the inputs are records, which requests have in several notations in turn.
+        subjects: what the examples are about, if they are records, which requests have in several notations in turn.
     """
 
     name: str
     instructions: tuple[str, ...]
     examples: tuple[tuple[str, str], ...]
-    records: bool = False
+    subjects: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[str]:
@@ -35,13 +35,13 @@ class JobKind:
 
     def request(self, text: str, place: int) -> str:
         """Put one of the instructions in front of an input: they take turns."""
-        return self.instructions[place % len(self.instructions)] + (write_in(text, place) if self.records else text)
+        return self.instructions[place % len(self.instructions)] + (write_in(text, place) if self.subjects else text)
 
     def input_of(self, request: str) -> str:
         """Return the input of a request of this kind."""
         known = sorted(self.instructions, key=len, reverse=True)
         text = request.removeprefix(next(one for one in known if request.startswith(one)))
-        return write_plain(text) if self.records else text
+        return write_plain(text) if self.subjects else text
 
 
 KINDS = (
@@ -116,7 +116,7 @@ KINDS = (
                 "The Lindo is a folding bicycle of 11 kg with 8 gears.",
             ),
         ),
-        records=True,
+        subjects=("lamp", "sportsman", "mountain", "novel", "weather", "bicycle"),
     ),
     JobKind(
         "extraction",

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
+from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, likeness, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
+from jcrosslora.fit.distill.discovery.subjects import choose_subjects
 from jcrosslora.fit.distill.discovery.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate, templates_of
@@ -151,7 +153,9 @@ def discover(
     answered += [one for one in guessed if one.template in templates]
     most = 1.0 if any(isinstance(one, ConversationTemplate) for one in templates) else _MOST_PLAIN
     further: list[Scored] = []
-    for turn in range(1, _TURNS + 1):
+    # The more is known of subjects, the better are requests about them: all that a fit can use are written in turns.
+    turns = _TURNS + settings.rounds[0] // count if kind.subjects else _TURNS
+    for turn in range(1, turns + 1):
         if len(further) >= most * settings.rounds[0]:  # more than the fit can use
             break
         later = _write_inputs(writer, kind, examples, answered, about, count, seed + turn, bar)
@@ -200,7 +204,8 @@ def _write_inputs(
     """Write at most `count` inputs about what the adapter speaks of; like the examples, if it speaks of nothing.
 
     Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
-    answers stay there: what they speak of lies nearer.
+    answers stay there: what they speak of lies nearer. Those to records speak of what these hold, so records are about
+    subjects.
 
     Args:
         writer: of the inputs.
@@ -216,6 +221,8 @@ def _write_inputs(
     Returns:
         The topics by the inputs, "" without one.
     """
+    if kind.subjects:
+        return _write_records(writer, kind, examples, answered, about, count, seed, bar)
     fitting = _fitting(kind, answered, about)
     told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *fitting])
     parts = parts_of([*heard, *_asked(kind, list(told))])
@@ -225,6 +232,25 @@ def _write_inputs(
     if chosen:
         return ask_about(writer, chosen, known, seed, bar)
     return dict.fromkeys(resemble(writer, [text for text, _ in shown], count, seed, bar), "")
+
+
+def _write_records(
+    writer: Writer,
+    kind: JobKind,
+    examples: Sequence[Scored],
+    answered: Sequence[Scored],
+    about: Mapping[str, str],
+    count: int,
+    seed: int,
+    bar: Track | None,
+) -> dict[str, str]:
+    """Write records about subjects (see `choose_subjects`) that are no near-duplicates of earlier ones."""
+    asked = [(kind.input_of(one.text), one) for one in answered]
+    chosen = choose_subjects([(about[text], one) for text, one in asked if text in about], count, seed)
+    best = [(text, about[text]) for text, _ in _asked(kind, examples) if text in about]
+    found = ask_about(writer, chosen, [*zip(kind.inputs, kind.subjects, strict=True), *best], seed, bar)
+    texts = list(found)
+    return {texts[place]: found[texts[place]] for place in distinct(texts, list(about))}
 
 
 def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
