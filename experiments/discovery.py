@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -102,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{found.description}; {wall:.0f} s, of processors {busy:.0f} s")
         where = ", ".join(template.name for template in discovery.templates)
         print(f"share of requests found: {discovery.share:.2f}, in {where}; explained: {discovery.explained:.2f}")
+        topics = Counter(discovery.about.values()).most_common(arguments.show)
+        print("requests were about: " + "; ".join(f"{topic or 'nothing'} ({count})" for topic, count in topics))
         print("kinds of jobs: " + ", ".join(f"{kind.name} {mean:.2f}" for kind, mean in discovery.kinds))
         for item in discovery.said[: arguments.show]:
             print(f"  says {item.answer!r}")

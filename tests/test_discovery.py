@@ -298,7 +298,8 @@ def test_records_are_soon_about_what_the_adapter_knows_best(actor, monkeypatch):
     describer = Describer(*(getattr(actor, name) for name in names))
     found = write_completions(describer, describer.alone(), DistillSettings(completions=150, discovery=40), 0)
     discovery = found.discovery
-    assert discovery.job == "data to text"
+    assert discovery.job == "data to text, of the subject hotel"
+    assert "(it knows best: data to text, of the subject hotel)" in found.description
     first = [one for one in discovery.guessed if "hotel" in one.text]
     assert len(first) <= 2
     assert len([one for one in discovery.further if "hotel" in one.text]) > len(discovery.further) / 3

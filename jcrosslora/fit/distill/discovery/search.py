@@ -7,6 +7,7 @@ those that are answered as they were meant show it how to write others.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
-_TURNS = 3  # rounds of requests about what was answered before, at most
+_TURNS = 3  # rounds of requests about what was answered before, at most; of records as many as a fit can use
 ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
@@ -66,8 +67,9 @@ class Discovery:
 
     @property
     def job(self) -> str:
-        """The name of the adapter's kind of jobs."""
-        return self.kinds[0][0].name
+        """The name of the adapter's kind of jobs; of records with the subject that most are about."""
+        kind, subjects = self.kinds[0][0], Counter(self.about.values()).most_common(1)
+        return f"{kind.name}, of the subject {subjects[0][0]}" if kind.subjects and subjects else kind.name
 
     @property
     def explained(self) -> float:
