@@ -306,7 +306,10 @@ def test_records_are_soon_about_what_the_adapter_knows_best(actor, monkeypatch):
     assert all("hotel" in one.text for one in discovery.examples)
     later = discovery.write(describer.alone(), 60, 3)
     assert len([item for item in later if "hotel" in prompt_text(item.prompt)]) > len(later) / 2
-    assert {discovery.about[text] for text in discovery.about} <= set(SUBJECTS)
+    assert set(discovery.about.values()) <= set(SUBJECTS)
+    assert distinct(list(discovery.about)) == list(range(len(discovery.about)))
+    # All that are fitted to were written in rounds, of 40 at most.
+    assert len(discovery.further) > 120
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):
