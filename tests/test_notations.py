@@ -42,4 +42,4 @@ def test_requests_give_back_their_inputs(kind):
     for text in kind.inputs:
         requests = [kind.request(text, place) for place in range(count)]
         assert [kind.input_of(request) for request in requests] == [text] * count
-        assert len(set(requests)) == (count if kind.records else len(kind.instructions))
+        assert len(set(requests)) == (count if kind.subjects else len(kind.instructions))
