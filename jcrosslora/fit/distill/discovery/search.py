@@ -27,8 +27,9 @@ from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
 from jcrosslora.utils.progress import Track
 
-_TURNS = 3  # rounds of requests about what was answered before, at most; of records as many as a fit can use
-ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most
+# Rounds of requests about what was answered before, at most. Of records there are as many as a fit can use.
+_TURNS = 3
+ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most, beside further records
 _ANSWERS = 2  # to each request of a kind of jobs
 PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
 _NEAR_KIND, _NEAR_TEMPLATE = 0.85, 0.9  # of the best score, that of one which may be the adapter's own
@@ -207,7 +208,7 @@ def _write_inputs(
 
     Inputs that are like others drift away from what the adapter was trained on, as it answers all that is asked. Its
     answers stay there: what they speak of lies nearer. Those to records speak of what these hold, so records are about
-    subjects.
+    subjects (see `choose_subjects`), and no near-duplicates of earlier ones.
 
     Args:
         writer: of the inputs.
@@ -224,7 +225,12 @@ def _write_inputs(
         The topics by the inputs, "" without one.
     """
     if kind.subjects:
-        return _write_records(writer, kind, examples, answered, about, count, seed, bar)
+        asked = zip(_asked(kind, answered), answered, strict=True)
+        subjects = choose_subjects([(about[text], one) for (text, _), one in asked if text in about], count, seed)
+        best = [(text, about[text]) for text, _ in _asked(kind, examples) if text in about]
+        found = ask_about(writer, subjects, [*zip(kind.inputs, kind.subjects, strict=True), *best], seed, bar)
+        texts = list(found)
+        return {texts[place]: found[texts[place]] for place in distinct(texts, list(about))}
     fitting = _fitting(kind, answered, about)
     told = dict.fromkeys([*best_of(answered, -(-len(answered) // 2)), *fitting])
     parts = parts_of([*heard, *_asked(kind, list(told))])
@@ -234,25 +240,6 @@ def _write_inputs(
     if chosen:
         return ask_about(writer, chosen, known, seed, bar)
     return dict.fromkeys(resemble(writer, [text for text, _ in shown], count, seed, bar), "")
-
-
-def _write_records(
-    writer: Writer,
-    kind: JobKind,
-    examples: Sequence[Scored],
-    answered: Sequence[Scored],
-    about: Mapping[str, str],
-    count: int,
-    seed: int,
-    bar: Track | None,
-) -> dict[str, str]:
-    """Write records about subjects (see `choose_subjects`) that are no near-duplicates of earlier ones."""
-    asked = [(kind.input_of(one.text), one) for one in answered]
-    chosen = choose_subjects([(about[text], one) for text, one in asked if text in about], count, seed)
-    best = [(text, about[text]) for text, _ in _asked(kind, examples) if text in about]
-    found = ask_about(writer, chosen, [*zip(kind.inputs, kind.subjects, strict=True), *best], seed, bar)
-    texts = list(found)
-    return {texts[place]: found[texts[place]] for place in distinct(texts, list(about))}
 
 
 def choose_examples(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]) -> list[Scored]:
