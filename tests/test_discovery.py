@@ -23,7 +23,6 @@ from jcrosslora.fit.distill.discovery.search import (
     choose_examples,
     choose_templates,
     discover,
-    rank_kinds,
     share_of,
 )
 from jcrosslora.fit.distill.discovery.subjects import SUBJECTS
@@ -78,36 +77,11 @@ def test_short_answers_are_judged_by_all_others_too():
     assert common_odds([long]) == pytest.approx(0.4 / 0.11)
 
 
-def test_kinds_of_jobs_are_ranked_by_all_their_answers():
-    values = {kind.name: 0.1 for kind in KINDS} | {"translation": 0.3, "code": 0.2}
-    probed = [scored(request, values[kind.name]) for kind in KINDS for request in kind.requests] * 2
-    found = rank_kinds(probed)
-    assert [kind.name for kind, _ in found[:2]] == ["translation", "code"]
-    assert [value for _, value in found[:3]] == pytest.approx([0.3, 0.2, 0.1])
-    assert len(found) == len(KINDS)
-    assert [kind.name for kind, _ in rank_kinds(probed[:5])] == [KINDS[0].name]
-
-
 def test_the_better_known_kind_of_prompt_gets_the_larger_share():
     assert share_of(0.5, 0.5) == 0.5
     assert share_of(0.8, 0.2) > 0.99
     assert share_of(0.2, 0.8) < 0.01
     assert share_of(0.0, 0.0) == share_of(-0.1, 0.5) == 0.0
-
-
-@pytest.mark.parametrize(("others", "first"), [(0.6, "labels of wishes"), (0.59, "arithmetic")])
-def test_of_kinds_that_are_known_nearly_alike_that_of_the_answers_looks_is_taken(others, first):
-    """An adapter that answers everything by a label knows all kinds; those that it knows far less are left out."""
-    values = {kind.name: others for kind in KINDS} | {"arithmetic": 0.7, "questions": 0.3}
-    probed = [
-        dataclasses.replace(one, item=dataclasses.replace(one.item, answer="lost card"))
-        for kind in KINDS
-        for one in (scored(request, values[kind.name]) for request in kind.requests)
-    ]
-    found = rank_kinds(probed)
-    assert found[0][0].name == first
-    assert max(found, key=lambda kind: kind[1])[0].name == "arithmetic"
-    assert len(found) == len(KINDS)
 
 
 def test_a_text_begins_in_every_place_that_has_a_token(tmp_path):

@@ -1,14 +1,13 @@
 """Requests, or inputs of them, that a base writes: about topics, and such as resemble others."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 import numpy as np
 
-from jcrosslora.fit.distill.discovery.near_duplicates import distinct, overlap, pieces
+from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.sources.protocol import Writer
 from jcrosslora.utils.progress import Track
 
@@ -53,12 +52,6 @@ def ask_about(
 def list_requests(requests: Sequence[str]) -> str:
     """List requests, for a base to go on with: the last one is empty, or a part of one."""
     return "\n\n".join(f"Request: {text}" for text in requests).rstrip()
-
-
-def likeness(first: str, second: str) -> float:
-    """Compare what two texts look like: their marks, and where letters and digits stand among them."""
-    shapes = (re.sub(r"\d+", "0", re.sub(r"[^\W\d_]+", "a", text)) for text in (first, second))
-    return overlap(*(pieces(shape, 3) for shape in shapes))
 
 
 def resemble(

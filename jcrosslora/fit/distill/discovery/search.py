@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
+from jcrosslora.fit.distill.discovery.kind_choice import ANSWERS, answers_of, choose_kind
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.openings import harvest, starts
-from jcrosslora.fit.distill.discovery.requests import ask_about, likeness, resemble
+from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
 from jcrosslora.fit.distill.discovery.subjects import choose_subjects
 from jcrosslora.fit.distill.discovery.topics import choose_topics, doubted_subjects, is_about, parts_of, topic_of
@@ -30,9 +31,9 @@ from jcrosslora.utils.progress import Track
 # Rounds of requests about what was answered before, at most. Of records there are as many as a fit can use.
 _TURNS = 3
 ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most, beside further records
-_ANSWERS = 2  # to each request of a kind of jobs
-PROBES = _ANSWERS * sum(len(kind.examples) for kind in KINDS)  # such answers in all, beside these texts
-_NEAR_KIND, _NEAR_TEMPLATE = 0.85, 0.9  # of the best score, that of one which may be the adapter's own
+# Answers to requests of all kinds of jobs, beside these texts: two turns of `choose_kind`, one if a kind leads at once.
+PROBES = 2 * ANSWERS * sum(len(kind.examples) for kind in KINDS)
+_NEAR_TEMPLATE = 0.9  # of the best score, that of one which the adapter may have been trained in
 _EXAMPLES = 12  # best requests, which are shown to the writer
 _FEWEST_FITTING = 6  # requests answered as they were meant, for no others to be shown
 JUDGED_TOKENS = 24  # of an answer
@@ -47,8 +48,8 @@ class Discovery:
     """What an adapter is for, as far as it was found out.
 
     Attributes:
-        kinds: kinds of jobs with the scores of answers to their requests, see `rank_kinds`.
-        said: what the adapter says where its change is amplified, the best first.
+        kinds: kinds of jobs with the scores of answers to their requests, see `choose_kind`.
+        said: what the adapter says where its change is amplified, the best first; nothing if its jobs are of records.
         guessed: answers to requests about that, the best first.
         further: answers to requests about what was answered to these, the best first.
         examples: the best requests of all, which `write` shows to the writer.
@@ -132,10 +133,17 @@ def discover(
         answered = answer_prompts(source, prompts, tokens, settings.answer_temperature, seed, bar)
         return score_all(source, answered, named, JUDGED_TOKENS)
 
-    probes = [request for kind in KINDS for request in kind.requests] * _ANSWERS
     # All in one template, so that kinds differ by themselves alone.
-    probed = ask(probes, templates[:1], seed, JUDGED_TOKENS)
-    kinds = rank_kinds(probed)
+    def probe(requests: Sequence[str], turn: int) -> list[Scored]:
+        return ask(requests, templates[:1], seed + turn - 1, JUDGED_TOKENS)
+
+    def probe_base(requests: Sequence[str], turn: int) -> list[tuple[str, str]]:
+        prompts, base = [_prompt(text, templates[0]) for text in requests], source.alone()
+        answered = answer_prompts(base, prompts, JUDGED_TOKENS, settings.answer_temperature, seed + turn - 1, bar)
+        return [(templates[0].unwrap(item.prompt), item.answer) for item in answered]
+
+    probed = probe([request for kind in KINDS for request in kind.requests] * ANSWERS, 1)
+    kinds = choose_kind(probed, probe, probe_base)
     if not kinds:
         return NOTHING
     kind = kinds[0][0]
@@ -144,9 +152,10 @@ def discover(
         return ask([kind.request(text, place) for place, text in enumerate(inputs)], templates, seed)
 
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
-    begun = starts(source.tokenizer, templates, requests, count)
+    # Sentences that are made of data speak of what stands in these, so what the adapter says anyway is of no use.
+    begun = [] if kind.subjects else starts(source.tokenizer, templates, requests, count)
     said = harvest(source, begun, seed, bar) if begun else []
-    answered = _answers_of(kind, probed)
+    answered = answers_of(kind, probed)
     # The worse half of it is what the adapter says anyway.
     heard = [("", item.answer) for item in said[: -(-len(said) // 2)]]
     about = _write_inputs(writer, kind, [], answered, {}, count, seed, bar, heard)
@@ -171,26 +180,6 @@ def discover(
     alike = [item for item in pilot if named[item.origin] in templates] or pilot
     share = share_of(common_odds(further), common_odds(score_all(source, alike, named, JUDGED_TOKENS)))
     return Discovery(kinds, said, guessed, further, examples, about, templates, min(share, most))
-
-
-def rank_kinds(probed: Sequence[Scored]) -> list[tuple[JobKind, float]]:
-    """Rank the kinds of jobs by the score of the answers to their requests, the adapter's own kind first.
-
-    An adapter that answers everything in its own way knows several kinds nearly as well. Of those its own is the one
-    whose answers look most like those of the examples.
-    """
-    answered = {kind: _answers_of(kind, probed) for kind in KINDS}
-    scores = {kind: common_score(found) for kind, found in answered.items() if found}
-    ranked = sorted(scores, key=lambda kind: -scores[kind])
-    near = [kind for kind in ranked if scores[kind] >= _NEAR_KIND * scores[ranked[0]]]
-
-    def look(kind: JobKind) -> float:
-        """Compare the adapter's answers with those of the examples, each with the likest."""
-        known = [answer for _, answer in kind.examples]
-        return float(np.mean([max(likeness(one.item.answer, other) for other in known) for one in answered[kind]]))
-
-    own = sorted(near, key=look, reverse=True)[:1]
-    return [(kind, scores[kind]) for kind in dict.fromkeys([*own, *ranked])]
 
 
 def _write_inputs(
@@ -264,10 +253,6 @@ def _fitting(kind: JobKind, answered: Sequence[Scored], about: Mapping[str, str]
 
 def _asked(kind: JobKind, answered: Sequence[Scored]) -> list[tuple[str, str]]:
     return [(kind.input_of(one.text), one.item.answer) for one in answered]
-
-
-def _answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
-    return [one for one in probed if one.text in kind.requests]
 
 
 def share_of(found: float, written: float) -> float:
