@@ -253,8 +253,11 @@ def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples
 class Describer(Actor):
     """With the adapter it makes sentences of data, as any about what the data are about; alone it writes such data."""
 
+    shown: ClassVar[list[str]] = []
+
     def one(self, text, place):
         if self.adapter is None:
+            self.shown.append(text)
             subject = text.rpartition("Topic: ")[2].partition("\n")[0]
             return Written(f" name: {words(place, len(text))}, kind: {subject}\n", 9, False)
         asked = any(text.endswith(kind) for kind in SUBJECTS) or "kind" in text or "job" in text
@@ -278,6 +281,11 @@ def test_records_are_soon_about_what_the_adapter_knows_best(actor, monkeypatch):
     assert len(first) <= 2
     assert len([one for one in discovery.further if "hotel" in one.text]) > len(discovery.further) / 3
     assert all("hotel" in one.text for one in discovery.examples)
+    # Behind records of few facts and of many, of which more and more are the best of its own.
+    kind = discovery.kinds[0][0]
+    asked = [text for text in Describer.shown if "Topic:" in text]
+    assert all(any(f"Topic: {subject}\nRequest: {text}" in one for one in asked) for text, subject in kind.records)
+    assert {len(text.split(", ")) for text, _ in kind.records} >= {4, 5, 6, 7, 8}
     later = discovery.write(describer.alone(), 60, 3)
     assert len([item for item in later if "hotel" in prompt_text(item.prompt)]) > len(later) / 2
     assert set(discovery.about.values()) <= set(SUBJECTS)

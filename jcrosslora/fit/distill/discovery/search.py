@@ -71,7 +71,7 @@ class Discovery:
     def job(self) -> str:
         """The name of the adapter's kind of jobs; of records with the subject that most are about."""
         kind, subjects = self.kinds[0][0], Counter(self.about.values()).most_common(1)
-        return f"{kind.name}, of the subject {subjects[0][0]}" if kind.subjects and subjects else kind.name
+        return f"{kind.name}, of the subject {subjects[0][0]}" if kind.records and subjects else kind.name
 
     @property
     def explained(self) -> float:
@@ -153,7 +153,7 @@ def discover(
 
     requests = [named[item.origin].unwrap(item.prompt) for item in pilot]
     # Sentences that are made of data speak of what stands in these, so what the adapter says anyway is of no use.
-    begun = [] if kind.subjects else starts(source.tokenizer, templates, requests, count)
+    begun = [] if kind.records else starts(source.tokenizer, templates, requests, count)
     said = harvest(source, begun, seed, bar) if begun else []
     answered = answers_of(kind, probed)
     # The worse half of it is what the adapter says anyway.
@@ -166,7 +166,7 @@ def discover(
     most = 1.0 if any(isinstance(one, ConversationTemplate) for one in templates) else _MOST_PLAIN
     further: list[Scored] = []
     # The more is known of subjects, the better are requests about them: all that a fit can use are written in turns.
-    turns = _TURNS + settings.rounds[0] // count if kind.subjects else _TURNS
+    turns = _TURNS + settings.rounds[0] // count if kind.records else _TURNS
     for turn in range(1, turns + 1):
         if len(further) >= most * settings.rounds[0]:  # more than the fit can use
             break
@@ -213,11 +213,11 @@ def _write_inputs(
     Returns:
         The topics by the inputs, "" without one.
     """
-    if kind.subjects:
+    if kind.records:
         asked = zip(_asked(kind, answered), answered, strict=True)
         subjects = choose_subjects([(about[text], one) for (text, _), one in asked if text in about], count, seed)
         best = [(text, about[text]) for text, _ in _asked(kind, examples) if text in about]
-        found = ask_about(writer, subjects, [*zip(kind.inputs, kind.subjects, strict=True), *best], seed, bar)
+        found = ask_about(writer, subjects, [*kind.records, *best], seed, bar)
         texts = list(found)
         return {texts[place]: found[texts[place]] for place in distinct(texts, list(about))}
     fitting = _fitting(kind, answered, about)
