@@ -32,12 +32,12 @@ def choose_kind(
     are asked again, until one leads clearly or the turns are used up.
 
     Args:
-        probed: `ANSWERS` answers to each request of every kind.
+        probed: `ANSWERS` answers to each request of every kind, or fewer, at least one in all.
         ask: answers requests with the adapter; it takes the number of the turn as well.
         ask_base: answers them without it, likewise; it returns them with the answers.
 
     Returns:
-        The kinds with the common scores of their answers, the others in the order of these; nothing without answers.
+        The kinds that have answers with the common scores of these, behind the first in their order.
     """
     every, plain, near = list(probed), list[tuple[str, str]](), list(KINDS)
     for turn in range(1, _TURNS + 1):

@@ -143,9 +143,9 @@ def discover(
         return [(templates[0].unwrap(item.prompt), item.answer) for item in answered]
 
     probed = probe([request for kind in KINDS for request in kind.requests] * ANSWERS, 1)
-    kinds = choose_kind(probed, probe, probe_base)
-    if not kinds:
+    if not probed:
         return NOTHING
+    kinds = choose_kind(probed, probe, probe_base)
     kind = kinds[0][0]
 
     def ask_inputs(inputs: Sequence[str], templates: Sequence[PromptTemplate], seed: int) -> list[Scored]:
