@@ -17,7 +17,7 @@ REQUESTS = list(KIND_OF)
 
 def scored(text, value, answer="It is so.", doubt=0.3, surprise=40.0):
     item = Completion(TEMPLATES[0].wrap(text), answer)
-    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise)
+    return Scored(item, TEMPLATES[0], value * surprise, surprise, doubt * surprise, 20)
 
 
 class Probes:

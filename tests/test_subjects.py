@@ -1,56 +1,89 @@
-"""Subjects of records: all are asked about at first, and then those whose answers the adapter is surest of."""
+"""Subjects of records: all are asked about at first, and those that the adapter knows less are soon left out."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from jcrosslora.fit.distill.discovery.facts import SUBJECTS
 from jcrosslora.fit.distill.discovery.scores import Scored
-from jcrosslora.fit.distill.discovery.subjects import SUBJECTS, choose_subjects
+from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.text import Completion
 
-
-def answer(score, surprise=50.0):
-    return Scored(Completion("Say it"), TEMPLATES[0], score * surprise, surprise, surprise)
+KNOWN = {"hotel": 1.3, "song": 1.2, "car": 1.15}
 
 
-def answers(sizes, seed=0):
-    """Answers about every subject: those about hotels score 0.2 on average, all others 0.15, and all differ by 0.05."""
-    rng = np.random.default_rng(seed)
-    means = {subject: 0.2 if subject == "hotel" else 0.15 for subject in SUBJECTS}
-    return [(subject, answer(rng.normal(mean, 0.05))) for subject, mean in means.items() for _ in range(sizes)]
+def answer(change, tokens=20):
+    return Scored(Completion("Say it"), TEMPLATES[0], change * tokens, 50.0, 30.0, tokens)
 
 
-def test_all_subjects_are_asked_about_at_first():
-    assert len(set(SUBJECTS)) == len(SUBJECTS)
-    assert Counter(choose_subjects([], 2 * len(SUBJECTS) + 3, 0)).most_common()[-1][1] == 2
-    assert choose_subjects([], 5, 0) != choose_subjects([], 5, 1)
-    assert choose_subjects(answers(1), 0, 0) == []
+class Adapter:
+    """Changes answers about some subjects more than those about the others, with some noise."""
+
+    def __init__(self, noise, seed=0):
+        self.noise, self.asked, self.rng = noise, [], np.random.default_rng(seed)
+
+    def __call__(self, subjects, turn):
+        assert turn == len(self.asked)
+        self.asked.append(Counter(subjects))
+        return [(name, answer(KNOWN.get(name, 1) * (1 + self.noise * self.rng.normal()))) for name in subjects]
 
 
-def test_the_subject_that_the_adapter_knows_best_is_asked_about_more_and_more():
-    few, some, many = (Counter(choose_subjects(answers(size), 2000, 0))["hotel"] / 2000 for size in (1, 4, 60))
-    assert few < some < many
-    assert 1 / len(SUBJECTS) < some < 0.8 < many
-    # One lucky answer says little.
-    lucky = [*answers(8), ("song", answer(0.25)), ("a subject of its own", answer(0.25))]
-    found = Counter(choose_subjects(lucky, 2000, 0))
-    assert found["hotel"] > 3 * found["song"]
-    assert found["a subject of its own"] > found["song"]
+def test_the_worse_half_is_left_out_after_each_turn():
+    adapter = Adapter(0.0)
+    found = find_subjects(adapter)
+    assert [len(turn) for turn in adapter.asked] == [30, 15, 7, 4]
+    for turn in adapter.asked:
+        assert len(set(turn.values())) == 1
+        assert 120 <= turn.total() < 130
+    assert found.names[:3] == list(KNOWN)
+    assert len(found.names) == 4
+    assert found.means == pytest.approx([1.3, 1.2, 1.15, 1.0])
+    # Of all answers about the best, of which there are 4, 8, 18 and 30.
+    assert found.errors == pytest.approx([0.3 * np.mean(found.means) / 60**0.5] * 4)
+
+
+def test_what_was_said_in_earlier_turns_still_counts():
+    def ask(subjects, turn):
+        known = {"hotel": 3.0} if turn == 0 else {"song": 1.5}
+        return [(name, answer(known.get(name, 1.0))) for name in subjects]
+
+    # 4 answers with a change of 3 and 56 of 1 are less than 4 of 1 and 56 of 1.5.
+    found = dict(zip((known := find_subjects(ask)).names, known.means, strict=True))
+    assert found["hotel"] == pytest.approx((4 * 3 + 56) / 60)
+    assert found["song"] == pytest.approx((4 + 56 * 1.5) / 60)
+    assert known.names[:2] == ["song", "hotel"]
+
+
+def test_the_subject_is_found_in_spite_of_the_noise_that_was_measured():
+    found = [find_subjects(Adapter(0.3, seed)).names[0] for seed in range(20)]
+    assert found.count("hotel") >= 14
 
 
 def test_a_long_answer_counts_for_more_than_a_short_one():
-    others = [(subject, answer(0.15 + 0.01 * (place % 3))) for place, subject in enumerate(SUBJECTS[2:])] * 9
-    one = [(SUBJECTS[0], answer(0.3, 100.0)), (SUBJECTS[0], answer(0.1, 10.0))] * 9
-    other = [(SUBJECTS[1], answer(0.3, 10.0)), (SUBJECTS[1], answer(0.1, 100.0))] * 9
-    found = Counter(choose_subjects([*others, *one, *other], 500, 0))
-    assert found[SUBJECTS[0]] > 490
-    assert not found[SUBJECTS[1]]
+    def ask(subjects, turn):
+        short = {"song": 3.0}
+        return [
+            (name, one)
+            for name in subjects
+            for one in (answer(short.get(name, 1.0), 2), answer(1.2 if name == "hotel" else 1.0, 24))
+        ]
+
+    assert find_subjects(ask).names[:2] == ["hotel", "song"]
 
 
-@pytest.mark.parametrize("scores", [[0.0, 0.0], [0.2, 0.2]])
-def test_answers_that_score_alike_leave_all_open(scores):
-    found = choose_subjects([(name, answer(score)) for name, score in zip(SUBJECTS, scores, strict=False)], 9, 0)
-    assert len(found) == 9
-    assert set(found) <= set(SUBJECTS)
+def test_records_are_mostly_about_the_subject_that_is_surely_the_best():
+    sure, unsure = (KnownSubjects(["hotel", "song"], [1.2, 1.0], [error] * 2) for error in (0.02, 0.2))
+    assert set(sure.choose(300, 0)) == {"hotel"}
+    assert 150 < unsure.choose(300, 0).count("hotel") < 270
+    assert unsure.choose(300, 0) != unsure.choose(300, 1)
+    assert sure.choose(0, 0) == []
+
+
+def test_answers_that_are_left_out_tell_nothing():
+    found = find_subjects(lambda subjects, _: [(name, answer(1.0)) for name in subjects if name == "team"])
+    assert found.names[0] == "team"
+    assert set(found.names) <= set(SUBJECTS)
+    assert len(found.choose(9, 0)) == 9
+    assert find_subjects(lambda *_: []).means == [0.0] * 4

@@ -16,9 +16,10 @@ from jcrosslora.evaluate.effect_check import LENGTH, TEXTS
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.batches import BATCH
 from jcrosslora.fit.distill.completions import PILOT, PILOT_TOKENS
+from jcrosslora.fit.distill.discovery.asking import JUDGED_TOKENS
 from jcrosslora.fit.distill.discovery.openings import ANSWER, OPENINGS
 from jcrosslora.fit.distill.discovery.requests import ALIKE, REQUEST
-from jcrosslora.fit.distill.discovery.search import JUDGED_TOKENS, PROBES
+from jcrosslora.fit.distill.discovery.search import PROBES
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.similar_prompts import FEWEST
 from jcrosslora.fit.distill.templates import TEMPLATES

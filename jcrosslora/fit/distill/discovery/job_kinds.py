@@ -15,14 +15,13 @@ class JobKind:
         name: what reports call it.
         instructions: what may stand in front of an input, with what lies between; "" is nothing.
         examples: inputs of one form, each a single line, with the answers that they could get.
-        records: if inputs are records, some of few facts and of many with what each is about. A base writes others like
-            them, and requests have records in several notations in turn.
+        records: whether inputs are records of facts, which requests have in several notations in turn.
     """
 
     name: str
     instructions: tuple[str, ...]
     examples: tuple[tuple[str, str], ...]
-    records: tuple[tuple[str, str], ...] = ()
+    records: bool = False
 
     @property
     def inputs(self) -> list[str]:
@@ -117,25 +116,7 @@ KINDS = (
                 "The Lindo is a folding bicycle of 11 kg with 8 gears.",
             ),
         ),
-        records=(
-            ("name: Polar Lamp, kind: lamp, colour: white, price: 30 euros", "lamp"),
-            (
-                "name: Tom Reed, job: goalkeeper, team: Harbour City, age: 24, height: 1.88 metres, games: 112, "
-                "born in: Leeds",
-                "sportsman",
-            ),
-            (
-                "name: Mount Elva, height: 2,914 metres, country: Norway, first climbed: 1891, near: Lake Orm",
-                "mountain",
-            ),
-            (
-                "name: Red Sand, kind: novel, author: Mia Holt, year: 1987, pages: 312, language: English, "
-                "readers: adults, price: low",
-                "novel",
-            ),
-            ("name: Bergen, sky: rain, wind: strong, high: 9 degrees", "weather"),
-            ("name: Lindo, kind: folding bicycle, weight: 11 kg, gears: 8, for children: no, rating: good", "bicycle"),
-        ),
+        records=True,
     ),
     JobKind(
         "extraction",

@@ -28,6 +28,7 @@ class Scored:
         change: KL(with adapter || without), the sum over the tokens that are looked at, in nats.
         surprise: what of the answer surprises the base, likewise: see `score`.
         doubt: NLL of the answer with the adapter, likewise.
+        tokens: how many are looked at.
     """
 
     item: Completion
@@ -35,6 +36,7 @@ class Scored:
     change: float
     surprise: float
     doubt: float
+    tokens: int
 
     @property
     def text(self) -> str:
@@ -83,8 +85,10 @@ def score_all(
     found = compare(source, items, tokens)
     figures = found.change * counts, _surprise(found.base_nll) * counts, found.adapted_nll * counts
     scored = [
-        Scored(item, templates[item.origin], change, surprise, doubt)
-        for item, change, surprise, doubt in zip(items, *(each.tolist() for each in figures), strict=True)
+        Scored(item, templates[item.origin], change, surprise, doubt, count)
+        for item, change, surprise, doubt, count in zip(
+            items, *(each.tolist() for each in (*figures, counts)), strict=True
+        )
         if np.isfinite([change / surprise, doubt]).all()
     ]
     return sorted(scored, key=lambda one: -one.score)

@@ -1,53 +1,73 @@
-"""Subjects of records: what data are often about, and which of it an adapter was trained on.
+"""What an adapter that puts records into words was trained on: the subjects that it knows best.
 
 A sentence that is made of data speaks of what stands in them, so it does not tell what the adapter was trained on. How
-sure the adapter is of it does: it knows how a restaurant is described, or how a match is reported.
+much the adapter changes it does: it knows how a restaurant is described, or how a match is reported.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.fit.distill.discovery.scores import Scored, common_score
+from jcrosslora.fit.distill.discovery.facts import SUBJECTS
+from jcrosslora.fit.distill.discovery.scores import Scored
 
-SUBJECTS = (
-    *("person", "animal", "plant", "planet", "car", "ship", "phone", "software"),
-    *("film", "song", "book", "game", "clothes", "house", "medicine", "recipe"),
-    *("restaurant", "hotel", "museum", "airport", "school", "hospital", "shop", "company"),
-    *("job offer", "event", "match", "team", "city", "weather"),
-)
-_PRIOR = 4  # answers that score as all together, which count with those about each subject
-# Standard deviation of the scores of single answers over the common score: about half of what was measured, as there
-# are too few requests to make sure of every subject.
-_SPREAD = 0.2
+_TURNS = 4  # of answers, after each of which the worse half of the subjects is left out
+_PER_TURN = 4 * len(SUBJECTS)  # answers of a turn, at least
+_LEFT = 4  # subjects, at least
+# Standard deviation of the change of answers about the same subject, over the mean change.
+_SPREAD = 0.3
 
 
-def choose_subjects(answered: Iterable[tuple[str, Scored]], count: int, seed: int) -> list[str]:
-    """Choose what requests are to be about: often what the adapter is surest of, and at first all of `SUBJECTS`.
+@dataclass(frozen=True)
+class KnownSubjects:
+    """Subjects that an adapter may know best.
 
-    By Thompson sampling: for each request the scores of all subjects are drawn, as far as their answers leave them
-    open, and the subject with the highest is taken.
+    Attributes:
+        names: the best first.
+        means: change that the adapter makes to the base's predictions in answers about each, in nats a token.
+        errors: standard errors of these.
+    """
+
+    names: list[str]
+    means: list[float]
+    errors: list[float]
+
+    def choose(self, count: int, seed: int) -> list[str]:
+        """Choose what records are to be about: a subject the more often, the surer it is that it has the most change.
+
+        By Thompson sampling: for each record the changes of all subjects are drawn, as far as the answers leave them
+        open, and the subject with the largest is taken.
+        """
+        drawn = np.random.default_rng(seed).normal(self.means, self.errors, (count, len(self.names)))
+        return [self.names[place] for place in drawn.argmax(axis=1).tolist()]
+
+
+def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]]) -> KnownSubjects:
+    """Find the subjects of records that an adapter knows best, by successive halving.
+
+    Of these it changes the predictions of the base most. Of records of the same kind of jobs this tells one subject
+    from another by fewer answers than their scores do.
 
     Args:
-        answered: subjects that were asked about, with the answers.
-        count: of the requests.
-        seed: of the choice.
+        ask: answers records about the given subjects, and returns the answers with these subjects; the number is that
+            of the turn.
     """
-    rng, found = np.random.default_rng(seed), defaultdict(list)
-    for subject, answer in answered:
-        found[subject].append(answer)
-    every = [one for same in found.values() for one in same]
-    if not every:
-        order = rng.permutation(len(SUBJECTS))
-        return [SUBJECTS[order[place % len(SUBJECTS)]] for place in range(count)]
-    names = [*dict.fromkeys([*SUBJECTS, *found])]
-    counts = np.array([len(found[name]) for name in names])
-    scores = np.array([common_score(found[name]) for name in names])
-    common = max(0.0, common_score(every))
-    means = (counts * scores + _PRIOR * common) / (counts + _PRIOR)
-    errors = _SPREAD * common / np.sqrt(counts + _PRIOR)
-    best = rng.normal(means, errors, (count, len(names))).argmax(axis=1)
-    return [names[place] for place in best.tolist()]
+    left, changes, tokens = list(SUBJECTS), defaultdict(float), defaultdict(int)
+    counts = defaultdict(int)
+
+    def mean(subject: str) -> float:
+        return changes[subject] / max(1, tokens[subject])
+
+    for turn in range(_TURNS):
+        for subject, answer in ask(left * -(-_PER_TURN // len(left)), turn):
+            changes[subject] += answer.change
+            tokens[subject] += answer.tokens
+            counts[subject] += 1
+        left = sorted(left, key=mean, reverse=True)[: max(_LEFT, len(left) // 2)]
+    means = [mean(subject) for subject in left]
+    typical = _SPREAD * sum(means) / len(means)
+    return KnownSubjects(left, means, [typical / max(1, counts[subject]) ** 0.5 for subject in left])
