@@ -276,6 +276,10 @@ def test_records_are_about_what_the_adapter_knows_best(actor, monkeypatch):
     assert all("hotel" in one.text for one in discovery.examples)
     later = discovery.write(describer.alone(), 60, 3)
     assert len([item for item in later if "hotel" in prompt_text(item.prompt)]) > 0.9 * len(later) > 30
+    (template,), kind = discovery.templates, discovery.kinds[0][0]
+    for seed in range(3):
+        inputs = [kind.input_of(template.unwrap(one.prompt)) for one in discovery.write(describer.alone(), 60, seed)]
+        assert distinct(inputs, discovery.about) == list(range(len(inputs)))
     # All that are fitted to were made at once, but for near-duplicates.
     assert len(discovery.further) > 110
 

@@ -31,6 +31,8 @@ def test_records_tell_of_a_subject_what_is_told_of_it(subject):
     assert {key for record in told for key, _ in record[2:]} == set(SUBJECTS[subject])
     assert {len(record) for record in told} >= {4, len(SUBJECTS[subject]) + 2}
     assert len({record[0][1] for record in told}) > 15
+    # Any of the facts is told first.
+    assert {record[2][0] for record in told} == set(SUBJECTS[subject])
 
 
 def test_records_are_no_near_duplicates_and_hang_on_the_seed():
