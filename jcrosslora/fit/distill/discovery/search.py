@@ -47,8 +47,8 @@ class Discovery:
     Attributes:
         kinds: kinds of jobs with the scores of answers to their requests, see `choose_kind`.
         said: what the adapter says where its change is amplified, the best first; nothing if its jobs are of records.
-        guessed: answers to requests about that, the best first.
-        further: answers to requests about what was answered to these, the best first.
+        guessed: answers to requests about that, or to records about all subjects, the best first.
+        further: answers to requests about what was answered to these, or to records about `subjects`, the best first.
         examples: the best requests of all, which `write` shows to the writer.
         about: the topics of the requests, by their inputs.
         templates: those that `write` puts requests in.
