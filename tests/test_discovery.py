@@ -21,6 +21,7 @@ from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
 from jcrosslora.fit.distill.discovery.search import NOTHING, discover, share_of
+from jcrosslora.fit.distill.discovery.subjects import KnownSubjects
 from jcrosslora.fit.distill.discovery.topic_inputs import choose_examples
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
@@ -236,6 +237,8 @@ def test_what_is_explained_goes_by_the_share_of_the_search_and_its_answers():
     assert found.explained == pytest.approx(0.2)
     assert dataclasses.replace(found, further=[scored("Sing", 1.2)]).explained == 0.5
     assert dataclasses.replace(found, further=[scored("Sing", -0.1)]).explained == NOTHING.explained == 0
+    # What is said of records stands there.
+    assert dataclasses.replace(found, subjects=KnownSubjects(["hotel"], [1.0], [0.1])).explained == 0.5
 
 
 def test_an_adapter_that_speaks_of_nothing_is_asked_for_the_like_of_the_examples(actor, monkeypatch):

@@ -74,8 +74,12 @@ class Discovery:
 
     @property
     def explained(self) -> float:
-        """The share of prompts that are the search's, times the score of the answers to these, 0 to 1: see `score`."""
-        return self.share * min(1.0, max(0.0, common_score(self.further)))
+        """How well the adapter's task is known, 0 to 1.
+
+        The share of prompts that are the search's, times the score of the answers to these, see `score`. That of
+        records alone: what is said of them stands there, so that an adapter which is sure of it is hardly wrong.
+        """
+        return self.share * (1.0 if self.subjects else min(1.0, max(0.0, common_score(self.further))))
 
     def write(self, writer: Writer, count: int, seed: int, bar: Track | None = None) -> list[Completion]:
         """Write prompts of the adapter's kind, see `write_inputs`, in its templates: at most `count`."""
