@@ -283,8 +283,10 @@ def test_records_are_about_what_the_adapter_knows_best(actor, monkeypatch):
     for seed in range(3):
         inputs = [kind.input_of(template.unwrap(one.prompt)) for one in discovery.write(describer.alone(), 60, seed)]
         assert distinct(inputs, discovery.about) == list(range(len(inputs)))
+    assert set(discovery.about.values()) <= set(SUBJECTS)
+    assert distinct(list(discovery.about)) == list(range(len(discovery.about)))
     # All that are fitted to were made at once, but for near-duplicates.
-    assert len(discovery.further) > 110
+    assert len(discovery.further) > 120
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):

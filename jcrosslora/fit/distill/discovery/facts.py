@@ -6,7 +6,6 @@ NAMES = (
     ("Lamp", "Sand", "Lake", "House", "Star", "Lion", "Bridge", "Garden", "River", "Moon", "Crown", "Rose"),
 )
 PEOPLE = ("Tom Reed", "Anna Keller", "Mia Holt", "Omar Said", "Laura Stein", "Ben Moss", "Ines Vega", "Ravi Nair")
-PLACES = ("Leeds", "Bergen", "Vienna", "Lima", "the old town", "the centre", "the north", "the coast")
 
 # Subjects of records, with the keys of what is often said of them beside a name.
 SUBJECTS = {
@@ -67,7 +66,7 @@ FACTS = {
     "owner": ("the city", "a family", "a bank", "the state", *PEOPLE[:2]),
     "pay": ("2,000 euros a month", "low", "good", "18 dollars an hour"),
     "people": ("200", "two million", "12", "50 to 100", "few", "8,500"),
-    "place": PLACES,
+    "place": ("Leeds", "Bergen", "Vienna", "Lima", "the old town", "the centre", "the north", "the coast"),
     "price": ("low", "high", "moderate", "30 euros", "less than 20 dollars", "1,200 pounds"),
     "rating": ("good", "poor", "average", "4 out of 5", "1 out of 5", "excellent"),
     "rooms": ("12", "two", "200", "four large ones"),

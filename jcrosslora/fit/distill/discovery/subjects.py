@@ -56,18 +56,16 @@ def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]])
         ask: answers records about the given subjects, and returns the answers with these subjects; the number is that
             of the turn.
     """
-    left, changes, tokens = list(SUBJECTS), defaultdict(float), defaultdict(int)
-    counts = defaultdict(int)
+    left, answers = list(SUBJECTS), defaultdict(list)
 
     def mean(subject: str) -> float:
-        return changes[subject] / max(1, tokens[subject])
+        own = answers[subject]
+        return sum(one.change for one in own) / max(1, sum(one.tokens for one in own))
 
     for turn in range(_TURNS):
         for subject, answer in ask(left * -(-_PER_TURN // len(left)), turn):
-            changes[subject] += answer.change
-            tokens[subject] += answer.tokens
-            counts[subject] += 1
+            answers[subject].append(answer)
         left = sorted(left, key=mean, reverse=True)[: max(_LEFT, len(left) // 2)]
     means = [mean(subject) for subject in left]
     typical = _SPREAD * sum(means) / len(means)
-    return KnownSubjects(left, means, [typical / max(1, counts[subject]) ** 0.5 for subject in left])
+    return KnownSubjects(left, means, [typical / max(1, len(answers[subject])) ** 0.5 for subject in left])
