@@ -32,7 +32,7 @@ class Adapter:
 
 def test_the_worse_half_is_left_out_after_each_turn():
     adapter = Adapter(0.0)
-    found = find_subjects(adapter)
+    found = find_subjects(adapter, 120)
     assert [len(turn) for turn in adapter.asked] == [30, 15, 7, 4]
     for turn in adapter.asked:
         assert len(set(turn.values())) == 1
@@ -44,20 +44,26 @@ def test_the_worse_half_is_left_out_after_each_turn():
     assert found.errors == pytest.approx([0.3 * np.mean(found.means) / 60**0.5] * 4)
 
 
+def test_a_shorter_search_asks_for_fewer_answers_about_each_subject():
+    adapter = Adapter(0.0)
+    assert find_subjects(adapter, 20).names[:3] == list(KNOWN)
+    assert [set(turn.values()) for turn in adapter.asked] == [{1}, {2}, {3}, {5}]
+
+
 def test_what_was_said_in_earlier_turns_still_counts():
     def ask(subjects, turn):
         known = {"hotel": 3.0} if turn == 0 else {"song": 1.5}
         return [(name, answer(known.get(name, 1.0))) for name in subjects]
 
     # 4 answers with a change of 3 and 56 of 1 are less than 4 of 1 and 56 of 1.5.
-    found = dict(zip((known := find_subjects(ask)).names, known.means, strict=True))
+    found = dict(zip((known := find_subjects(ask, 120)).names, known.means, strict=True))
     assert found["hotel"] == pytest.approx((4 * 3 + 56) / 60)
     assert found["song"] == pytest.approx((4 + 56 * 1.5) / 60)
     assert known.names[:2] == ["song", "hotel"]
 
 
 def test_the_subject_is_found_in_spite_of_the_noise_that_was_measured():
-    found = [find_subjects(Adapter(0.3, seed)).names[0] for seed in range(20)]
+    found = [find_subjects(Adapter(0.3, seed), 120).names[0] for seed in range(20)]
     assert found.count("hotel") >= 14
 
 
@@ -70,7 +76,7 @@ def test_a_long_answer_counts_for_more_than_a_short_one():
             for one in (answer(short.get(name, 1.0), 2), answer(1.2 if name == "hotel" else 1.0, 24))
         ]
 
-    assert find_subjects(ask).names[:2] == ["hotel", "song"]
+    assert find_subjects(ask, 120).names[:2] == ["hotel", "song"]
 
 
 def test_records_are_mostly_about_the_subject_that_is_surely_the_best():
@@ -82,8 +88,8 @@ def test_records_are_mostly_about_the_subject_that_is_surely_the_best():
 
 
 def test_answers_that_are_left_out_tell_nothing():
-    found = find_subjects(lambda subjects, _: [(name, answer(1.0)) for name in subjects if name == "team"])
+    found = find_subjects(lambda subjects, _: [(name, answer(1.0)) for name in subjects if name == "team"], 120)
     assert found.names[0] == "team"
     assert set(found.names) <= set(SUBJECTS)
     assert len(found.choose(9, 0)) == 9
-    assert find_subjects(lambda *_: []).means == [0.0] * 4
+    assert find_subjects(lambda *_: [], 120).means == [0.0] * 4

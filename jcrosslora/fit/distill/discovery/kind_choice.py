@@ -60,7 +60,8 @@ def choose_kind(
 
 def answers_of(kind: JobKind, probed: Sequence[Scored]) -> list[Scored]:
     """Take the answers to the requests of a kind's examples."""
-    return [one for one in probed if one.text in kind.requests]
+    asked = set(kind.requests)
+    return [one for one in probed if one.text in asked]
 
 
 def likeness(first: str, second: str) -> float:

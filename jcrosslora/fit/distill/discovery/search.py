@@ -35,6 +35,7 @@ ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for
 # Answers to requests of all kinds of jobs, beside these texts: two turns of `choose_kind`, one if a kind leads at once.
 PROBES = 2 * ANSWERS * sum(len(kind.examples) for kind in KINDS)
 _SHARPNESS = 4  # power of the odds that shares go by
+_SUBJECT_ANSWERS = 2.5  # in each turn of `find_subjects`, for each text that is asked for
 # Share of requests in other templates than the chat template: an adapter of such a one was mostly trained on questions
 # without an instruction, which the source writes itself.
 _MOST_PLAIN = 0.3
@@ -226,7 +227,7 @@ def _search_records(
         answers = asking.inputs(kind, records, templates, seed + turn, JUDGED_TOKENS)
         return [(records[kind.input_of(one.text)], one) for one in answers]
 
-    subjects = find_subjects(ask)
+    subjects = find_subjects(ask, round(_SUBJECT_ANSWERS * settings.discovery))
     wanted = round(_most(templates) * settings.rounds[0])
     later = make_records(subjects.choose(wanted, seed), seed + 1, about)
     further = asking.inputs(kind, later, templates, seed + 1)

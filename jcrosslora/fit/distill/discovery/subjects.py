@@ -16,7 +16,6 @@ from jcrosslora.fit.distill.discovery.facts import SUBJECTS
 from jcrosslora.fit.distill.discovery.scores import Scored
 
 _TURNS = 4  # of answers, after each of which the worse half of the subjects is left out
-_PER_TURN = 4 * len(SUBJECTS)  # answers of a turn, at least
 _LEFT = 4  # subjects, at least
 # Standard deviation of the change of answers about the same subject, over the mean change.
 _SPREAD = 0.3
@@ -46,7 +45,7 @@ class KnownSubjects:
         return [self.names[place] for place in drawn.argmax(axis=1).tolist()]
 
 
-def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]]) -> KnownSubjects:
+def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]], count: int) -> KnownSubjects:
     """Find the subjects of records that an adapter knows best, by successive halving.
 
     Of these it changes the predictions of the base most. Of records of the same kind of jobs this tells one subject
@@ -55,6 +54,7 @@ def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]])
     Args:
         ask: answers records about the given subjects, and returns the answers with these subjects; the number is that
             of the turn.
+        count: answers of a turn, or a few more, as each subject left has equally many.
     """
     left, answers = list(SUBJECTS), defaultdict(list)
 
@@ -63,7 +63,7 @@ def find_subjects(ask: Callable[[Sequence[str], int], list[tuple[str, Scored]]])
         return sum(one.change for one in own) / max(1, sum(one.tokens for one in own))
 
     for turn in range(_TURNS):
-        for subject, answer in ask(left * -(-_PER_TURN // len(left)), turn):
+        for subject, answer in ask(left * -(-count // len(left)), turn):
             answers[subject].append(answer)
         left = sorted(left, key=mean, reverse=True)[: max(_LEFT, len(left) // 2)]
     means = [mean(subject) for subject in left]
