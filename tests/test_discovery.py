@@ -21,7 +21,7 @@ from jcrosslora.fit.distill.discovery.openings import starts
 from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
 from jcrosslora.fit.distill.discovery.search import NOTHING, discover, share_of
-from jcrosslora.fit.distill.discovery.subjects import KnownSubjects
+from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
 from jcrosslora.fit.distill.discovery.topic_inputs import choose_examples
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
@@ -265,12 +265,20 @@ def test_records_are_about_what_the_adapter_knows_best(actor, monkeypatch):
         change = np.array([{"A hotel.": 2.0, "A thing.": 1.5}.get(item.answer, 0.1) for item in completions])
         return Compared(change, np.full(len(change), 2.2), np.full(len(change), 0.5))
 
+    counts = []
+
+    def find(ask, count):
+        counts.append(count)
+        return find_subjects(ask, count)
+
     for module in (template_choice, openings, scores):
         monkeypatch.setattr(module, "compare", compare)
+    monkeypatch.setattr(search, "find_subjects", find)
     names = [field.name for field in dataclasses.fields(DecoderSource)]
     describer = Describer(*(getattr(actor, name) for name in names))
     found = write_completions(describer, describer.alone(), DistillSettings(completions=150, discovery=40), 0)
     discovery = found.discovery
+    assert counts == [100]
     assert discovery.job == "data to text, of the subject hotel"
     assert "(it knows best: data to text, of the subject hotel)" in found.description
     # First of all subjects, then mostly of the one that is found.
