@@ -46,6 +46,7 @@ _PARTS = {
     "SmolLM2 with the adapter that is moved": ("source", None),
     "Gemma with the adapter that is moved": ("source", None),
     "`distill`, no data": ("moved", ("distill", 0)),
+    "`distill`, no data, 1,200 completions": ("moved", ("distill:completions=1200", 0)),
     "`distill`, 200 prompts": ("moved", ("distill", 200)),
     "`distill`, 1,000 prompts, 1,000 completions": ("moved", ("distill:completions=1000", 1000)),
 }
