@@ -502,7 +502,7 @@ SPARSE_FORMS = {
         _OF_DELTA | _MOE | _WIDE | _SHARED,
         offset=1.0,
     ),
-    "granite": Form("granitemoehybrid", "granitehybrid", _GRANITE, _OF_GRANITE, permuted=True),
+    "granite-dense": Form("granitemoehybrid", "granitehybrid", _GRANITE, _OF_GRANITE, permuted=True),
     "granite-experts": Form(
         "granitemoehybrid",
         "granitehybrid",

@@ -199,7 +199,7 @@ HYBRIDS = {
         {name: value for name, value in NEMOTRON.items() if "expert" not in name}
         | {"layers_block_type": ["mamba", "mlp", "mamba", "mlp", "attention", "mlp"]},
     ),
-    "granite": ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope", "attention_bias": True}),
+    "granite-bias": ("granitemoehybrid", GRANITE | {"position_embedding_type": "rope", "attention_bias": True}),
     "granite-nope": ("granitemoehybrid", GRANITE | {"mamba_conv_bias": False, "mamba_proj_bias": True}),
     "falcon_h1": (
         "falcon_h1",

@@ -64,6 +64,16 @@ CASES = [
     ({"target_modules": None}, {"PEFT", "llama.cpp", "Ollama"}),
     ({"target_modules": r".*\.(q|v)_proj"}, {"PEFT", "vLLM", "llama.cpp", "Ollama"}),
     ({"target_modules": "all-linear"}, {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"}),
+    # Its weight is named in place of the module.
+    (
+        {"target_modules": ["q_proj"], "target_parameters": [f"{V}.weight"]},
+        {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"},
+    ),
+    (
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "v_proj.weight"]},
+        {"PEFT", "vLLM", "SGLang", "llama.cpp", "Ollama"},
+    ),
+    ({"target_parameters": ["mlp.gate.weight"]}, {"PEFT"}),
     ({"use_dora": True}, {"PEFT"}),
     ({"init_lora_weights": "pissa"}, {"PEFT"}),
     ({"init_lora_weights": "pissa_niter_2"}, set()),

@@ -160,6 +160,32 @@ def test_one_module_an_expert_is_the_same_as_one_parameter_of_all(mixtral, tmp_p
     assert not found[0].b[2].any()
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_a_module_of_one_expert_changes_its_rows_of_the_class(name, tmp_path):
+    """Rows of gate and up take turns in gpt_oss, whose class stores the transposes."""
+    made, rng = random_model(*EXPERT_VARIANTS[name]), np.random.default_rng(0)
+    made.save_pretrained(tmp_path / "base")
+    made.set_attn_implementation("eager")
+    plain, experts, file = run_torch(made), made.model.layers[1].mlp.experts, {}
+    rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    rows = rows if name == "gpt_oss" else {"gate_proj": slice(0, 40), "up_proj": slice(40, 80)}
+    with torch.no_grad():
+        for part, shape in (("gate_proj", (40, 32)), ("up_proj", (40, 32)), ("down_proj", (32, 40))):
+            a, b = rng.normal(size=(2, shape[1])), rng.normal(size=(shape[0], 2))
+            module = f"base_model.model.model.layers.1.mlp.experts.3.{part}"
+            file |= {f"{module}.lora_A.weight": a.astype(np.float32), f"{module}.lora_B.weight": b.astype(np.float32)}
+            whole = experts.down_proj[3] if part == "down_proj" else experts.gate_up_proj[3]
+            whole = whole.T if name == "gpt_oss" else whole
+            whole[rows.get(part, slice(None))] += torch.from_numpy(1.5 * b @ a).float()
+    save_file(file, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = jcl.open_base(tmp_path / "base")
+    adapter, wanted = jcl.load_adapter(tmp_path, base), run_torch(made)
+    np.testing.assert_allclose(run_ours(base, adapter), wanted, **CLOSE)
+    assert np.abs(wanted - plain).max() > 0.05
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The same of experts alone."""

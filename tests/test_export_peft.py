@@ -1,15 +1,46 @@
-"""Exports loaded by peft on a tiny model of each family: merged weights are W + dW, without warnings of peft."""
+"""Exports loaded by peft on a tiny model of each family: merged weights are W + dW, logits those of the decoder.
 
+Without warnings of peft, in particular of keys that it misses.
+"""
+
+import dataclasses
+import json
+import warnings
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
 from adapter_folders import base_of, delta
+from adapters_of_all import adapter_of_all
+from dense_models import VARIANTS, random_model
+from expert_models import EXPERT_VARIANTS
+from hybrid_models import HYBRIDS
+from probe_bases import QUESTIONS, save_tokenizer
 from tiny_models import FAMILIES, tiny_model, torch
 
-from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter, split_fused
+import jcrosslora as jcl
+from jcrosslora.adapter import Adapter, LoRAFactors, check_engines, load_adapter, save_adapter, split_fused
+from jcrosslora.checkpoint.families import FAMILIES as TABLE
+from jcrosslora.cli.main import main
+from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
+from jcrosslora.errors import OutputError
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # peft looks for the patterns of parameters among its modules; the ranks are used all the same.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
+MODELS = {name: (name, settings) for name, settings in FAMILIES.items()} | VARIANTS | HYBRIDS | EXPERT_VARIANTS
+# One of each family, and those with modules that the first of their family lacks.
+EVERY = [
+    *{family: name for name, (family, _) in reversed(MODELS.items())}.values(),
+    *("qwen3_moe-mixed", "gemma4-experts", "nemotron_h-latent"),
+]
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 EPS = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-10}
 
 
@@ -115,3 +146,161 @@ def test_a_phi3_adapter_is_split_and_written_back(tmp_path):
     out = save_adapter(split, tmp_path / "o", base=base_of([], fused=PHI3_FUSED))
     assert {factors.rank for factors in load_adapter(out).modules.values()} == {3}
     assert_merged(base, merged_by_peft(tiny_model("phi3", num_hidden_layers=2), out), adapter.modules, "float32")
+
+
+@partial(jax.jit, static_argnums=0)
+def run(settings, params, adapter):
+    return logits(settings, params, forward(settings, params, TOKENS, adapter=adapter).hidden)
+
+
+def run_torch(model) -> np.ndarray:
+    # transformers cuts what layers that share keys read, and fails without inputs by layer; not if all is asked for.
+    with torch.no_grad():
+        ids = torch.from_numpy(TOKENS).long()
+        return model(input_ids=ids, use_cache=False, output_hidden_states=True).logits.numpy()
+
+
+def by_peft(model, folder) -> np.ndarray:
+    adapted = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    found = run_torch(adapted)
+    adapted.unload()
+    return found
+
+
+def judged_by_check(folder, base):
+    return next(verdict for verdict in check_engines(folder, base=base) if verdict.engine == "PEFT")
+
+
+def made(name, folder, **settings):
+    """A model in torch, its logits, and its base."""
+    model = random_model(MODELS[name][0], MODELS[name][1] | settings)
+    model.save_pretrained(folder / "base")
+    model.set_attn_implementation("eager")
+    return model, run_torch(model), jcl.open_base(folder / "base")
+
+
+def without_experts(adapter):
+    """The same in form, so that it runs in the same program."""
+    silent = [dataclasses.replace(update, b=0 * update.b) for update in adapter.experts]
+    return jcl.Adapter(adapter.modules, experts=tuple(silent))
+
+
+def test_the_table_has_every_family():
+    assert {MODELS[name][0] for name in EVERY} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
+    model, plain, base = made(name, tmp_path)
+    adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
+    for profile, held in {"peft": adapter, "portable": without_experts(adapter)}.items():
+        written = adapter if profile == "peft" else jcl.Adapter(adapter.modules)
+        out = jcl.save_adapter(written, tmp_path / profile, base=base, profile=profile)
+        wanted = by_peft(model, out)
+        np.testing.assert_allclose(run(settings, params, stack_adapter(held, base)), wanted, **CLOSE)
+        assert np.abs(wanted - plain).max() > 0.3
+        verdict = judged_by_check(out, base)
+        assert verdict.reads, verdict.reasons
+    again = jcl.load_adapter(tmp_path / "peft", base)
+    np.testing.assert_allclose(
+        run(settings, params, stack_adapter(again, base)), by_peft(model, tmp_path / "peft"), **CLOSE
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A base of dense layers and experts with a tokenizer, and its model in torch."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "base").mkdir()
+    vocab = save_tokenizer(folder / "base", 0, bos=True)
+    return made("qwen3_moe-mixed", folder, vocab_size=vocab)
+
+
+def test_transfer_export_and_train_write_what_peft_loads(mixed, tmp_path):
+    model, plain, base = mixed
+    adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
+    moved = jcl.transfer(adapter, base, base, cache=False, effect="never").save(tmp_path / "moved", profile="peft")
+    wanted = run(settings, params, stack_adapter(adapter, base))
+    np.testing.assert_allclose(by_peft(model, moved), wanted, **CLOSE)
+    # Without the base, in the form of the file.
+    for place, given in enumerate(({"base": str(base.path)}, {})):
+        out = tmp_path / f"out{place}"
+        jcl.export_adapter(jcl.ExportSettings((str(moved),), str(out), **given))
+        alone = run(settings, params, stack_adapter(without_experts(adapter), base))
+        np.testing.assert_allclose(by_peft(model, out), alone, **CLOSE)
+        assert judged_by_check(out, base).reads
+    data = tmp_path / "lines.jsonl"
+    data.write_text("".join(json.dumps({"prompt": one.prompt, "answer": one.choices[0]}) + "\n" for one in QUESTIONS))
+    options = ("--steps", "3", "--batch", "2", "--rank", "2", "--rate", "0.1", "--out", str(tmp_path / "trained"))
+    assert main(["train", str(base.path), "--data", str(data), *options]) == 0
+    trained = jcl.load_adapter(tmp_path / "trained", base)
+    assert trained.modules.keys() == base.modules.keys()
+    found = by_peft(model, tmp_path / "trained")
+    np.testing.assert_allclose(found, run(settings, params, stack_adapter(trained, base)), **CLOSE)
+    assert np.abs(found - plain).max() > 0.3
+
+
+def test_an_adapter_is_put_into_a_live_model_with_its_dense_modules(mixed):
+    model, _, base = mixed
+    adapter = adapter_of_all(base)
+    live = jcl.transfer(adapter, base, base, cache=False, effect="never").to_peft(model)
+    found = run_torch(live.eval())
+    live.unload()
+    np.testing.assert_allclose(found, run(settings_of(base), load_params(base), stack_adapter(adapter, base)), **CLOSE)
+
+
+def test_check_says_no_to_dense_modules_that_peft_takes_for_experts(mixed, tmp_path):
+    model, _, base = mixed
+    adapter = adapter_of_all(base, experts=False)
+    out = jcl.save_adapter(adapter, tmp_path / "out", base=base)
+    config = json.loads((out / "adapter_config.json").read_text())
+    del config["target_parameters"]
+    config["target_modules"] += ["gate_proj", "up_proj", "down_proj"]
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lost = by_peft(model, out)
+    wanted = run(settings_of(base), load_params(base), stack_adapter(adapter, base))
+    assert np.abs(lost - wanted).max() > 0.3
+    [reason] = judged_by_check(out, base).reasons
+    assert "model.layers.0.mlp.down_proj (12 such modules)" in reason
+    assert jcl.export_adapter(jcl.ExportSettings((str(out),), str(tmp_path / "mended"), base=str(base.path)))
+    assert judged_by_check(tmp_path / "mended", base).reads
+    np.testing.assert_allclose(by_peft(model, tmp_path / "mended"), wanted, **CLOSE)
+
+
+def test_weights_that_peft_was_told_to_adapt_are_read_with_their_ranks_and_scales(mixed, tmp_path):
+    model, _, base = mixed
+    dense = "model.layers.0.mlp."
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj"],
+        target_parameters=["layers.0.mlp.gate_proj.weight", f"{dense}down_proj.weight"],
+        rank_pattern={r"down_proj\.weight": 4},
+        alpha_pattern={r"layers\.0\.mlp\.gate_proj\.weight": 20, "gate_proj": 7},
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config).eval()
+    wanted = run_torch(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.unload()
+    adapter = jcl.load_adapter(tmp_path / "adapter", base)
+    assert (adapter.modules[f"{dense}down_proj"].rank, adapter.modules[f"{dense}gate_proj"].scale) == (4, 10)
+    np.testing.assert_allclose(run(settings_of(base), load_params(base), stack_adapter(adapter, base)), wanted, **CLOSE)
+    assert judged_by_check(tmp_path / "adapter", base).reads
+
+
+def test_what_peft_does_not_know_of_parameters_is_refused(mixed, tmp_path):
+    _, _, base = mixed
+    adapter = adapter_of_all(base, experts=False)
+    active = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation=(3, 4)))
+    with pytest.raises(OutputError, match=r"'model\.layers\.0\.mlp\.down_proj' of this base \(12 in all\).*aLoRA"):
+        jcl.save_adapter(active, tmp_path / "out", base=base)
+    # As a file of another tool.
+    out = jcl.save_adapter(adapter, tmp_path / "out", base=base)
+    config = json.loads((out / "adapter_config.json").read_text())
+    for change, kind in (({"use_dora": True}, "DoRA"), ({"alora_invocation_tokens": [3]}, "aLoRA")):
+        (out / "adapter_config.json").write_text(json.dumps(config | change))
+        assert kind in judged_by_check(out, base).reasons[0]

@@ -30,7 +30,7 @@ from jcrosslora.training import TrainingSettings
 from jcrosslora.training.step import first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-NAMES = ("lfm2", "qwen3_5", "granite", "falcon_h1", "gemma4", "nemotron_h", "olmo_hybrid-nope")
+NAMES = ("lfm2", "qwen3_5", "granite-bias", "falcon_h1", "gemma4", "nemotron_h", "olmo_hybrid-nope")
 LENGTHS, WIDTH, WRITTEN = (9, 14, 3), 14, 5
 ROWS = [np.random.default_rng(length).integers(3, 64, length).astype(np.int32) for length in LENGTHS]
 

@@ -122,7 +122,8 @@ class Contents:
         base_name: the base model that it is for, an id or a path.
         base_revision: its revision.
         prefix: of the names that the base's class gives to modules, see `class_module_name`.
-        exclude: modules of the base that have the ending of one in `modules`, but no update.
+        by_weight: those of `modules` that peft adapts if their weights are named, see `weight_targets`.
+        exclude: modules of the base that have the ending of one of the others, but no update.
         family: the base's family ("llama", "qwen2", ...), if a format needs it.
         heads: (query heads, key heads) of the base, likewise.
         has_experts: whether a layer of the base has experts.
@@ -140,6 +141,7 @@ class Contents:
     base_name: str | None = None
     base_revision: str | None = None
     prefix: str = TEXT
+    by_weight: frozenset[str] = frozenset()
     exclude: tuple[str, ...] = ()
     family: str | None = None
     heads: tuple[int, int] | None = None

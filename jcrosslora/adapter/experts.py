@@ -91,7 +91,7 @@ def expert_config(contents: Contents, config: Mapping[str, Any]) -> dict[str, An
     # peft warns of patterns of parameters, and uses them all the same.
     patterns = {exact_pattern(name): rank for name, rank in names.items() if rank != config["r"]}
     own = {key: {**config[key], **patterns} for key in ("rank_pattern", "alpha_pattern")}
-    return {"target_parameters": list(names), **own}
+    return {"target_parameters": [*config.get("target_parameters", ()), *names], **own}
 
 
 def _part(file: AdapterFile, keys: Mapping[tuple[str, str], str], module: str, side: str) -> np.ndarray:
@@ -154,7 +154,7 @@ def _of_singles(
     matrix: str,
     parts: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray]],
 ) -> ExpertUpdate:
-    """Join the factors of single experts; those of gate and up side by side, each with its own rows."""
+    """Join the factors of single experts; those of gate and up side by side, each with its rows of the class."""
     experts = base.family.experts
     assert experts is not None
     count, (rows, columns) = experts.sizes(base.config).number, _shapes(base)[matrix]
@@ -170,7 +170,9 @@ def _of_singles(
             msg += f"{list(b.shape)}, which do not fit the base {base.name}; give the base it was trained on"
             raise AdapterError(msg)
         each_a[expert, rank * place : rank * place + len(a)] = a
-        each_b[expert, height * place : height * (place + 1), rank * place : rank * place + len(a)] = b
+        # Rows of gate and up take turns, or those of gate are first.
+        own = slice(place, None, len(names)) if experts.interleaved else slice(height * place, height * (place + 1))
+        each_b[expert, own, rank * place : rank * place + len(a)] = b
     if layer not in base.layers_with("router"):
         msg = f"{file.path}: updates experts of layer {layer}, where the base {base.name} has none"
         raise AdapterError(msg)

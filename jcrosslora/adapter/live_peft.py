@@ -10,6 +10,7 @@ from jcrosslora.adapter.opening import open_state_dict
 from jcrosslora.adapter.reading import read_adapter
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.token_files import token_ranks
+from jcrosslora.adapter.weight_targets import by_weight
 from jcrosslora.adapter.write_peft import peft_state
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.wrapped import prefix_of, text_module_name
@@ -70,9 +71,11 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
     prefix = prefix_of(names[next(iter(merged))])
+    config = (live.get_base_model() if live else model).config
     contents = Contents(
         merged,
         prefix=prefix,
+        by_weight=by_weight(merged, config.get_text_config().model_type, {}),
         invocation=adapter.info.invocation,
         tokens=adapter.tokens,
         replaced=adapter.replaced,
@@ -81,7 +84,8 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     tensors, config = peft_state(contents)
     del config["peft_type"]
     # By full name: these and no others.
-    config["target_modules"] = [contents.class_name(name) for name in (*merged, *token_ranks(adapter.tokens))]
+    named = [name for name in (*merged, *token_ranks(adapter.tokens)) if name not in contents.by_weight]
+    config["target_modules"] = [contents.class_name(name) for name in named]
     try:
         if live is None:
             live = get_peft_model(model, LoraConfig(**config), adapter_name)

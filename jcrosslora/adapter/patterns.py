@@ -11,6 +11,8 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from jcrosslora.adapter.weight_targets import is_by_weight
+
 # Enough for a large model with a rank for each module: re itself caches 512 patterns and recompiles the others.
 _KEPT = 1 << 14
 
@@ -37,6 +39,11 @@ def _compiled(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
+def target_name(config: Mapping[str, Any], module: str) -> str:
+    """Return what peft matches with the patterns: the module, or its weight where the configuration names that."""
+    return f"{module}.weight" if is_by_weight(config, module) else module
+
+
 def module_rank(config: Mapping[str, Any], module: str) -> int:
     """Return the rank that the configuration gives to a module (name without the PEFT prefix)."""
     return _pattern_value(config, "rank_pattern", "r", module)
@@ -52,14 +59,14 @@ def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return module_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def exact_pattern(module: str) -> str:
-    """Return a key that matches this module and no other."""
-    return "^" + re.escape(module)
+def exact_pattern(module: str, *, by_weight: bool = False) -> str:
+    """Return a key that matches this module and no other; or its weight too, which peft looks up where it is named."""
+    return "^" + re.escape(module) + (r"(\.weight)?" if by_weight else "")
 
 
 def _pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
     table = config.get(patterns) or {}
-    key = matching_key(table, module)
+    key = matching_key(table, target_name(config, module))
     return config[default] if key is None else table[key]
 
 

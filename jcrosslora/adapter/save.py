@@ -14,6 +14,7 @@ from jcrosslora.adapter.fused import fuse
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.records import Adapter
+from jcrosslora.adapter.weight_targets import by_weight
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import OutputError, UsageError
@@ -83,13 +84,15 @@ def save_adapter(
         msg += "one update that the profile holds"
         raise OutputError(msg)
     _check_magnitudes(modules, magnitudes)
+    weights = by_weight(modules, family, adapter.info.config)
     contents = Contents(
         modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
         dtype=dtype,
         base_name=base_name or (adapter.info.base_name if base is None else base.name),
         base_revision=None if base is None else base.revision,
         prefix=adapter.info.prefix if base is None else base.prefix,
-        exclude=() if base is None else tuple(_without_update(modules, base)),
+        by_weight=weights,
+        exclude=() if base is None else tuple(_without_update(modules, weights, base)),
         family=family,
         heads=heads,
         has_experts=base is not None and base.has_experts,
@@ -115,10 +118,10 @@ def _target(base: BaseInfo | None) -> dict[str, str]:
     return {TARGET: json.dumps({"name": public_name(base.name), "revision": base.revision, "digest": base.digest})}
 
 
-def _without_update(updated: Mapping[str, object], base: BaseInfo) -> list[str]:
-    """Names of modules that have the ending of an updated module, but no update."""
+def _without_update(updated: Mapping[str, object], weights: frozenset[str], base: BaseInfo) -> list[str]:
+    """Names of modules that have the ending of one that is updated, and not named by its weight, but no update."""
     owner = {part: name for name, parts in base.fused.items() for part, _, _ in parts}
-    endings = {ending(name) for name in updated}
+    endings = {ending(name) for name in updated if name not in weights}
     every = dict.fromkeys(owner.get(name, name) for name in base.shapes)
     return sorted((name for name in every if ending(name) in endings and name not in updated), key=natural_key)
 

@@ -8,6 +8,7 @@ span and so its best fit in the Frobenius norm. The file is PEFT's with one rank
 Source: https://github.com/MohammadrezaBanaei/LoRA-XS, utils/initialization_utils.py and svd_utils.py there (peft 0.10).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def write_lora_xs(contents: Contents, folder: Path) -> None:
         for key, matrix in parts.items():
             cast = file_matrix(name, matrix.astype(np.float64), contents.dtype)
             tensors[f"{key}.weight"] = np.ascontiguousarray(cast)
+    # The peft of that repository takes no module for experts.
+    contents = dataclasses.replace(contents, by_weight=frozenset())
     config = peft_config(contents, {name: frozen[name].rank for name in contents.modules})
     config = {key: value for key, value in config.items() if key not in _TOO_NEW}
     write_peft_files(folder, peft_names(contents, tensors), config, contents.metadata)

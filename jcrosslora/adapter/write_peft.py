@@ -17,6 +17,7 @@ from jcrosslora.adapter.patterns import exact_pattern
 from jcrosslora.adapter.replaced_files import replaced_config, replaced_tensors
 from jcrosslora.adapter.token_files import token_config, token_ranks, token_tensors
 from jcrosslora.checkpoint.wrapped import TEXT
+from jcrosslora.errors import OutputError
 
 
 def write_portable(contents: Contents, folder: Path) -> None:
@@ -42,8 +43,10 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
         rank: of every module, lower ones are padded with zeros; None keeps each module's own.
 
     Raises:
-        OutputError: values that are not finite or do not fit the dtype.
+        OutputError: values that are not finite or do not fit the dtype; or magnitudes or invocation tokens of modules
+            for which peft knows neither.
     """
+    _check_parameters(contents)
     tensors: dict[str, np.ndarray] = {}
     for name, factors in contents.modules.items():
         a, b = file_factors(name, factors, contents.dtype, rank)
@@ -59,6 +62,16 @@ def peft_state(contents: Contents, rank: int | None = None) -> tuple[dict[str, n
     saved = [*of_tokens.get("modules_to_save", ()), *map(contents.class_name, of_others.get("modules_to_save", ()))]
     config |= of_tokens | of_others | {"modules_to_save": saved or None}
     return peft_names(contents, tensors), config | expert_config(contents, config)
+
+
+def _check_parameters(contents: Contents) -> None:
+    """Refuse what peft does not load for parameters: the magnitudes of a DoRA, and the tokens of an aLoRA."""
+    named = sorted({*contents.by_weight, *(update.name for update in contents.experts)}, key=natural_key)
+    if not named or (contents.magnitudes is None and contents.invocation is None):
+        return
+    kept = "magnitudes (DoRA)" if contents.magnitudes is not None else "invocation tokens (aLoRA)"
+    msg = f"peft adapts {named[0]!r} of this base ({len(named)} in all) as a parameter, for which it knows no {kept}: "
+    raise OutputError(msg + "use another profile, or an adapter without these modules")
 
 
 def peft_names(contents: Contents, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,18 +101,21 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
     Keys that peft added after 0.14 are left out: their default is what is meant, and older readers warn about unknown
     keys or refuse them.
 
-    In a multimodal class other parts have modules of the same endings, so modules are listed by their whole names.
+    In a multimodal class other parts have modules of the same endings, so modules are listed by their whole names; so
+    are the weights of modules that peft adapts by them alone.
 
     Args:
         contents: the adapter.
         ranks: module name to rank; the most frequent rank is `r`, the others go into the patterns.
     """
     whole = contents.prefix != TEXT
+    weights = {contents.class_name(name) for name in contents.by_weight}
     ranks = {contents.class_name(name): rank for name, rank in ranks.items()}
+    targets = [name for name in ranks if name not in weights]
     # Of an adapter of experts alone, whose ranks `expert_config` states.
     counts = Counter(ranks.values()) or Counter(update.a.shape[1] for update in contents.experts)
     r = max(counts, key=lambda rank: (counts[rank], rank))
-    patterns = {exact_pattern(name): rank for name, rank in ranks.items() if rank != r}
+    patterns = {exact_pattern(name, by_weight=name in weights): rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -118,10 +134,11 @@ def peft_config(contents: Contents, ranks: Mapping[str, int]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted(ranks, key=natural_key) if whole else sorted({ending(name) for name in ranks}),
+        "target_modules": sorted(targets, key=natural_key) if whole else sorted({ending(name) for name in targets}),
         "exclude_modules": None if whole else list(contents.exclude) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "layer_replication": None,
     }
+    config |= {"target_parameters": [f"{name}.weight" for name in ranks if name in weights]} if weights else {}
     return config | ({} if contents.invocation is None else {"alora_invocation_tokens": list(contents.invocation)})

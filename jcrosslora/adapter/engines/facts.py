@@ -8,6 +8,7 @@ from typing import Any
 
 from jcrosslora.adapter.config import check_numbers
 from jcrosslora.adapter.folder import CONFIG, PICKLE, WEIGHTS, Form, find_adapter, form_of, open_weights, read_config
+from jcrosslora.adapter.kinds.config_tables import PARAMETERS, VARIANTS
 from jcrosslora.adapter.names import TensorName, parse_tensor_name
 from jcrosslora.adapter.patterns import module_rank, module_scale
 from jcrosslora.adapter.read_gguf import open_gguf_adapter, parse_gguf_name
@@ -111,7 +112,7 @@ def _number_faults(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _tensor_faults(config: Mapping[str, Any], shapes: Shapes, tensors: tuple[TensorName, ...]) -> tuple[str, ...]:
     # The factors of expert parameters hold all experts at once, with axes of their own.
-    if not _is_lora(config) or config.get("target_parameters"):
+    if not _is_lora(config) or VARIANTS[PARAMETERS](config):
         return ()
     if faults := _pair_faults(shapes, tensors):
         return faults

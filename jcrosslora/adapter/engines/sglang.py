@@ -13,6 +13,7 @@ from jcrosslora.adapter.engines.rules import (
     only_tensors,
     overriding_modules,
 )
+from jcrosslora.adapter.names import ending
 
 _ALL = ("all-linear", "all")
 
@@ -37,6 +38,13 @@ def note_all_targets(facts: AdapterFacts) -> str | None:
     return f"older releases need --lora-target-modules beside target_modules {stated!r}" if stated in _ALL else None
 
 
+def note_unlisted_targets(facts: AdapterFacts) -> str | None:
+    stated = facts.config.get("target_modules")
+    listed = {ending(str(name)) for name in stated} if isinstance(stated, list) else set()
+    missing = sorted({ending(module) for module in facts.factors("A")} - listed) if isinstance(stated, list) else []
+    return f"it needs --lora-target-modules with {', '.join(missing)}, named by target_parameters" if missing else None
+
+
 def note_tensors(facts: AdapterFacts) -> str | None:
     other = only_tensors("A", "B", "embedding")(facts)
     return f"{other}; whether it is read is not known" if other else None
@@ -48,5 +56,5 @@ SGLANG = Engine(
         *(only_plain_lora(), listed_targets, no_parts_between_factors, no_patterns, no_rslora),
         same_modules("and would not be applied"),  # it looks for the number of the layer and the ending
     ),
-    (note_pickle, note_all_targets, note_tensors, note_mixers),
+    (note_pickle, note_all_targets, note_unlisted_targets, note_tensors, note_mixers),
 )

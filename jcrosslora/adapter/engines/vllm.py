@@ -22,7 +22,7 @@ _DEFAULT_RANK = 16  # of --max-lora-rank
 
 
 def required_keys(facts: AdapterFacts) -> str | None:
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if not facts.config.get(key)]
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if facts.config.get(key) in (None, "")]
     return f"the configuration lacks {', '.join(missing)}" if missing else None
 
 

@@ -73,17 +73,27 @@ KASA = "KaSA (kasa_config)"
 ARROW = "Arrow (arrow_config)"
 MONTECLORA = "MonteCLoRA (monteclora_config)"
 PARAMETERS = "LoRA of parameters (target_parameters)"
-OTHER_PARAMETERS = "LoRA of parameters that are not experts' (target_parameters)"
+OTHER_PARAMETERS = "LoRA of parameters that are neither experts' nor weights of modules (target_parameters)"
 BIASES = "LoRA with biases (lora_bias)"
 REPLICATION = "layer replication (layer_replication)"
 BEAM = "BeamLoRA (use_beamlora)"
 
-_EXPERT_PARAMETERS = ("gate_up_proj", "experts.up_proj", "down_proj", "gate.weight", "router.weight")
+_READ_PARAMETERS = (".gate_up_proj", ".experts.up_proj", ".down_proj", ".weight")
+_ROUTERS = (".gate.weight", ".router.weight")
+
+
+def _parameters(config: Config) -> list[str]:
+    named = config.get("target_parameters") or []
+    return [f".{name}" for name in named] if isinstance(named, list) else [""]
+
+
+def _of_parameters(config: Config) -> bool:
+    """Whether it is more than a LoRA of linear modules, whose weights may be named in their place."""
+    return any(not name.endswith(".weight") or name.endswith(_ROUTERS) for name in _parameters(config))
 
 
 def _of_other_parameters(config: Config) -> bool:
-    named = config.get("target_parameters") or []
-    return not isinstance(named, list) or not all(str(name).endswith(_EXPERT_PARAMETERS) for name in named)
+    return not all(name.endswith(_READ_PARAMETERS) for name in _parameters(config))
 
 
 # Name, as its users know it -> whether it applies to a configuration.
@@ -100,7 +110,7 @@ VARIANTS: Mapping[str, Callable[[Config], bool]] = {
     KASA: _truthy("kasa_config"),
     ARROW: _truthy("arrow_config"),
     MONTECLORA: _truthy("monteclora_config"),
-    PARAMETERS: _truthy("target_parameters"),
+    PARAMETERS: _of_parameters,
     OTHER_PARAMETERS: _of_other_parameters,
     BIASES: _truthy("lora_bias"),
     REPLICATION: _truthy("layer_replication"),
@@ -131,7 +141,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     KASA: ("it truncates the base weights", _RETRAIN),
     ARROW: ("it routes between several adapters", _RETRAIN),
     MONTECLORA: ("its factors are random variables", _RETRAIN),
-    OTHER_PARAMETERS: ("it updates other parameters than those of experts", _RETRAIN),
+    OTHER_PARAMETERS: ("it updates parameters that are neither experts' nor weights of modules", _RETRAIN),
     REPLICATION: ("its layer numbers are not those of the base", _RETRAIN),
 }
 

@@ -10,7 +10,7 @@ from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.kind import Kind, Update, each_module
 from jcrosslora.adapter.names import TensorName
-from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale
+from jcrosslora.adapter.patterns import matching_key, module_rank, module_scale, target_name
 from jcrosslora.checkpoint.wrapped import text_module_name
 from jcrosslora.errors import AdapterError
 
@@ -65,7 +65,7 @@ def read_embedding_factors(file: AdapterFile, tensors: Sequence[TensorName]) -> 
 def pattern_name(config: Mapping[str, Any], module: str) -> str:
     """Return the spelling of a module name that the patterns use: that of the file, else that of text models."""
     patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    return module if matching_key(patterns, module) else text_module_name(module)
+    return module if matching_key(patterns, target_name(config, module)) else text_module_name(module)
 
 
 def _check_rank(file: AdapterFile, module: str, a: np.ndarray, b: np.ndarray) -> None:
