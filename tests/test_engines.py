@@ -92,6 +92,16 @@ def test_each_setting_is_judged_by_each_engine(tmp_path, changes, expected):
     assert readers(write_folder(tmp_path / "a", CONFIG | changes), "llama") == expected
 
 
+def test_modules_that_only_their_weights_name_are_an_option_of_sglang(tmp_path):
+    folder = write_folder(
+        tmp_path / "a", CONFIG | {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight"]}
+    )
+    assert verdicts(folder)["SGLang"].notes == (
+        "it needs --lora-target-modules with v_proj, named by target_parameters",
+    )
+    assert not verdicts(write_folder(tmp_path / "b"))["SGLang"].notes
+
+
 def test_ranks_by_pattern_are_read_by_engines_that_use_tensor_shapes(tmp_path):
     """One alpha, two ranks: llama.cpp divides by each tensor's rank as PEFT does; SGLang refuses."""
     config = CONFIG | {"rank_pattern": {"v_proj": 4}}

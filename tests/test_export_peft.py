@@ -21,6 +21,7 @@ from tiny_models import FAMILIES, tiny_model, torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, check_engines, load_adapter, save_adapter, split_fused
+from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.families import FAMILIES as TABLE
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
@@ -296,6 +297,9 @@ def test_what_peft_does_not_know_of_parameters_is_refused(mixed, tmp_path):
     active = dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, invocation=(3, 4)))
     with pytest.raises(OutputError, match=r"'model\.layers\.0\.mlp\.down_proj' of this base \(12 in all\).*aLoRA"):
         jcl.save_adapter(active, tmp_path / "out", base=base)
+    rows = {name: np.ones(module.shape[0], np.float32) for name, module in base.modules.items()}
+    with pytest.raises(OutputError, match=r"for which it knows no magnitudes \(DoRA\): use another profile"):
+        save_adapter(adapter, tmp_path / "out", base=describe_base(base, digest=""), profile="peft", magnitudes=rows)
     # As a file of another tool.
     out = jcl.save_adapter(adapter, tmp_path / "out", base=base)
     config = json.loads((out / "adapter_config.json").read_text())
