@@ -65,17 +65,17 @@ def to_peft(adapter: Adapter, model: Any, adapter_name: str = "default", *, fuse
     if live is not None and adapter_name in live.peft_config:
         msg = f"the model has an adapter {adapter_name!r} already; choose another adapter_name"
         raise AdapterError(msg)
-    names = {text_module_name(name): name for name, _ in (live.get_base_model() if live else model).named_modules()}
+    wrapped: Any = model if live is None else live.get_base_model()
+    names = {text_module_name(name): name for name, _ in wrapped.named_modules()}
     merged = fuse(adapter.modules, fused or {})
     if missing := [name for name in merged if name not in names]:
         msg = f"{adapter.info.name}: the model has no module {missing[0]!r} ({len(missing)} such modules); give the "
         raise AdapterError(msg + "base that the adapter is for, and fused=base.fused if that has fused modules")
     prefix = prefix_of(names[next(iter(merged))])
-    config = (live.get_base_model() if live else model).config
     contents = Contents(
         merged,
         prefix=prefix,
-        by_weight=by_weight(merged, config.get_text_config().model_type, {}),
+        by_weight=by_weight(merged, wrapped.config.get_text_config().model_type, {}),
         invocation=adapter.info.invocation,
         tokens=adapter.tokens,
         replaced=adapter.replaced,
