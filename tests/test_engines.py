@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, adapter_of, matrix, tensors, write_folder
+from adapters_of_all import adapter_of_all
+from dense_models import random_model
 from engine_readers import llama_cpp_log_probs
+from expert_models import EXPERT_VARIANTS
 from gguf_files import gguf, small_llama
+from hybrid_models import HYBRIDS
 from kind_cases import peft
 from tiny_models import save_tiny, tiny_model
 
+import jcrosslora as jcl
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.engines import vllm
 from jcrosslora.adapter.truncation import AUTO_RANKS
@@ -279,6 +284,26 @@ def test_adapters_that_load_adapter_refuses_can_be_checked(tmp_path):
     with pytest.raises(AdapterError):
         load_adapter(folder)
     assert readers(folder) == {"PEFT"}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mistral4", "lfm2_moe", "nemotron_h", "olmoe", "gpt_oss"])
+def test_check_says_whether_mlx_lm_has_the_modules(name, tmp_path):
+    loaders = pytest.importorskip("mlx_lm.utils")
+    random_model(*(EXPERT_VARIANTS | HYBRIDS)[name]).save_pretrained(tmp_path / "base")
+    base = jcl.open_base(tmp_path / "base")
+    modules = adapter_of_all(base).modules
+    outputs = {key: factors for key, factors in modules.items() if key.endswith((".o_proj", ".self_attn.out_proj"))}
+    for place, part in enumerate((modules, outputs)):
+        out = jcl.save_adapter(jcl.Adapter(part), tmp_path / str(place), base=base, profile="mlx")
+        model, _ = loaders.load_model(
+            tmp_path / "base", strict=False
+        )  # without the experts as transformers stores them
+        try:
+            taken = loaders.load_adapters(model, str(out)) is not None
+        except ValueError as error:
+            taken = "not an adapter parameter" not in str(error)
+        verdict = next(one for one in check_engines(out, base=base) if one.engine == "MLX")
+        assert verdict.reads == taken, verdict.reasons
 
 
 def test_other_folders_are_refused_with_one_line(tmp_path):

@@ -6,6 +6,13 @@ from jcrosslora.adapter.engines.facts import AdapterFacts
 from jcrosslora.adapter.engines.module_names import same_mlx_names
 from jcrosslora.adapter.engines.rules import Engine, note_mixers
 
+# Family -> what stands in the names of modules that its class in mlx_lm lacks: it takes matrices of latent attention
+# apart, or calls modules by names of its own.
+_LACKS = {
+    **dict.fromkeys(("deepseek_v3", "mistral4"), ".kv_b_proj."),
+    **{"lfm2_moe": ".feed_forward.w", "nemotron_h": ".mixer."},
+}
+
 
 def parameters(facts: AdapterFacts) -> str | None:
     stated = facts.config.get("lora_parameters")
@@ -33,8 +40,14 @@ def one_rank(facts: AdapterFacts) -> str | None:
     return f"tensor {other[0]!r} is not of rank {str(rank)[:20]}, which the configuration states" if other else None
 
 
+def lacking(facts: AdapterFacts) -> str | None:
+    part = _LACKS.get(facts.family or "")
+    keys = [key for key in facts.shapes if part is not None and part in key]
+    return f"its class has no module of the name of {keys[0]!r}, and it refuses the adapter" if keys else None
+
+
 def _whole_model(facts: AdapterFacts) -> bool:
     return facts.config.get("fine_tune_type") == "full"
 
 
-MLX = Engine("MLX", (parameters, names, one_rank, same_mlx_names), (note_mixers,), form="MLX")
+MLX = Engine("MLX", (parameters, names, one_rank, lacking, same_mlx_names), (note_mixers,), form="MLX")
