@@ -119,7 +119,7 @@ def _rewritten(path, name, drop=(), extra=None, **changed):
         ("nemotron_h", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with an entry for each"),
         ("nemotron_h", ["attention.layer_norm_epsilon"], r"layer_norm_epsilon are \[None, None\], wanted one number"),
         ("nemotron_h", ["feed_forward_length"], "feed_forward_length is None, wanted a list with an entry for each"),
-        ("granite", ["attention.scale"], "such as Bamba, are not supported"),
+        ("granite-dense", ["attention.scale"], "such as Bamba, are not supported"),
         ("lfm2", ["attention.head_count_kv"], "head_count_kv is None, wanted a list with the heads of each layer"),
         ("qwen3_5", ["ssm.inner_size"], "config key 'ssm.inner_size' is None, wanted a positive integer"),
     ],
