@@ -53,7 +53,7 @@ def load(base, folder) -> Any:
     """
     folder = Path(folder)
     facts, arrays = json.loads((folder / "composition.json").read_text()), load_file(folder / "composition.safetensors")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     names = []
     for number in range(len(facts["adapters"])):
         names.append(f"adapter{number}")
@@ -98,7 +98,8 @@ def main():
     parser.add_argument("composition", help="the folder that Composed.save wrote")
     parser.add_argument("prompt")
     given = parser.parse_args()
-    model, tokenizer = load(given.base, given.composition), AutoTokenizer.from_pretrained(given.base)
+    model = load(given.base, given.composition)
+    tokenizer = AutoTokenizer.from_pretrained(given.base, trust_remote_code=False)
     ids = tokenizer(given.prompt, return_tensors="pt").input_ids
     print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=64)[0]))
 

@@ -1,5 +1,6 @@
 """Transfers from sources that are asked: from files to files, in memory, reports, and what is refused."""
 
+import io
 import json
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
-from jcrosslora.errors import MethodError, SourceError, UsageError
+from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
 from jcrosslora.fit.distill import completions, template_choice, writing
 from jcrosslora.fit.distill.discovery import search
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS
@@ -100,6 +101,44 @@ def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeyp
     assert found.report.rank_before == 4
     assert found.report.adapter.digest
     assert 'source_backend = "torch"' in (found.save(tmp_path / "moved") / "recipe.toml").read_text()
+
+
+OWN = """
+from pathlib import Path
+Path({mark!r}).write_text("run")
+from transformers import LlamaConfig as Own, LlamaForCausalLM as Model, LlamaTokenizer as Tokenizer
+"""
+
+
+def test_torch_does_not_run_code_in_the_folder_of_a_base(places, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # where transformers would ask
+    folder, mark = places[0], tmp_path / "mark"
+    classes = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    base = chat_base(tmp_path / "base").path
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "its-own", "auto_map": classes}
+    (base / "config.json").write_text(json.dumps(config))
+    tokens = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (base / "own.py").write_text(OWN.format(mark=str(mark)))
+    source = "--source", base, "--source-backend", "torch", "--source-tokenizer", base
+    given = "--target", folder / "target", "--out", tmp_path / "moved", "--probe-text", folder / "prompts.txt"
+    assert run(folder / "adapter", *source, *given, *FLAGS) == 2
+    said = capsys.readouterr().err
+    assert f"{base}: its class is code in its own files, which is not run" in said
+    assert len(said.splitlines()) == 1
+    assert not mark.exists()
+
+
+def test_torch_imports_no_module_that_an_adapter_names(places, tmp_path):
+    pytest.importorskip("peft")
+    folder, source, adapter = places
+    jcl.save_adapter(adapter, tmp_path / "adapter", base=source, profile="peft")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"megatron_config": {"a": 1}, "megatron_core": "evil"}))
+    model = jcl.TorchModel(source.path, device="cpu")
+    with pytest.raises(AdapterError, match="names a Python module, 'evil', which is not imported"):
+        jcl.transfer(tmp_path / "adapter", model, folder / "target", Distill(**FIT), prompts=CORPUS)
 
 
 def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, server, monkeypatch):

@@ -211,15 +211,28 @@ def test_encoders_are_checked_by_name_and_the_extra_is_named(base, monkeypatch):
 
 def test_sentence_encoders_are_called_with_texts(base, monkeypatch):
     class Model:
-        def __init__(self, name):
-            assert name == "x/y"
+        def __init__(self, name, trust_remote_code):
+            assert (name, trust_remote_code) == ("x/y", False)
 
         def encode(self, texts, show_progress_bar):
             return np.array([[len(text), 0.0] for text in texts])
 
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Model))
+    package = SimpleNamespace(SentenceTransformer=Model, __version__="6.2.0")
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
     found = open_encoder("sentences:x/y", base).encode(["ab", (Message("user", "abc"),)])
     np.testing.assert_allclose(found, [[np.sqrt(2), 0]] * 2, rtol=1e-6)
+
+
+def test_sentence_encoders_with_code_of_their_own_are_refused(base, monkeypatch):
+    def model(name, trust_remote_code):
+        msg = f"{name} references own.Pooling. Please pass the argument `trust_remote_code=True`"
+        raise ValueError(msg)
+
+    for version, said in (("6.2.0", "which is not run"), ("5.6.0", "5.6.0 would run the model's code")):
+        package = SimpleNamespace(SentenceTransformer=model, __version__=version)
+        monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
+        with pytest.raises(UsageError, match=said):
+            open_encoder("sentences:./own", base)
 
 
 def test_certainty_is_the_change_at_the_end_of_a_prompt_beside_the_usual_one(shelf, base, monkeypatch):

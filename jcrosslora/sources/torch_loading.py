@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.sources.torch_model import TorchModel
@@ -21,12 +21,15 @@ def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFi
     """Find an adapter that PEFT can load.
 
     Raises:
-        AdapterError: there is none, or it has another format.
+        AdapterError: there is none, it has another format, or PEFT would import a module that it names.
     """
     found = find_adapter(ref, revision)
     if found.form != "PEFT":
         msg = f"{ref}: is an adapter of {found.form}, which PEFT does not load: convert it by `jcrosslora export "
         raise AdapterError(msg + "--profile peft`, or leave out --source-backend torch")
+    if found.config is not None and (named := read_config(found.config)).get("megatron_config"):
+        msg = f"{ref}: its megatron_core names a Python module, {named.get('megatron_core')!r}, which is not imported: "
+        raise AdapterError(msg + "give an adapter without megatron_config")
     return found
 
 
@@ -38,7 +41,7 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
 
     Raises:
         UsageError: torch or PEFT is not installed, or the device is none.
-        CheckpointError: transformers cannot load the base.
+        CheckpointError: transformers cannot load the base, or only by the base's own code, which is not run.
         AdapterError: PEFT cannot load the adapter, or parts of it have no place in the base.
     """
     try:
@@ -57,8 +60,11 @@ def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     with _quiet() as heard:
         try:
-            base = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype)
+            base = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, trust_remote_code=False)
         except Exception as error:  # whatever a model's own class raises
+            if "trust_remote_code" in str(error):  # what transformers advises
+                msg = f"{source.ref}: its class is code in its own files, which is not run: give a base whose class is "
+                raise CheckpointError(msg + "in transformers, or have a server run it (--source-url)") from error
             msg = f"{source.ref}: transformers cannot load it as a causal language model ({_line(error)}): check the "
             raise CheckpointError(msg + "path or hub id, and that your version of transformers knows it") from error
         try:

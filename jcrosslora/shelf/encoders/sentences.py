@@ -12,6 +12,8 @@ from jcrosslora.shelf.encoders.encoder import unit_rms
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import prompt_text
 
+_FIRST = 6  # major version that runs no code of a model in a local folder
+
 
 class SentenceEncoder:
     """A model of sentence-transformers."""
@@ -23,16 +25,22 @@ class SentenceEncoder:
             model: its hub id or folder.
 
         Raises:
-            UsageError: the package is not installed, or the model cannot be loaded.
+            UsageError: the package is not installed or too old, or the model cannot be loaded, or only by its own code.
         """
         try:
-            from sentence_transformers import SentenceTransformer
+            from sentence_transformers import SentenceTransformer, __version__
         except ImportError as error:
             msg = f"encoder sentences:{model} needs {error.name}, which is not installed: install "
             raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden") from error
+        if int(__version__.partition(".")[0]) < _FIRST:
+            msg = f"encoder sentences:{model}: sentence-transformers {__version__} would run the model's code: install "
+            raise UsageError(msg + "jcrosslora[sentences], or use the encoder hidden")
         try:
-            self._model: Any = SentenceTransformer(model)
+            self._model: Any = SentenceTransformer(model, trust_remote_code=False)
         except Exception as error:  # whatever a model's own class raises
+            if "trust_remote_code" in str(error):  # what the package advises
+                msg = f"encoder sentences:{model}: needs code in the model's files, which is not run: choose another"
+                raise UsageError(msg) from error
             msg = f"encoder sentences:{model}: cannot be loaded ({' '.join(str(error).split())[:200]}): check its name"
             raise UsageError(msg) from error
 
