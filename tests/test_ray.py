@@ -19,6 +19,7 @@ from jcrosslora.batch.ray_run import _division, _outcomes, _reach
 from jcrosslora.batch.units import Unit
 from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
+from jcrosslora.methods import allow_module
 
 PLAN = """
 out = "OUT"
@@ -111,6 +112,7 @@ def test_four_workers_and_one_process_write_equal_files(cluster, tmp_path, capsy
 def test_job_killed_while_it_is_written_is_done_again(cluster, tmp_path):
     write_house(tmp_path, 8, "alone")
     plan = (tmp_path / "alone.toml").read_text().replace('["pad-truncate", "cross-lora"], svd_rank = 8', '["METHOD"]')
+    allow_module("user_methods")
     for out, method in (("alone", "user_methods:HalfCopy"), ("moved", "user_methods:Killed")):
         (tmp_path / f"{out}.toml").write_text(plan.replace("alone", out).replace("METHOD", method))
     run_batch(read_plan(tmp_path / "alone.toml"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cache import Cache
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.methods import METHODS, LoRAX, Method, find_method
+from jcrosslora.methods import METHODS, LoRAX, Method, allow_module, find_method
 
 PLAN = """
 out = "moved"
@@ -81,6 +82,8 @@ def test_by_the_command_and_by_its_recipe(folder, copied, tmp_path, capsys):
     recipe = json.loads((tmp_path / "one" / "transfer_report.json").read_text())["recipe_toml"]
     assert tomllib.loads(recipe)["share"] == 0.25
     (tmp_path / "recipe.toml").write_text(recipe)
+    assert "`--allow-module user_methods` once you" in (tmp_path / "one" / "README.md").read_text()
+    assert "with --allow-module.\n" in (tmp_path / "one" / "recipe.toml").read_text()
     main(["transfer", *map(str, places), "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "two")])
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -94,10 +97,81 @@ def test_recipe_with_an_own_file_of_postponed_annotations(tmp_path, monkeypatch,
     Path("own_postponed.py").write_text(f"from __future__ import annotations\n{text}")
     for value, shown in (('"much"', "recipe.toml sets strength to 'much'; it must be float"), ("1", "no such folder")):
         Path("recipe.toml").write_text(f'method = "own_postponed:Own"\nstrength = {value}\n')
+        given = ["./a", "--source", "s", "--target", "t", "--out", "o", "--recipe", "recipe.toml"]
         with pytest.raises(SystemExit):
-            main(["transfer", "./a", "--source", "s", "--target", "t", "--out", "o", "--recipe", "recipe.toml"])
+            main(["transfer", *given, "--allow-module", "own_postponed"])
         assert shown in capsys.readouterr().err
         del METHODS["own-postponed"]
+
+
+EVIL = (
+    OWN.replace('"own"', '"evil"')
+    + """
+open("mark", "w").close()
+"""
+)
+PLACES = ["--source", "source", "--target", "target"]
+COMMANDS = {
+    "a recipe": ["transfer", "adapter", *PLACES, "--out", "out", "--recipe", "recipe.toml"],
+    "a recipe and another method": [
+        *("transfer", "adapter", *PLACES, "--out", "out", "--recipe", "recipe.toml", "--method", "copy")
+    ],
+    "a recipe and another module": [
+        *("transfer", "adapter", *PLACES, "--out", "out", "--recipe=recipe.toml", "--allow-module", "user_methods")
+    ],
+    "a plan": ["batch", "plan.toml"],
+    "a plan and another module": ["batch", "plan.toml", "--allow-module", "user_methods"],
+}
+
+
+@pytest.fixture
+def stranger(folder, tmp_path, monkeypatch):
+    """The current folder: files of somebody else's, which name a module in it that leaves a mark when it is run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "target", "adapter"):
+        Path(name).symlink_to(folder / name)
+    Path("evil.py").write_text(EVIL)
+    Path("recipe.toml").write_text('method = "evil:Own"\nsvd_rank = 4\n')
+    plan = PLAN.replace('"user_methods:HalfCopy", "pad-truncate"', '"evil:Own"')
+    Path("plan.toml").write_text(plan.replace("share = 0.25", "svd_rank = 4"))
+    yield Path("mark")
+    METHODS.pop("evil", None)
+    sys.modules.pop("evil", None)
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["done", "dry-run"])
+@pytest.mark.parametrize("given", COMMANDS)
+def test_files_have_no_module_imported(stranger, given, dry, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*COMMANDS[given], *(["--dry-run"] if dry else [])])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "method 'evil:Own' is of a module that is imported only if you name it yourself" in said
+    assert "give --allow-module evil" in said
+    assert len(said.splitlines()) == 1
+    assert not stranger.exists()
+
+
+@pytest.mark.parametrize("names", [["--allow-module", "evil"], ["--allow-module", "json", "--allow-module=evil"]])
+@pytest.mark.parametrize("given", ["a recipe", "a plan"])
+def test_files_may_name_methods_of_modules_that_the_user_names(stranger, given, names):
+    main([*COMMANDS[given], *names])
+    assert stranger.exists()
+    out = Path("out" if given == "a recipe" else "moved/adapter--target--evil-Own")
+    assert json.loads((out / "transfer_report.json").read_text())["recipe"]["method"] == "evil:Own"
+
+
+def test_a_method_on_the_command_line_allows_its_module(stranger):
+    main([*COMMANDS["a recipe"], "--method", "evil:Own"])
+    assert stranger.exists()
+
+
+def test_names_of_a_method_in_python_import_nothing(stranger):
+    with pytest.raises(MethodError, match="or import it in Python"):
+        jcl.transfer("adapter", "source", "target", method="evil:Own")
+    with pytest.raises(MethodError, match=r"plan\.toml, move 1: method 'evil:Own'"):
+        read_plan("plan.toml")
+    assert not stranger.exists()
 
 
 def test_by_a_batch_whose_other_methods_do_not_have_its_setting(folder, copied, tmp_path):
@@ -114,6 +188,7 @@ def test_by_a_batch_whose_other_methods_do_not_have_its_setting(folder, copied, 
 def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a console script finds what lies there
     Path("own_method.py").write_text(OWN)
+    allow_module("own_method")
     method = find_method("own_method:Own")(svd_rank=4)
     bases = jcl.open_base(folder / "source"), jcl.open_base(folder / "target")
     cache, counts = Cache(tmp_path / "cache", limit=10**9), []
@@ -132,6 +207,7 @@ def test_a_batch_moves_again_what_a_changed_method_moved(folder, tmp_path, monke
     Path("own_batch_method.py").write_text(OWN.replace('"own"', '"own-batch"'))
     text = PLAN.replace('"user_methods:HalfCopy", "pad-truncate"', '"own_batch_method:Own"')
     Path("plan.toml").write_text(text.replace("share = 0.25", "svd_rank = 4"))
+    allow_module("own_batch_method")
     plan = read_plan("plan.toml")
     assert run_batch(plan).count("done") == 1
     assert run_batch(plan).count("kept") == 1
@@ -207,10 +283,11 @@ def test_what_cannot_be_registered(method, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no_such_module:Own", "cannot be imported"),
-        ("user_methods:Absent", "cannot be imported"),
+        ("no_such_module:Own", "give --allow-module no_such_module"),
+        ("user_methods:Absent", "its module has no Absent"),
         ("user_methods:HOOKS", "is not a method"),
-        (":Own", "cannot be imported"),
+        (":Own", "is imported only if you name it"),
+        ("user_methods:", "is imported only if you name it"),
         ("half-coppy", "'half-coppy' is unknown.*did you mean .?half-copy"),
     ],
 )
@@ -218,6 +295,12 @@ def test_names_that_lead_to_no_method(name, said):
     jcl.register_method(HalfCopy)
     with pytest.raises(MethodError, match=said):
         find_method(name)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:Own", "no_such_module", ":Own", ".own"])
+def test_modules_that_cannot_be_imported(name):
+    with pytest.raises(MethodError, match="cannot be imported"):
+        allow_module(name)
 
 
 def test_registering_the_same_class_again_changes_nothing():

@@ -124,7 +124,7 @@ def _jobs(
     given = {key: value for key, value in table.items() if key in _MOVE}
     move = read_table(given, _MOVE, place, required=("from", "to"))
     methods, targets = _names(move.get("methods", AUTO)), _names(move["to"])
-    known = {method: _known_settings(method, place) for method in methods}  # which imports a user's own method
+    known = {method: _known_settings(method, place) for method in methods}  # which registers a user's own method
     rest = {key: value for key, value in table.items() if key not in _MOVE}
     settings = read_table(rest, _MOVE | setting_types(), place)
     for key in settings:

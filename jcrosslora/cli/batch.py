@@ -27,6 +27,8 @@ class Batch:
 
     plan: tyro.conf.Positional[Path]
     """A TOML file: out, [bases], [adapters] and [[moves]]; see the README."""
+    allow_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Import this Python module, whose methods the plan may name; may be given several times. No others are."""
     dry_run: bool = False
     """Only show the jobs, finished ones included, with an estimate of time and memory."""
     overwrite: bool = False
@@ -49,7 +51,10 @@ class Batch:
     def run(self, console: Console) -> int:
         """Run or show the plan, and print the outcome of each job."""
         from jcrosslora.batch import estimate_batch, print_estimates, read_plan
+        from jcrosslora.methods import allow_module
 
+        for module in self.allow_module:
+            allow_module(module)
         plan, shard = read_plan(self.plan), _shard(self.shard)
         if self.log is not None and self.ray is not None:
             msg = f"log {self.log!r} is of this process, and --ray has others do the work: leave one of them out"

@@ -25,5 +25,8 @@ class Demo:
     def run(self, console: Console) -> None:
         """Fetch, move, compare, print."""
         from jcrosslora.demo.run import run_demo
+        from jcrosslora.methods import allow_module
 
+        if ":" in self.method:
+            allow_module(self.method)
         run_demo(self.out, console, method=self.method, models=self.models, overwrite=self.overwrite)

@@ -1,21 +1,23 @@
 """`jcrosslora transfer`: move one adapter from file to file."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import tyro
 from rich.console import Console
 
 from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
 from jcrosslora.cli.output import FailOn, exit_code, print_json, say
 from jcrosslora.cli.push import print_pushed
-from jcrosslora.errors import OutputError
+from jcrosslora.errors import MethodError, OutputError
 from jcrosslora.hub.push import Pushed, push_folder
 from jcrosslora.hub.repository import Repository
 from jcrosslora.logs import LogName, find_log, log_to
-from jcrosslora.methods import AUTO, METHODS, find_method
+from jcrosslora.methods import AUTO, METHODS, allow_module, find_method
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
 
@@ -25,7 +27,15 @@ class _Transfer:
     """Move an adapter to another base model."""
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "method": ("calibrate", "depth", "probe_text", "probe_count", "source_template", "target_template"),
+        "method": (
+            "allow_module",
+            "calibrate",
+            "depth",
+            "probe_text",
+            "probe_count",
+            "source_template",
+            "target_template",
+        ),
         "output": (
             "dry_run",
             "json",
@@ -56,6 +66,8 @@ class _Transfer:
 
     recipe: Path | None = None
     """A TOML file with any of these settings, by the same names (with _ for -); flags given here come first."""
+    allow_module: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Import this Python module, whose methods the recipe may name; may be given several times. No others are."""
     dry_run: bool = False
     """Only check the input, and show the method with an estimate of time and memory; nothing is written."""
     json: bool = False
@@ -89,7 +101,11 @@ class _Transfer:
         settings = read_toml(Path(path), "recipe", 'method = "cross-lora"')
         named = settings.get("method")
         if isinstance(named, str) and ":" in named:
-            find_method(named)  # a user's own, whose hyper-parameters are known once it is registered
+            try:
+                find_method(named)  # a user's own, whose hyper-parameters are known once it is registered
+            except MethodError as error:
+                msg = f"recipe {path}: {error}"
+                raise MethodError(msg) from error
         return read_table(settings, setting_types(), f"recipe {path}")
 
     def run(self, console: Console) -> int:
@@ -158,13 +174,15 @@ def transfer_command(arguments: Sequence[str]) -> type:
     """Make the dataclass of the flags: settings of a transfer, and hyper-parameters of all methods.
 
     Args:
-        arguments: a method of the user's own that they or their recipe name is registered first.
+        arguments: modules of the user's own that they name are imported first, and their methods registered.
     """
-    recipe = _Transfer.defaults(arguments)
-    named = _value_of("--method", arguments) or recipe.get("method", AUTO)
-    served = (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None
+    named = _value_of("--method", arguments) or AUTO
+    for module in (*_values_of("--allow-module", arguments), *([named] if ":" in named else [])):
+        allow_module(module)
     if ":" in named:
         find_method(named)
+    recipe = _Transfer.defaults(arguments)
+    served = (_value_of("--source-url", arguments) or recipe.get("source_url")) is not None
     flags = method_flags()
     names = tuple(name for name, _, _ in flags)
     groups = _Transfer.GROUPS | {"method": (*_Transfer.GROUPS["method"], *names)}
@@ -179,10 +197,11 @@ def transfer_command(arguments: Sequence[str]) -> type:
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Return the value of a flag before the arguments are parsed; None where it is not given."""
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
+    """Return the first value of a flag before the arguments are parsed; None where it is not given."""
+    return next(iter(_values_of(flag, arguments)), None)
+
+
+def _values_of(flag: str, arguments: Sequence[str]) -> list[str]:
+    """Return all values of a flag before the arguments are parsed."""
+    behind = [value for one, value in itertools.pairwise(arguments) if one == flag]
+    return behind + [one.removeprefix(f"{flag}=") for one in arguments if one.startswith(f"{flag}=")]

@@ -21,6 +21,7 @@ from jcrosslora.methods.registry import AUTO as AUTO
 from jcrosslora.methods.registry import METHODS as METHODS
 from jcrosslora.methods.registry import Auto as Auto
 from jcrosslora.methods.registry import MethodLike as MethodLike
+from jcrosslora.methods.registry import allow_module as allow_module
 from jcrosslora.methods.registry import find_method as find_method
 from jcrosslora.methods.registry import hyper_types as hyper_types
 from jcrosslora.methods.registry import make_chosen as make_chosen

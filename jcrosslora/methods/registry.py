@@ -103,14 +103,41 @@ def register_method(method: type[M]) -> type[M]:
     return method
 
 
-def find_method(name: str) -> type[Method]:
-    """Return the method called `name`. A name of the form "module:Class" is imported and registered.
+def allow_module(name: str) -> None:
+    """Import a module of the user's own, also from the current folder, so that its methods go by "module:Class".
+
+    Args:
+        name: "module" or "module:Class", as the user typed it. Never what a file says: it may be somebody else's.
 
     Raises:
-        MethodError: `name` is not registered, or the module or class does not exist.
+        MethodError: it does not exist, or cannot be imported.
     """
+    here = os.getcwd()
+    sys.path.insert(0, here)  # a console script does not search the current folder
+    try:
+        importlib.import_module(name.partition(":")[0])
+    except (ImportError, TypeError, ValueError) as error:
+        msg = f"{name!r} cannot be imported ({error}); give MODULE or MODULE:CLASS of a file that Python finds"
+        raise MethodError(msg) from error
+    finally:
+        sys.path.remove(here)
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method called `name`, which may be "module:Class" of a module that has been imported.
+
+    Raises:
+        MethodError: `name` is not registered, its module has not been imported, or has no such class.
+    """
+    module, _, own = name.partition(":")
+    if own and module in sys.modules:
+        if not hasattr(sys.modules[module], own):
+            msg = f"method {name!r} does not exist: its module has no {own}; give the name of a class in it"
+            raise MethodError(msg)
+        return register_method(getattr(sys.modules[module], own))
     if ":" in name:
-        return register_method(_imported(name))
+        msg = f"method {name!r} is of a module that is imported only if you name it yourself: look at its code, then "
+        raise MethodError(msg + f"give --allow-module {module}, or import it in Python")
     if name not in METHODS:
         names = (AUTO, *METHODS)
         listed = f"use one of {', '.join(names)}, or MODULE:CLASS for one of your own"
@@ -185,17 +212,3 @@ def _spec(method: type[Method]) -> str:
     # `__main__` cannot be imported by name, but the file of the script can.
     file = method.source_file() if method.__module__ == "__main__" else None
     return f"{method.__module__ if file is None else file.stem}:{method.__qualname__}"
-
-
-def _imported(spec: str) -> type[Method]:
-    module, _, name = spec.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # a console script does not search the current folder
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        msg = f"method {spec!r} cannot be imported ({error}); write MODULE:CLASS of a file that Python finds"
-        raise MethodError(msg) from error
-    finally:
-        sys.path.remove(here)
-    return found

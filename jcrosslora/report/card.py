@@ -73,7 +73,7 @@ def model_card(
         f"**What to expect:** {_plain(verdict)}",
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
-        "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`.",
+        "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`" + _module(method),
         "## Diagnostics\n\n" + _markdown(table) if table else "",
         f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
         _markdown([{"completions used": f"{used:,}", "divergence": f"{found:.3f}"} for used, found in curve])
@@ -114,6 +114,12 @@ def _front_matter(
         tags=[*([f"base_model:adapter:{base_name}"] if on_the_hub else []), "lora", "jcrosslora"],
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _module(method: str) -> str:
+    """Say what the command needs for a method of a user's own, and end the sentence."""
+    module, _, own = method.partition(":")
+    return f", and `--allow-module {module}` once you have looked at the code of that module." if own else "."
 
 
 def _bases(bases: Mapping[str, BaseRow]) -> str:

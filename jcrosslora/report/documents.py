@@ -25,6 +25,7 @@ _HEAD = """# How this adapter was made. Run it again with: jcrosslora transfer -
 # Local files are given by name only: add ADAPTER, --source, --target and --probe-text with your own paths, and
 # --source-url where a server is asked.
 """
+_OWN = "# The method is not one of jcrosslora: look at the code of its module, then name that with --allow-module.\n"
 
 
 def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> dict[str, str]:
@@ -39,7 +40,8 @@ def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
     recipe = _recipe_of(report, out=out, profile=profile, dtype=dtype)
     card = publish(card_text(report, recipe, profile), replacements(report))
     data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
-    return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: _HEAD + recipe}
+    head = _HEAD + (_OWN if ":" in report.recipe.method else "")
+    return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: head + recipe}
 
 
 def published(report: TransferReport) -> dict[str, Any]:
