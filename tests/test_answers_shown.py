@@ -171,7 +171,7 @@ def test_a_trained_adapter_gives_the_shares_of_its_gain(files, capsys):
     flags = "--trained", str(files / "taught"), "--max-new-tokens", "5"
     main(command(files, "plain.jsonl", *flags, "--json"))
     found = json.loads(capsys.readouterr().out)
-    assert found["trained"] == found["models"][-1]["name"] == str(files / "taught")
+    assert found["trained"] == found["models"][-1]["name"] == "taught"
     nll = [model["nll_per_char"] for model in found["models"]]
     assert ["lift" in one for one in nll] == [False, True, True, False]
     share = (nll[0]["value"] - nll[1]["value"]) / (nll[0]["value"] - nll[3]["value"])

@@ -301,7 +301,8 @@ def test_bad_adapter_fails_alone_and_is_listed(house, tmp_path, capsys):
     stated = json.loads((tmp_path / "moved" / "batch_summary.json").read_text())
     failed = {one["name"]: one["text"] for one in stated["jobs"] if one["status"] == "failed"}
     assert failed.keys() == {"bad--wide--pad-truncate", "bad--twin--pad-truncate"}
-    assert all("adapters/bad" in text for text in failed.values())
+    assert all("bad/adapter_config.json" in text and str(tmp_path) not in text for text in failed.values())
+    assert {one["out"] for one in stated["jobs"]} == {one["name"] for one in stated["jobs"]}
     assert stated["done"] == 8
 
 

@@ -418,7 +418,7 @@ def test_a_damaged_report_or_one_of_another_schema_is_refused(moved, tmp_path, c
     [
         (lambda text: text[: len(text) // 2], "is no evaluation, or a damaged one"),
         (lambda text: text.replace('"models"', '"model"'), "is no evaluation"),
-        (lambda text: text.replace("/home/me/trained", "/home/you/moved"), "names that differ"),
+        (lambda text: text.replace('"trained"', '"/home/you/moved"'), "names that differ"),
         (lambda text: json.dumps(json.loads(text) | {"models": []}), "wanted 1 or more of both"),
         (lambda text: json.dumps(json.loads(text) | {"examples": 0}), "has 0 examples"),
         (lambda text: json.dumps(json.loads(text) | {"models": json.loads(text)["models"][:2]}), "of all 2 models"),

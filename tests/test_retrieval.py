@@ -235,6 +235,25 @@ def test_sentence_encoders_with_code_of_their_own_are_refused(base, monkeypatch)
             open_encoder("sentences:./own", base)
 
 
+def test_a_shelf_finds_its_sentence_encoder_where_both_have_moved_to(base, tmp_path, monkeypatch):
+    asked = []
+
+    def model(name, trust_remote_code):
+        asked.append(name)
+        return SimpleNamespace(encode=lambda texts, show_progress_bar: np.ones((len(texts), 2)))
+
+    package = SimpleNamespace(SentenceTransformer=model, __version__="6.2.0")
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", package)
+    (tmp_path / "here" / "encoder").mkdir(parents=True)
+    adapter = write_adapter(tmp_path / "here" / "adapter", base, texts=["a b", "c d"])
+    name = f"sentences:{tmp_path / 'here' / 'encoder'}"
+    jcl.Shelf(tmp_path / "here" / "shelf", base, encoder=name).add([adapter])
+    assert str(tmp_path) not in (tmp_path / "here" / "shelf" / "shelf.json").read_text()
+    (tmp_path / "here").rename(tmp_path / "there")
+    jcl.Shelf(tmp_path / "there" / "shelf", base).search(["a"])
+    assert asked == [str(tmp_path / one / "encoder") for one in ("here", "there")]
+
+
 def test_certainty_is_the_change_at_the_end_of_a_prompt_beside_the_usual_one(shelf, base, monkeypatch):
     samples = [(n, prompt_text(one)) for n, entry in enumerate(shelf.entries) for one in entry.samples]
     background = samples[::3]  # 16 of 48, evenly spread

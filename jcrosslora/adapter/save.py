@@ -48,7 +48,8 @@ def save_adapter(
             its modules that have the ending of a written one but no update go into `exclude_modules`, without which
             PEFT would expect tensors for them; and the header of the weights file names it by its digest, if that is
             known. None merges nothing, and keeps the names of the adapter's own file.
-        base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`.
+        base_name: `base_model_name_or_path`; None takes the name of the base, else `adapter.info.base_name`. Of a path
+            the last part is written.
         profile: "portable" is PEFT's format with one rank (lower ranks are padded with zeros) and lora_alpha == r, the
             form that every engine reads the same way; "peft" keeps each module's rank in `rank_pattern` and
             `alpha_pattern`, which not every engine reads; "mlx" is the folder of mlx_lm; "gguf" the file
@@ -88,7 +89,7 @@ def save_adapter(
     contents = Contents(
         modules=dict(sorted(modules.items(), key=lambda item: natural_key(item[0]))),
         dtype=dtype,
-        base_name=base_name or (adapter.info.base_name if base is None else base.name),
+        base_name=public_name(base_name or (adapter.info.base_name if base is None else base.name)),
         base_revision=None if base is None else base.revision,
         prefix=adapter.info.prefix if base is None else base.prefix,
         by_weight=weights,

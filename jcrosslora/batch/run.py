@@ -97,7 +97,7 @@ def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -
         yield summary
     finally:
         remove_unfinished(plan.out, mine)  # of this run's killed workers, or of an earlier run
-        summary.save(plan.out / name)
+        summary.save(plan.out / name, plan.jobs)
 
 
 def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:

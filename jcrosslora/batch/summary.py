@@ -1,6 +1,9 @@
 """The outcomes of a batch's jobs, as a table and as JSON."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,7 +11,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Column, Table
 
+from jcrosslora.batch.plan_file import Job
 from jcrosslora.errors import OutputError
+from jcrosslora.report.public_names import publish
 from jcrosslora.utils.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]
@@ -48,18 +53,26 @@ class Summary:
         counts = {status: self.count(status) for status in ("done", "kept", "failed", "open")}
         return json.dumps({**counts, "jobs": [asdict(one) for one in self.outcomes.values()]}, indent=2) + "\n"
 
-    def save(self, path: Path) -> None:
-        """Write `to_json` to a file, atomically.
+    def save(self, path: Path, jobs: Iterable[Job]) -> None:
+        """Write `to_json` to a file, atomically and without local paths.
+
+        Args:
+            path: of the file.
+            jobs: of the outcomes.
 
         Raises:
             OutputError: it cannot be written.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, self.to_json().encode())
+            write_whole(path, self._public(jobs).to_json().encode())
         except OSError as error:
             msg = f"{path}: cannot be written ({error.strerror}): make it writable, or free space"
             raise OutputError(msg) from error
+
+    def _public(self, jobs: Iterable[Job]) -> Summary:
+        paths = {job.name: job.settings.paths() for job in jobs if job.name in self.outcomes}
+        return Summary({name: Outcome(**publish(asdict(self.outcomes[name]), own)) for name, own in paths.items()})
 
     def print_to(self, console: Console) -> None:
         """Print a table of all jobs."""

@@ -1,7 +1,9 @@
 """Fetch a hub model into the local cache: its JSON files and the shards of its tensors only."""
 
+import itertools
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
 
 from jcrosslora.checkpoint.config import read_config
 from jcrosslora.checkpoint.hub_errors import cause_of, failures
@@ -25,10 +27,20 @@ def is_on_hub(ref: str | None) -> bool:
 
 
 def public_name(ref: str | None) -> str | None:
-    """Return the public form of a reference: a hub id unchanged, or the last part of a path."""
+    """Return what files say of a base or an adapter: a hub id unchanged, or the last part of a path, of Windows too."""
     if ref is None or is_on_hub(ref):
         return ref
-    return Path(ref).name or Path(ref).resolve().name or None
+    return PureWindowsPath(ref).name if "\\" in ref else Path(ref).name or Path(ref).resolve().name or None
+
+
+def public_names(refs: Iterable[str]) -> list[str]:
+    """Return the public form of each reference, with a number behind one that another has as well."""
+    found: list[str] = []
+    for ref in refs:
+        name = public_name(ref) or ref
+        every = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+        found.append(next(one for one in every if one not in found))
+    return found
 
 
 def cached_identity(folder: Path) -> tuple[str, str] | None:

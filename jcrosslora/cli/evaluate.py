@@ -56,6 +56,7 @@ class Evaluate:
         """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
         from jcrosslora.adapter.ignored import token_update_sentences
+        from jcrosslora.checkpoint.hub import public_names
         from jcrosslora.evaluate import Question, answer, read_examples, score
 
         examples = read_examples(self.task)
@@ -69,8 +70,8 @@ class Evaluate:
         base = opened_base(self.base, self.template)
         adapters = [load_adapter(ref, base) for ref in refs]
         notes = [
-            f"{adapter.info.name}: {sentence}"
-            for adapter in adapters
+            f"{name}: {sentence}"
+            for name, adapter in zip(public_names(adapter.info.name for adapter in adapters), adapters, strict=True)
             for sentence in token_update_sentences(adapter.tokens, "bases are run without it")
         ]
         if questions:

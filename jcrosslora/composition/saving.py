@@ -21,6 +21,7 @@ from jcrosslora.adapter.save import save_adapter
 from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.composition.composition import Composition
@@ -49,10 +50,10 @@ def write_composition(
         "form": _FORM,
         "composition": how.name,
         "settings": dataclasses.asdict(how),
-        "base": base.name,
+        "base": public_name(base.name),
         "base_digest": base_digest(base),
         "prefix": base.prefix,
-        "adapters": [Path(adapter.info.name).name for adapter in adapters],
+        "adapters": [public_name(adapter.info.name) for adapter in adapters],
     }
     arrays = {name: np.asarray(array) for name, array in updates.by_module(base).items()}
     info = describe_base(base, digest="")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.bootstrap import Interval
 from jcrosslora.evaluate.scores import word_of
@@ -118,9 +118,8 @@ def visible(text: str) -> str:
 
 
 def labels(answers: Answers) -> list[str]:
-    """Name the models in short: "base", and the adapters without the folders they lie in, if that tells them apart."""
-    short = ["base", *(public_name(name) or name for name in answers.names[1:])]
-    return short if len(set(short)) == len(short) else ["base", *answers.names[1:]]
+    """Name the models in short: "base", and the adapters without the folders they lie in."""
+    return public_names(["base", *answers.names[1:]])
 
 
 def _side_by_side(answers: Answers, example: int) -> Table:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.answers_table import spread
 from jcrosslora.evaluate.lifts import lifts, place_of
@@ -26,7 +27,7 @@ def scores_json(scores: Scores, not_scored: Sequence[str] = (), *, trained: str 
         "questions": len(scores.answers),
         "models": _models(scores, FIGURES, trained),
         "not_scored": list(not_scored),
-        **({} if trained is None else {"trained": trained}),
+        **_trained(scores, trained),
     }
 
 
@@ -49,15 +50,19 @@ def answers_json(
         "max_new_tokens": answers.max_new_tokens,
         "models": _models(answers, answers.figures, trained),
         "not_scored": list(not_scored),
-        **({} if trained is None else {"trained": trained}),
+        **_trained(answers, trained),
     }
     return found | ({"answers": [_example(answers, place) for place in spread(answers, show)]} if show else {})
+
+
+def _trained(found: Scores | Answers, trained: str | None) -> dict[str, str]:
+    return {} if trained is None else {"trained": public_names(found.names)[place_of(found.names, trained)]}
 
 
 def _models(scores: Scores | Answers, figures: Sequence[str], trained: str | None) -> list[dict[str, Any]]:
     """Give every figure of every model with its interval, its difference to the base, and its share of a gain."""
     oracle = None if trained is None else place_of(scores.names, trained)
-    models: list[dict[str, Any]] = [{"name": name} for name in scores.names]
+    models: list[dict[str, Any]] = [{"name": name} for name in public_names(scores.names)]
     for figure in figures:
         found = zip(models, scores.bootstrap(figure), scores.differences(figure), strict=True)
         for place, (model, value, difference) in enumerate(found):
@@ -72,7 +77,7 @@ def _example(answers: Answers, place: int) -> dict[str, Any]:
     written = [
         {"name": name, "text": texts[place], "ended": bool(ended[place]), "exact": bool(exact[place])}
         for name, texts, ended, exact in zip(
-            answers.names, answers.texts, answers.ended, answers.by_example("exact"), strict=True
+            public_names(answers.names), answers.texts, answers.ended, answers.by_example("exact"), strict=True
         )
     ]
     prompt = prompt_text(answers.examples[place].prompt)

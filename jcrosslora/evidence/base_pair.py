@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import digest_of, numerics_key, tokenizer_key, weights_key
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evidence.factor_cache import FactorCache
 from jcrosslora.evidence.records import Vocabulary
 from jcrosslora.evidence.shared_vocabulary import shared_vocabulary
@@ -74,11 +75,12 @@ class PairCache:
     def __init__(self, store: Cache, source: BaseModel, target: BaseModel) -> None:
         """Digest both bases; weight files are read unless their digests are remembered."""
         self.store, self._bases = store, (source, target)
-        self.names = f"{source.name} to {target.name}"
+        self.names = f"{public_name(source.name)} to {public_name(target.name)}"
         self._weights = tuple(weights_key(base, store.digests) for base in self._bases)
         self._numerics = numerics_key()
         self.source, self.target = (
-            FactorCache(store, base.name, key) for base, key in zip(self._bases, self._weights, strict=True)
+            FactorCache(store, public_name(base.name) or base.name, key)
+            for base, key in zip(self._bases, self._weights, strict=True)
         )
 
     def key(self, *parts: object, tokenizers: bool) -> str:

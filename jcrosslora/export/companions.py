@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id
+from jcrosslora.checkpoint.hub import COMPANIONS, fetch_companions, is_hub_id, public_name
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.shards import INDEX
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, read_metadata
@@ -19,6 +19,7 @@ CONFIG = "config.json"
 _NOT_COPIED = (".*", CONFIG, INDEX, "*.index.json", "adapter_config.json", "merge_report.json", "transfer_report.json")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_PATH_KEYS = ("_name_or_path", "name_or_path")
 
 
 def write_companions(
@@ -44,7 +45,7 @@ def write_companions(
         config = _with_dtype(config, "bfloat16" if dtype == "keep" else dtype)
     if untied or (_says_tied(config, base) and not base.tied):
         config = _without_tie(config)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(folder / CONFIG, config)
     companions = base.path or base.tokenizer_path
     if companions is None:
         return ("no tokenizer was written: none was given with the base in memory",)
@@ -55,7 +56,16 @@ def write_companions(
     for path in sorted(companions.iterdir()):
         if path.is_file() and _belongs(path.name):
             shutil.copyfile(path, folder / path.name)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and "name_or_path" in (found := read_json_object(tokenizer)):
+        _write(tokenizer, found)
     return ()
+
+
+def _write(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a configuration; where transformers loaded it from is told without the folders of a machine."""
+    names = {key: public_name(value) for key in _PATH_KEYS if isinstance(value := config.get(key), str)}
+    path.write_text(json.dumps({**config, **names}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _belongs(name: str) -> bool:
@@ -108,7 +118,7 @@ def _write_gguf_tokenizer(path: Path, folder: Path) -> tuple[str, ...]:
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "tokenizer_config.json", settings)
     return ()
 
 

@@ -19,6 +19,7 @@ from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, trun
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.errors import UsageError
+from jcrosslora.report.public_names import local_names, publish
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
 from jcrosslora.text.completion_lines import COMPLETIONS
@@ -166,7 +167,7 @@ def _documents(refs: tuple[str, ...]) -> dict[str, str]:
 
 
 def _account(exported: Exported, base: BaseModel | None) -> str:
-    """Return the provenance of the written adapter as JSON: sources, base and loss."""
+    """Return the provenance of the written adapter as JSON without local paths: sources, base and loss."""
     cut = exported.truncation
     made = {
         "adapters": [{"name": info.name, "digest": info.digest} for info in exported.sources],
@@ -177,4 +178,5 @@ def _account(exported: Exported, base: BaseModel | None) -> str:
         "lost": exported.losses,
         "not_written": exported.adapter.info.ignored,
     }
-    return json.dumps(made)
+    named = [] if base is None else [base.name, base.ref]
+    return json.dumps(publish(made, local_names(*(info.name for info in exported.sources), *named)))

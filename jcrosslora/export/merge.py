@@ -26,6 +26,7 @@ from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.export.companions import write_companions
 from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, updates_of
+from jcrosslora.report.public_names import local_names, publish
 from jcrosslora.shifting.shift import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
@@ -225,4 +226,4 @@ def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: I
         "modules": _changed(adapter),
         "notes": list(notes),
     }
-    return json.dumps(made, indent=2) + "\n"
+    return json.dumps(publish(made, local_names(base.name, base.ref, adapter.info.name)), indent=2) + "\n"

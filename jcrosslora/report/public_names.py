@@ -23,14 +23,15 @@ def source_name(report: TransferReport) -> str | None:
 
 def replacements(report: TransferReport) -> dict[str, str]:
     """Return the local paths in a report with their public names."""
+    ends = report.source, report.target
+    named = [*(info.ref for info in ends), *(info.name for info in ends)]
+    return local_names(report.adapter.name, report.recipe.probe_text, *named)
+
+
+def local_names(*refs: str | None) -> dict[str, str]:
+    """Return the paths among references with their public names, for `publish`."""
     found = {}
-    infos = report.source, report.target
-    for ref in (
-        report.adapter.name,
-        report.recipe.probe_text,
-        *(info.ref for info in infos),
-        *(info.name for info in infos),
-    ):
+    for ref in refs:
         name = public_name(ref)
         # A bare name reveals nothing, and replacing it could change unrelated text.
         if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):

@@ -10,6 +10,7 @@ from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method, spec_of
+from jcrosslora.report.public_names import local_names
 from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
@@ -157,6 +158,10 @@ class TransferSettings(TransferOptions):
         """Return the settings by flat names, the method by its name and its hyper-parameters beside it."""
         values = {name: getattr(self, name) for name in OWN_FIELDS}
         return values | flat_method(self.method)
+
+    def paths(self) -> dict[str, str]:
+        """Return the paths among the settings with their public names, for `publish`."""
+        return local_names(self.out, *(value for name, value in self.flat().items() if name in _REFERENCES))
 
     def published(self) -> dict[str, Any]:
         """Return the settings that are not the defaults, for others to see: files by their last part, no server."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.ignored import token_update_sentences
+from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.composition import Composition
 from jcrosslora.composition.judging import with_answers, with_scores
@@ -112,10 +113,13 @@ def judge(
     used = Counter(name for row in weights for name, weight in zip(composed.names, row, strict=True) if weight)
     alone = int((~weights.any(axis=1)).sum())
     chosen = dict(used.most_common()) | ({ALONE: alone} if alone else {})
-    kept = {one.info.name: _kept(*values[[0, 1, place]]) for place, one in enumerate(own, 2)}
+    names = public_names(one.info.name for one in own)
+    kept = {one: _kept(*values[[0, 1, place]]) for place, one in enumerate(names, 2)}
     left_out = [f"{one.info.name}: {text}" for one in composed.adapters for text in one.info.ignored]
     left_out += [
-        f"{one.info.name}: {text}" for one in own for text in token_update_sentences(one.tokens, "it is run without it")
+        f"{name}: {text}"
+        for name, one in zip(names, own, strict=True)
+        for text in token_update_sentences(one.tokens, "it is run without it")
     ]
     return Judged(figures, chosen, kept, tuple(dict.fromkeys(left_out)), tuple(composed.other_templates()))
 

@@ -27,3 +27,16 @@ def is_there(folder: Path, place: str) -> bool:
     """Whether the files of an adapter are where the index says; of a hub id that is not asked."""
     found = opened_place(folder, place)
     return is_adapter(Path(found)) or (found == place and is_hub_id(place))
+
+
+def stored_encoder(folder: Path, name: str) -> str:
+    """Return what the index writes of an encoder, whose model may be in a folder."""
+    kind, colon, model = name.partition(":")
+    return f"{kind}:{stored_place(folder, model)}" if colon else name
+
+
+def opened_encoder(folder: Path, name: str) -> str:
+    """Return the name by which an encoder that the index names can be opened."""
+    kind, colon, model = name.partition(":")
+    path = folder.resolve() / model
+    return f"{kind}:{os.path.normpath(path)}" if colon and path.exists() else name

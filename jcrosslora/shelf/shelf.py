@@ -14,6 +14,7 @@ from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.composition import Composed, Composition
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf.adding import Fresh, Reader, add_found
@@ -22,7 +23,7 @@ from jcrosslora.shelf.encoders.encoder import Encoder
 from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
 from jcrosslora.shelf.index import Index
 from jcrosslora.shelf.index_files import HEAD
-from jcrosslora.shelf.places import is_there, opened_place, stored_place
+from jcrosslora.shelf.places import is_there, opened_encoder, opened_place, stored_encoder, stored_place
 from jcrosslora.shelf.reading import Found, config_digest, find_adapters
 from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry
 from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
@@ -57,7 +58,7 @@ class Shelf:
         self.folder = Path(folder).expanduser()
         self._base: BaseModel | None = None if base is None else open_base(base)
         self._encoder: Encoder | None = None
-        name = check_encoder(encoder or HIDDEN)
+        name = stored_encoder(self.folder, check_encoder(encoder or HIDDEN))
         if (self.folder / HEAD).is_file() or self._base is None:
             self._index = Index.open(self.folder)
         else:
@@ -299,7 +300,7 @@ class Shelf:
 
     def _open_encoder(self) -> Encoder:
         if self._encoder is None:
-            self._encoder = open_encoder(self.encoder_name, self.base)
+            self._encoder = open_encoder(opened_encoder(self.folder, self.encoder_name), self.base)
         return self._encoder
 
     def _write(self, fresh: Fresh) -> None:
@@ -318,4 +319,5 @@ class Shelf:
 
 def _shelf_base(folder: Path, base: BaseModel) -> ShelfBase:
     place = str(base.path or base.ref) if base.revision is None else base.ref
-    return ShelfBase(base.name, stored_place(folder, place), base_digest(base), base.family.name, base.revision)
+    name = public_name(base.name) or base.name
+    return ShelfBase(name, stored_place(folder, place), base_digest(base), base.family.name, base.revision)

@@ -10,6 +10,7 @@ import jax
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.ignored import token_update_sentences
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_params, settings_of, stack_adapters
 from jcrosslora.errors import UsageError
@@ -176,8 +177,13 @@ class JCrossLoRALM(TemplateLM):
 
     def get_model_info(self) -> dict[str, str | None]:
         """Describe the model for the harness's results."""
-        adapter = None if self.adapter is None else self.adapter.info.name
-        return {"base": self.base.name, "base_revision": self.base.revision, "adapter": adapter, "dtype": self.dtype}
+        adapter = None if self.adapter is None else public_name(self.adapter.info.name)
+        return {
+            "base": public_name(self.base.name),
+            "base_revision": self.base.revision,
+            "adapter": adapter,
+            "dtype": self.dtype,
+        }
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         found, scored = super()._encode_pair(context, continuation)
