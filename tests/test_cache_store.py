@@ -18,7 +18,6 @@ import jcrosslora as jcl
 import jcrosslora.cache.store as store_module
 from jcrosslora.cache import Cache
 from jcrosslora.cache.place import cache_limit
-from jcrosslora.cache.work import remove_abandoned, work_folder
 
 ROOT = Path(jcl.__file__).parents[1]
 
@@ -269,17 +268,6 @@ def test_full_disk_logs_one_warning_and_leaves_no_files(cache, caplog):
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
 
 
-def test_folders_of_dead_writers_are_removed_and_live_ones_stay(tmp_path):
-    left = tmp_path / "left"
-    (left / "entry").mkdir(parents=True)
-    os.utime(left, (1000, 1000))
-    with work_folder(tmp_path) as live:
-        os.utime(live, (1000, 1000))
-        (tmp_path / "young").mkdir()
-        remove_abandoned(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([live.name, "young"])
-
-
 @pytest.mark.parametrize(("stated", "size"), [("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), ("7", 7), ("0", 0)])
 def test_limit_is_read_from_the_environment(monkeypatch, stated, size):
     monkeypatch.setenv("JCROSSLORA_CACHE_SIZE", stated)
@@ -339,8 +327,6 @@ def test_store_works_after_a_writer_is_killed(cache):
         job.communicate()
         assert all(cache.verify(entry) is None for entry in cache.entries())
     work = cache.root / "arrays" / ".work"
-    for folder in work.iterdir():
-        os.utime(folder, (1000, 1000))
     keep(cache, "zz")
     assert holds(cache, "zz")
     assert list(work.iterdir()) == []

@@ -1,7 +1,14 @@
 """Folders appear completely or not at all, and old content survives every failure."""
 
 import errno
+import hashlib
 import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +35,7 @@ def test_a_folder_appears_with_its_files_and_its_parents(tmp_path):
     with atomic_folder(out) as work:
         (work / "a.txt").write_text("a")
         assert not out.exists()
-        assert work.parent == out.parent
+        assert os.stat(work).st_dev == os.stat(out.parent).st_dev
     assert everything(tmp_path) == {"x": None, "x/y": None, "x/y/out": None, "x/y/out/a.txt": "a"}
     assert out.stat().st_mode & 0o055 == 0o055 & ~_umask()
 
@@ -106,30 +113,53 @@ def test_a_failed_rename_restores_the_old_folder(tmp_path, monkeypatch, failing,
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("call", ["mkdir", "mkdtemp"])
+@pytest.mark.parametrize("call", ["parent", "work"])
 def test_a_parent_that_cannot_be_written_gives_a_one_line_error(tmp_path, monkeypatch, call):
-    def refuse(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
+    mkdir = Path.mkdir
 
-    owner = "pathlib.Path.mkdir" if call == "mkdir" else "jcrosslora.utils.unfinished.tempfile.mkdtemp"
-    monkeypatch.setattr(owner, refuse)
+    def refuse(folder, *rest, **more):
+        if call == "parent" or folder.suffix == ".tmp":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        mkdir(folder, *rest, **more)
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(OutputError, match="Permission denied"), atomic_folder(tmp_path / "p" / "out"):
         pytest.fail("the block must not run")
     monkeypatch.undo()
     assert everything(tmp_path) == {}
 
 
+def left_of(out: Path, host: str, age: float = 0.0) -> Path:
+    """Make the temporary folder of a killed process on a host."""
+    digest = hashlib.sha256(host.encode()).hexdigest()[:8]
+    folder = out.with_name(f".{out.name}.{digest}-0123abcd.tmp")
+    (folder / "new").mkdir(parents=True)
+    (folder / "new" / MARK).write_text("half")
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (time.time() - age, time.time() - age))
+    return folder
+
+
 def test_unfinished_folders_are_removed_once_nobody_writes_to_them(tmp_path):
-    left, other, file = tmp_path / ".a.12345678.tmp", tmp_path / ".b.12345678.tmp", tmp_path / ".a.x.tmp"
-    for folder in (left, other, file):
-        folder.mkdir()
-        (folder / MARK).write_text("half")
+    here = platform.node()
+    left_of(tmp_path / "a", here)
+    left_of(tmp_path / "a", "elsewhere-long-ago", age=90_000)
+    kept = [left_of(tmp_path / "b", here), left_of(tmp_path / "a", "elsewhere"), tmp_path / ".a.x.tmp"]
+    kept[-1].mkdir()
     with atomic_folder(tmp_path / "a") as work:
         remove_unfinished(tmp_path, {"a"})
         assert work.is_dir()
         (work / MARK).write_text("whole")
     remove_unfinished(tmp_path / "none", {"a"})
-    assert sorted(os.listdir(tmp_path)) == sorted([file.name, other.name, "a"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*(path.name for path in kept), "a"])
+
+
+def test_a_pipe_with_the_name_of_an_unfinished_folder_holds_nobody_up(tmp_path):
+    place = left_of(tmp_path / "a", platform.node())
+    shutil.rmtree(place)
+    os.mkfifo(place)
+    write_whole(tmp_path / "a", b"whole")
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
@@ -146,6 +176,54 @@ def test_a_folder_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatc
         (work / MARK).write_text("whole")
     assert len(made) == 2
     assert everything(tmp_path) == {"a": None, f"a/{MARK}": "whole"}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from jcrosslora.utils.files import MARK, atomic_folder
+out, last = Path(sys.argv[1]), int(sys.argv[2])
+calls = [0]
+def die():
+    if calls[0] == last:
+        os.kill(os.getpid(), 9)
+    calls[0] += 1
+def counted(real):
+    def call(*arguments, **settings):
+        die()
+        return real(*arguments, **settings)
+    return call
+for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (os, "fsync"), (os, "rmdir"),
+                    (os, "unlink")):
+    setattr(owner, name, counted(getattr(owner, name)))
+with atomic_folder(out, overwrite=True) as work:
+    (work / MARK).write_text("new")
+    (work / "more.txt").write_text("new too")
+print(calls[0])
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_writer_killed_at_any_moment_leaves_nothing_once_the_same_is_written_again(tmp_path, existing):
+    old, new = {MARK: "old", "more.txt": "old too"}, {MARK: "new", "more.txt": "new too"}
+    killed, last = True, 0
+    while killed:
+        out = tmp_path / str(last) / "out"
+        out.parent.mkdir()
+        if existing:
+            old_adapter(out)
+        done = subprocess.run([sys.executable, "-c", KILLED, str(out), str(last)], check=False, capture_output=True)
+        killed = done.returncode == -signal.SIGKILL
+        assert killed or done.returncode == 0, done.stderr.decode()
+        ensure_free(out, overwrite=True)
+        assert os.listdir(out.parent) == (["out"] if existing or out.exists() else [])
+        assert not out.exists() or everything(out) in ((old, new) if existing else (new,))
+        with atomic_folder(out, overwrite=True) as work:
+            for name, text in new.items():
+                (work / name).write_text(text)
+        assert everything(out.parent) == {"out": None, **{f"out/{name}": text for name, text in new.items()}}
+        last += 1
+    assert last > 8
 
 
 def test_a_parent_that_cannot_be_written_to_is_refused_early(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from jcrosslora.cache.manifest import (
     read_manifest,
 )
 from jcrosslora.cache.place import cache_limit, cache_root
-from jcrosslora.cache.work import remove_abandoned, work_folder
+from jcrosslora.utils.unfinished import unfinished
 from jcrosslora.utils.versions import version
 
 _WORK = ".work"
@@ -146,8 +146,7 @@ class Cache:
         if jax.process_index() or not self._writable or size > self.limit or os.path.exists(place):
             return
         try:
-            remove_abandoned(self._folder / _WORK)
-            with work_folder(self._folder / _WORK) as work:
+            with self._work() as work:
                 self._write(work / "entry", place, manifest, arrays)
             self._evict()
         except (OSError, ValueError) as error:
@@ -183,12 +182,17 @@ class Cache:
         Raises:
             OSError: it cannot be removed.
         """
-        with work_folder(self._folder / _WORK) as work:
+        with self._work() as work:
             try:
                 entry.path.rename(work / "entry")
             except FileNotFoundError:
                 return False
         return True
+
+    def _work(self) -> AbstractContextManager[Path]:
+        """Make a temporary folder."""
+        (self._folder / _WORK).mkdir(parents=True, exist_ok=True)
+        return unfinished(self._folder / _WORK / "entry")
 
     def _write(self, work: Path, place: Path, manifest: Manifest, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
         work.mkdir()

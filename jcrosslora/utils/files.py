@@ -1,14 +1,12 @@
 """Write a folder or a file atomically: completely or not at all."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jcrosslora.errors import OutputError
-from jcrosslora.utils.unfinished import make_unfinished
+from jcrosslora.utils.unfinished import NEW, OLD, remove_unfinished, unfinished
 
 # A folder with one of these files is an adapter or an output of this package, and may be overwritten on request.
 MARK = "adapter_config.json"
@@ -29,7 +27,7 @@ def output_path(out: str | Path) -> Path:
 
 
 def ensure_free(out: str | Path, overwrite: bool) -> None:
-    """Check that a folder can be written, before any work is done for it.
+    """Check that a folder can be written, before any work is done for it; remove what killed processes left of it.
 
     Args:
         out: the folder to make.
@@ -42,6 +40,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
     if out.name in ("", ".."):
         msg = f"{out}: an output needs a name of its own: give a folder to make, or to replace"
         raise OutputError(msg)
+    remove_unfinished(out.parent, {out.name})
     if os.path.lexists(out):
         _check_replaceable(out, overwrite)
     parent = _first_existing(out.parent)
@@ -55,7 +54,7 @@ def ensure_free(out: str | Path, overwrite: bool) -> None:
 
 @contextmanager
 def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Provide a temporary folder beside `out`, and rename it to `out` when the block ends without an error.
+    """Provide a temporary folder near `out`, and rename it to `out` when the block ends without an error.
 
     If the block or the rename fails, the temporary folder is removed and an old folder at `out` is as before. Missing
     parents are made, and removed again on failure.
@@ -73,26 +72,25 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     out = output_path(out)
     ensure_free(out, overwrite)
     made: list[Path] = []
-    work: Path | None = None
-    lock: int | None = None
     try:
         _make_parents(out.parent, made)
-        work, lock = make_unfinished(out)
-        yield work
-        _sync(work)
-        if os.path.lexists(out):  # another process may have made it in the meantime
-            _check_replaceable(out, overwrite)
-        _put_in_place(work, out)
+        with unfinished(out) as work:
+            new = work / NEW
+            new.mkdir()
+            yield new
+            _sync(new)
+            if os.path.lexists(out):  # another process may have made it in the meantime
+                _check_replaceable(out, overwrite)
+            _put_in_place(new, out, work / OLD)
     except BaseException as error:
-        _remove(work, made)
+        for folder in reversed(made):
+            with suppress(OSError):  # something else may be in it by now
+                folder.rmdir()
         if isinstance(error, OSError):
             reason = error.strerror or error
             msg = f"{out}: cannot be written ({reason}): make it writable, free space, or choose another output"
             raise OutputError(msg) from error
         raise
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
@@ -106,15 +104,11 @@ def write_whole(path: Path, content: bytes, *, sync: bool = False) -> None:
     Raises:
         OSError: the file cannot be written; an old one is as before.
     """
-    work = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with unfinished(path, file=True) as work:
         work.write_bytes(content)
         if sync:
             _sync_file(work)
         work.replace(path)
-    finally:
-        with suppress(OSError):
-            work.unlink(missing_ok=True)
 
 
 def write_output(path: Path, content: bytes, advice: str) -> None:
@@ -167,41 +161,19 @@ def _make_parents(folder: Path, made: list[Path]) -> None:
         made.append(folder)
 
 
-def _put_in_place(work: Path, out: Path) -> None:
-    work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
-    if not out.is_dir():
-        work.rename(out)
-        _sync_entry(out.parent)
-        return
-    _swap(work, out, work.with_name(work.name + ".old"))
-    _sync_entry(out.parent)
-
-
-def _swap(work: Path, out: Path, aside: Path) -> None:
+def _put_in_place(new: Path, out: Path, old: Path) -> None:
     try:
-        out.rename(aside)
-        work.rename(out)
+        if out.is_dir():
+            out.rename(old)
+        new.rename(out)
     except BaseException:
         # Also on an interrupt between or just after the two renames, the old folder is restored.
-        if aside.exists():
+        if old.exists():
             if out.exists():
-                out.rename(work)
-            aside.rename(out)
+                out.rename(new)
+            old.rename(out)
         raise
-    try:
-        shutil.rmtree(aside)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
-
-
-def _remove(work: Path | None, made: list[Path]) -> None:
-    if work is not None:
-        shutil.rmtree(work, ignore_errors=True)
-    for folder in reversed(made):
-        with suppress(OSError):  # something else may be in it by now
-            folder.rmdir()
+    _sync_entry(out.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -223,9 +195,3 @@ def _sync_entry(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,4 +1,4 @@
-"""Advisory locks on folders, which the system releases however a process ends."""
+"""Advisory locks on folders and files, which the system releases however a process ends."""
 
 import os
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 
-def try_lock(folder: Path, *, wait: bool = False) -> int | None:
-    """Lock a folder and return the descriptor, which is to be closed; None where there are no locks.
+def try_lock(path: Path, *, wait: bool = False) -> int | None:
+    """Lock a folder or a file and return the descriptor, which is to be closed; None where there are no locks.
 
     Args:
-        folder: that exists.
+        path: that exists.
         wait: whether to wait while another process holds the lock.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is False.
-        OSError: the folder cannot be opened.
+        OSError: it cannot be opened.
     """
     if fcntl is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe nothing is waited for
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

@@ -1,53 +1,105 @@
-"""Temporary folders of outputs, locked while their process lives; those of killed processes are removed."""
+"""Temporary folders and files beside outputs, locked while their process lives; those of killed ones are removed."""
 
+import hashlib
 import os
+import platform
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Collection
-from contextlib import suppress
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from jcrosslora.utils.locks import try_lock
 
-_NAME = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")  # of a temporary folder, with the name of the output
+# Within a temporary folder: what becomes the output, and what was there before, moved aside for a moment.
+NEW, OLD = "new", "old"
+# Name of the output, host, random part. Without a host it is of an earlier version.
+_NAME = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?[a-z0-9_]{8,16}\.tmp")
+# Another host's lock may not be seen on a shared file system, and some file systems have none: there, what has not
+# changed for a day has no writer.
+_ABANDONED_SECONDS = 86400.0
 
 
-def make_unfinished(out: Path) -> tuple[Path, int | None]:
-    """Make an empty temporary folder beside an output.
+@contextmanager
+def unfinished(out: Path, *, file: bool = False) -> Iterator[Path]:
+    """Make an empty temporary folder, or a file, beside an output; what is left of it at the end is removed.
 
-    Returns:
-        The folder, and a descriptor whose closing releases its lock; None where there are no locks.
+    What killed processes left of the same output is removed first.
 
     Raises:
         OSError: it cannot be made.
     """
-    while True:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        # `remove_unfinished` may come between the two.
-        with suppress(FileNotFoundError):
-            lock = try_lock(work, wait=True)
-            if work.is_dir():
-                return work, lock
-            if lock is not None:
-                os.close(lock)
+    remove_unfinished(out.parent, {out.name})
+    work, lock = _make(out, file)
+    try:
+        yield work
+    finally:
+        _remove(work)
+        if lock is not None:
+            os.close(lock)
 
 
 def remove_unfinished(parent: Path, names: Collection[str]) -> None:
-    """Remove the temporary folders of outputs of these names in a folder, if nobody writes to them any more.
+    """Remove what killed processes left of outputs of these names in a folder.
 
-    What cannot be removed stays, and so does all where there are no locks.
+    An output that a killed process had moved aside, to replace it, is put back. What a live process writes to stays,
+    and so does what cannot be removed.
     """
     with suppress(OSError):
         for name in os.listdir(parent):
             found = _NAME.fullmatch(name)
             if found and found[1] in names:
                 with suppress(OSError):
-                    _remove_unlocked(parent / name)
+                    _remove_left(parent / name, parent / found[1], here=found[2] == _host())
 
 
-def _remove_unlocked(work: Path) -> None:
+def _make(out: Path, file: bool) -> tuple[Path, int | None]:
+    while True:
+        work = out.with_name(f".{out.name}.{_host()}-{secrets.token_hex(4)}.tmp")
+        if file:
+            work.touch(exist_ok=False)
+        else:
+            work.mkdir(mode=0o700)
+        # `remove_unfinished` may come between the two.
+        with suppress(FileNotFoundError):
+            lock = try_lock(work, wait=True)
+            if os.path.lexists(work):
+                return work, lock
+            if lock is not None:
+                os.close(lock)
+
+
+def _remove_left(work: Path, out: Path, *, here: bool) -> None:
     lock = try_lock(work)
-    if lock is not None:
+    try:
+        if (here and lock is not None) or time.time() - _last_change(work) > _ABANDONED_SECONDS:
+            if (work / NEW).exists() and (work / OLD).exists() and not os.path.lexists(out):
+                (work / OLD).rename(out)
+            _remove(work)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _last_change(work: Path) -> float:
+    return max(path.lstat().st_mtime for path in (work, *work.rglob("*")))
+
+
+def _remove(work: Path) -> None:
+    if work.is_symlink() or not work.is_dir():
+        with suppress(OSError):
+            work.unlink(missing_ok=True)
+        return
+    try:
         shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+    except BaseException:  # an interrupt
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
