@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -41,6 +43,52 @@ def test_changes_of_two_processes_both_stay(tmp_path):
     same(Index.open(tmp_path / "shelf"), [*entries(3)[::2], *entries(2, 3), *entries(1, 5)])
     with pytest.raises(UsageError, match="since it was opened: open it again"):
         list(second.blocks())
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from jcrosslora.cli.main import main
+from jcrosslora.shelf.index import Index
+meeting, own, *arguments = sys.argv[1:]
+change = Index.change
+def together(*given):
+    made = change(*given)
+    Path(meeting, own).touch()
+    while len(list(Path(meeting).iterdir())) < 2:
+        time.sleep(0.01)
+    return made
+Index.change = together
+main(arguments)
+"""
+
+
+def test_two_processes_that_add_at_the_same_time_both_succeed(base, tmp_path):
+    meeting, folder = tmp_path / "meeting", tmp_path / "shelf"
+    meeting.mkdir()
+    running = []
+    for seed, task in enumerate(("fox", "boil")):
+        write_adapter(tmp_path / task, base, seed=seed, texts=TASKS[task])
+        command = ["shelf", "add", str(folder), str(tmp_path / task), "--base", str(base.path)]
+        command = [sys.executable, "-c", TOGETHER, str(meeting), task, *command]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ends = [one.communicate(timeout=120) for one in running]
+    assert [one.returncode for one in running] == [0, 0], ends
+    assert sorted(jcl.Shelf(folder, base).names) == ["boil", "fox"]
+    assert [found[0][0] for found in jcl.Shelf(folder, base).search([FOX]).best()] == ["fox"]
+
+
+def test_a_search_reads_what_another_process_has_changed(base, tmp_path):
+    shelf = jcl.Shelf(tmp_path / "shelf", base)
+    shelf.add(write_adapter(tmp_path / "boil", base, texts=TASKS["boil"]))
+    other = jcl.Shelf(tmp_path / "shelf", base)
+    other.add(write_adapter(tmp_path / "fox", base, seed=1, texts=TASKS["fox"]))
+    assert [found[0][0] for found in shelf.search([FOX]).best()] == ["fox"]
+
+
+def test_a_shelf_that_another_process_has_made_meanwhile_is_opened(base, tmp_path):
+    jcl.Shelf(tmp_path / "shelf", base).add(write_adapter(tmp_path / "fox", base, texts=TASKS["fox"]))
+    assert Index.create(tmp_path / "shelf", BASE, "hidden").entries[0].name == "fox"
 
 
 def test_another_adapter_of_the_same_name_is_not_replaced_unseen(tmp_path):

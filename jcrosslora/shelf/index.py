@@ -24,6 +24,7 @@ from jcrosslora.shelf.index_files import (
     read_head,
     read_vectors,
     remove_others,
+    segment_digests,
     write_head,
     write_segment,
 )
@@ -32,7 +33,10 @@ from jcrosslora.utils.locks import locked
 from jcrosslora.utils.versions import version
 
 SEGMENT = 256  # adapters; the last segment is written again with each change
-_ATTEMPTS = 3  # of a reader, while another process replaces segments
+
+
+class ChangedMeanwhileError(UsageError):
+    """Another process has changed the shelf since it was opened."""
 
 
 class Index:
@@ -46,6 +50,7 @@ class Index:
 
     def __init__(self, folder: Path, head: Head, parts: Sequence[Sequence[ShelfEntry]]) -> None:
         self.folder, self.head, self.parts = folder, head, tuple(map(tuple, parts))
+        self._checked: set[int] = set()  # segments whose vectors were compared with their digest: they do not change
 
     @property
     def entries(self) -> tuple[ShelfEntry, ...]:
@@ -61,9 +66,10 @@ class Index:
         """
         try:
             # Of a creation that was stopped the folder of segments is left, or a part of the head.
-            if folder.exists() and any(
+            others = folder.exists() and any(
                 path.name not in (SEGMENTS, HEAD) and not path.name.startswith(f".{HEAD}.") for path in folder.iterdir()
-            ):
+            )
+            if others and not (folder / HEAD).exists():
                 msg = f"{folder}: holds files but no {HEAD}: give a new folder for the shelf"
                 raise OutputError(msg)
             (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
@@ -84,21 +90,21 @@ class Index:
         if not (folder / HEAD).is_file():
             msg = f"{folder}: is no shelf, it has no {HEAD}: make one with `jcrosslora shelf add {folder} --base BASE "
             raise UsageError(msg + "ADAPTER ...`")
-        for attempt in range(_ATTEMPTS):
+        while True:
             head = read_head(folder)
             try:
-                return cls(folder, head, [read_entries(folder, n) for n in head.segments])
+                return cls(folder, head, [read_entries(folder, n, head.digests) for n in head.segments])
             except UsageError:
                 # Another process may have replaced the segments since the head was read.
-                if attempt + 1 == _ATTEMPTS or read_head(folder) == head:
+                if read_head(folder) == head:
                     raise
-        raise AssertionError
 
     def blocks(self) -> Iterator[tuple[Sequence[ShelfEntry], np.ndarray]]:
         """Yield the entries of each segment with the vectors (S, D) of all their samples, in order, as float32.
 
         Raises:
-            UsageError: a file is missing or damaged, or another process has changed the shelf.
+            ChangedMeanwhileError: another process has changed the shelf.
+            UsageError: a file is missing or damaged.
         """
         for number, part in zip(self.head.segments, self.parts, strict=True):
             if part:
@@ -148,26 +154,31 @@ class Index:
             items += [(one, own) for one, own in zip(part, split, strict=True) if one.name not in left_out]
         items += fresh
         new = max(self.head.segments, default=0)
+        digests: dict[str, str] = {}
+        for number, _ in kept:
+            digests |= segment_digests(self.folder, number, self.head.digests)
         for start in range(0, max(len(items), 1), SEGMENT):
             # A segment without entries, where all were taken off, keeps its number from being used again.
             new += 1
             chunk = items[start : start + SEGMENT]
-            write_segment(self.folder, new, chunk)
+            digests |= write_segment(self.folder, new, chunk)
             kept.append((new, tuple(entry for entry, _ in chunk)))
         numbers, parts = zip(*kept, strict=True)
-        made = Index(self.folder, replace(self.head, segments=numbers, version=version()), parts)
+        made = Index(self.folder, replace(self.head, segments=numbers, digests=digests, version=version()), parts)
         write_head(made.folder, made.head)
         remove_others(self.folder, numbers)
         return made
 
     def _vectors(self, number: int, part: Sequence[ShelfEntry]) -> np.ndarray:
         try:
-            return read_vectors(self.folder, number, part)
+            found = read_vectors(self.folder, number, part, {} if number in self._checked else self.head.digests)
         except UsageError as error:
             if read_head(self.folder) == self.head:
                 raise
             msg = f"{self.folder}: another process has changed the shelf since it was opened: open it again"
-            raise UsageError(msg) from error
+            raise ChangedMeanwhileError(msg) from error
+        self._checked.add(number)
+        return found
 
 
 def split_samples(vectors: np.ndarray, entries: Sequence[ShelfEntry]) -> list[np.ndarray]:

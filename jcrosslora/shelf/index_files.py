@@ -1,17 +1,22 @@
-"""The files of a shelf's index: `shelf.json`, and a segment of adapters in NUMBER.json and NUMBER.safetensors."""
+"""The files of a shelf's index: `shelf.json`, and a segment of adapters in NUMBER.json and NUMBER.safetensors.
+
+`shelf.json` has the digests of the segments' files and, as "sha256", of the rest of itself, so that a changed byte is
+noticed when it is read. An index of an earlier version has none, and gets them with its next change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
@@ -20,6 +25,7 @@ from jcrosslora.utils.files import write_whole
 HEAD, SEGMENTS = "shelf.json", "segments"
 FORMAT = 1
 _VECTORS = "samples"
+_SEAL = "sha256"
 T = TypeVar("T")
 
 
@@ -33,6 +39,7 @@ class Head:
         base: of all adapters.
         encoder: what made the vectors of the samples.
         segments: numbers of the segments, in order.
+        digests: SHA-256 (hex) of the segments' files, by their names.
     """
 
     format: int
@@ -40,6 +47,7 @@ class Head:
     base: ShelfBase
     encoder: str
     segments: tuple[int, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,19 @@ def read_head(folder: Path) -> Head:
     """Read `shelf.json`.
 
     Raises:
-        UsageError: it cannot be read, or is of another format.
+        UsageError: it cannot be read, was changed after writing, or is of another format.
     """
     path = folder / HEAD
-    stated = _decode(path, _Stated)
+    content = _read(path)
+    stated = _decode(path, content, _Stated)
     if stated.format != FORMAT:
         msg = f"{folder}: is a shelf of format {stated.format}, format {FORMAT} was wanted: use the version of "
         raise UsageError(msg + f"jcrosslora that wrote it ({stated.version}), or make a new shelf")
-    return _decode(path, Head)
+    record = _decode(path, content, dict[str, Any])
+    seal = record.pop(_SEAL, None)
+    if seal is not None and seal != _digest(_encode(record)):
+        raise _damaged(path, "it was changed after writing")
+    return _decode(path, content, Head)
 
 
 def write_head(folder: Path, head: Head) -> None:
@@ -70,20 +83,23 @@ def write_head(folder: Path, head: Head) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_whole(folder / HEAD, msgspec.json.format(_encode(head), indent=1), sync=True)
+    record = msgspec.to_builtins(head)
+    content = _encode(record | {_SEAL: _digest(_encode(record))})
+    write_whole(folder / HEAD, msgspec.json.format(content, indent=1), sync=True)
 
 
-def read_entries(folder: Path, number: int) -> tuple[ShelfEntry, ...]:
-    """Read the entries of a segment.
+def read_entries(folder: Path, number: int, digests: Mapping[str, str]) -> tuple[ShelfEntry, ...]:
+    """Read the entries of a segment, and compare the file with its digest, if it has one.
 
     Raises:
         UsageError: the file is missing or damaged.
     """
-    return _decode(_path(folder, number, "json"), tuple[ShelfEntry, ...])
+    path = _path(folder, number, "json")
+    return _decode(path, _intact(path, digests), tuple[ShelfEntry, ...])
 
 
-def read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry]) -> np.ndarray:
-    """Read the vectors (S, D) of all samples of a segment's entries, in order, as float32.
+def read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry], digests: Mapping[str, str]) -> np.ndarray:
+    """Read the vectors (S, D) of all samples of a segment's entries, in order, as float32; see `read_entries`.
 
     Raises:
         UsageError: the file is missing or damaged.
@@ -91,16 +107,16 @@ def read_vectors(folder: Path, number: int, entries: Sequence[ShelfEntry]) -> np
     path = _path(folder, number, "safetensors")
     wanted = sum(len(entry.samples) for entry in entries)
     try:
-        found = load_file(path).get(_VECTORS)
-    except (OSError, SafetensorError) as error:
+        found = load(_intact(path, digests)).get(_VECTORS)
+    except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     if found is None or found.ndim != 2 or len(found) != wanted:
         raise _damaged(path, f"has no vectors of {wanted} samples")
     return found.astype(np.float32)
 
 
-def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, np.ndarray]]) -> None:
-    """Write entries with the vectors (samples, D) of their samples, as float16.
+def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, np.ndarray]]) -> dict[str, str]:
+    """Write entries with the vectors (samples, D) of their samples, as float16; return the digests of the files.
 
     Raises:
         OSError: the files cannot be written.
@@ -108,8 +124,25 @@ def write_segment(folder: Path, number: int, items: Sequence[tuple[ShelfEntry, n
     width = max((own.shape[1] for _, own in items), default=0)
     vectors = [np.zeros((0, width), np.float32), *(own for _, own in items if len(own))]
     joined = np.concatenate(vectors).astype(np.float16)
-    write_whole(_path(folder, number, "safetensors"), save({_VECTORS: joined}), sync=True)
-    write_whole(_path(folder, number, "json"), _encode([entry for entry, _ in items]), sync=True)
+    digests = {}
+    for ending, content in (
+        ("safetensors", save({_VECTORS: joined})),
+        ("json", _encode([entry for entry, _ in items])),
+    ):
+        path = _path(folder, number, ending)
+        write_whole(path, content, sync=True)
+        digests[path.name] = _digest(content)
+    return digests
+
+
+def segment_digests(folder: Path, number: int, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of a segment's files, those that are not known from the files.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    paths = [_path(folder, number, ending) for ending in ("safetensors", "json")]
+    return {path.name: known.get(path.name) or _digest(_read(path)) for path in paths}
 
 
 def remove_others(folder: Path, numbers: Collection[int]) -> None:
@@ -127,16 +160,32 @@ def not_written(folder: Path, error: OSError) -> OutputError:
 
 
 def _encode(value: Any) -> bytes:
-    return msgspec.json.encode(value)
+    return msgspec.json.encode(value, order="deterministic")
 
 
-def _decode(path: Path, kind: type[T]) -> T:
+def _read(path: Path) -> bytes:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return path.read_bytes()
     except OSError as error:
         raise _damaged(path, error.strerror or "cannot be read") from error
+
+
+def _intact(path: Path, digests: Mapping[str, str]) -> bytes:
+    content = _read(path)
+    if path.name in digests and digests[path.name] != _digest(content):
+        raise _damaged(path, "it was changed after writing")
+    return content
+
+
+def _decode(path: Path, content: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error)) from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _path(folder: Path, number: int, ending: str) -> Path:
@@ -144,4 +193,5 @@ def _path(folder: Path, number: int, ending: str) -> Path:
 
 
 def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(f"{path}: the index of the shelf is damaged ({reason}): make a new shelf, and add its adapters")
+    msg = f"{path}: the index of the shelf is damaged ({reason}): make the shelf again in a new folder, with "
+    return UsageError(msg + "`jcrosslora shelf add NEW --base BASE ADAPTER ...`")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jcrosslora.adapter import load_adapter
+from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
@@ -98,7 +98,7 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         config_digest=config_digest(files),
         verified=stated is not None,
         kind=adapter.info.kind,
-        rank=max((factors.rank for factors in adapter.modules.values()), default=0),
+        rank=largest_rank(adapter),
         modules=len(adapter.modules),
         size=files.weights.stat().st_size,
         origin=_origin(record),
@@ -107,6 +107,11 @@ def read_entry(found: Found, base: BaseModel, info: BaseInfo, place: str) -> tup
         licence=stated_licences(files).get("licence"),
     )
     return entry, files.weights.parent
+
+
+def largest_rank(adapter: Adapter) -> int:
+    """Return the largest rank of an adapter's modules; 0 where it has none."""
+    return max((factors.rank for factors in adapter.modules.values()), default=0)
 
 
 def config_digest(files: AdapterFiles) -> str:

@@ -79,8 +79,19 @@ class Searching:
         """Train the encoder of weights, see `Shelf.train_probes`."""
         self._check_encoder("weights")
         samples = [own for entries, vectors in self.index.blocks() for own in split_samples(vectors, entries)]
+        rank = max((entry.rank for entry in self.index.entries), default=0)
+        for entry in self.index.entries:
+            if entry.rank == rank:
+                self.load(entry.name)  # compares what the index claims with the file, before any array is that large
+                break
         found, losses = train_weights(
-            self.base(), self.index.entries, samples, self.means(), self._weights_of, settings, progress=progress
+            self.base(),
+            self.index.entries,
+            samples,
+            self.means(),
+            lambda place: self._weights_of(place, rank),
+            settings,
+            progress=progress,
         )
         path = self.index.folder / _WEIGHTS_FILE
         keep_arrays(path, index_key(self.index.head), found.arrays())
@@ -96,21 +107,21 @@ class Searching:
     def _weight_retriever(self) -> WeightRetriever:
         self._check_encoder("weights")
         folder, entries = self.index.folder, self.index.entries
-        arrays = find_arrays(folder / _WEIGHTS_FILE, None)
+        path = folder / _WEIGHTS_FILE
+        arrays = find_arrays(path, None)
         trained = None if arrays is None else WeightVectors.of_arrays(arrays)
         if trained is None:
-            msg = f"{folder}: has no trained weight probes: train them with `jcrosslora shelf train {folder}`"
+            came = f"{path}: is damaged, and" if path.exists() else f"{folder}:"
+            msg = f"{came} has no trained weight probes: train them with `jcrosslora shelf train {folder}`"
             raise UsageError(msg)
         # Adapters that were added since get their vectors from the same encoder.
-        found = trained.with_vectors(entries, self._weights_of)
+        found = trained.with_vectors(entries, lambda place: self._weights_of(place, entries[place].rank))
         if found is not trained:
-            keep_arrays(folder / _WEIGHTS_FILE, index_key(self.index.head), found.arrays())
+            keep_arrays(path, index_key(self.index.head), found.arrays())
         return WeightRetriever(self.encoder(), found, entries)
 
-    def _weights_of(self, place: int) -> Weights:
-        entries = self.index.entries
-        rank = max(entry.rank for entry in entries)
-        return adapter_weights(self.load(entries[place].name), self.base(), rank)
+    def _weights_of(self, place: int, rank: int) -> Weights:
+        return adapter_weights(self.load(self.index.entries[place].name), self.base(), rank)
 
     def _check_encoder(self, by: str) -> None:
         if self.index.head.encoder == NOTHING:

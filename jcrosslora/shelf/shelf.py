@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from jcrosslora.shelf.adding import Fresh, Reader, add_found
 from jcrosslora.shelf.composing import compose_found
 from jcrosslora.shelf.encoders.encoder import Encoder
 from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
-from jcrosslora.shelf.index import Index
+from jcrosslora.shelf.index import ChangedMeanwhileError, Index
 from jcrosslora.shelf.index_files import HEAD
 from jcrosslora.shelf.places import is_there, opened_encoder, opened_place, stored_encoder, stored_place
-from jcrosslora.shelf.reading import Found, config_digest, find_adapters
+from jcrosslora.shelf.reading import Found, config_digest, find_adapters, largest_rank
 from jcrosslora.shelf.records import Added, ShelfBase, ShelfEntry
 from jcrosslora.shelf.retrieval.retrieved import Retrieved, Retriever
 from jcrosslora.shelf.retrieval.weight_training import ProbeSettings
@@ -151,7 +152,7 @@ class Shelf:
             raise AdapterError(msg + f"take it off with `jcrosslora shelf remove {self.folder} {name!r}`")
         found = load_adapter(place, self.base)
         same = not entry.config_digest or config_digest(find_adapter(place)) == entry.config_digest
-        if found.info.digest != entry.digest or not same:
+        if found.info.digest != entry.digest or not same or largest_rank(found) != entry.rank:
             msg = f"{place}: has changed since it was put on the shelf: add it again"
             raise UsageError(msg)
         return found
@@ -208,7 +209,9 @@ class Shelf:
         known = {entry.name: entry for entry in self._index.entries}
         added = add_found(found, reader, known, self._encode, self._write, progress=progress)
         if added.added:
-            self._searching().means()
+            # For the next search; where another process has added more meanwhile, that one does it.
+            with suppress(ChangedMeanwhileError):
+                self._searching().means()
         return added
 
     def search(self, prompts: Asked | Sequence[Asked], by: str | None = None, *, progress: bool = False) -> Retrieved:
@@ -233,8 +236,12 @@ class Shelf:
         return Retrieved(self.names, found.scores(several), found.thresholds)
 
     def retriever(self, by: str | None = None, *, progress: bool = False) -> Retriever:
-        """Open a way to search, for many searches; see `search`."""
-        return self._searching().retriever(by, progress=progress)
+        """Open a way to search, for many searches; see `search`. What another process has changed is read first."""
+        try:
+            return self._searching().retriever(by, progress=progress)
+        except ChangedMeanwhileError:
+            self._index = Index.open(self.folder)
+            return self._searching().retriever(by, progress=progress)
 
     def compose(
         self,
