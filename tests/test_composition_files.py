@@ -154,7 +154,8 @@ def damage(folder, **changes):
         ({"composition": "other"}, "composition 'other', which this version does not read"),
         ({"form": 2}, "of form 2"),
         ({"base_digest": "sha256:0"}, "was made for another base"),
-        ({"settings": {"rank": 4}}, "belongs to another base"),
+        ({"settings": {"rank": 10**9}}, "states rank 1000000000, and no array"),
+        ({"settings": {"rank": 3}}, "states rank 3, and no array"),
         ({"settings": {"rank": "4"}}, "does not read"),
         ({"adapters": ["one"]}, None),
         ({"adapters": []}, "does not read"),
@@ -170,9 +171,25 @@ def test_a_damaged_folder_is_refused(llama, tmp_path, changes, message):
         jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
 
 
+def test_a_flipped_bit_in_a_composition_is_noticed(llama, tmp_path):
+    folder = llama.compose(Router(rank=2)).save(tmp_path / "out")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "composition.json"]
+    assert len(files) == 7
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(AdapterError, match=rf"{path.name} is missing or was changed after writing"):
+            jcl.load_composition(folder, llama.base, params=llama.params)
+        path.write_bytes(content)
+    jcl.load_composition(folder, llama.base, params=llama.params)
+
+
 def test_arrays_that_are_missing_are_named(llama, tmp_path):
     llama.compose("gated").save(tmp_path / "out")
     (tmp_path / "out" / "composition.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"composition\.safetensors is missing or was changed"):
+        jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
+    damage(tmp_path / "out", digests={})
     with pytest.raises(AdapterError, match=r"lacks model\.layers\.0\.mlp\.down_proj\.bias"):
         jcl.load_composition(tmp_path / "out", llama.base, params=llama.params)
     with pytest.raises(AdapterError, match="holds no composition"):

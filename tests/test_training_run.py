@@ -178,6 +178,16 @@ def test_a_damaged_state_is_named(base, states, tmp_path, how):
     assert "\n" not in str(caught.value)
 
 
+def test_a_flipped_bit_in_a_state_is_noticed(base, states, tmp_path):
+    folder = shutil.copytree(states, tmp_path / "states")
+    path = max((path for path in (folder / "6").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not a readable checkpoint \(it was changed after writing\)"):
+        train_lora(base, QUESTIONS, SETTINGS, checkpoints=folder)
+
+
 def test_a_file_in_place_of_the_checkpoint_folder_is_refused(base, tmp_path):
     (tmp_path / "states").write_text("mine")
     with pytest.raises(OutputError, match="states: cannot be written"):

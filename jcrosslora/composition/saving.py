@@ -23,6 +23,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.composition.composition import Composition
 from jcrosslora.composition.registry import COMPOSITIONS
@@ -62,6 +63,7 @@ def write_composition(
             save_adapter(adapter, folder / ADAPTERS / str(number), base=info)
         if arrays:
             (folder / ARRAYS).write_bytes(safetensors_bytes(arrays, {"format": "pt"}))
+        facts["digests"] = _digests(folder)
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return out
 
@@ -72,24 +74,27 @@ def read_composition(folder: Path, base: BaseModel) -> tuple[Composition, list[A
     Raises:
         AdapterError: not a folder of a composition, damaged, of a form that is not known, or for another base.
     """
+    folder = Path(folder).expanduser()
     try:
-        facts = read_json_object(Path(folder).expanduser() / FACTS)
+        facts = read_json_object(folder / FACTS)
         how, names = _composition(folder, facts), facts["adapters"]
         stated = facts.get("base_digest")
         if isinstance(stated, str) and stated != base_digest(base):
             msg = f"{folder}: was made for another base, {facts.get('base')} ({stated[:19]}...), than {base.ref} "
             raise AdapterError(msg + f"({base_digest(base)[:19]}...): give that one, or compose the adapters again")
-        file = Path(folder).expanduser() / ARRAYS
+        _check_digests(folder, facts.get("digests", {}))  # an earlier version wrote none
+        file = folder / ARRAYS
         arrays = {}
         if file.exists():
             opened = SafetensorsFile(file)
             arrays = {name: np.array(opened.array(name)) for name in opened.entries}
+        _check_settings(folder, how, arrays)
     except CheckpointError as error:
         msg = f"{folder}: holds no composition that can be read ({error})"
         raise AdapterError(msg) from error
     adapters = []
     for number, name in enumerate(names):
-        adapter = load_adapter(Path(folder).expanduser() / ADAPTERS / str(number), base)
+        adapter = load_adapter(folder / ADAPTERS / str(number), base)
         adapters.append(dataclasses.replace(adapter, info=dataclasses.replace(adapter.info, name=name)))
     return how, adapters, arrays
 
@@ -129,3 +134,26 @@ def _composition(folder: Path, facts: Mapping[str, Any]) -> Composition:
             return kind(**numbers)
     msg = f"{folder}: {FACTS} is of form {form!r} and composition {name!r}, which this version does not read: save the "
     raise AdapterError(msg + "composition again, or update jcrosslora")
+
+
+def _check_settings(folder: Path, how: Composition, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse a setting that is no size of any array, before arrays of it are made."""
+    sizes = {size for array in arrays.values() for size in array.shape}
+    for name, value in dataclasses.asdict(how).items():
+        if value not in sizes:
+            msg = f"{folder}: {FACTS} states {name} {value}, and no array in {ARRAYS} has this size: save the "
+            raise AdapterError(msg + "composition again")
+
+
+def _check_digests(folder: Path, stated: Any) -> None:
+    found = _digests(folder)
+    for name, digest in stated.items() if isinstance(stated, dict) else ():
+        if found.get(name) != digest:
+            msg = f"{folder}: {name} is missing or was changed after writing: compose the adapters again"
+            raise AdapterError(msg)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 (hex) of every file but the settings, by its path in the folder."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / FACTS)
+    return {path.relative_to(folder).as_posix(): MappedFile(path).sha256() for path in paths}

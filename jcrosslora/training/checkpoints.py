@@ -1,6 +1,7 @@
 """Training states on disk, from which a stopped run continues; written by Orbax, whole or not at all."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.training.settings import TrainingSettings
 
 _KEPT = 2
 _ITEMS = ("state", "run", "notes")
+_SEAL = "sha256"  # in the run's identity on disk: Orbax has no checksum of the arrays' bytes
 
 
 class Stepped(Protocol):
@@ -68,11 +71,16 @@ class Checkpoints:
         if step is None:
             return like, {}
         args = self._ocp.args
-        self._check_run(self._read(step, run=args.JsonRestore())["run"])
+        run = dict(self._read(step, run=args.JsonRestore())["run"])
+        stated = run.pop(_SEAL, None)  # an earlier version wrote none
+        self._check_run(run)
         shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like)
         found = self._read(step, state=args.StandardRestore(shapes), notes=args.JsonRestore())
+        state, notes = jax.device_get(found["state"]), found["notes"]
+        if stated is not None and stated != _digest(state, notes):
+            raise self._unreadable(step, "it was changed after writing")
         # Copied, so that they are not committed to a device: committed arrays would be compiled for anew.
-        return jax.tree.map(jnp.array, jax.device_get(found["state"])), found["notes"]
+        return jax.tree.map(jnp.array, state), notes
 
     def save(self, state: Stepped, notes: Mapping[str, Any] | None = None) -> None:
         """Write a state with notes, which JSON can hold, and remove all older ones but the last.
@@ -80,11 +88,11 @@ class Checkpoints:
         Raises:
             OutputError: it cannot be written.
         """
-        args = self._ocp.args
+        args, notes = self._ocp.args, dict(notes or {})
         saved = {
             "state": args.StandardSave(state),
-            "run": args.JsonSave(self._run),
-            "notes": args.JsonSave(dict(notes or {})),
+            "run": args.JsonSave(self._run | {_SEAL: _digest(jax.device_get(state), notes)}),
+            "notes": args.JsonSave(notes),
         }
         try:
             self._manager.save(int(state.step), args=args.Composite(**saved))
@@ -98,10 +106,12 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=self._ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            msg = f"{self._folder / str(step)}: not a readable checkpoint ({reason}): remove it, or the whole folder"
-            raise CheckpointError(msg) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(step, " ".join(str(error).split())[:120]) from error
+
+    def _unreadable(self, step: int, reason: str) -> CheckpointError:
+        msg = f"{self._folder / str(step)}: not a readable checkpoint ({reason}): remove it, or the whole folder"
+        return CheckpointError(msg)
 
     def _check_run(self, found: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(self._run))
@@ -119,3 +129,11 @@ class Checkpoints:
 def identity(settings: TrainingSettings, base: str, examples: str) -> dict[str, Any]:
     """Collect what the numbers of a run depend on: its settings, and digests of the base and of the examples."""
     return {**dataclasses.asdict(settings), "base": base, "examples": examples}
+
+
+def _digest(state: Any, notes: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hex) of the numbers of a state on the host, and of what JSON keeps of its notes."""
+    found = hashlib.sha256(json.dumps(json.loads(json.dumps(notes)), sort_keys=True).encode())
+    for leaf in jax.tree.leaves(state):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
