@@ -17,6 +17,7 @@ from jcrosslora.checkpoint.hub_errors import cause_of, failures
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
+from jcrosslora.utils.reading import read_small, read_small_text
 
 CARD = "README.md"
 CONFIG = "adapter_config.json"
@@ -195,8 +196,8 @@ def _stated(folder: Path, *keys: str) -> dict[str, str | None]:
     """Return texts in the front matter of a folder's README.md, None where there is none that can be read."""
     data: dict[str, Any] = {}
     # A damaged card is no reason to refuse the adapter.
-    with suppress(OSError, AdapterError), (folder / CARD).open("rb") as file:
-        data = split_card(file.read(_LONGEST).decode("utf-8", errors="replace"))[0]
+    with suppress(OSError, AdapterError):
+        data = split_card(read_small(folder / CARD)[:_LONGEST].decode("utf-8", errors="replace"))[0]
     return {key: value if isinstance(value := data.get(key), str) and value else None for key in keys}
 
 
@@ -204,6 +205,6 @@ def stated_template(folder: Path) -> str | None:
     """Return the chat template in a folder's chat_template.jinja; None where there is none that can be read."""
     path = folder / CHAT_TEMPLATE
     with suppress(OSError, UnicodeDecodeError):
-        text = path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= _LONGEST else ""
+        text = read_small_text(path, _LONGEST)
         return text if text.strip() else None
     return None

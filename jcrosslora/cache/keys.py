@@ -20,6 +20,7 @@ import jax
 
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.reading import read_small
 from jcrosslora.utils.versions import version
 
 # Two writes within one tick of the file system's clock have the same time.
@@ -120,7 +121,7 @@ def tokenizer_parts(base: BaseModel) -> Iterator[bytes]:
         path = base.tokenizer_path / name
         # One that is there but cannot be read is an error of whoever reads the tokenizer, who says so.
         with suppress(OSError):
-            yield from (name.encode(), path.read_bytes())
+            yield from (name.encode(), read_small(path))
 
 
 def numerics_key() -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.reading import read_small_text
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not UTF-8 JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_small_text(path))
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
         raise CheckpointError(msg) from error

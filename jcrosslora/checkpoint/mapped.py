@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jcrosslora.errors import CheckpointError
+from jcrosslora.utils.reading import regular_size
 
 _CHUNK = 1 << 20
 MAX_DIMS = 32  # numpy 1 held 32 dimensions, numpy 2 holds 64
@@ -33,7 +34,7 @@ class MappedFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.size = path.stat().st_size
+            self.size = regular_size(path)
         except OSError as error:
             msg = f"{path}: cannot be read ({error.strerror}): check that the file exists and is readable"
             raise CheckpointError(msg) from error

@@ -24,6 +24,7 @@ from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.store import TensorStore
 from jcrosslora.checkpoint.tied_head import NOTE, has_own_head
 from jcrosslora.errors import CheckpointError, UsageError
+from jcrosslora.utils.reading import read_small_text
 
 
 def open_base(
@@ -79,9 +80,10 @@ def read_template(path: Path) -> str:
         UsageError: it cannot be read, or holds nothing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"{path}: is no chat template that can be read ({type(error).__name__}): give a file of Jinja source"
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        msg = f"{path}: is no chat template that can be read ({reason}): give a file of Jinja source"
         raise UsageError(msg) from error
     if not text.strip():
         msg = f"{path}: holds no chat template: give a file of Jinja source"

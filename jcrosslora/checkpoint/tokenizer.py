@@ -12,11 +12,17 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.jsonfile import read_json_object
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of, read_metadata
 from jcrosslora.errors import CheckpointError, UsageError
+from jcrosslora.utils.reading import read_small
 
 T = TypeVar("T")
 
 # Tokens that end a turn or a document in the supported families, beside the tokenizer's own eos.
 _TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+# What transformers reads beside tokenizer.json.
+_BESIDE = (
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 # To read one of 262,144 tokens takes seconds.
 _READ: WeakKeyDictionary[BaseModel, "Tokenizer"] = WeakKeyDictionary()
 
@@ -174,6 +180,8 @@ def _from_folder(folder: Path) -> tuple[Any, int | None, list[Any], str, str | N
         msg = f"{folder} has no tokenizer.json, wanted to tokenize text: copy the model's own into the folder"
         raise CheckpointError(msg)
     read_json_object(path)
+    for beside in (beside for name in _BESIDE for beside in folder.glob(name)):
+        _called(beside, lambda beside=beside: read_small(beside))  # so that no pipe is waited for
     from transformers import PreTrainedTokenizerFast
 
     own = _called(path, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))

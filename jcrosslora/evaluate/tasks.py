@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jcrosslora.errors import UsageError
 from jcrosslora.text.completion import is_text
+from jcrosslora.utils.reading import read_file
 from jcrosslora.utils.texts import shortened
 
 _WANTED = 'wanted {"question": text, "choices": [text, ...], "answer": index}'
@@ -55,7 +56,7 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
         UsageError: the file cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): wanted a JSONL file"
         raise UsageError(msg) from error

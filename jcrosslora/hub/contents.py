@@ -14,6 +14,7 @@ from jcrosslora.hub.card import card_base, card_for_hub, names_several
 from jcrosslora.report.card import without_examples
 from jcrosslora.report.documents import PAGE, RECIPE, REPORT
 from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.utils.reading import read_small_text
 
 _BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
 _LICENCES = ("LICENSE", "NOTICE")  # how the names of such files begin
@@ -143,7 +144,7 @@ def _notes(base: str | None, stated: str | None, left: tuple[str, ...], *, sever
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_small_text(path)
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}): mend or remove it"
         raise AdapterError(msg) from error

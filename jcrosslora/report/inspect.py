@@ -17,6 +17,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
+from jcrosslora.utils.reading import read_small_text
 
 
 def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
@@ -59,9 +60,9 @@ def reported_family(path: Path) -> str | None:
     """Return the family of a moved adapter's base, from its `transfer_report.json`; None for other adapters."""
     folder = path.parent if path.is_file() else path
     try:
-        report = json.loads((folder / "transfer_report.json").read_text(encoding="utf-8"))
+        report = json.loads(read_small_text(folder / "transfer_report.json"))
         return str(report["target"]["family"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from msgspec import Meta, ValidationError, convert
 
 from jcrosslora.errors import UsageError, suggestion
+from jcrosslora.utils.reading import read_small_text
 
 
 def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_toml(path: Path, what: str, example: str) -> dict[str, Any]:
         UsageError: the file cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_small_text(path))
     except OSError as error:
         msg = f"{what} {path} cannot be read ({error.strerror}); name an existing TOML file"
         raise UsageError(msg) from None

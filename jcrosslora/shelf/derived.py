@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from jcrosslora.cache.keys import digest_of
 from jcrosslora.shelf.index_files import Head
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.reading import regular_size
 
 _KEY, _SEAL = "index", "sha256"
 
@@ -26,6 +27,7 @@ def index_key(head: Head) -> str:
 def find_arrays(path: Path, key: str | None) -> dict[str, np.ndarray] | None:
     """Read arrays; None where there are none, none of this key, or damaged ones. Any key will do if it is None."""
     try:
+        regular_size(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if key is not None and metadata.get(_KEY) != key:

@@ -21,6 +21,7 @@ from safetensors.numpy import load, save
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
 from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.reading import read_file, read_small
 
 HEAD, SEGMENTS = "shelf.json", "segments"
 FORMAT = 1
@@ -165,7 +166,7 @@ def _encode(value: Any) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small(path) if path.name == HEAD else read_file(path)
     except OSError as error:
         raise _damaged(path, error.strerror or "cannot be read") from error
 

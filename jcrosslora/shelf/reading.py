@@ -19,6 +19,7 @@ from jcrosslora.errors import AdapterError
 from jcrosslora.report.documents import REPORT
 from jcrosslora.shelf.records import Origin, ShelfEntry
 from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.utils.reading import read_small, read_small_text
 
 _HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file
 _LARGEST_HEADER = 100 << 20
@@ -123,7 +124,7 @@ def config_digest(files: AdapterFiles) -> str:
     if files.config is None:
         return ""
     try:
-        return f"sha256:{hashlib.sha256(files.config.read_bytes()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(read_small(files.config)).hexdigest()}"
     except OSError as error:
         msg = f"{files.config}: cannot be read ({error.strerror}): give the folder of a complete adapter"
         raise AdapterError(msg) from error
@@ -136,7 +137,7 @@ def read_record(files: AdapterFiles) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     try:
-        found = _object(json.loads((files.weights.parent / REPORT).read_text(encoding="utf-8")))
+        found = _object(json.loads(read_small_text(files.weights.parent / REPORT)))
     except (OSError, ValueError, RecursionError):
         found = {}
     for key, value in _metadata(files.weights).items():

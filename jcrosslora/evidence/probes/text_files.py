@@ -8,6 +8,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import parse_object, parse_prompt, prompt_text
 from jcrosslora.utils.files import write_output
+from jcrosslora.utils.reading import read_file
 
 _BOM = "\ufeff"
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -85,7 +86,7 @@ def save_texts(path: str | Path, texts: Sequence[str]) -> None:
 
 def _read(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): name a file with one text a line"
         raise UsageError(msg) from error

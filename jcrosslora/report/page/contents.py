@@ -14,6 +14,7 @@ from jcrosslora.report.documents import REPORT
 from jcrosslora.report.page.evaluation import Evaluation, Roles, called, parse_evaluation
 from jcrosslora.report.page.moved import Moved, parse_moved
 from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.utils.reading import read_file
 
 _SHOWN = 10
 
@@ -137,7 +138,7 @@ def _text(line: bytes, place: str) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}): give a folder or file that can be"
         raise UsageError(msg) from error
