@@ -23,8 +23,13 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         faults: one for each of the next completion requests: a status, ("wait", status, seconds), "half", "drop",
-            "hang", "bare" (no log-probabilities), or None for none.
+            "hang", "bare" (no log-probabilities), a function of the answer that returns another, as JSON or text, or
+            None for none.
         always: the fault of all further ones.
+        pages: path -> text that is the answer in place of the list of models or adapters.
+        drips: seconds between two bytes of the beginnings of headers and contents.
+        padding: spaces in front of every answer.
+        noise: the standard deviation by which logits are wrong, each time in another way.
         requests: the headers and bodies of all completion requests so far.
         key: the key that is wanted, or None.
     """
@@ -34,6 +39,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, base, adapter, kind):
         super().__init__(("127.0.0.1", 0), Handler)
         self.kind, self.faults, self.requests, self.key, self.always = kind, [], [], None, None
+        self.pages, self.drips, self.padding, self.noise = {}, 0.0, 0, 0.0
         self.tokenizer, self.lock, self.sees = load_tokenizer(base), threading.Lock(), stack_adapter(adapter, base)
         settings, params = settings_of(base), load_params(base)
 
@@ -73,6 +79,22 @@ class Server(ThreadingHTTPServer):
         pass
 
 
+class Dripping:
+    """A file to which the first 150 bytes of each writing are given one by one."""
+
+    def __init__(self, file, seconds):
+        self.file, self.seconds = file, seconds
+
+    def write(self, data):
+        for byte in data[:150]:
+            self.file.write(bytes([byte]))
+            time.sleep(self.seconds)
+        self.file.write(data[150:])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
@@ -82,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.refused():
             return
-        if self.path == "/v1/models":
+        if self.path in self.server.pages:
+            self.answer(200, self.server.pages[self.path])
+        elif self.path == "/v1/models":
             self.answer(200, {"data": self.server.models()})
         elif self.path == "/lora-adapters" and self.server.kind == "llamacpp":
             self.answer(200, [{"id": 0, "path": "/somewhere/adapter.gguf", "scale": 1.0}])
@@ -104,6 +128,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "hang":
             time.sleep(1.0)
+        elif callable(fault):
+            self.answer(200, fault(self.complete(body, bare=False)))
         else:
             text = json.dumps(self.complete(body, bare=fault == "bare"))
             self.answer(200, text[: len(text) // 2] if fault == "half" else text)
@@ -115,7 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def answer(self, status, content, headers=None):
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        data = b" " * self.server.padding + (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.wfile = Dripping(self.wfile, self.server.drips) if self.server.drips else self.wfile
         self.send_response(status)
         for name, value in {"Content-Length": len(data), **(headers or {})}.items():
             self.send_header(name, str(value))
@@ -149,8 +176,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_probs(self, row, first, body, adapted):
         found = self.server.predict(tuple(row), adapted)
+        if self.server.noise:
+            found = found + self.server.noise * np.random.default_rng().standard_normal(found.shape)
+            found = found - np.log(np.exp(found).sum(axis=-1, keepdims=True))
         rows = [None if place == 0 else found[place - 1] for place in range(first, len(row))]
         top = [None if one is None else np.argsort(-one)[: body["logprobs"]].tolist() for one in rows]
+        if self.server.kind == "vllm":  # which adds the token itself to the likeliest
+            top = [None if one is None else [*one, token] for one, token in zip(top, row[first:], strict=True)]
         own = [None if one is None else float(one[token]) for one, token in zip(rows, row[first:], strict=True)]
         if self.server.kind == "llamacpp":
             return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,14 @@ class AskedSource:
         source: the source.
         adapter: what is known of its adapter.
         rank: of the adapter, None if it is not known.
-        how: how it was asked, the end of a sentence.
+        how: says how it was asked, the end of a sentence, once it was.
         settings: of a transfer that asks it again, by name; no addresses and no paths of this machine.
     """
 
     source: Source
     adapter: AdapterInfo
     rank: int | None
-    how: str
+    how: Callable[[], str]
     settings: Mapping[str, Any]
 
 
@@ -120,7 +120,7 @@ def transfer_asked(
         warnings=() if frozen is None else (READERS,),
         out_rank=options.out_rank if truncation is None else truncation.rule,
         choice=choice,
-        fitted=f"{found.sentence}; the source was {asked.how}",
+        fitted=f"{found.sentence}; the source was {asked.how()}",
         curve=tuple((look.completions, look.divergence) for look in found.looks),
         wrote_prompts=not given,
         examples=() if given else spread(texts, _EXAMPLES),

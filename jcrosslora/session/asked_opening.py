@@ -48,9 +48,6 @@ def _served(model: ServedModel, store: Cache | None) -> AskedSource:
     from jcrosslora.sources.served.source import ServedSource
 
     source = ServedSource.open(model, None if store is None else store.root / "answers")
-    how = (
-        f"asked as {model.model} over the OpenAI API, for the {model.top_logprobs} likeliest tokens at each position, "
-    )
     settings: dict[str, Any] = {
         "source_model": public_name(model.model),
         "source_base_model": public_name(model.base_model),
@@ -59,7 +56,13 @@ def _served(model: ServedModel, store: Cache | None) -> AskedSource:
     if model.top_logprobs != _default("top_logprobs"):
         settings["source_top_logprobs"] = model.top_logprobs
     info = AdapterInfo(name=model.model)
-    return AskedSource(source, info, None, how + f"beside {source.name}", settings)
+
+    def how() -> str:
+        return (
+            f"asked as {model.model} over the OpenAI API, for the {source.told} at each position, beside {source.name}"
+        )
+
+    return AskedSource(source, info, None, how, settings)
 
 
 def _default(name: str) -> Any:
@@ -72,7 +75,7 @@ def _on_torch(model: TorchModel, adapter: str | Path, revision: str | None) -> A
     source = TorchSource.open(model, adapter, revision=revision)
     settings = {"source_backend": "torch", "source_tokenizer": public_name(_text(model.tokenizer))}
     info, rank = _read_info(source.files, source.digest, revision)
-    return AskedSource(source, info, rank, "run by transformers and PEFT", settings)
+    return AskedSource(source, info, rank, lambda: "run by transformers and PEFT", settings)
 
 
 def _text(path: str | Path | None) -> str | None:

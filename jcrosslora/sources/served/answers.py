@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from jcrosslora.cache.keys import digest_of
+from jcrosslora.sources.served.replies import DamagedError, read_reply
 from jcrosslora.utils.files import write_whole
 
 _ABANDONED_SECONDS = 30 * 86400.0
 _SAMPLE = "sample.json"
-_MOST_APART = 0.1  # nats; batches of other sizes move log-probabilities in half precision by a few hundredths
+T = TypeVar("T")
 
 
 class Answers:
@@ -34,48 +37,42 @@ class Answers:
                     if other != self._folder and time.time() - other.stat().st_mtime > _ABANDONED_SECONDS:
                         shutil.rmtree(other)
 
-    def renew(self, sample: list[list[float]]) -> None:
+    def renew(self, sample: T, is_of: Callable[[T], bool]) -> None:
         """Drop all answers of another model under the same name.
 
         Args:
-            sample: log-probabilities of the same tokens in every run, -inf not among them.
+            sample: what the model answers to the same questions in every run.
+            is_of: whether a sample of an earlier run is of this model.
         """
         if self._folder is None:
             return
-        with suppress(OSError, ValueError):
-            kept = json.loads((self._folder / _SAMPLE).read_text(encoding="utf-8"))
-            if _near(kept, sample):
-                return
+        kept = self._read(self._folder / _SAMPLE, type(sample))
+        if kept is not None and is_of(kept):
+            return
         with suppress(OSError):
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._folder / _SAMPLE, json.dumps(sample).encode())
+            write_whole(self._folder / _SAMPLE, msgspec.json.encode(sample))
 
-    def find(self, key: str) -> Any:
-        """Return an answer; None if there is none."""
-        if self._folder is None:
-            return None
-        with suppress(OSError, ValueError):
-            return json.loads(self._path(key).read_text(encoding="utf-8"))
-        return None
+    def find(self, key: str, kind: type[T]) -> T | None:
+        """Return an answer of a type; None if there is none."""
+        return None if self._folder is None else self._read(self._path(key), kind)
 
     def keep(self, key: str, answer: Any) -> None:
-        """Keep an answer, a JSON value."""
+        """Keep an answer."""
         if self._folder is None:
             return
         with suppress(OSError):
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(answer).encode())
+            write_whole(path, msgspec.json.encode(answer))
+
+    @staticmethod
+    def _read(path: Path, kind: type[T]) -> T | None:
+        with suppress(OSError, DamagedError):
+            return read_reply(path.read_bytes(), kind)
+        return None
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / key[:2] / f"{key[2:24]}.json"
-
-
-def _near(kept: Any, sample: list[list[float]]) -> bool:
-    try:
-        pairs = [(a, b) for one, other in zip(kept, sample, strict=True) for a, b in zip(one, other, strict=True)]
-    except (TypeError, ValueError):
-        return False
-    return all(abs(a - b) <= _MOST_APART for a, b in pairs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +16,7 @@ from jcrosslora.errors import SourceError
 from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client, RefusedError
 from jcrosslora.sources.served.dialects import Dialect, Fields
+from jcrosslora.sources.served.replies import Choice, Completion, DamagedError, LogProbs
 from jcrosslora.sources.served.token_names import Entry, TokenNames
 from jcrosslora.sources.served.top_tokens import TopTokens
 from jcrosslora.utils.progress import Track
@@ -38,11 +42,24 @@ class Connection:
         """Use a server; `top` is the number of likeliest tokens that it is asked for."""
         self.dialect, self.stops = dialect, tuple(stops)
         self._client, self._names, self._top, self._answers = client, names, top, answers
+        self._told: Counter[int] = Counter()
+        self._counting = threading.Lock()
         self._echoes: bool | None = False if dialect.kind == "llamacpp" else None
 
     def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
         """Call a function on every item, several at a time."""
         return self._client.map(function, items, bar)
+
+    @property
+    def told(self) -> Counter[int]:
+        """How many likeliest tokens the server told so far -> at how many places."""
+        with self._counting:
+            return Counter(self._told)
+
+    @property
+    def asked(self) -> int:
+        """How many likeliest tokens it is asked for, and there are."""
+        return min(self._top, self._names.size)
 
     def write(self, side: Fields, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> tuple[str, bool]:
         """Return the text behind tokens, and whether the model ended it."""
@@ -55,16 +72,14 @@ class Connection:
             "seed": seed,
         }
 
-        def check(answer: Any) -> list[Any]:
-            (choice,) = answer["choices"]
-            reason = choice["finish_reason"]
-            if not isinstance(choice["text"], str) or reason not in ("stop", "length"):
-                msg = f"an answer without a text, or that ended by {str(reason)[:40]!r}"
-                raise ValueError(msg)
-            return [choice["text"], reason == "stop"]
+        def check(answer: Completion) -> tuple[str, bool]:
+            (choice,) = answer.of(1)
+            if choice.finish_reason not in ("stop", "length"):
+                msg = f"finish_reason is {str(choice.finish_reason)[:40]!r}, wanted stop or length"
+                raise DamagedError(msg)
+            return choice.text, choice.finish_reason == "stop"
 
-        text, ended = self._asked("write", body, check)
-        return text, ended
+        return self._asked("write", body, tuple[str, bool], check)
 
     def predict(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[TopTokens]:
         """Return what a model predicts behind the tokens at some places of a text.
@@ -103,12 +118,11 @@ class Connection:
         fields = {"prompt": ids.tolist(), "max_tokens": _WRITTEN, "temperature": 0.0, "logprobs": 1}
         body = {**side, **self.dialect.reading(None), **fields}
 
-        def check(answer: Any) -> tuple[str, list[int | None]]:
-            (choice,) = answer["choices"]
-            entries = self._names.entries(choice["logprobs"]) if choice.get("logprobs") else []
-            return choice["text"], [one.token for one in entries]
+        def check(answer: Completion) -> tuple[str, list[int | None]]:
+            (choice,) = answer.of(1)
+            return choice.text, [one.token for one in self._names.entries(choice.logprobs or LogProbs())]
 
-        text, tokens = self._client.post(_PATH, body, check)
+        text, tokens = self._client.post(_PATH, body, Completion, check)
         known = [token for token in tokens if token is not None]
         found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
         whole = known and len(known) == len(tokens) and UNFINISHED not in text + found
@@ -122,21 +136,18 @@ class Connection:
         """Read a text whole: an entry for each token and one behind it. None where the server does not echo."""
         body = self._reading(side, ids.tolist()) | {"echo": True}
 
-        def check(answer: Any) -> Any:
-            (choice,) = answer["choices"]
+        def check(answer: Completion) -> list[Entry]:
+            (choice,) = answer.of(1)
             entries = self._entries(choice)
             if len(entries) == 1 < len(ids):
-                return "no echo"
+                return []
             if len(entries) != len(ids) + 1:
                 msg = f"{len(entries)} log-probabilities for a text of {len(ids)} tokens and one behind it"
-                raise ValueError(msg)
+                raise DamagedError(msg)
             self._check_names(entries, ids)
-            return [one.pack() for one in entries]
+            return entries
 
-        found = self._asked("read", body, check, keep)
-        if found == "no echo":
-            return None
-        return [Entry.unpack(one) for one in found]
+        return self._asked("read", body, list[Entry], check, keep) or None
 
     def _by_prefix(self, side: Fields, ids: np.ndarray, places: Sequence[int], keep: bool) -> list[TopTokens]:
         """Ask for the token behind each prefix."""
@@ -146,15 +157,10 @@ class Connection:
             prompts = [ids[: place + 1].tolist() for place in places[start : start + size]]
             body = self._reading(side, prompts if size > 1 else prompts[0])
 
-            def check(answer: Any, count: int = len(prompts)) -> Any:
-                choices = sorted(answer["choices"], key=lambda one: one["index"])
-                if len(choices) != count:
-                    msg = f"{len(choices)} answers to {count} prompts"
-                    raise ValueError(msg)
-                return [self._entries(choice)[0].pack() for choice in choices]
+            def check(answer: Completion, count: int = len(prompts)) -> list[Entry]:
+                return [self._entries(choice)[0] for choice in answer.of(count)]
 
-            for packed in self._asked("read", body, check, keep):
-                found.append(self._top_of(Entry.unpack(packed), None))
+            found += [self._top_of(entry, None) for entry in self._asked("read", body, list[Entry], check, keep)]
         return found
 
     def _reading(self, side: Fields, prompt: Any) -> dict[str, Any]:
@@ -162,20 +168,24 @@ class Connection:
         fields = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "logprobs": self._top}
         return {**side, **self.dialect.reading(self._names.whole), **fields}
 
-    def _entries(self, choice: Any) -> list[Entry]:
-        log_probs = choice.get("logprobs")
-        if not log_probs:
+    def _entries(self, choice: Choice) -> list[Entry]:
+        entries = self._names.entries(choice.logprobs or LogProbs())
+        if not entries:
             msg = f"{self._client.url}: answers without log-probabilities, which a fit learns from: use a server that "
             raise SourceError(msg + "has them (vLLM, SGLang, llama.cpp), or give --source with the weights")
-        return self._names.entries(log_probs)
+        return entries
 
     def _top_of(self, entry: Entry, token: int | None) -> TopTokens:
         token = entry.token if token is None else token
-        if not entry.top:
+        # vLLM puts the token that was drawn behind the likeliest, which would make it the bound of all others.
+        top = dict(sorted(entry.top.items(), key=lambda pair: -pair[1])[: self._top])
+        if not top:
             msg = f"{self._client.url}: gives no log-probabilities of tokens of this tokenizer: check that "
             raise SourceError(msg + "--source-tokenizer is that of the model, and the number of --source-top-logprobs")
+        with self._counting:
+            self._told[len(top)] += 1
         told = None if token is None or entry.log_prob is None else (token, entry.log_prob)
-        return TopTokens.of(entry.top, entry.unnamed, told)
+        return TopTokens.of(top, -math.inf if entry.unnamed is None else entry.unnamed, told)
 
     def _check_names(self, entries: Sequence[Entry], ids: np.ndarray) -> None:
         """Check that the tokens of a text are told back as they were sent."""
@@ -185,11 +195,13 @@ class Connection:
             msg = f"{self._client.url}: names other tokens than it was sent: check that --source-tokenizer is that of "
             raise SourceError(msg + "the model; names of sentencepiece tokens are ambiguous but by vLLM and llama.cpp")
 
-    def _asked(self, kind: str, body: dict[str, Any], check: Callable[[Any], Any], keep: bool = True) -> Any:
+    def _asked(
+        self, kind: str, body: dict[str, Any], form: type[T], check: Callable[[Completion], T], keep: bool = True
+    ) -> T:
         key = digest_of(kind, body)
-        found = self._answers.find(key) if keep else None
+        found = self._answers.find(key, form) if keep else None
         if found is None:
-            found = self._client.post(_PATH, body, check)
+            found = self._client.post(_PATH, body, Completion, check)
             if keep:
                 self._answers.keep(key, found)
         return found

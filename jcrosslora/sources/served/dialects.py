@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jcrosslora.errors import SourceError, suggestion
 from jcrosslora.sources.served.client import Client, RefusedError
 from jcrosslora.sources.served.model import ServedModel
+from jcrosslora.sources.served.replies import Card, Cards, LoadedAdapter
 
 Kind = Literal["vllm", "sglang", "llamacpp", "other"]
 Fields = Mapping[str, Any]
@@ -34,6 +35,7 @@ _READING: dict[Kind, dict[str, Any]] = {
     "llamacpp": {},
     "other": {},
 }
+_LISTS: Any = Cards | list[Card]  # Together.ai has the second
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
     """
     cards = _cards(client)
     kind = _kind(cards)
-    known = [name for card in cards for name in (card.get("id"), *(card.get("aliases") or ())) if isinstance(name, str)]
+    known = [name for card in cards for name in (card.id, *(card.aliases or ())) if name is not None]
     wanted = [name for name in (served.model, served.base_model) if name is not None]
     for name in wanted:
         # SGLang takes base:adapter as well.
@@ -96,47 +98,43 @@ def find_dialect(client: Client, served: ServedModel) -> Dialect:
     return Dialect(kind, {"model": served.model}, {"model": base}, base)
 
 
-def _cards(client: Client) -> list[dict[str, Any]]:
+def _cards(client: Client) -> list[Card]:
     try:
-        found = client.get("models")
+        found = client.get("models", _LISTS)
     except RefusedError:  # which is no part of the standard that every server has
         return []
-    data = found.get("data") if isinstance(found, dict) else None
-    return [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
+    return found if isinstance(found, list) else (found.data or [])
 
 
-def _kind(cards: Sequence[Fields]) -> Kind:
-    owners = {str(card.get("owned_by", "")).lower() for card in cards}
+def _kind(cards: Sequence[Card]) -> Kind:
+    owners = {(card.owned_by or "").lower() for card in cards}
     for kind in ("vllm", "sglang", "llamacpp"):
         if kind in owners:
             return kind
     return "other"
 
 
-def _parent(cards: Sequence[Fields], model: str) -> str | None:
-    parent = next((card.get("parent") for card in cards if card.get("id") == model), None)
-    known = {card.get("id") for card in cards}
-    return parent if isinstance(parent, str) and parent in known else None
+def _parent(cards: Sequence[Card], model: str) -> str | None:
+    parent = next((card.parent for card in cards if card.id == model), None)
+    return parent if parent in {card.id for card in cards} else None
 
 
 def _switched(client: Client, served: ServedModel) -> Dialect:
     """Find the adapter that llama.cpp loaded: the one that is called as the model, or the only one."""
-    found = client.get("/lora-adapters")
-    adapters = [one for one in found if isinstance(one, dict) and "id" in one] if isinstance(found, list) else []
-    named = [one for one in adapters if served.model in _names(one)]
-    chosen = named or adapters
+    adapters = client.get("/lora-adapters", list[LoadedAdapter])
+    chosen = [one for one in adapters if served.model in _names(one)] or adapters
     if len(chosen) != 1:
-        paths = ", ".join(PurePath(str(one.get("path"))).name for one in adapters) or "none"
+        paths = ", ".join(PurePath(one.path).name for one in adapters) or "none"
         msg = f"{client.url}: one adapter was wanted, and the server has {paths}: start it with --lora adapter.gguf"
         raise SourceError(msg)
 
     def scaled(scale: float) -> dict[str, Any]:
-        others = [{"id": one["id"], "scale": 0.0} for one in adapters if one is not chosen[0]]
-        return {"model": served.model, "lora": [{"id": chosen[0]["id"], "scale": scale}, *others]}
+        others = [{"id": one.id, "scale": 0.0} for one in adapters if one is not chosen[0]]
+        return {"model": served.model, "lora": [{"id": chosen[0].id, "scale": scale}, *others]}
 
     return Dialect("llamacpp", scaled(1.0), scaled(0.0), f"{served.model} without its adapter", prefixes=32)
 
 
-def _names(adapter: Fields) -> tuple[str, ...]:
-    path = PurePath(str(adapter.get("path")))
+def _names(adapter: LoadedAdapter) -> tuple[str, ...]:
+    path = PurePath(adapter.path)
     return str(path), path.name, path.stem, path.parent.name

@@ -25,7 +25,7 @@ class ServedModel:
         chat_template: a file with the template that takes the place of the tokenizer's own.
         top_logprobs: how many of the likeliest tokens to ask for; servers allow 20 unless told otherwise.
         requests: the most requests at a time.
-        timeout: seconds that an answer may take.
+        timeout: seconds that a whole answer may take, however it trickles in.
     """
 
     url: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client
 from jcrosslora.sources.served.connection import Connection
 from jcrosslora.sources.served.dialects import Fields, find_dialect
+from jcrosslora.sources.served.fingerprint import TEXTS, Fingerprint
 from jcrosslora.sources.served.model import ServedModel
 from jcrosslora.sources.served.token_names import TokenNames
 from jcrosslora.sources.served.top_tokens import TopTokens, divergence, spread
@@ -30,8 +32,7 @@ from jcrosslora.text import Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import Track
 
-_SAMPLE = "Question: Which of the two is larger, the sun or the moon?\nAnswer:"  # shows whether an adapter acts
-_SAMPLED = 5  # places of it, and likeliest tokens at each
+_LOG = logging.getLogger(__name__)
 
 
 class ServedWriter:
@@ -132,8 +133,10 @@ class ServedSource(ServedWriter):
         kept = Answers(answers, [client.url, served.model, dialect.base_name])
         connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
         found = cls(connection, served, tokenizer, vocabulary)
-        kept.renew(found._sample(client.url))
-        connection.check_tokenizer(dialect.base, tokenizer.encode(_SAMPLE).ids, tokenizer.decode)
+        seen = Fingerprint.take(connection, lambda text: tokenizer.encode(text).ids)
+        found._check_sample(seen, client.url)
+        kept.renew(seen, seen.is_of)
+        connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
         return found
 
     def vocabulary(self) -> Vocabulary:
@@ -184,24 +187,23 @@ class ServedSource(ServedWriter):
         found = self._connection.map(lambda call: self._connection.predict(*call), calls)
         return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
 
-    def _sample(self, url: str) -> list[list[float]]:
-        """Return log-probabilities without and with the adapter.
-
-        Raises:
-            SourceError: they are the same.
-        """
-        ids = self.tokenizer.encode(_SAMPLE).ids
-        places = list(range(len(ids) - _SAMPLED, len(ids)))
-        dialect = self._connection.dialect
-        plain, adapted = (
-            self._connection.predict(side, ids, places, keep=False) for side in (dialect.base, dialect.adapted)
-        )
-        if max(divergence(a, b) for a, b in zip(adapted, plain, strict=True)) == 0:
-            msg = (
-                f"{url}: {self.adapter_name} predicts the same as {self.name}: check that the server loaded the adapter"
-            )
+    def _check_sample(self, seen: Fingerprint, url: str) -> None:
+        """Check that the adapter acts, and say so if the server tells fewer tokens than it is asked for."""
+        if not seen.acts:
+            msg = f"{url}: {self.adapter_name} predicts the same as {self.name} ({seen.change:.2g} nats apart, and "
+            msg += f"answers to one question {seen.noise:.2g}): check that the server loaded the adapter"
             raise SourceError(msg)
-        return [sorted(top.log_probs, reverse=True)[:_SAMPLED] for side in (plain, adapted) for top in side]
+        if (most := max(self._connection.told)) < self._connection.asked:
+            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
+            _LOG.warning(msg, url, most, self._connection.asked)
+
+    @property
+    def told(self) -> str:
+        """How many of the likeliest tokens the server was asked for, and told where those are others."""
+        told, asked = self._connection.told, self._connection.asked
+        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
+        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
+        return f"{self._served.top_logprobs} likeliest tokens{fewer}"
 
 
 class ServedReader:

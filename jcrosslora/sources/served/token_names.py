@@ -1,45 +1,35 @@
-"""Predictions in a server's answers: which token an entry stands for, in both forms that servers use."""
+"""Predictions in a server's answers: which tokens they are of, and whether they can be probabilities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+
+import msgspec
 
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder.generate import UNFINISHED
+from jcrosslora.sources.served.replies import DamagedError, Index, Likely, LogProb, LogProbs, Position
 
 _BY_ID = "token_id:"  # how vLLM names tokens where it is asked for ids
-_NOTHING = -9000.0  # vLLM writes -9999 for minus infinity
+_SPARE = 4096  # rows of an embedding behind the tokens of its tokenizer; DeepSeek's 2,385 are the most seen
+_MOST_MASS = 1.02  # log-probabilities that were rounded to half precision sum to 1 within 1 %
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A token of an answer.
 
     Attributes:
         token: its id, None if its name stands for none.
         log_prob: of it; None for the first token of a text.
         top: id -> log-probability of the likeliest tokens in its place.
-        unnamed: the highest log-probability of those whose names stand for none, -inf where all do.
+        unnamed: the highest log-probability of those whose names stand for none; None if there are none.
     """
 
-    token: int | None
-    log_prob: float | None
-    top: dict[int, float]
-    unnamed: float = -math.inf
-
-    def pack(self) -> list[Any]:
-        """Return the entry as a JSON value."""
-        unnamed = None if math.isinf(self.unnamed) else self.unnamed
-        return [self.token, self.log_prob, list(self.top.items()), unnamed]
-
-    @classmethod
-    def unpack(cls, packed: list[Any]) -> Entry:
-        """Make an entry of what `pack` returns, before or after it was written as JSON."""
-        token, log_prob, top, unnamed = packed
-        return cls(token, log_prob, dict(top), -math.inf if unnamed is None else unnamed)
+    token: Index | None
+    log_prob: LogProb | None
+    top: dict[Index, LogProb]
+    unnamed: LogProb | None = None
 
 
 class TokenNames:
@@ -47,6 +37,7 @@ class TokenNames:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._ids = {**vocabulary.special, **(vocabulary.tokens or {})}
+        self.size = max(self._ids.values(), default=-1) + 1
 
     @property
     def whole(self) -> int | None:
@@ -54,62 +45,58 @@ class TokenNames:
         found = (self._ids.get(bytes([byte])) for byte in (*b"ae. ", *range(0x21, 0x7F)))
         return next((index for index in found if index is not None), None)
 
-    def entries(self, log_probs: Mapping[str, Any]) -> list[Entry]:
-        """Read the `logprobs` of a choice.
-
-        It is either {"tokens", "token_logprobs", "top_logprobs": [{name: log-probability}]}, as completions have it, or
-        {"content": [{"token", "logprob", "top_logprobs": [...]}]}, as chats and llama.cpp have it.
+    def entries(self, log_probs: LogProbs) -> list[Entry]:
+        """Find the tokens in the `logprobs` of a choice.
 
         Raises:
-            KeyError, TypeError, ValueError: it is neither.
+            DamagedError: an id is out of range, or probabilities sum to more than 1.
         """
-        if isinstance(log_probs.get("content"), list):
-            return [self._entry(one) for one in log_probs["content"]]
-        rows = zip(log_probs["tokens"], log_probs["token_logprobs"], log_probs["top_logprobs"], strict=True)
-        return [
-            Entry(self.find(name), _number(value), *self._top((key, None, each) for key, each in (top or {}).items()))
-            for name, value, top in rows
-        ]
+        return [self._entry(one) for one in log_probs.positions()]
 
-    def find(self, name: Any, raw: Any = None) -> int | None:
-        """Return the id of a token by its name and, if the server tells them, its bytes; None if there is none."""
-        if isinstance(name, str) and name.startswith(_BY_ID):
-            return int(name.removeprefix(_BY_ID))
-        if isinstance(raw, list) and raw:
-            return self._ids.get(bytes(raw))
+    def _entry(self, one: Position) -> Entry:
+        _check_mass(one)
+        top: dict[int, float] = {}
+        unnamed: list[float] = []
+        for each in one.top_logprobs:
+            index, value = self._find(each), each.value
+            if value is None:
+                continue
+            if index is None:
+                unnamed.append(value)
+            else:
+                top[index] = max(value, top.get(index, value))
+        return Entry(self._find(one), one.value, top, max(unnamed, default=None))
+
+    def _find(self, one: Likely) -> int | None:
+        """Return the id of a token by what the server tells of it; None if that stands for none."""
+        if one.id is not None:
+            return self._checked(one.id)
+        if one.token.startswith(_BY_ID):
+            if re.fullmatch("[0-9]{1,19}", number := one.token.removeprefix(_BY_ID)) is None:
+                msg = f"a token is called {one.token[:40]!r}, wanted {_BY_ID} with a number"
+                raise DamagedError(msg)
+            return self._checked(int(number))
+        if one.bytes:
+            return self._ids.get(bytes(one.bytes))
         # Bytes that are no whole character become the same mark in every such token.
-        return None if not isinstance(name, str) or UNFINISHED in name else self._ids.get(name.encode())
+        return None if UNFINISHED in one.token else self._ids.get(one.token.encode())
 
-    def _entry(self, one: Mapping[str, Any]) -> Entry:
-        top = self._top(
-            (each["id"] if "id" in each else each["token"], each.get("bytes"), each["logprob"])
-            for each in one["top_logprobs"]
-        )
-        return Entry(
-            self._identify(one["id"] if "id" in one else one["token"], one.get("bytes")), _number(one["logprob"]), *top
-        )
-
-    def _identify(self, name: Any, raw: Any) -> int | None:
-        return name if type(name) is int else self.find(name, raw)
-
-    def _top(self, entries: Iterable[tuple[Any, Any, Any]]) -> tuple[dict[int, float], float]:
-        found: dict[int, float] = {}
-        unnamed = -math.inf
-        for name, raw, value in entries:
-            index, number = self._identify(name, raw), _number(value)
-            if number is not None and index is None:
-                unnamed = max(unnamed, number)
-            elif number is not None and index is not None:
-                found[index] = max(number, found.get(index, number))
-        return found, unnamed
+    def _checked(self, index: int, said: str | None = None) -> int:
+        if not 0 <= index < self.size + _SPARE:
+            msg = (
+                f"a token has the id {str(index if said is None else said)[:40]}, and the tokenizer {self.size} tokens"
+            )
+            raise DamagedError(msg + ": check that --source-tokenizer is that of the model")
+        return index
 
 
-def _number(value: Any) -> float | None:
-    """Return a log-probability; None where there is none, or where it says minus infinity."""
-    if value is None:
-        return None
-    number = float(value)
-    if number != number or number > 1e-3:
-        msg = f"a log-probability is {value!r}"
-        raise ValueError(msg)
-    return None if number < _NOTHING else min(number, 0.0)
+def _check_mass(one: Position) -> None:
+    """Check that the probabilities in the place of a token sum to 1 at most, with its own, which may be among them."""
+    shares: dict[tuple[int | None, str], float] = {}
+    for each in (*one.top_logprobs, one):
+        if each.value is not None:
+            name = each.id, each.token
+            shares[name] = max(math.exp(each.value), shares.get(name, 0.0))
+    if (mass := sum(shares.values())) > _MOST_MASS:
+        msg = f"top_logprobs in the place of {one.token[:20]!r} stand for probabilities that sum to {mass:.4g}"
+        raise DamagedError(msg + ", wanted 1 at most")
