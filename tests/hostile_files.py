@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from random import Random
 from struct import calcsize, pack
+from typing import Any
+from urllib.request import Request
 
 import numpy as np
 from adapter_folders import Q, V, adapter_of, base_of, matrix, write_folder
@@ -30,7 +32,15 @@ from jcrosslora.adapter.token_files import token_tensors
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
+from jcrosslora.sources.served.answers import Answers
+from jcrosslora.sources.served.client import Client
+from jcrosslora.sources.served.connection import Connection
+from jcrosslora.sources.served.dialects import find_dialect
+from jcrosslora.sources.served.model import ServedModel
+from jcrosslora.sources.served.token_names import TokenNames
+from jcrosslora.sources.served.top_tokens import divergence
 
 Files = Mapping[str, bytes]
 INDEX = "model.safetensors.index.json"
@@ -211,6 +221,66 @@ def damaged_gguf_adapter(rng: Random) -> Files:
     }
 
 
+@cache
+def replies() -> tuple[Files, ...]:
+    """Make answers of vLLM, of SGLang and of llama.cpp: their models, and three tokens with one behind them."""
+    texts, values = ("a", "b", "ab", "c"), (-0.4, -1.5, -3.0, -9999.0)
+    found = []
+    for kind in ("vllm", "sglang", "llamacpp"):
+        cards = [{"id": "base", "owned_by": kind}, {"id": "lora", "owned_by": kind, "parent": "base", "aliases": ["x"]}]
+        files: dict[str, Any] = {"models": {"object": "list", "data": cards}}
+        if kind == "llamacpp":
+            files["lora-adapters"] = [{"id": 0, "path": "/x/lora.gguf", "scale": 1.0}, {"id": 1, "path": "other.gguf"}]
+            tops = [
+                {"id": n, "token": text, "bytes": [97], "logprob": value}
+                for n, (text, value) in enumerate(zip(texts, values, strict=True))
+            ]
+            text, told = "b", {"content": [{**tops[1], "top_logprobs": tops}]}
+        else:
+            names = [f"token_id:{n}" for n in range(4)] if kind == "vllm" else texts
+            likely = dict(zip(names, values, strict=True))
+            text, told = "abca", {"tokens": [*names[:3], names[0]], "token_logprobs": [None, -1.5, -3.0, -0.4]}
+            told["top_logprobs"] = [None, likely, likely, likely]
+        choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": told}
+        files["completions"] = {"id": "x", "choices": [choice], "usage": {"total_tokens": 4}}
+        found.append({f"{name}.json": json.dumps(value).encode() for name, value in files.items()})
+    return tuple(found)
+
+
+def damaged_reply(rng: Random) -> Files:
+    """Damage one of a server's answers, mostly the completion."""
+    files = rng.choice(replies())
+    name = "completions.json" if rng.random() < 0.8 else rng.choice(sorted(files))
+    return {**files, name: mutated_json(rng, json.loads(files[name]))}
+
+
+class Stored:
+    """Stands for a connection to a server: its answers are files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fetch(self, request: Request) -> bytes:
+        return (self.folder / f"{request.full_url.rpartition('/')[2]}.json").read_bytes()
+
+
+def read_replies(folder: Path) -> None:
+    """Ask for the models, read a text of three tokens, write behind it, and check the tokenizer."""
+    served = ServedModel("http://host/v1", "lora", folder)
+    client = Client(served, wait=lambda seconds: None)
+    client._transport = Stored(folder)
+    dialect = find_dialect(client, served)
+    names = TokenNames(Vocabulary({b"a": 0, b"b": 1, b"ab": 2, b"c": 3}))
+    connection = Connection(client, dialect, names, (1,), 3, Answers(None, None))
+    ids = np.arange(3, dtype=np.int32)
+    tops = connection.predict(dialect.adapted, ids, [0, 1, 2] if dialect.kind != "llamacpp" else [2])
+    for top in tops:
+        assert top.ids.dtype == np.int32
+        assert np.isfinite([divergence(top, tops[0]), divergence(tops[0], top), top.rest, top.log_prob(1)]).all()
+    connection.write(dialect.base, ids, 2, 0.0, 0)
+    connection.check_tokenizer(dialect.base, ids, lambda tokens: "".join("abc"[token % 3] for token in tokens))
+
+
 def with_json(name: str, files: Callable[[], Files]) -> Callable[[Random], Files]:
     """Damage the JSON file `name`."""
     return lambda rng: {**files(), name: mutated_json(rng, json.loads(files()[name]))}
@@ -319,4 +389,5 @@ READERS: Mapping[str, Reader] = {
     "MLX adapter": Reader(damaged_mlx, read_adapter),
     "GGUF adapter": Reader(damaged_gguf_adapter, read_adapter),
     "adapter of embedding and head": Reader(damaged_tokens, read_tokens),
+    "answers of servers": Reader(damaged_reply, read_replies),
 }

@@ -75,7 +75,7 @@ class Connection:
         def check(answer: Completion) -> tuple[str, bool]:
             (choice,) = answer.of(1)
             if choice.finish_reason not in ("stop", "length"):
-                msg = f"finish_reason is {str(choice.finish_reason)[:40]!r}, wanted stop or length"
+                msg = f"finish_reason is {choice.finish_reason!r:.40}, wanted stop or length"
                 raise DamagedError(msg)
             return choice.text, choice.finish_reason == "stop"
 
