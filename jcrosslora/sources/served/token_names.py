@@ -81,12 +81,10 @@ class TokenNames:
         # Bytes that are no whole character become the same mark in every such token.
         return None if UNFINISHED in one.token else self._ids.get(one.token.encode())
 
-    def _checked(self, index: int, said: str | None = None) -> int:
-        if not 0 <= index < self.size + _SPARE:
-            msg = (
-                f"a token has the id {str(index if said is None else said)[:40]}, and the tokenizer {self.size} tokens"
-            )
-            raise DamagedError(msg + ": check that --source-tokenizer is that of the model")
+    def _checked(self, index: int) -> int:
+        if index >= self.size + _SPARE:
+            msg = f"a token has the id {index}, and the tokenizer {self.size} tokens: check that --source-tokenizer is "
+            raise DamagedError(msg + "that of the model")
         return index
 
 
