@@ -26,12 +26,10 @@ def test_padding_on_either_side_does_not_change_logits(pair, side):
     mask = mask if side == "left" else mask[:, ::-1]
     padded = np.where(mask, tokens, 0).astype(np.int32)
     found = run(settings, params, padded, mask)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    theirs = torch_logits(
-        model, padded, attention_mask=torch.from_numpy(mask.astype(np.int64)), position_ids=torch.from_numpy(positions)
-    )
     assert np.all(np.isfinite(found))
-    np.testing.assert_allclose(np.asarray(found)[mask], theirs[mask], **TOLERANCE)
+    for row, seen in enumerate(mask):  # one by one: in a batch of transformers, the longest text switches longrope
+        theirs = torch_logits(model, tokens[row][seen][None])
+        np.testing.assert_allclose(np.asarray(found)[row][seen], theirs[0], **TOLERANCE)
 
 
 def test_unmerged_adapter_matches_the_merged_model(pair):

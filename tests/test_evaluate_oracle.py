@@ -147,12 +147,13 @@ def test_a_text_beyond_the_original_positions_uses_long_rotations_throughout(tmp
     write_tokenizer(tmp_path, KINDS["byte-level"]())
     long = Question("a", ("zebra quagga giraffe okapi ox", "okapi quagga zebra giraffe ox"), 0)
     beside = Question("a", ("zebra quagga giraffe", "quagga zebra giraffe"), 0)
-    questions = [long, beside, Question("a", ("x", "y"), 0)]
+    mixed = Question("a", ("zebra quagga giraffe okapi ox", "zebra quagga"), 0)
+    questions = [long, beside, Question("a", ("x", "y"), 0), mixed]
     base = open_base(tmp_path)
     tokens = load_tokenizer(base)
     sizes = [[len(tokens.encode(f"{one.prompt} {choice}").ids) for choice in one.choices] for one in questions]
     assert len(tokens.encode(long.prompt).ids) < 32 < min(sizes[0])
-    assert max(sizes[1] + sizes[2]) < 32
+    assert max(sizes[1] + sizes[2] + sizes[3][1:]) < 32 < sizes[3][0]
     assert len(list(batches([tokenize(tokens, one) for one in questions], 4096))) == 2
     found = score(base, questions)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)

@@ -89,8 +89,7 @@ def rotations(ropes: tuple[Rope, ...], positions: jax.Array, lengths: jax.Array 
     Args:
         ropes: the different rotary settings of a model.
         positions: int32 (B, T).
-        lengths: int32 (B,), tokens of the whole text of each sequence, if the positions are only a part of it; None
-            takes the longest of the batch for all.
+        lengths: int32 (B,), tokens of the whole text of each sequence; None if the positions reach its end.
     """
     return tuple(_rotation(rope, positions, lengths) for rope in ropes)
 
@@ -99,9 +98,10 @@ def _rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None) -> ja
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
         assert rope.switch is not None
-        # Without lengths, the longest sequence decides for the whole batch, as in transformers.
-        reach = jnp.max(positions) + 1 if lengths is None else lengths[:, None, None]
-        frequencies = jnp.where(reach > rope.switch, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
+        # Each sequence by itself. In a batch of transformers, the longest decides for all.
+        reach = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
+        long = reach[:, None, None] > rope.switch
+        frequencies = jnp.where(long, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * rope.amplitude
 

@@ -224,8 +224,8 @@ def extend_behind(
         (B, T, H) hidden states of the texts after the final norm, and the cache of B sequences with both.
     """
     before, own = (jnp.sum(mask, axis=-1, dtype=jnp.int32) for _, mask in (beginnings, texts))
-    # The rotations of some bases depend on the length of a text: a beginning and its texts use that of the longest.
-    whole = before + jnp.zeros_like(before).at[owners].max(own)
-    _, cache = extend_cache(settings, params, cache, beginnings[0], positions_of(*beginnings), adapter, whole)
+    # The rotations of some bases depend on the length of a text: a beginning goes by its longest text.
+    longest = before + jnp.zeros_like(before).at[owners].max(own)
+    _, cache = extend_cache(settings, params, cache, beginnings[0], positions_of(*beginnings), adapter, longest)
     cache, places = of_sequences(cache, owners), _positions_behind(*texts, before[owners])
-    return extend_cache(settings, params, cache, texts[0], places, adapter, whole[owners])
+    return extend_cache(settings, params, cache, texts[0], places, adapter, before[owners] + own)

@@ -192,7 +192,7 @@ class Generator:
         """Whether prompts can be read behind a common beginning that was read once.
 
         A recurrent state would take up the padding between the two. A rotation that the length of a text switches would
-        go by all prompts of a beginning in front of what is written, and by the whole batch behind it.
+        go by the longest prompt of a beginning.
         """
         return self.settings.mixer is None and all(rope.long_frequencies is None for rope in self.settings.ropes)
 

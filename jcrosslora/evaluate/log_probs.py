@@ -34,6 +34,11 @@ class Models:
     adapters: StackedAdapter
     count: int
 
+    def batches(self, items: Sequence[Tokens], positions: int) -> Iterator[Batch]:
+        """Batch questions as `question_batches.batches` does; choices that are rotated apart share no tokens."""
+        switches = [rope.switch for rope in self.settings.ropes if rope.switch is not None]
+        return batches([one.unshared() if any(map(one.straddles, switches)) else one for one in items], positions)
+
 
 @dataclass(frozen=True, eq=False)
 class TokenStates:
@@ -83,7 +88,7 @@ def log_prob_sums(
     """
     # A row of log-probabilities for each model, and a last row of ones, which counts the tokens.
     sums = np.zeros((models.count + 1, len(items), max(len(one.tails) for one in items)))
-    parts = batches(items, max(1, batch_tokens // models.count))
+    parts = models.batches(items, max(1, batch_tokens // models.count))
     with track(len(items), "score", unit, show=progress) as bar:
         for places, values in _token_log_probs(models, parts, bar):
             for one, found in zip(sums, [*values, np.ones(len(places))], strict=True):

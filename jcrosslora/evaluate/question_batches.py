@@ -26,6 +26,15 @@ class Tokens:
     tails: tuple[np.ndarray, ...]
     scored: tuple[int, ...]
 
+    def straddles(self, length: int) -> bool:
+        """Tell whether the text of one choice is longer than a length, and that of another is not."""
+        return len({len(self.prefix) + len(tail) > length for tail in self.tails}) > 1
+
+    def unshared(self) -> "Tokens":
+        """Return the same with all tokens of each choice in its tail."""
+        tails = tuple(np.concatenate([self.prefix, tail]) for tail in self.tails)
+        return Tokens(self.prefix[:0], tails, tuple(first + len(self.prefix) for first in self.scored))
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

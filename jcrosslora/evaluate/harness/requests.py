@@ -14,7 +14,7 @@ from jcrosslora.decoder import DecoderSettings, Generator, Params, logits
 from jcrosslora.errors import not_finite
 from jcrosslora.evaluate.harness.options import Options
 from jcrosslora.evaluate.log_probs import Models, token_states
-from jcrosslora.evaluate.question_batches import Tokens, batches
+from jcrosslora.evaluate.question_batches import Tokens
 from jcrosslora.utils.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -36,7 +36,7 @@ def judge(models: Models, pairs: Sequence[Pair], batch_tokens: int, *, progress:
     groups = _grouped(pairs, batch_tokens)
     sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
     with track(len(pairs), "score", "continuations", show=progress) as bar:
-        for part in batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
+        for part in models.batches([_tokens(pairs, group) for group in groups], batch_tokens) if groups else ():
             states = token_states(models, part)
             found, likeliest = _judged(models, states.hidden[0], states.wanted)
             owners = np.array([groups[item][choice] for item, choice in states.places])
