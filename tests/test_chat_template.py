@@ -1,5 +1,6 @@
 """Chat templates, against `apply_chat_template` of transformers; and where the tokens of a conversation end."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -71,6 +72,63 @@ def test_text_and_tokens_are_those_of_transformers(tmp_path, kind, template, tal
         assert found.text == text
         assert [text[first:last] for first, last in found.spans] == [one.content for one in TALKS[talk]]
     np.testing.assert_array_equal(prompt_ids(tokenizer, TALKS[talk]), own(text, add_special_tokens=False)["input_ids"])
+
+
+# What templates of published models use beside loops and conditions.
+LANGUAGE = (
+    "{%- macro turn(role) -%}\n<|{{ role }}|>{{ caller() }}\n{%- endmacro -%}\n"
+    "{% set ns = namespace(n=0, last='') %}\n"
+    "  {% for m in messages if m.role != 'system' %}\n"
+    "    {% if loop.index0 > 4 %}{% break %}{% endif %}\n"
+    "    {% set ns.n = ns.n * 2 + 1 %}{% set ns.last = ns.last + '=' * 2 ~ ns.n %}\n"
+    "    {% call turn(m['role']) %}{% generation %}{{ m.content }}{% endgeneration %}{% endcall %}\n"
+    "  {% endfor %}\n"
+    "{% filter upper %}{{ messages[0].role[1:] }}{% endfilter %}{% set x | replace('a', 'b') %}ab{% endset %}{{ x }}"
+    "{{ messages | length }}{{ messages | map(attribute='role') | join(', ') }}{{ ns.last }}{{ tools is none }}\n"
+    "{{ {'é<': [1, none]} | tojson }}{{ dict(a=2 ** 3).items() | list }}{{ absent }}{{ strftime_now('%Y') }}"
+    "{{ 'yes' if add_generation_prompt and 'user' in messages[-1].role else 'no' }}"
+)
+
+
+def test_the_language_of_templates_is_that_of_transformers(tmp_path):
+    tokenizer, folder = tokenizer_of(tmp_path, "byte-level", LANGUAGE)
+    for ask in (False, True):
+        assert (
+            render(tokenizer, TALKS["answered"], ask=ask).text
+            == their_text(folder, TALKS["answered"], ask, LANGUAGE)[0]
+        )
+
+
+DOUBLED = "{% set ns = namespace(s='xx') %}{% for _ in range(99) %}{% set ns.s = "
+ENDLESS = {
+    "nested loops": "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}",
+    "loops that run for nothing": "{% for _ in range(99999) %}{% for _ in range(99999) if 0 %}{% endfor %}{% endfor %}",
+    "loops over a text": "{% set x = 'x' * 99999 %}{% for _ in x %}{% for _ in x %}{% endfor %}{% endfor %}",
+    "a macro that calls itself twice": "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
+    "a large power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a product": "{{ 'x' * 9999999999 }}",
+    "a wide field": "{{ 'x' | center(9999999999) }}",
+    "a text that doubles": DOUBLED + "ns.s ~ ns.s %}{% endfor %}",
+    "a list that doubles": DOUBLED.replace("'xx'", "[1]") + "ns.s + ns.s %}{% endfor %}",
+    "much text": "{% for _ in range(9999) %}" + "x" * 9999 + "{% endfor %}",
+    "a map of ranges": "{{ ([range(99999)] * 99999) | map('list') | list }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_that_does_too_much_is_refused(tmp_path, name):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", ENDLESS[name] + CHATML)
+    with pytest.raises(UsageError, match=r"its chat template refuses .*(more work than|wanted at most).*--template"):
+        render(tokenizer, (USER,))
+    # The next one begins anew.
+    assert "star" in render(dataclasses.replace(tokenizer, chat_template=CHATML), (USER,)).text
+
+
+@pytest.mark.parametrize("attribute", ["namespace(__class__=1)", "''.__class__", "[].append(1)"])
+def test_a_template_reaches_nothing_outside(tmp_path, attribute):
+    tokenizer, _ = tokenizer_of(tmp_path, "byte-level", f"{{% set x = {attribute} %}}{{{{ x + 1 }}}}{CHATML}")
+    with pytest.raises(UsageError, match="refuses"):
+        render(tokenizer, (USER,))
 
 
 def test_a_template_in_a_file_of_its_own_is_found(tmp_path):

@@ -95,18 +95,17 @@ def _spans(text: str, contents: Sequence[str], around: Sequence[str]) -> tuple[t
 
 
 def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], contents: Sequence[str], ask: bool) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from jcrosslora.text.sandbox import run_template
 
-    conversation: list[dict[str, Any]] = [
+    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
+    names |= {"add_generation_prompt": ask, "tools": None, "documents": None}
+    names["messages"] = [
         {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
     ]
-    names: dict[str, Any] = {"bos_token": tokenizer.bos_name, "eos_token": tokenizer.eos_name}
-    template = template_of(tokenizer)
     try:
-        texts, _ = render_jinja_template([conversation], chat_template=template, add_generation_prompt=ask, **names)
+        return run_template(template_of(tokenizer), **names)
     except Exception as error:  # a template is a program of somebody else's, which may raise anything
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         roles = ", ".join(message.role for message in messages)
         msg = f"{tokenizer.ref}: its chat template refuses messages of {roles} ({cause}): give another with --template"
         raise UsageError(msg) from error
-    return texts[0]
