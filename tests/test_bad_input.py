@@ -130,6 +130,14 @@ SPOILT = {
     "config is not JSON": (lambda p: (p / "target/config.json").write_text("{"), ["config.json", "JSON"]),
     "unknown family": (lambda p: edit_json(p / "target/config.json", model_type="mamba"), ["mamba", "llama"]),
     "unknown config key": (lambda p: edit_json(p / "target/config.json", warp_factor=9), ["warp_factor"]),
+    "infinity in a configuration": (
+        lambda p: edit_json(p / "source/config.json", rope_scaling={"type": "yarn", "factor": float("inf")}),
+        ["source/config.json", "'rope_scaling.factor' is inf", "finite"],
+    ),
+    "NaN in an adapter's configuration": (
+        lambda p: edit_json(p / "adapter/adapter_config.json", rank_pattern={"q_proj": float("nan")}),
+        ["adapter_config.json", "'rank_pattern.q_proj' is nan", "finite"],
+    ),
     "quantised in a way that is not read": (
         lambda p: edit_json(p / "target/config.json", quantization_config={"quant_method": "aqlm"}),
         ["aqlm", "GPTQ"],

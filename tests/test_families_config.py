@@ -473,6 +473,14 @@ def test_an_unknown_key_without_a_value_is_harmless(empty):
     check_config(CONFIG | {"something_new": empty}, PATH)
 
 
+def test_the_steps_of_state_space_layers_may_be_unbounded():
+    config = {"model_type": "nemotron_h", "hybrid_override_pattern": "M*", **sizes(64, 96, 2, 4, 2, 32)}
+    check_config(
+        config | {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "time_step_limit": [0.0, float("inf")]},
+        PATH,
+    )
+
+
 @pytest.mark.parametrize("value", [0, 0.0, "", True, 1])
 def test_an_unknown_key_with_a_value_is_refused(value):
     with pytest.raises(CheckpointError, match="'something_new'"):

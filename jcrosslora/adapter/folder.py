@@ -14,7 +14,7 @@ from jcrosslora.adapter.read_gguf import is_gguf_adapter
 from jcrosslora.adapter.weights import check_names
 from jcrosslora.checkpoint.hub import check_revision, is_hub_id, is_on_hub
 from jcrosslora.checkpoint.hub_errors import cause_of, failures
-from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.safetensors import SafetensorsFile
 from jcrosslora.errors import AdapterError, CheckpointError
 from jcrosslora.utils.reading import read_small, read_small_text
@@ -94,12 +94,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the JSON object in an `adapter_config.json`.
 
     Raises:
-        AdapterError: the file cannot be read, is not JSON, or holds something other than an object.
+        AdapterError: the file cannot be read, is not JSON, holds something other than an object, or a number that is
+            not finite.
     """
     try:
-        return read_json_object(path)
+        config = read_json_object(path)
+        refuse_not_finite(config, path)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+    return config
 
 
 def open_weights(path: Path) -> SafetensorsFile:

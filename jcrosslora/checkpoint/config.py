@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.families import (
 )
 from jcrosslora.checkpoint.family.rules import Number
 from jcrosslora.checkpoint.family.sizes import size
-from jcrosslora.checkpoint.jsonfile import read_json_object
+from jcrosslora.checkpoint.jsonfile import read_json_object, refuse_not_finite
 from jcrosslora.checkpoint.quantised import check_quantization
 from jcrosslora.checkpoint.store import FileNames
 from jcrosslora.checkpoint.wrapped import TENSOR_PREFIXES, WRAPPERS, Wrapper, text_config
@@ -24,6 +24,7 @@ from jcrosslora.utils.texts import shortened
 
 _SIZE_LIMIT = 1 << 31
 _SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of AutoGPTQ and AutoAWQ
+_UNBOUNDED = ("time_step_limit",)  # whose end is infinite in nearly all files
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
         where: its file or the name of the base, for errors.
 
     Raises:
-        CheckpointError: unknown model type, architecture, key, or a value that changes what the weights mean.
+        CheckpointError: unknown model type, architecture or key, a number that is not finite, or a value that changes
+            what the weights mean.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in WRAPPERS:
@@ -114,6 +116,7 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> ModelConfig:
     family = FAMILIES[model_type]
     _check_architecture(family, config, where)
     _check_keys(family, config, where)
+    refuse_not_finite(config, where, but=_UNBOUNDED)
     check_quantization(config, str(where))
     return ModelConfig(family, _resolved(family, {**family.defaults, **config}, where))
 

@@ -189,7 +189,10 @@ def _resolve(rule: Callable[..., Rope], settings: Mapping[str, Any], size: int, 
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         msg = f"{ref}: {error}"
         raise CheckpointError(msg) from error
-    if not np.all(np.isfinite([*rope.frequencies, *(rope.long_frequencies or ())])):
-        msg = f"{ref}: the settings give frequencies that are not finite"
+    factors = [*rope.frequencies, *(rope.long_frequencies or ()), rope.amplitude, rope.latent_scale]
+    with np.errstate(over="ignore"):
+        finite = np.all(np.isfinite(np.asarray(factors, np.float32)))
+    if not finite:
+        msg = f"{ref}: the settings give frequencies or an amplitude that are not finite"
         raise CheckpointError(msg)
     return rope
