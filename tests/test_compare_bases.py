@@ -60,6 +60,16 @@ def after_q4(change):
     return lambda made: change(made.quantised("Q4_0"))
 
 
+def int8_rows(made):
+    """Round every row to multiples of a 127th of its largest number, as LLM.int8 does."""
+
+    def change(_, x):
+        step = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        return np.round(x / step) * step if x.ndim == 2 else x
+
+    return made.change(change)
+
+
 mixed_neurons = with_neurons(lambda layer, count: shuffled(count, 20 + layer))
 fewer_neurons = with_neurons(lambda layer, count: subset(count, 60 + layer, count // 2))
 reordered = then(mixed_neurons, with_heads(mixed_heads), with_stream(shuffled(64, 5)))
@@ -141,6 +151,16 @@ CASES = {
     "Q8_0 against Q4_0": ("llama", same, ("Q8_0", "Q4_0"), QUANTISED),
     "Q4_0, kept in float16": ("llama", lambda made: made.quantised("Q4_0"), ("F32", "F16"), QUANTISED),
     "Q5_0, kept in bfloat16": ("qwen2", lambda made: made.quantised("Q5_0"), ("F32", "BF16"), QUANTISED),
+    "Q8_0, kept in bfloat16": ("llama", lambda made: made.quantised("Q8_0"), ("BF16", "BF16"), QUANTISED),
+    "Q8_0 of float32, kept in bfloat16": ("qwen2", lambda made: made.quantised("Q8_0"), ("F32", "BF16"), QUANTISED),
+    "Q8_0, kept in float16": ("llama", lambda made: made.quantised("Q8_0"), ("F32", "F16"), QUANTISED),
+    "int8 rows, kept in bfloat16": ("gemma2", int8_rows, ("BF16", "BF16"), QUANTISED),
+    "trained, Q8_0, kept in bfloat16": (
+        "llama",
+        lambda made: noisy(0.05)(made).quantised("Q8_0"),
+        ("BF16", "BF16"),
+        (*TRAINED, *QUANTISED),
+    ),
     "Q4_0, then Q8_0": ("llama", lambda made: made.quantised("Q4_0"), ("Q4_0", "Q8_0"), QUANTISED),
     "Q4_1, then Q4_0": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "Q4_0"), QUANTISED),
     "Q4_1, then float16": ("llama", lambda made: made.quantised("Q4_1"), ("Q4_1", "F16"), ROUNDED),

@@ -5,7 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from jcrosslora.lineage.rounding import HALF_PRECISION, Rounding
+from jcrosslora.lineage.absmax import HALF_PRECISION
+from jcrosslora.lineage.rounding import Rounding
 
 Change = Literal["equal", "rounded", "low rank", "trained or rounded", "trained"]
 Side = Literal["source", "target"]

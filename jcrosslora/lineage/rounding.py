@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from jcrosslora.lineage.absmax import BLOCKS, HALF_PRECISION, MIN_ON_GRID, absmax_intervals, find_absmax_block
+
 # Narrowest first: weights that all fit into one of these were rounded to it, whatever their stored dtype.
 _FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _STORED_FLOATS = frozenset({"F64", "F32", *_FLOATS})
@@ -66,12 +68,14 @@ def infer_rounding(rows: np.ndarray, dtype: str) -> Rounding:
         low, high = block_intervals(rows, block, even=dtype not in _UNEVEN)
         return Rounding(low, high, dtype, coarse=True)
     stored = float_rounding(rows, "F32" if dtype == "F64" else dtype)
-    block = find_block(rows[:_GRID_ROWS])
-    if block is not None:
+    half, find = stored.high - rows, rows[:_GRID_ROWS]
+    if (block := find_absmax_block(find, half[:_GRID_ROWS])) is not None:
+        low, high = absmax_intervals(rows, half, block)
+    elif (block := find_block(find)) is not None:
         low, high = block_intervals(rows, block)
-        low, high = low - (rows - stored.low), high + (stored.high - rows)
-        return Rounding(low, high, f"a grid in blocks of {block}", coarse=True, declared=False)
-    return stored
+    else:
+        return stored
+    return Rounding(low - half, high + half, f"a grid in blocks of {block}", coarse=True, declared=False)
 
 
 def float_rounding(rows: np.ndarray, dtype: str = "F32") -> Rounding:
@@ -83,13 +87,7 @@ def float_rounding(rows: np.ndarray, dtype: str = "F32") -> Rounding:
     return Rounding(rows - half, rows + half, name, coarse=False)
 
 
-# Block lengths to try if a file does not state one; the whole row is tried as well.
-_BLOCKS = (16, 32, 64, 128)
-# Relative rounding error of half precision, in which the scales of blocks are stored.
-HALF_PRECISION = 2.0**-11
 _LEVELS = 256  # of a grid at most: 8 bits
-# Share of blocks that have to lie on a grid: a few hold equal numbers only, or were stored in half precision since.
-_MIN_ON_GRID = 0.95
 # Allowed distance from a multiple of the step, in steps: half precision moves 4-bit levels by 0.02.
 _OFF_STEP = 0.1
 
@@ -135,13 +133,13 @@ def block_intervals(rows: np.ndarray, block: int, *, even: bool = True) -> tuple
 def find_block(rows: np.ndarray) -> int | None:
     """Return the length of the blocks that rows (n, I) are quantised in; None if they are not."""
     found = None
-    for block in (*_BLOCKS, rows.shape[1]):
-        if block < _BLOCKS[0] or rows.shape[1] % block or not rows.size:
+    for block in (*BLOCKS, rows.shape[1]):
+        if block < BLOCKS[0] or rows.shape[1] % block or not rows.size:
             continue
         ranked = _rank(rows, block)
         # A longer block needs one step: several short blocks together may have few levels by chance.
         share = float(np.mean(ranked.uniform if found else ranked.uniform | ranked.few))
-        if share >= _MIN_ON_GRID:
+        if share >= MIN_ON_GRID:
             found = block
         elif found or share == 0:  # nearly all parts of a block on a grid would lie on it too
             break
