@@ -167,7 +167,7 @@ def test_ignored_settings_are_listed(tmp_path):
         ({"r": 2.5}, "r is 2.5"),
         ({"r": True}, "r is True"),
         ({"r": 3}, "rank 2"),
-        ({"r": float("inf")}, "r is inf"),
+        ({"r": float("inf")}, "'r' is inf"),
         ({"lora_alpha": "16"}, "lora_alpha"),
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),

@@ -290,11 +290,13 @@ def test_the_command_reports_changes_that_are_not_merged(tmp_path, capsys):
     main(["merge", str(base.path), str(folder), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
     assert "not merged: config key novelty" in printed.out
-    assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'} ({len(adapter.modules)} modules changed)"
+    changed = f"{len(adapter.modules)} modules changed, without parts of the adapter, see above"
+    assert printed.out.splitlines()[-1] == f"written: {tmp_path / 'out'} ({changed})"
     assert printed.err == ""  # a progress bar is shown on a terminal alone
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["base"]["ref"] == "base"
     assert report["adapter"]["digest"].startswith("sha256:")
+    assert report["whole"] is False
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

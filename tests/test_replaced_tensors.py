@@ -98,6 +98,28 @@ def test_merge_and_export_hold_what_peft_loads(tmp_path, bases, name, capsys):
     assert load_adapter(tmp_path / "p", base, replaced=True).replaced == ()
 
 
+def test_biases_that_a_base_has_no_place_for_are_said_to_be_missing(tmp_path, capsys):
+    """Without them the model predicts something else, which nobody should learn from its answers."""
+    base = save_tiny("llama", tmp_path / "base", **LAYERS)
+    wrapped = peft.get_peft_model(tiny_model("llama", **LAYERS), lora(lora_bias=True))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(tmp_path / "a")
+    for command in (["merge", str(base), str(tmp_path / "a")], ["export", str(tmp_path / "a"), "--base", str(base)]):
+        out = tmp_path / command[0]
+        profile = ["--profile", "peft"] if command[0] == "export" else []
+        with pytest.raises(SystemExit) as left:
+            main([*command, "--out", str(out), "--fail-on", "loss", *profile])
+        assert left.value.code == 3
+        printed = capsys.readouterr().out
+        assert "self_attn.q_proj.bias to add it to, so what is written predicts something else" in printed
+        assert "without parts of the adapter, see above" in printed.splitlines()[-1]
+    report = json.loads((tmp_path / "merge" / "merge_report.json").read_text())
+    assert not report["whole"]
+    assert any("lora_bias" in note for note in report["notes"])
+
+
 def test_a_live_model_of_peft_gets_them(tmp_path, bases):
     wanted = train("qwen2", lora(bias="all", modules_to_save=["norm"]), tmp_path / "a")
     adapter = load_adapter(tmp_path / "a", jcl.open_base(bases["qwen2"]), replaced=True)

@@ -194,6 +194,45 @@ def test_merged_and_written_again_for_its_own_base(tmp_path, bases, base, form):
     assert merged.config.tie_word_embeddings == (BASES[base][1] and not parts)
 
 
+ALONE = {
+    "the embedding": ["embed_tokens"],
+    "the head": ["lm_head"],
+    "both": ["embed_tokens", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("base", ["tied", "untied"])
+@pytest.mark.parametrize("part", ALONE)
+def test_an_adapter_of_them_alone_is_merged_and_exported_and_not_moved(tmp_path, bases, base, part, capsys):
+    if base == "tied" and part == "the head":
+        pytest.skip("peft adapts a tied head only together with the embedding")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=ALONE[part])
+    model = peft.get_peft_model(source_model(base), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    folder, source, every = tmp_path / "adapter", str(bases / base / "source"), np.arange(WORDS + SPECIAL)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    wanted = logits(model.eval(), every)
+    main(["merge", source, str(folder), "--out", str(tmp_path / "merged"), "--fail-on", "loss"])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(logits(merged, every), wanted, atol=1e-4)
+    again = ["--profile", "peft", "--out-rank", "1", "--base", source, "--out", str(tmp_path / "again")]
+    main(["export", str(folder), *again, "--fail-on", "loss"])
+    loaded = peft.PeftModel.from_pretrained(source_model(base), str(tmp_path / "again")).eval()
+    np.testing.assert_allclose(logits(loaded, every), wanted, atol=1e-4)
+    main(["check", str(folder), "--base", source])
+    main(["inspect", str(folder), "--base", source])
+    assert "cannot be moved alone, but merged and exported" in capsys.readouterr().out
+    with pytest.raises(jcl.AdapterError, match="nothing can be moved; merge and export hold changes of embedding and"):
+        transfer(bases, base, folder, tmp_path / "out")
+    export = jcl.ExportSettings((str(folder),), str(tmp_path / "gguf"), profile="gguf", base=source)
+    with pytest.raises(jcl.OutputError, match="profile gguf does not hold it"):
+        jcl.export_adapter(export)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("form", FORMS)
 def test_between_tied_and_untied_bases(tmp_path, bases, base, form):

@@ -44,7 +44,8 @@ def load_adapter(
             of full rank, twice the rank of its B A. `info.read_as` says what that loses.
         config: the `adapter_config.json` of a state dict.
         replaced: whether biases, norms and whole layers that replace those of `base` are read from files too; they are
-            for this base alone, and are listed in `info.ignored` otherwise.
+            for this base alone, and are listed in `info.ignored` otherwise. The adapter may then have no update of a
+            linear layer.
 
     Returns:
         The factors, of plain LoRA in their stored dtype, a (K, I) and b (O, K), and their scale; module names as the

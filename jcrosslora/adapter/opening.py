@@ -94,15 +94,16 @@ class OpenedAdapter:
         return named
 
     def check_not_empty(self, updates: Collection[object], ignored: Sequence[str]) -> None:
-        """Refuse an adapter without an update of a linear layer or of experts.
+        """Refuse an adapter without an update of a linear layer or of experts, or whatever else is of use.
 
         Raises:
             AdapterError: there are no updates; says what there is instead.
         """
         if not updates:
-            found = ("; ".join(ignored) or "it is empty").rstrip(".")
+            found = "; ".join(sentence.rstrip(".") for sentence in ignored) or "it is empty"
             msg = f"{self.file.path}: holds no {self.kind.name} of a linear layer ({found}): nothing can be moved"
-            raise AdapterError(msg)
+            hint = "; merge and export hold changes of embedding and head, given the base" if ignored else ""
+            raise AdapterError(msg + hint)
 
 
 def open_adapter(

@@ -43,7 +43,8 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     experts, why_no_experts = read_experts(file, opened.groups.extras.get("experts", ()))
     tokens, own, ignored = _other_changes(opened, linear, head, experts, why_no_experts, replaced=replaced)
     experts = _shared(experts, linear, tokens)
-    opened.check_not_empty([*linear, *experts], [*ignored, *token_update_sentences(tokens, "")])
+    held = [*linear, *experts, *([*tokens, *own] if replaced else ())]
+    opened.check_not_empty(held, [*ignored, *token_update_sentences(tokens, "")])
     read = list(linear.values())
     read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
     info = opened.info(

@@ -70,6 +70,8 @@ def _read(
     name = f"{module}.weight" if tensor.kind == "full" else f"{module}{_BIAS}"
     if name not in shapes:
         msg = f"the base {base.name} has no {name}"
+        if tensor.kind == "lora_bias":
+            msg += " to add it to, so what is written predicts something else: run the adapter unmerged, in peft"
         raise AdapterError(msg)
     array = file.read(tensor.key, axes=len(shapes[name]))
     if array.shape != shapes[name]:

@@ -79,7 +79,9 @@ def save_adapter(
     check_holds(profile, adapter)
     _check_settings(dtype, documents or {}, metadata or {})
     modules = fuse(adapter.modules, fused)
-    if not modules and not (adapter.experts and FORMATS[profile].more):
+    # peft wants a LoRA of something.
+    others = adapter.experts or any(update.factors is not None for update in adapter.tokens)
+    if not modules and not (others and FORMATS[profile].more):
         left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
         msg += "one update that the profile holds"

@@ -33,5 +33,6 @@ class Export(ExportSettings):
             say(console, f"kept: a DoRA, with the magnitudes of its {len(exported.magnitudes)} modules")
         for sentence in exported.adapter.info.ignored:
             say(console, f"not written: {sentence}")
-        say(console, f"written: {self.out}")
-        return ASKED_FOR if self.fail_on == "loss" and (exported.losses or exported.adapter.info.ignored) else 0
+        lost = bool(exported.losses or exported.adapter.info.ignored)
+        say(console, f"written: {self.out}{' (without parts of the adapter, see above)' if lost else ''}")
+        return ASKED_FOR if self.fail_on == "loss" and lost else 0

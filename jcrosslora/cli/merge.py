@@ -28,5 +28,6 @@ class Merge(MergeSettings):
         merged = merge(settings_of(self, MergeSettings), progress=True)
         for sentence in merged.notes:
             say(console, sentence)
-        say(console, f"written: {merged.folder} ({merged.modules} modules changed)")
+        left = ", without parts of the adapter, see above" if merged.lost else ""
+        say(console, f"written: {merged.folder} ({merged.modules} modules changed{left})")
         return ASKED_FOR if self.fail_on == "loss" and merged.lost else 0

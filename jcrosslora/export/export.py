@@ -131,6 +131,8 @@ def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
     total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
     total = for_profile(total, settings.profile)
     sources = tuple(adapter.info for adapter in adapters)
+    if not total.modules:  # changes of the embedding and the head have no rank to truncate
+        return Exported(total, None, sources)
     if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
         assert base is not None  # checked by `check_profile`
         frozen = frozen_factors(base, total.modules, rank)

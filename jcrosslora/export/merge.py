@@ -224,6 +224,7 @@ def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: I
         "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
         "dtype": settings.dtype,
         "modules": _changed(adapter),
+        "whole": not adapter.info.ignored,
         "notes": list(notes),
     }
     return json.dumps(publish(made, local_names(base.name, base.ref, adapter.info.name)), indent=2) + "\n"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.adapter.ignored import describe_change
+from jcrosslora.adapter.ignored import describe_change, drop_replaced
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
@@ -34,7 +34,7 @@ def open_any(ref: str, *, revision: str | None = None, base: str | None = None) 
     """
     path = Path(ref)
     if is_adapter(path):
-        return load_adapter(ref, None if base is None else open_base(base), revision=revision)
+        return _load(ref, revision, base)
     if path.exists():
         return _without_base(open_base(ref, revision=revision), ref, base)
     if not is_hub_id(ref):
@@ -85,7 +85,7 @@ def print_methods(console: Console) -> None:
 def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | BaseModel:
     """Open a hub id as an adapter, which is smaller, then as a base model; report both errors if both fail."""
     try:
-        return load_adapter(ref, None if base is None else open_base(base), revision=revision)
+        return _load(ref, revision, base)
     except JCrossLoRAError as adapter_error:
         try:
             model = open_base(ref, revision=revision)
@@ -93,6 +93,12 @@ def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | Bas
             msg = f"{ref} is neither an adapter ({adapter_error}) nor a base model ({error})"
             raise CheckpointError(msg) from None
         return _without_base(model, ref, base)
+
+
+def _load(ref: str, revision: str | None, base: str | None) -> Adapter:
+    """Load an adapter, of embedding and head alone too, and list what replaces tensors of its base."""
+    adapter = load_adapter(ref, None if base is None else open_base(base), revision=revision, replaced=True)
+    return drop_replaced(adapter, "")
 
 
 def _without_base(model: BaseModel, ref: str, base: str | None) -> BaseModel:
@@ -150,9 +156,10 @@ def _print_adapter(adapter: Adapter, console: Console) -> None:
     _say(console, f"can be moved: {len(adapter.modules)} modules")
     if adapter.experts:
         _say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
+    alone = not (adapter.modules or adapter.experts)
+    holds = "cannot be moved alone, but merged and exported" if alone else f"can be moved by {_token_methods()} alone"
     for update in adapter.tokens:
-        what = describe_change(update.kind, update.modules, update.share)
-        _say(console, f"can be moved by {_token_methods()} alone: {what}")
+        _say(console, f"{holds}: {describe_change(update.kind, update.modules, update.share)}")
     for sentence in adapter.info.ignored:
         _say(console, f"not moved: {sentence}")
 
