@@ -13,6 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import Generator
 from jcrosslora.text import Message
+from jcrosslora.utils.texts import visible
 
 PROMPTS = ["Water boils at", "Anna and", "The quick brown fox jumps over the lazy dog. A dog"]
 
@@ -69,11 +70,12 @@ def test_the_command_prints_what_the_object_writes(files, composed, capsys, monk
     assert [one["text"] for one in json.loads(printed.out)] == wanted
     assert printed.err == ""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS[:2])))
+    first, second = map(visible, wanted)
     assert generated(capsys, *flags, *rows, "--prompts", "-").out == (
-        f"> {PROMPTS[0]}\n{wanted[0]}\n\n> {PROMPTS[1]}\n{wanted[1]}\n"
+        f"> {PROMPTS[0]}\n{first}\n\n> {PROMPTS[1]}\n{second}\n"
     )
     (files / "prompts.txt").write_text(PROMPTS[0])
-    assert generated(capsys, *flags, "--weights", "0,1", "--prompts", files / "prompts.txt").out == f"{wanted[0]}\n"
+    assert generated(capsys, *flags, "--weights", "0,1", "--prompts", files / "prompts.txt").out == f"{first}\n"
 
 
 def test_a_gate_that_nobody_trained_is_said(files, capsys):

@@ -12,6 +12,7 @@ from rich.console import Console
 from jcrosslora.cli.opened import opened_base, opened_shelf
 from jcrosslora.cli.output import one_line, print_json, say
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.texts import visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ class Generate:
             composed, weights, chats = self._found(prompts)
             notes = [*_notes(composed, self.compose), *_chosen(prompts, composed.names, weights)]
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {visible(note, keep='')}", file=sys.stderr)
         asked = [self._asked(one, chat) for one, chat in zip(prompts, chats, strict=True)]
         found = composed.write(
             asked,
@@ -90,8 +91,11 @@ class Generate:
             return
         for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
             if len(prompts) > 1:
-                say(console, f"{chr(10) if number else ''}> {_title(prompt)}")
-            say(console, one.text)
+                if number:
+                    say(console, "")
+                say(console, f"> {_title(prompt)}")
+            for line in one.text.split("\n"):
+                say(console, line)
 
     def _prompts(self) -> "Sequence[Prompt]":
         from jcrosslora.evidence.probes.text_files import parse_prompts, read_prompts

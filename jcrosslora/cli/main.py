@@ -119,14 +119,13 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
 
 def _call(command: Command, name: str, arguments: list[str], own_process: bool) -> int:
-    from rich.console import Console
-
     from jcrosslora.cli.flags import parse
     from jcrosslora.errors import JCrossLoRAError, LostHostError
     from jcrosslora.utils.memory import enough_memory
+    from jcrosslora.utils.terminal import SafeConsole
 
     # A table in a file has no reason to be cut at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = SafeConsole(width=None if sys.stdout.isatty() else 160)
     try:
         with enough_memory():
             parsed = parse(command.load(arguments), arguments, prog=f"jcrosslora {name}")

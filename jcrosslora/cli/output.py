@@ -7,17 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from jcrosslora.errors import OutputError
+from jcrosslora.utils.terminal import say as say
 from jcrosslora.utils.texts import shortened
 
 PAGE = (".html", ".htm")  # endings of a page
-
-
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, no colour, no wrapping; bytes of a path that are not UTF-8 are escaped."""
-    console.print(text.encode("utf-8", "backslashreplace").decode(), highlight=False, markup=False, soft_wrap=True)
 
 
 def one_line(text: str, most: int) -> str:

@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.cli.output import say
 from jcrosslora.errors import UsageError
 from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.training.settings import TrainingSettings
@@ -60,4 +61,4 @@ class Train(TrainingSettings):
         chats = any(isinstance(one, Completion) and not isinstance(one.prompt, str) for one in examples)
         template = template_of(tokenizer) if chats else None
         save_trained(adapter, self.out, base, settings, facts, overwrite=self.overwrite, chat_template=template)
-        console.print(f"written: {self.out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"written: {self.out}")

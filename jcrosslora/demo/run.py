@@ -17,6 +17,7 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.transfer import transfer
 from jcrosslora.utils import progress
 from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.terminal import say
 
 TRAINED, RANDOM, PAPER = "trained on Gemma", "random control", "cross-lora"
 _WRITTEN, _SHOWN = 48, 6  # questions that models answer in writing, and those whose answers are printed
@@ -46,7 +47,7 @@ def run_demo(
     moving = f"{_MOVE} {method}"
     seconds = {_FETCH: 20, moving: 180, _MOVE_OTHERS: 10, _ANSWER: 80}  # on 2 cores
     with (
-        progress.steps(seconds, unpaced=(_FETCH,), announce=partial(_say, console)) as steps,
+        progress.steps(seconds, unpaced=(_FETCH,), announce=partial(say, console)) as steps,
         shipped(SOURCE_ADAPTER) as path,
     ):
         steps.begin(_FETCH)
@@ -57,7 +58,7 @@ def run_demo(
         result.save(out, overwrite=overwrite)
         with progress.hidden():
             print_report(result.report, console)
-            _say(console, f"written: {out}")
+            say(console, f"written: {out}")
         try:
             found = _compare((source, target), path, result.adapter, method, steps)
         except KeyboardInterrupt:
@@ -86,15 +87,11 @@ def _moved_name(method: str) -> str:
 
 
 def _print(result: Comparison, moved: str, console: Console) -> None:
-    _say(console, "")
-    _say(console, "The adapter was trained on SmolLM2 to answer science questions as JSON. This is what Gemma writes.")
-    _say(console, "Models of this size are often wrong: look at the form of the answers, and at the figures below.")
+    say(console, "")
+    say(console, "The adapter was trained on SmolLM2 to answer science questions as JSON. This is what Gemma writes.")
+    say(console, "Models of this size are often wrong: look at the form of the answers, and at the figures below.")
     print_answers(result, (result.names[0], moved, TRAINED), _SHOWN, console)
     print_figures(result, TRAINED, console)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 # The demo is to be over in minutes: a third of the usual completions, and half of the usual texts in each step of the

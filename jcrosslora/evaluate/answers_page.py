@@ -1,12 +1,10 @@
 """A page with the figures of answers and all answers side by side, which needs nothing but itself."""
 
-from html import escape
-
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate.answers import Answers
-from jcrosslora.evaluate.answers_table import figure_rows, labels, marks, summary, visible
+from jcrosslora.evaluate.answers_table import figure_rows, labels, marks, summary
 from jcrosslora.text.completion import prompt_text
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.html import html_table, html_text
 
 # The system colours of `color-scheme` are light or dark as the reader has set it.
 _STYLE = """
@@ -33,10 +31,10 @@ def answers_page(answers: Answers) -> str:
     All texts are escaped. The page loads nothing, holds no script, and is light or dark as the reader's system is.
     """
     names = labels(answers)
-    title = escape(visible(f"Answers of {public_name(answers.names[0])}, alone and with adapters"))
+    title = html_text(f"Answers of {public_name(answers.names[0])}, alone and with adapters")
     figures = [
         {
-            "model": "" if place else visible(name),
+            "model": "" if place else name,
             "figure": row.figure,
             "value": row.value,
             "minus base": row.minus_base,
@@ -45,16 +43,16 @@ def answers_page(answers: Answers) -> str:
         for name, (_, rows) in zip(names, figure_rows(answers), strict=True)
         for place, row in enumerate(rows)
     ]
-    heads = ["", "prompt", "right answer", *map(visible, names)]
+    heads = ["", "prompt", "right answer", *names]
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in summary(answers)),
+        *(f"<p>{html_text(line)}</p>" for line in summary(answers)),
         f'<div class="wide">{html_table(figures)}</div>',
         '<h2>Side by side</h2>\n<div class="wide"><table class="answers">',
-        f"<thead><tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr></thead>\n<tbody>",
+        f"<thead><tr>{''.join(f'<th>{html_text(head)}</th>' for head in heads)}</tr></thead>\n<tbody>",
         *(_row(answers, example) for example in range(len(answers.examples))),
         "</tbody></table></div>\n</body>\n</html>\n",
     ]
@@ -70,8 +68,8 @@ def _row(answers: Answers, example: int) -> str:
 
 
 def _shown(text: str) -> str:
-    return f'<div class="text">{escape(visible(text))}</div>'
+    return f'<div class="text">{html_text(text)}</div>'
 
 
 def _mark(name: str) -> str:
-    return f'<span class="mark {"cut" if name == "not ended" else "right"}">{escape(name)}</span>'
+    return f'<span class="mark {"cut" if name == "not ended" else "right"}">{html_text(name)}</span>'

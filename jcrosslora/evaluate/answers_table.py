@@ -1,6 +1,5 @@
 """Answers for the terminal: a table of their figures, and some of them one below the other."""
 
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from jcrosslora.evaluate.answers import Answers
 from jcrosslora.evaluate.bootstrap import Interval
 from jcrosslora.evaluate.scores import word_of
 from jcrosslora.text.completion import prompt_text
+from jcrosslora.utils.texts import visible
 
 TITLES = {
     "exact": "exact match",
@@ -106,15 +106,6 @@ def print_answers(answers: Answers, console: Console, *, show: int = 0) -> None:
     for example in spread(answers, show):
         console.print(f"\nexample {example + 1:,}", highlight=False, markup=False, style="bold")
         console.print(_side_by_side(answers, example))
-
-
-def visible(text: str) -> str:
-    """Replace control characters, which could do anything to a terminal, by what Python writes for them."""
-
-    def shown(one: str) -> str:
-        return ascii(one)[1:-1] if one not in "\n\t" and unicodedata.category(one) in ("Cc", "Cs") else one
-
-    return "".join(map(shown, text))
 
 
 def labels(answers: Answers) -> list[str]:

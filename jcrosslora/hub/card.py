@@ -6,6 +6,7 @@ from typing import Any
 from jcrosslora.adapter.folder import Form
 from jcrosslora.adapter.front_matter import join_card, split_card
 from jcrosslora.checkpoint.hub import is_on_hub
+from jcrosslora.utils.markdown import markdown_text
 
 _LIBRARIES: Mapping[Form, str] = {"PEFT": "peft", "MLX": "mlx", "GGUF": "gguf"}
 _BASE_TAG = "base_model:"
@@ -51,7 +52,7 @@ def card_for_hub(card: str | None, *, name: str, form: Form, base_model: str | N
     Raises:
         AdapterError: the metadata of the card is not a YAML mapping.
     """
-    data, body = split_card(f"\n# {name}\n\n{_sentence(base_model)}\n" if card is None else card)
+    data, body = split_card(f"\n# {markdown_text(name)}\n\n{_sentence(base_model)}\n" if card is None else card)
     several = card is not None and base_model is None and names_several(card)
     wanted = dict(data) if several else _with_base(data, base_model)
     if not wanted.get("library_name"):

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from jcrosslora.lineage import Part, TensorComparison
 from jcrosslora.lineage.base_comparison import BaseComparison
+from jcrosslora.utils.terminal import say
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut
 
@@ -20,12 +21,12 @@ def print_comparison(relation: BaseComparison, console: Console) -> None:
     if relation.layers and relation.layers != tuple(range(len(relation.layers))):
         layers = ["-" if layer is None else str(layer) for layer in relation.layers]
         more = ", ..." if len(layers) > _SHOWN_LAYERS else ""
-        _say(console, f"source layer of each target layer: {','.join(layers[:_SHOWN_LAYERS])}{more}")
+        say(console, f"source layer of each target layer: {','.join(layers[:_SHOWN_LAYERS])}{more}")
     for note in relation.notes:
-        _say(console, f"note: {note}")
-    _say(console, f"method: auto would take {relation.choice.method}, because {relation.choice.reason}")
-    _say(console, f"evidence: {relation.sentence}")
-    console.print(f"relation: {', '.join(relation.words)}", highlight=False, markup=False, soft_wrap=True, style="bold")
+        say(console, f"note: {note}")
+    say(console, f"method: auto would take {relation.choice.method}, because {relation.choice.reason}")
+    say(console, f"evidence: {relation.sentence}")
+    say(console, f"relation: {', '.join(relation.words)}", style="bold")
 
 
 def _print_parts(parts: Sequence[Part], console: Console) -> None:
@@ -69,7 +70,3 @@ def _grouped(compared: Sequence[TensorComparison]) -> dict[tuple[str, str, tuple
         groups.setdefault(key, []).append(item)
     order = {role: place for place, role in enumerate(dict.fromkeys(item.role for item in compared))}
     return dict(sorted(groups.items(), key=lambda entry: order[entry[0][0]]))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

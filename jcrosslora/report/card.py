@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import ModelCardData
 
 from jcrosslora.checkpoint.hub import is_on_hub
+from jcrosslora.utils.markdown import markdown_code, markdown_text
 
 BaseRow = tuple[str | None, str | None, str | None]
 
@@ -64,23 +65,23 @@ def model_card(
         ranks: what the ranks became, if that is worth saying.
         truncation: to which ranks the updates were truncated, and what that left, if they were.
     """
-    chosen = f", chosen because {_plain(choice)}" if choice else ""
+    chosen = f", chosen because {markdown_text(choice)}" if choice else ""
     sections = [
         _front_matter(base_name, library, licence, licence_name, licence_link),
-        f"# {_code(source_adapter)} moved to {_code(base_name or 'another base model')}",
+        f"# {markdown_code(source_adapter)} moved to {markdown_code(base_name or 'another base model')}",
         "This LoRA adapter was not trained on its base model. jcrosslora moved it there from another base, without "
-        f"the data that it was trained on, by the method {_code(method)}{chosen}.",
-        f"**What to expect:** {_plain(verdict)}",
+        f"the data that it was trained on, by the method {markdown_code(method)}{chosen}.",
+        f"**What to expect:** {markdown_text(verdict)}",
         "## Base models\n\n" + _bases(bases),
         f"## Recipe\n\n```toml\n{recipe.strip()}\n```\n\n"
         "The same is in `recipe.toml`; run it again with `jcrosslora transfer --recipe recipe.toml`" + _module(method),
         "## Diagnostics\n\n" + _markdown(table) if table else "",
-        f"## Fit\n\nThe update was {_plain(fitted)}." if fitted else "",
+        f"## Fit\n\nThe update was {markdown_text(fitted)}." if fitted else "",
         _markdown([{"completions used": f"{used:,}", "divergence": f"{found:.3f}"} for used, found in curve])
         if curve
         else "",
         f"{_EXAMPLES}\n\n{_quoted(examples)}" if examples else "",
-        f"## Added\n\n{_plain(added[:1].upper() + added[1:])}." if added else "",
+        f"## Added\n\n{markdown_text(added[:1].upper() + added[1:])}." if added else "",
         "## Rank\n\n" + " ".join(_sentences(ranks, truncation and f"the update was truncated to {truncation}"))
         if ranks or truncation
         else "",
@@ -149,25 +150,17 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
         return "-"
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([row[column] for column in head] for row in rows)]
-    return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines)
 
 
 def _quoted(texts: Sequence[str]) -> str:
     """Return texts as a list of code, which nothing in them can end."""
-    return "\n".join(f"- {_code(text)}" for text in texts)
+    return "\n".join(f"- {markdown_code(text)}" for text in texts)
 
 
 def _listed(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {_plain(sentence)}" for sentence in sentences)
+    return "\n".join(f"- {markdown_text(sentence)}" for sentence in sentences)
 
 
 def _sentences(*texts: str | None) -> list[str]:
-    return [f"{plain[:1].upper()}{plain[1:]}." for plain in map(_plain, filter(None, texts))]
-
-
-def _plain(text: str) -> str:
-    return " ".join(str(text).split())
-
-
-def _code(text: str) -> str:
-    return f"`{_plain(text).replace('`', '')}`"
+    return [f"{plain[:1].upper()}{plain[1:]}." for plain in map(markdown_text, filter(None, texts))]

@@ -38,10 +38,14 @@ def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
         dtype: number format of the adapter.
     """
     recipe = _recipe_of(report, out=out, profile=profile, dtype=dtype)
-    card = publish(card_text(report, recipe, profile), replacements(report))
     data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
     head = _HEAD + (_OWN if ":" in report.recipe.method else "")
     return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: head + recipe}
+    return {
+        CARD: card_text(report, recipe, profile),
+        REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n",
+        RECIPE: _HEAD + recipe,
+    }
 
 
 def published(report: TransferReport) -> dict[str, Any]:
@@ -85,8 +89,8 @@ def _recipe_of(report: TransferReport, *, out: str, profile: str, dtype: str) ->
 
 
 def card_text(report: TransferReport, recipe: str, profile: str = "portable") -> str:
-    """Return the model card of a moved adapter."""
-    return model_card(
+    """Return the model card of a moved adapter, without local paths."""
+    stated = dict(
         library="peft" if profile in ("portable", "peft") else profile,
         licence=report.adapter.licence,
         licence_name=report.adapter.licence_name,
@@ -113,6 +117,8 @@ def card_text(report: TransferReport, recipe: str, profile: str = "portable") ->
         ranks=report.rank_sentence if report.fitted or report.added else None,
         truncation=None if report.truncation is None else report.truncation.sentence,
     )
+    # Before anything is escaped, which would hide a path.
+    return model_card(**publish(stated, replacements(report)))
 
 
 def _spread(curve: Sequence[tuple[int, float]], count: int) -> list[tuple[int, float]]:
@@ -124,7 +130,9 @@ def _spread(curve: Sequence[tuple[int, float]], count: int) -> list[tuple[int, f
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False.
-    # They do not allow a raw DEL, which JSON writes unescaped.
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-    return text.replace("\x7f", "\\u007f")
+    if not isinstance(value, str):
+        return str(value)
+    # TOML basic strings allow every escape that JSON writes except surrogate pairs, hence ensure_ascii=False. What does
+    # not print is escaped all the same: a raw DEL they do not allow, and others act on the text behind them.
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)

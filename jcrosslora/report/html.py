@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.report.public_names import publish, replacements
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.report.table import role_rows
 from jcrosslora.report.verdict import verdict
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.html import html_table, html_text
 
 _TEXTS = 5  # shown, evenly spread
 _GOOD, _BAD, _OPEN = "#2e7d32", "#c62828", "#b26a00"
@@ -32,10 +31,10 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
     sentences = [f"Method {report.recipe.method}" + (f", because {report.choice}" if report.choice else "") + "."]
     sentences += [f"{sentence[:1].upper()}{sentence[1:]}." for sentence in (report.fitted, report.added) if sentence]
     parts = [
-        f"<b>{escape(title)}</b>",
+        f"<b>{html_text(title)}</b>",
         f'<div style="border-left:4px solid {colour};padding:2px 8px;margin:6px 0">'
-        f"<b>{escape(found.level)}</b>: {escape(found.text)}</div>",
-        *(f"<div>{escape(sentence)}</div>" for sentence in sentences),
+        f"<b>{html_text(found.level)}</b>: {html_text(found.text)}</div>",
+        *(f"<div>{html_text(sentence)}</div>" for sentence in sentences),
         html_table(role_rows(report), "Diagnostics"),
         html_table(report.effect.rows(), "Effect on text") if report.effect is not None else "",
         _listed("Warnings", report.warnings),
@@ -47,5 +46,5 @@ def result_html(report: TransferReport, texts: Sequence[str]) -> str:
 def _listed(title: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    lines = "".join(f'<li style="white-space:pre-wrap">{escape(item)}</li>' for item in items)
-    return f"<details><summary>{escape(title)} ({len(items)})</summary><ul>{lines}</ul></details>"
+    lines = "".join(f'<li style="white-space:pre-wrap">{html_text(item)}</li>' for item in items)
+    return f"<details><summary>{html_text(title)} ({len(items)})</summary><ul>{lines}</ul></details>"

@@ -18,6 +18,7 @@ from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
 from jcrosslora.methods import METHODS
 from jcrosslora.utils.reading import read_small_text
+from jcrosslora.utils.terminal import say
 
 
 def open_any(ref: str, *, revision: str | None = None, base: str | None = None) -> Adapter | BaseModel:
@@ -142,34 +143,34 @@ def _base_json(base: BaseModel) -> dict[str, Any]:
 
 
 def _print_adapter(adapter: Adapter, console: Console) -> None:
-    _say(console, f"adapter: {adapter.info.name} (format of {adapter.info.form})")
-    _say(console, f"for: {adapter.info.base_name or 'its file does not name a base model'}")
-    _say(console, f"kind: {adapter.info.read_as or adapter.info.kind}")
+    say(console, f"adapter: {adapter.info.name} (format of {adapter.info.form})")
+    say(console, f"for: {adapter.info.base_name or 'its file does not name a base model'}")
+    say(console, f"kind: {adapter.info.read_as or adapter.info.kind}")
     if adapter.info.invocation is not None:
-        _say(console, f"acts after the tokens: {', '.join(map(str, adapter.info.invocation))}")
+        say(console, f"acts after the tokens: {', '.join(map(str, adapter.info.invocation))}")
     rows = describe_adapter(adapter)
     if rows:
         table = Table(*rows[0])
         for row in rows:
             table.add_row(*row.values())
         console.print(table, highlight=False, markup=False)
-    _say(console, f"can be moved: {len(adapter.modules)} modules")
+    say(console, f"can be moved: {len(adapter.modules)} modules")
     if adapter.experts:
-        _say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
+        say(console, f"can be moved by distill, or to a copy of its base: {len(adapter.experts)} updates of experts")
     alone = not (adapter.modules or adapter.experts)
     holds = "cannot be moved alone, but merged and exported" if alone else f"can be moved by {_token_methods()} alone"
     for update in adapter.tokens:
-        _say(console, f"{holds}: {describe_change(update.kind, update.modules, update.share)}")
+        say(console, f"{holds}: {describe_change(update.kind, update.modules, update.share)}")
     for sentence in adapter.info.ignored:
-        _say(console, f"not moved: {sentence}")
+        say(console, f"not moved: {sentence}")
 
 
 def _print_base(base: BaseModel, console: Console) -> None:
     dims = base.dims
-    _say(console, f"base model: {base.name} ({base.ref})")
+    say(console, f"base model: {base.name} ({base.ref})")
     inside = "" if base.wrapper is None else f", the text model of {base.wrapper.architecture}"
-    _say(console, f"family: {base.family.name}{inside}")
-    _say(
+    say(console, f"family: {base.family.name}{inside}")
+    say(
         console,
         f"shape: {dims.layers} layers, {dims.hidden} wide, MLP {dims.intermediate}, {dims.heads} query and "
         f"{dims.kv_heads} key/value heads of {dims.head_dim}, {dims.vocab} tokens",
@@ -180,22 +181,18 @@ def _print_base(base: BaseModel, console: Console) -> None:
         table.add_row(role, str(count), f"{shape[0]} x {shape[1]}", dtype)
     console.print(table, highlight=False, markup=False)
     for name, parts in list(base.fused.items())[:2]:
-        _say(console, f"fused: {name} holds {', '.join(part[0].rsplit('.', 1)[-1] for part in parts)}")
+        say(console, f"fused: {name} holds {', '.join(part[0].rsplit('.', 1)[-1] for part in parts)}")
     vocabulary = base.vocabulary()
     tokens = f"{len(vocabulary.tokens):,} tokens" if vocabulary.tokens is not None else f"no ({vocabulary.reason})"
-    _say(console, f"vocabulary readable: {tokens}")
-    _say(console, f"can receive and give updates: {len(base.modules)} modules")
+    say(console, f"vocabulary readable: {tokens}")
+    say(console, f"can receive and give updates: {len(base.modules)} modules")
     others = sorted(set(base.tensor_names()) - {module.tensor for module in base.modules.values()})
-    _say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
-    _say(console, f"embedding and head can be moved by {_token_methods()} alone")
+    say(console, f"no updates for: {len(others)} other tensors (norms, biases, embedding, head)")
+    say(console, f"embedding and head can be moved by {_token_methods()} alone")
     for note in base.notes:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def _token_methods() -> str:
     """Return the names of the methods that move changes of embedding and head."""
     return ", ".join(method.name for method in METHODS.values() if method.preserves_residual_basis)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from jcrosslora.lineage.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import TransferReport, weighted
 from jcrosslora.report.verdict import verdict
 from jcrosslora.shifting.records import ModuleRow
+from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]
 # Figures of the decompositions, which describe how a map was found and not how well it fits: left out of short tables.
@@ -43,8 +44,8 @@ def print_report(report: TransferReport, console: Console, *, table: TableKind =
         rows = [{name: text for name, text in row.items() if name not in _DETAILS} for row in rows]
     _print_table(report, rows, console)
     for line in _notes(report):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"verdict: {verdict(report).text}", highlight=False, markup=False, soft_wrap=True, style="bold")
+        say(console, line)
+    say(console, f"verdict: {verdict(report).text}", style="bold")
 
 
 def _print_table(report: TransferReport, rows: list[dict[str, str]], console: Console) -> None:

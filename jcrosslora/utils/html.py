@@ -1,12 +1,19 @@
-"""Tables for notebooks, as plain inline HTML."""
+"""Texts and tables as plain inline HTML."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
+
+from jcrosslora.utils.texts import visible
 
 # Only alignment and a border of the text's own colour: the notebook's light or dark theme decides the rest.
 _TABLE = "border-collapse:collapse;text-align:left"
 _CAPTION = "caption-side:top;text-align:left;font-weight:bold;padding:2px 8px 4px 0"
 _CELL = "text-align:left;padding:2px 12px 2px 0;border-bottom:1px solid rgba(128,128,128,0.35)"
+
+
+def html_text(text: object) -> str:
+    """Return a text of anybody's as HTML that shows it."""
+    return escape(visible(str(text)))
 
 
 def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
@@ -21,9 +28,9 @@ def html_table(rows: Sequence[Mapping[str, str]], caption: str = "") -> str:
     columns = list(dict.fromkeys(title for row in rows for title in row))
     lines = [_line("th", columns)] if any(columns) else []
     lines += [_line("td", [row.get(title, "") for title in columns]) for row in rows]
-    title = f'<caption style="{_CAPTION}">{escape(caption)}</caption>' if caption else ""
+    title = f'<caption style="{_CAPTION}">{html_text(caption)}</caption>' if caption else ""
     return f'<table style="{_TABLE}">{title}{"".join(lines)}</table>'
 
 
 def _line(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f'<{tag} style="{_CELL}">{escape(str(cell))}</{tag}>' for cell in cells) + "</tr>"
+    return "<tr>" + "".join(f'<{tag} style="{_CELL}">{html_text(cell)}</{tag}>' for cell in cells) + "</tr>"

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO, TypeVar
 
+from jcrosslora.utils.texts import visible
+
 T = TypeVar("T")
 
 _REFRESH = 0.1  # seconds between two refreshes of the line on a terminal while work reports itself
@@ -240,7 +242,7 @@ class Display:
     def say(self, text: str) -> None:
         """Write a line that stays."""
         with self.hidden():
-            self._out.write(f"jcrosslora: {text}\n")
+            self._out.write(f"jcrosslora: {visible(text, keep='')}\n")
             self._out.flush()
 
     def refresh(self) -> None:
@@ -301,6 +303,7 @@ class Display:
             self.refresh()
 
     def _write(self, line: str) -> None:
+        line = visible(line, keep="")
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
             self._out.write(f"\r\x1b[K{line[:width]}")  # the escape clears what was longer before

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
-
-from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.evaluation import Evaluation, Example, Model, Written
 from jcrosslora.report.record import cut
+from jcrosslora.utils.html import html_text
 
 _SHOWN = 10
 _LONGEST = 4000  # characters of a text
@@ -48,5 +46,5 @@ def _answer(model: Model, written: Written, longest: int) -> str:
 
 
 def _part(title: str, text: str, longest: int, marks: str = "") -> str:
-    shown = escape(visible(cut(text, longest))) or '<span class="muted">(nothing)</span>'
-    return f'<div><div class="muted">{escape(visible(title))} {marks}</div><div class="text">{shown}</div></div>'
+    shown = html_text(cut(text, longest)) or '<span class="muted">(nothing)</span>'
+    return f'<div><div class="muted">{html_text(title)} {marks}</div><div class="text">{shown}</div></div>'

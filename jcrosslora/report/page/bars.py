@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.figures import FIGURES, main_figures
 from jcrosslora.report.page.theme import BASE, INK, MOVED, OTHER, TRAINED
-from jcrosslora.utils.texts import shortened
+from jcrosslora.utils.texts import shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
-from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.evaluate.bootstrap import Interval
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation
 from jcrosslora.report.page.figures import FIGURES, Shown, present
 from jcrosslora.report.page.moved import Base, Moved
 from jcrosslora.report.record import cut
-from jcrosslora.utils.html import html_table
+from jcrosslora.utils.html import html_table, html_text
 
 _ITS_OWN = (
     "The source wrote all of this text itself, with the original adapter. Do the texts look like the adapter's job? If "
@@ -37,7 +35,7 @@ def text_section(contents: Contents) -> str:
     elif moved.recipe.probes != "none":
         lines.append(f"Text that the models were run on: {moved.recipe.probes}. It is not shown.")
     texts = moved.examples or [cut(text) for text in contents.texts]
-    shown = "".join(f'<li class="text">{_safe(text)}</li>' for text in texts)
+    shown = "".join(f'<li class="text">{html_text(text)}</li>' for text in texts)
     return _section("What was it made from?", f"{_lines(lines)}{f'<ul>{shown}</ul>' if shown else ''}")
 
 
@@ -57,7 +55,7 @@ def warnings_section(contents: Contents) -> str:
         if moved is not None and moved.target.name is not None and base != moved.target.name:
             other = f"The answers are those of {base}, and the adapter was moved to {moved.target.name}"
             lines.append(f"{other}: are they the same model?")
-    items = "".join(f"<li>{_safe(line)}</li>" for line in lines)
+    items = "".join(f"<li>{html_text(line)}</li>" for line in lines)
     return _section("Good to know", f"<ul>{items}</ul>") if items else ""
 
 
@@ -65,7 +63,7 @@ def figures_section(evaluation: Evaluation) -> str:
     """Return a table of every figure with its interval and its difference to the base, whose word says if it counts."""
     rows = [
         {
-            "model": visible(model.title),
+            "model": model.title,
             "figure": FIGURES[name].title,
             "value [95% interval]": FIGURES[name].interval(model.figures[name]),
             "minus the base": _change(FIGURES[name], model.figures[name].minus_base),
@@ -81,7 +79,7 @@ def figures_section(evaluation: Evaluation) -> str:
     ]
     names = [f"{model.title}: {model.name}" for model in evaluation.models if model.title != model.name]
     table = f'<div class="wide">{html_table(rows)}</div>'
-    return _section("All figures", f'{table}<p class="muted">{_safe("; ".join(names))}</p>')
+    return _section("All figures", f'{table}<p class="muted">{html_text("; ".join(names))}</p>')
 
 
 def recipe_section(moved: Moved) -> str:
@@ -95,9 +93,9 @@ def recipe_section(moved: Moved) -> str:
         ("rank", " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"),
         ("jcrosslora", moved.version),
     ]
-    listed = "".join(f"<dt>{title}</dt><dd>{_safe(text)}</dd>" for title, text in facts)
+    listed = "".join(f"<dt>{title}</dt><dd>{html_text(text)}</dd>" for title, text in facts)
     again = "<p>The same as recipe.toml; make the adapter again with jcrosslora transfer --recipe recipe.toml.</p>"
-    return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{_safe(moved.recipe_toml.strip())}</pre>{again}")
+    return _section("Recipe and versions", f"<dl>{listed}</dl><pre>{html_text(moved.recipe_toml.strip())}</pre>{again}")
 
 
 def _change(shown: Shown, change: Interval | None) -> str:
@@ -114,8 +112,4 @@ def _section(title: str, body: str) -> str:
 
 
 def _lines(lines: Sequence[str]) -> str:
-    return "".join(f"<p>{_safe(line)}</p>" for line in lines)
-
-
-def _safe(text: str) -> str:
-    return escape(visible(text))
+    return "".join(f"<p>{html_text(line)}</p>" for line in lines)

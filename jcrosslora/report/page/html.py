@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
-
-from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.answers import answers_section
 from jcrosslora.report.page.captions import caption
 from jcrosslora.report.page.contents import Contents
@@ -18,6 +15,7 @@ from jcrosslora.report.page.headline import headline
 from jcrosslora.report.page.missing import missing
 from jcrosslora.report.page.pictures import Picture, pictures
 from jcrosslora.report.page.style import POLICY, STYLE
+from jcrosslora.utils.html import html_text
 
 
 def report_page(contents: Contents) -> str:
@@ -28,7 +26,7 @@ def report_page(contents: Contents) -> str:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    title = escape(visible(_title(contents)))
+    title = html_text(_title(contents))
     drawn = {picture.name: _figure(picture, contents) for picture in pictures(contents)}
     evaluation, moved = contents.evaluation, contents.moved
     body = [
@@ -68,23 +66,23 @@ def _introduction(contents: Contents) -> str:
     words = "An adapter is a small file that changes what a model does, and fits only the model that it was trained "
     words += f"on. This one was trained on {source} (the source). It was moved to {target} (the target), without the "
     words += "data that it was trained on."
-    return f'<p class="muted">{escape(visible(words))}</p>'
+    return f'<p class="muted">{html_text(words)}</p>'
 
 
 def _verdict(contents: Contents) -> str:
     found = headline(contents)
-    reasons = "".join(f"<li>{escape(visible(reason))}</li>" for reason in found.reasons)
+    reasons = "".join(f"<li>{html_text(reason)}</li>" for reason in found.reasons)
     listed = f"<ul>{reasons}</ul>" if reasons else ""
-    return f'<div class="verdict {found.tone}"><p><b>{found.word}.</b> {escape(found.sentence)}</p>{listed}</div>'
+    return f'<div class="verdict {found.tone}"><p><b>{found.word}.</b> {html_text(found.sentence)}</p>{listed}</div>'
 
 
 def _figure(picture: Picture, contents: Contents) -> str:
     words, key = caption(picture.name, contents)
     entries = "".join(
-        f'<div><span class="key" style="background:var(--{colour})"></span>{escape(meaning)}</div>'
+        f'<div><span class="key" style="background:var(--{colour})"></span>{html_text(meaning)}</div>'
         for colour, meaning in key
     )
-    below = f"<figcaption>{entries}<p>{escape(words)}</p></figcaption>"
+    below = f"<figcaption>{entries}<p>{html_text(words)}</p></figcaption>"
     return f"<section><h2>{picture.title}</h2><figure>{picture.svg()}{below}</figure></section>"
 
 
@@ -93,5 +91,5 @@ def _grid(*parts: str) -> str:
 
 
 def _missing(contents: Contents) -> str:
-    items = "".join(f"<li>{escape(visible(sentence))}</li>" for sentence in missing(contents))
+    items = "".join(f"<li>{html_text(sentence)}</li>" for sentence in missing(contents))
     return f'<section><h2>Not on this page</h2><ul class="muted">{items}</ul></section>' if items else ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate.answers_table import visible
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.headline import headline
 from jcrosslora.report.page.pictures import Picture, pictures
 from jcrosslora.report.page.theme import Format, drawing, file_of, new_figure
+from jcrosslora.utils.texts import visible
 
 _LETTERS = 70  # in a line
 _LINE = 0.2  # inches

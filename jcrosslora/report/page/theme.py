@@ -7,10 +7,10 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from jcrosslora.errors import UsageError
+from jcrosslora.utils.html import html_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
     body = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\1{name}-", body).replace("xlink:href", "href")
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, f"var(--{variable})")
-    return f'<svg viewBox="{view[1]}" role="img" aria-label="{escape(label)}">{body.strip()}'
+    return f'<svg viewBox="{view[1]}" role="img" aria-label="{html_text(label)}">{body.strip()}'
 
 
 def file_of(figure: Figure, form: Format) -> bytes:

@@ -1,0 +1,32 @@
+"""A console for texts of others: it prints what they say, and nothing in them acts on the terminal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from jcrosslora.utils.texts import visible
+
+
+class SafeConsole(Console):
+    """A console that writes control characters out, and reads neither markup nor names of emoji in a text."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the options of `rich.console.Console`."""
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string, before its width is measured."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything; what is no string is made visible here."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
+
+
+def say(console: Console, text: str, *, style: str | None = None) -> None:
+    """Print one line as it is: no markup, no wrapping, and nothing in it begins another line."""
+    console.print(visible(text, keep="\t"), highlight=False, markup=False, emoji=False, soft_wrap=True, style=style)
