@@ -124,7 +124,8 @@ def test_ids_that_no_token_has_are_refused(server, servers, base, number):
         return answer
 
     servers["llamacpp"].always = change
-    with pytest.raises(SourceError, match=r"has the id|Expected `int"):
+    # A drawn token that is likely, and no longer among the likeliest, is told of by the sum.
+    with pytest.raises(SourceError, match=r"has the id|Expected `int|sum to"):
         move(servers["llamacpp"], base)
 
 

@@ -40,11 +40,10 @@ def documents(report: TransferReport, *, out: str, profile: str, dtype: str) -> 
     recipe = _recipe_of(report, out=out, profile=profile, dtype=dtype)
     data = {"verdict": dataclasses.asdict(verdict(report)), "recipe_toml": recipe, **published(report)}
     head = _HEAD + (_OWN if ":" in report.recipe.method else "")
-    return {CARD: card, REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n", RECIPE: head + recipe}
     return {
         CARD: card_text(report, recipe, profile),
         REPORT: json.dumps(data, indent=2, allow_nan=False) + "\n",
-        RECIPE: _HEAD + recipe,
+        RECIPE: head + recipe,
     }
 
 
