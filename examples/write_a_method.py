@@ -28,7 +28,7 @@ from jcrosslora.linalg import low_rank, select
 
 @jcl.register_method
 @dataclass(frozen=True)
-class OutputSubspace(jcl.Method):
+class OutputSubspace(jcl.MapMethod):
     """Keep the part of each update whose outputs lie in the target's leading left singular vectors."""
 
     name: ClassVar[str] = "output-subspace"

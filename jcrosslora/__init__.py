@@ -56,6 +56,7 @@ if _TYPE_CHECKING:
     from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
     from jcrosslora.lineage.pairing import Pairing as Pairing
     from jcrosslora.logs import log_to as log_to
+    from jcrosslora.methods import MapMethod as MapMethod
     from jcrosslora.methods import Method as Method
     from jcrosslora.methods import register_method as register_method
     from jcrosslora.report.record import TransferReport as TransferReport
@@ -113,7 +114,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "lineage.base_comparison": ("BaseComparison", "compare_bases"),
     "lineage.pairing": ("Pairing",),
     "logs": ("log_to",),
-    "methods": ("Method", "register_method"),
+    "methods": ("MapMethod", "Method", "register_method"),
     "report.record": ("TransferReport",),
     "report.verdict": ("verdict",),
     "session.estimate": ("Estimate",),

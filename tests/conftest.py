@@ -67,7 +67,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def hooks():
-    """A list of functions that the method `user_methods.Hooked` calls with its context for every adapter it moves."""
+    """A list of functions that the method `user_methods.Hooked` calls with the task for every adapter it moves."""
     from user_methods import HOOKS
 
     yield HOOKS

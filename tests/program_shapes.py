@@ -38,7 +38,7 @@ from jcrosslora.fit.distill import fit, symbols, teacher, token_choice
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
 from jcrosslora.linalg.stacked import AXIS
 from jcrosslora.linalg.svd import choose, refine
-from jcrosslora.methods import METHODS
+from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
 from jcrosslora.shifting import shift
 from jcrosslora.sources import decoder as decoder_source
@@ -199,7 +199,7 @@ def svd_programs() -> Iterator[Program]:
 
 def alignment_programs() -> Iterator[Program]:
     """The maps of every method that has some, and what is shifted by them."""
-    for name, method in ((name, method()) for name, method in METHODS.items()):
+    for name, method in ((name, kind()) for name, kind in METHODS.items() if issubclass(kind, MapMethod)):
         sizes = (25, 19), (25, 19) if method.equal_shapes else (17, 23)
         evidence = evidence_of(method, *sizes)
         yield Program(groups._map_stack, (evidence, method, None), label=name)

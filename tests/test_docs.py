@@ -1,12 +1,14 @@
 """The documentation: every public name is described, every link leads somewhere, the README stays short."""
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from probe_bases import CORPUS, write_move
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
@@ -76,6 +78,29 @@ def test_the_examples_of_kinds_without_files_run(tmp_path, monkeypatch):
         exec(code, names)
         ranks.append({factors.rank for factors in names["adapter"].modules.values()})
     assert ranks == [{6}, {3}]
+
+
+def test_the_methods_of_the_page_on_methods_run_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter, source, target = write_move(tmp_path)
+    Path("prompts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in CORPUS[3:]))
+    text = (ROOT / "docs" / "adding-a-method.md").read_text()
+    *modules, calls = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {"jcl": jcl, "adapter": adapter, "source": source, "target": target}
+    try:
+        for code in modules:
+            name = re.match(r"# (\w+)\.py", code)[1]
+            Path(f"{name}.py").write_text(code)
+            monkeypatch.syspath_prepend(tmp_path)
+            names |= vars(importlib.import_module(name))
+        reports = []
+        for call in calls.splitlines():
+            reports.append(eval(call, names).report)
+        assert [report.recipe.method for report in reports] == ["my_maps:PlainPairs", "my_fit:BestOfTwo"]
+        assert reports[1].fitted.startswith("fitted to")
+    finally:
+        for name in ("plain-pairs", "best-of-two"):
+            jcl.methods.METHODS.pop(name, None)
 
 
 def test_the_readme_has_at_most_10_kb():

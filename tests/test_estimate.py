@@ -53,12 +53,11 @@ def test_an_interpolation_decomposes_the_target_once(places):
 
 def test_distillation_has_the_steps_that_it_shows(places):
     assert list(found(places, method="distill").steps) == [
-        "align",
         "write completions",
         "fit",
         "measure the effect",
     ]
-    assert list(found(places, method="distill", effect="never").steps) == ["align", "write completions", "fit"]
+    assert list(found(places, method="distill", effect="never").steps) == ["write completions", "fit"]
     short = found(places, method="distill", effect="never").steps
     longer = found(places, method=Distill(completions=1200), effect="never").steps
     assert longer["write completions"] == pytest.approx(short["write completions"], rel=0.5)
@@ -160,9 +159,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     assert re.search(r"^method +distill: .+$", shown, re.MULTILINE)
     assert re.search(r"^modules +21$", shown, re.MULTILINE)
     assert re.search(r"^rank +up to 16$", shown, re.MULTILINE)
-    assert re.search(
-        r"^time +.+ \(align 0 s, write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE
-    )
+    assert re.search(r"^time +.+ \(write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE)
     assert re.search(r"^memory +\d+\.\d\d GB, and activations$", shown, re.MULTILINE)
     assert not places[3].exists()
 
@@ -197,7 +194,7 @@ def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):
 def test_a_transfer_shows_its_steps(places, every_line, capsys):
     jcl.transfer(*places[:3], "residual-fit", prompts=CORPUS, cache=False, progress=True)
     lines = capsys.readouterr().err.splitlines()
-    for step in ("1 of 3: align", "2 of 3: fit the residual stream", "3 of 3: measure the effect"):
+    for step in ("1 of 2: fit the residual stream", "2 of 2: measure the effect"):
         assert any(re.search(f"step {step}, .+, about .+ left", line) for line in lines), step
 
 

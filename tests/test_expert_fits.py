@@ -14,7 +14,7 @@ from jcrosslora.adapter.experts import expert_update
 from jcrosslora.decoder import load_params
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.methods import Distill, Update
+from jcrosslora.methods import Distill, Moved
 from jcrosslora.sources.decoder import DecoderSource
 
 SMALL = DistillSettings(
@@ -75,11 +75,11 @@ class Asked(Distill):
 
     name: ClassVar[str] = "asked"
 
-    def finalize(self, context, moved):
-        source = DecoderSource.of(context.source, context.adapter, params=load_params(context.source))
+    def move(self, task):
+        source = DecoderSource.of(task.source, task.adapter, params=load_params(task.source))
         assert {"down"} == set(source.adapter.roles)
-        assert not moved.modules
-        return Update(random_adapter(context.target, roles=("q_proj",)), fitted="nothing was fitted")
+        assert task.start is None
+        return Moved(random_adapter(task.target, roles=("q_proj",)), fitted="nothing was fitted")
 
 
 def test_a_fit_gets_an_adapter_of_experts_alone(bases):

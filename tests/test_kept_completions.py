@@ -8,8 +8,7 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.evidence.probes.text_files import read_prompts
-from jcrosslora.methods import PadTruncate
-from jcrosslora.methods.update import Update
+from jcrosslora.methods import Moved, PadTruncate
 from jcrosslora.text import Completion, Message
 
 
@@ -38,8 +37,8 @@ class Fitted(PadTruncate):
 
     own: bool = True
 
-    def finalize(self, context, moved):
-        return Update(moved, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
+    def move(self, task):
+        return Moved(task.start, completions=(Completion("Q: what?"),), wrote_prompts=self.own)
 
 
 @pytest.mark.parametrize("own", [True, False])

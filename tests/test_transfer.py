@@ -57,7 +57,8 @@ def command(files, out, *flags):
     [
         name
         for name, method in METHODS.items()
-        if not (method.equal_shapes or method.runs_bases or EvidenceKind.SELECTION in method.requires)
+        if not (method.fits_update or method.equal_shapes or method.runs_bases)
+        and EvidenceKind.SELECTION not in method.requires
     ],
 )
 def test_every_method_moves_between_unequal_shapes_from_file_to_file(files, tmp_path, method):
@@ -75,7 +76,7 @@ def test_every_method_moves_between_unequal_shapes_from_file_to_file(files, tmp_
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, method in METHODS.items() if method.equal_shapes and not method.runs_bases]
+    "method", [name for name, method in METHODS.items() if not method.fits_update and method.equal_shapes]
 )
 def test_every_method_moves_between_equal_shapes(files, tmp_path, method):
     moved = transfer_files(settings(files, tmp_path / "out", method=method, target=str(files / "twin")))

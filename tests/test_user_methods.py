@@ -10,15 +10,17 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from tiny_bases import delta, random_adapter, write_llama
+from safetensors.numpy import save_file
+from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from user_methods import HalfCopy
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cache import Cache
 from jcrosslora.cli.main import main
-from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.methods import METHODS, LoRAX, Method, allow_module, find_method
+from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
+from jcrosslora.methods.coordinates import padded_maps, resampled_maps
 
 PLAN = """
 out = "moved"
@@ -262,14 +264,31 @@ class Nameless(Method):
     share: float = 0.5
 
 
+@dataclass(frozen=True)
+class Idle(Method):
+    """It has maps, and no code of the package calls them."""
+
+    name: ClassVar[str] = "idle"
+
+    def maps(self, evidence):
+        return padded_maps(evidence)
+
+
+@dataclass(frozen=True)
+class Mapless(MapMethod):
+    name: ClassVar[str] = "mapless"
+
+
 @pytest.mark.parametrize(
     ("method", "said"),
     [
         (Taken, "another method is called 'copy'; choose another name"),
         (Unset, "method unset: field share has no default"),
         (Undecorated, "method undecorated: it is not a frozen dataclass"),
-        (Loose, "is not a method; write a class that inherits from jcrosslora.Method, with a name"),
+        (Loose, "is not a method; write a class that inherits from jcrosslora.MapMethod, with a name"),
         (Nameless, "is not a method"),
+        (Idle, "does not say how it moves an update; inherit from jcrosslora.MapMethod and write `maps`"),
+        (Mapless, "does not say how it moves an update"),
         (HalfCopy(), "is not a method"),
     ],
 )
@@ -310,13 +329,11 @@ def test_registering_the_same_class_again_changes_nothing():
 
 def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
     cells = (
-        "class Cell(Method):\n    name = 'cell'\n    def maps(self, evidence):\n        return padded_maps(evidence)"
+        "class Cell(MapMethod):\n    name = 'cell'\n    def maps(self, evidence):\n        return padded_maps(evidence)"
     )
-    from jcrosslora.methods.coordinates import padded_maps, zero_maps
-
     made = []
-    for maps in (padded_maps, zero_maps):
-        scope = {"Method": jcl.Method, "__name__": "a_notebook", maps.__name__: maps}
+    for maps in (padded_maps, resampled_maps):
+        scope = {"MapMethod": jcl.MapMethod, "__name__": "a_notebook", maps.__name__: maps}
         exec(cells.replace("padded_maps", maps.__name__), scope)
         made.append(dataclasses.dataclass(frozen=True)(scope["Cell"]))
     first, second = made
@@ -324,3 +341,68 @@ def test_a_method_without_a_file_as_in_a_notebook_takes_part(folder, tmp_path):
     assert first().cache_key() != second().cache_key()  # another code
     result = jcl.transfer(folder / "adapter", folder / "source", folder / "target", first(), cache=False)
     assert result.report.recipe.method == "a_notebook:Cell"
+
+
+# --- fits ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Constant(Method):
+    """A fit that looks at nothing."""
+
+    name: ClassVar[str] = "constant"
+
+    def move(self, task):
+        assert task.start is None
+        return Moved(random_adapter(task.target, roles=("q_proj",), rank=2), fitted="set to a constant")
+
+
+def test_a_fit_reads_no_weights(folder, tmp_path):
+    """Weights that are not numbers stop a map method, and are nothing to a fit."""
+    tensors = {name: np.full_like(tensor, np.nan) for name, tensor in llama_tensors().items()}
+    write_llama(tmp_path / "broken")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    places = folder / "adapter", tmp_path / "broken", folder / "target"
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        jcl.transfer(*places, CrossLoRA(svd_rank=4), cache=False)
+    found = jcl.transfer(*places, Constant(), cache=False)
+    assert {name.rpartition(".")[2] for name in found.adapter.modules} == {"q_proj"}
+    assert (found.report.fitted, found.report.unmapped_sources) == ("set to a constant", ())
+    # Each module of the source that lies at the depth of one of the target is still accounted for.
+    assert {row.source for row in found.report.rows} > set(found.adapter.modules)
+
+
+def test_a_fit_has_no_maps_to_apply(folder):
+    transport = jcl.align(folder / "source", folder / "target", Constant())
+    assert transport.groups == ()
+    with pytest.raises(MethodError, match=r"constant has no maps to apply: use jcrosslora\.shift"):
+        jcl.apply(transport, jcl.load_adapter(folder / "adapter"))
+    assert jcl.shift(transport, folder / "adapter").report.fitted == "set to a constant"
+
+
+@pytest.mark.parametrize("start", ["copy", None])
+def test_a_fit_starts_from_the_maps_that_it_names(folder, start):
+    @dataclass(frozen=True)
+    class Started(Method):
+        name: ClassVar[str] = "started"
+
+        @property
+        def start(self):
+            return start and METHODS[start]()
+
+        def move(self, task):
+            return Moved(task.start or random_adapter(task.target, seed=9), fitted="kept")
+
+    found = jcl.transfer(folder / "adapter", folder / "source", folder / "source", Started(), cache=False)
+    original = jcl.load_adapter(folder / "adapter")
+    same = all(
+        np.array_equal(delta(factors), delta(original.modules[name])) for name, factors in found.adapter.modules.items()
+    )
+    assert same == (start == "copy")
+
+
+def test_the_verdict_on_a_method_without_a_measure_promises_nothing(folder):
+    assert HalfCopy.measure == "none"
+    found = jcl.transfer(folder / "adapter", folder / "source", folder / "target", HalfCopy(), cache=False)
+    assert found.verdict.level == "unknown"
+    assert "measures no agreement of the two bases" in found.verdict.text

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from jcrosslora.adapter import Adapter
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
-from jcrosslora.methods import FinalizeContext, Method, Update
+from jcrosslora.methods import MapMethod, Moved, Task
 from jcrosslora.methods.coordinates import padded_maps
 from jcrosslora.utils import files
 
-# Called with the context of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
-HOOKS: list[Callable[[FinalizeContext], object]] = []
+# Called with the task of every adapter that `Hooked` moves; tests clear it (see `hooks` in conftest.py).
+HOOKS: list[Callable[[Task], object]] = []
 
 
 @dataclass(frozen=True)
-class HalfCopy(Method):
+class HalfCopy(MapMethod):
     """Copy a share of the update by coordinates."""
 
     name: ClassVar[str] = "half-copy"
@@ -41,11 +40,11 @@ class Hooked(HalfCopy):
 
     name: ClassVar[str] = "hooked"
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+    def move(self, task: Task) -> Moved:
         """Call all hooks."""
         for hook in HOOKS:
-            hook(context)
-        return Update(moved)
+            hook(task)
+        return super().move(task)
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ class Killed(HalfCopy):
 
     name: ClassVar[str] = "killed"
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+    def move(self, task: Task) -> Moved:
         """Leave a mark in the cache's folder, which all workers share, and have the process killed."""
         mark = Path(os.environ["JCROSSLORA_CACHE"]) / "killed"
-        if Path(context.adapter.info.name).name == "a1" and not mark.exists():
+        if Path(task.adapter.info.name).name == "a1" and not mark.exists():
             mark.touch()
             files._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        return Update(moved)
+        return super().move(task)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def align(
         source: the base that adapters come from, opened, or what `open_base` opens.
         target: the base that they go to.
         method: a name, or a method object with its hyper-parameters, such as `methods.CrossLoRA(svd_rank=64)`; "auto"
-            chooses by the weights of both bases. The maps of a method that fits an update are zero: its fit is run by
-            `shift`, adapter by adapter.
+            chooses by the weights of both bases. A method that fits an update has no maps: its fit is run by `shift`,
+            adapter by adapter.
         depth: which source layer feeds which target layer, see `jcrosslora.lineage.pairing.pair_modules`.
         seed: of everything that is drawn.
         sources: align only what these source modules feed (those an adapter has); None is all.

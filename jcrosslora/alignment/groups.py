@@ -30,7 +30,7 @@ from jcrosslora.evidence.request import ModuleStack
 from jcrosslora.evidence.weight_stacks import load_stack
 from jcrosslora.linalg import mesh_of, over_layers, spread
 from jcrosslora.lineage.pairing import SIMILAR, Pair
-from jcrosslora.methods import Method
+from jcrosslora.methods import MapMethod
 from jcrosslora.utils.progress import track
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def with_text(task: AlignmentTask, probes: Probes | None, *, progress: bool = Fa
 
 
 def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[TransportGroup]:
-    """Align the modules, a group of equal shapes and bounded size at a time.
+    """Align the modules, a group of equal shapes and bounded size at a time; nothing for a method without maps.
 
     Args:
         task: an alignment, with its text if it needs any (see `with_text`).
@@ -79,13 +79,16 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
     request = task.request
     providers = providers_of(request.kinds)
     cache = task.pair.cache if any(provider.is_costly for provider in providers) else None
-    kept = None if cache is None else TransportCache(cache, task.method, request)
+    start = task.method.start
+    kept = None if cache is None or start is None else TransportCache(cache, start, request)
 
     @lru_cache  # when the first group is met that is not kept
     def collected() -> list[AddEvidence]:
         return [provider.collect(request, progress=progress) for provider in providers]
 
     chunks = list(task.chunks())
+    if not chunks:
+        return
     found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
     store = task.pair.store
     background = store.in_background() if store is not None else nullcontext()
@@ -172,11 +175,12 @@ def _align(
         key=None,
         reads=reads_stream(pairs[0]),
         rank=stack.rank,
-        method=task.method.name,
+        method=(task.method.start or task.method).name,
     )
     for add in evidence_adders:
         evidence = add(evidence, stack)
-    maps, agreement = _map_stack(evidence, task.method, mesh_of(stack.source))
+    assert task.method.start is not None
+    maps, agreement = _map_stack(evidence, task.method.start, mesh_of(stack.source))
     terms, agreement = jax.tree.map(lambda x: x[: len(pairs)], (maps.terms, agreement))
     # Waiting here keeps one group in flight: it bounds memory, and on a CPU two programs that both call LAPACK take
     # the cores from each other (measured: 6 times slower).
@@ -190,7 +194,7 @@ def _side(base: BaseModel, names: Sequence[str], stack: jax.Array) -> Side:
 
 
 @partial(jax.jit, static_argnames=("method", "mesh"))
-def _map_stack(evidence: Evidence, method: Method, mesh: Mesh | None) -> tuple[Maps, Agreement]:
+def _map_stack(evidence: Evidence, method: MapMethod, mesh: Mesh | None) -> tuple[Maps, Agreement]:
     def one(evidence: Evidence, vocabulary: object) -> tuple[Maps, Agreement]:
         evidence = dataclasses.replace(evidence, vocabulary=vocabulary)
         maps = method.maps(evidence)

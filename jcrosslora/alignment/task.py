@@ -34,7 +34,7 @@ class AlignmentTask:
 
     Attributes:
         pair: the two bases.
-        method: which chooses the maps.
+        method: of the transfer; its `start` chooses the maps, and there are none without one.
         depth: the depth map that was asked for, as reports state it.
         seed: of everything that is drawn.
         sources: the source modules that adapters have; None is all.
@@ -57,8 +57,8 @@ class AlignmentTask:
 
     @property
     def modules(self) -> tuple[Pair, ...]:
-        """The pairs that the wanted source modules feed."""
-        return _wanted(self.pairing, self.sources)
+        """The pairs that the wanted source modules feed, for which maps are made; none for a method without maps."""
+        return () if self.method.start is None else _wanted(self.pairing, self.sources)
 
     @property
     def runs_bases(self) -> bool:
@@ -73,14 +73,15 @@ class AlignmentTask:
     @property
     def request(self) -> EvidenceRequest:
         """What the evidence providers are asked for."""
+        start = self.method.start
         return EvidenceRequest(
             pair=self.pair,
-            method=self.method.name,
-            kinds=frozenset(self.method.requires),
+            method=(start or self.method).name,
+            kinds=frozenset() if start is None else frozenset(start.requires),
             modules=self.modules,
             layers=self.pairing.layers,
             rank=self.rank,
-            single_vectors=self.method.single_vectors,
+            single_vectors=start is not None and start.single_vectors,
             seed=self.seed,
             probes=self.probes,
             batches=self.batches,
@@ -146,7 +147,9 @@ class AlignmentTask:
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
                 "rule that depends on the basis, so the moved update is one of many equally valid ones"
             )
-        names = compare_token_names(*sides.values()) if self.method.preserves_residual_basis else None
+        start = self.method.start
+        keeps_rows = start is not None and start.preserves_residual_basis
+        names = compare_token_names(*sides.values()) if keeps_rows else None
         if names is not None and names.contradict:
             found.append(
                 f"{names.sentence}; rows of embedding and head are carried over by id, and one of the two tokenizers "
@@ -192,7 +195,7 @@ def plan_alignment(
     # Which layers are alike is known when both bases have run; which shapes meet is the same for any map.
     by_shape = "proportional" if depth == SIMILAR else depth
     pairing = pair_modules(pair.source.modules, pair.target.modules, by_shape)
-    modules = _wanted(pairing, sources)
+    modules = () if method.start is None else _wanted(pairing, sources)
     _check_shapes(method, pair, modules)
     stated = depth if isinstance(depth, str) else ",".join("-" if layer is None else str(layer) for layer in depth)
     task = AlignmentTask(
@@ -228,7 +231,7 @@ def _wanted(pairing: Pairing, sources: Collection[str] | None) -> tuple[Pair, ..
 
 
 def _check_shapes(method: Method, bases: BasePair, modules: tuple[Pair, ...]) -> None:
-    if not method.equal_shapes:
+    if method.start is None or not method.start.equal_shapes:
         return
     for pair in modules:
         src, tgt = bases.source.modules[pair.source].shape, bases.target.modules[pair.target].shape
@@ -241,7 +244,9 @@ def _check_shapes(method: Method, bases: BasePair, modules: tuple[Pair, ...]) ->
 
 
 def _checked_rank(method: Method, bases: BasePair, modules: tuple[Pair, ...]) -> int:
-    """Return the truncation rank: the method's own, or its default where the modules are smaller than that."""
+    """Return the truncation rank: the method's own, or its default where the modules are smaller; 0 without maps."""
+    if not modules:
+        return 0
     sides = [(bases.source.modules[pair.source].shape, bases.target.modules[pair.target].shape) for pair in modules]
     widest = max(min(*src, *tgt) for src, tgt in sides)
     rank = getattr(method, "svd_rank", DEFAULT_SVD_RANK)

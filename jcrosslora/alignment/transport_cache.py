@@ -19,13 +19,13 @@ from jcrosslora.evidence.providers import providers_of
 from jcrosslora.evidence.request import EvidenceRequest, pairs_as_json
 from jcrosslora.linalg import LinearMap, place
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import Method
+from jcrosslora.methods import MapMethod
 
 
 class TransportCache:
     """Finds and keeps the groups of the transport of one pair of bases by one method."""
 
-    def __init__(self, cache: PairCache, method: Method, request: EvidenceRequest) -> None:
+    def __init__(self, cache: PairCache, method: MapMethod, request: EvidenceRequest) -> None:
         """Derive the key from the method's fields and from what the evidence providers say."""
         providers = providers_of(request.kinds)
         facts = [provider.cache_key(request) for provider in providers]

@@ -4,6 +4,7 @@ The maths of a method sees the `Evidence` of one pair of modules at a time; it k
 """
 
 from jcrosslora.methods.base import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
+from jcrosslora.methods.base import MapMethod as MapMethod
 from jcrosslora.methods.base import Method as Method
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
@@ -32,6 +33,6 @@ from jcrosslora.methods.registry import spec_of as spec_of
 from jcrosslora.methods.residual_fit import ResidualFit as ResidualFit
 from jcrosslora.methods.scaled_procrustes import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.select import Select as Select
+from jcrosslora.methods.task import Moved as Moved
+from jcrosslora.methods.task import Task as Task
 from jcrosslora.methods.theseus import Theseus as Theseus
-from jcrosslora.methods.update import FinalizeContext as FinalizeContext
-from jcrosslora.methods.update import Update as Update

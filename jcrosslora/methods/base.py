@@ -1,4 +1,4 @@
-"""The base class of transfer methods: a frozen dataclass of hyper-parameters with one function for the maths."""
+"""The two base classes of transfer methods: those that fit an update to behaviour, and those that map it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jcrosslora.adapter import Adapter
-from jcrosslora.evidence.records import FITTING, RUNNING, Evidence, EvidenceKind, Maps
-from jcrosslora.methods.coordinates import zero_maps
-from jcrosslora.methods.update import FinalizeContext, Update
+from jcrosslora.evidence.records import RUNNING, Evidence, EvidenceKind, Maps
+from jcrosslora.methods.task import Moved, Task
 
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
@@ -30,39 +28,36 @@ class Method:
     The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
     a field needs a default, a type that TOML can hold, and a docstring line beneath it.
 
+    A method that inherits from this class directly fits an update to what the adapter does: `move` is all it needs. One
+    that chooses maps from the weights of both bases inherits from `MapMethod`.
+
     Attributes:
         name: as given to `--method`.
         summary: one line.
         reference: where it is published.
         requires: the evidence that has to be collected. A property may derive it from the fields.
-        measure: the diagnostic that says whether the two bases agree in what the method relies on.
-        equal_shapes: whether it is defined only for modules of equal shape.
-        single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        preserves_residual_basis: whether the maps keep the coordinates of the residual stream, or select among them.
-            Changes of the embedding and the output head then move as well.
-        carries_experts: whether updates of experts move too where the target is a copy of the source or of its parts.
-        keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
-    measure: ClassVar[Measure] = "weight cosine"
-    equal_shapes: ClassVar[bool] = False
-    single_vectors: ClassVar[bool] = False
-    preserves_residual_basis: ClassVar[bool] = False
-    carries_experts: ClassVar[bool] = False
-    keeps_norm: ClassVar[bool] = False
 
-    def maps(self, evidence: Evidence) -> Maps:
-        """Choose the maps of one pair of modules. Pure, traceable and unbatched; the default maps are zero."""
-        return zero_maps(evidence)
+    def move(self, task: Task) -> Moved:
+        """Return the update of the target.
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
-        """Run the stages after the maps. The default returns the moved adapter."""
-        del context
-        return Update(moved)
+        Args:
+            task: the bases, the adapter and its prompts; `task.start` is the adapter behind the maps of `self.start`.
+        """
+        raise NotImplementedError
+
+    @property
+    def start(self) -> MapMethod | None:
+        """The method whose maps the update goes through before `move`; None where nothing is mapped.
+
+        A map method is its own start. A fit that begins with a moved update names the method that moves it.
+        """
+        return None
 
     @property
     def truncates(self) -> bool:
@@ -76,18 +71,13 @@ class Method:
 
     @property
     def fits_update(self) -> bool:
-        """Tell whether an update is fitted to the source's behaviour with the adapter."""
-        return bool(self.requires & FITTING)
-
-    @property
-    def has_finalize(self) -> bool:
-        """Tell whether a stage follows the maps."""
-        return type(self).finalize is not Method.finalize
+        """Tell whether the whole update is fitted, so that its size follows from the fit."""
+        return not isinstance(self, MapMethod)
 
     @property
     def needs(self) -> str:
         """Return the evidence that the method uses, in words."""
-        parts = ["equal shapes"] if self.equal_shapes else []
+        parts = ["equal shapes"] if self.start is not None and self.start.equal_shapes else []
         parts += [kind.value for kind in EvidenceKind if kind in self.requires and kind != EvidenceKind.RANDOM_KEY]
         return ", ".join(parts) or "nothing"
 
@@ -111,5 +101,54 @@ class Method:
     def _code_digest(cls) -> str:
         file = cls.source_file()
         if file is None:
-            return hashlib.sha256(marshal.dumps(cls.maps.__code__)).hexdigest()
+            return hashlib.sha256(marshal.dumps(cls._maths().__code__)).hexdigest()
         return "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
+
+    @classmethod
+    def _maths(cls) -> Any:
+        """Return the function that decides what moves: it stands for the code of a method without a file."""
+        return cls.move
+
+
+@dataclass(frozen=True)
+class MapMethod(Method):
+    """Base class of methods that choose two maps for each pair of modules: dW_tgt = P_out dW_src P_in'.
+
+    The alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps) are the same for all
+    map methods; `move` is called behind them.
+
+    Attributes:
+        measure: the diagnostic that says whether the two bases agree in what the method relies on; "none" without one.
+        is_control: whether no effect is expected, by design.
+        equal_shapes: whether it is defined only for modules of equal shape.
+        single_vectors: whether single singular vectors matter, or only the subspace that they span.
+        preserves_residual_basis: whether the maps keep (or permute) the coordinates of the residual stream. Changes of
+            the embedding and the output head then move as well.
+        carries_experts: whether updates of experts move too where the target is a copy of the source or of its parts.
+        keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
+    """
+
+    measure: ClassVar[Measure] = "none"
+    is_control: ClassVar[bool] = False
+    equal_shapes: ClassVar[bool] = False
+    single_vectors: ClassVar[bool] = False
+    preserves_residual_basis: ClassVar[bool] = False
+    carries_experts: ClassVar[bool] = False
+    keeps_norm: ClassVar[bool] = False
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Choose the maps of one pair of modules. Pure, traceable and unbatched."""
+        raise NotImplementedError
+
+    def move(self, task: Task) -> Moved:
+        """Return the mapped update as it is. A method that adds something to it overrides this."""
+        return Moved(task.mapped)
+
+    @property
+    def start(self) -> MapMethod:
+        """Return the method itself."""
+        return self
+
+    @classmethod
+    def _maths(cls) -> Any:
+        return cls.maps

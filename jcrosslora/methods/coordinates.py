@@ -21,12 +21,6 @@ def resampled_maps(evidence: Evidence) -> Maps:
     return Maps(((_resampled(o_src, o_tgt), _resampled(i_src, i_tgt)),))
 
 
-def zero_maps(evidence: Evidence) -> Maps:
-    """Return maps to zero, for methods that fit the whole update."""
-    (o_src, i_src), (o_tgt, i_tgt) = evidence.src.weight.shape, evidence.tgt.weight.shape
-    return Maps(((_zero(o_src, o_tgt), _zero(i_src, i_tgt)),))
-
-
 def _padded(size_src: int, size_tgt: int) -> LinearMap:
     place = jnp.arange(size_tgt)
     return select(jnp.minimum(place, size_src - 1), (place < size_src).astype(jnp.float32), size_src)
@@ -36,7 +30,3 @@ def _resampled(size_src: int, size_tgt: int) -> LinearMap:
     # floor(i (m - 1) / (n - 1)) in integers: evenly spaced from the first index to the last.
     place = jnp.arange(size_tgt) * (size_src - 1) // max(size_tgt - 1, 1)
     return select(place, jnp.ones(size_tgt), size_src)
-
-
-def _zero(size_src: int, size_tgt: int) -> LinearMap:
-    return select(jnp.zeros(size_tgt, jnp.int32), jnp.zeros(size_tgt), size_src)

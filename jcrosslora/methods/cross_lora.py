@@ -26,11 +26,11 @@ import jax.numpy as jnp
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps, Vocabulary
 from jcrosslora.linalg import TruncatedSVD, dot, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class CrossLoRA(Method):
+class CrossLoRA(MapMethod):
     """The i-th singular pair of the source goes to the i-th of the target."""
 
     name: ClassVar[str] = "cross-lora"

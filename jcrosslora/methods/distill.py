@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.adapter import Adapter, update_norm
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.methods.base import Measure, Method
-from jcrosslora.methods.update import FinalizeContext, Update
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.task import Moved, Task
 
 
 @dataclass(frozen=True)
@@ -18,31 +17,33 @@ class Distill(DistillSettings, Method):
     summary: ClassVar[str] = "an update fitted to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
-    measure: ClassVar[Measure] = "none"
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
-        """Let the source write completions with its adapter, and fit the update of the target to them."""
+    def move(self, task: Task) -> Moved:
+        """Let the source write completions with its adapter, and fit an update of the target to them.
+
+        The fit starts from the mapped update, where there is one.
+        """
         from jcrosslora.fit.distill.run import distill
 
-        start = moved if any(update_norm(item) > 0 for item in moved.modules.values()) else None
+        start = task.start if task.start is not None and task.start.modules else None
         found = distill(
-            context.source,
-            context.target,
-            context.adapter,
+            task.source,
+            task.target,
+            task.adapter,
             start,
-            prompts=context.prompts,
+            prompts=task.prompts,
             settings=self,
-            seed=context.seed,
-            states=context.states,
-            progress=context.progress,
-            loaded=context.loaded,
-            shared=context.shared,
+            seed=task.seed,
+            states=task.states,
+            progress=task.progress,
+            loaded=task.loaded,
+            shared=task.shared,
         )
-        return Update(
+        return Moved(
             found.adapter,
             fitted=found.sentence,
             curve=[(look.completions, look.divergence) for look in found.looks],
             completions=found.completions,
-            wrote_prompts=not context.prompts,
+            wrote_prompts=not task.prompts,
             chat_template=found.chat_template,
         )

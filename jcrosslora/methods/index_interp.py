@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.evidence.records import Evidence, Maps
-from jcrosslora.methods.base import Method
+from jcrosslora.methods.base import MapMethod, Measure
 from jcrosslora.methods.coordinates import resampled_maps
 
 
 @dataclass(frozen=True)
-class IndexInterp(Method):
+class IndexInterp(MapMethod):
     """Rows and columns resampled at the nearest index."""
 
     name: ClassVar[str] = "index-interp"
     summary: ClassVar[str] = "rows and columns resampled at the nearest index"
     reference: ClassVar[str] = "github.com/ootyzzz/PAW, interpo_core.py"
+    measure: ClassVar[Measure] = "weight cosine"
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return maps that repeat or skip indices."""

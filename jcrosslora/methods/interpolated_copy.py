@@ -8,7 +8,7 @@ from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source
 from jcrosslora.methods.copy import Copy
-from jcrosslora.methods.update import FinalizeContext, Update
+from jcrosslora.methods.task import Moved, Task
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class InterpolatedCopy(Copy):
         """Refuse a share outside 0 to 1."""
         check_share(self.interpolation)
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+    def move(self, task: Task) -> Moved:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""
-        if self not in context.shared:
-            context.shared[self] = interpolate_to_source(
-                context.source, context.target, self.interpolation, rank=context.rank, progress=context.progress
+        if self not in task.shared:
+            task.shared[self] = interpolate_to_source(
+                task.base, task.target, self.interpolation, rank=task.rank, progress=task.progress
             )
-        found = context.shared[self]
-        return Update(_sum(context.target, moved, found), added=_sentence(found, self.interpolation))
+        found = task.shared[self]
+        return Moved(_sum(task.target, task.mapped, found), added=_sentence(found, self.interpolation))
 
 
 def _sum(target: BaseModel, moved: Adapter, found: SourceInterpolation) -> Adapter:

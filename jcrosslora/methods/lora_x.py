@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class LoRAX(Method):
+class LoRAX(MapMethod):
     """Projection into the leading singular subspaces of the target. The source's SVD serves the diagnostics only."""
 
     name: ClassVar[str] = "lora-x"

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dot, low_rank
-from jcrosslora.methods.base import Measure, Method
+from jcrosslora.methods.base import MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class LoRASuite(Method):
+class LoRASuite(MapMethod):
     """Map the stream by the embeddings of shared tokens, attention by matched heads. Its fine-tuning is left out."""
 
     name: ClassVar[str] = "lorasuite"

@@ -15,11 +15,11 @@ import jax
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class ProLoRA(Method):
+class ProLoRA(MapMethod):
     """Range and null space of source and target, moved separately, which doubles the rank."""
 
     name: ClassVar[str] = "prolora"

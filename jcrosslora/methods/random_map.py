@@ -8,18 +8,18 @@ import jax.numpy as jnp
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, Measure, Method
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(MapMethod):
     """Uniformly random orthonormal bases instead of singular vectors."""
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "control: random orthonormal bases, norm of the update kept"
     reference: ClassVar[str] = "control"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.RANDOM_KEY})
-    measure: ClassVar[Measure] = "none"
+    is_control: ClassVar[bool] = True
     keeps_norm: ClassVar[bool] = True
 
     svd_rank: int = DEFAULT_SVD_RANK

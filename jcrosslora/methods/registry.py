@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
-from jcrosslora.methods.base import Method
+from jcrosslora.methods.base import MapMethod, Method
 from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.cross_lora import CrossLoRA
 from jcrosslora.methods.distill import Distill
@@ -79,7 +79,8 @@ def register_method(method: type[M]) -> type[M]:
     """Add a user's own method to the registry; may be used as a class decorator.
 
     Args:
-        method: a frozen dataclass that inherits from `Method` and has a name, with a default for every field.
+        method: a frozen dataclass with a name and a default for every field. It inherits from `MapMethod` and has
+            `maps`, or from `Method` and has `move`.
 
     Returns:
         The same class.
@@ -88,7 +89,7 @@ def register_method(method: type[M]) -> type[M]:
         MethodError: the class does not meet these conditions, or another class has its name.
     """
     if not (isinstance(method, type) and issubclass(method, Method) and isinstance(getattr(method, "name", None), str)):
-        msg = f"{method!r} is not a method; write a class that inherits from jcrosslora.Method, with a name"
+        msg = f"{method!r} is not a method; write a class that inherits from jcrosslora.MapMethod, with a name"
         raise MethodError(msg)
     unset = [field.name for field in dataclasses.fields(method) if field.default is dataclasses.MISSING]
     if unset or not method.__dataclass_params__.frozen or "__dataclass_params__" not in vars(method):  # type: ignore[attr-defined]
@@ -99,6 +100,9 @@ def register_method(method: type[M]) -> type[M]:
     if method.name == AUTO or (other is not None and _spec(other) != _spec(method)):
         msg = f"another method is called {method.name!r}; choose another name"
         raise MethodError(msg)
+    if method.move is Method.move or (issubclass(method, MapMethod) and method.maps is MapMethod.maps):
+        msg = f"method {method.name} does not say how it moves an update; inherit from jcrosslora.MapMethod and write "
+        raise MethodError(msg + "`maps`, or from jcrosslora.Method and write `move`")
     METHODS[method.name] = method
     return method
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.adapter import Adapter
 from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.methods.base import Measure, Method
-from jcrosslora.methods.update import FinalizeContext, Update
+from jcrosslora.methods.base import Method
+from jcrosslora.methods.task import Moved, Task
 
 
 @dataclass(frozen=True)
@@ -17,26 +16,24 @@ class ResidualFit(Method):
     summary: ClassVar[str] = "down_proj, layer by layer, so that the target's residual stream changes as the source's"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.PROBE_TEXTS})
-    measure: ClassVar[Measure] = "none"
 
     residual_scale: float = 0.6
     """Share of the change of the source's residual stream that the update is fitted to."""
 
-    def finalize(self, context: FinalizeContext, moved: Adapter) -> Update:
+    def move(self, task: Task) -> Moved:
         """Run both bases over the probe texts and fit each layer in closed form."""
-        del moved
         from jcrosslora.decoder import unstack_adapter
         from jcrosslora.fit.residual import fit_residual
 
         fitted = fit_residual(
-            context.source,
-            context.target,
-            context.adapter,
+            task.base,
+            task.target,
+            task.adapter,
             None,
-            context.batches,
-            context.layers,
+            task.batches,
+            task.layers,
             scale=self.residual_scale,
-            progress=context.progress,
+            progress=task.progress,
         )
         what = f"{self.residual_scale:g} times the change of the source's residual stream"
-        return Update(unstack_adapter(fitted, context.target), fitted=f"fitted to {what}, on down_proj alone")
+        return Moved(unstack_adapter(fitted, task.target), fitted=f"fitted to {what}, on down_proj alone")

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dimension_sizes, low_rank, procrustes
-from jcrosslora.methods.base import Measure, Method
+from jcrosslora.methods.base import MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class ScaledProcrustes(Method):
+class ScaledProcrustes(MapMethod):
     """Theseus on activations whose dimensions are divided by their sizes."""
 
     name: ClassVar[str] = "scaled-procrustes"

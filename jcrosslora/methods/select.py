@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, select
-from jcrosslora.methods.base import Measure, Method
+from jcrosslora.methods.base import MapMethod, Measure
 
 
 @dataclass(frozen=True)
-class Select(Method):
+class Select(MapMethod):
     """Rows, columns and layers of the source that the target consists of."""
 
     name: ClassVar[str] = "select"

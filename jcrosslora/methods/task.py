@@ -1,4 +1,4 @@
-"""Stages after the maps: the context that `Method.finalize` receives, and the update that it returns."""
+"""What a method is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import MethodError
 from jcrosslora.text import Completion, Prompt
 
 if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evidence.probes import ProbeBatch
+    from jcrosslora.sources.protocol import Source
 
 
 @dataclass(frozen=True, eq=False)
-class FinalizeContext:
-    """What a method may use after the maps.
+class Task:
+    """One adapter that is to be moved between two bases.
 
     Attributes:
-        source: the base that the adapter was trained on.
+        source: the base that the adapter was trained on; or a source that can only be queried, with its adapter.
         target: the base that it is moved to.
-        adapter: the original adapter, with fused matrices split.
+        adapter: the original adapter, with fused matrices split; empty where the source can only be queried.
+        start: the adapter behind the maps of the method's `start`; None where nothing is mapped.
         layers: for each target layer the source layer that feeds it, or None.
         prompts: the user's texts or conversations; empty if the source writes its own.
         batches: probe texts, tokenised for both bases, for methods that require probe texts.
-        rank: the truncation rank of the alignment.
+        rank: the truncation rank of the alignment; 0 without one.
         shared: results that hold for all adapters of the pair; a method may add its own.
         seed: for everything that is sampled.
         states: folder in which a long fit keeps its states, from which it continues after a stop; None keeps none.
@@ -35,10 +38,11 @@ class FinalizeContext:
         loaded: gives the weights of both bases, divided over devices if one is too small; None if they do not run.
     """
 
-    source: BaseModel
+    source: BaseModel | Source
     target: BaseModel
     adapter: Adapter
-    layers: Sequence[int | None]
+    start: Adapter | None = None
+    layers: Sequence[int | None] = ()
     prompts: Sequence[Prompt] = ()
     batches: Sequence[ProbeBatch] = ()
     rank: int = 0
@@ -48,16 +52,34 @@ class FinalizeContext:
     progress: bool = False
     loaded: LoadedBases | None = None
 
+    @property
+    def base(self) -> BaseModel:
+        """Return the source, whose weights the method reads.
+
+        Raises:
+            MethodError: the source can only be queried.
+        """
+        if not isinstance(self.source, BaseModel):
+            msg = f"this method reads the weights of the source, and {self.source.name} can only be queried: use "
+            raise MethodError(msg + "--method distill, or give the weights with --source")
+        return self.source
+
+    @property
+    def mapped(self) -> Adapter:
+        """Return the adapter behind the maps, which a map method always has."""
+        assert self.start is not None
+        return self.start
+
 
 @dataclass(frozen=True, eq=False)
-class Update:
-    """An update of the target.
+class Moved:
+    """An update of the target, with an account of how it came about.
 
     Attributes:
         adapter: the update.
-        fitted: description of a fit after the maps, one sentence without a full stop; None without a fit. A fitted
-            update uses the whole source adapter, so no source module counts as unmapped.
-        added: description of what was added to the moved update, likewise; None if nothing was.
+        fitted: description of a fit, one sentence without a full stop; None without a fit. A fitted update uses the
+            whole source adapter, so no source module counts as unmapped.
+        added: description of what was added to the mapped update, in the same form; None if nothing was.
         curve: of a fit, completions used and the divergence from the teacher on held-out ones, as it went.
         completions: that the source wrote for the fit.
         wrote_prompts: whether the source wrote their prompts as well.

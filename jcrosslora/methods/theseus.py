@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jcrosslora.errors import UsageError
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
-from jcrosslora.methods.base import Measure, Method
+from jcrosslora.methods.base import MapMethod, Measure
 
 Pair = tuple[jax.Array, jax.Array]
 # At this exponent the activations of both bases have the same spread in all directions.
@@ -27,7 +27,7 @@ _MOST_WHITENING = 0.5
 
 
 @dataclass(frozen=True)
-class Theseus(Method):
+class Theseus(MapMethod):
     """Orthogonal maps fitted on the activations of both bases."""
 
     name: ClassVar[str] = "theseus"

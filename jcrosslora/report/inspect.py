@@ -195,4 +195,5 @@ def _print_base(base: BaseModel, console: Console) -> None:
 
 def _token_methods() -> str:
     """Return the names of the methods that move changes of embedding and head."""
-    return ", ".join(method.name for method in METHODS.values() if method.preserves_residual_basis)
+    starts = {name: method().start for name, method in METHODS.items()}
+    return ", ".join(name for name, start in starts.items() if start is not None and start.preserves_residual_basis)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jcrosslora.methods import MapMethod
 from jcrosslora.report.record import TransferReport, weighted
 from jcrosslora.shifting.records import ModuleRow
 
@@ -18,6 +19,7 @@ LOST = 0.005
 
 _NOTHING = "expect no effect; for other ways see `jcrosslora methods`"
 _LITTLE = "expect little effect; measure before use"
+_MEASURE = "measure the effect with `jcrosslora evaluate`"
 _SOME = "an effect is to be expected; measure it"
 _MORE = " that the source wrote (a few hundred prompts of the adapter's own task, by --probe-text, can bring more)"
 
@@ -54,13 +56,17 @@ def _by_diagnostics(report: TransferReport) -> Verdict:
         more = _MORE if report.wrote_prompts else ""
         text = f"the update was fitted to the behaviour of both bases on text{more}: {_SOME} with `jcrosslora evaluate`"
         return Verdict("aligned", text)
-    if method.measure == "none":
+    if not isinstance(method, MapMethod):
+        return Verdict("unknown", f"nothing tells what method {method.name} made of the update: {_MEASURE}")
+    if method.is_control:
         return Verdict("control", "this is a random map, a control: expect no effect")
     if report.kept < LOST:
         return Verdict(
             "lost",
             f"the maps kept {report.kept:.2%} of the update's energy: {_NOTHING}",
         )
+    if method.measure == "none":
+        return Verdict("unknown", f"method {method.name} measures no agreement of the two bases: {_MEASURE}")
     return _by_alignment(method.measure, report.rows, report.recipe.signs)
 
 

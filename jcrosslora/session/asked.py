@@ -1,4 +1,4 @@
-"""Transfers from a source that is asked and not read: no weights of it are there, so that a fit is the only way."""
+"""Transfers from a source that can only be queried. Its weights are not available, so only fits apply."""
 
 from __future__ import annotations
 
@@ -11,43 +11,41 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jcrosslora.adapter import update_norm
 from jcrosslora.adapter.profiles import Profile, check_profile
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.alignment.transport import AlignRecipe
+from jcrosslora.alignment.transport import AlignRecipe, Transport
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.errors import HostError, MethodError, UsageError
-from jcrosslora.logs import record
-from jcrosslora.methods import Auto, Distill, Method, make_chosen
-from jcrosslora.report.record import TransferReport, spread
+from jcrosslora.lineage.pairing import Pairing
+from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
+from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.estimate import Estimate
 from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.records import ModuleRow
-from jcrosslora.shifting.truncate import READERS, span_rank, truncate_for_profile
+from jcrosslora.shifting.shift import Shifted
+from jcrosslora.shifting.truncate import span_rank
 from jcrosslora.sources.protocol import Source
 from jcrosslora.utils.progress import steps
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
 
-_EXAMPLES = 10  # completions of a fit that the report shows
 _CHOICE = "the source is asked and its weights are not read, so an update is fitted to what it predicts"
 _STEPS = "write completions", "fit"
 
 
 @dataclass(frozen=True, eq=False)
 class AskedSource:
-    """A source that is asked, with what reports say of it.
+    """A source that can only be queried, with what reports say of it.
 
     Attributes:
         source: the source.
         adapter: what is known of its adapter.
         rank: of the adapter, None if it is not known.
-        how: says how it was asked, the end of a sentence, once it was.
-        settings: of a transfer that asks it again, by name; no addresses and no paths of this machine.
+        how: says how it was queried, the end of a sentence, once it was.
+        settings: of a transfer that queries it again, by name; no addresses and no paths of this machine.
     """
 
     source: Source
@@ -60,87 +58,60 @@ class AskedSource:
 def transfer_asked(
     asked: AskedSource,
     target: BaseModel,
-    method: Method | Auto,
-    options: TransferOptions,
+    request: Request,
     *,
     probes: Probes | None = None,
-    profile: Profile = "peft",
     states: Path | None = None,
     progress: bool = False,
 ) -> TransferResult:
-    """Fit an update of a target to a source that is asked.
+    """Fit an update of a target to a source that can only be queried.
 
     Args:
         asked: the source with its adapter.
         target: the base to update.
-        method: distill, or auto.
-        options: of the transfer.
+        request: from `check_asked`.
         probes: the user's prompts, or None.
-        profile: the intended file format of the result.
         states: folder for the states of long fits, or None.
         progress: whether to show progress.
 
     Raises:
-        MethodError, UsageError, HostError: see `check_asked`.
         UsageError, MemoryError: see `place_bases`.
-        JCrossLoRAError: see `distill_from`.
+        JCrossLoRAError: see `distill`.
     """
-    chosen, choice = check_asked(target, method, options, profile)
     from jcrosslora.decoder.loaded import LoadedBases
-    from jcrosslora.fit.distill.run import distill_from
 
-    given = () if probes is None else (probes.prompts or probes.texts)
-    placement = _placed(target, chosen, options)
+    placement = _placed(target, request.method, request.options)
     placement.announce(show=progress)
-    more = {"states": states, "progress": progress, "loaded": LoadedBases(mesh=placement.mesh)}
+    before = Adapter({}, asked.adapter)
+    task = Task(
+        source=asked.source,
+        target=target,
+        adapter=before,
+        prompts=() if probes is None else (probes.prompts or probes.texts),
+        seed=request.options.seed,
+        states=states,
+        progress=progress,
+        loaded=LoadedBases(mesh=placement.mesh),
+    )
     with steps(dict.fromkeys(_STEPS), show=progress):
-        found = distill_from(asked.source, target, prompts=given, settings=chosen, seed=options.seed, **more)
-    texts = tuple(item.text for item in found.completions)
+        update = request.method.move(task)
+    update = dataclasses.replace(update, fitted=f"{update.fitted}; the source was {asked.how()}")
+    request = dataclasses.replace(request, queried=asked.settings, rank=asked.rank)
     info = AdapterInfo(name=f"{asked.adapter.name}, moved", base_name=target.name, prefix=target.prefix)
-    moved = Adapter(
-        {name: found.adapter.modules[name] for name in target.modules if name in found.adapter.modules}, info
-    )
-    moved, truncation, frozen = truncate_for_profile(moved, target, profile, options.out_rank)
-    report = TransferReport(
-        method=chosen,
-        recipe=_recipe(chosen, options, probes),
-        source=_described(asked.source),
-        target=describe_base(target),
-        adapter=asked.adapter,
-        calibration="none",
-        scale=1.0,
-        layers=(None,) * target.dims.layers,
-        rows=tuple(
-            ModuleRow.fitted(name, target.modules[name].role, update_norm(factors))
-            for name, factors in moved.modules.items()
-        ),
-        unmapped_targets=(),
-        unmapped_sources=(),
-        energy=math.nan,
-        warnings=() if frozen is None else (READERS,),
-        out_rank=options.out_rank if truncation is None else truncation.rule,
-        choice=choice,
-        fitted=f"{found.sentence}; the source was {asked.how()}",
-        curve=tuple((look.completions, look.divergence) for look in found.looks),
-        wrote_prompts=not given,
-        examples=() if given else spread(texts, _EXAMPLES),
-        truncation=truncation,
-        rank_before=asked.rank,
-        ranks={name: factors.rank for name, factors in moved.modules.items()},
-        asked=asked.settings,
-    )
-    record(report.figures)
-    kept = () if given else found.completions
-    return TransferResult(moved, report, texts, frozen, found.chat_template, kept)
+    unmapped = Shifted(Adapter({}, info), before, (), (), (), math.nan, "none", 1.0, ())
+    return conclude(request, _transport(asked.source, target, request, probes), unmapped, update, target)
 
 
 def check_asked(
-    target: BaseModel, method: Method | Auto, options: TransferOptions, profile: Profile
-) -> tuple[Distill, str | None]:
+    target: BaseModel, method: Method | Auto, options: TransferOptions, profile: Profile = "peft"
+) -> Request:
     """Check a transfer before its source is opened, which may take minutes.
 
-    Returns:
-        The method, and why it was chosen; None where the user named it.
+    Args:
+        target: the base to update.
+        method: a fit that starts from nothing, or auto.
+        options: of the transfer.
+        profile: the intended file format of the result.
 
     Raises:
         MethodError: the method needs the source's weights.
@@ -151,7 +122,7 @@ def check_asked(
         msg = f"{jax.process_count()} processes work together, and a source that is asked is asked by one: start one"
         raise HostError(msg)
     chosen = make_chosen(Distill.name, method) if isinstance(method, Auto) else method
-    if not isinstance(chosen, Distill) or _needs_weights(type(chosen)):
+    if not isinstance(chosen, Distill) or chosen.start is not None:
         msg = f"method {chosen.name} needs the weights of the source, which are not read where it is asked: use "
         raise MethodError(msg + "--method distill, or give the weights with --source")
     chosen.check()
@@ -165,48 +136,44 @@ def check_asked(
             raise UsageError(msg + "asked and not read: leave it out")
     span_rank(profile, options.out_rank)
     check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
-    return chosen, _CHOICE if isinstance(method, Auto) else None
+    return Request(chosen, _CHOICE if isinstance(method, Auto) else None, options, profile)
 
 
-def estimate_asked(target: BaseModel, method: Distill, options: TransferOptions, reason: str | None) -> Estimate:
+def estimate_asked(target: BaseModel, request: Request) -> Estimate:
     """Estimate what is known without asking: the memory of the target. How long a source takes shows when it is asked.
 
     Args:
         target: the base to update.
-        method: of the fit.
-        options: of the transfer.
-        reason: why it was chosen, or None.
+        request: from `check_asked`.
 
     Raises:
         UsageError, MemoryError: see `place_bases`.
     """
-    placed = _placed(target, method, options)
+    method = request.method
+    assert isinstance(method, Distill)
+    placed = _placed(target, method, request.options)
     seconds: dict[str, float | None] = dict.fromkeys(_STEPS)
-    return Estimate(method, reason, len(target.modules), method.fit_rank, seconds, placed.weights, placed)
+    return Estimate(method, request.reason, len(target.modules), method.fit_rank, seconds, placed.weights, placed)
 
 
-def _placed(target: BaseModel, method: Distill, options: TransferOptions) -> Placement:
+def _placed(target: BaseModel, method: Method, options: TransferOptions) -> Placement:
     """Place the target alone, whose effect is not checked."""
     return place_bases([target], method, dataclasses.replace(options, effect="never"))
 
 
-def _needs_weights(method: type[Distill]) -> bool:
-    """Whether a method derived from the fit moves the update by maps, or has a last stage of its own."""
-    return method.maps is not Distill.maps or method.finalize is not Distill.finalize
-
-
-def _described(source: Source) -> BaseInfo:
-    return BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
-
-
-def _recipe(method: Distill, options: TransferOptions, probes: Probes | None) -> AlignRecipe:
-    return AlignRecipe(
-        method=method.name,
-        settings=method.settings(),
-        depth=options.depth,
-        seed=options.seed,
+def _transport(source: Source, target: BaseModel, request: Request, probes: Probes | None) -> Transport:
+    """Return the record of an alignment that there is none of."""
+    recipe = AlignRecipe(
+        method=request.method.name,
+        settings=request.method.settings(),
+        depth=request.options.depth,
+        seed=request.options.seed,
         signs="not needed",
         shared_tokens=0,
         probes="none" if probes is None else probes.describe(),
         probe_text=None if probes is None else probes.path,
     )
+    described = BaseInfo(name=source.name, ref=source.ref, revision=None, digest="", family="not read", shapes={})
+    layers = (None,) * target.dims.layers
+    pairing = Pairing("none", layers, pairs=(), unmapped_targets=(), unused=())
+    return Transport((), request.method, recipe, described, describe_base(target), pairing)

@@ -26,7 +26,7 @@ class Estimate:
     Attributes:
         method: the one that will be used, also where "auto" was asked for.
         reason: why "auto" chose it; None where the user named it.
-        modules: how many are aligned.
+        modules: how many are aligned, or fitted.
         rank: of the truncated SVDs that the maps are made from, or the most that a fit gives; None where neither is.
         steps: seconds of each step, in order; None where they are not known.
         memory: bytes on a device, of both bases' weights where they run, else of the largest group's weights, factors
@@ -118,7 +118,15 @@ def estimate(
         size = 4 if method.requires & {EvidenceKind.ACTIVATIONS, EvidenceKind.PROBE_TEXTS} else fast_dtype().itemsize
         memory = max(memory, size * sum(map(held_numbers, bases)))
     steps = step_seconds(task, options, prompts, stopwatch)
-    return Estimate(method, reason, len(task.modules), rank, steps, memory, placement)
+    return Estimate(method, reason, _count(task), rank, steps, memory, placement)
+
+
+def _count(task: AlignmentTask) -> int:
+    """Count the modules that are aligned or, without maps, those that are fitted."""
+    if task.method.start is not None:
+        return len(task.modules)
+    roles = getattr(task.method, "roles", None)
+    return sum(roles is None or module.role in roles for module in task.pair.target.modules.values())
 
 
 def _group_memory(task: AlignmentTask) -> int:

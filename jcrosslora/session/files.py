@@ -100,15 +100,14 @@ def _ask_files(settings: TransferSettings, model: AskedModel, *, progress: bool)
     with enough_memory("a shorter --answer-tokens"):
         ensure_free(Path(settings.out), settings.overwrite)
         target = _open_target(settings)
-        check_asked(target, make_method(settings.method), settings, settings.profile)
+        request = check_asked(target, make_method(settings.method), settings, settings.profile)
         probes = given_probes(settings.probe_text)
         store = open_cache() if settings.cache else None
         if store is not None:
             target.digest(store.digests)
         asked = open_asked(model, settings.adapter or None, revision=settings.adapter_revision, store=store)
         states = None if store is None else store.root / "fits"
-        more = {"probes": probes, "profile": settings.profile, "states": states, "progress": progress}
-        result = transfer_asked(asked, target, make_method(settings.method), settings, **more)
+        result = transfer_asked(asked, target, request, probes=probes, states=states, progress=progress)
         save_as(result, settings)
     return result
 
@@ -116,14 +115,14 @@ def _ask_files(settings: TransferSettings, model: AskedModel, *, progress: bool)
 def _estimate_asked(settings: TransferSettings, model: AskedModel) -> Estimate:
     """Check a transfer from a source that is asked: a server is reached, and torch loads nothing yet."""
     target = _open_target(settings)
-    method, reason = check_asked(target, make_method(settings.method), settings, settings.profile)
+    request = check_asked(target, make_method(settings.method), settings, settings.profile)
     given_probes(settings.probe_text)  # refused here if it cannot be read
     if isinstance(model, ServedModel):
         open_asked(model)
     else:
         find_adapter(settings.adapter, settings.adapter_revision)
     with enough_memory():
-        return estimate_asked(target, method, settings, reason)
+        return estimate_asked(target, request)
 
 
 def estimate_pair(settings: TransferSettings, stopwatch: Stopwatch, *, read_adapter: bool = False) -> Estimate:

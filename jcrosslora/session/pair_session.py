@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
-from jcrosslora.adapter.truncation import Truncation
 from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
 from jcrosslora.alignment.task import AlignmentTask, plan_alignment
 from jcrosslora.alignment.transport import Transport, TransportGroup
@@ -24,27 +22,25 @@ from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
 from jcrosslora.evidence.activations import batch_probes
 from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.evidence.records import EvidenceKind
+from jcrosslora.evidence.records import FITTING, EvidenceKind
 from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
 from jcrosslora.lineage.pairing import parse_depth
-from jcrosslora.logs import record
-from jcrosslora.methods import Auto, FinalizeContext, Method, Update, make_chosen
-from jcrosslora.report.record import TransferReport, spread
+from jcrosslora.methods import Auto, Method, Task, make_chosen
+from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.effect import FINISH, measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
-from jcrosslora.shifting.records import ModuleRow
 from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
-from jcrosslora.shifting.truncate import READERS, Frozen, Known, span_rank, truncate_for_profile
+from jcrosslora.shifting.truncate import Known, span_rank
 from jcrosslora.utils.memory import free_memory
 from jcrosslora.utils.progress import Steps, begin, steps
 
 if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
+    from jcrosslora.evaluate.effect import Effect
     from jcrosslora.evidence.probes import Probes
 
-_EXAMPLES = 10  # completions of a fit that the report shows
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
 
@@ -163,7 +159,7 @@ class PairSession:
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
         _check_invocation(adapter, chosen, options)
-        if chosen.preserves_residual_basis:
+        if chosen.start is not None and chosen.start.preserves_residual_basis:
             adapter = for_profile(adapter, profile)
         shifter = Shifter(adapter, self.source_info, chosen, calibrate=options.calibrate, scale=options.scale)
         return Move(chosen, choice, options, profile, shifter)
@@ -234,63 +230,32 @@ class PairSession:
         shifted = move.shifter.finish(transport, self.pair)
         begin(FINISH)
         loaded = self.loaded or self._bases(move.method, move.options)
-        update = move.method.finalize(self._context(shifted, task, move.options, loaded), shifted.adapter)
-        moved = dataclasses.replace(shifted.adapter, modules=update.adapter.modules)
-        moved, truncation, frozen = self._truncated(moved, move, shifted)
+        update = move.method.move(self._task(shifted, task, move, loaded))
         probes = () if task.probes is None else task.probes.texts
-        written = tuple(item.text for item in update.completions)
-        effect, warnings = measure_effect(
-            self.pair,
-            shifted.original,
-            moved,
-            move.options,
-            runs_bases=move.method.runs_bases,
-            probes=probes,
-            completions=written,
-            progress=self.progress,
-            loaded=loaded,
-        )
-        if shifted.original.tokens and (move.method.runs_bases or effect is not None):
-            warnings += (_WITHOUT_TOKENS,)
-        if given is not None and task.probes is None:
-            text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
-            unread = f"{text} was not read: method {move.method.name} asks for none"
-            warnings = (unread, *warnings)
-        if frozen is not None:
-            warnings = (READERS, *warnings)
-        report = TransferReport(
-            method=move.method,
-            recipe=transport.recipe,
-            source=transport.source,
-            target=transport.target,
-            adapter=shifted.original.info,
-            calibration=shifted.calibration,
-            scale=shifted.scale,
-            layers=transport.pairing.layers,
-            rows=self._rows(
-                shifted, update, moved, changed=update.adapter is not shifted.adapter or truncation is not None
-            ),
-            unmapped_targets=tuple(name for name in transport.pairing.unmapped_targets if name not in moved.modules),
-            # A fit uses the whole adapter, so no source module is left out.
-            unmapped_sources=() if update.fitted else shifted.unmapped,
-            energy=shifted.energy,
-            warnings=(*transport.warnings, *shifted.notes, *warnings),
-            out_rank=move.options.out_rank if truncation is None else truncation.rule,
-            choice=move.choice and move.choice.reason,
-            effect=effect,
-            fitted=update.fitted,
-            curve=tuple(update.curve),
-            added=update.added,
-            wrote_prompts=update.wrote_prompts,
-            examples=spread(written, _EXAMPLES) if update.wrote_prompts else (),
-            truncation=truncation,
-            rank_before=max(_ranks(shifted.original).values()),
-            ranks=_ranks(moved),
-            tokens=shifted.tokens,
-        )
-        record(report.figures)
-        kept = update.completions if update.wrote_prompts else ()
-        return TransferResult(moved, report, written or tuple(probes), frozen, update.chat_template, kept)
+
+        def check(moved: Adapter) -> tuple[Effect | None, tuple[str, ...]]:
+            effect, warnings = measure_effect(
+                self.pair,
+                shifted.original,
+                moved,
+                move.options,
+                runs_bases=move.method.runs_bases,
+                probes=probes,
+                completions=tuple(item.text for item in update.completions),
+                progress=self.progress,
+                loaded=loaded,
+            )
+            if shifted.original.tokens and (move.method.runs_bases or effect is not None):
+                warnings += (_WITHOUT_TOKENS,)
+            if given is not None and task.probes is None:
+                text = "the text that was given" if given.path is None else f"the text of {Path(given.path).name}"
+                unread = f"{text} was not read: method {move.method.name} asks for none"
+                warnings = (unread, *warnings)
+            return effect, warnings
+
+        request = Request(move.method, move.choice and move.choice.reason, move.options, move.profile)
+        result = conclude(request, transport, shifted, update, self.pair.target, check=check, known=self._known)
+        return result if result.texts else dataclasses.replace(result, texts=tuple(probes))
 
     def finish_aligned(self, move: Move, transport: Transport, given: Probes | None = None) -> TransferResult:
         """Shift an adapter through an existing transport, and finish it.
@@ -310,7 +275,7 @@ class PairSession:
             rank=transport.recipe.settings.get("svd_rank", 0),
         )
         with self.steps(task, move.options, given, aligned=True):
-            if move.method.fits_update:
+            if move.method.requires & FITTING:
                 task = self.collect_text(task, move.options, given)
             for group in transport.groups:
                 move.shifter.add(group)
@@ -372,49 +337,23 @@ class PairSession:
         found = step_seconds(task, options, prompts, stopwatch, aligned=aligned)
         return steps(found, show=bool(found))
 
-    def _rows(self, shifted: Shifted, update: Update, moved: Adapter, *, changed: bool) -> tuple[ModuleRow, ...]:
-        """Return the account of each module of the moved adapter, in the target's order."""
-        if not changed:
-            return shifted.rows
-        norms = {name: update_norm(factors) for name, factors in moved.modules.items()}
-        if not update.fitted:
-            return tuple(
-                dataclasses.replace(row, norm_after=norms.get(row.target, row.norm_after)) for row in shifted.rows
-            )
-        # The share that the maps kept is undefined for a fitted update.
-        rows = {row.target: dataclasses.replace(row, norm_after=0.0, kept=math.nan) for row in shifted.rows}
-        modules = self.pair.target.modules
-        for name, norm in norms.items():
-            row = rows.get(name) or ModuleRow.fitted(name, modules[name].role, norm)
-            rows[name] = dataclasses.replace(row, norm_after=norm)
-        places = {name: place for place, name in enumerate(modules)}
-        return tuple(sorted(rows.values(), key=lambda row: places.get(row.target, len(places))))
-
-    def _context(
-        self, shifted: Shifted, task: AlignmentTask, options: TransferOptions, loaded: LoadedBases | None
-    ) -> FinalizeContext:
+    def _task(self, shifted: Shifted, task: AlignmentTask, move: Move, loaded: LoadedBases | None) -> Task:
         given = task.probes is not None and task.probes.seed is None
-        return FinalizeContext(
+        return Task(
             source=self.pair.source,
             target=self.pair.target,
             adapter=shifted.original,
+            start=None if move.method.start is None else shifted.adapter,
             layers=task.pairing.layers,
             prompts=(task.probes.prompts or task.probes.texts) if given and task.probes is not None else (),
             batches=task.batches,
             rank=task.rank,
             shared=self._shared,
-            seed=options.seed,
+            seed=move.options.seed,
             states=None if self.pair.store is None else self.pair.store.root / "fits",
             progress=self.progress,
             loaded=loaded,
         )
-
-    def _truncated(
-        self, moved: Adapter, move: Move, shifted: Shifted
-    ) -> tuple[Adapter, Truncation | None, Frozen | None]:
-        norms = {row.target: row.norm_after for row in shifted.rows} if shifted.calibration == "frobenius" else None
-        rule = move.options.out_rank
-        return truncate_for_profile(moved, self.pair.target, move.profile, rule, norms, self._known)
 
 
 def lighter(method: Method | Auto) -> str:
@@ -457,9 +396,3 @@ def _check_invocation(adapter: Adapter, method: Method, options: TransferOptions
     if options.effect == "always":
         msg = f"the effect of {adapter.info.name} cannot be measured, since it acts only after its invocation tokens"
         raise MethodError(msg + "; leave out --effect always")
-
-
-def _ranks(adapter: Adapter) -> dict[str, int]:
-    """Return the rank of each module, and of each parameter of experts."""
-    of_experts = {update.name: update.a.shape[1] for update in adapter.experts}
-    return {name: factors.rank for name, factors in adapter.modules.items()} | of_experts

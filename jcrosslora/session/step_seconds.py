@@ -24,7 +24,7 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.similar_prompts import FEWEST
 from jcrosslora.fit.distill.templates import TEMPLATES
 from jcrosslora.lineage.pairing import SIMILAR, Pair
-from jcrosslora.methods import InterpolatedCopy, Method
+from jcrosslora.methods import InterpolatedCopy, MapMethod, Method
 from jcrosslora.session.effect import EFFECT, FINISH
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.session.timing import SVD_SIDE, Stopwatch, layer_size
@@ -101,7 +101,8 @@ class _Costs:
 
     def decompose(self, shape: tuple[int, int], rank: int, method: Method) -> float:
         """Time the truncated SVD of one matrix."""
-        return self._stopwatch.decomposition(shape, min(rank, *shape), vectors=method.single_vectors)
+        vectors = method.start is not None and method.start.single_vectors
+        return self._stopwatch.decomposition(shape, min(rank, *shape), vectors=vectors)
 
     def svd(self, rows: int, columns: int) -> float:
         """Scale the time of a full SVD to a matrix of another shape: those of activations would take minutes."""
@@ -129,7 +130,7 @@ def _plan(
         found["write"] = lambda: costs.write(_PROBE_TOKENS * ceil(texts / _ROWS))
     if task.depth == SIMILAR and not aligned:
         found["compare layers"] = lambda: costs.read((probes, probes))
-    if not aligned:
+    if not (aligned or method.start is None):
         # An embedding map reads both embeddings, matches heads and inverts weights, none of which is counted.
         found[ALIGN] = None if EvidenceKind.EMBEDDING_MAP in needs else lambda: _alignment(task, probes, costs)
     if isinstance(method, DistillSettings):
@@ -140,7 +141,7 @@ def _plan(
     elif isinstance(method, InterpolatedCopy):
         shapes = [module.shape for module in task.pair.target.modules.values()]
         found["interpolate"] = lambda: sum(costs.decompose(shape, task.rank, method) for shape in shapes)
-    elif method.has_finalize:
+    elif type(method).move is not MapMethod.move:
         found[FINISH] = None
     if options.checks_effect(runs_bases=method.runs_bases):
         found[EFFECT] = lambda: _effect(task, written=isinstance(method, DistillSettings), costs=costs)

@@ -88,10 +88,10 @@ def _ask(
 
     with enough_memory("a shorter answer_tokens"):
         opened, store, probes = open_base(target), open_cache() if cache else None, given_probes(prompts)
-        check_asked(opened, method, options, "peft")
+        request = check_asked(opened, method, options)
         asked = open_asked(source, adapter, store=store)
         states = None if store is None else store.root / "fits"
-        return transfer_asked(asked, opened, method, options, probes=probes, states=states, progress=progress)
+        return transfer_asked(asked, opened, request, probes=probes, states=states, progress=progress)
 
 
 def shift(

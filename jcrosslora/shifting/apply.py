@@ -11,7 +11,7 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
 from jcrosslora.alignment.transport import Transport, TransportGroup
-from jcrosslora.errors import AdapterError
+from jcrosslora.errors import AdapterError, MethodError
 from jcrosslora.evidence.records import Terms
 from jcrosslora.linalg import product_energy
 
@@ -51,16 +51,21 @@ def apply(transport: Transport, adapter: Adapter | Mapping[str, LoRAFactors]) ->
 
     Raises:
         AdapterError: no module of the adapter feeds a module of the target.
+        MethodError: the method fits an update and has no maps.
     """
     whole = adapter if isinstance(adapter, Adapter) else Adapter(dict(adapter))
     modules = split_fused(whole, transport.source.fused).modules
     moved: dict[str, LoRAFactors] = {}
+    start = transport.method.start
+    if start is None:
+        msg = f"method {transport.method.name} has no maps to apply: use jcrosslora.shift, or jcrosslora.transfer"
+        raise MethodError(msg)
     for group in transport.groups:
         for rows in rows_by_rank(group, modules):
             some = [modules[group.pairs[row].source] for row in rows]
             a = jnp.stack([jnp.asarray(item.a, jnp.float32) for item in some])
             b = jnp.stack([jnp.asarray(item.b, jnp.float32) * item.scale for item in some])
-            found = jax.vmap(lambda terms, a, b: shift_factors(terms, a, b, transport.method.keeps_norm))(
+            found = jax.vmap(lambda terms, a, b: shift_factors(terms, a, b, start.keeps_norm))(
                 terms_of(group, rows), a, b
             )
             for place, row in enumerate(rows):

@@ -48,10 +48,19 @@ class ModuleRow:
     weight_cosine: float
 
     @classmethod
-    def fitted(cls, target: str, role: str, norm: float) -> "ModuleRow":
-        """Account for a module whose update was fitted and not moved: but for its norm there are no figures."""
+    def unmapped(cls, target: str, role: str, source: str = "", energy: float = 0.0) -> "ModuleRow":
+        """Account for a module that no map leads to: of the source's update only the energy is known, if that.
+
+        Args:
+            target: module of the target base.
+            role: its role.
+            source: module of the source base that lies at its depth, "" without one.
+            energy: ||dW_src||_F^2 of that.
+        """
         figures = {field.name: math.nan for field in dataclasses.fields(cls) if field.type is float}
-        return cls(target=target, source="", role=role, rank=0, **figures | {"energy": 0.0, "norm_after": norm})
+        figures |= {"energy": energy, "norm_after": 0.0}
+        figures |= {"norm_before": math.sqrt(energy)} if source else {}
+        return cls(target=target, source=source, role=role, rank=0, **figures)
 
 
 @dataclass(frozen=True)

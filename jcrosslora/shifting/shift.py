@@ -18,7 +18,7 @@ from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import Method
+from jcrosslora.methods import MapMethod, Method
 from jcrosslora.shifting.apply import ShiftedFactors, rows_by_rank, shift_factors, terms_of
 from jcrosslora.shifting.expert_updates import carry_experts
 from jcrosslora.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource
@@ -30,7 +30,7 @@ class Shifted:
     """An adapter behind the maps, with the account of what they made of it.
 
     Attributes:
-        adapter: of the target, float32.
+        adapter: of the target, float32; without modules where the method has no maps.
         original: the adapter before, with fused matrices split.
         rows: one for each moved module, in the target's order.
         tokens: changes of the embedding and the output head that were moved.
@@ -82,7 +82,7 @@ class Shifter:
         Args:
             adapter: an adapter of the source.
             source: the base that it is of.
-            method: of the transport.
+            method: of the transport; without maps its adapter is only checked.
             calibrate: "frobenius" gives every module's update the norm it had on the source; "none" leaves what the
                 maps make of it; None is the method's own choice (the random control alone restores the norm).
             scale: every moved update is multiplied by this; changes of embedding and head move with 1 alone.
@@ -93,11 +93,12 @@ class Shifter:
         """
         _check_settings(method, calibrate, scale)
         _check_invocation(adapter)
-        if not method.preserves_residual_basis:
+        start = method.start
+        if start is None or not start.preserves_residual_basis:
             adapter = drop_token_updates(
                 adapter, f"method {method.name} does not keep the coordinates of the residual stream"
             )
-        if not (method.fits_update or method.carries_experts):
+        if isinstance(method, MapMethod) and not method.carries_experts:
             adapter = drop_experts(adapter, f"method {method.name} moves updates of linear modules alone")
         if scale != 1:
             why = f"scale {scale:g} is of linear layers alone"
@@ -105,7 +106,8 @@ class Shifter:
         _check_not_empty(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
-        self._keep_norm = method.keeps_norm if calibrate is None else calibrate == "frobenius"
+        restores_norm = start is not None and start.keeps_norm
+        self._keep_norm = restores_norm if calibrate is None else calibrate == "frobenius"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
 
@@ -126,10 +128,16 @@ class Shifter:
         experts, notes = (), ()
         if self.adapter.experts and not self._method.fits_update:
             experts, notes = carry_experts(self.adapter, pair, self._method)
-        if not (self._modules or experts or (self._method.fits_update and self.adapter.experts)):
+        energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
+        if self._method.start is None:
+            self._rows = [
+                ModuleRow.unmapped(pair.target, pair.role, pair.source, energies[pair.source])
+                for pair in transport.pairing.pairs
+                if pair.source in energies
+            ]
+        elif not (self._modules or experts or (self._method.fits_update and self.adapter.experts)):
             msg = f"none of the {len(self.adapter.modules)} modules of {self.adapter.info.name} is carried over"
             raise PairingError("; ".join([msg, *notes, "choose another depth map or method"]))
-        energies = {name: update_norm(item) ** 2 for name, item in self.adapter.modules.items()}
         order = {name: place for place, name in enumerate(transport.target.shapes)}
         tokens, token_rows, reason = (), (), ""
         if self.adapter.tokens:

@@ -68,7 +68,7 @@ class Distilled:
 
 
 def distill(
-    source: BaseModel,
+    source: BaseModel | Source,
     target: BaseModel,
     adapter: Adapter,
     start: Adapter | None = None,
@@ -81,15 +81,16 @@ def distill(
     loaded: LoadedBases | None = None,
     shared: dict[Any, Any] | None = None,
 ) -> Distilled:
-    """Fit an update of the target to what an adapter changes in the predictions of a source that our decoder runs.
+    """Fit an update of the target to what an adapter changes in the predictions of a source.
 
-    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, beside what `distill_from` takes. Time: writing
-    the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one gradient.
+    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, on top of what `distill_from` takes. Time:
+    writing the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one
+    gradient.
 
     Args:
-        source: the base that `adapter` is of.
+        source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried.
         target: the base to update.
-        adapter: of the source, with fused matrices split (see `fit_to_base`).
+        adapter: of the source, with fused matrices split (see `fit_to_base`); not used where the source brings its own.
         start: see `distill_from`, as for the other arguments.
         prompts: texts or conversations that answers are to follow.
         settings: of the fit.
@@ -104,12 +105,13 @@ def distill(
     """
     settings.check()
     check_seed(seed)
-    tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
-    load_tokenizer(target)  # refused before weights are read
     loaded = loaded or LoadedBases()
-    asked = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
+    if isinstance(source, BaseModel):
+        tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+        load_tokenizer(target)  # refused before weights are read
+        source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
     given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states, "progress": progress}
-    return distill_from(asked, target, start, **given, loaded=loaded, shared=shared)
+    return distill_from(source, target, start, **given, loaded=loaded, shared=shared)
 
 
 def distill_from(
