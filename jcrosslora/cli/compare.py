@@ -15,7 +15,7 @@ class Compare:
     source: tyro.conf.Positional[str]
     """The base that an adapter comes from: a folder of safetensors, a GGUF file or a hub id."""
     target: tyro.conf.Positional[str]
-    """The base that it would go to, likewise."""
+    """The base that it would go to (same forms)."""
     source_revision: str | None = None
     """Hub revision of the source."""
     target_revision: str | None = None

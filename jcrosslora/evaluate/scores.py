@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from rich.console import Console
@@ -122,11 +123,19 @@ def print_scores(scores: Scores, console: Console) -> None:
         console.print(table)
 
 
-def word_of(figure: str, difference: Interval) -> str:
-    """Name a difference to the base: better, worse, or neither where its interval includes 0."""
+class Direction(StrEnum):
+    """What a difference to the base means, as the word that is printed."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "neither"
+
+
+def word_of(figure: str, difference: Interval) -> Direction:
+    """Name a difference to the base; it is unclear where its interval includes 0."""
     if not difference.excludes(0):
-        return "neither"
-    return "better" if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else "worse"
+        return Direction.UNCLEAR
+    return Direction.BETTER if (difference.value < 0) == (figure in _LOWER_IS_BETTER) else Direction.WORSE
 
 
 def _text(found: Interval, sign: str = "") -> str:

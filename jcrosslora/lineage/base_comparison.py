@@ -14,12 +14,13 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
 from jcrosslora.lineage.expert_matching import MATRICES
-from jcrosslora.lineage.method_selection import Choice, choose_from
+from jcrosslora.lineage.method_selection import Choice, choose_method
+from jcrosslora.lineage.relation import Relation, relation_of_parts, relation_of_weights
 from jcrosslora.lineage.structure import Part, count_parts
 from jcrosslora.lineage.structure_search import find_structure
 from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
 from jcrosslora.lineage.token_names import compare_token_names
-from jcrosslora.lineage.wording import change_phrases, change_words, structure_phrases, structure_words
+from jcrosslora.lineage.wording import change_phrases, structure_phrases, unequal_phrase
 
 # Configuration keys whose values the parts show, or that say how the file is stored.
 _COVERED_KEYS = frozenset(
@@ -38,7 +39,6 @@ _COVERED_KEYS = frozenset(
         "mlp_layer_types",
     }
 )
-_SHOWN_NAMES = 3  # tensors named in one sentence
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,8 @@ class BaseComparison:
     """The relation of a target base to a source base, with the evidence.
 
     Attributes:
-        words: the relation, most important word first. Of the parts: "pruned" (the target lacks parts of the source),
-            "extended" (it has others beside them), "upscaled" (it repeats some), "permuted" (it has them in another
-            order). Of the weights: "sparse" (numbers of the target's matrices were set to zero), "same", "rounded" (to
-            a narrower float format), "quantised" (to 8 bits or fewer), "LoRA-merged", "further trained", "further
-            trained or quantised" (the two cannot be told apart), "scaled", "embedding replaced", "head replaced". Of
-            the tokenizers: "other tokenizer" (ids of one embedding stand for other tokens). Or "unrelated" alone.
+        words: the relation, most important word first, as strings such as "pruned" or "further trained";
+            docs/comparing-bases.md lists them and how each is told.
         sentence: the relation as a sentence, with figures.
         parts: how many parts of each kind the two share; empty for unrelated bases.
         layers: the source layer of every target layer, None for none.
@@ -60,7 +56,7 @@ class BaseComparison:
         choice: the method that `auto` stands for on the pair, and why.
     """
 
-    words: tuple[str, ...]
+    words: tuple[Relation, ...]
     sentence: str
     parts: tuple[Part, ...]
     layers: tuple[int | None, ...]
@@ -90,35 +86,35 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
     notes = [f"{side} base: {note}" for side, base in sides.items() for note in base.notes]
     structure, reason = find_structure(source, target)
     modules = [] if structure is None else compare_modules(source, target, structure)
-    choice = choose_from(source, target, structure, lambda _: modules)
+    choice = choose_method(source, target, (structure, reason), modules)
     if structure is None:
         sentence = f"the two bases are unrelated: {reason}"
-        return BaseComparison(("unrelated",), sentence, (), (), (), tuple(notes), choice)
+        return BaseComparison((Relation.UNRELATED,), sentence, (), (), (), tuple(notes), choice)
     parts = count_parts(structure, source, target)
     compared = [*modules, *compare_other_tensors(source, target, structure)]
-    words = [*structure_words(parts), *change_words(compared)]
+    relation = relation_of_parts(parts) | relation_of_weights(compared)
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
-    if not words:
-        words, sentence = _compare_fully(source, target)
+    if not relation:
+        same, sentence = _compare_fully(source, target)
+        relation.add(same)
     names = compare_token_names(source, target)
     if names is not None and (names.moved or names.contradict):
-        words = [*(word for word in words if word != "same"), "other tokenizer"]
+        relation = (relation - {Relation.SAME}) | {Relation.OTHER_TOKENIZER}
         sentence += f"; {names.sentence}"
     notes += _notes(source, target, structure.by_embedding)
     layers = tuple(None if layer is None else layer.layer for layer in structure.layers)
-    return BaseComparison(tuple(words), sentence, parts, layers, tuple(compared), tuple(notes), choice)
+    words = tuple(item for item in Relation if item in relation)
+    return BaseComparison(words, sentence, parts, layers, tuple(compared), tuple(notes), choice)
 
 
-def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[list[str], str]:
-    """Return the words and the sentence for bases with equal samples, from all of their numbers."""
+def _compare_fully(source: BaseModel, target: BaseModel) -> tuple[Relation, str]:
+    """Return the relation and the sentence for bases with equal samples, from all of their numbers."""
     if same_bytes(source, target):
-        return ["same"], "the weight files are equal, byte by byte"
+        return Relation.SAME, "the weight files are equal, byte by byte"
     unequal = unequal_tensors(source, target)
     if not unequal:
-        return ["same"], "all numbers of all tensors are equal, though the files are not"
-    more = f" and {len(unequal) - _SHOWN_NAMES} more" if len(unequal) > _SHOWN_NAMES else ""
-    names = ", ".join(unequal[:_SHOWN_NAMES]) + more
-    return ["further trained"], f"all sampled rows are equal, but {len(unequal)} tensors differ elsewhere: {names}"
+        return Relation.SAME, "all numbers of all tensors are equal, though the files are not"
+    return Relation.TRAINED, unequal_phrase(unequal)
 
 
 def _notes(source: BaseModel, target: BaseModel, by_embedding: bool) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Classify the difference of two weight matrices: none, scaling, rounding, a low-rank update, or training."""
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from jcrosslora.lineage.absmax import HALF_PRECISION
 from jcrosslora.lineage.rounding import Rounding
 
-Change = Literal["equal", "rounded", "low rank", "trained or rounded", "trained"]
 Side = Literal["source", "target"]
 
 # Share of numbers with overlapping rounding intervals from which rounding is the whole difference; rounding to the
@@ -34,6 +34,16 @@ _MIN_ZEROED = 0.1
 # Factor on the limit sigma (sqrt(n) + sqrt(m)) of the singular values of noise, because rounding errors of neighbours
 # in a block are not quite independent.
 _NOISE_EDGE = 2.0
+
+
+class Change(StrEnum):
+    """The kind of difference of two matrices."""
+
+    EQUAL = "equal"
+    ROUNDED = "rounded"
+    LOW_RANK = "low rank"
+    TRAINED_OR_ROUNDED = "trained or rounded"  # the two cannot be told apart
+    TRAINED = "trained"
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,9 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     grids = from_src.grid, from_tgt.grid
     equal = float(np.mean(src == tgt)) if src.size else 1.0
     if equal == 1.0:
-        return Difference("equal", 1.0, 0.0, 1.0, 1.0, 1.0, None, grids, None, quantised=False, hidden=0.0)
+        return Difference(Change.EQUAL, 1.0, 0.0, 1.0, 1.0, 1.0, None, grids, None, quantised=False, hidden=0.0)
     if not (norms[0] and norms[1]):
-        return Difference("trained", 0.0, 1.0, 1.0, equal, equal, None, grids, None, quantised=False, hidden=0.0)
+        return Difference(Change.TRAINED, 0.0, 1.0, 1.0, equal, equal, None, grids, None, quantised=False, hidden=0.0)
     kept = tgt != 0
     if np.mean(~kept & ((src < from_tgt.low) | (src > from_tgt.high))) >= _MIN_ZEROED:
         # As a matrix of one row, which has no low rank.
@@ -112,16 +122,16 @@ def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt:
     rank, quantised = None, False
     exact = distance < FLOAT32_NOISE and np.abs(delta).max() < 16 * FLOAT32_NOISE * np.abs(tgt).max()
     if exact or found.share >= wanted:
-        change: Change = "rounded"
+        change = Change.ROUNDED
         quantised = not exact and (from_src.coarse or from_tgt.coarse) and found.coarse
     elif ranks[0] is not None:
-        change, rank = "low rank", ranks[0]
+        change, rank = Change.LOW_RANK, ranks[0]
     elif ranks[1] is not None:
-        change, rank, quantised = "low rank", ranks[1], one_sided and steps >= _MIN_ERROR
+        change, rank, quantised = Change.LOW_RANK, ranks[1], one_sided and steps >= _MIN_ERROR
     elif (from_src.coarse or from_tgt.coarse) and steps < 1 and (steps >= _MIN_ERROR or not one_sided):
-        change = "trained or rounded"
+        change = Change.TRAINED_OR_ROUNDED
     else:
-        change, quantised = "trained", one_sided and steps >= _MIN_ERROR
+        change, quantised = Change.TRAINED, one_sided and steps >= _MIN_ERROR
     # Noise of size s crosses the middle between two levels, a step apart, with a chance of 0.8 s / step. Less than half
     # a step of the finer grid is invisible, unless both sides lie on the same levels.
     unseen = (finer / 2 if found.side else 0) + (1 - wanted) / 0.8 * coarser

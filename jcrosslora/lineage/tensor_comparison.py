@@ -10,7 +10,7 @@ from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import HEAD
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING, LAYER_INPUT_NORM, LAYER_INPUT_PROJECTION
 from jcrosslora.checkpoint.layout import Module
-from jcrosslora.lineage.difference import Difference, compare_rows
+from jcrosslora.lineage.difference import Change, Difference, compare_rows
 from jcrosslora.lineage.expert_matching import MATRICES, expert_rows
 from jcrosslora.lineage.rounding import Rounding, float_rounding, infer_rounding
 from jcrosslora.lineage.structure import Structure
@@ -134,7 +134,7 @@ def _read_ranks(
     """
     trained: dict[str, list[TensorComparison]] = {}
     for item in found:
-        if item.difference.change == "trained" and target.modules[item.target].shape[0] > _ROWS:
+        if item.difference.change is Change.TRAINED and target.modules[item.target].shape[0] > _ROWS:
             trained.setdefault(item.role, []).append(item)
     closer: dict[str, TensorComparison] = {}
     for items in trained.values():
@@ -143,13 +143,13 @@ def _read_ranks(
             again = _compare_module(source, target, structure, module, _MORE_ROWS)
             assert again is not None
             closer[module.name] = again
-    if not closer or any(item.difference.change != "low rank" for item in closer.values()):
+    if not closer or any(item.difference.change is not Change.LOW_RANK for item in closer.values()):
         return found
 
     def corrected(item: TensorComparison) -> TensorComparison:
         if item not in trained.get(item.role, ()):
             return item
-        low_rank = replace(item, difference=replace(item.difference, change="low rank"))
+        low_rank = replace(item, difference=replace(item.difference, change=Change.LOW_RANK))
         return closer.get(item.target, low_rank)
 
     return [corrected(item) for item in found]

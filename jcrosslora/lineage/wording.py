@@ -1,4 +1,4 @@
-"""Describe the relation of two bases in words, from counted parts and compared tensors alone."""
+"""Describe how two bases are related in sentences, made of flags and figures alone."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -6,49 +6,63 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.lineage.difference import FLOAT32_NOISE, Change, Difference
-from jcrosslora.lineage.matching import MIN_MEAN_COSINE
+from jcrosslora.lineage.difference import FLOAT32_NOISE, Change
+from jcrosslora.lineage.relation import Finding, Likeness, Relation, replaced
 from jcrosslora.lineage.structure import Part
 from jcrosslora.lineage.tensor_comparison import TensorComparison
 
-_LINEAR = {*ROLES, "experts"}
+_SHOWN_NAMES = 3  # tensors named in one sentence
+_COPY, _PARTS = "the two bases are nearly identical{}", "one of the two bases is made of the other's parts{}"
+_FOUND = {
+    Likeness.COPY: _COPY,
+    Likeness.TRAINED_COPY: f"{_COPY}, but one is the other {Relation.TRAINED}",
+    Likeness.MERGED_COPY: f"{_COPY}, but one is the other {Relation.LORA_MERGED}",
+    Likeness.SPARSE_COPY: f"{_COPY}, but numbers of the target were set to zero",
+    Likeness.COARSE_COPY: f"{_COPY}, but the target is rounded coarsely",
+    Likeness.FEWER_EXPERTS: f"{_COPY}, but the target lacks experts of the source",
+    Likeness.PARTS: _PARTS,
+    Likeness.FEWER_PARTS: f"{_PARTS}, and the target lacks some",
+    Likeness.NONE: "the weights of the two bases differ{}",
+}
+_FIT = "and then fitted to what the adapted source predicts (--method {} leaves out the fit, and takes seconds)"
+# What becomes of the update by each method that `auto` stands for; and where no update can be fitted.
+_CONSEQUENCES = {
+    "distill": ", and both can be run on text, so an update is fitted to what they predict",
+    "copy": ", so the update stays as it is",
+    "interpolated-copy": ", so the update goes with part of the difference between the two bases",
+    "select": ", so the update is carried over part by part",
+    "distilled-copy": f", so the update is carried over {_FIT.format('copy')}",
+    "distilled-select": f", so the update is carried over part by part {_FIT.format('select')}",
+}
+_REMAINS = "the update is carried over as it is, and what the compression costs remains"
+_WITHOUT_FIT = {"cross-lora": "only weights are compared", "copy": _REMAINS, "select": _REMAINS}
 
 
-def structure_words(parts: Iterable[Part]) -> list[str]:
-    """Return the words on the structure that apply: "pruned", "extended", "upscaled", "permuted"."""
-    parts = tuple(parts)
-    applies = {
-        "pruned": any(part.used < part.source for part in parts),
-        "extended": any(part.found < part.target for part in parts),
-        "upscaled": any(part.repeated for part in parts),
-        "permuted": any(_permuted(part) for part in parts),
-    }
-    return [word for word, true in applies.items() if true]
+def finding_phrase(finding: Finding) -> str:
+    """Say how the two bases compare, as the first part of the reason for a method."""
+    weights = finding.similarity
+    if weights is None:
+        return "the modules of the two bases have different shapes"
+    figures = f"cosine {weights.cosine:.3f}, relative distance {weights.distance:.3f}"
+    figures = f" ({figures} of the weights of {weights.modules} sampled modules)"
+    phrase = _FOUND[finding.likeness].format(figures)
+    if finding.by_quantiser:
+        phrase += ", and its quantiser may have left what looks like further training"
+    if finding.unmatched:
+        phrase += f"; attention, MLP or experts of {finding.unmatched} layers have no counterpart"
+    return phrase
 
 
-def change_words(compared: Sequence[TensorComparison]) -> list[str]:
-    """Return the words on the weights that apply, see `BaseComparison`; none if all compared numbers are equal."""
-    linear = [item.difference for item in compared if item.role in _LINEAR]
-    others = [item.difference for item in compared if item.role not in _LINEAR and not _replaced(item)]
-    every = [*linear, *others]
-    low_rank = _any(linear, "low rank") and not _any(linear, "trained")
-    trained = _any(linear, "trained") or (not low_rank and _any(others, "trained", "low rank"))
-    words = ["sparse"] if 2 * sum(item.zeroed > 0 for item in linear) > len(linear) else []
-    if low_rank:
-        words.append("LoRA-merged")
-    elif trained:
-        words.append("further trained")
-    elif _any(every, "trained or rounded"):
-        words.append("further trained or quantised")
-    if any(item.scale != 1 for item in every):
-        words.append("scaled")
-    rounded = [item for item in every if item.change == "rounded" and not item.only_scaled]
-    mostly_quantised = 2 * sum(item.quantised for item in linear) > len(linear)
-    if any(item.quantised for item in rounded) or ((low_rank or trained) and mostly_quantised):
-        words.append("quantised")
-    elif rounded:
-        words.append("rounded")
-    return words + [f"{item.role} replaced" for item in compared if _replaced(item)]
+def choice_reason(found: str, method: str, hindrance: str | None = None) -> str:
+    """Return the reason for a method: what was found, what hinders a fit (if anything does), and what is done."""
+    return found + _CONSEQUENCES[method] if hindrance is None else f"{found}, {hindrance}, so {_WITHOUT_FIT[method]}"
+
+
+def unequal_phrase(names: Sequence[str]) -> str:
+    """Name tensors that differ although all sampled rows are equal."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    listed = ", ".join(names[:_SHOWN_NAMES]) + more
+    return f"all sampled rows are equal, but {len(names)} tensors differ elsewhere: {listed}"
 
 
 def structure_phrases(parts: Iterable[Part]) -> list[str]:
@@ -59,7 +73,7 @@ def structure_phrases(parts: Iterable[Part]) -> list[str]:
         f"{part.target - part.found:,} of {part.target:,} {part.name}" for part in parts if part.found < part.target
     ]
     repeats = [f"{part.used:,} {part.name} to {part.found:,}" for part in parts if part.repeated]
-    moved = [part.name for part in parts if _permuted(part)]
+    moved = [part.name for part in parts if part.permuted]
     phrases = []
     if lacks:
         phrases.append(f"the target has {', '.join(lacks)} of the source")
@@ -75,16 +89,16 @@ def structure_phrases(parts: Iterable[Part]) -> list[str]:
 def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
     """Describe how the weights changed, with figures."""
     writers: dict[Change, Callable[[list[TensorComparison]], str]] = {
-        "low rank": _low_rank,
-        "trained": _trained,
-        "trained or rounded": _trained_or_rounded,
-        "rounded": _rounded,
+        Change.LOW_RANK: _low_rank,
+        Change.TRAINED: _trained,
+        Change.TRAINED_OR_ROUNDED: _trained_or_rounded,
+        Change.ROUNDED: _rounded,
     }
     phrases = []
-    replaced = [item for item in compared if _replaced(item)]
+    others = [item for item in compared if replaced(item)]
     for change, write in writers.items():
-        items = [item for item in compared if item.difference.change == change and not item.difference.only_scaled]
-        items = [item for item in items if item not in replaced]
+        items = [item for item in compared if item.difference.change is change and not item.difference.only_scaled]
+        items = [item for item in items if item not in others]
         if items:
             phrases.append(f"{_tensors(items, compared)} {write(items)}")
     zeroed = [item for item in compared if item.difference.zeroed]
@@ -95,26 +109,9 @@ def change_phrases(compared: Sequence[TensorComparison]) -> list[str]:
         factors = sorted({f"{item.difference.scale:.4g}" for item in scaled}, key=float)
         span = factors[0] if len(factors) == 1 else f"{len(factors)} factors from {factors[0]} to {factors[-1]}"
         phrases.append(f"{_tensors(scaled, compared)} are multiplied by {span}")
-    for item in replaced:
+    for item in others:
         phrases.append(f"the two have nothing in common in the {item.role} (cosine {item.difference.cosine:.4f})")
     return phrases or [f"all {len(compared)} tensors are equal in every sampled row"]
-
-
-def _replaced(item: TensorComparison) -> bool:
-    """Whether an embedding or a head is another one, and not that of the source after training."""
-    return (
-        item.role in ("embedding", "head")
-        and item.difference.change in ("trained", "low rank")
-        and abs(item.difference.cosine) < MIN_MEAN_COSINE
-    )
-
-
-def _permuted(part: Part) -> bool:
-    return not part.in_order and not part.repeated
-
-
-def _any(differences: Iterable[Difference], *changes: Change) -> bool:
-    return any(item.change in changes for item in differences)
 
 
 def _tensors(items: Sequence[TensorComparison], compared: Sequence[TensorComparison]) -> str:
@@ -126,7 +123,7 @@ def _tensors(items: Sequence[TensorComparison], compared: Sequence[TensorCompari
 
 def _zeroed(items: list[TensorComparison], compared: Sequence[TensorComparison]) -> str:
     shares = [item.difference.zeroed for item in items]
-    others = all(item.difference.change == "equal" for item in compared)
+    others = all(item.difference.change is Change.EQUAL for item in compared)
     rest = ", and the others unchanged" if others else ""
     return f"have {_shares(min(shares), max(shares))} of their numbers set to zero{rest}"
 

@@ -57,7 +57,7 @@ class Reader:
             raise UsageError(msg)
         entry, folder = read_entry(found, self.base, self.info, place)
         samples, source = self.samples if self.samples is not None else own_samples(folder)
-        if old is not None and self.samples is None and source == "nothing":
+        if old is not None and not samples:
             samples, source = old.samples, old.samples_from  # that were given once
         lift = self.lift if self.lift is not None or old is None else old.lift
         return dataclasses.replace(entry, samples=samples, samples_from=source, lift=lift)

@@ -67,7 +67,7 @@ def figures_section(evaluation: Evaluation) -> str:
             "figure": FIGURES[name].title,
             "value [95% interval]": FIGURES[name].interval(model.figures[name]),
             "minus the base": _change(FIGURES[name], model.figures[name].minus_base),
-            "": model.word(name),
+            "": model.direction(name) or "",
             **(
                 {}
                 if (lift := model.figures[name].lift) is None

@@ -13,7 +13,7 @@ import msgspec
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.errors import UsageError, suggestion
 from jcrosslora.evaluate.bootstrap import Interval
-from jcrosslora.evaluate.scores import word_of
+from jcrosslora.evaluate.scores import Direction, word_of
 
 Part: TypeAlias = Literal["base", "moved", "trained", "random", "other"]
 
@@ -106,10 +106,10 @@ class Model:
         figures = {name: msgspec.structs.replace(one, lift=None) for name, one in self.figures.items()}
         return dataclasses.replace(self, figures=figures)
 
-    def word(self, figure: str) -> str:
-        """Say whether a figure is "better" or "worse" than the base's, or "neither"; "" where that is not known."""
+    def direction(self, figure: str) -> Direction | None:
+        """Say whether a figure is better or worse than the base's; None where that is not known."""
         found = self.figures.get(figure)
-        return "" if found is None or found.minus_base is None else word_of(figure, found.minus_base)
+        return None if found is None or found.minus_base is None else word_of(figure, found.minus_base)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jcrosslora.evaluate.answers_table import TITLES
 from jcrosslora.evaluate.bootstrap import Interval
+from jcrosslora.evaluate.scores import Direction
 from jcrosslora.report.page.evaluation import Evaluation, Figure
 
 
@@ -69,7 +70,7 @@ def job_figure(evaluation: Evaluation) -> str | None:
 
     def counts(name: str) -> bool:
         if trained is not None:
-            return trained.word(name) == "better"
+            return trained.direction(name) is Direction.BETTER
         return any(model.figures[name].value > 0 for model in evaluation.models)
 
     return next(filter(counts, found), found[0] if found else None)
@@ -92,7 +93,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
         None where one of them was not evaluated, or the trained adapter is not better than the base.
     """
     moved, trained = evaluation.of_part("moved"), evaluation.of_part("trained")
-    if moved is None or trained is None or trained.word(name) != "better":
+    if moved is None or trained is None or trained.direction(name) is not Direction.BETTER:
         return None
     base, own, full = (model.figures[name].value for model in (evaluation.models[0], moved, trained))
     return (base - own) / (base - full)
@@ -101,7 +102,7 @@ def gain_share(evaluation: Evaluation, name: str) -> float | None:
 def gain_text(evaluation: Evaluation, name: str) -> str:
     """Write that share, with its interval where the evaluation has one; "" where there is none, or a loss."""
     moved, share = evaluation.of_part("moved"), gain_share(evaluation, name)
-    if moved is None or share is None or moved.word(name) == "worse":
+    if moved is None or share is None or moved.direction(name) is Direction.WORSE:
         return ""
     lift = moved.figures[name].lift
     return _percent(share) + ("" if lift is None else f" [{_percent(lift.low)}, {_percent(lift.high)}]")
@@ -113,7 +114,7 @@ def beyond_random(evaluation: Evaluation, name: str) -> bool:
     It does where the random one is not better than the base, or where their intervals do not overlap.
     """
     moved, random = evaluation.of_part("moved"), evaluation.of_part("random")
-    if moved is None or random is None or random.word(name) != "better":
+    if moved is None or random is None or random.direction(name) is not Direction.BETTER:
         return True
     own, other = moved.figures[name], random.figures[name]
     return own.high < other.low if FIGURES[name].lower else own.low > other.high

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jcrosslora.evaluate.scores import Direction
 from jcrosslora.report.page.contents import Contents
 from jcrosslora.report.page.evaluation import Evaluation, Model
 from jcrosslora.report.page.figures import (
@@ -67,35 +68,35 @@ def headline(contents: Contents) -> Headline:
 
 def _measured(evaluation: Evaluation, model: Model) -> Headline:
     job, likely = job_figure(evaluation), likelihood_figure(evaluation)
-    words = {name: model.word(name) for name in (job, likely) if name is not None}
+    found = {name: model.direction(name) for name in (job, likely) if name is not None}
     reasons = tuple(filter(None, (_job(evaluation, model, job), _likelihood(evaluation, model, likely))))
     task = f"On this task, {evaluation.count:,} {'question' if evaluation.count == 1 else 'questions'},"
 
     def told(tone: Tone, word: str, sentence: str) -> Headline:
         return Headline(tone, word, f"{task} {sentence}.", reasons)
 
-    if not any(model.word(name) for name in present(evaluation)):
+    if not any(model.direction(name) for name in present(evaluation)):
         sentence = "The evaluation does not say how the moved adapter differs from the model without one."
         return Headline("open", "Not known", sentence, reasons)
-    if "worse" in words.values():
-        if "better" in words.values():
+    if Direction.WORSE in found.values():
+        if Direction.BETTER in found.values():
             return told("mixed", "Mixed", "the moved adapter helps in one way and harms in another")
         return told("bad", "It harms", "the model answers worse with the moved adapter")
-    helped = [name for name in present(evaluation) if model.word(name) == "better"]
+    helped = [name for name in present(evaluation) if model.direction(name) is Direction.BETTER]
     if not helped:
         sentence = "no difference between the model with and without the moved adapter can be seen"
         return told("bad", "No effect seen", sentence)
     if not beyond_random(evaluation, next((name for name in (job, likely) if name in helped), helped[0])):
         sentence = "the model answers better with the moved adapter, but with a random one about as well"
         return told("bad", "No better than random", sentence)
-    if job is not None and words[job] == "better":
+    if job is not None and found[job] is Direction.BETTER:
         share = gain_share(evaluation, job)
         if share is not None and share < _HALF:
             sentence = "the model answers better with the moved adapter, but a trained adapter gains far more"
             return told("mixed", "It works in part", sentence)
         return told("good", "It works", "the model answers better with the moved adapter")
     seen = "the right answers become more likely with the moved adapter"
-    if likely is None or words[likely] != "better":
+    if likely is None or found[likely] is not Direction.BETTER:
         seen = "the answers come closer to the right ones"
     better = "in how many are right" if job is None or is_count(job) else "in the answers themselves"
     return told("mixed", "It works in part", f"{seen}, but no clear gain {better} can be seen")
