@@ -31,6 +31,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.families import FAMILIES
 from jcrosslora.cli.main import main
 from jcrosslora.lineage.base_comparison import compare_bases
+from jcrosslora.lineage.relation import Relation
 
 SAME, ROUNDED, QUANTISED, TRAINED = ("same",), ("rounded",), ("quantised",), ("further trained",)
 MERGED, SCALED, UNRELATED = ("LoRA-merged",), ("scaled",), ("unrelated",)
@@ -265,6 +266,15 @@ def test_constructed_relation_is_recognised(tmp_path, name):
     found = compare_bases(source, target)
     assert found.words == words, found.sentence
     json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_relation_is_made_of_members_that_are_plain_words_in_json(tmp_path):
+    made = make()
+    found = compare_bases(made.write(tmp_path / "s"), with_layers([0, 3])(made).quantised("Q8_0").write(tmp_path / "t"))
+    assert found.words == (Relation.PRUNED, Relation.QUANTISED)
+    content = json.loads(json.dumps(found.to_json()))
+    assert content["words"] == ["pruned", "quantised"]
+    assert {item["difference"]["change"] for item in content["compared"]} == {"equal", "rounded"}
 
 
 @pytest.mark.parametrize("name", OTHERS)

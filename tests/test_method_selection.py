@@ -13,6 +13,7 @@ from tiny_bases import llama_tensors, write_llama
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
+from jcrosslora.lineage.base_comparison import compare_bases
 from jcrosslora.lineage.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
@@ -24,7 +25,9 @@ from jcrosslora.lineage.method_selection import (
     why_not_run,
     without_fit,
 )
-from jcrosslora.lineage.weight_similarity import compare_weights
+from jcrosslora.lineage.relation import Finding, Likeness
+from jcrosslora.lineage.weight_similarity import WeightSimilarity, compare_weights
+from jcrosslora.lineage.wording import choice_reason, finding_phrase
 from jcrosslora.methods import METHODS
 
 
@@ -136,6 +139,42 @@ def test_near_copy_that_was_trained_selects_interpolated_copy(source, tmp_path, 
     assert found.method == "interpolated-copy"
     assert "nearly identical (cosine " in found.reason
     assert "further trained" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("size", "stated", "method"),
+    [
+        (0.05, (), "interpolated-copy"),
+        (0.05, ("target",), "copy"),
+        (0.3, ("target",), "distilled-copy"),
+        (0.3, ("source",), "copy"),
+    ],
+)
+def test_what_a_stated_quantiser_left_is_not_taken_for_training(tmp_path, size, stated, method):
+    """Quantisers such as GPTQ do not round to the nearest level, which looks like training before the rounding."""
+    pair = []
+    for side, change in (("source", lambda x: x), ("target", lambda x: levels(127)(noise(size)(x)))):
+        (tmp_path / side).mkdir()
+        changed(tmp_path / side, change)
+        path = tmp_path / side / "config.json"
+        settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | (settings if side in stated else {})))
+        pair.append(open_base(tmp_path / side))
+    assert {"further trained", "quantised"} <= set(compare_bases(*pair).words)
+    found = choose_method(*pair)
+    assert found.method == method
+    assert ("its quantiser may have left what looks like further training" in found.reason) == bool(stated)
+
+
+def test_every_finding_and_every_method_has_a_sentence():
+    weights = WeightSimilarity(0.9, 0.1, 4)
+    found = {finding_phrase(Finding(likeness, weights)) for likeness in Likeness}
+    assert len(found) == len(Likeness)
+    assert all("(cosine 0.900, relative distance 0.100 of the weights of 4 sampled modules)" in one for one in found)
+    for method in (ACTIVATION_METHOD, COPY_METHOD, TRAINED_METHOD, "select", *MENDED.values()):
+        assert choice_reason("found", method).startswith("found, ")
+    for method in (WEIGHT_METHOD, *MENDED):
+        assert choice_reason("found", method, "but it is late").startswith("found, but it is late, so ")
 
 
 @pytest.mark.parametrize("change", [noise(1.2), lambda x: 3 * x, lambda x: -x, lambda x: x[::-1].copy(), np.zeros_like])
