@@ -15,7 +15,7 @@ from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import COMMON_KEYS, HEAD
 from jcrosslora.lineage.expert_matching import MATRICES
 from jcrosslora.lineage.method_selection import Choice, choose_method
-from jcrosslora.lineage.relation import Relation, relation_of_parts, relation_of_weights
+from jcrosslora.lineage.relation import Relation, relation_of
 from jcrosslora.lineage.structure import Part, count_parts
 from jcrosslora.lineage.structure_search import find_structure
 from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules, compare_other_tensors
@@ -92,7 +92,7 @@ def compare_bases(source: BaseModel, target: BaseModel) -> BaseComparison:
         return BaseComparison((Relation.UNRELATED,), sentence, (), (), (), tuple(notes), choice)
     parts = count_parts(structure, source, target)
     compared = [*modules, *compare_other_tensors(source, target, structure)]
-    relation = relation_of_parts(parts) | relation_of_weights(compared)
+    relation = relation_of(parts, compared)
     sentence = "; ".join([*structure_phrases(parts), *change_phrases(compared)])
     if not relation:
         same, sentence = _compare_fully(source, target)

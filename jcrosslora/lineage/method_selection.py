@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
 from jcrosslora.errors import CheckpointError
-from jcrosslora.lineage.relation import Finding, Likeness, Relation, relation_of_weights
+from jcrosslora.lineage.relation import Finding, Likeness, Relation, relation_of
 from jcrosslora.lineage.structure import Structure, count_parts
 from jcrosslora.lineage.structure_search import find_structure
 from jcrosslora.lineage.tensor_comparison import TensorComparison, compare_modules
@@ -151,7 +151,7 @@ def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> b
 def _examine_copies(
     source: BaseModel, target: BaseModel, similarity: WeightSimilarity, compared: Sequence[TensorComparison]
 ) -> Finding:
-    relation = relation_of_weights(compared)
+    relation = relation_of((), compared)
     # Quantisers such as GPTQ may round to another than the nearest level.
     stated = [bool(quantisation_of(base.config)) for base in (source, target)]
     by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)

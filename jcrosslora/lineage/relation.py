@@ -1,11 +1,11 @@
 """Describe how two bases are related, in flags and figures. `wording` makes sentences from them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from jcrosslora.checkpoint import ROLES
-from jcrosslora.lineage.difference import Change, Difference
+from jcrosslora.lineage.difference import Change
 from jcrosslora.lineage.matching import MIN_MEAN_COSINE
 from jcrosslora.lineage.structure import Part
 from jcrosslora.lineage.tensor_comparison import TensorComparison
@@ -64,35 +64,31 @@ class Finding:
     unmatched: int = 0
 
 
-def relation_of_parts(parts: Iterable[Part]) -> set[Relation]:
-    """Return what holds of the structure."""
-    parts = tuple(parts)
+_LINEAR = {*ROLES, "experts"}
+_REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
+
+
+def relation_of(parts: Sequence[Part], compared: Sequence[TensorComparison]) -> set[Relation]:
+    """Return what holds of the structure and of the weights; nothing if all parts and all compared numbers agree."""
+    linear = [item.difference for item in compared if item.role in _LINEAR]
+    others = [item.difference for item in compared if item.role not in _LINEAR and not replaced(item)]
+    every, changes, other_changes = [*linear, *others], {one.change for one in linear}, {one.change for one in others}
+    low_rank = Change.LOW_RANK in changes and Change.TRAINED not in changes
+    trained = Change.TRAINED in changes or (not low_rank and bool(other_changes & {Change.TRAINED, Change.LOW_RANK}))
+    rounded = [one for one in every if one.change is Change.ROUNDED and not one.only_scaled]
+    mostly_quantised = 2 * sum(one.quantised for one in linear) > len(linear)
+    quantised = any(one.quantised for one in rounded) or ((low_rank or trained) and mostly_quantised)
+    unsure = not (low_rank or trained) and Change.TRAINED_OR_ROUNDED in changes | other_changes
     applies = {
         Relation.PRUNED: any(part.used < part.source for part in parts),
         Relation.EXTENDED: any(part.found < part.target for part in parts),
         Relation.UPSCALED: any(part.repeated for part in parts),
-        Relation.PERMUTED: any(part.permuted for part in parts),
-    }
-    return {relation for relation, true in applies.items() if true}
-
-
-def relation_of_weights(compared: Sequence[TensorComparison]) -> set[Relation]:
-    """Return what holds of the weights; nothing if all compared numbers are equal."""
-    linear = [item.difference for item in compared if item.role in {*ROLES, "experts"}]
-    others = [item.difference for item in compared if item.role not in {*ROLES, "experts"} and not replaced(item)]
-    every = [*linear, *others]
-    low_rank = _any(linear, Change.LOW_RANK) and not _any(linear, Change.TRAINED)
-    trained = _any(linear, Change.TRAINED) or (not low_rank and _any(others, Change.TRAINED, Change.LOW_RANK))
-    rounded = [item for item in every if item.change is Change.ROUNDED and not item.only_scaled]
-    mostly_quantised = 2 * sum(item.quantised for item in linear) > len(linear)
-    quantised = any(item.quantised for item in rounded) or ((low_rank or trained) and mostly_quantised)
-    unsure = not (low_rank or trained) and _any(every, Change.TRAINED_OR_ROUNDED)
-    applies = {
-        Relation.SPARSE: 2 * sum(item.zeroed > 0 for item in linear) > len(linear),
+        Relation.PERMUTED: not all(part.in_order or part.repeated for part in parts),
+        Relation.SPARSE: 2 * sum(one.zeroed > 0 for one in linear) > len(linear),
         Relation.LORA_MERGED: low_rank,
         Relation.TRAINED: trained,
         Relation.TRAINED_OR_QUANTISED: unsure,
-        Relation.SCALED: any(item.scale != 1 for item in every),
+        Relation.SCALED: any(one.scale != 1 for one in every),
         Relation.QUANTISED: quantised,
         Relation.ROUNDED: rounded and not quantised,
     }
@@ -100,14 +96,7 @@ def relation_of_weights(compared: Sequence[TensorComparison]) -> set[Relation]:
     return found | {_REPLACED[item.role] for item in compared if replaced(item)}
 
 
-_REPLACED = {"embedding": Relation.EMBEDDING_REPLACED, "head": Relation.HEAD_REPLACED}
-
-
 def replaced(item: TensorComparison) -> bool:
     """Whether an embedding or a head is another one, and not that of the source after training."""
     far = abs(item.difference.cosine) < MIN_MEAN_COSINE
     return item.role in _REPLACED and item.difference.change in (Change.TRAINED, Change.LOW_RANK) and far
-
-
-def _any(differences: Iterable[Difference], *changes: Change) -> bool:
-    return any(item.change in changes for item in differences)

@@ -158,11 +158,6 @@ class Part:
         """Whether one base contains all parts of the other."""
         return self.found == self.target or self.used == self.source
 
-    @property
-    def permuted(self) -> bool:
-        """Whether the target has the source's parts in another order, each once."""
-        return not self.in_order and not self.repeated
-
 
 def count_parts(structure: Structure, source: BaseModel, target: BaseModel) -> tuple[Part, ...]:
     """Count the parts that two bases share; tokens only if their embeddings agree."""

@@ -73,7 +73,7 @@ def structure_phrases(parts: Iterable[Part]) -> list[str]:
         f"{part.target - part.found:,} of {part.target:,} {part.name}" for part in parts if part.found < part.target
     ]
     repeats = [f"{part.used:,} {part.name} to {part.found:,}" for part in parts if part.repeated]
-    moved = [part.name for part in parts if part.permuted]
+    moved = [part.name for part in parts if not (part.in_order or part.repeated)]
     phrases = []
     if lacks:
         phrases.append(f"the target has {', '.join(lacks)} of the source")
