@@ -4,10 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jcrosslora.adapter.factors import Array
+from jcrosslora.adapter.pytrees import register_change
 
+
+@register_change(arrays=("a", "b"), account=("share",))
 @dataclass(frozen=True, eq=False)
 class ExpertUpdate:
-    """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer. Compared by value.
+    """The update dW[e] = b[e] @ a[e] of one matrix of all E experts of a layer, as a pytree of a and b.
 
     Attributes:
         name: of the parameter in the class of its base, e.g. "model.layers.0.mlp.experts.gate_up_proj".
@@ -22,26 +26,14 @@ class ExpertUpdate:
     name: str
     layer: int
     matrix: str
-    a: np.ndarray
-    b: np.ndarray
+    a: Array
+    b: Array
     turned: bool = False
     share: float | None = None
-
-    def __eq__(self, other: object) -> bool:
-        """Compare by value, so that an adapter is a pytree with comparable static parts."""
-        return (
-            isinstance(other, ExpertUpdate)
-            and self.name == other.name
-            and np.array_equal(self.a, other.a)
-            and np.array_equal(self.b, other.b)
-        )
-
-    def __hash__(self) -> int:
-        """Hash the name and the shapes alone."""
-        return hash((self.name, self.a.shape, self.b.shape))
 
     @property
     def energy(self) -> float:
         """The squared Frobenius norm."""
-        left, right = self.b.swapaxes(1, 2) @ self.b, self.a @ self.a.swapaxes(1, 2)
+        a, b = np.asarray(self.a), np.asarray(self.b)
+        left, right = b.swapaxes(1, 2) @ b, a @ a.swapaxes(1, 2)
         return float(np.sum(left * right, dtype=np.float64))

@@ -73,7 +73,7 @@ def expert_tensors(updates: Sequence[ExpertUpdate], dtype: FileDtype) -> dict[st
         # The first parameter of a module is wrapped first.
         inner = update.matrix == "gate_up" and (update.layer, "down") in both
         module = update.name.rpartition(".")[0] + (".base_layer" if inner else "")
-        a, b = update.a, update.b
+        a, b = np.asarray(update.a), np.asarray(update.b)
         if update.turned:
             a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
         count, rank, columns = a.shape

@@ -1,17 +1,17 @@
 """A LoRA adapter in memory: one pair of factors for each module, as a pytree."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import hypot
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
 from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.factors import LoRAFactors, update_norm
 from jcrosslora.adapter.names import ending, natural_key
+from jcrosslora.adapter.pytrees import Static, is_traced
 from jcrosslora.adapter.replaced import ReplacedTensors
 from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.checkpoint.wrapped import TEXT
@@ -69,44 +69,28 @@ class AdapterInfo:
         return AdapterInfo(invocation=self.invocation, invocation_target=self.invocation_target)
 
 
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """The parts of an adapter that are not arrays. Compared by those that decide what is computed."""
-
-    info: AdapterInfo
-    tokens: tuple[TokenUpdate, ...]
-    replaced: tuple[ReplacedTensors, ...]
-    experts: tuple[ExpertUpdate, ...]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self._compared == other._compared
-
-    def __hash__(self) -> int:
-        return hash(self._compared)
-
-    @property
-    def _compared(self) -> tuple:
-        return self.info.acting(), self.tokens, self.replaced, self.experts
+Change = LoRAFactors | TokenUpdate | ReplacedTensors | ExpertUpdate
+"""What an adapter changes: each is a pytree whose arrays are leaves."""
+_CHANGES = ("modules", "tokens", "replaced", "experts")
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as a pytree whose leaves are the factors.
+    """A LoRA adapter as a pytree whose leaves are the arrays of its changes.
 
-    Its structure is what decides the computation: names and shapes of the modules, scales, invocation tokens, changes
-    of embedding and head, and replaced tensors, all compared by value. The rest of `info` is not part of it, so
-    adapters from different files are combined by `jax.tree.map`, which keeps the info of the first, and compile a
-    jitted function once. Inside a transformed function, where one program serves many adapters, `info` holds invocation
-    tokens alone.
+    Its structure is what decides the computation: names of modules and tensors, scales, ids of changed tokens, and
+    invocation tokens. Figures and the rest of `info` are not part of it, so adapters from different files are combined
+    by `jax.tree.map`, which keeps the info of the first, and compile a jitted function once. Inside a transformed
+    function, where one program serves many adapters, `info` holds invocation tokens alone, and no change has figures.
 
     Attributes:
         modules: module name, as the base model spells it without any PEFT prefix
             (`model.layers.0.self_attn.q_proj`), to its factors.
         info: provenance.
-        tokens: changes of the embedding and of the output head, static; read only if the base was given.
-        replaced: biases, norms and whole layers that replace those of its own base, static; read only if asked for.
-        experts: updates of experts of its own base, static; read only if the base was given.
+        tokens: changes of the embedding and of the output head; read only if the base was given.
+        replaced: biases, norms and whole layers that replace those of its own base; read only if asked for.
+        experts: updates of experts of its own base; read only if the base was given.
     """
 
     modules: dict[str, LoRAFactors]
@@ -115,17 +99,16 @@ class Adapter:
     replaced: tuple[ReplacedTensors, ...] = ()
     experts: tuple[ExpertUpdate, ...] = ()
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], "_Static"]:
-        """Split into the factors, with their key, and the rest."""
-        static = _Static(self.info, self.tokens, self.replaced, self.experts)
-        return ((jax.tree_util.GetAttrKey("modules"), self.modules),), static
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Static]:
+        """Split into the changes, with their keys, and the rest."""
+        changes = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _CHANGES)
+        return changes, Static(self.info.acting(), self.info)
 
     @classmethod
-    def tree_unflatten(cls, static: "_Static", children: tuple[dict[str, LoRAFactors]]) -> "Adapter":
+    def tree_unflatten(cls, static: Static, children: Sequence[Any]) -> "Adapter":
         """Join what `tree_flatten_with_keys` split."""
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(children))
-        info = static.info.acting() if traced else static.info
-        return cls(children[0], info, static.tokens, static.replaced, static.experts)
+        info = static.structure if is_traced(children) else static.account
+        return cls(**dict(zip(_CHANGES, children, strict=True)), info=info)
 
     def __repr__(self) -> str:
         """Name, kind, number of modules, ranks and size, on one line."""

@@ -115,7 +115,8 @@ def replaced_tensors(
         inner = name.endswith(_BIAS) and _module(name) in adapted
         return f"{_module(name)}.base_layer{_BIAS}" if inner else name
 
-    return {stored(name): _cast(name, array, dtype) for group in replaced for name, array in group.tensors.items()}
+    named = [item for group in replaced for item in group.tensors.items()]
+    return {stored(name): _cast(name, np.asarray(array), dtype) for name, array in named}
 
 
 def replaced_config(replaced: Sequence[ReplacedTensors], adapted: Mapping[str, object]) -> dict[str, Any]:

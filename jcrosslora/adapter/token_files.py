@@ -218,7 +218,7 @@ def _rows(update: TokenUpdate, dtype: FileDtype) -> np.ndarray:
     """Cast the rows to the dtype of the file if it holds them exactly, else to float32."""
     assert update.rows is not None
     with np.errstate(over="ignore", under="ignore"):
-        parts = [update.rows[part] for part in update.parts()]
+        parts = [np.asarray(update.rows[part]) for part in update.parts()]
         exact = all((rows.astype(DTYPES[dtype]).astype(rows.dtype) == rows).all() for rows in parts)
     kept = dtype if exact else "float32"
     return np.concatenate([file_matrix(update.table, rows.astype(np.float64), kept) for rows in parts])

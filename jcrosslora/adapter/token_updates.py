@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jcrosslora.adapter.factors import LoRAFactors, update_norm
+from jcrosslora.adapter.factors import Array, LoRAFactors, update_norm
+from jcrosslora.adapter.pytrees import register_change
 from jcrosslora.checkpoint.base import BaseModel
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
@@ -24,17 +25,19 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 _AT_ONCE = 4096  # rows
 
 
+@register_change(arrays=("factors", "rows"), account=("energy", "lost", "share"))
 @dataclass(frozen=True, eq=False)
 class TokenUpdate:
-    """The change of an embedding, of an output head, or of the one matrix that is both. Compared by value.
+    """The change of an embedding, of an output head, or of the one matrix that is both, as a pytree.
 
-    Exactly one of `factors` and `rows` is given.
+    Exactly one of `factors` and `rows` is given; their arrays are the leaves.
 
     Attributes:
         table: the matrix that changes, a key of `MODULES`.
         kind: the tensors that it was read from, a key of `ignored.CHANGES`.
         size: V.
-        ids: int64 (n,), ascending.
+        ids: int64 (n,), ascending. Static: they are places, which gradients reject and arithmetic over leaves would
+            change.
         factors: of the change of the rows: a (K, D), b (n, K).
         rows: float32 (n, D), the new rows. All V of them replace the whole matrix.
         energy: squared Frobenius norm of the change.
@@ -47,7 +50,7 @@ class TokenUpdate:
     size: int
     ids: np.ndarray
     factors: LoRAFactors | None = None
-    rows: np.ndarray | None = None
+    rows: Array | None = None
     energy: float = 0.0
     lost: float = 0.0
     share: float = 0.0
@@ -56,18 +59,6 @@ class TokenUpdate:
         """Table, kind and sizes, on one line."""
         form = "rows" if self.factors is None else f"factors of rank {self.factors.rank}"
         return f"TokenUpdate({self.table}, {self.kind}, {form} for {len(self.ids)} of {self.size} tokens)"
-
-    def __eq__(self, other: object) -> bool:
-        """Compare by value, so that an adapter is a pytree with comparable static parts."""
-        return isinstance(other, TokenUpdate) and self._figures == other._figures and self.same_change(other)
-
-    def __hash__(self) -> int:
-        """Hash the figures alone; reading all rows would cost more than a rare comparison."""
-        return hash(self._figures)
-
-    @property
-    def _figures(self) -> tuple:
-        return self.table, self.kind, self.size, len(self.ids), self.energy, self.lost, self.share
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -79,7 +70,7 @@ class TokenUpdate:
         """D."""
         matrix = self.rows if self.factors is None else self.factors.a
         assert matrix is not None
-        return matrix.shape[1]
+        return matrix.shape[-1]
 
     @property
     def whole(self) -> bool:
@@ -105,7 +96,7 @@ class TokenUpdate:
             part: of the n rows.
         """
         if self.rows is not None:
-            return self.rows[part].astype(np.float64)
+            return np.asarray(self.rows[part]).astype(np.float64)
         assert self.factors is not None
         b = np.asarray(self.factors.b)[part].astype(np.float64) * self.factors.scale
         return old.astype(np.float64) + b @ np.asarray(self.factors.a).astype(np.float64)

@@ -23,7 +23,9 @@ def updates_of(adapter: Adapter, base: BaseModel) -> dict[str, Updates]:
         adapter: with fused modules split, see `fit_to_base`.
         base: that the adapter is for.
     """
-    found: dict[str, Updates] = {name: [array] for group in adapter.replaced for name, array in group.tensors.items()}
+    found: dict[str, Updates] = {
+        name: [np.asarray(array)] for group in adapter.replaced for name, array in group.tensors.items()
+    }
     for name, factors in adapter.modules.items():
         module = base.modules[name]
         start, stop = module.rows or (0, module.shape[0])
