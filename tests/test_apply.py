@@ -1,5 +1,7 @@
 """`jcrosslora.apply`: the maths of a shift as a pure function that JAX may compile, vectorise and differentiate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,9 +54,25 @@ def test_vectorised_over_stacked_adapters(transport, bases):
     each = [random_adapter(bases[0], roles=FEW, seed=seed).modules for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     moved, run = jax.jit(jax.vmap(jcl.apply, in_axes=(None, 0)))(transport, stacked), jax.jit(jcl.apply)
-    for place, modules in enumerate(each):
-        one = jax.tree.map(lambda leaf, place=place: leaf[place], moved)
-        assert_same(one, run(transport, modules))
+    for one, modules in zip(jcl.unstack_adapters(moved), each, strict=True):
+        assert_same(one.modules, run(transport, modules))
+
+
+def test_a_stack_is_refused_where_one_adapter_is_wanted(transport, bases):
+    stacked = jcl.stack_adapters([random_adapter(bases[0], roles=FEW, seed=seed) for seed in range(2)])
+    for move in (jcl.apply, jcl.shift):
+        with pytest.raises(AdapterError, match=r"jax\.vmap\(jcrosslora\.apply, .* jcrosslora\.unstack_adapters"):
+            move(transport, stacked)
+
+
+def test_updates_of_other_widths_are_refused(transport, bases):
+    modules = random_adapter(bases[0], roles={"q_proj"}).modules
+    wrong = Adapter({name: dataclasses.replace(item, a=item.a[:, 1:]) for name, item in modules.items()})
+    for move in (jcl.apply, jcl.shift):
+        with pytest.raises(AdapterError, match="give the base it was trained on"):
+            move(transport, wrong)
+    with pytest.raises(AdapterError, match="give the base it was trained on"):
+        jax.vmap(jcl.apply, in_axes=(None, 0))(transport, jcl.stack_adapters([wrong, wrong]))
 
 
 def test_its_gradient_is_the_slope(transport, bases):

@@ -131,7 +131,7 @@ def test_combined_tasks_are_directions_with_magnitudes():
 def test_combined_tasks_list_what_was_ignored():
     adapters = [adapter_of({Q: 2}), adapter_of({Q: 2}, seed=1)]
     bound = dataclasses.replace(adapters[0], info=dataclasses.replace(adapters[0].info, invocation=(5,)))
-    with pytest.raises(AdapterError, match="active only after"):
+    with pytest.raises(AdapterError, match="acts only after"):
         stack_tasks([bound, adapters[1]], [1.0, 1.0])
     table = TokenUpdate("embed_tokens", "tokens", size=9, ids=np.array([3]), rows=matrix(1, 4))
     told = dataclasses.replace(adapters[0], tokens=(table,))

@@ -168,7 +168,7 @@ def test_auto_maps_an_alora_and_says_why(tmp_path, tokenized):
     for name, factors in named.adapter.modules.items():
         np.testing.assert_array_equal(delta(moved.adapter.modules[name]), delta(factors))
     assert moved.adapter.info.invocation == named.adapter.info.invocation
-    with pytest.raises(MethodError, match=r"effect of .* cannot be measured"):
+    with pytest.raises(MethodError, match="its effect cannot be measured"):
         move_files(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always")
 
 

@@ -182,3 +182,5 @@ def test_they_stay_with_their_own_base(tmp_path, bases):
     total = add_adapters([whole, plain])
     assert total.replaced == ()
     assert "a sum has no tensors that replace those of the base" in total.info.ignored[0]
+    moved = jcl.transfer(whole, base, base, "copy", cache=False, effect="never")
+    assert any("method copy does not move them" in warning for warning in moved.report.warnings)

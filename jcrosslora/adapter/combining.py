@@ -1,15 +1,18 @@
 """Combine adapters of one base: stacks, for `jax.vmap` over adapters, and exact sums, factors side by side."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.ignored import drop_experts, drop_replaced, drop_token_updates
+from jcrosslora.adapter.ignored import Carried, check_always_active, restrict
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.errors import AdapterError
+
+NO_SUM = "and has no sum with others: write it alone"
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
@@ -18,8 +21,8 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     Scales that differ are folded into b, in float32. Arrays of different dtypes are promoted.
 
     Args:
-        adapters: at least one, all with the same modules, shapes, ranks and invocation tokens, and without changes of
-            embedding or head, which are not arrays of one shape.
+        adapters: at least one, all with the same modules, shapes, ranks and invocation tokens, and with updates of
+            linear modules alone.
 
     Raises:
         AdapterError: there are none, or they differ; names the first difference.
@@ -40,24 +43,24 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter({name: _stacked([one.modules[name] for one in adapters]) for name in adapters[0].modules}, info)
 
 
-def unstack_adapters(stacked: Adapter) -> list[Adapter]:
+def unstack_adapters(stacked: Adapter | Mapping[str, LoRAFactors]) -> list[Adapter]:
     """Split a stack into its adapters, with the provenance that each one had.
+
+    Args:
+        stacked: from `stack_adapters`, or what a vmapped function such as `jcrosslora.apply` made of it.
 
     Raises:
         AdapterError: not a stack.
     """
-    if any(item.a.ndim != 3 for item in stacked.modules.values()):
-        msg = f"{stacked.info.name}: not a stack of adapters; make one with stack_adapters"
+    whole = stacked if isinstance(stacked, Adapter) else Adapter(dict(stacked))
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(whole)}
+    if len(counts) != 1 or any(item.a.ndim != 3 for item in whole.modules.values()):
+        msg = f"{whole.info.name}: not a stack of adapters; make one with stack_adapters"
         raise AdapterError(msg)
-    count = next(iter(stacked.modules.values())).a.shape[0]
-    infos = stacked.info.stacked or (stacked.info,) * count
-    return [
-        Adapter(
-            {name: dataclasses.replace(item, a=item.a[i], b=item.b[i]) for name, item in stacked.modules.items()},
-            infos[i],
-        )
-        for i in range(count)
-    ]
+    count = counts.pop()
+    infos = whole.info.stacked or (whole.info,) * count
+    parts = [jax.tree.map(lambda leaf, place=place: leaf[place], whole) for place in range(count)]
+    return [dataclasses.replace(part, info=info) for part, info in zip(parts, infos, strict=True)]
 
 
 def _stacked(items: Sequence[LoRAFactors]) -> LoRAFactors:
@@ -110,12 +113,13 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
         raise AdapterError(msg)
     if len(adapters) == 1:
         return adapters[0]
-    check_always_active(adapters)
-    adapters = [drop_replaced(adapter, "a sum has no tensors that replace those of the base") for adapter in adapters]
-    adapters = [drop_experts(adapter, "a sum has updates of linear modules alone") for adapter in adapters]
+    for adapter in adapters:
+        check_always_active(adapter, NO_SUM)
+    why = "a sum has no tensors that replace those of the base, and no updates of experts"
+    adapters = [restrict(adapter, Carried.LINEAR | Carried.TOKENS, why) for adapter in adapters]
     with_tokens = [adapter for adapter in adapters if adapter.tokens]
     if len(with_tokens) > 1:
-        adapters = [drop_token_updates(adapter, "several adapters of the sum change them") for adapter in adapters]
+        adapters = [restrict(one, Carried.LINEAR, "several adapters of the sum change them") for one in adapters]
     found: dict[str, list[LoRAFactors]] = {}
     for adapter in adapters:
         for name, factors in adapter.modules.items():
@@ -128,18 +132,6 @@ def add_adapters(adapters: Sequence[Adapter]) -> Adapter:
     )
     tokens = tuple(update for adapter in adapters for update in adapter.tokens)
     return Adapter({name: add_factors(name, terms) for name, terms in found.items()}, info, tokens)
-
-
-def check_always_active(adapters: Sequence[Adapter]) -> None:
-    """Refuse an adapter that is not always active.
-
-    Raises:
-        AdapterError: one is active only after certain tokens.
-    """
-    bound = next((adapter for adapter in adapters if adapter.info.invocation is not None), None)
-    if bound is not None:
-        msg = f"adapter {bound.info.name} is active only after its invocation tokens (aLoRA) and has no sum with others"
-        raise AdapterError(msg + "; write it alone")
 
 
 def add_factors(name: str, terms: Sequence[LoRAFactors]) -> LoRAFactors:

@@ -1,10 +1,23 @@
-"""Sentences on the changes of an adapter that do not move to another base."""
+"""The kinds of change of an adapter: what a method or a format does not carry is left out, and said in sentences."""
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
+from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.errors import AdapterError, JCrossLoRAError
+
+
+class Carried(enum.Flag):
+    """The kinds of change that a method, a profile or another user of an adapter takes; the others are left out."""
+
+    LINEAR = enum.auto()  # updates of linear modules, which everything carries
+    TOKENS = enum.auto()  # changes of the embedding and the output head
+    REPLACED = enum.auto()  # tensors that replace those of the base
+    EXPERTS = enum.auto()  # updates of experts
+    EVERYTHING = LINEAR | TOKENS | REPLACED | EXPERTS
+
 
 # Kind of change -> its name in a sentence.
 CHANGES = {
@@ -42,34 +55,45 @@ def describe_change(kind: str, names: Sequence[str], share: float | None) -> str
     return f"{CHANGES[kind]}, {listed}{part}"
 
 
-def token_update_sentences(tokens: Sequence[TokenUpdate], why: str) -> tuple[str, ...]:
-    """Say of each change of embedding or head, in one sentence, that it does not move."""
-    return tuple(ignored_sentence(update.kind, update.modules, update.share, why) for update in tokens)
+def describe_experts(updates: Sequence[ExpertUpdate]) -> str:
+    """Name updates of experts and their size together, for a sentence."""
+    known = [update.share for update in updates if update.share is not None]
+    share = sum(known) if len(known) == len(updates) else None
+    return describe_change("experts", [update.name for update in updates], share)
 
 
-def drop_experts(adapter: Adapter, why: str) -> Adapter:
-    """Return the adapter without its updates of experts, listed in `info.ignored` with the reason."""
-    if not adapter.experts:
+def left_out(adapter: Adapter, carried: Carried, why: str) -> tuple[str, ...]:
+    """Say of each change of an adapter that is not carried, in one sentence, that it does not move.
+
+    Args:
+        adapter: any.
+        carried: by a method, a profile or what else takes a part of the adapter.
+        why: the reason, without a full stop, or "".
+    """
+    rows = () if Carried.TOKENS in carried else adapter.tokens
+    tensors = () if Carried.REPLACED in carried else adapter.replaced
+    left = [describe_change(change.kind, change.modules, change.share) for change in (*rows, *tensors)]
+    if adapter.experts and Carried.EXPERTS not in carried:
+        left.append(describe_experts(adapter.experts))
+    return tuple(f"{change}{why and f': {why}'}." for change in left)
+
+
+def restrict(adapter: Adapter, carried: Carried, why: str) -> Adapter:
+    """Return the part of an adapter that is carried; the rest is listed in `info.ignored`, see `left_out`."""
+    left = left_out(adapter, carried, why)
+    if not left:
         return adapter
-    known = [update.share for update in adapter.experts if update.share is not None]
-    share = sum(known) if len(known) == len(adapter.experts) else None
-    sentence = ignored_sentence("experts", [update.name for update in adapter.experts], share, why)
-    info = dataclasses.replace(adapter.info, ignored=(*adapter.info.ignored, sentence))
-    return dataclasses.replace(adapter, experts=(), info=info)
+    return dataclasses.replace(
+        adapter,
+        tokens=adapter.tokens if Carried.TOKENS in carried else (),
+        replaced=adapter.replaced if Carried.REPLACED in carried else (),
+        experts=adapter.experts if Carried.EXPERTS in carried else (),
+        info=dataclasses.replace(adapter.info, ignored=adapter.info.ignored + left),
+    )
 
 
-def drop_replaced(adapter: Adapter, why: str) -> Adapter:
-    """Return the adapter without the tensors that replace those of its base, listed in `info.ignored`."""
-    if not adapter.replaced:
-        return adapter
-    ignored = tuple(ignored_sentence(group.kind, group.modules, group.share, why) for group in adapter.replaced)
-    info = dataclasses.replace(adapter.info, ignored=adapter.info.ignored + ignored)
-    return dataclasses.replace(adapter, replaced=(), info=info)
-
-
-def drop_token_updates(adapter: Adapter, why: str) -> Adapter:
-    """Return the adapter without its changes of embedding and head, listed in `info.ignored` with the reason."""
-    if not adapter.tokens:
-        return adapter
-    ignored = adapter.info.ignored + token_update_sentences(adapter.tokens, why)
-    return dataclasses.replace(adapter, tokens=(), info=dataclasses.replace(adapter.info, ignored=ignored))
+def check_always_active(adapter: Adapter, why: str, error: type[JCrossLoRAError] = AdapterError) -> None:
+    """Refuse an adapter that acts only after its invocation tokens, with a message that ends in `why`."""
+    if adapter.info.invocation is not None:
+        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), {why}"
+        raise error(msg)

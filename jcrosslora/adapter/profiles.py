@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jcrosslora.adapter.contents import Contents
-from jcrosslora.adapter.ignored import drop_experts, drop_replaced, drop_token_updates
+from jcrosslora.adapter.ignored import Carried, check_always_active, restrict
 from jcrosslora.adapter.mlx import write_mlx
 from jcrosslora.adapter.records import Adapter
 from jcrosslora.adapter.write_gguf import check_gguf, write_gguf
@@ -26,19 +26,19 @@ class ProfileFormat:
         reader: of the files, for messages.
         magnitudes: whether it holds the magnitudes of a DoRA.
         invocation: whether it holds invocation tokens (aLoRA); otherwise an adapter would always be active.
-        more: whether it holds changes of the embedding and the output head, and tensors that replace those of the base.
+        carries: the kinds of change that it holds.
     """
 
     write: Callable[[Contents, Path], None]
     reader: str
     magnitudes: bool = False
     invocation: bool = True
-    more: bool = False
+    carries: Carried = Carried.LINEAR
 
 
 FORMATS: Mapping[str, ProfileFormat] = {
     "portable": ProfileFormat(write_portable, "PEFT"),
-    "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, more=True),
+    "peft": ProfileFormat(write_peft, "PEFT", magnitudes=True, carries=Carried.EVERYTHING),
     "mlx": ProfileFormat(write_mlx, "MLX", magnitudes=True, invocation=False),
     "gguf": ProfileFormat(write_gguf, "llama.cpp"),
     LORA_XS: ProfileFormat(write_lora_xs, "LoRA-XS", invocation=False),
@@ -47,13 +47,13 @@ FORMATS: Mapping[str, ProfileFormat] = {
 
 def why_linear_alone(profile: str) -> str:
     """Say why a profile holds updates of linear layers alone; "" if it holds more."""
-    return "" if FORMATS[profile].more else f"profile {profile} does not hold it, profile peft does"
+    alone = FORMATS[profile].carries == Carried.LINEAR
+    return f"profile {profile} does not hold it, profile peft does" if alone else ""
 
 
 def for_profile(adapter: Adapter, profile: str) -> Adapter:
     """Return the part of an adapter that a profile holds; the rest is listed in `info.ignored`."""
-    why = why_linear_alone(profile)
-    return drop_experts(drop_replaced(drop_token_updates(adapter, why), why), why) if why else adapter
+    return restrict(adapter, FORMATS[profile].carries, why_linear_alone(profile))
 
 
 def check_holds(profile: str, adapter: Adapter) -> None:
@@ -62,10 +62,10 @@ def check_holds(profile: str, adapter: Adapter) -> None:
     Raises:
         OutputError: the adapter is active only after invocation tokens (aLoRA), which the profile does not hold.
     """
-    if adapter.info.invocation is not None and not FORMATS[profile].invocation:
+    if not FORMATS[profile].invocation:
         others = ", ".join(name for name, form in FORMATS.items() if form.invocation)
-        msg = f"the adapter is active only after its invocation tokens (aLoRA), which {FORMATS[profile].reader} does "
-        raise OutputError(msg + f"not know: write it in one of the profiles {others}")
+        why = f"which {FORMATS[profile].reader} does not know: write it in one of the profiles {others}"
+        check_always_active(adapter, why, OutputError)
 
 
 def check_profile(profile: str, family: str | None, heads: tuple[int, int] | None, *, dora: bool = False) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.experts import read_experts
 from jcrosslora.adapter.factors import update_norm
-from jcrosslora.adapter.ignored import ignored_sentence, token_update_sentences
+from jcrosslora.adapter.ignored import ignored_sentence
 from jcrosslora.adapter.kinds.adapter_file import AdapterFile
 from jcrosslora.adapter.kinds.alora import invocation_of
 from jcrosslora.adapter.kinds.kind import Kind, Update
@@ -44,7 +44,8 @@ def read_adapter(opened: OpenedAdapter, *, replaced: bool = False) -> Adapter:
     tokens, own, ignored = _other_changes(opened, linear, head, experts, why_no_experts, replaced=replaced)
     experts = _shared(experts, linear, tokens)
     held = [*linear, *experts, *([*tokens, *own] if replaced else ())]
-    opened.check_not_empty(held, [*ignored, *token_update_sentences(tokens, "")])
+    unused = [ignored_sentence(update.kind, update.modules, update.share) for update in tokens]
+    opened.check_not_empty(held, [*ignored, *unused])
     read = list(linear.values())
     read += [Update(update.factors, update.lost) for update in tokens if update.factors is not None]
     info = opened.info(

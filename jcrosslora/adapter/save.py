@@ -11,6 +11,7 @@ from jcrosslora.adapter.contents import Contents, FileDtype
 from jcrosslora.adapter.factors import LoRAFactors
 from jcrosslora.adapter.folder import CONFIG, GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from jcrosslora.adapter.fused import fuse
+from jcrosslora.adapter.ignored import Carried
 from jcrosslora.adapter.names import ending, natural_key
 from jcrosslora.adapter.profiles import FORMATS, Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.records import Adapter
@@ -80,8 +81,11 @@ def save_adapter(
     _check_settings(dtype, documents or {}, metadata or {})
     modules = fuse(adapter.modules, fused)
     # peft wants a LoRA of something.
-    others = adapter.experts or any(update.factors is not None for update in adapter.tokens)
-    if not modules and not (others and FORMATS[profile].more):
+    held = {
+        Carried.EXPERTS: adapter.experts,
+        Carried.TOKENS: [one for one in adapter.tokens if one.factors is not None],
+    }
+    if not modules and not any(changes and kind in FORMATS[profile].carries for kind, changes in held.items()):
         left = "; ".join(for_profile(adapter, profile).info.ignored).rstrip(".")
         msg = f"{out}: the adapter has no modules{left and f' ({left})'}; nothing was written, give one with at least "
         msg += "one update that the profile holds"

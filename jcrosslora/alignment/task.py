@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jcrosslora.adapter import Carried
 from jcrosslora.alignment.transport import AlignRecipe, Transport, TransportGroup
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import describe_base
@@ -147,9 +148,7 @@ class AlignmentTask:
                 f"the signs of the singular vectors are not anchored ({self.pair.shared_tokens[1]}); they follow a "
                 "rule that depends on the basis, so the moved update is one of many equally valid ones"
             )
-        start = self.method.start
-        keeps_rows = start is not None and start.preserves_residual_basis
-        names = compare_token_names(*sides.values()) if keeps_rows else None
+        names = compare_token_names(*sides.values()) if Carried.TOKENS in self.method.carries else None
         if names is not None and names.contradict:
             found.append(
                 f"{names.sentence}; rows of embedding and head are carried over by id, and one of the two tokenizers "

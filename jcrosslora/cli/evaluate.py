@@ -55,8 +55,9 @@ class Evaluate:
     def run(self, console: Console) -> None:
         """Print each figure with its interval, and the difference to the base."""
         from jcrosslora.adapter import load_adapter
-        from jcrosslora.adapter.ignored import token_update_sentences
+        from jcrosslora.adapter.ignored import left_out
         from jcrosslora.checkpoint.hub import public_names
+        from jcrosslora.decoder.adapters import RUN
         from jcrosslora.evaluate import Question, answer, read_examples, score
 
         examples = read_examples(self.task)
@@ -72,7 +73,7 @@ class Evaluate:
         notes = [
             f"{name}: {sentence}"
             for name, adapter in zip(public_names(adapter.info.name for adapter in adapters), adapters, strict=True)
-            for sentence in token_update_sentences(adapter.tokens, "bases are run without it")
+            for sentence in left_out(adapter, RUN, "bases are run without it")
         ]
         if questions:
             self._print_scores(score(base, questions[: self.limit], adapters, progress=True), notes, console)

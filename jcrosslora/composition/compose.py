@@ -7,7 +7,7 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from jcrosslora.adapter import Adapter, load_adapter, split_fused
-from jcrosslora.adapter.ignored import drop_replaced, drop_token_updates
+from jcrosslora.adapter.ignored import restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.composition.composed import Composed
@@ -16,6 +16,7 @@ from jcrosslora.composition.registry import find_composition
 from jcrosslora.composition.saving import read_composition, with_read_arrays
 from jcrosslora.composition.updates import stack_for
 from jcrosslora.decoder import Params, fast_dtype, load_params, settings_of
+from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import AdapterError
 
 _WHY = "adapters are composed in the linear modules alone"
@@ -97,4 +98,4 @@ def _adapter(given: Adapter | str | Path, base: BaseModel) -> Adapter:
     if not adapter.modules and not adapter.experts:
         msg = f"{adapter.info.name}: has no update of a linear module of {base.ref}: leave it out"
         raise AdapterError(msg)
-    return split_fused(drop_replaced(drop_token_updates(adapter, _WHY), _WHY), base.fused)
+    return split_fused(restrict(adapter, RUN, _WHY), base.fused)

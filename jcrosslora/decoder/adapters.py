@@ -10,10 +10,14 @@ import numpy as np
 from jax import lax
 
 from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
+from jcrosslora.adapter.ignored import Carried, check_always_active
 from jcrosslora.checkpoint import ROLES, BaseModel
 from jcrosslora.checkpoint.families import ROLE_PATHS
 from jcrosslora.decoder.ops import linear
 from jcrosslora.errors import AdapterError
+
+# The kinds of change that a base is run with.
+RUN = Carried.LINEAR | Carried.EXPERTS
 
 
 class RoleUpdates(Protocol):
@@ -188,17 +192,10 @@ def _stack_experts(adapters: Sequence[Adapter], base: BaseModel) -> list[dict[st
     return found
 
 
-def _check_always_active(adapter: Adapter) -> None:
-    if adapter.info.invocation is not None:
-        msg = f"adapter {adapter.info.name} acts only after its invocation tokens (aLoRA), which the decoder does not "
-        msg += "support; use an adapter that is always active"
-        raise AdapterError(msg)
-
-
 def _ranks(adapters: Iterable[Adapter], base: BaseModel) -> dict[str, int]:
     found: dict[str, int] = {}
     for adapter in adapters:
-        _check_always_active(adapter)
+        check_always_active(adapter, "which the decoder does not support: use an adapter that is always active")
         for name, factors in adapter.modules.items():
             role = _check_fit(name, factors, adapter, base)
             found[role] = max(found.get(role, 0), factors.rank)

@@ -20,7 +20,7 @@ from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.errors import UsageError
 from jcrosslora.report.public_names import local_names, publish
-from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
 from jcrosslora.text.completion_lines import COMPLETIONS
 from jcrosslora.utils.files import ensure_free

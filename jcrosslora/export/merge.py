@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.ignored import check_always_active
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
@@ -27,7 +28,7 @@ from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.export.companions import write_companions
 from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, updates_of
 from jcrosslora.report.public_names import local_names, publish
-from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
 from jcrosslora.utils.versions import version
@@ -104,9 +105,7 @@ def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
             f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge into "
         )
         raise CheckpointError(msg + "the unquantised safetensors of the model")
-    if adapter.info.invocation is not None:
-        msg = f"adapter {adapter.info.name} is active only after its invocation tokens (aLoRA), which weights cannot "
-        raise AdapterError(msg + "express: load it as an adapter, in an engine that knows aLoRA")
+    check_always_active(adapter, "which weights cannot express: load it as an adapter, in an engine that knows aLoRA")
     adapter = fit_to_base(adapter, describe_base(base, digest=""))
     as_stored = _plain_folder(base)
     wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]

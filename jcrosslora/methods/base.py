@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from jcrosslora.adapter import Carried
 from jcrosslora.evidence.records import RUNNING, Evidence, EvidenceKind, Maps
 from jcrosslora.methods.task import Moved, Task
 
@@ -36,12 +37,16 @@ class Method:
         summary: one line.
         reference: where it is published.
         requires: the evidence that has to be collected. A property may derive it from the fields.
+        carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
+            if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by
+            maps where the target is a copy of the source or of its parts.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
+    carries: ClassVar[Carried] = Carried.LINEAR | Carried.EXPERTS
 
     def move(self, task: Task) -> Moved:
         """Return the update of the target.
@@ -122,9 +127,6 @@ class MapMethod(Method):
         is_control: whether no effect is expected, by design.
         equal_shapes: whether it is defined only for modules of equal shape.
         single_vectors: whether single singular vectors matter, or only the subspace that they span.
-        preserves_residual_basis: whether the maps keep (or permute) the coordinates of the residual stream. Changes of
-            the embedding and the output head then move as well.
-        carries_experts: whether updates of experts move too where the target is a copy of the source or of its parts.
         keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
     """
 
@@ -132,8 +134,7 @@ class MapMethod(Method):
     is_control: ClassVar[bool] = False
     equal_shapes: ClassVar[bool] = False
     single_vectors: ClassVar[bool] = False
-    preserves_residual_basis: ClassVar[bool] = False
-    carries_experts: ClassVar[bool] = False
+    carries: ClassVar[Carried] = Carried.LINEAR
     keeps_norm: ClassVar[bool] = False
 
     def maps(self, evidence: Evidence) -> Maps:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jcrosslora.adapter import Carried
 from jcrosslora.evidence.records import Evidence, Maps
 from jcrosslora.methods.base import MapMethod, Measure
 from jcrosslora.methods.coordinates import padded_maps
@@ -17,8 +18,7 @@ class Copy(MapMethod):
     reference: ClassVar[str] = "On the Importance of Trivial Baselines (OpenReview vt77NBTZhH)"
     measure: ClassVar[Measure] = "weight cosine"
     equal_shapes: ClassVar[bool] = True
-    preserves_residual_basis: ClassVar[bool] = True
-    carries_experts: ClassVar[bool] = True
+    carries: ClassVar[Carried] = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return identities."""

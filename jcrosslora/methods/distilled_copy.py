@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jcrosslora.adapter import Carried
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.methods.base import MapMethod
 from jcrosslora.methods.copy import Copy
@@ -19,6 +20,7 @@ class DistilledCopy(Distill):
     name: ClassVar[str] = "distilled-copy"
     summary: ClassVar[str] = "the unchanged update, then one fitted on top of it to the adapted source's predictions"
     requires: ClassVar[frozenset[EvidenceKind]] = Copy.requires | Distill.requires
+    carries: ClassVar[Carried] = Copy.carries | Distill.carries
 
     teacher_weight: float = 1.0
     """Share of the adapted source's own predictions in the teacher."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jcrosslora.adapter import Carried
 from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, select
 from jcrosslora.methods.base import MapMethod, Measure
@@ -24,8 +25,7 @@ class Select(MapMethod):
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.SELECTION})
     measure: ClassVar[Measure] = "part cosine"
-    preserves_residual_basis: ClassVar[bool] = True
-    carries_experts: ClassVar[bool] = True
+    carries: ClassVar[Carried] = Carried.LINEAR | Carried.TOKENS | Carried.EXPERTS
 
     def maps(self, evidence: Evidence) -> Maps:
         """Return maps that select the rows of the evidence; rows without a counterpart become zero."""

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.adapter import Adapter, EngineVerdict, describe_adapter, load_adapter, update_norm
+from jcrosslora.adapter import Adapter, Carried, EngineVerdict, describe_adapter, load_adapter, update_norm
 from jcrosslora.adapter.folder import is_adapter
-from jcrosslora.adapter.ignored import describe_change, drop_replaced
+from jcrosslora.adapter.ignored import describe_change, restrict
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import CheckpointError, JCrossLoRAError, UsageError
@@ -99,7 +99,7 @@ def _open_hub(ref: str, revision: str | None, base: str | None) -> Adapter | Bas
 def _load(ref: str, revision: str | None, base: str | None) -> Adapter:
     """Load an adapter, of embedding and head alone too, and list what replaces tensors of its base."""
     adapter = load_adapter(ref, None if base is None else open_base(base), revision=revision, replaced=True)
-    return drop_replaced(adapter, "")
+    return restrict(adapter, Carried.EVERYTHING & ~Carried.REPLACED, "")
 
 
 def _without_base(model: BaseModel, ref: str, base: str | None) -> BaseModel:
@@ -195,5 +195,4 @@ def _print_base(base: BaseModel, console: Console) -> None:
 
 def _token_methods() -> str:
     """Return the names of the methods that move changes of embedding and head."""
-    starts = {name: method().start for name, method in METHODS.items()}
-    return ", ".join(name for name, start in starts.items() if start is not None and start.preserves_residual_basis)
+    return ", ".join(name for name, method in METHODS.items() if Carried.TOKENS in method().carries)

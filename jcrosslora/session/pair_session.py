@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jcrosslora.adapter import Adapter
+from jcrosslora.adapter import Adapter, Carried
+from jcrosslora.adapter.ignored import check_always_active
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
 from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
 from jcrosslora.alignment.task import AlignmentTask, plan_alignment
@@ -158,8 +159,12 @@ class PairSession:
         target = self.pair.target
         check_profile(profile, target.family.name, (target.dims.heads, target.dims.kv_heads))
         check_holds(profile, adapter)
-        _check_invocation(adapter, chosen, options)
-        if chosen.start is not None and chosen.start.preserves_residual_basis:
+        if chosen.fits_update:
+            why = f"and method {chosen.name} runs the source with it: name another method, such as cross-lora"
+            check_always_active(adapter, why, MethodError)
+        if options.effect == "always":
+            check_always_active(adapter, "so its effect cannot be measured: leave out --effect always", MethodError)
+        if Carried.TOKENS in chosen.carries:
             adapter = for_profile(adapter, profile)
         shifter = Shifter(adapter, self.source_info, chosen, calibrate=options.calibrate, scale=options.scale)
         return Move(chosen, choice, options, profile, shifter)
@@ -383,16 +388,3 @@ def _why_no_fit(adapter: Adapter, options: TransferOptions | None, *, mends: boo
     if mends and options is not None and (options.scale != 1 or options.calibrate == "frobenius"):
         return "a scale or a calibration was asked for, which have no part in a fit"
     return None
-
-
-def _check_invocation(adapter: Adapter, method: Method, options: TransferOptions) -> None:
-    """Refuse to run a base with an adapter that acts only after its invocation tokens."""
-    if adapter.info.invocation is None:
-        return
-    if method.fits_update:
-        msg = f"method {method.name} runs the source with its adapter, but {adapter.info.name} acts only after its "
-        msg += "invocation tokens; name another method, such as cross-lora"
-        raise MethodError(msg)
-    if options.effect == "always":
-        msg = f"the effect of {adapter.info.name} cannot be measured, since it acts only after its invocation tokens"
-        raise MethodError(msg + "; leave out --effect always")

@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.ignored import token_update_sentences
+from jcrosslora.adapter.ignored import left_out
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.composition import Composition
 from jcrosslora.composition.judging import with_answers, with_scores
 from jcrosslora.composition.registry import find_composition
 from jcrosslora.decoder import load_params
+from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Example, Interval, Question, Scores, answer, lift_recovered, score
 from jcrosslora.evaluate.examples import as_completion
@@ -115,13 +116,13 @@ def judge(
     chosen = dict(used.most_common()) | ({ALONE: alone} if alone else {})
     names = public_names(one.info.name for one in own)
     kept = {one: _kept(*values[[0, 1, place]]) for place, one in enumerate(names, 2)}
-    left_out = [f"{one.info.name}: {text}" for one in composed.adapters for text in one.info.ignored]
-    left_out += [
+    unused = [f"{one.info.name}: {text}" for one in composed.adapters for text in one.info.ignored]
+    unused += [
         f"{name}: {text}"
         for name, one in zip(names, own, strict=True)
-        for text in token_update_sentences(one.tokens, "it is run without it")
+        for text in left_out(one, RUN, "it is run without it")
     ]
-    return Judged(figures, chosen, kept, tuple(dict.fromkeys(left_out)), tuple(composed.other_templates()))
+    return Judged(figures, chosen, kept, tuple(dict.fromkeys(unused)), tuple(composed.other_templates()))
 
 
 def _kept(base: Any, shelf: Any, own: Any) -> Interval | None:

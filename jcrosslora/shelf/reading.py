@@ -18,7 +18,7 @@ from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError
 from jcrosslora.report.documents import REPORT
 from jcrosslora.shelf.records import Origin, ShelfEntry
-from jcrosslora.shifting.shift import fit_to_base
+from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.utils.reading import read_small, read_small_text
 
 _HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file

@@ -5,7 +5,7 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.experts import expert_update
-from jcrosslora.adapter.ignored import describe_change
+from jcrosslora.adapter.ignored import describe_experts
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
@@ -36,10 +36,10 @@ def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tup
             found += [_carried(update, layer, pair.target, number) for update in own]
             used |= {update.name for update in own}
     left = [update for update in adapter.experts if update.name not in used]
-    notes = [f"moved too: {_described(list(adapter.experts))}, to the same experts of the target."] if found else []
+    notes = [f"moved too: {describe_experts(adapter.experts)}, to the same experts of the target."] if found else []
     if left:
         why = reason or "the target has no counterpart of these experts"
-        notes.append(f"not moved: {_described(left)}: {why}.")
+        notes.append(f"not moved: {describe_experts(left)}: {why}.")
     return tuple(found), tuple(notes)
 
 
@@ -48,9 +48,3 @@ def _carried(update: ExpertUpdate, layer: LayerMap, target: BaseModel, number: i
     kept, places = (layer.experts >= 0)[:, None, None], np.maximum(layer.experts, 0)
     a, b = (np.where(kept, each[places], np.float32(0)) for each in (update.a, update.b))
     return expert_update(target, number, update.matrix, a, b, update.share)
-
-
-def _described(updates: list[ExpertUpdate]) -> str:
-    known = [update.share for update in updates if update.share is not None]
-    share = sum(known) if len(known) == len(updates) else None
-    return describe_change("experts", [update.name for update in updates], share)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, split_fused, update_norm
-from jcrosslora.adapter.ignored import drop_experts, drop_token_updates
+from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors, update_norm
+from jcrosslora.adapter.ignored import Carried, restrict
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.alignment.transport import Transport, TransportGroup
 from jcrosslora.checkpoint.base_info import BaseInfo
@@ -18,8 +18,8 @@ from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import MapMethod, Method
-from jcrosslora.shifting.apply import ShiftedFactors, rows_by_rank, shift_factors, terms_of
+from jcrosslora.methods import Method
+from jcrosslora.shifting.apply import ShiftedFactors, fit_to_base, rows_by_rank, shift_factors, terms_of
 from jcrosslora.shifting.expert_updates import carry_experts
 from jcrosslora.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.shifting.token_rows import carry_tokens
@@ -92,21 +92,16 @@ class Shifter:
             UsageError: an unknown calibration, or a scale that is zero or not finite.
         """
         _check_settings(method, calibrate, scale)
-        _check_invocation(adapter)
-        start = method.start
-        if start is None or not start.preserves_residual_basis:
-            adapter = drop_token_updates(
-                adapter, f"method {method.name} does not keep the coordinates of the residual stream"
-            )
-        if isinstance(method, MapMethod) and not method.carries_experts:
-            adapter = drop_experts(adapter, f"method {method.name} moves updates of linear modules alone")
+        _check_translated(adapter)
+        why = f"method {method.name} does not keep the coordinates of the residual stream"
+        adapter = restrict(adapter, method.carries | ~Carried.TOKENS, why)
+        adapter = restrict(adapter, method.carries, f"method {method.name} does not move them")
         if scale != 1:
-            why = f"scale {scale:g} is of linear layers alone"
-            adapter = drop_experts(drop_token_updates(adapter, why), why)
+            adapter = restrict(adapter, Carried.LINEAR, f"scale {scale:g} is of linear layers alone")
         _check_not_empty(adapter)
         self.adapter = fit_to_base(adapter, source)
         self._method, self._scale = method, scale
-        restores_norm = start is not None and start.keeps_norm
+        restores_norm = method.start is not None and method.start.keeps_norm
         self._keep_norm = restores_norm if calibrate is None else calibrate == "frobenius"
         self._rows: list[ModuleRow] = []
         self._modules: dict[str, LoRAFactors] = {}
@@ -142,7 +137,7 @@ class Shifter:
         tokens, token_rows, reason = (), (), ""
         if self.adapter.tokens:
             tokens, token_rows, reason = carry_tokens(self.adapter, pair, self._method)
-        remaining = drop_token_updates(self.adapter, reason) if reason else self.adapter
+        remaining = restrict(self.adapter, ~Carried.TOKENS, reason) if reason else self.adapter
         info = AdapterInfo(
             name=f"{self.adapter.info.name}, moved",
             base_name=transport.target.name,
@@ -197,31 +192,6 @@ def add_to_all(shifters: Sequence[Shifter], group: TransportGroup) -> None:
             shifter.take(pairs, agreements, jax.tree.map(lambda x, place=place: x[:, place], moved))
 
 
-def fit_to_base(adapter: Adapter, base: BaseInfo) -> Adapter:
-    """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
-
-    Raises:
-        AdapterError: a module that the base does not have, or of another shape.
-    """
-    adapter = split_fused(adapter, base.fused)
-    unknown = [name for name in adapter.modules if name not in base.shapes]
-    if unknown:
-        msg = (
-            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
-            f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
-        )
-        raise AdapterError(msg)
-    for name, factors in adapter.modules.items():
-        if factors.shape != base.shapes[name]:
-            came, want = factors.shape, base.shapes[name]
-            msg = (
-                f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
-                f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
-            )
-            raise AdapterError(msg)
-    return adapter
-
-
 @partial(jax.jit, static_argnames=("keep_norm",))
 def _shift_stack(terms: Terms, a: jax.Array, b: jax.Array, scale: jax.Array, keep_norm: bool) -> ShiftedFactors:
     """Move L pairs of N adapters: a (L, N, K, I_src), b (L, N, O_src, K), scale (L, N)."""
@@ -262,7 +232,7 @@ def _check_not_empty(adapter: Adapter) -> None:
         raise AdapterError(msg + "use method distill, or copy or select, in profile peft, for a copy of its own base")
 
 
-def _check_invocation(adapter: Adapter) -> None:
+def _check_translated(adapter: Adapter) -> None:
     if adapter.info.invocation is not None and adapter.info.invocation_target is None:
         msg = (
             f"adapter {adapter.info.name} acts only after tokens of its own base; write them in the target's first, by "

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jcrosslora.adapter.combining import add_factors, check_always_active
+from jcrosslora.adapter.combining import NO_SUM, add_factors
 from jcrosslora.adapter.factors import LoRAFactors
-from jcrosslora.adapter.ignored import drop_token_updates
+from jcrosslora.adapter.ignored import Carried, check_always_active, restrict
 from jcrosslora.adapter.records import Adapter, AdapterInfo
 from jcrosslora.errors import UsageError
+
+_WHY = "tasks are combined in their linear modules alone"
 
 
 def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Adapter:
@@ -41,7 +43,8 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
         )
         msg += "each"
         raise UsageError(msg)
-    check_always_active(adapters)
+    for adapter in adapters:
+        check_always_active(adapter, NO_SUM)
     terms: dict[str, list[LoRAFactors]] = {}
     for place, (adapter, magnitude) in enumerate(zip(adapters, magnitudes, strict=True)):
         for name, factors in adapter.modules.items():
@@ -50,11 +53,7 @@ def stack_tasks(adapters: Sequence[Adapter], magnitudes: Sequence[float]) -> Ada
     info = AdapterInfo(
         name=" + ".join(one.info.name for one in adapters),
         base_name=adapters[-1].info.base_name,
-        ignored=tuple(
-            sentence
-            for one in adapters
-            for sentence in drop_token_updates(one, "tasks are combined in their linear modules alone").info.ignored
-        ),
+        ignored=tuple(sentence for one in adapters for sentence in restrict(one, Carried.LINEAR, _WHY).info.ignored),
     )
     return Adapter(modules={name: add_factors(name, found) for name, found in terms.items()}, info=info)
 

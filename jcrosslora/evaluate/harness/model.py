@@ -8,11 +8,12 @@ from typing import Any, NoReturn
 import jax
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.adapter.ignored import token_update_sentences
+from jcrosslora.adapter.ignored import left_out
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, load_params, settings_of, stack_adapters
+from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token, positive, prefix_token, read_options
 from jcrosslora.evaluate.harness.requests import Pair, check_finite, generate, group_prompts, judge
@@ -85,7 +86,7 @@ class JCrossLoRALM(TemplateLM):
         self.max_length = positive("max_length", stated if max_length is None else max_length)
         self.adapter = adapter if adapter is None or isinstance(adapter, Adapter) else load_adapter(adapter, self.base)
         if self.adapter is not None:
-            for sentence in token_update_sentences(self.adapter.tokens, "bases are run without it"):
+            for sentence in left_out(self.adapter, RUN, "bases are run without it"):
                 _LOG.warning("not scored: %s: %s", self.adapter.info.name, sentence)
         self._text = load_tokenizer(self.base)
         self._prefix = prefix_token(self.base, self._text, prefix_token_id)
