@@ -1,12 +1,15 @@
 """Mistakes of users, through the command: one line with the cause and the cure, exit 2, nothing left behind."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -304,8 +307,52 @@ def test_ctrl_c_in_the_middle_of_the_work(place):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130, error
-    assert error == "jcrosslora: interrupted; nothing was written\n"
+    assert error.splitlines()[-1] == "jcrosslora: interrupted; nothing was written"
+    assert "Traceback" not in error
     assert everything(place.parent) == before
+
+
+ENDLESS_CALL = """
+import hashlib, signal
+from user_methods import HOOKS
+from jcrosslora.cli.main import main
+from jcrosslora.utils.progress import DISPLAY
+
+def run(context):
+    print("aligned", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # minutes outside of Python, as where XLA compiles
+
+HOOKS.append(run)
+DISPLAY._tick_every, DISPLAY.log_every = 0.01, 0.01
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
+def test_ctrl_c_answers_while_python_waits_for_a_call_and_a_second_one_ends_it(place):
+    given = transfer(place, "--method", "user_methods:Hooked")
+    command, here = [sys.executable, "-c", ENDLESS_CALL, *map(str, given)], Path(__file__).parent
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout.readline() == "aligned\n"
+        time.sleep(0.5)  # the call has begun
+        process.send_signal(signal.SIGINT)
+        counted = list(itertools.takewhile(lambda line: "stopping" not in line, process.stderr))
+        time.sleep(0.2)
+        assert process.poll() is None  # Python has not had control
+        process.send_signal(signal.SIGINT)
+        behind = process.stderr.read()
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    assert counted
+    assert behind == ""  # the line has stopped counting
 
 
 @pytest.mark.parametrize("command", ["inspect", "check"])

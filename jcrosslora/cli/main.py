@@ -75,6 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     own_process = args is None
+    if own_process:
+        from jcrosslora.cli.interrupt import answer_interrupts
+
+        answer_interrupts(INTERRUPTED)
     try:
         code = _run(arguments, own_process)
     except KeyboardInterrupt:

@@ -173,7 +173,7 @@ class Display:
         self._tick_every, self._stream = tick, stream
         self._shown, self._lock = list[Track | Steps](), threading.Lock()
         self._begun = self._last = 0.0
-        self._terminal = False
+        self._terminal = self._stopped = False
         self._ended = threading.Event()
 
     @contextmanager
@@ -245,11 +245,16 @@ class Display:
             self._out.write(f"jcrosslora: {visible(text, keep='')}\n")
             self._out.flush()
 
+    def stop(self, text: str) -> None:
+        """Write a line that stays, and show no work until other work begins: this one has been interrupted."""
+        self._stopped = True
+        self.say(text)
+
     def refresh(self) -> None:
         """Show the line if the last time is long enough ago."""
         with self._lock:
-            now = self.clock()
-            if self._shown and now - self._last >= (_REFRESH if self._terminal else self.log_every):
+            now, silent = self.clock(), self._stopped or not self._shown
+            if not silent and now - self._last >= (_REFRESH if self._terminal else self.log_every):
                 self._last = now
                 self._write(self.line(now))
 
@@ -284,6 +289,7 @@ class Display:
                 if self._tick_every is not None:
                     threading.Thread(target=self._tick, args=(self._ended, self._tick_every), daemon=True).start()
             self._shown.append(shown)
+            self._stopped = False
         self.refresh()
 
     def _pop(self, shown: Track | Steps) -> None:
