@@ -80,7 +80,7 @@ def test_distillation_takes_longer_with_more_completions_and_less_with_given_pro
             {"method": "distill", "completions": 150, "probe_text": str(texts)},
         )
     )
-    assert many["write completions"] > 1.2 * few["write completions"] > 2 * given["write completions"]
+    assert many["write completions"] > 1.1 * few["write completions"] > 2 * given["write completions"]
     assert many["fit"] > 1.5 * few["fit"]
     assert given["fit"] == pytest.approx(few["fit"], rel=0.2)
 
@@ -160,7 +160,7 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(places, capsys):
     assert re.search(r"^modules +21$", shown, re.MULTILINE)
     assert re.search(r"^rank +up to 16$", shown, re.MULTILINE)
     assert re.search(r"^time +.+ \(write completions .+, fit .+, measure the effect .+\)$", shown, re.MULTILINE)
-    assert re.search(r"^memory +\d+\.\d\d GB, and activations$", shown, re.MULTILINE)
+    assert re.search(r"^memory +\d+\.\d\d GB$", shown, re.MULTILINE)
     assert not places[3].exists()
 
 

@@ -17,7 +17,7 @@ from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import divided_axis
 from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.errors import UsageError
-from jcrosslora.fit.distill.fit import most_beside
+from jcrosslora.fit.distill.memory import most_beside
 from jcrosslora.methods import Distill
 from jcrosslora.session import placement
 from jcrosslora.session.placement import choose_placement

@@ -36,6 +36,7 @@ from jcrosslora.utils.progress import track
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import Probes
 
+ALIGN = "align"  # the step, as it names itself on the display
 # Pairs that are aligned together, and their group where it lies in the cache.
 _Chunk = tuple[tuple[Pair, ...], TransportGroup | None]
 _Stacks = tuple[jax.Array, jax.Array]
@@ -92,7 +93,7 @@ def align_groups(task: AlignmentTask, *, progress: bool = False) -> Iterator[Tra
     found = kept.find(chunks) if kept is not None and hosts.is_first() else itertools.repeat(None)
     store = task.pair.store
     background = store.in_background() if store is not None else nullcontext()
-    with background, track(len(request.modules), "align", "modules", show=progress) as bar:
+    with background, track(len(request.modules), ALIGN, "modules", show=progress) as bar:
         for (pairs, group), stacks in _read_ahead(task, zip(chunks, found, strict=False)):
             if stacks is None:
                 group = _sent(pairs, group)

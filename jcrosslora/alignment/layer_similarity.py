@@ -13,7 +13,9 @@ import numpy as np
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
 from jcrosslora.errors import UsageError
+from jcrosslora.evidence.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dot
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 # The unbiased estimate divides by n - 3.
 _FEWEST_POSITIONS = 4
+
+
+def similarity_cost(texts: int) -> Cost:
+    """Count the passes of both bases over probe texts."""
+    return Cost(source=texts * PROBE_TOKENS, target=texts * PROBE_TOKENS, precise=True)
 
 
 def layer_similarity(

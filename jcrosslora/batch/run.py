@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.alignment.groups import align_groups
+from jcrosslora.alignment.groups import ALIGN, align_groups
 from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of, stamp_of
 from jcrosslora.batch.plan_file import BatchPlan, Job
@@ -26,7 +26,6 @@ from jcrosslora.session.files import open_session, save_as
 from jcrosslora.session.pair_session import Move, lighter
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
-from jcrosslora.session.step_seconds import ALIGN
 from jcrosslora.session.transfer import given_probes
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory

@@ -9,10 +9,12 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, settings_of, stack_adapter
 from jcrosslora.decoder.loaded import LoadedBases
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.predictions import Figures, measure, part_of
 from jcrosslora.evidence.probes import ProbeBatch, probe_batches, write_texts
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
 TEXTS, LENGTH = 12, 64  # texts of each kind, and tokens of a text: about 700 positions
@@ -78,6 +80,13 @@ def check_effect(
         positions=sum(one.positions for one in src),
         written=bool(kinds[1]),
     )
+
+
+def effect_cost(*, written: bool) -> Cost:
+    """Count a check; texts of both kinds, or those alone that were written for a fit."""
+    tokens = 2 * TEXTS * LENGTH * (1 if written else 2)
+    read = Cost(source=tokens, target=tokens, predicted=(tokens, tokens), precise=True)
+    return read if written else read + writing_cost(TEXTS, LENGTH, prompt=1)
 
 
 def adapter_texts(

@@ -38,6 +38,9 @@ class EmbeddingMapProvider:
             msg = f"method {request.method} needs tokens that both bases have: {reason}; use another method"
             raise MethodError(msg)
 
+    def cost(self, request: EvidenceRequest, texts: int) -> None:
+        """Leave the reading of embeddings, the matching of heads and the inversion of weights uncounted."""
+
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return all modules: the heads of a layer are matched together."""
         return pairs_as_json(request.modules)

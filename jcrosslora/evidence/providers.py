@@ -11,6 +11,7 @@ from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 from jcrosslora.evidence.selection import SelectionProvider
 from jcrosslora.evidence.singular_vectors import SingularVectorProvider
 from jcrosslora.evidence.vocabulary_provider import SharedVocabularyProvider
+from jcrosslora.utils.cost import Cost
 
 AddEvidence = Callable[[Evidence, ModuleStack], Evidence]
 """Adds one kind of evidence for a stack of modules."""
@@ -31,6 +32,13 @@ class EvidenceProvider(Protocol):
         """Refuse, before anything is computed, a request that cannot be met."""
         ...
 
+    def cost(self, request: EvidenceRequest, texts: int) -> Cost | None:
+        """Count what takes time, with so many probe texts, the maps that are made from the evidence included.
+
+        None where it is not known.
+        """
+        ...
+
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return what the evidence depends on besides the bases, the rank and the modules, as a JSON value."""
         ...
@@ -48,6 +56,13 @@ PROVIDERS: dict[EvidenceKind, EvidenceProvider] = {
     EvidenceKind.SELECTION: SelectionProvider(),
     EvidenceKind.RANDOM_KEY: RandomKeyProvider(),
 }
+
+
+def evidence_cost(request: EvidenceRequest, texts: int) -> Cost | None:
+    """Count the evidence of a request, with so many probe texts; None where a kind of it is not counted."""
+    costs = [provider.cost(request, texts) for provider in providers_of(request.kinds)]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known, Cost()) if len(known) == len(costs) else None
 
 
 def providers_of(kinds: Iterable[EvidenceKind]) -> list[EvidenceProvider]:

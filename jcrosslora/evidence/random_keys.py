@@ -12,6 +12,7 @@ import numpy as np
 from jcrosslora.evidence.probes.writing import check_seed
 from jcrosslora.evidence.records import Evidence
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+from jcrosslora.utils.cost import Cost
 
 
 class RandomKeyProvider:
@@ -23,6 +24,11 @@ class RandomKeyProvider:
     def check(self, request: EvidenceRequest) -> None:
         """Refuse a seed that JAX would truncate to its lower 32 bits."""
         check_seed(request.seed)
+
+    def cost(self, request: EvidenceRequest, texts: int) -> Cost:
+        """Count nothing."""
+        del request, texts
+        return Cost()
 
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return the seed."""

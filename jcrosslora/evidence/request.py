@@ -46,6 +46,12 @@ class EvidenceRequest:
     probes: Probes | None = None
     batches: Sequence[ProbeBatch] = ()
 
+    @property
+    def shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """The shapes (O, I) of the source's and the target's module of each pair."""
+        source, target = self.pair.source.modules, self.pair.target.modules
+        return [(source[one.source].shape, target[one.target].shape) for one in self.modules]
+
 
 def pairs_as_json(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
     """Return pairs of modules as JSON values, for cache keys."""

@@ -12,6 +12,7 @@ from jcrosslora.evidence.records import Evidence, Selection
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 from jcrosslora.lineage import Structure
 from jcrosslora.lineage.pairing import Depth
+from jcrosslora.utils.cost import Cost
 
 _DEFAULT_DEPTH = "proportional"
 
@@ -24,6 +25,11 @@ class SelectionProvider:
 
     def check(self, request: EvidenceRequest) -> None:
         """Accept every request: `selected_layers` refuses bases without shared structure when layers are paired."""
+
+    def cost(self, request: EvidenceRequest, texts: int) -> Cost:
+        """Count nothing."""
+        del request, texts
+        return Cost()
 
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return None: the selection depends on the weights alone."""

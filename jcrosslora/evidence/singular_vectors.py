@@ -12,6 +12,7 @@ from jcrosslora.evidence.records import Evidence
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
 from jcrosslora.evidence.weight_stacks import load_stack
 from jcrosslora.linalg import TruncatedSVD, decompose
+from jcrosslora.utils.cost import Cost
 
 
 class SingularVectorProvider:
@@ -22,6 +23,12 @@ class SingularVectorProvider:
 
     def check(self, request: EvidenceRequest) -> None:
         """Accept every request."""
+
+    def cost(self, request: EvidenceRequest, texts: int) -> Cost:
+        """Count a decomposition of each matrix."""
+        del texts
+        sides, rank, vectors = request.shapes, request.rank, request.single_vectors
+        return Cost(decomposed=tuple((one, min(rank, *one), vectors) for pair in sides for one in pair))
 
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return whether single vectors matter."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from jcrosslora.evidence.records import Evidence
 from jcrosslora.evidence.request import EvidenceRequest, ModuleStack
+from jcrosslora.utils.cost import Cost
 
 
 class SharedVocabularyProvider:
@@ -15,6 +16,11 @@ class SharedVocabularyProvider:
 
     def check(self, request: EvidenceRequest) -> None:
         """Accept every request: methods that use the vocabulary for signs work without it."""
+
+    def cost(self, request: EvidenceRequest, texts: int) -> Cost:
+        """Count nothing."""
+        del request, texts
+        return Cost()
 
     def cache_key(self, request: EvidenceRequest) -> Any:
         """Return None: the evidence depends on weights and tokenizers alone."""

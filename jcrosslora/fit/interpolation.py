@@ -22,6 +22,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.evidence.weight_stacks import bounded_groups, load_stack
 from jcrosslora.linalg import decompose
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
 # The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was asked for.
@@ -94,6 +95,12 @@ def interpolate_to_source(
     return SourceInterpolation(
         {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
     )
+
+
+def interpolation_cost(target: BaseModel, rank: int) -> Cost:
+    """Count the decompositions of `interpolate_to_source`."""
+    shapes = [module.shape for module in target.modules.values()]
+    return Cost(decomposed=tuple((shape, min(rank, *shape), False) for shape in shapes))
 
 
 def _truncated(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:

@@ -36,7 +36,9 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Params, StackedAdapter, StackedFactors, stack_adapter
 from jcrosslora.decoder.residual_streams import Down, Stream, Texts
 from jcrosslora.errors import AdapterError, PairingError, UsageError
+from jcrosslora.evidence.probes.writing import PROBE_TOKENS
 from jcrosslora.linalg import dimension_sizes, dot, recompress, reduced_rank_ridge, ridge
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import each
 
 if TYPE_CHECKING:
@@ -47,6 +49,12 @@ PENALTY = 1e-2  # ridge penalty, relative to the mean diagonal, which is that of
 # Weight of the output penalty, relative to the mean square that the norm after down_proj writes into a dimension, over
 # the dimension's size.
 RESTRAINT = 0.1
+
+
+def residual_cost(texts: int) -> Cost:
+    """Count a fit: each layer runs without and with the update, and the products take as long again on the target."""
+    tokens = texts * PROBE_TOKENS
+    return Cost(source=2 * tokens, target=4 * tokens, precise=True)
 
 
 def fit_residual(

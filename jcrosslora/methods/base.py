@@ -12,13 +12,15 @@ from typing import Any, ClassVar, Literal
 
 from jcrosslora.adapter import Carried
 from jcrosslora.evidence.records import RUNNING, Evidence, EvidenceKind, Maps
-from jcrosslora.methods.task import Moved, Task
+from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
 
 Measure = Literal[
     "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
 ]
 # The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
 DEFAULT_SVD_RANK = 320
+FINISH = "finish"  # the step of a method that does not name itself on the display
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -55,6 +57,18 @@ class Method:
             task: the bases, the adapter and its prompts; `task.start` is the adapter behind the maps of `self.start`.
         """
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Check the hyper-parameters, before anything is computed.
+
+        Raises:
+            UsageError: one is out of range.
+        """
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count what `move` takes, by the names of its steps on the display; None where it is not known."""
+        del sizes
+        return {FINISH: None}
 
     @property
     def start(self) -> MapMethod | None:
@@ -144,6 +158,10 @@ class MapMethod(Method):
     def move(self, task: Task) -> Moved:
         """Return the mapped update as it is. A method that adds something to it overrides this."""
         return Moved(task.mapped)
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count nothing for an update that stays as it is."""
+        return {} if type(self).move is MapMethod.move else super().cost(sizes)
 
     @property
     def start(self) -> MapMethod:

@@ -1,12 +1,13 @@
 """Distillation: an update of the target fitted to the predictions of the adapted source (see `fit.distill`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods.base import Method
-from jcrosslora.methods.task import Moved, Task
+from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,15 @@ class Distill(DistillSettings, Method):
     summary: ClassVar[str] = "an update fitted to the adapted source's predictions"
     reference: ClassVar[str] = "this package"
     requires: ClassVar[frozenset[EvidenceKind]] = frozenset({EvidenceKind.COMPLETIONS})
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count the completions that are written and the fit; where there is a budget, one to the first of them."""
+        from jcrosslora.fit.distill.completions import completions_cost
+        from jcrosslora.fit.distill.fit import fit_cost
+
+        first = replace(self, completions=self.rounds[0]) if self.budget is not None else self
+        fit = replace(fit_cost(first, sizes.prompts), budget=self.seconds)
+        return {"write completions": completions_cost(self, sizes.prompts), "fit": fit}
 
     def move(self, task: Task) -> Moved:
         """Let the source write completions with its adapter, and fit an update of the target to them.

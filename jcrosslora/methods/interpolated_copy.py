@@ -6,9 +6,10 @@ from typing import ClassVar
 from jcrosslora.adapter import Adapter, fuse, split_fused
 from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source
+from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source, interpolation_cost
 from jcrosslora.methods.copy import Copy
-from jcrosslora.methods.task import Moved, Task
+from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class InterpolatedCopy(Copy):
     def __post_init__(self) -> None:
         """Refuse a share outside 0 to 1."""
         check_share(self.interpolation)
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count a decomposition of each of the target's modules."""
+        return {"interpolate": interpolation_cost(sizes.target, sizes.rank)}
 
     def move(self, task: Task) -> Moved:
         """Add the low-rank difference, which is computed once for all adapters of a pair."""

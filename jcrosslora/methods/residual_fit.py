@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.methods.base import Method
-from jcrosslora.methods.task import Moved, Task
+from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class ResidualFit(Method):
 
     residual_scale: float = 0.6
     """Share of the change of the source's residual stream that the update is fitted to."""
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count the passes of both bases over the probe texts."""
+        from jcrosslora.fit.residual import residual_cost
+
+        return {"fit the residual stream": residual_cost(sizes.probes)}
 
     def move(self, task: Task) -> Moved:
         """Run both bases over the probe texts and fit each layer in closed form."""

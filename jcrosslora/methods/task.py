@@ -72,6 +72,23 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
+class Sizes:
+    """What is known of a task before any adapter is moved.
+
+    Attributes:
+        target: the base that adapters are moved to.
+        prompts: how many the user gave.
+        probes: how many probe texts are read.
+        rank: the truncation rank of the alignment; 0 without one.
+    """
+
+    target: BaseModel
+    prompts: int
+    probes: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
 class Moved:
     """An update of the target, with an account of how it came about.
 

@@ -20,7 +20,7 @@ from jcrosslora.errors import HostError, MethodError, UsageError
 from jcrosslora.lineage.pairing import Pairing
 from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
 from jcrosslora.session.conclusion import Request, conclude
-from jcrosslora.session.estimate import Estimate
+from jcrosslora.session.estimate import Estimate, fitted_modules
 from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
@@ -153,7 +153,8 @@ def estimate_asked(target: BaseModel, request: Request) -> Estimate:
     assert isinstance(method, Distill)
     placed = _placed(target, method, request.options)
     seconds: dict[str, float | None] = dict.fromkeys(_STEPS)
-    return Estimate(method, request.reason, len(target.modules), method.fit_rank, seconds, placed.weights, placed)
+    modules, memory = fitted_modules(method, target), placed.weights + placed.beside
+    return Estimate(method, request.reason, modules, method.fit_rank, seconds, memory, placed)
 
 
 def _placed(target: BaseModel, method: Method, options: TransferOptions) -> Placement:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evaluate.effect import Effect
 
-EFFECT, FINISH = "measure the effect", "finish"  # steps of a transfer that do not name themselves on the display
+EFFECT = "measure the effect"  # the step of a transfer, as it names itself on the display
 
 
 def measure_effect(

@@ -27,8 +27,9 @@ from jcrosslora.evidence.records import FITTING, EvidenceKind
 from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
 from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import Auto, Method, Task, make_chosen
+from jcrosslora.methods.base import FINISH
 from jcrosslora.session.conclusion import Request, conclude
-from jcrosslora.session.effect import FINISH, measure_effect
+from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import with_invocation
@@ -171,6 +172,7 @@ class PairSession:
 
     def plan(self, method: Method, options: TransferOptions, sources: Collection[str] | None) -> AlignmentTask:
         """Plan the alignment of some source modules, or of all, and check it; nothing is computed yet."""
+        method.check()
         # An adapter of experts alone has no modules to align, but a fit may update all of the target's.
         depth, sources = parse_depth(options.depth), sources or None
         task = plan_alignment(self.pair, method, depth=depth, seed=options.seed, sources=sources)
@@ -333,14 +335,15 @@ class PairSession:
         if not self.progress:
             return nullcontext(Steps(None, {}))
         # Imported here: methods that look at weights alone need no decoder.
-        from jcrosslora.session.step_seconds import step_seconds
+        from jcrosslora.session.estimate import costs_of
         from jcrosslora.session.timing import Stopwatch
 
         prompts = 0 if given is None else len(given.texts)
         runs_bases = options.effect == "always" or (task.method if aligned else task).runs_bases
-        stopwatch = Stopwatch() if timed and runs_bases else None
-        found = step_seconds(task, options, prompts, stopwatch, aligned=aligned)
-        return steps(found, show=bool(found))
+        found = costs_of(task, options, prompts, aligned=aligned)
+        timing = timed and runs_bases
+        seconds = Stopwatch().seconds(found, task.pair, task.method) if timing else dict.fromkeys(found)
+        return steps(seconds, show=bool(found))
 
     def _task(self, shifted: Shifted, task: AlignmentTask, move: Move, loaded: LoadedBases | None) -> Task:
         given = task.probes is not None and task.probes.seed is None

@@ -43,7 +43,7 @@ class Track:
     """Work of a known size.
 
     Attributes:
-        total: units of the work; may be changed as more becomes known.
+        total: units of the work, the most that it may have.
         done: units done.
         note: shown behind the count, such as "loss 1.234".
     """
@@ -56,10 +56,15 @@ class Track:
         self._since = 0.0 if display is None else display.clock()
 
     def update(self, count: int = 1) -> None:
-        """Report that more units are done."""
-        self.done += count
+        """Report that more units are done, as far as there are any left."""
+        self.done = min(self.done + count, self.total)
         if self._display is not None:
             self._display.refresh()
+
+    def skip_to_last(self, count: int) -> None:
+        """Report that at most so many units are left: those in front of them were not needed, and took no time."""
+        skipped = max(0, self.total - count - self.done)
+        self.done, self._begun = self.done + skipped, self._begun + skipped
 
     def text(self, inside: str) -> str:
         """Give the description, unless it is the step's name, and the count."""
@@ -134,19 +139,23 @@ class Steps:
         return f"step {self._current + 1} of {len(self._names)}"
 
     def left(self, now: float, inside: Sequence[_Shown]) -> float | None:
-        """Add what is left of the current step to what the later ones usually take, at the pace of the earlier ones.
+        """Add what is left of the current step to what the later ones usually take, at the pace so far.
 
-        What runs inside the step knows better what is left of it than what such a step usually takes does.
+        What runs inside the step knows better what is left of it than what such a step usually takes does, and what the
+        whole step takes is part of the pace.
         """
         later = [self._seconds[name] for name in self._names[self._current + 1 :]]
         if not self.name or None in later:
             return None
-        pace = min(max(self._took / self._usual, _LEAST_PACE), _MOST_PACE) if self._usual else 1.0
-        usual = self._seconds[self.name]
-        current = None if usual is None else max(0.0, usual * pace - (now - self._since))
+        usual, took = self._seconds[self.name], now - self._since
+        pace, known = _pace(self._took, self._usual), None
+        current = None if usual is None else max(0.0, usual * pace - took)
         if inside and (current is None or not isinstance(inside[0], Track) or inside[0].share >= _ENOUGH):
             known = inside[0].left(now, inside[1:])
-            current = current if known is None else known
+        if known is not None:
+            current = known
+            if usual is not None and self.name not in self._unpaced:
+                pace = _pace(self._took + took + known, self._usual + usual)
         return None if current is None else current + pace * sum(seconds for seconds in later if seconds)
 
 
@@ -316,6 +325,10 @@ class Display:
         else:
             self._out.write(f"jcrosslora: {line}\n")
         self._out.flush()
+
+
+def _pace(took: float, usual: float) -> float:
+    return min(max(took / usual, _LEAST_PACE), _MOST_PACE) if usual else 1.0
 
 
 def _about(seconds: float) -> str:

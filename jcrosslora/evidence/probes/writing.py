@@ -8,9 +8,12 @@ import numpy as np
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import Generator, Params
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 
+PROBE_TOKENS = 96  # of a text, at most
 _TRIES = 4
 _SHORTEST = 8  # tokens; an instruction-tuned model sometimes stops right after the first word
 
@@ -19,7 +22,7 @@ def write_texts(
     base: BaseModel,
     count: int,
     *,
-    length: int = 96,
+    length: int = PROBE_TOKENS,
     temperature: float = 1.0,
     seed: int = 0,
     adapter: Adapter | None = None,
@@ -71,6 +74,11 @@ def write_texts(
     tried = f"only {len(texts)} of {words.size} texts that it wrote at temperature {temperature:g} could be used"
     msg = f"{base.ref}: {tried}, {count} were wanted: change the temperature, or give texts of your own"
     raise MethodError(msg)
+
+
+def probes_cost(count: int) -> Cost:
+    """Count the writing of probe texts with the usual settings."""
+    return writing_cost(count, PROBE_TOKENS, prompt=1)
 
 
 def _plan(count: int, batch: int) -> tuple[int, int]:

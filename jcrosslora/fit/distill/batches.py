@@ -81,12 +81,17 @@ def make_batches(
     if not pairs:
         msg = "no completion has a token that ends where one of the other base ends: give other prompts"
         raise UsageError(msg)
-    widths, found = [next(width for width in WIDTHS if pair.length <= width) for pair in pairs], []
-    for width in sorted(set(widths)):
-        group = [pair for pair, own in zip(pairs, widths, strict=True) if own == width]
-        rows = max(1, min(BATCH, _MOST_TOKENS // width))
+    shapes, found = [row_shape(pair.length) for pair in pairs], []
+    for rows, width in sorted(set(shapes), key=lambda shape: shape[1]):
+        group = [pair for pair, own in zip(pairs, shapes, strict=True) if own == (rows, width)]
         found += [_batch(group[start : start + rows], rows, width) for start in range(0, len(group), rows)]
     return found
+
+
+def row_shape(tokens: int) -> tuple[int, int]:
+    """Return the rows of a batch of completions of so many tokens, at most `LONGEST`, and their width."""
+    width = next((width for width in WIDTHS if tokens <= width), LONGEST)
+    return max(1, min(BATCH, _MOST_TOKENS // width)), width
 
 
 def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:

@@ -14,17 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.decoder.prompt_batches import LONGEST, writing_cost
 from jcrosslora.errors import MethodError
-from jcrosslora.fit.distill.discovery.search import NOTHING, PROBES, ROUNDS, Discovery, discover
+from jcrosslora.fit.distill.discovery.requests import requests_cost
+from jcrosslora.fit.distill.discovery.search import NOTHING, Discovery, discover, search_cost
 from jcrosslora.fit.distill.settings import FEWEST_COMPLETIONS, ROUND, DistillSettings
-from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
-from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
-from jcrosslora.fit.distill.templates import templates_of
-from jcrosslora.fit.distill.writing import answer_prompts, write_prompts
+from jcrosslora.fit.distill.similar_prompts import FEWEST, SIMILAR, find_form
+from jcrosslora.fit.distill.template_choice import comparing_cost, judge_templates, known_templates
+from jcrosslora.fit.distill.templates import TEMPLATES, templates_of
+from jcrosslora.fit.distill.writing import answer_prompts, prompts_cost, write_prompts
 from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.reading import prompt_ids
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track, track
 
 PILOT = 6  # completions in each template, which show which templates the adapter knows, and how long answers are
@@ -54,6 +56,36 @@ class Completions:
     description: str
     more: Callable[[int, Collection[Prompt], Writer], list[Completion]]
     discovery: Discovery | None = None
+
+
+def completions_cost(settings: DistillSettings, prompts: int = 0, *, templates: int = len(TEMPLATES)) -> Cost:
+    """Count the completions that are written before a fit, at most.
+
+    Args:
+        settings: of the fit.
+        prompts: how many the user gave; without any the source writes prompts too.
+        templates: in which it does.
+    """
+    count = settings.rounds[0]
+    answers = writing_cost(count, expected_tokens(settings))
+    if prompts:
+        similar = count - prompts if FEWEST <= prompts < count else 0
+        return answers + requests_cost(similar)
+    pilot, tokens = PILOT * templates, settings.answer_tokens or PILOT_TOKENS
+    judged = comparing_cost(pilot * templates)  # every pilot in every template
+    piloted = prompts_cost(pilot) + writing_cost(pilot, tokens) + judged
+    return piloted + search_cost(settings, tokens) + prompts_cost(count) + answers
+
+
+def round_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
+    """Count the completions of a further round."""
+    written = Cost() if prompts else prompts_cost(ROUND)
+    return written + writing_cost(ROUND, expected_tokens(settings))
+
+
+def expected_tokens(settings: DistillSettings) -> int:
+    """Return the tokens of an answer, as far as they are known before some are written."""
+    return settings.answer_tokens or PILOT_TOKENS // 2
 
 
 def answer_given(
@@ -150,8 +182,7 @@ def write_completions(
         AdapterError: with the adapter the base's predictions are not finite.
     """
     templates = templates_of(source.tokenizer)
-    searched = ROUNDS * settings.discovery + PROBES if settings.discovery else 0
-    with _bar(2 * (PILOT * len(templates) + settings.rounds[0]) + searched, progress) as bar:
+    with _bar(completions_cost(settings, templates=len(templates)).texts, progress) as bar:
         pilot = write_pilot(source, settings, seed, bar=bar)
         known = known_templates(templates, *judge_templates(source, pilot, JUDGED_TOKENS))
         named = {template.name: template for template in templates}
@@ -173,7 +204,7 @@ def write_completions(
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
-            bar.total = bar.done + 2 * missing
+            bar.skip_to_last(2 * missing)
             if missing:
                 lacking = max(0, wanted - asked(found))
                 prompts = write(missing, min(missing, lacking), seed + turn, bar)

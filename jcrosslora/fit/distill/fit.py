@@ -21,24 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jcrosslora.checkpoint import ROLES, BaseModel
+from jcrosslora.checkpoint import ROLES
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
-from jcrosslora.decoder.weight_sizes import stack_shapes
-from jcrosslora.fit.distill.batches import DistillationBatch
+from jcrosslora.fit.distill.batches import BATCH, DistillationBatch
+from jcrosslora.fit.distill.completions import round_cost
+from jcrosslora.fit.distill.memory import MOST_REMEMBERED, needs_remat
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
 from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, weighted_kl
 from jcrosslora.logs import record
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.training.checkpoints import Checkpoints
 from jcrosslora.training.lora_rite import lora_rite
+from jcrosslora.utils.cost import TEXT, Cost
 from jcrosslora.utils.progress import Track, track
 
 LOOK = 24  # batches between two looks at the held-out completions
 _WARM_UP = 0.05  # share of the fit over which the rate rises
 _CLIP, _DECAYS = 1.0, (0.9, 0.99)
-# Bytes of activations that the layers may keep for the backward pass; to recompute them takes another forward pass.
-_MOST_KEPT = 4 * 2**30
-_MOST_REMEMBERED = 2 * 2**30  # bytes of a round's predictions that are kept for its further passes
 # Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
 Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
 
@@ -90,6 +89,23 @@ class Fitted:
     looks: tuple[Look, ...]
     own: int
     stopped: bool
+
+
+def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
+    """Count a fit, with the completions of its further rounds.
+
+    Args:
+        settings: of the fit.
+        prompts: how many the user gave.
+    """
+    first, anew = settings.rounds[0], sum(settings.rounds[1:])
+    # What is fitted to and what is held out each end with a batch of a few widths that is half full.
+    held = settings.held_out * first + 2 * BATCH
+    used = first - settings.held_out * first + 2 * BATCH + anew
+    looks = 1 + settings.passes * used / BATCH / LOOK
+    source, target = 2 * (used + held), used + (1 + looks) * held
+    read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * settings.passes * used)
+    return sum([round_cost(settings, prompts)] * (len(settings.rounds) - 1), read)
 
 
 def fit(
@@ -176,9 +192,13 @@ class _Run:
         return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
 
     def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
-        """Take the steps of a round, in an order without a pattern: batches come by width."""
+        """Take the steps of a round, in an order without a pattern: batches come by width.
+
+        The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
+        """
         target, settings = self._teacher.target, self._settings
         size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
+        before = self.share()
         rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
         order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
         for place, index in enumerate(order.tolist()):
@@ -203,8 +223,9 @@ class _Run:
             self._part = size * (place + 1) / len(order)
             if int(self.state.step) % LOOK == 0:
                 self.look(bar)
-            bar.done = min(bar.total, int(bar.total * self.share()))
-            bar.update(0)
+            worked = (1 + place + min(1 + place, len(batches))) / (len(order) + len(batches))
+            done = before + size * worked if settings.seconds is None else self.share()
+            bar.update(int(bar.total * done) - bar.done)
         self.rounds, self._part = self.rounds + 1, 0.0
         if self.share() >= 1:
             self.look(bar)
@@ -251,7 +272,7 @@ class _Remembered:
             return self._kept[index]
         found = self._teacher.read(self._batches[index])
         self._bytes += found.teacher.nbytes
-        if self._bytes <= _MOST_REMEMBERED:
+        if self._bytes <= MOST_REMEMBERED:
             self._kept[index] = found
         return found
 
@@ -288,33 +309,6 @@ def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> Fit
     factors: Any = StackedAdapter(roles)
     zeros = jax.tree.map(jnp.zeros_like, factors)
     return FitState(jnp.zeros((), jnp.int32), factors, _optimizer(settings.optimizer).init(factors), zeros)
-
-
-def needs_remat(settings: DecoderSettings, shape: tuple[int, ...]) -> bool:
-    """Check whether the activations kept for the backward pass of (B, T) tokens take more than 4 GB.
-
-    A position takes about twice the MLP's width and three times those of the stream and of attention, in float32, and
-    for each expert that it goes through what that returns and twice its width, by XLA's memory analysis of bases of
-    0.1B to 8B parameters.
-    """
-    size = max(settings.head_dim, 0 if settings.global_heads is None else settings.global_heads.size)
-    mixed = max(settings.heads * size, 0 if settings.mixer is None else settings.mixer.convolved)
-    wide = 2 if settings.layers_with("wide_up_proj") else 1
-    width = 2 * wide * settings.intermediate + 3 * (settings.hidden + mixed)
-    if settings.experts is not None:
-        width += settings.experts.used * (2 * settings.experts.width + settings.hidden)
-    return 4 * settings.layers * math.prod(shape) * width > _MOST_KEPT
-
-
-def most_beside(target: BaseModel, settings: DistillSettings) -> int:
-    """Return the most bytes that a fit takes beside the weights of both bases.
-
-    They are the predictions that it remembers, the activations that it keeps, and the factors of all modules that it
-    fits, four times: in training, the best ones, and two moments.
-    """
-    shapes = [shape for name, shape in stack_shapes(target).items() if name in (settings.roles or ROLES)]
-    numbers = sum(layers * min(settings.fit_rank, *sides) * sum(sides) for layers, *sides in shapes)
-    return _MOST_REMEMBERED + _MOST_KEPT + 4 * np.dtype(np.float32).itemsize * numbers
 
 
 # The state is not donated: the best update and the one that writes share its arrays.

@@ -8,6 +8,7 @@ import numpy as np
 from jcrosslora.fit.distill.templates import PromptTemplate, in_template, templates_of
 from jcrosslora.sources.protocol import Compared, Source
 from jcrosslora.text import Completion, read
+from jcrosslora.utils.cost import TEXT, Cost
 
 _ERRORS = 2.0  # standard errors by which a template may lie behind the best
 _MOST = 3  # templates of a fit
@@ -59,6 +60,11 @@ def behind_best(change: np.ndarray, base_nll: np.ndarray) -> np.ndarray:
     """Subtract change - base_nll from that of the template where its mean is largest, (templates, n)."""
     scores = change - base_nll
     return scores[scores.mean(axis=1).argmax()] - scores
+
+
+def comparing_cost(texts: int) -> Cost:
+    """Count `compare` on texts, with the adapter and without."""
+    return Cost(source=2 * texts * TEXT)
 
 
 def compare(source: Source, completions: Sequence[Completion], tokens: int) -> Compared:

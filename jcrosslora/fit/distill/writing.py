@@ -7,9 +7,11 @@ import jax
 import numpy as np
 
 from jcrosslora.decoder import Written
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.fit.distill.templates import PromptTemplate
 from jcrosslora.sources.protocol import Writer
 from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 # First words of prompts, asking and telling.
@@ -28,6 +30,11 @@ def first_sentence(text: str) -> str:
     line = text.split("\n", 1)[0]
     found = _SENTENCE_END.search(line)
     return line[: found.end()] if found else ""
+
+
+def prompts_cost(count: int) -> Cost:
+    """Count `write_prompts` for so many templates."""
+    return writing_cost(count, _PROMPT_TOKENS)
 
 
 def write_prompts(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.fit.distill.discovery.job_kinds import JobKind
 from jcrosslora.fit.distill.discovery.scores import Scored, common_score, score_all
+from jcrosslora.fit.distill.template_choice import comparing_cost
 from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplate
 from jcrosslora.fit.distill.writing import answer_prompts
 from jcrosslora.sources.protocol import Source
 from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 JUDGED_TOKENS = 24  # of an answer
@@ -59,6 +62,11 @@ class Asking:
         """Have inputs of a kind answered, behind its instructions in turn, likewise."""
         requests = [kind.request(text, place) for place, text in enumerate(inputs)]
         return self.requests(requests, templates, seed, tokens)
+
+
+def asking_cost(count: int, tokens: int) -> Cost:
+    """Count the answers to requests, of at most so many tokens, and their scores."""
+    return writing_cost(count, tokens) + comparing_cost(count)
 
 
 def choose_templates(answered: Sequence[Scored]) -> list[PromptTemplate]:

@@ -11,12 +11,14 @@ from dataclasses import replace
 import jax
 
 from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.fit.distill.discovery.scores import score
-from jcrosslora.fit.distill.template_choice import compare
+from jcrosslora.fit.distill.template_choice import compare, comparing_cost
 from jcrosslora.fit.distill.templates import PromptTemplate
 from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 # Strengths, each with the tokens that are amplified: the stronger, the sooner a text falls to pieces.
@@ -69,6 +71,13 @@ def harvest(source: Source, starts: Sequence[str], seed: int, bar: Track | None 
     whole = [replace(item, answer=item.answer + one.text) for item, one in zip(begun, rest, strict=True)]
     ranked = _ranked(source, whole, ANSWER)
     return [ranked[place] for place in distinct([item.answer for item in ranked])]
+
+
+def harvest_cost(starts: int) -> Cost:
+    """Count `harvest`; what is amplified is written by the source with its adapter and without."""
+    begun = [writing_cost(starts, tokens) + comparing_cost(starts) for _, tokens in OPENINGS]
+    alone = [replace(writing_cost(starts, tokens), texts=0) for _, tokens in OPENINGS]
+    return sum([*begun, *alone], writing_cost(starts, ANSWER - _JUDGED) + comparing_cost(starts))
 
 
 def amplify(source: Source, strength: float) -> Writer:

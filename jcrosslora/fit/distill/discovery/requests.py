@@ -7,8 +7,10 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.fit.distill.discovery.near_duplicates import distinct
 from jcrosslora.sources.protocol import Writer
+from jcrosslora.utils.cost import TEXT, Cost
 from jcrosslora.utils.progress import Track
 
 T = TypeVar("T")
@@ -17,6 +19,11 @@ ALIKE = 6  # texts that are written behind the same of these, which are read onc
 REQUEST, _TEMPERATURE = 40, 0.8  # tokens of a request, as many as are usual
 _LONGER = 1.5  # times the longest request that is shown, the tokens of a new one
 _FEWEST_WORDS = 3  # of a request
+
+
+def requests_cost(count: int) -> Cost:
+    """Count the writing of requests behind others, which are read once for every `ALIKE` of them."""
+    return writing_cost(count, REQUEST, TEXT * (1 + 2 / ALIKE))
 
 
 def ask_about(

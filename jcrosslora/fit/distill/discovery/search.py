@@ -14,12 +14,20 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from jcrosslora.fit.distill.discovery.asking import JUDGED_TOKENS, Asking, choose_templates, origin_of, prompt_in
+from jcrosslora.fit.distill.discovery.asking import (
+    JUDGED_TOKENS,
+    Asking,
+    asking_cost,
+    choose_templates,
+    origin_of,
+    prompt_in,
+)
 from jcrosslora.fit.distill.discovery.facts import SUBJECTS
 from jcrosslora.fit.distill.discovery.job_kinds import KINDS, JobKind
 from jcrosslora.fit.distill.discovery.kind_choice import ANSWERS, answers_of, choose_kind
-from jcrosslora.fit.distill.discovery.openings import harvest, starts
+from jcrosslora.fit.distill.discovery.openings import harvest, harvest_cost, starts
 from jcrosslora.fit.distill.discovery.records import make_records
+from jcrosslora.fit.distill.discovery.requests import requests_cost
 from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score_all
 from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
 from jcrosslora.fit.distill.discovery.topic_inputs import EXAMPLES, choose_examples, write_inputs
@@ -28,12 +36,10 @@ from jcrosslora.fit.distill.templates import ConversationTemplate, PromptTemplat
 from jcrosslora.fit.distill.writing import answer_prompts
 from jcrosslora.sources.protocol import Source, Writer
 from jcrosslora.text import Completion
+from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import Track
 
 _TURNS = 3  # rounds of requests about what was answered before, at most
-ROUNDS = 5 + 2 * _TURNS  # texts that are written for each one that is asked for, at most
-# Answers to requests of all kinds of jobs, beside these texts: two turns of `choose_kind`, one if a kind leads at once.
-PROBES = 2 * ANSWERS * sum(len(kind.examples) for kind in KINDS)
 _SHARPNESS = 4  # power of the odds that shares go by
 _SUBJECT_ANSWERS = 2.5  # in each turn of `find_subjects`, for each text that is asked for
 # Share of requests in other templates than the chat template: an adapter of such a one was mostly trained on questions
@@ -102,6 +108,23 @@ class Discovery:
 NOTHING = Discovery([], [], [], [], [], {}, [], 0.0)
 
 
+def search_cost(settings: DistillSettings, tokens: int) -> Cost:
+    """Count a search for requests about topics; one for subjects of records writes about as much.
+
+    Args:
+        settings: of the fit.
+        tokens: the most tokens of an answer.
+    """
+    count = settings.discovery
+    if not count:
+        return Cost()
+    # Kinds that are near are asked again: together they are about as many requests as there are of all kinds.
+    probes = ANSWERS * sum(len(kind.examples) for kind in KINDS)
+    found = asking_cost(probes, JUDGED_TOKENS) + asking_cost(probes, JUDGED_TOKENS) + harvest_cost(count)
+    turns = [requests_cost(count) + asking_cost(count, tokens) for _ in range(1 + _TURNS)]
+    return sum(turns, found)
+
+
 def discover(
     source: Source,
     writer: Writer,
@@ -123,7 +146,7 @@ def discover(
         settings: of the fit.
         tokens: the most tokens of an answer.
         seed: of all that is sampled.
-        bar: advances by `ROUNDS` for each text of a step.
+        bar: advances by one for each text, about as many as `search_cost` counts.
 
     Raises:
         AdapterError: with the adapter the base's predictions are not finite.
