@@ -1,6 +1,7 @@
 """The search for what an adapter is for: near-duplicates, scores, and an adapter whose job is found."""
 
 import dataclasses
+import re
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from jcrosslora.checkpoint import open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Written
 from jcrosslora.fit.distill import template_choice
-from jcrosslora.fit.distill.completions import write_completions
+from jcrosslora.fit.distill.completions import completions_cost, write_completions
 from jcrosslora.fit.distill.discovery import openings, scores, search
 from jcrosslora.fit.distill.discovery.asking import choose_templates
 from jcrosslora.fit.distill.discovery.facts import SUBJECTS
@@ -295,6 +296,22 @@ def test_records_are_about_what_the_adapter_knows_best(actor, monkeypatch):
     assert distinct(list(discovery.about)) == list(range(len(discovery.about)))
     # All that are fitted to were made at once, but for near-duplicates.
     assert len(discovery.further) > 120
+
+
+@pytest.mark.parametrize(("kind", "search"), [(Actor, 12), (Actor, 0), (Describer, 40)])
+def test_the_texts_that_are_counted_come_up_to_a_total_that_is_known_from_the_beginning(
+    actor, every_line, capsys, kind, search
+):
+    names = [field.name for field in dataclasses.fields(DecoderSource)]
+    source = kind(*(getattr(actor, name) for name in names))
+    settings = DistillSettings(completions=60, discovery=search)
+    write_completions(source, source.alone(), settings, 0, progress=True)
+    shown = re.findall(r"([\d,]+) of ([\d,]+) texts", capsys.readouterr().err)
+    done, totals = (np.array([int(one.replace(",", "")) for one in side]) for side in zip(*shown, strict=True))
+    assert len(done) > 4
+    assert set(totals) == {completions_cost(settings, templates=len(templates_of(source.tokenizer))).texts}
+    assert (np.diff(done) >= 0).all()
+    assert 0.9 * totals[-1] < done[-1] <= totals[-1]
 
 
 def test_without_a_search_prompts_are_those_of_templates(actor):

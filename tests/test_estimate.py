@@ -11,6 +11,8 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora.batch import estimate_batch, read_plan
 from jcrosslora.cli.main import main
+from jcrosslora.decoder import fast_dtype
+from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
 from jcrosslora.session.estimate import Estimate
@@ -177,6 +179,31 @@ def test_a_dry_run_refuses_what_the_transfer_would(places, tmp_path):
     (tmp_path / "note").write_text("x")
     with pytest.raises(OutputError):
         found([*places[:3], tmp_path])
+
+
+def test_a_dry_run_refuses_settings_that_the_transfer_would(places, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["transfer", str(places[0]), *flags(places), "--dry-run", "--method", "distill", "--roles", "qproj"])
+    assert stopped.value.code == 2
+    assert "roles ('qproj',) was asked for, wanted some of q_proj" in capsys.readouterr().err
+
+
+def test_the_memory_of_a_fit_is_that_of_weights_predictions_activations_and_factors(places):
+    def memory(**settings):
+        return found(places, method=Distill(fit_rank=4, answer_tokens=64, compared_tokens=50, **settings)).memory
+
+    target, size = jcl.open_base(places[2]), 4
+    weights = max(fast_dtype().itemsize * held(places[1], places[2]), size * max(held(places[1]), held(places[2])))
+    factors = 4 * size * sum(4 * sum(module.shape) for module in target.modules.values())
+    remembered = size * 300 * 128 * 50  # 300 rows of 128 tokens, over 50 columns
+    activations = memory() - weights - factors - remembered
+    assert 0 < activations < 100e6
+    assert memory(completions=150) == memory() - remembered // 2
+    assert memory(roles=("q_proj",)) < memory() - factors // 2
+
+
+def held(*places):
+    return sum(held_numbers(jcl.open_base(place)) for place in places)
 
 
 def test_a_plan_is_estimated_with_all_its_jobs(places, tmp_path):

@@ -189,6 +189,18 @@ def test_steps_inside_an_announced_step_have_the_line_to_themselves(display, clo
             assert display.line(clock.now) == "step 1 of 1, step 2 of 2: fit, 0 of 3, about 60 s left"
 
 
+def test_work_that_is_not_needed_is_passed_over_and_has_no_pace(display, clock):
+    with display.track(100, "write", "texts") as shown:
+        clock.now += 20
+        shown.update(20)
+        shown.skip_to_last(40)
+        assert display.line(clock.now) == "write, 60 of 100 texts, about 40 s left"
+        clock.now += 40
+        shown.update(41)
+        shown.skip_to_last(3)
+        assert display.line(clock.now) == "write, 100 of 100 texts, about 10 s left"
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0, "about 10 s"), (41, "about 50 s"), (79, "about 80 s"), (90, "about 2 min")]
 )
