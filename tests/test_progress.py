@@ -193,11 +193,11 @@ def test_work_that_is_not_needed_is_passed_over_and_has_no_pace(display, clock):
     with display.track(100, "write", "texts") as shown:
         clock.now += 20
         shown.update(20)
-        shown.skip_to_last(40)
+        shown.skip_to(60)
         assert display.line(clock.now) == "write, 60 of 100 texts, about 40 s left"
         clock.now += 40
         shown.update(41)
-        shown.skip_to_last(3)
+        shown.skip_to(97)
         assert display.line(clock.now) == "write, 100 of 100 texts, about 10 s left"
 
 

@@ -61,9 +61,9 @@ class Track:
         if self._display is not None:
             self._display.refresh()
 
-    def skip_to_last(self, count: int) -> None:
-        """Report that at most so many units are left: those in front of them were not needed, and took no time."""
-        skipped = max(0, self.total - count - self.done)
+    def skip_to(self, done: int) -> None:
+        """Report that the units up to this one are done or were not needed; the latter took no time."""
+        skipped = max(0, min(done, self.total) - self.done)
         self.done, self._begun = self.done + skipped, self._begun + skipped
 
     def text(self, inside: str) -> str:

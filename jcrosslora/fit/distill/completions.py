@@ -204,7 +204,7 @@ def write_completions(
 
         for turn in range(1, _TURNS + 1):
             missing = max(0, settings.rounds[0] - len(found)) if known else 0
-            bar.skip_to_last(2 * missing)
+            bar.skip_to(bar.total - 2 * missing)
             if missing:
                 lacking = max(0, wanted - asked(found))
                 prompts = write(missing, min(missing, lacking), seed + turn, bar)

@@ -118,11 +118,15 @@ def search_cost(settings: DistillSettings, tokens: int) -> Cost:
     count = settings.discovery
     if not count:
         return Cost()
-    # Kinds that are near are asked again: together they are about as many requests as there are of all kinds.
-    probes = ANSWERS * sum(len(kind.examples) for kind in KINDS)
-    found = asking_cost(probes, JUDGED_TOKENS) + asking_cost(probes, JUDGED_TOKENS) + harvest_cost(count)
+    found = _kinds_cost() + harvest_cost(count)
     turns = [requests_cost(count) + asking_cost(count, tokens) for _ in range(1 + _TURNS)]
     return sum(turns, found)
+
+
+def _kinds_cost() -> Cost:
+    """Count the choice of a kind: those that are near are asked again, together about as often as all of them."""
+    asked = asking_cost(ANSWERS * sum(len(kind.examples) for kind in KINDS), JUDGED_TOKENS)
+    return asked + asked
 
 
 def discover(
@@ -167,10 +171,13 @@ def discover(
         answered = answer_prompts(base, prompts, JUDGED_TOKENS, settings.answer_temperature, seed + turn - 1, bar)
         return [(templates[0].unwrap(item.prompt), item.answer) for item in answered]
 
+    behind = 0 if bar is None else bar.done + _kinds_cost().texts
     probed = probe([request for kind in KINDS for request in kind.requests] * ANSWERS, 1)
     if not probed:
         return NOTHING
     kinds = choose_kind(probed, probe, probe_base)
+    if bar is not None:
+        bar.skip_to(behind)
     kind = kinds[0][0]
     if kind.records:
         found = _search_records(asking, kind, answers_of(kind, probed), settings, seed)
