@@ -20,7 +20,8 @@ def answer_interrupts(code: int) -> None:
     Args:
         code: the exit code of a process that is ended.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    first = threading.current_thread() is threading.main_thread()  # only that may ask for signals
+    if not first or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     heard, written = socket.socketpair()
     written.setblocking(False)
