@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
-from jcrosslora.checkpoint.base_info import BaseInfo
+from jcrosslora.checkpoint import BaseInfo
 
 Q = "model.layers.0.self_attn.q_proj"
 V = "model.layers.1.self_attn.v_proj"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from command_line import main
 from transfers import transfer_settings
 
 import jcrosslora as jcl
+from jcrosslora import transfer_files
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint.shards import ShardedStore
-from jcrosslora.cli.main import main
 from jcrosslora.distributed import hosts
-from jcrosslora.session.files import transfer_files
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 FOLDER, NUMBER, PORT = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -26,10 +26,9 @@ from quantised_files import CASES, write_quantised
 from safetensors.numpy import save
 from tiny_bases import write_tokenizer
 
-from jcrosslora.adapter import load_adapter, save_adapter
-from jcrosslora.adapter.engines import check_engines
+from jcrosslora.adapter import check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.token_files import token_tensors
-from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_bases import llama_config, llama_tensors, random_adapter
 
 import jcrosslora as jcl
+from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.adapter import truncation
 from jcrosslora.alignment import groups, layer_similarity
 from jcrosslora.decoder import (
@@ -31,8 +32,17 @@ from jcrosslora.decoder import (
 from jcrosslora.decoder.layer_stack import layer_at
 from jcrosslora.evaluate import log_probs, predictions
 from jcrosslora.evaluate.harness import requests
-from jcrosslora.evidence import head_matching, moments, shared_vocabulary, weight_stacks
-from jcrosslora.evidence.records import Activations, Evidence, EvidenceKind, HeadMatch, Selection, Side, Vocabulary
+from jcrosslora.evidence import (
+    Activations,
+    HeadMatch,
+    Selection,
+    Side,
+    Vocabulary,
+    head_matching,
+    moments,
+    shared_vocabulary,
+    weight_stacks,
+)
 from jcrosslora.fit import residual
 from jcrosslora.fit.distill import fit, symbols, teacher, token_choice
 from jcrosslora.fit.distill.settings import DistillSettings, Optimizer

@@ -10,10 +10,7 @@ import numpy as np
 from checkpoint_files import write_safetensors
 from gguf_files import converted, gguf, gguf_name, write_gguf
 
-from jcrosslora.checkpoint import BaseModel, open_base
-from jcrosslora.checkpoint.config import ModelConfig, read_dims
-from jcrosslora.checkpoint.families import FAMILIES
-from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint import FAMILIES, BaseModel, ModelConfig, expected_shapes, open_base, read_dims
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 ATTENTION_ROWS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}

@@ -17,8 +17,7 @@ from probe_bases import CORPUS, write_move
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.config import check_config, read_dims
-from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.decoder.sharding import divided_axis, mesh_of

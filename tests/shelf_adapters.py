@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 from tiny_bases import random_adapter
 
-from jcrosslora.adapter.save import save_adapter
+from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.text import Completion, Message
-from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
+from jcrosslora.text import COMPLETIONS, Completion, Message, completion_lines
 
 _NUMBERS = np.random.default_rng(0).permutation(np.arange(100, 1000))[:24].tolist()
 _ABOUT = {

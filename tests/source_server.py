@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 
 MODEL, BASE = "my-lora", "base"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adapter_folders import Q, matrix
+from command_line import main
 from engine_readers import llama_cpp_log_probs
 from gguf_files import gguf, permute, small_llama
 from rich.console import Console
@@ -19,7 +20,6 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, fuse, load_adapter
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError
 from jcrosslora.report.inspect import open_any, print_description
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, delta, matrix, tensors, write_folder
+from command_line import main
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.patterns import exact_pattern, matching_key
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError
 
 A = f"base_model.model.{Q}.lora_A.weight"

@@ -10,7 +10,7 @@ from probe_bases import QUESTIONS, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.tokenizer import load_tokenizer, pad_right
+from jcrosslora.checkpoint import load_tokenizer, pad_right
 from jcrosslora.decoder import Generator, Written, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import ANSWER_FIGURES, Answers, answer, lift_recovered

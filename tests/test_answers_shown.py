@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from command_line import main
 from html_pages import Page
 from probe_bases import write_base
 from rich.console import Console
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import Written
 from jcrosslora.evaluate import Answers, answers_page, print_answers
 from jcrosslora.evaluate.answers_table import TITLES, spread

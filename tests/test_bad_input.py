@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import main
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
 SLOW_TRANSFER = """
 import signal, sys, time
 from user_methods import HOOKS
-from jcrosslora.cli.main import main
+from command_line import main
 
 def wait(context):
     print("aligned", flush=True)

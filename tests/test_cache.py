@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_base
 from recording import recorded
 from safetensors.numpy import load_file, save_file
@@ -16,10 +17,9 @@ from tiny_bases import random_adapter, write_llama
 from transfers import move_files
 
 import jcrosslora as jcl
+from jcrosslora import Probes
 from jcrosslora.cache import Cache
 from jcrosslora.cache.keys import FileDigests
-from jcrosslora.cli.main import main
-from jcrosslora.evidence.probes import Probes
 from jcrosslora.evidence.probes.record import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from relatives import layer_of, make, merged, noisy, then, with_layers
 
-from jcrosslora.lineage.base_comparison import compare_bases
+from jcrosslora import compare_bases
 
 COUNT = 6
 SPARSE = {"num_experts": COUNT, "num_experts_per_tok": 2, "moe_intermediate_size": 48}

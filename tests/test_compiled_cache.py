@@ -18,7 +18,7 @@ def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     cache = tmp_path / "cache"
 
     def transfer(out: str, root) -> bytes:
-        command = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", str(tmp_path / "adapter"), "--no-cache"]
+        command = [sys.executable, "-m", "jcrosslora", "transfer", str(tmp_path / "adapter"), "--no-cache"]
         command += ["--source", str(tmp_path / "base"), "--target", str(tmp_path / "base"), "--method", "cross-lora"]
         command += ["--out", str(tmp_path / out)]
         # As a user's are: compiled as other tests do it, no program takes long enough to be kept on a fast machine.

@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.expert_updates import ExpertUpdate
-from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.composition import COMPOSITIONS, compose
 from jcrosslora.composition.registry import find_composition
 from jcrosslora.composition.updates import stack_for

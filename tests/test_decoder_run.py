@@ -12,9 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
 
 from jcrosslora.adapter import Adapter, LoRAFactors, load_adapter, save_adapter
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.checkpoint import ROLE_PATHS, describe_base, open_base
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     INPUT_SITES,

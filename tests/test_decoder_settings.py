@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.checkpoint import check_config, read_dims
 from jcrosslora.decoder import DecoderSettings, settings_of
 from jcrosslora.errors import CheckpointError
 

@@ -10,13 +10,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import write_base
 from rich.console import Console
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.cli.main import main
 from jcrosslora.demo import demo_questions, fetch, run, shipped
 from jcrosslora.demo.compare import Comparison, compare, print_answers, print_figures
 from jcrosslora.demo.fetch import PackagedModel, fetch_models

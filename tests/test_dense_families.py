@@ -16,8 +16,7 @@ from tiny_models import torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint import describe_base, open_base
 from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
 from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.forward import extend_cache

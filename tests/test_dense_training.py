@@ -15,7 +15,7 @@ from dense_training import train_dense
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.evaluate import score
 from jcrosslora.training import TrainingSettings

@@ -15,7 +15,7 @@ import jcrosslora as jcl
 from jcrosslora.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers
 from jcrosslora.decoder import forward, load_params, settings_of
 from jcrosslora.errors import PairingError, UsageError
-from jcrosslora.lineage.pairing import pair_modules, parse_depth
+from jcrosslora.lineage import pair_modules, parse_depth
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 

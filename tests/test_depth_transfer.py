@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_base
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
-from jcrosslora.evidence.probes import Probes
+from jcrosslora import Probes
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from probe_bases import chat_base, write_base
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.completions import completions_cost, write_completions
@@ -28,8 +27,7 @@ from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.sources.protocol import Compared
-from jcrosslora.text import Completion
-from jcrosslora.text.completion import prompt_text
+from jcrosslora.text import Completion, prompt_text
 from jcrosslora.utils.progress import Track
 
 EXAMPLES = KINDS[0].examples

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from command_line import main
 from probe_bases import CORPUS, chat_base, write_base
 from rich.console import Console
 from tiny_bases import delta, random_adapter
@@ -21,9 +22,9 @@ from transfers import move_files, transfer_settings
 from whole_passes import log_probs
 
 import jcrosslora as jcl
+from jcrosslora import transfer_files
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import (
     Written,
     forward,
@@ -59,7 +60,6 @@ from jcrosslora.fit.distill.writing import first_sentence
 from jcrosslora.report.documents import card_text
 from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
-from jcrosslora.session.files import transfer_files
 from jcrosslora.sources.decoder import DecoderReader, DecoderSource
 from jcrosslora.sources.protocol import Compared
 from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs

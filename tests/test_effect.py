@@ -14,7 +14,8 @@ from tiny_bases import random_adapter
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora import transfer_files
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.loaded import LoadedBases
 from jcrosslora.errors import AdapterError, MethodError, UsageError
@@ -25,7 +26,6 @@ from jcrosslora.evidence.probes import match_positions
 from jcrosslora.methods import Random
 from jcrosslora.report.documents import REPORT, card_text, documents
 from jcrosslora.report.table import print_report
-from jcrosslora.session.files import transfer_files
 
 TEXTS, WRITTEN = CORPUS[:3], ["Anna said that Plants need Water.", "Peter and Anna and The dog."]
 

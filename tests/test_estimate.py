@@ -5,18 +5,18 @@ import json
 import re
 
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_move
 from transfers import transfer_settings
 
 import jcrosslora as jcl
+from jcrosslora import Estimate, estimate_files
 from jcrosslora.batch import estimate_batch, read_plan
 from jcrosslora.cli.main import main
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
-from jcrosslora.session.estimate import Estimate
-from jcrosslora.session.files import estimate_files
 from jcrosslora.session.timing import Stopwatch
 
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import QUESTIONS, chat_base
 from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.judging import ALONE, judge
 from jcrosslora.text import Completion

@@ -60,7 +60,7 @@ def test_write_a_method_is_used_from_python_and_by_the_command(files, tmp_path, 
     places = (files / "adapters" / "a0", files / "source", files / "twin")
     run_example("write_a_method.py", monkeypatch, *places)
     assert capsys.readouterr().out.count("kept ") == 2
-    command = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", str(places[0]), "--source", str(places[1])]
+    command = [sys.executable, "-m", "jcrosslora", "transfer", str(places[0]), "--source", str(places[1])]
     command += ["--target", str(places[2]), "--out", str(tmp_path / "out"), "--method", "write_a_method:OutputSubspace"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(jcl.__file__).parent.parent), *sys.path])}
     done = subprocess.run(

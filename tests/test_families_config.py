@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import CONFIG
 
-from jcrosslora.checkpoint import FAMILIES, ROLES, open_base
-from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.checkpoint import FAMILIES, ROLES, check_config, open_base, read_dims
 from jcrosslora.checkpoint.families import COMMON_KEYS, HARMLESS_KEYS, UNSUPPORTED
 from jcrosslora.errors import CheckpointError
 

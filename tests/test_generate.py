@@ -10,8 +10,7 @@ from probe_bases import write_base
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import Generator
 from jcrosslora.decoder.prompt_batches import LONGEST, plan_batches
-from jcrosslora.text import Message
-from jcrosslora.text.reading import prompt_ids
+from jcrosslora.text import Message, prompt_ids
 
 KEY = jax.random.key(0)
 PROMPTS = ["Water boils at", "Anna", (Message("user", "What jumps?"),), "The quick brown fox jumps over the lazy " * 20]

@@ -6,11 +6,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import chat_base, write_base
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import Generator
 from jcrosslora.text import Message
 from jcrosslora.utils.texts import visible

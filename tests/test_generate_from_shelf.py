@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import chat_base, write_base
 from shelf_adapters import TASKS, write_adapter, write_tasks
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.text import Message
 
 FOX, BOIL, OTHER = TASKS["fox"][3], TASKS["boil"][3], "Peter and Anna"

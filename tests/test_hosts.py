@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import main
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.distributed import hosts
 from jcrosslora.distributed.join import join
 

@@ -17,8 +17,7 @@ from tiny_bases import random_adapter
 from tiny_models import torch, transformers
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.config import check_config
-from jcrosslora.checkpoint.families import FAMILIES
+from jcrosslora.checkpoint import FAMILIES, check_config
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.errors import CheckpointError

@@ -7,6 +7,7 @@ import tomllib
 import numpy as np
 import pytest
 from checkpoint_files import write_safetensors
+from command_line import main
 from recording import recorded
 from relatives import DTYPES, layer_of, make, merged, noisy, then
 from tiny_bases import delta, random_adapter
@@ -14,7 +15,6 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.fit.interpolation import ENERGY, interpolate_to_source
 from jcrosslora.methods import InterpolatedCopy

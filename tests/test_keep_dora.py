@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import main
 from engine_readers import log_softmax, mlx_log_probs
 from kind_cases import lora, peft
 from safetensors.numpy import load_file
@@ -15,7 +16,6 @@ from transfers import move_files
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.adapter.keep_dora import load_dora
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 pytestmark = [

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from adapter_folders import delta
+from command_line import main
 from engine_readers import gguf_factors, in_profile, mlx_factors, peft_factors
 from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
@@ -15,14 +16,12 @@ from tiny_models import tiny_model
 from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
+from jcrosslora import transfer_files
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.cli.main import main
+from jcrosslora.checkpoint import describe_base, load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
 from jcrosslora.methods import PadTruncate
-from jcrosslora.session.files import transfer_files
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.invocation import translate, with_invocation

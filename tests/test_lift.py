@@ -27,7 +27,7 @@ import written_task
 
 import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_params
 from jcrosslora.evaluate import Scores, lift_recovered
 from jcrosslora.fit.distill.templates import TEMPLATES

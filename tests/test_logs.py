@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_base
 from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 from jcrosslora.logs import find_log, record
 

@@ -6,6 +6,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from command_line import main
 from recording import recorded
 from safetensors.numpy import load_file, save_file
 from tiny_bases import delta, random_adapter, write_llama
@@ -13,12 +14,11 @@ from tiny_models import save_tiny
 from transfers import transfer_settings
 
 import jcrosslora as jcl
+from jcrosslora import transfer_files
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.cli.main import main
+from jcrosslora.checkpoint import describe_base
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
-from jcrosslora.session.files import transfer_files
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.shifting.truncate import frozen_factors

@@ -7,10 +7,11 @@ import pytest
 from tiny_bases import ROLES, delta, llama_tensors, random_adapter, write_llama
 
 import jcrosslora as jcl
+from jcrosslora import Evidence
 from jcrosslora.errors import MethodError
+from jcrosslora.evidence import HeadMatch, Side, Vocabulary
 from jcrosslora.evidence.head_matching import AttentionWeights, best_match, circuit_cosines, mean_over_groups
 from jcrosslora.evidence.heads import embedding_map
-from jcrosslora.evidence.records import Evidence, HeadMatch, Side, Vocabulary
 from jcrosslora.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, NEURONS, LAYERS, VOCAB = 4, 2, 6, 40, 56, 2, 96

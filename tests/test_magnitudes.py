@@ -10,8 +10,7 @@ from probe_bases import QUESTIONS, write_base
 from tiny_bases import delta, random_adapter
 
 from jcrosslora.adapter import Adapter, LoRAFactors
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score

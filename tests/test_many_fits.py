@@ -14,7 +14,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter
 from jcrosslora.decoder import loaded as loaded_module
 from jcrosslora.decoder.loaded import loaded_within

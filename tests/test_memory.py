@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import main
 from test_effect import move_in
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
+from jcrosslora import transfer_files
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import loaded
-from jcrosslora.session.files import transfer_files
 from jcrosslora.utils import memory
 from jcrosslora.utils.memory import enough_memory
 

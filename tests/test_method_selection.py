@@ -20,8 +20,6 @@ from jcrosslora.lineage.method_selection import (
     MENDED,
     TRAINED_METHOD,
     WEIGHT_METHOD,
-    Choice,
-    choose_method,
     why_not_run,
     without_fit,
 )

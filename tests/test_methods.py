@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from user_methods import HalfCopy
 
+from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.alignment.agreement import measure
 from jcrosslora.errors import MethodError
+from jcrosslora.evidence import Activations, Selection, Side, Vocabulary
 from jcrosslora.evidence.heads import embedding_map
-from jcrosslora.evidence.records import Activations, Evidence, EvidenceKind, Selection, Side, Vocabulary
 from jcrosslora.linalg import decompose
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jcrosslora.checkpoint.layout import Module
+from jcrosslora.checkpoint import Module
 from jcrosslora.errors import PairingError
-from jcrosslora.lineage.pairing import pair_modules, parse_depth
+from jcrosslora.lineage import pair_modules, parse_depth
 
 
 def modules(layers, roles=("q_proj", "down_proj")):

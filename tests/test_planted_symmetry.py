@@ -13,8 +13,8 @@ from tiny_bases import delta, write_tokenizer
 from tiny_models import tiny_model, torch
 
 import jcrosslora as jcl
+from jcrosslora import EvidenceKind
 from jcrosslora.adapter import Adapter, LoRAFactors
-from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.methods import CrossLoRA
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, LAYERS = 4, 2, 12, 48, 80, 2

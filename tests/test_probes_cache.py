@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from tiny_bases import random_adapter, write_llama, write_tokenizer
 
+from jcrosslora import written_probes
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes import record, written_probes
+from jcrosslora.evidence.probes import record
 from jcrosslora.evidence.probes.record import find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer
+from jcrosslora.checkpoint import Encoded, Tokenizer
 from jcrosslora.errors import UsageError
 from jcrosslora.evidence.probes import count_positions, match_positions, probe_batches
 

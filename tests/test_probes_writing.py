@@ -11,11 +11,11 @@ from probe_bases import write_base
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora import written_probes
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.evidence.probes import probe_batches, write_texts, written_probes
+from jcrosslora.evidence.probes import probe_batches, write_texts
 from jcrosslora.evidence.probes.writing import start_words
 
 LENGTH = 24

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command_line import main
 from hub_server import BREAK, TOKEN, Repo, serve_hub
 from huggingface_hub import ModelCardData
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.adapter.front_matter import split_card
-from jcrosslora.cli.main import main
 
 # By the hub's client, of the HTTP library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from command_line import main
 from test_batch import results
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
@@ -17,7 +18,6 @@ from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
 from jcrosslora.batch.plan_file import Job
 from jcrosslora.batch.ray_run import _division, _outcomes, _reach
 from jcrosslora.batch.units import Unit
-from jcrosslora.cli.main import main
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import allow_module
 

@@ -5,14 +5,14 @@ import re
 
 import numpy as np
 import pytest
+from command_line import main
 from real_models import real_models
 from tiny_bases import delta
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
+from jcrosslora import transfer_files
 from jcrosslora.demo import GEMMA3, SOURCE_ADAPTER, shipped
-from jcrosslora.session.files import transfer_files
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import safetensors
 from adapter_folders import write_folder
+from command_line import main
 from gguf_files import small_llama
 from kind_cases import peft
 from tiny_models import save_tiny, tiny_model, torch
 
 import jcrosslora as jcl
+from jcrosslora import MergeSettings, merge
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.combining import add_adapters
-from jcrosslora.cli.main import main
-from jcrosslora.export.merge import MergeSettings, merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -7,10 +7,10 @@ import re
 import html_pages
 import numpy as np
 import pytest
+from command_line import main
 from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import Written
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Scores

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.evidence.records import Activations, Evidence, Side
+from jcrosslora import Evidence
+from jcrosslora.evidence import Activations, Side
 from jcrosslora.linalg import dimension_sizes
 from jcrosslora.linalg.least_squares import FLOOR
 from jcrosslora.methods import ScaledProcrustes, Theseus

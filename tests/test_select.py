@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from command_line import main
 from recording import recorded
 from relatives import (
     make,
@@ -19,9 +20,7 @@ from relatives import (
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
-from jcrosslora.lineage import find_structure
-from jcrosslora.lineage.method_selection import choose_method
+from jcrosslora.lineage import choose_method, find_structure
 
 
 def mixed_heads(layer, groups, served):

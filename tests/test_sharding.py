@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from command_line import main
 from probe_bases import write_move
 from sharded_session import CASES, base_of
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import divided_axis
 from jcrosslora.decoder.weight_sizes import held_numbers

@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from probe_bases import write_base
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
 from jcrosslora.fit.distill.completions import answer_given
 from jcrosslora.fit.distill.settings import ROUND, DistillSettings
 from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
 from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.text import Message
-from jcrosslora.text.completion import prompt_text
+from jcrosslora.text import Message, prompt_text
 
 LINES = [f"{verb} the {noun} now" for verb in ("play", "stop", "find") for noun in ("song", "film", "book", "game")]
 CHATS = [(Message("system", "Be brief."), Message("user", f"As JSON.\nCommand: {line}")) for line in LINES]

@@ -13,7 +13,8 @@ from source_server import BASE, MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.tokenizer import pad_right
+from jcrosslora import ServedModel, TorchModel
+from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_params, logits
 from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.settings import DistillSettings
@@ -22,10 +23,8 @@ from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.fit.distill.template_choice import compare
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.sources.reduced_base import ReducedBase
-from jcrosslora.sources.served.model import ServedModel
 from jcrosslora.sources.served.source import ServedSource
 from jcrosslora.sources.served.top_tokens import TopTokens, divergence, spread
-from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.text import Completion, Message
 
 KEY = jax.random.key(0)

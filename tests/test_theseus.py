@@ -5,14 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import CORPUS, write_base
 from tiny_bases import delta, random_adapter
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
+from jcrosslora import Probes
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes import Probes
 from jcrosslora.methods import Theseus
 
 

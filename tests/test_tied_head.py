@@ -4,16 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from command_line import main
 from decoder_pairs import TOLERANCE, random_tokens, run, torch_logits
 from tiny_bases import random_adapter
 from tiny_models import tiny_model, torch, transformers
 
 import jcrosslora as jcl
+from jcrosslora import MergeSettings, compare_bases, merge
 from jcrosslora.checkpoint.tied_head import NOTE
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import load_params, settings_of
-from jcrosslora.export.merge import MergeSettings, merge
-from jcrosslora.lineage.base_comparison import compare_bases
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import safetensors.numpy
 from adapter_folders import matrix, write_folder
 from adapter_folders import tensors as lora_tensors
 from checkpoint_files import llama_tensors, write_llama
+from command_line import main
 from gguf_files import small_llama
 from tiny_models import tiny_model, torch, transformers
 from transfers import move_files
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.shifting.token_rows import token_places
 

@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 from tiny_bases import llama_config, llama_tensors
 from tiny_tokenizers import KINDS, write_tokenizer
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import CheckpointError, UsageError
 
 TEXTS = {

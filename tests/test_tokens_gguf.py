@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from real_models import real_model
 from tiny_tokenizers import KINDS
 
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.checkpoint.gguf_metadata import gguf_vocabulary
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.checkpoint.tokenizer_gguf import bos_of, build_backend, eos_of
 from jcrosslora.errors import CheckpointError
 

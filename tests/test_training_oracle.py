@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import save_tiny, torch, transformers
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.families import ROLE_PATHS
+from jcrosslora.checkpoint import ROLE_PATHS, open_base
 from jcrosslora.decoder import StackedAdapter, StackedFactors, load_params, settings_of
 from jcrosslora.training import TrainingSettings
 from jcrosslora.training.batches import Plan

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe_bases import write_base
 
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.question_batches import tokenize

@@ -11,8 +11,7 @@ from probe_bases import QUESTIONS, write_base
 from rich.console import Console
 
 from jcrosslora.adapter import load_adapter
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.cli.train import Train
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, OutputError, UsageError

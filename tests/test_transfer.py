@@ -14,16 +14,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from command_line import main
 from tiny_bases import delta, random_adapter, write_llama
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
+from jcrosslora import EvidenceKind, transfer_files
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.pairing import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
-from jcrosslora.session.files import transfer_files
 
 METHODS = {name: method() for name, method in jcl.methods.METHODS.items()}
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
@@ -381,7 +380,7 @@ def test_one_device_and_two_give_equal_results(files, tmp_path):
     transfer_files(settings(files, tmp_path / "two", svd_rank=20))
     flags = ["--source", files / "source", "--target", files / "target", "--out", tmp_path / "one", "--svd-rank", "20"]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    arguments = [sys.executable, "-m", "jcrosslora.cli.main", "transfer", files / "adapter", *flags]
+    arguments = [sys.executable, "-m", "jcrosslora", "transfer", files / "adapter", *flags]
     subprocess.run(
         list(map(str, arguments)), check=True, capture_output=True, env=environment, cwd=Path(__file__).parent
     )

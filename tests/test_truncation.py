@@ -6,15 +6,15 @@ import tomllib
 import ml_dtypes
 import numpy as np
 import pytest
+from command_line import main
 from tiny_bases import delta, random_adapter, write_llama
 from tiny_models import save_tiny
 
 import jcrosslora as jcl
+from jcrosslora import ExportSettings, export_adapter
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
 from jcrosslora.adapter.truncation import truncate_by_rule
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.export.export import ExportSettings, export_adapter
 from jcrosslora.session.settings import setting_types
 from jcrosslora.session.toml_file import read_table
 

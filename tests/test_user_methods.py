@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_bases import delta, llama_tensors, random_adapter, write_llama
+from command_line import main
 from user_methods import HalfCopy
 
 import jcrosslora as jcl

@@ -6,20 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import chat_base
 from shelf_adapters import NEW, TASKS, conversations
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.adapter import LoRAFactors
-from jcrosslora.adapter.records import Adapter
-from jcrosslora.adapter.save import save_adapter
-from jcrosslora.cli.main import main
+from jcrosslora.adapter import Adapter, LoRAFactors, save_adapter
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.retrieval import weight_encoder, weight_training
 from jcrosslora.shelf.retrieval.weight_encoder import adapter_weights, encode_texts, encode_weights, first_parameters
 from jcrosslora.shelf.retrieval.weight_training import ProbeSettings, contrastive_loss
-from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
+from jcrosslora.text import COMPLETIONS, completion_lines
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from command_line import main
 from decoder_pairs import TOLERANCE, random_tokens, run
 from safetensors.numpy import load_file, save_file
 from tiny_bases import random_adapter
@@ -13,9 +14,8 @@ from wrapped_models import CLASSES, TEXT, class_of, save_wrapped, tiny_wrapped, 
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, load_adapter, split_fused
-from jcrosslora.checkpoint.config import check_config, read_dims
+from jcrosslora.checkpoint import check_config, read_dims
 from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES, class_module_name, text_module_name
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.errors import CheckpointError
 

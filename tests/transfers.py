@@ -1,8 +1,6 @@
 """Transfers from files to files, by the flat names of settings that commands and recipes have."""
 
-from jcrosslora.session.files import transfer_files
-from jcrosslora.session.result import TransferResult
-from jcrosslora.session.settings import TransferSettings
+from jcrosslora import TransferResult, TransferSettings, transfer_files
 
 PLACES = ("adapter", "source", "target", "out")
 

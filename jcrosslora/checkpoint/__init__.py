@@ -1,10 +1,32 @@
 """Base models: safetensors, GGUF, quantised formats, the hub, weights in memory, and the supported families."""
 
 from jcrosslora.checkpoint.base import BaseModel
-from jcrosslora.checkpoint.config import Dims
-from jcrosslora.checkpoint.families import FAMILIES, ROLES, Family
-from jcrosslora.checkpoint.layout import Module
+from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.checkpoint.config import Dims, ModelConfig, check_config, read_dims
+from jcrosslora.checkpoint.families import FAMILIES, ROLE_PATHS, ROLES, Family
+from jcrosslora.checkpoint.layout import Module, expected_shapes
 from jcrosslora.checkpoint.opening import open_base
+from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, load_tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
 
-__all__ = ["FAMILIES", "ROLES", "BaseModel", "Dims", "Family", "Module", "Vocabulary", "open_base"]
+__all__ = [
+    "FAMILIES",
+    "ROLES",
+    "ROLE_PATHS",
+    "BaseInfo",
+    "BaseModel",
+    "Dims",
+    "Encoded",
+    "Family",
+    "ModelConfig",
+    "Module",
+    "Tokenizer",
+    "Vocabulary",
+    "check_config",
+    "describe_base",
+    "expected_shapes",
+    "load_tokenizer",
+    "open_base",
+    "pad_right",
+    "read_dims",
+]

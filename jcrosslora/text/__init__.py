@@ -1,6 +1,19 @@
 """What models read and write: conversations, prompts with answers, chat templates, and their tokens."""
 
-from jcrosslora.text.completion import Completion, Message, Prompt
-from jcrosslora.text.reading import Reading, read
+from jcrosslora.text.chat_template import render
+from jcrosslora.text.completion import Completion, Message, Prompt, prompt_text
+from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
+from jcrosslora.text.reading import Reading, prompt_ids, read
 
-__all__ = ["Completion", "Message", "Prompt", "Reading", "read"]
+__all__ = [
+    "COMPLETIONS",
+    "Completion",
+    "Message",
+    "Prompt",
+    "Reading",
+    "completion_lines",
+    "prompt_ids",
+    "prompt_text",
+    "read",
+    "render",
+]
