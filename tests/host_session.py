@@ -14,7 +14,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import transfer_files
 from jcrosslora.batch import read_plan, run_batch
-from jcrosslora.checkpoint.shards import ShardedStore
+from jcrosslora.checkpoint import ShardedStore
 from jcrosslora.distributed import hosts
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

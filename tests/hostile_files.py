@@ -32,6 +32,7 @@ from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
 from jcrosslora.decoder import settings_of
 from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client

@@ -54,9 +54,8 @@ from jcrosslora.shifting import shift
 from jcrosslora.sources import decoder as decoder_source
 from jcrosslora.sources import reduced_base
 from jcrosslora.sources.served import top_tokens
-from jcrosslora.training import TrainingSettings, magnitudes
+from jcrosslora.training import Batch, TrainingSettings, magnitudes
 from jcrosslora.training import step as training_step
-from jcrosslora.training.batches import Batch
 
 # Sizes that no other test has: JAX remembers what it traced, and these are traced as on an accelerator.
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}

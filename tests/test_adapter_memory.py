@@ -17,6 +17,7 @@ from jcrosslora.adapter import (
     Adapter,
     AdapterInfo,
     LoRAFactors,
+    TokenUpdate,
     adapter_from_peft,
     from_pytree,
     load_adapter,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import llama_tensors, write_config, write_safetensors, write_sharded_llama
 
-from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.checkpoint import is_hub_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # One interpreter per case, because huggingface_hub reads its settings at import.

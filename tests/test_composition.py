@@ -14,8 +14,7 @@ from tiny_bases import random_adapter
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.adapter import Adapter
-from jcrosslora.adapter.expert_updates import ExpertUpdate
+from jcrosslora.adapter import Adapter, ExpertUpdate
 from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.composition import COMPOSITIONS, compose
 from jcrosslora.composition.registry import find_composition

@@ -18,9 +18,7 @@ from jcrosslora.composition.fit import loss_and_gradient, mean_divergence
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 from jcrosslora.text import Completion
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Plan, make_batch
-from jcrosslora.training.examples import encode
+from jcrosslora.training import Plan, TrainingSettings, encode, make_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

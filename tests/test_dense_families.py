@@ -18,8 +18,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import describe_base, open_base
 from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
-from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of, stack_adapter
-from jcrosslora.decoder.forward import extend_cache
+from jcrosslora.decoder import extend_cache, forward, init_cache, load_params, logits, settings_of, stack_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

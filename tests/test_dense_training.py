@@ -18,10 +18,7 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.evaluate import score
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Plan
-from jcrosslora.training.examples import encode
-from jcrosslora.training.step import first_factors, loss_and_gradient
+from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=5e-3, rank=3, alpha=6.0, seed=1)
 

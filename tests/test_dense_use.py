@@ -13,8 +13,7 @@ import jcrosslora as jcl
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.report.table import print_report
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.step import first_factors
+from jcrosslora.training import TrainingSettings, first_factors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

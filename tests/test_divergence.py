@@ -9,8 +9,7 @@ import pytest
 from tiny_bases import write_llama
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import load_params, logits, settings_of, target_log_probs
-from jcrosslora.decoder.log_probs import divergence
+from jcrosslora.decoder import divergence, load_params, logits, settings_of, target_log_probs
 
 SHAPE = (3, 11)
 

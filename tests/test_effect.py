@@ -16,12 +16,10 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import transfer_files
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
-from jcrosslora.decoder.loaded import LoadedBases
+from jcrosslora.decoder import LoadedBases, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, UsageError
-from jcrosslora.evaluate import effect_check
-from jcrosslora.evaluate.effect import Change, Effect
-from jcrosslora.evaluate.effect_check import adapter_texts, check_effect
+from jcrosslora.evaluate import Change, Effect, check_effect, effect_check
+from jcrosslora.evaluate.effect_check import adapter_texts
 from jcrosslora.evidence.probes import match_positions
 from jcrosslora.methods import Random
 from jcrosslora.report.documents import REPORT, card_text, documents

@@ -19,8 +19,7 @@ from harness_models import (
 )
 from real_models import real_model
 
-from jcrosslora.adapter import save_adapter
-from jcrosslora.adapter.token_updates import TokenUpdate
+from jcrosslora.adapter import TokenUpdate, save_adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError
 from jcrosslora.evaluate import read_task, score

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_models import real_model
 
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import MappedFile, open_base
 from jcrosslora.checkpoint.gguf_header import read_header
-from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.errors import CheckpointError
 
 SIZES = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}

@@ -25,8 +25,7 @@ from jcrosslora.evaluate import score
 from jcrosslora.evidence import heads
 from jcrosslora.fit.distill.run import distill
 from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.step import first_factors
+from jcrosslora.training import TrainingSettings, first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 NAMES = ("lfm2", "qwen3_5", "granite-bias", "falcon_h1", "gemma4", "nemotron_h", "olmo_hybrid-nope")

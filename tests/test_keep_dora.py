@@ -14,8 +14,7 @@ from tiny_models import tiny_model, torch
 from transfers import move_files
 
 import jcrosslora as jcl
-from jcrosslora.adapter import save_adapter
-from jcrosslora.adapter.keep_dora import load_dora
+from jcrosslora.adapter import load_dora, save_adapter
 from jcrosslora.errors import AdapterError, OutputError, UsageError
 
 pytestmark = [

@@ -14,8 +14,7 @@ from gguf_files import write_gguf
 from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors
 
 import jcrosslora as jcl
-from jcrosslora.decoder import forward, init_cache, load_params, logits, settings_of
-from jcrosslora.decoder.forward import extend_cache
+from jcrosslora.decoder import extend_cache, forward, init_cache, load_params, logits, settings_of
 
 pytestmark = pytest.mark.slow
 # A process of its own, which nothing that llama.cpp does can end the tests with.

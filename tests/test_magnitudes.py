@@ -14,9 +14,7 @@ from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.evaluate import score
-from jcrosslora.training import TrainingSettings, fit_magnitudes, train_lora
-from jcrosslora.training.batches import Plan
-from jcrosslora.training.examples import encode
+from jcrosslora.training import Plan, TrainingSettings, encode, fit_magnitudes, train_lora
 from jcrosslora.training.magnitudes import first_magnitudes, loss_and_magnitude_gradient, with_magnitudes
 from jcrosslora.training.step import answer_loss
 

@@ -15,9 +15,8 @@ from transfers import move_files
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint import load_tokenizer
-from jcrosslora.decoder import Generator, fast_dtype, load_params, settings_of, stack_adapter
+from jcrosslora.decoder import Generator, fast_dtype, load_params, loaded_within, settings_of, stack_adapter
 from jcrosslora.decoder import loaded as loaded_module
-from jcrosslora.decoder.loaded import loaded_within
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill.batches import make_batches
 from jcrosslora.fit.distill.settings import DistillSettings

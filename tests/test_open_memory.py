@@ -16,9 +16,7 @@ from tiny_tokenizers import KINDS
 
 import jcrosslora as jcl
 from jcrosslora.cache.keys import FileDigests
-from jcrosslora.checkpoint import load_tokenizer, open_base
-from jcrosslora.checkpoint.safetensors import SafetensorsFile
-from jcrosslora.checkpoint.shared_tokens import shared_ids
+from jcrosslora.checkpoint import SafetensorsFile, load_tokenizer, open_base, shared_ids
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, UsageError
 

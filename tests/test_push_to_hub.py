@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.adapter.front_matter import split_card
+from jcrosslora.adapter import split_card
 
 # By the hub's client, of the HTTP library that it uses.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

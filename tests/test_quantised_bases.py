@@ -13,11 +13,9 @@ from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from transfers import move_files
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint import open_base
+from jcrosslora.checkpoint import SafetensorsFile, ShardedStore, open_base
 from jcrosslora.checkpoint.quantised import FORMATS, dequantised
 from jcrosslora.checkpoint.quantised.parts import scale_rows
-from jcrosslora.checkpoint.safetensors import SafetensorsFile
-from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.decoder import load_params
 from jcrosslora.errors import CheckpointError
 

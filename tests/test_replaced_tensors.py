@@ -14,8 +14,7 @@ from tiny_models import save_tiny, tiny_model, torch
 
 import jcrosslora as jcl
 from jcrosslora import MergeSettings, merge
-from jcrosslora.adapter import load_adapter
-from jcrosslora.adapter.combining import add_adapters
+from jcrosslora.adapter import add_adapters, load_adapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

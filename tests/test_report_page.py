@@ -13,8 +13,7 @@ from tiny_bases import open_pair, random_adapter
 import jcrosslora as jcl
 from jcrosslora.decoder import Written
 from jcrosslora.errors import UsageError
-from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.evaluate.output import answers_json, scores_json
+from jcrosslora.evaluate import Answers, Scores, answers_json, scores_json
 from jcrosslora.report.page import Roles, find_contents, report_page
 from jcrosslora.report.page.answers import answers_section
 from jcrosslora.report.page.evaluation import parse_evaluation

@@ -21,7 +21,7 @@ from tiny_models import tiny_model, torch, transformers
 from transfers import move_files
 
 import jcrosslora as jcl
-from jcrosslora.evaluate.effect import Change, Effect
+from jcrosslora.evaluate import Change, Effect
 from jcrosslora.shifting.token_rows import token_places
 
 peft = pytest.importorskip("peft")

@@ -8,10 +8,8 @@ from tiny_models import save_tiny, torch, transformers
 
 from jcrosslora.checkpoint import ROLE_PATHS, open_base
 from jcrosslora.decoder import StackedAdapter, StackedFactors, load_params, settings_of
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.batches import Plan
-from jcrosslora.training.examples import Encoded
-from jcrosslora.training.step import first_factors, first_state, loss_and_gradient, update
+from jcrosslora.training import Encoded, Plan, TrainingSettings, first_factors, loss_and_gradient
+from jcrosslora.training.step import first_state, update
 
 peft = pytest.importorskip("peft")
 

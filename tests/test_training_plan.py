@@ -14,9 +14,8 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Question, read_task
 from jcrosslora.evaluate.question_batches import tokenize
 from jcrosslora.text import Completion, Message
-from jcrosslora.training import TrainingSettings, read_examples
-from jcrosslora.training.batches import Plan
-from jcrosslora.training.examples import Encoded, digest, encode
+from jcrosslora.training import Encoded, Plan, TrainingSettings, encode, read_examples
+from jcrosslora.training.examples import digest
 from jcrosslora.training.step import rate_at
 
 

@@ -16,11 +16,9 @@ from jcrosslora.cli.train import Train
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
 from jcrosslora.evaluate import score
-from jcrosslora.training import TrainingSettings, train_lora
+from jcrosslora.training import Plan, TrainingSettings, encode, first_factors, loss_and_gradient, train_lora
 from jcrosslora.training import run as training_run
-from jcrosslora.training.batches import Plan
-from jcrosslora.training.examples import encode
-from jcrosslora.training.step import first_factors, loss_and_gradient, to_adapter
+from jcrosslora.training.step import to_adapter
 
 SETTINGS = TrainingSettings(steps=6, batch=3, rate=2e-2, rank=3, alpha=6.0, dtype="float32", seed=1)
 

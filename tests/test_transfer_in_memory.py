@@ -8,8 +8,7 @@ from tiny_bases import delta, llama_config, llama_tensors, random_adapter, write
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.adapter import to_pytree
-from jcrosslora.adapter.front_matter import split_card
+from jcrosslora.adapter import split_card, to_pytree
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 
 peft = pytest.importorskip("peft")

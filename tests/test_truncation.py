@@ -12,8 +12,7 @@ from tiny_models import save_tiny
 
 import jcrosslora as jcl
 from jcrosslora import ExportSettings, export_adapter
-from jcrosslora.adapter import Adapter, LoRAFactors, fuse, update_norm
-from jcrosslora.adapter.truncation import truncate_by_rule
+from jcrosslora.adapter import Adapter, LoRAFactors, fuse, truncate_by_rule, update_norm
 from jcrosslora.errors import AdapterError, UsageError
 from jcrosslora.session.settings import setting_types
 from jcrosslora.session.toml_file import read_table

@@ -11,12 +11,16 @@ from jcrosslora.decoder.attention import KVCache as KVCache
 from jcrosslora.decoder.attention import init_cache as init_cache
 from jcrosslora.decoder.forward import CAPTURES as CAPTURES
 from jcrosslora.decoder.forward import Output as Output
+from jcrosslora.decoder.forward import extend_cache as extend_cache
 from jcrosslora.decoder.forward import forward as forward
 from jcrosslora.decoder.forward import logits as logits
 from jcrosslora.decoder.generate import Generator as Generator
 from jcrosslora.decoder.generate import Written as Written
 from jcrosslora.decoder.layer import INPUT_SITES as INPUT_SITES
 from jcrosslora.decoder.layer import LayerCapture as LayerCapture
+from jcrosslora.decoder.loaded import LoadedBases as LoadedBases
+from jcrosslora.decoder.loaded import loaded_within as loaded_within
+from jcrosslora.decoder.log_probs import divergence as divergence
 from jcrosslora.decoder.log_probs import target_log_probs as target_log_probs
 from jcrosslora.decoder.params import Params as Params
 from jcrosslora.decoder.params import fast_dtype as fast_dtype

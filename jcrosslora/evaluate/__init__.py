@@ -4,8 +4,11 @@ from jcrosslora.evaluate.answer import answer
 from jcrosslora.evaluate.answers import ANSWER_FIGURES, Answers
 from jcrosslora.evaluate.answers_page import answers_page
 from jcrosslora.evaluate.answers_table import print_answers
-from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, lift_recovered
+from jcrosslora.evaluate.bootstrap import Interval, bootstrap_means, intervals, lift_recovered
+from jcrosslora.evaluate.effect import Change, Effect
+from jcrosslora.evaluate.effect_check import check_effect
 from jcrosslora.evaluate.examples import Example, read_examples
+from jcrosslora.evaluate.output import answers_json, scores_json
 from jcrosslora.evaluate.score import read_questions, score
 from jcrosslora.evaluate.scores import FIGURES, Scores, print_scores
 from jcrosslora.evaluate.tasks import Question, read_task
@@ -14,13 +17,18 @@ __all__ = [
     "ANSWER_FIGURES",
     "FIGURES",
     "Answers",
+    "Change",
+    "Effect",
     "Example",
     "Interval",
     "Question",
     "Scores",
     "answer",
+    "answers_json",
     "answers_page",
     "bootstrap_means",
+    "check_effect",
+    "intervals",
     "lift_recovered",
     "print_answers",
     "print_scores",
@@ -28,4 +36,5 @@ __all__ = [
     "read_questions",
     "read_task",
     "score",
+    "scores_json",
 ]

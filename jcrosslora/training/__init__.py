@@ -1,8 +1,25 @@
 """LoRA training on examples: the loss of answers, optimisers, checkpoints to continue from."""
 
 from jcrosslora.evaluate.examples import Example, read_examples
+from jcrosslora.training.batches import Batch, Plan, make_batch
+from jcrosslora.training.examples import Encoded, encode
 from jcrosslora.training.magnitudes import fit_magnitudes
 from jcrosslora.training.run import save_trained, train_lora
 from jcrosslora.training.settings import TrainingSettings
+from jcrosslora.training.step import first_factors, loss_and_gradient
 
-__all__ = ["Example", "TrainingSettings", "fit_magnitudes", "read_examples", "save_trained", "train_lora"]
+__all__ = [
+    "Batch",
+    "Encoded",
+    "Example",
+    "Plan",
+    "TrainingSettings",
+    "encode",
+    "first_factors",
+    "fit_magnitudes",
+    "loss_and_gradient",
+    "make_batch",
+    "read_examples",
+    "save_trained",
+    "train_lora",
+]
