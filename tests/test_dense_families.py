@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dense_models import VARIANTS, random_model
 from expert_models import EXPERT_VARIANTS
+from full_set import full_except
 from hybrid_models import HYBRIDS, TARGETS
 from safetensors.numpy import load_file
 from tiny_models import torch
@@ -18,12 +19,18 @@ import jcrosslora as jcl
 from jcrosslora.adapter import load_adapter, save_adapter
 from jcrosslora.checkpoint import describe_base, open_base
 from jcrosslora.checkpoint.family.names import ATTENTION, LATENT
+from jcrosslora.checkpoint.family.parts import PARTS
 from jcrosslora.decoder import extend_cache, forward, init_cache, load_params, logits, settings_of, stack_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 FAMILIES = VARIANTS | HYBRIDS | EXPERT_VARIANTS
+# Together they have every part that a layer may have.
+QUICK = (
+    *("gemma4", "gemma4-experts", "qwen3_next", "granite-experts", "lfm2", "olmo_hybrid", "nemotron_h-latent"),
+    *("falcon_h1", "deepseek_v3", "deepseek_v3-direct", "cohere2_moe-routed"),
+)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 # A random adapter is larger than the weights: with it, float32 in torch and here are each up to 1e-4 from float64.
 ADAPTED = {"atol": 5e-4, "rtol": 5e-4}
@@ -31,7 +38,7 @@ LENGTH, PIECE = 20, 5  # tokens, beyond every window and original length; and th
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, LENGTH)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=full_except(FAMILIES, QUICK))
 def case(request, tmp_path_factory):
     """A model in torch, alone and with an adapter that peft made, and what is read from the same files."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -118,6 +125,11 @@ def test_a_written_adapter_has_the_tensors_of_peft(case, tmp_path):
     for key in (key for key in found if key.endswith("lora_A.weight")):
         other = key.replace("lora_A", "lora_B")
         np.testing.assert_allclose(found[other] @ found[key], 1.5 * wanted[other] @ wanted[key], atol=1e-5)
+
+
+def test_the_quick_cases_have_every_part_of_a_layer():
+    bases = [open_base(random_model(*FAMILIES[name])) for name in QUICK]
+    assert {part for base in bases for layer in base.parts for part in layer} == PARTS.keys()
 
 
 def test_every_tensor_of_the_model_is_known(case):
