@@ -43,9 +43,9 @@ from jcrosslora.evidence import (
     shared_vocabulary,
     weight_stacks,
 )
-from jcrosslora.fit import residual
+from jcrosslora.fit import DistillSettings, residual
 from jcrosslora.fit.distill import fit, symbols, teacher, token_choice
-from jcrosslora.fit.distill.settings import DistillSettings, Optimizer
+from jcrosslora.fit.distill.settings import Optimizer
 from jcrosslora.linalg.stacked import AXIS
 from jcrosslora.linalg.svd import choose, refine
 from jcrosslora.methods import METHODS, MapMethod

@@ -11,8 +11,8 @@ from tiny_bases import random_adapter
 from whole_passes import scores
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import Generator
-from jcrosslora.decoder.amplify import AmplifiedGenerator, amplified
+from jcrosslora.decoder import AmplifiedGenerator, Generator
+from jcrosslora.decoder.amplify import amplified
 from jcrosslora.errors import AdapterError
 
 KEY = jax.random.key(0)

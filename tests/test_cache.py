@@ -18,8 +18,7 @@ from transfers import move_files
 
 import jcrosslora as jcl
 from jcrosslora import Probes
-from jcrosslora.cache import Cache
-from jcrosslora.cache.keys import FileDigests
+from jcrosslora.cache import Cache, FileDigests
 from jcrosslora.evidence.probes.record import keep_texts
 from jcrosslora.methods import METHODS, CrossLoRA
 

@@ -13,8 +13,7 @@ from rewritten_base import rewritten
 from tiny_models import torch
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.checkpoint.layout import holder_of
+from jcrosslora.checkpoint import ROLE_PATHS, holder_of
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import CheckpointError
 

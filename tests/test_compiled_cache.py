@@ -9,7 +9,7 @@ import jax
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cache.place import keep_compiled
+from jcrosslora.cache import keep_compiled
 
 
 def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):

@@ -16,8 +16,7 @@ from tiny_models import tiny_model
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, ExpertUpdate
 from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.composition import COMPOSITIONS, compose
-from jcrosslora.composition.registry import find_composition
+from jcrosslora.composition import COMPOSITIONS, compose, find_composition
 from jcrosslora.composition.updates import stack_for
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError

@@ -17,20 +17,22 @@ from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import (
     INPUT_SITES,
     StackedFactors,
+    extend,
     fast_dtype,
     forward,
     init_cache,
     load_params,
     logits,
+    prefill,
     settings_of,
     stack_adapter,
     stack_adapters,
+    step,
     target_log_probs,
     unstack_adapter,
 )
 from jcrosslora.decoder.adapters import update
 from jcrosslora.decoder.draw import draw
-from jcrosslora.decoder.generate import extend, prefill, step
 from jcrosslora.decoder.ops import linear, rows_at
 from jcrosslora.errors import AdapterError, UsageError
 

@@ -11,8 +11,7 @@ from gguf_forms import FORMS, SPARSE_FORMS, metadata_of, stored_tensors, write_f
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.experts import expert_tensors
-from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
+from jcrosslora.checkpoint import architecture, expert_tensors, gguf_name
 from jcrosslora.decoder import forward, load_params, logits, settings_of
 from jcrosslora.errors import CheckpointError, OutputError
 

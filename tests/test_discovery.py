@@ -10,6 +10,7 @@ from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
+from jcrosslora.fit import TEMPLATES, DistillSettings, templates_of
 from jcrosslora.fit.distill import template_choice
 from jcrosslora.fit.distill.completions import completions_cost, write_completions
 from jcrosslora.fit.distill.discovery import openings, scores, search
@@ -23,8 +24,7 @@ from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds
 from jcrosslora.fit.distill.discovery.search import NOTHING, discover, share_of
 from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
 from jcrosslora.fit.distill.discovery.topic_inputs import choose_examples
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.templates import TEMPLATES, ConversationTemplate, templates_of
+from jcrosslora.fit.distill.templates import ConversationTemplate
 from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.sources.protocol import Compared
 from jcrosslora.text import Completion, prompt_text

@@ -35,6 +35,7 @@ from jcrosslora.decoder import (
 )
 from jcrosslora.decoder.forward import head_of
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
+from jcrosslora.fit import TEMPLATES, DistillSettings, PromptTemplate, templates_of
 from jcrosslora.fit.distill import completions as completions_module
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill import run as run_module
@@ -51,11 +52,11 @@ from jcrosslora.fit.distill.completions import (
 )
 from jcrosslora.fit.distill.fit import first_state, fit, gradient_step, mean_kl, needs_remat, schedule
 from jcrosslora.fit.distill.run import distill
-from jcrosslora.fit.distill.settings import FIRST, ROUND, DistillSettings
+from jcrosslora.fit.distill.settings import FIRST, ROUND
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
 from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
-from jcrosslora.fit.distill.templates import TEMPLATES, PromptTemplate, in_template, templates_of
+from jcrosslora.fit.distill.templates import in_template
 from jcrosslora.fit.distill.writing import first_sentence
 from jcrosslora.report.documents import card_text
 from jcrosslora.report.record import spread

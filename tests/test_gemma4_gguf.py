@@ -9,7 +9,7 @@ from gguf_forms import SPARSE_FORMS, metadata_of, stored_tensors
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint.gguf_names import architecture
+from jcrosslora.checkpoint import architecture
 from jcrosslora.decoder import forward, load_params, logits, settings_of
 from jcrosslora.errors import CheckpointError
 

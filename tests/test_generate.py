@@ -8,8 +8,7 @@ import pytest
 from probe_bases import write_base
 
 from jcrosslora.checkpoint import open_base
-from jcrosslora.decoder import Generator
-from jcrosslora.decoder.prompt_batches import LONGEST, plan_batches
+from jcrosslora.decoder import LONGEST, Generator, plan_batches
 from jcrosslora.text import Message, prompt_ids
 
 KEY = jax.random.key(0)

@@ -18,13 +18,12 @@ from tiny_models import torch, transformers
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint import FAMILIES, check_config
-from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
-from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.decoder import extend, forward, load_params, logits, prefill, settings_of, stack_adapter
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import score
 from jcrosslora.evidence import heads
+from jcrosslora.fit import DistillSettings
 from jcrosslora.fit.distill.run import distill
-from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.training import TrainingSettings, first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

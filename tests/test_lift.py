@@ -30,7 +30,7 @@ from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_params
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.fit.distill.templates import TEMPLATES
+from jcrosslora.fit import TEMPLATES
 from jcrosslora.text import Completion
 from jcrosslora.training import TrainingSettings
 

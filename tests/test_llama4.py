@@ -16,8 +16,7 @@ from tiny_models import torch, transformers
 from wrapped_models import save_wrapped, tiny_wrapped
 
 import jcrosslora as jcl
-from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.checkpoint.layout import holder_of
+from jcrosslora.checkpoint import ROLE_PATHS, holder_of
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.decoder.experts.routing import route
 from jcrosslora.errors import CheckpointError

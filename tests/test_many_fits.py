@@ -17,9 +17,9 @@ from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params, loaded_within, settings_of, stack_adapter
 from jcrosslora.decoder import loaded as loaded_module
+from jcrosslora.fit import DistillSettings
 from jcrosslora.fit.distill import fit as fit_module
 from jcrosslora.fit.distill.batches import make_batches
-from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.sources.decoder import DecoderReader

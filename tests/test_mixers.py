@@ -10,9 +10,7 @@ import pytest
 from hybrid_models import NEMOTRON
 from tiny_models import torch, transformers
 
-from jcrosslora.checkpoint import FAMILIES
-from jcrosslora.checkpoint.family.mixers import Mixer
-from jcrosslora.checkpoint.layout import holder_of
+from jcrosslora.checkpoint import FAMILIES, Mixer, holder_of
 from jcrosslora.decoder.mixers.mixer import mix
 from jcrosslora.decoder.mixers.state import MixerLayer, init_state
 from jcrosslora.decoder.ops import linear

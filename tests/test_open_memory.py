@@ -15,7 +15,7 @@ from tiny_models import save_tiny, tiny_model, torch, transformers
 from tiny_tokenizers import KINDS
 
 import jcrosslora as jcl
-from jcrosslora.cache.keys import FileDigests
+from jcrosslora.cache import FileDigests
 from jcrosslora.checkpoint import SafetensorsFile, load_tokenizer, open_base, shared_ids
 from jcrosslora.decoder import load_params, settings_of
 from jcrosslora.errors import CheckpointError, UsageError

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from jcrosslora.decoder import LONGEST, plan_batches
 from jcrosslora.decoder.common_beginnings import common_beginnings
-from jcrosslora.decoder.prompt_batches import LONGEST, PromptBatch, plan_batches
+from jcrosslora.decoder.prompt_batches import PromptBatch
 
 WRITTEN = 20
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jcrosslora.checkpoint.family.parts import LayerParts, holds, layers_with
+from jcrosslora.checkpoint import LayerParts
+from jcrosslora.checkpoint.family.parts import holds, layers_with
 from jcrosslora.decoder.segments import join_layers, segments_of
 
 

@@ -16,8 +16,8 @@ import jcrosslora as jcl
 from jcrosslora import ServedModel, TorchModel
 from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_params, logits
+from jcrosslora.fit import DistillSettings
 from jcrosslora.fit.distill.batches import make_batches
-from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.fit.distill.symbols import find_symbols
 from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.fit.distill.template_choice import compare

@@ -21,7 +21,7 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import EvidenceKind, transfer_files
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.lineage.pairing import DEPTH_MAPS
+from jcrosslora.lineage import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
 
 METHODS = {name: method() for name, method in jcl.methods.METHODS.items()}

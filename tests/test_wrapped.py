@@ -14,8 +14,8 @@ from wrapped_models import CLASSES, TEXT, class_of, save_wrapped, tiny_wrapped, 
 
 import jcrosslora as jcl
 from jcrosslora.adapter import check_engines, load_adapter, split_fused
-from jcrosslora.checkpoint import check_config, read_dims
-from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES, class_module_name, text_module_name
+from jcrosslora.checkpoint import check_config, class_module_name, read_dims, text_module_name
+from jcrosslora.checkpoint.wrapped import TEXT_PREFIXES
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.errors import CheckpointError
 

@@ -3,9 +3,13 @@
 from jcrosslora.checkpoint.base import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.checkpoint.config import Dims, ModelConfig, check_config, read_dims
+from jcrosslora.checkpoint.experts import expert_tensors
 from jcrosslora.checkpoint.families import FAMILIES, ROLE_PATHS, ROLES, Family
+from jcrosslora.checkpoint.family.mixers import Mixer
+from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint.gguf_names import architecture, gguf_name
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.checkpoint.layout import Module, expected_shapes
+from jcrosslora.checkpoint.layout import Module, expected_shapes, holder_of
 from jcrosslora.checkpoint.mapped import MappedFile
 from jcrosslora.checkpoint.opening import open_base
 from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
@@ -13,6 +17,7 @@ from jcrosslora.checkpoint.shards import ShardedStore
 from jcrosslora.checkpoint.shared_tokens import shared_ids
 from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, load_tokenizer, pad_right
 from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.checkpoint.wrapped import class_module_name, text_module_name
 
 __all__ = [
     "DTYPES",
@@ -24,20 +29,28 @@ __all__ = [
     "Dims",
     "Encoded",
     "Family",
+    "LayerParts",
     "MappedFile",
+    "Mixer",
     "ModelConfig",
     "Module",
     "SafetensorsFile",
     "ShardedStore",
     "Tokenizer",
     "Vocabulary",
+    "architecture",
     "check_config",
+    "class_module_name",
     "describe_base",
     "expected_shapes",
+    "expert_tensors",
+    "gguf_name",
+    "holder_of",
     "is_hub_id",
     "load_tokenizer",
     "open_base",
     "pad_right",
     "read_dims",
     "shared_ids",
+    "text_module_name",
 ]

@@ -8,7 +8,7 @@ from jcrosslora.composition.gated import Gated
 from jcrosslora.composition.in_turn import Additions, add_in_turn
 from jcrosslora.composition.mixture import Mixture
 from jcrosslora.composition.random_gate import RandomGate
-from jcrosslora.composition.registry import COMPOSITIONS
+from jcrosslora.composition.registry import COMPOSITIONS, find_composition
 from jcrosslora.composition.router import Router
 from jcrosslora.composition.select import Select
 from jcrosslora.composition.stack import Stack
@@ -29,5 +29,6 @@ __all__ = [
     "Uniform",
     "add_in_turn",
     "compose",
+    "find_composition",
     "load_composition",
 ]

@@ -4,6 +4,9 @@ from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
 from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
 from jcrosslora.lineage.method_selection import Choice as Choice
 from jcrosslora.lineage.method_selection import choose_method as choose_method
+from jcrosslora.lineage.method_selection import why_not_run as why_not_run
+from jcrosslora.lineage.method_selection import without_fit as without_fit
+from jcrosslora.lineage.pairing import DEPTH_MAPS as DEPTH_MAPS
 from jcrosslora.lineage.pairing import Pairing as Pairing
 from jcrosslora.lineage.pairing import pair_modules as pair_modules
 from jcrosslora.lineage.pairing import parse_depth as parse_depth
