@@ -42,6 +42,7 @@ def test_every_program_of_a_move_lowers_for_accelerators():
     assert seen == compiled_functions()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen3_5_moe", "granite-experts", "lfm2_moe", "gemma4"])
 def test_mixers_and_experts_lower_for_accelerators(name):
     pytest.importorskip("torch")

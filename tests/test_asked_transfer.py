@@ -141,6 +141,7 @@ def test_torch_imports_no_module_that_an_adapter_names(places, tmp_path):
         jcl.transfer(tmp_path / "adapter", model, folder / "target", Distill(**FIT), prompts=CORPUS)
 
 
+@pytest.mark.full
 def test_a_source_that_writes_its_own_prompts_is_searched_for_its_job(places, server, monkeypatch):
     """Every question of a fit is put to the server: both kinds of writing, scores and predictions."""
     monkeypatch.setattr(writing, "first_sentence", lambda _: " is said of it?")  # as a base that can speak writes

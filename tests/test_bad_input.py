@@ -296,6 +296,7 @@ main()
 """
 
 
+@pytest.mark.full
 def test_ctrl_c_in_the_middle_of_the_work(place):
     """A real signal to a real process: exit 130, one line, nothing left behind."""
     before = everything(place.parent)

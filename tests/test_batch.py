@@ -417,6 +417,7 @@ def test_base_with_a_later_added_tokenizer_is_moved_to_again(house, tmp_path):
     assert "no tokenizer.json" not in report.read_text()
 
 
+@pytest.mark.full
 def test_fitting_methods_run_adapter_by_adapter(tmp_path):
     write_base(tmp_path / "small", 30, bos=True, layers=2)
     write_base(tmp_path / "wide", 90, layers=2, hidden=32, head_dim=8, seed=1)

@@ -1,8 +1,10 @@
 """The benchmark for accelerators runs, on what is here, and tells exact kernels from others."""
 
 import bench_gpu
+import pytest
 
 
+@pytest.mark.full
 def test_the_table_has_a_line_for_each_kernel(capsys):
     bench_gpu.main(["--small", "--kernels", "gram", "krylov"])
     kernels, fits = capsys.readouterr().out.split("a fit of bases of small")

@@ -309,6 +309,7 @@ def start(cache, rounds, limit=10**8):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.full
 def test_two_processes_can_write_read_and_remove_the_same_entries(cache):
     jobs = [start(cache, 24, limit=200_000) for _ in range(2)]
     ends = [job.communicate(timeout=120) for job in jobs]

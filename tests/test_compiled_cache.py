@@ -6,12 +6,14 @@ import sys
 import warnings
 
 import jax
+import pytest
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora.cache import keep_compiled
 
 
+@pytest.mark.full
 def test_compiled_programs_are_kept_and_damage_is_harmless(tmp_path):
     write_llama(tmp_path / "base", seed=0)
     jcl.save_adapter(random_adapter(jcl.open_base(tmp_path / "base")), tmp_path / "adapter", base_name="x")

@@ -40,7 +40,9 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("how", ["gated", Router(rank=3)], ids=["gated", "router"])
+@pytest.mark.parametrize(
+    "how", ["gated", pytest.param(Router(rank=3), marks=pytest.mark.full)], ids=["gated", "router"]
+)
 def test_a_gate_learns_to_predict_what_the_owner_predicts(llama, how):
     composed = llama.compose(how)
     trained = composed.fit(TEXTS, SETTINGS)
@@ -126,6 +128,7 @@ def test_a_gate_is_no_adapter(llama, how):
         llama.compose("mixture").as_adapter([0, 0, 0])
 
 
+@pytest.mark.full
 def test_adapters_added_in_turn_are_refitted_and_followed(llama):
     found = add_in_turn(llama.base, llama.adapters[:2], TEXTS[:2], dataclasses.replace(SETTINGS, steps=8))
     assert np.isnan(found.kl[0, 1])
@@ -196,6 +199,7 @@ def test_arrays_that_are_missing_are_named(llama, tmp_path):
         llama.compose("gated").save(tmp_path / "out")
 
 
+@pytest.mark.full
 def test_the_loss_is_zero_where_the_owner_is_alone(llama):
     composed = llama.compose("router", llama.adapters[:1])
     encoded = [encode(composed.tokenizer, one) for one in TEXTS[0]]

@@ -87,6 +87,7 @@ def conversations():
     return [[{"role": "user", "content": text}] for text in CORPUS]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "prompts"),
     [(three_bits, CORPUS), pytest.param(pruned, conversations(), marks=pytest.mark.slow)],
@@ -102,6 +103,7 @@ def test_auto_mends_what_the_compression_costs(source, compressed, adapter, chan
     assert left < 0.95 * divergence(source, adapter, target, adapter)
 
 
+@pytest.mark.full
 def test_parts_of_a_pruned_target_are_fitted_too(source, compressed):
     target = compressed(unchanged, layers=1)
     adapter = random_adapter(source, scale=0.05, roles=("v_proj", "up_proj"))

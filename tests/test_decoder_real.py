@@ -11,7 +11,7 @@ from torch_model import torch_model
 from jcrosslora.checkpoint import open_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.full, pytest.mark.real]
 NAMES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_pairs import EACH_FAMILY, LENGTH, SHORT, TOLERANCE, pair_fixture, random_tokens, run, torch_logits
+from full_set import full_except
 from tiny_bases import random_adapter, write_llama
 from tiny_models import torch
 
@@ -13,10 +14,10 @@ from jcrosslora.decoder import init_cache, load_params, settings_of, stack_adapt
 from jcrosslora.decoder.generate import step
 from jcrosslora.errors import UsageError
 
-pair = pair_fixture(EACH_FAMILY)
+pair = pair_fixture(full_except(EACH_FAMILY, ["llama", "gemma3"]))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", full_except(["left", "right"], ["left"]))
 def test_padding_on_either_side_does_not_change_logits(pair, side):
     model, _, settings, params = pair
     tokens, lengths = random_tokens(3, LENGTH), (LENGTH, 33, 18)
@@ -62,7 +63,7 @@ def test_cached_steps_match_one_pass_over_the_sequence(pair):
         np.testing.assert_allclose(scores, wanted[:, place], **TOLERANCE)
 
 
-@pytest.mark.parametrize("pair", ["qwen2-window", "gemma3"], indirect=True)
+@pytest.mark.parametrize("pair", full_except(["qwen2-window", "gemma3"], ["gemma3"]), indirect=True)
 def test_bfloat16_logits_are_close_to_float32(pair):
     _, base, settings, params = pair
     half = load_params(base, jnp.bfloat16, packed=False)
@@ -79,7 +80,7 @@ def test_bfloat16_logits_are_close_to_float32(pair):
     assert 0 < relative(run(settings, bits, tokens), exact) < error
 
 
-@pytest.mark.parametrize("pair", ["qwen2-window", "gemma3", "phi3-longrope"], indirect=True)
+@pytest.mark.parametrize("pair", full_except(["qwen2-window", "gemma3", "phi3-longrope"], ["gemma3"]), indirect=True)
 def test_adapter_gradient_through_packed_weights_is_close_to_float32(pair):
     _, base, settings, params = pair
     tokens, adapter = random_tokens(2, SHORT), stack_adapter(random_adapter(base, rank=3, scale=0.05), base)

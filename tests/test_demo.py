@@ -205,6 +205,7 @@ SHORT = in_json(
 )
 
 
+@pytest.mark.full
 def test_every_model_is_scored_and_writes_one_line_for_each_question(pair):
     (_, path), (_, own) = pair
     base = jcl.open_base(path)

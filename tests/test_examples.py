@@ -35,6 +35,7 @@ def run_example(name, monkeypatch, *arguments):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.full
 def test_move_one_adapter_fits_an_update_between_unrelated_bases(tmp_path, monkeypatch, capsys):
     places = write_move(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join(f"{line} {number}" for number in range(8) for line in CORPUS))

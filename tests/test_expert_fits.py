@@ -51,6 +51,7 @@ def bases(tmp_path_factory):
     return dense, jcl.open_base(folder)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_bases_with_and_without_experts_learn_from_each_other(bases, direction):
     source, target = bases[::direction]

@@ -73,6 +73,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.full
 def test_two_processes_write_the_same_files_as_one(session, monkeypatch):
     folder, found, _ = session
     given = [str(folder / "adapter"), "--source", str(folder / "source"), "--target", str(folder / "target")]
@@ -94,6 +95,7 @@ def test_two_processes_write_the_same_files_as_one(session, monkeypatch):
                 np.testing.assert_array_equal(together[name], array)
 
 
+@pytest.mark.full
 def test_each_process_reads_only_its_own_part_and_the_first_writes(session):
     folder, found, _ = session
     names = [one["read"]["weights"] for one in found]
@@ -107,6 +109,7 @@ def test_each_process_reads_only_its_own_part_and_the_first_writes(session):
     assert not (folder / "cache1" / "digests").exists()
 
 
+@pytest.mark.full
 def test_error_in_one_process_is_raised_in_all(session):
     folder, (first, second), ends = session
     assert second["one fails"].startswith("AdapterError: ")

@@ -111,6 +111,7 @@ def test_kinds_that_are_near_are_asked_again_until_one_leads():
     assert max(turn for turn, _, _ in probes.asked) == 3
 
 
+@pytest.mark.full
 def test_more_answers_find_the_kind_more_often():
     """Noise like that of real answers, where data to text lead by a tenth."""
     scores = {"data to text": 0.165, "conversation": 0.15, "questions": 0.14, "": 0.11}

@@ -8,6 +8,7 @@ import pytest
 from adapter_folders import delta
 from command_line import main
 from engine_readers import gguf_factors, in_profile, mlx_factors, peft_factors
+from full_set import full_except
 from kind_cases import FULL, MADE, lora, make_adapter, peft
 from probe_bases import write_base
 from recording import recorded
@@ -48,7 +49,7 @@ def house(tmp_path_factory):
     return folder, source, target, jcl.align(source, target, method="pad-truncate", depth="by-name")
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", full_except(MADE, ["LoRA", "DoRA", "PiSSA", "VeRA", "aLoRA"]))
 def test_every_kind_survives_a_transfer_in_each_profile(tmp_path, house, kind):
     _, source, target, transport = house
     make_adapter(next(iter(MADE[kind].values()))(), tmp_path / "adapter")
@@ -171,6 +172,7 @@ def test_auto_maps_an_alora_and_says_why(tmp_path, tokenized):
         move_files(**where, out=str(tmp_path / "o"), method="cross-lora", effect="always")
 
 
+@pytest.mark.full
 def test_a_batch_moves_aloras_by_maps_beside_others_that_are_fitted(tmp_path, tokenized):
     folder, source, _, _ = tokenized
     jcl.save_adapter(random_adapter(source, roles={"q_proj"}), tmp_path / "plain", base_name="org/source")

@@ -149,6 +149,7 @@ def test_arrays_are_read_back_only_with_the_same_digests(tmp_path):
             lift_scores.read_arrays(path, "this")
 
 
+@pytest.mark.full
 def test_scoring_continues_where_it_stopped(folders, tmp_path, monkeypatch):
     adapter = save_adapter(random_adapter(jcl.open_base(folders[0]), scale=0.02), tmp_path / "adapter")
     calls: list[tuple[int, int]] = []
@@ -200,6 +201,7 @@ def dora(folders, tmp_path):
     return path
 
 
+@pytest.mark.full
 def test_adapters_are_read_with_their_base(folders, dora, tmp_path, monkeypatch, capsys):
     found = lift_scores.Scorer(str(folders[0]), QUESTIONS, tmp_path / "scores").figures({"oracle": dora}, 1)
     assert found["oracle"]["nll_per_char"] != found["base"]["nll_per_char"]
@@ -351,6 +353,7 @@ def test_a_trained_adapter_of_other_settings_is_refused(folders, tmp_path):
     lift_work.check_same(plain, made)
 
 
+@pytest.mark.full
 def test_a_moved_adapter_of_another_trained_one_is_refused(folders, task_files, tmp_path):
     bases, task = [jcl.open_base(folder) for folder in folders], lift_tasks.load_task(*task_files, 3, written=False)
     work = lift_work.Work(tmp_path, TrainingSettings(), Console())
@@ -442,6 +445,7 @@ def test_all_methods_and_auto_are_the_default():
     assert {row.name for row in rows} == {*jcl.methods.METHODS, "auto", "theseus, 9 prompts", "distill, on news"}
 
 
+@pytest.mark.full
 def test_a_run_from_adapters_trained_elsewhere(folders, task_files, tmp_path, monkeypatch, capsys):
     for folder in folders:
         adapter = random_adapter(jcl.open_base(folder), rank=2, scale=0.02)

@@ -35,6 +35,7 @@ PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 SPARSE = ("llama4_text", LLAMA4 | {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 1], "hidden_size": 48})
 
 
+@pytest.mark.full
 def test_gradients_through_the_scores_and_what_experts_read_are_those_of_torch(tmp_path):
     torch.manual_seed(1)
     random_model(*EXPERT_VARIANTS["llama4"]).save_pretrained(tmp_path)

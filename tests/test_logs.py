@@ -92,6 +92,7 @@ def test_a_transfer_records_its_figures(tmp_path):
     assert log.told == [(0, {"kept": report.kept, "left_behind": report.left_behind})]
 
 
+@pytest.mark.full
 def test_a_fit_records_each_look_as_the_report_has_it(tmp_path):
     source = jcl.open_base(write_base(tmp_path / "source", 30, bos=True, layers=2))
     target = jcl.open_base(write_base(tmp_path / "target", 90, layers=2, hidden=32, head_dim=8, seed=1))

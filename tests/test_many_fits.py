@@ -57,6 +57,7 @@ def house(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_a_batch_shares_bases_and_programs_and_fits_each_adapter_as_alone(house, monkeypatch, caplog):
     loads, widths, step = [], set(), fit_module.gradient_step
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import main
+from full_set import full_except
 from test_effect import move_in
 from test_transfer import WIDER
 from tiny_bases import random_adapter, write_llama
@@ -68,7 +69,7 @@ def house(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["Hooked", "HookedOnText"])
+@pytest.mark.parametrize("method", full_except(["Hooked", "HookedOnText"], ["Hooked"]))
 def test_transfer_reports_short_memory_in_one_line_and_writes_nothing(tmp_path, hooks, capsys, method):
     hooks.append(fill_device)
     given = move_in(tmp_path, "copy", TEXTS)

@@ -56,6 +56,7 @@ def of_size(error: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(error[SMALL]) / np.linalg.norm(wanted[SMALL]))
 
 
+@pytest.mark.full
 def test_each_entry_is_exact_to_rounding_beside_any_other_dimensions(rows, exact):
     error = summed(*rows) - exact
     relative = np.abs(error) / np.outer(sizes(rows[0]), sizes(rows[1]))

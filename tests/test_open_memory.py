@@ -195,6 +195,7 @@ def test_tokenizers_are_taken_from_paths_and_objects(kind, tmp_path):
     assert made.token_to_id("</s>") in load_tokenizer(bases["transformers"]).stops
 
 
+@pytest.mark.full
 def test_the_folder_of_a_tokenizer_object_goes_with_the_base():
     base = open_base(llama_tensors(vocab=320), config=llama_config(vocab=320), tokenizer=KINDS["byte-level"]())
     renamed = open_base(base, name="me/mine")

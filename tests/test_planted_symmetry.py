@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
+from full_set import full_except
 from tiny_bases import delta, write_tokenizer
 from tiny_models import tiny_model, torch
 
@@ -83,7 +84,7 @@ def logits(model, adapter=None):
         return torch.func.functional_call(model, state, (ids,)).logits.numpy()
 
 
-@pytest.fixture(params=range(3))
+@pytest.fixture(params=full_except(range(3), [0]))
 def pair(request, tmp_path):
     """Source and target as files with tokenizers, opened by us, beside the torch models and the true maps."""
     seed = request.param

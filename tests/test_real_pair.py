@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 from torch_model import torch_model  # noqa: E402
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.real,
     # peft 0.21 asks transformers 5.24 by a name that the latter will drop.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_set import full_except
 from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
@@ -196,7 +197,7 @@ def hybrid():
     return jcl.open_base(random_model("olmo_hybrid", {"vocab_size": 90, "layer_types": kinds}))
 
 
-@pytest.mark.parametrize("case", ["wider", "gemma", "gemma back", "hybrid"])
+@pytest.mark.parametrize("case", full_except(["wider", "gemma", "gemma back", "hybrid"], ["wider"]))
 def test_streams_advanced_by_layer_equal_whole_forward_passes(bases, gemma, hybrid, case):
     source, target, layers = {
         "hybrid": (bases[0], hybrid, (1, 2)),

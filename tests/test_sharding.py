@@ -68,6 +68,7 @@ def test_sizes_are_those_of_the_weights(name):
     assert held_numbers(base) == sum(base.tensor(tensor).size for tensor in base.tensor_names())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_each_device_holds_its_part_alone(session, name):
     found = session[name]
@@ -81,6 +82,7 @@ def test_each_device_holds_its_part_alone(session, name):
         assert axis is not None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_logits_written_text_and_steps_of_a_fit_are_those_of_one_device(session, name):
     found = session[name]
@@ -92,6 +94,7 @@ def test_logits_written_text_and_steps_of_a_fit_are_those_of_one_device(session,
     assert found["compiled"] == 2
 
 
+@pytest.mark.full
 def test_a_transfer_with_divided_weights_gives_the_same_update(session):
     found = session["transfer"]
     assert found["texts"]

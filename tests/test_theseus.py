@@ -144,6 +144,7 @@ def test_unsupported_whitening_is_refused(method, power, wanted):
     assert wanted in str(refused.value)
 
 
+@pytest.mark.full
 def test_shift_runs_the_fit_of_a_fitting_method(files):
     """The transport of such a method maps to zero; the fit is that of a transfer."""
     base, target, adapter = jcl.open_base(files / "source"), jcl.open_base(files / "target"), files / "adapter"

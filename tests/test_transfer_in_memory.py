@@ -124,6 +124,7 @@ def _there(path):
     return path
 
 
+@pytest.mark.full
 def test_a_fit_runs_behind_an_alignment(tmp_path):
     from probe_bases import CORPUS, write_base
 
