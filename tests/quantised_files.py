@@ -14,6 +14,8 @@ import numpy as np
 from checkpoint_files import write_safetensors
 from tiny_bases import llama_config, llama_tensors, write_tokenizer
 
+from jcrosslora.checkpoint.quantised import FORMATS
+
 Tensors = dict[str, tuple[str, np.ndarray]]  # ending -> (dtype, array)
 DIMS = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 128, "layers": 1}
 GROUP = 32
@@ -253,6 +255,12 @@ CASES = {
         {"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8((48, 48), ".weight_scale_inv"), "F8_E4M3", 0.05
     ),
 }
+
+
+def format_of(name: str) -> tuple[str, ...]:
+    """Return what tells the format of a case from others: its dtype, and which formats claim its settings."""
+    settings = CASES[name].settings or {}
+    return CASES[name].dtype, *(form.ending + str(place) for place, form in enumerate(FORMATS) if form.claims(settings))
 
 
 def write_quantised(folder: Path, case: Case, seed: int = 0, **dims) -> dict[str, np.ndarray]:

@@ -80,7 +80,7 @@ def test_bfloat16_logits_are_close_to_float32(pair):
     assert 0 < relative(run(settings, bits, tokens), exact) < error
 
 
-@pytest.mark.parametrize("pair", full_except(["qwen2-window", "gemma3", "phi3-longrope"], ["gemma3"]), indirect=True)
+@pytest.mark.parametrize("pair", full_except(["qwen2-window", "gemma3", "phi3-longrope"], []), indirect=True)
 def test_adapter_gradient_through_packed_weights_is_close_to_float32(pair):
     _, base, settings, params = pair
     tokens, adapter = random_tokens(2, SHORT), stack_adapter(random_adapter(base, rank=3, scale=0.05), base)

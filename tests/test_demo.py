@@ -284,6 +284,7 @@ def test_the_demo_moves_compares_and_writes(tiny, tmp_path, capsys):
     assert jcl.load_adapter(out).info.base_name == fetch.GEMMA3.hub_id
 
 
+@pytest.mark.full
 def test_the_demo_shows_the_papers_map_once_when_it_is_asked_for(tiny, tmp_path, capsys):
     main(["demo", "--out", str(tmp_path / "out"), "--method", "cross-lora"])
     text = capsys.readouterr().out

@@ -175,6 +175,7 @@ def test_memory_of_a_base_of_8b_parameters(pair):
     assert again < 4e9
 
 
+@pytest.mark.full
 def test_large_bases_are_fitted_with_remat(beginning, monkeypatch):
     teacher, batches, held_out = beginning
     small = teacher.target.settings

@@ -57,6 +57,7 @@ def test_move_a_folder_runs_a_plan_and_does_nothing_twice(files, tmp_path, monke
     assert len(list((tmp_path / "out" / "adapters").glob("a*"))) == 4
 
 
+@pytest.mark.full
 def test_write_a_method_is_used_from_python_and_by_the_command(files, tmp_path, monkeypatch, capsys):
     places = (files / "adapters" / "a0", files / "source", files / "twin")
     run_example("write_a_method.py", monkeypatch, *places)

@@ -212,6 +212,7 @@ REAL = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_gguf_model_is_read(name: str):
@@ -229,6 +230,7 @@ def test_a_real_gguf_model_is_read(name: str):
     assert max(tokens.values()) < d.vocab
 
 
+@pytest.mark.full
 @pytest.mark.real
 def test_two_real_vocabularies_share_many_tokens():
     smol, gemma = (open_base(real_model(name)).vocabulary().tokens for name in REAL)

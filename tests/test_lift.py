@@ -66,6 +66,7 @@ def test_lift_is_the_mean_of_the_seeds_ratios_with_a_spread():
     assert found.interval.high - found.interval.low < 0.1
 
 
+@pytest.mark.full
 def test_the_interval_of_lift_covers_the_truth_as_often_as_it_says():
     inside = 0
     for seed in range(100):
@@ -96,6 +97,7 @@ def sheet_of(accuracy: np.ndarray):
     return lift_table.make_sheet("task", rows, {"copy|x": "shapes differ"}, ["accuracy"])
 
 
+@pytest.mark.full
 def test_the_table_flags_accuracy_below_the_base_and_lists_what_is_not_defined():
     worse = sheet_of(np.tile([1.0, 0.0, 0.0, 0.0], 50))
     theseus = next(row for row in worse.rows if row[0] == "theseus")

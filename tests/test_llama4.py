@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dense_models import LLAMA3, random_model
 from expert_models import EXPERT_VARIANTS, LLAMA4
+from full_set import full_except
 from gradients_of_both import gradients_of_both
 from passes_of_both import run, theirs
 from rewritten_base import rewritten
@@ -72,7 +73,7 @@ def test_gradients_through_the_scores_and_what_experts_read_are_those_of_torch(t
     assert seen == set(wanted)
 
 
-@pytest.mark.parametrize("name", ["llama4", "llama4-plain"])
+@pytest.mark.parametrize("name", full_except(["llama4", "llama4-plain"], ["llama4"]))
 def test_positions_of_chunks_and_growth_count_no_padding(name, tmp_path):
     model = random_model(*EXPERT_VARIANTS[name])
     model.save_pretrained(tmp_path)
@@ -163,6 +164,7 @@ def test_relations_of_bases_are_recognised(sparse, tmp_path, change, layers, wor
     assert found.choice.method == method, found.choice.reason
 
 
+@pytest.mark.full
 def test_an_adapter_of_experts_goes_with_its_experts_and_layers(sparse, tmp_path):
     (tmp_path / "permuted").mkdir()
     (tmp_path / "fewer").mkdir()

@@ -426,7 +426,7 @@ def test_theseus_recovers_a_rotation_of_the_stream_and_a_permutation_of_the_outp
     assert float(found.activation_cosine) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("power", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("power", full_except([0.1, 0.25, 0.5], [0.25]))
 def test_partially_whitened_theseus_is_the_polar_factor_of_the_whitened_moment(power):
     (y_s, x_s), (y_t, x_t) = (
         [normal(200, width, seed=10 * place + k) * np.geomspace(1, 9, width, dtype=np.float32) for k, width in shape]

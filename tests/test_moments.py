@@ -52,6 +52,7 @@ def rows(activations, layer, at, valid):
     return flat[at][valid]
 
 
+@pytest.mark.full
 def test_moments_match_float64_over_all_batches(bases):
     source, target = bases
     batches = [batch(0), batch(1)]

@@ -95,6 +95,7 @@ def decomposed(moments: np.ndarray) -> tuple[int, float]:
     return int(kept), float(np.max(np.abs(found / wanted - 1)))
 
 
+@pytest.mark.full
 def test_large_spread_direction_hides_small_ones(rows):
     turned, turns = [], []
     rng = np.random.default_rng(1)

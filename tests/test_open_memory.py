@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_pairs import EACH_FAMILY, VARIANTS, random_tokens, run
-from quantised_files import CASES, write_quantised
+from full_set import first_of_each
+from quantised_files import CASES, format_of, write_quantised
 from tiny_bases import llama_config, llama_tensors, write_llama, write_tokenizer
 from tiny_models import save_tiny, tiny_model, torch, transformers
 from tiny_tokenizers import KINDS
@@ -121,7 +122,7 @@ def test_multimodal_checkpoints_give_their_text_model():
     assert np.array_equal(base.tensor(Q), state[Q].numpy())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_of_each(CASES, format_of))
 def test_quantised_tensors_are_dequantised_as_from_a_file(case, tmp_path):
     write_quantised(tmp_path, CASES[case])
     stored, file = open_base(tmp_path), SafetensorsFile(tmp_path / "model.safetensors")

@@ -46,6 +46,7 @@ def test_user_text_by_the_command_and_again_by_its_recipe(files, tmp_path, capsy
     assert one == two
 
 
+@pytest.mark.full
 def test_source_writes_the_text_if_none_is_given(files, tmp_path):
     transfer(files, tmp_path / "out", "--probe-count", "6")
     report = json.loads((tmp_path / "out" / "transfer_report.json").read_text())

@@ -163,6 +163,7 @@ def test_invalid_metadata_are_refused(metadata, message):
     assert str(caught.value).startswith("model.gguf: ")
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
 def test_real_gguf_tokenizers_round_trip(name):

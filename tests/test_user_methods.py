@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from command_line import main
+from full_set import full_except
 from user_methods import HalfCopy
 
 import jcrosslora as jcl
@@ -68,7 +69,9 @@ def assert_share(modules, copied, share):
         np.testing.assert_allclose(delta(factors), share * delta(copied[name]), atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [HalfCopy(share=0.25), HalfCopy, "user_methods:HalfCopy"])
+@pytest.mark.parametrize(
+    "method", full_except([HalfCopy(share=0.25), HalfCopy, "user_methods:HalfCopy"], ["user_methods:HalfCopy"])
+)
 def test_in_memory_as_an_object_a_class_or_a_name(folder, copied, method):
     moved = jcl.transfer(folder / "adapter", folder / "source", folder / "target", method)
     share = 0.25 if isinstance(method, HalfCopy) else 0.5
@@ -188,6 +191,7 @@ def test_by_a_batch_whose_other_methods_do_not_have_its_setting(folder, copied, 
     assert_share(jcl.load_adapter(other.out).modules, copied, 1)
 
 
+@pytest.mark.full
 def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a console script finds what lies there
     Path("own_method.py").write_text(OWN)
@@ -203,6 +207,7 @@ def test_what_was_kept_is_not_found_once_its_file_has_changed(folder, tmp_path, 
     assert counts[2] == 2 * counts[0]
 
 
+@pytest.mark.full
 def test_a_batch_moves_again_what_a_changed_method_moved(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("source", "target", "adapter"):
