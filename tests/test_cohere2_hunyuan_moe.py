@@ -105,6 +105,7 @@ def test_relations_of_bases_are_recognised(case, tmp_path, change, layers, words
     assert neurons == ([(20, 20, 20)] if "dense" in case.base.config.get("mlp_layer_types", ()) else [])
 
 
+@pytest.mark.full
 def test_an_adapter_goes_with_its_experts_and_layers(case, tmp_path):
     (tmp_path / "permuted").mkdir()
     (tmp_path / "fewer").mkdir()

@@ -609,7 +609,10 @@ def test_first_sentence(text, wanted):
     assert first_sentence(text) == wanted
 
 
-@pytest.mark.parametrize("method", ["auto", pytest.param("distill", marks=pytest.mark.slow), "residual-fit"])
+@pytest.mark.parametrize(
+    "method",
+    ["auto", pytest.param("distill", marks=pytest.mark.slow), pytest.param("residual-fit", marks=pytest.mark.full)],
+)
 def test_fitted_methods_from_file_to_file(pair, tmp_path, method):
     source, target, adapter = pair
     jcl.save_adapter(adapter, tmp_path / "adapter", base_name="org/src")
@@ -655,6 +658,7 @@ def test_examples_are_spread_and_short():
     assert spread(["x" * 400], 1) == ("x" * 300 + " ...",)
 
 
+@pytest.mark.full
 def test_a_copy_on_its_own_base_stays_as_it_is(pair):
     source, _, adapter = pair
     wanted = dataclasses.replace(SMALL, teacher_weight=1.0, sure_weight=1.0, contrast_weight=0.0)

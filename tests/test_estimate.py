@@ -53,6 +53,7 @@ def test_an_interpolation_decomposes_the_target_once(places):
     assert found(same, method="interpolated-copy").steps == {"align": 0, "interpolate": 14}
 
 
+@pytest.mark.full
 def test_distillation_has_the_steps_that_it_shows(places):
     assert list(found(places, method="distill").steps) == [
         "write completions",

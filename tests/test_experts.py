@@ -60,6 +60,7 @@ def test_grouped_products_and_their_gradients_are_those_of_each_token_alone(rows
         jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), found_pull(pull), wanted_pull(pull))
 
 
+@pytest.mark.full
 def test_grouped_products_can_be_mapped_over_adapters_and_their_own_choice_of_experts(rows):
     x, w, factors, chosen = rows
     several = jax.tree.map(lambda one: jnp.stack([one, 2 * one]), factors)

@@ -39,6 +39,7 @@ def test_shapes_are_those_of_the_loaded_weights():
     assert fit_sizes.shapes_of("small") == loaded
 
 
+@pytest.mark.full
 def test_two_devices_have_half_of_the_matrices_each():
     arguments = argparse.Namespace(prompt=16, answer=8)
     (_, _, one), (_, _, two) = fit_sizes.memory_rows(["small"], [1, 2], arguments)

@@ -254,6 +254,7 @@ def test_difference_is_decomposed_once_for_all_adapters(bases):
     assert read == [True, False, True]
 
 
+@pytest.mark.full
 def test_batch_of_several_interpolations_equals_single_transfers(bases, tmp_path):
     shares, settings = {"a0": 0.75, "a1": 0.75, "a2": 0.5}, {"method": "interpolated-copy", "out_rank": 2}
     alone = {}

@@ -144,6 +144,7 @@ def test_bad_input_leaves_no_run_in_tensorboard(tmp_path, monkeypatch):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.full
 def test_a_batch_has_a_run_for_each_job(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     source, _ = open_pair(tmp_path)

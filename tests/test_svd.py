@@ -368,6 +368,7 @@ def test_describe_kernels_counts_the_kernels():
     assert set(KERNELS) == {"full", "gram", "krylov", "krylov, deeper", "subspace"}
 
 
+@pytest.mark.full
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(sorted(SMALL)), st.floats(0.1, 1.5), st.integers(0, 2**32 - 1))
 def test_no_kernel_underestimates_its_error(name, power, seed):

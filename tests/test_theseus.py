@@ -122,6 +122,7 @@ def test_command_evaluates_a_moved_adapter(files, tmp_path, capsys):
     assert stopped.value.code == 2
 
 
+@pytest.mark.full
 def test_partial_whitening_in_memory(files):
     base, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     probes = Probes(tuple(CORPUS), "given")
