@@ -26,19 +26,16 @@ from quantised_files import CASES, write_quantised
 from safetensors.numpy import save
 from tiny_bases import write_tokenizer
 
+from jcrosslora import ServedModel
 from jcrosslora.adapter import check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.token_files import token_tensors
-from jcrosslora.checkpoint import BaseModel, load_tokenizer, open_base
-from jcrosslora.checkpoint.safetensors import DTYPES, SafetensorsFile
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.checkpoint import DTYPES, BaseModel, SafetensorsFile, load_tokenizer, open_base
+from jcrosslora.checkpoint.vocabulary import Vocabulary
 from jcrosslora.decoder import settings_of
 from jcrosslora.sources.served.answers import Answers
 from jcrosslora.sources.served.client import Client
 from jcrosslora.sources.served.connection import Connection
 from jcrosslora.sources.served.dialects import find_dialect
-from jcrosslora.sources.served.model import ServedModel
 from jcrosslora.sources.served.token_names import TokenNames
 from jcrosslora.sources.served.top_tokens import divergence
 

@@ -16,10 +16,7 @@ import pytest
 
 import jcrosslora as jcl
 import jcrosslora.cache.store as store_module
-from jcrosslora.cache import Cache
-from jcrosslora.cache.place import cache_limit
 from jcrosslora.cache import Cache, cache_limit
-from jcrosslora.cache.work import remove_abandoned, work_folder
 
 ROOT = Path(jcl.__file__).parents[1]
 

@@ -10,8 +10,9 @@ from tiny_bases import delta, random_adapter
 from whole_passes import log_probs
 
 import jcrosslora as jcl
-from jcrosslora.adapter.token_updates import EMBEDDING, TokenUpdate
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.adapter import TokenUpdate
+from jcrosslora.adapter.token_updates import EMBEDDING
+from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import load_params, settings_of, stack_adapter
 from jcrosslora.methods import Auto
 from jcrosslora.session.pair_session import PairSession

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import transformers
 
-from jcrosslora.checkpoint.config import check_config, read_dims
-from jcrosslora.checkpoint.family.parts import LayerParts
+from jcrosslora.checkpoint import LayerParts, check_config, read_dims
 from jcrosslora.decoder import settings_of
 
 PHI_FACTORS = {

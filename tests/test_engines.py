@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from adapter_folders import CONFIG, Q, V, adapter_of, matrix, tensors, write_folder
 from adapters_of_all import adapter_of_all
+from command_line import main
 from dense_models import random_model
 from engine_readers import llama_cpp_log_probs
 from expert_models import EXPERT_VARIANTS
@@ -23,7 +24,6 @@ import jcrosslora as jcl
 from jcrosslora.adapter import EngineVerdict, check_engines, load_adapter, save_adapter
 from jcrosslora.adapter.engines import vllm
 from jcrosslora.adapter.truncation import AUTO_RANKS
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,8 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import torch
 
 import jcrosslora as jcl
-from jcrosslora.adapter import check_engines
-from jcrosslora.adapter.profiles import for_profile
+from jcrosslora.adapter import check_engines, for_profile
 from jcrosslora.checkpoint.family.names import ATTENTION
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, OutputError

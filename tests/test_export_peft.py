@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from adapter_folders import base_of, delta
 from adapters_of_all import adapter_of_all
+from command_line import main
 from dense_models import VARIANTS, random_model
 from expert_models import EXPERT_VARIANTS
 from hybrid_models import HYBRIDS
@@ -21,9 +22,8 @@ from tiny_models import FAMILIES, tiny_model, torch
 
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, LoRAFactors, check_engines, load_adapter, save_adapter, split_fused
-from jcrosslora.checkpoint.base_info import describe_base
-from jcrosslora.checkpoint.families import FAMILIES as TABLE
-from jcrosslora.cli.main import main
+from jcrosslora.checkpoint import FAMILIES as TABLE
+from jcrosslora.checkpoint import describe_base
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import OutputError
 

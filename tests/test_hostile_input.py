@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.patterns import is_matchable
-from jcrosslora.checkpoint import open_base
-from jcrosslora.checkpoint.tokenizer import load_tokenizer
+from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.errors import AdapterError, CheckpointError, JCrossLoRAError
 from jcrosslora.utils.files import atomic_folder, write_whole
 

@@ -8,13 +8,13 @@ import unicodedata
 import numpy as np
 import pytest
 from adapter_folders import write_folder
+from command_line import main
 from gguf_files import small_llama
 from markdown_it import MarkdownIt
 from safetensors.numpy import load_file
 from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 
 # It colours the terminal, sets its title, turns the text around, loads an image, runs a script, makes a link, a code
 # block and a cell of a table, ends a tag of markup, and is an emoji's name.

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from command_line import main
 from probe_bases import chat_base
 from safetensors.numpy import load_file
 from shelf_adapters import write_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.utils.files import atomic_folder
 
 KILLED = """
@@ -24,7 +24,7 @@ def killed(path, *rest, **more):
         os.kill(os.getpid(), 9)
     return real(path, *rest, **more)
 setattr(Path, name, killed)
-from jcrosslora.cli.main import main
+from command_line import main
 main(arguments)
 """
 

@@ -4,21 +4,20 @@ import json
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import chat_base, write_base
 from safetensors.numpy import load_file, save_file
 from shelf_adapters import TASKS, write_adapter, write_tasks
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.errors import OutputError, UsageError
 from jcrosslora.shelf import adding as adding_module
 from jcrosslora.shelf import index as index_module
 from jcrosslora.shelf import index_files
 from jcrosslora.shelf.index import Index
 from jcrosslora.shelf.records import ShelfBase, ShelfEntry
-from jcrosslora.training import TrainingSettings
-from jcrosslora.training.run import save_trained
+from jcrosslora.training import TrainingSettings, save_trained
 
 BASE = ShelfBase("tiny", "../base", "sha256:1", "llama")
 

@@ -10,13 +10,13 @@ import threading
 
 import numpy as np
 import pytest
+from command_line import main
 from probe_bases import chat_base
 from safetensors.numpy import save_file
 from shelf_adapters import TASKS, write_adapter
 from test_shelf import BASE, entries, same
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError, UsageError
 from jcrosslora.shelf.index import Index
 from jcrosslora.text import Message
@@ -48,7 +48,7 @@ def test_changes_of_two_processes_both_stay(tmp_path):
 TOGETHER = """
 import sys, time
 from pathlib import Path
-from jcrosslora.cli.main import main
+from command_line import main
 from jcrosslora.shelf.index import Index
 meeting, own, *arguments = sys.argv[1:]
 change = Index.change

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from command_line import main
 from probe_bases import chat_base
 from shelf_adapters import TASKS, write_adapter
 
 import jcrosslora as jcl
-from jcrosslora.cli.main import main
 from jcrosslora.errors import AdapterError
 
 _SECONDS = 30
