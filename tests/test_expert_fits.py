@@ -14,7 +14,6 @@ from jcrosslora.adapter.experts import expert_update
 from jcrosslora.decoder import load_params
 from jcrosslora.fit import DistillSettings
 from jcrosslora.fit.distill.run import distill
-from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods import Distill, Moved
 from jcrosslora.sources.decoder import DecoderSource
 

@@ -10,16 +10,15 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from command_line import main
 from full_set import full_except
+from safetensors.numpy import save_file
+from tiny_bases import delta, llama_tensors, random_adapter, write_llama
 from user_methods import HalfCopy
 
 import jcrosslora as jcl
 from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.cache import Cache
-from jcrosslora.cli.main import main
 from jcrosslora.errors import CheckpointError, MethodError, UsageError
 from jcrosslora.methods import METHODS, CrossLoRA, LoRAX, MapMethod, Method, Moved, allow_module, find_method
 from jcrosslora.methods.coordinates import padded_maps, resampled_maps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import select
 from jcrosslora.methods import MapMethod, Moved, Task
 from jcrosslora.methods.coordinates import padded_maps
