@@ -58,7 +58,10 @@ def plain_scores(model, tokenizer, question):
     return found
 
 
-@pytest.fixture(scope="module", params=[("llama", "byte-level"), ("gemma3_text", "sentencepiece")])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "byte-level"), pytest.param(("gemma3_text", "sentencepiece"), marks=pytest.mark.full)],
+)
 def tiny(request, tmp_path_factory):
     family, kind = request.param
     folder = tmp_path_factory.mktemp("base")

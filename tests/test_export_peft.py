@@ -16,6 +16,7 @@ from adapters_of_all import adapter_of_all
 from command_line import main
 from dense_models import VARIANTS, random_model
 from expert_models import EXPERT_VARIANTS
+from full_set import full_except
 from hybrid_models import HYBRIDS
 from probe_bases import QUESTIONS, save_tokenizer
 from tiny_models import FAMILIES, tiny_model, torch
@@ -190,7 +191,7 @@ def test_the_table_has_every_family():
     assert {MODELS[name][0] for name in EVERY} == set(TABLE)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", full_except(EVERY, ["llama", "deepseek_v3", "lfm2", "gemma4-experts", "qwen3_5"]))
 def test_peft_computes_what_an_adapter_of_all_modules_does(name, tmp_path):
     model, plain, base = made(name, tmp_path)
     adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)
