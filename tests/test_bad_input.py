@@ -283,7 +283,7 @@ def test_an_interrupted_write_leaves_nothing(place, capsys, monkeypatch):
 SLOW_TRANSFER = """
 import signal, sys, time
 from user_methods import HOOKS
-from command_line import main
+from jcrosslora.cli.main import main
 
 def wait(context):
     print("aligned", flush=True)

@@ -24,7 +24,7 @@ def killed(path, *rest, **more):
         os.kill(os.getpid(), 9)
     return real(path, *rest, **more)
 setattr(Path, name, killed)
-from command_line import main
+from jcrosslora.cli.main import main
 main(arguments)
 """
 

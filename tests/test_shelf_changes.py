@@ -48,7 +48,7 @@ def test_changes_of_two_processes_both_stay(tmp_path):
 TOGETHER = """
 import sys, time
 from pathlib import Path
-from command_line import main
+from jcrosslora.cli.main import main
 from jcrosslora.shelf.index import Index
 meeting, own, *arguments = sys.argv[1:]
 change = Index.change
