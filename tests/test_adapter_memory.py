@@ -28,7 +28,6 @@ from jcrosslora.adapter import (
 )
 from jcrosslora.adapter.expert_updates import ExpertUpdate
 from jcrosslora.adapter.replaced import ReplacedTensors
-from jcrosslora.adapter.token_updates import TokenUpdate
 from jcrosslora.errors import AdapterError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -13,6 +13,7 @@ from tiny_bases import llama_tensors, write_llama
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
+from jcrosslora.lineage import Choice, choose_method
 from jcrosslora.lineage.base_comparison import compare_bases
 from jcrosslora.lineage.method_selection import (
     ACTIVATION_METHOD,

@@ -12,6 +12,7 @@ from jcrosslora.adapter.front_matter import split_card as split_card
 from jcrosslora.adapter.fused import fuse as fuse
 from jcrosslora.adapter.fused import split_fused as split_fused
 from jcrosslora.adapter.ignored import Carried as Carried
+from jcrosslora.adapter.keep_dora import load_dora as load_dora
 from jcrosslora.adapter.kinds.lora_x import lora_x_update as lora_x_update
 from jcrosslora.adapter.kinds.sd_lora import stack_tasks as stack_tasks
 from jcrosslora.adapter.live_peft import adapter_from_peft as adapter_from_peft
