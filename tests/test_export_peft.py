@@ -216,6 +216,7 @@ def mixed(tmp_path_factory):
     return made("qwen3_moe-mixed", folder, vocab_size=vocab)
 
 
+@pytest.mark.full
 def test_transfer_export_and_train_write_what_peft_loads(mixed, tmp_path):
     model, plain, base = mixed
     adapter, settings, params = adapter_of_all(base), settings_of(base), load_params(base)

@@ -170,6 +170,7 @@ def demo(home, monkeypatch):
     monkeypatch.setattr(run, "demo_questions", lambda: QUESTIONS[:2])
 
 
+@pytest.mark.full
 def test_no_file_tells_of_the_folders_of_the_machine(home, demo, hub, capsys):
     before = set(home.rglob("*"))
     for line in lines():
