@@ -12,7 +12,6 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import Estimate, estimate_files
 from jcrosslora.batch import estimate_batch, read_plan
-from jcrosslora.cli.main import main
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.errors import OutputError
