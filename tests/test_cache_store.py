@@ -316,6 +316,7 @@ def test_two_processes_can_write_read_and_remove_the_same_entries(cache):
     assert list((cache.root / "arrays" / ".work").iterdir()) == []
 
 
+@pytest.mark.full
 def test_store_works_after_a_writer_is_killed(cache):
     rng = random.Random(0)
     for _ in range(3):

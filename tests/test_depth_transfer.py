@@ -21,6 +21,7 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_similar_depth_by_the_command_and_again_by_its_recipe(files, tmp_path, capsys):
     given = [files / "adapter", "--source", files / "source", "--target", files / "target", "--out", tmp_path / "one"]
     flags = ["--method", "pad-truncate", "--depth", "similar", "--probe-text", files / "texts.txt"]

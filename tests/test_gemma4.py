@@ -62,6 +62,7 @@ def adapted(folder, targets):
     return model
 
 
+@pytest.mark.full
 def test_gradients_through_keys_that_layers_share_are_those_of_torch(base, tmp_path):
     model = adapted(tmp_path, [*ATTENTION, "per_layer_input_gate"])
     stacked = stack_adapter(jcl.load_adapter(tmp_path, base), base)

@@ -63,6 +63,7 @@ main(arguments)
 """
 
 
+@pytest.mark.full
 def test_two_processes_that_add_at_the_same_time_both_succeed(base, tmp_path):
     meeting, folder = tmp_path / "meeting", tmp_path / "shelf"
     meeting.mkdir()

@@ -84,6 +84,7 @@ def test_all_write_the_same(source, decoder):
     assert source.alone().write(PROMPTS, 6, 0.0, KEY) != source.write(PROMPTS, 6, 0.0, KEY)
 
 
+@pytest.mark.full
 def test_all_sample_from_the_model(source, decoder):
     often = ["Anna"] * 200
     found = {one.text for one in source.write(often, 1, 1.0, KEY)}
