@@ -30,7 +30,7 @@ from jcrosslora.evidence.request import ModuleStack
 from jcrosslora.evidence.weight_stacks import load_stack
 from jcrosslora.linalg import mesh_of, over_layers, spread
 from jcrosslora.lineage.pairing import SIMILAR, Pair
-from jcrosslora.methods import MapMethod
+from jcrosslora.methods.base import MapMethod
 from jcrosslora.utils.progress import track
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from jcrosslora.evidence.weight_stacks import bounded_groups
 from jcrosslora.linalg import describe_kernels
 from jcrosslora.lineage.pairing import SIMILAR, Depth, Pair, Pairing, pair_modules
 from jcrosslora.lineage.token_names import compare_token_names
-from jcrosslora.methods import DEFAULT_SVD_RANK, Method, spec_of
+from jcrosslora.methods.base import DEFAULT_SVD_RANK, Method
 
 if TYPE_CHECKING:
     from jcrosslora.evidence.probes import ProbeBatch, Probes
@@ -127,7 +127,7 @@ class AlignmentTask:
         probes = self.probes if self.runs_bases else None
         decomposes = EvidenceKind.SINGULAR_VECTORS in self.method.requires
         return AlignRecipe(
-            method=spec_of(self.method),
+            method=self.method.spec(),
             settings=self.method.settings() | ({"svd_rank": self.rank} if self.method.truncates else {}),
             depth=self.depth,
             seed=self.seed,

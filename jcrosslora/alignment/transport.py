@@ -12,7 +12,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair, Pairing
-from jcrosslora.methods import Method
+from jcrosslora.methods.base import Method
 
 
 @dataclass(frozen=True, eq=False)

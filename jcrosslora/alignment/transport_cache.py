@@ -19,7 +19,7 @@ from jcrosslora.evidence.providers import providers_of
 from jcrosslora.evidence.request import EvidenceRequest, pairs_as_json
 from jcrosslora.linalg import LinearMap, place
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import MapMethod
+from jcrosslora.methods.base import MapMethod
 
 
 class TransportCache:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jcrosslora.batch.plan_file import Job
+from jcrosslora.checkpoint.local_paths import publish
 from jcrosslora.errors import OutputError
-from jcrosslora.report.public_names import publish
 from jcrosslora.utils.files import write_whole
 
 Status = Literal["done", "kept", "failed", "open"]

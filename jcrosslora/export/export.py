@@ -12,15 +12,15 @@ from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.adapter.combining import add_adapters
 from jcrosslora.adapter.contents import FileDtype
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.keep_dora import load_dora
 from jcrosslora.adapter.kinds.dora import DORA
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
 from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.local_paths import local_names, publish
 from jcrosslora.errors import UsageError
-from jcrosslora.report.public_names import local_names, publish
-from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.shifting.truncate import Frozen, frozen_factors, project, span_rank
 from jcrosslora.text.completion_lines import COMPLETIONS
 from jcrosslora.utils.files import ensure_free

@@ -14,12 +14,14 @@ from typing import Literal
 import numpy as np
 
 from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.adapter.ignored import check_always_active
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import describe_base
 from jcrosslora.checkpoint.experts import is_loadable
 from jcrosslora.checkpoint.families import EMBEDDING, HEAD
 from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.local_paths import local_names, publish
 from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
 from jcrosslora.checkpoint.safetensors import DTYPES
 from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
@@ -27,8 +29,6 @@ from jcrosslora.checkpoint.streaming import Piece, write_pieces
 from jcrosslora.errors import AdapterError, CheckpointError, OutputError
 from jcrosslora.export.companions import write_companions
 from jcrosslora.export.row_updates import Updates, converted_rows, row_blocks, updates_of
-from jcrosslora.report.public_names import local_names, publish
-from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
 from jcrosslora.utils.progress import track
 from jcrosslora.utils.versions import version

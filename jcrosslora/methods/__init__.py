@@ -29,7 +29,6 @@ from jcrosslora.methods.registry import make_chosen as make_chosen
 from jcrosslora.methods.registry import make_method as make_method
 from jcrosslora.methods.registry import register_method as register_method
 from jcrosslora.methods.registry import setting_fields as setting_fields
-from jcrosslora.methods.registry import spec_of as spec_of
 from jcrosslora.methods.residual_fit import ResidualFit as ResidualFit
 from jcrosslora.methods.scaled_procrustes import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.select import Select as Select

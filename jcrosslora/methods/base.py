@@ -117,6 +117,15 @@ class Method:
             return None
 
     @classmethod
+    def spec(cls) -> str:
+        """Return how `--method` and recipes refer to it: by its name, or as "module:Class" for a user's own."""
+        if cls.__module__.startswith("jcrosslora."):
+            return cls.name
+        # `__main__` cannot be imported by name, but the file of the script can.
+        file = cls.source_file() if cls.__module__ == "__main__" else None
+        return f"{cls.__module__ if file is None else file.stem}:{cls.__qualname__}"
+
+    @classmethod
     def _code_digest(cls) -> str:
         file = cls.source_file()
         if file is None:

@@ -97,7 +97,7 @@ def register_method(method: type[M]) -> type[M]:
         msg = f"method {method.name}: {reason}; write @dataclass(frozen=True) and give every field a default"
         raise MethodError(msg)
     other = METHODS.get(method.name)
-    if method.name == AUTO or (other is not None and _spec(other) != _spec(method)):
+    if method.name == AUTO or (other is not None and other.spec() != method.spec()):
         msg = f"another method is called {method.name!r}; choose another name"
         raise MethodError(msg)
     if method.move is Method.move or (issubclass(method, MapMethod) and method.maps is MapMethod.maps):
@@ -203,16 +203,3 @@ def hyper_types() -> dict[str, Any]:
         name: get_type_hints(METHODS[method])[name] if isinstance(field.type, str) else field.type
         for name, (method, field) in first.items()
     }
-
-
-def spec_of(method: Method) -> str:
-    """Return how `--method` and recipes refer to a method: by its name, or as "module:Class" for a user's own."""
-    return _spec(type(method))
-
-
-def _spec(method: type[Method]) -> str:
-    if method.__module__.startswith("jcrosslora."):
-        return method.name
-    # `__main__` cannot be imported by name, but the file of the script can.
-    file = method.source_file() if method.__module__ == "__main__" else None
-    return f"{method.__module__ if file is None else file.stem}:{method.__qualname__}"

@@ -11,8 +11,9 @@ import numpy as np
 
 from jcrosslora.adapter.folder import CARD
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.local_paths import publish
 from jcrosslora.report.card import model_card
-from jcrosslora.report.public_names import publish, replacements, source_name
+from jcrosslora.report.public_names import replacements, source_name
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.table import changed_settings, role_rows
 from jcrosslora.report.verdict import verdict

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.report.public_names import publish, replacements
+from jcrosslora.checkpoint.local_paths import publish
+from jcrosslora.report.public_names import replacements
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.report.table import role_rows
 from jcrosslora.report.verdict import verdict

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jcrosslora.checkpoint.hub import is_hub_id, public_name
+from jcrosslora.checkpoint.local_paths import local_names
 from jcrosslora.report.record import TransferReport
 
 
@@ -26,31 +23,3 @@ def replacements(report: TransferReport) -> dict[str, str]:
     ends = report.source, report.target
     named = [*(info.ref for info in ends), *(info.name for info in ends)]
     return local_names(report.adapter.name, report.recipe.probe_text, *named)
-
-
-def local_names(*refs: str | None) -> dict[str, str]:
-    """Return the paths among references with their public names, for `publish`."""
-    found = {}
-    for ref in refs:
-        name = public_name(ref)
-        # A bare name reveals nothing, and replacing it could change unrelated text.
-        if ref and name and ref != name and (os.sep in ref or ref.startswith("~")):
-            found[ref] = name
-            found[str(Path(ref).expanduser().absolute())] = name
-    return found
-
-
-def publish(value: Any, names: Mapping[str, str]) -> Any:
-    """Replace the paths in all texts of a JSON value, longer ones first."""
-    pattern = re.compile("|".join(re.escape(path) for path in sorted(names, key=len, reverse=True)))
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, str) and names:
-            return pattern.sub(lambda match: names[match.group()], value)
-        if isinstance(value, Mapping):
-            return {key: replaced(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [replaced(item) for item in value]
-        return value
-
-    return replaced(value)

@@ -8,9 +8,9 @@ from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.profiles import Profile
 from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.checkpoint.local_paths import local_names
 from jcrosslora.errors import UsageError
-from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method, spec_of
-from jcrosslora.report.public_names import local_names
+from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
 from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
@@ -190,7 +190,7 @@ def flat_method(method: MethodLike) -> dict[str, Any]:
     made = make_method(method)
     if isinstance(made, Auto):
         return {"method": AUTO, **dict(made.settings)}
-    return {"method": spec_of(made), **made.settings()}
+    return {"method": made.spec(), **made.settings()}
 
 
 def setting_types() -> dict[str, Any]:

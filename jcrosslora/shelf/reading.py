@@ -12,13 +12,13 @@ from typing import Any
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import AdapterFiles, find_adapter, is_adapter, stated_licences
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.checkpoint.hub import is_hub_id
 from jcrosslora.errors import AdapterError
 from jcrosslora.report.documents import REPORT
 from jcrosslora.shelf.records import Origin, ShelfEntry
-from jcrosslora.shifting.apply import fit_to_base
 from jcrosslora.utils.reading import read_small, read_small_text
 
 _HEADER_LENGTH = 8  # bytes in front of the header of a safetensors file

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jcrosslora.adapter import Adapter, LoRAFactors, split_fused
+from jcrosslora.adapter import Adapter, LoRAFactors
+from jcrosslora.adapter.fused import fit_to_base
 from jcrosslora.alignment.transport import Transport, TransportGroup
-from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.errors import AdapterError, MethodError
 from jcrosslora.evidence.records import Terms
 from jcrosslora.linalg import product_energy
@@ -91,40 +91,6 @@ def shift_factors(terms: Terms, a: jax.Array, b: jax.Array, keep_norm: bool) -> 
         factor = jnp.where(alive, jnp.sqrt(before / jnp.where(alive, after, 1)), 1)
         b_tgt, after = b_tgt * factor, after * factor**2
     return ShiftedFactors(a_tgt, b_tgt, before, mapped, after)
-
-
-def fit_to_base(adapter: Adapter, base: BaseInfo, *, every: bool = True) -> Adapter:
-    """Check that an adapter belongs to a base by names and shapes, and take fused matrices apart.
-
-    Args:
-        adapter: a single one.
-        base: that it is for.
-        every: whether the base has to have all of its modules.
-
-    Raises:
-        AdapterError: a stack of adapters, a module that the base does not have, or of another shape.
-    """
-    if any(factors.a.ndim != 2 for factors in adapter.modules.values()):
-        msg = f"{adapter.info.name}: a stack of adapters, one was wanted: map over it with "
-        msg += "jax.vmap(jcrosslora.apply, in_axes=(None, 0)), or take it apart with jcrosslora.unstack_adapters"
-        raise AdapterError(msg)
-    adapter = split_fused(adapter, base.fused)
-    unknown = [name for name in adapter.modules if name not in base.shapes]
-    if unknown and every:
-        msg = (
-            f"adapter {adapter.info.name} updates {len(unknown)} modules, {unknown[0]} the first, that the base "
-            f"{base.name} ({base.family}, {len(base.shapes)} modules) does not have; give the base it was trained on"
-        )
-        raise AdapterError(msg)
-    for name, factors in adapter.modules.items():
-        came, want = factors.shape, base.shapes.get(name, factors.shape)
-        if came != want:
-            msg = (
-                f"adapter {adapter.info.name} has an update of {came[0]} x {came[1]} for {name}, which is "
-                f"{want[0]} x {want[1]} in the base {base.name}; give the base it was trained on"
-            )
-            raise AdapterError(msg)
-    return adapter
 
 
 def rows_by_rank(group: TransportGroup, modules: Mapping[str, LoRAFactors]) -> Iterator[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.structure import LayerMap
-from jcrosslora.methods import Method
+from jcrosslora.methods.base import Method
 
 
 def carry_experts(adapter: Adapter, pair: BasePair, method: Method) -> tuple[tuple[ExpertUpdate, ...], tuple[str, ...]]:

@@ -18,7 +18,7 @@ from jcrosslora.errors import AdapterError, PairingError, UsageError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import Terms
 from jcrosslora.lineage.pairing import Pair
-from jcrosslora.methods import Method
+from jcrosslora.methods.base import Method
 from jcrosslora.shifting.apply import ShiftedFactors, fit_to_base, rows_by_rank, shift_factors, terms_of
 from jcrosslora.shifting.expert_updates import carry_experts
 from jcrosslora.shifting.records import Calibration, ModuleRow, TokenRow, UnmappedSource

@@ -25,7 +25,7 @@ from jcrosslora.errors import AdapterError
 from jcrosslora.evidence.base_pair import BasePair
 from jcrosslora.evidence.records import EvidenceKind
 from jcrosslora.lineage.token_names import compare_token_names
-from jcrosslora.methods import Method
+from jcrosslora.methods.base import Method
 from jcrosslora.shifting.records import TokenRow
 
 
