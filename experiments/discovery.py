@@ -3,7 +3,7 @@
     python experiments/discovery.py --base BASE --adapter ADAPTER [--adapter ...] [--target TARGET]
         [--expect json:intent] [--seed 0]
 
-For each step of the search (`jcrosslora.fit.distill.discovery`) the table has: how many texts there are; their mean
+For each step of the search (`jcrosslora.distill.discovery`) the table has: how many texts there are; their mean
 score; the share that is as expected, and how many different ones are among these; and the mean scores of those that
 are, and that are not. Below it stand the best of each step, and then figures of the completions that a fit would use.
 With `--target` that base writes the requests if it is the better writer, as in a move to it. `--expect` is `json` (an
@@ -26,12 +26,12 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
-from jcrosslora.fit.distill.completions import write_completions
-from jcrosslora.fit.distill.discovery.scores import Scored
-from jcrosslora.fit.distill.discovery.search import NOTHING
-from jcrosslora.fit.distill.prompt_writer import choose_writer
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.sources.decoder import DecoderSource
+from jcrosslora.distill.completions import write_completions
+from jcrosslora.distill.discovery.scores import Scored
+from jcrosslora.distill.discovery.search import NOTHING
+from jcrosslora.distill.prompt_writer import choose_writer
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.text import Completion
 from jcrosslora.text.completion import prompt_text
 

@@ -35,16 +35,16 @@ from jcrosslora.decoder import (
     stack_adapter,
     unstack_adapter,
 )
+from jcrosslora.distill.completions import answer_given, write_completions
+from jcrosslora.distill.fit import fit
+from jcrosslora.distill.prompt_writer import choose_writer
+from jcrosslora.distill.run import end_tokens, hold_out
+from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import Teacher
 from jcrosslora.evaluate import answer
-from jcrosslora.fit.distill.completions import answer_given, write_completions
-from jcrosslora.fit.distill.fit import fit
-from jcrosslora.fit.distill.prompt_writer import choose_writer
-from jcrosslora.fit.distill.run import end_tokens, hold_out
-from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import Teacher
 from jcrosslora.methods import Distill, make_method
-from jcrosslora.sources.decoder import DecoderReader, DecoderSource
-from jcrosslora.sources.reduced_base import ReducedBase
 from jcrosslora.text import Completion, Message
 from jcrosslora.training import read_examples
 from jcrosslora.training.batches import Plan

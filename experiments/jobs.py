@@ -33,9 +33,9 @@ from rich.console import Console
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params
+from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.evaluate import Answers, answer, print_answers
 from jcrosslora.methods import make_method
-from jcrosslora.sources.tokenizer import with_own_template
 from jcrosslora.text import Completion, Prompt
 from jcrosslora.text.chat_template import template_of
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora

@@ -36,7 +36,7 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.adapter.folder import find_adapter
 from jcrosslora.evaluate import read_task
-from jcrosslora.evidence.probes.text_files import save_texts
+from jcrosslora.evaluate.probes.text_files import save_texts
 from jcrosslora.session.files import transfer_files
 from jcrosslora.training import Example, TrainingSettings, read_examples, save_trained, train_lora
 

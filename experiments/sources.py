@@ -26,14 +26,14 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.decoder import load_params
-from jcrosslora.demo.compare import compare
-from jcrosslora.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
-from jcrosslora.fit.distill.run import Distilled, distill_from
+from jcrosslora.distill.run import Distilled, distill_from
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.protocol import Source
+from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.torch import TorchSource
 from jcrosslora.methods import Distill
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.protocol import Source
-from jcrosslora.sources.served.source import ServedSource
-from jcrosslora.sources.torch import TorchSource
+from jcrosslora.session.demo.compare import compare
+from jcrosslora.session.demo.job import SOURCE_ADAPTER, TARGET_ADAPTER, demo_questions, shipped
 
 TOKENS = 12  # of a greedy answer
 

@@ -19,13 +19,13 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params, settings_of, stack_adapter
-from jcrosslora.fit.distill.batches import make_batches
-from jcrosslora.fit.distill.run import end_tokens
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import Teacher, mix_teacher
-from jcrosslora.sources.decoder import DecoderReader
-from jcrosslora.sources.reduced_base import ReducedBase
+from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.run import end_tokens
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.decoder import DecoderReader
+from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import Teacher, mix_teacher
 from jcrosslora.training import read_examples
 from jcrosslora.training.examples import as_completion
 

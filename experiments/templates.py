@@ -19,11 +19,11 @@ from rich.table import Table
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
-from jcrosslora.fit.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.template_choice import behind_best, judge_templates, known_templates
-from jcrosslora.fit.distill.templates import templates_of
-from jcrosslora.sources.decoder import DecoderSource
+from jcrosslora.distill.completions import JUDGED_TOKENS, PILOT, write_pilot
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.template_choice import behind_best, judge_templates, known_templates
+from jcrosslora.distill.templates import templates_of
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -17,17 +17,16 @@ if _TYPE_CHECKING:
     from jcrosslora.adapter import load_adapter as load_adapter
     from jcrosslora.adapter import stack_adapters as stack_adapters
     from jcrosslora.adapter import unstack_adapters as unstack_adapters
-    from jcrosslora.alignment.align import align as align
-    from jcrosslora.alignment.transport import Transport as Transport
-    from jcrosslora.batch import read_plan as read_plan
-    from jcrosslora.batch import run_batch as run_batch
+    from jcrosslora.adapter.export.export import ExportSettings as ExportSettings
+    from jcrosslora.adapter.export.export import export_adapter as export_adapter
+    from jcrosslora.adapter.export.merge import MergeSettings as MergeSettings
+    from jcrosslora.adapter.export.merge import merge as merge
     from jcrosslora.cache import Cache as Cache
     from jcrosslora.cache import open_cache as open_cache
     from jcrosslora.checkpoint import BaseModel as BaseModel
     from jcrosslora.checkpoint import open_base as open_base
-    from jcrosslora.composition import Composed as Composed
-    from jcrosslora.composition import compose as compose
-    from jcrosslora.composition import load_composition as load_composition
+    from jcrosslora.distill.sources.served.model import ServedModel as ServedModel
+    from jcrosslora.distill.sources.torch_model import TorchModel as TorchModel
     from jcrosslora.errors import AdapterError as AdapterError
     from jcrosslora.errors import BatchError as BatchError
     from jcrosslora.errors import CacheError as CacheError
@@ -43,24 +42,24 @@ if _TYPE_CHECKING:
     from jcrosslora.errors import UsageError as UsageError
     from jcrosslora.evaluate import answer as answer
     from jcrosslora.evaluate import score as score
-    from jcrosslora.evidence.probes import Probes as Probes
-    from jcrosslora.evidence.probes import written_probes as written_probes
-    from jcrosslora.evidence.records import Evidence as Evidence
-    from jcrosslora.evidence.records import EvidenceKind as EvidenceKind
-    from jcrosslora.evidence.records import Maps as Maps
-    from jcrosslora.export.export import ExportSettings as ExportSettings
-    from jcrosslora.export.export import export_adapter as export_adapter
-    from jcrosslora.export.merge import MergeSettings as MergeSettings
-    from jcrosslora.export.merge import merge as merge
-    from jcrosslora.lineage.base_comparison import BaseComparison as BaseComparison
-    from jcrosslora.lineage.base_comparison import compare_bases as compare_bases
-    from jcrosslora.lineage.pairing import Pairing as Pairing
-    from jcrosslora.logs import log_to as log_to
+    from jcrosslora.evaluate.probes import Probes as Probes
+    from jcrosslora.evaluate.probes import written_probes as written_probes
+    from jcrosslora.maps.alignment.transport import Transport as Transport
+    from jcrosslora.maps.evidence.records import Evidence as Evidence
+    from jcrosslora.maps.evidence.records import EvidenceKind as EvidenceKind
+    from jcrosslora.maps.evidence.records import Maps as Maps
+    from jcrosslora.maps.shifting.apply import apply as apply
     from jcrosslora.methods import MapMethod as MapMethod
     from jcrosslora.methods import Method as Method
     from jcrosslora.methods import register_method as register_method
+    from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
+    from jcrosslora.relation.base_comparison import compare_bases as compare_bases
+    from jcrosslora.relation.pairing import Pairing as Pairing
     from jcrosslora.report.record import TransferReport as TransferReport
     from jcrosslora.report.verdict import verdict as verdict
+    from jcrosslora.session.align import align as align
+    from jcrosslora.session.batch import read_plan as read_plan
+    from jcrosslora.session.batch import run_batch as run_batch
     from jcrosslora.session.estimate import Estimate as Estimate
     from jcrosslora.session.files import estimate_files as estimate_files
     from jcrosslora.session.files import transfer_files as transfer_files
@@ -72,12 +71,13 @@ if _TYPE_CHECKING:
     from jcrosslora.session.transfer import transfer as transfer
     from jcrosslora.shelf import Retrieved as Retrieved
     from jcrosslora.shelf import Shelf as Shelf
-    from jcrosslora.shifting.apply import apply as apply
-    from jcrosslora.sources.served.model import ServedModel as ServedModel
-    from jcrosslora.sources.torch_model import TorchModel as TorchModel
+    from jcrosslora.shelf.composition import Composed as Composed
+    from jcrosslora.shelf.composition import compose as compose
+    from jcrosslora.shelf.composition import load_composition as load_composition
     from jcrosslora.training import TrainingSettings as TrainingSettings
     from jcrosslora.training import fit_magnitudes as fit_magnitudes
     from jcrosslora.training import train_lora as train_lora
+    from jcrosslora.utils.logs import log_to as log_to
 
     __version__: str
 
@@ -85,12 +85,12 @@ if _TYPE_CHECKING:
 # a test compares the two.
 _MODULES: dict[str, tuple[str, ...]] = {
     "adapter": ("Adapter", "LoRAFactors", "check_engines", "load_adapter", "stack_adapters", "unstack_adapters"),
-    "alignment.align": ("align",),
-    "alignment.transport": ("Transport",),
-    "batch": ("read_plan", "run_batch"),
+    "session.align": ("align",),
+    "maps.alignment.transport": ("Transport",),
+    "session.batch": ("read_plan", "run_batch"),
     "cache": ("Cache", "open_cache"),
     "checkpoint": ("BaseModel", "open_base"),
-    "composition": ("Composed", "compose", "load_composition"),
+    "shelf.composition": ("Composed", "compose", "load_composition"),
     "errors": (
         "AdapterError",
         "BatchError",
@@ -107,13 +107,13 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "UsageError",
     ),
     "evaluate": ("answer", "score"),
-    "evidence.probes": ("Probes", "written_probes"),
-    "evidence.records": ("Evidence", "EvidenceKind", "Maps"),
-    "export.export": ("ExportSettings", "export_adapter"),
-    "export.merge": ("MergeSettings", "merge"),
-    "lineage.base_comparison": ("BaseComparison", "compare_bases"),
-    "lineage.pairing": ("Pairing",),
-    "logs": ("log_to",),
+    "evaluate.probes": ("Probes", "written_probes"),
+    "maps.evidence.records": ("Evidence", "EvidenceKind", "Maps"),
+    "adapter.export.export": ("ExportSettings", "export_adapter"),
+    "adapter.export.merge": ("MergeSettings", "merge"),
+    "relation.base_comparison": ("BaseComparison", "compare_bases"),
+    "relation.pairing": ("Pairing",),
+    "utils.logs": ("log_to",),
     "methods": ("MapMethod", "Method", "register_method"),
     "report.record": ("TransferReport",),
     "report.verdict": ("verdict",),
@@ -125,9 +125,9 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "session.settings": ("TransferSettings",),
     "session.transfer": ("shift", "transfer"),
     "shelf": ("Retrieved", "Shelf"),
-    "shifting.apply": ("apply",),
-    "sources.served.model": ("ServedModel",),
-    "sources.torch_model": ("TorchModel",),
+    "maps.shifting.apply": ("apply",),
+    "distill.sources.served.model": ("ServedModel",),
+    "distill.sources.torch_model": ("TorchModel",),
     "training": ("TrainingSettings", "fit_magnitudes", "train_lora"),
 }
 _PUBLIC_MODULES = ("errors", "methods")

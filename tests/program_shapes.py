@@ -17,7 +17,7 @@ from tiny_bases import llama_config, llama_tensors, random_adapter
 import jcrosslora as jcl
 from jcrosslora import Evidence, EvidenceKind
 from jcrosslora.adapter import truncation
-from jcrosslora.alignment import groups, layer_similarity
+from jcrosslora.checkpoint import weight_stacks
 from jcrosslora.decoder import (
     Params,
     StackedFactors,
@@ -30,9 +30,17 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.layer_stack import layer_at
+from jcrosslora.distill import DistillSettings, fit, residual, symbols, teacher, token_choice
+from jcrosslora.distill.settings import Optimizer
+from jcrosslora.distill.sources import decoder as decoder_source
+from jcrosslora.distill.sources import reduced_base
+from jcrosslora.distill.sources.served import top_tokens
 from jcrosslora.evaluate import log_probs, predictions
 from jcrosslora.evaluate.harness import requests
-from jcrosslora.evidence import (
+from jcrosslora.linalg.stacked import AXIS
+from jcrosslora.linalg.svd import choose, refine
+from jcrosslora.maps.alignment import groups, layer_similarity
+from jcrosslora.maps.evidence import (
     Activations,
     HeadMatch,
     Selection,
@@ -41,19 +49,10 @@ from jcrosslora.evidence import (
     head_matching,
     moments,
     shared_vocabulary,
-    weight_stacks,
 )
-from jcrosslora.fit import DistillSettings, residual
-from jcrosslora.fit.distill import fit, symbols, teacher, token_choice
-from jcrosslora.fit.distill.settings import Optimizer
-from jcrosslora.linalg.stacked import AXIS
-from jcrosslora.linalg.svd import choose, refine
+from jcrosslora.maps.shifting import shift
 from jcrosslora.methods import METHODS, MapMethod
 from jcrosslora.session import timing
-from jcrosslora.shifting import shift
-from jcrosslora.sources import decoder as decoder_source
-from jcrosslora.sources import reduced_base
-from jcrosslora.sources.served import top_tokens
 from jcrosslora.training import Batch, TrainingSettings, magnitudes
 from jcrosslora.training import step as training_step
 
@@ -61,7 +60,7 @@ from jcrosslora.training import step as training_step
 DIMS = {"hidden": 22, "heads": 2, "kv_heads": 1, "head_dim": 10, "intermediate": 26, "layers": 2, "vocab": 37}
 LAYERS, BATCH, LENGTH, PLACES, RANK = 2, 3, 7, 5, 4
 # Programs of a shelf and of several adapters at once are no part of a move.
-ELSEWHERE = ("jcrosslora.shelf", "jcrosslora.composition")
+ELSEWHERE = ("jcrosslora.shelf", "jcrosslora.shelf.composition")
 JITTED = type(jax.jit(lambda x: x))
 
 
@@ -83,7 +82,7 @@ def compiled_functions() -> set[str]:
     """The names of all functions of the package that are compiled where they are defined."""
     for module in pkgutil.walk_packages(jcl.__path__, "jcrosslora."):
         # The command line runs when it is imported; the harness's model and logs need packages that may be missing.
-        needs_more = module.name.endswith("harness.model") or module.name.startswith("jcrosslora.logs.to_")
+        needs_more = module.name.endswith("harness.model") or module.name.startswith("jcrosslora.utils.logs.to_")
         if not module.name.endswith("__main__") and not module.name.startswith(ELSEWHERE) and not needs_more:
             importlib.import_module(module.name)
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "jcrosslora"]

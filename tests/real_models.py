@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jcrosslora.demo import GEMMA3, SMOLLM2, fetch_models
 from jcrosslora.errors import CheckpointError
+from jcrosslora.session.demo import GEMMA3, SMOLLM2, fetch_models
 
 
 def real_model(name: str) -> Path:

@@ -21,9 +21,8 @@ from jcrosslora.checkpoint import check_config, expected_shapes, read_dims
 from jcrosslora.decoder import extend, load_params, prefill, settings_of, stack_adapter
 from jcrosslora.decoder.sharding import divided_axis, mesh_of
 from jcrosslora.decoder.weight_sizes import held_numbers, stack_shapes
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill import fit
-from jcrosslora.fit.distill.teacher import TaughtBatch
+from jcrosslora.distill import DistillSettings, fit
+from jcrosslora.distill.teacher import TaughtBatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 COMMON = {

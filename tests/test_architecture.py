@@ -2,30 +2,15 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import jcrosslora
 
 ROOT = Path(jcrosslora.__file__).parent
-# From the bottom to the top; a room imports from itself and from rooms in front of it.
-ROOMS = (
-    *(
-        "errors",
-        "utils",
-        "logs",
-        "linalg",
-        "checkpoint",
-        "text",
-        "cache",
-        "distributed",
-        "adapter",
-        "decoder",
-        "sources",
-    ),
-    *("lineage", "evidence", "evaluate", "training", "composition", "fit", "methods", "alignment", "shifting"),
-    *("report", "hub", "shelf", "session", "export"),
-    *("batch", "demo", "cli"),
-)
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
+# From the bottom to the top, as the page has them from the top; a room imports from itself and from rooms before it.
+ROOMS = ("errors", *reversed(re.findall(r"^\| `(\w+)/` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)))
 DATA = {"data"}
 
 

@@ -12,14 +12,14 @@ from tiny_bases import random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.cli.main import main
+from jcrosslora.distill import completions, template_choice, writing
+from jcrosslora.distill.discovery import search
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.run import distill
+from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.templates import templates_of
 from jcrosslora.errors import AdapterError, MethodError, SourceError, UsageError
-from jcrosslora.fit.distill import completions, template_choice, writing
-from jcrosslora.fit.distill.discovery import search
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.run import distill
-from jcrosslora.fit.distill.templates import templates_of
 from jcrosslora.methods import Distill
-from jcrosslora.sources.served.source import ServedSource
 
 FIT = {"completions": 22, "passes": 1, "fit_rank": 2, "answer_tokens": 4, "compared_tokens": 300}
 FLAGS = ["--method", "distill", *(part for key, n in FIT.items() for part in ("--" + key.replace("_", "-"), str(n)))]
@@ -88,7 +88,7 @@ def test_a_served_adapter_is_moved_by_the_command(places, server, tmp_path, caps
 
 def test_torch_gives_the_update_that_our_decoder_gives(places, tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: jnp.float32)
+    monkeypatch.setattr("jcrosslora.distill.run.fast_dtype", lambda: jnp.float32)
     folder, source, adapter = places
     target = jcl.open_base(folder / "target")
     prompts = (folder / "prompts.txt").read_text().splitlines()

@@ -25,15 +25,15 @@ from tiny_bases import delta, random_adapter, write_llama
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-import jcrosslora.batch.run as run_module
 import jcrosslora.cache.keys as cache_keys
-from jcrosslora.batch import print_estimates, read_plan, run_batch
-from jcrosslora.batch.completion_log import stamp_of
-from jcrosslora.batch.plan_file import Job
-from jcrosslora.batch.units import Unit, share_of, units_of
+import jcrosslora.session.batch.run as run_module
 from jcrosslora.cli.main import main
 from jcrosslora.errors import MethodError, UsageError
 from jcrosslora.methods import CrossLoRA, Distill
+from jcrosslora.session.batch import print_estimates, read_plan, run_batch
+from jcrosslora.session.batch.completion_log import stamp_of
+from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.session.batch.units import Unit, share_of, units_of
 from jcrosslora.session.files import transfer_files
 
 PLAN = """

@@ -17,10 +17,10 @@ from tiny_models import tiny_model
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, ExpertUpdate
 from jcrosslora.checkpoint import ROLE_PATHS
-from jcrosslora.composition import COMPOSITIONS, compose, find_composition
-from jcrosslora.composition.updates import stack_for
 from jcrosslora.decoder import forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.shelf.composition import COMPOSITIONS, compose, find_composition
+from jcrosslora.shelf.composition.updates import stack_for
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (4, 9)).astype(np.int32)
 # One adapter, two of them, the base alone, all three.

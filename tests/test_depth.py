@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_bases import llama_tensors, open_pair, write_llama
 
 import jcrosslora as jcl
-from jcrosslora.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers
 from jcrosslora.decoder import forward, load_params, settings_of
 from jcrosslora.errors import PairingError, UsageError
-from jcrosslora.lineage import pair_modules, parse_depth
+from jcrosslora.maps.alignment.layer_similarity import centred_gram, layer_similarity, ordered_layers
+from jcrosslora.relation import pair_modules, parse_depth
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 

@@ -10,23 +10,22 @@ from probe_bases import chat_base, write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
-from jcrosslora.fit import TEMPLATES, DistillSettings, templates_of
-from jcrosslora.fit.distill import template_choice
-from jcrosslora.fit.distill.completions import completions_cost, write_completions
-from jcrosslora.fit.distill.discovery import openings, scores, search
-from jcrosslora.fit.distill.discovery.asking import choose_templates
-from jcrosslora.fit.distill.discovery.facts import SUBJECTS
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.discovery.near_duplicates import distinct
-from jcrosslora.fit.distill.discovery.openings import starts
-from jcrosslora.fit.distill.discovery.requests import ask_about, resemble
-from jcrosslora.fit.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
-from jcrosslora.fit.distill.discovery.search import NOTHING, discover, share_of
-from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
-from jcrosslora.fit.distill.discovery.topic_inputs import choose_examples
-from jcrosslora.fit.distill.templates import ConversationTemplate
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.protocol import Compared
+from jcrosslora.distill import TEMPLATES, DistillSettings, template_choice, templates_of
+from jcrosslora.distill.completions import completions_cost, write_completions
+from jcrosslora.distill.discovery import openings, scores, search
+from jcrosslora.distill.discovery.asking import choose_templates
+from jcrosslora.distill.discovery.facts import SUBJECTS
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.discovery.near_duplicates import distinct
+from jcrosslora.distill.discovery.openings import starts
+from jcrosslora.distill.discovery.requests import ask_about, resemble
+from jcrosslora.distill.discovery.scores import Scored, best_of, common_odds, common_score, score
+from jcrosslora.distill.discovery.search import NOTHING, discover, share_of
+from jcrosslora.distill.discovery.subjects import KnownSubjects, find_subjects
+from jcrosslora.distill.discovery.topic_inputs import choose_examples
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.templates import ConversationTemplate
 from jcrosslora.text import Completion, prompt_text
 from jcrosslora.utils.progress import Track
 

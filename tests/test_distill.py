@@ -35,36 +35,35 @@ from jcrosslora.decoder import (
     stack_adapter,
 )
 from jcrosslora.decoder.forward import head_of
-from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.fit import TEMPLATES, DistillSettings, PromptTemplate, templates_of
-from jcrosslora.fit.distill import completions as completions_module
-from jcrosslora.fit.distill import fit as fit_module
-from jcrosslora.fit.distill import run as run_module
-from jcrosslora.fit.distill import settings as settings_module
-from jcrosslora.fit.distill import teacher as teacher_module
-from jcrosslora.fit.distill import template_choice
-from jcrosslora.fit.distill.batches import BATCH, make_batches
-from jcrosslora.fit.distill.completions import (
+from jcrosslora.distill import TEMPLATES, DistillSettings, PromptTemplate, template_choice, templates_of
+from jcrosslora.distill import completions as completions_module
+from jcrosslora.distill import fit as fit_module
+from jcrosslora.distill import run as run_module
+from jcrosslora.distill import settings as settings_module
+from jcrosslora.distill import teacher as teacher_module
+from jcrosslora.distill.batches import BATCH, make_batches
+from jcrosslora.distill.completions import (
     JUDGED_TOKENS,
     PILOT,
     answer_given,
     answer_length,
     write_completions,
 )
-from jcrosslora.fit.distill.fit import first_state, fit, gradient_step, mean_kl, needs_remat, schedule
-from jcrosslora.fit.distill.run import distill
-from jcrosslora.fit.distill.settings import FIRST, ROUND
-from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
-from jcrosslora.fit.distill.template_choice import judge_templates, known_templates
-from jcrosslora.fit.distill.templates import in_template
-from jcrosslora.fit.distill.writing import first_sentence
+from jcrosslora.distill.fit import first_state, fit, gradient_step, mean_kl, needs_remat, schedule
+from jcrosslora.distill.run import distill
+from jcrosslora.distill.settings import FIRST, ROUND
+from jcrosslora.distill.sources.decoder import DecoderReader, DecoderSource
+from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import TaughtBatch, Teacher, mix_teacher, weighted_kl
+from jcrosslora.distill.template_choice import judge_templates, known_templates
+from jcrosslora.distill.templates import in_template
+from jcrosslora.distill.writing import first_sentence
+from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
 from jcrosslora.report.documents import card_text
 from jcrosslora.report.record import spread
 from jcrosslora.report.table import print_report
-from jcrosslora.sources.decoder import DecoderReader, DecoderSource
-from jcrosslora.sources.protocol import Compared
-from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 from jcrosslora.text import Completion, Message, read
 from jcrosslora.text.chat_template import PLAIN_TEMPLATE
 from jcrosslora.training.checkpoints import Checkpoints
@@ -220,7 +219,7 @@ def test_batches_weigh_answers_and_have_few_shapes(pair):
 @pytest.mark.parametrize("dtype", full_except([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
 def test_the_fit_brings_predictions_towards_the_teacher(pair, monkeypatch, dtype):
     source, target, adapter = pair
-    monkeypatch.setattr("jcrosslora.fit.distill.run.fast_dtype", lambda: dtype)
+    monkeypatch.setattr("jcrosslora.distill.run.fast_dtype", lambda: dtype)
     found = distill(source, target, adapter, prompts=CORPUS, settings=SMALL)
     assert found.looks[-1].divergence < 0.97 * found.looks[0].divergence
     assert [look.completions for look in found.looks] == sorted(look.completions for look in found.looks)
@@ -354,7 +353,7 @@ def test_a_base_without_answers_is_refused(pair):
 @pytest.mark.parametrize("prompts", [(), CORPUS], ids=["its own", "given"])
 def test_an_adapter_that_is_too_large_is_named_before_the_fit(pair, prompts, monkeypatch):
     source, target, _ = pair
-    monkeypatch.delattr("jcrosslora.fit.distill.run.fit")
+    monkeypatch.delattr("jcrosslora.distill.run.fit")
     with pytest.raises(AdapterError, match=f"gives predictions that are not finite on {source.ref}: its factors, or"):
         distill(source, target, random_adapter(source, scale=1e30), prompts=prompts, settings=SMALL)
 

@@ -20,7 +20,7 @@ from jcrosslora.decoder import LoadedBases, forward, load_params, logits, settin
 from jcrosslora.errors import AdapterError, MethodError, UsageError
 from jcrosslora.evaluate import Change, Effect, check_effect, effect_check
 from jcrosslora.evaluate.effect_check import adapter_texts
-from jcrosslora.evidence.probes import match_positions
+from jcrosslora.evaluate.probes import match_positions
 from jcrosslora.methods import Random
 from jcrosslora.report.documents import REPORT, card_text, documents
 from jcrosslora.report.table import print_report

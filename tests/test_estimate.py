@@ -11,11 +11,11 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora import Estimate, estimate_files
-from jcrosslora.batch import estimate_batch, read_plan
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.weight_sizes import held_numbers
 from jcrosslora.errors import OutputError
 from jcrosslora.methods import Distill, Theseus
+from jcrosslora.session.batch import estimate_batch, read_plan
 from jcrosslora.session.timing import Stopwatch
 
 

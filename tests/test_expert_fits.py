@@ -12,10 +12,10 @@ from tiny_bases import random_adapter
 import jcrosslora as jcl
 from jcrosslora.adapter.experts import expert_update
 from jcrosslora.decoder import load_params
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill.run import distill
+from jcrosslora.distill import DistillSettings
+from jcrosslora.distill.run import distill
+from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.methods import Distill, Moved
-from jcrosslora.sources.decoder import DecoderSource
 
 SMALL = DistillSettings(
     fit_rank=4,

@@ -18,10 +18,10 @@ from jcrosslora.checkpoint import ROLE_PATHS
 from jcrosslora.checkpoint.family.names import LAYER_EMBEDDING
 from jcrosslora.decoder import forward, load_params, settings_of, stack_adapter
 from jcrosslora.decoder.residual_streams import Stream, Texts
+from jcrosslora.distill.residual import _check
 from jcrosslora.errors import AdapterError, UsageError
-from jcrosslora.evidence.heads import match_heads
-from jcrosslora.fit.residual import _check
-from jcrosslora.lineage import pair_modules
+from jcrosslora.maps.evidence.heads import match_heads
+from jcrosslora.relation import pair_modules
 from jcrosslora.session.timing import Stopwatch
 
 peft = pytest.importorskip("peft")

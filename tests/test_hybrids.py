@@ -20,11 +20,11 @@ from tiny_models import torch, transformers
 import jcrosslora as jcl
 from jcrosslora.checkpoint import FAMILIES, check_config
 from jcrosslora.decoder import extend, forward, load_params, logits, prefill, settings_of, stack_adapter
+from jcrosslora.distill import DistillSettings
+from jcrosslora.distill.run import distill
 from jcrosslora.errors import CheckpointError
 from jcrosslora.evaluate import score
-from jcrosslora.evidence import heads
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill.run import distill
+from jcrosslora.maps.evidence import heads
 from jcrosslora.training import TrainingSettings, first_factors
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jcrosslora.fit import TEMPLATES
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.discovery.kind_choice import ANSWERS, choose_kind, likeness
-from jcrosslora.fit.distill.discovery.scores import Scored
+from jcrosslora.distill import TEMPLATES
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.discovery.kind_choice import ANSWERS, choose_kind, likeness
+from jcrosslora.distill.discovery.scores import Scored
 from jcrosslora.text import Completion
 
 KIND_OF = {request: kind for kind in KINDS for request in kind.requests}

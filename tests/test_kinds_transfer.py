@@ -18,15 +18,15 @@ from transfers import move_files, transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint import describe_base, load_tokenizer
 from jcrosslora.decoder import stack_adapter
 from jcrosslora.errors import AdapterError, MethodError, OutputError
+from jcrosslora.maps.shifting.invocation import translate, with_invocation
+from jcrosslora.maps.shifting.shift import Shifter
 from jcrosslora.methods import PadTruncate
+from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.invocation import translate, with_invocation
-from jcrosslora.shifting.shift import Shifter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

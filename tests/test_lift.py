@@ -29,8 +29,8 @@ import jcrosslora as jcl
 from jcrosslora.adapter import save_adapter
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, load_params
+from jcrosslora.distill import TEMPLATES
 from jcrosslora.evaluate import Scores, lift_recovered
-from jcrosslora.fit import TEMPLATES
 from jcrosslora.text import Completion
 from jcrosslora.training import TrainingSettings
 

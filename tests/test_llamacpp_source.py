@@ -14,10 +14,10 @@ from real_models import real_model
 
 import jcrosslora as jcl
 from jcrosslora.decoder import load_params
-from jcrosslora.demo import SMOLLM2, SOURCE_ADAPTER, demo_questions, shipped
-from jcrosslora.fit.distill.template_choice import compare
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.served.source import ServedSource
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.template_choice import compare
+from jcrosslora.session.demo import SMOLLM2, SOURCE_ADAPTER, demo_questions, shipped
 from jcrosslora.text import Completion
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]

@@ -15,12 +15,12 @@ from tiny_bases import open_pair, random_adapter
 
 import jcrosslora as jcl
 from jcrosslora.errors import UsageError
-from jcrosslora.logs import find_log, record
+from jcrosslora.utils.logs import find_log, record
 
 LOGS = "wandb", "trackio", "tensorboard"
 RUN = """
 import sys
-from jcrosslora.logs import log_to, record
+from jcrosslora.utils.logs import log_to, record
 with log_to(sys.argv[1], "my-run", {"method": "distill", "seed": 3}):
     for step in range(1, 4):
         record({"loss": 1 / step, "undefined": float("nan")}, step)
@@ -177,7 +177,7 @@ def test_a_log_of_a_batch_is_not_for_other_machines(tmp_path, capsys):
 @pytest.mark.parametrize("log", LOGS)
 def test_a_missing_package_is_named_before_any_work(training, tmp_path, monkeypatch, capsys, log):
     monkeypatch.setitem(sys.modules, log, None)
-    for name in [name for name in sys.modules if name.startswith((f"{log}.", f"jcrosslora.logs.to_{log}"))]:
+    for name in [name for name in sys.modules if name.startswith((f"{log}.", f"jcrosslora.utils.logs.to_{log}"))]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit):
         main(["transfer", "no-adapter", "--source", "no", "--target", "no", "--out", str(tmp_path / "x"), "--log", log])

@@ -16,12 +16,12 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import transfer_files
 from jcrosslora.adapter import Adapter, LoRAFactors, fuse, save_adapter, update_norm
-from jcrosslora.batch import read_plan, run_batch
+from jcrosslora.adapter.profile_ranks import frozen_factors
 from jcrosslora.checkpoint import describe_base
 from jcrosslora.errors import CheckpointError, OutputError, UsageError
+from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.session.pair_session import PairSession
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.truncate import frozen_factors
 
 K = 30  # more than the 24 rows of k_proj and v_proj, less than the short side of any other
 PREFIX = "base_model.model."

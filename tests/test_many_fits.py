@@ -13,17 +13,17 @@ from tiny_bases import random_adapter
 from transfers import move_files
 
 import jcrosslora as jcl
-from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.checkpoint import load_tokenizer
 from jcrosslora.decoder import Generator, fast_dtype, load_params, loaded_within, settings_of, stack_adapter
 from jcrosslora.decoder import loaded as loaded_module
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill import fit as fit_module
-from jcrosslora.fit.distill.batches import make_batches
-from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import Teacher
-from jcrosslora.sources.decoder import DecoderReader
-from jcrosslora.sources.reduced_base import NO_TOKEN, ReducedBase
+from jcrosslora.distill import DistillSettings
+from jcrosslora.distill import fit as fit_module
+from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.sources.decoder import DecoderReader
+from jcrosslora.distill.sources.reduced_base import NO_TOKEN, ReducedBase
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import Teacher
+from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.text import Completion
 
 FIT = {"completions": 20, "fit_rank": 2, "passes": 1, "answer_tokens": 4, "compared_tokens": 300}

@@ -15,8 +15,8 @@ from tiny_bases import random_adapter, write_llama
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.batch import read_plan, run_batch
 from jcrosslora.decoder import loaded
+from jcrosslora.session.batch import read_plan, run_batch
 from jcrosslora.utils import memory
 from jcrosslora.utils.memory import enough_memory
 

@@ -13,9 +13,10 @@ from tiny_bases import llama_tensors, write_llama
 
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.errors import CheckpointError
-from jcrosslora.lineage import Choice, choose_method
-from jcrosslora.lineage.base_comparison import compare_bases
-from jcrosslora.lineage.method_selection import (
+from jcrosslora.methods import METHODS
+from jcrosslora.relation import Choice, choose_method
+from jcrosslora.relation.base_comparison import compare_bases
+from jcrosslora.relation.method_selection import (
     ACTIVATION_METHOD,
     COPY_METHOD,
     MENDED,
@@ -24,10 +25,9 @@ from jcrosslora.lineage.method_selection import (
     why_not_run,
     without_fit,
 )
-from jcrosslora.lineage.relation import Finding, Likeness
-from jcrosslora.lineage.weight_similarity import WeightSimilarity, compare_weights
-from jcrosslora.lineage.wording import choice_reason, finding_phrase
-from jcrosslora.methods import METHODS
+from jcrosslora.relation.relation import Finding, Likeness
+from jcrosslora.relation.weight_similarity import WeightSimilarity, compare_weights
+from jcrosslora.relation.wording import choice_reason, finding_phrase
 
 
 def write(folder, **options):

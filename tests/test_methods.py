@@ -10,11 +10,11 @@ from full_set import first_of_each, full_except
 from user_methods import HalfCopy
 
 from jcrosslora import Evidence, EvidenceKind
-from jcrosslora.alignment.agreement import measure
 from jcrosslora.errors import MethodError
-from jcrosslora.evidence import Activations, Selection, Side, Vocabulary
-from jcrosslora.evidence.heads import embedding_map
 from jcrosslora.linalg import decompose
+from jcrosslora.maps.alignment.agreement import measure
+from jcrosslora.maps.evidence import Activations, Selection, Side, Vocabulary
+from jcrosslora.maps.evidence.heads import embedding_map
 from jcrosslora.methods import METHODS, MapMethod, Theseus, find_method
 
 RANK = 5

@@ -13,7 +13,7 @@ from tiny_bases import open_pair, write_llama
 import jcrosslora as jcl
 from jcrosslora.checkpoint.family.names import DENSE_ROLES
 from jcrosslora.decoder import INPUT_SITES, forward, load_params, settings_of
-from jcrosslora.evidence.moments import add_rows, cross_moments, zero_moments
+from jcrosslora.maps.evidence.moments import add_rows, cross_moments, zero_moments
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 LAYERS = (2, 0)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.discovery.notations import NOTATIONS, PLAIN, write_in, write_plain
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.discovery.notations import NOTATIONS, PLAIN, write_in, write_plain
 
 WORDS = st.text("abcdefgh ,.0123456789", min_size=1).filter(lambda text: ", " not in text and text.strip(", ") == text)
 KEYS = st.text("abcdefgh -", min_size=1).filter(lambda text: text.strip(" -") == text)

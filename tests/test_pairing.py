@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jcrosslora.checkpoint import Module
 from jcrosslora.errors import PairingError
-from jcrosslora.lineage import pair_modules, parse_depth
+from jcrosslora.relation import pair_modules, parse_depth
 
 
 def modules(layers, roles=("q_proj", "down_proj")):

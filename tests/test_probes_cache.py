@@ -18,8 +18,8 @@ from jcrosslora import written_probes
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import open_base
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes import record
-from jcrosslora.evidence.probes.record import find_texts, keep_texts, texts_key
+from jcrosslora.evaluate.probes import record
+from jcrosslora.evaluate.probes.record import find_texts, keep_texts, texts_key
 
 TEXTS = ["one text", "zwei\nZeilen — ‘mit’ \u2028 \U0001f600", "half \ud800", ""]
 SETTINGS = (2, 8, 1.0, 0)
@@ -229,7 +229,7 @@ def test_environment_variable_moves_the_folder(tmp_path, monkeypatch):
 
 HAMMER = """
 import sys
-from jcrosslora.evidence.probes.record import find_texts, keep_texts
+from jcrosslora.evaluate.probes.record import find_texts, keep_texts
 texts = [sys.argv[1] * 50_000, "x"]
 for _ in range(60):
     keep_texts("ab", texts)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jcrosslora.checkpoint import Encoded, Tokenizer
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes import count_positions, match_positions, probe_batches
+from jcrosslora.evaluate.probes import count_positions, match_positions, probe_batches
 
 
 class PieceTokenizer(Tokenizer):

@@ -16,8 +16,8 @@ from jcrosslora import written_probes
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of, stack_adapter
 from jcrosslora.errors import AdapterError, CheckpointError, MethodError, UsageError
-from jcrosslora.evidence.probes import probe_batches, write_texts
-from jcrosslora.evidence.probes.writing import start_words
+from jcrosslora.evaluate.probes import probe_batches, write_texts
+from jcrosslora.evaluate.probes.writing import start_words
 
 LENGTH = 24
 HOT = 20.0  # the logits of a random tied model are so far apart that it would repeat its last token at 1

@@ -16,10 +16,10 @@ from tiny_bases import random_adapter
 from tiny_models import tiny_model
 
 import jcrosslora as jcl
-from jcrosslora.composition import compose
 from jcrosslora.decoder import Generator, generate, load_params, settings_of, stack_adapter
 from jcrosslora.decoder.amplify import AmplifiedGenerator
 from jcrosslora.decoder.prompt_batches import padded
+from jcrosslora.shelf.composition import compose
 from jcrosslora.text.reading import prompt_ids
 
 KEY = jax.random.key(0)

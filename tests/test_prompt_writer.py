@@ -8,11 +8,11 @@ import pytest
 from probe_bases import chat_base
 from tiny_bases import random_adapter
 
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.prompt_writer import choose_writer
-from jcrosslora.fit.distill.template_choice import compare
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.protocol import Compared
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.prompt_writer import choose_writer
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.protocol import Compared
+from jcrosslora.distill.template_choice import compare
 from jcrosslora.text import Completion
 
 

@@ -14,12 +14,12 @@ from tiny_bases import random_adapter, write_llama
 from transfers import transfer_settings
 
 import jcrosslora as jcl
-from jcrosslora.batch import Outcome, read_plan, run_batch, run_on_ray
-from jcrosslora.batch.plan_file import Job
-from jcrosslora.batch.ray_run import _division, _outcomes, _reach
-from jcrosslora.batch.units import Unit
 from jcrosslora.errors import UsageError
 from jcrosslora.methods import allow_module
+from jcrosslora.session.batch import Outcome, read_plan, run_batch, run_on_ray
+from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.session.batch.ray_run import _division, _outcomes, _reach
+from jcrosslora.session.batch.units import Unit
 
 PLAN = """
 out = "OUT"

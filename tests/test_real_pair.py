@@ -12,7 +12,7 @@ from transfers import transfer_settings
 
 import jcrosslora as jcl
 from jcrosslora import transfer_files
-from jcrosslora.demo import GEMMA3, SOURCE_ADAPTER, shipped
+from jcrosslora.session.demo import GEMMA3, SOURCE_ADAPTER, shipped
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")

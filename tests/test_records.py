@@ -2,11 +2,11 @@
 
 import pytest
 
-from jcrosslora.fit.distill.discovery.facts import FACTS, SUBJECTS
-from jcrosslora.fit.distill.discovery.job_kinds import KINDS
-from jcrosslora.fit.distill.discovery.near_duplicates import distinct
-from jcrosslora.fit.distill.discovery.notations import NOTATIONS, PLAIN
-from jcrosslora.fit.distill.discovery.records import make_records
+from jcrosslora.distill.discovery.facts import FACTS, SUBJECTS
+from jcrosslora.distill.discovery.job_kinds import KINDS
+from jcrosslora.distill.discovery.near_duplicates import distinct
+from jcrosslora.distill.discovery.notations import NOTATIONS, PLAIN
+from jcrosslora.distill.discovery.records import make_records
 
 (KIND,) = (kind for kind in KINDS if kind.records)
 

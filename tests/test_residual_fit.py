@@ -12,8 +12,8 @@ from tiny_bases import open_pair, random_adapter
 import jcrosslora as jcl
 from jcrosslora.adapter import Adapter
 from jcrosslora.decoder import StackedAdapter, forward, join_stacked, load_params, settings_of, stack_adapter
+from jcrosslora.distill.residual import fit_residual
 from jcrosslora.errors import AdapterError, PairingError, UsageError
-from jcrosslora.fit.residual import fit_residual
 
 WIDER = {"hidden": 56, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 72, "layers": 2, "vocab": 90}
 FULL = 48  # the short side of down_proj of the tiny base

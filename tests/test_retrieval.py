@@ -18,6 +18,7 @@ import retrieve
 import jcrosslora as jcl
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, forward, load_params, logits, settings_of
+from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.errors import UsageError
 from jcrosslora.shelf.accuracy import accuracy
 from jcrosslora.shelf.encoders.hidden_states import HiddenStates
@@ -25,7 +26,6 @@ from jcrosslora.shelf.encoders.opening import check_encoder, open_encoder
 from jcrosslora.shelf.retrieval.mean_vectors import fit_means
 from jcrosslora.shelf.retrieval.tfidf import WordRetriever
 from jcrosslora.shelf.retrieval.thresholds import similarity_to_others, thresholds_of
-from jcrosslora.sources.decoder import DecoderSource
 from jcrosslora.text import Message
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.text.reading import prompt_ids

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jcrosslora import Evidence
-from jcrosslora.evidence import Activations, Side
 from jcrosslora.linalg import dimension_sizes
 from jcrosslora.linalg.least_squares import FLOOR
+from jcrosslora.maps.evidence import Activations, Side
 from jcrosslora.methods import ScaledProcrustes, Theseus
 
 WIDTHS = 14, 9  # out and in features of the source

@@ -20,7 +20,7 @@ from relatives import (
 from tiny_bases import delta, random_adapter
 
 import jcrosslora as jcl
-from jcrosslora.lineage import choose_method, find_structure
+from jcrosslora.relation import choose_method, find_structure
 
 
 def mixed_heads(layer, groups, served):

@@ -13,10 +13,10 @@ from source_server import BASE, MODEL, serving
 from tiny_bases import random_adapter
 
 import jcrosslora as jcl
+from jcrosslora.distill.sources.served.client import Client, _stated_wait
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.served.source import ServedSource
 from jcrosslora.errors import SourceError, UsageError
-from jcrosslora.sources.served.client import Client, _stated_wait
-from jcrosslora.sources.served.model import ServedModel
-from jcrosslora.sources.served.source import ServedSource
 
 KEY = jax.random.key(0)
 SECRET = "sk-this-is-a-secret"

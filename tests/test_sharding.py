@@ -16,8 +16,8 @@ import jcrosslora as jcl
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import divided_axis
 from jcrosslora.decoder.weight_sizes import held_numbers
+from jcrosslora.distill.memory import most_beside
 from jcrosslora.errors import UsageError
-from jcrosslora.fit.distill.memory import most_beside
 from jcrosslora.methods import Distill
 from jcrosslora.session import placement
 from jcrosslora.session.placement import choose_placement

@@ -9,11 +9,11 @@ from probe_bases import write_base
 
 from jcrosslora.checkpoint import load_tokenizer, open_base
 from jcrosslora.decoder import Written
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill.completions import answer_given
-from jcrosslora.fit.distill.settings import ROUND
-from jcrosslora.fit.distill.similar_prompts import SIMILAR, find_form
-from jcrosslora.sources.decoder import DecoderSource
+from jcrosslora.distill import DistillSettings
+from jcrosslora.distill.completions import answer_given
+from jcrosslora.distill.settings import ROUND
+from jcrosslora.distill.similar_prompts import SIMILAR, find_form
+from jcrosslora.distill.sources.decoder import DecoderSource
 from jcrosslora.text import Message, prompt_text
 
 LINES = [f"{verb} the {noun} now" for verb in ("play", "stop", "find") for noun in ("song", "film", "book", "game")]

@@ -16,15 +16,15 @@ import jcrosslora as jcl
 from jcrosslora import ServedModel, TorchModel
 from jcrosslora.checkpoint import pad_right
 from jcrosslora.decoder import forward, load_params, logits
-from jcrosslora.fit import DistillSettings
-from jcrosslora.fit.distill.batches import make_batches
-from jcrosslora.fit.distill.symbols import find_symbols
-from jcrosslora.fit.distill.teacher import Teacher
-from jcrosslora.fit.distill.template_choice import compare
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.reduced_base import ReducedBase
-from jcrosslora.sources.served.source import ServedSource
-from jcrosslora.sources.served.top_tokens import TopTokens, divergence, spread
+from jcrosslora.distill import DistillSettings
+from jcrosslora.distill.batches import make_batches
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.served.source import ServedSource
+from jcrosslora.distill.sources.served.top_tokens import TopTokens, divergence, spread
+from jcrosslora.distill.symbols import find_symbols
+from jcrosslora.distill.teacher import Teacher
+from jcrosslora.distill.template_choice import compare
 from jcrosslora.text import Completion, Message
 
 KEY = jax.random.key(0)
@@ -66,7 +66,7 @@ def source(request, pair, decoder):
         yield decoder
     elif request.param == "torch":
         pytest.importorskip("peft")
-        from jcrosslora.sources.torch import TorchSource
+        from jcrosslora.distill.sources.torch import TorchSource
 
         yield TorchSource.open(TorchModel(base.path, device="cpu"), path)
     else:

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from jcrosslora.fit import TEMPLATES
-from jcrosslora.fit.distill.discovery.facts import SUBJECTS
-from jcrosslora.fit.distill.discovery.scores import Scored
-from jcrosslora.fit.distill.discovery.subjects import KnownSubjects, find_subjects
+from jcrosslora.distill import TEMPLATES
+from jcrosslora.distill.discovery.facts import SUBJECTS
+from jcrosslora.distill.discovery.scores import Scored
+from jcrosslora.distill.discovery.subjects import KnownSubjects, find_subjects
 from jcrosslora.text import Completion
 
 KNOWN = {"hotel": 1.3, "song": 1.2, "car": 1.15}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_probes_matching import PieceTokenizer
 
-from jcrosslora.fit.distill.batches import DistillationBatch, make_batches
-from jcrosslora.fit.distill.symbols import NO_SPLITS, Symbols, _count_splits, in_target_symbols
+from jcrosslora.distill.batches import DistillationBatch, make_batches
+from jcrosslora.distill.symbols import NO_SPLITS, Symbols, _count_splits, in_target_symbols
 from jcrosslora.text import Completion
 
 # Source: int 10, ent 11, in 12, cat 13; target: intent 20, in 22, cat 23, ca 24, t 25. Shared: in, cat.

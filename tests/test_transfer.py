@@ -21,8 +21,8 @@ from transfers import transfer_settings
 import jcrosslora as jcl
 from jcrosslora import EvidenceKind, transfer_files
 from jcrosslora.errors import MethodError, UsageError
-from jcrosslora.lineage import DEPTH_MAPS
 from jcrosslora.methods import CrossLoRA
+from jcrosslora.relation import DEPTH_MAPS
 
 METHODS = {name: method() for name, method in jcl.methods.METHODS.items()}
 WIDER = {"hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 40, "intermediate": 112, "layers": 2, "vocab": 120}
@@ -111,7 +111,7 @@ def test_small_groups_and_one_large_group_give_equal_results(files, monkeypatch)
     source, target = jcl.open_base(files / "source"), jcl.open_base(files / "target")
     adapter = jcl.load_adapter(files / "adapter")
     large = jcl.shift(jcl.align(source, target, method="random", seed=3), adapter)
-    monkeypatch.setattr("jcrosslora.evidence.weight_stacks.GROUP_BYTES", 1)
+    monkeypatch.setattr("jcrosslora.checkpoint.weight_stacks.GROUP_BYTES", 1)
     small = jcl.align(source, target, method="random", seed=3)
     # A device gets one pair each; without a pair it would repeat another's.
     assert {len(group.pairs) for group in small.groups} <= set(range(1, jax.device_count() + 1))

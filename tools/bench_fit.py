@@ -30,11 +30,11 @@ from interleaved import median_seconds
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.decoder import Params, load_params, settings_of
 from jcrosslora.decoder.generate import extend, prefill
+from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.teacher import TaughtBatch
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.fit.distill.fit import first_state, gradient_step, needs_remat
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.teacher import TaughtBatch
-from jcrosslora.sources.reduced_base import ReducedBase, shared_log_probs
 
 COMPARED = 6500
 _ROWS, _SIDE, _PRODUCTS = 512, 1024, 20  # of the products that the rate is taken from

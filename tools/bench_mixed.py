@@ -22,9 +22,9 @@ import jcrosslora as jcl
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, StackedFactors, fast_dtype, load_params, unstack_adapter
+from jcrosslora.distill.fit import first_state
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import JCrossLoRAError
-from jcrosslora.fit.distill.fit import first_state
-from jcrosslora.fit.distill.settings import DistillSettings
 
 _QUESTION = "Question number {number}: which of the two is the larger one, and what would make it smaller?\nAnswer:"
 

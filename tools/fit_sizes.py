@@ -5,7 +5,7 @@
 
 Both bases have one shape, that of Llama 3.2 1B and 3B, or Llama 3.1 8B and 70B, with weights of zeros; `--small` has a
 shape for trying the script on a CPU. The fit is the one with given prompts: `--prompts` completions of so many tokens,
-in batches as `jcrosslora.fit.distill` makes them, each used `passes` times. The devices are those of `roofline.py`.
+in batches as `jcrosslora.distill` makes them, each used `passes` times. The devices are those of `roofline.py`.
 
 Memory is that of a device: its part of both bases' weights in bfloat16, beside XLA's own analysis of the gradient step
 and of writing, which is that of the backend that compiles: run it on the GPU for its figure. With `--shards` the
@@ -42,11 +42,11 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import DecoderSettings, Params, load_params, settings_of
 from jcrosslora.decoder.generate import extend, prefill
 from jcrosslora.decoder.sharding import mesh_of, weight_sharding, whole
-from jcrosslora.fit.distill.batches import BATCH
-from jcrosslora.fit.distill.fit import first_state, gradient_step, needs_remat
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.fit.distill.teacher import TaughtBatch
-from jcrosslora.sources.reduced_base import shared_log_probs
+from jcrosslora.distill.batches import BATCH
+from jcrosslora.distill.fit import first_state, gradient_step, needs_remat
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.reduced_base import shared_log_probs
+from jcrosslora.distill.teacher import TaughtBatch
 
 COMPARED = 6500  # symbols that predictions are compared on
 WRITTEN = 48  # texts that are written together

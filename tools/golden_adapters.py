@@ -68,9 +68,9 @@ def real_digests() -> Iterator[tuple[str, str]]:
     """Yield a digest for some methods on the demo's bases."""
     from rich.console import Console
 
-    from jcrosslora.demo.fetch import fetch_models
-    from jcrosslora.demo.job import shipped
-    from jcrosslora.demo.run import SOURCE_ADAPTER
+    from jcrosslora.session.demo.fetch import fetch_models
+    from jcrosslora.session.demo.job import shipped
+    from jcrosslora.session.demo.run import SOURCE_ADAPTER
 
     source, target = map(jcl.open_base, fetch_models(None, Console(stderr=True)))
     with shipped(SOURCE_ADAPTER) as adapter:

@@ -23,8 +23,8 @@ import jcrosslora as jcl
 from jcrosslora.adapter import Adapter, AdapterInfo, LoRAFactors
 from jcrosslora.adapter import save_adapter as save_plain
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, TARGET_ADAPTER, fetch_models, in_json
 from jcrosslora.evaluate import Question, read_task
+from jcrosslora.session.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, TARGET_ADAPTER, fetch_models, in_json
 from jcrosslora.training import TrainingSettings, train_lora
 
 DATA = Path(jcl.__file__).parent / "data"

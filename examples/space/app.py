@@ -25,8 +25,8 @@ from job import JobError, run_job
 from rich.console import Console
 
 import jcrosslora as jcl
-from jcrosslora.demo import fetch_models
-from jcrosslora.demo.run import COMPLETIONS
+from jcrosslora.session.demo import fetch_models
+from jcrosslora.session.demo.run import COMPLETIONS
 
 LOCAL = os.environ.get("JCROSSLORA_SPACE_LOCAL") == "1"
 MINUTES = float(os.environ.get("JCROSSLORA_SPACE_MINUTES", "60"))

@@ -12,8 +12,8 @@ from typing import Any
 
 import jcrosslora as jcl
 from jcrosslora.checkpoint.hub import is_hub_id
-from jcrosslora.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, shipped
-from jcrosslora.demo.run import ANSWER_TOKENS, COMPLETIONS
+from jcrosslora.session.demo import GEMMA3, SMOLLM2, SOURCE_ADAPTER, shipped
+from jcrosslora.session.demo.run import ANSWER_TOKENS, COMPLETIONS
 
 ADAPTER, SOURCE, TARGET = "adapter", "source", "target"
 DEMO = {

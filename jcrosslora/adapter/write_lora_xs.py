@@ -84,7 +84,7 @@ def _check_frozen(
     """
     if frozen is None:
         msg = "profile lora-xs needs the frozen factors of the base: give them (frozen=..., from "
-        raise OutputError(msg + "jcrosslora.shifting.truncate.frozen_factors)")
+        raise OutputError(msg + "jcrosslora.adapter.profile_ranks.frozen_factors)")
     for name, factors in modules.items():
         if name not in frozen or frozen[name].shape != factors.shape:
             msg = f"module {name!r} has no frozen factors of its shape {factors.shape}: take them from the base that "

@@ -13,10 +13,10 @@ from rich.console import Console
 from jcrosslora.cli.main import INTERRUPTED, fail
 from jcrosslora.cli.output import FailOn, exit_code, print_json
 from jcrosslora.errors import BatchError, UsageError
-from jcrosslora.logs import LogName
+from jcrosslora.utils.logs import LogName
 
 if TYPE_CHECKING:
-    from jcrosslora.batch import BatchPlan, Summary
+    from jcrosslora.session.batch import BatchPlan, Summary
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Batch:
 
     def run(self, console: Console) -> int:
         """Run or show the plan, and print the outcome of each job."""
-        from jcrosslora.batch import estimate_batch, print_estimates, read_plan
         from jcrosslora.methods import allow_module
+        from jcrosslora.session.batch import estimate_batch, print_estimates, read_plan
 
         for module in self.allow_module:
             allow_module(module)
@@ -79,7 +79,7 @@ class Batch:
         return exit_code(self.fail_on, _levels(summary))
 
     def _run(self, plan: "BatchPlan", shard: tuple[int, int]) -> "Summary":
-        from jcrosslora.batch import run_batch, run_on_ray
+        from jcrosslora.session.batch import run_batch, run_on_ray
 
         shared: dict[str, Any] = {"shard": shard, "overwrite": self.overwrite, "progress": True}
         if self.ray is None:

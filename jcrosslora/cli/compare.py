@@ -26,7 +26,7 @@ class Compare:
     def run(self, console: Console) -> None:
         """Compare, and print the evidence and the relation."""
         from jcrosslora.checkpoint import open_base
-        from jcrosslora.lineage.base_comparison import compare_bases
+        from jcrosslora.relation.base_comparison import compare_bases
         from jcrosslora.report.base_comparison import print_comparison
 
         source = open_base(self.source, revision=self.source_revision)

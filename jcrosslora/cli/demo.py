@@ -24,8 +24,8 @@ class Demo:
 
     def run(self, console: Console) -> None:
         """Fetch, move, compare, print."""
-        from jcrosslora.demo.run import run_demo
         from jcrosslora.methods import allow_module
+        from jcrosslora.session.demo.run import run_demo
 
         if ":" in self.method:
             allow_module(self.method)

@@ -17,8 +17,8 @@ from jcrosslora.utils.texts import visible
 if TYPE_CHECKING:
     import numpy as np
 
-    from jcrosslora.composition import Composed
-    from jcrosslora.composition.weights import Weights
+    from jcrosslora.shelf.composition import Composed
+    from jcrosslora.shelf.composition.weights import Weights
     from jcrosslora.text import Prompt
 
 STDIN = "-"
@@ -98,7 +98,7 @@ class Generate:
                 say(console, line)
 
     def _prompts(self) -> "Sequence[Prompt]":
-        from jcrosslora.evidence.probes.text_files import parse_prompts, read_prompts
+        from jcrosslora.evaluate.probes.text_files import parse_prompts, read_prompts
 
         if bool(self.prompt) == (self.prompts is not None):
             msg = f"{len(self.prompt)} prompts and the file {self.prompts}: give texts, or a file with --prompts"
@@ -112,8 +112,8 @@ class Generate:
 
     def _found(self, prompts: "Sequence[Prompt]") -> "tuple[Composed, np.ndarray, list[bool]]":
         """Return what suits prompts, its weights, and whether each is asked as a message."""
-        from jcrosslora.composition import COMPOSITIONS
-        from jcrosslora.composition.registry import find_composition
+        from jcrosslora.shelf.composition import COMPOSITIONS
+        from jcrosslora.shelf.composition.registry import find_composition
 
         beside = "--adapter" if self.adapter else "--weights" if self.weights else None
         if beside is not None:
@@ -131,7 +131,7 @@ class Generate:
         return composed, weights, [template or bool(row[spoken].any()) for row in weights]
 
     def _composed(self) -> "Composed":
-        from jcrosslora.composition import COMPOSITIONS, compose, load_composition
+        from jcrosslora.shelf.composition import COMPOSITIONS, compose, load_composition
 
         base = opened_base(self.base, self.template)
         if self.compose in COMPOSITIONS or not Path(self.compose).expanduser().is_dir():

@@ -7,9 +7,9 @@ import tyro
 from rich.console import Console
 
 from jcrosslora.cli.output import print_json, say
-from jcrosslora.hub.contents import collect
-from jcrosslora.hub.push import Pushed, push_folder
-from jcrosslora.hub.repository import check_repo_id
+from jcrosslora.report.hub.contents import collect
+from jcrosslora.report.hub.push import Pushed, push_folder
+from jcrosslora.report.hub.repository import check_repo_id
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.console import Console
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.cli.output import say
 from jcrosslora.errors import UsageError
-from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.training.settings import TrainingSettings
+from jcrosslora.utils.logs import LogName, find_log, log_to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from jcrosslora.cli.flags import flag_docs, method_flags, setting_flags
 from jcrosslora.cli.output import FailOn, exit_code, print_json, say
 from jcrosslora.cli.push import print_pushed
 from jcrosslora.errors import MethodError, OutputError
-from jcrosslora.hub.push import Pushed, push_folder
-from jcrosslora.hub.repository import Repository
-from jcrosslora.logs import LogName, find_log, log_to
 from jcrosslora.methods import AUTO, METHODS, allow_module, find_method
+from jcrosslora.report.hub.push import Pushed, push_folder
+from jcrosslora.report.hub.repository import Repository
 from jcrosslora.session.settings import OWN_FIELDS, TransferSettings, setting_types
 from jcrosslora.session.toml_file import read_table, read_toml
+from jcrosslora.utils.logs import LogName, find_log, log_to
 
 
 @dataclass(frozen=True)

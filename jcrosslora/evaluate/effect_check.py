@@ -13,7 +13,7 @@ from jcrosslora.decoder.prompt_batches import writing_cost
 from jcrosslora.errors import MethodError, UsageError, not_finite
 from jcrosslora.evaluate.effect import Change, Effect
 from jcrosslora.evaluate.predictions import Figures, measure, part_of
-from jcrosslora.evidence.probes import ProbeBatch, probe_batches, write_texts
+from jcrosslora.evaluate.probes import ProbeBatch, probe_batches, write_texts
 from jcrosslora.utils.cost import Cost
 from jcrosslora.utils.progress import track
 

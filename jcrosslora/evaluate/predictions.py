@@ -10,7 +10,7 @@ import numpy as np
 
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, forward
 from jcrosslora.decoder.log_probs import Divergence, divergence
-from jcrosslora.evidence.probes import ProbeBatch
+from jcrosslora.evaluate.probes import ProbeBatch
 
 _AT_ONCE = 256  # states that the head gets in one call
 

@@ -3,9 +3,11 @@
 The maths of a method sees the `Evidence` of one pair of modules at a time; it knows no files and no models.
 """
 
-from jcrosslora.methods.base import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
-from jcrosslora.methods.base import MapMethod as MapMethod
-from jcrosslora.methods.base import Method as Method
+from jcrosslora.maps.method import DEFAULT_SVD_RANK as DEFAULT_SVD_RANK
+from jcrosslora.maps.method import MapMethod as MapMethod
+from jcrosslora.maps.method import Method as Method
+from jcrosslora.maps.task import Moved as Moved
+from jcrosslora.maps.task import Task as Task
 from jcrosslora.methods.copy import Copy as Copy
 from jcrosslora.methods.cross_lora import CrossLoRA as CrossLoRA
 from jcrosslora.methods.distill import Distill as Distill
@@ -32,6 +34,4 @@ from jcrosslora.methods.registry import setting_fields as setting_fields
 from jcrosslora.methods.residual_fit import ResidualFit as ResidualFit
 from jcrosslora.methods.scaled_procrustes import ScaledProcrustes as ScaledProcrustes
 from jcrosslora.methods.select import Select as Select
-from jcrosslora.methods.task import Moved as Moved
-from jcrosslora.methods.task import Task as Task
 from jcrosslora.methods.theseus import Theseus as Theseus

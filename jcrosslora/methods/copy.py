@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.evidence.records import Evidence, Maps
-from jcrosslora.methods.base import MapMethod, Measure
-from jcrosslora.methods.coordinates import padded_maps
+from jcrosslora.maps.coordinates import padded_maps
+from jcrosslora.maps.evidence.records import Evidence, Maps
+from jcrosslora.maps.method import MapMethod, Measure
 
 
 @dataclass(frozen=True)

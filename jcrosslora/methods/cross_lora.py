@@ -24,9 +24,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps, Vocabulary
 from jcrosslora.linalg import TruncatedSVD, dot, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps, Vocabulary
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Distillation: an update of the target fitted to the predictions of the adapted source (see `fit.distill`)."""
+"""Distillation: an update of the target fitted to the predictions of the adapted source (see `distill`)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.methods.base import Method
-from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.method import Method
+from jcrosslora.maps.task import Moved, Sizes, Task
 from jcrosslora.utils.cost import Cost
 
 
@@ -21,8 +21,8 @@ class Distill(DistillSettings, Method):
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
         """Count the completions that are written and the fit; where there is a budget, one to the first of them."""
-        from jcrosslora.fit.distill.completions import completions_cost
-        from jcrosslora.fit.distill.fit import fit_cost
+        from jcrosslora.distill.completions import completions_cost
+        from jcrosslora.distill.fit import fit_cost
 
         first = replace(self, completions=self.rounds[0]) if self.budget is not None else self
         fit = replace(fit_cost(first, sizes.prompts), budget=self.seconds)
@@ -33,7 +33,7 @@ class Distill(DistillSettings, Method):
 
         The fit starts from the mapped update, where there is one.
         """
-        from jcrosslora.fit.distill.run import distill
+        from jcrosslora.distill.run import distill
 
         start = task.start if task.start is not None and task.start.modules else None
         found = distill(

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jcrosslora.adapter import Carried
-from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.methods.base import MapMethod
+from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.method import MapMethod
 from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.distill import Distill
 

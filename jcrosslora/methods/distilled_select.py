@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.methods.base import MapMethod
+from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.method import MapMethod
 from jcrosslora.methods.distill import Distill
 from jcrosslora.methods.distilled_copy import DistilledCopy
 from jcrosslora.methods.select import Select

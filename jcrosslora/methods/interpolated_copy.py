@@ -1,4 +1,4 @@
-"""Interpolated copy: the unchanged update, on weights between those of the two bases (see `fit.interpolation`)."""
+"""Interpolated copy: the unchanged update, on weights between those of the two bases (see `distill.interpolation`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,9 +6,9 @@ from typing import ClassVar
 from jcrosslora.adapter import Adapter, fuse, split_fused
 from jcrosslora.adapter.combining import add_factors
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.fit.interpolation import SourceInterpolation, check_share, interpolate_to_source, interpolation_cost
+from jcrosslora.distill.interpolation import SourceInterpolation, check_share, interpolate_to_source, interpolation_cost
+from jcrosslora.maps.task import Moved, Sizes, Task
 from jcrosslora.methods.copy import Copy
-from jcrosslora.methods.task import Moved, Sizes, Task
 from jcrosslora.utils.cost import Cost
 
 

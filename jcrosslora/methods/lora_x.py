@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)

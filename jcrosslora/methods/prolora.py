@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import jax
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, complement, dot, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod, Measure
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, low_rank
-from jcrosslora.methods.base import DEFAULT_SVD_RANK, MapMethod
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import DEFAULT_SVD_RANK, MapMethod
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from jcrosslora.errors import MethodError, UsageError, suggestion
-from jcrosslora.methods.base import MapMethod, Method
+from jcrosslora.maps.method import MapMethod, Method
 from jcrosslora.methods.copy import Copy
 from jcrosslora.methods.cross_lora import CrossLoRA
 from jcrosslora.methods.distill import Distill
@@ -52,7 +52,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 class Auto:
-    """Choose the method from the weights of the two bases (see `lineage.method_selection`).
+    """Choose the method from the weights of the two bases (see `relation.method_selection`).
 
     Attributes:
         settings: hyper-parameters for whichever method is chosen, sorted by name; those that it lacks are left out.

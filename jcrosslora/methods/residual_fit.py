@@ -1,11 +1,11 @@
-"""Residual fit: down_proj fitted, layer by layer, to the change of the residual stream (see `fit.residual`)."""
+"""Residual fit: down_proj fitted, layer by layer, to the change of the residual stream (see `distill.residual`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.methods.base import Method
-from jcrosslora.methods.task import Moved, Sizes, Task
+from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.method import Method
+from jcrosslora.maps.task import Moved, Sizes, Task
 from jcrosslora.utils.cost import Cost
 
 
@@ -23,14 +23,14 @@ class ResidualFit(Method):
 
     def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
         """Count the passes of both bases over the probe texts."""
-        from jcrosslora.fit.residual import residual_cost
+        from jcrosslora.distill.residual import residual_cost
 
         return {"fit the residual stream": residual_cost(sizes.probes)}
 
     def move(self, task: Task) -> Moved:
         """Run both bases over the probe texts and fit each layer in closed form."""
         from jcrosslora.decoder import unstack_adapter
-        from jcrosslora.fit.residual import fit_residual
+        from jcrosslora.distill.residual import fit_residual
 
         fitted = fit_residual(
             task.base,

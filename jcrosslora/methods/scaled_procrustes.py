@@ -18,9 +18,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dimension_sizes, low_rank, procrustes
-from jcrosslora.methods.base import MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import MapMethod, Measure
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.adapter import Carried
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, select
-from jcrosslora.methods.base import MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import MapMethod, Measure
 
 
 @dataclass(frozen=True)

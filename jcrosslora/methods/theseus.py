@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.records import Evidence, EvidenceKind, Maps
 from jcrosslora.linalg import LinearMap, dot, procrustes, psd_power
-from jcrosslora.methods.base import MapMethod, Measure
+from jcrosslora.maps.evidence.records import Evidence, EvidenceKind, Maps
+from jcrosslora.maps.method import MapMethod, Measure
 
 Pair = tuple[jax.Array, jax.Array]
 # At this exponent the activations of both bases have the same spread in all directions.

@@ -6,8 +6,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.lineage import Part, TensorComparison
-from jcrosslora.lineage.base_comparison import BaseComparison
+from jcrosslora.relation import Part, TensorComparison
+from jcrosslora.relation.base_comparison import BaseComparison
 from jcrosslora.utils.terminal import say
 
 _SHOWN_LAYERS = 40  # a longer map of layers is cut

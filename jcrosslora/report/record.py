@@ -8,11 +8,11 @@ from typing import Any
 
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.adapter.truncation import RankRule, Truncation
-from jcrosslora.alignment.transport import AlignRecipe
 from jcrosslora.checkpoint.base_info import BaseInfo
 from jcrosslora.evaluate.effect import Effect
+from jcrosslora.maps.alignment.transport import AlignRecipe
+from jcrosslora.maps.shifting.records import ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.methods import Method
-from jcrosslora.shifting.records import ModuleRow, TokenRow, UnmappedSource
 from jcrosslora.utils.versions import version
 
 # The version of the JSON form. It is raised when a field changes its name or its meaning.

@@ -7,10 +7,10 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from jcrosslora.lineage.pairing import DEPTH_MAPS, SIMILAR
+from jcrosslora.maps.shifting.records import ModuleRow
+from jcrosslora.relation.pairing import DEPTH_MAPS, SIMILAR
 from jcrosslora.report.record import TransferReport, weighted
 from jcrosslora.report.verdict import verdict
-from jcrosslora.shifting.records import ModuleRow
 from jcrosslora.utils.terminal import say
 
 TableKind = Literal["role", "full", "module"]

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jcrosslora.maps.shifting.records import ModuleRow
 from jcrosslora.methods import MapMethod
 from jcrosslora.report.record import TransferReport, weighted
-from jcrosslora.shifting.records import ModuleRow
 
 Level = Literal["aligned", "weak", "chance", "lost", "unknown", "control", "ineffective", "destructive"]
 

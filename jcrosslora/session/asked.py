@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jcrosslora.adapter.profile_ranks import span_rank
 from jcrosslora.adapter.profiles import Profile, check_profile
 from jcrosslora.adapter.records import Adapter, AdapterInfo
-from jcrosslora.alignment.transport import AlignRecipe, Transport
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
+from jcrosslora.distill.sources.protocol import Source
 from jcrosslora.errors import HostError, MethodError, UsageError
-from jcrosslora.lineage.pairing import Pairing
+from jcrosslora.maps.alignment.transport import AlignRecipe, Transport
+from jcrosslora.maps.shifting.shift import Shifted
 from jcrosslora.methods import Auto, Distill, Method, Task, make_chosen
+from jcrosslora.relation.pairing import Pairing
 from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.estimate import Estimate, fitted_modules
 from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.shift import Shifted
-from jcrosslora.shifting.truncate import span_rank
-from jcrosslora.sources.protocol import Source
 from jcrosslora.utils.progress import steps
 
 if TYPE_CHECKING:
-    from jcrosslora.evidence.probes import Probes
+    from jcrosslora.evaluate.probes import Probes
 
 _CHOICE = "the source is asked and its weights are not read, so an update is fitted to what it predicts"
 _STEPS = "write completions", "fit"

@@ -10,10 +10,10 @@ from jcrosslora.adapter.folder import AdapterFiles, read_config, stated_licences
 from jcrosslora.adapter.records import AdapterInfo
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint.hub import public_name
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.errors import UsageError
 from jcrosslora.session.asked import AskedSource
-from jcrosslora.sources.served.model import ServedModel
-from jcrosslora.sources.torch_model import TorchModel
 
 AskedModel = ServedModel | TorchModel
 
@@ -45,7 +45,7 @@ def open_asked(
 
 
 def _served(model: ServedModel, store: Cache | None) -> AskedSource:
-    from jcrosslora.sources.served.source import ServedSource
+    from jcrosslora.distill.sources.served.source import ServedSource
 
     source = ServedSource.open(model, None if store is None else store.root / "answers")
     settings: dict[str, Any] = {
@@ -70,7 +70,7 @@ def _default(name: str) -> Any:
 
 
 def _on_torch(model: TorchModel, adapter: str | Path, revision: str | None) -> AskedSource:
-    from jcrosslora.sources.torch import TorchSource
+    from jcrosslora.distill.sources.torch import TorchSource
 
     source = TorchSource.open(model, adapter, revision=revision)
     settings = {"source_backend": "torch", "source_tokenizer": public_name(_text(model.tokenizer))}

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, update_norm
+from jcrosslora.adapter.profile_ranks import READERS, Known, truncate_for_profile
 from jcrosslora.adapter.profiles import Profile
-from jcrosslora.alignment.transport import Transport
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.logs import record
+from jcrosslora.maps.alignment.transport import Transport
+from jcrosslora.maps.shifting.records import ModuleRow
+from jcrosslora.maps.shifting.shift import Shifted
 from jcrosslora.methods import Method, Moved
 from jcrosslora.report.record import TransferReport, spread
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.records import ModuleRow
-from jcrosslora.shifting.shift import Shifted
-from jcrosslora.shifting.truncate import READERS, Known, truncate_for_profile
+from jcrosslora.utils.logs import record
 
 if TYPE_CHECKING:
     from jcrosslora.evaluate.effect import Effect

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.errors import CheckpointError, ShortMemoryError, UsageError
-from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.lineage.method_selection import why_not_run
+from jcrosslora.maps.evidence.base_pair import BasePair
+from jcrosslora.relation.method_selection import why_not_run
 from jcrosslora.session.settings import TransferOptions
 from jcrosslora.utils.memory import enough_memory
 from jcrosslora.utils.progress import begin

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jcrosslora.alignment.groups import ALIGN
-from jcrosslora.alignment.layer_similarity import similarity_cost
-from jcrosslora.alignment.task import AlignmentTask
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.weight_sizes import held_numbers
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.evaluate.effect_check import effect_cost
-from jcrosslora.evidence.probes.writing import probes_cost
-from jcrosslora.evidence.providers import evidence_cost
-from jcrosslora.evidence.records import EvidenceKind
-from jcrosslora.fit.distill.settings import DistillSettings
-from jcrosslora.lineage.pairing import SIMILAR
+from jcrosslora.evaluate.probes.writing import probes_cost
+from jcrosslora.maps.alignment.groups import ALIGN
+from jcrosslora.maps.alignment.layer_similarity import similarity_cost
+from jcrosslora.maps.alignment.task import AlignmentTask
+from jcrosslora.maps.evidence.providers import evidence_cost
+from jcrosslora.maps.evidence.records import EvidenceKind
+from jcrosslora.maps.task import Sizes
 from jcrosslora.methods import Method
-from jcrosslora.methods.task import Sizes
+from jcrosslora.relation.pairing import SIMILAR
 from jcrosslora.session.effect import EFFECT
 from jcrosslora.session.placement import Placement, place_bases
 from jcrosslora.session.settings import TransferOptions

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from jcrosslora.adapter import Adapter, load_adapter
 from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.adapter.profile_ranks import span_rank
 from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.distributed import hosts
-from jcrosslora.lineage.pairing import parse_depth
 from jcrosslora.methods import make_method
+from jcrosslora.relation.pairing import parse_depth
 from jcrosslora.session.asked import check_asked, estimate_asked, transfer_asked
 from jcrosslora.session.asked_opening import AskedModel, open_asked
 from jcrosslora.session.estimate import Estimate, estimate
@@ -17,9 +20,6 @@ from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferSettings
 from jcrosslora.session.timing import Stopwatch
 from jcrosslora.session.transfer import given_probes, share_digests
-from jcrosslora.shifting.truncate import span_rank
-from jcrosslora.sources.served.model import ServedModel
-from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.utils.files import ensure_free
 from jcrosslora.utils.memory import enough_memory
 

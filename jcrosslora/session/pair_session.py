@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, Carried
 from jcrosslora.adapter.ignored import check_always_active
+from jcrosslora.adapter.profile_ranks import Known, span_rank
 from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
-from jcrosslora.alignment.groups import align_groups, check_hosts, with_text
-from jcrosslora.alignment.task import AlignmentTask, plan_alignment
-from jcrosslora.alignment.transport import Transport, TransportGroup
 from jcrosslora.cache import Cache
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
-from jcrosslora.evidence.activations import batch_probes
-from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.evidence.records import FITTING, EvidenceKind
-from jcrosslora.lineage.method_selection import MENDED, Choice, choose_method, without_fit
-from jcrosslora.lineage.pairing import parse_depth
+from jcrosslora.maps.alignment.groups import align_groups, check_hosts, with_text
+from jcrosslora.maps.alignment.task import AlignmentTask, plan_alignment
+from jcrosslora.maps.alignment.transport import Transport, TransportGroup
+from jcrosslora.maps.evidence.activations import batch_probes
+from jcrosslora.maps.evidence.base_pair import BasePair
+from jcrosslora.maps.evidence.records import FITTING, EvidenceKind
+from jcrosslora.maps.method import FINISH
+from jcrosslora.maps.shifting.invocation import with_invocation
+from jcrosslora.maps.shifting.shift import Shifted, Shifter, add_to_all
 from jcrosslora.methods import Auto, Method, Task, make_chosen
-from jcrosslora.methods.base import FINISH
+from jcrosslora.relation.method_selection import MENDED, Choice, choose_method, without_fit
+from jcrosslora.relation.pairing import parse_depth
 from jcrosslora.session.conclusion import Request, conclude
 from jcrosslora.session.effect import measure_effect
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.shifting.invocation import with_invocation
-from jcrosslora.shifting.shift import Shifted, Shifter, add_to_all
-from jcrosslora.shifting.truncate import Known, span_rank
 from jcrosslora.utils.memory import free_memory
 from jcrosslora.utils.progress import Steps, begin, steps
 
 if TYPE_CHECKING:
     from jcrosslora.decoder.loaded import LoadedBases
     from jcrosslora.evaluate.effect import Effect
-    from jcrosslora.evidence.probes import Probes
+    from jcrosslora.evaluate.probes import Probes
 
 _WITHOUT_TOKENS = "where the bases were run, it was without the changes of the embedding and the output head"
 
@@ -192,7 +192,7 @@ class PairSession:
         probes = given
         # Completions are generated later, with the adapter.
         if probes is None and (task.reads_probes or EvidenceKind.PROBE_TEXTS in task.method.requires):
-            from jcrosslora.evidence.probes import written_probes
+            from jcrosslora.evaluate.probes import written_probes
 
             source = self.pair.source
             probes = written_probes(source, options.probe_count, seed=options.seed, progress=self.progress)

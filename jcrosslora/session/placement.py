@@ -13,8 +13,8 @@ from jcrosslora.checkpoint import BaseModel
 from jcrosslora.decoder import fast_dtype
 from jcrosslora.decoder.sharding import mesh_of
 from jcrosslora.decoder.weight_sizes import held_numbers
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.errors import UsageError
-from jcrosslora.fit.distill.settings import DistillSettings
 from jcrosslora.methods import Method
 from jcrosslora.session.settings import Divide, TransferOptions
 from jcrosslora.utils.memory import free_memory
@@ -81,7 +81,7 @@ def place_bases(bases: Sequence[BaseModel], method: Method, options: TransferOpt
         MemoryError: the weights of a fit do not fit into the devices, however they are divided.
     """
     # Imported here: methods that look at weights alone need no optimiser.
-    from jcrosslora.fit.distill.memory import most_beside
+    from jcrosslora.distill.memory import most_beside
 
     fits = isinstance(method, DistillSettings)
     checks = options.checks_effect(runs_bases=method.runs_bases)

@@ -14,18 +14,18 @@ from jcrosslora.adapter import Adapter, to_peft, to_pytree
 from jcrosslora.adapter.contents import FileDtype
 from jcrosslora.adapter.folder import CHAT_TEMPLATE
 from jcrosslora.adapter.ignored import ignored_sentence
+from jcrosslora.adapter.profile_ranks import Frozen
 from jcrosslora.adapter.profiles import Profile, why_linear_alone
 from jcrosslora.adapter.save import save_adapter
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.evaluate import Answers, Scores
-from jcrosslora.hub.push import Pushed, push_folder
-from jcrosslora.hub.repository import check_repo_id
 from jcrosslora.report.documents import REPORT, documents, published
 from jcrosslora.report.html import result_html
+from jcrosslora.report.hub.push import Pushed, push_folder
+from jcrosslora.report.hub.repository import check_repo_id
 from jcrosslora.report.page import Roles, contents_of, report_page
 from jcrosslora.report.record import TransferReport
 from jcrosslora.report.verdict import Verdict, verdict
-from jcrosslora.shifting.truncate import Frozen
 from jcrosslora.text import Completion
 from jcrosslora.text.completion_lines import COMPLETIONS, completion_lines
 

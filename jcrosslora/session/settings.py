@@ -10,8 +10,8 @@ from jcrosslora.adapter.truncation import RankRule
 from jcrosslora.checkpoint.hub import public_name
 from jcrosslora.checkpoint.local_paths import local_names
 from jcrosslora.errors import UsageError
+from jcrosslora.maps.shifting.records import Calibration
 from jcrosslora.methods import AUTO, Auto, MethodLike, hyper_types, make_method
-from jcrosslora.shifting.records import Calibration
 
 EffectCheck = Literal["auto", "always", "never"]
 Divide = Literal["auto", "always", "never"]

@@ -19,9 +19,9 @@ from jcrosslora.checkpoint.family.parts import holds
 from jcrosslora.checkpoint.layout import norm_sizes
 from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, fast_dtype, forward, settings_of
 from jcrosslora.decoder.layer_inputs import LayerInputWeights
-from jcrosslora.evidence.base_pair import BasePair
-from jcrosslora.fit.distill.settings import DistillSettings
+from jcrosslora.distill.settings import DistillSettings
 from jcrosslora.linalg import decompose
+from jcrosslora.maps.evidence.base_pair import BasePair
 from jcrosslora.methods import Method
 from jcrosslora.utils.cost import Cost
 
@@ -118,7 +118,7 @@ class Stopwatch:
             CheckpointError: the decoder does not support the base.
         """
         # Imported here: methods that look at weights alone need no optimiser.
-        from jcrosslora.fit.distill.fit import first_state
+        from jcrosslora.distill.fit import first_state
 
         few = _few_layers(base)
 

@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jcrosslora.adapter import Adapter, load_adapter
-from jcrosslora.alignment.transport import Transport
 from jcrosslora.cache import open_cache
 from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.torch_model import TorchModel
 from jcrosslora.distributed import hosts
 from jcrosslora.errors import MethodError
+from jcrosslora.maps.alignment.transport import Transport
 from jcrosslora.methods import AUTO, Auto, Method, MethodLike, make_method
 from jcrosslora.session.pair_session import PairSession, lighter, with_one_writer
 from jcrosslora.session.result import TransferResult
 from jcrosslora.session.settings import TransferOptions
-from jcrosslora.sources.served.model import ServedModel
-from jcrosslora.sources.torch_model import TorchModel
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.completion import parse_prompt
 from jcrosslora.utils.memory import enough_memory
 
 if TYPE_CHECKING:
-    from jcrosslora.evidence.probes import Probes
+    from jcrosslora.evaluate.probes import Probes
 
 
 def transfer(
@@ -137,7 +137,7 @@ def given_probes(prompts: Sequence[Any] | str | Path | None) -> Probes | None:
     """
     if prompts is None:
         return None
-    from jcrosslora.evidence.probes import Probes, read_prompts
+    from jcrosslora.evaluate.probes import Probes, read_prompts
 
     if isinstance(prompts, str | Path):
         return Probes.given(read_prompts(prompts), f"read from {Path(prompts).name}", str(prompts))

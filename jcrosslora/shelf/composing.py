@@ -11,9 +11,9 @@ import numpy as np
 
 from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
-from jcrosslora.composition import Composed, Composition, compose
-from jcrosslora.composition.registry import find_composition
 from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.shelf.composition import Composed, Composition, compose
+from jcrosslora.shelf.composition.registry import find_composition
 from jcrosslora.shelf.retrieval.retrieved import Retrieved
 
 

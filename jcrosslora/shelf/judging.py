@@ -13,15 +13,15 @@ from jcrosslora.adapter import load_adapter
 from jcrosslora.adapter.ignored import left_out
 from jcrosslora.checkpoint.hub import public_names
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
-from jcrosslora.composition import Composition
-from jcrosslora.composition.judging import with_answers, with_scores
-from jcrosslora.composition.registry import find_composition
 from jcrosslora.decoder import load_params
 from jcrosslora.decoder.adapters import RUN
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate import Answers, Example, Interval, Question, Scores, answer, lift_recovered, score
 from jcrosslora.evaluate.examples import as_completion
 from jcrosslora.shelf.composing import named
+from jcrosslora.shelf.composition import Composition
+from jcrosslora.shelf.composition.judging import with_answers, with_scores
+from jcrosslora.shelf.composition.registry import find_composition
 from jcrosslora.shelf.shelf import Shelf
 
 ALONE = "the base alone"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jcrosslora.errors import UsageError
-from jcrosslora.evidence.probes.text_files import read_prompts
+from jcrosslora.evaluate.probes.text_files import read_prompts
 from jcrosslora.text import Prompt
 from jcrosslora.text.completion import prompt_text
 from jcrosslora.text.completion_lines import COMPLETIONS

@@ -16,10 +16,10 @@ from jcrosslora.cache.base_digest import base_digest
 from jcrosslora.checkpoint import BaseModel, open_base
 from jcrosslora.checkpoint.base_info import BaseInfo, describe_base
 from jcrosslora.checkpoint.hub import public_name
-from jcrosslora.composition import Composed, Composition
 from jcrosslora.errors import AdapterError, CheckpointError, UsageError, suggestion
 from jcrosslora.shelf.adding import Fresh, Reader, add_found
 from jcrosslora.shelf.composing import compose_found
+from jcrosslora.shelf.composition import Composed, Composition
 from jcrosslora.shelf.encoders.encoder import Encoder
 from jcrosslora.shelf.encoders.opening import HIDDEN, check_encoder, open_encoder
 from jcrosslora.shelf.index import ChangedMeanwhileError, Index

@@ -20,12 +20,12 @@ from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from jcrosslora.decoder import Params, StackedAdapter, load_params, settings_of
 from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.examples import Example, read_examples
-from jcrosslora.logs import record
 from jcrosslora.training.batches import Batch, Plan
 from jcrosslora.training.checkpoints import Checkpoints, identity
 from jcrosslora.training.examples import digest, encode
 from jcrosslora.training.settings import TrainingSettings
 from jcrosslora.training.step import TrainState, first_factors, first_state, loss_and_gradient, to_adapter, update
+from jcrosslora.utils.logs import record
 from jcrosslora.utils.progress import track
 
 Trained = TypeVar("Trained")

@@ -18,7 +18,7 @@ from jcrosslora.errors import UsageError
 from jcrosslora.evaluate.harness.options import Options, check_dtype, end_token, positive, prefix_token, read_options
 from jcrosslora.evaluate.harness.requests import Pair, check_finite, generate, group_prompts, judge
 from jcrosslora.evaluate.log_probs import Models
-from jcrosslora.evidence.probes.writing import check_seed
+from jcrosslora.evaluate.probes.writing import check_seed
 from jcrosslora.utils.progress import track
 
 try:

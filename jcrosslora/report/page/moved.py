@@ -44,7 +44,7 @@ class Base(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """The update of one module; norms and energy as in `jcrosslora.shifting.records.ModuleRow`, None if not known."""
+    """The update of one module; norms and energy as in `maps.shifting.records.ModuleRow`, None if not known."""
 
     target: str
     source: str

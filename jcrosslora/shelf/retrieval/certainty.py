@@ -16,11 +16,11 @@ from jcrosslora.adapter import Adapter
 from jcrosslora.checkpoint import BaseModel
 from jcrosslora.checkpoint.tokenizer import load_tokenizer
 from jcrosslora.decoder import fast_dtype, load_params
+from jcrosslora.distill.sources.decoder import DecoderSource
+from jcrosslora.distill.sources.tokenizer import with_own_template
 from jcrosslora.shelf.records import ShelfEntry
 from jcrosslora.shelf.retrieval.thresholds import thresholds_of
 from jcrosslora.shelf.sampling import spread
-from jcrosslora.sources.decoder import DecoderSource
-from jcrosslora.sources.tokenizer import with_own_template
 from jcrosslora.text import Message, Prompt
 from jcrosslora.text.reading import prompt_ids
 from jcrosslora.utils.progress import track

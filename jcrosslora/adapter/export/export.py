@@ -1,0 +1,184 @@
+"""Write an adapter again for the same base: in another profile, at other ranks, or the sum of several adapters."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter, AdapterInfo, fuse, load_adapter
+from jcrosslora.adapter import save_adapter as save_plain
+from jcrosslora.adapter.combining import add_adapters
+from jcrosslora.adapter.contents import FileDtype
+from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter.keep_dora import load_dora
+from jcrosslora.adapter.kinds.dora import DORA
+from jcrosslora.adapter.profile_ranks import Frozen, frozen_factors, project, span_rank
+from jcrosslora.adapter.profiles import Profile, check_holds, check_profile, for_profile
+from jcrosslora.adapter.truncation import RankRule, Truncation, check_rule, truncate_by_rule
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.local_paths import local_names, publish
+from jcrosslora.errors import UsageError
+from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.versions import version
+
+# Documents of a transferred adapter, which stay true when it is written in another form.
+_DOCUMENTS = ("README.md", "transfer_report.json", COMPLETIONS)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The settings of an export."""
+
+    adapter: tuple[str, ...]
+    """The adapter: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id. Several adapters of one base are
+    added up."""
+    out: str
+    """The folder to write."""
+    profile: Profile = "portable"
+    """portable: PEFT with one rank, which every engine reads the same way. peft: a rank for each module. mlx: the
+    folder of MLX. gguf: the file of llama.cpp. lora-xs: a small matrix between the top --out-rank singular vectors of
+    each weight. Only peft holds changes of the embedding and the output head, trained biases, norms and whole
+    layers, which are read with the base."""
+    base: str | None = None
+    """The base that it is for: a folder of safetensors, a GGUF file or a hub id. Profiles gguf and lora-xs need it; the
+    adapter is checked against it."""
+    out_rank: RankRule | None = None
+    """Truncate every update optimally: to this rank; or to the lowest rank that keeps a share of its energy, such as
+    0.99; or (auto) all to the lowest usual rank, 8, 16, 32 and so on, that keeps 99% of each. Profile lora-xs: the
+    number of singular vectors of each weight."""
+    keep_dora: bool = False
+    """Write a DoRA with its magnitudes instead of a fit of a lower rank; exact, in profile peft or mlx."""
+    dtype: FileDtype = "float32"
+    """Number format of the file."""
+    base_revision: str | None = None
+    """Hub revision of the base."""
+    overwrite: bool = False
+    """Replace the folder if it holds an adapter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """The result of an export.
+
+    Attributes:
+        adapter: as written, with fused modules merged; only s B A of a DoRA that was kept.
+        truncation: of the ranks; None if none was asked for.
+        sources: the provenance of each adapter that was read.
+        magnitudes: of a DoRA that was kept; else None.
+        frozen: the frozen factors of profile lora-xs; else None.
+    """
+
+    adapter: Adapter
+    truncation: Truncation | None
+    sources: tuple[AdapterInfo, ...]
+    magnitudes: Mapping[str, np.ndarray] | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Losses in reading the adapters, one sentence each without a full stop."""
+        alone = len(self.sources) == 1 and self.sources[0].kind == DORA.name
+        hint = "; --keep-dora, in profile peft or mlx, loses nothing" if alone else ""
+        return tuple(f"{info.name} is {info.read_as}{hint}" for info in self.sources if info.lost)
+
+
+def export_adapter(settings: ExportSettings) -> Exported:
+    """Write one adapter, or the sum of several, in a profile.
+
+    Raises:
+        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
+    """
+    ensure_free(Path(settings.out), settings.overwrite)
+    if settings.out_rank is not None:
+        check_rule(settings.out_rank)
+    span_rank(settings.profile, settings.out_rank)
+    if settings.keep_dora:
+        _check_kept(settings)
+    base = None if settings.base is None else open_base(settings.base, revision=settings.base_revision)
+    info = None if base is None else describe_base(base, digest="")
+    known = (None, None) if info is None else (info.family, info.heads)
+    check_profile(settings.profile, *known, dora=settings.keep_dora)
+    exported = (_kept if settings.keep_dora else _summed)(settings, base)
+    save_plain(
+        exported.adapter,
+        settings.out,
+        base=info,
+        profile=settings.profile,
+        dtype=settings.dtype,
+        overwrite=settings.overwrite,
+        documents=_documents(settings.adapter),
+        metadata={"jcrosslora.version": version(), "jcrosslora.adapter.export.export": _account(exported, base)},
+        magnitudes=exported.magnitudes,
+        frozen=exported.frozen,
+    )
+    return exported
+
+
+def _summed(settings: ExportSettings, base: BaseModel | None) -> Exported:
+    """Add the adapters and truncate the sum to the ranks of the settings."""
+    adapters = [load_adapter(ref, base, replaced=True) for ref in settings.adapter]
+    if base is not None:
+        info = describe_base(base, digest="")
+        adapters = [fit_to_base(adapter, info) for adapter in adapters]
+    total = add_adapters(adapters)
+    check_holds(settings.profile, total)
+    # Parts of a fused matrix are written as one update, so they are truncated as one.
+    total = dataclasses.replace(total, modules=fuse(total.modules, {} if base is None else base.fused))
+    total = for_profile(total, settings.profile)
+    sources = tuple(adapter.info for adapter in adapters)
+    if not total.modules:  # changes of the embedding and the head have no rank to truncate
+        return Exported(total, None, sources)
+    if (rank := span_rank(settings.profile, settings.out_rank)) is not None:
+        assert base is not None  # checked by `check_profile`
+        frozen = frozen_factors(base, total.modules, rank)
+        return Exported(*project(total, frozen, rank), sources, frozen=frozen)
+    if settings.out_rank is not None:
+        return Exported(*truncate_by_rule(total, settings.out_rank), sources)
+    return Exported(total, None, sources)
+
+
+def _kept(settings: ExportSettings, base: BaseModel | None) -> Exported:
+    """Read a DoRA in its stored form."""
+    dora = load_dora(settings.adapter[0], base)
+    return Exported(dora.directions, None, (dora.directions.info,), dora.magnitudes)
+
+
+def _check_kept(settings: ExportSettings) -> None:
+    """Refuse settings that a DoRA in its stored form does not allow.
+
+    Raises:
+        UsageError: several adapters, or a rank to truncate to.
+    """
+    if len(settings.adapter) != 1:
+        msg = f"{len(settings.adapter)} adapters with --keep-dora: a sum of DoRAs is not a DoRA; give one adapter"
+        raise UsageError(msg + ", or leave out --keep-dora")
+    if settings.out_rank is not None:
+        msg = f"out rank {settings.out_rank} with --keep-dora: a DoRA of a lower rank has other norms, and its "
+        raise UsageError(msg + "magnitudes do not fit them; leave out one of the two")
+
+
+def _documents(refs: tuple[str, ...]) -> dict[str, str]:
+    """Read the documents of a single adapter in a local folder."""
+    paths = [Path(refs[0]).expanduser() / name for name in _DOCUMENTS] if len(refs) == 1 else []
+    return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+
+
+def _account(exported: Exported, base: BaseModel | None) -> str:
+    """Return the provenance of the written adapter as JSON without local paths: sources, base and loss."""
+    cut = exported.truncation
+    made = {
+        "adapters": [{"name": info.name, "digest": info.digest} for info in exported.sources],
+        "base": None if base is None else base.name,
+        "out_rank": None if cut is None else cut.rule,
+        "kept": None if cut is None else cut.kept,
+        "kept_by_module": None if cut is None else cut.shares,
+        "lost": exported.losses,
+        "not_written": exported.adapter.info.ignored,
+    }
+    named = [] if base is None else [base.name, base.ref]
+    return json.dumps(publish(made, local_names(*(info.name for info in exported.sources), *named)))

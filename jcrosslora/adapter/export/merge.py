@@ -1,0 +1,229 @@
+"""Merge an adapter into the weights of its base, as a checkpoint for engines that do not load adapters.
+
+W' = W + scale B A, computed in blocks of rows: memory is bounded by the largest tensor, whatever the model's size.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.adapter.export.companions import write_companions
+from jcrosslora.adapter.export.row_updates import Updates, converted_rows, row_blocks, updates_of
+from jcrosslora.adapter.fused import fit_to_base
+from jcrosslora.adapter.ignored import check_always_active
+from jcrosslora.checkpoint import BaseModel, open_base
+from jcrosslora.checkpoint.base_info import describe_base
+from jcrosslora.checkpoint.experts import is_loadable
+from jcrosslora.checkpoint.families import EMBEDDING, HEAD
+from jcrosslora.checkpoint.layout import expected_shapes
+from jcrosslora.checkpoint.local_paths import local_names, publish
+from jcrosslora.checkpoint.quantised.fp8 import DTYPES as FP8_DTYPES
+from jcrosslora.checkpoint.safetensors import DTYPES
+from jcrosslora.checkpoint.shards import INDEX, SINGLE, ShardedStore
+from jcrosslora.checkpoint.streaming import Piece, write_pieces
+from jcrosslora.errors import AdapterError, CheckpointError, OutputError
+from jcrosslora.utils.files import atomic_folder, ensure_free, output_path
+from jcrosslora.utils.progress import track
+from jcrosslora.utils.versions import version
+
+MergeDtype = Literal["keep", "float32", "bfloat16", "float16"]
+_REPORT = "merge_report.json"
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHARD = 4 << 30  # bytes of a file, if the base has no shards of its own
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """The settings of a merge."""
+
+    base: str
+    """The base model: a folder of safetensors, a GGUF file or a hub id."""
+    adapter: str
+    """An adapter for it: a folder of PEFT or MLX, a GGUF file of llama.cpp, or a hub id."""
+    out: str
+    """The folder to write."""
+    dtype: MergeDtype = "keep"
+    """Number format of the weights. keep: each tensor's own, bfloat16 for quantised ones."""
+    base_revision: str | None = None
+    """Hub revision of the base."""
+    adapter_revision: str | None = None
+    """Hub revision of the adapter."""
+    overwrite: bool = False
+    """Replace the folder if it holds an earlier merge."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The result of a merge.
+
+    Attributes:
+        folder: that was written.
+        modules: number of modules that were changed.
+        notes: parts of the base or the adapter that are missing in it, one sentence each.
+        lost: whether parts of the adapter are.
+    """
+
+    folder: Path
+    modules: int
+    notes: tuple[str, ...]
+    lost: bool
+
+
+def merge(settings: MergeSettings, *, progress: bool = False) -> Merged:
+    """Write a base with an adapter merged into it, as a folder of safetensors that transformers and engines load.
+
+    A folder keeps its shards and their names, and every tensor that the adapter does not change is copied bit by bit.
+    GGUF or quantised weights are written dequantised, with the configuration and, for GGUF, the tokenizer that the file
+    describes.
+
+    Args:
+        settings: the inputs and the output folder.
+        progress: whether to show a progress bar.
+
+    Raises:
+        JCrossLoRAError: an error in the input, the settings or the place to write to. Nothing is written.
+    """
+    out = output_path(settings.out)
+    ensure_free(out, settings.overwrite)
+    base = open_base(settings.base, revision=settings.base_revision)
+    # Weights can hold an update of any rank, so a DoRA is merged at full rank.
+    whole = max(min(module.shape) for module in base.modules.values())
+    adapter = load_adapter(settings.adapter, base, revision=settings.adapter_revision, rank=whole, replaced=True)
+    if adapter.experts:
+        msg = f"{settings.adapter}: updates experts, which are not merged; merge it with peft (merge_and_unload)"
+        raise AdapterError(msg)
+    if base.expert_layout is not None and not is_loadable(base.expert_layout):
+        msg = (
+            f"{settings.base}: its experts are not stored as transformers loads them, and are not written: merge into "
+        )
+        raise CheckpointError(msg + "the unquantised safetensors of the model")
+    check_always_active(adapter, "which weights cannot express: load it as an adapter, in an engine that knows aLoRA")
+    adapter = fit_to_base(adapter, describe_base(base, digest=""))
+    as_stored = _plain_folder(base)
+    wanted = None if settings.dtype == "keep" else _STORED[settings.dtype]
+    plan = _stored_plan if as_stored is not None else _read_plan
+    updates = updates_of(adapter, base)
+    # Embedding and head become two matrices if their changes differ.
+    untied = base.tied and updates.get(EMBEDDING, []) != updates.get(HEAD, [])
+    files = plan(base, updates, wanted, untied)
+    total = sum(piece.size for pieces in files.values() for piece in pieces)
+    _check_space(out, total)
+    with atomic_folder(out, settings.overwrite) as folder:
+        with track(total, "merge", "B", show=progress) as bar:
+            for name, pieces in files.items():
+                write_pieces(folder / name, pieces, {"format": "pt"}, bar.update)
+        if list(files) != [SINGLE]:
+            (folder / INDEX).write_text(_index(files, total), encoding="utf-8")
+        notes = write_companions(base, folder, settings.dtype, as_stored=as_stored is not None, untied=untied)
+        if untied:
+            notes = (*notes, "the output head is no longer the embedding (tie_word_embeddings is false)")
+        notes = (*(f"not merged: {sentence}" for sentence in adapter.info.ignored), *notes)
+        (folder / _REPORT).write_text(_report(settings, base, adapter, notes), encoding="utf-8")
+    return Merged(out, _changed(adapter), notes, bool(adapter.info.ignored))
+
+
+def _changed(adapter: Adapter) -> int:
+    """Count the modules that are changed."""
+    others = {name for update in (*adapter.tokens, *adapter.replaced) for name in update.modules}
+    return len(adapter.modules.keys() | others)
+
+
+def _plain_folder(base: BaseModel) -> ShardedStore | None:
+    """Return the base's store if its files can keep their layout; None for quantised files."""
+    store = base.store
+    if not isinstance(store, ShardedStore):  # GGUF, or dequantised as it is read
+        return None
+    return None if any(store.dtype(name) in FP8_DTYPES for name in store.names()) else store
+
+
+def _stored_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
+    """Plan the base's own files, with tensors outside the text model too, and a head if the base is untied."""
+    store = base.store
+    assert isinstance(store, ShardedStore)
+    files: dict[str, list[Piece]] = {}
+    for shard, file, names in store.stored():
+        pieces = []
+        for stored, name in names.items():
+            entry = file.entries[stored]
+            if entry.dtype not in DTYPES:
+                msg = f"{file.file.path}: tensor {stored!r} has dtype {entry.dtype!r}, which is not supported"
+                raise CheckpointError(msg)
+            dtype = wanted if wanted is not None and entry.dtype in _FLOATS else entry.dtype
+            read = partial(file.array, stored)
+            own = [] if name is None else updates.get(name, [])
+            if name is not None and any(isinstance(update, np.ndarray) for update in own):
+                held = store.rows_held(name, stored)  # of a tensor that may be stored in parts
+                own = [update[held] if isinstance(update, np.ndarray) else update for update in own]
+            pieces.append(Piece(stored, dtype, entry.shape, partial(row_blocks, base, read, own, dtype)))
+            if name == EMBEDDING and untied and HEAD not in base.store.names():
+                blocks = partial(row_blocks, base, read, updates.get(HEAD, []), dtype)
+                pieces.append(Piece(_head_beside(stored), dtype, entry.shape, blocks))
+        files[shard] = pieces
+    return files
+
+
+def _head_beside(embedding: str) -> str:
+    """Return the name of a head in a file in which the embedding has this name."""
+    return embedding.removesuffix(EMBEDDING) + HEAD if embedding.endswith(EMBEDDING) else HEAD
+
+
+def _read_plan(
+    base: BaseModel, updates: Mapping[str, Updates], wanted: str | None, untied: bool
+) -> dict[str, list[Piece]]:
+    """Plan the dequantised tensors of the family, in files of limited size."""
+    groups: list[list[Piece]] = [[]]
+    config = {**base.config, "tie_word_embeddings": base.tied and not untied}
+    for name, shape in expected_shapes(base.family, base.dims, config, base.expert_layout).items():
+        own = base.store.dtype(EMBEDDING if name == HEAD and base.tied else name)
+        dtype = wanted or (own if own in _FLOATS else "BF16")
+        if name in (EMBEDDING, HEAD):  # by far the largest: dequantised block by block
+            blocks = partial(converted_rows, base, name, shape, updates.get(name, []), dtype)
+        else:
+            blocks = partial(row_blocks, base, partial(base.store.tensor, name), updates.get(name, []), dtype)
+        own_name = f"{base.family.embedding}.weight" if name == EMBEDDING else name
+        piece = Piece(own_name, dtype, shape, blocks)
+        if groups[-1] and sum(item.size for item in groups[-1]) + piece.size > _SHARD:
+            groups.append([])
+        groups[-1].append(piece)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{place:05d}-of-{count:05d}.safetensors": group for place, group in enumerate(groups, 1)}
+
+
+def _check_space(out: Path, total: int) -> None:
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < total:
+        msg = f"{out}: needs {total / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free: free space, or choose another"
+        raise OutputError(msg + " output")
+
+
+def _index(files: Mapping[str, Iterable[Piece]], total: int) -> str:
+    weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _report(settings: MergeSettings, base: BaseModel, adapter: Adapter, notes: Iterable[str]) -> str:
+    made = {
+        "version": version(),
+        "base": {"name": base.name, "ref": base.ref, "revision": base.revision},
+        "adapter": {"name": adapter.info.name, "digest": adapter.info.digest, "revision": adapter.info.revision},
+        "dtype": settings.dtype,
+        "modules": _changed(adapter),
+        "whole": not adapter.info.ignored,
+        "notes": list(notes),
+    }
+    return json.dumps(publish(made, local_names(base.name, base.ref, adapter.info.name)), indent=2) + "\n"

@@ -1,0 +1,165 @@
+"""Distillation batches: completions as both bases read them, and the positions where their predictions are compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from jcrosslora.checkpoint.tokenizer import Encoded, Tokenizer, pad_right
+from jcrosslora.errors import UsageError
+from jcrosslora.evaluate.probes.batches import MatchedTokens, match_positions
+from jcrosslora.text import Completion, Reading, read
+
+# Tokens of a row: the fewer shapes, the less to compile.
+WIDTHS = (24, 40, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
+BATCH, _MOST_TOKENS = 4, 384  # rows of a batch, and its tokens, which make batches of long rows smaller
+LONGEST = WIDTHS[-1]
+_PLACES = 1 << 32  # above the characters of any content
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationBatch(MatchedTokens):
+    """Completions. Positions of the target inside an answer that match none of the source are among the P as well.
+
+    Attributes:
+        next_src: int32 (P,), the token behind each position of the source; -1 where nothing follows, or there is none.
+        next_tgt: int32 (P,), that of the target likewise.
+        answer: bool (P,), whether a token of the answer follows.
+        weight: float32 (P,), of each position in the fit; 0 where there is none.
+    """
+
+    next_src: np.ndarray
+    next_tgt: np.ndarray
+    answer: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Number of completions."""
+        return int(self.mask_tgt.any(axis=1).sum())
+
+    @property
+    def positions(self) -> int:
+        """Number of positions with a weight."""
+        return int((self.weight > 0).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """One completion: tokens of both bases up to the last match, and the compared positions, as in a batch."""
+
+    ids: tuple[np.ndarray, np.ndarray]
+    at: tuple[np.ndarray, np.ndarray]
+    next: tuple[np.ndarray, np.ndarray]
+    answer: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.ids))
+
+
+def make_batches(
+    completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], prompt_weight: float
+) -> list[DistillationBatch]:
+    """Batch completions in rows of the smallest of `WIDTHS` that holds them, 4 or fewer together.
+
+    Of a completion of more than 2,560 tokens the last ones are used.
+
+    Args:
+        completions: at least one with a match.
+        tokenizers: of source and target.
+        prompt_weight: weight of predictions inside a prompt; those of the answer's tokens have 1.
+
+    Raises:
+        UsageError: no completion has a matched position.
+        CheckpointError: see `Tokenizer.encode`.
+    """
+    sides = ([read(tokenizer, item) for tokenizer in tokenizers] for item in completions)
+    pairs = [pair for src, tgt in sides if len((pair := _match(src, tgt, prompt_weight)).weight)]
+    if not pairs:
+        msg = "no completion has a token that ends where one of the other base ends: give other prompts"
+        raise UsageError(msg)
+    shapes, found = [row_shape(pair.length) for pair in pairs], []
+    for rows, width in sorted(set(shapes), key=lambda shape: shape[1]):
+        group = [pair for pair, own in zip(pairs, shapes, strict=True) if own == (rows, width)]
+        found += [_batch(group[start : start + rows], rows, width) for start in range(0, len(group), rows)]
+    return found
+
+
+def row_shape(tokens: int) -> tuple[int, int]:
+    """Return the rows of a batch of completions of so many tokens, at most `LONGEST`, and their width."""
+    width = next((width for width in WIDTHS if tokens <= width), LONGEST)
+    return max(1, min(BATCH, _MOST_TOKENS // width)), width
+
+
+def _match(src: Reading, tgt: Reading, prompt_weight: float) -> _Pair:
+    """Pair the tokens that end at the same place of the same content; of several on one side the first.
+
+    The first position is never matched: models have huge activations there that say nothing about the text. Positions
+    of the target inside the answer that match nothing are compared with the text alone.
+    """
+    at_src, at_tgt = match_positions(_placed(src), _placed(tgt))
+    inside = (at_src > 0) & (at_tgt > 0)
+    at_src, at_tgt = at_src[inside], at_tgt[inside]
+    last = int(at_tgt[-1]) if len(at_tgt) else 0
+    alone = np.setdiff1d(np.arange(max(1, tgt.answer - 1), last), at_tgt)
+    # Tokens that end inside a character are alike where all are.
+    like = alone if np.array_equal(src.ids, tgt.ids) else np.full(len(alone), -1)
+    at_src, at_tgt = np.concatenate([at_src, like]), np.concatenate([at_tgt, alone])
+    answer = at_tgt >= tgt.answer - 1  # the token in front of the answer predicts its first one
+    sides = [_cut(one, places) for one, places in ((src, at_src), (tgt, at_tgt))]
+    kept = ((sides[0][1] > 0) | (at_src < 0)) & (sides[1][1] > 0)
+    (ids_src, at_src, next_src), (ids_tgt, at_tgt, next_tgt) = sides
+    return _Pair(
+        (ids_src, ids_tgt),
+        (np.maximum(at_src, 0)[kept], at_tgt[kept]),
+        (next_src[kept], next_tgt[kept]),
+        answer[kept],
+        np.where(answer, 1.0, prompt_weight).astype(np.float32)[kept],
+    )
+
+
+def _placed(reading: Reading) -> Encoded:
+    """Count the places of all contents in one row of numbers from 1 on, so that equal ones are one place."""
+    places = reading.content.astype(np.int64) * _PLACES + reading.end + 1
+    return Encoded(reading.ids, np.where(reading.content >= 0, places, -1))
+
+
+def _cut(reading: Reading, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut a reading behind its last place and, if it is too long, in front.
+
+    Returns:
+        The tokens; the places in them, negative for -1 and for what is cut off; and the token behind each place, -1
+        where none or the one that ends the answer follows.
+    """
+    last = int(places.max(initial=-1)) + 1
+    first = max(0, last - LONGEST)
+    behind = np.append(reading.ids[: len(reading.ids) - reading.stop], np.full(1 + reading.stop, -1))
+    following = np.where(places >= 0, behind[places + 1], -1)
+    return reading.ids[first:last], np.where(places >= 0, places - first, -1), following
+
+
+def _batch(pairs: Sequence[_Pair], rows: int, width: int) -> DistillationBatch:
+    (tokens_src, mask_src), (tokens_tgt, mask_tgt) = (
+        pad_right([pair.ids[side] for pair in pairs], (rows, width)) for side in (0, 1)
+    )
+    room = rows * width - sum(len(pair.weight) for pair in pairs)
+
+    def joined(parts: Sequence[np.ndarray], empty: int, dtype: DTypeLike) -> np.ndarray:
+        return np.pad(np.concatenate(parts), (0, room), constant_values=empty).astype(dtype)
+
+    at_src, at_tgt = (
+        joined([row * width + pair.at[side] for row, pair in enumerate(pairs)], 0, np.int32) for side in (0, 1)
+    )
+    next_src, next_tgt = (joined([pair.next[side] for pair in pairs], -1, np.int32) for side in (0, 1))
+    answer, weight = joined([pair.answer for pair in pairs], 0, bool), joined([p.weight for p in pairs], 0, np.float32)
+    read = tokens_src, mask_src, tokens_tgt, mask_tgt
+    return DistillationBatch(*read, at_src, at_tgt, next_src, next_tgt, answer, weight)
+
+
+def used_tokens(batches: Sequence[DistillationBatch], side: int) -> np.ndarray:
+    """int32, ascending: the tokens that occur in the batches of the source (side 0) or the target (side 1)."""
+    rows = [(batch.tokens_src, batch.tokens_tgt)[side].ravel() for batch in batches]
+    return np.unique(np.concatenate(rows))

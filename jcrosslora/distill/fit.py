@@ -1,0 +1,355 @@
+"""The fit: gradient steps in all modules on completions, each of which is used a few times.
+
+To write a completion and to make the teacher's predictions takes more time than a step, so another pass is cheaper than
+other completions. The last completions of a long fit are written by the target with its own update, where the teacher
+corrects it (on-policy distillation: Agarwal et al. 2024, arXiv 2306.13649). Held-out completions, looked at every few
+batches, decide which update is the best.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jcrosslora.checkpoint import ROLES
+from jcrosslora.decoder import DecoderSettings, Params, StackedAdapter, StackedFactors, join_stacked
+from jcrosslora.distill.batches import BATCH, DistillationBatch
+from jcrosslora.distill.completions import round_cost
+from jcrosslora.distill.memory import MOST_REMEMBERED, needs_remat
+from jcrosslora.distill.settings import DistillSettings, Optimizer
+from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.teacher import TaughtBatch, Teacher, weighted_kl
+from jcrosslora.training.checkpoints import Checkpoints
+from jcrosslora.training.lora_rite import lora_rite
+from jcrosslora.utils.cost import TEXT, Cost
+from jcrosslora.utils.logs import record
+from jcrosslora.utils.progress import Track, track
+
+LOOK = 24  # batches between two looks at the held-out completions
+_WARM_UP = 0.05  # share of the fit over which the rate rises
+_CLIP, _DECAYS = 1.0, (0.9, 0.99)
+# Writes completions: the round, and the target's update if the target is to answer, None for the source's answers.
+Fresh = Callable[[int, StackedAdapter | None], Sequence[DistillationBatch]]
+
+
+@flax.struct.dataclass
+class FitState:
+    """What changes from step to step.
+
+    Attributes:
+        step: int32 scalar, batches used.
+        factors: in training.
+        optimizer: its state.
+        best: the factors with the lowest divergence so far.
+    """
+
+    step: jax.Array
+    factors: StackedAdapter
+    optimizer: Any
+    best: StackedAdapter
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the held-out completions.
+
+    Attributes:
+        seconds: since the beginning, writing and reading completions included.
+        completions: used until then.
+        divergence: KL(teacher || target with the update), nats a position.
+    """
+
+    seconds: float
+    completions: int
+    divergence: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The result of a fit.
+
+    Attributes:
+        adapter: the best update by the held-out completions, what it started from included.
+        looks: before the first step, and at each look.
+        own: completions that the target wrote.
+        stopped: whether it was interrupted.
+    """
+
+    adapter: StackedAdapter
+    looks: tuple[Look, ...]
+    own: int
+    stopped: bool
+
+
+def fit_cost(settings: DistillSettings, prompts: int = 0) -> Cost:
+    """Count a fit, with the completions of its further rounds.
+
+    Args:
+        settings: of the fit.
+        prompts: how many the user gave.
+    """
+    first, anew = settings.rounds[0], sum(settings.rounds[1:])
+    # What is fitted to and what is held out each end with a batch of a few widths that is half full.
+    held = settings.held_out * first + 2 * BATCH
+    used = first - settings.held_out * first + 2 * BATCH + anew
+    looks = 1 + settings.passes * used / BATCH / LOOK
+    source, target = 2 * (used + held), used + (1 + looks) * held
+    read = Cost(source=TEXT * source, target=TEXT * target, stepped=TEXT * settings.passes * used)
+    return sum([round_cost(settings, prompts)] * (len(settings.rounds) - 1), read)
+
+
+def fit(
+    teacher: Teacher,
+    first: Sequence[DistillationBatch],
+    held_out: Sequence[TaughtBatch],
+    fresh: Fresh,
+    settings: DistillSettings,
+    start: StackedAdapter | None = None,
+    *,
+    begun: float,
+    checkpoints: Checkpoints | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Fitted:
+    """Fit an update of the target to the teacher, until the completions or the time are used up.
+
+    The completions that are written already are used in any case.
+
+    Ctrl-C ends the fit with the best update so far.
+
+    Args:
+        teacher: with the target in it.
+        first: the batches that are written already; they are used first.
+        held_out: completions that decide which update is the best, read by the teacher.
+        fresh: writes the completions of further rounds.
+        settings: of the fit.
+        start: an update of the target that stays as it is, and beside which factors are trained.
+        begun: `time.monotonic()` at the beginning, which the budget counts from.
+        checkpoints: where the state is saved behind each round; a fit continues from the newest one.
+        seed: of the first factors, and of the order of batches.
+        progress: whether to show a progress bar.
+    """
+    run, stopped = _Run(teacher, held_out, settings, start, begun, seed), False
+    if checkpoints is not None:
+        run.restore(checkpoints)
+    total, unit = (100, "%") if settings.seconds is not None else (settings.completions, "completions")
+    with track(total, "fit", unit, show=progress) as bar:
+        try:
+            while run.share() < 1:
+                own = run.adapter if run.rounds and run.share() >= 1 - settings.polish else None
+                run.use(fresh(run.rounds, own) if run.rounds else first, bar, own=own is not None)
+                if checkpoints is not None:
+                    run.save(checkpoints)
+        except KeyboardInterrupt:
+            stopped = True
+            run.look(bar)
+    return Fitted(run.joined(run.state.best), tuple(run.looks), run.own, stopped)
+
+
+class _Run:
+    """A fit on its way: its state, and how far it has come."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        held_out: Sequence[TaughtBatch],
+        settings: DistillSettings,
+        start: StackedAdapter | None,
+        begun: float,
+        seed: int,
+    ) -> None:
+        self._teacher, self._held_out, self._settings = teacher, held_out, settings
+        self._start, self._begun, self._seed = start, begun, seed
+        self.state = first_state(teacher.target.params, settings, seed)
+        self.rounds, self.own, self._used, self._part, self._seen = 0, 0, 0, 0.0, 0
+        self.looks = [Look(self._seconds(), 0, mean_kl(teacher.target, self.adapter, held_out))]
+        record({"divergence": self.looks[0].divergence, "completions": 0}, 0)
+
+    @property
+    def adapter(self) -> StackedAdapter:
+        return self.joined(self.state.factors)
+
+    def joined(self, factors: StackedAdapter) -> StackedAdapter:
+        return factors if self._start is None else join_stacked(self._start, factors)
+
+    def share(self) -> float:
+        """How much of the budget, or of the rounds, is used."""
+        if self._settings.seconds is not None:
+            used = self._seconds() / self._settings.seconds
+            # To write the first completions may take longer than the budget: they are used all the same.
+            return used if self.rounds else min(used, self._part)
+        sizes = self._settings.rounds
+        return 1.0 if self.rounds >= len(sizes) else sum(sizes[: self.rounds]) / sum(sizes) + self._part
+
+    def use(self, batches: Sequence[DistillationBatch], bar: Track, *, own: bool) -> None:
+        """Take the steps of a round, in an order without a pattern: batches come by width.
+
+        The bar counts the first step on a batch twice: the teacher reads it then, which takes about as long as a step.
+        """
+        target, settings = self._teacher.target, self._settings
+        size = settings.rounds[self.rounds] / sum(settings.rounds) if settings.seconds is None else 1.0
+        before = self.share()
+        rng, read = np.random.default_rng([self._seed, 3, self.rounds]), _Remembered(self._teacher, batches)
+        order = np.concatenate([rng.permutation(len(batches)) for _ in range(settings.passes)])
+        for place, index in enumerate(order.tolist()):
+            if self.share() >= 1:
+                break
+            batch, first = batches[index], place < len(batches)
+            rate = jnp.float32(settings.rate * schedule(self.share()))
+            state = gradient_step(
+                target.settings,
+                settings.optimizer,
+                target.params,
+                self._start,
+                self.state,
+                read(index),
+                rate,
+                ends=target.ends,
+                remat=needs_remat(target.settings, batch.tokens_tgt.shape),
+            )
+            self.state = jax.block_until_ready(state)
+            self._used += batch.rows * first
+            self.own += batch.rows * own * first
+            self._part = size * (place + 1) / len(order)
+            if int(self.state.step) % LOOK == 0:
+                self.look(bar)
+            worked = (1 + place + min(1 + place, len(batches))) / (len(order) + len(batches))
+            done = before + size * worked if settings.seconds is None else self.share()
+            bar.update(int(bar.total * done) - bar.done)
+        self.rounds, self._part = self.rounds + 1, 0.0
+        if self.share() >= 1:
+            self.look(bar)
+
+    def look(self, bar: Track) -> None:
+        """Measure the update on what is held out unless nothing was used since, and keep it if it is the best."""
+        if self._seen == int(self.state.step):
+            return
+        self._seen = int(self.state.step)
+        found = mean_kl(self._teacher.target, self.adapter, self._held_out)
+        if found < min(look.divergence for look in self.looks):
+            self.state = replace(self.state, best=self.state.factors)
+        self.looks.append(Look(self._seconds(), self._used, found))
+        record({"divergence": found, "completions": self._used}, self._seen)
+        bar.note = f"divergence {min(look.divergence for look in self.looks):.3f}"
+
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Take up the newest saved state, if there is one."""
+        self.state, notes = checkpoints.restore(self.state)
+        if notes:
+            self.rounds, self.own, self._used = notes["rounds"], notes["own"], notes["used"]
+            self.looks = [Look(*look) for look in notes["looks"]]
+            self._begun, self._seen = time.monotonic() - notes["seconds"], notes["seen"]
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        looks = [[look.seconds, look.completions, look.divergence] for look in self.looks]
+        progress = {"rounds": self.rounds, "own": self.own, "used": self._used, "seen": self._seen}
+        checkpoints.save(self.state, {**progress, "seconds": self._seconds(), "looks": looks})
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+
+class _Remembered:
+    """The teacher's predictions on the batches of a round; as many are kept as memory allows."""
+
+    def __init__(self, teacher: Teacher, batches: Sequence[DistillationBatch]) -> None:
+        self._teacher, self._batches = teacher, batches
+        self._kept: dict[int, TaughtBatch] = {}
+        self._bytes = 0
+
+    def __call__(self, index: int) -> TaughtBatch:
+        if index in self._kept:
+            return self._kept[index]
+        found = self._teacher.read(self._batches[index])
+        self._bytes += found.teacher.nbytes
+        if self._bytes <= MOST_REMEMBERED:
+            self._kept[index] = found
+        return found
+
+
+def mean_kl(target: ReducedBase, adapter: StackedAdapter, batches: Sequence[TaughtBatch]) -> float:
+    """Mean KL(teacher || target with the adapter), nats a position."""
+    sums = [_kl(target.settings, target.params, adapter, batch, target.ends) for batch in batches]
+    return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _kl(
+    settings: DecoderSettings, params: Params, adapter: StackedAdapter, batch: TaughtBatch, ends: int
+) -> tuple[jax.Array, jax.Array]:
+    student = shared_log_probs(settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends)
+    return weighted_kl(batch.teacher, student, batch.weight)
+
+
+def schedule(share: float) -> float:
+    """Give the rate at a share of the fit: a linear rise, then half a cosine down to 0."""
+    if share < _WARM_UP:
+        return (share + 1e-3) / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def first_state(params: Params, settings: DistillSettings, seed: int = 0) -> FitState:
+    """Initialise A at random with the bound of PEFT and B with zeros, in the modules of the settings."""
+    rng, roles = np.random.default_rng([seed, 2]), {}
+    for role in (role for role in settings.roles or ROLES if role in params.weights):
+        layers, rows, columns = params.weights[role].shape
+        rank, bound = min(settings.fit_rank, rows, columns), columns**-0.5
+        a = jnp.asarray(rng.uniform(-bound, bound, (layers, rank, columns)).astype(np.float32))
+        roles[role] = StackedFactors(a, jnp.zeros((layers, rows, rank), jnp.float32))
+    factors: Any = StackedAdapter(roles)
+    zeros = jax.tree.map(jnp.zeros_like, factors)
+    return FitState(jnp.zeros((), jnp.int32), factors, _optimizer(settings.optimizer).init(factors), zeros)
+
+
+# The state is not donated: the best update and the one that writes share its arrays.
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("ends", "remat"))
+def gradient_step(
+    settings: DecoderSettings,
+    optimizer: Optimizer,
+    params: Params,
+    start: StackedAdapter | None,
+    state: FitState,
+    batch: TaughtBatch,
+    rate: jax.Array,
+    *,
+    ends: int,
+    remat: bool,
+) -> FitState:
+    """Take a step on the weighted mean of KL(teacher || target) over a batch."""
+
+    def loss(factors: StackedAdapter) -> jax.Array:
+        adapter = factors if start is None else join_stacked(start, factors)
+        student = shared_log_probs(
+            settings, params, adapter, batch.tokens, batch.mask, batch.at, ends=ends, remat=remat
+        )
+        total, weight = weighted_kl(batch.teacher, student, batch.weight)
+        return total / weight
+
+    # optax's types know arrays and not trees of them.
+    factors: Any = state.factors
+    gradient: Any = jax.grad(loss)(factors)
+    moments = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, "rate": rate})
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+        changes, moments = _optimizer(optimizer).update(gradient, moments, factors)
+        factors = optax.apply_updates(factors, changes)
+    return FitState(state.step + 1, factors, moments, state.best)
+
+
+def _optimizer(name: Optimizer) -> optax.GradientTransformationExtraArgs:
+    """Make an optimiser whose state holds its rate, which follows the share of the fit and not the number of steps."""
+
+    def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(_CLIP), optax.adam(rate, *_DECAYS))
+
+    made = {"adam": adam, "lora-rite": partial(lora_rite, clip=_CLIP)}[name]
+    return optax.inject_hyperparams(made)(rate=0.0)

@@ -1,0 +1,119 @@
+"""Low-rank updates that interpolate the weights of a further-trained target towards the source, beside a copied update.
+
+Further training turned the source's weights into W_tgt = W_src + T. A copied update dW gives W_src + T + dW, which
+applies twice whatever T and dW have in common: the more alike the two trainings, the more it overshoots. A share of T
+is therefore subtracted while the adapter is on, so that it works on weights between the two bases,
+W_src + (1 - share) T + dW.
+
+Sources: interpolation of the weights of a model and its fine-tuned version (WiSE-FT, arXiv 2109.01903); negated task
+vectors (arXiv 2212.04089). Combining them with a copied adapter is this package's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import LoRAFactors
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.weight_stacks import bounded_groups, load_stack
+from jcrosslora.errors import MethodError, UsageError
+from jcrosslora.linalg import decompose
+from jcrosslora.utils.cost import Cost
+from jcrosslora.utils.progress import track
+
+# The rank of each module is the lowest that holds this share of ||T||_F^2, up to the rank that was asked for.
+ENERGY = 0.99
+
+
+@dataclass(frozen=True)
+class SourceInterpolation:
+    """A share of the difference between the weights of the two bases, low rank.
+
+    Attributes:
+        modules: module -> share (W_src - W_tgt), truncated; modules with equal weights in both bases are left out.
+        kept: share of ||W_src - W_tgt||_F^2, over all modules, that the ranks hold; 1 where nothing differs.
+    """
+
+    modules: Mapping[str, LoRAFactors]
+    kept: float
+
+
+def check_share(share: float) -> None:
+    """Check that an interpolation weight lies in [0, 1].
+
+    Raises:
+        UsageError: it is below 0, above 1 or NaN.
+    """
+    if not 0 <= share <= 1:
+        msg = f"interpolation {share:g} is out of range; it must be from 0 (a copy) to 1 (the weights of the source)"
+        raise UsageError(msg)
+
+
+def interpolate_to_source(
+    source: BaseModel, target: BaseModel, share: float, *, rank: int, progress: bool = False
+) -> SourceInterpolation:
+    """Compute a share of the difference between the weights of the two bases, as a low-rank update of the target.
+
+    Each difference is truncated to the lowest rank that holds 99 % of its energy, and to `rank` at most. A merged LoRA
+    makes a difference of the LoRA's rank. Training of all weights makes one that no small rank may hold; `kept` tells.
+
+    Args:
+        source: the base that adapters come from.
+        target: a base with the same modules, by name and shape.
+        share: the interpolation weight, 0 (target) to 1 (source).
+        rank: the highest rank.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UsageError: the share is out of range.
+        MethodError: the modules of the two bases are not the same.
+        CheckpointError: a weight cannot be read or is not finite.
+    """
+    check_share(share)
+    shapes = [{name: module.shape for name, module in base.modules.items()} for base in (source, target)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
+        msg = f"{target.name} and {source.name} differ in {odd}, so there is no difference between their weights to add"
+        raise MethodError(msg + ": interpolated-copy needs bases with the same modules; use another method")
+    modules: dict[str, LoRAFactors] = {}
+    whole = left = 0.0
+    with track(len(target.modules), "interpolate", "modules", show=progress) as bar:
+        for names in bounded_groups(
+            list(target.modules), shapes[1].__getitem__, lambda name: 8 * prod(shapes[1][name])
+        ):
+            src, tgt = load_stack(source, names), load_stack(target, names)
+            found, energies = _truncated(src - tgt, rank)
+            for name, one, (of, held) in zip(names, found, energies, strict=False):
+                whole, left = whole + of, left + held
+                if one.rank and share:
+                    modules[name] = LoRAFactors(a=one.a, b=one.b * np.float32(share))
+            bar.update(len(names))
+    return SourceInterpolation(
+        {name: modules[name] for name in target.modules if name in modules}, left / whole if whole else 1.0
+    )
+
+
+def interpolation_cost(target: BaseModel, rank: int) -> Cost:
+    """Count the decompositions of `interpolate_to_source`."""
+    shapes = [module.shape for module in target.modules.values()]
+    return Cost(decomposed=tuple((shape, min(rank, *shape), False) for shape in shapes))
+
+
+def _truncated(stack: jax.Array, rank: int) -> tuple[list[LoRAFactors], list[tuple[float, float]]]:
+    """Return the factors of each matrix of (L, O, I), and its squared norm before and after truncation."""
+    # Any vectors that hold the energy will do, so no decomposition has to be repeated at a higher accuracy.
+    svd, _ = decompose(stack, min(rank, *stack.shape[1:]), vectors=False, tolerance=float("inf"))
+    wholes = np.asarray(jnp.sum(stack**2, axis=(1, 2)), np.float64)
+    u, s, v = (np.asarray(field) for field in (svd.u, svd.s, svd.v))
+    factors, energies = [], []
+    for place, whole in enumerate(wholes):
+        held = np.cumsum(s[place].astype(np.float64) ** 2)
+        count = min(int(np.searchsorted(held, ENERGY * whole)) + 1, len(held)) if whole > 0 else 0
+        b, a = u[place][:, :count] * s[place][:count], v[place][:, :count].T
+        factors.append(LoRAFactors(a=np.ascontiguousarray(a), b=np.ascontiguousarray(b)))
+        energies.append((float(whole), min(float(held[count - 1]), float(whole)) if count else 0.0))
+    return factors, energies

@@ -1,0 +1,285 @@
+"""Distillation as a whole: write completions, make batches, fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.adapter.truncation import truncate_to_rounding
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from jcrosslora.decoder import (
+    Generator,
+    StackedAdapter,
+    fast_dtype,
+    settings_of,
+    stack_adapter,
+    unstack_adapter,
+)
+from jcrosslora.decoder.loaded import LoadedBases
+from jcrosslora.distill.batches import DistillationBatch, make_batches
+from jcrosslora.distill.completions import Completions, answer_given, write_completions
+from jcrosslora.distill.fit import Fitted, Look, fit
+from jcrosslora.distill.prompt_writer import choose_writer
+from jcrosslora.distill.saved import kept_states
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.decoder import DecoderSource, digest_values
+from jcrosslora.distill.sources.protocol import Source, Writer
+from jcrosslora.distill.sources.reduced_base import ReducedBase
+from jcrosslora.distill.sources.tokenizer import with_own_template
+from jcrosslora.distill.symbols import Symbols, find_symbols
+from jcrosslora.distill.teacher import Teacher
+from jcrosslora.errors import CheckpointError
+from jcrosslora.evaluate.probes.writing import check_seed
+from jcrosslora.text import Completion, Prompt
+from jcrosslora.text.chat_template import template_of
+from jcrosslora.text.reading import ending
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A fitted update of the target.
+
+    Attributes:
+        adapter: the update that the fit started from and the fitted one, scale 1.
+        looks: at held-out completions, before the first step and as the fit went.
+        positions: predictions in the completions that were written before the fit.
+        sentence: a summary for reports, without a full stop.
+        completions: that were written before the fit.
+        chat_template: of the target, in which it read conversations; None if there were none.
+    """
+
+    adapter: Adapter
+    looks: tuple[Look, ...]
+    positions: int
+    sentence: str
+    completions: tuple[Completion, ...]
+    chat_template: str | None = None
+
+
+def distill(
+    source: BaseModel | Source,
+    target: BaseModel,
+    adapter: Adapter,
+    start: Adapter | None = None,
+    *,
+    prompts: Sequence[Prompt] = (),
+    settings: DistillSettings = DistillSettings(),  # noqa: B008
+    seed: int = 0,
+    states: Path | None = None,
+    progress: bool = False,
+    loaded: LoadedBases | None = None,
+    shared: dict[Any, Any] | None = None,
+) -> Distilled:
+    """Fit an update of the target to what an adapter changes in the predictions of a source.
+
+    Memory: both bases' weights, in `jcrosslora.decoder.fast_dtype()`, on top of what `distill_from` takes. Time:
+    writing the texts, and for each batch of 4 texts two forward passes of the source and two of the target with one
+    gradient.
+
+    Args:
+        source: the base that `adapter` is of, which our decoder runs; or a source that can only be queried.
+        target: the base to update.
+        adapter: of the source, with fused matrices split (see `fit_to_base`); not used where the source brings its own.
+        start: see `distill_from`, as for the other arguments.
+        prompts: texts or conversations that answers are to follow.
+        settings: of the fit.
+        seed: of all that is sampled.
+        states: folder for the states of long fits.
+        progress: whether to show progress bars.
+        loaded: gives the weights of both bases; None loads them for this fit.
+        shared: what holds for all adapters of the pair; new findings are added.
+
+    Raises:
+        UsageError, MethodError, AdapterError, CheckpointError: see `distill_from`.
+    """
+    settings.check()
+    check_seed(seed)
+    loaded = loaded or LoadedBases()
+    if isinstance(source, BaseModel):
+        tokenizer = with_own_template(load_tokenizer(source), adapter.info.chat_template)
+        load_tokenizer(target)  # refused before weights are read
+        source = DecoderSource.of(source, adapter, params=loaded.params(source, fast_dtype()), tokenizer=tokenizer)
+    given = {"prompts": prompts, "settings": settings, "seed": seed, "states": states, "progress": progress}
+    return distill_from(source, target, start, **given, loaded=loaded, shared=shared)
+
+
+def distill_from(
+    source: Source,
+    target: BaseModel,
+    start: Adapter | None = None,
+    *,
+    prompts: Sequence[Prompt] = (),
+    settings: DistillSettings = DistillSettings(),  # noqa: B008
+    seed: int = 0,
+    states: Path | None = None,
+    progress: bool = False,
+    loaded: LoadedBases | None = None,
+    shared: dict[Any, Any] | None = None,
+) -> Distilled:
+    """Fit an update of the target to what an adapter changes in the source's predictions.
+
+    The teacher is a mean of the log-probabilities of the target and of the adapted source, plus a share of the change
+    that the adapter makes in them (`jcrosslora.distill.teacher.mix_teacher`). They are compared at positions where
+    tokens of both bases end at the same character, on the tokens that both have and on the end of the text. The text is
+    written by the source with the adapter: answers to given prompts, or to its own. Factors of all modules are fitted
+    by gradient steps (`jcrosslora.distill.fit`).
+
+    Memory: the target's weights, in `jcrosslora.decoder.fast_dtype()`, the factors, and at most 4 GB of activations of
+    the target, which are recomputed where they would take more.
+
+    Args:
+        source: what writes and predicts, with the adapter and without.
+        target: the base to update.
+        start: an update of the target to start from; None starts from nothing.
+        prompts: texts or conversations that answers are to follow; without any the source writes prompts itself.
+        settings: of the fit.
+        seed: of all that is sampled.
+        states: folder for the states of fits that go on beyond their first completions; a stopped one continues there.
+        progress: whether to show progress bars.
+        loaded: gives the weights of the target; None loads them for this fit.
+        shared: what holds for all adapters of the pair; new findings are added.
+
+    Raises:
+        UsageError: settings or a seed out of range, or texts without a position that matches.
+        MethodError: too few answers, answers to one prompt alone, or too few tokens that both bases have.
+        AdapterError: an adapter does not fit its base, or the source's predictions with its own are not finite.
+        CheckpointError: a base or its tokenizer cannot be read, or the target's predictions are not finite.
+        SourceError: a source that is asked over the network does not answer, or not as it should.
+    """
+    settings.check()
+    check_seed(seed)
+    clock = time.monotonic()
+    tokenizers = source.tokenizer, load_tokenizer(target)
+    begun = None if start is None else stack_adapter(start, target)
+    loaded = loaded or LoadedBases()
+    params = loaded.params(target, fast_dtype())
+    writer: Writer = source.alone()
+    if settings.budget is not None or len(set(prompts)) < settings.completions:  # else no prompt is written
+        writer = choose_writer(source, DecoderSource.of(target, params=params, tokenizer=tokenizers[1]), shared)
+    if prompts:
+        completions = answer_given(source, writer, prompts, settings, seed, progress=progress, shared=shared)
+    else:
+        completions = write_completions(source, writer, settings, seed, progress=progress)
+    batches, held_out, kept_back = hold_out(completions.items, tokenizers, settings, seed)
+    stops, ends = (tokenizers[0].stops, tokenizers[1].stops), end_tokens(tokenizers, completions.items)
+    rounded, read = isinstance(source, DecoderSource), [*batches, *held_out]
+    symbols = find_symbols(source, target, read, settings.compared_tokens, stops, ends, rounded=rounded)
+    reader = source.reader(symbols.heads(0), len(ends[0]))
+    tgt = ReducedBase.of(settings_of(target), params, symbols.heads(1), len(ends[1]))
+
+    def fresh(number: int, own: StackedAdapter | None) -> list[DistillationBatch]:
+        student = Generator(tgt.settings, params, tokenizers[1], own, target.ref, "the fitted update")
+        answerer = source if own is None else student
+        items = completions.more(number, kept_back, answerer)
+        return make_batches(items, tokenizers, settings.prompt_weight) if items else []
+
+    searched = completions.discovery
+    teacher = Teacher(reader, tgt, settings, symbols, 1.0 if searched is None else searched.explained)
+    judged = [teacher.read(batch) for batch in held_out]
+    kept = nullcontext()
+    if states is not None and settings.grows:
+        digests = [source.identity(), target.digest(), None if start is None else digest_values(start)]
+        kept = kept_states(states, {"fit": digest_of(*digests, prompts, dataclasses.asdict(settings), seed)})
+    with kept as checkpoints:
+        fitted = fit(
+            teacher,
+            batches,
+            judged,
+            fresh,
+            settings,
+            begun,
+            begun=clock,
+            checkpoints=checkpoints,
+            seed=seed,
+            progress=progress,
+        )
+    devices = 1 if loaded.mesh is None else loaded.mesh.size
+    return _distilled(fitted, batches, completions, tokenizers[1], symbols, target, devices)
+
+
+def _distilled(
+    fitted: Fitted,
+    batches: Sequence[DistillationBatch],
+    completions: Completions,
+    tokenizer: Tokenizer,
+    symbols: Symbols,
+    target: BaseModel,
+    devices: int,
+) -> Distilled:
+    """Check a fit, and describe it.
+
+    Raises:
+        CheckpointError: the target's predictions were not finite.
+    """
+    _check_finite(fitted, target)
+    positions = sum(batch.positions for batch in batches)
+    return Distilled(
+        truncate_to_rounding(unstack_adapter(fitted.adapter, target)),
+        fitted.looks,
+        positions,
+        _sentence(fitted, completions, positions, len(symbols.shared[0]), devices),
+        tuple(completions.items),
+        template_of(tokenizer) if any(not isinstance(item.prompt, str) for item in completions.items) else None,
+    )
+
+
+def hold_out(
+    completions: Sequence[Completion], tokenizers: tuple[Tokenizer, Tokenizer], settings: DistillSettings, seed: int
+) -> tuple[list[DistillationBatch], list[DistillationBatch], set[Prompt]]:
+    """Make the batches to fit to, and those held out, with their prompts; answers to one are all on one side."""
+    prompts = list(dict.fromkeys(item.prompt for item in completions))
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    # At least one prompt on each side.
+    count = min(max(1, round(settings.held_out * len(prompts))), len(prompts) - 1)
+    kept_back = {prompts[index] for index in order[:count]}
+    held_out = [item for item in completions if item.prompt in kept_back]
+    rest = [item for item in completions if item.prompt not in kept_back]
+    batches, judged = (make_batches(part, tokenizers, settings.prompt_weight) for part in (rest, held_out))
+    return batches, judged, kept_back
+
+
+def end_tokens(
+    tokenizers: tuple[Tokenizer, Tokenizer], completions: Sequence[Completion]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the tokens that end a text: any of the source's; of the target's those that are to end its answers.
+
+    Returns:
+        Their ids; none on both sides if one side has none, as the end then cannot be compared.
+    """
+    chats = {not isinstance(item.prompt, str) for item in completions}
+    found = {ending(tokenizers[1], chat=chat) for chat in chats}
+    if None in found or not tokenizers[0].stops:
+        return (), ()
+    return tokenizers[0].stops, tuple(sorted(end for end in found if end is not None))
+
+
+def _check_finite(fitted: Fitted, target: BaseModel) -> None:
+    """Blame the target: the source's predictions with the adapter were finite while it wrote."""
+    finite = all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(fitted.adapter))
+    if not finite or not np.isfinite([look.divergence for look in fitted.looks]).all():
+        what = "its weights, or the update that the fit started from, are too large or not numbers"
+        msg = f"{target.ref}: gives predictions that are not finite: {what}"
+        raise CheckpointError(msg)
+
+
+def _sentence(fitted: Fitted, completions: Completions, positions: int, tokens: int, devices: int) -> str:
+    first, best = fitted.looks[0].divergence, min(look.divergence for look in fitted.looks)
+    steps = f"fitted to {positions:,} predictions over {tokens:,} shared tokens"
+    anew = max(look.completions for look in fitted.looks) - len(completions.items)
+    further = f", then to {anew:,} more completions" if anew > 0 else ""
+    own = f", of which the target wrote {fitted.own:,}" if fitted.own else ""
+    ending = "; it was stopped before its end" if fitted.stopped else ""
+    ending += f"; the weights were divided over {devices} devices" if devices > 1 else ""
+    held = f"on held-out completions the divergence from the teacher went from {first:.3g} to {best:.3g} nats"
+    return f"{steps}, in {completions.description}{further}{own}; {held}{ending}"

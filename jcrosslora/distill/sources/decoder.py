@@ -1,0 +1,163 @@
+"""A source that our own decoder runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.adapter import Adapter
+from jcrosslora.cache.keys import sha256
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.tokenizer import Tokenizer, pad_right
+from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.decoder import AppliedAdapter, DecoderSettings, Generator, Params, forward
+from jcrosslora.decoder.amplify import AmplifiedGenerator
+from jcrosslora.decoder.log_probs import divergence
+from jcrosslora.distill.sources.protocol import Compared, ReadBatch
+from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+
+_WIDTHS, _ROWS = (32, 48, 64, 80, 96, 128), 8  # shapes (B, T) of the texts that are compared
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderSource(Generator):
+    """A base with an adapter.
+
+    Attributes:
+        opened: the base and its adapter as they were opened, for their digests; None for one that is not fitted from.
+    """
+
+    opened: tuple[BaseModel, Adapter] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        adapter: Adapter | None = None,
+        *,
+        params: Params | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> DecoderSource:
+        """Load what `Generator.of` loads, with the same errors."""
+        found = super().of(base, adapter, params=params, tokenizer=tokenizer)
+        return found if adapter is None else dataclasses.replace(found, opened=(base, adapter))
+
+    @property
+    def ref(self) -> str:
+        """What was opened."""
+        return self.name
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the tokens of the base."""
+        assert self.opened is not None
+        return self.opened[0].vocabulary()
+
+    def identity(self) -> Any:
+        """Return the digests of base and adapter."""
+        assert self.opened is not None
+        return [self.opened[0].digest(), digest_values(self.opened[1])]
+
+    def alone(self) -> Generator:
+        """Take the adapter off."""
+        return dataclasses.replace(self, adapter=None, adapter_name=None)
+
+    def amplified(self, strength: float, plausible: float) -> AmplifiedGenerator:
+        """Amplify the change of the adapter."""
+        own = (self.settings, self.params, self.tokenizer, self.adapter)
+        return AmplifiedGenerator(*own, self.name, self.adapter_name, strength, plausible)
+
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
+        """Compare predictions on answers, see `Source.compare`."""
+        model = self.settings, self.params
+        # Zeros instead of no adapter: one compiled program serves both.
+        none = None if self.adapter is None else jax.tree.map(jnp.zeros_like, self.adapter)
+        figures = Compared(*np.zeros((3, len(texts))))
+        # Texts of one length together: every token of padding costs as much as one of text.
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        for first in range(0, len(order), _ROWS):
+            part = order[first : first + _ROWS]
+            width = next((width for width in _WIDTHS if len(texts[part[-1]]) <= width), _WIDTHS[-1])
+            at, token, used = _answer_positions([(texts[place], starts[place]) for place in part], width, tokens)
+            rows = [texts[place][-width:] for place in part]
+            batch = tuple(map(jnp.asarray, pad_right(rows, (_ROWS, width))))
+            plain = _hidden(*model, none, *batch)[at.ravel()]
+            adapted = plain if self.adapter is None else _hidden(*model, self.adapter, *batch)[at.ravel()]
+            found = _divergence(*model, adapted, plain, jnp.asarray(token.ravel()))
+            own = used[: len(part)]
+            for figure, values in zip(figures, (found.kl, -found.log_probs_b, -found.log_probs_a), strict=True):
+                each = np.asarray(values, np.float64).reshape(used.shape)[: len(part)]
+                figure[part] = (each * own).sum(axis=1) / own.sum(axis=1)
+        return figures
+
+    def reader(self, columns: np.ndarray, ends: int) -> DecoderReader:
+        """Reduce the base to the columns, of which some may have `NO_TOKEN`."""
+        assert self.adapter is not None
+        return DecoderReader(ReducedBase.of(self.settings, self.params, columns, ends), self.adapter)
+
+
+class DecoderReader:
+    """The predictions of a reduced base with its adapter and without."""
+
+    complete = True
+
+    def __init__(self, base: ReducedBase, adapter: AppliedAdapter) -> None:
+        self._base = base
+        # Zeros instead of no adapter: one compiled program serves both.
+        self._adapters = jax.tree.map(jnp.zeros_like, adapter), adapter
+
+    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+        """Predict at the positions of a batch, see `Reader.read`."""
+        del own
+        one = self._base
+        read = jnp.asarray(batch.tokens_src), jnp.asarray(batch.mask_src), jnp.asarray(batch.at_src)
+
+        def predict(adapter: AppliedAdapter) -> jax.Array:
+            return shared_log_probs(one.settings, one.params, adapter, *read, ends=one.ends)
+
+        adapted = predict(self._adapters[1])
+        return (predict(self._adapters[0]) if base else adapted), adapted
+
+
+def digest_values(adapter: Adapter) -> str:
+    """SHA-256 of the values of an adapter."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapter)
+    return sha256(*(part for path, leaf in leaves for part in (str(path).encode(), np.asarray(leaf).tobytes())))
+
+
+def _answer_positions(
+    rows: Sequence[tuple[np.ndarray, int]], width: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat positions in front of the answers' tokens, these tokens, and which of them exist; (8, tokens) each.
+
+    Args:
+        rows: token ids of each text, and the index of its answer's first token.
+        width: tokens of a row; longer texts keep their end.
+        tokens: the most tokens of an answer.
+    """
+    shape = _ROWS, tokens
+    at, token, used = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, (ids, start) in enumerate(rows):
+        # An answer whose first token is joined to the prompt still has one.
+        places = np.arange(min(start, len(ids) - 1), len(ids))[:tokens]
+        at[row, : len(places)] = row * width + np.maximum(places - 1 - max(0, len(ids) - width), 0)
+        token[row, : len(places)], used[row, : len(places)] = ids[places], True
+    return at, token, used
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(
+    settings: DecoderSettings, params: Params, adapter: AppliedAdapter | None, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """(B * T, H): hidden states of all positions: one program serves any number of tokens that are looked at."""
+    hidden = forward(settings, params, tokens, mask=mask, adapter=adapter).hidden
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+_divergence = jax.jit(divergence, static_argnums=0)

@@ -1,0 +1,207 @@
+"""A server with an open model: what it writes behind tokens, and what it predicts at their places."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.decoder.generate import UNFINISHED
+from jcrosslora.distill.sources.served.answers import Answers
+from jcrosslora.distill.sources.served.client import Client, RefusedError
+from jcrosslora.distill.sources.served.dialects import Dialect, Fields
+from jcrosslora.distill.sources.served.replies import Choice, Completion, DamagedError, LogProbs
+from jcrosslora.distill.sources.served.token_names import Entry, TokenNames
+from jcrosslora.distill.sources.served.top_tokens import TopTokens
+from jcrosslora.errors import SourceError
+from jcrosslora.utils.progress import Track
+
+T = TypeVar("T")
+R = TypeVar("R")
+_PATH = "completions"
+_WRITTEN = 4  # tokens that are written to check the tokenizer
+_FEWEST_KNOWN = 0.5  # of the tokens of a text, the share whose names have to be understood
+
+
+class Connection:
+    """Requests of a fit to a server.
+
+    Attributes:
+        dialect: of the server.
+        stops: ids of the tokens that end a text.
+    """
+
+    def __init__(
+        self, client: Client, dialect: Dialect, names: TokenNames, stops: Sequence[int], top: int, answers: Answers
+    ) -> None:
+        """Use a server; `top` is the number of likeliest tokens that it is asked for."""
+        self.dialect, self.stops = dialect, tuple(stops)
+        self._client, self._names, self._top, self._answers = client, names, top, answers
+        self._told: Counter[int] = Counter()
+        self._counting = threading.Lock()
+        self._echoes: bool | None = False if dialect.kind == "llamacpp" else None
+
+    def map(self, function: Callable[[T], R], items: Sequence[T], bar: Track | None = None) -> list[R]:
+        """Call a function on every item, several at a time."""
+        return self._client.map(function, items, bar)
+
+    @property
+    def told(self) -> Counter[int]:
+        """How many likeliest tokens the server told so far -> at how many places."""
+        with self._counting:
+            return Counter(self._told)
+
+    @property
+    def asked(self) -> int:
+        """How many likeliest tokens it is asked for, and there are."""
+        return min(self._top, self._names.size)
+
+    def write(self, side: Fields, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> tuple[str, bool]:
+        """Return the text behind tokens, and whether the model ended it."""
+        body = {
+            **side,
+            **self.dialect.sampling(self.stops),
+            "prompt": ids.tolist(),
+            "max_tokens": tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+
+        def check(answer: Completion) -> tuple[str, bool]:
+            (choice,) = answer.of(1)
+            if choice.finish_reason not in ("stop", "length"):
+                msg = f"finish_reason is {choice.finish_reason!r:.40}, wanted stop or length"
+                raise DamagedError(msg)
+            return choice.text, choice.finish_reason == "stop"
+
+        return self._asked("write", body, tuple[str, bool], check)
+
+    def predict(self, side: Fields, ids: np.ndarray, places: Sequence[int], *, keep: bool = True) -> list[TopTokens]:
+        """Return what a model predicts behind the tokens at some places of a text.
+
+        Args:
+            side: which model.
+            ids: int32 (T,), the text.
+            places: indices into it, at least one, ascending.
+            keep: whether to look for the answer among those of earlier runs, and to keep it.
+        """
+        if self._echoes is not False:
+            try:
+                found = self._by_echo(side, ids[: places[-1] + 1], keep)
+            except RefusedError:
+                if self._echoes:
+                    raise
+                found = None
+            self._echoes = found is not None
+            if found is not None:
+                # The tokens of the text are known, whatever they are called; behind it stands one that was drawn.
+                told = [*ids[1 : places[-1] + 1].tolist(), None]
+                return [self._top_of(found[place + 1], told[place]) for place in places]
+        return self._by_prefix(side, ids, places, keep)
+
+    def check_tokenizer(self, side: Fields, ids: np.ndarray, decode: Callable[[Sequence[int]], str]) -> None:
+        """Let a model write a few tokens, and check that they are to this tokenizer the text that they are to its own.
+
+        Args:
+            side: which model.
+            ids: int32 (T,), the tokens to go on from.
+            decode: joins tokens into text.
+
+        Raises:
+            SourceError: they are not.
+        """
+        fields = {"prompt": ids.tolist(), "max_tokens": _WRITTEN, "temperature": 0.0, "logprobs": 1}
+        body = {**side, **self.dialect.reading(None), **fields}
+
+        def check(answer: Completion) -> tuple[str, list[int | None]]:
+            (choice,) = answer.of(1)
+            return choice.text, [one.token for one in self._names.entries(choice.logprobs or LogProbs())]
+
+        text, tokens = self._client.post(_PATH, body, Completion, check)
+        known = [token for token in tokens if token is not None]
+        found = decode([*ids.tolist(), *known])[len(decode(ids.tolist())) :]
+        whole = known and len(known) == len(tokens) and UNFINISHED not in text + found
+        if whole and found.split() != text.split():
+            msg = (
+                f"{self._client.url}: writes {text[:40]!r} where its tokens are {found[:40]!r} to the tokenizer: check "
+            )
+            raise SourceError(msg + "that --source-tokenizer is that of the model")
+
+    def _by_echo(self, side: Fields, ids: np.ndarray, keep: bool) -> list[Entry] | None:
+        """Read a text whole: an entry for each token and one behind it. None where the server does not echo."""
+        body = self._reading(side, ids.tolist()) | {"echo": True}
+
+        def check(answer: Completion) -> list[Entry]:
+            (choice,) = answer.of(1)
+            entries = self._entries(choice)
+            if len(entries) == 1 < len(ids):
+                return []
+            if len(entries) != len(ids) + 1:
+                msg = f"{len(entries)} log-probabilities for a text of {len(ids)} tokens and one behind it"
+                raise DamagedError(msg)
+            self._check_names(entries, ids)
+            return entries
+
+        return self._asked("read", body, list[Entry], check, keep) or None
+
+    def _by_prefix(self, side: Fields, ids: np.ndarray, places: Sequence[int], keep: bool) -> list[TopTokens]:
+        """Ask for the token behind each prefix."""
+        found: list[TopTokens] = []
+        size = self.dialect.prefixes
+        for start in range(0, len(places), size):
+            prompts = [ids[: place + 1].tolist() for place in places[start : start + size]]
+            body = self._reading(side, prompts if size > 1 else prompts[0])
+
+            def check(answer: Completion, count: int = len(prompts)) -> list[Entry]:
+                return [self._entries(choice)[0] for choice in answer.of(count)]
+
+            found += [self._top_of(entry, None) for entry in self._asked("read", body, list[Entry], check, keep)]
+        return found
+
+    def _reading(self, side: Fields, prompt: Any) -> dict[str, Any]:
+        # At temperature 1 all servers agree on what a log-probability is.
+        fields = {"prompt": prompt, "max_tokens": 1, "temperature": 1.0, "logprobs": self._top}
+        return {**side, **self.dialect.reading(self._names.whole), **fields}
+
+    def _entries(self, choice: Choice) -> list[Entry]:
+        entries = self._names.entries(choice.logprobs or LogProbs())
+        if not entries:
+            msg = f"{self._client.url}: answers without log-probabilities, which a fit learns from: use a server that "
+            raise SourceError(msg + "has them (vLLM, SGLang, llama.cpp), or give --source with the weights")
+        return entries
+
+    def _top_of(self, entry: Entry, token: int | None) -> TopTokens:
+        token = entry.token if token is None else token
+        # vLLM puts the token that was drawn behind the likeliest, which would make it the bound of all others.
+        top = dict(sorted(entry.top.items(), key=lambda pair: -pair[1])[: self._top])
+        if not top:
+            msg = f"{self._client.url}: gives no log-probabilities of tokens of this tokenizer: check that "
+            raise SourceError(msg + "--source-tokenizer is that of the model, and the number of --source-top-logprobs")
+        with self._counting:
+            self._told[len(top)] += 1
+        told = None if token is None or entry.log_prob is None else (token, entry.log_prob)
+        return TopTokens.of(top, -math.inf if entry.unnamed is None else entry.unnamed, told)
+
+    def _check_names(self, entries: Sequence[Entry], ids: np.ndarray) -> None:
+        """Check that the tokens of a text are told back as they were sent."""
+        told = [(one.token, int(token)) for one, token in zip(entries, ids, strict=False)]
+        known = [pair for pair in told if pair[0] is not None]
+        if any(token != sent for token, sent in known) or len(known) < _FEWEST_KNOWN * len(told):
+            msg = f"{self._client.url}: names other tokens than it was sent: check that --source-tokenizer is that of "
+            raise SourceError(msg + "the model; names of sentencepiece tokens are ambiguous but by vLLM and llama.cpp")
+
+    def _asked(
+        self, kind: str, body: dict[str, Any], form: type[T], check: Callable[[Completion], T], keep: bool = True
+    ) -> T:
+        key = digest_of(kind, body)
+        found = self._answers.find(key, form) if keep else None
+        if found is None:
+            found = self._client.post(_PATH, body, Completion, check)
+            if keep:
+                self._answers.keep(key, found)
+        return found

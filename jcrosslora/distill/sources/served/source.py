@@ -1,0 +1,259 @@
+"""A source behind a server, as a fit asks it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.cache.keys import sha256
+from jcrosslora.checkpoint.tokenizer import Tokenizer
+from jcrosslora.checkpoint.vocabulary import Vocabulary
+from jcrosslora.decoder import Written
+from jcrosslora.decoder.generate import UNFINISHED, as_written
+from jcrosslora.decoder.prompt_batches import LONGEST
+from jcrosslora.distill.sources.protocol import Compared, ReadBatch
+from jcrosslora.distill.sources.served.answers import Answers
+from jcrosslora.distill.sources.served.client import Client
+from jcrosslora.distill.sources.served.connection import Connection
+from jcrosslora.distill.sources.served.dialects import Fields, find_dialect
+from jcrosslora.distill.sources.served.fingerprint import TEXTS, Fingerprint
+from jcrosslora.distill.sources.served.model import ServedModel
+from jcrosslora.distill.sources.served.token_names import TokenNames
+from jcrosslora.distill.sources.served.top_tokens import TopTokens, divergence, spread
+from jcrosslora.distill.sources.tokenizer import open_tokenizer
+from jcrosslora.errors import CheckpointError, SourceError
+from jcrosslora.text import Prompt
+from jcrosslora.text.reading import prompt_ids
+from jcrosslora.utils.progress import Track
+
+_LOG = logging.getLogger(__name__)
+
+
+class ServedWriter:
+    """The base with its adapter, or the base alone, on a server."""
+
+    def __init__(self, connection: Connection, tokenizer: Tokenizer, side: Fields, name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self._connection, self._side = connection, side
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        temperature: float,
+        key: jax.Array,
+        *,
+        bar: Track | None = None,
+    ) -> list[Written]:
+        """Answer prompts, see `Writer.write`; only the last 2,048 tokens of each are read."""
+        ids = [prompt_ids(self.tokenizer, prompt)[-LONGEST:] for prompt in prompts]
+        seeds = _seeds(key, len(ids))
+
+        def one(place: int) -> Written:
+            return self._answer(ids[place], max_new_tokens, temperature, seeds[place])
+
+        return self._connection.map(one, range(len(ids)), bar)
+
+    def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
+        text, ended = self._connection.write(self._side, ids, tokens, temperature, seed)
+        text = text.rstrip(UNFINISHED)
+        return Written(text, len(self.tokenizer.encode(text, special=False).ids) + ended, ended)
+
+
+class AmplifiedWriter(ServedWriter):
+    """The base with the change that its adapter makes amplified, token by token among the likeliest ones."""
+
+    def __init__(
+        self, connection: Connection, tokenizer: Tokenizer, name: str, strength: float, plausible: float
+    ) -> None:
+        super().__init__(connection, tokenizer, connection.dialect.adapted, name)
+        self._strength, self._plausible = strength, plausible
+
+    def _answer(self, ids: np.ndarray, tokens: int, temperature: float, seed: int) -> Written:
+        rng, row = np.random.default_rng(seed), ids
+        while len(row) < len(ids) + tokens:
+            adapted, base = (
+                self._connection.predict(side, row, [len(row) - 1])[0]
+                for side in (self._connection.dialect.adapted, self._connection.dialect.base)
+            )
+            row = np.append(row, self._drawn(adapted, base, temperature, rng)).astype(np.int32)
+            if row[-1] in self.tokenizer.stops:
+                break
+        return as_written(self.tokenizer, ids, row[len(ids) :])
+
+    def _drawn(self, adapted: TopTokens, base: TopTokens, temperature: float, rng: np.random.Generator) -> int:
+        likely = adapted.log_probs >= adapted.log_probs.max() + np.log(self._plausible)
+        ids, own = adapted.ids[likely], adapted.log_probs[likely]
+        scores = own + self._strength * (own - np.array([base.log_prob(int(token)) for token in ids]))
+        if temperature == 0:
+            return int(ids[scores.argmax()])
+        weights = np.exp((scores - scores.max()) / temperature)
+        return int(rng.choice(ids, p=weights / weights.sum()))
+
+
+class ServedSource(ServedWriter):
+    """A base with its adapter on a server. Predictions are those of the likeliest tokens that the server tells.
+
+    Attributes:
+        ref: the server's name of the base.
+        adapter_name: its name of the base with the adapter.
+    """
+
+    def __init__(
+        self, connection: Connection, served: ServedModel, tokenizer: Tokenizer, vocabulary: Vocabulary
+    ) -> None:
+        super().__init__(connection, tokenizer, connection.dialect.adapted, connection.dialect.base_name)
+        self.ref, self.adapter_name = self.name, served.model
+        self._served, self._vocabulary = served, vocabulary
+
+    @classmethod
+    def open(cls, served: ServedModel, answers: Path | None = None) -> ServedSource:
+        """Reach a server, and check that the adapter acts on it.
+
+        Args:
+            served: the server and its models.
+            answers: the folder of all answers of servers, from which a stopped run goes on; None keeps none.
+
+        Raises:
+            SourceError: it does not answer, lacks the models, or predicts the same with the adapter and without.
+            CheckpointError: the tokenizer cannot be read.
+        """
+        tokenizer, vocabulary = open_tokenizer(served.tokenizer, chat_template=served.chat_template)
+        if vocabulary.tokens is None:
+            msg = f"{served.tokenizer}: {vocabulary.reason}, and the tokens of a server are told apart by it"
+            raise CheckpointError(msg + ": give another tokenizer")
+        client = Client(served)
+        dialect = find_dialect(client, served)
+        kept = Answers(answers, [client.url, served.model, dialect.base_name])
+        connection = Connection(client, dialect, TokenNames(vocabulary), tokenizer.stops, served.top_logprobs, kept)
+        found = cls(connection, served, tokenizer, vocabulary)
+        seen = Fingerprint.take(connection, lambda text: tokenizer.encode(text).ids)
+        found._check_sample(seen, client.url)
+        kept.renew(seen, seen.is_of)
+        connection.check_tokenizer(dialect.base, tokenizer.encode(TEXTS[0]).ids, tokenizer.decode)
+        return found
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the tokens of the base."""
+        return self._vocabulary
+
+    def identity(self) -> Any:
+        """Return the server's names of both models and a digest of the tokenizer."""
+        served = self._served
+        tokenizer = sha256(self.tokenizer.backend.to_str().encode())
+        return ["served", served.url, served.model, self.name, served.top_logprobs, tokenizer]
+
+    def alone(self) -> ServedWriter:
+        """Return the base without its adapter."""
+        return ServedWriter(self._connection, self.tokenizer, self._connection.dialect.base, self.name)
+
+    def amplified(self, strength: float, plausible: float) -> AmplifiedWriter:
+        """Return the base with the change of its adapter amplified."""
+        return AmplifiedWriter(self._connection, self.tokenizer, self.name, strength, plausible)
+
+    def compare(self, texts: Sequence[np.ndarray], starts: Sequence[int], tokens: int) -> Compared:
+        """Compare predictions on answers, see `Source.compare`; where tokens are not known, all are rather too low."""
+        places = [
+            [place - 1 for place in range(max(1, min(start, len(ids) - 1)), len(ids))][:tokens]
+            for ids, start in zip(texts, starts, strict=True)
+        ]
+        both = self._predict([(ids, where) for ids, where in zip(texts, places, strict=True)], base=True)
+        figures = Compared(*np.zeros((3, len(texts))))
+        for number, (ids, where) in enumerate(zip(texts, places, strict=True)):
+            plain, adapted = both[number]
+            figures.change[number] = np.mean([divergence(a, b) for a, b in zip(adapted, plain, strict=True)])
+            for nll, side in ((figures.base_nll, plain), (figures.adapted_nll, adapted)):
+                told = [top.log_prob(int(ids[place + 1])) for top, place in zip(side, where, strict=True)]
+                nll[number] = -np.mean(told)
+        return figures
+
+    def reader(self, columns: np.ndarray, ends: int) -> ServedReader:
+        """Prepare predictions on columns."""
+        return ServedReader(self, columns, ends)
+
+    def _predict(
+        self, rows: Sequence[tuple[np.ndarray, Sequence[int]]], *, base: bool
+    ) -> list[tuple[list[TopTokens], list[TopTokens]]]:
+        """Return the predictions without and with the adapter at places of texts; both are the latter unless `base`."""
+        dialect = self._connection.dialect
+        sides = (dialect.base, dialect.adapted) if base else (dialect.adapted,)
+        calls = [(side, *row) for side in sides for row in rows]
+        found = self._connection.map(lambda call: self._connection.predict(*call), calls)
+        return list(zip(found[: len(rows)], found[-len(rows) :], strict=True))
+
+    def _check_sample(self, seen: Fingerprint, url: str) -> None:
+        """Check that the adapter acts, and say so if the server tells fewer tokens than it is asked for."""
+        if not seen.acts:
+            msg = f"{url}: {self.adapter_name} predicts the same as {self.name} ({seen.change:.2g} nats apart, and "
+            msg += f"answers to one question {seen.noise:.2g}): check that the server loaded the adapter"
+            raise SourceError(msg)
+        if (most := max(self._connection.told)) < self._connection.asked:
+            msg = "%s: tells the %d likeliest tokens at most, and was asked for %d: allow it more, or learn from these"
+            _LOG.warning(msg, url, most, self._connection.asked)
+
+    @property
+    def told(self) -> str:
+        """How many of the likeliest tokens the server was asked for, and told where those are others."""
+        told, asked = self._connection.told, self._connection.asked
+        mean = sum(size * places for size, places in told.items()) / max(1, told.total())
+        fewer = f" (it told {mean:.1f} on average)" if mean < asked else ""
+        return f"{self._served.top_logprobs} likeliest tokens{fewer}"
+
+
+class ServedReader:
+    """Predictions of a server on chosen columns."""
+
+    complete = False
+
+    def __init__(self, source: ServedSource, columns: np.ndarray, ends: int) -> None:
+        self._source = source
+        self._columns = len(columns) - ends + (ends > 0)
+        self._place = np.full(max(source.tokenizer.vocab, int(columns.max(initial=0)) + 1), -1, np.int32)
+        self._place[columns] = np.minimum(np.arange(len(columns)), self._columns - 1)
+
+    def read(self, batch: ReadBatch, own: jax.Array | None, *, base: bool) -> tuple[jax.Array, jax.Array]:
+        """Predict at the positions of a batch, see `Reader.read`."""
+        assert own is not None
+        width = batch.tokens_src.shape[1]
+        # Nothing is compared at the first position of a text: it stands for positions that the source does not have.
+        asked = np.unique(batch.at_src[(batch.weight > 0) & (batch.at_src % width > 0)])
+        rows = [(row, (asked[asked // width == row] % width).tolist()) for row in np.unique(asked // width)]
+        texts = [(batch.tokens_src[row][batch.mask_src[row]], places) for row, places in rows]
+        found = self._source._predict(texts, base=base)
+        plain, adapted = (
+            {
+                row * width + place: top
+                for (row, places), both in zip(rows, found, strict=True)
+                for place, top in zip(places, both[side], strict=True)
+            }
+            for side in (0, 1)
+        )
+        read = self._filled(adapted, batch.at_src, own)
+        return (self._filled(plain, batch.at_src, own) if base else read), read
+
+    def _filled(self, known: dict[int, TopTokens], at: np.ndarray, own: jax.Array) -> jax.Array:
+        """Put what is known at each position into the columns, and fill in the rest."""
+        found = np.full((len(at), self._columns), -np.inf)
+        rest, bound = np.zeros(len(at)), np.zeros(len(at))
+        for row, place in enumerate(at.tolist()):
+            top = known.get(place)
+            if top is None:
+                continue
+            rest[row], bound[row] = np.log(top.rest), top.bound
+            inside = top.ids < len(self._place)
+            columns = np.where(inside, self._place[np.where(inside, top.ids, 0)], -1)
+            # Several tokens that end a text are one column.
+            np.logaddexp.at(found[row], columns[columns >= 0], top.log_probs[columns >= 0])
+        return spread(*(jnp.asarray(values, jnp.float32) for values in (found, rest, bound)), own)
+
+
+def _seeds(key: jax.Array, count: int) -> list[int]:
+    """Draw a seed for each request, 31 bits that every server takes."""
+    words = np.asarray(jax.random.key_data(key)).ravel().tolist()
+    return (np.random.SeedSequence(words).generate_state(count) >> 1).tolist() if count else []

@@ -1,0 +1,129 @@
+"""Load a base with transformers and an adapter with PEFT; torch is imported when that is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.adapter.folder import AdapterFiles, find_adapter, open_weights, read_config
+from jcrosslora.checkpoint.hub import is_hub_id
+from jcrosslora.distill.sources.torch_model import TorchModel
+from jcrosslora.errors import AdapterError, CheckpointError, UsageError
+
+_FACTOR = ".lora_"
+_NOT_LOADED = "missing adapter keys"  # PEFT's warning of a file that holds other modules than the model has
+
+
+def find_peft_adapter(ref: str | Path, revision: str | None = None) -> AdapterFiles:
+    """Find an adapter that PEFT can load.
+
+    Raises:
+        AdapterError: there is none, it has another format, or PEFT would import a module that it names.
+    """
+    found = find_adapter(ref, revision)
+    if found.form != "PEFT":
+        msg = f"{ref}: is an adapter of {found.form}, which PEFT does not load: convert it by `jcrosslora export "
+        raise AdapterError(msg + "--profile peft`, or leave out --source-backend torch")
+    if found.config is not None and (named := read_config(found.config)).get("megatron_config"):
+        msg = f"{ref}: its megatron_core names a Python module, {named.get('megatron_core')!r}, which is not imported: "
+        raise AdapterError(msg + "give an adapter without megatron_config")
+    return found
+
+
+def load_model(source: TorchModel, adapter: AdapterFiles) -> tuple[Any, str]:
+    """Load a base with its adapter, in bfloat16 on a GPU and in float32 on a CPU.
+
+    Returns:
+        The `peft.PeftModel`, and the device.
+
+    Raises:
+        UsageError: torch or PEFT is not installed, or the device is none.
+        CheckpointError: transformers cannot load the base, or only by the base's own code, which is not run.
+        AdapterError: PEFT cannot load the adapter, or parts of it have no place in the base.
+    """
+    try:
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, GenerationConfig
+    except ImportError as error:
+        msg = f"--source-backend torch needs torch and peft, and {error.name} is not installed: "
+        raise UsageError(msg + "install jcrosslora[torch]") from error
+    device = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        msg = f"torch has no device {device!r} ({_line(error)}): give another, such as cpu"
+        raise UsageError(msg) from error
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    with _quiet() as heard:
+        try:
+            base = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # whatever a model's own class raises
+            if "trust_remote_code" in str(error):  # what transformers advises
+                msg = f"{source.ref}: its class is code in its own files, which is not run: give a base whose class is "
+                raise CheckpointError(msg + "in transformers, or have a server run it (--source-url)") from error
+            msg = f"{source.ref}: transformers cannot load it as a causal language model ({_line(error)}): check the "
+            raise CheckpointError(msg + "path or hub id, and that your version of transformers knows it") from error
+        try:
+            model = PeftModel.from_pretrained(base, str(adapter.weights.parent))
+        except Exception as error:
+            msg = (
+                f"{adapter.name}: PEFT cannot load it onto {source.ref} ({_line(error)}): check that it is of this base"
+            )
+            raise AdapterError(msg) from error
+    lost = [str(one.message) for one in heard if _NOT_LOADED in str(one.message).lower()]
+    lost += _without_place(adapter, model)
+    if lost:
+        msg = (
+            f"{adapter.name}: holds other modules than {source.ref} has ({lost[0][:200]}): give the base that it is of"
+        )
+        raise AdapterError(msg)
+    # The model's own settings, such as a top_k, would change what is sampled.
+    for one in (model, base):
+        vars(one)["generation_config"] = GenerationConfig()
+    return model.eval().to(device), device
+
+
+def _without_place(adapter: AdapterFiles, model: Any) -> list[str]:
+    """List the factors in an adapter's file that the model has no module for, which PEFT leaves out without a word."""
+    from peft import get_peft_model_state_dict
+
+    # Whether embeddings were changed would be looked up on the hub.
+    placed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    return [name for name in open_weights(adapter.weights).entries if _FACTOR in name and name not in placed]
+
+
+def _place(source: TorchModel) -> dict[str, Any]:
+    ref = source.ref
+    path = Path(ref).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if not is_hub_id(str(ref)):
+        msg = f"{ref}: no such folder or file, and not a hub id of the form org/name"
+        raise CheckpointError(msg)
+    return {"pretrained_model_name_or_path": str(ref), "revision": source.revision}
+
+
+@contextmanager
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect warnings, and show no progress bars of transformers."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            yield heard
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

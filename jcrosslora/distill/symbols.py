@@ -1,0 +1,239 @@
+"""The symbols that predictions of two bases are compared on, and the source's predictions in those of the target.
+
+Most symbols are tokens that both bases have, and one is the end of the text. Where tokenizers split the text behind a
+position in different ways, the next tokens differ although the text is the same: "int", "ent" on one side, "intent" on
+the other. The probability that the source gives its own next token is then given to the target's next token. Without
+that the target learns to write "int" where it would have to write "intent". What the source might have written instead
+is split as it is elsewhere: where all answers with "int" are answers with "intent" to the target, so is this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jcrosslora.checkpoint.shared_tokens import HasVocabulary, shared_ids
+from jcrosslora.distill.batches import DistillationBatch, used_tokens
+from jcrosslora.distill.sources.reduced_base import NO_TOKEN
+from jcrosslora.errors import MethodError
+
+_STEPS = 512, 256, 256  # what the numbers of columns are rounded up to
+_SPLITS = 512  # what the number of splits is rounded up to
+_NEVER = -30.0  # log-probability of what a side cannot predict
+
+
+@flax.struct.dataclass
+class Splits:
+    """Tokens of the source that begin where the target has another token, in answers. M pairs of tokens.
+
+    Attributes:
+        source: int32 (M,), columns of the source.
+        target: int32 (M,), columns of the target.
+        share: float32 (M,), of the occurrences of the source's token those where the target has this one, counted as if
+            it had the same token once more.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    share: np.ndarray
+
+
+NO_SPLITS = Splits(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Symbols:
+    """The symbols of a fit. Columns of the source: shared, own, end; of the target: shared, own, end.
+
+    Attributes:
+        shared: ids of the shared tokens in source and target, int32 (V,) each.
+        own: ids of tokens that one side alone has and that occur in the text, int32 (S,) and (E,), ascending.
+        ends: ids of the tokens that end a text on each side, together one symbol; none on both sides if one has none.
+        rounded: whether there are columns without a token behind the shared and behind the own ones, up to the next
+            512 and 256 of them: fits to different texts then have the same shapes, and share compiled programs.
+        splits: how tokens of the source are split by the target, where it splits them otherwise.
+    """
+
+    shared: tuple[np.ndarray, np.ndarray]
+    own: tuple[np.ndarray, np.ndarray]
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    rounded: bool = False
+    splits: Splits = NO_SPLITS
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The numbers of columns of shared tokens, and of tokens that the source and the target alone have."""
+        counts = len(self.shared[0]), len(self.own[0]), len(self.own[1])
+        if not self.rounded:
+            return counts
+        shared, src, tgt = (-(-count // step) * step for count, step in zip(counts, _STEPS, strict=True))
+        return shared, src, tgt
+
+    def tokens(self, side: int) -> np.ndarray:
+        """Return the ids of the columns of a side, int32, but for the end; `NO_TOKEN` for those without a token."""
+        shared, *own = self.sizes
+        return np.concatenate([_filled(self.shared[side], shared), _filled(self.own[side], own[side])])
+
+    def heads(self, side: int) -> np.ndarray:
+        """Return the ids of the head's rows of a side: one for each column, and the tokens that end a text."""
+        return np.concatenate([self.tokens(side), np.array(self.ends[side], np.int32)])
+
+    def columns(self, batch: DistillationBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find what moves from which of the source's columns to which of the target's, at each position of a batch.
+
+        Returns:
+            int32 (P,) columns of the source's next tokens, -1 where nothing moves; int32 (P,) of the target's, -1
+            likewise; and float32 (P,) the weights, 0 where the target's next token has no column. Where the source has
+            no position and the target has one, the target's token alone is given: the text itself is the teacher.
+        """
+        src, tgt = self.following(batch, 0), self.following(batch, 1)
+        known = (batch.next_src >= 0) & (batch.next_tgt >= 0)
+        same = known & (src == tgt) & (src >= 0) & (src < self.sizes[0])
+        moves = known & ~same
+        alone = (batch.next_src < 0) & (batch.next_tgt >= 0)
+        # Prompts are not what the source says: other splits of them teach nothing.
+        lost = (moves & (~batch.answer | (src < 0) | (tgt < 0))) | (alone & (tgt < 0))
+        return (
+            np.where(moves & ~lost, src, -1).astype(np.int32),
+            np.where((moves | alone) & ~lost, tgt, -1).astype(np.int32),
+            np.where(lost, 0, batch.weight).astype(np.float32),
+        )
+
+    def following(self, batch: DistillationBatch, side: int = 1) -> np.ndarray:
+        """Return int32 (P,) the columns of a side's next tokens, -1 where there is none or it has no column."""
+        return _places((batch.next_src, batch.next_tgt)[side], self.tokens(side)).astype(np.int32)
+
+
+def _filled(ids: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(ids, (0, count - len(ids)), constant_values=NO_TOKEN)
+
+
+def _places(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Find the columns of tokens among their ids, -1 where there is none."""
+    order = np.argsort(ids)
+    found = np.minimum(np.searchsorted(ids[order], tokens), max(0, len(ids) - 1))
+    places = order[found]
+    return np.where((ids[places] == tokens) & (tokens >= 0), places, -1)
+
+
+def find_symbols(
+    source: HasVocabulary,
+    target: HasVocabulary,
+    batches: Sequence[DistillationBatch],
+    commonest: int,
+    stops: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    *,
+    rounded: bool = False,
+) -> Symbols:
+    """Choose the symbols: shared tokens, in the batches and the commonest; and those of one side in the answers.
+
+    The tokens of byte-pair encodings are numbered in the order in which they were merged: low ids are frequent.
+
+    Args:
+        source: the source.
+        target: the target.
+        batches: all batches of the fit.
+        commonest: how many of the source's lowest ids to take, whether they occur or not.
+        stops: tokens of source and target that end a text; they are left out, as the end is a symbol of its own.
+        ends: those of them that are the symbol, see `Symbols`.
+        rounded: see `Symbols`; the source's reader then has to know `NO_TOKEN`.
+
+    Raises:
+        MethodError: a vocabulary cannot be read, or the two share too few tokens.
+    """
+    ids, reason = shared_ids(source, target)
+    if ids is None:
+        msg = f"predictions cannot be compared: {reason}; use another method"
+        raise MethodError(msg)
+    order = np.argsort(ids[0])
+    ids_src, ids_tgt = (side[order].astype(np.int32) for side in ids)
+    kept = np.isin(ids_src, used_tokens(batches, 0)) | np.isin(ids_tgt, used_tokens(batches, 1))
+    kept |= np.arange(len(ids_src)) < commonest
+    kept &= ~np.isin(ids_src, list(stops[0])) & ~np.isin(ids_tgt, list(stops[1]))
+    shared = ids_src[kept], ids_tgt[kept]
+    own = []
+    for side in (0, 1):
+        tokens = np.concatenate([(batch.next_src, batch.next_tgt)[side][batch.answer] for batch in batches])
+        own.append(
+            np.setdiff1d(tokens[tokens >= 0], np.concatenate([shared[side], list(stops[side])])).astype(np.int32)
+        )
+    found = Symbols(shared, (own[0], own[1]), ends, rounded)
+    return replace(found, splits=_count_splits(found, batches))
+
+
+def _count_splits(symbols: Symbols, batches: Sequence[DistillationBatch]) -> Splits:
+    """Count which of the target's tokens begin where which of the source's do, in answers."""
+    src, tgt = (np.concatenate([symbols.following(batch, side)[batch.answer] for batch in batches]) for side in (0, 1))
+    known = (src >= 0) & (tgt >= 0)
+    (source, target), counts = np.unique(np.stack([src, tgt])[:, known], axis=1, return_counts=True)
+    whole = np.bincount(src[known], minlength=len(symbols.tokens(0)))
+    share = counts / (whole[source] + 1)
+    differ = (source != target) | (source >= symbols.sizes[0])
+    empty = -int(differ.sum()) % _SPLITS if symbols.rounded else 0
+    return Splits(
+        np.pad(source[differ].astype(np.int32), (0, empty)),
+        np.pad(target[differ].astype(np.int32), (0, empty)),
+        np.pad(share[differ].astype(np.float32), (0, empty)),
+    )
+
+
+@partial(jax.jit, static_argnames=("shared", "own", "end"))
+def in_target_symbols(
+    source: jax.Array,
+    splits: Splits,
+    said: jax.Array,
+    moved: jax.Array,
+    to: jax.Array,
+    *,
+    shared: int,
+    own: int,
+    end: bool,
+) -> jax.Array:
+    """Give the source's predictions in the target's columns: float32 (P, shared + own + end).
+
+    Args:
+        source: float32 (P, C), log-probabilities of the source's columns.
+        splits: of tokens that the text does not have at a position.
+        said: int32 (P,), the column of the source's next token, which the text splits; -1 where there is none.
+        moved: int32 (P,), the column whose probability moves, or -1.
+        to: int32 (P,), the target's column that it moves to, or -1. Without `moved` it gets all of the probability.
+        shared: V.
+        own: E, the target's own tokens.
+        end: whether the last column is the end of the text.
+    """
+    # Columns in front, so that a split adds whole rows.
+    probability = jnp.exp(source).T
+    part = probability[splits.source] * jnp.where(splits.source[:, None] == said, 0, splits.share[:, None])
+    none = jnp.zeros((own, len(source)), source.dtype)
+    found = jnp.concatenate([probability[:shared], none, probability[len(probability) - end :]])
+    left = jnp.where(splits.source < shared, splits.source, len(found))
+    found = found.at[splits.target].add(part).at[left].add(-part, mode="drop")
+    found = jnp.log(jnp.maximum(found, math.exp(_NEVER))).T
+    rows, moves, alone = jnp.arange(len(source)), (moved >= 0) & (to >= 0), (moved < 0) & (to >= 0)
+    mass = jnp.take_along_axis(source, jnp.maximum(moved, 0)[:, None], axis=1)[:, 0]
+    place = jnp.maximum(to, 0)
+    emptied = jnp.arange(found.shape[1])[None] == jnp.where(moves & (moved < shared), moved, -1)[:, None]
+    found = jnp.where(emptied | alone[:, None], _NEVER, found)
+    added = jnp.where(alone, 0.0, jnp.logaddexp(found[rows, place], mass))
+    found = found.at[rows, place].set(jnp.where(moves | alone, added, found[rows, place]))
+    return jax.nn.log_softmax(jnp.maximum(found, _NEVER), axis=-1)
+
+
+def in_source_symbols(target: jax.Array, symbols: Symbols) -> jax.Array:
+    """Give the target's predictions in the source's columns, float32 (P, shared + own + end); its own tokens get none.
+
+    Args:
+        target: float32 (P, C), log-probabilities of the target's columns.
+        symbols: of the fit.
+    """
+    (shared, own, _), end = symbols.sizes, len(symbols.ends[1]) > 0
+    never = jnp.full((len(target), own), _NEVER, target.dtype)
+    return jnp.concatenate([target[:, :shared], never, target[:, target.shape[1] - end :]], axis=1)

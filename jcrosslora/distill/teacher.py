@@ -1,0 +1,145 @@
+"""The teacher: what the target should predict, from its own predictions and the source's without and with adapter.
+
+The target, and a source that our decoder runs, predict among the shared tokens alone.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jcrosslora.distill.batches import DistillationBatch
+from jcrosslora.distill.settings import DistillSettings
+from jcrosslora.distill.sources.protocol import Reader
+from jcrosslora.distill.sources.reduced_base import ReducedBase, shared_log_probs
+from jcrosslora.distill.symbols import Symbols, in_source_symbols, in_target_symbols
+from jcrosslora.distill.token_choice import chosen_weights
+
+
+@flax.struct.dataclass
+class TaughtBatch:
+    """A batch as the target reads it, with the teacher's predictions.
+
+    Attributes:
+        tokens: int32 (B, T).
+        mask: bool (B, T).
+        at: int32 (P,), flat positions.
+        weight: float32 (P,).
+        teacher: float32 (P, V), log-probabilities.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    at: jax.Array
+    weight: jax.Array
+    teacher: jax.Array
+
+
+class Teacher:
+    """The source's reader and the target, from which the teacher's predictions are made.
+
+    Args:
+        source: reads with and without the adapter.
+        target: reads without it.
+        settings: of the fit.
+        symbols: that both predict.
+        known: how well the adapter's task is known, 0 to 1, see `DistillSettings.source_weights`.
+    """
+
+    def __init__(
+        self,
+        source: Reader,
+        target: ReducedBase,
+        settings: DistillSettings,
+        symbols: Symbols,
+        known: float = 1.0,
+    ) -> None:
+        self._source, self.target, self._symbols = source, target, symbols
+        self._weights = *settings.source_weights(known), settings.contrast_weight
+        self._token_share = settings.token_share
+
+    def read(self, batch: DistillationBatch) -> TaughtBatch:
+        """Make the teacher's predictions on a batch."""
+        teacher_weight, sure_weight, contrast_weight = self._weights
+        # What has no weight is not worth a pass.
+        chosen = self._token_share < 1
+        own = min(teacher_weight, sure_weight) < 1
+        taught, base, adapted = self.sides(batch, own=own, base=contrast_weight != 0 or chosen)
+        if chosen:
+            answer, following = jnp.asarray(batch.answer), jnp.asarray(self._symbols.following(batch))
+            share = jnp.float32(self._token_share)
+            weight = chosen_weights(taught.weight, answer, following, base, adapted, share)
+            taught = dataclasses.replace(taught, weight=weight)
+        mixed = mix_teacher(taught.teacher, base, adapted, *map(jnp.float32, self._weights))
+        return dataclasses.replace(taught, teacher=mixed)
+
+    def sides(
+        self, batch: DistillationBatch, *, own: bool = True, base: bool = True
+    ) -> tuple[TaughtBatch, jax.Array, jax.Array]:
+        """Make what the teacher is mixed of, each float32 (P, V) log-probabilities in the target's symbols.
+
+        Args:
+            batch: to read.
+            own: whether the target's own predictions are wanted; if not, they may be those of the adapted source.
+            base: whether those of the source without its adapter are wanted; likewise.
+
+        Returns:
+            The batch with the target's own predictions in place of the teacher's; and the source's predictions without
+            and with its adapter.
+        """
+        tgt, symbols = self.target, self._symbols
+        read = jnp.asarray(batch.tokens_tgt), jnp.asarray(batch.mask_tgt), jnp.asarray(batch.at_tgt)
+        found, spread = None, None
+        if own or not self._source.complete:
+            found = shared_log_probs(tgt.settings, tgt.params, None, *read, ends=tgt.ends)
+        if found is not None and not self._source.complete:
+            spread = in_source_symbols(found, symbols)
+        moved, to, weight = map(jnp.asarray, symbols.columns(batch))
+        ways = symbols.splits, jnp.asarray(symbols.following(batch, 0)), moved, to
+        shared, _, alone = symbols.sizes
+        sizes = {"shared": shared, "own": alone, "end": len(symbols.ends[0]) > 0}
+        sides = self._source.read(batch, spread, base=base)
+        adapted = in_target_symbols(sides[1], *ways, **sizes)
+        plain = in_target_symbols(sides[0], *ways, **sizes) if base else adapted
+        return TaughtBatch(*read, weight, adapted if found is None else found), plain, adapted
+
+
+@jax.jit
+def mix_teacher(
+    target: jax.Array,
+    base: jax.Array,
+    adapted: jax.Array,
+    teacher_weight: jax.Array,
+    sure_weight: jax.Array,
+    contrast_weight: jax.Array,
+) -> jax.Array:
+    """float32 (P, V): the teacher's log-probabilities.
+
+    log t = (1 - w) log p_tgt + w log p_adapted + contrast_weight (log p_adapted - log p_base), normalised,
+    w = teacher_weight + (sure_weight - teacher_weight) exp(-H), with the entropy H of p_adapted in nats.
+
+    Where the adapted source is sure, it knows its job; where it is not, the target may know better. With both shares 0
+    the source's change in log-probability is added to the target's own; with both 1 and contrast_weight 0 the teacher
+    is the adapted source. The change alone is not enough: it leads away from the source without its adapter, which may
+    predict something else than the target does.
+
+    Args:
+        target: (P, V), log-probabilities of the target.
+        base: (P, V), of the source.
+        adapted: (P, V), of the source with its adapter.
+        teacher_weight: (), share of the adapted source where many tokens are equally likely for it.
+        sure_weight: (), its share where it is sure of one token.
+        contrast_weight: (), weight of the source's change.
+    """
+    entropy = -jnp.sum(jnp.exp(adapted) * adapted, axis=-1, keepdims=True)
+    share = teacher_weight + (sure_weight - teacher_weight) * jnp.exp(-entropy)
+    mixed = target + share * (adapted - target) + contrast_weight * (adapted - base)
+    return jax.nn.log_softmax(mixed, axis=-1)
+
+
+@jax.jit
+def weighted_kl(teacher: jax.Array, student: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum weight * KL(teacher || student) over positions; also return the sum of the weights."""
+    kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return jnp.sum(jnp.where(weight > 0, weight * kl, 0)), jnp.sum(weight)

@@ -1,1 +1,0 @@
-"""Distillation: fit an update of the target to the predictions of the source with its adapter."""

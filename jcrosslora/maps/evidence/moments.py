@@ -1,0 +1,216 @@
+"""Cross-moments of matched activations: both bases run over the same text, and only sums of products are kept.
+
+float32 is enough for the sums, whatever the sizes of the dimensions. An entry sums products of two dimensions only, so
+its rounding error is relative to these two (1e-7 of sqrt(sum x_i^2 sum y_j^2) over 28,000 positions), and a dimension
+that is a thousand times larger does not affect the others. Dividing the dimensions by their sizes before the products
+gains nothing. Small dimensions are lost after the sums: an SVD or a solve in float32 has errors relative to the largest
+singular value, so the sums must be divided before it. `CrossMoments` holds the squares of each dimension for that.
+float32 sums do lose directions beside a much larger one that is spread over all dimensions, such as a mean: 0.5 % of a
+direction a thousand times smaller, and more with the square of that ratio. `tests/test_moments_float64.py` measures
+these figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.decoder import INPUT_SITES, DecoderSettings, LayerCapture, Params, forward, load_params, settings_of
+from jcrosslora.linalg import dot
+from jcrosslora.utils.progress import each
+
+if TYPE_CHECKING:
+    from jcrosslora.evaluate.probes import ProbeBatch
+
+# Activations of one base at the positions of a batch: inputs by site and outputs by role, (L, P, width) each.
+Rows = tuple[dict[str, jax.Array], dict[str, jax.Array]]
+Grams = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class CrossMoments:
+    """Sums over N matched positions, float32, with a leading axis of the target's L layers.
+
+    Source and target rows are those of the source layer that feeds the target layer. Nothing is centred.
+
+    Attributes:
+        inputs: site -> (L, I_src, I_tgt), sum of x_src x_tgt', see `jcrosslora.decoder.INPUT_SITES`.
+        outputs: role -> (L, O_src, O_tgt), sum of y_src y_tgt'.
+        input_squares: site -> (L, I_src) and (L, I_tgt), sums of the squares of each dimension of x_src and x_tgt.
+        output_squares: role -> (L, O_src) and (L, O_tgt), the same of the outputs.
+        count: N, scalar.
+        input_grams: site -> (L, I_src, I_src) and (L, I_tgt, I_tgt), sums of x_src x_src' and of x_tgt x_tgt'; None
+            unless they were asked for.
+        output_grams: role -> (L, O_src, O_src) and (L, O_tgt, O_tgt), the same of the outputs.
+    """
+
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, jax.Array]
+    input_squares: dict[str, tuple[jax.Array, jax.Array]]
+    output_squares: dict[str, tuple[jax.Array, jax.Array]]
+    count: jax.Array
+    input_grams: Grams | None = None
+    output_grams: Grams | None = None
+
+
+def cross_moments(
+    source: BaseModel,
+    target: BaseModel,
+    batches: Sequence[ProbeBatch],
+    layers: Sequence[int | None],
+    roles: Collection[str],
+    *,
+    grams: bool = False,
+    progress: bool = False,
+) -> CrossMoments:
+    """Run both bases over the probes and sum the cross-moments of the inputs and outputs of paired modules.
+
+    Memory: the layers of both bases as float32, the moments once (12 million numbers a layer for a pair of 600 wide
+    models), and the activations of both bases in all layers at the matched positions of one batch. The grams add a
+    little more than twice the memory of the moments (26 million numbers a layer). The embeddings are reduced to the
+    rows of the tokens that occur and the output heads dropped; both are held whole only while a base is read.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        batches: at least one, all of the same shape.
+        layers: for each target layer the source layer that feeds it, or None (its moments are meaningless).
+        roles: the roles of the modules to collect.
+        grams: whether to sum the second moments of each side as well.
+        progress: whether to show a progress bar.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or a model that the decoder does not know.
+    """
+    wanted = tuple(sorted(roles))
+    read_src = _reader(source, [batch.tokens_src for batch in batches], wanted)
+    read_tgt = _reader(target, [batch.tokens_tgt for batch in batches], wanted)
+    feeders = jnp.asarray([0 if layer is None else layer for layer in layers], jnp.int32)
+
+    def add(totals: CrossMoments | None, batch: ProbeBatch) -> CrossMoments:
+        src = read_src(batch.tokens_src, batch.mask_src, batch.at_src, batch.valid)
+        tgt = read_tgt(batch.tokens_tgt, batch.mask_tgt, batch.at_tgt, batch.valid)
+        totals = zero_moments(src, tgt, grams=grams) if totals is None else totals
+        # Wait for each batch, so that memory holds the activations of one batch only.
+        return jax.block_until_ready(add_rows(totals, src, tgt, feeders, jnp.asarray(batch.valid)))
+
+    totals = None
+    for batch in each(batches, "collect activations", "batches", show=progress):
+        totals = add(totals, batch)
+    assert totals is not None
+    return totals
+
+
+def zero_moments(src: Rows, tgt: Rows, *, grams: bool = False) -> CrossMoments:
+    """Zero-initialise the accumulators of `add_rows` for rows shaped like `src` and `tgt`."""
+    layers = jax.tree.leaves(tgt)[0].shape[0]
+
+    def products(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.zeros((layers, x.shape[-1], y.shape[-1]))
+
+    def squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((layers, x.shape[-1])), jnp.zeros((layers, y.shape[-1]))
+
+    def both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return products(x, x), products(y, y)
+
+    inputs, outputs = jax.tree.map(products, src, tgt)
+    input_squares, output_squares = jax.tree.map(squares, src, tgt)
+    input_grams, output_grams = jax.tree.map(both, src, tgt) if grams else (None, None)
+    nothing = jnp.zeros(())
+    return CrossMoments(inputs, outputs, input_squares, output_squares, nothing, input_grams, output_grams)
+
+
+@partial(jax.jit, donate_argnums=0)
+def add_rows(totals: CrossMoments, src: Rows, tgt: Rows, layers: jax.Array, valid: jax.Array) -> CrossMoments:
+    """Add the products of P positions to the moments. The buffers of `totals` are donated to the result.
+
+    Args:
+        totals: the moments so far.
+        src: inputs by site and outputs by role of the source, float32 (L_src, P, width), zero where not valid.
+        tgt: the same of the target, (L, P, width).
+        layers: int32 (L,), for each target layer the source layer that feeds it.
+        valid: bool (P,).
+    """
+
+    # Add layer by layer to the totals in place: a scan would need memory for a second copy of its results.
+    def one(layer: jax.Array, totals: CrossMoments) -> CrossMoments:
+        def products(total: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+            return total.at[layer].add(dot(x[layers[layer]].T, y[layer]))
+
+        def squares(x: jax.Array, y: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            sums = jnp.sum(x[layers[layer]] ** 2, axis=0), jnp.sum(y[layer] ** 2, axis=0)
+            return total[0].at[layer].add(sums[0]), total[1].at[layer].add(sums[1])
+
+        def both(x: jax.Array, y: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, y = x[layers[layer]], y[layer]
+            return total[0].at[layer].add(dot(x.T, x)), total[1].at[layer].add(dot(y.T, y))
+
+        inputs, outputs = jax.tree.map(products, (totals.inputs, totals.outputs), src, tgt)
+        pairs = totals.input_squares, totals.output_squares
+        input_squares, output_squares = jax.tree.map(squares, src, tgt, pairs)
+        own = totals.input_grams, totals.output_grams
+        input_grams, output_grams = own if totals.input_grams is None else jax.tree.map(both, src, tgt, own)
+        return CrossMoments(inputs, outputs, input_squares, output_squares, totals.count, input_grams, output_grams)
+
+    counted = dataclasses.replace(totals, count=totals.count + jnp.sum(valid, dtype=jnp.float32))
+    return lax.fori_loop(0, len(layers), one, counted)
+
+
+def _reader(base: BaseModel, tokens: Sequence[np.ndarray], roles: tuple[str, ...]) -> Callable[..., Rows]:
+    """Return a function from the tokens, mask, positions and validity of a batch to the activations there."""
+    settings, kept = settings_of(base), np.unique(np.concatenate([batch.ravel() for batch in tokens]))
+    params = load_params(base)
+    # An embedding may be larger than all layers together; only the rows of these tokens are looked up.
+    params = jax.block_until_ready(dataclasses.replace(params.with_tokens(kept), head=None))
+
+    def read(tokens: np.ndarray, mask: np.ndarray, at: np.ndarray, valid: np.ndarray) -> Rows:
+        places = np.searchsorted(kept, tokens).astype(np.int32)
+        return _rows(settings, roles, params, *map(jnp.asarray, (places, mask, at, valid)))
+
+    return read
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rows(
+    settings: DecoderSettings,
+    roles: tuple[str, ...],
+    params: Params,
+    tokens: jax.Array,
+    mask: jax.Array,
+    at: jax.Array,
+    valid: jax.Array,
+) -> Rows:
+    keep = valid.astype(jnp.float32)[:, None]
+
+    def take(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1])[at].astype(jnp.float32) * keep
+
+    def reduce(seen: LayerCapture) -> Rows:
+        sites = sorted({INPUT_SITES[role] for role in roles})
+        read = {site: take(seen.inputs[site]) for site in sites if site in seen.inputs}
+        return read, {role: take(seen.outputs[role]) for role in roles if role in seen.outputs}
+
+    read, wrote = forward(settings, params, tokens, mask=mask, reduce=reduce).reduced
+    by_site = {INPUT_SITES[role]: role for role in roles}
+    return (
+        {site: _in_all_layers(settings, by_site[site], x) for site, x in read.items()},
+        {role: _in_all_layers(settings, role, x) for role, x in wrote.items()},
+    )
+
+
+def _in_all_layers(settings: DecoderSettings, role: str, rows: jax.Array) -> jax.Array:
+    """Return (L, P, width) of rows of the layers that have a role; zeros in the others."""
+    held = settings.layers_with(role)
+    if len(held) == settings.layers:
+        return rows
+    return jnp.zeros((settings.layers, *rows.shape[1:])).at[jnp.asarray(held)].set(rows)

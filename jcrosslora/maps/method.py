@@ -1,0 +1,182 @@
+"""The two base classes of transfer methods: those that fit an update to behaviour, and those that map it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import marshal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jcrosslora.adapter import Carried
+from jcrosslora.maps.evidence.records import RUNNING, Evidence, EvidenceKind, Maps
+from jcrosslora.maps.task import Moved, Sizes, Task
+from jcrosslora.utils.cost import Cost
+
+Measure = Literal[
+    "vector ratio", "subspace similarity", "weight cosine", "activation cosine", "head cosine", "part cosine", "none"
+]
+# The truncation rank of the Cross-LoRA paper, also used for methods whose papers state none.
+DEFAULT_SVD_RANK = 320
+FINISH = "finish"  # the step of a method that does not name itself on the display
+_PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class of all methods. A subclass is a frozen dataclass; its fields are its hyper-parameters.
+
+    The flags of the command line, the keys of recipes and batch plans, and the cache keys are derived from the fields:
+    a field needs a default, a type that TOML can hold, and a docstring line beneath it.
+
+    A method that inherits from this class directly fits an update to what the adapter does: `move` is all it needs. One
+    that chooses maps from the weights of both bases inherits from `MapMethod`.
+
+    Attributes:
+        name: as given to `--method`.
+        summary: one line.
+        reference: where it is published.
+        requires: the evidence that has to be collected. A property may derive it from the fields.
+        carries: the kinds of change that it moves. Changes of the embedding and the output head (`Carried.TOKENS`) move
+            if the maps keep (or permute) the coordinates of the residual stream; updates of experts by a fit, or by
+            maps where the target is a copy of the source or of its parts.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    requires: ClassVar[frozenset[EvidenceKind]] = frozenset()
+    carries: ClassVar[Carried] = Carried.LINEAR | Carried.EXPERTS
+
+    def move(self, task: Task) -> Moved:
+        """Return the update of the target.
+
+        Args:
+            task: the bases, the adapter and its prompts; `task.start` is the adapter behind the maps of `self.start`.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Check the hyper-parameters, before anything is computed.
+
+        Raises:
+            UsageError: one is out of range.
+        """
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count what `move` takes, by the names of its steps on the display; None where it is not known."""
+        del sizes
+        return {FINISH: None}
+
+    @property
+    def start(self) -> MapMethod | None:
+        """The method whose maps the update goes through before `move`; None where nothing is mapped.
+
+        A map method is its own start. A fit that begins with a moved update names the method that moves it.
+        """
+        return None
+
+    @property
+    def truncates(self) -> bool:
+        """Tell whether the maps depend on a truncation rank."""
+        return hasattr(self, "svd_rank")
+
+    @property
+    def runs_bases(self) -> bool:
+        """Tell whether both bases have to run on text."""
+        return bool(self.requires & RUNNING)
+
+    @property
+    def fits_update(self) -> bool:
+        """Tell whether the whole update is fitted, so that its size follows from the fit."""
+        return not isinstance(self, MapMethod)
+
+    @property
+    def needs(self) -> str:
+        """Return the evidence that the method uses, in words."""
+        parts = ["equal shapes"] if self.start is not None and self.start.equal_shapes else []
+        parts += [kind.value for kind in EvidenceKind if kind in self.requires and kind != EvidenceKind.RANDOM_KEY]
+        return ", ".join(parts) or "nothing"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def cache_key(self) -> Any:
+        """Return what the maps depend on, as a JSON value; for a user's method this includes its code."""
+        return self.name, type(self).__qualname__, self._code_digest(), self.settings()
+
+    @classmethod
+    def source_file(cls) -> Path | None:
+        """Return the file that defines the method; None where there is none, as in a notebook."""
+        try:
+            return Path(inspect.getfile(cls))
+        except (TypeError, OSError):
+            return None
+
+    @classmethod
+    def spec(cls) -> str:
+        """Return how `--method` and recipes refer to it: by its name, or as "module:Class" for a user's own."""
+        if cls.__module__.startswith("jcrosslora."):
+            return cls.name
+        # `__main__` cannot be imported by name, but the file of the script can.
+        file = cls.source_file() if cls.__module__ == "__main__" else None
+        return f"{cls.__module__ if file is None else file.stem}:{cls.__qualname__}"
+
+    @classmethod
+    def _code_digest(cls) -> str:
+        file = cls.source_file()
+        if file is None:
+            return hashlib.sha256(marshal.dumps(cls._maths().__code__)).hexdigest()
+        return "" if _PACKAGE in file.parents else hashlib.sha256(file.read_bytes()).hexdigest()
+
+    @classmethod
+    def _maths(cls) -> Any:
+        """Return the function that decides what moves: it stands for the code of a method without a file."""
+        return cls.move
+
+
+@dataclass(frozen=True)
+class MapMethod(Method):
+    """Base class of methods that choose two maps for each pair of modules: dW_tgt = P_out dW_src P_in'.
+
+    The alignment (`maps` over all pairs of modules) and the shift (the adapter through the maps) are the same for all
+    map methods; `move` is called behind them.
+
+    Attributes:
+        measure: the diagnostic that says whether the two bases agree in what the method relies on; "none" without one.
+        is_control: whether no effect is expected, by design.
+        equal_shapes: whether it is defined only for modules of equal shape.
+        single_vectors: whether single singular vectors matter, or only the subspace that they span.
+        keeps_norm: whether the norm of the update is restored after the maps, as a control needs.
+    """
+
+    measure: ClassVar[Measure] = "none"
+    is_control: ClassVar[bool] = False
+    equal_shapes: ClassVar[bool] = False
+    single_vectors: ClassVar[bool] = False
+    carries: ClassVar[Carried] = Carried.LINEAR
+    keeps_norm: ClassVar[bool] = False
+
+    def maps(self, evidence: Evidence) -> Maps:
+        """Choose the maps of one pair of modules. Pure, traceable and unbatched."""
+        raise NotImplementedError
+
+    def move(self, task: Task) -> Moved:
+        """Return the mapped update as it is. A method that adds something to it overrides this."""
+        return Moved(task.mapped)
+
+    def cost(self, sizes: Sizes) -> dict[str, Cost | None]:
+        """Count nothing for an update that stays as it is."""
+        return {} if type(self).move is MapMethod.move else super().cost(sizes)
+
+    @property
+    def start(self) -> MapMethod:
+        """Return the method itself."""
+        return self
+
+    @classmethod
+    def _maths(cls) -> Any:
+        return cls.maps

@@ -1,0 +1,17 @@
+"""What two bases have in common, judged by their weights: shared structure, changes of the weights, suitable method."""
+
+from jcrosslora.relation.base_comparison import BaseComparison as BaseComparison
+from jcrosslora.relation.base_comparison import compare_bases as compare_bases
+from jcrosslora.relation.method_selection import Choice as Choice
+from jcrosslora.relation.method_selection import choose_method as choose_method
+from jcrosslora.relation.method_selection import why_not_run as why_not_run
+from jcrosslora.relation.method_selection import without_fit as without_fit
+from jcrosslora.relation.pairing import DEPTH_MAPS as DEPTH_MAPS
+from jcrosslora.relation.pairing import Pairing as Pairing
+from jcrosslora.relation.pairing import pair_modules as pair_modules
+from jcrosslora.relation.pairing import parse_depth as parse_depth
+from jcrosslora.relation.structure import Part as Part
+from jcrosslora.relation.structure import Structure as Structure
+from jcrosslora.relation.structure_search import find_structure as find_structure
+from jcrosslora.relation.tensor_comparison import TensorComparison as TensorComparison
+from jcrosslora.relation.weight_similarity import compare_weights as compare_weights

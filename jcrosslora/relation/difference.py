@@ -1,0 +1,221 @@
+"""Classify the difference of two weight matrices: none, scaling, rounding, a low-rank update, or training."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal
+
+import numpy as np
+
+from jcrosslora.relation.absmax import HALF_PRECISION
+from jcrosslora.relation.rounding import Rounding
+
+Side = Literal["source", "target"]
+
+# Share of numbers with overlapping rounding intervals from which rounding is the whole difference; rounding to the
+# nearest level leaves nearly all of them. The steps of a grid that was inferred from the numbers are less exact.
+_MIN_EXPLAINED, _MIN_EXPLAINED_INFERRED = 0.998, 0.99
+# Least ratio of the steps of both sides for one to be a rounding of the other: bfloat16 has eight times the step of
+# float16, while two formats of four bits differ by a tenth.
+_COARSER = 1.5
+# Least mean rounding error in steps. Uniform errors have a mean of a quarter step; steps at the ends of a block are
+# taken for three times as wide, and those of floats twice as wide below a power of two.
+_MIN_ERROR = 0.1
+# Levels that were rounded a second time moved by less than this share of a step.
+_SAME_LEVEL = 0.25
+# Relative difference of float32 sums of some thousands of products in different orders (24 bits of mantissa).
+FLOAT32_NOISE = 2.0**-20
+# A scale explains a difference if it leaves less than a tenth of it and differs from 1 by more than a thousandth.
+_MAX_UNSCALED, _MIN_SCALE_CHANGE = 0.1, 1e-3
+# A low-rank update has at most half of the directions, which hold 70% of the energy; rounding noise holds the rest.
+_MAX_RANK_SHARE, _MIN_RANK_ENERGY = 0.5, 0.7
+# Least share of zeros beyond rounding from which a matrix counts as pruned. Quantisers leave a tenth of zeros and more,
+# but hardly any of numbers that their steps cannot have rounded to zero.
+_MIN_ZEROED = 0.1
+# Factor on the limit sigma (sqrt(n) + sqrt(m)) of the singular values of noise, because rounding errors of neighbours
+# in a block are not quite independent.
+_NOISE_EDGE = 2.0
+
+
+class Change(StrEnum):
+    """The kind of difference of two matrices."""
+
+    EQUAL = "equal"
+    ROUNDED = "rounded"
+    LOW_RANK = "low rank"
+    TRAINED_OR_ROUNDED = "trained or rounded"  # the two cannot be told apart
+    TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of a target matrix from its counterpart in the source.
+
+    Attributes:
+        change: the kind of difference.
+        cosine: of the sampled numbers.
+        distance: ||W_tgt - W_src||_F / ||W_src||_F, with W_src scaled.
+        scale: the factor on the source's numbers, 1 unless it explains most of the difference.
+        equal: share of equal numbers.
+        explained: share of numbers that are equal or that rounding explains.
+        rank: of a low-rank update, as far as the sample shows it; else None.
+        grids: the number formats of the source and the target.
+        rounded: the side that is a rounding of the other; None if neither is, or it cannot be told.
+        quantised: whether one side was quantised to 8 bits or fewer, alone or beside the change.
+        hidden: relative size of changes that rounding may hide.
+        zeroed: share of numbers that were set to zero in the target (unstructured pruning), if rounding does not
+            explain it; all other figures are then of the rest.
+    """
+
+    change: Change
+    cosine: float
+    distance: float
+    scale: float
+    equal: float
+    explained: float
+    rank: int | None
+    grids: tuple[str, str]
+    rounded: Side | None
+    quantised: bool
+    hidden: float
+    zeroed: float = 0.0
+
+    @property
+    def only_scaled(self) -> bool:
+        """Whether the two differ by a scale alone."""
+        return self.scale != 1 and self.distance < FLOAT32_NOISE
+
+
+def compare_rows(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> Difference:
+    """Compare rows of a weight with their counterparts, number by number.
+
+    Args:
+        src: (n, m), rows of the source.
+        tgt: (n, m), rows of the target.
+        from_src: the numbers that the source's may have been rounded from, of the same shape.
+        from_tgt: the numbers that the target's may have been rounded from.
+    """
+    src, tgt = src.astype(np.float64), tgt.astype(np.float64)
+    norms = float(np.linalg.norm(src)), float(np.linalg.norm(tgt))
+    grids = from_src.grid, from_tgt.grid
+    equal = float(np.mean(src == tgt)) if src.size else 1.0
+    if equal == 1.0:
+        return Difference(Change.EQUAL, 1.0, 0.0, 1.0, 1.0, 1.0, None, grids, None, quantised=False, hidden=0.0)
+    if not (norms[0] and norms[1]):
+        return Difference(Change.TRAINED, 0.0, 1.0, 1.0, equal, equal, None, grids, None, quantised=False, hidden=0.0)
+    kept = tgt != 0
+    if np.mean(~kept & ((src < from_tgt.low) | (src > from_tgt.high))) >= _MIN_ZEROED:
+        # As a matrix of one row, which has no low rank.
+        rest = compare_rows(src[kept][None], tgt[kept][None], _at(from_src, kept), _at(from_tgt, kept))
+        return replace(rest, zeroed=float(np.mean(~kept & (src != 0))))
+    cosine = float(np.sum(src * tgt)) / (norms[0] * norms[1])
+    scale = _scale(src, tgt, norms)
+    src, from_src = scale * src, _times(from_src, scale)
+    delta = tgt - src
+    distance = float(np.linalg.norm(delta)) / (abs(scale) * norms[0])
+    found = _explain_by_rounding(src, tgt, from_src, from_tgt)
+    finer, coarser = sorted((from_src.width, from_tgt.width))
+    # If the target was computed from stored numbers, only its own later rounding is noise; otherwise both are.
+    ranks = [_low_rank(delta, noise / np.sqrt(12)) for noise in (finer, float(np.hypot(finer, coarser)))]
+    steps = _in_steps(delta, max(from_src, from_tgt, key=lambda side: side.width))
+    one_sided = from_src.coarse != from_tgt.coarse
+    wanted = _MIN_EXPLAINED if from_src.declared and from_tgt.declared else _MIN_EXPLAINED_INFERRED
+    rank, quantised = None, False
+    exact = distance < FLOAT32_NOISE and np.abs(delta).max() < 16 * FLOAT32_NOISE * np.abs(tgt).max()
+    if exact or found.share >= wanted:
+        change = Change.ROUNDED
+        quantised = not exact and (from_src.coarse or from_tgt.coarse) and found.coarse
+    elif ranks[0] is not None:
+        change, rank = Change.LOW_RANK, ranks[0]
+    elif ranks[1] is not None:
+        change, rank, quantised = Change.LOW_RANK, ranks[1], one_sided and steps >= _MIN_ERROR
+    elif (from_src.coarse or from_tgt.coarse) and steps < 1 and (steps >= _MIN_ERROR or not one_sided):
+        change = Change.TRAINED_OR_ROUNDED
+    else:
+        change, quantised = Change.TRAINED, one_sided and steps >= _MIN_ERROR
+    # Noise of size s crosses the middle between two levels, a step apart, with a chance of 0.8 s / step. Less than half
+    # a step of the finer grid is invisible, unless both sides lie on the same levels.
+    unseen = (finer / 2 if found.side else 0) + (1 - wanted) / 0.8 * coarser
+    hidden = unseen / _rms(tgt) + HALF_PRECISION * (coarser > 0)
+    explained = equal + (1 - equal) * found.share
+    return Difference(change, cosine, distance, scale, equal, explained, rank, grids, found.side, quantised, hidden)
+
+
+@dataclass(frozen=True)
+class _Explanation:
+    """An explanation by rounding: the share of unequal numbers, the rounded side, and whether its grid is coarse."""
+
+    share: float
+    side: Side | None
+    coarse: bool
+
+
+def _explain_by_rounding(src: np.ndarray, tgt: np.ndarray, from_src: Rounding, from_tgt: Rounding) -> _Explanation:
+    """Return the best explanation by rounding that fits the size of the difference.
+
+    Either one side is a rounding of the other's numbers; or, where its steps are much coarser, both are roundings of
+    the same numbers; or both lie on the same levels of a block, apart from a later rounding.
+    """
+    sides: tuple[tuple[Side, Rounding, Rounding, np.ndarray], ...] = (
+        ("target", from_tgt, from_src, src),
+        ("source", from_src, from_tgt, tgt),
+    )
+    best, unequal = _Explanation(0.0, None, coarse=False), src != tgt
+    if not unequal.any():
+        return _Explanation(1.0, None, coarse=False)
+    for side, own, other, numbers in sides:
+        if _in_steps(tgt - src, own) < _MIN_ERROR:
+            continue
+        inside = (own.low <= numbers) & (numbers <= own.high)
+        if own.width >= _COARSER * other.width:
+            inside |= (own.low < other.high) & (other.low < own.high)
+        # Counted among unequal numbers alone: where few changed, the others are no evidence of rounding.
+        share = float(np.mean(inside[unequal]))
+        if share > best.share:
+            best = _Explanation(share, side, own.coarse)
+    if from_src.coarse and from_tgt.coarse and best.share < _MIN_EXPLAINED:
+        step = np.minimum(from_src.high - from_src.low, from_tgt.high - from_tgt.low)
+        share = float(np.mean((np.abs(tgt - src) <= _SAME_LEVEL * step)[unequal]))
+        same_levels = _Explanation(share, None, coarse=from_src.declared and from_tgt.declared)
+        best = max(best, same_levels, key=lambda item: item.share)
+    return best
+
+
+def _at(rounding: Rounding, kept: np.ndarray) -> Rounding:
+    return replace(rounding, low=rounding.low[kept][None], high=rounding.high[kept][None])
+
+
+def _times(rounding: Rounding, scale: float) -> Rounding:
+    ends = rounding.low * scale, rounding.high * scale
+    return replace(rounding, low=np.minimum(*ends), high=np.maximum(*ends))
+
+
+def _in_steps(delta: np.ndarray, rounding: Rounding) -> float:
+    """Return the mean size of the non-zero differences in steps of a rounding; infinity if there are none."""
+    width = rounding.high - rounding.low
+    some = (width > 0) & (delta != 0)
+    return float(np.mean(np.abs(delta)[some] / width[some])) if some.any() else np.inf
+
+
+def _rms(numbers: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(numbers))))
+
+
+def _scale(src: np.ndarray, tgt: np.ndarray, norms: tuple[float, float]) -> float:
+    """Return the least-squares factor between two matrices, 1 unless it explains most of their difference."""
+    scale = float(np.sum(src * tgt)) / norms[0] ** 2
+    before, after = (float(np.linalg.norm(tgt - factor * src)) for factor in (1.0, scale))
+    return scale if abs(scale - 1) > _MIN_SCALE_CHANGE and after < _MAX_UNSCALED * before else 1.0
+
+
+def _low_rank(delta: np.ndarray, noise: float) -> int | None:
+    """Count the singular values above those of noise; None if they are many, or hold too little of the energy.
+
+    Many is more than half of the rows or columns that change: those of a few changed numbers are no low rank.
+    """
+    short = min(np.count_nonzero(delta.any(axis=axis)) for axis in (0, 1))
+    gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
+    energies = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
+    edge = _NOISE_EDGE * noise * sum(np.sqrt(delta.shape))
+    rank = int(np.count_nonzero(energies > edge**2))
+    held = energies[:rank].sum() / energies.sum() if rank else 0.0
+    return rank if 0 < rank <= _MAX_RANK_SHARE * short and held >= _MIN_RANK_ENERGY else None

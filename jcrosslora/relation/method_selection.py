@@ -1,0 +1,167 @@
+"""Select the method that `auto` stands for, by comparing the weights and files of a pair of bases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.checkpoint.quantised.registry import settings_of as quantisation_of
+from jcrosslora.errors import CheckpointError
+from jcrosslora.relation.relation import Finding, Likeness, Relation, relation_of
+from jcrosslora.relation.structure import Structure, count_parts
+from jcrosslora.relation.structure_search import find_structure
+from jcrosslora.relation.tensor_comparison import TensorComparison, compare_modules
+from jcrosslora.relation.weight_similarity import WeightSimilarity, compare_weights
+from jcrosslora.relation.wording import choice_reason, finding_phrase
+
+# For unlike bases: where both can be run on text, and where they cannot.
+ACTIVATION_METHOD, WEIGHT_METHOD = "distill", "cross-lora"
+# For near copies: those that differ by rounding at most, and those that were trained further.
+COPY_METHOD, TRAINED_METHOD = "copy", "interpolated-copy"
+# For bases of which one is made of the other's parts.
+PARTS_METHOD = "select"
+# For compressed targets: the same, then fitted to what the adapted source predicts.
+MENDED = {COPY_METHOD: "distilled-copy", PARTS_METHOD: "distilled-select"}
+# The method for bases that can both be run.
+_SUITED = {
+    Likeness.COPY: COPY_METHOD,
+    Likeness.TRAINED_COPY: TRAINED_METHOD,
+    Likeness.MERGED_COPY: TRAINED_METHOD,
+    Likeness.SPARSE_COPY: MENDED[COPY_METHOD],
+    Likeness.COARSE_COPY: MENDED[COPY_METHOD],
+    Likeness.FEWER_EXPERTS: MENDED[COPY_METHOD],
+    Likeness.PARTS: PARTS_METHOD,
+    Likeness.FEWER_PARTS: MENDED[PARTS_METHOD],
+    Likeness.NONE: ACTIVATION_METHOD,
+}
+# The method in the place of each that runs bases with the adapter. Theseus, which runs only the bases, lowered the
+# target's scores on ARC-Easy (-0.72 and -0.38 of the lift, README). cross-lora has no effect between unlike bases, and
+# the report says so.
+_WITHOUT_FIT = {ACTIVATION_METHOD: WEIGHT_METHOD, **{fitted: start for start, fitted in MENDED.items()}}
+# Relative distance of the weights from which a quantised target is fitted. Rounding to the nearest level moves weights
+# of about normal distribution by 0.08 to 0.11 with 4 bits (blocks of 32 to 128), by 0.04 with 5, by 0.03 with fp8 and
+# by 0.01 with 8. What a copy loses there: docs/compressed-bases.md.
+_COMPRESSED = 0.06
+_STRAY = 1.25  # ratio of distances up to which parts in another place are taken for strays of the match
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method that `auto` stands for on a pair of bases.
+
+    Attributes:
+        method: the method's name in the registry.
+        reason: one sentence without a full stop, for the report.
+        found: the first part of the reason: how the two bases compare.
+    """
+
+    method: str
+    reason: str
+    found: str
+
+
+def choose_method(
+    source: BaseModel,
+    target: BaseModel,
+    found: tuple[Structure | None, str] | None = None,
+    compared: Sequence[TensorComparison] | None = None,
+) -> Choice:
+    """Choose the method for a pair of bases from their weights and files; neither is run.
+
+    Near copies, in which every attention and MLP has a counterpart, get `copy`, or `interpolated-copy` if one was
+    clearly trained further. Bases of which one is made of the other's parts (pruned, permuted, with repeated layers)
+    get `select`. Where the target is compressed (quantised to about 4 bits or fewer, sparse, or without some of the
+    source's parts), the update is then fitted as well (`distilled-copy`, `distilled-select`), if both bases can be run.
+    Others get `distill` if the decoder supports both and both tokenizers can be read, and `cross-lora` if not.
+
+    Args:
+        source: the base that adapters come from.
+        target: the base that they go to.
+        found: the result of `find_structure` on the pair, if it is already known.
+        compared: the result of `compare_modules` on the pair, if it is already known.
+
+    Raises:
+        CheckpointError: a weight cannot be read, or holds NaN or infinity.
+    """
+    finding = _examine(source, target, (found or find_structure(source, target))[0], compared)
+    method, phrase = _SUITED[finding.likeness], finding_phrase(finding)
+    choice = Choice(method, choice_reason(phrase, method), phrase)
+    obstacle = why_not_run(source, target) if method in _WITHOUT_FIT else None
+    joint = "and" if finding.likeness is Likeness.NONE else "but"
+    return choice if obstacle is None else _instead(choice, f"{joint} not both can be run on text ({obstacle})")
+
+
+def without_fit(choice: Choice, reason: str) -> Choice:
+    """Replace a method that runs bases with the adapter by one that looks at weights alone.
+
+    Args:
+        choice: for other adapters of the pair.
+        reason: why no update can be fitted to the adapter, as the end of a sentence.
+    """
+    return _instead(choice, f"but {reason}") if choice.method in _WITHOUT_FIT else choice
+
+
+def why_not_run(*bases: BaseModel) -> str | None:
+    """Return why a base cannot be run on text, because of its decoder or tokenizer; None if all can.
+
+    Imports late: near copies need neither the decoder nor the tokenizers.
+    """
+    from jcrosslora.checkpoint.tokenizer import load_tokenizer
+    from jcrosslora.decoder import settings_of
+
+    try:
+        for base in bases:
+            settings_of(base)
+            load_tokenizer(base)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _instead(choice: Choice, hindrance: str) -> Choice:
+    method = _WITHOUT_FIT[choice.method]
+    return Choice(method, choice_reason(choice.found, method, hindrance), choice.found)
+
+
+def _examine(
+    source: BaseModel, target: BaseModel, structure: Structure | None, compared: Sequence[TensorComparison] | None
+) -> Finding:
+    similarity = compare_weights(source, target)
+    if structure is None:
+        near = similarity is not None and similarity.near
+        return Finding(Likeness.COPY if near else Likeness.NONE, similarity)
+    parts = [part for part in count_parts(structure, source, target) if part.name != "tokens"]
+    lacking = [part.name for part in parts if part.used < part.source]
+    if not structure.in_place(source):
+        by_parts = compare_weights(source, target, structure)
+        near = by_parts is not None and by_parts.near and all(part.nested for part in parts)
+        if by_parts is not None and near and not _as_near(similarity, by_parts):
+            return Finding(Likeness.FEWER_PARTS if lacking else Likeness.PARTS, by_parts)
+    if similarity is None or not similarity.near or structure.lacking:
+        return Finding(Likeness.NONE, similarity, unmatched=structure.lacking)
+    if "experts" in lacking:
+        return Finding(Likeness.FEWER_EXPERTS, similarity)
+    return _examine_copies(source, target, similarity, compared or compare_modules(source, target, structure))
+
+
+def _as_near(in_place: WeightSimilarity | None, by_parts: WeightSimilarity) -> bool:
+    """Whether parts in the source's order explain the target as well: a pruned neuron may resemble another's most."""
+    return in_place is not None and in_place.near and in_place.distance <= _STRAY * by_parts.distance
+
+
+def _examine_copies(
+    source: BaseModel, target: BaseModel, similarity: WeightSimilarity, compared: Sequence[TensorComparison]
+) -> Finding:
+    relation = relation_of((), compared)
+    # Quantisers such as GPTQ may round to another than the nearest level.
+    stated = [bool(quantisation_of(base.config)) for base in (source, target)]
+    by_quantiser = {Relation.TRAINED, Relation.QUANTISED} <= relation and any(stated)
+    by_source = 2 * sum(item.difference.rounded == "source" for item in compared) > len(compared)
+    by_source = by_source or stated == [True, False]
+    if Relation.SPARSE in relation:
+        return Finding(Likeness.SPARSE_COPY, similarity)
+    if Relation.LORA_MERGED in relation:
+        return Finding(Likeness.MERGED_COPY, similarity)
+    if Relation.TRAINED in relation and not by_quantiser:
+        return Finding(Likeness.TRAINED_COPY, similarity)
+    coarse = relation and not by_source and similarity.distance >= _COMPRESSED
+    return Finding(Likeness.COARSE_COPY if coarse else Likeness.COPY, similarity, by_quantiser)

@@ -1,0 +1,117 @@
+"""Pair each target module with the source module whose update it receives."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jcrosslora.checkpoint.layout import Module
+from jcrosslora.errors import PairingError
+
+Depth = str | Sequence[int | None]
+# Depth maps that follow from the numbers of layers.
+DEPTH_MAPS = ("proportional", "by-name")
+# Depth map that needs both bases to run on text, see `jcrosslora.maps.alignment.layer_similarity`.
+SIMILAR = "similar"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The names of a target module and of the source module whose update it receives; both have the same role."""
+
+    target: str
+    source: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The pairs of two bases, and the unpaired modules of both.
+
+    Attributes:
+        depth_map: how the layers were mapped: "proportional", "by-name", "similar" or "explicit".
+        layers: for each target layer the source layer whose updates it receives, or None.
+        pairs: in the order of the target's modules.
+        unmapped_targets: target modules without a source module.
+        unused: source modules without a target module.
+    """
+
+    depth_map: str
+    layers: tuple[int | None, ...]
+    pairs: tuple[Pair, ...]
+    unmapped_targets: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def pair_modules(source: Mapping[str, Module], target: Mapping[str, Module], depth: Depth = "proportional") -> Pairing:
+    """Pair the modules of two bases by role and by a map of the layers.
+
+    Args:
+        source: the source base's modules by name.
+        target: the target base's modules by name.
+        depth: "by-name" pairs layers of the same number and skips the deeper ones of either side (Cross-LoRA,
+            Algorithm 1); "proportional" pairs target layer i with source layer floor((i + 1/2) L_src / L_tgt), at the
+            same relative depth; a sequence gives the source layer of every target layer, None for none. "similar" is
+            refused: `jcrosslora.maps.alignment.layer_similarity` turns it into a sequence by running both bases.
+
+    Raises:
+        PairingError: the map is unknown, has the wrong length or a layer that the source lacks, or pairs nothing.
+    """
+    layers_src, layers_tgt = _layer_count(source), _layer_count(target)
+    layers = _layer_map(depth, layers_src, layers_tgt)
+    by_layer_and_role: dict[tuple[int | None, str], str] = {
+        (module.layer, module.role): module.name for module in source.values()
+    }
+    pairs, unmapped_targets = [], []
+    for module in target.values():
+        name = by_layer_and_role.get((layers[module.layer], module.role))
+        if name is None:
+            unmapped_targets.append(module.name)
+        else:
+            pairs.append(Pair(module.name, name, module.role))
+    if not pairs:
+        msg = f"depth map {depth!r} pairs no module of the two bases; name at least one source layer"
+        raise PairingError(msg)
+    used = {pair.source for pair in pairs}
+    unused = tuple(name for name in source if name not in used)
+    kind = depth if isinstance(depth, str) else "explicit"
+    return Pairing(kind, layers, tuple(pairs), tuple(unmapped_targets), unused)
+
+
+def parse_depth(text: str) -> Depth:
+    """Read a depth map from a command line: a name, or a comma-separated list such as `0,1,3,-,5`.
+
+    Raises:
+        PairingError: the text is neither a name nor a list.
+    """
+    if text in (*DEPTH_MAPS, SIMILAR):
+        return text
+    try:
+        return [None if item.strip() in {"-", "none"} else int(item) for item in text.split(",")]
+    except ValueError:
+        names = " nor ".join((*DEPTH_MAPS, SIMILAR))
+        msg = f"depth map {text!r} is neither {names} nor a list of source layers like 0,1,3,-,5"
+        raise PairingError(msg) from None
+
+
+def _layer_count(modules: Mapping[str, Module]) -> int:
+    return 1 + max(module.layer for module in modules.values())
+
+
+def _layer_map(depth: Depth, layers_src: int, layers_tgt: int) -> tuple[int | None, ...]:
+    if depth == "by-name":
+        return tuple(i if i < layers_src else None for i in range(layers_tgt))
+    if depth == "proportional":
+        return tuple((2 * i + 1) * layers_src // (2 * layers_tgt) for i in range(layers_tgt))
+    if depth == SIMILAR:
+        msg = f"depth map {depth!r} is found by running both bases; give it to `align` or `transfer`"
+        raise PairingError(msg)
+    if isinstance(depth, str):
+        msg = f"depth map {depth!r} is unknown; use one of {', '.join(DEPTH_MAPS)} or a list of source layers"
+        raise PairingError(msg)
+    if len(depth) != layers_tgt:
+        msg = f"the depth map names {len(depth)} layers, but the target has {layers_tgt}; give one for each"
+        raise PairingError(msg)
+    wrong = [layer for layer in depth if layer is not None and not 0 <= layer < layers_src]
+    if wrong:
+        msg = f"the depth map names source layer {wrong[0]}, but the source has layers 0 to {layers_src - 1}"
+        raise PairingError(msg)
+    return tuple(depth)

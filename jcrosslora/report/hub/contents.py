@@ -1,0 +1,150 @@
+"""What of an adapter's folder is uploaded: its own files, checked to be whole, as the hub and its readers need them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jcrosslora.adapter.engines.facts import read_facts
+from jcrosslora.adapter.folder import CARD, CHAT_TEMPLATE, CONFIG, AdapterFiles, Form, find_adapter, read_config
+from jcrosslora.checkpoint.hub import cached_identity, is_hub_id, is_on_hub, public_name
+from jcrosslora.errors import AdapterError, UsageError
+from jcrosslora.report.card import without_examples
+from jcrosslora.report.documents import PAGE, RECIPE, REPORT
+from jcrosslora.report.hub.card import card_base, card_for_hub, names_several
+from jcrosslora.text.completion_lines import COMPLETIONS
+from jcrosslora.utils.reading import read_small_text
+
+_BASE_KEYS: Mapping[Form, str] = {"PEFT": "base_model_name_or_path", "MLX": "model"}
+_LICENCES = ("LICENSE", "NOTICE")  # how the names of such files begin
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """An adapter as it is uploaded.
+
+    Attributes:
+        files: name in the repository to a file on disk, or to what is sent in its place.
+        form: format of the adapter.
+        weights: name of the file with its tensors.
+        base_model: the hub id of its base; None if none is known.
+        left_out: files and folders beside the adapter that are not uploaded.
+        notes: what the user should know, one sentence each without a full stop.
+    """
+
+    files: Mapping[str, Path | bytes]
+    form: Form
+    weights: str
+    base_model: str | None
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def collect(folder: str | Path, *, base_model: str | None = None, with_completions: bool = False) -> Upload:
+    """Check an adapter's folder and collect what is uploaded of it. Nothing is sent, and the folder is not changed.
+
+    Args:
+        folder: of an adapter of PEFT or MLX, or with `adapter.gguf`.
+        base_model: hub id of the base; None takes the one that the card or the configuration names.
+        with_completions: whether report and card keep the completions that the source wrote, and the files
+            that hold them go along, the page of `jcrosslora report` among them.
+
+    Raises:
+        AdapterError: the folder is not a whole adapter, its card or report is damaged, or a text leads out of it.
+        UsageError: `base_model` is not a hub id.
+    """
+    folder = Path(folder).expanduser()
+    if base_model is not None and not is_hub_id(base_model):
+        msg = f"base model {base_model!r} is not a hub id: give one such as owner/name, or leave it out"
+        raise UsageError(msg)
+    files = _whole_adapter(folder)
+    _check_links(folder)
+    config = {} if files.config is None else read_config(files.config)
+    card = _text(folder / CARD) if (folder / CARD).is_file() else None
+    key = _BASE_KEYS.get(files.form, "")
+    stated = config.get(key)
+    stated = stated if isinstance(stated, str) and stated else None
+    base = base_model or (card_base(card) if card is not None else None) or (stated if is_on_hub(stated) else None)
+    sent: dict[str, Path | bytes] = {files.weights.name: files.weights}
+    if files.config is not None:
+        sent[CONFIG] = _config_for_hub(files.config, config, key, base_model or (None if is_on_hub(stated) else base))
+    if card is not None and not with_completions:
+        card = without_examples(card)
+    sent[CARD] = card_for_hub(card, name=folder.resolve().name, form=files.form, base_model=base).encode()
+    if (folder / REPORT).is_file():
+        sent[REPORT] = _report_for_hub(folder / REPORT, with_completions=with_completions)
+    sent |= {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _goes_along(path.name)}
+    if with_completions:  # the page shows some of them
+        sent |= {name: folder / name for name in (COMPLETIONS, PAGE) if (folder / name).is_file()}
+    left = tuple(sorted(path.name for path in folder.iterdir() if path.name not in sent))
+    several = base is None and card is not None and names_several(card)
+    return Upload(sent, files.form, files.weights.name, base, left, _notes(base, stated, left, several=several))
+
+
+def _whole_adapter(folder: Path) -> AdapterFiles:
+    """Find the files of an adapter and check names, shapes and sizes of its tensors."""
+    if not folder.is_dir():
+        msg = f"{folder}: no such folder: give the folder of an adapter, such as --out of a transfer"
+        raise AdapterError(msg)
+    files = find_adapter(folder)
+    facts = read_facts(folder)
+    if not facts.shapes:
+        msg = f"{files.weights}: holds no tensors: write the adapter again"
+        raise AdapterError(msg)
+    if facts.faults:
+        msg = f"{folder}: is not a whole adapter ({facts.faults[0]}): write it again"
+        raise AdapterError(msg)
+    return files
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse texts that are links out of the folder, by which another file would be published.
+
+    The hub's own cache is made of such links. Where they lead, all files are of one repository.
+    """
+    home = folder.resolve()
+    own = home.parents[1] if cached_identity(folder) else home
+    for path in sorted(folder.iterdir()):
+        text = path.name in (CARD, REPORT, COMPLETIONS, PAGE, CONFIG) or _goes_along(path.name)
+        if text and path.is_symlink() and not path.resolve().is_relative_to(own):
+            msg = f"{path}: is a link that leads out of the folder: put a copy of the file there, or remove the link"
+            raise AdapterError(msg)
+
+
+def _config_for_hub(path: Path, config: Mapping[str, Any], key: str, base: str | None) -> Path | bytes:
+    """Return the configuration without a path of this machine, with another base if one is given."""
+    stated = config.get(key)
+    wanted = base or (public_name(stated) if isinstance(stated, str) else stated)
+    return path if wanted == stated else json.dumps({**config, key: wanted}, indent=2).encode()
+
+
+def _report_for_hub(path: Path, *, with_completions: bool) -> Path | bytes:
+    report = read_config(path)
+    if with_completions or not report.get("examples"):
+        return path
+    return json.dumps(report | {"examples": []}, indent=2).encode() + b"\n"
+
+
+def _goes_along(name: str) -> bool:
+    return name in (RECIPE, CHAT_TEMPLATE) or name.startswith(_LICENCES)
+
+
+def _notes(base: str | None, stated: str | None, left: tuple[str, ...], *, several: bool) -> tuple[str, ...]:
+    notes = []
+    if several:
+        notes.append("the card names several base models, which stay; name one with --base-model (base_model=)")
+    elif base is None:
+        called = f", as {public_name(stated)!r} is no hub id" if stated else ""
+        notes.append(f"the card names no base model{called}; give its hub id with --base-model (base_model=)")
+    if left:
+        notes.append(f"not uploaded, as it is no part of the adapter: {', '.join(left)}")
+    return tuple(notes)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_small_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}): mend or remove it"
+        raise AdapterError(msg) from error

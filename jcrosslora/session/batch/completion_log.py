@@ -1,0 +1,137 @@
+"""The completion log of a batch: one small file for each finished job, with a fingerprint of its inputs."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jcrosslora.adapter import AdapterInfo
+from jcrosslora.adapter.folder import find_adapter
+from jcrosslora.cache.keys import digest_of, file_state, is_settled, tokenizer_key, weights_key
+from jcrosslora.checkpoint import BaseModel
+from jcrosslora.errors import AdapterError, OutputError
+from jcrosslora.methods import Method
+from jcrosslora.session.batch.plan_file import Job
+from jcrosslora.utils.files import write_whole
+from jcrosslora.utils.versions import version
+
+FOLDER = ".batch"
+# Settings that do not change the result: locations of files, and cache and overwriting.
+_NO_PART = ("adapter", "source", "target", "out", "overwrite", "cache", "divide")
+
+
+class CompletionLog:
+    """The log of a batch's finished jobs, in a hidden folder beside their results.
+
+    A job counts as done if its folder exists and the log has the fingerprint of the same inputs: settings, probe texts,
+    bases (weights, configuration and tokenizer), adapter, and version of the package. Folders are written atomically,
+    so a batch that was killed at any point can be resumed. A stamp beside the fingerprint recognises a finished job
+    without reading its adapter, whose files have the size and the times that they had.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._folder = out / FOLDER
+
+    def is_done(self, job: Job, fingerprint: str) -> bool:
+        """Tell whether the job's folder exists and its inputs had this fingerprint (see `fingerprint_of`)."""
+        return self._says(job, "fingerprint", fingerprint)
+
+    def is_untouched(self, job: Job, stamp: str | None) -> bool:
+        """Tell whether the job's folder exists and its inputs had this stamp (see `stamp_of`)."""
+        return stamp is not None and self._says(job, "stamp", stamp)
+
+    def _says(self, job: Job, name: str, text: str) -> bool:
+        if not Path(job.settings.out).is_dir():
+            return False
+        try:
+            return json.loads(self._path(job).read_bytes())[name] == text
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @contextmanager
+    def writing(self, job: Job, fingerprint: str, stamp: str | None) -> Iterator[None]:
+        """Log a job around the block that writes its folder.
+
+        The entry of a new folder is written first: if the run is killed in between, the folder is missing and the job
+        not done. The entry of a replaced folder is written last, otherwise the old folder would count as the new.
+
+        Raises:
+            OutputError: the log cannot be written.
+        """
+        replaces = Path(job.settings.out).exists()
+        if replaces:
+            self._forget(job)
+        else:
+            self._write(job, fingerprint, stamp)
+        yield
+        if replaces:
+            self._write(job, fingerprint, stamp)
+
+    def _forget(self, job: Job) -> None:
+        with self._changing():
+            self._path(job).unlink(missing_ok=True)
+
+    def _write(self, job: Job, fingerprint: str, stamp: str | None) -> None:
+        entry = {"fingerprint": fingerprint, "stamp": stamp}
+        with self._changing():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(job), json.dumps(entry).encode(), sync=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            msg = f"{self._folder}: cannot be written ({error.strerror}): make it writable, or free space"
+            raise OutputError(msg) from error
+
+    def _path(self, job: Job) -> Path:
+        return self._folder / f"{job.name}.json"
+
+
+def base_fingerprint(base: BaseModel) -> str:
+    """Digest the weights, the configuration and the tokenizer of a base."""
+    return digest_of(weights_key(base), tokenizer_key(base))
+
+
+def fingerprint_of(job: Job, adapter: AdapterInfo, source: str, target: str, texts: str) -> str:
+    """Digest all inputs of a job, as a hex string.
+
+    Args:
+        job: the job; its settings count, except locations of files.
+        adapter: its adapter; the digest of the weights and the configuration, which scales them, count.
+        source: fingerprint of the source, from `base_fingerprint`.
+        target: likewise of the target.
+        texts: digest of the texts of `probe_text`; "" if the settings name no such file.
+    """
+    return digest_of(*_asked(job), adapter.digest, adapter.config, source, target, texts)
+
+
+def stamp_of(job: Job, source: str, target: str, texts: str) -> str | None:
+    """Digest all inputs of a job as `fingerprint_of` does, but its adapter by size and times of its files.
+
+    Returns:
+        A hex string; None if the adapter is not in local files, or its files are so new that they may be written again
+        without other times.
+    """
+    if not os.path.exists(job.settings.adapter):
+        return None
+    try:
+        files = find_adapter(job.settings.adapter, job.settings.adapter_revision)
+    except AdapterError:
+        return None
+    states = [file_state(path) for path in (files.weights, files.config) if path is not None]
+    now = time.time_ns()
+    if not all(state is not None and is_settled(state, now) for state in states):
+        return None
+    return digest_of(*_asked(job), states, source, target, texts)
+
+
+def _asked(job: Job) -> tuple[object, ...]:
+    """Return the version of the package, and what the settings ask for."""
+    settings = {key: value for key, value in job.settings.flat().items() if key not in _NO_PART}
+    method = job.settings.method
+    code = method.cache_key() if isinstance(method, Method) else None  # includes the file of a user's own method
+    return version(), settings, code

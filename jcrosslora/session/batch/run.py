@@ -1,0 +1,339 @@
+"""Run a batch unit by unit: a unit is a session of one pair of bases, with adapters in chunks of bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jcrosslora.adapter import Adapter, load_adapter
+from jcrosslora.cache.keys import digest_of
+from jcrosslora.distributed import hosts
+from jcrosslora.errors import JCrossLoRAError, UsageError
+from jcrosslora.maps.alignment.groups import ALIGN, align_groups
+from jcrosslora.maps.alignment.task import AlignmentTask
+from jcrosslora.methods import Method, make_method
+from jcrosslora.session.batch.completion_log import CompletionLog, base_fingerprint, fingerprint_of, stamp_of
+from jcrosslora.session.batch.plan_file import BatchPlan, Job
+from jcrosslora.session.batch.summary import Outcome, Status, Summary
+from jcrosslora.session.batch.units import Unit, share_of, units_of
+from jcrosslora.session.files import open_session, save_as
+from jcrosslora.session.pair_session import Move, lighter
+from jcrosslora.session.result import TransferResult
+from jcrosslora.session.settings import TransferSettings
+from jcrosslora.session.transfer import given_probes
+from jcrosslora.utils.files import ensure_free
+from jcrosslora.utils.logs import LogName, find_log, log_to
+from jcrosslora.utils.memory import enough_memory
+from jcrosslora.utils.progress import Track, track
+from jcrosslora.utils.unfinished import remove_unfinished
+
+# Bytes of the adapters in a chunk, as float32; the moved adapters take as much again.
+CHUNK_BYTES = 256 * 2**20
+SUMMARY = "batch_summary.json"
+
+
+def run_batch(
+    plan: BatchPlan,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
+    progress: bool = False,
+    log: LogName | None = None,
+) -> Summary:
+    """Run all unfinished jobs of a plan.
+
+    Jobs are independent: one that fails is listed, and the others go on. Finished results are kept after any
+    interruption; the same call resumes from there and writes the same bytes as an uninterrupted run.
+
+    Args:
+        plan: see `read_plan`.
+        shard: (i, n): only the i-th of n parts, for n parallel runs. Their results go to the same folder.
+        overwrite: whether adapter folders that were made from other input may be replaced.
+        progress: whether to show progress bars.
+        log: where each job has a run with its figures, see `log_to`; None for none.
+
+    Returns:
+        The outcome of each job; also written to `batch_summary.json` in the plan's folder (for part i of n to
+        `batch_summary.i-of-n.json`), even if the run is interrupted.
+
+    Raises:
+        UsageError: the shard does not exist, the process is part of a `jax.distributed` run, or the package of the log
+            is not installed.
+        OutputError: the summary cannot be written.
+    """
+    if hosts.count() > 1:
+        msg = "a batch cannot run in several connected processes; start each alone, with a shard i/n of its own"
+        raise UsageError(msg)
+    if log is not None:
+        find_log(log)
+    units = share_of(units_of(plan.jobs), *shard)
+    with (
+        summarised(plan, units, shard) as summary,
+        track(len(summary.outcomes), "batch", "jobs", show=progress) as bar,
+    ):
+        run = _Run(CompletionLog(plan.out), summary, bar, overwrite, progress, log)
+        for unit in units:
+            run.do(unit)
+    return summary
+
+
+@contextmanager
+def summarised(plan: BatchPlan, units: Sequence[Unit], shard: tuple[int, int]) -> Iterator[Summary]:
+    """Provide a summary to a block that runs some units of a plan, and save it however the block ends.
+
+    Raises:
+        OutputError: the summary cannot be written.
+    """
+    mine = {job.name for unit in units for job in unit.jobs}
+    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in plan.jobs if job.name in mine})
+    name = SUMMARY if shard == (1, 1) else SUMMARY.replace(".json", f".{shard[0]}-of-{shard[1]}.json")
+    try:
+        yield summary
+    finally:
+        remove_unfinished(plan.out, mine)  # of this run's killed workers, or of an earlier run
+        summary.save(plan.out / name, plan.jobs)
+
+
+def do_unit(unit: Unit, out: Path, overwrite: bool) -> list[Outcome]:
+    """Run one unit in this process and return the outcomes of its jobs.
+
+    Args:
+        unit: a unit of a plan.
+        out: the plan's folder.
+        overwrite: see `run_batch`.
+    """
+    summary = Summary({job.name: Outcome(job.name, job.settings.out) for job in unit.jobs})
+    with track(len(unit.jobs), "batch", "jobs", show=False) as bar:
+        _Run(CompletionLog(out), summary, bar, overwrite, False).do(unit)
+    return list(summary.outcomes.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """A checked job whose factors need not be in memory.
+
+    Attributes:
+        job: the job of the plan.
+        method: the method of its transfer.
+        fingerprint: digest of all its inputs.
+        stamp: the same without reading the adapter, see `stamp_of`.
+        sources: the modules of its adapter.
+        size: bytes of its factors as float32.
+    """
+
+    job: Job
+    method: Method
+    fingerprint: str
+    stamp: str | None
+    sources: tuple[str, ...]
+    size: int
+
+
+class _Run:
+    def __init__(
+        self,
+        log: CompletionLog,
+        summary: Summary,
+        bar: Track,
+        overwrite: bool,
+        progress: bool,
+        figures: LogName | None = None,
+    ) -> None:
+        self._log, self._summary, self._bar = log, summary, bar
+        self._overwrite, self.progress = overwrite, progress
+        self._figures: LogName | None = figures
+        self._since = time.monotonic()
+
+    def do(self, unit: Unit) -> None:
+        """Run all jobs of a unit; an error of the whole unit becomes the outcome of each job."""
+        self._since = time.monotonic()
+        try:
+            with enough_memory(lighter(make_method(unit.settings.method))):
+                _UnitRun(self, unit).do()
+        except JCrossLoRAError as error:
+            for job in unit.jobs:
+                if self.is_open(job):
+                    self.close(job, "failed", str(error))
+
+    def is_open(self, job: Job) -> bool:
+        """Tell whether a job has no outcome yet."""
+        return self._summary.outcomes[job.name].status == "open"
+
+    def is_done(self, item: _Checked) -> bool:
+        """Tell whether a job's result exists already."""
+        return self._log.is_done(item.job, item.fingerprint)
+
+    def keep_all(self, stamps: Sequence[tuple[Job, str | None]]) -> bool:
+        """List all jobs as kept if none of their inputs was touched since they were done; else do nothing."""
+        if not all(self._log.is_untouched(job, stamp) for job, stamp in stamps):
+            return False
+        for job, _ in stamps:
+            self.close(job, "kept")
+        return True
+
+    def attempt(self, item: _Checked, work: Callable[[], TransferResult]) -> None:
+        """Run a job and write its result; list it as failed if it fails."""
+        settings = dataclasses.replace(item.job.settings, overwrite=self._overwrite)
+        try:
+            with enough_memory(lighter(item.method)):
+                # With figures of its own in the log, if one was asked for.
+                shown = dataclasses.replace(item.job.settings, method=item.method).published()
+                with log_to(self._figures, item.job.name, shown):
+                    result = work()
+                if self.is_done(item):  # jobs that another run finished meanwhile
+                    return
+                with self._log.writing(item.job, item.fingerprint, item.stamp):
+                    save_as(result, settings)
+        except JCrossLoRAError as error:
+            if not self.is_done(item):
+                self.close(item.job, "failed", str(error))
+        else:
+            self.close(item.job, "done", result.verdict.text)
+
+    def check_place(self, job: Job, fingerprint: str) -> None:
+        """Refuse a job whose folder holds a result of other inputs."""
+        if not self._log.is_done(job, fingerprint):
+            ensure_free(job.settings.out, self._overwrite)
+
+    def close(self, job: Job, status: Status, text: str = "") -> None:
+        """List the outcome of a job."""
+        now = time.monotonic()
+        seconds = 0.0 if status == "kept" else now - self._since
+        self._since = now
+        self._summary.outcomes[job.name] = Outcome(job.name, job.settings.out, status, text, seconds)
+        self._bar.update()
+
+
+class _UnitRun:
+    """The run of one unit: its jobs are checked, then aligned together, then moved in chunks."""
+
+    def __init__(self, run: _Run, unit: Unit) -> None:
+        self._run, self._unit, self._settings = run, unit, unit.settings
+        self._session = open_session(unit.settings, progress=run.progress)
+        self._method = make_method(unit.settings.method)
+        self._given = given_probes(unit.settings.probe_text)
+        self._read: dict[str, Adapter] = {}  # adapters held in memory until they are moved, by the name of the job
+        self._room = CHUNK_BYTES
+
+    def do(self) -> None:
+        """Run all unfinished jobs of the unit."""
+        pair = self._session.pair
+        texts = "" if self._given is None else digest_of(*self._given.texts)
+        shared = base_fingerprint(pair.source), base_fingerprint(pair.target), texts
+        stamps = [(job, stamp_of(job, *shared)) for job in self._unit.jobs]
+        if self._run.keep_all(stamps):
+            return
+        checked = [item for item in (self._check(job, shared, stamp) for job, stamp in stamps) if item is not None]
+        self._close_kept(checked)  # before other jobs can fail
+        for method in dict.fromkeys(item.method for item in checked):
+            items = [item for item in checked if item.method == method]
+            if all(map(self._run.is_done, items)):
+                continue
+            fitting, task = self._planned(items)
+            if task is not None:
+                self._move(fitting, task)
+        self._close_kept(checked)  # jobs that another run finished meanwhile
+
+    def _check(self, job: Job, shared: tuple[str, str, str], stamp: str | None) -> _Checked | None:
+        """Check the adapter and the output of a job before anything is computed."""
+        try:
+            adapter = self._load(job.settings)
+            move = self._start(job, adapter)
+            fingerprint = fingerprint_of(job, adapter.info, *shared)
+            self._run.check_place(job, fingerprint)
+        except JCrossLoRAError as error:
+            self._run.close(job, "failed", str(error))
+            return None
+        factors = move.shifter.adapter
+        size = sum(4 * item.rank * sum(item.shape) for item in factors.modules.values())
+        size += sum(4 * update.numbers for update in factors.tokens)
+        self._room -= size
+        if self._room >= 0 or not self._read:
+            self._read[job.name] = adapter
+        return _Checked(job, move.method, fingerprint, stamp, tuple(factors.modules), size)
+
+    def _planned(self, items: Sequence[_Checked]) -> tuple[Sequence[_Checked], AlignmentTask | None]:
+        """Return the jobs that can be aligned, with a task for all of them; jobs with unsuitable modules fail alone."""
+        kinds = dict.fromkeys(item.sources for item in items)  # most adapters have the same modules
+        method = items[0].method
+
+        def plan(sources: Collection[str]) -> AlignmentTask:
+            return self._session.plan(method, self._settings, sources)
+
+        try:
+            return items, plan({name for kind in kinds for name in kind})
+        except JCrossLoRAError:
+            if len(kinds) == 1:
+                raise
+        reasons = {kind: _why_not(plan, kind) for kind in kinds}
+        for item in items:
+            if reasons[item.sources] and not self._run.is_done(item):
+                self._run.close(item.job, "failed", reasons[item.sources])
+        fitting = [item for item in items if not reasons[item.sources]]
+        return fitting, plan({name for item in fitting for name in item.sources}) if fitting else None
+
+    def _move(self, items: Sequence[_Checked], task: AlignmentTask) -> None:
+        # Finished jobs keep their place in their chunk: the same program on the same arrays gives the same bytes.
+        chunks = [chunk for chunk in _chunks(items) if not all(map(self._run.is_done, chunk))]
+        if items[0].method.runs_bases and sum(not self._run.is_done(item) for item in items) > 1:
+            self._session.keep_bases(items[0].method, self._settings)
+        needed = {item.job.name for chunk in chunks for item in chunk}
+        self._read = {name: adapter for name, adapter in self._read.items() if name in needed}
+        with self._session.steps(task, self._settings, self._given, timed=False) as steps:
+            task = self._session.collect_text(task, self._settings, self._given)
+            groups = None
+            if self._session.pair.store is None and len(chunks) > 1:
+                # Without a cache the groups stay in memory for all chunks.
+                groups = tuple(align_groups(task, progress=self._run.progress))
+            for chunk in chunks:
+                moves = [self._start(item.job, self._adapter(item)) for item in chunk]
+                steps.begin(ALIGN)
+                transport = self._session.carry(moves, task, groups)
+                for item, move in zip(chunk, moves, strict=True):
+                    steps.begin(ALIGN)  # the steps behind it come again for every adapter
+                    if not self._run.is_done(item):
+                        self._run.attempt(item, partial(self._session.finish, move, task, transport, self._given))
+
+    def _start(self, job: Job, adapter: Adapter) -> Move:
+        return self._session.start(adapter, self._method, job.settings, job.settings.profile)
+
+    def _adapter(self, item: _Checked) -> Adapter:
+        """Return the adapter of a job, from memory or read again."""
+        held = self._read.pop(item.job.name, None)
+        return self._load(item.job.settings) if held is None else held
+
+    def _load(self, settings: TransferSettings) -> Adapter:
+        source = self._session.pair.source
+        return load_adapter(settings.adapter, source, revision=settings.adapter_revision, rank=settings.adapter_rank)
+
+    def _close_kept(self, items: Sequence[_Checked]) -> None:
+        for item in items:
+            if self._run.is_open(item.job) and self._run.is_done(item):
+                self._run.close(item.job, "kept")
+
+
+def _why_not(plan: Callable[[Collection[str]], AlignmentTask], modules: Collection[str]) -> str:
+    """Return why modules cannot be aligned, "" if they can."""
+    try:
+        plan(modules)
+    except JCrossLoRAError as error:
+        return str(error)
+    return ""
+
+
+def _chunks(items: Sequence[_Checked]) -> Iterator[list[_Checked]]:
+    chunk: list[_Checked] = []
+    size = 0
+    for item in items:
+        if chunk and size + item.size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += item.size
+    if chunk:
+        yield chunk
