@@ -97,7 +97,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and give the exit code back."""
-    print(f"jcrosslora: {' '.join(text.split())}", file=sys.stderr)
+    if code == INTERRUPTED:
+        from jcrosslora.cli.interrupt import wait_for_answer
+
+        wait_for_answer()
+    sys.stderr.write(f"jcrosslora: {' '.join(text.split())}\n")
     return code
 
 
